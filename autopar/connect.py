@@ -1,0 +1,123 @@
+"""From a mesh to running processes: torchrun's environment, the DeviceMesh, one process group per axis."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autopar import torch_collectives
+from autopar.errors import LaunchError, RankFailedError
+from autopar.mesh import ALIASES, Mesh
+from autopar.runtime import Communicator, peer_failed
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
+MOST_PEERS_NAMED = 16
+
+
+@dataclass(frozen=True)
+class Connection:
+    """This process as one rank of a mesh."""
+
+    mesh: Mesh
+    device_mesh: DeviceMesh
+    comm: Communicator
+
+    @property
+    def rank(self) -> int:
+        return self.comm.rank
+
+
+def launched() -> bool:
+    """Whether this process can be a rank: it was started by torchrun, or a process group exists already."""
+    return dist.is_initialized() or ("RANK" in os.environ and "WORLD_SIZE" in os.environ)
+
+
+def connect(mesh: Mesh | DeviceMesh, timeout: float, device: torch.device) -> Connection:
+    """Join the other ranks of ``mesh``; the process group is made if there is none.
+
+    ``timeout`` (seconds) is from then on that of all groups of the mesh. A mesh of one rank needs no launcher.
+    Raises LaunchError when this process is not one of ``mesh.world_size`` launched ones, RankFailedError when the
+    others do not come.
+    """
+    if isinstance(mesh, DeviceMesh):
+        named = Mesh.from_device_mesh(mesh)
+        return Connection(named, mesh, _communicator(named, mesh, timeout, device))
+    if not dist.is_initialized():
+        _join(mesh, timeout, device)
+    elif dist.get_world_size() != mesh.world_size:
+        raise LaunchError(_sizes(mesh, dist.get_world_size(), "the process group has"))
+    shape = tuple(size for _, size in mesh.axes) or (1,)
+    device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=mesh.names or ("dp",))
+    sys.excepthook = _short_failures
+    return Connection(mesh, device_mesh, _communicator(mesh, device_mesh, timeout, device))
+
+
+def not_launched(mesh: Mesh) -> LaunchError:
+    """What a user reads who calls a parallel module in a process without peers."""
+    return LaunchError(
+        f"{mesh} needs {mesh.world_size} processes and this is a single one, not started by torchrun.\n"
+        f"Way out: {_command(mesh)}\n"
+        "Without a launch there are model.program (what the ranks would run) and model.simulate(...) (run it here)."
+    )
+
+
+def _join(mesh: Mesh, timeout: float, device: torch.device) -> None:
+    backend = BACKENDS.get(device.type)
+    if backend is None:
+        raise LaunchError(f"the model is on device '{device}'; ranks compute on {', '.join(BACKENDS)}")
+    if not launched():
+        if mesh.world_size != 1:
+            raise not_launched(mesh)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        return
+    processes = int(os.environ["WORLD_SIZE"])
+    if processes != mesh.world_size:
+        raise LaunchError(_sizes(mesh, processes, "torchrun started"))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except RuntimeError as problem:
+        rank = int(os.environ["RANK"])
+        peers = [peer for peer in range(min(processes, MOST_PEERS_NAMED)) if peer != rank]
+        raise peer_failed("the start of the process group", rank, peers, timeout, problem) from None
+
+
+def _communicator(mesh: Mesh, device_mesh: DeviceMesh, timeout: float, device: torch.device) -> Communicator:
+    groups = {}
+    for name in device_mesh.mesh_dim_names or ():
+        group = device_mesh.get_group(name)
+        torch_collectives.set_timeout(group, timeout)
+        groups[ALIASES.get(name, name)] = group
+    coordinate = device_mesh.get_coordinate()
+    if coordinate is None:
+        raise LaunchError(f"rank {dist.get_rank()} is not on the DeviceMesh that was given ({device_mesh})")
+    rank = mesh.rank(dict(zip(mesh.names, coordinate)))
+    return Communicator(mesh, groups, rank, timeout, device)
+
+
+def _sizes(mesh: Mesh, processes: int, who: str) -> str:
+    return (
+        f"{mesh} has {mesh.world_size} ranks, and {who} {processes} process{'es' * (processes != 1)}.\n"
+        f"Way out: {_command(mesh)}\n"
+        f"or a mesh of {processes} ranks."
+    )
+
+
+def _command(mesh: Mesh) -> str:
+    script = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] not in ("", "-c") else "train.py"
+    return f"torchrun --nproc-per-node {mesh.world_size} {script}"
+
+
+def _short_failures(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An uncaught RankFailedError is no bug of the script: its message alone tells more than the traceback."""
+    if issubclass(kind, RankFailedError):
+        print(f"{kind.__module__}.{kind.__qualname__}: {error}", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, trace)

@@ -1,0 +1,205 @@
+"""Derive the backward pass: the forward graph of a program becomes the forward and backward graphs of a role.
+
+The graph is run once on tensors without memory, at the local sizes of one rank, with torch's autograd on; everything
+that torch does below autograd is recorded, forward and backward, as one joint graph (``recorder``), which is then cut in
+two (``partition``). Every collective of the backward pass is a node of it, in the order in which all ranks run it.
+
+Before:  up = aten.linear(x, w); y = comm.all_reduce(up, tp)
+After:   forward:  linear(x, w), all_reduce -> y, saved x, w      backward: (x, w, d_y) -> mm(t(d_y), x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from autopar import comm
+from autopar.recorder import Recorder, fake_mode
+from autopar.derivatives import DERIVATIVES
+from autopar.errors import AutoparError, InvariantError
+from autopar.partition import Joint, live_nodes, partition
+from autopar.program import (
+    InputKind,
+    Node,
+    OutputKind,
+    Program,
+    Role,
+    origin,
+    output_node,
+    set_origin,
+    set_values,
+    value,
+    values,
+)
+
+aten = torch.ops.aten
+
+IDENTITIES = (comm.OPS.enter.default, comm.OPS.release.default)  # only their backward does something
+
+
+def differentiate(program: Program) -> Program:
+    """``program`` with its one role: forward, backward and inference graphs on local sizes.
+
+    A program of which nothing requires a gradient gets a role without a backward graph.
+    Raises InvariantError, naming the node, where the graph cannot run at the sizes of its layouts.
+    """
+    return replace(program, roles=(role_of(program),))
+
+
+def role_of(program: Program) -> Role:
+    """The graphs of one role; a pipeline stage is a program of its own here."""
+    inference = inference_graph(program.graph)
+    joint, differentiable, grads = joint_graph(program)
+    if not grads:
+        return Role(inference, None, inference)
+    forward, backward, saved = partition(joint)
+    return Role(forward, backward, inference, len(saved), differentiable, grads)
+
+
+def inference_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of the forward graph without dead nodes and without what only matters to a backward pass."""
+    copy, copies = fx.Graph(), dict[Node, Node]()
+    results: tuple[Node, ...] = output_node(graph).args[0]  # type: ignore[assignment]
+    live = live_nodes(results)
+    for node in graph.nodes:
+        if node.op == "placeholder" or node in live:
+            if node.target in IDENTITIES:
+                copies[node] = copies[node.all_input_nodes[0]]
+                continue
+            copies[node] = copy.node_copy(node, copies.__getitem__)
+            set_values(copies[node], *values(node))
+            set_origin(copies[node], origin(node))
+    copy.output(tuple(copies[node] for node in results))
+    return copy
+
+
+def joint_graph(program: Program) -> tuple[Joint, tuple[int, ...], tuple[str, ...]]:
+    """Forward and backward as one graph, the positions of the differentiable outputs, the names of the gradients."""
+    graph = fx.Graph()
+    with fake_mode(), Recorder(graph) as recorder:
+        run = _Forward(program, recorder)
+        outputs = run.outputs()
+        differentiable = _differentiable(program, outputs)
+        wanted = run.leaves() if differentiable else {}
+        recorder.backward()
+        tangents, gradients = _backward(recorder, [outputs[i] for i in differentiable], list(wanted.values()))
+        reached = {name: grad for name, grad in zip(wanted, gradients) if grad is not None}
+        graph.output(())
+        joint = Joint(
+            graph,
+            run.inputs,
+            tangents,
+            tuple(map(recorder.node_of, outputs)),
+            tuple(map(recorder.node_of, reached.values())),
+            recorder.forward_nodes,
+        )
+    return joint, differentiable, tuple(reached)
+
+
+def _differentiable(program: Program, outputs: Sequence[Tensor]) -> tuple[int, ...]:
+    """The loss alone where there is one scalar output with a gradient; else all user outputs with a gradient."""
+    found = [
+        position
+        for position, (entry, output) in enumerate(zip(program.outputs, outputs))
+        if entry.kind is OutputKind.USER and output.requires_grad
+    ]
+    losses = [position for position in found if outputs[position].dim() == 0]
+    return tuple(losses if len(losses) == 1 else found)
+
+
+def _backward(
+    recorder: Recorder, outputs: Sequence[Tensor], leaves: Sequence[Tensor]
+) -> tuple[tuple[Node, ...], list[Tensor | None]]:
+    """The tangent placeholders and the gradient of each leaf, None where there is no path to it."""
+    if not outputs or not leaves:
+        return (), [None] * len(leaves)
+    tangents, nodes = [], []
+    for output in outputs:
+        with recorder.paused():
+            tangent = torch.empty(output.shape, dtype=output.dtype)
+        nodes.append(recorder.placeholder(f"grad_{recorder.node_of(output).name}", tangent))
+        tangents.append(tangent)
+    found = torch.autograd.grad(list(outputs), list(leaves), tangents, allow_unused=True)
+    # a gradient that is a strided or broadcast view would be a trap for optimizers and buckets
+    return tuple(nodes), [None if grad is None else grad.contiguous() for grad in found]
+
+
+class _Forward:
+    """One run of a program's graph under a recorder, on tensors of the local sizes."""
+
+    def __init__(self, program: Program, recorder: Recorder) -> None:
+        self.program, self.recorder = program, recorder
+        self.tensors: dict[Node, Any] = {}
+        self.named: dict[Any, None] = {}  # nodes of autograd's graph that already know where they come from
+        self.inputs = tuple(self._input(node) for node in program.graph.nodes if node.op == "placeholder")
+
+    def _input(self, node: Node) -> Node:
+        with self.recorder.paused():
+            kind = value(node)
+            shape = kind.layout.local_shape(self.program.mesh)
+            tensor = torch.empty(shape, dtype=kind.dtype, requires_grad=kind.requires_grad)
+        self.tensors[node] = tensor
+        placed = self.recorder.placeholder(node.name, tensor)
+        set_values(placed, kind)
+        set_origin(placed, origin(node))
+        return placed
+
+    def leaves(self) -> dict[str, Tensor]:
+        """What gradients are wanted of: parameters, then inputs, by their names."""
+        kinds = (InputKind.PARAMETER, InputKind.INPUT)
+        found = [(entry, self.tensors[node]) for node, entry in self.program.placeholders(*kinds)]
+        found.sort(key=lambda pair: pair[0].kind is InputKind.INPUT)
+        return {entry.target: tensor for entry, tensor in found if tensor.requires_grad}
+
+    def outputs(self) -> list[Tensor]:
+        for node in self.program.graph.nodes:
+            if node.op not in ("placeholder", "output"):
+                self.recorder.origin = origin(node)
+                self.tensors[node] = self._result(node)
+                self._name_gradients(node)
+        return [self.tensors[node] for node in self.program.returned]
+
+    def _result(self, node: Node) -> Any:
+        if node.op != "call_function":
+            raise InvariantError(f"{node.name} is a {node.op} node; a program has only functions and placeholders")
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.tensors.__getitem__)
+        try:
+            if node.target in DERIVATIVES:
+                return DERIVATIVES[node.target](self.recorder, *args, **kwargs)  # type: ignore[index]
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except AutoparError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as problem:
+            raise InvariantError(_failure(node, args, kwargs, problem)) from problem
+
+    def _name_gradients(self, node: Node) -> None:
+        """Let the backward nodes that torch derives from ``node`` carry its origin."""
+        tensors = [item for item in pytree.tree_leaves(self.tensors[node]) if isinstance(item, Tensor)]
+        wanted = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+        where, recorder = origin(node), self.recorder
+
+        def enter(_: Any) -> None:
+            recorder.origin = where
+
+        while wanted:
+            step = wanted.pop()
+            if step not in self.named:
+                self.named[step] = None
+                step.register_prehook(enter)
+                wanted += [source for source, _ in step.next_functions if source is not None]
+
+
+def _failure(node: Node, args: Any, kwargs: Any, problem: Exception) -> str:
+    shapes = [list(item.shape) for item in pytree.tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
+    where = origin(node)
+    place = f" ({where.module}{'; ' + where.source if where.source else ''})" if where.module or where.source else ""
+    reason = str(problem).strip().splitlines() or [type(problem).__name__]
+    return (
+        f"{node.name} = {node.target}{place} cannot run on the local shapes {shapes}: {reason[0]}\n"
+        f"a pass that cut its inputs left arguments of the old sizes behind, or its rule is wrong"
+    )

@@ -1,0 +1,39 @@
+"""The errors a user can meet. Each message names the thing, the numbers and the way out."""
+
+from __future__ import annotations
+
+
+class AutoparError(Exception):
+    """Base of every error that autopar raises about a model, a program or a run."""
+
+
+class TraceError(AutoparError):
+    """The model cannot be captured as one graph (data-dependent control flow, hidden autograd.Function, ...)."""
+
+
+class UnknownOperatorError(AutoparError):
+    """An operator has no splitting rule."""
+
+
+class IndivisibleError(AutoparError):
+    """A dim does not divide by the size of the axis that should split it."""
+
+
+class InvariantError(AutoparError):
+    """A pass was handed, or left behind, a program that breaks a contract."""
+
+
+class NumericsError(AutoparError):
+    """The traced or parallel program disagrees with the eager model."""
+
+
+class LaunchError(AutoparError):
+    """The program was started on processes that do not fit its mesh."""
+
+
+class ProgramFileError(AutoparError):
+    """A program on disk is damaged, incomplete or of another format version."""
+
+
+class RankFailedError(AutoparError):
+    """A peer rank ended or stopped answering while this rank waited for it."""

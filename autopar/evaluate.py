@@ -1,0 +1,113 @@
+"""Evaluating the part of a graph that depends on nothing, without ever holding what only repeats itself.
+
+A value is kept *compact*: a dim along which all slices are equal has size 1. Masks that Hugging Face code builds for
+each row of the batch are the same for each row, so a mask of f32[8,1,4096,4096] is made and held as f32[1,1,4096,4096].
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autopar.program import Value, value, values
+
+aten = torch.ops.aten
+
+# creation operators -> their fill value, from the node
+_FILLED: dict[Any, Callable[[fx.Node], Any]] = {
+    aten.zeros.default: lambda node: 0,
+    aten.zeros_like.default: lambda node: 0,
+    aten.new_zeros.default: lambda node: 0,
+    aten.ones.default: lambda node: 1,
+    aten.ones_like.default: lambda node: 1,
+    aten.new_ones.default: lambda node: 1,
+    aten.full.default: lambda node: node.args[1],
+    aten.full_like.default: lambda node: node.args[1],
+    aten.new_full.default: lambda node: node.args[2],
+    aten.scalar_tensor.default: lambda node: node.args[0],
+    aten.empty.memory_format: lambda node: 0,
+    aten.empty_like.default: lambda node: 0,
+    aten.new_empty.default: lambda node: 0,
+}
+# torch has no tag for these
+_ALSO_POINTWISE = {
+    aten._to_copy.default, aten.masked_fill.Tensor, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
+}  # fmt: skip
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each element of the result depends on the corresponding elements of the (broadcast) operands only."""
+    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+    return torch.Tag.pointwise in tags or node.target in _ALSO_POINTWISE
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether ``node`` gives the same result for the same operands, at each step."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is operator.getitem
+    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+
+
+class Evaluator:
+    """Computes nodes in graph order; a value is dropped after its last use (``keep`` holds those wanted later)."""
+
+    def __init__(self, constants: dict[fx.Node, Tensor], foldable: set[fx.Node], keep: set[fx.Node]) -> None:
+        self._found: dict[fx.Node, Any] = {node: compact(tensor) for node, tensor in constants.items()}
+        self._waiting = {node: sum(user in foldable for user in node.users) for node in (*foldable, *constants)}
+        self._keep = keep
+
+    def compute(self, node: fx.Node) -> None:
+        self._found[node] = self._run(node)
+        for source in node.all_input_nodes:
+            self._waiting[source] -= 1
+            if self._waiting[source] == 0 and source not in self._keep:
+                del self._found[source]
+
+    def result(self, node: fx.Node) -> Tensor:
+        """The compact value of a node in ``keep``."""
+        found: Tensor = self._found[node]
+        return found
+
+    def _run(self, node: fx.Node) -> Any:
+        if node.target in _FILLED:
+            kind = value(node)
+            return torch.full([1] * len(kind.shape), _FILLED[node.target](node), dtype=kind.dtype)
+        assert callable(node.target)
+        fetch = self._compact if is_pointwise(node) else self._full
+        args, kwargs = fx.map_arg(node.args, fetch), fx.map_arg(node.kwargs, fetch)
+        result = node.target(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(result, (list, tuple)):
+            return type(result)(compact(item) if isinstance(item, Tensor) else item for item in result)
+        return compact(result) if isinstance(result, Tensor) else result
+
+    def _compact(self, node: fx.Node) -> Any:
+        return self._found[node]
+
+    def _full(self, node: fx.Node) -> Any:
+        found, types = self._found[node], values(node)
+        if isinstance(found, Tensor):
+            return found.expand(types[0].shape)
+        return type(found)(_expanded(item, kind) for item, kind in zip(found, types))
+
+
+def _expanded(item: Any, kind: Value) -> Any:
+    return item.expand(kind.shape) if isinstance(item, Tensor) else item
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """The same values with size 1 for each dim along which all slices are equal."""
+    for dim, size in enumerate(tensor.shape):
+        if size < 2:
+            continue
+        first = tensor.narrow(dim, 0, 1)
+        if tensor.stride(dim) != 0:
+            if not torch.equal(tensor.narrow(dim, 1, 1), first):
+                continue
+            if not torch.equal(tensor.narrow(dim, 1, size - 1), tensor.narrow(dim, 0, size - 1)):
+                continue
+        tensor = first
+    return tensor

@@ -1,0 +1,193 @@
+"""One rank's compiled programs at work: local tensors in, ``autograd`` around forward and backward, outputs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from autopar.binding import Result, joined, part_of, trimmed
+from autopar.connect import Connection
+from autopar.emit import RankFunction, compile_source, emit
+from autopar.errors import InvariantError
+from autopar.numerics import restore_output
+from autopar.parameters import Table, tables
+from autopar.pieces import padded
+from autopar.program import Input, InputKind, Node, OutputKind, Program, value
+from autopar.torch_dtensor import local_of, of_local, spec_of, take_saved
+
+
+@dataclass
+class Step:
+    """One call: the user's tensors, the seed, and what the program returned."""
+
+    tensors: Sequence[Tensor]
+    seed: int
+    returned: list[Any] = field(default_factory=list)
+
+
+Fetch = Callable[[Step], Tensor]
+Give = Callable[[Tensor], Tensor]
+_NOTHING = nullcontext()
+
+
+class Executable:
+    """A program compiled for this rank and bound to the tensors of a module.
+
+    Raises InvariantError where the program and the module do not fit together.
+    """
+
+    def __init__(self, program: Program, root: nn.Module, connection: Connection) -> None:
+        self.program, self.comm = program, connection.comm
+        self.role = program.role_of(connection.rank)
+        self._slots: dict[str, tuple[Table, str]] = {name: (table, key) for _, table, key, name in tables(root)}
+        self._functions: dict[str, RankFunction] = {}
+        self._entries = list(program.placeholders(*InputKind))
+        self._users = [entry.target for _, entry in self._entries if entry.kind is InputKind.INPUT]
+        self._updates = [
+            (position, *self._slots[entry.target])
+            for position, entry in enumerate(program.outputs)
+            if entry.kind is OutputKind.BUFFER_UPDATE
+        ]
+        self._fetch = [self._fetcher(node, entry) for node, entry in self._entries]
+        self._leaves = [self._leaf(target) for target in self.role.grads]
+        self._gives = [self._giver(target) for target in self.role.grads]
+        self._results = [
+            Result(entry.target, value(node), connection) if entry.kind is OutputKind.USER else None
+            for entry, node in zip(program.outputs, program.returned)
+        ]
+
+    # ------------------------------------------------------------ running
+
+    def run(self, tensors: Sequence[Tensor], seed: int) -> Any:
+        """What the model returns for the user's ``tensors``; with a gradient where gradients are enabled."""
+        step = Step(tensors, seed)
+        if self.role.backward is not None and torch.is_grad_enabled():
+            found = _Differentiable.apply(self, step, *(leaf(step) for leaf in self._leaves))  # type: ignore[no-untyped-call]
+            given = dict(zip(self.role.differentiable, found))
+        else:
+            with torch.no_grad():
+                self._call("inference", step)
+            given = {}
+        outputs = [
+            given[position] if position in given else result.give(step.returned[position])
+            for position, result in enumerate(self._results)
+            if result is not None
+        ]
+        return restore_output(self.program, outputs) if self.program.out_spec is not None else tuple(outputs)
+
+    def forward(self, step: Step) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(differentiable outputs, values saved for backward)."""
+        saved = self._call("forward", step)
+        outputs = []
+        for position in self.role.differentiable:
+            result = self._results[position]
+            assert result is not None, "only user outputs are differentiable"
+            # a tensor of its own: autograd writes into what it returns, and this may be a parameter or saved
+            outputs.append(result.give(step.returned[position]).detach())
+            step.returned[position] = None
+        return tuple(outputs), saved
+
+    def backward(self, saved: list[Any], tangents: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients of the leaves; ``saved`` is emptied, so that each value dies at its last use."""
+        self.comm.phase = "backward"
+        for position, tangent in zip(self.role.differentiable, tangents):
+            result = self._results[position]
+            assert result is not None
+            saved.append(result.take(tangent))
+        found = self.function("backward")(self.comm, saved)
+        return [give(grad) for give, grad in zip(self._gives, found)]
+
+    def _call(self, name: str, step: Step) -> tuple[Any, ...]:
+        """Run ``name``, keep its outputs in ``step``, write buffer updates back; gives what follows the outputs."""
+        self.comm.phase = name
+        with torch.autocast(self.comm.device.type, enabled=False) if torch.is_autocast_enabled() else _NOTHING:
+            found = self.function(name)(self.comm, [fetch(step) for fetch in self._fetch])
+        count = len(self.program.outputs)
+        step.returned = list(found[:count])
+        for position, table, key in self._updates:
+            buffer = local_of(table[key])
+            buffer.copy_(trimmed(step.returned[position], buffer.shape))
+        return found[count:]
+
+    def function(self, name: str) -> RankFunction:
+        """``forward``, ``backward`` or ``inference``, compiled at first use."""
+        if name not in self._functions:
+            source = emit({name: getattr(self.role, name)}, self.program)
+            self._functions[name] = compile_source(source, name)
+        return self._functions[name]
+
+    # ------------------------------------------------------------ binding
+
+    def _fetcher(self, node: Node, entry: Input) -> Fetch:
+        """What finds the local tensor of one placeholder."""
+        layout, comm = value(node).layout, self.comm
+        if entry.kind is InputKind.SEED:
+            return lambda step: torch.tensor(step.seed, device=comm.device)
+        if entry.kind is InputKind.CONSTANT:
+            constant = part_of(layout, comm)(self.program.constants[entry.target])
+            return lambda step: constant
+        if entry.kind is InputKind.INPUT:
+            position = self._users.index(entry.target)
+            part = part_of(layout, comm, is_local=self.program.plan.inputs == "local")
+            return lambda step: part(step.tensors[position])
+        table, key = self._slot(entry.target)
+        shape = layout.local_shape(comm.mesh)
+        if tuple(local_of(table[key]).shape) != shape:
+            return lambda step: padded(local_of(table[key]), shape)
+        if any(updated is table and name == key for _, updated, name in self._updates):
+            return lambda step: local_of(table[key]).clone()  # forward may save it, and then it is written to
+        return lambda step: local_of(table[key])
+
+    def _slot(self, target: str) -> tuple[Table, str]:
+        if target not in self._slots:
+            raise InvariantError(f"the program takes '{target}', which the model does not have")
+        return self._slots[target]
+
+    def _leaf(self, target: str) -> Fetch:
+        """What finds the tensor of the user that gets gradient ``target``: a parameter or an input."""
+        if target in self._slots:
+            table, key = self._slots[target]
+            return lambda step: table[key]  # type: ignore[no-any-return]
+        position = self._users.index(target)
+        return lambda step: step.tensors[position]
+
+    def _giver(self, target: str) -> Give:
+        """What makes the local gradient ``target`` one of that tensor."""
+        if target not in self._slots:
+            layout = next(value(node).layout for node, entry in self._entries if entry.target == target)
+            is_local = self.program.plan.inputs == "local"
+            return (lambda grad: grad) if is_local else (lambda grad: joined(grad, layout, self.comm))
+        table, key = self._slots[target]
+
+        def give(grad: Tensor) -> Tensor:
+            parameter = table[key]
+            if not isinstance(parameter, DTensor):
+                return grad
+            local = local_of(parameter)
+            return of_local(grad if grad.shape == local.shape else trimmed(grad, local.shape), spec_of(parameter))
+
+        return give
+
+
+class _Differentiable(torch.autograd.Function):
+    """The place of a rank program in autograd's graph. Leaves: the parameters and inputs that get gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, executable: Executable, step: Step, *leaves: Tensor) -> tuple[Tensor, ...]:
+        outputs, saved = executable.forward(step)
+        ctx.executable = executable
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, None, *ctx.executable.backward(take_saved(ctx), tangents))

@@ -1,0 +1,291 @@
+"""How one tensor lies on the mesh: a ``Placement`` says it for one axis, a ``Layout`` for all of them.
+
+The kinds of placement on one axis are those of ``spmd_types`` and of JAX's ``shard_map`` types:
+
+    INVARIANT   I   whole on every rank, used alike by all; its gradient is whole too
+    REPLICATED  R   whole on every rank, used differently; each rank's gradient is only a part
+    Split(d)    S   each rank holds a part of dim d
+    Partial(op) P   each rank holds a summand (or a candidate maximum) of the value
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from autopar.mesh import Coordinates, Mesh
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Base of the four kinds; INVARIANT and REPLICATED are its two plain instances."""
+
+
+@dataclass(frozen=True)
+class Whole(Placement):
+    invariant: bool
+
+    def __str__(self) -> str:
+        return "I" if self.invariant else "R"
+
+
+@dataclass(frozen=True)
+class Split(Placement):
+    """Dim ``dim`` is cut into ``outer`` equal blocks; each block into segments with sizes in proportion ``ratio``;
+    each segment is divided evenly over the axis. A plain split is ``Split(dim)``; a fused QKV weight of three equal
+    parts is ``Split(0, outer=3)``, one with 4 query heads and 2 K and V heads ``Split(0, ratio=(4, 2, 2))``."""
+
+    dim: int
+    outer: int = 1
+    ratio: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        if len(set(self.ratio)) == 1:  # (2, 2, 2) is three blocks of (1,)
+            object.__setattr__(self, "outer", self.outer * len(self.ratio))
+            object.__setattr__(self, "ratio", (1,))
+        else:
+            common = math.gcd(*self.ratio)
+            object.__setattr__(self, "ratio", tuple(part // common for part in self.ratio))
+
+    @property
+    def contiguous(self) -> bool:
+        return self.outer == 1 and self.ratio == (1,)
+
+    def divides(self, size: int, ways: int) -> bool:
+        """Whether a dim of ``size`` elements has this structure and every segment divides by ``ways``."""
+        block, rest = divmod(size, self.outer)
+        unit, odd = divmod(block, sum(self.ratio))
+        return rest == 0 and odd == 0 and all(part * unit % ways == 0 for part in self.ratio)
+
+    def __str__(self) -> str:
+        extra = f",outer={self.outer}" if self.outer > 1 else ""
+        extra += f",ratio={'+'.join(map(str, self.ratio))}" if self.ratio != (1,) else ""
+        return f"S({self.dim}{extra})"
+
+
+@dataclass(frozen=True)
+class Partial(Placement):
+    op: str = "sum"
+
+    def __str__(self) -> str:
+        return "P" if self.op == "sum" else f"P({self.op})"
+
+
+INVARIANT = Whole(True)
+REPLICATED = Whole(False)
+PARTIAL = Partial("sum")
+
+
+def owned_indices(size: int, split: Split, position: int, ways: int) -> Tensor:
+    """Global indices along a dim of ``size`` that ``position`` of ``ways`` owns, in local order (int64, 1-D).
+
+    A contiguous split need not divide: parts have ceil(size / ways) elements and the last ones are shorter.
+    """
+    if split.contiguous:
+        part = -(-size // ways)
+        return torch.arange(min(position * part, size), min((position + 1) * part, size))
+    unit = size // split.outer // sum(split.ratio)
+    pieces, start = [], 0
+    for _ in range(split.outer):
+        for share in split.ratio:
+            part = share * unit // ways
+            pieces.append(torch.arange(start + position * part, start + (position + 1) * part))
+            start += share * unit
+    return torch.cat(pieces)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of a dim: ``size`` is its global size, ``axes`` own it in the order in which they split it."""
+
+    size: int
+    axes: tuple[str, ...] = ()
+    ratio: tuple[int, ...] = (1,)
+
+    def local(self, mesh: Mesh) -> int:
+        size = self.size
+        for axis in self.axes:
+            size = -(-size // mesh.size(axis))
+        return size
+
+    def __str__(self) -> str:
+        if self.ratio == (1,):
+            return str(self.size) + "".join(f"@{axis}" for axis in self.axes)
+        unit = self.size // sum(self.ratio)
+        return "+".join(str(part * unit) for part in self.ratio) + "".join(f"@{axis}" for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """For each dim its factors, outermost first, and the axes over which the value is a pending reduction."""
+
+    dims: tuple[tuple[Factor, ...], ...]
+    partial: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Layout:
+        return cls(tuple((Factor(int(size)),) for size in shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The global shape."""
+        return tuple(math.prod(factor.size for factor in dim) for dim in self.dims)
+
+    def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
+        return tuple(math.prod(factor.local(mesh) for factor in dim) for dim in self.dims)
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """Axes that split this value (not those over which it is partial)."""
+        return frozenset(axis for dim in self.dims for factor in dim for axis in factor.axes)
+
+    def place(self, axis: str, placement: Placement, mesh: Mesh) -> Layout:
+        """This layout, whole on ``axis`` until now, with ``placement`` on it; dims of a Split are local ones."""
+        if isinstance(placement, Partial):
+            return replace(self, partial=(*self.partial, (axis, placement.op)))
+        if isinstance(placement, Split):
+            dims = list(self.dims)
+            dims[placement.dim] = _cut(self.dims[placement.dim], placement, axis, mesh)
+            return replace(self, dims=tuple(dims))
+        return self
+
+    def without(self, axis: str, mesh: Mesh) -> Layout:
+        """This layout after gathering or reducing over ``axis``: ``16@dp@tp`` without dp (of 2) is ``(2 8@tp)``.
+
+        Raises ValueError where the result has no layout (a ratio or an uneven split below ``axis``).
+        """
+        dims = tuple(_merged(tuple(part for f in dim for part in _gathered(f, axis, mesh))) for dim in self.dims)
+        return Layout(dims, tuple((name, op) for name, op in self.partial if name != axis))
+
+    def indices(self, dim: int, coordinates: Coordinates, mesh: Mesh) -> Tensor | None:
+        """Global indices along ``dim`` that the rank at ``coordinates`` owns, in local order; None for all."""
+        factors = self.dims[dim]
+        if not any(factor.axes for factor in factors):
+            return None
+        owned = torch.zeros(1, dtype=torch.int64)
+        for factor in factors:
+            own = _owned(factor, coordinates, mesh)
+            owned = (owned[:, None] * factor.size + own[None, :]).flatten()
+        return owned
+
+    def __str__(self) -> str:
+        dims = (str(dim[0]) if len(dim) == 1 else f"({' '.join(map(str, dim))})" for dim in self.dims)
+        partial = ",".join(f"{op}:{axis}" for axis, op in self.partial)
+        return f"[{','.join(dims)}]" + (f"{{{partial}}}" if partial else "")
+
+
+def _owned(factor: Factor, coordinates: Coordinates, mesh: Mesh) -> Tensor:
+    """Indices within ``factor`` that the rank at ``coordinates`` owns."""
+    own = torch.arange(factor.size)
+    for axis in factor.axes:
+        ways = mesh.size(axis)
+        if factor.ratio == (1,):  # parts of an uneven split are padded before the next axis splits them
+            own = torch.nn.functional.pad(own, (0, -len(own) % ways), value=-1)
+        own = own[owned_indices(len(own), Split(0, ratio=factor.ratio), coordinates.get(axis, 0), ways)]
+    return own[own >= 0]
+
+
+def _cut(factors: tuple[Factor, ...], split: Split, axis: str, mesh: Mesh) -> tuple[Factor, ...]:
+    """Let ``axis`` own the part of a dim that lies behind ``split.outer`` local elements of outer factors."""
+    passed, done = 1, []
+    for position, factor in enumerate(factors):
+        if passed == split.outer:  # own what remains: the first factor that can carry the axis
+            rest = factors[position:]
+            return (*done, *_own(rest, split.ratio, axis, mesh))
+        local = factor.local(mesh)
+        if split.outer % (passed * local) == 0:
+            done.append(factor)
+            passed *= local
+            continue
+        front = split.outer // passed  # the cut lies inside this factor
+        ways = math.prod(mesh.size(name) for name in factor.axes)
+        if local % front or local * ways != factor.size or (factor.axes and factor.ratio != (1,)):
+            raise ValueError(f"{split} over '{axis}' cuts {Layout((factors,))} where no layout can say so")
+        done.append(Factor(front * ways, factor.axes))
+        rest = (Factor(local // front), *factors[position + 1 :])
+        return (*done, *_own(rest, split.ratio, axis, mesh))
+    assert passed == split.outer, (factors, split)
+    return (*done, Factor(1, (axis,)))
+
+
+def _own(rest: tuple[Factor, ...], ratio: tuple[int, ...], axis: str, mesh: Mesh) -> tuple[Factor, ...]:
+    """Let ``axis`` own ``rest``, split in proportion ``ratio``: its first factor, after merging whole ones if needed."""
+    ways, split = mesh.size(axis), Split(0, ratio=ratio)
+    first, *others = rest
+    if others and first.axes and first.local(mesh) == 1:  # nothing of it is left to split
+        return (first, *_own(tuple(others), ratio, axis, mesh))
+    while others and not split.divides(first.local(mesh), ways) and not first.axes and not others[0].axes:
+        first = Factor(first.size * others.pop(0).size)
+    fits = not others or split.divides(first.local(mesh), ways)
+    if not fits or (first.axes and first.ratio != ratio):
+        raise ValueError(f"{split} over '{axis}' ({ways} ways) of {Layout((rest,))} is a split that no layout can say")
+    return (Factor(first.size, (*first.axes, axis), ratio), *others)
+
+
+def _gathered(factor: Factor, axis: str, mesh: Mesh) -> tuple[Factor, ...]:
+    """``factor`` after its parts on ``axis`` were joined."""
+    if axis not in factor.axes:
+        return (factor,)
+    place = factor.axes.index(axis)
+    before, after = factor.axes[:place], factor.axes[place + 1 :]
+    if not after:
+        return (Factor(factor.size, before, factor.ratio if before else (1,)),)
+    parts = math.prod(mesh.size(name) for name in (*before, axis))
+    if factor.ratio != (1,) or factor.size % parts:
+        raise ValueError(f"[{factor}] gathered over '{axis}' has no layout; gather over '{after[-1]}' first")
+    return (Factor(parts, before), Factor(factor.size // parts, after))
+
+
+def _merged(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
+    """Neighbouring factors that no axis owns become one."""
+    kept: list[Factor] = []
+    for factor in factors:
+        if kept and not kept[-1].axes and not factor.axes:
+            kept[-1] = Factor(kept[-1].size * factor.size)
+        else:
+            kept.append(factor)
+    return tuple(kept)
+
+
+def shard(tensor: Tensor, layout: Layout, mesh: Mesh, coordinates: Coordinates) -> Tensor:
+    """The part of the whole ``tensor`` that the rank at ``coordinates`` holds (shorter where a split is uneven)."""
+    for dim in range(tensor.dim()):
+        owned = layout.indices(dim, coordinates, mesh)
+        if owned is None:
+            continue
+        first, count = (int(owned[0]), len(owned)) if len(owned) else (0, 0)
+        if count == 0 or int(owned[-1]) - first == count - 1 and bool((owned.diff() == 1).all()):
+            tensor = tensor.narrow(dim, first, count)
+        else:
+            tensor = tensor.index_select(dim, owned.to(tensor.device))
+    return tensor
+
+
+def unshard(parts: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Tensor:
+    """Join the parts of all ranks (in rank order) to the whole tensor: splits are joined, pending sums added.
+
+    Where several ranks hold the same part, the first one's is taken. Padding of uneven splits is dropped.
+    """
+    reduced = {axis for axis, _ in layout.partial}
+    assert all(op == "sum" for _, op in layout.partial), layout
+    out = torch.zeros(layout.shape, dtype=parts[0].dtype, device=parts[0].device)
+    counted = layout.axes | reduced
+    for rank, part in enumerate(parts):
+        here = mesh.coordinates(rank)
+        if any(position for axis, position in here.items() if axis not in counted):
+            continue
+        where = []
+        for dim, size in enumerate(layout.shape):
+            owned = layout.indices(dim, here, mesh)
+            owned = torch.arange(size) if owned is None else owned
+            part = part.narrow(dim, 0, len(owned))
+            where.append(owned.to(part.device))
+        if where:
+            out[torch.meshgrid(*where, indexing="ij")] += part
+        else:
+            out += part
+    return out

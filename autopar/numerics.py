@@ -1,0 +1,198 @@
+"""Comparing a traced graph with its model: bind tensors to a program's inputs, run its graph, measure the errors.
+
+Hugging Face code casts to float32 inside norms, rotary tables and softmax, so that a float64 model still rounds to
+float32 there; :func:`promote_float32` lifts those casts, on the reference as well as while tracing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from autopar.capture import plain_output
+from autopar.errors import NumericsError, TraceError
+from autopar.program import InputKind, Program
+
+NOISE_FLOOR = 1e-6  # of the model's largest gradient: below it, a gradient that is zero in exact arithmetic is noise
+
+
+class _PromoteFloat32(TorchFunctionMode):
+    """Every float32 that is asked for becomes a float64: as a dtype argument, or by the method ``float``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].double()
+        if func is torch.set_default_dtype:
+            return func(*args)
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def promote_float32() -> Iterator[None]:
+    """Within it, casts to float32 are casts to float64 and the default dtype is float64.
+
+    Use it around the reference run of a float64 model **and** around :func:`autopar.trace.trace`.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _PromoteFloat32():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def gradient_error(
+    grads: Mapping[str, Tensor | None], reference: Mapping[str, Tensor | None]
+) -> dict[str, float]:
+    """Parameter name -> largest absolute error, relative to the parameter's own largest reference gradient.
+
+    That scale is floored at 1e-6 of the model's largest gradient, since some gradients (a key bias under softmax) are
+    zero in exact arithmetic. A gradient that only one side has (None counts as zeros) is an error of its full size.
+    """
+    floor = NOISE_FLOOR * max((_largest(grad) for grad in reference.values()), default=0.0)
+    errors = {}
+    for name, expected in reference.items():
+        found = grads.get(name)
+        if found is None or expected is None:
+            difference = max(_largest(found), _largest(expected))
+        else:
+            difference = _largest(found.detach() - expected.detach().to(found.device))
+        scale = max(_largest(expected), floor)
+        errors[name] = difference / scale if scale else (float("inf") if difference else 0.0)
+    return errors
+
+
+def _largest(tensor: Tensor | None) -> float:
+    return 0.0 if tensor is None or tensor.numel() == 0 else float(tensor.detach().abs().max())
+
+
+def bind(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors for the program's placeholders, in their order, from an unmodified model and one call of it.
+
+    Raises TraceError when the call does not have the structure, or the non-tensor arguments, of the traced one.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    inputs = iter(user_tensors(program, args, kwargs))
+    tables: dict[InputKind, Mapping[str, Tensor]] = {
+        InputKind.PARAMETER: parameters,
+        InputKind.BUFFER: buffers,
+        InputKind.CONSTANT: program.constants,
+    }
+    return [
+        next(inputs) if entry.kind is InputKind.INPUT else tables[entry.kind][entry.target]
+        for entry in program.inputs
+    ]
+
+
+def user_tensors(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of a call in the order of the program's ``INPUT`` entries; checks the arguments that are static."""
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    if spec != program.in_spec:
+        raise TraceError(f"the call has other arguments than the traced one:\n  now    {spec}\n  traced {program.in_spec}")
+    static = dict(program.static_inputs)
+    for position, expected in static.items():
+        found = leaves[position]
+        if isinstance(found, Tensor) or found != expected:
+            raise TraceError(f"argument {position} was {expected!r} when the model was traced and is {found!r} now")
+    return [leaf for position, leaf in enumerate(leaves) if position not in static]
+
+
+def run_graph(graph: fx.Graph, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Run a whole (unsplit) graph on ``tensors``, one for each placeholder, and return what it returns."""
+    found: tuple[Any, ...] = fx.Interpreter(nn.Module(), graph=graph).run(*tensors, enable_io_processing=False)
+    return found
+
+
+def restore_output(program: Program, tensors: Sequence[Any]) -> Any:
+    """The model's own output structure around the user outputs among ``tensors`` (in the order of ``outputs``)."""
+    assert program.out_spec is not None
+    values = iter(tensors)
+    static = dict(program.static_outputs)
+    leaves = [
+        static[position] if position in static else next(values) for position in range(program.out_spec.num_leaves)
+    ]
+    return pytree.tree_unflatten(leaves, program.out_spec)
+
+
+def check_numerics(
+    program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[str]:
+    """Run the model and its traced graph on the same inputs and random numbers; outputs and gradients must agree.
+
+    Returns notes. Raises NumericsError, with the number and the path of the output or the parameter's name, when they
+    differ by more than the square root of the dtype's resolution. Neither gradients nor buffers of the model change.
+    """
+    names = [entry.target for entry in program.inputs if entry.kind is InputKind.PARAMETER]
+    table = dict(model.named_parameters(remove_duplicate=False))
+    trainable = {name: table[name] for name in names if table[name].requires_grad}
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        state = torch.get_rng_state()
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        expected, _ = plain_output(functional_call(model, buffers, args, dict(kwargs)))
+        torch.set_rng_state(state)
+        found = restore_output(program, run_graph(program.graph, bind(program, model, args, kwargs)))
+        errors = _output_errors(found, expected)
+        errors |= gradient_error(_gradients(found, trainable), _gradients(expected, trainable))
+    coarse = [tensor.dtype for tensor in (*table.values(), *pytree.tree_leaves(expected)) if _is_floating(tensor)]
+    allowed = max((torch.finfo(dtype).eps for dtype in coarse), default=0.0) ** 0.5
+    worst = max(errors, key=lambda name: errors[name], default=None)
+    if worst is None or errors[worst] <= allowed:
+        return []
+    if any(_is_random(node) for node in program.graph.nodes):
+        return ["the numerics check was skipped: the model draws random numbers (dropout) in another order than its graph"]
+    raise NumericsError(
+        f"the traced graph of {type(model).__name__} disagrees with the model: {worst} differs by {errors[worst]:.3g} "
+        f"of its size (allowed {allowed:.1g})\n"
+        f"{sum(error > allowed for error in errors.values())} of {len(errors)} outputs and gradients differ.\n"
+        "Likely: the model reads something while it runs that is neither argument, parameter nor buffer (a global, the "
+        "time, a counter), or does not give the same result twice.\n"
+        "Way out: pass it as an argument; or, if you know better, Plan(check_numerics=False)."
+    )
+
+
+def _is_floating(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.dtype.is_floating_point
+
+
+def _is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _output_errors(found: Any, expected: Any) -> dict[str, float]:
+    """Path of each tensor in the output -> its largest error, relative to the largest element."""
+    pairs = zip(pytree.tree_leaves_with_path(expected), pytree.tree_leaves(found))
+    errors = {}
+    for (path, reference), tensor in pairs:
+        if isinstance(reference, Tensor):
+            same = tensor.isnan() & reference.isnan() if _is_floating(reference) else tensor == reference
+            difference = (tensor.detach().double() - reference.detach().double()).masked_fill(same, 0)
+            errors[f"output{pytree.keystr(path)}"] = _largest(difference) / (_largest(reference) or 1.0)
+    return errors
+
+
+def _gradients(output: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Of the loss, or of a weighted sum of all outputs where there is no scalar among them."""
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if _is_floating(leaf) and leaf.requires_grad]
+    scalars = [leaf for leaf in leaves if leaf.ndim == 0]
+    if not leaves or not parameters:
+        return {}
+    loss = scalars[0] if scalars else sum((leaf * _weights(leaf)).sum() for leaf in leaves)
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)  # type: ignore[arg-type]
+    return dict(zip(parameters, grads))
+
+
+def _weights(tensor: Tensor) -> Tensor:
+    """Uneven weights, so that a sum over a softmax does not come out constant."""
+    count = torch.arange(tensor.numel(), dtype=torch.float64).cos() / tensor.numel()
+    return count.to(tensor.dtype).to(tensor.device).reshape(tensor.shape)

@@ -1,0 +1,22 @@
+"""Operators of our own that are plain Python functions in a graph; ``REGISTRY`` finds them by name."""
+
+from __future__ import annotations
+
+from autopar.operators.embedding import embedding_rows
+from autopar.operators.losses import (
+    cross_entropy_from_parts,
+    cross_entropy_sums,
+    vocabulary_maximum,
+    vocabulary_sums,
+)
+from autopar.operators.registry import REGISTRY, operator
+
+__all__ = [
+    "REGISTRY",
+    "cross_entropy_from_parts",
+    "cross_entropy_sums",
+    "embedding_rows",
+    "operator",
+    "vocabulary_maximum",
+    "vocabulary_sums",
+]

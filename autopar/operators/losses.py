@@ -1,0 +1,99 @@
+"""Cross-entropy as a sum over a count, so that a mean over tokens stays a mean over *all* tokens of all ranks.
+
+``vocabulary_*`` and ``cross_entropy_from_parts`` are the pieces of the loss when each rank has some of the classes
+(vocabulary-parallel cross-entropy: Shoeybi et al. 2019, section 3): maximum, sum of exponentials and the target's
+logit are reduced over the ranks; no rank ever holds all logits.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autopar.operators.registry import operator
+
+
+@operator
+def cross_entropy_sums(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """(sum of the losses, what a mean divides by). logits (C), (N, C) or (N, C, d1, ...); target without C."""
+    total = F.cross_entropy(
+        logits, target, weight, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    )
+    return total, _count(target, weight, ignore_index, logits.dtype)
+
+
+def _count(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    counted = target != ignore_index
+    if weight is None:
+        return counted.sum().to(dtype)
+    weights = weight[target.clamp(0, weight.shape[0] - 1)]
+    return torch.where(counted, weights, torch.zeros_like(weights)).sum()
+
+
+def _mine(width: int, rank: Tensor, classes: int) -> Tensor:
+    """Which of this rank's columns are classes, not padding: bool (width)."""
+    return torch.arange(width, device=rank.device) + rank * width < classes
+
+
+def _class_dim(logits: Tensor, target: Tensor) -> int:
+    return 0 if target.dim() == 0 else 1
+
+
+def _as_column(mask: Tensor, logits: Tensor, dim: int) -> Tensor:
+    return mask.reshape([-1 if d == dim else 1 for d in range(logits.dim())])
+
+
+@operator
+def vocabulary_maximum(logits: Tensor, target: Tensor, rank: Tensor, classes: int) -> Tensor:
+    """Largest logit among this rank's classes; no gradient. logits (N, C / n, ...) -> (N, ...)."""
+    dim = _class_dim(logits, target)
+    logits = logits.detach()
+    if logits.shape[dim] * 2 > classes or classes % logits.shape[dim]:  # the last ranks may have padding
+        mine = _as_column(_mine(logits.shape[dim], rank.to(logits.device), classes), logits, dim)
+        logits = logits.masked_fill(~mine, -torch.inf)
+    return logits.amax(dim)
+
+
+@operator
+def vocabulary_sums(
+    logits: Tensor, maximum: Tensor, target: Tensor, rank: Tensor, classes: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's part of sum(exp(logit - maximum)), of the target's logit and, for smoothing, of the sum of logits."""
+    dim = _class_dim(logits, target)
+    width = logits.shape[dim]
+    rank = rank.to(logits.device)
+    shifted = logits - maximum.unsqueeze(dim)
+    if classes % width:
+        shifted = shifted.masked_fill(~_as_column(_mine(width, rank, classes), logits, dim), -torch.inf)
+    exponentials = shifted.exp().sum(dim)
+    local = target - rank * width
+    here = (local >= 0) & (local < width)
+    picked = shifted.gather(dim, local.clamp(0, width - 1).unsqueeze(dim)).squeeze(dim)
+    zero = torch.zeros((), dtype=logits.dtype, device=logits.device)
+    if not label_smoothing:
+        return exponentials, torch.where(here, picked, zero), exponentials.new_zeros(())
+    mine = _as_column(_mine(width, rank, classes), logits, dim)
+    return exponentials, torch.where(here, picked, zero), torch.where(mine, shifted, zero).sum(dim)
+
+
+@operator
+def cross_entropy_from_parts(
+    exponentials: Tensor,
+    picked: Tensor,
+    summed: Tensor | None,
+    target: Tensor,
+    classes: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """(sum of the losses, count) from the reduced parts of :func:`vocabulary_sums`; the maximum cancels out."""
+    log_total = exponentials.log()
+    losses = log_total - picked
+    if summed is not None:
+        losses = (1 - label_smoothing) * losses + label_smoothing * (log_total - summed / classes)
+    counted = target != ignore_index
+    total = torch.where(counted, losses, torch.zeros_like(losses)).sum()
+    return total, counted.sum().to(losses.dtype)

@@ -1,0 +1,81 @@
+"""The plan: every choice a user can make about how a model is parallelised, validated on construction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+SEQUENCE_FORMS = ("none", "megatron")
+INPUT_FORMS = ("global", "local")
+UNKNOWN_FORMS = ("error", "replicate")
+TENSOR_FORMS = ("column", "row", "replicate", "vocabulary")
+
+
+def _frozen(mapping: Mapping[str, object]) -> Mapping[str, object]:
+    return MappingProxyType(dict(mapping))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Choices for ``autopar.parallelize``; the defaults are right for most models.
+
+    Attributes:
+        sequence: ``"megatron"`` splits the sequence between transformer blocks over ``tp``
+            (reduce-scatter and all-gather instead of all-reduce; Korthikanti et al. 2022).
+        tensor: parameter-name pattern (``fnmatch``) -> ``"column" | "row" | "replicate" | "vocabulary"``;
+            the first pattern that matches wins.
+        inputs: ``"global"``: every rank is handed the whole batch; ``"local"``: each passes its own part.
+        batch_dims: input name -> its batch dim (None: it has none), where the guess is wrong.
+        outputs: ``"sharded"``: outputs other than the loss are DTensors, gathered by ``full_tensor()``;
+            ``"full"``: they are gathered in the program.
+        on_unknown: what to do with an operator without a rule: ``"error"`` or ``"replicate"``.
+        check_numerics: compare the traced graph with the eager model once, on the example inputs.
+        seed: base of the dropout masks.
+        timeout: seconds after which a collective that a peer never joined ends the run.
+
+    Raises ValueError for a value that is not one of those above.
+    """
+
+    sequence: str = "none"
+    tensor: Mapping[str, str] = field(default_factory=dict)
+    inputs: str = "global"
+    batch_dims: Mapping[str, int | None] = field(default_factory=dict)
+    outputs: str = "sharded"
+    on_unknown: str = "error"
+    check_numerics: bool = True
+    seed: int = 0
+    timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        _one_of("sequence", self.sequence, SEQUENCE_FORMS)
+        _one_of("inputs", self.inputs, INPUT_FORMS)
+        _one_of("outputs", self.outputs, ("sharded", "full"))
+        _one_of("on_unknown", self.on_unknown, UNKNOWN_FORMS)
+        for pattern, form in self.tensor.items():
+            _one_of(f"tensor[{pattern!r}]", form, TENSOR_FORMS)
+        if not self.timeout > 0:
+            raise ValueError(f"Plan(timeout={self.timeout!r}): a number of seconds above 0")
+        object.__setattr__(self, "tensor", _frozen(self.tensor))
+        object.__setattr__(self, "batch_dims", _frozen(self.batch_dims))
+
+    def to_json(self) -> dict[str, Any]:
+        """Every choice by name, in values that JSON knows."""
+        choices = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in choices.items()}
+
+    @classmethod
+    def from_json(cls, choices: Mapping[str, Any]) -> Plan:
+        """The inverse of :meth:`to_json`. Raises ValueError for a choice that this version does not know."""
+        names = [entry.name for entry in fields(cls)]
+        for name in choices:
+            if name not in names:
+                raise ValueError(f"Plan has no choice '{name}'; there are {', '.join(names)}")
+        given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in choices.items()}
+        return cls(**given)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"Plan({name}={value!r}): it is one of {', '.join(map(repr, allowed))}")

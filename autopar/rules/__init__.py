@@ -1,0 +1,85 @@
+"""The rule table: operator -> how it may be split. One line for most operators, a named function for the irregular.
+
+``rule_for(target)`` finds a rule; ``register_rule`` adds one for a user's own operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.mesh import Mesh
+from autopar.program import InputKind, values
+from autopar.rules import collectives, contractions, indexing, losses, pointwise, reductions, views
+from autopar.rules.factoring import Call, Factoring, Part, Strategy, factoring_of
+
+__all__ = ["Call", "Factoring", "Part", "Rule", "Strategy", "RULES", "call_of", "register_rule", "rule_for"]
+
+Rule = Callable[[Call], Factoring]
+
+
+def _from_line(line: str) -> Rule:
+    return lambda call: factoring_of(line, call)
+
+
+def _read(table: dict[Any, Any]) -> dict[Any, Rule]:
+    return {target: _from_line(rule) if isinstance(rule, str) else rule for target, rule in table.items()}
+
+
+RULES: dict[Any, Rule] = {
+    **_read(pointwise.RULES),
+    **_read(views.RULES),
+    **_read(contractions.RULES),
+    **_read(reductions.RULES),
+    **_read(indexing.RULES),
+    **_read(losses.RULES),
+    **_read(collectives.RULES),
+}
+
+
+def rule_for(target: Any) -> Rule | None:
+    """The rule of an operator; operators that torch tags as pointwise need no line of their own."""
+    if target in RULES:
+        return RULES[target]
+    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+        return pointwise.broadcast
+    return None
+
+
+def register_rule(operator: str | Any, rule: str | Rule) -> None:
+    """Teach autopar how ``operator`` (``"mylib::op"``, an OpOverload or a function) may be split.
+
+    ``rule`` is a line such as ``"b h s d, b h t d -> b h s t"`` or a function ``Call -> Factoring``.
+    Raises ValueError for an operator that torch does not know or a line that cannot be read.
+    """
+    target = operator
+    if isinstance(operator, str):
+        namespace, _, name = operator.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), name.partition(".")[0], None)
+        if packet is None:
+            raise ValueError(f"register_rule: torch knows no operator '{operator}'; import the library that defines it")
+        target = getattr(packet, name.partition(".")[2] or "default")
+    RULES[target] = _from_line(rule) if isinstance(rule, str) else rule
+
+
+def call_of(node: fx.Node, mesh: Mesh, parameters: frozenset[fx.Node] = frozenset()) -> Call:
+    """The call that ``node`` makes, with the sizes that its operands have on one rank of the mesh so far."""
+    operands: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), operands.append)
+    types = [values(operand)[0] for operand in operands]
+    return Call(
+        node.target,
+        node.args,
+        node.kwargs,
+        tuple(operands),
+        tuple(t.layout.local_shape(mesh) for t in types),
+        tuple(t.layout.local_shape(mesh) for t in values(node)),
+        tuple(t.requires_grad for t in types),
+        tuple(operand in parameters for operand in operands),
+    )
+
+
+PARAMETER_KINDS = (InputKind.PARAMETER,)

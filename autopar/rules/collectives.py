@@ -1,0 +1,38 @@
+"""Collectives of axes that were split earlier: for the axis at hand they are ordinary operators."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from autopar.comm import OPS
+from autopar.rules.factoring import Call, Factoring
+from autopar.rules.pointwise import broadcast
+from autopar.rules.views import _keeps_other_dims
+
+
+def elementwise(call: Call) -> Factoring:
+    return replace(broadcast(call), linear=(frozenset({0}),))
+
+
+def reduced(call: Call) -> Factoring:
+    summed = call.argument(2, "op") == "sum"
+    return replace(broadcast(call), linear=(frozenset({0}),) if summed else ())
+
+
+def joined(call: Call) -> Factoring:
+    """The dim that the other axis splits stays whole here."""
+    return _keeps_other_dims(call, {int(call.args[3])})
+
+
+def exchanged(call: Call) -> Factoring:
+    return _keeps_other_dims(call, {int(call.args[3][0]), int(call.args[4][0])})
+
+
+RULES: dict[Any, Any] = {
+    **dict.fromkeys((OPS.enter.default, OPS.release.default, OPS.keep_first.default), elementwise),
+    OPS.all_reduce.default: reduced,
+    **dict.fromkeys((OPS.all_gather.default, OPS.all_gather_invariant.default, OPS.pad.default), joined),
+    **dict.fromkeys((OPS.reduce_scatter.default, OPS.split.default, OPS.split_replicated.default), joined),
+    OPS.all_to_all.default: exchanged,
+}

@@ -1,0 +1,288 @@
+"""What a splitting rule says: the named factors of each tensor of an operator, and the strategies that follow.
+
+A rule is one line, ``"b m k, b k n -> b m n"``: every dim is a factor or a product of factors ``(h d)``. Splitting a
+factor splits every tensor dim that has it; a factor missing from the output is summed, so splitting it leaves the
+output partial. Tensors without the factor are used whole. (Factor rules: Shardy; einsum-like lines: GSPMD, nnScaler.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import fx
+
+from autopar.layout import INVARIANT, PARTIAL, REPLICATED, Partial, Placement, Split
+from autopar.program import Value
+
+Shape = tuple[int, ...]
+Dims = tuple[tuple[str, ...], ...]  # for each dim its factors, outermost first; () for a dim of size 1
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator call as rules see it: sizes are those of the graph at hand, already cut by earlier axes."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    operands: tuple[fx.Node, ...]  # the tensor arguments, in the order in which they are passed
+    inputs: tuple[Shape, ...]  # their shapes
+    outputs: tuple[Shape, ...]
+    diff_inputs: tuple[bool, ...] = ()  # whether a gradient flows into each operand
+    parameters: tuple[bool, ...] = ()  # whether each operand is a parameter (or a cast or view of one)
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by its position or its keyword."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of an operator is split: a factor, cut inside as a ``Split`` is (``outer`` blocks, ``ratio``)."""
+
+    factor: str
+    outer: int = 1
+    ratio: tuple[int, ...] = (1,)
+
+    def __str__(self) -> str:
+        text = self.factor + (f"/{self.outer}" if self.outer > 1 else "")
+        return text + (f":{'+'.join(map(str, self.ratio))}" if self.ratio != (1,) else "")
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to run an operator on an axis: the placements it needs of its operands and gives to its outputs."""
+
+    label: str
+    inputs: tuple[Placement, ...]
+    outputs: tuple[Placement, ...]
+    part: Part | None = None
+    share: float = 1.0  # the fraction of the operator's work that each rank does
+
+
+class Emit(Protocol):
+    """Adds nodes to the graph under construction, where a split of a factor needs other code."""
+
+    def __call__(self, target: Any, args: tuple[Any, ...], *types: Value) -> fx.Node:
+        """A call with outputs of the given types."""
+
+    def axis_index(self, axis: str) -> fx.Node:
+        """This rank's position on the axis, an int64 scalar."""
+
+    def partial(self, whole: Value, axis: str, op: str = "sum") -> Value:
+        """The type of a pending reduction of ``whole`` over the axis."""
+
+    def all_reduce(self, summand: fx.Node, axis: str, op: str = "sum") -> fx.Node:
+        """The reduction of a pending value."""
+
+
+# (emit, the node with its local arguments, axis, ways) -> the node that replaces it
+Rewrite = Callable[[Emit, fx.Node, str, int], fx.Node]
+# (call, strategy, local output shapes, ways) -> the arguments of the local call
+Localize = Callable[["Call", Strategy, tuple[Shape, ...], int], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Factoring:
+    """The factors of one operator call.
+
+    reduce:   how a factor that no output has is combined ("sum" if not listed; "whole": the rewrite finishes it)
+    whole:    factors that must not be split (softmax's own dim)
+    linear:   sets of operands in which the operator is jointly linear, the others held fixed: they may be partial
+    added:    operands that are added to a sum over factors that they lack (a bias): added once, on one rank
+    uneven:   factors that may be padded with zeros at the end
+    localize: cuts the sizes written in the arguments; rewrites: other code for a split of a certain factor
+    """
+
+    inputs: tuple[Dims, ...]
+    outputs: tuple[Dims, ...]
+    sizes: Mapping[str, int]
+    reduce: Mapping[str, str] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
+    linear: tuple[frozenset[int], ...] = ()
+    added: frozenset[int] = frozenset()
+    uneven: frozenset[str] = frozenset()
+    localize: Localize | None = None
+    rewrites: Mapping[str, Rewrite] = field(default_factory=dict)
+    contraction: bool = False  # matmul-like: its weights are what tensor parallelism splits
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Factors that may be split, in order of first appearance."""
+        seen = dict.fromkeys(f for dims in (*self.inputs, *self.outputs) for dim in dims for f in dim)
+        return tuple(f for f in seen if f not in self.whole and self.sizes[f] > 1)
+
+    def splits(self, part: Part, tensor: Dims) -> list[Split]:
+        """The splits of one tensor that go with ``part`` (none: the tensor lacks the factor)."""
+        found = []
+        for dim, factors in enumerate(tensor):
+            if part.factor in factors:
+                before = math.prod(self.sizes[f] for f in factors[: factors.index(part.factor)])
+                found.append(Split(dim, before * part.outer, part.ratio))
+        return found
+
+    def part_of(self, tensor: Dims, split: Split, ways: int) -> Part | None:
+        """The part of the operator that a split of one of its tensors belongs to, if the rule can carry it."""
+        remaining = split.outer
+        for factor in tensor[split.dim]:
+            size = self.sizes[factor]
+            if size == 1:
+                continue
+            if remaining % size == 0 and remaining >= size:
+                remaining //= size
+                continue
+            part = Part(factor, remaining, split.ratio)
+            return part if self.allows(part, ways) else None
+        return None
+
+    def allows(self, part: Part, ways: int) -> bool:
+        size = self.sizes.get(part.factor, 1)
+        if size == 1 or part.factor in self.whole or size % part.outer:
+            return False
+        if Split(0, part.outer, part.ratio).divides(size, ways):
+            return True
+        alone = all(dim == (part.factor,) for dims in (*self.inputs, *self.outputs) for dim in dims if part.factor in dim)
+        plain = part.outer == 1 and part.ratio == (1,)
+        return plain and alone and part.factor in self.uneven and -(-size // ways) * (ways - 1) < size
+
+    def strategy(self, part: Part, ways: int) -> Strategy | None:
+        """The strategy that splits ``part`` over an axis of ``ways`` ranks; None where the rule has none."""
+        if not self.allows(part, ways):
+            return None
+        outputs: list[Placement] = []
+        for tensor in self.outputs:
+            splits = self.splits(part, tensor)
+            if len(splits) > 1:
+                return None
+            outputs.append(splits[0] if splits else self._combined(part.factor))
+        summed = any(isinstance(placement, Partial) for placement in outputs)
+        inputs: list[Placement] = []
+        for position, tensor in enumerate(self.inputs):
+            splits = self.splits(part, tensor)
+            if len(splits) > 1:
+                return None
+            lacking = PARTIAL if summed and position in self.added else REPLICATED
+            inputs.append(splits[0] if splits else lacking)
+        return Strategy(str(part), tuple(inputs), tuple(outputs), part, 1.0 / ways)
+
+    def _combined(self, factor: str) -> Placement:
+        op = self.reduce.get(factor, "sum")
+        return INVARIANT if op == "whole" else Partial(op)
+
+    def unsplit(self, call: Call) -> list[Strategy]:
+        """The strategies that split nothing: all invariant, all replicated, or partial where linear."""
+        count = len(self.inputs)
+        found = [Strategy("invariant", (INVARIANT,) * count, (INVARIANT,) * len(self.outputs))]
+        if any(call.diff_inputs):
+            found.append(Strategy("replicated", (REPLICATED,) * count, (REPLICATED,) * len(self.outputs)))
+        for group in self.linear:
+            inputs = tuple(PARTIAL if i in group else REPLICATED for i in range(count))
+            found.append(Strategy("partial", inputs, (PARTIAL,) * len(self.outputs)))
+        return found
+
+
+def read_dims(text: str) -> list[list[str]]:
+    """``"b (h d) 1"`` -> [["b"], ["h", "d"], []]."""
+    dims: list[list[str]] = []
+    inside = False
+    for token in text.replace("(", " ( ").replace(")", " ) ").split():
+        if token == "(":
+            inside = True
+            dims.append([])
+        elif token == ")":
+            inside = False
+        elif inside:
+            dims[-1].append(token)
+        else:
+            dims.append([] if token == "1" else [token])
+    if inside:
+        raise ValueError(f"rule dims '{text}': a '(' is not closed")
+    return dims
+
+
+def read_rule(line: str) -> tuple[list[list[list[str]]], list[list[list[str]]], dict[str, list[str]]]:
+    """Inputs, outputs and clauses of ``"b m k, b k n -> b m n; whole k; linear 0, 1"``."""
+    rule, *clauses = (piece.strip() for piece in line.split(";"))
+    left, arrow, right = rule.partition("->")
+    if not arrow:
+        raise ValueError(f"rule '{line}': expected 'inputs -> outputs', e.g. 'b m k, b k n -> b m n'")
+    options: dict[str, list[str]] = {}
+    for clause in clauses:
+        name, *words = clause.replace(",", " , ").split()
+        if name not in ("whole", "linear", "added", "uneven", "contraction", "max"):
+            raise ValueError(f"rule '{line}': unknown clause '{name}'")
+        options[name] = words
+    sides = [[read_dims(part) for part in side.split(",") if part.strip()] for side in (left, right)]
+    return sides[0], sides[1], options
+
+
+def factoring_of(line: str, call: Call) -> Factoring:
+    """The factoring that a one-line rule gives for a call. ``...`` stands for leading dims, aligned at the right.
+
+    Raises ValueError where the line does not fit the shapes.
+    """
+    inputs, outputs, options = read_rule(line)
+    if len(inputs) < len(call.inputs):
+        raise ValueError(f"rule '{line}' has {len(inputs)} inputs, the call has {len(call.inputs)} tensors")
+    inputs = inputs[: len(call.inputs)]  # optional trailing operands (a bias) may be missing
+    sizes: dict[str, int] = {}
+    placed = [
+        [_named(dims, shape, line, sizes) for dims, shape in zip(side, shapes)]
+        for side, shapes in ((inputs, call.inputs), (outputs, call.outputs))
+    ]
+    for dims, shape in zip(placed[0] + placed[1], call.inputs + call.outputs):
+        _infer(dims, shape, sizes, line)
+    operands = range(len(inputs))
+    return Factoring(
+        tuple(_tuples(dims, shape) for dims, shape in zip(placed[0], call.inputs)),
+        tuple(_tuples(dims, shape) for dims, shape in zip(placed[1], call.outputs)),
+        sizes,
+        reduce={factor: "max" for factor in options.get("max", [])},
+        whole=frozenset(options.get("whole", [])),
+        linear=tuple(g & set(operands) for g in _groups(options.get("linear", [])) if g & set(operands)),
+        added=frozenset(int(word) for word in options.get("added", []) if int(word) in operands),
+        uneven=frozenset(options.get("uneven", [])),
+        contraction="contraction" in options,
+    )
+
+
+def _named(dims: list[list[str]], shape: Shape, line: str, sizes: dict[str, int]) -> list[list[str]]:
+    """Expand ``...`` and note the sizes of factors that stand alone in a dim."""
+    if ["..."] in dims:
+        at = dims.index(["..."])
+        extra = len(shape) - (len(dims) - 1)
+        if extra < 0:
+            raise ValueError(f"rule '{line}': {dims} does not fit a tensor of {len(shape)} dims")
+        dims = dims[:at] + [[f"d{extra - i}"] for i in range(extra)] + dims[at + 1 :]
+    if len(dims) != len(shape):
+        raise ValueError(f"rule '{line}': {dims} does not fit a tensor of shape {shape}")
+    for factors, size in zip(dims, shape):
+        if len(factors) == 1 and size != 1:
+            if sizes.setdefault(factors[0], size) != size:
+                raise ValueError(f"rule '{line}': factor '{factors[0]}' is {sizes[factors[0]]} and {size}")
+    return dims
+
+
+def _infer(dims: list[list[str]], shape: Shape, sizes: dict[str, int], line: str) -> None:
+    for factors, size in zip(dims, shape):
+        unknown = [f for f in factors if f not in sizes]
+        known = math.prod(sizes[f] for f in factors if f in sizes)
+        if len(factors) > 1 and len(unknown) == 1 and size % known == 0:
+            sizes[unknown[0]] = size // known
+        elif len(factors) == 1 and unknown:
+            sizes[factors[0]] = 1
+        elif unknown or (len(factors) > 1 and known != size):
+            raise ValueError(f"rule '{line}': cannot tell the sizes of {factors} in a dim of {size}")
+
+
+def _tuples(dims: list[list[str]], shape: Shape) -> Dims:
+    return tuple(tuple(factors) if size != 1 else () for factors, size in zip(dims, shape))
+
+
+def _groups(words: Sequence[str]) -> list[frozenset[int]]:
+    """``["0", "2", ",", "1", "2"]`` -> [{0, 2}, {1, 2}]."""
+    text = " ".join(words)
+    return [frozenset(int(word) for word in part.split()) for part in text.split(",") if part.strip()]

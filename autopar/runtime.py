@@ -1,0 +1,141 @@
+"""The collectives of a rank program, on torch.distributed: what ``comm`` is in an emitted ``forward(comm, inputs)``.
+
+Every method stands for the operator of the same name in :mod:`autopar.comm`. A peer that dies or does not come within
+the timeout ends the program with a RankFailedError that names the collective, the axis and the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from autopar import torch_collectives
+from autopar.errors import RankFailedError
+from autopar.layout import Split
+from autopar.lockstep import Transfer, moved_bytes
+from autopar.mesh import Mesh
+from autopar.pieces import apart, put, take, together
+
+PLAIN = (1,)
+
+
+class Communicator:
+    """The collectives of one rank. ``groups`` has a process group for every axis of more than one rank.
+
+    ``device`` is where the rank computes. ``phase`` names what it is doing, for :attr:`traffic`.
+    """
+
+    def __init__(
+        self, mesh: Mesh, groups: Mapping[str, ProcessGroup], rank: int, timeout: float, device: torch.device
+    ) -> None:
+        self.mesh, self.rank, self.timeout, self.device = mesh, rank, timeout, device
+        self.coordinates = mesh.coordinates(rank)
+        self.phase = "forward"
+        self._groups = {axis: groups[axis] for axis, size in mesh.axes if size > 1}
+        self._positions = {axis: torch.tensor(i, device=device) for axis, i in self.coordinates.items()}
+        self._sent: dict[tuple[str, str, str], list[int]] = {}  # (phase, axis, name) -> [operations, bytes]
+
+    # ------------------------------------------------------------ without communication
+
+    def axis_index(self, axis: str) -> Tensor:
+        """This rank's position on ``axis``, an int64 scalar."""
+        return self._positions[axis] if axis in self._positions else torch.tensor(0, device=self.device)
+
+    def enter(self, x: Tensor, axis: str) -> Tensor:
+        return x
+
+    def release(self, x: Tensor, axis: str) -> Tensor:
+        return x
+
+    def keep_first(self, x: Tensor, axis: str) -> Tensor:
+        return x.contiguous() if self.coordinates.get(axis, 0) == 0 else x.new_zeros(x.shape)
+
+    def split(
+        self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
+    ) -> Tensor:
+        return take(x, Split(dim, outer, tuple(ratio)), self.coordinates.get(axis, 0), ways)
+
+    split_replicated = split
+
+    def pad(
+        self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
+    ) -> Tensor:
+        return put(x, Split(dim, outer, tuple(ratio)), self.coordinates.get(axis, 0), ways, length)
+
+    # ------------------------------------------------------------ with communication
+
+    def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
+        if axis not in self._groups:
+            return x
+        return self._send("all_reduce", axis, x, torch_collectives.all_reduce, op)
+
+    def all_gather(
+        self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
+    ) -> Tensor:
+        return self._gather("all_gather", x, axis, Split(dim, outer, tuple(ratio)), length)
+
+    def all_gather_invariant(
+        self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
+    ) -> Tensor:
+        return self._gather("all_gather_invariant", x, axis, Split(dim, outer, tuple(ratio)), length)
+
+    def reduce_scatter(
+        self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
+    ) -> Tensor:
+        if axis not in self._groups:
+            return x
+        parts = apart(x, Split(dim, outer, tuple(ratio)), ways)
+        own = self._send("reduce_scatter", axis, parts.flatten(0, 1), torch_collectives.reduce_scatter)
+        return own.view(parts.shape[1:])
+
+    def all_to_all(self, x: Tensor, axis: str, ways: int, source: Sequence[int], target: Sequence[int]) -> Tensor:
+        """From split by ``source`` to split by ``target``, each (dim, outer, *ratio)."""
+        if axis not in self._groups:
+            return x
+        before, after = (Split(end[0], end[1], tuple(end[2:])) for end in (source, target))
+        parts = apart(x, after, ways)
+        received = self._send("all_to_all", axis, parts.flatten(0, 1), torch_collectives.all_to_all)
+        return together(received.view(parts.shape), before, parts.shape[1 + before.dim] * ways)
+
+    def _gather(self, name: str, x: Tensor, axis: str, split: Split, length: int) -> Tensor:
+        if axis not in self._groups:
+            return x
+        gathered = self._send(name, axis, x.contiguous(), torch_collectives.all_gather)
+        return together(gathered.view(-1, *x.shape), split, length)
+
+    def _send(self, name: str, axis: str, x: Tensor, collective: Callable[..., Tensor], *more: Any) -> Tensor:
+        group = self._groups[axis]
+        counts = self._sent.setdefault((self.phase, axis, name), [0, 0])
+        counts[0] += 1
+        counts[1] += moved_bytes(name, group.size(), x.numel() * x.element_size())
+        try:
+            return collective(x, group, *more)
+        except RuntimeError as problem:
+            peers = [rank for rank in self.mesh.group(self.rank, axis) if rank != self.rank]
+            raise peer_failed(f"{name} over axis '{axis}'", self.rank, peers, self.timeout, problem) from None
+
+    # ------------------------------------------------------------ traffic
+
+    @property
+    def traffic(self) -> tuple[Transfer, ...]:
+        """Operations and bytes that this rank sent, by phase, axis and collective."""
+        return tuple(Transfer(*key, *counts) for key, counts in self._sent.items())
+
+    def reset_traffic(self) -> None:
+        self._sent.clear()
+
+
+def peer_failed(what: str, rank: int, peers: Sequence[int], timeout: float, problem: Exception) -> RankFailedError:
+    """The error for a wait in ``what`` that ended in ``problem``."""
+    reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+    those = f"rank {peers[0]}" if len(peers) == 1 else f"ranks {', '.join(map(str, peers))}"
+    return RankFailedError(
+        f"rank {rank} waited in {what} for {those}: a peer ended, or did not answer within {timeout:g} s.\n"
+        f"  torch says: {reason[:300]}\n"
+        "Way out: the rank that failed first says why in its own output; then start again from the last checkpoint.\n"
+        "If the peers were only slow, give them longer: Plan(timeout=seconds)."
+    )

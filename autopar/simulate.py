@@ -1,0 +1,224 @@
+"""Run all ranks of a program in this one process, collectives for real: a user's laptop check and the tests' basis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar.errors import InvariantError
+from autopar.layout import Layout, shard, unshard
+from autopar.lockstep import Lockstep, Ranks, Transfer
+from autopar.mesh import Mesh
+from autopar.numerics import restore_output, user_tensors
+from autopar.program import InputKind, OutputKind, Program, Role, value
+
+# How far ranks that must hold the same may differ, relative to the largest element.
+AGREEMENT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of all ranks gave. Tensors are whole: the parts of the ranks are joined.
+
+    Attributes:
+        output: what the model returns, in its own structure (a tuple of tensors where the program knows none).
+        loss: the one scalar output with a gradient, None where there is none.
+        grads: parameter (or differentiable input) name -> gradient; {} without a backward pass.
+        buffers: buffer name -> its new value.
+        traffic: operations and bytes sent by one rank, per phase, axis and collective.
+        peak_bytes: for each rank the most bytes of tensors alive at once: parameters, inputs, activations, gradients.
+    """
+
+    output: Any
+    loss: Tensor | None
+    grads: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    traffic: tuple[Transfer, ...]
+    peak_bytes: tuple[int, ...]
+
+
+def simulate(
+    program: Program,
+    parameters: Mapping[str, Tensor],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    backward: bool = True,
+    tangents: Sequence[Tensor] | None = None,
+    seed: int = 0,
+) -> Step:
+    """One step of a differentiated program (``program.roles``) on all ranks of its mesh.
+
+    Args:
+        parameters: whole parameters and buffers by name.
+        args, kwargs: the call of the unmodified model, whole tensors.
+        backward: False runs the inference graph.
+        tangents: whole gradients of the differentiable outputs; ones by default (right for a loss).
+        seed: the step's seed for dropout.
+
+    Raises InvariantError where ranks that should hold the same value do not.
+    """
+    (role,) = program.roles
+    lockstep = Lockstep(program.mesh)
+    inputs = rank_inputs(program, parameters, args, kwargs or {}, seed)
+    lockstep.hold(inputs)
+    grads: dict[str, Tensor] = {}
+    with torch.no_grad():
+        if not backward or role.backward is None:
+            returned = lockstep.run(role.inference, inputs)
+        else:
+            saved = lockstep.run(role.forward, inputs)
+            returned = saved[: len(program.outputs)]
+            del saved[: len(program.outputs)]
+            lockstep.drop(saved)  # from now on the backward graph holds them
+            saved += _tangents(program, role, returned, tangents)
+            found = lockstep.run(role.backward, saved, "backward")
+            grads = _gradients(program, role, found)
+    return _step(program, lockstep, returned, grads)
+
+
+def run_forward(
+    program: Program,
+    parameters: Mapping[str, Tensor],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+) -> Step:
+    """``program.graph`` itself on all ranks, before differentiation: for looking at what a pass has made."""
+    lockstep = Lockstep(program.mesh)
+    inputs = rank_inputs(program, parameters, args, kwargs or {}, seed)
+    lockstep.hold(inputs)
+    with torch.no_grad():
+        return _step(program, lockstep, lockstep.run(program.graph, inputs), {})
+
+
+def rank_inputs(
+    program: Program, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], seed: int
+) -> list[Ranks]:
+    """For each placeholder the parts of all ranks; parts of uneven splits are padded with zeros to equal sizes."""
+    given = iter(_call_tensors(program, args, kwargs))
+    table = {entry.node: entry for entry in program.inputs}
+    found = []
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        entry = table[node.name]
+        if entry.kind is InputKind.INPUT:
+            whole = next(given)
+        elif entry.kind is InputKind.SEED:
+            whole = torch.tensor(seed)
+        elif entry.kind is InputKind.CONSTANT and entry.target in program.constants:
+            whole = program.constants[entry.target]
+        else:
+            whole = _by_name(tensors, (entry.target, *entry.aliases))
+        found.append(parts(whole.detach(), value(node).layout, program.mesh))
+    return found
+
+
+def parts(whole: Tensor, layout: Layout, mesh: Mesh) -> Ranks:
+    """What each rank holds of ``whole``; ranks with equal parts share one tensor. A partial layout is taken as whole."""
+    made: dict[tuple[int, ...], Tensor] = {}
+    found: Ranks = []
+    local = layout.local_shape(mesh)
+    for rank in range(mesh.world_size):
+        here = mesh.coordinates(rank)
+        key = tuple(position for axis, position in here.items() if axis in layout.axes)
+        if key not in made:
+            part = shard(whole, layout, mesh, here).contiguous()
+            padded = [size for want, have in zip(reversed(local), reversed(part.shape)) for size in (0, want - have)]
+            made[key] = torch.nn.functional.pad(part, padded) if any(padded) else part
+        found.append(made[key])
+    return found
+
+
+def joined(name: str, ranks: Ranks, layout: Layout, mesh: Mesh) -> Tensor:
+    """The whole tensor out of the parts of all ranks.
+
+    Raises InvariantError, naming ``name``, where ranks that should hold the same part do not.
+    """
+    reduced = {axis for axis, _ in layout.partial}
+    first: dict[tuple[int, ...], int] = {}
+    for rank, part in enumerate(ranks):
+        if tuple(part.shape) != layout.local_shape(mesh):
+            raise InvariantError(f"{name}: rank {rank} holds {list(part.shape)}, its layout {layout} says otherwise")
+        here = mesh.coordinates(rank)
+        key = tuple(position for axis, position in here.items() if axis in layout.axes or axis in reduced)
+        peer = first.setdefault(key, rank)
+        if ranks[peer] is not part and not _agree(ranks[peer], part):
+            raise InvariantError(
+                f"{name}: ranks {peer} and {rank} of {mesh} should hold the same value ({layout}) and do not, they differ "
+                f"by up to {_difference(ranks[peer], part):.3g}; a collective is missing or has the wrong dual"
+            )
+    return unshard(ranks, layout, mesh)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    if torch.equal(a, b):
+        return True
+    if a.dtype not in AGREEMENT:
+        return False
+    largest = float(a.abs().max())
+    return torch.allclose(a, b, rtol=0.0, atol=AGREEMENT[a.dtype] * largest, equal_nan=True)
+
+
+def _by_name(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    for name in names:
+        if name in tensors:
+            return tensors[name]
+    raise KeyError(f"no tensor was given for '{names[0]}'")
+
+
+def _call_tensors(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    if program.in_spec is not None:
+        return user_tensors(program, tuple(args), kwargs)
+    named = [entry.target for entry in program.inputs if entry.kind is InputKind.INPUT][len(args) :]
+    return [*args, *(kwargs[name] for name in named)]
+
+
+def _tangents(
+    program: Program, role: Role, returned: list[Ranks], tangents: Sequence[Tensor] | None
+) -> list[Ranks]:
+    nodes = program.returned
+    if tangents is None:
+        return [[torch.ones(part.shape, dtype=part.dtype) for part in returned[i]] for i in role.differentiable]
+    assert len(tangents) == len(role.differentiable), "one tangent for each differentiable output"
+    return [
+        parts(tangent, value(nodes[i]).layout, program.mesh) for i, tangent in zip(role.differentiable, tangents)
+    ]
+
+
+def _gradients(program: Program, role: Role, found: list[Ranks]) -> dict[str, Tensor]:
+    """Whole gradients by name; a gradient lies as its parameter does."""
+    table = {entry.target: node for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.INPUT)}
+    return {
+        name: joined(f"gradient of {name}", ranks, value(table[name]).layout, program.mesh)
+        for name, ranks in zip(role.grads, found)
+    }
+
+
+def _step(program: Program, lockstep: Lockstep, returned: list[Ranks], grads: dict[str, Tensor]) -> Step:
+    outputs: list[Tensor] = []
+    buffers: dict[str, Tensor] = {}
+    losses: list[Tensor] = []
+    for entry, node, ranks in zip(program.outputs, program.returned, returned):
+        name = f"output {entry.target or node.name} ({node.name})"
+        whole = joined(name, ranks, value(node).layout, program.mesh)
+        if entry.kind is OutputKind.BUFFER_UPDATE:
+            buffers[entry.target] = whole
+            continue
+        outputs.append(whole)
+        if whole.dim() == 0 and value(node).requires_grad:
+            losses.append(whole)
+    output = restore_output(program, outputs) if program.out_spec is not None else tuple(outputs)
+    peaks = tuple(memory.peak for memory in lockstep.memory)
+    loss = losses[0] if len(losses) == 1 else None
+    return Step(output, loss, grads, buffers, lockstep.traffic, peaks)

@@ -1,0 +1,61 @@
+"""The one door to torch's functional collectives, whose names torch is about to change (``*_tensor`` to ``*_single``).
+
+Each returns a new tensor, works along dim 0 and has ended when it returns. They are ordinary operators, so
+``torch.distributed.tensor.debug.CommDebugMode`` and c10d's hooks see them.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+_OPS: Any = torch.ops._c10d_functional
+
+
+def _named(*names: str) -> Any:
+    """The first of ``names`` that this torch has."""
+    return next(getattr(_OPS, name).default for name in names if hasattr(_OPS, name))
+
+
+_wait = _named("wait_tensor")
+_all_reduce = _named("all_reduce")
+_all_gather = _named("all_gather_single", "all_gather_into_tensor")
+_reduce_scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
+_all_to_all = _named("all_to_all_single")
+
+
+def all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Tensor:
+    result: Tensor = _wait(_all_reduce(x, op, group.group_name))
+    return result
+
+
+def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """(n, ...) of each rank -> (ranks * n, ...)."""
+    result: Tensor = _wait(_all_gather(x, group.size(), group.group_name))
+    return result
+
+
+def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
+    """(ranks * n, ...) of each rank -> (n, ...): this rank's part of the sum."""
+    result: Tensor = _wait(_reduce_scatter(x, "sum", group.size(), group.group_name))
+    return result
+
+
+def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
+    """(ranks * n, ...): block i goes to rank i, and block i of the result came from it."""
+    ranks = group.size()
+    sizes = [x.shape[0] // ranks] * ranks
+    result: Tensor = _wait(_all_to_all(x, sizes, sizes, group.group_name))
+    return result
+
+
+def set_timeout(group: ProcessGroup, seconds: float) -> None:
+    """Let every operation on ``group`` that a peer does not join fail after ``seconds``."""
+    if dist.get_backend(group) in ("gloo", "nccl", "cpu:gloo,cuda:nccl"):
+        _set_pg_timeout(timedelta(seconds=seconds), group)

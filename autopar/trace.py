@@ -1,0 +1,309 @@
+"""Tracing: an unmodified ``nn.Module`` and one call of it become a :class:`Program`, by ``torch.export``.
+
+The graph is functional (no in-place operators), keeps ``linear``, ``scaled_dot_product_attention``, ``layer_norm`` and
+``cross_entropy_loss`` whole, and takes parameters, buffers, lifted constants and user inputs as placeholders.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import operator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputSpec, TensorArgument
+from torch.export.graph_signature import InputKind as ExportInput
+from torch.export.graph_signature import OutputKind as ExportOutput
+from torch.utils import _pytree as pytree
+
+from autopar.capture import explained, fake_like, faked, gradients_kept, needs_fakes, only_plain_outputs
+from autopar.errors import TraceError
+from autopar.layout import Layout
+from autopar.mesh import Mesh
+from autopar.numerics import check_numerics
+from autopar.plan import Plan
+from autopar.program import (
+    Input,
+    InputKind,
+    Output,
+    OutputKind,
+    Program,
+    Value,
+    clear_meta,
+    output_node,
+    set_origin,
+    set_values,
+    traced_origin,
+    traced_value,
+    values,
+)
+
+aten = torch.ops.aten
+
+INPUT_KINDS = {  # in the order in which a program takes them
+    ExportInput.PARAMETER: InputKind.PARAMETER,
+    ExportInput.BUFFER: InputKind.BUFFER,
+    ExportInput.CONSTANT_TENSOR: InputKind.CONSTANT,
+    ExportInput.USER_INPUT: InputKind.INPUT,
+}
+VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+STOPS_GRADIENT = {
+    aten.detach.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+    aten.empty_like.default, aten.rand_like.default, aten.randn_like.default, aten.new_zeros.default,
+    aten.new_ones.default, aten.new_full.default, aten.new_empty.default, aten.bernoulli.default, aten.bernoulli.p,
+}  # fmt: skip
+# operators of which only the first outputs are differentiable
+DIFFERENTIABLE_OUTPUTS = {
+    aten._native_batch_norm_legit_functional.default: 1,
+    aten._native_batch_norm_legit_no_training.default: 1,
+    aten.native_dropout.default: 1,
+}
+
+
+def trace(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    plan: Plan | None = None,
+) -> Program:
+    """The program of ``model(*args, **kwargs)``, whole on every axis of ``mesh``.
+
+    The model may be on the meta device or built under ``FakeTensorMode``: nothing is allocated then. Sizes, and
+    arguments that are no tensors, are fixed to those of this call. Compares numbers with the eager model once
+    (``plan.check_numerics``; skipped without real weights).
+
+    Raises TraceError when the model is no single graph, NumericsError when the graph computes something else.
+    """
+    mesh, plan = mesh or Mesh(), plan or Plan()
+    args, kwargs = tuple(args), dict(kwargs or {})
+    fakes = needs_fakes(model, pytree.tree_leaves((args, kwargs)))
+    with explained(model), faked(model) if fakes else nullcontext() as mode:
+        exported, notes = _export(model, args, kwargs, mode)
+    program = _program(exported, model, mesh, plan)
+    if plan.check_numerics and not fakes:
+        notes += check_numerics(program, model, args, kwargs)
+    for note in dict.fromkeys(notes):
+        warnings.warn(note, stacklevel=2)
+    return program
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode | None
+) -> tuple[ExportedProgram, list[str]]:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    if mode is not None:
+        leaves = [fake_like(mode, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    args, kwargs = pytree.tree_unflatten(_distinct(leaves), spec)
+    with gradients_kept() as notes, only_plain_outputs(model, notes):
+        exported = torch.export.export(model, args, kwargs, strict=False)
+    return exported.run_decompositions({}), notes
+
+
+def _distinct(leaves: list[Any]) -> list[Any]:
+    """Copies of tensors that are passed more than once: export would make them one input."""
+    seen: set[int] = set()
+    distinct = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            leaf = leaf.detach().clone().requires_grad_(leaf.requires_grad) if id(leaf) in seen else leaf
+            seen.add(id(leaf))
+        distinct.append(leaf)
+    return distinct
+
+
+def _program(exported: ExportedProgram, model: nn.Module, mesh: Mesh, plan: Plan) -> Program:
+    in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
+    assert in_spec is not None and out_spec is not None
+    entries, static_inputs = _inputs(exported, _input_paths(model, in_spec))
+    inputs = _merge_tied(entries, model)
+    returned, outputs, static_outputs = _outputs(exported, out_spec)
+    return Program(
+        graph=_copied(exported.graph, list(inputs.values()), returned),
+        mesh=mesh,
+        plan=plan,
+        inputs=tuple(inputs),
+        outputs=outputs,
+        constants={
+            entry.target: exported.constants[entry.target] for entry in inputs if entry.kind is InputKind.CONSTANT
+        },
+        in_spec=in_spec,
+        out_spec=out_spec,
+        static_inputs=static_inputs,
+        static_outputs=static_outputs,
+        passes=("trace",),
+    )
+
+
+def _inputs(
+    exported: ExportedProgram, paths: list[str]
+) -> tuple[dict[Input, fx.Node], tuple[tuple[int, Any], ...]]:
+    """The table of tensor inputs, in a program's order, and flat positions and values of those that are no tensors."""
+    nodes = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    found: list[tuple[Input, fx.Node]] = []
+    static: list[tuple[int, Any]] = []
+    positions = itertools.count()
+    for node, spec in zip(nodes, exported.graph_signature.input_specs):
+        kind, target = INPUT_KINDS.get(spec.kind), spec.target
+        if kind is None:
+            raise TraceError(f"the model takes an input of kind {spec.kind.name} ({spec.arg}), which is not supported")
+        if kind is InputKind.INPUT:
+            position = next(positions)
+            target = paths[position]
+            if isinstance(spec.arg, ConstantArgument):
+                static.append((position, spec.arg.value))
+                continue
+        assert target is not None
+        found.append((Input(node.name, kind, target), node))
+    order = list(INPUT_KINDS.values())
+    return dict(sorted(found, key=lambda pair: order.index(pair[0].kind))), tuple(static)
+
+
+def _merge_tied(entries: dict[Input, fx.Node], model: nn.Module) -> dict[Input, list[fx.Node]]:
+    """One input, with aliases, for the placeholders of a parameter or buffer that has several names."""
+    owners: dict[int, Input] = {}
+    names: dict[Input, list[str]] = {}
+    nodes: dict[Input, list[fx.Node]] = {}
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for entry, node in entries.items():
+        registered = entry.kind in (InputKind.PARAMETER, InputKind.BUFFER)
+        owner = owners.setdefault(id(tensors[entry.target]), entry) if registered else entry
+        names.setdefault(owner, []).append(entry.target)
+        nodes.setdefault(owner, []).append(node)
+    return {replace(owner, aliases=tuple(names[owner][1:])): nodes[owner] for owner in nodes}
+
+
+def _outputs(
+    exported: ExportedProgram, out_spec: pytree.TreeSpec
+) -> tuple[list[fx.Node], tuple[Output, ...], tuple[tuple[int, Any], ...]]:
+    """The nodes that are returned, their table, and flat positions and values of outputs that are no tensors."""
+    (nodes,) = output_node(exported.graph).args
+    assert isinstance(nodes, (tuple, list))
+    pairs: list[tuple[Any, OutputSpec]] = list(zip(nodes, exported.graph_signature.output_specs))
+    paths = _paths(out_spec)
+    returned: list[fx.Node] = []
+    table: list[Output] = []
+    static: list[tuple[int, Any]] = []
+    user = [(node, spec) for node, spec in pairs if spec.kind is ExportOutput.USER_OUTPUT]
+    for position, (node, spec) in enumerate(user):
+        if isinstance(node, fx.Node) and isinstance(spec.arg, TensorArgument):
+            returned.append(node)
+            table.append(Output(OutputKind.USER, paths[position]))
+        else:
+            static.append((position, getattr(spec.arg, "value", node)))
+    for node, spec in pairs:
+        if spec.kind is ExportOutput.BUFFER_MUTATION:
+            returned.append(node)
+            table.append(Output(OutputKind.BUFFER_UPDATE, str(spec.target)))
+        elif spec.kind is not ExportOutput.USER_OUTPUT:
+            raise TraceError(
+                f"the model writes into its input or parameter '{spec.target or spec.arg.name}' in place\n"
+                "Way out: let it write into a copy (x = x.clone()), or register the tensor as a buffer."
+            )
+    return returned, tuple(table), tuple(static)
+
+
+def _copied(
+    source: fx.Graph, placeholders: Sequence[Sequence[fx.Node]], returned: Sequence[fx.Node]
+) -> fx.Graph:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for group in placeholders:
+        copies.update(dict.fromkeys(group, graph.node_copy(group[0])))
+        _describe(copies[group[0]], group[0])
+    for node in source.nodes:
+        if node.op == "call_function":
+            copies[node] = _copy_operator(graph, node, copies)
+            _describe(copies[node], node)
+        elif node.op not in ("placeholder", "output") and node.users:
+            raise TraceError(f"the model uses a control-flow operator, which is not supported: {node.format_node()}")
+    graph.output(tuple(copies[node] for node in returned))
+    return graph
+
+
+def _copy_operator(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """``node`` in ``graph``; operators that autograd, or other strides than the fake ones, would refuse: replaced."""
+    shape = list(getattr(traced_value(node), "shape", ()))
+    if any(not isinstance(size, int) for size in shape):
+        raise TraceError(
+            f"the size of a tensor depends on the values in another one: {node.name} has shape {shape}\n"
+            f"  at {traced_origin(node).source}\n"
+            "Way out: keep sizes fixed, e.g. torch.where or a mask instead of boolean indexing and nonzero."
+        )
+    if node.target in VIEWS:
+        return graph.create_node("call_function", aten.reshape.default, (copies[node.args[0]], shape), name="reshape")  # type: ignore[index]
+    if node.target is aten.copy.default:  # copy(x, y) is y in the type of x
+        new = node.args[1]
+        assert isinstance(new, fx.Node) and traced_value(new).dtype == traced_value(node).dtype, node.format_node()
+        return graph.create_node("call_function", aten.expand.default, (copies[new], shape), name="expand")
+    if node.target is aten.native_dropout.default:
+        return graph.create_node("call_function", aten.dropout.default, (copies[node.args[0]], *node.args[1:]), name="dropout")  # type: ignore[index]
+    if node.target is operator.getitem and copies[node.args[0]].target is aten.dropout.default:  # type: ignore[index]
+        return copies[node.args[0]]  # type: ignore[index]
+    return graph.node_copy(node, copies.__getitem__)
+
+
+def _describe(copy: fx.Node, node: fx.Node) -> None:
+    set_values(copy, *_types(copy, traced_value(node)))
+    set_origin(copy, traced_origin(node))
+    clear_meta(copy)
+
+
+def _types(node: fx.Node, fake: Any) -> Iterator[Value]:
+    """The types of what ``node`` returns; its inputs have theirs already."""
+    if node.op == "placeholder":
+        differentiable = 1 if fake.requires_grad else 0
+    elif node.target in STOPS_GRADIENT or not any(value.requires_grad for x in node.all_input_nodes for value in values(x)):
+        differentiable = 0
+    elif getattr(node.target, "__name__", "") == "getitem":
+        parent, position = node.args
+        assert isinstance(parent, fx.Node) and isinstance(position, int)
+        differentiable = int(values(parent)[position].requires_grad)
+    else:
+        differentiable = DIFFERENTIABLE_OUTPUTS.get(node.target, 1_000_000)  # type: ignore[arg-type]
+    tensors = [item for item in (fake if isinstance(fake, (tuple, list)) else [fake]) if isinstance(item, Tensor)]
+    for position, tensor in enumerate(tensors):
+        floating = tensor.dtype.is_floating_point or tensor.dtype.is_complex
+        yield Value(tensor.dtype, Layout.whole(tensor.shape), floating and position < differentiable)
+
+
+def _input_paths(model: nn.Module, in_spec: pytree.TreeSpec) -> list[str]:
+    """For each flat user input the path that a user would call it by: ``labels``, ``images.0``."""
+    positional, keyword = in_spec.children()
+    names = [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    paths = []
+    for position, child in enumerate(positional.children()):
+        name = names[position] if position < len(names) else str(position)
+        paths += [_joined(name, path) for path in _paths(child)]
+    return paths + _paths(keyword)
+
+
+def _paths(spec: pytree.TreeSpec) -> list[str]:
+    """The path of each leaf; a lone leaf is called ``0``."""
+    return [path or "0" for path in _leaf_paths(spec)]
+
+
+def _leaf_paths(spec: pytree.TreeSpec) -> list[str]:
+    if spec.is_leaf():
+        return [""]
+    children = spec.children()
+    keys = spec.context if isinstance(spec.context, (list, tuple)) else getattr(spec.context, "_fields", None)
+    if keys is None or len(keys) != len(children):
+        keys = range(len(children))
+    return [_joined(str(key), path) for key, child in zip(keys, children) for path in _leaf_paths(child)]
+
+
+def _joined(name: str, path: str) -> str:
+    return f"{name}.{path}" if path and path != "0" else name

@@ -1,0 +1,22 @@
+"""The compiler: the ordered passes. Each file holds one pass; nothing here imports a pass from another pass.
+
+    canonical form   operators in one form each, constants folded, causal masks recognised, losses as sums over counts
+    split            one mesh axis each: the batch, then the weights
+"""
+
+from __future__ import annotations
+
+from autopar.pipeline import graph_pass
+from autopar.passes.canonicalize import canonicalize
+from autopar.passes.fold_constants import fold_constants
+from autopar.passes.split_batch import split_batch
+from autopar.passes.split_tensors import split_tensors
+from autopar.passes.write_losses_as_sums import write_losses_as_sums
+
+PASSES = tuple(p if hasattr(p,"name") else graph_pass()(p) for p in (
+    canonicalize,  # first: every later pass meets one form of each operator
+    fold_constants,  # masks and positions become constants, which any axis may cut
+    write_losses_as_sums,  # a mean must stay a mean over all tokens once tokens are split
+    split_batch,  # outermost data axis first: every later axis sees the local batch
+    split_tensors,
+))

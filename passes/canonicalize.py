@@ -1,0 +1,266 @@
+"""Rewrites every operator to one form and drops those that do nothing, so that later passes meet fewer cases.
+
+before:
+  x      = input                                : f32[4,16,8]
+  c      = aten._to_copy(x, dtype=f32)          : f32[4,16,8]
+  view   = aten.view(c, [64, -1])               : f32[64,8]
+  slice  = aten.slice(view, 0, 0, 9223372036854775807) : f32[64,8]
+  part   = aten.slice(slice, -1, -4, 9223372036854775807) : f32[64,4]
+  return part
+after:
+  x       = input                               : f32[4,16,8]
+  reshape = aten.reshape(x, [64, 8])            : f32[64,8]
+  part    = aten.slice(reshape, 1, 4, 8, 1)     : f32[64,4]
+  return part
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.program import Program, Value, value, values
+from autopar.rewrite import drop_unused_constants, insert_before, remove_unused, substitute
+
+aten = torch.ops.aten
+
+Rewrite = Callable[[fx.Node], fx.Node | None]  # None: it is in its form already
+
+
+def canonicalize(program: Program) -> Program:
+    program = program.clone()
+    for node in list(program.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if _is_assertion(node):
+            program.graph.erase_node(node)
+            continue
+        rewrite = REWRITES.get(node.target)
+        new = rewrite(node) if rewrite else None
+        if new is not None:
+            substitute(node, new)
+    remove_unused(program.graph)
+    return drop_unused_constants(program)
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
+    return name.startswith(("aten::_assert", "aten::sym_constrain")) and not node.users
+
+
+def _source(node: fx.Node) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node), node.format_node()
+    return source
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _same_type(node: fx.Node, source: fx.Node) -> bool:
+    return value(node).shape == value(source).shape and value(node).dtype == value(source).dtype
+
+
+def nothing(node: fx.Node) -> fx.Node:
+    return _source(node)
+
+
+def copy(node: fx.Node) -> fx.Node | None:
+    if any(user.target is aten.view_as_complex.default for user in node.users):
+        return None  # it needs the strides of a copy
+    return _source(node)
+
+
+def detach(node: fx.Node) -> fx.Node | None:
+    return None if value(_source(node)).requires_grad else _source(node)
+
+
+def dropout(node: fx.Node) -> fx.Node | None:
+    _, probability, training = node.args
+    return None if probability and training else _source(node)
+
+
+def cast(node: fx.Node) -> fx.Node | None:
+    """``_to_copy(x, dtype)`` or nothing; f32(x: bf16) cast back to bf16 is x."""
+    source, dtype = _source(node), value(node).dtype
+    if value(source).dtype == dtype:
+        return source
+    if source.target is aten._to_copy.default:
+        first, wide = _source(source), value(source).dtype
+        if value(first).dtype == dtype and dtype.is_floating_point and torch.promote_types(dtype, wide) == wide:
+            return first
+    if node.target is aten._to_copy.default and node.kwargs == {"dtype": dtype}:
+        return None
+    return insert_before(node, aten._to_copy.default, (source,), {"dtype": dtype})
+
+
+def reshape(node: fx.Node) -> fx.Node | None:
+    """One reshape with all sizes; reshape after reshape is one reshape."""
+    source, shape = _source(node), list(value(node).shape)
+    while source.target is aten.reshape.default and len(source.users) == 1:
+        source = _source(source)
+    if list(value(source).shape) == shape:
+        return source
+    if node.target is aten.reshape.default and node.args == (source, shape):
+        return None
+    return insert_before(node, aten.reshape.default, (source, shape))
+
+
+def expand(node: fx.Node) -> fx.Node | None:
+    source, shape = _source(node), list(value(node).shape)
+    if list(value(source).shape) == shape:
+        return source
+    if node.target is aten.expand.default and node.args == (source, shape):
+        return None
+    return insert_before(node, aten.expand.default, (source, shape))
+
+
+def keeps_shape(node: fx.Node) -> fx.Node | None:
+    """Operators that do nothing if the shape stays."""
+    return _source(node) if _same_type(node, _source(node)) else None
+
+
+def pad(node: fx.Node) -> fx.Node | None:
+    padding = node.args[1]
+    assert isinstance(padding, (list, tuple))
+    return None if any(padding) else _source(node)
+
+
+def slice_(node: fx.Node) -> fx.Node | None:
+    """``slice(x, dim, start, end, step)`` with 0 <= dim and 0 <= start <= end <= size."""
+    source = _source(node)
+    shape = value(source).shape
+    dim = _argument(node, 1, "dim", 0) % len(shape)
+    step = _argument(node, 4, "step", 1)
+    start, end, _ = slice(_argument(node, 2, "start", None), _argument(node, 3, "end", None)).indices(shape[dim])
+    if (start, end, step) == (0, shape[dim], 1):
+        return source
+    args = (source, dim, start, max(start, end), step)
+    return None if node.args == args else insert_before(node, aten.slice.Tensor, args)
+
+
+def permute(node: fx.Node) -> fx.Node | None:
+    order = node.args[1]
+    assert isinstance(order, (list, tuple))
+    return _source(node) if [int(d) % len(order) for d in order] == list(range(len(order))) else None  # type: ignore[arg-type, call-overload]
+
+
+def transpose(node: fx.Node) -> fx.Node | None:
+    source, rank = _source(node), len(value(node).shape)
+    if rank < 2:
+        return source
+    if node.target is aten.t.default:
+        return insert_before(node, aten.transpose.int, (source, 0, 1))
+    return source if int(node.args[1]) % rank == int(node.args[2]) % rank else None  # type: ignore[arg-type, call-overload]
+
+
+def write(node: fx.Node) -> fx.Node | None:
+    """``copy(x, y)`` returns y in the type of x."""
+    source, new = node.args[:2]
+    assert isinstance(source, fx.Node) and isinstance(new, fx.Node)
+    if value(new).dtype != value(node).dtype:
+        cast_type = Value(value(node).dtype, value(new).layout, value(new).requires_grad and value(node).requires_grad)
+        new = insert_before(node, aten._to_copy.default, (new,), {"dtype": value(node).dtype}, cast_type)
+    if value(new).shape != value(node).shape:
+        new = insert_before(node, aten.expand.default, (new, list(value(node).shape)))
+    return new
+
+
+def neutral(number: float) -> Rewrite:
+    """x + 0, x * 1: nothing, where it does not promote the type."""
+
+    def drop(node: fx.Node) -> fx.Node | None:
+        source, other = node.args[:2]
+        if isinstance(other, (int, float)) and other == number and isinstance(source, fx.Node):
+            return keeps_shape(node)
+        return None
+
+    return drop
+
+
+def sum_of(node: fx.Node) -> fx.Node | None:
+    """alpha=1 is not written."""
+    if node.kwargs.get("alpha") == 1:
+        node.kwargs = {}
+    return neutral(0)(node)
+
+
+def one_piece(node: fx.Node) -> fx.Node | None:
+    pieces = node.args[0]
+    assert isinstance(pieces, (list, tuple))
+    return pieces[0] if len(pieces) == 1 and isinstance(pieces[0], fx.Node) else None
+
+
+def item(node: fx.Node) -> fx.Node | None:
+    """The only piece of a split is the whole."""
+    parent = _source(node)
+    whole = parent.target in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+    return _source(parent) if whole and len(values(parent)) == 1 else None
+
+
+def attention(node: fx.Node) -> fx.Node | None:
+    """Mask, dropout and causality by position; scale and enable_gqa by name."""
+    rest = dict(node.kwargs)
+    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False}
+    given = dict(zip(defaults, node.args[3:]))
+    node.args = (*node.args[:3], *(given.get(name, rest.pop(name, default)) for name, default in defaults.items()))
+    node.kwargs = {name: setting for name, setting in rest.items() if (name, setting) != ("enable_gqa", False)}
+    return None
+
+
+def renamed(target: Any) -> Rewrite:
+    return lambda node: insert_before(node, target, node.args, node.kwargs)
+
+
+REWRITES: dict[Any, Rewrite] = {
+    aten.alias.default: nothing,
+    aten.lift_fresh_copy.default: nothing,
+    aten.lift_fresh.default: nothing,
+    aten.contiguous.default: nothing,
+    aten.clone.default: copy,
+    aten.detach.default: detach,
+    aten.dropout.default: dropout,
+    aten.feature_dropout.default: dropout,
+    aten._to_copy.default: cast,
+    aten.to.dtype: cast,
+    aten.to.dtype_layout: cast,
+    aten.to.device: cast,
+    aten.to.other: cast,
+    aten.type_as.default: cast,
+    aten.view.default: reshape,
+    aten._unsafe_view.default: reshape,
+    aten.view_as.default: reshape,
+    aten.reshape.default: reshape,
+    aten.reshape_as.default: reshape,
+    aten.flatten.using_ints: reshape,
+    aten.unflatten.int: reshape,
+    aten.expand.default: expand,
+    aten.expand_as.default: expand,
+    aten.broadcast_to.default: expand,
+    aten.repeat.default: keeps_shape,
+    aten.squeeze.default: keeps_shape,
+    aten.squeeze.dim: keeps_shape,
+    aten.squeeze.dims: keeps_shape,
+    aten.pad.default: pad,
+    aten.constant_pad_nd.default: pad,
+    aten.slice.Tensor: slice_,
+    aten.permute.default: permute,
+    aten.transpose.int: transpose,
+    aten.t.default: transpose,
+    aten.copy.default: write,
+    aten.add.Tensor: sum_of,
+    aten.sub.Tensor: sum_of,
+    aten.mul.Tensor: neutral(1),
+    aten.div.Tensor: neutral(1),
+    aten.cat.default: one_piece,
+    aten.scaled_dot_product_attention.default: attention,
+    aten.__and__.Tensor: renamed(aten.bitwise_and.Tensor),
+    aten.__or__.Tensor: renamed(aten.bitwise_or.Tensor),
+    aten.__xor__.Tensor: renamed(aten.bitwise_xor.Tensor),
+    operator.getitem: item,
+}

@@ -1,0 +1,61 @@
+"""Rewrites attention with a constant mask that hides nothing, or just the future, to attention without a mask.
+
+The mask is recognised by its elements (bool: True keeps; float: 0 keeps, -inf or the dtype's smallest number hides),
+however it was made. Windows, blocks and prefixes stay masks.
+
+before:
+  q   = input                                                       : f32[2,4,16,8]
+  k   = input                                                       : f32[2,4,16,8]
+  v   = input                                                       : f32[2,4,16,8]
+  c   = const lower_triangle                                        : b[1,1,16,16]
+  out = aten.scaled_dot_product_attention(q, k, v, c)               : f32[2,4,16,8]
+  return out
+after:
+  out = aten.scaled_dot_product_attention(q, k, v, None, 0.0, True) : f32[2,4,16,8]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from autopar.program import InputKind, Program, value
+from autopar.rewrite import drop_unused_constants, remove_unused
+
+aten = torch.ops.aten
+
+HIDDEN = -65504.0  # the smallest float16: exp(it - anything) is 0
+
+
+def recognise_causal_masks(program: Program) -> Program:
+    program = program.clone()
+    constants = {node: program.constants[entry.target] for node, entry in program.placeholders(InputKind.CONSTANT)}
+    kinds: dict[tuple[fx.Node, int, int], str] = {}
+    for node in program.graph.nodes:
+        if node.target is not aten.scaled_dot_product_attention.default:
+            continue
+        query, key, val, mask, dropout, causal = node.args  # as canonicalize writes it
+        source = mask.args[0] if isinstance(mask, fx.Node) and mask.target is aten.expand.default else mask
+        if source not in constants or causal:
+            continue
+        case = (source, value(query).shape[-2], value(key).shape[-2])
+        if case not in kinds:
+            kinds[case] = _kind(constants[source], *case[1:])
+        if kinds[case] != "other":
+            node.args = (query, key, val, None, dropout, kinds[case] == "causal")
+    remove_unused(program.graph)
+    return drop_unused_constants(program)
+
+
+def _kind(mask: Tensor, queries: int, keys: int) -> str:
+    """``"nothing"`` hidden, ``"causal"`` or ``"other"``."""
+    if mask.dtype != torch.bool:
+        if not bool(((mask == 0) | (mask <= HIDDEN)).all()):
+            return "other"
+        mask = mask == 0
+    if bool(mask.all()):
+        return "nothing"
+    if queries != keys:
+        return "other"
+    triangle = torch.ones(queries, keys, dtype=torch.bool).tril()
+    return "causal" if torch.equal(*torch.broadcast_tensors(mask, triangle)) else "other"

@@ -1,0 +1,95 @@
+"""Split the batch over ``dp``: inputs on their batch dim, everything that follows from them, loss sums reduced.
+
+    x    = input x                    : f32[8,4]        x     = input x                       : f32[8@dp,4]
+    w    = param w                    : f32[2,4]   -->  w     = param w                       : f32[2,4]
+    y    = aten.linear(x, w)          : f32[8,2]        enter = comm.enter(w, dp)             : f32[2,4]
+    loss = aten.sum(y)                : f32[]           y     = aten.linear(x, enter)         : f32[8@dp,2]
+                                                        loss  = aten.sum(y)                   : f32[]{sum:dp}
+                                                        total = comm.all_reduce(loss, dp, sum) : f32[]
+
+The gradient all-reduce of a parameter is the dual of its ``enter``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from autopar.candidates import Flow, Key
+from autopar.errors import IndivisibleError
+from autopar.layout import INVARIANT, Placement, Split
+from autopar.pipeline import graph_pass
+from autopar.program import Input, InputKind, Program, value
+from autopar.rules.factoring import Strategy
+from autopar.split import split_axis
+
+
+@graph_pass()
+def split_batch(program: Program) -> Program:
+    for axis in ("dp", "dp_replicate", "dp_shard"):
+        if program.mesh.size(axis) > 1:
+            program = split_axis(program, _BatchPolicy(axis, batch_dims(program, axis)))
+    return program
+
+
+def batch_dims(program: Program, axis: str) -> dict[str, int]:
+    """Node name of each input -> its batch dim.
+
+    Unless the plan says so, an input's dim 0 is its batch if it is as long as that of most inputs.
+    Raises IndivisibleError if the batch does not divide by the axis.
+    """
+    given = program.plan.batch_dims
+    shapes = {
+        (node.name, entry.target): value(node).layout.local_shape(program.mesh)
+        for node, entry in program.placeholders(InputKind.INPUT)
+    }
+    lengths = Counter(shape[0] for (_, target), shape in shapes.items() if shape and target not in given)
+    usual = lengths.most_common(1)[0][0] if lengths else 0
+    found: dict[str, int] = {}
+    for (name, target), shape in shapes.items():
+        dim = _batch_dim(target, shape, usual, given)
+        if dim is None:
+            continue
+        ways = program.mesh.size(axis)
+        if shape[dim] % ways:
+            raise IndivisibleError(
+                f"the batch of input '{target}' has {shape[dim]} rows (dim {dim}), which {axis}={ways} does not divide; "
+                f"give a batch size that is a multiple of {ways}, or a mesh with another {axis}"
+            )
+        found[name] = dim
+    return found
+
+
+def _batch_dim(target: str, shape: tuple[int, ...], usual: int, given: Mapping[str, int | None]) -> int | None:
+    if target in given:
+        return given[target]
+    return 0 if shape and shape[0] == usual else None
+
+
+@dataclass(frozen=True)
+class _BatchPolicy:
+    axis: str
+    dims: Mapping[str, int]
+
+    def seeds(self, flow: Flow) -> Iterable[tuple[Key, Split]]:
+        for node, _ in flow.program.placeholders(InputKind.INPUT):
+            if node.name in self.dims:
+                yield (node, 0), Split(self.dims[node.name])
+
+    def further_seeds(self, flow: Flow) -> Iterable[tuple[Key, Split]]:
+        return ()
+
+    def may_gather(self, flow: Flow, key: Key) -> bool:
+        return True
+
+    def placements(self, flow: Flow, node: fx.Node, entry: Input) -> list[Placement]:
+        if node.name in self.dims:
+            return [Split(self.dims[node.name])]
+        return [INVARIANT]
+
+    def allowed(self, flow: Flow, call: fx.Node, strategies: list[Strategy]) -> list[Strategy]:
+        """What can be split by batch is."""
+        return [s for s in strategies if s.part] or strategies
