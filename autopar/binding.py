@@ -14,7 +14,7 @@ from autopar.connect import Connection
 from autopar.errors import IndivisibleError, InvariantError
 from autopar.layout import Layout, shard
 from autopar.parameters import stored
-from autopar.pieces import grown, padded
+from autopar.pieces import padded
 from autopar.program import Value
 from autopar.runtime import Communicator
 from autopar.torch_dtensor import dtensor, local_of, of_local, spec_of

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,19 +92,23 @@ def data_ways(mesh: Mesh) -> int:
 
 
 def global_call(call: Call, mesh: Mesh, plan: Plan) -> Call:
-    """The call of the unmodified model of which ``call`` is one rank's part: batch dims ``data_ways`` times as long."""
+    """The call of the unmodified model. With ``Plan(inputs="local")`` ``call`` has one rank's part of its batch dims,
+    which are ``data_ways`` times as long."""
+    if plan.inputs != "local":
+        return call
     ways = data_ways(mesh)
-    sizes = [leaf.shape[0] for leaf in call.tensors if leaf.dim()]
+    lengths = Counter(leaf.shape[0] for leaf in call.tensors if leaf.dim())
+    usual = lengths.most_common(1)[0][0] if lengths else 0
 
     def whole(name: str, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        guess = 0 if leaf.dim() and leaf.shape[0] == sizes[0] else None
+        guess = 0 if leaf.dim() and leaf.shape[0] == usual else None
         dim = plan.batch_dims.get(name, guess)
         return leaf if dim is None else torch.cat([leaf.detach()] * ways, dim).requires_grad_(leaf.requires_grad)
 
-    args = tuple(pytree.tree_map(lambda leaf: whole("", leaf), arg) for arg in call.args)
-    kwargs = {name: pytree.tree_map(lambda leaf, name=name: whole(name, leaf), arg) for name, arg in call.kwargs.items()}
+    args = tuple(pytree.tree_map(partial(whole, ""), arg) for arg in call.args)
+    kwargs = {name: pytree.tree_map(partial(whole, name), arg) for name, arg in call.kwargs.items()}
     return Call(args, kwargs, pytree.tree_leaves((args, kwargs)), call.key)
 
 

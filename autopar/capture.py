@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -27,6 +27,7 @@ from torch.utils import checkpoint
 
 from autopar.errors import TraceError
 
+UNKNOWN_LINE = "an unknown line"
 _DATA_GETTER = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -68,9 +69,6 @@ def gradients_kept() -> Iterator[list[str]]:
     apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 
     def guarded(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if cls is checkpoint.CheckpointFunction:
-            _note_checkpointing(notes)
-            return args[0](*args[2:])
         if cls.__name__.startswith("GeneratedBackwardFor_"):  # an operator with a registered formula stays whole
             return apply(cls, *args, **kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -79,13 +77,9 @@ def gradients_kept() -> Iterator[list[str]]:
             raise refused[0]
         return apply(cls, *args, **kwargs)
 
-    def plain(*args: Any, **kwargs: Any) -> Iterator[None]:
-        _note_checkpointing(notes)
-        yield
-
     with (
         mock.patch.object(torch.autograd.Function, "apply", classmethod(guarded)),
-        mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", plain),
+        without_checkpointing(notes),
         torch.enable_grad(),
         _GradientBoundaries(),
     ):
@@ -97,13 +91,27 @@ def gradients_kept() -> Iterator[list[str]]:
             raise
 
 
-def _note_checkpointing(notes: list[str]) -> None:
+@contextmanager
+def without_checkpointing(notes: list[str]) -> Iterator[None]:
+    """Calls of ``torch.utils.checkpoint`` just call the function, and are noted."""
     note = (
         "the model asks for activation checkpointing (torch.utils.checkpoint); autopar decides itself what to "
         "recompute, so those calls are traced through and have no effect"
     )
-    if note not in notes:
+
+    def reentrant(cls: Any, function: Any, preserve: Any, *args: Any) -> Any:
         notes.append(note)
+        return function(*args)
+
+    def other(*args: Any, **kwargs: Any) -> Iterator[None]:
+        notes.append(note)
+        yield
+
+    with (
+        mock.patch.object(checkpoint.CheckpointFunction, "apply", classmethod(reentrant)),
+        mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", other),
+    ):
+        yield
 
 
 def _refused_function(cls: type) -> TraceError:
@@ -126,14 +134,13 @@ def user_line(frames: traceback.StackSummary | None = None) -> str:
     for frame in reversed(frames if frames is not None else traceback.extract_stack()):
         if _is_users(frame.filename):
             return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"
-    return "an unknown line"
+    return UNKNOWN_LINE
 
 
 def _is_users(filename: str) -> bool:
-    ours, torchs, pythons = (str(Path(file).parent) for file in (__file__, str(torch.__file__), str(traceback.__file__)))
-    if filename.startswith(("<", ours, torchs)):
+    if filename.startswith(("<", *(str(Path(str(file)).parent) for file in (__file__, torch.__file__)))):
         return False
-    return "site-packages" in filename or not filename.startswith(pythons)
+    return "site-packages" in filename or not filename.startswith(str(Path(traceback.__file__).parent))
 
 
 _DATA_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException")
@@ -178,10 +185,31 @@ def _explanation(error: Exception, model: nn.Module) -> TraceError:
             f"{name} cannot be traced with this call: {text}\n"
             "Way out: pass tensors, numbers, strings and None, or lists, tuples and dicts of them."
         )
-    return TraceError(
-        f"{name} cannot be traced: {kind}: {text}\n  at {where}\n"
-        "Way out: run the model once without autopar on the same inputs. If it fails there too, mend that first."
-    )
+    way_out = "run the model once without autopar on the same inputs. If it fails there too, mend that first."
+    if ".numpy()" in text:
+        way_out = "compute with torch operators; what passes through numpy has no gradient either."
+    place = f"  at {where}\n" if where != UNKNOWN_LINE else ""
+    return TraceError(f"{name} cannot be traced: {kind}: {text}\n{place}Way out: {way_out}")
+
+
+def inline_no_grad(module: fx.GraphModule) -> None:
+    """Put the operators of ``torch.no_grad`` regions in the place of their calls: the detaches are there already.
+
+    Decomposing would do it too, but forgets which line of the model they come from.
+    """
+    for node in list(module.graph.nodes):
+        if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
+            continue
+        inner: fx.Graph = getattr(module, node.args[1].target).graph
+        if any(part.op == "get_attr" for part in inner.nodes):
+            continue  # a region within, such as autocast
+        values = dict(zip((part for part in inner.nodes if part.op == "placeholder"), node.args[2:]))
+        with module.graph.inserting_before(node):
+            results: Any = module.graph.graph_copy(inner, values)
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
 
 
 PLAIN = (Tensor, int, float, bool, str, type(None))
@@ -232,7 +260,8 @@ def faked(model: nn.Module) -> Iterator[FakeTensorMode]:
         return made[id(tensor)]
 
     for module in model.modules():
-        for table in (module._parameters, module._buffers, module.__dict__):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        for table in tables:
             for name, tensor in list(table.items()):
                 if isinstance(tensor, Tensor):
                     swapped.append((table, name, tensor))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopar.differentiate import differentiate
 from autopar.mesh import Mesh
 from autopar.numerics import gradient_error, promote_float32
 from autopar.plan import Plan
@@ -51,7 +50,7 @@ def check(model: nn.Module, batch: Mapping[str, Any], mesh: Mesh, plan: Plan | N
     model = copy.deepcopy(model).double()
     batch = pytree.tree_map_only(Tensor, _as_double, dict(batch))
     with promote_float32():
-        program = differentiate(compile_program(model, mesh, plan or Plan(), (), batch))
+        program = compile_program(model, mesh, plan or Plan(), (), batch)
         state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         state = {name: tensor.detach().clone() for name, tensor in state.items()}
         step = simulate(program, state, (), batch)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -16,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from autopar import torch_collectives
 from autopar.errors import LaunchError, RankFailedError
 from autopar.mesh import ALIASES, Mesh
+from autopar.program import Program
 from autopar.runtime import Communicator, peer_failed
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
@@ -33,6 +37,17 @@ class Connection:
     @property
     def rank(self) -> int:
         return self.comm.rank
+
+    def agree(self, program: Program) -> None:
+        """Raises LaunchError unless all ranks have come to the same program; each is to call this at the same time."""
+        digest = hashlib.sha256(str(program).encode()).digest()
+        mine = torch.frombuffer(bytearray(digest[:8]), dtype=torch.int64).to(self.comm.device)
+        for axis in self.mesh.names:
+            if bool((self.comm.exchange(mine, axis) != mine).any()):
+                raise LaunchError(
+                    f"rank {self.rank} and its peers over axis '{axis}' have made different programs of this call\n"
+                    "Way out: pass inputs of the same shapes on every rank, and the same model, mesh and plan."
+                )
 
 
 def launched() -> bool:
@@ -54,8 +69,7 @@ def connect(mesh: Mesh | DeviceMesh, timeout: float, device: torch.device) -> Co
         _join(mesh, timeout, device)
     elif dist.get_world_size() != mesh.world_size:
         raise LaunchError(_sizes(mesh, dist.get_world_size(), "the process group has"))
-    shape = tuple(size for _, size in mesh.axes) or (1,)
-    device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=mesh.names or ("dp",))
+    device_mesh = _device_mesh(mesh, timeout, device)
     sys.excepthook = _short_failures
     return Connection(mesh, device_mesh, _communicator(mesh, device_mesh, timeout, device))
 
@@ -81,12 +95,27 @@ def _join(mesh: Mesh, timeout: float, device: torch.device) -> None:
     processes = int(os.environ["WORLD_SIZE"])
     if processes != mesh.world_size:
         raise LaunchError(_sizes(mesh, processes, "torchrun started"))
-    try:
+    with _peers_needed("the start of the process group", int(os.environ["RANK"]), processes, timeout):
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+
+@contextmanager
+def _peers_needed(what: str, rank: int, world_size: int, timeout: float) -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as problem:
-        rank = int(os.environ["RANK"])
-        peers = [peer for peer in range(min(processes, MOST_PEERS_NAMED)) if peer != rank]
-        raise peer_failed("the start of the process group", rank, peers, timeout, problem) from None
+        peers = [peer for peer in range(min(world_size, MOST_PEERS_NAMED)) if peer != rank]
+        raise peer_failed(what, rank, peers, timeout, problem) from None
+
+
+def _device_mesh(mesh: Mesh, timeout: float, device: torch.device) -> DeviceMesh:
+    shape = tuple(size for _, size in mesh.axes) or (1,)
+    names = mesh.names or ("dp",)
+    backend = dist.get_backend()
+    smaller = [name for name, size in zip(names, shape) if 1 < size < mesh.world_size]  # the world has its group already
+    override = {name: torch_collectives.options(backend, timeout) for name in smaller if backend in ("gloo", "nccl")}
+    with _peers_needed("making the process groups", dist.get_rank(), mesh.world_size, timeout):
+        return init_device_mesh(device.type, shape, mesh_dim_names=names, backend_override=override or None)
 
 
 def _communicator(mesh: Mesh, device_mesh: DeviceMesh, timeout: float, device: torch.device) -> Communicator:

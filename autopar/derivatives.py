@@ -2,17 +2,19 @@
 
 linear     stays one operator in forward (torch breaks it into t, view, mm, view); backward is two matrix products
 attention  our operator, which is the same on every device (``operators/attention.py``)
+copy       the functional form of ``copy_``, for which torch has no derivative
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from autopar.operators.attention import attend
+from autopar.program import Node
 from autopar.recorder import Recorder
 
 aten = torch.ops.aten
@@ -45,7 +47,7 @@ def _linear(recorder: Recorder, x: Tensor, weight: Tensor, bias: Tensor | None =
     if weight.dim() != 2:
         result: Tensor = aten.linear.default(x, weight, bias)
         return result
-    found: Tensor = _Linear.apply(recorder, x, weight, bias)
+    found: Tensor = _Linear.apply(recorder, x, weight, bias)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -53,7 +55,39 @@ def _attention(recorder: Recorder, *args: Any, **kwargs: Any) -> Tensor:
     return attend(*args, **kwargs)
 
 
+def _copy(recorder: Recorder, written: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(written.dtype).expand(written.shape)
+
+
 DERIVATIVES: dict[Any, Callable[..., Any]] = {
     aten.linear.default: _linear,
+    aten.copy.default: _copy,
     aten.scaled_dot_product_attention.default: _attention,
 }
+
+RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+
+
+def unrepeated_heads(node: Node, tensors: Mapping[Node, Tensor]) -> Node:
+    """The keys (B, Hkv, S, D) whose heads ``node`` (B, H, S, D) repeats one by one, or else ``node`` itself.
+
+    Models write grouped-query attention as unsqueeze, expand, reshape; our attention takes the fewer heads as they
+    are, so that the repeated ones are neither made nor saved.
+    """
+    if node.target not in RESHAPES:
+        return node
+    expand = node.all_input_nodes[0]
+    if expand.target is aten.clone.default:
+        expand = expand.all_input_nodes[0]
+    unsqueeze = expand.all_input_nodes[0] if expand.target is aten.expand.default else node
+    if unsqueeze.target is not aten.unsqueeze.default:
+        return node
+    source = unsqueeze.all_input_nodes[0]
+    if tensors[source].dim() != 4 or tensors[expand].dim() != 5:
+        return node
+    batch, heads, length, width = tensors[source].shape
+    repeats = tensors[expand].shape[2]
+    wide = tensors[unsqueeze].shape == (batch, heads, 1, length, width)
+    expanded = tensors[expand].shape == (batch, heads, repeats, length, width)
+    merged = tensors[node].shape == (batch, heads * repeats, length, width)
+    return source if wide and expanded and merged else node

@@ -1,8 +1,8 @@
 """Derive the backward pass: the forward graph of a program becomes the forward and backward graphs of a role.
 
 The graph is run once on tensors without memory, at the local sizes of one rank, with torch's autograd on; everything
-that torch does below autograd is recorded, forward and backward, as one joint graph (``recorder``), which is then cut in
-two (``partition``). Every collective of the backward pass is a node of it, in the order in which all ranks run it.
+that torch does below autograd is recorded, forward and backward, as one joint graph (``recorder``), which is then cut
+in two (``partition``). Every collective of the backward pass is a node, in the order in which all ranks run it.
 
 Before:  up = aten.linear(x, w); y = comm.all_reduce(up, tp)
 After:   forward:  linear(x, w), all_reduce -> y, saved x, w      backward: (x, w, d_y) -> mm(t(d_y), x)
@@ -19,10 +19,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopar import comm
-from autopar.recorder import Recorder, fake_mode
-from autopar.derivatives import DERIVATIVES
+from autopar.derivatives import DERIVATIVES, unrepeated_heads
 from autopar.errors import AutoparError, InvariantError
-from autopar.partition import Joint, live_nodes, partition
+from autopar.partition import Joint, Remake, is_free, live_nodes, partition
 from autopar.program import (
     InputKind,
     Node,
@@ -36,6 +35,7 @@ from autopar.program import (
     value,
     values,
 )
+from autopar.recorder import Recorder, fake_mode
 
 aten = torch.ops.aten
 
@@ -51,13 +51,17 @@ def differentiate(program: Program) -> Program:
     return replace(program, roles=(role_of(program),))
 
 
-def role_of(program: Program) -> Role:
-    """The graphs of one role; a pipeline stage is a program of its own here."""
+def role_of(program: Program, differentiable: tuple[int, ...] | None = None, remake: Remake = is_free) -> Role:
+    """The graphs of one role; a pipeline stage is a program of its own here.
+
+    ``differentiable``: positions of the outputs that get a gradient; by default the loss alone, or else all user
+    outputs that need one. ``remake``: which forward nodes backward makes again rather than gets (``partition``).
+    """
     inference = inference_graph(program.graph)
-    joint, differentiable, grads = joint_graph(program)
+    joint, differentiable, grads = joint_graph(program, differentiable)
     if not grads:
         return Role(inference, None, inference)
-    forward, backward, saved = partition(joint)
+    forward, backward, saved = partition(joint, remake)
     return Role(forward, backward, inference, len(saved), differentiable, grads)
 
 
@@ -78,13 +82,17 @@ def inference_graph(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-def joint_graph(program: Program) -> tuple[Joint, tuple[int, ...], tuple[str, ...]]:
+def joint_graph(
+    program: Program, differentiable: tuple[int, ...] | None = None
+) -> tuple[Joint, tuple[int, ...], tuple[str, ...]]:
     """Forward and backward as one graph, the positions of the differentiable outputs, the names of the gradients."""
     graph = fx.Graph()
-    with fake_mode(), Recorder(graph) as recorder:
+    names = (node.name for node in program.graph.nodes)
+    with fake_mode(), Recorder(graph, names) as recorder:
         run = _Forward(program, recorder)
         outputs = run.outputs()
-        differentiable = _differentiable(program, outputs)
+        if differentiable is None:
+            differentiable = _differentiable(program, outputs)
         wanted = run.leaves() if differentiable else {}
         recorder.backward()
         tangents, gradients = _backward(recorder, [outputs[i] for i in differentiable], list(wanted.values()))
@@ -159,15 +167,20 @@ class _Forward:
     def outputs(self) -> list[Tensor]:
         for node in self.program.graph.nodes:
             if node.op not in ("placeholder", "output"):
-                self.recorder.origin = origin(node)
+                self.recorder.origin, self.recorder.expected = origin(node), (node.target, node.name)
                 self.tensors[node] = self._result(node)
                 self._name_gradients(node)
+                self._keep_layout(node)
         return [self.tensors[node] for node in self.program.returned]
 
     def _result(self, node: Node) -> Any:
         if node.op != "call_function":
             raise InvariantError(f"{node.name} is a {node.op} node; a program has only functions and placeholders")
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.tensors.__getitem__)
+        given = node.args
+        if node.target is aten.scaled_dot_product_attention.default:
+            keys, values = (unrepeated_heads(source, self.tensors) for source in given[1:3])  # type: ignore[arg-type]
+            given = (given[0], keys, values, *given[3:])
+        args, kwargs = fx.map_arg((given, node.kwargs), self.tensors.__getitem__)
         try:
             if node.target in DERIVATIVES:
                 return DERIVATIVES[node.target](self.recorder, *args, **kwargs)  # type: ignore[index]
@@ -176,6 +189,14 @@ class _Forward:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as problem:
             raise InvariantError(_failure(node, args, kwargs, problem)) from problem
+
+    def _keep_layout(self, node: Node) -> None:
+        """What is recorded under the node's own name is the node's value: it lies on the mesh as that does."""
+        types, tensor = values(node), self.tensors[node]
+        if len(types) == 1 and isinstance(tensor, Tensor):
+            recorded = self.recorder.node_of(tensor)
+            if recorded.name == node.name and types[0].layout.local_shape(self.program.mesh) == tensor.shape:
+                set_values(recorded, replace(types[0], requires_grad=False))
 
     def _name_gradients(self, node: Node) -> None:
         """Let the backward nodes that torch derives from ``node`` carry its origin."""

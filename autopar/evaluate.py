@@ -7,7 +7,7 @@ each row of the batch are the same for each row, so a mask of f32[8,1,4096,4096]
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,11 +53,16 @@ def is_pure(node: fx.Node) -> bool:
 
 
 class Evaluator:
-    """Computes nodes in graph order; a value is dropped after its last use (``keep`` holds those wanted later)."""
+    """Computes nodes in graph order; a value is dropped after its last use (``keep`` holds those wanted later).
 
-    def __init__(self, constants: dict[fx.Node, Tensor], foldable: set[fx.Node], keep: set[fx.Node]) -> None:
-        self._found: dict[fx.Node, Any] = {node: compact(tensor) for node, tensor in constants.items()}
-        self._waiting = {node: sum(user in foldable for user in node.users) for node in (*foldable, *constants)}
+    ``known``: every node that will be computed, and constants with their tensors.
+    """
+
+    def __init__(self, known: Mapping[fx.Node, Tensor | None], keep: set[fx.Node]) -> None:
+        self._found: dict[fx.Node, Any] = {
+            node: compact(tensor) for node, tensor in known.items() if tensor is not None
+        }
+        self._waiting = {node: sum(user in known for user in node.users) for node in known}
         self._keep = keep
 
     def compute(self, node: fx.Node) -> None:
@@ -79,7 +84,7 @@ class Evaluator:
         assert callable(node.target)
         fetch = self._compact if is_pointwise(node) else self._full
         args, kwargs = fx.map_arg(node.args, fetch), fx.map_arg(node.kwargs, fetch)
-        result = node.target(*args, **kwargs)  # type: ignore[misc]
+        result = node.target(*args, **kwargs)
         if isinstance(result, (list, tuple)):
             return type(result)(compact(item) if isinstance(item, Tensor) else item for item in result)
         return compact(result) if isinstance(result, Tensor) else result

@@ -83,11 +83,14 @@ PARTIAL = Partial("sum")
 def owned_indices(size: int, split: Split, position: int, ways: int) -> Tensor:
     """Global indices along a dim of ``size`` that ``position`` of ``ways`` owns, in local order (int64, 1-D).
 
-    A contiguous split need not divide: parts have ceil(size / ways) elements and the last ones are shorter.
+    A contiguous split need not divide: parts have ceil(size / ways) elements and the last ones are shorter. Any other
+    must: ValueError.
     """
     if split.contiguous:
         part = -(-size // ways)
         return torch.arange(min(position * part, size), min((position + 1) * part, size))
+    if not split.divides(size, ways):
+        raise ValueError(f"{split} over {ways} ranks does not divide a dim of {size} elements")
     unit = size // split.outer // sum(split.ratio)
     pieces, start = [], 0
     for _ in range(split.outer):
@@ -191,7 +194,11 @@ def _owned(factor: Factor, coordinates: Coordinates, mesh: Mesh) -> Tensor:
 
 def _cut(factors: tuple[Factor, ...], split: Split, axis: str, mesh: Mesh) -> tuple[Factor, ...]:
     """Let ``axis`` own the part of a dim that lies behind ``split.outer`` local elements of outer factors."""
-    passed, done = 1, []
+    size = math.prod(factor.local(mesh) for factor in factors)
+    if not split.contiguous and not split.divides(size, mesh.size(axis)):
+        raise ValueError(f"{split} over '{axis}' ({mesh.size(axis)} ways) does not divide {size} local elements")
+    passed = 1
+    done: list[Factor] = []
     for position, factor in enumerate(factors):
         if passed == split.outer:  # own what remains: the first factor that can carry the axis
             rest = factors[position:]
@@ -213,14 +220,14 @@ def _cut(factors: tuple[Factor, ...], split: Split, axis: str, mesh: Mesh) -> tu
 
 
 def _own(rest: tuple[Factor, ...], ratio: tuple[int, ...], axis: str, mesh: Mesh) -> tuple[Factor, ...]:
-    """Let ``axis`` own ``rest``, split in proportion ``ratio``: its first factor, after merging whole ones if needed."""
+    """Let ``axis`` own ``rest``, split in proportion ``ratio``: its first factor, or several whole ones merged."""
     ways, split = mesh.size(axis), Split(0, ratio=ratio)
     first, *others = rest
     if others and first.axes and first.local(mesh) == 1:  # nothing of it is left to split
         return (first, *_own(tuple(others), ratio, axis, mesh))
     while others and not split.divides(first.local(mesh), ways) and not first.axes and not others[0].axes:
         first = Factor(first.size * others.pop(0).size)
-    fits = not others or split.divides(first.local(mesh), ways)
+    fits = split.divides(first.local(mesh), ways) or (not others and ratio == (1,))
     if not fits or (first.axes and first.ratio != ratio):
         raise ValueError(f"{split} over '{axis}' ({ways} ways) of {Layout((rest,))} is a split that no layout can say")
     return (Factor(first.size, (*first.axes, axis), ratio), *others)

@@ -16,11 +16,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopar import comm
-from autopar.recorder import is_random
 from autopar.errors import AutoparError, InvariantError
 from autopar.layout import Split, owned_indices
 from autopar.mesh import Mesh
 from autopar.program import Node, origin, output_node
+from autopar.recorder import is_random
 
 Ranks = list[Any]  # one value per rank
 
@@ -170,17 +170,17 @@ class Memory:
     def hold(self, value: Any) -> None:
         for tensor in _tensors(value):
             storage = tensor.untyped_storage()
-            self.users[storage._cdata] += 1
-            if self.users[storage._cdata] == 1:
+            self.users[storage.data_ptr()] += 1
+            if self.users[storage.data_ptr()] == 1:
                 self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
 
     def release(self, value: Any) -> None:
         for tensor in _tensors(value):
             storage = tensor.untyped_storage()
-            self.users[storage._cdata] -= 1
-            if self.users[storage._cdata] == 0:
-                del self.users[storage._cdata]
+            self.users[storage.data_ptr()] -= 1
+            if self.users[storage.data_ptr()] == 0:
+                del self.users[storage.data_ptr()]
                 self.live -= storage.nbytes()
 
 
@@ -246,10 +246,10 @@ class Lockstep:
         done: dict[Any, Any] = {}
         results: Ranks = []
         for rank in range(self.mesh.world_size):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: known[source][rank])
-            key = tuple(id(known[source][rank]) for source in node.all_input_nodes)
+            here = {source: known[source][rank] for source in node.all_input_nodes}
+            key = tuple(map(id, here.values()))
             if is_random(node.target) or key not in done:
-                done[key] = _call(node, args, kwargs, rank)
+                done[key] = _call(node, here, rank)
             results.append(done[key])
         return results
 
@@ -287,7 +287,8 @@ def _last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
     return dying
 
 
-def _call(node: Node, args: Any, kwargs: Any, rank: int) -> Any:
+def _call(node: Node, here: dict[Node, Any], rank: int) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), here.__getitem__)
     try:
         return node.target(*args, **kwargs)  # type: ignore[operator]
     except AutoparError:
@@ -296,4 +297,5 @@ def _call(node: Node, args: Any, kwargs: Any, rank: int) -> Any:
         shapes = [list(tensor.shape) for tensor in _tensors((args, kwargs))]
         where = f" (from {origin(node).module})" if origin(node).module else ""
         first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        raise InvariantError(f"rank {rank}: {node.name} = {node.target}{where} failed on shapes {shapes}: {first}") from problem
+        message = f"rank {rank}: {node.name} = {node.target}{where} failed on shapes {shapes}: {first}"
+        raise InvariantError(message) from problem

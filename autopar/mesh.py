@@ -85,7 +85,10 @@ class Mesh:
         return {name: found[name] for name in self.names}
 
     def rank(self, coordinates: Coordinates) -> int:
-        """The inverse of :meth:`coordinates`; axes that are not given count as 0."""
+        """The inverse of :meth:`coordinates`; axes that are not given count as 0. Raises ValueError off the mesh."""
+        for name, position in coordinates.items():
+            if not 0 <= position < self.size(name):
+                raise ValueError(f"position {position} on axis '{name}' is not on {self}")
         rank = 0
         for name, size in self.axes:
             rank = rank * size + coordinates.get(name, 0)

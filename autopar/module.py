@@ -89,12 +89,159 @@ class ParallelModule(nn.Module):
     def simulate(self, *args: Any, **kwargs: Any) -> Step:
         """One step of all ranks in this process: output, loss, whole gradients, traffic. Takes whole batches."""
         call = self._signature.call(args, kwargs)
-        program = self._program(call, call)
+        program = self._program(self._key(call), call)
         with torch.no_grad():
             tensors = self.full_state_dict() if self._connection else _named_tensors(self)
-        return simulate(
-            program, tensors, call.args, call.kwargs, backward=torch.is_grad_enabled(), seed=self.plan.seed * SEED_STRIDE
-        )
+        seed = self.plan.seed * SEED_STRIDE
+        return simulate(program, tensors, call.args, call.kwargs, backward=torch.is_grad_enabled(), seed=seed)
 
-    def compile(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        raise InvariantError("a parallel module is compiled already; torch.compile of it is Plan(compile='inductor')")
+    # ------------------------------------------------------------ looking
+
+    @property
+    def program(self) -> Program:
+        """The program of the latest kind of call. Raises InvariantError before there is one."""
+        if not self._programs:
+            raise InvariantError(
+                "there is no program yet: it is made at the first call\n"
+                "Way out: autopar.parallelize(model, mesh, example_inputs=batch), or call the model once."
+            )
+        return next(reversed(self._programs.values()))
+
+    @property
+    def traffic(self) -> tuple[Transfer, ...]:
+        """What this rank has sent until now, by phase, axis and collective."""
+        return self._connection.comm.traffic if self._connection else ()
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Program:
+        """Make the program of this call without running it; the tensors may be meta tensors."""
+        call = self._signature.call(args, kwargs)
+        return self._executable(call).program if self._connection else self._program(self._key(call), call)
+
+    def full_state_dict(self, *, device: str = "cpu", rank0_only: bool = False) -> dict[str, Tensor]:
+        """Whole tensors under the model's names, on every rank or (elsewhere empty) on rank 0; collective."""
+        keep = self._connection is None or self._connection.rank == 0 or not rank0_only
+        found: dict[str, Tensor] = {}
+        for name, tensor in self.state_dict().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if keep:
+                found[name] = whole.detach().to(device)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_model" not in self.__dict__:
+                raise
+        model = self.__dict__["_model"]
+        found = getattr(model, name)
+        if callable(found):
+            raise AttributeError(
+                f"'{name}' is a method of {type(model).__name__}; of those a parallel module has only forward(): "
+                "what the model computes otherwise is not parallelised"
+            )
+        return found
+
+    # ------------------------------------------------------------ staying the model
+
+    def train(self, mode: bool = True) -> ParallelModule:
+        super().train(mode)
+        self._model.training = mode
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ParallelModule:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._programs.clear()  # dtypes may have changed
+        self._executables.clear()
+        return self
+
+    # ------------------------------------------------------------ programs
+
+    def _key(self, call: Call) -> Hashable:
+        gradients = tuple(parameter.requires_grad for parameter in self.parameters())
+        cast = torch.is_autocast_enabled() and torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cuda")
+        return self.training, cast, gradients, call.key
+
+    def _executable(self, call: Call) -> Executable:
+        key = self._key(call)
+        found = self._executables.get(key)
+        if found is None:
+            assert self._connection is not None
+            program = self._program(key, global_call(call, self.mesh, self.plan))
+            _check_parts(program, call)
+            self._connection.agree(program)
+            found = self._executables[key] = Executable(program, self, self._connection)
+        return found
+
+    def _program(self, key: Hashable, call: Call) -> Program:
+        """The program of ``key``, compiled from the whole ``call`` if there is none; the oldest makes room."""
+        if key in self._programs:
+            return self._programs[key]
+        if self._programs and (self._connection is None or self._connection.rank == 0):
+            kind = "training" if self.training else "evaluation"
+            logger.warning("a new kind of call (%s, inputs %s): making another program", kind, shapes(call.tensors))
+        while len(self._programs) >= PROGRAMS_KEPT:
+            oldest, _ = self._programs.popitem(last=False)
+            self._executables.pop(oldest, None)
+        layouts = self._weights.layouts if self._weights else None
+        with traceable(self):
+            program = self._compiler(self._model, self.mesh, self.plan, call.args, call.kwargs, layouts)
+        self._programs[key] = program
+        if self._weights is not None:
+            self._lay_out(self._weights, program)
+        return program
+
+    def _lay_out(self, weights: Weights, program: Program) -> None:
+        """Hold the parameters as the first program wants them; later programs have to want the same."""
+        layouts = weight_layouts(program)
+        if weights.layouts is None:
+            weights.split(layouts)
+        for name, layout in layouts.items():
+            held = weights.layouts.get(name, layout) if weights.layouts is not None else layout
+            if layout != held:
+                raise InvariantError(
+                    f"this call wants parameter '{name}' as {layout}, and it is held as {held} since the first call\n"
+                    "Way out: say how it is split, e.g. Plan(tensor={'" + name + "': 'column'})."
+                )
+
+
+def weight_layouts(program: Program) -> dict[str, Layout]:
+    """Parameter and buffer names, aliases too, with their layouts."""
+    return {
+        name: value(node).layout
+        for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.BUFFER)
+        for name in (entry.target, *entry.aliases)
+    }
+
+
+def loss_of(output: Any) -> Tensor:
+    """The loss in what a model returns: itself, ``.loss``, ``["loss"]``, or the first of a tuple."""
+    found = getattr(output, "loss", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("loss")
+    if found is None and isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    found = output if found is None else found
+    if not isinstance(found, Tensor) or found.dim() != 0:
+        raise InvariantError(
+            f"train_step needs a model that returns its loss, a scalar; this one returns {type(output).__name__}\n"
+            "Way out: pass labels, or compute the loss in a small nn.Module around the model."
+        )
+    return found
+
+
+def _check_parts(program: Program, call: Call) -> None:
+    if program.plan.inputs != "local":
+        return
+    nodes = [(node, entry) for node, entry in program.placeholders(InputKind.INPUT)]
+    for (node, entry), tensor in zip(nodes, call.tensors):
+        expected = value(node).layout.local_shape(program.mesh)
+        if tuple(tensor.shape) != expected:
+            raise InvariantError(
+                f"input '{entry.target}': this rank's part is {list(tensor.shape)}, it has to be {list(expected)}\n"
+                f"Way out: say which dim is the batch, Plan(batch_dims={{'{entry.target}': ...}}), None for none."
+            )
+
+
+def _named_tensors(root: nn.Module) -> dict[str, Tensor]:
+    return dict(root.named_parameters(remove_duplicate=False)) | dict(root.named_buffers(remove_duplicate=False))

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from autopar.capture import plain_output
+from autopar.capture import plain_output, without_checkpointing
 from autopar.errors import NumericsError, TraceError
 from autopar.program import InputKind, Program
 
@@ -51,9 +51,7 @@ def promote_float32() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-def gradient_error(
-    grads: Mapping[str, Tensor | None], reference: Mapping[str, Tensor | None]
-) -> dict[str, float]:
+def gradient_error(grads: Mapping[str, Tensor | None], reference: Mapping[str, Tensor | None]) -> dict[str, float]:
     """Parameter name -> largest absolute error, relative to the parameter's own largest reference gradient.
 
     That scale is floored at 1e-6 of the model's largest gradient, since some gradients (a key bias under softmax) are
@@ -90,8 +88,7 @@ def bind(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapp
         InputKind.CONSTANT: program.constants,
     }
     return [
-        next(inputs) if entry.kind is InputKind.INPUT else tables[entry.kind][entry.target]
-        for entry in program.inputs
+        next(inputs) if entry.kind is InputKind.INPUT else tables[entry.kind][entry.target] for entry in program.inputs
     ]
 
 
@@ -99,7 +96,9 @@ def user_tensors(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, A
     """The tensors of a call in the order of the program's ``INPUT`` entries; checks the arguments that are static."""
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     if spec != program.in_spec:
-        raise TraceError(f"the call has other arguments than the traced one:\n  now    {spec}\n  traced {program.in_spec}")
+        raise TraceError(
+            f"the call has other arguments than the traced one:\n  now    {spec}\n  traced {program.in_spec}"
+        )
     static = dict(program.static_inputs)
     for position, expected in static.items():
         found = leaves[position]
@@ -125,9 +124,7 @@ def restore_output(program: Program, tensors: Sequence[Any]) -> Any:
     return pytree.tree_unflatten(leaves, program.out_spec)
 
 
-def check_numerics(
-    program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[str]:
+def check_numerics(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
     """Run the model and its traced graph on the same inputs and random numbers; outputs and gradients must agree.
 
     Returns notes. Raises NumericsError, with the number and the path of the output or the parameter's name, when they
@@ -136,7 +133,7 @@ def check_numerics(
     names = [entry.target for entry in program.inputs if entry.kind is InputKind.PARAMETER]
     table = dict(model.named_parameters(remove_duplicate=False))
     trainable = {name: table[name] for name in names if table[name].requires_grad}
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), without_checkpointing([]):
         state = torch.get_rng_state()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         expected, _ = plain_output(functional_call(model, buffers, args, dict(kwargs)))
@@ -150,7 +147,7 @@ def check_numerics(
     if worst is None or errors[worst] <= allowed:
         return []
     if any(_is_random(node) for node in program.graph.nodes):
-        return ["the numerics check was skipped: the model draws random numbers (dropout) in another order than its graph"]
+        return ["the numerics check was skipped: the model draws random numbers in another order than its graph"]
     raise NumericsError(
         f"the traced graph of {type(model).__name__} disagrees with the model: {worst} differs by {errors[worst]:.3g} "
         f"of its size (allowed {allowed:.1g})\n"
@@ -175,9 +172,10 @@ def _output_errors(found: Any, expected: Any) -> dict[str, float]:
     errors = {}
     for (path, reference), tensor in pairs:
         if isinstance(reference, Tensor):
-            same = tensor.isnan() & reference.isnan() if _is_floating(reference) else tensor == reference
-            difference = (tensor.detach().double() - reference.detach().double()).masked_fill(same, 0)
-            errors[f"output{pytree.keystr(path)}"] = _largest(difference) / (_largest(reference) or 1.0)
+            now, then = tensor.detach().double(), reference.detach().double()
+            same = (now == then) | (now.isnan() & then.isnan())
+            difference = (now - then).masked_fill(same, 0)
+            errors[f"output{pytree.keystr(path)}"] = _largest(difference) / (_largest(then) or 1.0)
     return errors
 
 
@@ -188,7 +186,7 @@ def _gradients(output: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tenso
     if not leaves or not parameters:
         return {}
     loss = scalars[0] if scalars else sum((leaf * _weights(leaf)).sum() for leaf in leaves)
-    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)  # type: ignore[arg-type]
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return dict(zip(parameters, grads))
 
 

@@ -1,28 +1,29 @@
 """Parameters as DTensors: cut from whole tensors, and in state dicts always in the model's own order.
 
-A part that is contiguous is DTensor's ``Shard(dim)``. One that is not (the rank's heads of a fused QKV weight) is
-stored as ``Shard(dim)`` of a *permuted* tensor; state dicts undo the permutation.
+A part that is contiguous is DTensor's ``Shard(dim)``. The rank's heads of a fused QKV weight are not: three equal parts
+are a strided shard, others (grouped-query heads) are stored as ``Shard(dim)`` of a *permuted* tensor. State dicts have
+contiguous parts of the model's own order in either case.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from autopar.connect import Connection
 from autopar.errors import IndivisibleError
-from autopar.layout import Layout, shard
+from autopar.layout import Factor, Layout, shard
 from autopar.mesh import Mesh
-from autopar.torch_dtensor import dtensor, local_of
+from autopar.torch_dtensor import contiguous, dtensor, local_of, strided
 
 
 @dataclass(frozen=True)
@@ -49,37 +50,52 @@ class Stored:
 
 def stored(layout: Layout, mesh: Mesh, name: str) -> Stored:
     """How ranks hold a tensor of ``layout``. Raises IndivisibleError where DTensor has no such uneven parts."""
-    placements: list[Placement] = [Replicate() for _ in mesh.axes]
+    placements: list[Placement] = [Replicate() for _ in mesh.axes] or [Replicate()]
     orders: list[tuple[int, Tensor]] = []
     for dim, factors in enumerate(layout.dims):
-        owning = [axis for axis in mesh.names if any(axis in factor.axes for factor in factors)]
-        if not owning:
-            continue
-        for axis in owning:
-            placements[mesh.names.index(axis)] = Shard(dim)
-        size = layout.shape[dim]
-        places = itertools.product(*(range(mesh.size(axis)) for axis in owning))
-        parts = [layout.indices(dim, dict(zip(owning, place)), mesh) for place in places]
-        owned = [part for part in parts if part is not None]
-        if [len(part) for part in owned] != list(_chunks(size, [mesh.size(axis) for axis in owning])):
-            raise IndivisibleError(
-                f"{name}: dim {dim} of {size} elements cannot be stored as {layout} on {mesh}; a DTensor gives every "
-                f"rank but the last ones equally many.\nWay out: a mesh whose axes {owning} divide {size}."
-            )
-        order = torch.cat(owned)
-        if not torch.equal(order, torch.arange(size)):
+        try:
+            blocks, order = _dim_form(factors, mesh)
+        except IndivisibleError as problem:
+            raise IndivisibleError(f"'{name}' as {layout} on {mesh}: {problem}") from None
+        for axis, count in blocks:
+            placements[mesh.names.index(axis)] = strided(dim, count)
+        if order is not None:
             orders.append((dim, order))
     return Stored(layout, tuple(placements), tuple(orders))
 
 
-def _chunks(size: int, ways: list[int]) -> Iterator[int]:
-    """Sizes of DTensor's parts when a dim is split over several axes, one after the other."""
-    if not ways:
-        yield size
-        return
-    part = -(-size // ways[0])
-    for position in range(ways[0]):
-        yield from _chunks(max(0, min(part, size - position * part)), ways[1:])
+@lru_cache(maxsize=1024)
+def _dim_form(factors: tuple[Factor, ...], mesh: Mesh) -> tuple[tuple[tuple[str, int], ...], Tensor | None]:
+    """(axis, blocks) of the placements that give every rank its part of a dim, and the stored order (None: its own)."""
+    owning = [axis for axis in mesh.names if any(axis in factor.axes for factor in factors)]
+    if not owning or len(factors) == 1 and factors[0].axes == tuple(owning) and factors[0].ratio == (1,):
+        return tuple((axis, 1) for axis in owning), None
+    layout = Layout((factors,))
+    ways = [mesh.size(axis) for axis in owning]
+    places = list(itertools.product(*map(range, ways)))
+    found = [layout.indices(0, dict(zip(owning, place)), mesh) for place in places]
+    owned = [own for own in found if own is not None]
+    runs = int((owned[0].diff() != 1).sum()) + 1
+    counts = {1, runs, *ways, *(runs * way for way in ways)}
+    for blocks in itertools.product(sorted(counts), repeat=len(owning)):
+        if all(torch.equal(own, _part(layout.shape[0], place, ways, blocks)) for own, place in zip(owned, places)):
+            return tuple(zip(owning, blocks)), None
+    one = [1] * len(owning)
+    if [len(own) for own in owned] != [len(_part(layout.shape[0], place, ways, one)) for place in places]:
+        raise IndivisibleError(
+            f"{layout.shape[0]} elements give the ranks uneven parts; in a DTensor only the last ranks have fewer\n"
+            f"Way out: a mesh whose {' x '.join(owning)} divides {layout.shape[0]}."
+        )
+    return tuple((axis, 1) for axis in owning), torch.cat(owned)
+
+
+def _part(size: int, place: Sequence[int], ways: Sequence[int], blocks: Sequence[int]) -> Tensor:
+    """The indices that DTensor gives to ``place``: one axis after the other cuts what the ones before it left."""
+    own = torch.arange(size)
+    for position, way, count in zip(place, ways, blocks):
+        pieces = own.split(max(1, -(-len(own) // (way * count))))  # type: ignore[no-untyped-call]
+        own = torch.cat([own[:0], *pieces[position::way]])
+    return own
 
 
 def cut(whole: Tensor, form: Stored, connection: Connection) -> DTensor:
@@ -88,25 +104,16 @@ def cut(whole: Tensor, form: Stored, connection: Connection) -> DTensor:
     local = shard(whole.detach(), form.layout, connection.mesh, comm.coordinates)
     if local.shape != whole.shape or not local.is_contiguous():
         local = local.clone(memory_format=torch.contiguous_format)  # do not keep the whole tensor alive
-    return dtensor(local, connection.device_mesh, _fitting(form, connection.device_mesh), whole.shape)
-
-
-def _fitting(form: Stored, device_mesh: DeviceMesh) -> tuple[Placement, ...]:
-    return form.placements or tuple(Replicate() for _ in range(device_mesh.ndim))
-
-
-def whole_of(tensor: Tensor, form: Stored | None) -> Tensor:
-    """The whole tensor in the model's order; collective."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return form.to_model(whole) if form is not None else whole
+    return dtensor(local, connection.device_mesh, form.placements, whole.shape)
 
 
 def in_model_order(tensor: DTensor, form: Stored) -> DTensor:
-    """For state dicts: placed alike, but contiguous parts of the model's order; collective where that differs."""
-    if not form.orders:
+    """For state dicts: contiguous parts of the model's order on the same axes; collective where that differs."""
+    placements = tuple(map(contiguous, form.placements))
+    if not form.orders and placements == form.placements:
         return tensor
     whole = form.to_model(tensor.full_tensor())
-    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    return distribute_tensor(whole, tensor.device_mesh, placements, src_data_rank=None)
 
 
 def in_stored_order(value: Tensor, like: DTensor, form: Stored) -> DTensor:
@@ -121,16 +128,13 @@ def in_stored_order(value: Tensor, like: DTensor, form: Stored) -> DTensor:
 class Weights:
     """The parameters (and split buffers) of a module tree as DTensors, in place, under their own names.
 
-    ``layouts`` is None until :meth:`split` has said how they lie; until then every rank holds them whole.
+    ``layouts`` is None until :meth:`split` has said how they lie; until then every rank holds them whole, uncopied.
     """
 
     def __init__(self, root: nn.Module, connection: Connection) -> None:
         self.root, self.connection = root, connection
         self.layouts: dict[str, Layout] | None = None
         self._forms: dict[nn.Module, dict[str, Stored]] = {}  # module -> key in it -> form
-
-    def hold(self) -> None:
-        """Every parameter becomes a DTensor that is whole on every rank; nothing is copied."""
         self._place({})
 
     def split(self, layouts: Mapping[str, Layout]) -> None:
@@ -138,9 +142,6 @@ class Weights:
         assert self.layouts is None, "the parameters are split already"
         self._place(layouts)
         self.layouts = dict(layouts)
-
-    def form(self, module: nn.Module, key: str) -> Stored | None:
-        return self._forms.get(module, {}).get(key)
 
     def _place(self, layouts: Mapping[str, Layout]) -> None:
         placed: dict[int, Tensor] = {}
@@ -169,21 +170,27 @@ class Weights:
     def _forms_of(self, module: nn.Module) -> dict[str, Stored]:
         if module not in self._forms:
             self._forms[module] = {}
-            module.register_state_dict_post_hook(self._saving)  # type: ignore[no-untyped-call]
-            module.register_load_state_dict_pre_hook(self._loading)  # type: ignore[no-untyped-call]
+            _translate_state(module, self._forms[module])
         return self._forms[module]
 
-    def _saving(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for key, form in self._forms[module].items():
+
+def _translate_state(module: nn.Module, forms: dict[str, Stored]) -> None:
+    """Let state dicts of ``module`` have the model's order; ``forms`` are those of its own tensors."""
+
+    def saving(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for key, form in forms.items():
             value = state.get(prefix + key)
             if isinstance(value, DTensor):
                 state[prefix + key] = in_model_order(value, form)
 
-    def _loading(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for key, form in self._forms[module].items():
+    def loading(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for key, form in forms.items():
             value, held = state.get(prefix + key), module._parameters.get(key, module._buffers.get(key))
             if isinstance(value, Tensor) and isinstance(held, DTensor) and value.shape == held.shape:
                 state[prefix + key] = in_stored_order(value, held, form)
+
+    module.register_state_dict_post_hook(saving)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(loading)  # type: ignore[no-untyped-call]
 
 
 Table = dict[str, Any]  # the parameters, or the buffers, of one module

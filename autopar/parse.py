@@ -22,6 +22,7 @@ from autopar.program import InputKind, Output, OutputKind, Program, Role, values
 from autopar.scan import Cursor
 
 HEADER = re.compile(r"program mesh\(([^()]*)\)( nograd)?\s*(#.*)?")
+RETURN = re.compile(r"\s*return\b")  # goes on in the next line if it ends in a comma
 SECTION = re.compile(r"(forward|backward|inference):\s*(#.*)?")
 
 Lines = list[tuple[int, str]]
@@ -58,16 +59,18 @@ def parse(
 
 def _sections(source: str) -> Iterator[tuple[int, str, Lines]]:
     """(line number, heading, [(line number, line)]) for the header and each ``forward:``, ... after it."""
-    heading, body = (0, ""), Lines()
+    heading, body, unfinished = (0, ""), Lines(), False
     for number, line in enumerate(source.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         if not line[0].isspace() and (not heading[0] or SECTION.fullmatch(line)):
             if heading[0]:
                 yield (*heading, body)
-            heading, body = (number, line), []
+            heading, body, unfinished = (number, line), [], False
         elif heading[0]:
-            body.append((number, line))
+            goes_on = (unfinished or RETURN.match(line) is not None) and line.rstrip().endswith(",")
+            body.append((body[-1][0], f"{body.pop()[1]} {line.strip()}") if unfinished else (number, line))
+            unfinished = goes_on
         else:
             break
     if not heading[0]:

@@ -3,7 +3,11 @@
     joint:     t = aten.t(w); y = aten.mm(x, t); ...; d_x = aten.mm(d_y, w)
 
 What backward needs of forward is *saved*, except for what costs nothing to make again (views, tensors made out of
-numbers) or is named by the caller (casts and gathers of parameters): that is made again in backward, just before use.
+numbers, casts of parameters) or is named by the caller (gathers of parameters, recomputed activations): that is made
+again in backward, just before its first use.
+
+Order is that of the joint graph, with three exceptions, the same on all ranks: reductions run as soon as their
+argument is there (its memory is freed, other work can hide them); free nodes and gathers run just before their use.
 """
 
 from __future__ import annotations
@@ -15,11 +19,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from autopar.recorder import is_factory, is_view
+from autopar import comm
 from autopar.program import Node, origin, set_origin, set_values, values
+from autopar.recorder import is_factory, is_view
 
 aten = torch.ops.aten
+
 CASTS = (aten._to_copy.default,)
+EARLY = (comm.OPS.all_reduce.default, comm.OPS.reduce_scatter.default)
+LATE = (comm.OPS.all_gather.default, comm.OPS.all_gather_invariant.default)
+
+Remake = Callable[[Node], bool]
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Joint:
 
 
 def is_free(node: Node) -> bool:
-    """Whether ``node`` is made again in backward: views, numbers, casts of an input (the parameter is at hand)."""
+    """Whether ``node`` costs nothing to make again: views, numbers, casts of an input (the parameter is at hand)."""
     if node.op != "call_function":
         return False
     if node.target is operator.getitem:
@@ -46,36 +56,38 @@ def is_free(node: Node) -> bool:
     return is_view(node.target) or is_factory(node.target)
 
 
-def partition(joint: Joint, remake: Callable[[Node], bool] = is_free) -> tuple[fx.Graph, fx.Graph, tuple[Node, ...]]:
+def partition(joint: Joint, remake: Remake = is_free) -> tuple[fx.Graph, fx.Graph, tuple[Node, ...]]:
     """Forward graph ``(inputs) -> (*outputs, *saved)``, backward graph ``(*saved, *tangents) -> gradients``, and the
     saved nodes of the joint graph. ``remake`` says which forward nodes backward makes again rather than gets."""
+    saved = saved_nodes(joint, remake)
+    late: Remake = lambda node: node in joint.forward or is_late(node)  # noqa: E731
+    forward = extract(joint.graph, joint.inputs, (*joint.outputs, *saved))
+    backward = extract(joint.graph, (*saved, *joint.tangents), joint.gradients, late)
+    return forward, backward, saved
+
+
+def saved_nodes(joint: Joint, remake: Remake) -> tuple[Node, ...]:
+    """The forward nodes that must be kept, in the order of the graph."""
     backward = live_nodes(joint.gradients, stop=joint.forward)
-    saved: dict[Node, None] = {}
-    remade: set[Node] = set()
     wanted = [source for node in backward for source in node.all_input_nodes if source in joint.forward]
     wanted += [node for node in joint.gradients if node in joint.forward]
+    saved, remade = set[Node](), set[Node]()
     while wanted:
         node = wanted.pop()
         if node in saved or node in remade:
             continue
-        if node in joint.tangents:
-            continue
-        if remake(node):
+        if node.op != "placeholder" and remake(node):
             remade.add(node)
             wanted += node.all_input_nodes
         else:
-            saved[node] = None
-    order = {node: position for position, node in enumerate(joint.graph.nodes)}
-    kept = tuple(sorted(saved, key=order.__getitem__))
-    forward_graph = _extract(joint.inputs, (*joint.outputs, *kept), order)
-    backward_graph = _extract((*kept, *joint.tangents), joint.gradients, order)
-    return forward_graph, backward_graph, kept
+            saved.add(node)
+    return tuple(node for node in joint.graph.nodes if node in saved)
 
 
-def live_nodes(roots: Iterable[Node], stop: frozenset[Node] = frozenset()) -> set[Node]:
+def live_nodes(roots: Iterable[Node], stop: Iterable[Node] = ()) -> set[Node]:
     """All nodes that ``roots`` are made of, without those in ``stop``."""
     found: set[Node] = set()
-    wanted = list(roots)
+    wanted, stop = list(roots), frozenset(stop)
     while wanted:
         node = wanted.pop()
         if node not in found and node not in stop:
@@ -84,35 +96,57 @@ def live_nodes(roots: Iterable[Node], stop: frozenset[Node] = frozenset()) -> se
     return found
 
 
-def _extract(sources: Sequence[Node], results: Sequence[Node], order: dict[Node, int]) -> fx.Graph:
-    """The part of a graph that makes ``results`` out of ``sources``, in the same order; free nodes come late."""
-    graph, copies = fx.Graph(), dict[Node, Node]()
+def is_late(node: Node) -> bool:
+    return is_free(node) or node.target in LATE
+
+
+def extract(graph: fx.Graph, sources: Sequence[Node], results: Sequence[Node], late: Remake = is_late) -> fx.Graph:
+    """The part of ``graph`` that makes ``results`` out of ``sources``; ``late`` nodes wait for their first use."""
+    part = _Part()
     for node in sources:
-        copies[node] = graph.placeholder(node.name)
-        _describe(copies[node], node)
-    stop = frozenset(sources)
-    for node in sorted(live_nodes(results, stop), key=order.__getitem__):
-        if not is_free(node):
-            _copy(node, graph, copies)
+        part.copies[node] = part.graph.placeholder(node.name)
+        _describe(part.copies[node], node)
+    live = live_nodes(results, stop=sources)
+    early: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        if node in live and node.target in EARLY:
+            early.setdefault(_anchor(node.all_input_nodes[0]), []).append(node)
+    for node in graph.nodes:
+        if node in live and not late(node):
+            part.copy(node)
+        if node in part.copies:
+            for reduction in early.get(node, ()):
+                part.copy(reduction)
     for node in results:
-        _copy(node, graph, copies)
-    graph.output(tuple(copies[node] for node in results))
-    return graph
+        part.copy(node)
+    part.graph.output(tuple(part.copies[node] for node in results))
+    return part.graph
 
 
-def _copy(node: Node, graph: fx.Graph, copies: dict[Node, Node]) -> None:
-    """Copy ``node`` and what it needs that is not there yet."""
-    pending = [node]
-    while pending:
-        last = pending[-1]
-        missing = [source for source in last.all_input_nodes if source not in copies]
-        if last in copies or not missing:
-            pending.pop()
-            if last not in copies:
-                copies[last] = graph.node_copy(last, copies.__getitem__)
-                _describe(copies[last], last)
-        else:
-            pending += missing
+def _anchor(node: Node) -> Node:
+    """What ``node`` is a view of: once that is there, so is ``node``."""
+    while is_free(node) and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node
+
+
+class _Part:
+    def __init__(self) -> None:
+        self.graph, self.copies = fx.Graph(), dict[Node, Node]()
+
+    def copy(self, node: Node) -> None:
+        """Copy ``node`` and what it needs that is not there yet."""
+        pending = [node]
+        while pending:
+            last = pending[-1]
+            missing = [source for source in last.all_input_nodes if source not in self.copies]
+            if last in self.copies or not missing:
+                pending.pop()
+                if last not in self.copies:
+                    self.copies[last] = self.graph.node_copy(last, self.copies.__getitem__)
+                    _describe(self.copies[last], last)
+            else:
+                pending += missing
 
 
 def _describe(copy: Node, node: Node) -> None:

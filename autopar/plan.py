@@ -32,6 +32,7 @@ class Plan:
             ``"full"``: they are gathered in the program.
         on_unknown: what to do with an operator without a rule: ``"error"`` or ``"replicate"``.
         check_numerics: compare the traced graph with the eager model once, on the example inputs.
+        bucket_mb: gradients are reduced together in buckets of this many megabytes; 0: each by itself.
         seed: base of the dropout masks.
         timeout: seconds after which a collective that a peer never joined ends the run.
 
@@ -45,6 +46,7 @@ class Plan:
     outputs: str = "sharded"
     on_unknown: str = "error"
     check_numerics: bool = True
+    bucket_mb: float = 25.0
     seed: int = 0
     timeout: float = 300.0
 
@@ -74,6 +76,27 @@ class Plan:
                 raise ValueError(f"Plan has no choice '{name}'; there are {', '.join(names)}")
         given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in choices.items()}
         return cls(**given)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled by its choices: a frozen mapping can be neither."""
+        return type(self).from_json, (self.to_json(),)
+
+    @classmethod
+    def from_tp_plan(cls, tp_plan: Mapping[str, str], **choices: Any) -> Plan:
+        """The plan of a Hugging Face ``tp_plan`` (``model.tp_plan`` or ``config.base_model_tp_plan``).
+
+        ``{"layers.*.mlp.up_proj": "colwise"}`` becomes ``tensor={"*layers.*.mlp.up_proj.weight": "column"}``. Entries
+        that say nothing about splitting a weight (norms, gathered outputs) are left to autopar, which finds them itself.
+        """
+        forms: dict[str, str] = {}
+        for module, style in tp_plan.items():
+            form = next((form for part, form in _TP_STYLES.items() if part in style), None)
+            if form is not None:
+                forms[f"*{module}.weight"] = form
+        return cls(tensor={**forms, **choices.pop("tensor", {})}, **choices)
+
+
+_TP_STYLES = {"colwise": "column", "rowwise": "row"}
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

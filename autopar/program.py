@@ -112,6 +112,7 @@ class Program:
     static_outputs: tuple[tuple[int, Any], ...] = ()  # the same for outputs (None, numbers)
     roles: tuple[Role, ...] = ()
     decisions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # axis -> node name -> why (explain)
+    settled: Mapping[str, Layout] = field(default_factory=dict)  # parameter layouts that the passes have to keep
     passes: tuple[str, ...] = ()  # names of the passes that made this program
 
     def clone(self) -> Program:
@@ -144,6 +145,15 @@ class Program:
 
         self.mesh.coordinates(rank)
         return RankProgram(self, rank)
+
+    def explain(self, name: str) -> str:
+        """Why a node or a parameter (by its name in the model) lies as it does, and what the alternatives cost.
+
+        Raises ValueError for a name that is neither.
+        """
+        from autopar.explain import explain  # stands above the program
+
+        return explain(self, name)
 
     def __str__(self) -> str:
         from autopar.text import format_program  # the text form stands above the program

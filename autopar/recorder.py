@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from autopar import comm
 from autopar.errors import InvariantError
@@ -75,7 +76,7 @@ def _functional(target: Any) -> Any:
     if found is None and packet.endswith("_"):
         found = getattr(getattr(aten, packet[:-1], None), overload, None)
     if found is None:
-        raise InvariantError(f"{target} writes to its arguments and has no functional form: use one that returns a tensor")
+        raise InvariantError(f"{target} writes to its arguments and has no functional form: return a tensor instead")
     return found
 
 
@@ -96,28 +97,32 @@ def _can_view(tensor: Tensor, like: Tensor) -> bool:
     if tensor.is_contiguous():
         return like.is_contiguous()
     try:
-        return aten.view.default(tensor, like.shape).stride() == like.stride()
+        return bool(aten.view.default(tensor, like.shape).stride() == like.stride())
     except (RuntimeError, ValueError):
         return False
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes every operator that runs under it into ``graph``; see the top of this file.
 
-    ``origin`` is given to the nodes recorded from now on. ``backward()`` starts the backward phase:
+    ``origin`` is given to the nodes recorded from now on. ``expected`` is an operator and the name of its node, should
+    it be recorded; ``reserved`` names are given to no other node. ``backward()`` starts the backward phase:
     ``forward_nodes`` are those recorded before.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
-        super().__init__()
+    def __init__(self, graph: fx.Graph, reserved: Iterable[str] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = graph
         self.origin = Origin()
+        self.expected: tuple[Any, str] = (None, "")
+        self._taken = set(reserved)
+        self._counts: Counter[str] = Counter()
         self.forward_nodes: frozenset[Node] = frozenset()
         self._paused = False
         self._nodes: dict[int, Node] = {}  # id(tensor) -> node
         self._alive: list[Tensor] = []  # keeps those ids, and the storages' addresses, unique
         self._views: dict[Any, Node] = {}  # memory, sizes, strides -> node
-        self._below: dict[int, Tensor] = {}  # id(result of a view operator) -> what it is a view of
+        self._below: dict[int, Tensor] = {}  # id(result of a reshape) -> what was reshaped
         self._first: dict[int, Tensor] = {}  # storage -> the first tensor on it
         self._equal: dict[Any, Node] = {}
         self._free: dict[Any, Node] = {}  # of _equal, those that cost nothing to make again
@@ -146,14 +151,15 @@ class Recorder(TorchDispatchMode):
         return found
 
     def backward(self) -> None:
-        self.forward_nodes = frozenset(self.graph.nodes)
+        self.forward_nodes, self.expected = frozenset(self.graph.nodes), (None, "")
         self._equal = dict(self._free)
 
     def _memory(self, tensor: Tensor) -> int:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
 
     def _geometry(self, tensor: Tensor) -> Any:
-        return (self._memory(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+        flags = (tensor.dtype, tensor.is_conj(), tensor.is_neg())
+        return (self._memory(tensor), flags, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _bind(self, tensor: Tensor, node: Node) -> None:
         self._nodes[id(tensor)] = node
@@ -228,11 +234,23 @@ class Recorder(TorchDispatchMode):
                 self._free[key] = node
         return node
 
-    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Node:
-        name = func._schema.name.split("::")[1] if isinstance(func, torch._ops.OpOverload) else func.__name__
-        node = self.graph.create_node("call_function", func, args, kwargs, name.strip("_"))
+    def _call(self, func: Any, args: Any[Any, ...], kwargs: dict[str, Any], result: Any) -> Node:
+        node = self.graph.create_node("call_function", func, args, kwargs, self._name(func))
         self._finish(node, result)
         return node
+
+    def _name(self, func: Any) -> str:
+        target, name = self.expected
+        if func is target:
+            self.expected = (None, "")
+            return name
+        base = func._schema.name.split("::")[1] if isinstance(func, torch._ops.OpOverload) else func.__name__
+        base = name = base.strip("_")
+        while name in self._taken:
+            self._counts[base] += 1
+            name = f"{base}_{self._counts[base]}"
+        self._taken.add(name)
+        return name
 
     def _as_nodes(self, item: Any) -> Any:
         if isinstance(item, Tensor):
@@ -254,9 +272,11 @@ class Recorder(TorchDispatchMode):
         """A number that Python code made into a tensor."""
         if source.dim():
             raise InvariantError(f"a constant of shape {list(source.shape)} is made in {self.origin}: make it an input")
-        arguments = ([], source.item()), {"dtype": source.dtype}
-        result: Tensor = aten.full.default(*arguments[0], **arguments[1])
-        self.record(aten.full.default, *arguments, result)
+        with _disable_current_modes():
+            number = source.item()
+        kwargs = {"dtype": source.dtype}
+        result: Tensor = aten.full.default([], number, **kwargs)
+        self.record(aten.full.default, ([], number), kwargs, result)
         return result
 
     def _in_place(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -16,12 +16,20 @@ def insert_before(
     node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *types: Value
 ) -> fx.Node:
     """A new operator in front of ``node``, from the same line of the model; ``types`` default to those of ``node``."""
-    name = target._schema.name.partition("::")[2].strip("_")
+    schema = getattr(target, "_schema", None)
+    name = schema.name.partition("::")[2].strip("_") if schema else target.__name__
     with node.graph.inserting_before(node):
         new = node.graph.create_node("call_function", target, args, dict(kwargs or {}), name)
     set_values(new, *(types or values(node)))
     set_origin(new, origin(node))
     return new
+
+
+def operand(node: fx.Node, position: int = 0) -> fx.Node:
+    """The argument at ``position``, which has to be a node."""
+    found = node.args[position]
+    assert isinstance(found, fx.Node), node.format_node()
+    return found
 
 
 def substitute(node: fx.Node, new: fx.Node) -> None:

@@ -112,11 +112,20 @@ class Communicator:
         counts = self._sent.setdefault((self.phase, axis, name), [0, 0])
         counts[0] += 1
         counts[1] += moved_bytes(name, group.size(), x.numel() * x.element_size())
+        return self._guarded(name, axis, x, collective, group, *more)
+
+    def _guarded(self, name: str, axis: str, x: Tensor, collective: Callable[..., Tensor], *more: Any) -> Tensor:
         try:
-            return collective(x, group, *more)
+            return collective(x, *more)
         except RuntimeError as problem:
             peers = [rank for rank in self.mesh.group(self.rank, axis) if rank != self.rank]
             raise peer_failed(f"{name} over axis '{axis}'", self.rank, peers, self.timeout, problem) from None
+
+    def exchange(self, x: Tensor, axis: str) -> Tensor:
+        """What every rank of ``axis`` has for ``x``: (ways, ...). Between programs; not counted as traffic."""
+        if axis not in self._groups:
+            return x.unsqueeze(0)
+        return self._guarded("exchange", axis, x.unsqueeze(0), torch_collectives.all_gather, self._groups[axis])
 
     # ------------------------------------------------------------ traffic
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,25 +60,33 @@ def simulate(
         tangents: whole gradients of the differentiable outputs; ones by default (right for a loss).
         seed: the step's seed for dropout.
 
-    Raises InvariantError where ranks that should hold the same value do not.
+    Raises InvariantError where ranks that should hold the same value do not, KeyError or ValueError for a tensor that
+    is missing or of another shape.
     """
     (role,) = program.roles
     lockstep = Lockstep(program.mesh)
     inputs = rank_inputs(program, parameters, args, kwargs or {}, seed)
-    lockstep.hold(inputs)
-    grads: dict[str, Tensor] = {}
+    resident = _resident(lockstep, inputs)
     with torch.no_grad():
         if not backward or role.backward is None:
-            returned = lockstep.run(role.inference, inputs)
+            step = _step(program, lockstep, lockstep.run(role.inference, inputs))
         else:
             saved = lockstep.run(role.forward, inputs)
             returned = saved[: len(program.outputs)]
             del saved[: len(program.outputs)]
+            step = _step(program, lockstep, returned)
             lockstep.drop(saved)  # from now on the backward graph holds them
             saved += _tangents(program, role, returned, tangents)
-            found = lockstep.run(role.backward, saved, "backward")
-            grads = _gradients(program, role, found)
-    return _step(program, lockstep, returned, grads)
+            grads = _gradients(program, role, lockstep.run(role.backward, saved, "backward"))
+            step = replace(step, grads=grads, traffic=lockstep.traffic, peak_bytes=_peaks(lockstep))
+    del resident
+    return step
+
+
+def _resident(lockstep: Lockstep, inputs: list[Ranks]) -> list[Ranks]:
+    """Parameters and inputs stay in memory for the whole step: the caller holds on to what this returns."""
+    lockstep.hold(inputs)
+    return inputs.copy()
 
 
 def run_forward(
@@ -92,9 +100,8 @@ def run_forward(
     """``program.graph`` itself on all ranks, before differentiation: for looking at what a pass has made."""
     lockstep = Lockstep(program.mesh)
     inputs = rank_inputs(program, parameters, args, kwargs or {}, seed)
-    lockstep.hold(inputs)
     with torch.no_grad():
-        return _step(program, lockstep, lockstep.run(program.graph, inputs), {})
+        return _step(program, lockstep, lockstep.run(program.graph, inputs))
 
 
 def rank_inputs(
@@ -116,12 +123,15 @@ def rank_inputs(
             whole = program.constants[entry.target]
         else:
             whole = _by_name(tensors, (entry.target, *entry.aliases))
+        if whole.shape != value(node).shape:
+            shapes = f"{list(whole.shape)}, the program was made for {list(value(node).shape)}"
+            raise ValueError(f"{entry.kind.value} '{entry.target}' is {shapes}")
         found.append(parts(whole.detach(), value(node).layout, program.mesh))
     return found
 
 
 def parts(whole: Tensor, layout: Layout, mesh: Mesh) -> Ranks:
-    """What each rank holds of ``whole``; ranks with equal parts share one tensor. A partial layout is taken as whole."""
+    """What each rank holds of ``whole``; ranks with equal parts share one tensor. Pending sums count as whole."""
     made: dict[tuple[int, ...], Tensor] = {}
     found: Ranks = []
     local = layout.local_shape(mesh)
@@ -130,6 +140,8 @@ def parts(whole: Tensor, layout: Layout, mesh: Mesh) -> Ranks:
         key = tuple(position for axis, position in here.items() if axis in layout.axes)
         if key not in made:
             part = shard(whole, layout, mesh, here).contiguous()
+            if part.untyped_storage().nbytes() != part.numel() * part.element_size():
+                part = part.clone()  # a view would keep, and count, the whole
             padded = [size for want, have in zip(reversed(local), reversed(part.shape)) for size in (0, want - have)]
             made[key] = torch.nn.functional.pad(part, padded) if any(padded) else part
         found.append(made[key])
@@ -151,8 +163,9 @@ def joined(name: str, ranks: Ranks, layout: Layout, mesh: Mesh) -> Tensor:
         peer = first.setdefault(key, rank)
         if ranks[peer] is not part and not _agree(ranks[peer], part):
             raise InvariantError(
-                f"{name}: ranks {peer} and {rank} of {mesh} should hold the same value ({layout}) and do not, they differ "
-                f"by up to {_difference(ranks[peer], part):.3g}; a collective is missing or has the wrong dual"
+                f"{name}: ranks {peer} and {rank} of {mesh} should hold the same value ({layout}) and do not, "
+                f"they differ by up to {_difference(ranks[peer], part):.3g}; "
+                "a collective is missing or has the wrong dual"
             )
     return unshard(ranks, layout, mesh)
 
@@ -205,7 +218,11 @@ def _gradients(program: Program, role: Role, found: list[Ranks]) -> dict[str, Te
     }
 
 
-def _step(program: Program, lockstep: Lockstep, returned: list[Ranks], grads: dict[str, Tensor]) -> Step:
+def _peaks(lockstep: Lockstep) -> tuple[int, ...]:
+    return tuple(memory.peak for memory in lockstep.memory)
+
+
+def _step(program: Program, lockstep: Lockstep, returned: list[Ranks]) -> Step:
     outputs: list[Tensor] = []
     buffers: dict[str, Tensor] = {}
     losses: list[Tensor] = []
@@ -219,6 +236,5 @@ def _step(program: Program, lockstep: Lockstep, returned: list[Ranks], grads: di
         if whole.dim() == 0 and value(node).requires_grad:
             losses.append(whole)
     output = restore_output(program, outputs) if program.out_spec is not None else tuple(outputs)
-    peaks = tuple(memory.peak for memory in lockstep.memory)
     loss = losses[0] if len(losses) == 1 else None
-    return Step(output, loss, grads, buffers, lockstep.traffic, peaks)
+    return Step(output, loss, {}, buffers, lockstep.traffic, _peaks(lockstep))

@@ -33,7 +33,8 @@ class CostModel:
         """Add a table whose dims are the domains of ``variables`` (distinct), in their order."""
         array = np.asarray(table, dtype=np.float64)
         assert array.shape == tuple(self.sizes[v] for v in variables), (array.shape, variables)
-        self.tables.append((tuple(variables), array))
+        open_ones = tuple(v for v in variables if self.sizes[v] > 1)  # a variable with one value decides nothing
+        self.tables.append((open_ones, array.reshape([self.sizes[v] for v in open_ones])))
 
     def cost(self, assignment: Sequence[int]) -> float:
         return float(sum(table[tuple(assignment[v] for v in variables)] for variables, table in self.tables))

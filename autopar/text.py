@@ -65,10 +65,10 @@ def format_program(program: Program, *, origins: bool = False) -> str:
 
     Values of constants, the plan, input and output structures are not part of it (see :mod:`autopar.program_file`).
     """
-    gradients = grad_by_default if _needs_gradients(program) else no_grad_by_default
-    lines = _Lines(program.mesh, gradients, origins)
     table = {entry.node: entry for entry in program.inputs}
     inputs = [table.get(node.name) for node in placeholders(program.graph)]
+    gradients = grad_by_default if _needs_gradients(program.graph, inputs) else no_grad_by_default
+    lines = _Lines(program.mesh, gradients, origins)
     heading = f"program {program.mesh}" + (" nograd" if gradients is no_grad_by_default else "")
     sections = [lines.section(heading, program.graph, inputs, [output_label(entry) for entry in program.outputs])]
     for position, role in enumerate(program.roles):
@@ -149,12 +149,12 @@ def grad_by_default(kind: InputKind | None, node: Node, value: Value, position: 
     return any(v.requires_grad for operand in node.all_input_nodes for v in values(operand))
 
 
-def _needs_gradients(program: Program) -> bool:
+def _needs_gradients(graph: fx.Graph, inputs: Sequence[Input | None]) -> bool:
     """False if no value requires a gradient although a parameter would by default: the header then says so."""
-    if any(value.requires_grad for node in program.graph.nodes for value in values(node)):
+    if any(value.requires_grad for node in graph.nodes for value in values(node)):
         return True
-    parameters = program.placeholders(InputKind.PARAMETER)
-    return not any(_floating(value.dtype) for node, _ in parameters for value in values(node))
+    parameters = [n for n, e in zip(placeholders(graph), inputs) if e is not None and e.kind is InputKind.PARAMETER]
+    return not any(_floating(value.dtype) for node in parameters for value in values(node))
 
 
 # ---------------------------------------------------------------- lines
@@ -206,10 +206,16 @@ class _Lines:
 
 
 def _return_text(node: Node, labels: Sequence[str], names: frozenset[str]) -> str:
+    """``return loss=a, saved b``; where that is long, over several lines of which all but the last end in a comma."""
     returned = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
     padded = [*labels, *[""] * (len(returned) - len(labels))]
-    items = ", ".join(label + argument_text(value, names) for label, value in zip(padded, returned))
-    return f"return {items}".rstrip()
+    lines = ["return"]
+    for position, (label, value) in enumerate(zip(padded, returned), 1):
+        item = f" {label}{argument_text(value, names)}" + ("," if position < len(returned) else "")
+        if len(lines[-1]) + len(item) > LINE_WIDTH and lines[-1] != "return":
+            lines.append("        ")
+        lines[-1] += item
+    return "\n".join(lines)
 
 
 def _aligned(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:

@@ -55,6 +55,13 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
     return result
 
 
+def options(backend: str, seconds: float) -> Any:
+    """What a new group of ``backend`` has to be told so that making it and using it fails after ``seconds``."""
+    found = dist.ProcessGroupNCCL.Options() if backend == "nccl" else dist.ProcessGroupGloo._Options()
+    found._timeout = timedelta(seconds=seconds)
+    return found
+
+
 def set_timeout(group: ProcessGroup, seconds: float) -> None:
     """Let every operation on ``group`` that a peer does not join fail after ``seconds``."""
     if dist.get_backend(group) in ("gloo", "nccl", "cpu:gloo,cuda:nccl"):

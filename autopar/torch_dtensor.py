@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
 _new: Any = torch.Tensor._dtensor__new__  # type: ignore[attr-defined]
 
@@ -40,6 +40,16 @@ def dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], sh
         return DTensor.from_local(
             local, mesh, list(placements), run_check=False, shape=torch.Size(shape), stride=stride
         )
+
+
+def strided(dim: int, blocks: int) -> Placement:
+    """Dim ``dim`` is cut into ``blocks``, and each block is divided over the axis: ``Shard(dim)`` for one block."""
+    return Shard(dim) if blocks == 1 else _StridedShard(dim, split_factor=blocks)
+
+
+def contiguous(placement: Placement) -> Placement:
+    """``Shard`` of the same dim in place of a strided one."""
+    return Shard(placement.dim) if isinstance(placement, _StridedShard) else placement
 
 
 def take_saved(backward: Any) -> list[Tensor]:

@@ -6,12 +6,14 @@ The graph is functional (no in-place operators), keeps ``linear``, ``scaled_dot_
 
 from __future__ import annotations
 
+import gc
 import inspect
 import itertools
 import operator
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +26,7 @@ from torch.export.graph_signature import InputKind as ExportInput
 from torch.export.graph_signature import OutputKind as ExportOutput
 from torch.utils import _pytree as pytree
 
-from autopar.capture import explained, fake_like, faked, gradients_kept, needs_fakes, only_plain_outputs
+from autopar.capture import explained, fake_like, faked, gradients_kept, inline_no_grad, needs_fakes, only_plain_outputs
 from autopar.errors import TraceError
 from autopar.layout import Layout
 from autopar.mesh import Mesh
@@ -45,6 +47,7 @@ from autopar.program import (
     traced_value,
     values,
 )
+from autopar.rewrite import operand
 
 aten = torch.ops.aten
 
@@ -86,7 +89,7 @@ def trace(
     mesh, plan = mesh or Mesh(), plan or Plan()
     args, kwargs = tuple(args), dict(kwargs or {})
     fakes = needs_fakes(model, pytree.tree_leaves((args, kwargs)))
-    with explained(model), faked(model) if fakes else nullcontext() as mode:
+    with explained(model), _no_collection(), faked(model) if fakes else nullcontext() as mode:
         exported, notes = _export(model, args, kwargs, mode)
     program = _program(exported, model, mesh, plan)
     if plan.check_numerics and not fakes:
@@ -94,6 +97,18 @@ def trace(
     for note in dict.fromkeys(notes):
         warnings.warn(note, stacklevel=2)
     return program
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Tracing makes millions of small objects and hardly any garbage: collecting costs a quarter of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _export(
@@ -105,6 +120,7 @@ def _export(
     args, kwargs = pytree.tree_unflatten(_distinct(leaves), spec)
     with gradients_kept() as notes, only_plain_outputs(model, notes):
         exported = torch.export.export(model, args, kwargs, strict=False)
+    inline_no_grad(exported.graph_module)
     return exported.run_decompositions({}), notes
 
 
@@ -126,11 +142,13 @@ def _program(exported: ExportedProgram, model: nn.Module, mesh: Mesh, plan: Plan
     entries, static_inputs = _inputs(exported, _input_paths(model, in_spec))
     inputs = _merge_tied(entries, model)
     returned, outputs, static_outputs = _outputs(exported, out_spec)
+    graph = _copied(exported.graph, list(inputs.values()), returned)
+    names = [node.name for node in graph.nodes if node.op == "placeholder"]  # 'input' has become 'input_1'
     return Program(
-        graph=_copied(exported.graph, list(inputs.values()), returned),
+        graph=graph,
         mesh=mesh,
         plan=plan,
-        inputs=tuple(inputs),
+        inputs=tuple(replace(entry, node=name) for entry, name in zip(inputs, names)),
         outputs=outputs,
         constants={
             entry.target: exported.constants[entry.target] for entry in inputs if entry.kind is InputKind.CONSTANT
@@ -143,9 +161,7 @@ def _program(exported: ExportedProgram, model: nn.Module, mesh: Mesh, plan: Plan
     )
 
 
-def _inputs(
-    exported: ExportedProgram, paths: list[str]
-) -> tuple[dict[Input, fx.Node], tuple[tuple[int, Any], ...]]:
+def _inputs(exported: ExportedProgram, paths: list[str]) -> tuple[dict[Input, fx.Node], tuple[tuple[int, Any], ...]]:
     """The table of tensor inputs, in a program's order, and flat positions and values of those that are no tensors."""
     nodes = [node for node in exported.graph.nodes if node.op == "placeholder"]
     found: list[tuple[Input, fx.Node]] = []
@@ -211,9 +227,7 @@ def _outputs(
     return returned, tuple(table), tuple(static)
 
 
-def _copied(
-    source: fx.Graph, placeholders: Sequence[Sequence[fx.Node]], returned: Sequence[fx.Node]
-) -> fx.Graph:
+def _copied(source: fx.Graph, placeholders: Sequence[Sequence[fx.Node]], returned: Sequence[fx.Node]) -> fx.Graph:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for group in placeholders:
@@ -239,16 +253,20 @@ def _copy_operator(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.N
             "Way out: keep sizes fixed, e.g. torch.where or a mask instead of boolean indexing and nonzero."
         )
     if node.target in VIEWS:
-        return graph.create_node("call_function", aten.reshape.default, (copies[node.args[0]], shape), name="reshape")  # type: ignore[index]
+        return _call(graph, aten.reshape.default, copies[operand(node)], shape)
     if node.target is aten.copy.default:  # copy(x, y) is y in the type of x
-        new = node.args[1]
-        assert isinstance(new, fx.Node) and traced_value(new).dtype == traced_value(node).dtype, node.format_node()
-        return graph.create_node("call_function", aten.expand.default, (copies[new], shape), name="expand")
+        new = operand(node, 1)
+        assert traced_value(new).dtype == traced_value(node).dtype, node.format_node()
+        return _call(graph, aten.expand.default, copies[new], shape)
     if node.target is aten.native_dropout.default:
-        return graph.create_node("call_function", aten.dropout.default, (copies[node.args[0]], *node.args[1:]), name="dropout")  # type: ignore[index]
-    if node.target is operator.getitem and copies[node.args[0]].target is aten.dropout.default:  # type: ignore[index]
-        return copies[node.args[0]]  # type: ignore[index]
+        return _call(graph, aten.dropout.default, copies[operand(node)], *node.args[1:])
+    if node.target is operator.getitem and copies[operand(node)].target is aten.dropout.default:
+        return copies[operand(node)]
     return graph.node_copy(node, copies.__getitem__)
+
+
+def _call(graph: fx.Graph, target: torch._ops.OpOverload[..., Any], *args: Any) -> fx.Node:
+    return graph.create_node("call_function", target, args, name=target._schema.name.partition("::")[2])
 
 
 def _describe(copy: fx.Node, node: fx.Node) -> None:
@@ -259,20 +277,27 @@ def _describe(copy: fx.Node, node: fx.Node) -> None:
 
 def _types(node: fx.Node, fake: Any) -> Iterator[Value]:
     """The types of what ``node`` returns; its inputs have theirs already."""
-    if node.op == "placeholder":
-        differentiable = 1 if fake.requires_grad else 0
-    elif node.target in STOPS_GRADIENT or not any(value.requires_grad for x in node.all_input_nodes for value in values(x)):
-        differentiable = 0
-    elif getattr(node.target, "__name__", "") == "getitem":
-        parent, position = node.args
-        assert isinstance(parent, fx.Node) and isinstance(position, int)
-        differentiable = int(values(parent)[position].requires_grad)
-    else:
-        differentiable = DIFFERENTIABLE_OUTPUTS.get(node.target, 1_000_000)  # type: ignore[arg-type]
+    differentiable = _differentiable(node, fake)
     tensors = [item for item in (fake if isinstance(fake, (tuple, list)) else [fake]) if isinstance(item, Tensor)]
     for position, tensor in enumerate(tensors):
         floating = tensor.dtype.is_floating_point or tensor.dtype.is_complex
         yield Value(tensor.dtype, Layout.whole(tensor.shape), floating and position < differentiable)
+
+
+def _differentiable(node: fx.Node, fake: Any) -> int:
+    """How many of the results, from the first, gradients flow through (if they are floating)."""
+    if node.op == "placeholder":
+        return int(fake.requires_grad)
+    if node.target is operator.getitem:
+        position = node.args[1]
+        assert isinstance(position, int)
+        return int(values(operand(node))[position].requires_grad)
+    if not any(value.requires_grad for source in node.all_input_nodes for value in values(source)):
+        return 0
+    assert isinstance(node.target, torch._ops.OpOverload), node.format_node()
+    if node.target in STOPS_GRADIENT:
+        return 0
+    return DIFFERENTIABLE_OUTPUTS.get(node.target, sys.maxsize)
 
 
 def _input_paths(model: nn.Module, in_spec: pytree.TreeSpec) -> list[str]:
@@ -286,7 +311,7 @@ def _input_paths(model: nn.Module, in_spec: pytree.TreeSpec) -> list[str]:
     paths = []
     for position, child in enumerate(positional.children()):
         name = names[position] if position < len(names) else str(position)
-        paths += [_joined(name, path) for path in _paths(child)]
+        paths += [_joined(name, path) for path in _leaf_paths(child)]
     return paths + _paths(keyword)
 
 
@@ -306,4 +331,4 @@ def _leaf_paths(spec: pytree.TreeSpec) -> list[str]:
 
 
 def _joined(name: str, path: str) -> str:
-    return f"{name}.{path}" if path and path != "0" else name
+    return f"{name}.{path}" if path else name

@@ -1,17 +1,17 @@
 """Rewrites every operator to one form and drops those that do nothing, so that later passes meet fewer cases.
 
 before:
-  x      = input                                : f32[4,16,8]
-  c      = aten._to_copy(x, dtype=f32)          : f32[4,16,8]
-  view   = aten.view(c, [64, -1])               : f32[64,8]
-  slice  = aten.slice(view, 0, 0, 9223372036854775807) : f32[64,8]
-  part   = aten.slice(slice, -1, -4, 9223372036854775807) : f32[64,4]
+  x      = input x                                                        : f32[4,16,8]
+  cast   = aten._to_copy(x, dtype=f32)                                    : f32[4,16,8]
+  view   = aten.view(cast, [64, -1])                                      : f32[64,8]
+  same   = aten.slice.Tensor(view, 0, 0, 9223372036854775807)             : f32[64,8]
+  part   = aten.slice.Tensor(same, -1, -4, 9223372036854775807)           : f32[64,4]
   return part
 after:
-  x       = input                               : f32[4,16,8]
-  reshape = aten.reshape(x, [64, 8])            : f32[64,8]
-  part    = aten.slice(reshape, 1, 4, 8, 1)     : f32[64,4]
-  return part
+  x         = input x                                 : f32[4,16,8]
+  reshape   = aten.reshape(x, [64, 8])                : f32[64,8]
+  slice_1   = aten.slice.Tensor(reshape, 1, 4, 8, 1)  : f32[64,4]
+  return slice_1
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.program import Program, Value, value, values
-from autopar.rewrite import drop_unused_constants, insert_before, remove_unused, substitute
+from autopar.invariants import every_value_has_a_layout, is_flat, is_functional, placeholders_match_inputs
+from autopar.pipeline import graph_pass
+from autopar.program import Program, value, values
+from autopar.rewrite import drop_unused_constants, insert_before, operand, remove_unused, substitute
 
 aten = torch.ops.aten
 
 Rewrite = Callable[[fx.Node], fx.Node | None]  # None: it is in its form already
 
 
+@graph_pass(ensures=(is_flat, is_functional, every_value_has_a_layout, placeholders_match_inputs))
 def canonicalize(program: Program) -> Program:
-    program = program.clone()
     for node in list(program.graph.nodes):
         if node.op != "call_function":
             continue
@@ -48,14 +50,8 @@ def canonicalize(program: Program) -> Program:
 
 
 def _is_assertion(node: fx.Node) -> bool:
-    name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
+    name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
     return name.startswith(("aten::_assert", "aten::sym_constrain")) and not node.users
-
-
-def _source(node: fx.Node) -> fx.Node:
-    source = node.args[0]
-    assert isinstance(source, fx.Node), node.format_node()
-    return source
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
@@ -67,31 +63,31 @@ def _same_type(node: fx.Node, source: fx.Node) -> bool:
 
 
 def nothing(node: fx.Node) -> fx.Node:
-    return _source(node)
+    return operand(node)
 
 
 def copy(node: fx.Node) -> fx.Node | None:
     if any(user.target is aten.view_as_complex.default for user in node.users):
         return None  # it needs the strides of a copy
-    return _source(node)
+    return operand(node)
 
 
 def detach(node: fx.Node) -> fx.Node | None:
-    return None if value(_source(node)).requires_grad else _source(node)
+    return None if value(operand(node)).requires_grad else operand(node)
 
 
 def dropout(node: fx.Node) -> fx.Node | None:
     _, probability, training = node.args
-    return None if probability and training else _source(node)
+    return None if probability and training else operand(node)
 
 
 def cast(node: fx.Node) -> fx.Node | None:
     """``_to_copy(x, dtype)`` or nothing; f32(x: bf16) cast back to bf16 is x."""
-    source, dtype = _source(node), value(node).dtype
+    source, dtype = operand(node), value(node).dtype
     if value(source).dtype == dtype:
         return source
     if source.target is aten._to_copy.default:
-        first, wide = _source(source), value(source).dtype
+        first, wide = operand(source), value(source).dtype
         if value(first).dtype == dtype and dtype.is_floating_point and torch.promote_types(dtype, wide) == wide:
             return first
     if node.target is aten._to_copy.default and node.kwargs == {"dtype": dtype}:
@@ -101,9 +97,9 @@ def cast(node: fx.Node) -> fx.Node | None:
 
 def reshape(node: fx.Node) -> fx.Node | None:
     """One reshape with all sizes; reshape after reshape is one reshape."""
-    source, shape = _source(node), list(value(node).shape)
+    source, shape = operand(node), list(value(node).shape)
     while source.target is aten.reshape.default and len(source.users) == 1:
-        source = _source(source)
+        source = operand(source)
     if list(value(source).shape) == shape:
         return source
     if node.target is aten.reshape.default and node.args == (source, shape):
@@ -112,7 +108,7 @@ def reshape(node: fx.Node) -> fx.Node | None:
 
 
 def expand(node: fx.Node) -> fx.Node | None:
-    source, shape = _source(node), list(value(node).shape)
+    source, shape = operand(node), list(value(node).shape)
     if list(value(source).shape) == shape:
         return source
     if node.target is aten.expand.default and node.args == (source, shape):
@@ -122,18 +118,18 @@ def expand(node: fx.Node) -> fx.Node | None:
 
 def keeps_shape(node: fx.Node) -> fx.Node | None:
     """Operators that do nothing if the shape stays."""
-    return _source(node) if _same_type(node, _source(node)) else None
+    return operand(node) if _same_type(node, operand(node)) else None
 
 
 def pad(node: fx.Node) -> fx.Node | None:
     padding = node.args[1]
     assert isinstance(padding, (list, tuple))
-    return None if any(padding) else _source(node)
+    return None if any(padding) else operand(node)
 
 
 def slice_(node: fx.Node) -> fx.Node | None:
     """``slice(x, dim, start, end, step)`` with 0 <= dim and 0 <= start <= end <= size."""
-    source = _source(node)
+    source = operand(node)
     shape = value(source).shape
     dim = _argument(node, 1, "dim", 0) % len(shape)
     step = _argument(node, 4, "step", 1)
@@ -147,28 +143,16 @@ def slice_(node: fx.Node) -> fx.Node | None:
 def permute(node: fx.Node) -> fx.Node | None:
     order = node.args[1]
     assert isinstance(order, (list, tuple))
-    return _source(node) if [int(d) % len(order) for d in order] == list(range(len(order))) else None  # type: ignore[arg-type, call-overload]
+    return operand(node) if [int(d) % len(order) for d in order] == list(range(len(order))) else None  # type: ignore[arg-type]
 
 
 def transpose(node: fx.Node) -> fx.Node | None:
-    source, rank = _source(node), len(value(node).shape)
+    source, rank = operand(node), len(value(node).shape)
     if rank < 2:
         return source
     if node.target is aten.t.default:
         return insert_before(node, aten.transpose.int, (source, 0, 1))
-    return source if int(node.args[1]) % rank == int(node.args[2]) % rank else None  # type: ignore[arg-type, call-overload]
-
-
-def write(node: fx.Node) -> fx.Node | None:
-    """``copy(x, y)`` returns y in the type of x."""
-    source, new = node.args[:2]
-    assert isinstance(source, fx.Node) and isinstance(new, fx.Node)
-    if value(new).dtype != value(node).dtype:
-        cast_type = Value(value(node).dtype, value(new).layout, value(new).requires_grad and value(node).requires_grad)
-        new = insert_before(node, aten._to_copy.default, (new,), {"dtype": value(node).dtype}, cast_type)
-    if value(new).shape != value(node).shape:
-        new = insert_before(node, aten.expand.default, (new, list(value(node).shape)))
-    return new
+    return source if int(node.args[1]) % rank == int(node.args[2]) % rank else None  # type: ignore[arg-type]
 
 
 def neutral(number: float) -> Rewrite:
@@ -198,9 +182,9 @@ def one_piece(node: fx.Node) -> fx.Node | None:
 
 def item(node: fx.Node) -> fx.Node | None:
     """The only piece of a split is the whole."""
-    parent = _source(node)
+    parent = operand(node)
     whole = parent.target in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
-    return _source(parent) if whole and len(values(parent)) == 1 else None
+    return operand(parent) if whole and len(values(parent)) == 1 else None
 
 
 def attention(node: fx.Node) -> fx.Node | None:
@@ -252,7 +236,6 @@ REWRITES: dict[Any, Rewrite] = {
     aten.permute.default: permute,
     aten.transpose.int: transpose,
     aten.t.default: transpose,
-    aten.copy.default: write,
     aten.add.Tensor: sum_of,
     aten.sub.Tensor: sum_of,
     aten.mul.Tensor: neutral(1),

@@ -4,78 +4,92 @@ A dim along which all slices are equal is cut to size 1 (a mask that is the same
 split of that dim leaves the constant alone; users that do not broadcast get an ``expand``.
 
 before:
-  w       = param w                             : f32[4,8]
-  arange  = aten.arange(8)                      : i64[8]
-  ge      = aten.ge(arange, 3)                  : b[8]
-  expand  = aten.expand(ge, [4, 8])             : b[4,8]
-  masked  = aten.masked_fill(w, expand, 0)      : f32[4,8]
+  w      = param w                              : f32[4,8]
+  arange = aten.arange(8)                       : i64[8]
+  ge     = aten.ge.Scalar(arange, 3)            : bool[8]
+  expand = aten.expand(ge, [4, 8])              : bool[4,8]
+  masked = aten.masked_fill.Scalar(w, expand, 0) : f32[4,8]
   return masked
 after:
-  w        = param w                            : f32[4,8]
-  c_expand = const expand                       : b[1,8]
-  masked   = aten.masked_fill(w, c_expand, 0)   : f32[4,8]
+  w        = param w                                 : f32[4,8]
+  c_expand = const expand                            : bool[1,8]
+  masked   = aten.masked_fill.Scalar(w, c_expand, 0) : f32[4,8]
   return masked
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from autopar.evaluate import Evaluator, is_pointwise, is_pure
+from autopar.invariants import every_value_has_a_layout, placeholders_match_inputs
 from autopar.layout import Layout
+from autopar.pipeline import graph_pass
 from autopar.program import InputKind, Program, Value, origin, value, values
 from autopar.rewrite import add_constants, drop_unused_constants, insert_before, remove_unused
 
 aten = torch.ops.aten
 
 LARGEST = 256 * 2**20  # bytes of one constant; what is larger stays computed
+SPREADING = {aten.expand.default, aten.reshape.default, aten.repeat.default}  # these may make large from small
 MASK = 3  # position of the mask among the arguments of attention
 
 
+@graph_pass(ensures=(every_value_has_a_layout, placeholders_match_inputs))
 def fold_constants(program: Program) -> Program:
-    program = program.clone()
     known = _known(program)
     folded = _evaluate(program, known)
     owners: dict[str, fx.Node] = {}  # content -> the first node that has it
     merged = {node: owners.setdefault(_content(tensor), node) for node, tensor in folded.items()}
-    new = {owner.name: (folded[owner], origin(owner)) for owner in owners.values()}
+    new = {owner.name.removeprefix("c_"): (folded[owner], origin(owner)) for owner in owners.values()}
     program, constants = add_constants(program, new)
     for node, owner in merged.items():
         for user in list(node.users):
-            if user not in known:
-                user.replace_input_with(node, _as_taken(user, node, constants[owner.name]))
+            if user not in known or user.target in SPREADING:
+                constant = constants[owner.name.removeprefix("c_")]
+                user.replace_input_with(node, _as_taken(user, node, constant))
     remove_unused(program.graph)
     return drop_unused_constants(program)
 
 
-def _known(program: Program) -> set[fx.Node]:
-    """Everything that can be evaluated now: constants, and operators on nothing else."""
-    known = {
-        node
-        for node, entry in program.placeholders(InputKind.CONSTANT)
-        if not isinstance(program.constants[entry.target], FakeTensor)
-    }
+def _known(program: Program) -> dict[fx.Node, Tensor | None]:
+    """Everything that can be evaluated now, in order: constants with their tensors, and operators on nothing else."""
+    known: dict[fx.Node, Tensor | None] = {}
+    for node, entry in program.placeholders(InputKind.CONSTANT):
+        if not isinstance(program.constants[entry.target], FakeTensor):
+            known[node] = program.constants[entry.target]
     for node in program.graph.nodes:
-        if node.op == "call_function" and is_pure(node) and known.issuperset(node.all_input_nodes):
-            known.add(node)
+        if node.op == "call_function" and is_pure(node) and all(source in known for source in node.all_input_nodes):
+            known[node] = None
     return known
 
 
-def _evaluate(program: Program, known: set[fx.Node]) -> dict[fx.Node, Tensor]:
-    """Operators among ``known`` that others use, with their compact values."""
-    constants = {node: entry for node, entry in program.placeholders(InputKind.CONSTANT) if node in known}
-    operators = [node for node in program.graph.nodes if node in known and node not in constants]
-    edge = [node for node in operators if len(values(node)) == 1 and not known.issuperset(node.users)]
-    tensors = {node: program.constants[entry.target] for node, entry in constants.items()}
-    evaluator = Evaluator(tensors, set(operators), set(edge))
-    for node in operators:
-        evaluator.compute(node)
-    results = {node: evaluator.result(node) for node in edge}
-    return {node: tensor.contiguous() for node, tensor in results.items() if tensor.nbytes <= LARGEST}
+def _evaluate(program: Program, known: Mapping[fx.Node, Tensor | None]) -> dict[fx.Node, Tensor]:
+    """The nodes to make constants of, with their compact values."""
+    edge = [node for node in known if len(values(node)) == 1 and any(user not in known for user in node.users)]
+    keep = {link for node in edge for link in _chain(node, known)}
+    evaluator = Evaluator(known, keep)
+    for node, tensor in known.items():
+        if tensor is None:
+            evaluator.compute(node)
+    chosen: dict[fx.Node, Tensor] = {}
+    for node in edge:
+        smallest = min(_chain(node, known), key=lambda link: evaluator.result(link).numel())
+        chosen[smallest] = evaluator.result(smallest)
+    return {node: tensor.contiguous() for node, tensor in chosen.items() if tensor.nbytes <= LARGEST}
+
+
+def _chain(node: fx.Node, known: Mapping[fx.Node, Tensor | None]) -> list[fx.Node]:
+    """``node`` and what it only repeats or rearranges, back to where that was computed."""
+    chain = [node]
+    while chain[-1].target in SPREADING and chain[-1].args[0] in known:
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+    return chain
 
 
 def _content(tensor: Tensor) -> str:
@@ -88,7 +102,7 @@ def _as_taken(user: fx.Node, node: fx.Node, constant: fx.Node) -> fx.Node:
     shape, compact = value(node).shape, value(constant).shape
     if is_pointwise(user):
         others = [value(other).shape for other in user.all_input_nodes if other is not node]
-        if torch.broadcast_shapes(compact, *others) == value(user).shape:
+        if torch.broadcast_shapes(compact, *others) == value(user).shape:  # type: ignore[no-untyped-call]
             return constant
     elif user.target is aten.scaled_dot_product_attention.default and node in user.args[MASK:]:
         shape = (*compact[:-2], *shape[-2:])

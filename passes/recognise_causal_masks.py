@@ -4,14 +4,18 @@ The mask is recognised by its elements (bool: True keeps; float: 0 keeps, -inf o
 however it was made. Windows, blocks and prefixes stay masks.
 
 before:
-  q   = input                                                       : f32[2,4,16,8]
-  k   = input                                                       : f32[2,4,16,8]
-  v   = input                                                       : f32[2,4,16,8]
-  c   = const lower_triangle                                        : b[1,1,16,16]
-  out = aten.scaled_dot_product_attention(q, k, v, c)               : f32[2,4,16,8]
+  triangle = const triangle                                                                : bool[1,1,16,16]
+  q        = input q                                                                       : f32[2,4,16,8]
+  k        = input k                                                                       : f32[2,4,16,8]
+  v        = input v                                                                       : f32[2,4,16,8]
+  out      = aten.scaled_dot_product_attention(q, k, v, triangle, 0.0, False)              : f32[2,4,16,8]
   return out
 after:
-  out = aten.scaled_dot_product_attention(q, k, v, None, 0.0, True) : f32[2,4,16,8]
+  q        = input q                                                                       : f32[2,4,16,8]
+  k        = input k                                                                       : f32[2,4,16,8]
+  v        = input v                                                                       : f32[2,4,16,8]
+  out      = aten.scaled_dot_product_attention(q, k, v, None, 0.0, True)                   : f32[2,4,16,8]
+  return out
 """
 
 from __future__ import annotations
@@ -19,26 +23,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from autopar.invariants import placeholders_match_inputs
+from autopar.pipeline import graph_pass
 from autopar.program import InputKind, Program, value
-from autopar.rewrite import drop_unused_constants, remove_unused
+from autopar.rewrite import drop_unused_constants, operand, remove_unused
 
 aten = torch.ops.aten
 
 HIDDEN = -65504.0  # the smallest float16: exp(it - anything) is 0
 
 
+@graph_pass(ensures=(placeholders_match_inputs,))
 def recognise_causal_masks(program: Program) -> Program:
-    program = program.clone()
     constants = {node: program.constants[entry.target] for node, entry in program.placeholders(InputKind.CONSTANT)}
     kinds: dict[tuple[fx.Node, int, int], str] = {}
     for node in program.graph.nodes:
         if node.target is not aten.scaled_dot_product_attention.default:
             continue
         query, key, val, mask, dropout, causal = node.args  # as canonicalize writes it
-        source = mask.args[0] if isinstance(mask, fx.Node) and mask.target is aten.expand.default else mask
-        if source not in constants or causal:
+        if not isinstance(mask, fx.Node) or causal:
             continue
-        case = (source, value(query).shape[-2], value(key).shape[-2])
+        source = operand(mask) if mask.target is aten.expand.default else mask
+        if source not in constants:
+            continue
+        case = (source, value(operand(node, 0)).shape[-2], value(operand(node, 1)).shape[-2])
         if case not in kinds:
             kinds[case] = _kind(constants[source], *case[1:])
         if kinds[case] != "other":
@@ -58,4 +66,4 @@ def _kind(mask: Tensor, queries: int, keys: int) -> str:
     if queries != keys:
         return "other"
     triangle = torch.ones(queries, keys, dtype=torch.bool).tril()
-    return "causal" if torch.equal(*torch.broadcast_tensors(mask, triangle)) else "other"
+    return "other" if bool((mask != triangle).any()) else "causal"

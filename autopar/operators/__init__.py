@@ -9,6 +9,7 @@ from autopar.operators.losses import (
     vocabulary_maximum,
     vocabulary_sums,
 )
+from autopar.operators.random import random_keep
 from autopar.operators.registry import REGISTRY, operator
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "cross_entropy_sums",
     "embedding_rows",
     "operator",
+    "random_keep",
     "vocabulary_maximum",
     "vocabulary_sums",
 ]

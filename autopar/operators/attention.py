@@ -23,14 +23,14 @@ from torch.nn import functional
 
 aten = torch.ops.aten
 
-_LIBRARY = torch.library.Library("autopar", "FRAGMENT")
-_LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale) -> (Tensor out, Tensor logsumexp)"
-)
-_LIBRARY.define(
+_SCHEMAS = (
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale) -> (Tensor, Tensor)",
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor logsumexp, "
-    "bool is_causal, float? scale) -> (Tensor dq, Tensor dk, Tensor dv)"
+    "bool is_causal, float? scale) -> (Tensor, Tensor, Tensor)",
 )
+_LIBRARY = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
 ATTENTION = torch.ops.autopar.attention.default
 ATTENTION_BACKWARD = torch.ops.autopar.attention_backward.default
 
@@ -51,7 +51,7 @@ def attend(
     """``torch.nn.functional.scaled_dot_product_attention`` by way of the operators of this file."""
     if dropout_p > 0.0 or (attn_mask is not None and attn_mask.requires_grad):
         return attention_by_parts(q, k, v, attn_mask, dropout_p, is_causal, scale)
-    leading = torch.broadcast_shapes(*(x.shape[: -3 if q.dim() > 3 else -2] for x in (q, k, v)))
+    leading = torch.broadcast_shapes(*(x.shape[: -3 if q.dim() > 3 else -2] for x in (q, k, v)))  # type: ignore[no-untyped-call]
     q, k, v = (_with_leading(x, leading) for x in (q, k, v))
     if q.dim() > 3 and k.shape[-3] != v.shape[-3]:
         heads = max(k.shape[-3], v.shape[-3])
@@ -117,7 +117,7 @@ def _accumulated(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALVES else dtype
 
 
-@torch.library.register_fake("autopar::attention", lib=_LIBRARY)
+@torch.library.register_fake("autopar::attention", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _shape(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def _shape(
     return _empty(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=_accumulated(q.dtype))
 
 
-@torch.library.register_fake("autopar::attention_backward", lib=_LIBRARY)
+@torch.library.register_fake("autopar::attention_backward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _backward_shape(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), _empty(v, v.shape[-1])
 
@@ -140,7 +140,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         raise ValueError(f"attention: {shapes}: the batches differ")
     if mask is not None:
         scores = (*q.shape[:-1], k.shape[-2])
-        if torch.broadcast_shapes(mask.shape, scores) != scores:
+        if torch.broadcast_shapes(mask.shape, scores) != scores:  # type: ignore[no-untyped-call]
             raise ValueError(f"attention: mask {list(mask.shape)} does not broadcast to the scores {list(scores)}")
 
 
@@ -173,7 +173,7 @@ def _four(x: Tensor) -> Tensor:
 
 def _like(x: Tensor, model: Tensor) -> Tensor:
     """The inverse of :func:`_four` for a result that belongs to ``model``."""
-    return x.squeeze(1).contiguous() if model.dim() == 3 else _heads_inside(x).unflatten(0, model.shape[:-3])
+    return x.squeeze(1).contiguous() if model.dim() == 3 else _heads_inside(x).unflatten(0, model.shape[:-3])  # type: ignore[no-untyped-call]
 
 
 def _rows(logsumexp: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ def _grouped(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 def _summed(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """The dual of :func:`_grouped`."""
-    return x if q.dim() == 3 or q.shape[-3] == k.shape[-3] else x.unflatten(1, (k.shape[-3], -1)).sum(2)
+    return x if q.dim() == 3 or q.shape[-3] == k.shape[-3] else x.unflatten(1, (k.shape[-3], -1)).sum(2)  # type: ignore[no-untyped-call]
 
 
 def _scores(q: Tensor, keys: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
@@ -369,5 +369,5 @@ KERNELS = {
     "CompositeExplicitAutograd": (_plain, _plain_backward),  # any other device
 }
 for _device, (_forward, _backward) in KERNELS.items():
-    _LIBRARY.impl("attention", _forward, _device)
-    _LIBRARY.impl("attention_backward", _backward, _device)
+    _LIBRARY.impl("attention", _forward, _device)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl("attention_backward", _backward, _device)  # type: ignore[no-untyped-call]

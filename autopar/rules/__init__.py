@@ -13,7 +13,19 @@ from torch import fx
 
 from autopar.mesh import Mesh
 from autopar.program import InputKind, values
-from autopar.rules import collectives, contractions, indexing, losses, pointwise, reductions, views
+from autopar.rules import (
+    collectives,
+    contractions,
+    indexing,
+    losses,
+    pointwise,
+    random,
+    recurrent,
+    reductions,
+    segments,
+    spatial,
+    views,
+)
 from autopar.rules.factoring import Call, Factoring, Part, Strategy, factoring_of
 
 __all__ = ["Call", "Factoring", "Part", "Rule", "Strategy", "RULES", "call_of", "register_rule", "rule_for"]
@@ -32,10 +44,14 @@ def _read(table: dict[Any, Any]) -> dict[Any, Rule]:
 RULES: dict[Any, Rule] = {
     **_read(pointwise.RULES),
     **_read(views.RULES),
+    **_read(segments.RULES),
     **_read(contractions.RULES),
+    **_read(spatial.RULES),
+    **_read(recurrent.RULES),
     **_read(reductions.RULES),
     **_read(indexing.RULES),
     **_read(losses.RULES),
+    **_read(random.RULES),
     **_read(collectives.RULES),
 }
 

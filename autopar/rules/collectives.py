@@ -8,25 +8,26 @@ from typing import Any
 from autopar.comm import OPS
 from autopar.rules.factoring import Call, Factoring
 from autopar.rules.pointwise import broadcast
-from autopar.rules.views import _keeps_other_dims
+from autopar.rules.views import FIRST, keeps_other_dims
 
 
 def elementwise(call: Call) -> Factoring:
-    return replace(broadcast(call), linear=(frozenset({0}),))
+    factoring = broadcast(call)
+    return replace(factoring, linear=FIRST, uneven=frozenset(factoring.sizes))
 
 
 def reduced(call: Call) -> Factoring:
     summed = call.argument(2, "op") == "sum"
-    return replace(broadcast(call), linear=(frozenset({0}),) if summed else ())
+    return replace(elementwise(call), linear=FIRST if summed else ())
 
 
 def joined(call: Call) -> Factoring:
     """The dim that the other axis splits stays whole here."""
-    return _keeps_other_dims(call, {int(call.args[3])})
+    return keeps_other_dims(call, {int(call.args[3])}, FIRST)
 
 
 def exchanged(call: Call) -> Factoring:
-    return _keeps_other_dims(call, {int(call.args[3][0]), int(call.args[4][0])})
+    return keeps_other_dims(call, {int(call.args[3][0]), int(call.args[4][0])}, FIRST)
 
 
 RULES: dict[Any, Any] = {

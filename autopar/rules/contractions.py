@@ -1,17 +1,38 @@
-"""Matrix products, convolutions, embeddings and attention: where weights are split."""
+"""Matrix products, einsum, embeddings and attention: where weights are split."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from autopar import operators
+from autopar.comm import OPS
 from autopar.program import Node, value
-from autopar.rules.factoring import Call, Dims, Emit, Factoring, Shape, factoring_of
+from autopar.rules.factoring import Call, Dims, Emit, Factoring, Shape, dims_of, factoring_of
 from autopar.rules.pointwise import broadcast_dims
 
 aten = torch.ops.aten
+
+# Padding of a parameter is zeros, and zeros again after these: padded columns of the other factor then count nothing.
+_KEEPS_ZEROS = {
+    aten._to_copy.default, aten.transpose.int, aten.t.default, aten.permute.default, aten.clone.default,
+    OPS.enter.default,
+}  # fmt: skip
+
+
+def linear(call: Call) -> Factoring:
+    line = "... k, n k, n -> ... n; linear 0 2, 1 2; added 2; uneven n k; contraction"
+    factoring = factoring_of(line, call)
+    return factoring if _padded_with_zeros(call, 1) else replace(factoring, uneven=frozenset())
+
+
+def _padded_with_zeros(call: Call, position: int) -> bool:
+    node = call.operands[position]
+    while node.op == "call_function" and node.target in _KEEPS_ZEROS:
+        (node,) = node.all_input_nodes
+    return node.op == "placeholder" and bool(call.parameters) and call.parameters[position]
 
 
 def matmul(call: Call) -> Factoring:
@@ -33,28 +54,85 @@ def matmul(call: Call) -> Factoring:
     batch = out[: len(out) - len(tail)]
     for shape in (a[:-2], b[:-2], batch):
         sizes |= {f"d{len(shape) - i}": size for i, size in enumerate(shape) if size != 1}
-    rank = len(batch)
     return Factoring(
-        ((*broadcast_dims(a[:-2], rank), *left), (*broadcast_dims(b[:-2], rank), *right)),
-        ((*broadcast_dims(batch, rank), *tail),),
+        ((*broadcast_dims(a[:-2]), *left), (*broadcast_dims(b[:-2]), *right)),
+        ((*broadcast_dims(batch), *tail),),
         sizes,
         linear=(frozenset({0}), frozenset({1})),
         contraction=True,
     )
 
 
+def plus_product(line: str) -> Any:
+    """Rule for ``beta * c + alpha * (a @ b)``: c is broadcast to the result."""
+
+    def rule(call: Call) -> Factoring:
+        product = replace(call, inputs=call.inputs[1:])
+        factoring = factoring_of(f"{line}; contraction", product)
+        shape, (result,) = call.inputs[0], factoring.outputs
+        aligned = result[len(result) - len(shape) :]
+        summand = tuple(factors if size != 1 else () for factors, size in zip(aligned, shape))
+        both = (frozenset({0, 1}), frozenset({0, 2}))
+        return replace(factoring, inputs=(summand, *factoring.inputs), linear=both, added=frozenset({0}))
+
+    return rule
+
+
+def einsum(call: Call) -> Factoring:
+    """``einsum("b i d, b j d -> b i j", [x, y])``: the equation is the rule."""
+    terms, result = _equation(call)
+    sizes: dict[str, int] = {}
+    for names, shape in zip(terms, call.inputs):
+        for name, size in zip(names, shape):
+            sizes[name] = max(size, sizes.get(name, 1))
+
+    def dims(names: list[str], shape: Shape) -> Dims:
+        return tuple((name,) if size != 1 else () for name, size in zip(names, shape))
+
+    whole = frozenset(name for names in terms for name in names if names.count(name) > 1)  # a diagonal
+    return Factoring(
+        tuple(map(dims, terms, call.inputs)),
+        (dims(result, call.outputs[0]),),
+        sizes,
+        whole=whole,
+        linear=tuple(frozenset({i}) for i in range(len(terms))),
+        contraction=len(terms) > 1,
+    )
+
+
+def _equation(call: Call) -> tuple[list[list[str]], list[str]]:
+    """The names of the dims of each operand and of the result; those of an ellipsis are numbered from the right."""
+    left, arrow, right = str(call.args[0]).replace(" ", "").partition("->")
+    terms = []
+    most = 0
+    for text, shape in zip(left.split(","), call.inputs):
+        before, dots, after = text.partition("...")
+        extra = len(shape) - len(before) - len(after)
+        most = max(most, extra)
+        terms.append([*before, *[f"d{extra - i}" for i in range(extra)], *after])
+    every = [f"d{most - i}" for i in range(most)]
+    if not arrow:
+        letters = sorted(name for names in terms for name in names if len(name) == 1)
+        return terms, [*every, *(name for name in letters if letters.count(name) == 1)]
+    before, dots, after = right.partition("...")
+    return terms, [*before, *(every if dots else []), *after]
+
+
 def embedding(call: Call) -> Factoring:
     """Rows of a table. Split by rows, a rank looks up the rows that it has and gives zeros for the others."""
     table, ids = call.inputs
-    names = [f"t{i}" for i in range(len(ids))]
-    tokens = tuple((name,) if size != 1 else () for name, size in zip(names, ids))
-    sizes = dict(zip(names, ids)) | {"v": table[0], "h": table[1]}
+    tokens, sizes = dims_of(ids, "t")
+    sizes |= {"v": table[0], "h": table[1]}
+    if call.argument(3, "scale_grad_by_freq", False):  # how often a row is used, is known only to all ranks together
+        whole = frozenset({"v", *sizes}) - {"h"}
+        return Factoring(((("v",), ("h",)), tokens), ((*tokens, ("h",)),), sizes, whole=whole, contraction=True)
     return Factoring(
         ((("v",), ("h",)), tokens),
         ((*tokens, ("h",)),),
         sizes,
         linear=(frozenset({0}),),
         uneven=frozenset({"v"}),
+        plain=frozenset({"v"}),
         rewrites={"v": _look_up_own_rows},
         contraction=True,
     )
@@ -62,73 +140,74 @@ def embedding(call: Call) -> Factoring:
 
 def _look_up_own_rows(emit: Emit, node: Node, axis: str, ways: int) -> Node:
     rank = emit.axis_index(axis)
-    padding = node.args[2] if len(node.args) > 2 else -1
+    padding = node.args[2] if len(node.args) > 2 else node.kwargs.get("padding_idx", -1)
     return emit(operators.embedding_rows, (*node.args[:2], rank, padding), emit.partial(value(node), axis))
+
+
+def bag(call: Call) -> Factoring:
+    """``embedding_bag``: columns of the table; where a bag begins is known to no rank alone."""
+    sizes = {"h": call.inputs[0][1]}
+    inputs: list[Dims] = [(("rows",), ("h",))]
+    inputs += [tuple((f"in{k}_{i}",) for i in range(len(s))) for k, s in enumerate(call.inputs[1:])]
+    outputs: list[Dims] = [(("bags",), ("h",))]
+    outputs += [tuple((f"out{k}_{i}",) for i in range(len(s))) for k, s in enumerate(call.outputs[1:])]
+    names = frozenset(f for tensor in (*inputs, *outputs) for dim in tensor for f in dim) - {"h"}
+    if int(call.argument(4, "mode", 0)) == 2:  # of a maximum, the last output tells each column's place
+        names |= {"h"}
+    sizes |= dict.fromkeys(names, 2)
+    same = {"h": "whole"}  # the further outputs, where the bags begin, are the same on every rank
+    return Factoring(tuple(inputs), tuple(outputs), sizes, reduce=same, whole=names, contraction=True)
 
 
 def attention(call: Call) -> Factoring:
     """``softmax(q k^T + mask) v``: batch and heads may be split; K/V heads may be fewer than query heads (GQA)."""
-    query, key = call.inputs[0], call.inputs[1]
-    value_dim = call.inputs[2][-1]
-    lead = [f"b{i}" for i in range(len(query) - 3)]
-    sizes = dict(zip(lead, query)) | {"s": query[-2], "t": key[-2], "e": query[-1], "f": value_dim}
-    batch = tuple((name,) if sizes[name] != 1 else () for name in lead)
-    heads: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    if len(query) > 2:
-        groups = query[-3] // key[-3]
-        sizes |= {"h": key[-3], "g": groups}
-        kv = ("h",) if key[-3] != 1 else ()
-        heads = ((*kv, "g") if groups != 1 else kv, kv)
-    with_heads = [(heads[i],) if len(query) > 2 else () for i in range(2)]
+    query, key, held = call.inputs[:3]
+    rank = len(query)
+    sizes = {"s": query[-2], "t": key[-2], "e": query[-1], "f": held[-1]}
+    sizes |= {f"b{rank - i}": max(shape[i] for shape in call.inputs[:3]) for i in range(rank - 3)}
+    if rank > 2:
+        sizes |= {"h": key[-3], "g": query[-3] // key[-3]}
+
+    def lead(shape: Shape, heads: tuple[str, ...]) -> Dims:
+        batch = tuple((f"b{rank - i}",) if size != 1 else () for i, size in enumerate(shape[: rank - 3]))
+        return (*batch, tuple(f for f in heads if sizes[f] != 1)) if rank > 2 else ()
+
+    grouped, single = lead(query, ("h", "g")), lead(key, ("h",))
     inputs: list[Dims] = [
-        (*batch, *with_heads[0], ("s",), ("e",)),
-        (*batch, *with_heads[1], ("t",), ("e",)),
-        (*batch, *with_heads[1], ("t",), ("f",)),
+        (*grouped, ("s",), ("e",)),
+        (*single, ("t",), ("e",)),
+        (*lead(held, ("h",)), ("t",), ("f",)),
     ]
+    batches = tuple(max(shape[i] for shape in call.inputs[:3]) for i in range(max(rank - 2, 0)))
+    full = lead((*batches, 0, 0), ("h", "g"))
     if len(call.inputs) > 3:
-        inputs.append(_mask_dims(call.inputs[3], inputs[0][:-1]))
-    return Factoring(
-        tuple(inputs),
-        ((*batch, *with_heads[0], ("s",), ("f",)),),
-        sizes,
-        whole=frozenset({"s", "t", "e", "f"}),
-        contraction=True,
-    )
+        inputs.append(_mask_dims(call.inputs[3], full))
+    whole = frozenset({"s", "t", "e", "f"})
+    return Factoring(tuple(inputs), ((*full, ("s",), ("f",)),), sizes, whole=whole, contraction=True)
 
 
-def _mask_dims(mask: Shape, query: Dims) -> Dims:
+def _mask_dims(mask: Shape, lead: Dims) -> Dims:
     """The mask is (..., queries, keys); its leading dims are those of the query, or 1."""
-    lead = query[:-1][len(query) - 1 - (len(mask) - 2) :] if len(mask) > 2 else ()
-    named = tuple(factors if size != 1 else () for factors, size in zip(lead, mask))
-    return (*named, ("s",) if mask[-2] != 1 else (), ("t",) if mask[-1] != 1 else ())
-
-
-def convolution(call: Call) -> Factoring:
-    """``conv1d/2d/3d``: batch, output channels and input channels may be split, positions not. Groups stay whole."""
-    spatial = len(call.inputs[1]) - 2
-    groups = call.argument(6, "groups", 1)
-    space = " ".join(f"x{i}" for i in range(spatial))
-    taps = " ".join(f"w{i}" for i in range(spatial))
-    moved = " ".join(f"y{i}" for i in range(spatial))
-    whole = f"{space} {taps} {moved}"
-    if groups == 1:
-        line = f"b c {space}, o c {taps}, o -> b o {moved}; whole {whole}; linear 0 2, 1 2; added 2; contraction"
-    else:
-        line = f"b C {space}, o c {taps}, o -> b o {moved}; whole {whole} C o c; linear 0 2, 1 2; added 2"
-    if len(call.inputs) == 2:
-        line = line.replace(", o ->", " ->").replace("linear 0 2, 1 2", "linear 0, 1")
-    return factoring_of(line, call)
+    aligned = lead[len(lead) - (len(mask) - 2) :] if len(mask) > 2 else ()
+    named = tuple(factors if size != 1 else () for factors, size in zip(aligned, mask))
+    return (*named, *((name,) if size != 1 else () for name, size in zip(("s", "t"), mask[-2:])))
 
 
 RULES: dict[Any, Any] = {
-    aten.linear.default: "... k, n k, n -> ... n; linear 0 2, 1 2; added 2; uneven n k; contraction",
+    aten.linear.default: linear,
     aten.mm.default: "m k, k n -> m n; linear 0, 1; contraction",
     aten.bmm.default: "b m k, b k n -> b m n; linear 0, 1; contraction",
-    aten.addmm.default: "n, m k, k n -> m n; linear 0 1, 0 2; added 0; contraction",
+    aten.mv.default: "m k, k -> m; linear 0, 1; contraction",
+    aten.dot.default: "k, k ->; linear 0, 1; contraction",
+    aten.outer.default: "m, n -> m n; linear 0, 1; contraction",
+    aten.bilinear.default: "... i, ... j, n i j, n -> ... n; linear 0 3, 1 3, 2 3; added 3; contraction",
+    aten.addmm.default: plus_product("m k, k n -> m n"),
+    aten.addmv.default: plus_product("m k, k -> m"),
+    aten.baddbmm.default: plus_product("b m k, b k n -> b m n"),
+    aten.addbmm.default: plus_product("b m k, b k n -> m n"),
     aten.matmul.default: matmul,
+    aten.einsum.default: einsum,
     aten.embedding.default: embedding,
+    aten.embedding_bag.padding_idx: bag,
     aten.scaled_dot_product_attention.default: attention,
-    aten.conv1d.default: convolution,
-    aten.conv2d.default: convolution,
-    aten.conv3d.default: convolution,
 }

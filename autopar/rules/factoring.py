@@ -93,7 +93,8 @@ class Factoring:
     whole:    factors that must not be split (softmax's own dim)
     linear:   sets of operands in which the operator is jointly linear, the others held fixed: they may be partial
     added:    operands that are added to a sum over factors that they lack (a bias): added once, on one rank
-    uneven:   factors that may be padded with zeros at the end
+    uneven:   factors that may be padded at the end: what padding holds is finite, and reaches nothing but padding
+    plain:    factors of which each rank must have one contiguous piece
     localize: cuts the sizes written in the arguments; rewrites: other code for a split of a certain factor
     """
 
@@ -105,6 +106,7 @@ class Factoring:
     linear: tuple[frozenset[int], ...] = ()
     added: frozenset[int] = frozenset()
     uneven: frozenset[str] = frozenset()
+    plain: frozenset[str] = frozenset()
     localize: Localize | None = None
     rewrites: Mapping[str, Rewrite] = field(default_factory=dict)
     contraction: bool = False  # matmul-like: its weights are what tensor parallelism splits
@@ -140,12 +142,12 @@ class Factoring:
 
     def allows(self, part: Part, ways: int) -> bool:
         size = self.sizes.get(part.factor, 1)
-        if size == 1 or part.factor in self.whole or size % part.outer:
+        plain = part.outer == 1 and part.ratio == (1,)
+        if size == 1 or part.factor in self.whole or size % part.outer or (part.factor in self.plain and not plain):
             return False
         if Split(0, part.outer, part.ratio).divides(size, ways):
             return True
         alone = all(dim == (part.factor,) for dims in (*self.inputs, *self.outputs) for dim in dims if part.factor in dim)
-        plain = part.outer == 1 and part.ratio == (1,)
         return plain and alone and part.factor in self.uneven and -(-size // ways) * (ways - 1) < size
 
     def strategy(self, part: Part, ways: int) -> Strategy | None:
@@ -184,6 +186,12 @@ class Factoring:
         return found
 
 
+def dims_of(shape: Shape, tag: str = "d") -> tuple[Dims, dict[str, int]]:
+    """One factor for each dim of a tensor, ``d0, d1, ...``, none for a dim of size 1; and the sizes of all."""
+    sizes = {f"{tag}{i}": size for i, size in enumerate(shape)}
+    return tuple((name,) if size != 1 else () for name, size in sizes.items()), sizes
+
+
 def read_dims(text: str) -> list[list[str]]:
     """``"b (h d) 1"`` -> [["b"], ["h", "d"], []]."""
     dims: list[list[str]] = []
@@ -215,8 +223,8 @@ def read_rule(line: str) -> tuple[list[list[list[str]]], list[list[list[str]]], 
         if name not in ("whole", "linear", "added", "uneven", "contraction", "max"):
             raise ValueError(f"rule '{line}': unknown clause '{name}'")
         options[name] = words
-    sides = [[read_dims(part) for part in side.split(",") if part.strip()] for side in (left, right)]
-    return sides[0], sides[1], options
+    inputs, outputs = ([read_dims(part) for part in side.split(",") if part.strip()] for side in (left, right))
+    return inputs, outputs or [[]], options  # "k, k ->": one output without dims
 
 
 def factoring_of(line: str, call: Call) -> Factoring:

@@ -1,8 +1,9 @@
-"""Losses: a sum and a count over tokens; classes may be split by vocabulary-parallel cross-entropy."""
+"""Losses: sums over elements or tokens, means as shares; classes may be split by vocabulary-parallel cross-entropy."""
 
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ import torch
 from autopar import operators
 from autopar.layout import Layout
 from autopar.program import Node, Value, value
-from autopar.rules.factoring import Call, Dims, Emit, Factoring
+from autopar.rules.factoring import Call, Dims, Emit, Factoring, dims_of
+from autopar.rules.pointwise import broadcast_dims
+from autopar.rules.reductions import share_of_mean
 
 aten = torch.ops.aten
+NONE, MEAN, SUM = range(3)  # torch's numbers for ``reduction``
 
 
 def cross_entropy_sums(call: Call) -> Factoring:
@@ -29,9 +33,19 @@ def cross_entropy_sums(call: Call) -> Factoring:
     probabilities = len(call.inputs[1]) == len(logits)
     if probabilities:
         return Factoring((dims, dims), ((), ()), sizes, whole=frozenset({"c"}))
+    only = frozenset({"c"})
     return Factoring(
-        inputs, ((), ()), sizes, reduce={"c": "whole"}, uneven=frozenset({"c"}), rewrites={"c": _by_vocabulary}
+        inputs, ((), ()), sizes, reduce={"c": "whole"}, uneven=only, plain=only, rewrites={"c": _by_vocabulary}
     )
+
+
+def cross_entropy(call: Call) -> Factoring:
+    """One loss per token (reduction "none"): the classes stay whole. Means and sums are rewritten before."""
+    summed = cross_entropy_sums(call)
+    if len(call.outputs[0]) != len(call.inputs[0]) - 1:
+        return replace(summed, outputs=((),), whole=frozenset(summed.sizes), rewrites={}, uneven=frozenset())
+    rows = tuple(dim for dim in summed.inputs[0] if dim != ("c",))
+    return replace(summed, outputs=(rows,), whole=frozenset({"c"}), reduce={}, rewrites={}, uneven=frozenset())
 
 
 def _by_vocabulary(emit: Emit, node: Node, axis: str, ways: int) -> Node:
@@ -61,5 +75,6 @@ def _by_vocabulary(emit: Emit, node: Node, axis: str, ways: int) -> Node:
 
 
 RULES: dict[Any, Any] = {
+    aten.cross_entropy_loss.default: cross_entropy,
     operators.cross_entropy_sums: cross_entropy_sums,
 }

@@ -12,65 +12,103 @@ from autopar.rules.factoring import Call, Dims, Factoring, Shape
 aten = torch.ops.aten
 
 # operands in which an operator is jointly linear, so that a pending sum may pass through it
+_ADDING = (aten.add.Tensor, aten.sub.Tensor)
 _LINEAR: dict[Any, tuple[frozenset[int], ...]] = {
-    **{op: (frozenset({0, 1}),) for op in (aten.add.Tensor, aten.sub.Tensor)},
+    **dict.fromkeys(_ADDING, (frozenset({0, 1}),)),
     aten.mul.Tensor: (frozenset({0}), frozenset({1})),
     aten.div.Tensor: (frozenset({0}),),
     **{op: (frozenset({0}),) for op in (aten.neg.default, aten.clone.default, aten.mul.Scalar, aten.div.Scalar)},
     aten.where.self: (frozenset({1, 2}),),
 }
 
+# Padding holds whatever the operators before made of it. These operators keep it finite, and so are their slopes: what
+# is computed from it stays in the padding. The square root of a zero would send a NaN back into the weights.
+_TAME = {
+    aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.mul.Tensor,
+    aten.mul.Scalar, aten.div.Scalar, aten.neg.default, aten.abs.default, aten.square.default, aten.relu.default,
+    aten.relu6.default, aten.gelu.default, aten.silu.default, aten.mish.default, aten.elu.default, aten.selu.default,
+    aten.celu.default, aten.leaky_relu.default, aten.hardtanh.default, aten.hardsigmoid.default,
+    aten.hardswish.default, aten.sigmoid.default, aten.log_sigmoid.default, aten.softplus.default, aten.tanh.default,
+    aten.sin.default, aten.cos.default, aten.erf.default, aten.threshold.default, aten.clamp.default,
+    aten.clamp_min.default, aten.clamp_max.default, aten.maximum.default, aten.minimum.default, aten.where.self,
+    aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar, aten.clone.default, aten.detach.default,
+    aten._to_copy.default, aten.dropout.default, aten.eq.Scalar, aten.eq.Tensor, aten.ne.Scalar, aten.ne.Tensor,
+    aten.lt.Scalar, aten.lt.Tensor, aten.le.Scalar, aten.le.Tensor, aten.gt.Scalar, aten.gt.Tensor, aten.ge.Scalar,
+    aten.ge.Tensor, aten.logical_not.default, aten.logical_and.default, aten.logical_or.default,
+}  # fmt: skip
 
-def broadcast_dims(shape: Shape, rank: int) -> Dims:
+
+def broadcast_dims(shape: Shape) -> Dims:
     """Factors ``d1, d2, ...`` counted from the last dim, as broadcasting aligns them; none for a dim of size 1."""
     return tuple((f"d{len(shape) - i}",) if size != 1 else () for i, size in enumerate(shape))
 
 
 def broadcast(call: Call) -> Factoring:
     """``f(a, b, ...)`` element by element with numpy's broadcasting."""
-    rank = max((len(shape) for shape in call.outputs), default=0)
     sizes: dict[str, int] = {}
     for shape in (*call.inputs, *call.outputs):
         for i, size in enumerate(shape):
             if size != 1:
                 sizes[f"d{len(shape) - i}"] = size
+    inputs = tuple(map(broadcast_dims, call.inputs))
     return Factoring(
-        tuple(broadcast_dims(shape, rank) for shape in call.inputs),
-        tuple(broadcast_dims(shape, rank) for shape in call.outputs),
+        inputs,
+        tuple(map(broadcast_dims, call.outputs)),
         sizes,
-        uneven=frozenset(sizes),
+        uneven=_padded(call, inputs, sizes),
         linear=_linear(call),
     )
 
 
+def _padded(call: Call, inputs: tuple[Dims, ...], sizes: dict[str, int]) -> frozenset[str]:
+    """Factors that may have padding: dividing by it is not tame."""
+    if call.target in _TAME:
+        return frozenset(sizes)
+    if call.target is aten.div.Tensor and call.args:
+        divisor = {factor for dim in inputs[1] for factor in dim} if len(inputs) > 1 else set()
+        return frozenset(sizes) - divisor
+    return frozenset()
+
+
 def _linear(call: Call) -> tuple[frozenset[int], ...]:
-    groups = _LINEAR.get(call.target, ())
-    if call.target in (aten.add.Tensor, aten.sub.Tensor, aten.where.self) and len(call.operands) < max(
-        len(group) for group in groups
-    ):
+    if call.target is aten.where.ScalarOther:
+        return (frozenset({1}),) if call.args[2] == 0 else ()
+    if call.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return (frozenset({0}),) if call.args[2] == 0 else ()
+    count = len(call.inputs)
+    if (call.target in _ADDING and count < 2) or (call.target is aten.where.self and count < 3):
         return ()  # x + 1.0 is not linear in x
-    if call.target is aten.where.self and len(call.operands) != 3:
-        return ()
-    return tuple(group for group in groups if max(group) < len(call.operands))
+    return tuple(group for group in _LINEAR.get(call.target, ()) if max(group) < count)
 
 
-def _cast(call: Call) -> Factoring:
-    """A cast between floating dtypes; a pending sum waits until after it only if nothing is rounded twice."""
+def _like(call: Call) -> Factoring:
+    """``zeros_like``: the shape of the operand and none of its elements."""
     return replace(broadcast(call), linear=())
 
 
+def prelu(call: Call) -> Factoring:
+    """(N, C, ...) with one slope for all or one for each channel."""
+    shape, slopes = call.inputs
+    names = [f"d{i}" for i in range(len(shape))]
+    dims: Dims = tuple((name,) if size != 1 else () for name, size in zip(names, shape))
+    slope: Dims = (dims[1] if slopes[0] != 1 else (),) if slopes else ()
+    return Factoring((dims, slope), (dims,), dict(zip(names, shape)))
+
+
+# torch has no tag for these
+_UNTAGGED = (
+    aten._to_copy.default, aten.detach.default, aten.dropout.default, aten.masked_fill.Tensor, aten.fill.Scalar,
+    aten.fill.Tensor, aten.copy.default, aten.floor_divide.default, aten.where.ScalarOther, aten.where.ScalarSelf,
+    aten.where.Scalar, aten.where.self, aten.polar.default, aten.complex.default, aten.real.default,
+    aten.imag.default, aten.log_sigmoid.default, aten.hardswish.default, aten.rsub.Tensor, aten.isclose.default,
+    aten.nan_to_num.default, aten.float_power.Tensor_Scalar, aten._conj.default,
+    aten.resolve_conj.default, aten.resolve_neg.default, aten.square.default, aten.subtract.Tensor,
+    aten.multiply.Tensor, aten.divide.Tensor, aten.special_expit.default, aten.fix.default, aten.absolute.default,
+)  # fmt: skip
+
 RULES: dict[Any, Any] = {
-    aten._to_copy.default: _cast,
-    aten.clone.default: broadcast,
-    aten.detach.default: broadcast,
-    aten.dropout.default: broadcast,
-    aten.masked_fill.Scalar: broadcast,
-    aten.masked_fill.Tensor: broadcast,
-    aten.zeros_like.default: broadcast,
-    aten.ones_like.default: broadcast,
-    aten.full_like.default: broadcast,
-    aten.logical_not.default: broadcast,
-    aten.fill.Scalar: broadcast,
-    aten.copy.default: broadcast,
-    torch.ops.aten.floor_divide.default: broadcast,
+    **dict.fromkeys(_UNTAGGED, broadcast),
+    **dict.fromkeys((aten.zeros_like.default, aten.ones_like.default, aten.full_like.default), _like),
+    aten.empty_like.default: _like,
+    aten.prelu.default: prelu,
 }

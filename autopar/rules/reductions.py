@@ -8,63 +8,128 @@ from typing import Any
 import torch
 
 from autopar.program import Node, value
-from autopar.rules.factoring import Call, Dims, Emit, Factoring
-from autopar.rules.views import along_dims
+from autopar.rules.factoring import Call, Dims, Emit, Factoring, dims_of
+from autopar.rules.views import FIRST, along_dims
 
 aten = torch.ops.aten
 
 
-def _reduced_dims(call: Call, position: int = 1, name: str = "dim") -> list[int]:
-    rank = len(call.inputs[0])
-    dims = call.argument(position, name)
-    listed = range(rank) if dims is None or dims == [] else dims if isinstance(dims, (list, tuple)) else [dims]
-    return [int(d) % rank for d in listed] if rank else []
-
-
-def reduction(call: Call) -> Factoring:
-    """Some dims are combined and vanish, or stay with size 1."""
+def reduction(call: Call, position: int = 1) -> Factoring:
+    """Some dims (an argument at ``position``; all if there is none) are combined: they vanish, or have size 1."""
     shape = call.inputs[0]
-    gone = _reduced_dims(call)
-    names = [f"d{i}" for i in range(len(shape))]
-    source: Dims = tuple((name,) if size != 1 else () for name, size in zip(names, shape))
+    dims = call.argument(position, "dim")
+    listed = range(len(shape)) if dims in (None, []) else dims if isinstance(dims, (list, tuple)) else [dims]
+    gone = {int(d) % len(shape) for d in listed} if shape else set()
+    source, sizes = dims_of(shape)
     kept = len(call.outputs[0]) == len(shape)
     target = tuple(() if i in gone else dim for i, dim in enumerate(source) if kept or i not in gone)
-    sizes = dict(zip(names, shape))
-    return Factoring((source,), (target,) * len(call.outputs), sizes, uneven=frozenset(n for i, n in enumerate(names) if i not in gone))
+    return Factoring((source,), (target,) * len(call.outputs), sizes)
+
+
+def _gone(factoring: Factoring) -> frozenset[str]:
+    """The factors that are combined."""
+    return frozenset(f for f in factoring.sizes if all((f,) != dim for dim in factoring.outputs[0]))
+
+
+def _kept(factoring: Factoring) -> frozenset[str]:
+    return frozenset(factoring.sizes) - _gone(factoring)
 
 
 def sum_dims(call: Call) -> Factoring:
-    return replace(reduction(call), linear=(frozenset({0}),))
+    factoring = reduction(call)
+    return replace(factoring, linear=FIRST, uneven=_kept(factoring))
+
+
+def sum_all(call: Call) -> Factoring:
+    return replace(_all(call), linear=FIRST)
+
+
+def _all(call: Call) -> Factoring:
+    """A reduction to one element, whatever its further arguments."""
+    return reduction(replace(call, args=call.args[:1], kwargs={}))
+
+
+def counted(call: Call) -> Factoring:
+    """``count_nonzero, histc``: parts add up, but not counts of parts of a value."""
+    return reduction(call)
+
+
+def histogram(call: Call) -> Factoring:
+    """Counts of all elements add up, where the bounds do not follow from them."""
+    source, sizes = dims_of(call.inputs[0])
+    low, high = call.argument(2, "min", 0), call.argument(3, "max", 0)
+    whole = {"bins"} if low != high else {"bins", *sizes}
+    return Factoring((source,), ((("bins",),),), sizes | {"bins": 2}, whole=frozenset(whole))
 
 
 def mean_dims(call: Call) -> Factoring:
     """Split along a dim that is averaged, each rank's mean counts 1/n."""
-    factoring = reduction(call)
-    gone = {f"d{i}" for i in _reduced_dims(call)}
-    return replace(factoring, linear=(frozenset({0}),), rewrites=dict.fromkeys(gone, _share_of_mean))
+    factoring = reduction(call) if call.target is aten.mean.dim else _all(call)
+    shares = dict.fromkeys(_gone(factoring), share_of_mean)
+    return replace(factoring, linear=FIRST, rewrites=shares, uneven=_kept(factoring))
 
 
-def _share_of_mean(emit: Emit, node: Node, axis: str, ways: int) -> Node:
+def share_of_mean(emit: Emit, node: Node, axis: str, ways: int) -> Node:
     here = value(node)
     part = emit.partial(here, axis)
     own = emit(node.target, node.args, part)
+    own.kwargs = node.kwargs
     return emit(aten.div.Scalar, (own, ways), part)
 
 
 def extremum(call: Call) -> Factoring:
-    """max, min, any, all over dims: partial only where no gradient must find its way back to one element."""
+    """max and min over dims: partial only where no gradient must find its way back to one element."""
     factoring = reduction(call)
-    op = {"amax": "max", "amin": "min", "any": "max", "all": "min", "max": "max", "min": "min"}.get(_name(call))
-    gone = frozenset(f"d{i}" for i in _reduced_dims(call))
-    if op is None or any(call.diff_inputs) or len(call.outputs) > 1 or _name(call) in ("any", "all"):
+    gone = _gone(factoring)
+    if any(call.diff_inputs):
         return replace(factoring, whole=gone)
-    return replace(factoring, reduce=dict.fromkeys(gone, op))
+    return replace(factoring, reduce=dict.fromkeys(gone, "max" if "max" in _name(call) else "min"))
 
 
-def combines(call: Call) -> Factoring:
-    """A reduction that cannot be finished from parts (var, argmax, median): its dims stay whole."""
-    gone = frozenset(f"d{i}" for i in _reduced_dims(call))
-    return replace(reduction(call), whole=gone)
+def combined(position: int | None = 1) -> Any:
+    """Rule for a reduction that cannot be finished from parts (var, argmax, median): its dims stay whole."""
+
+    def rule(call: Call) -> Factoring:
+        factoring = _all(call) if position is None else reduction(call, position)
+        return replace(factoring, whole=_gone(factoring))
+
+    return rule
+
+
+def compared(position: int, default: int) -> Any:
+    """Rule for two tensors that are combined along a dim (cosine_similarity): it stays whole and vanishes."""
+
+    def rule(call: Call) -> Factoring:
+        rank = max(map(len, call.inputs))
+        dim = int(call.argument(position, "dim", default)) % rank
+        kept = len(call.outputs[0]) == rank
+        sizes = {f"d{i}": max(s[i - rank + len(s)] for s in call.inputs if i - rank + len(s) >= 0) for i in range(rank)}
+
+        def dims(shape: tuple[int, ...]) -> Dims:
+            offset = rank - len(shape)
+            return tuple((f"d{i + offset}",) if size != 1 else () for i, size in enumerate(shape))
+
+        full = tuple((name,) if size != 1 else () for name, size in sizes.items())
+        target = (*full[:dim], *(((),) if kept else ()), *full[dim + 1 :])
+        inputs = tuple(map(dims, call.inputs))
+        return Factoring(inputs, (target,) * len(call.outputs), sizes, whole=frozenset({f"d{dim}"}))
+
+    return rule
+
+
+def distances(call: Call) -> Factoring:
+    """``cdist``: (..., P, M), (..., R, M) -> (..., P, R)."""
+    lead, sizes = dims_of(call.outputs[0][:-2], "b")
+
+    def dims(shape: tuple[int, ...], *names: str) -> Dims:
+        batch = lead[len(lead) - (len(shape) - 2) :]
+        named = tuple(factors if size != 1 else () for factors, size in zip(batch, shape))
+        return (*named, *((name,) for name in names))
+
+    first, second = call.inputs
+    sizes |= {"p": first[-2], "r": second[-2], "m": first[-1]}
+    inputs = (dims(first, "p", "m"), dims(second, "r", "m"))
+    return Factoring(inputs, (dims(call.outputs[0], "p", "r"),), sizes, whole=frozenset({"m"}))
 
 
 def _name(call: Call) -> str:
@@ -73,79 +138,60 @@ def _name(call: Call) -> str:
 
 def normalised(call: Call) -> Factoring:
     """layer_norm, rms_norm: the last dims are normalised together, weight and bias lie along them."""
-    count = len(call.argument(1, "normalized_shape"))
-    shape = call.inputs[0]
-    names = [f"d{i}" for i in range(len(shape))]
-    dims: Dims = tuple((name,) if size != 1 else () for name, size in zip(names, shape))
-    return Factoring(
-        (dims, *[dims[len(shape) - count :]] * (len(call.inputs) - 1)),
-        (dims,),
-        dict(zip(names, shape)),
-        whole=frozenset(names[len(shape) - count :]),
-    )
+    lead = len(call.inputs[0]) - len(call.argument(1, "normalized_shape"))
+    dims, sizes = dims_of(call.inputs[0])
+    inputs = (dims, *[dims[lead:]] * (len(call.inputs) - 1))
+    return Factoring(inputs, (dims,), sizes, whole=frozenset(list(sizes)[lead:]))
 
 
-def group_norm(call: Call) -> Factoring:
-    """(N, C, ...): only the batch may be split (channels by whole groups would need uneven arguments)."""
-    shape = call.inputs[0]
-    names = [f"d{i}" for i in range(len(shape))]
-    dims: Dims = tuple((name,) if size != 1 or i == 1 else () for i, (name, size) in enumerate(zip(names, shape)))
-    weights = [(dims[1],)] * (len(call.inputs) - 1)
-    return Factoring((dims, *weights), (dims,), dict(zip(names, shape)), whole=frozenset(names[1:]))
+def weight_norm(call: Call) -> Factoring:
+    """``v * (g / norm(v))`` with the norm over all dims but one."""
+    dims, sizes = dims_of(call.inputs[0])
+    dim = int(call.argument(2, "dim", 0)) % len(dims)
+    sides = [tuple(factors if size != 1 else () for factors, size in zip(dims, shape)) for shape in call.inputs]
+    return Factoring(tuple(sides), (dims,), sizes, whole=frozenset(sizes) - {f"d{dim}"})
 
 
-def pooled(call: Call) -> Factoring:
-    """Pooling: batch and channels may be split, positions not."""
-    shape, result = call.inputs[0], call.outputs[0]
-    spatial = 1 if "1d" in _name(call) else 3 if "3d" in _name(call) else 2
-    lead = len(shape) - spatial
-    names = [f"d{i}" for i in range(len(shape))]
-    source: Dims = tuple((n,) if s != 1 else () for n, s in zip(names, shape))
-    target = (*source[:lead], *[(f"o{i}",) if size != 1 else () for i, size in enumerate(result[lead:])])
-    sizes = dict(zip(names, shape)) | {f"o{i}": size for i, size in enumerate(result[lead:])}
-    whole = frozenset(names[lead:]) | {f"o{i}" for i in range(spatial)}
-    return Factoring((source,), (target,) * len(call.outputs), sizes, whole=whole)
-
-
-def batch_statistics(call: Call) -> Factoring:
-    """Evaluation-mode batch_norm: running statistics are given, every dim but the channel is independent."""
-    shape = call.inputs[0]
-    names = [f"d{i}" for i in range(len(shape))]
-    dims: Dims = tuple((name,) if size != 1 else () for name, size in zip(names, shape))
-    channel = (dims[1],)
-    return Factoring((dims, *[channel] * (len(call.inputs) - 1)), (dims,), dict(zip(names, shape)))
-
-
-def with_values(call: Call) -> Factoring:
-    """topk, sort, cummax: values and indices; the dim stays whole."""
-    position = 2 if _name(call) == "topk" else 1
-    return along_dims(position, "dim", -1)(call)
-
+_OVER_DIMS = (
+    aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default, aten.any.dim, aten.all.dim, aten.any.dims,
+    aten.all.dims, aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim, aten.var_mean.correction,
+    aten.var_mean.dim, aten.std_mean.correction, aten.std_mean.dim, aten.logsumexp.default, aten.prod.dim_int,
+    aten.median.dim, aten.mode.default, aten.nansum.default, aten.nanmean.default, aten.aminmax.default,
+)  # fmt: skip
+_OVER_ALL = (
+    aten.any.default, aten.all.default, aten.prod.default, aten.var.default, aten.std.default, aten.var_mean.default,
+    aten.median.default,
+)  # fmt: skip
+_ALONG = (
+    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten.cumprod.default,
+    aten.cummax.default, aten.cummin.default, aten.logcumsumexp.default,
+)  # fmt: skip
 
 RULES: dict[Any, Any] = {
-    aten.sum.default: sum_dims,
+    aten.sum.default: sum_all,
     aten.sum.dim_IntList: sum_dims,
     aten.mean.default: mean_dims,
     aten.mean.dim: mean_dims,
     **dict.fromkeys((aten.amax.default, aten.amin.default, aten.max.default, aten.min.default), extremum),
-    **dict.fromkeys((aten.any.default, aten.any.dim, aten.all.default, aten.all.dim), extremum),
-    **dict.fromkeys((aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default), combines),
-    **dict.fromkeys((aten.prod.default, aten.var.correction, aten.std.correction, aten.logsumexp.default), combines),
-    **dict.fromkeys((aten.var.dim, aten.linalg_vector_norm.default), combines),
-    aten.softmax.int: along_dims(1, "dim"),
-    aten._softmax.default: along_dims(1, "dim"),
-    aten.log_softmax.int: along_dims(1, "dim"),
-    aten._log_softmax.default: along_dims(1, "dim"),
-    aten.cumsum.default: along_dims(1, "dim"),
-    aten.cumprod.default: along_dims(1, "dim"),
-    aten.topk.default: with_values,
-    aten.sort.default: with_values,
+    **dict.fromkeys(_OVER_DIMS, combined()),
+    **dict.fromkeys(_OVER_ALL, combined(None)),
+    aten.linalg_vector_norm.default: combined(2),
+    aten.norm.ScalarOpt_dim: combined(2),
+    aten.norm.Scalar: combined(None),
+    aten.kthvalue.default: combined(2),
+    aten.quantile.scalar: combined(2),
+    aten.count_nonzero.dim_IntList: counted,
+    aten.count_nonzero.default: counted,
+    aten.histc.default: histogram,
+    **dict.fromkeys(_ALONG, along_dims(1, "dim")),
+    aten.topk.default: along_dims(2, "dim", -1),
+    aten.sort.default: along_dims(1, "dim", -1),
+    aten.sort.stable: along_dims(99, "dim", -1),
+    aten.argsort.default: along_dims(1, "dim", -1),
     aten.layer_norm.default: normalised,
     aten.rms_norm.default: normalised,
-    aten.group_norm.default: group_norm,
-    aten._native_batch_norm_legit_no_training.default: batch_statistics,
-    **dict.fromkeys(
-        (aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.avg_pool1d.default),
-        pooled,
-    ),
+    aten._weight_norm.default: weight_norm,
+    aten.cosine_similarity.default: compared(2, 1),
+    aten.linalg_cross.default: along_dims(99, "dim", -1),
+    aten.cdist.default: distances,
 }

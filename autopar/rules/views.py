@@ -1,30 +1,22 @@
-"""Operators that rearrange elements: reshape, transpose, expand, slice, split, cat, pad."""
+"""Operators that rearrange elements: reshape, transpose, expand, repeat; and those that work along some dims."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
-from autopar.layout import Placement, Split
-from autopar.rules.factoring import Call, Dims, Factoring, Part, Shape, Strategy
+from autopar.layout import Split
+from autopar.rules.factoring import Call, Dims, Factoring, Part, Shape, Strategy, dims_of
+from autopar.rules.pointwise import broadcast_dims
 
 aten = torch.ops.aten
-_FIRST = (frozenset({0}),)  # a view is linear
+FIRST = (frozenset({0}),)  # a view is linear
 
 
-def _plain(shape: Shape, names: Sequence[str]) -> Dims:
-    return tuple((name,) if size != 1 else () for name, size in zip(names, shape))
-
-
-def _names(shape: Shape) -> list[str]:
-    return [f"d{i}" for i in range(len(shape))]
-
-
-def _cut_sizes(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int) -> tuple[Any, dict[str, Any]]:
+def cut_sizes(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int) -> tuple[Any, dict[str, Any]]:
     """Arguments of an operator whose second argument is the output's shape."""
     return (call.args[0], list(outputs[0]), *call.args[2:]), dict(call.kwargs)
 
@@ -61,15 +53,15 @@ def reshape(call: Call) -> Factoring:
     """Both shapes as products of common factors: ``(b s) (h d) -> b s h d``. Groups that do not nest stay whole."""
     source, target = call.inputs[0], call.outputs[0]
     if math.prod(source) == 0 or (found := common_factors(source, target)) is None:
-        return _opaque_reshape(call, source, target)
+        return _opaque_reshape(source, target)
     sizes: dict[str, int] = {}
     return Factoring(
         (_numbered(found[0], sizes),),
         (_numbered(found[1], sizes),),
         sizes,
-        linear=_FIRST,
+        linear=FIRST,
         uneven=frozenset(sizes),
-        localize=_cut_sizes,
+        localize=cut_sizes,
     )
 
 
@@ -88,7 +80,7 @@ def _numbered(dims: list[list[int]], sizes: dict[str, int]) -> Dims:
     return tuple(reversed(named))
 
 
-def _opaque_reshape(call: Call, source: Shape, target: Shape) -> Factoring:
+def _opaque_reshape(source: Shape, target: Shape) -> Factoring:
     """Only equal leading dims may be split."""
     same = 0
     while same < min(len(source), len(target)) and source[same] == target[same]:
@@ -100,21 +92,19 @@ def _opaque_reshape(call: Call, source: Shape, target: Shape) -> Factoring:
     ]
     whole = {name for side in sides for dim in side for name in dim if not name.startswith("d")}
     sizes |= {name: 2 for name in whole}
-    return Factoring((sides[0],), (sides[1],), sizes, whole=frozenset(whole), linear=_FIRST, localize=_cut_sizes)
+    return Factoring((sides[0],), (sides[1],), sizes, whole=frozenset(whole), linear=FIRST, localize=cut_sizes)
 
 
 def _permuted(call: Call, order: Sequence[int]) -> Factoring:
-    shape = call.inputs[0]
-    names = _names(shape)
-    sizes = dict(zip(names, shape))
-    dims = _plain(shape, names)
-    return Factoring((dims,), (tuple(dims[i] for i in order),), sizes, linear=_FIRST, uneven=frozenset(names))
+    dims, sizes = dims_of(call.inputs[0])
+    return Factoring((dims,), (tuple(dims[i] for i in order),), sizes, linear=FIRST, uneven=frozenset(sizes))
 
 
 def transpose(call: Call) -> Factoring:
     order = list(range(len(call.inputs[0])))
     a, b = int(call.argument(1, "dim0")), int(call.argument(2, "dim1"))
-    order[a], order[b] = order[b], order[a]
+    if order:
+        order[a], order[b] = order[b], order[a]
     return _permuted(call, order)
 
 
@@ -127,232 +117,232 @@ def swap_two(call: Call) -> Factoring:
     return _permuted(call, list(range(len(call.inputs[0])))[::-1])
 
 
-def unsqueeze(call: Call) -> Factoring:
-    return _reinserted(call)
-
-
-def _reinserted(call: Call) -> Factoring:
+def _ones(call: Call) -> tuple[tuple[Dims, Dims], dict[str, int]]:
     """Dims of size 1 come or go; the others keep their order."""
     source, target = call.inputs[0], call.outputs[0]
     kept = [size for size in source if size != 1]
     assert kept == [size for size in target if size != 1], (source, target)
     names = [f"d{i}" for i in range(len(kept))]
-    sides = []
+    sides: list[Dims] = []
     for shape in (source, target):
         left = iter(names)
         sides.append(tuple((next(left),) if size != 1 else () for size in shape))
-    sizes = dict(zip(names, kept))
-    return Factoring((sides[0],), (sides[1],), sizes, linear=_FIRST, uneven=frozenset(names))
+    return (sides[0], sides[1]), dict(zip(names, kept))
+
+
+def unsqueeze(call: Call) -> Factoring:
+    (source, target), sizes = _ones(call)
+    return Factoring((source,), (target,), sizes, linear=FIRST, uneven=frozenset(sizes))
+
+
+class _Squeezed(Factoring):
+    """A split must not leave a dim of size 1, which would be squeezed away with the others."""
+
+    def allows(self, part: Part, ways: int) -> bool:
+        return self.sizes.get(part.factor, 0) > ways and super().allows(part, ways)
+
+
+def squeeze(call: Call) -> Factoring:
+    (source, target), sizes = _ones(call)
+    return _Squeezed((source,), (target,), sizes, linear=FIRST)
 
 
 def expand(call: Call) -> Factoring:
     """New dims, and dims of size 1 that grow, are factors that only the output has."""
-    shape = call.outputs[0]
-    names = _names(shape)
-    offset = len(shape) - len(call.inputs[0])
-    source = tuple((names[i + offset],) if size != 1 else () for i, size in enumerate(call.inputs[0]))
-    return Factoring(
-        (source,), (_plain(shape, names),), dict(zip(names, shape)), linear=_FIRST, localize=_cut_sizes
-    )
+    target, sizes = dims_of(call.outputs[0])
+    offset = len(target) - len(call.inputs[0])
+    source = tuple(target[i + offset] if size != 1 else () for i, size in enumerate(call.inputs[0]))
+    return Factoring((source,), (target,), sizes, linear=FIRST, localize=cut_sizes)
 
 
-def _keeps_other_dims(call: Call, touched: set[int]) -> Factoring:
+def broadcast_together(call: Call) -> Factoring:
+    """``broadcast_tensors``: every operand in the shape of all."""
+    sizes = {f"d{len(shape) - i}": size for shape in call.outputs for i, size in enumerate(shape)}
+    linear = (frozenset(range(len(call.inputs))),)
+    sides = (tuple(map(broadcast_dims, call.inputs)), tuple(map(broadcast_dims, call.outputs)))
+    return Factoring(*sides, sizes, linear=linear)
+
+
+def repeat(call: Call) -> Factoring:
+    """``repeat, tile``: a dim of the result is (copies, dim of the operand)."""
+    source, target = call.inputs[0], call.outputs[0]
+    offset = len(target) - len(source)
+    sizes, dims = {}, []
+    for i, size in enumerate(target):
+        inner = source[i - offset] if i >= offset else 1
+        sizes |= {f"copy{i}": size // inner if inner else 1, f"d{i - offset}": inner}
+        dims.append(tuple(f for f in (f"copy{i}", f"d{i - offset}") if sizes[f] != 1))
+    operand = tuple((f"d{i}",) if size != 1 else () for i, size in enumerate(source))
+    return Factoring((operand,), (tuple(dims),), sizes, linear=FIRST, localize=_cut_copies)
+
+
+def _cut_copies(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int) -> tuple[Any, dict[str, Any]]:
+    split, source = strategy.inputs[0], list(call.inputs[0])
+    if isinstance(split, Split):
+        source[split.dim] //= ways
+    padded = [1] * (len(outputs[0]) - len(source)) + source
+    return (call.args[0], [size // max(inner, 1) for size, inner in zip(outputs[0], padded)]), {}
+
+
+def repeat_interleave(call: Call) -> Factoring:
+    """``x.repeat_interleave(n, dim)``: the dim becomes (dim, copies); without a dim, (all dims, copies)."""
+    dims, sizes = dims_of(call.inputs[0])
+    dim = call.argument(2, "dim")
+    sizes["copy"] = int(call.argument(1, "repeats"))
+    copies = ("copy",) if sizes["copy"] != 1 else ()
+    if dim is None:
+        target: Dims = ((*[f for factors in dims for f in factors], *copies),)
+    else:
+        at = int(dim) % len(dims)
+        target = (*dims[:at], (*dims[at], *copies), *dims[at + 1 :])
+    return Factoring((dims,), (target,), sizes, linear=FIRST, localize=_cut_interleaved)
+
+
+def _cut_interleaved(
+    call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int
+) -> tuple[Any, dict[str, Any]]:
+    copies = int(call.argument(1, "repeats"))
+    assert strategy.part is not None
+    return (call.args[0], copies // ways if strategy.part.factor == "copy" else copies, call.argument(2, "dim")), {}
+
+
+# ---------------------------------------------------------------- along some dims
+
+
+def keeps_other_dims(call: Call, touched: Collection[int], linear: tuple[frozenset[int], ...] = ()) -> Factoring:
     """All tensors have the same rank; the ``touched`` dims stay whole, the others are shared."""
-    names = _names(call.outputs[0])
-    sizes = {name: size for i, (name, size) in enumerate(zip(names, call.outputs[0])) if i not in touched}
-    whole = {f"whole{i}" for i in touched}
-    sizes |= {name: 2 for name in whole}
+    _, sizes = dims_of(call.outputs[0])
+    sizes |= {f"d{i}": 2 for i in touched}
+    whole = frozenset(f"d{i}" for i in touched)
 
     def dims(shape: Shape) -> Dims:
-        return tuple((f"whole{i}",) if i in touched else (n,) if s != 1 else () for i, (n, s) in enumerate(zip(names, shape)))
+        return tuple((f"d{i}",) if size != 1 or i in touched else () for i, size in enumerate(shape))
 
-    return Factoring(
-        tuple(map(dims, call.inputs)), tuple(map(dims, call.outputs)), sizes, whole=frozenset(whole), linear=_FIRST
-    )
-
-
-def slice_dim(call: Call) -> Factoring:
-    dim = int(call.argument(1, "dim", 0)) % len(call.inputs[0])
-    unchanged = call.inputs[0] == call.outputs[0] and call.argument(4, "step", 1) == 1
-    return _keeps_other_dims(call, set() if unchanged else {dim})
+    uneven = frozenset(sizes) - whole if linear else frozenset()  # what only moves elements leaves padding as it is
+    sides = (tuple(map(dims, call.inputs)), tuple(map(dims, call.outputs)))
+    return Factoring(*sides, sizes, whole=whole, linear=linear, uneven=uneven)
 
 
-def select(call: Call) -> Factoring:
-    """One position of a dim: that dim stays whole and disappears."""
-    shape = call.inputs[0]
-    dim = int(call.argument(1, "dim", 0)) % len(shape)
-    names = _names(shape)
-    dims = tuple((name,) if size != 1 or i == dim else () for i, (name, size) in enumerate(zip(names, shape)))
-    sizes = dict(zip(names, shape)) | {f"d{dim}": 2}
-    return Factoring((dims,), (dims[:dim] + dims[dim + 1 :],), sizes, whole=frozenset({f"d{dim}"}), linear=_FIRST)
-
-
-def pad(call: Call) -> Factoring:
-    """Constant padding: dims that grow stay whole. A pending sum may pass where zeros are added."""
-    amounts, rank = call.argument(1, "pad"), len(call.inputs[0])
-    touched = {rank - 1 - i // 2 for i, amount in enumerate(amounts) if amount}
-    value = call.argument(3, "value", 0) if call.target is aten.pad.default else call.argument(2, "value", 0)
-    return replace(_keeps_other_dims(call, touched), linear=_FIRST if not value else ())
-
-
-class Segments(Factoring):
-    """A dim that is cut into (or joined from) segments of unequal size: split evenly inside each segment."""
-
-    def splits(self, part: Part, tensor: Dims) -> list[Split]:
-        found = super().splits(part, tensor)
-        if part.factor != "segment" or tensor not in self.inputs:
-            return found
-        return [Split(split.dim, 1, self._ratio) for split in found]
-
-    def part_of(self, tensor: Dims, split: Split, ways: int) -> Part | None:
-        if tensor[split.dim] != ("segment",):
-            return super().part_of(tensor, split, ways)
-        wanted = Split(split.dim, 1, self._ratio) if tensor in self.inputs else Split(split.dim)
-        return Part("segment") if split == wanted and self.allows(Part("segment"), ways) else None
-
-    def allows(self, part: Part, ways: int) -> bool:
-        if part.factor == "segment":
-            return part == Part("segment") and all(size % ways == 0 for size in self._ratio)
-        return super().allows(part, ways)
-
-    @property
-    def _ratio(self) -> tuple[int, ...]:
-        return tuple(self.sizes[f"segment{i}"] for i in range(len(self.outputs)))
-
-
-def split_dim(call: Call) -> Factoring:
-    """``qkv.split([q, k, v], dim)``: equal parts are an outer factor; unequal ones are split each by itself."""
-    shape = call.inputs[0]
-    dim = int(call.argument(2, "dim", 0)) % len(shape)
-    parts = [output[dim] for output in call.outputs]
-    names = _names(shape)
-    sizes = dict(zip(names, shape))
-    plain = _plain(shape, names)
-
-    def with_dim(factors: tuple[str, ...]) -> Dims:
-        return (*plain[:dim], factors, *plain[dim + 1 :])
-
-    if len(set(parts)) == 1:
-        sizes |= {"part": len(parts), f"d{dim}": parts[0]}
-        inner = (f"d{dim}",) if parts[0] != 1 else ()
-        source, target = with_dim(("part", *inner)), with_dim(inner)
-        whole = frozenset({"part"})
-        return Factoring(
-            (source,), (target,) * len(parts), sizes, whole=whole, linear=_FIRST, localize=_cut_segments
-        )
-    del sizes[f"d{dim}"]
-    sizes |= {"segment": shape[dim]} | {f"segment{i}": size for i, size in enumerate(parts)}
-    # input and outputs must differ as tuples so that Segments can tell them apart: the input has no other mark
-    source = with_dim(("segment",))
-    return _SplitSegments((source,), (source,) * len(parts), sizes, linear=_FIRST, localize=_cut_segments)
-
-
-class _SplitSegments(Segments):
-    """Segments where operand and results have the same factors: told apart by identity of the side."""
-
-    def strategy(self, part: Part, ways: int) -> Strategy | None:
-        found = super().strategy(part, ways)
-        if found is None or part.factor != "segment":
-            return found
-        dim = next(i for i, factors in enumerate(self.inputs[0]) if factors == ("segment",))
-        outputs: tuple[Placement, ...] = (Split(dim),) * len(self.outputs)
-        return replace(found, outputs=outputs)
-
-    def part_of(self, tensor: Dims, split: Split, ways: int) -> Part | None:
-        if tensor[split.dim] != ("segment",):
-            return Factoring.part_of(self, tensor, split, ways)
-        known = split in (Split(split.dim), Split(split.dim, 1, self._ratio))
-        return Part("segment") if known and self.allows(Part("segment"), ways) else None
-
-
-def _cut_segments(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int) -> tuple[Any, dict[str, Any]]:
-    dim = int(call.argument(2, "dim", 0)) % len(call.inputs[0])
-    parts = [shape[dim] for shape in outputs]
-    sizes = parts if isinstance(call.argument(1, "split_size"), (list, tuple)) else parts[0]
-    return (call.args[0], sizes, dim), {}
-
-
-def concatenate(call: Call) -> Factoring:
-    """Tensors joined along a dim: that dim is split only when all have the same size."""
-    dim = int(call.argument(1, "dim", 0)) % len(call.outputs[0])
-    shapes = {shape[dim] for shape in call.inputs}
-    factoring = _keeps_other_dims(call, {dim})
-    everything = (frozenset(range(len(call.inputs))),)
-    if len(shapes) != 1 or shapes == {1}:
-        return replace(factoring, linear=everything)
-    name = f"whole{dim}"
-    joined = tuple(("part", name) if factors == (name,) else factors for factors in factoring.outputs[0])
-    sizes = {**factoring.sizes, "part": len(call.inputs), name: shapes.pop()}
-    return Factoring(factoring.inputs, (joined,), sizes, whole=frozenset({"part"}), linear=everything)
-
-
-def stack(call: Call) -> Factoring:
-    dim = int(call.argument(1, "dim", 0)) % len(call.outputs[0])
-    names = _names(call.inputs[0])
-    dims = _plain(call.inputs[0], names)
-    sizes = dict(zip(names, call.inputs[0])) | {"new": len(call.inputs)}
-    output = (*dims[:dim], ("new",), *dims[dim:])
-    everything = (frozenset(range(len(call.inputs))),)
-    return Factoring((dims,) * len(call.inputs), (output,), sizes, whole=frozenset({"new"}), linear=everything)
-
-
-def unbind(call: Call) -> Factoring:
-    shape = call.inputs[0]
-    dim = int(call.argument(1, "dim", 0)) % len(shape)
-    names = _names(shape)
-    dims = tuple((n,) if size != 1 or i == dim else () for i, (n, size) in enumerate(zip(names, shape)))
-    sizes = dict(zip(names, shape)) | {f"d{dim}": 2}
-    target = dims[:dim] + dims[dim + 1 :]
-    return Factoring((dims,), (target,) * len(call.outputs), sizes, whole=frozenset({f"d{dim}"}), linear=_FIRST)
-
-
-def along_dims(position: int, name: str, default: Any = None) -> Any:
-    """Rule for an operator that works along the dims of one argument (flip, roll, cumsum): those stay whole."""
+def along_dims(position: int, name: str, default: Any = None, linear: bool = False) -> Any:
+    """Rule for an operator that works along the dims of one argument (softmax, flip, cumsum): those stay whole."""
 
     def rule(call: Call) -> Factoring:
         dims = call.argument(position, name, default)
         rank = len(call.inputs[0])
         listed = range(rank) if dims in (None, []) else dims if isinstance(dims, (list, tuple)) else [dims]
-        return _keeps_other_dims(call, {int(d) % rank for d in listed} if rank else set())
+        touched = {int(d) % rank for d in listed} if rank else set()
+        return keeps_other_dims(call, touched, FIRST if linear else ())
 
     return rule
 
 
+def last_dims(count: int, linear: bool = False) -> Any:
+    """Rule for an operator on the last ``count`` dims: the dims before them are its batch."""
+
+    def rule(call: Call) -> Factoring:
+        lead = max(len(call.inputs[0]) - count, 0)
+        dims, sizes = dims_of(call.inputs[0][:lead])
+
+        def side(tag: str, shapes: tuple[Shape, ...]) -> tuple[Dims, ...]:
+            return tuple((*dims, *[(f"{tag}{k}_{i}",) for i in range(lead, len(s))]) for k, s in enumerate(shapes))
+
+        inputs, outputs = side("in", call.inputs), side("out", call.outputs)
+        whole = frozenset(f for tensor in (*inputs, *outputs) for dim in tensor[lead:] for f in dim)
+        sizes |= dict.fromkeys(whole, 2)
+        return Factoring(inputs, outputs, sizes, whole=whole, linear=FIRST if linear else ())
+
+    return rule
+
+
+def diagonal(call: Call) -> Factoring:
+    """Two dims become one, the last."""
+    dims, sizes = dims_of(call.inputs[0])
+    gone = [int(call.argument(i, f"dim{i - 1}", i - 2)) % len(dims) for i in (2, 3)]
+    kept = tuple(dim for i, dim in enumerate(dims) if i not in gone)
+    source = tuple((f"d{i}",) if i in gone else dim for i, dim in enumerate(dims))
+    sizes |= {"diagonal": 2} | {f"d{i}": 2 for i in gone}
+    whole = frozenset({"diagonal", *(f"d{i}" for i in gone)})
+    return Factoring((source,), ((*kept, ("diagonal",)),), sizes, whole=whole, linear=FIRST)
+
+
+def unfold(call: Call) -> Factoring:
+    """Windows along one dim: their number takes its place, their elements come last."""
+    dims, sizes = dims_of(call.inputs[0])
+    at = int(call.argument(1, "dimension")) % len(dims)
+    source = (*dims[:at], ("along",), *dims[at + 1 :])
+    target = (*dims[:at], ("windows",), *dims[at + 1 :], ("inside",))
+    whole = frozenset({"along", "windows", "inside"})
+    return Factoring((source,), (target,), sizes | dict.fromkeys(whole, 2), whole=whole, linear=FIRST)
+
+
+def as_complex(call: Call) -> Factoring:
+    """The last dim holds the real and the imaginary part."""
+    dims, sizes = dims_of(call.outputs[0])
+    return Factoring(((*dims, ("parts",)),), (dims,), sizes | {"parts": 2}, whole=frozenset({"parts"}), linear=FIRST)
+
+
+def as_real(call: Call) -> Factoring:
+    dims, sizes = dims_of(call.inputs[0])
+    return Factoring((dims,), ((*dims, ("parts",)),), sizes | {"parts": 2}, whole=frozenset({"parts"}), linear=FIRST)
+
+
 def generated(call: Call) -> Factoring:
     """``new_zeros(x, sizes)``: the output's dims belong to no input."""
-    names = _names(call.outputs[0])
     ignored = tuple(tuple((f"in{i}_{j}",) for j in range(len(shape))) for i, shape in enumerate(call.inputs))
-    whole = {name for tensor in ignored for dim in tensor for name in dim}
-    sizes = dict(zip(names, call.outputs[0])) | {name: 2 for name in whole}
-    output = _plain(call.outputs[0], names)
-    return Factoring(ignored, (output,), sizes, whole=frozenset(whole), localize=_cut_sizes)
+    whole = frozenset(name for tensor in ignored for dim in tensor for name in dim)
+    target, sizes = dims_of(call.outputs[0])
+    return Factoring(ignored, (target,), sizes | dict.fromkeys(whole, 2), whole=whole, localize=cut_sizes)
 
+
+def created(call: Call) -> Factoring:
+    """``full(sizes, value)``: made of nothing."""
+    target, sizes = dims_of(call.outputs[0])
+    return Factoring((), (target,), sizes, localize=_cut_created)
+
+
+def _cut_created(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int) -> tuple[Any, dict[str, Any]]:
+    return (list(outputs[0]), *call.args[1:]), dict(call.kwargs)
+
+
+def counted(call: Call) -> Factoring:
+    """``arange``: only whole."""
+    dims, sizes = dims_of(call.outputs[0])
+    return Factoring((), (dims,), sizes, whole=frozenset(sizes))
+
+
+_MATRICES = (aten.linalg_inv.default, aten.linalg_det.default, aten.linalg_cholesky.default, aten.inverse.default)
+_TRANSFORMS = (aten.fft_fft.default, aten.fft_ifft.default, aten.fft_rfft.default, aten.fft_irfft.default)
+_PLANES = (aten.fft_fft2.default, aten.fft_ifft2.default, aten.fft_rfft2.default, aten.fft_irfft2.default)
 
 RULES: dict[Any, Any] = {
-    aten.reshape.default: reshape,
-    aten.view.default: reshape,
-    aten._unsafe_view.default: reshape,
+    **dict.fromkeys((aten.reshape.default, aten.view.default, aten._unsafe_view.default), reshape),
     aten.transpose.int: transpose,
     aten.permute.default: permute,
     aten.t.default: swap_two,
-    aten.unsqueeze.default: _reinserted,
-    aten.squeeze.dim: _reinserted,
-    aten.squeeze.dims: _reinserted,
-    aten.squeeze.default: _reinserted,
+    aten.unsqueeze.default: unsqueeze,
+    **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default), squeeze),
     aten.expand.default: expand,
-    aten.slice.Tensor: slice_dim,
-    aten.select.int: select,
-    aten.split.Tensor: split_dim,
-    aten.split_with_sizes.default: split_dim,
-    aten.unbind.int: unbind,
-    aten.cat.default: concatenate,
-    aten.stack.default: stack,
-    aten.pad.default: pad,
-    aten.constant_pad_nd.default: pad,
-    aten.flip.default: along_dims(1, "dims"),
-    aten.roll.default: along_dims(2, "dims"),
-    aten.new_zeros.default: generated,
-    aten.new_ones.default: generated,
-    aten.new_full.default: generated,
-    aten.new_empty.default: generated,
+    aten.broadcast_tensors.default: broadcast_together,
+    aten.repeat.default: repeat,
+    aten.tile.default: repeat,
+    aten.repeat_interleave.self_int: repeat_interleave,
+    aten.flip.default: along_dims(1, "dims", linear=True),
+    aten.roll.default: along_dims(2, "dims", linear=True),
+    aten.cumsum.default: along_dims(1, "dim", linear=True),
+    aten.diff.default: along_dims(2, "dim", -1, linear=True),
+    aten.tril.default: last_dims(2, linear=True),
+    aten.triu.default: last_dims(2, linear=True),
+    **dict.fromkeys(_MATRICES, last_dims(2)),
+    **dict.fromkeys(_TRANSFORMS, along_dims(2, "dim", -1, linear=True)),
+    **dict.fromkeys(_PLANES, along_dims(2, "dim", [-2, -1], linear=True)),
+    aten.diagonal.default: diagonal,
+    aten.unfold.default: unfold,
+    aten.view_as_complex.default: as_complex,
+    aten.view_as_real.default: as_real,
+    **dict.fromkeys(
+        (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default), generated
+    ),
+    **dict.fromkeys((aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format), created),
+    **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), counted),
+    aten.scalar_tensor.default: counted,
 }

@@ -1,0 +1,152 @@
+"""``autopar check``: all ranks of the parallel program in this process, in float64, against the unmodified model."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Annotated, Any
+
+import typer
+
+from autopar.calls import data_ways
+from autopar.check import TOLERANCE, Report, check
+from autopar.commands.options import (
+    Batch,
+    ConfigTexts,
+    Json,
+    Length,
+    ModelName,
+    PlanTexts,
+    Seed,
+    read_config,
+    read_mesh,
+    read_plan,
+)
+from autopar.commands.tables import (
+    held_json,
+    held_table,
+    print_json,
+    size_text,
+    stderr,
+    stdout,
+    table,
+    traffic_json,
+    traffic_table,
+)
+from autopar.footprint import held
+from autopar.mesh import Mesh
+from autopar.named_models import Example, named_model
+from autopar.plan import Plan
+
+WORST_SHOWN = 3
+
+
+def check_command(
+    model: ModelName,
+    mesh: Annotated[
+        list[str] | None, typer.Option("--mesh", metavar="AXES", help="e.g. dp=2,tp=2; may be given several times")
+    ] = None,
+    plan: PlanTexts = None,
+    config: ConfigTexts = None,
+    batch: Batch = None,
+    length: Length = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare the parallel MODEL with the unmodified one: loss, outputs and every gradient, in float64.
+
+    All ranks run in this process, one after the other. Exit code 1 if any error is above 1e-10.
+    """
+    meshes = [read_mesh(text) for text in mesh or ["dp=2,tp=2"]]
+    choices = read_plan(plan)
+    ways = math.lcm(*map(data_ways, meshes))
+    example = named_model(model, read_config(config), batch, length, seed, ways)
+    if not example.has_weights:
+        raise ValueError(f"{model} is too large to be run here\nWay out: a smaller one, e.g. --config layers=2")
+    found = [_checked(example, on, choices) for on in meshes]
+    if as_json:
+        print_json({"model": model, "tolerance": TOLERANCE, "meshes": [_document(*entry) for entry in found]})
+    elif len(found) == 1:
+        _print_one(model, *found[0])
+    else:
+        _print_several(model, found)
+    if not all(passed(report) for report, _ in found):
+        raise typer.Exit(1)
+
+
+def _checked(example: Example, mesh: Mesh, plan: Plan) -> tuple[Report, float]:
+    """The report and the seconds that it took."""
+    start = time.perf_counter()
+    with stderr().status(f"checking {example.name} on {mesh}"):
+        report = check(example.model, example.batch, mesh, plan)
+    return report, time.perf_counter() - start
+
+
+def passed(report: Report) -> bool:
+    """Whether every single error is small; one that is not a number is not."""
+    return all(error <= TOLERANCE for error in [report.loss, *report.outputs.values(), *report.grads.values()])
+
+
+def _worst(report: Report) -> list[tuple[str, float]]:
+    """Gradients by falling error."""
+    return sorted(report.grads.items(), key=lambda entry: -entry[1] if entry[1] == entry[1] else -float("inf"))
+
+
+def _verdict(error: float) -> str:
+    return f"[green]{error:.1e}[/green]" if error <= TOLERANCE else f"[bold red]{error:.1e}[/bold red]"
+
+
+def _print_one(model: str, report: Report, seconds: float) -> None:
+    worst = _worst(report)
+    rows = [("loss", _verdict(report.loss))]
+    rows += [(f"output {path}", _verdict(error)) for path, error in report.outputs.items()]
+    rows += [(f"gradient of {name}", _verdict(error)) for name, error in worst[:WORST_SHOWN]]
+    rows += [(f"{len(worst) - WORST_SHOWN} more gradients, at most", _verdict(worst[WORST_SHOWN][1]))] * (
+        len(worst) > WORST_SHOWN
+    )
+    console = stdout()
+    console.print(table(f"{model} on {report.program.mesh} against the unmodified model", ("", "error"), rows))
+    console.print(held_table(held(report.program)))
+    console.print(traffic_table("sent by one rank in a step (float64)", report.step.traffic))
+    verdict = "[green]the same[/green]" if passed(report) else "[bold red]not the same[/bold red]"
+    console.print(f"{verdict} (tolerance {TOLERANCE:g}), {seconds:.1f} s")
+
+
+def _print_several(model: str, found: list[tuple[Report, float]]) -> None:
+    rows = []
+    for report, seconds in found:
+        name, error = _worst(report)[0]
+        operations = {phase: sum(t.operations for t in report.step.traffic if t.phase == phase) for phase in PHASES}
+        rows.append(
+            (
+                str(report.program.mesh),
+                _verdict(report.loss),
+                _verdict(max(report.outputs.values(), default=0.0)),
+                f"{name}  {_verdict(error)}",
+                " + ".join(str(operations[phase]) for phase in PHASES),
+                size_text(sum(entry.bytes for entry in report.step.traffic)),
+                f"{seconds:.1f}",
+            )
+        )
+    columns = ("mesh", "loss", "outputs", "worst gradient", "collectives", "sent", "seconds")
+    console = stdout()
+    console.print(table(f"{model} against the unmodified model, float64", columns, rows))
+    failed = sum(not passed(report) for report, _ in found)
+    verdict = f"[bold red]{failed} of {len(found)} meshes differ[/bold red]" if failed else "[green]the same[/green]"
+    console.print(f"{verdict} (tolerance {TOLERANCE:g}); collectives: forward + backward, of one rank")
+
+
+PHASES = ("forward", "backward")
+
+
+def _document(report: Report, seconds: float) -> dict[str, Any]:
+    return {
+        "mesh": dict(report.program.mesh.axes),
+        "passed": passed(report),
+        "loss_error": report.loss,
+        "output_errors": dict(report.outputs),
+        "gradient_errors": dict(report.grads),
+        "parameters": held_json(held(report.program)),
+        "traffic": traffic_json(report.step.traffic),
+        "seconds": round(seconds, 2),
+    }

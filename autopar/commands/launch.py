@@ -1,0 +1,73 @@
+"""Ranks for a command that needs several: torchrun in this process, and one short message when a rank fails."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.run import parse_args, run
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun reads from it why a rank failed
+FOLLOWS = "RankFailedError"  # a rank that says this saw another one fail
+
+
+def is_rank() -> bool:
+    """Whether torchrun started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def relaunch(ranks: int, arguments: Sequence[str]) -> None:
+    """``autopar *arguments`` once per rank, by torchrun on this machine. Raises typer.Exit with what it ended in.
+
+    It is ``python -m torch.distributed.run --standalone --nproc-per-node RANKS -m autopar ...``, without the
+    traceback of its own that torchrun adds to a rank's.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default too, but it warns about it
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    options = ["--standalone", "--nproc-per-node", str(ranks), "-m", "autopar", *arguments]
+    try:
+        run(parse_args(options))
+    except ChildFailedError as error:
+        raise typer.Exit(_report(error.failures, ranks)) from None
+    except (SignalException, KeyboardInterrupt):
+        raise typer.Exit(128 + signal.SIGINT) from None
+
+
+def note_failure(error: Exception, text: str) -> bool:
+    """Under torchrun: leave the reason where it looks for it. False elsewhere."""
+    path = os.environ.get(ERROR_FILE)
+    if path is None:
+        return False
+    reason = {"message": text, "kind": type(error).__name__, "timestamp": int(time.time())}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(reason), encoding="utf-8")
+    return True
+
+
+def _report(failures: dict[int, ProcessFailure], ranks: int) -> int:
+    """Say what the first of ``ranks`` failed of, and which others did of the same; gives the exit code."""
+    first = min(failures.values(), key=lambda failure: (_follows(failure), failure.timestamp, failure.local_rank))
+    if first.exitcode == 1 and not first.error_file_data.get("message"):
+        return 1  # a check failed, and the rank has said so itself
+    same = [rank for rank in sorted(failures) if failures[rank].message == first.message]
+    who = "every rank" if len(same) == ranks else f"rank {', '.join(map(str, same[:8]))}"
+    reason = str(first.message)
+    if first.exitcode < 0:
+        reason = f"ended by signal {first.signal_name()}; the system's log may say why (memory?)"
+    elif not first.error_file_data.get("message"):
+        reason = f"ended with exit code {first.exitcode}; its own output says why"
+    print(f"autopar: {who}: {reason}", file=sys.stderr)
+    return first.exitcode if first.exitcode > 0 else 2
+
+
+def _follows(failure: ProcessFailure) -> bool:
+    return failure.error_file_data.get("kind") == FOLLOWS

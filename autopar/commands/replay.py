@@ -1,0 +1,31 @@
+"""``autopar replay``: run a pass again on the program that it failed on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autopar.commands.options import Json
+from autopar.commands.tables import print_json
+from autopar.driver import all_passes
+from autopar.pipeline import count_difference, read_replay
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="autopar-failed-<pass>.txt")],
+    name: Annotated[str, typer.Option("--pass", metavar="NAME", help="the pass to run on it")],
+    as_json: Json = False,
+) -> None:
+    """Run a pass on the program in FILE, which a failed pass left behind, and print the result."""
+    passes = {step.name: step for step in all_passes()}
+    if name not in passes:
+        raise ValueError(f"there is no pass '{name}'; in order there are {', '.join(passes)}")
+    before = read_replay(file)
+    after = passes[name](before)
+    difference = count_difference(before, after)
+    if as_json:
+        print_json({"pass": name, "difference": difference, "before": str(before), "after": str(after)})
+        return
+    print(f"# {name}: {difference}\n{after}")

@@ -1,0 +1,91 @@
+"""``autopar show``: the program of a model as text, or what one rank runs, with what a rank holds and sends."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from autopar.calls import data_ways
+from autopar.commands.options import (
+    Batch,
+    ConfigTexts,
+    Json,
+    Length,
+    MeshText,
+    ModelName,
+    PlanTexts,
+    Seed,
+    read_config,
+    read_mesh,
+    read_plan,
+)
+from autopar.commands.tables import held_json, held_table, print_json, stderr, stdout, traffic_json, traffic_table
+from autopar.differentiate import differentiate
+from autopar.driver import split_program
+from autopar.footprint import held, sent
+from autopar.named_models import named_model
+from autopar.program import Program
+from autopar.text import format_program
+
+
+def show(
+    model: ModelName,
+    mesh: MeshText = "dp=2,tp=2",
+    after: Annotated[
+        str | None, typer.Option(help="a pass, or trace, or differentiate; default: the last splitting pass")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="print what this rank runs, as Python")] = None,
+    inference: Annotated[bool, typer.Option("--inference", help="with --rank: without a backward pass")] = False,
+    origins: Annotated[bool, typer.Option("--origins", help="end lines with the module and source line")] = False,
+    summary: Annotated[bool, typer.Option("--summary", help="only the tables: parameters, collectives")] = False,
+    plan: PlanTexts = None,
+    config: ConfigTexts = None,
+    batch: Batch = None,
+    length: Length = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Print the program of MODEL on a mesh: the text form, or with --rank what that rank runs.
+
+    Nothing is launched, and no weights are needed: models.llama:llama_70b on dp=8,tp=8 works on a laptop.
+    """
+    if rank is not None and after is not None:
+        raise ValueError("give either --after or --rank: a rank runs the finished program")
+    on = read_mesh(mesh)
+    if rank is not None:
+        on.coordinates(rank)  # a rank off the mesh: say so before the work
+    example = named_model(model, read_config(config), batch, length, seed, data_ways(on))
+    with stderr().status(f"making the program of {model} on {on}"):
+        stop = None if after == "differentiate" else after
+        split = split_program(example.model, on, read_plan(plan), (), example.batch, after=stop)
+        whole = split if stop is not None else differentiate(split)
+    text = _text(split if after is None else whole, whole, rank, inference, origins)
+    if as_json:
+        print_json(_document(model, whole, text, rank))
+        return
+    if not summary:
+        print(text)
+        print()
+    console = stdout()
+    console.print(held_table(held(whole)))
+    console.print(traffic_table(f"sent by one rank of {on} in a step", sent(whole, rank or 0)))
+
+
+def _text(shown: Program, whole: Program, rank: int | None, inference: bool, origins: bool) -> str:
+    if rank is None:
+        return format_program(shown, origins=origins)
+    runs = whole.rank(rank)
+    return runs.inference_code if inference else runs.code
+
+
+def _document(model: str, program: Program, text: str, rank: int | None) -> dict[str, Any]:
+    return {
+        "model": model,
+        "mesh": dict(program.mesh.axes),
+        "passes": list(program.passes),
+        "rank": rank,
+        "text": text,
+        "parameters": held_json(held(program)),
+        "traffic": traffic_json(sent(program, rank or 0)),
+    }

@@ -1,0 +1,88 @@
+"""What commands print: tables on a terminal, or one JSON document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from autopar.footprint import Holdings
+from autopar.lockstep import Transfer
+
+WIDTH_OF_A_PIPE = 110  # rich would take 80 where there is no terminal
+
+
+def stdout() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDTH_OF_A_PIPE)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1))
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """The first column to the left, the others (numbers) to the right."""
+    made = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, title_justify="left", title_style="bold", pad_edge=False)
+    for position, name in enumerate(columns):
+        made.add_column(name, justify="left" if position == 0 else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def traffic_table(title: str, traffic: Sequence[Transfer], steps: float = 1) -> Table:
+    """Operations and bytes of one rank per step, forward and backward beside each other."""
+    rows = []
+    for axis, name in dict.fromkeys((entry.axis, entry.name) for entry in traffic):
+        cells = []
+        for phase in ("forward", "backward"):
+            chosen = [entry for entry in traffic if (entry.axis, entry.name, entry.phase) == (axis, name, phase)]
+            cells.append(_number(sum(entry.operations for entry in chosen) / steps))
+            cells.append(size_text(sum(entry.bytes for entry in chosen) / steps))
+        rows.append((f"{axis}  {name}", *cells))
+    return table(title, ("axis  collective", "forward", "sent", "backward", "sent"), rows)
+
+
+def traffic_json(traffic: Sequence[Transfer], steps: float = 1) -> list[dict[str, Any]]:
+    return [
+        {
+            "axis": entry.axis,
+            "collective": entry.name,
+            "phase": entry.phase,
+            "operations": entry.operations / steps,
+            "bytes": entry.bytes / steps,
+        }
+        for entry in traffic
+    ]
+
+
+def held_table(holdings: Holdings) -> Table:
+    rows = [("whole model", size_text(holdings.whole), ""), ("one rank", size_text(holdings.rank), "")]
+    for axis, split in holdings.split.items():
+        rows.append((f"split over {axis}", size_text(split), f"{split / max(1, holdings.whole):.1%}"))
+    return table("parameters", ("", "bytes", "of the model"), rows)
+
+
+def held_json(holdings: Holdings) -> dict[str, Any]:
+    return {"whole_bytes": holdings.whole, "rank_bytes": holdings.rank, "split_bytes": dict(holdings.split)}
+
+
+def size_text(size: float) -> str:
+    """Bytes as people read them: ``0``, ``812 B``, ``1.44 MB``, ``35.3 GB``."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size:.0f} B" if size else "0"
+
+
+def _number(count: float) -> str:
+    return f"{count:.0f}" if count == int(count) else f"{count:.1f}"

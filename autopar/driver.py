@@ -1,0 +1,114 @@
+"""The compiler from end to end: model -> trace -> passes -> differentiate -> parallel module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from autopar.connect import Connection, connect, launched
+from autopar.differentiate import differentiate
+from autopar.layout import Layout
+from autopar.mesh import Mesh
+from autopar.module import ParallelModule
+from autopar.pipeline import Pass, run_passes
+from autopar.plan import Plan
+from autopar.program import Program
+from autopar.trace import trace
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: Mesh | DeviceMesh,
+    plan: Plan | None = None,
+    *,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+) -> ParallelModule:
+    """``model`` as one rank of ``mesh``: a drop-in ``nn.Module`` that takes over the model's parameters.
+
+    Under torchrun every rank calls this and then the returned module, as a script for one device would. In a process
+    that was not launched (and a mesh of more than one rank) there are ``.program`` and ``.simulate(...)``.
+
+    Args:
+        example_inputs: keyword (dict) or positional (tuple) arguments of one call, to compile now rather than then.
+
+    Raises LaunchError when the processes do not fit the mesh; what the compiler raises, see :func:`compile_program`.
+    """
+    plan = plan or Plan()
+    named = Mesh.from_device_mesh(mesh) if isinstance(mesh, DeviceMesh) else mesh
+    connection = _connection(model, mesh, plan)
+    module = ParallelModule(model, named, plan, compile_program, connection)
+    if isinstance(example_inputs, Mapping):
+        module.prepare(**example_inputs)
+    elif example_inputs is not None:
+        module.prepare(*example_inputs)
+    return module
+
+
+def compile_program(
+    model: nn.Module,
+    mesh: Mesh,
+    plan: Plan | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+) -> Program:
+    """The differentiated program of ``model(*args, **kwargs)`` on ``mesh``; needs no process group.
+
+    ``layouts``: parameter layouts that are settled already, since the parameters are held so.
+    Raises TraceError, UnknownOperatorError, IndivisibleError, InvariantError, NumericsError.
+    """
+    from autopar.passes import OPTIMISATIONS
+
+    return run_passes(differentiate(split_program(model, mesh, plan, args, kwargs, layouts)), OPTIMISATIONS)
+
+
+def split_program(
+    model: nn.Module,
+    mesh: Mesh,
+    plan: Plan | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+    *,
+    after: str | None = None,
+) -> Program:
+    """The forward program as the passes leave it: all of them, or those up to the one named ``after`` (``"trace"``:
+    none). Raises ValueError for an unknown name, and what :func:`compile_program` raises."""
+    passes = all_passes()
+    if after is not None:
+        names = ["trace", *(step.name for step in passes)]
+        if after not in names:
+            raise ValueError(f"there is no pass '{after}'; in order there are {', '.join(names)}")
+        passes = passes[: names.index(after)]
+    program = replace(trace(model, args, kwargs, mesh, plan), settled=dict(layouts or {}))
+    return run_passes(program, passes)
+
+
+def all_passes() -> tuple[Pass, ...]:
+    """The passes between tracing and differentiation, in order."""
+    from autopar.passes import PASSES  # the one place that looks up to the passes
+
+    return PASSES
+
+
+def _connection(model: nn.Module, mesh: Mesh | DeviceMesh, plan: Plan) -> Connection | None:
+    world_size = mesh.size() if isinstance(mesh, DeviceMesh) else mesh.world_size
+    if not launched() and world_size != 1:
+        return None
+    return connect(mesh, plan.timeout, _device(model, mesh))
+
+
+def _device(model: nn.Module, mesh: Mesh | DeviceMesh) -> torch.device:
+    """Where this rank computes: where the parameters are; for a model on meta, the accelerator if there is one."""
+    if isinstance(mesh, DeviceMesh):
+        kind = mesh.device_type
+    else:
+        kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    if kind == "meta":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)

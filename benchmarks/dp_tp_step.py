@@ -1,0 +1,188 @@
+"""Time of a training step: the program of autopar against the same model parallelised by hand with torch's own parts.
+
+    python -m benchmarks.dp_tp_step                     all rows; starts its own processes
+    python -m benchmarks.dp_tp_step --mesh dp=4 --model hf-llama-256 --steps 50
+    python -m benchmarks.dp_tp_step --json > rows.json
+
+Both start from the same weights, see the same batches, live in the same processes and take their steps in turns; a
+step is forward, backward and AdamW. What the peer is made of is told in ``torch_parallel``; in the row of one process
+it is the unmodified model itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch.distributed.device_mesh import init_device_mesh
+
+import autopar
+from benchmarks.contenders import Autopar, Contender
+from benchmarks.paired import Ratio, Times, measure
+from benchmarks.subjects import DEFAULT, SUBJECTS, Subject
+from benchmarks.torch_parallel import DATA_FORMS, TorchParallel
+
+TOLERANCE = 1e-4
+MESHES = ("1", "dp=2,tp=2", "dp=2,tp=2,megatron", "dp=4", "tp=4")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on one mesh. Times are milliseconds; ``sent`` is what rank 0 sends in one step of ours, by axis."""
+
+    model: str
+    mesh: str
+    ours_ms: float
+    peer_ms: float
+    wall: Ratio
+    cpu: Ratio
+    ours_phases: dict[str, float]
+    peer_phases: dict[str, float]
+    sent: dict[str, int]
+    loss_difference: float
+    compile_seconds: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    if options.worker:
+        _work(options)
+        return 0
+    rows: list[Row] = []
+    for ranks in sorted({_ranks(mesh) for mesh in options.mesh}):
+        rows += _launched(options, ranks, [mesh for mesh in options.mesh if _ranks(mesh) == ranks])
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(_table(rows))
+    wrong = [row for row in rows if not row.loss_difference <= TOLERANCE]
+    for row in wrong:
+        print(f"{row.model} on {row.mesh}: losses differ by {row.loss_difference:.1e}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dp_tp_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", choices=SUBJECTS, default=DEFAULT)
+    parser.add_argument("--mesh", nargs="+", default=MESHES, help=f"default: {' '.join(MESHES)}")
+    parser.add_argument("--steps", type=int, default=30, help="measured steps of each side")
+    parser.add_argument("--warm-up", type=int, default=4)
+    parser.add_argument("--data", choices=DATA_FORMS, default="ddp", help="the peer's data parallelism")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # this is a rank; rank 0 writes its rows there
+    return parser
+
+
+# ---------------------------------------------------------------- processes
+
+
+def _launched(options: argparse.Namespace, ranks: int, meshes: list[str]) -> list[Row]:
+    """The rows of ``meshes``, all of ``ranks`` processes, measured under torchrun."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder, "rows.json")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += ["-m", "benchmarks.dp_tp_step", "--worker", str(found), "--mesh", *meshes]
+        command += ["--model", *options.model, "--steps", str(options.steps), "--warm-up", str(options.warm_up)]
+        command += ["--data", options.data]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return [_row(entry) for entry in json.loads(found.read_text())]
+
+
+def _row(entry: dict[str, object]) -> Row:
+    ratios = {name: Ratio(**entry[name]) for name in ("wall", "cpu")}  # type: ignore[arg-type]
+    return Row(**{**entry, **ratios})  # type: ignore[arg-type]
+
+
+def _work(options: argparse.Namespace) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rows = []
+    for mesh in options.mesh:
+        for model in options.model:
+            rows.append(_measured(SUBJECTS[model], mesh, options))
+            if dist.get_rank() == 0:
+                print(f"{model} on {mesh}: {rows[-1].wall}", file=sys.stderr, flush=True)
+    if dist.get_rank() == 0:
+        options.worker.write_text(json.dumps([asdict(row) for row in rows]))
+    dist.destroy_process_group()
+
+
+def _measured(subject: Subject, mesh: str, options: argparse.Namespace) -> Row:
+    torch.manual_seed(0)
+    model = subject.build()
+    peer = _peer(subject, copy.deepcopy(model), mesh, options.data)
+    plan = autopar.Plan(sequence="megatron" if "megatron" in mesh else "none")
+    ours = Autopar(model, autopar.Mesh(**_sizes(mesh)), plan, subject.batch(0))
+    before = ours.sent()
+    times, difference = measure((ours, peer), subject.batch, options.steps, options.warm_up)
+    steps = options.steps + options.warm_up
+    sent = {axis: count // steps for axis, count in (ours.sent() - before).items()}
+    return Row(
+        subject.name,
+        mesh,
+        *(1e3 * statistics.median(entry.wall) for entry in times),
+        *_ratios(*times),
+        *(entry.phase_ms for entry in times),
+        sent,
+        difference,
+        ours.compile_seconds,
+    )
+
+
+def _ratios(ours: Times, peer: Times) -> tuple[Ratio, Ratio]:
+    return Ratio.of(ours.wall, peer.wall), Ratio.of(ours.cpu, peer.cpu)
+
+
+def _peer(subject: Subject, model: torch.nn.Module, mesh: str, data: str) -> Contender:
+    if _ranks(mesh) == 1:
+        return Contender(model)
+    sizes = _sizes(mesh)
+    device_mesh = init_device_mesh("cpu", (sizes.get("dp", 1), sizes.get("tp", 1)), mesh_dim_names=("dp", "tp"))
+    return TorchParallel(subject, model, device_mesh, "megatron" in mesh, data)
+
+
+def _sizes(mesh: str) -> dict[str, int]:
+    """``dp=2,tp=2,megatron`` -> {dp: 2, tp: 2}; ``1`` has no axes."""
+    pairs = (part.split("=") for part in mesh.split(",") if "=" in part)
+    return {axis: int(size) for axis, size in pairs}
+
+
+def _ranks(mesh: str) -> int:
+    sizes = _sizes(mesh)
+    return sizes.get("dp", 1) * sizes.get("tp", 1)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table("model", "mesh", title="a step: forward + backward + AdamW, fp32, gloo", title_justify="left")
+    for name in ("autopar ms", "peer ms", "clock ratio", "cpu ratio", "autopar f/b/o", "peer f/b/o", "sent/step", "loss"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        phases = ["/".join(f"{ms:.0f}" for ms in side.values()) for side in (row.ours_phases, row.peer_phases)]
+        sent = " ".join(f"{axis} {count / 1e6:.2f}MB" for axis, count in sorted(row.sent.items()))
+        times = f"{row.ours_ms:.1f}", f"{row.peer_ms:.1f}"
+        table.add_row(
+            row.model, row.mesh, *times, str(row.wall), str(row.cpu), *phases, sent, f"{row.loss_difference:.0e}"
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

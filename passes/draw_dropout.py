@@ -1,0 +1,102 @@
+"""Write dropout as a mask drawn from the position of each element, so that any mesh draws the same masks.
+
+    y = aten.dropout(x, 0.1, True)                                   : f32[8,4]
+      -->
+    seed             = seed                                          : i64[]
+    random_keep      = op.random_keep(seed, 0, 0.1, c_0_to_8, c_0_to_4) : bool[8,4]
+    mul              = aten.mul.Tensor(x, 1.1111111111111112)        : f32[8,4]
+    where            = aten.where.ScalarOther(random_keep, mul, 0.0) : f32[8,4]
+
+Attention with dropout is written out (scores, softmax, dropout, product), since its mask lies inside the kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from autopar import operators
+from autopar.errors import AutoparError
+from autopar.layout import Layout
+from autopar.pipeline import graph_pass
+from autopar.program import Input, InputKind, Origin, Program, Value, origin, set_values, value
+from autopar.rewrite import add_constants, insert_before, substitute
+
+aten = torch.ops.aten
+
+
+@graph_pass()
+def draw_dropout(program: Program) -> Program:
+    graph = program.graph
+    attentions = [n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default and _p(n) > 0]
+    for node in attentions:
+        program = _write_out(program, node)
+    dropouts = [n for n in graph.nodes if n.target is aten.dropout.default]
+    if not dropouts:
+        return program
+    sizes = {size for node in dropouts for size in value(node).shape}
+    ranges = {f"0_to_{size}": (torch.arange(size), Origin()) for size in sorted(sizes)}
+    program, positions = add_constants(program, ranges)
+    program, seed = _add_seed(program)
+    for salt, node in enumerate(dropouts):
+        _draw(node, seed, salt, positions)
+    return program
+
+
+def _p(node: fx.Node) -> float:
+    return float(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))  # type: ignore[arg-type]
+
+
+def _add_seed(program: Program) -> tuple[Program, fx.Node]:
+    first = next(node for node in program.graph.nodes if node.op != "placeholder")
+    with program.graph.inserting_before(first):
+        seed = program.graph.placeholder("seed")
+    set_values(seed, Value(torch.int64, Layout(())))
+    entry = Input(seed.name, InputKind.SEED, seed.name)
+    return replace(program, inputs=(*program.inputs, entry)), seed
+
+
+def _draw(node: fx.Node, seed: fx.Node, salt: int, positions: dict[str, fx.Node]) -> None:
+    x, p = node.args[:2]
+    assert isinstance(x, fx.Node) and isinstance(p, float)
+    shape = value(node).shape
+    if p >= 1.0 or not shape:
+        raise AutoparError(f"dropout with p={p} of a tensor of shape {shape} at {origin(node).source} is not supported")
+    indices = [positions[f"0_to_{size}"] for size in shape]
+    mask_type = Value(torch.bool, Layout.whole(shape))
+    keep = insert_before(node, operators.random_keep, (seed, salt, p, *indices), None, mask_type)
+    scaled = insert_before(node, aten.mul.Tensor, (x, 1.0 / (1.0 - p)))
+    substitute(node, insert_before(node, aten.where.ScalarOther, (keep, scaled, 0.0)))
+
+
+def _write_out(program: Program, node: fx.Node) -> Program:
+    """softmax(q k^T * scale + mask), dropout, times v."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {"attn_mask": None, "is_causal": False, **dict(zip(names, node.args)), **node.kwargs}
+    query, key, held = given["query"], given["key"], given["value"]
+    if given.get("enable_gqa"):
+        raise AutoparError(f"attention dropout together with enable_gqa at {origin(node).source} is not supported")
+    q, k = value(query), value(key)
+    scale = given.get("scale") or 1.0 / math.sqrt(q.shape[-1])
+    scores_shape = (*q.shape[:-1], k.shape[-2])
+    scores_type = Value(q.dtype, Layout.whole(scores_shape), q.requires_grad or k.requires_grad)
+    flipped = Value(k.dtype, Layout.whole((*k.shape[:-2], k.shape[-1], k.shape[-2])), k.requires_grad)
+    mask = given["attn_mask"]
+    if given["is_causal"]:
+        lower = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+        program, found = add_constants(program, {f"causal_{node.name}": (lower, origin(node))})
+        mask = found[f"causal_{node.name}"]
+    turned = insert_before(node, aten.transpose.int, (key, -2, -1), None, flipped)
+    scaled = insert_before(node, aten.mul.Tensor, (query, scale), None, q)
+    scores = insert_before(node, aten.matmul.default, (scaled, turned), None, scores_type)
+    if mask is not None and value(mask).dtype == torch.bool:
+        scores = insert_before(node, aten.where.ScalarOther, (mask, scores, -math.inf), None, scores_type)
+    elif mask is not None:
+        scores = insert_before(node, aten.add.Tensor, (scores, mask), None, scores_type)
+    weights = insert_before(node, aten.softmax.int, (scores, -1), None, scores_type)
+    weights = insert_before(node, aten.dropout.default, (weights, float(given["dropout_p"]), True), None, scores_type)
+    substitute(node, insert_before(node, aten.matmul.default, (weights, held)))
+    return program

@@ -1,0 +1,37 @@
+"""Options and fixtures that all tests share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+Golden = Callable[[str, object], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden/*.txt instead of comparing")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """``golden("name", program)``: its text equals tests/golden/name.txt, which ``--update-golden`` writes."""
+    update = bool(request.config.getoption("--update-golden"))
+
+    def check(name: str, subject: object) -> None:
+        path, found = GOLDEN / f"{name}.txt", str(subject).rstrip() + "\n"
+        if update:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(found, encoding="ascii")
+            return
+        way_out = "if this is right: pytest --update-golden"
+        assert path.exists(), f"{path} is missing; {way_out}"
+        expected = path.read_text(encoding="ascii")
+        lines = difflib.unified_diff(expected.splitlines(), found.splitlines(), str(path), "now", lineterm="")
+        assert found == expected, "\n".join(["the text changed; " + way_out, *lines])
+
+    return check

@@ -1,0 +1,77 @@
+"""Data parallelism: batch dims, gradient reductions, the mean over all tokens, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autopar.check import TOLERANCE, check
+from autopar.driver import compile_program
+from autopar.errors import IndivisibleError
+from autopar.mesh import Mesh
+from autopar.parse import parse
+from autopar.passes.split_batch import split_batch
+from autopar.plan import Plan
+from tests.conftest import Golden
+
+TEXT = """
+program mesh(dp=2)
+  w    = param w               : f32[2,4]
+  x    = input                 : f32[8,4] nograd
+  y    = aten.linear(x, w)     : f32[8,2]
+  loss = aten.sum(y)           : f32[]
+  return loss
+"""
+
+
+def test_the_pair_in_the_docstring(golden: Golden) -> None:
+    golden("split_batch", split_batch(parse(TEXT)))
+
+
+class Contrast(nn.Module):
+    """Every row against every row: the batch meets itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(6, 4, bias=False), nn.Linear(6, 4, bias=False)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+        scores = self.norm(self.left(a)) @ self.right(b).t()
+        losses = nn.functional.cross_entropy(scores, torch.arange(len(scores)), reduction="none")
+        return (losses * weights).sum() / weights.sum() + (scores.mean() * scores.std())
+
+
+@pytest.mark.parametrize("ways", [2, 3, 4])
+def test_rows_that_meet_other_rows(ways: int) -> None:
+    batch = {"a": torch.randn(12, 6), "b": torch.randn(12, 6), "weights": torch.rand(12)}
+    report = check(Contrast(), batch, Mesh(dp=ways))
+    assert report.worst <= TOLERANCE, report
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return (self.w(x) @ table).square().mean()
+
+
+def test_inputs_of_another_length_are_not_batched() -> None:
+    batch = {"x": torch.randn(4, 3), "table": torch.randn(3, 3)}
+    report = check(TwoInputs(), batch, Mesh(dp=2), Plan(batch_dims={"table": None}))
+    assert report.worst <= TOLERANCE
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    batch = {"x": torch.randn(5, 3), "table": torch.randn(3, 3)}
+    with pytest.raises(IndivisibleError, match=r"'x' has 5 rows.*dp=2"):
+        compile_program(TwoInputs(), Mesh(dp=2), Plan(batch_dims={"table": None}), (), batch)
+
+
+def test_an_axis_of_size_one_changes_nothing() -> None:
+    batch = {"x": torch.randn(4, 3), "table": torch.randn(3, 3)}
+    program = compile_program(TwoInputs(), Mesh(dp=1, tp=1), Plan(batch_dims={"table": None}), (), batch)
+    assert "comm." not in str(program)

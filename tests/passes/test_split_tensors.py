@@ -1,0 +1,164 @@
+"""Tensor parallelism: where collectives go, what overrides do, what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from autopar.driver import compile_program
+from autopar.errors import IndivisibleError
+from autopar.mesh import Mesh
+from autopar.named_models import named_model
+from autopar.parse import parse
+from autopar.passes.split_tensors import split_tensors
+from autopar.plan import Plan
+from autopar.program import Program
+from tests.conftest import Golden
+
+MLP = """
+program mesh(tp=2)
+  up     = param up.weight           : f32[32,8]
+  up_b   = param up.bias             : f32[32]
+  down   = param down.weight         : f32[8,32]
+  down_b = param down.bias           : f32[8]
+  x      = input                     : f32[4,8] nograd
+  h      = aten.linear(x, up, up_b)  : f32[4,32]
+  a      = aten.gelu(h)              : f32[4,32]
+  y      = aten.linear(a, down, down_b) : f32[4,8]
+  return y
+"""
+
+
+def llama(layers: int, plan: Plan, mesh: str = "tp=2") -> Program:
+    pytest.importorskip("transformers")
+    example = named_model("hf:llama", {"num_hidden_layers": layers})
+    return compile_program(example.model, Mesh.parse(mesh), plan, (), example.batch)
+
+
+def collectives(program: Program) -> Counter[str]:
+    """Collectives of forward and backward that move data, by axis and kind."""
+    text = str(program).partition("forward:")[2].partition("inference:")[0]
+    kinds = re.findall(r"comm\.(\w+)\(\w+, (\w+)", text)
+    free = ("enter", "release", "keep_first", "split", "split_replicated", "pad")
+    return Counter(f"{kind}@{axis}" for kind, axis in kinds if kind not in free)
+
+
+def test_column_then_row(golden: Golden) -> None:
+    golden("split_tensors_mlp", split_tensors(parse(MLP)))
+
+
+def test_one_llama_layer_reads_like_megatron(golden: Golden) -> None:
+    golden("llama_layer_tp2", llama(1, Plan()))
+
+
+def test_one_llama_layer_with_the_sequence_split(golden: Golden) -> None:
+    golden("llama_layer_tp2_megatron", llama(1, Plan(sequence="megatron")))
+
+
+def test_a_llama_layer_has_two_all_reduces_each_way() -> None:
+    per_layer = collectives(llama(3, Plan())) - collectives(llama(2, Plan()))
+    assert per_layer == {"all_reduce@tp": 4}  # 2 forward, 2 backward
+    ends = collectives(llama(1, Plan())) - per_layer
+    assert ends == {"all_reduce@tp": 5}  # embedding; maximum, sum and target of the loss; entry of the head
+
+
+def test_a_llama_layer_with_the_sequence_split() -> None:
+    plan = Plan(sequence="megatron", bucket_mb=0)
+    per_layer = collectives(llama(3, plan)) - collectives(llama(2, plan))
+    norms = {"all_reduce@tp": 2}  # gradients of the two norm weights, which every rank applies to its own tokens
+    assert per_layer == {"reduce_scatter@tp": 4, "all_gather@tp": 4, **norms}
+
+
+def test_one_gradient_reduction_per_parameter_on_dp() -> None:
+    program = llama(2, Plan(bucket_mb=0), "dp=2,tp=2")
+    found = collectives(program)
+    assert found["all_reduce@dp"] == len(program.roles[0].grads) + 2  # and the loss with its count
+
+
+def weight_layouts(program: Program) -> dict[str, str]:
+    return dict(re.findall(r"= param (\S+?)(?: also \S+)? +: \w+(\[.*\])", str(program).partition("forward:")[0]))
+
+
+def test_gradients_are_reduced_in_buckets() -> None:
+    found = collectives(llama(2, Plan(), "dp=2,tp=2"))
+    assert found["all_reduce@dp"] == 1 + 2  # all gradients of 25 MB or less together, the loss, its count
+
+
+def test_weights_are_split_and_norms_are_not() -> None:
+    layouts = weight_layouts(llama(1, Plan()))
+    whole = {name for name, layout in layouts.items() if "@tp" not in layout}
+    assert whole == {
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+        "model.norm.weight",
+    }
+
+
+def test_overrides_by_name_win() -> None:
+    plan = Plan(tensor={"*mlp.up_proj*": "row", "*mlp.gate_proj*": "replicate", "*embed_tokens*": "column"})
+    layouts = weight_layouts(llama(1, plan))
+    assert re.match(r"\[\d+,\d+@tp\]", layouts["model.layers.0.mlp.up_proj.weight"])
+    assert "@tp" not in layouts["model.layers.0.mlp.gate_proj.weight"]
+    assert re.match(r"\[\d+,\d+@tp\]", layouts["model.embed_tokens.weight"])
+
+
+def test_the_tp_plan_of_hugging_face_is_our_own_choice() -> None:
+    pytest.importorskip("transformers")
+    example = named_model("hf:llama")
+    plan = Plan.from_tp_plan(example.model.tp_plan)  # type: ignore[arg-type]
+    assert len(plan.tensor) >= 7
+    theirs = compile_program(example.model, Mesh(tp=2), plan, (), example.batch)
+    assert weight_layouts(theirs) == weight_layouts(llama(len(example.model.model.layers), Plan()))  # type: ignore
+
+
+def test_fused_qkv_is_split_inside_each_of_its_three_parts() -> None:
+    example = named_model("models.gpt")
+    program = compile_program(example.model, Mesh(tp=2), Plan(), (), example.batch)
+    assert re.match(r"\[\(3 \d+@tp\),\d+\]", weight_layouts(program)["blocks.0.attn.qkv.weight"])
+
+
+def test_heads_that_do_not_divide_are_refused_by_name() -> None:
+    example = named_model("models.llama", {"heads": 6, "kv_heads": 6, "width": 96})
+    with pytest.raises(IndivisibleError, match=r"6.*tp=4|tp=4.*6") as caught:
+        compile_program(example.model, Mesh(tp=4), Plan(), (), example.batch)
+    assert "replicate" in str(caught.value) and len(str(caught.value).splitlines()) < 15
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.only(x).softmax(-1).square().sum()
+
+
+def test_a_weight_with_no_dim_that_divides_is_refused() -> None:
+    batch = {"x": torch.randn(4, 3)}
+    with pytest.raises(IndivisibleError, match="'only.weight'"):
+        compile_program(Odd(), Mesh(tp=4), Plan(), (), batch)
+    program = compile_program(Odd(), Mesh(tp=4), Plan(tensor={"only.*": "replicate"}), (), batch)
+    assert not collectives(program)
+
+
+def test_settled_layouts_are_kept() -> None:
+    from autopar.program import value
+
+    plan = Plan(tensor={"*mlp.up_proj*": "row"})
+    first = llama(1, plan)
+    settled = {entry.target: value(node).layout for node, entry in first.placeholders(*{e.kind for e in first.inputs})}
+    example = named_model("hf:llama", {"num_hidden_layers": 1}, length=12)
+    again = compile_program(example.model, Mesh(tp=2), Plan(), (), example.batch, layouts=settled)
+    assert weight_layouts(again) == weight_layouts(first)
+
+
+def test_explain_names_the_choice_and_its_alternatives() -> None:
+    program = llama(1, Plan())
+    text = program.explain("model.layers.0.self_attn.o_proj.weight")
+    assert "chosen: S(1)" in text and "S(0)" in text
+    with pytest.raises(ValueError, match=r"near it: .*q_proj"):
+        program.explain("model.layers.0.self_attn.q_prj.weight")

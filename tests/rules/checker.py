@@ -1,0 +1,404 @@
+"""Checks a rule against the operator itself: every strategy is run on pieces and compared with the unsplit call.
+
+``check`` builds a program of one node, lets ``split.py`` rewrite it with the strategy forced, runs it on all ranks in
+lock-step with autograd through the collectives, and joins outputs and input gradients as the placements say:
+
+    outputs    S: the parts joined,  P: the sum (maximum),  I and R: the same on every rank
+    cotangent  S: its slice,         P and I: the whole,    R: summands
+    gradient   S: the slices,        P and I: the whole on each rank,  R: summands of the whole
+
+An uneven part is padded with garbage (zeros for parameters): results must not depend on it, and no gradient may come
+out of padding, since the operator before would spread it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autopar import comm
+from autopar.candidates import Flow, key_of
+from autopar.choose import Choice, _distinct
+from autopar.layout import REPLICATED, Layout, Partial, Placement, Split, owned_indices, shard
+from autopar.lockstep import collective
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+from autopar.program import Input, InputKind, Output, OutputKind, Program, Value, set_values, value, values
+from autopar.rules import Rule, call_of
+from autopar.rules.factoring import Call, Factoring, Part, Strategy
+from autopar.split import _Rewriter
+
+AXIS, OUTER = "tp", "dp"  # the axis that is split; collectives in samples run on the other one
+TOLERANCE = 1e-12
+DUALS = {
+    "enter": "all_reduce", "release": "keep_first", "keep_first": "release", "all_reduce": "release",
+    "all_gather": "reduce_scatter", "all_gather_invariant": "split", "reduce_scatter": "all_gather",
+    "split": "all_gather", "split_replicated": "pad", "pad": "split_replicated", "all_to_all": "all_to_all",
+}  # fmt: skip
+
+Ranks = list[Any]
+
+
+class WrongRule(AssertionError):
+    """A strategy of a rule that does not do what the operator does."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an operator.
+
+    weights: the tensors (by number) that are parameters; still: those that torch gives no gradient.
+    outer: how many ranks hold each tensor on the other axis, with different values there (for collectives).
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    weights: tuple[int, ...] = ()
+    still: tuple[int, ...] = ()
+    outer: int = 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A sample on a mesh: its one-node program and the tensors of the ranks of the outer axis."""
+
+    program: Program
+    node: fx.Node
+    tensors: list[list[Tensor]]  # for each placeholder one tensor per outer rank
+    results: list[list[Tensor]]  # the same for each output, of the unsplit operator
+    weights: frozenset[fx.Node]
+
+
+def check(target: Any, rule: Rule, sample: Sample, ways: int) -> int:
+    """The number of strategies of ``rule`` that were tried. Raises WrongRule for one that is wrong."""
+    cases, seen = 0, set()
+    for gradients in (True, False):
+        setting = _setting(target, sample, ways, gradients)
+        call = call_of(setting.node, setting.program.mesh, setting.weights)
+        factoring = rule(call)
+        for strategy in _distinct(list(strategies(factoring, call, ways)), values(setting.node)):
+            key = (strategy.inputs, strategy.outputs, strategy.part)
+            if key in seen:
+                continue
+            seen.add(key)
+            try:
+                _check_parts(factoring, strategy, ways)
+                _check_strategy(setting, call, factoring, strategy, gradients)
+            except Exception as problem:
+                raise WrongRule(
+                    f"{target} on {call.inputs} {_plain(call)}: '{strategy.label}' over {ways} ranks, "
+                    f"{_show(strategy.inputs)} -> {_show(strategy.outputs)}: {problem}"
+                ) from problem
+            cases += 1
+    return cases
+
+
+def _show(placements: Sequence[Placement]) -> str:
+    return ", ".join(map(str, placements))
+
+
+def _plain(call: Call) -> str:
+    return str(fx.map_arg((call.args, dict(call.kwargs)), lambda n: None))
+
+
+def strategies(factoring: Factoring, call: Call, ways: int) -> Iterator[Strategy]:
+    """Unsplit, partial, and every factor with every structure of blocks and segments that divides."""
+    yield from factoring.unsplit(call)
+    for factor in factoring.factors:
+        size = factoring.sizes[factor]
+        outers = [n for n in range(1, size + 1) if size % n == 0]
+        for outer, ratio in itertools.product(outers, ((1,), (2, 1), (1, 2, 1))):
+            found = factoring.strategy(Part(factor, outer, ratio), ways)
+            if found:
+                yield found
+    for dims in (*factoring.inputs, *factoring.outputs):
+        for dim in range(len(dims)):
+            part = factoring.part_of(dims, Split(dim), ways)
+            found = factoring.strategy(part, ways) if part else None
+            if found:
+                yield found
+
+
+def split_parts(rule: Rule, target: Any, sample: Sample, ways: int) -> int:
+    """How many strategies split something."""
+    setting = _setting(target, sample, ways, True)
+    call = call_of(setting.node, setting.program.mesh, setting.weights)
+    return sum(strategy.part is not None for strategy in strategies(rule(call), call, ways))
+
+
+# ---------------------------------------------------------------- the program of one node
+
+
+def _setting(target: Any, sample: Sample, ways: int, gradients: bool) -> Setting:
+    mesh = Mesh(**{OUTER: sample.outer, AXIS: ways})
+    graph = fx.Graph()
+    entries: list[Input] = []
+    tensors: list[list[Tensor]] = []
+    nodes: dict[int, fx.Node] = {}
+
+    def placeholder(tensor: Tensor) -> fx.Node:
+        if id(tensor) not in nodes:
+            node = nodes[id(tensor)] = graph.placeholder(f"x{len(nodes)}")
+            floating = tensor.dtype.is_floating_point or tensor.dtype.is_complex
+            differentiable = gradients and floating and len(entries) not in sample.still
+            set_values(node, Value(tensor.dtype, Layout.whole(tensor.shape), differentiable))
+            kind = InputKind.PARAMETER if len(entries) in sample.weights else InputKind.INPUT
+            entries.append(Input(node.name, kind, node.name))
+            tensors.append(_outer_copies(tensor, sample.outer))
+        return nodes[id(tensor)]
+
+    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, placeholder, (sample.args, sample.kwargs))
+    node = graph.call_function(target, args, kwargs)
+    before = list(nodes.values())
+    lists = [[t.detach().requires_grad_(value(n).requires_grad) for t in ranks] for n, ranks in zip(before, tensors)]
+    found = _run_node(node, dict(zip(before, lists)), Mesh(**{OUTER: sample.outer}))
+    outputs = [list(_outputs(ranks)) for ranks in found]
+    types = [Value(t.dtype, Layout.whole(t.shape), t.requires_grad) for t in outputs[0]]
+    set_values(node, *types)
+    several = not isinstance(found[0], Tensor)
+    returned = [node]
+    if several:
+        returned = [graph.call_function(operator.getitem, (node, i)) for i in range(len(types))]
+        for item, kind in zip(returned, types):
+            set_values(item, kind)
+    graph.output(tuple(returned))
+    table = tuple(Output(OutputKind.USER, str(i)) for i in range(len(types)))
+    program = Program(graph, mesh, Plan(), tuple(entries), table)
+    weights = frozenset(n for n, entry in zip(before, entries) if entry.kind is InputKind.PARAMETER)
+    return Setting(program, node, lists, [list(column) for column in zip(*outputs)], weights)
+
+
+def _outer_copies(tensor: Tensor, count: int) -> list[Tensor]:
+    return [tensor if i == 0 else torch.rand_like(tensor) for i in range(count)]
+
+
+def _outputs(result: Any) -> Iterator[Tensor]:
+    yield from [result] if isinstance(result, Tensor) else [item for item in result if isinstance(item, Tensor)]
+
+
+def _forced(setting: Setting, call: Call, factoring: Factoring, strategy: Strategy) -> fx.Graph:
+    """The graph of one rank when the node runs with ``strategy`` and everything comes and goes as it says."""
+    program, node = setting.program, setting.node
+    flow = Flow(program, AXIS, program.mesh.size(AXIS), {node: call}, {node: factoring})
+    for position, operand in enumerate(call.operands):
+        flow.uses.setdefault(key_of(operand), []).append((node, position))
+    returned = tuple(strategy.outputs)
+    choice = Choice({node: strategy}, _given(setting, call, strategy), returned, {})
+    return _Rewriter(flow, choice).run()
+
+
+def _given(setting: Setting, call: Call, strategy: Strategy) -> dict[fx.Node, Placement]:
+    """The placement of each placeholder: as its (first) use wants it."""
+    wanted: dict[fx.Node, Placement] = {}
+    for operand, placement in zip(call.operands, strategy.inputs):
+        wanted.setdefault(operand, placement)
+    return wanted
+
+
+# ---------------------------------------------------------------- running it
+
+
+class _Collective(torch.autograd.Function):
+    """A collective over the ranks of one group; its backward is the dual collective."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, arguments: tuple[Any, ...], *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.name, ctx.arguments = name, arguments
+        return tuple(part.clone() for part in collective(name, parts, arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        name, arguments = DUALS[ctx.name], ctx.arguments
+        if name == "all_reduce":
+            arguments = (*arguments, "sum")
+        if name == "all_to_all":
+            arguments = (*arguments[:2], arguments[3], arguments[2])
+        return (None, None, *(part.clone() for part in collective(name, grads, arguments)))
+
+
+def _run(graph: fx.Graph, inputs: Sequence[Ranks], mesh: Mesh) -> list[Ranks]:
+    known: dict[fx.Node, Ranks] = {}
+    waiting = iter(inputs)
+    for node in graph.nodes:
+        if node.op == "output":
+            return [known[result] for result in node.args[0]]
+        known[node] = list(next(waiting)) if node.op == "placeholder" else _run_node(node, known, mesh)
+    raise AssertionError("a graph ends with its output")
+
+
+def _run_node(node: fx.Node, known: dict[fx.Node, Ranks], mesh: Mesh) -> Ranks:
+    name = comm.TARGETS.get(node.target)  # type: ignore[call-overload]
+    if name == "axis_index":
+        return [torch.tensor(mesh.coordinates(rank)[node.args[0]]) for rank in range(mesh.world_size)]  # type: ignore[index]
+    if name is None:
+        calls = [fx.map_arg((node.args, node.kwargs), lambda n: known[n][r]) for r in range(mesh.world_size)]
+        return [node.target(*args, **kwargs) for args, kwargs in calls]  # type: ignore[operator]
+    source, axis, *rest = node.args
+    results: Ranks = [None] * mesh.world_size
+    for group in mesh.groups(axis):  # type: ignore[arg-type]
+        parts = [known[source][rank] for rank in group]  # type: ignore[index]
+        for rank, part in zip(group, _Collective.apply(name, (axis, *rest), *parts)):
+            results[rank] = part
+    return results
+
+
+def _pieces(
+    whole: Sequence[Tensor], placement: Placement, mesh: Mesh, fill: Callable[..., Tensor], summands: bool = False
+) -> Ranks:
+    """What each rank holds; ``fill`` makes padding. R counts as summands where ``summands`` says so (cotangents)."""
+    found: Ranks = [None] * mesh.world_size
+    for group in mesh.groups(AXIS):
+        tensor = whole[mesh.coordinates(group[0])[OUTER]].detach()
+        if placement == Partial("sum") and not summands or placement == REPLICATED and summands:
+            parts = _summands(tensor, len(group))
+        elif isinstance(placement, Split):
+            parts = [_part(tensor, placement, i, len(group), fill) for i in range(len(group))]
+        else:
+            parts = [tensor] * len(group)
+        for rank, part in zip(group, parts):
+            found[rank] = part.clone()
+    return found
+
+
+def _summands(tensor: Tensor, ways: int) -> list[Tensor]:
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        first = [torch.randn_like(tensor) for _ in range(ways - 1)]
+    else:
+        first = [torch.zeros_like(tensor) if tensor.dtype == torch.bool else torch.randint_like(tensor, 9)] * (ways - 1)
+    rest = tensor
+    for part in first:
+        rest = rest if tensor.dtype == torch.bool else rest - part
+    return [*first, rest]
+
+
+def _part(whole: Tensor, split: Split, position: int, ways: int, fill: Callable[..., Tensor]) -> Tensor:
+    length = whole.shape[split.dim]
+    own = owned_indices(length, split, position, ways)
+    part = whole.index_select(split.dim, own)
+    missing = -(-length // ways) - len(own)
+    if missing <= 0:
+        return part
+    shape = [missing if d == split.dim else size for d, size in enumerate(whole.shape)]
+    return torch.cat([part, fill(whole, shape)], split.dim)
+
+
+def _garbage(like: Tensor, shape: list[int]) -> Tensor:
+    return torch.randn(shape, dtype=like.dtype) if like.dtype.is_floating_point else torch.zeros(shape, dtype=like.dtype)
+
+
+def _zeros(like: Tensor, shape: list[int]) -> Tensor:
+    return like.new_zeros(shape)
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def _check_parts(factoring: Factoring, strategy: Strategy, ways: int) -> None:
+    """From a split that a strategy gives to a tensor, the rule finds a strategy with that split (how splits spread)."""
+    if strategy.part is None:
+        return
+    tensors = (*factoring.inputs, *factoring.outputs)
+    for position, placement in enumerate((*strategy.inputs, *strategy.outputs)):
+        if isinstance(placement, Split):
+            part = factoring.part_of(tensors[position], placement, ways)
+            again = factoring.strategy(part, ways) if part else None
+            same = again and (*again.inputs, *again.outputs)[position] == placement
+            assert same, f"the split {placement} of {tensors[position]} leads to {part}, which does not have it"
+
+
+def _check_strategy(
+    setting: Setting, call: Call, factoring: Factoring, strategy: Strategy, gradients: bool
+) -> None:
+    program, mesh = setting.program, setting.program.mesh
+    graph = _forced(setting, call, factoring, strategy)
+    places = _given(setting, call, strategy)
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    inputs = [
+        _pieces(whole, places[node], mesh, _zeros if node in setting.weights else _garbage)
+        for node, whole in zip(placeholders, setting.tensors)
+    ]
+    for node, ranks in zip(placeholders, inputs):
+        for part in ranks:
+            part.requires_grad_(value(node).requires_grad)
+    results = _run(graph, inputs, mesh)
+    for index, (ranks, placement, whole) in enumerate(zip(results, strategy.outputs, setting.results)):
+        _compare(f"output {index}", ranks, placement, whole, mesh)
+    kinds = [values(node)[0].layout.local_shape(mesh) for node in graph.find_nodes(op="output")[0].args[0]]
+    for index, (ranks, shape) in enumerate(zip(results, kinds)):
+        assert tuple(ranks[0].shape) == shape, f"output {index} has shape {tuple(ranks[0].shape)}, its layout says {shape}"
+    flowing = [i for i, kind in enumerate(values(setting.node)) if kind.requires_grad]
+    if gradients and flowing and strategy.label not in ("invariant", "replicated"):
+        _check_gradients(setting, strategy, inputs, results, flowing, places)
+
+
+def _check_gradients(
+    setting: Setting, strategy: Strategy, inputs: list[Ranks], results: list[Ranks], flowing: list[int], places: Any
+) -> None:
+    mesh = setting.program.mesh
+    placeholders = [node for node in setting.program.graph.nodes if node.op == "placeholder"]
+    asked = [i for i, node in enumerate(placeholders) if value(node).requires_grad]
+    cotangents = [[torch.randn_like(tensor) for tensor in setting.results[i]] for i in flowing]
+    true = torch.autograd.grad(
+        [tensor for i in flowing for tensor in setting.results[i]],
+        [tensor for i in asked for tensor in setting.tensors[i]],
+        list(itertools.chain(*cotangents)), retain_graph=True, allow_unused=True, materialize_grads=True,
+    )  # fmt: skip
+    given = [_pieces(c, strategy.outputs[i], mesh, _zeros, summands=True) for i, c in zip(flowing, cotangents)]
+    outputs = [tensor for i in flowing for tensor in results[i]]
+    live = [i for i, tensor in enumerate(outputs) if tensor.requires_grad]
+    flat = list(itertools.chain(*given))
+    found = torch.autograd.grad(
+        [outputs[i] for i in live], [part for i in asked for part in inputs[i]], [flat[i] for i in live],
+        allow_unused=True, materialize_grads=True,
+    )  # fmt: skip
+    count = len(setting.tensors[0])
+    for slot, i in enumerate(asked):
+        whole = list(true[slot * count : (slot + 1) * count])
+        ranks = list(found[slot * mesh.world_size : (slot + 1) * mesh.world_size])
+        placement = places[placeholders[i]]
+        dual = Partial("sum") if placement == REPLICATED else REPLICATED if placement == Partial("sum") else placement
+        weight = placeholders[i] in setting.weights
+        _compare(f"gradient of operand {i}", ranks, dual, whole, mesh, padding=not weight)
+
+
+def _compare(
+    what: str, ranks: Ranks, placement: Placement, whole: Sequence[Tensor], mesh: Mesh, padding: bool = False
+) -> None:
+    for group in mesh.groups(AXIS):
+        expected = whole[mesh.coordinates(group[0])[OUTER]].detach()
+        parts = [ranks[rank].detach() for rank in group]
+        if isinstance(placement, Partial):
+            combine = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[placement.op]
+            total = parts[0]
+            for part in parts[1:]:
+                total = combine(total, part)
+            _same(what, total, expected)
+        elif isinstance(placement, Split):
+            for position, part in enumerate(parts):
+                own = owned_indices(expected.shape[placement.dim], placement, position, len(parts))
+                real = part.narrow(placement.dim, 0, len(own))
+                _same(f"{what} on rank {position}", real, expected.index_select(placement.dim, own))
+                rest = part.narrow(placement.dim, len(own), part.shape[placement.dim] - len(own))
+                assert not padding or not rest.any(), f"{what}: {rest.abs().max()} comes out of padding"
+        else:
+            for position, part in enumerate(parts):
+                _same(f"{what} on rank {position}", part, expected)
+
+
+def _same(what: str, found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    assert found.dtype == expected.dtype, f"{what}: {found.dtype} instead of {expected.dtype}"
+    if expected.dtype.is_floating_point or expected.dtype.is_complex:
+        finite = expected[torch.isfinite(expected)]
+        scale = max(1.0, float(finite.abs().max()) if finite.numel() else 1.0)
+        close = torch.allclose(found, expected, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True)
+        assert close, f"{what}: off by {float((found - expected).abs().max()):.3g}"
+    else:
+        assert torch.equal(found, expected), f"{what}: differs"

@@ -1,0 +1,57 @@
+"""Sample calls for every rule: operator -> calls. A rule without a sample fails the suite; add one here.
+
+Sizes are small, with dims that divide by 2, by 3 and by neither, of size 1, broadcast, merged and negative. The tables
+stand in samples_pointwise.py, samples_views.py and samples_compute.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from checker import Sample
+from samples_compute import CONTRACTIONS, RECURRENT, REDUCTIONS, SPATIAL
+from samples_pointwise import LOSSES, POINTWISE, from_schema
+from samples_views import COLLECTIVES, INDEXING, SEGMENTS, VIEWS
+
+aten = torch.ops.aten
+
+SAMPLES: dict[Any, list[Sample]] = {
+    **POINTWISE, **LOSSES, **VIEWS, **SEGMENTS, **INDEXING, **COLLECTIVES, **CONTRACTIONS, **REDUCTIONS, **SPATIAL, **RECURRENT
+}  # fmt: skip
+
+# operators whose elements are arbitrary: there is nothing to compare
+NOT_COMPARED = {aten.empty_like.default, aten.new_empty.default, aten.empty.memory_format}
+
+
+def samples_of(target: Any) -> list[Sample]:
+    """The samples of an operator; pointwise ones without any get some from their schema."""
+    if target in SAMPLES:
+        return SAMPLES[target]
+    if isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and _elementwise(target):
+        return from_schema(target)
+    raise LookupError(f"no sample for {_name(target)}: add one in tests/rules/samples.py")
+
+
+def _elementwise(target: Any) -> bool:
+    from autopar.rules import rule_for
+    from autopar.rules.pointwise import broadcast
+
+    return rule_for(target) is broadcast
+
+
+def _name(target: Any) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else target.__name__
+
+
+def tagged_pointwise() -> list[Any]:
+    """Every functional operator of aten that torch tags as pointwise."""
+    found = []
+    for name in dir(aten):
+        packet = getattr(aten, name)
+        if isinstance(packet, torch._ops.OpOverloadPacket):
+            for overload in (getattr(packet, name) for name in packet.overloads()):
+                results = any(argument.is_out for argument in overload._schema.arguments)
+                if torch.Tag.pointwise in overload.tags and not overload._schema.is_mutable and not results:
+                    found.append(overload)
+    return found

@@ -1,0 +1,42 @@
+"""Every rule against the real operator: each strategy is run on pieces, outputs and gradients are compared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from checker import check, split_parts
+from samples import NOT_COMPARED, samples_of, tagged_pointwise
+
+from autopar.rules import RULES, rule_for
+
+WAYS = (2, 3)
+OPERATORS = sorted({*RULES, *tagged_pointwise()} - NOT_COMPARED, key=str)
+UNSPLIT = {  # operators whose only strategy is to run whole
+    "aten.arange.default", "aten.arange.start", "aten.arange.start_step", "aten.scalar_tensor.default",
+    "aten.any.default", "aten.all.default", "aten.prod.default", "aten.var.default", "aten.std.default",
+    "aten.var_mean.default", "aten.median.default", "aten.norm.Scalar",
+}  # fmt: skip
+
+counts: Counter[str] = Counter()
+
+
+@pytest.mark.parametrize("target", OPERATORS, ids=str)
+def test_every_strategy_equals_the_operator(target: Any) -> None:
+    torch.manual_seed(0)
+    rule = rule_for(target)
+    assert rule is not None
+    cases = splits = 0
+    for sample in samples_of(target):
+        for ways in WAYS:
+            cases += check(target, rule, sample, ways)
+            splits += split_parts(rule, target, sample, ways)
+    assert splits or str(target) in UNSPLIT, f"no sample of {target} can be split: give one sizes that divide by 2 or 3"
+    counts.update(operators=1, cases=cases)
+
+
+def test_count(capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print(f"\nrules: {len(RULES)} rules, {counts['operators']} operators, {counts['cases']} cases")
