@@ -25,21 +25,15 @@ from autopar.plan import Plan
 if TYPE_CHECKING:
     from autopar.driver import compile_program, parallelize
     from autopar.module import ParallelModule
-    from autopar.parse import parse
     from autopar.program import Program
-    from autopar.simulate import simulate
-    from autopar.trace import trace
 
 __version__ = "0.1.0"
 
-_LAZY = {  # name -> module: what needs torch.export or torch.distributed is imported at first use
+_LAZY = {  # name -> module: what needs torch.export or torch.distributed is imported at first use; no name of a submodule
     "compile_program": "driver",
     "parallelize": "driver",
     "ParallelModule": "module",
-    "parse": "parse",
     "Program": "program",
-    "simulate": "simulate",
-    "trace": "trace",
 }
 
 
@@ -68,7 +62,4 @@ __all__ = [
     "__version__",
     "compile_program",
     "parallelize",
-    "parse",
-    "simulate",
-    "trace",
 ]

@@ -15,8 +15,10 @@ import typer
 
 from autopar import __version__
 from autopar.commands.check import check_command
+from autopar.commands.compile import compile_command
 from autopar.commands.launch import note_failure
 from autopar.commands.replay import replay
+from autopar.commands.run import run
 from autopar.commands.show import show
 from autopar.commands.train import train_command
 from autopar.errors import AutoparError
@@ -28,6 +30,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command("show")(show)
 app.command("check")(check_command)
 app.command("train")(train_command)
+app.command("compile")(compile_command)
+app.command("run")(run)
 app.command("replay")(replay)
 
 
@@ -69,11 +73,11 @@ def _quieten() -> None:
     """Notes of autopar are printed as one line by the first rank; those of the libraries below are not for users."""
     first = int(os.environ.get("RANK", "0")) == 0
 
-    def show(message: Any, category: Any, filename: str, *rest: Any) -> None:
+    def note(message: Any, category: Any, filename: str, *rest: Any) -> None:
         if first and "torch" not in filename.split(os.sep):
             print(f"note: {message}", file=sys.stderr)
 
-    warnings.showwarning = show
+    warnings.showwarning = note  # type: ignore[assignment]
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from autopar import comm
 from autopar.derivatives import DERIVATIVES, unrepeated_heads
 from autopar.errors import AutoparError, InvariantError
 from autopar.partition import Joint, Remake, is_free, live_nodes, partition
@@ -35,11 +34,9 @@ from autopar.program import (
     value,
     values,
 )
-from autopar.recorder import Recorder, fake_mode
+from autopar.recorder import IDENTITIES, Recorder, fake_mode
 
 aten = torch.ops.aten
-
-IDENTITIES = (comm.OPS.enter.default, comm.OPS.release.default)  # only their backward does something
 
 
 def differentiate(program: Program) -> Program:

@@ -62,9 +62,7 @@ def compile_program(
     ``layouts``: parameter layouts that are settled already, since the parameters are held so.
     Raises TraceError, UnknownOperatorError, IndivisibleError, InvariantError, NumericsError.
     """
-    from autopar.passes import OPTIMISATIONS
-
-    return run_passes(differentiate(split_program(model, mesh, plan, args, kwargs, layouts)), OPTIMISATIONS)
+    return finish_program(split_program(model, mesh, plan, args, kwargs, layouts))
 
 
 def split_program(
@@ -77,23 +75,43 @@ def split_program(
     *,
     after: str | None = None,
 ) -> Program:
-    """The forward program as the passes leave it: all of them, or those up to the one named ``after`` (``"trace"``:
-    none). Raises ValueError for an unknown name, and what :func:`compile_program` raises."""
-    passes = all_passes()
-    if after is not None:
-        names = ["trace", *(step.name for step in passes)]
-        if after not in names:
-            raise ValueError(f"there is no pass '{after}'; in order there are {', '.join(names)}")
-        passes = passes[: names.index(after)]
+    """The forward program, split over all axes; or as it is after the pass called ``after`` (``"trace"``: before any).
+
+    Raises ValueError for an unknown pass, and what :func:`compile_program` raises.
+    """
+    passes = _until(after, "trace", forward_passes())
     program = replace(trace(model, args, kwargs, mesh, plan), settled=dict(layouts or {}))
     return run_passes(program, passes)
 
 
-def all_passes() -> tuple[Pass, ...]:
+def finish_program(program: Program, *, after: str | None = None) -> Program:
+    """A split program with its backward pass, optimised; or as it is after the pass called ``after``
+    (``"differentiate"``: before any). Raises ValueError for an unknown pass."""
+    passes = _until(after, "differentiate", joint_passes())
+    return run_passes(differentiate(program), passes)
+
+
+def forward_passes() -> tuple[Pass, ...]:
     """The passes between tracing and differentiation, in order."""
-    from autopar.passes import PASSES  # the one place that looks up to the passes
+    from autopar.passes import PASSES  # this module is the one place that looks up to the passes
 
     return PASSES
+
+
+def joint_passes() -> tuple[Pass, ...]:
+    """The passes after differentiation, in order."""
+    from autopar.passes import OPTIMISATIONS
+
+    return OPTIMISATIONS
+
+
+def _until(after: str | None, start: str, passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    names = [start, *(step.name for step in passes)]
+    if after is None:
+        return passes
+    if after not in names:
+        raise ValueError(f"there is no pass '{after}' here; in order there are {', '.join(names)}")
+    return passes[: names.index(after)]
 
 
 def _connection(model: nn.Module, mesh: Mesh | DeviceMesh, plan: Plan) -> Connection | None:

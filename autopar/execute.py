@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from autopar.binding import Result, joined, part_of, trimmed
 from autopar.connect import Connection
 from autopar.emit import RankFunction, compile_source, emit
-from autopar.errors import InvariantError
+from autopar.errors import AutoparError, InvariantError
 from autopar.numerics import restore_output
 from autopar.parameters import Table, tables
 from autopar.pieces import padded
@@ -138,6 +137,11 @@ class Executable:
             part = part_of(layout, comm, is_local=self.program.plan.inputs == "local")
             return lambda step: part(step.tensors[position])
         table, key = self._slot(entry.target)
+        if local_of(table[key]).is_meta:
+            raise AutoparError(
+                f"'{entry.target}' has no data: the model was built on the meta device\n"
+                "Way out: model.to_empty(device=...), then model.load_state_dict(...) or your own initialisation."
+            )
         shape = layout.local_shape(comm.mesh)
         if tuple(local_of(table[key]).shape) != shape:
             return lambda step: padded(local_of(table[key]), shape)
@@ -188,6 +192,7 @@ class _Differentiable(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
         return (None, None, *ctx.executable.backward(take_saved(ctx), tangents))

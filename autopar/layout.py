@@ -156,6 +156,19 @@ class Layout:
             return replace(self, dims=tuple(dims))
         return self
 
+    def placement(self, axis: str, mesh: Mesh) -> Placement:
+        """The inverse of :meth:`place`, for the axis that was placed last; INVARIANT where the value is whole."""
+        for name, op in self.partial:
+            if name == axis:
+                return Partial(op)
+        for dim, factors in enumerate(self.dims):
+            outer = 1
+            for factor in factors:
+                if axis in factor.axes:
+                    return Split(dim, outer, factor.ratio)
+                outer *= factor.local(mesh)
+        return INVARIANT
+
     def without(self, axis: str, mesh: Mesh) -> Layout:
         """This layout after gathering or reducing over ``axis``: ``16@dp@tp`` without dp (of 2) is ``(2 8@tp)``.
 

@@ -118,13 +118,17 @@ class ParallelModule(nn.Module):
         return self._executable(call).program if self._connection else self._program(self._key(call), call)
 
     def full_state_dict(self, *, device: str = "cpu", rank0_only: bool = False) -> dict[str, Tensor]:
-        """Whole tensors under the model's names, on every rank or (elsewhere empty) on rank 0; collective."""
+        """Copies of the whole tensors under the model's names, on every rank or only on rank 0 (empty elsewhere).
+
+        Collective; one tensor after the other is gathered.
+        """
         keep = self._connection is None or self._connection.rank == 0 or not rank0_only
         found: dict[str, Tensor] = {}
         for name, tensor in self.state_dict().items():
+            gathered = isinstance(tensor, DTensor) and not all(p.is_replicate() for p in tensor.placements)
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if keep:
-                found[name] = whole.detach().to(device)
+                found[name] = whole.detach().to(device, copy=not gathered)
         return found
 
     def __getattr__(self, name: str) -> Any:

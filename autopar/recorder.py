@@ -127,6 +127,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._equal: dict[Any, Node] = {}
         self._free: dict[Any, Node] = {}  # of _equal, those that cost nothing to make again
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # no wrapper around each dispatch: nothing is compiled here
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Nothing is recorded within."""

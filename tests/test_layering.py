@@ -1,4 +1,4 @@
-"""The house rules: imports go one way, one door to node.meta, small files, small functions, names that say something."""
+"""The house rules: imports go one way, one door to node.meta, small files and functions, names that say something."""
 
 from __future__ import annotations
 

@@ -302,6 +302,19 @@ def test_shard_and_unshard_are_inverse(given_: Any, pending: set[str]) -> None:
     assert torch.equal(unshard(held, layout, MESH), shares * whole)
 
 
+@given(placements())
+@settings(max_examples=200, deadline=None)
+def test_placement_is_the_inverse_of_place(given_: Any) -> None:
+    shape, steps = given_
+    layout = Layout.whole(shape)
+    assert layout.placement("tp", MESH) == INVARIANT
+    assert layout.place("tp", Partial("max"), MESH).placement("tp", MESH) == Partial("max")
+    for axis, split in steps:
+        placed = layout.place(axis, split, MESH)
+        assert layout.place(axis, placed.placement(axis, MESH), MESH) == placed
+        layout = placed
+
+
 @given(placements(), st.sampled_from(AXES))
 @settings(max_examples=200, deadline=None)
 def test_without_is_what_joining_the_parts_gives(given_: Any, axis: str) -> None:

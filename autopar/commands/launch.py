@@ -35,7 +35,7 @@ def relaunch(ranks: int, arguments: Sequence[str]) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     options = ["--standalone", "--nproc-per-node", str(ranks), "-m", "autopar", *arguments]
     try:
-        run(parse_args(options))
+        run(parse_args(options))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         raise typer.Exit(_report(error.failures, ranks)) from None
     except (SignalException, KeyboardInterrupt):

@@ -9,7 +9,7 @@ import typer
 
 from autopar.commands.options import Json
 from autopar.commands.tables import print_json
-from autopar.driver import all_passes
+from autopar.driver import forward_passes, joint_passes
 from autopar.pipeline import count_difference, read_replay
 
 
@@ -19,7 +19,7 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Run a pass on the program in FILE, which a failed pass left behind, and print the result."""
-    passes = {step.name: step for step in all_passes()}
+    passes = {step.name: step for step in (*forward_passes(), *joint_passes())}
     if name not in passes:
         raise ValueError(f"there is no pass '{name}'; in order there are {', '.join(passes)}")
     before = read_replay(file)

@@ -21,8 +21,7 @@ from autopar.commands.options import (
     read_plan,
 )
 from autopar.commands.tables import held_json, held_table, print_json, stderr, stdout, traffic_json, traffic_table
-from autopar.differentiate import differentiate
-from autopar.driver import split_program
+from autopar.driver import finish_program, forward_passes, joint_passes, split_program
 from autopar.footprint import held, sent
 from autopar.named_models import named_model
 from autopar.program import Program
@@ -33,11 +32,14 @@ def show(
     model: ModelName,
     mesh: MeshText = "dp=2,tp=2",
     after: Annotated[
-        str | None, typer.Option(help="a pass, or trace, or differentiate; default: the last splitting pass")
+        str | None, typer.Option(help="a pass, trace, or differentiate; default: the last splitting pass")
     ] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="print what this rank runs, as Python")] = None,
     inference: Annotated[bool, typer.Option("--inference", help="with --rank: without a backward pass")] = False,
     origins: Annotated[bool, typer.Option("--origins", help="end lines with the module and source line")] = False,
+    explain: Annotated[
+        str | None, typer.Option(metavar="NAME", help="why this node or parameter lies as it does, and what else costs")
+    ] = None,
     summary: Annotated[bool, typer.Option("--summary", help="only the tables: parameters, collectives")] = False,
     plan: PlanTexts = None,
     config: ConfigTexts = None,
@@ -50,26 +52,38 @@ def show(
 
     Nothing is launched, and no weights are needed: models.llama:llama_70b on dp=8,tp=8 works on a laptop.
     """
-    if rank is not None and after is not None:
+    if after is not None and rank is not None:
         raise ValueError("give either --after or --rank: a rank runs the finished program")
     on = read_mesh(mesh)
     if rank is not None:
         on.coordinates(rank)  # a rank off the mesh: say so before the work
+    early, late = _stops(after)
     example = named_model(model, read_config(config), batch, length, seed, data_ways(on))
     with stderr().status(f"making the program of {model} on {on}"):
-        stop = None if after == "differentiate" else after
-        split = split_program(example.model, on, read_plan(plan), (), example.batch, after=stop)
-        whole = split if stop is not None else differentiate(split)
-    text = _text(split if after is None else whole, whole, rank, inference, origins)
+        split = split_program(example.model, on, read_plan(plan), (), example.batch, after=early)
+        whole = split if early is not None else finish_program(split, after=late)
+    shown = split if after is None else whole
+    text = split.explain(explain) if explain is not None else _text(shown, whole, rank, inference, origins)
     if as_json:
         print_json(_document(model, whole, text, rank))
         return
     if not summary:
         print(text)
-        print()
+    if explain is not None:
+        return
     console = stdout()
+    console.print()
     console.print(held_table(held(whole)))
     console.print(traffic_table(f"sent by one rank of {on} in a step", sent(whole, rank or 0)))
+
+
+def _stops(after: str | None) -> tuple[str | None, str | None]:
+    """Where to stop before differentiation, and where after it. Raises ValueError for an unknown pass."""
+    early = ["trace", *(step.name for step in forward_passes())]
+    late = ["differentiate", *(step.name for step in joint_passes())]
+    if after is not None and after not in early + late:
+        raise ValueError(f"there is no pass '{after}'; in order there are {', '.join(early + late)}")
+    return (after, None) if after in early else (None, after)
 
 
 def _text(shown: Program, whole: Program, rank: int | None, inference: bool, origins: bool) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from autopar.footprint import Holdings
 from autopar.lockstep import Transfer
@@ -29,27 +30,28 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=1))
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Group:
     """The first column to the left, the others (numbers) to the right."""
-    made = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, title_justify="left", title_style="bold", pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for position, name in enumerate(columns):
         made.add_column(name, justify="left" if position == 0 else "right")
     for row in rows:
         made.add_row(*row)
-    return made
+    return Group(Text(title, style="bold"), made if made.rows else Text("nothing"), Text())
 
 
-def traffic_table(title: str, traffic: Sequence[Transfer], steps: float = 1) -> Table:
-    """Operations and bytes of one rank per step, forward and backward beside each other."""
+def traffic_table(title: str, traffic: Sequence[Transfer], steps: float = 1) -> Group:
+    """Operations and bytes of one rank per step, its phases beside each other."""
+    phases = list(dict.fromkeys(entry.phase for entry in traffic))
     rows = []
     for axis, name in dict.fromkeys((entry.axis, entry.name) for entry in traffic):
         cells = []
-        for phase in ("forward", "backward"):
+        for phase in phases:
             chosen = [entry for entry in traffic if (entry.axis, entry.name, entry.phase) == (axis, name, phase)]
             cells.append(_number(sum(entry.operations for entry in chosen) / steps))
             cells.append(size_text(sum(entry.bytes for entry in chosen) / steps))
         rows.append((f"{axis}  {name}", *cells))
-    return table(title, ("axis  collective", "forward", "sent", "backward", "sent"), rows)
+    return table(title, ("axis  collective", *(name for phase in phases for name in (phase, "sent"))), rows)
 
 
 def traffic_json(traffic: Sequence[Transfer], steps: float = 1) -> list[dict[str, Any]]:
@@ -65,7 +67,7 @@ def traffic_json(traffic: Sequence[Transfer], steps: float = 1) -> list[dict[str
     ]
 
 
-def held_table(holdings: Holdings) -> Table:
+def held_table(holdings: Holdings) -> Group:
     rows = [("whole model", size_text(holdings.whole), ""), ("one rank", size_text(holdings.rank), "")]
     for axis, split in holdings.split.items():
         rows.append((f"split over {axis}", size_text(split), f"{split / max(1, holdings.whole):.1%}"))

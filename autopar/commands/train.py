@@ -168,4 +168,5 @@ def _print(model: nn.Module, run: Run, settings: Settings, document: dict[str, A
     if difference is not None:
         fine = difference <= TOLERANCE
         colour, word = ("green", "the same") if fine else ("bold red", "not the same")
-        console.print(f"[{colour}]{word}[/]: largest difference of the losses {difference:.1e} (tolerance {TOLERANCE:g})")
+        found = f"largest difference of the losses {difference:.1e} (tolerance {TOLERANCE:g})"
+        console.print(f"[{colour}]{word}[/]: {found}")

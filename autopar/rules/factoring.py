@@ -147,7 +147,8 @@ class Factoring:
             return False
         if Split(0, part.outer, part.ratio).divides(size, ways):
             return True
-        alone = all(dim == (part.factor,) for dims in (*self.inputs, *self.outputs) for dim in dims if part.factor in dim)
+        dims = (dim for tensor in (*self.inputs, *self.outputs) for dim in tensor)
+        alone = all(dim == (part.factor,) for dim in dims if part.factor in dim)
         return plain and alone and part.factor in self.uneven and -(-size // ways) * (ways - 1) < size
 
     def strategy(self, part: Part, ways: int) -> Strategy | None:
@@ -248,7 +249,7 @@ def factoring_of(line: str, call: Call) -> Factoring:
         tuple(_tuples(dims, shape) for dims, shape in zip(placed[0], call.inputs)),
         tuple(_tuples(dims, shape) for dims, shape in zip(placed[1], call.outputs)),
         sizes,
-        reduce={factor: "max" for factor in options.get("max", [])},
+        reduce=dict.fromkeys(options.get("max", []), "max"),
         whole=frozenset(options.get("whole", [])),
         linear=tuple(g & set(operands) for g in _groups(options.get("linear", [])) if g & set(operands)),
         added=frozenset(int(word) for word in options.get("added", []) if int(word) in operands),
@@ -268,9 +269,8 @@ def _named(dims: list[list[str]], shape: Shape, line: str, sizes: dict[str, int]
     if len(dims) != len(shape):
         raise ValueError(f"rule '{line}': {dims} does not fit a tensor of shape {shape}")
     for factors, size in zip(dims, shape):
-        if len(factors) == 1 and size != 1:
-            if sizes.setdefault(factors[0], size) != size:
-                raise ValueError(f"rule '{line}': factor '{factors[0]}' is {sizes[factors[0]]} and {size}")
+        if len(factors) == 1 and size != 1 and sizes.setdefault(factors[0], size) != size:
+            raise ValueError(f"rule '{line}': factor '{factors[0]}' is {sizes[factors[0]]} and {size}")
     return dims
 
 

@@ -88,7 +88,7 @@ def _indexed(
 ) -> tuple[Dims, tuple[Dims, ...], Dims, dict[str, int], frozenset[str]]:
     """Dims of the tensor, of each index and of ``x[indices]``; the sizes; what stays whole."""
     positions = [i for i, slot in enumerate(slots) if slot is not None]
-    result = tuple(torch.broadcast_shapes(*shapes))
+    result = tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
     dims, sizes = dims_of(source)
     rows = tuple((f"d{i}",) if i in positions else factors for i, factors in enumerate(dims))
     whole = frozenset(f"d{i}" for i in positions)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from autopar import operators
 from autopar.layout import Layout
 from autopar.program import Node, Value, value
-from autopar.rules.factoring import Call, Dims, Emit, Factoring, dims_of
+from autopar.rules.factoring import Call, Dims, Emit, Factoring, Shape, dims_of
 from autopar.rules.pointwise import broadcast_dims
 from autopar.rules.reductions import share_of_mean
 
@@ -37,15 +36,6 @@ def cross_entropy_sums(call: Call) -> Factoring:
     return Factoring(
         inputs, ((), ()), sizes, reduce={"c": "whole"}, uneven=only, plain=only, rewrites={"c": _by_vocabulary}
     )
-
-
-def cross_entropy(call: Call) -> Factoring:
-    """One loss per token (reduction "none"): the classes stay whole. Means and sums are rewritten before."""
-    summed = cross_entropy_sums(call)
-    if len(call.outputs[0]) != len(call.inputs[0]) - 1:
-        return replace(summed, outputs=((),), whole=frozenset(summed.sizes), rewrites={}, uneven=frozenset())
-    rows = tuple(dim for dim in summed.inputs[0] if dim != ("c",))
-    return replace(summed, outputs=(rows,), whole=frozenset({"c"}), reduce={}, rewrites={}, uneven=frozenset())
 
 
 def _by_vocabulary(emit: Emit, node: Node, axis: str, ways: int) -> Node:
@@ -74,7 +64,80 @@ def _by_vocabulary(emit: Emit, node: Node, axis: str, ways: int) -> Node:
     return emit(operators.cross_entropy_from_parts, arguments, scalar, count)
 
 
+def elementwise(position: int) -> Any:
+    """Rule for a loss of each element, then their mean, their sum or nothing (``reduction`` at ``position``)."""
+
+    def rule(call: Call) -> Factoring:
+        full = tuple(max(sizes) for sizes in _aligned(call.inputs))
+        sizes = {f"d{len(full) - i}": size for i, size in enumerate(full)}
+        inputs = tuple(map(broadcast_dims, call.inputs))
+        reduction = int(call.argument(position, "reduction", MEAN))
+        if reduction == NONE:
+            return Factoring(inputs, (broadcast_dims(full),), sizes)
+        rewrites = dict.fromkeys(sizes, share_of_mean) if reduction == MEAN else {}
+        return Factoring(inputs, ((),), sizes, rewrites=rewrites)
+
+    return rule
+
+
+def _aligned(shapes: tuple[Shape, ...]) -> list[list[int]]:
+    """The sizes that broadcasting brings together, for each dim of the result."""
+    rank = max(map(len, shapes))
+    return [[shape[i - rank] for shape in shapes if i - rank + len(shape) >= 0] for i in range(rank)]
+
+
+def class_loss(position: int) -> Any:
+    """Rule for a loss of scores (N, C, d...) against class numbers (N, d...): C stays whole."""
+
+    def rule(call: Call) -> Factoring:
+        scores, target = call.inputs[:2]
+        class_dim = 0 if len(scores) == 1 else 1
+        dims, sizes = dims_of(scores)
+        tokens = dims[:class_dim] + dims[class_dim + 1 :]
+        name = f"d{class_dim}"
+        chances = len(target) == len(scores) and call.target is aten.cross_entropy_loss.default
+        inputs = (dims, dims if chances else tokens, *[((name,),)] * (len(call.inputs) - 2))
+        reduction = int(call.argument(position, "reduction", MEAN))
+        if reduction == NONE:
+            return Factoring(inputs, (tokens,), sizes, whole=frozenset({name}))
+        if reduction == MEAN and len(inputs) > 2 and not chances:  # a mean weighted by the classes that occur
+            return Factoring(inputs, ((),), sizes, whole=frozenset(sizes))
+        share = share_of_mean if chances or call.target is aten.multi_margin_loss.default else _share_of_counted_mean
+        rewrites = dict.fromkeys(sizes, share) if reduction == MEAN else {}
+        return Factoring(inputs, ((),), sizes, whole=frozenset({name}), rewrites=rewrites)
+
+    return rule
+
+
+def _share_of_counted_mean(emit: Emit, node: Node, axis: str, ways: int) -> Node:
+    """The sum of this rank's losses over the number of targets that count on all ranks."""
+    names = ("self", "target", "weight", "reduction", "ignore_index", "label_smoothing")
+    given = {**dict(zip(names, node.args)), **node.kwargs}
+    scores, target, ignored = given["self"], given["target"], given.get("ignore_index", -100)
+    assert isinstance(scores, Node) and isinstance(target, Node)
+    part = emit.partial(value(node), axis)
+    total = emit(node.target, (scores, target, None, SUM, ignored, *node.args[5:]), part)
+    total.kwargs = {name: setting for name, setting in node.kwargs.items() if name == "label_smoothing"}
+    counted = emit(aten.ne.Scalar, (target, ignored), Value(torch.bool, value(target).layout))
+    here = Value(torch.int64, part.layout)
+    count = emit.all_reduce(emit(aten.sum.default, (counted,), here), axis)
+    return emit(aten.div.Tensor, (total, count), part)
+
+
+_ELEMENTWISE = {
+    aten.binary_cross_entropy_with_logits.default: 4,
+    aten.binary_cross_entropy.default: 3,
+    aten.poisson_nll_loss.default: 5,
+    aten.hinge_embedding_loss.default: 3,
+    aten.margin_ranking_loss.default: 4,
+    **dict.fromkeys((aten.smooth_l1_loss.default, aten.huber_loss.default, aten.l1_loss.default), 2),
+    **dict.fromkeys((aten.mse_loss.default, aten.kl_div.default, aten.soft_margin_loss.default), 2),
+}
+
 RULES: dict[Any, Any] = {
-    aten.cross_entropy_loss.default: cross_entropy,
     operators.cross_entropy_sums: cross_entropy_sums,
+    **{target: elementwise(position) for target, position in _ELEMENTWISE.items()},
+    aten.nll_loss_nd.default: class_loss(3),
+    aten.cross_entropy_loss.default: class_loss(3),
+    aten.multi_margin_loss.default: class_loss(5),
 }

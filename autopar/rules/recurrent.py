@@ -12,7 +12,7 @@ aten = torch.ops.aten
 
 
 def recurrent(batch_first: int) -> Any:
-    """Rule for ``lstm, gru, rnn (x, states, weights, ...)``; the argument at ``batch_first`` says where the batch is."""
+    """Rule for ``lstm, gru, rnn (x, states, weights, ...)``; argument ``batch_first`` says where the batch is."""
 
     def rule(call: Call) -> Factoring:
         names: set[str] = set()

@@ -164,8 +164,9 @@ def split_dim(call: Call) -> Factoring:
     bounds = _bounds(parts)
     joined, windows, sizes = _windows(shape, dim, bounds)
     return Windows(
-        (joined,), windows, sizes, whole=_window_names(bounds), linear=FIRST, localize=_cut_pieces, windows=tuple(bounds)
-    )
+        (joined,), windows, sizes, whole=_window_names(bounds), linear=FIRST, localize=_cut_pieces,
+        windows=tuple(bounds), uneven=_others(joined, dim),
+    )  # fmt: skip
 
 
 def _bounds(sizes: list[int]) -> list[tuple[int, int]]:

@@ -85,14 +85,12 @@ def _opaque_reshape(source: Shape, target: Shape) -> Factoring:
     same = 0
     while same < min(len(source), len(target)) and source[same] == target[same]:
         same += 1
-    sizes = {f"d{i}": source[i] for i in range(same)}
-    sides = [
-        tuple((f"d{i}",) if i < same and size != 1 else (f"{side}{i}",) if size != 1 else () for i, size in enumerate(s))
-        for side, s in (("in", source), ("out", target))
-    ]
-    whole = {name for side in sides for dim in side for name in dim if not name.startswith("d")}
-    sizes |= {name: 2 for name in whole}
-    return Factoring((sides[0],), (sides[1],), sizes, whole=frozenset(whole), linear=FIRST, localize=cut_sizes)
+    lead, sizes = dims_of(source[:same])
+    both = (("in", source), ("out", target))
+    sides = [(*lead, *[(f"{tag}{i}",) for i in range(same, len(shape))]) for tag, shape in both]
+    whole = frozenset(f for side in sides for dim in side[same:] for f in dim)
+    sizes |= dict.fromkeys(whole, 2)
+    return Factoring((sides[0],), (sides[1],), sizes, whole=whole, linear=FIRST, localize=cut_sizes)
 
 
 def _permuted(call: Call, order: Sequence[int]) -> Factoring:
@@ -167,7 +165,8 @@ def repeat(call: Call) -> Factoring:
     """``repeat, tile``: a dim of the result is (copies, dim of the operand)."""
     source, target = call.inputs[0], call.outputs[0]
     offset = len(target) - len(source)
-    sizes, dims = {}, []
+    sizes: dict[str, int] = {}
+    dims: list[tuple[str, ...]] = []
     for i, size in enumerate(target):
         inner = source[i - offset] if i >= offset else 1
         sizes |= {f"copy{i}": size // inner if inner else 1, f"d{i - offset}": inner}

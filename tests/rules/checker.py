@@ -14,19 +14,19 @@ out of padding, since the operator before would spread it.
 from __future__ import annotations
 
 import itertools
-import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pieces import AXIS, OUTER, Ranks, compare, garbage, pieces, zeros
 from torch import Tensor, fx
 
 from autopar import comm
 from autopar.candidates import Flow, key_of
 from autopar.choose import Choice, _distinct
-from autopar.layout import REPLICATED, Layout, Partial, Placement, Split, owned_indices, shard
+from autopar.layout import REPLICATED, Layout, Partial, Placement, Split
 from autopar.lockstep import collective
 from autopar.mesh import Mesh
 from autopar.plan import Plan
@@ -35,15 +35,11 @@ from autopar.rules import Rule, call_of
 from autopar.rules.factoring import Call, Factoring, Part, Strategy
 from autopar.split import _Rewriter
 
-AXIS, OUTER = "tp", "dp"  # the axis that is split; collectives in samples run on the other one
-TOLERANCE = 1e-12
 DUALS = {
     "enter": "all_reduce", "release": "keep_first", "keep_first": "release", "all_reduce": "release",
     "all_gather": "reduce_scatter", "all_gather_invariant": "split", "reduce_scatter": "all_gather",
     "split": "all_gather", "split_replicated": "pad", "pad": "split_replicated", "all_to_all": "all_to_all",
 }  # fmt: skip
-
-Ranks = list[Any]
 
 
 class WrongRule(AssertionError):
@@ -238,7 +234,7 @@ def _run_node(node: fx.Node, known: dict[fx.Node, Ranks], mesh: Mesh) -> Ranks:
     if name == "axis_index":
         return [torch.tensor(mesh.coordinates(rank)[node.args[0]]) for rank in range(mesh.world_size)]  # type: ignore[index]
     if name is None:
-        calls = [fx.map_arg((node.args, node.kwargs), lambda n: known[n][r]) for r in range(mesh.world_size)]
+        calls = [fx.map_arg((node.args, node.kwargs), lambda n, r=r: known[n][r]) for r in range(mesh.world_size)]
         return [node.target(*args, **kwargs) for args, kwargs in calls]  # type: ignore[operator]
     source, axis, *rest = node.args
     results: Ranks = [None] * mesh.world_size
@@ -247,54 +243,6 @@ def _run_node(node: fx.Node, known: dict[fx.Node, Ranks], mesh: Mesh) -> Ranks:
         for rank, part in zip(group, _Collective.apply(name, (axis, *rest), *parts)):
             results[rank] = part
     return results
-
-
-def _pieces(
-    whole: Sequence[Tensor], placement: Placement, mesh: Mesh, fill: Callable[..., Tensor], summands: bool = False
-) -> Ranks:
-    """What each rank holds; ``fill`` makes padding. R counts as summands where ``summands`` says so (cotangents)."""
-    found: Ranks = [None] * mesh.world_size
-    for group in mesh.groups(AXIS):
-        tensor = whole[mesh.coordinates(group[0])[OUTER]].detach()
-        if placement == Partial("sum") and not summands or placement == REPLICATED and summands:
-            parts = _summands(tensor, len(group))
-        elif isinstance(placement, Split):
-            parts = [_part(tensor, placement, i, len(group), fill) for i in range(len(group))]
-        else:
-            parts = [tensor] * len(group)
-        for rank, part in zip(group, parts):
-            found[rank] = part.clone()
-    return found
-
-
-def _summands(tensor: Tensor, ways: int) -> list[Tensor]:
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-        first = [torch.randn_like(tensor) for _ in range(ways - 1)]
-    else:
-        first = [torch.zeros_like(tensor) if tensor.dtype == torch.bool else torch.randint_like(tensor, 9)] * (ways - 1)
-    rest = tensor
-    for part in first:
-        rest = rest if tensor.dtype == torch.bool else rest - part
-    return [*first, rest]
-
-
-def _part(whole: Tensor, split: Split, position: int, ways: int, fill: Callable[..., Tensor]) -> Tensor:
-    length = whole.shape[split.dim]
-    own = owned_indices(length, split, position, ways)
-    part = whole.index_select(split.dim, own)
-    missing = -(-length // ways) - len(own)
-    if missing <= 0:
-        return part
-    shape = [missing if d == split.dim else size for d, size in enumerate(whole.shape)]
-    return torch.cat([part, fill(whole, shape)], split.dim)
-
-
-def _garbage(like: Tensor, shape: list[int]) -> Tensor:
-    return torch.randn(shape, dtype=like.dtype) if like.dtype.is_floating_point else torch.zeros(shape, dtype=like.dtype)
-
-
-def _zeros(like: Tensor, shape: list[int]) -> Tensor:
-    return like.new_zeros(shape)
 
 
 # ---------------------------------------------------------------- comparing
@@ -313,15 +261,13 @@ def _check_parts(factoring: Factoring, strategy: Strategy, ways: int) -> None:
             assert same, f"the split {placement} of {tensors[position]} leads to {part}, which does not have it"
 
 
-def _check_strategy(
-    setting: Setting, call: Call, factoring: Factoring, strategy: Strategy, gradients: bool
-) -> None:
+def _check_strategy(setting: Setting, call: Call, factoring: Factoring, strategy: Strategy, gradients: bool) -> None:
     program, mesh = setting.program, setting.program.mesh
     graph = _forced(setting, call, factoring, strategy)
     places = _given(setting, call, strategy)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     inputs = [
-        _pieces(whole, places[node], mesh, _zeros if node in setting.weights else _garbage)
+        pieces(whole, places[node], mesh, zeros if node in setting.weights else garbage)
         for node, whole in zip(placeholders, setting.tensors)
     ]
     for node, ranks in zip(placeholders, inputs):
@@ -329,10 +275,10 @@ def _check_strategy(
             part.requires_grad_(value(node).requires_grad)
     results = _run(graph, inputs, mesh)
     for index, (ranks, placement, whole) in enumerate(zip(results, strategy.outputs, setting.results)):
-        _compare(f"output {index}", ranks, placement, whole, mesh)
+        compare(f"output {index}", ranks, placement, whole, mesh)
     kinds = [values(node)[0].layout.local_shape(mesh) for node in graph.find_nodes(op="output")[0].args[0]]
     for index, (ranks, shape) in enumerate(zip(results, kinds)):
-        assert tuple(ranks[0].shape) == shape, f"output {index} has shape {tuple(ranks[0].shape)}, its layout says {shape}"
+        assert tuple(ranks[0].shape) == shape, f"output {index} is {tuple(ranks[0].shape)}, its layout says {shape}"
     flowing = [i for i, kind in enumerate(values(setting.node)) if kind.requires_grad]
     if gradients and flowing and strategy.label not in ("invariant", "replicated"):
         _check_gradients(setting, strategy, inputs, results, flowing, places)
@@ -350,7 +296,7 @@ def _check_gradients(
         [tensor for i in asked for tensor in setting.tensors[i]],
         list(itertools.chain(*cotangents)), retain_graph=True, allow_unused=True, materialize_grads=True,
     )  # fmt: skip
-    given = [_pieces(c, strategy.outputs[i], mesh, _zeros, summands=True) for i, c in zip(flowing, cotangents)]
+    given = [pieces(c, strategy.outputs[i], mesh, zeros, summands=True) for i, c in zip(flowing, cotangents)]
     outputs = [tensor for i in flowing for tensor in results[i]]
     live = [i for i, tensor in enumerate(outputs) if tensor.requires_grad]
     flat = list(itertools.chain(*given))
@@ -365,40 +311,4 @@ def _check_gradients(
         placement = places[placeholders[i]]
         dual = Partial("sum") if placement == REPLICATED else REPLICATED if placement == Partial("sum") else placement
         weight = placeholders[i] in setting.weights
-        _compare(f"gradient of operand {i}", ranks, dual, whole, mesh, padding=not weight)
-
-
-def _compare(
-    what: str, ranks: Ranks, placement: Placement, whole: Sequence[Tensor], mesh: Mesh, padding: bool = False
-) -> None:
-    for group in mesh.groups(AXIS):
-        expected = whole[mesh.coordinates(group[0])[OUTER]].detach()
-        parts = [ranks[rank].detach() for rank in group]
-        if isinstance(placement, Partial):
-            combine = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[placement.op]
-            total = parts[0]
-            for part in parts[1:]:
-                total = combine(total, part)
-            _same(what, total, expected)
-        elif isinstance(placement, Split):
-            for position, part in enumerate(parts):
-                own = owned_indices(expected.shape[placement.dim], placement, position, len(parts))
-                real = part.narrow(placement.dim, 0, len(own))
-                _same(f"{what} on rank {position}", real, expected.index_select(placement.dim, own))
-                rest = part.narrow(placement.dim, len(own), part.shape[placement.dim] - len(own))
-                assert not padding or not rest.any(), f"{what}: {rest.abs().max()} comes out of padding"
-        else:
-            for position, part in enumerate(parts):
-                _same(f"{what} on rank {position}", part, expected)
-
-
-def _same(what: str, found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
-    assert found.dtype == expected.dtype, f"{what}: {found.dtype} instead of {expected.dtype}"
-    if expected.dtype.is_floating_point or expected.dtype.is_complex:
-        finite = expected[torch.isfinite(expected)]
-        scale = max(1.0, float(finite.abs().max()) if finite.numel() else 1.0)
-        close = torch.allclose(found, expected, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True)
-        assert close, f"{what}: off by {float((found - expected).abs().max()):.3g}"
-    else:
-        assert torch.equal(found, expected), f"{what}: differs"
+        compare(f"gradient of operand {i}", ranks, dual, whole, mesh, padding=not weight)

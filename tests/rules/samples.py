@@ -17,7 +17,8 @@ from samples_views import COLLECTIVES, INDEXING, SEGMENTS, VIEWS
 aten = torch.ops.aten
 
 SAMPLES: dict[Any, list[Sample]] = {
-    **POINTWISE, **LOSSES, **VIEWS, **SEGMENTS, **INDEXING, **COLLECTIVES, **CONTRACTIONS, **REDUCTIONS, **SPATIAL, **RECURRENT
+    **POINTWISE, **LOSSES, **VIEWS, **SEGMENTS, **INDEXING,
+    **COLLECTIVES, **CONTRACTIONS, **REDUCTIONS, **SPATIAL, **RECURRENT,
 }  # fmt: skip
 
 # operators whose elements are arbitrary: there is nothing to compare

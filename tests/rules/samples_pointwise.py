@@ -28,10 +28,18 @@ FAILING = {  # arguments that the schema alone does not give
     aten.round.decimals: [call(x(6, 4), decimals=1)],
 }
 NOT_DIFFERENTIABLE = {  # torch has no formula, for some operand at least
-    aten.floor_divide.default, aten.heaviside.default, aten.igamma.default, aten.igammac.default, aten.copy.default,
-    aten.logit_backward.default, aten.remainder.Scalar_Tensor, aten.silu_backward.default, aten.special_zeta.default,
-    aten.special_zeta.other_scalar, aten.special_zeta.self_scalar,
-}  # fmt: skip
+    aten.floor_divide.default,
+    aten.heaviside.default,
+    aten.igamma.default,
+    aten.igammac.default,
+    aten.copy.default,
+    aten.logit_backward.default,
+    aten.remainder.Scalar_Tensor,
+    aten.silu_backward.default,
+    aten.special_zeta.default,
+    aten.special_zeta.other_scalar,
+    aten.special_zeta.self_scalar,
+}
 
 
 def from_schema(target: Any) -> list[Sample]:
@@ -81,12 +89,18 @@ _BOTH = [call(x(6, 4), x(1, 4)), call(x(4), x(6, 1, 4)), call(x(12, 6), x(12, 6)
 _SAME = x(6, 4)
 
 POINTWISE: dict[Any, list[Sample]] = {
-    **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor), [*_BOTH, call(x(6, 4), 2.5), call(x(6, 1), x())]),
+    **dict.fromkeys(
+        (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor), [*_BOTH, call(x(6, 4), 2.5), call(x(6, 1), x())]
+    ),
     aten.div.Tensor: [call(x(6, 4), above(1, 4)), call(x(7, 5), above(7, 1)), call(x(7, 5), 3.0), call(x(5), above(5))],
     aten.div.Tensor_mode: [Sample((x(6, 4), unit(6, 1)), {"rounding_mode": "floor"})],
     aten.div.Scalar_mode: [Sample((x(6, 4), 0.5), {"rounding_mode": "trunc"})],
     aten.where.self: [call(flags(6, 1), x(6, 4), x(4)), call(flags(5), x(5), x(5))],
-    aten.where.ScalarOther: [call(flags(6, 4), x(1, 4), 0.0), call(flags(6, 4), x(3, 6, 4), -1.0), call(flags(5), x(5), 0)],
+    aten.where.ScalarOther: [
+        call(flags(6, 4), x(1, 4), 0.0),
+        call(flags(6, 4), x(3, 6, 4), -1.0),
+        call(flags(5), x(5), 0),
+    ],
     aten.where.ScalarSelf: [call(flags(6, 4), 1.0, x(6, 4))],
     aten.where.Scalar: [call(flags(6, 4), 1.0, 0.0)],
     aten.masked_fill.Scalar: [call(x(6, 4), flags(1, 4), 0), call(x(6, 4), flags(6, 1), -5.0), call(x(5), flags(5), 0)],
@@ -108,12 +122,15 @@ POINTWISE: dict[Any, list[Sample]] = {
         (aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default),
         [call(x(5)), call(x(6, 1, 12))],
     ),
-    operators.random_keep: [call(torch.tensor(5), 3, 0.5, torch.arange(6), torch.arange(4)), call(torch.tensor(5), 3, 0.5, torch.arange(12))],
-}  # fmt: skip
+    operators.random_keep: [
+        call(torch.tensor(5), 3, 0.5, torch.arange(6), torch.arange(4)),
+        call(torch.tensor(5), 3, 0.5, torch.arange(12)),
+    ],
+}
 POINTWISE[aten.mul.Tensor] = [*POINTWISE[aten.mul.Tensor], call(_SAME, _SAME)]
 POINTWISE[aten.add.Tensor] = [*POINTWISE[aten.add.Tensor], call(_SAME, _SAME), call(x(7), x(7), alpha=2)]
 
-_PAIR = ((x(6, 4), x(6, 4)), (x(3, 6), x(1, 6)), (x(12), x(12)))
+_PAIR = ((x(6, 4), x(6, 4)), (x(3, 1, 6), x(3, 1, 6)), (x(12), x(12)))  # backward takes no broadcasting
 
 
 def _each(first: Any, *rest: Any, position: int, **kwargs: Any) -> list[Sample]:
@@ -130,7 +147,7 @@ def _chance(a: Tensor) -> Tensor:
 
 
 def _signs(samples: list[Sample]) -> list[Sample]:
-    return [Sample((s.args[0], s.args[1].sign().detach(), *s.args[2:]), s.kwargs) for s in samples]
+    return [call(s.args[0], s.args[1].sign(), *s.args[2:], still=(1,)) for s in samples]
 
 
 _TARGETS = torch.tensor([1, 0, -100, 3, 2, -100])
@@ -156,8 +173,8 @@ LOSSES: dict[Any, list[Sample]] = {
     ],
     aten.binary_cross_entropy_with_logits.default: [
         *_each(_plain, None, None, position=4),
-        call(x(6, 4), unit(6, 4), None, above(4), 1),
-        call(x(6, 4), unit(6, 4), unit(6, 1), None, 0),
+        call(x(6, 4), unit(6, 4), None, above(4), 1, still=(2,)),
+        call(x(6, 4), unit(6, 4), unit(6, 1), None, 0, still=(2,)),
     ],
     aten.margin_ranking_loss.default: [call(x(6), x(6), x(6).sign(), 0.1, r) for r in (0, 1, 2)],
     aten.multi_margin_loss.default: [call(x(6, 4), ints(4, 6), 1, 1.0, None, r) for r in (0, 1, 2)],

@@ -1,0 +1,59 @@
+"""``autopar compile``: write the program of a model to a directory, for ``autopar run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autopar.calls import data_ways
+from autopar.commands.options import (
+    Batch,
+    ConfigTexts,
+    Json,
+    Length,
+    MeshText,
+    ModelName,
+    PlanTexts,
+    Seed,
+    read_config,
+    read_mesh,
+    read_plan,
+)
+from autopar.commands.tables import held_json, print_json, size_text, stderr, traffic_json
+from autopar.driver import compile_program
+from autopar.emit import emit
+from autopar.footprint import held, sent
+from autopar.named_models import named_model
+from autopar.program_file import save
+
+
+def compile_command(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="a new directory, or a program's")],
+    mesh: MeshText = "dp=2,tp=2",
+    plan: PlanTexts = None,
+    config: ConfigTexts = None,
+    batch: Batch = None,
+    length: Length = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Write the program of MODEL on a mesh to DIR: the graphs as text, constants, a manifest with every layout.
+
+    Weights are not part of it. stage0/rank.py is what the ranks run, to be read.
+    """
+    on = read_mesh(mesh)
+    example = named_model(model, read_config(config), batch, length, seed, data_ways(on))
+    with stderr().status(f"making the program of {model} on {on}"):
+        program = compile_program(example.model, on, read_plan(plan), (), example.batch)
+        save(program, output, extra_files={"stage0/rank.py": emit(program.rank(0).graphs, program)})
+    files = {path.relative_to(output).as_posix(): path.stat().st_size for path in output.rglob("*") if path.is_file()}
+    if as_json:
+        parts = {"parameters": held_json(held(program)), "traffic": traffic_json(sent(program))}
+        print_json({"model": model, "mesh": dict(on.axes), "directory": str(output), "files": files, **parts})
+        return
+    for name, size in sorted(files.items()):
+        print(f"{output / name}  {size_text(size)}")
+    print(f"to run it: autopar run {output}")

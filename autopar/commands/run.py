@@ -1,0 +1,164 @@
+"""``autopar run``: a saved program on real processes, without the source code of its model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import typer
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autopar.commands.launch import is_rank, relaunch
+from autopar.commands.options import Json, Seed
+from autopar.commands.tables import print_json, stdout, table, traffic_json, traffic_table
+from autopar.commands.training import is_first
+from autopar.connect import Connection, connect
+from autopar.errors import ProgramFileError
+from autopar.execute import Executable
+from autopar.module import weight_layouts
+from autopar.parameters import Weights
+from autopar.program import InputKind, Program, Value, value
+from autopar.program_file import load
+
+DEVIATION = 0.02  # of random weights
+RUNS = 2
+
+
+def run(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="what autopar compile wrote")],
+    weights: Annotated[Path | None, typer.Option(help="safetensors file, parameter names as in the model")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="safetensors file, whole inputs by name")] = None,
+    output: Annotated[Path | None, typer.Option(help="safetensors file for the whole outputs")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run the forward pass of a saved program over its mesh; weights and inputs that are not given are random.
+
+    By itself it starts one process per rank (torchrun). Nothing in DIR is executed but known operators.
+    """
+    program = load(directory)
+    if program.mesh.world_size > 1 and not is_rank():
+        relaunch(program.mesh.world_size, sys.argv[1:])
+        return
+    try:
+        connection = connect(program.mesh, program.plan.timeout, torch.device("cpu"))
+        found, seconds = _forward(program, connection, _read(weights), _read(inputs), seed)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if not is_first():
+        return
+    if output is not None:
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in found.items()}, output)
+    traffic = connection.comm.traffic
+    rows = [(name, str(list(x.shape)), f"{float(x.double().mean()):.6g}") for name, x in found.items()]
+    if as_json:
+        outputs = [{"name": name, "shape": list(x.shape), "mean": float(x.double().mean())} for name, x in found.items()]
+        document = {"mesh": dict(program.mesh.axes), "outputs": outputs, "seconds": round(seconds, 3)}
+        print_json({**document, "traffic": traffic_json(traffic, RUNS)})
+        return
+    console = stdout()
+    console.print(table(f"{directory} on {program.mesh}", ("output", "shape", "mean"), rows))
+    console.print(traffic_table("sent by rank 0", traffic, RUNS))
+    console.print(f"{seconds:.2f} s")
+
+
+def _forward(
+    program: Program, connection: Connection, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], seed: int
+) -> tuple[dict[str, Tensor], float]:
+    """Whole outputs by name, and the seconds of the last run (the first compiles)."""
+    generator = torch.Generator().manual_seed(seed)
+    root = module_of(program, weights, generator)
+    given = [
+        _tensor(entry.target, value(node), inputs, generator, _least_rows(program))
+        for node, entry in program.placeholders(InputKind.INPUT)
+    ]
+    Weights(root, connection).split(weight_layouts(program))
+    executable = Executable(program, root, connection)
+    with torch.no_grad():
+        for _ in range(RUNS):
+            start = time.perf_counter()
+            result = executable.run(given, seed)
+            seconds = time.perf_counter() - start
+    leaves = [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(result)[0]]
+    return {name.strip(".[]'"): _whole(leaf) for name, leaf in leaves if isinstance(leaf, Tensor)}, seconds
+
+
+def module_of(program: Program, weights: Mapping[str, Tensor], generator: torch.Generator) -> nn.Module:
+    """Modules that hold the program's parameters and buffers under their names; they compute nothing themselves."""
+    root = nn.Module()
+    for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
+        names = (entry.target, *entry.aliases)
+        found = next((weights[name] for name in names if name in weights), None)
+        if found is None and weights and entry.kind is InputKind.PARAMETER:
+            raise ProgramFileError(f"--weights has no tensor '{entry.target}'")
+        tensor = _tensor(entry.target, value(node), {} if found is None else {entry.target: found}, generator, 1)
+        if entry.kind is InputKind.PARAMETER:
+            tensor = nn.Parameter(tensor, requires_grad=value(node).requires_grad)
+        for name in names:
+            path, _, key = name.rpartition(".")
+            _put(_submodule(root, path), key, tensor)
+    return root
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module:
+    for part in path.split(".") if path else ():
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        found = root._modules[part]
+        assert found is not None
+        root = found
+    return root
+
+
+def _put(module: nn.Module, key: str, tensor: Tensor) -> None:
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(key, tensor)
+    else:
+        module.register_buffer(key, tensor)
+
+
+def _tensor(
+    name: str, kind: Value, given: Mapping[str, Tensor], generator: torch.Generator, below: int
+) -> Tensor:
+    """The tensor that was given, or a random one; whole numbers are below ``below``."""
+    found = given.get(name)
+    if found is not None:
+        if (found.dtype, tuple(found.shape)) != (kind.dtype, kind.shape):
+            raise ProgramFileError(
+                f"'{name}' is {found.dtype} {list(found.shape)}; the program takes {kind.dtype} {list(kind.shape)}"
+            )
+        return found
+    if given:
+        raise ProgramFileError(f"no tensor was given for '{name}'; there are {', '.join(given)}")
+    if kind.dtype.is_floating_point:
+        return torch.randn(kind.shape, generator=generator).mul_(DEVIATION).to(kind.dtype)
+    return torch.randint(below, kind.shape, generator=generator).to(kind.dtype)
+
+
+def _least_rows(program: Program) -> int:
+    """The rows of the smallest table: a whole number below it is an index into any of them."""
+    shapes = [value(node).shape for node, _ in program.placeholders(InputKind.PARAMETER)]
+    return min((shape[0] for shape in shapes if len(shape) == 2), default=2)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    full: Any = getattr(tensor, "full_tensor", None)
+    return (tensor if full is None else full()).detach()
+
+
+def _read(path: Path | None) -> dict[str, Tensor]:
+    if path is None:
+        return {}
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error

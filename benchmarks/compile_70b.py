@@ -1,0 +1,182 @@
+"""Seconds and memory that compiling Llama-70B for dp=8 x tp=8 takes, at several depths.
+
+    python -m benchmarks.compile_70b                    8, 40 and 80 layers, a fresh process each
+    python -m benchmarks.compile_70b --layers 80 --mesh dp=8,tp=8 --json
+
+The model is Hugging Face's ``LlamaForCausalLM`` at its real widths in bfloat16 on the meta device: no weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+from autopar.program import Program
+
+LAYERS = (8, 40, 80)
+LENGTH = 4096
+ROWS_PER_RANK = 1
+
+
+@dataclass
+class Compilation:
+    """Of one depth: seconds (clock) of each step in order, of the processor in all, and the most memory held, MB;
+    ``baseline_mb`` of it is torch, transformers and the model before any compiling."""
+
+    layers: int
+    mesh: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
+    baseline_mb: float = 0.0
+    peak_mb: float = 0.0
+    forward_nodes: int = 0
+    backward_nodes: int = 0
+    emitted_lines: int = 0
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_70b", description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=LAYERS)
+    parser.add_argument("--mesh", default="dp=8,tp=8")
+    parser.add_argument("--sequence", default="none", choices=("none", "megatron"))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # compile here, print JSON
+    options = parser.parse_args(arguments)
+    if options.worker:
+        print(json.dumps(asdict(_compiled(options.layers[0], options.mesh, options.sequence))))
+        return 0
+    found = [_apart(layers, options) for layers in options.layers]
+    if options.json:
+        print(json.dumps([asdict(entry) for entry in found], indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(_table(found))
+    return 0
+
+
+def _apart(layers: int, options: argparse.Namespace) -> Compilation:
+    """In a process of its own, so that its peak of memory is its own too."""
+    command = [sys.executable, "-m", "benchmarks.compile_70b", "--worker", "--layers", str(layers)]
+    command += ["--mesh", options.mesh, "--sequence", options.sequence]
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    return Compilation(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _compiled(layers: int, mesh: str, sequence: str) -> Compilation:
+    from autopar.differentiate import differentiate
+    from autopar.passes import OPTIMISATIONS, PASSES
+    from autopar.trace import trace
+
+    warnings.filterwarnings("ignore")
+    sizes = {axis: int(size) for axis, size in (part.split("=") for part in mesh.split(","))}
+    named, plan = Mesh(**sizes), Plan(sequence=sequence)
+    model, batch = llama_70b(layers), batch_of(ROWS_PER_RANK * sizes.get("dp", 1), LENGTH)
+    found = Compilation(layers, mesh, baseline_mb=_peak_mb())
+    start = time.process_time()
+    program = _timed(found, "trace", lambda: trace(model, (), batch, named, plan))
+    steps: list[tuple[str, Callable[[Program], Program]]] = [(step.name, step) for step in PASSES]
+    steps += [("differentiate", differentiate), *((step.name, step) for step in OPTIMISATIONS)]
+    for name, step in steps:
+        program = _timed(found, name, lambda step=step, before=program: step(before))  # type: ignore[misc]
+    code = _timed(found, "emit", lambda: _emitted(program))
+    found.cpu_seconds, found.peak_mb = time.process_time() - start, _peak_mb()
+    role = program.roles[0]
+    assert role.backward is not None
+    found.forward_nodes, found.backward_nodes = len(role.forward.nodes), len(role.backward.nodes)
+    found.emitted_lines = code.count("\n")
+    return found
+
+
+def _emitted(program: Program) -> str:
+    """The source of the last rank, compiled to bytecode as well: what a rank does before its first step."""
+    code = program.rank(program.mesh.world_size - 1).code
+    compile(code, "<rank>", "exec")
+    return code
+
+
+def _timed(found: Compilation, name: str, step: Callable[[], Any]) -> Any:
+    start = time.perf_counter()
+    result = step()
+    found.seconds[name] = round(time.perf_counter() - start, 3)
+    return result
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def llama_70b(layers: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=layers,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_theta=500_000.0,
+        use_cache=False,
+        dtype=torch.bfloat16,
+    )
+    with torch.device("meta"):
+        model: nn.Module = LlamaForCausalLM(config).to(torch.bfloat16)
+    return model.train()
+
+
+def batch_of(rows: int, length: int) -> dict[str, Tensor]:
+    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def _table(found: Sequence[Compilation]) -> Table:
+    title = f"Llama-70B widths, HF LlamaForCausalLM on meta, {found[0].mesh}: seconds"
+    table = Table("layers", title=title, title_justify="left")
+    columns = [str(entry.layers) for entry in found]
+    growth = len(found) > 1
+    if growth:
+        columns.append(f"x from {found[0].layers} to {found[-1].layers}")
+    for column in columns:
+        table.add_column(column, justify="right")
+
+    def row(name: str, values: Sequence[float], form: str) -> None:
+        last = [f"{values[-1] / values[0]:.1f}"] if growth and values[0] > 0 else []
+        table.add_row(name, *(form.format(entry) for entry in values), *last)
+
+    for name in found[0].seconds:
+        row(name, [entry.seconds[name] for entry in found], "{:.2f}")
+    table.add_section()
+    row("total", [entry.total for entry in found], "{:.1f}")
+    row("processor", [entry.cpu_seconds for entry in found], "{:.1f}")
+    row("peak MB", [entry.peak_mb for entry in found], "{:.0f}")
+    row("of it before compiling", [entry.baseline_mb for entry in found], "{:.0f}")
+    row("forward nodes", [entry.forward_nodes for entry in found], "{:.0f}")
+    row("backward nodes", [entry.backward_nodes for entry in found], "{:.0f}")
+    row("emitted lines", [entry.emitted_lines for entry in found], "{:.0f}")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

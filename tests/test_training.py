@@ -1,0 +1,72 @@
+"""Training on real gloo processes against the unmodified model in one process, in float64: every number, every step."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autopar
+from autopar import Mesh, Plan
+from autopar.module import loss_of
+from models import gpt, llama
+from tests.against_one_process import Errors, Tiny, compare_gradients, difference, float64, tiny_batch, worst
+from tests.launch import run_ranks
+
+TOLERANCE = 1e-12
+AFTER_ADAM = 1e-9  # its second moments magnify rounding where a gradient is almost zero
+
+
+def train(build: Callable[[], nn.Module], batches: list[dict[str, Tensor]], mesh: Mesh, plan: Plan) -> Errors:
+    """Three steps of AdamW with clipping, the first with two accumulated batches; then an evaluation."""
+    model = float64(build)
+    reference = copy.deepcopy(model)
+    parallel = autopar.parallelize(model, mesh, plan)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (parallel, reference)]
+    errors: Errors = {}
+    for step, batch in enumerate(batches[1:]):
+        for part in [batches[0], batch] if step == 0 else [batch]:
+            losses = [loss_of(m(**part)) for m in (parallel, reference)]
+            for loss in losses:
+                loss.backward()
+            errors[f"loss {step}"] = difference(*losses)
+        errors |= {f"{name} {step}": e for name, e in compare_gradients(parallel, reference).items()}
+        norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5) for m in (parallel, reference)]
+        errors[f"norm {step}"] = difference(*norms)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, found), expected in zip(parallel.full_state_dict().items(), reference.state_dict().values()):
+        errors[name] = difference(found, expected)
+    with torch.no_grad():
+        outputs = [m.eval()(**batches[0]) for m in (parallel, reference)]
+    return errors | {f"eval {key}": difference(outputs[0][key], outputs[1][key]) for key in outputs[1]}
+
+
+TRAINED = {
+    "tiny": (Tiny, [tiny_batch(seed=seed) for seed in range(4)]),
+    "gpt": (gpt.build, [gpt.example_batch(gpt.PRESETS["tiny"], 4, 8, seed) for seed in range(4)]),
+    "llama": (llama.build, [llama.example_batch(llama.PRESETS["tiny"], 4, 8, seed) for seed in range(4)]),
+}
+
+
+@pytest.mark.parametrize(("model", "mesh"), [("tiny", "dp=2,tp=2"), ("gpt", "dp=2,tp=2"), ("gpt", "tp=3"), ("llama", "dp=2,tp=2")])
+def test_training_equals_one_process(model: str, mesh: str) -> None:
+    parsed = Mesh.parse(mesh)
+    for errors in run_ranks(train, parsed.world_size, *TRAINED[model], parsed, Plan(check_numerics=False)):
+        assert worst(errors) < (AFTER_ADAM, ""), sorted(errors.items(), key=lambda item: -item[1])[:5]
+        assert worst({k: e for k, e in errors.items() if k.endswith(" 0")}) < (TOLERANCE, "")
+
+
+def train_alone() -> Errors:
+    for name in ("RANK", "WORLD_SIZE"):
+        del os.environ[name]
+    return train(*TRAINED["tiny"], Mesh(), Plan())
+
+
+def test_a_mesh_of_one_rank_needs_no_launcher() -> None:
+    assert worst(run_ranks(train_alone, 1)[0]) < (AFTER_ADAM, "")
