@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_LAZY = {  # name -> module: what needs torch.export or torch.distributed is imported at first use; no name of a submodule
+# name -> module: what needs torch.export or torch.distributed is imported at first use. No name of a submodule here:
+# autopar.trace is the module, whichever was imported first.
+_LAZY = {
     "compile_program": "driver",
     "parallelize": "driver",
     "ParallelModule": "module",

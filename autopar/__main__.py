@@ -1,6 +1,7 @@
 """The command line ``autopar``.
 
-Exit codes: 0 all is well, 1 a check failed (numbers differ), 2 the command could not be run, and the message says why.
+Exit codes: 0 all is well, 1 a check failed (numbers differ), 2 the command could not be run, and the message says why,
+3 a fault of autopar, with its traceback.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -53,12 +55,15 @@ def main() -> None:
     try:
         app(args=arguments, prog_name="autopar")
     except (AutoparError, ValueError) as error:
-        text = _short(error)
-        if debug or not note_failure(error, text):
-            print(f"autopar: {text}", file=sys.stderr)
-        if debug:
-            raise
-        sys.exit(2)
+        _end(error, traceback.format_exc() if debug else _short(error), 2)
+    except Exception as error:
+        _end(error, f"this is a fault of autopar\n{traceback.format_exc()}", 3)
+
+
+def _end(error: Exception, text: str, code: int) -> NoReturn:
+    if not note_failure(error, text):
+        print(f"autopar: {text}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _short(error: Exception) -> str:

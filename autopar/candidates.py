@@ -155,7 +155,7 @@ def flow_of(program: Program, axis: str) -> Flow:
 
 def _factoring(program: Program, node: fx.Node, call: Call, cache: dict[Any, Factoring]) -> Factoring:
     plain = fx.node.map_arg((call.args, dict(call.kwargs)), lambda n: None)
-    key = (call.target, repr(plain), call.inputs, call.outputs, call.diff_inputs)
+    key = (call.target, repr(plain), call.inputs, call.outputs, call.diff_inputs, call.parameters)
     if key not in cache:
         rule = rule_for(call.target)
         if rule is None and program.plan.on_unknown != "replicate":

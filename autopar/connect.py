@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import sys
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -112,8 +114,8 @@ def _device_mesh(mesh: Mesh, timeout: float, device: torch.device) -> DeviceMesh
     shape = tuple(size for _, size in mesh.axes) or (1,)
     names = mesh.names or ("dp",)
     backend = dist.get_backend()
-    smaller = [name for name, size in zip(names, shape) if 1 < size < mesh.world_size]  # the world has its group already
-    override = {name: torch_collectives.options(backend, timeout) for name in smaller if backend in ("gloo", "nccl")}
+    smaller = [name for name, size in zip(names, shape) if 1 < size < mesh.world_size]  # the world has its group
+    override: dict[Any, Any] = {name: torch_collectives.options(backend, timeout) for name in smaller}
     with _peers_needed("making the process groups", dist.get_rank(), mesh.world_size, timeout):
         return init_device_mesh(device.type, shape, mesh_dim_names=names, backend_override=override or None)
 
@@ -144,9 +146,22 @@ def _command(mesh: Mesh) -> str:
     return f"torchrun --nproc-per-node {mesh.world_size} {script}"
 
 
+_uncaught: list[BaseException] = []  # the RankFailedError that ends this process
+
+
 def _short_failures(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """An uncaught RankFailedError is no bug of the script: its message alone tells more than the traceback."""
     if issubclass(kind, RankFailedError):
+        _uncaught.append(error)
         print(f"{kind.__module__}.{kind.__qualname__}: {error}", file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+@atexit.register
+def _leave_lost_peers() -> None:
+    """Threads of a broken process group would hold up the end of this process, or abort it with a core dump."""
+    if _uncaught:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

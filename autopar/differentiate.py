@@ -28,13 +28,12 @@ from autopar.program import (
     Program,
     Role,
     origin,
-    output_node,
     set_origin,
     set_values,
     value,
     values,
 )
-from autopar.recorder import IDENTITIES, Recorder, fake_mode
+from autopar.recorder import IDENTITIES, Recorder, does_nothing, fake_mode
 
 aten = torch.ops.aten
 
@@ -54,7 +53,7 @@ def role_of(program: Program, differentiable: tuple[int, ...] | None = None, rem
     ``differentiable``: positions of the outputs that get a gradient; by default the loss alone, or else all user
     outputs that need one. ``remake``: which forward nodes backward makes again rather than gets (``partition``).
     """
-    inference = inference_graph(program.graph)
+    inference = inference_graph(program)
     joint, differentiable, grads = joint_graph(program, differentiable)
     if not grads:
         return Role(inference, None, inference)
@@ -62,14 +61,14 @@ def role_of(program: Program, differentiable: tuple[int, ...] | None = None, rem
     return Role(forward, backward, inference, len(saved), differentiable, grads)
 
 
-def inference_graph(graph: fx.Graph) -> fx.Graph:
+def inference_graph(program: Program) -> fx.Graph:
     """A copy of the forward graph without dead nodes and without what only matters to a backward pass."""
     copy, copies = fx.Graph(), dict[Node, Node]()
-    results: tuple[Node, ...] = output_node(graph).args[0]  # type: ignore[assignment]
+    results = program.returned
     live = live_nodes(results)
-    for node in graph.nodes:
+    for node in program.graph.nodes:
         if node.op == "placeholder" or node in live:
-            if node.target in IDENTITIES:
+            if node.target in IDENTITIES or does_nothing(node.target, node.args, program.mesh):
                 copies[node] = copies[node.all_input_nodes[0]]
                 continue
             copies[node] = copy.node_copy(node, copies.__getitem__)
@@ -85,7 +84,7 @@ def joint_graph(
     """Forward and backward as one graph, the positions of the differentiable outputs, the names of the gradients."""
     graph = fx.Graph()
     names = (node.name for node in program.graph.nodes)
-    with fake_mode(), Recorder(graph, names) as recorder:
+    with fake_mode(), Recorder(graph, program.mesh, names) as recorder:
         run = _Forward(program, recorder)
         outputs = run.outputs()
         if differentiable is None:

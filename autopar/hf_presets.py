@@ -163,6 +163,8 @@ def config_of(name: str, overrides: Mapping[str, Any]) -> Any:
     for key, value in vars(config).items():
         if ("drop" in key or "jitter" in key) and isinstance(value, float) and key not in overrides:
             setattr(config, key, 0.0)
+    if "experts_implementation" not in overrides:
+        config._experts_implementation = "batched_mm"  # the default has no float64 kernel, and a loop does not trace
     if hasattr(config, "use_cache"):
         config.use_cache = False  # a cache in the output is of no use in training
     return config

@@ -18,7 +18,7 @@ from autopar.execute import Executable
 from autopar.layout import Layout
 from autopar.lockstep import Transfer
 from autopar.mesh import Mesh
-from autopar.parameters import Weights, traceable
+from autopar.parameters import Weights, tables, traceable
 from autopar.plan import Plan
 from autopar.program import InputKind, Program, value
 from autopar.simulate import Step, simulate
@@ -67,6 +67,7 @@ class ParallelModule(nn.Module):
         self._executables: dict[Hashable, Executable] = {}
         self._steps = 0
         self._weights = Weights(self, connection) if connection else None
+        self._slots = [(table, key) for module, table, key, _ in tables(self) if table is module._parameters]
 
     # ------------------------------------------------------------ calling
 
@@ -115,7 +116,7 @@ class ParallelModule(nn.Module):
     def prepare(self, *args: Any, **kwargs: Any) -> Program:
         """Make the program of this call without running it; the tensors may be meta tensors."""
         call = self._signature.call(args, kwargs)
-        return self._executable(call).program if self._connection else self._program(self._key(call), call)
+        return self._program(self._key(call), global_call(call, self.mesh, self.plan))
 
     def full_state_dict(self, *, device: str = "cpu", rank0_only: bool = False) -> dict[str, Tensor]:
         """Copies of the whole tensors under the model's names, on every rank or only on rank 0 (empty elsewhere).
@@ -162,9 +163,8 @@ class ParallelModule(nn.Module):
     # ------------------------------------------------------------ programs
 
     def _key(self, call: Call) -> Hashable:
-        gradients = tuple(parameter.requires_grad for parameter in self.parameters())
-        cast = torch.is_autocast_enabled() and torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cuda")
-        return self.training, cast, gradients, call.key
+        gradients = tuple([table[key].requires_grad for table, key in self._slots])
+        return self.training, cast_to(), gradients, call.key
 
     def _executable(self, call: Call) -> Executable:
         key = self._key(call)
@@ -207,6 +207,12 @@ class ParallelModule(nn.Module):
                     f"this call wants parameter '{name}' as {layout}, and it is held as {held} since the first call\n"
                     "Way out: say how it is split, e.g. Plan(tensor={'" + name + "': 'column'})."
                 )
+
+
+def cast_to() -> tuple[torch.dtype | None, ...]:
+    """What autocast is asked to compute in; a traced program has its casts as nodes."""
+    kinds = ("cpu", "cuda")
+    return tuple([torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds])
 
 
 def weight_layouts(program: Program) -> dict[str, Layout]:

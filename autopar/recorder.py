@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from autopar import comm
 from autopar.errors import InvariantError
 from autopar.layout import Layout
+from autopar.mesh import Mesh
 from autopar.program import Node, Origin, Value, set_origin, set_values
 
 aten = torch.ops.aten
@@ -102,17 +103,23 @@ def _can_view(tensor: Tensor, like: Tensor) -> bool:
         return False
 
 
+def does_nothing(target: Any, args: Sequence[Any], mesh: Mesh | None) -> bool:
+    """Whether this is a collective on an axis of size 1."""
+    name = comm.TARGETS.get(target)
+    return mesh is not None and name is not None and name != "axis_index" and mesh.size(args[1]) == 1
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes every operator that runs under it into ``graph``; see the top of this file.
 
     ``origin`` is given to the nodes recorded from now on. ``expected`` is an operator and the name of its node, should
-    it be recorded; ``reserved`` names are given to no other node. ``backward()`` starts the backward phase:
-    ``forward_nodes`` are those recorded before.
+    it be recorded; ``reserved`` names are given to no other node. Collectives on axes of size 1 are dropped.
+    ``backward()`` starts the backward phase: ``forward_nodes`` are those recorded before.
     """
 
-    def __init__(self, graph: fx.Graph, reserved: Iterable[str] = ()) -> None:
+    def __init__(self, graph: fx.Graph, mesh: Mesh | None = None, reserved: Iterable[str] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.graph = graph
+        self.graph, self.mesh = graph, mesh
         self.origin = Origin()
         self.expected: tuple[Any, str] = (None, "")
         self._taken = set(reserved)
@@ -182,7 +189,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
-        if func in IDENTITIES:
+        if func in IDENTITIES or does_nothing(func, args, self.mesh):
             return self._identity(func, args[0])
         if func is aten.pow.Tensor_Scalar and args[1] == 1 and args[0].is_floating_point():
             return self._identity(func, args[0])  # from the derivative of a square

@@ -140,11 +140,11 @@ class Communicator:
 
 def peer_failed(what: str, rank: int, peers: Sequence[int], timeout: float, problem: Exception) -> RankFailedError:
     """The error for a wait in ``what`` that ended in ``problem``."""
-    reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+    reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0].split(". ")[0]
     those = f"rank {peers[0]}" if len(peers) == 1 else f"ranks {', '.join(map(str, peers))}"
     return RankFailedError(
         f"rank {rank} waited in {what} for {those}: a peer ended, or did not answer within {timeout:g} s.\n"
-        f"  torch says: {reason[:300]}\n"
+        f"  torch says: {reason[:200]}\n"
         "Way out: the rank that failed first says why in its own output; then start again from the last checkpoint.\n"
         "If the peers were only slow, give them longer: Plan(timeout=seconds)."
     )

@@ -6,6 +6,7 @@ Each returns a new tensor, works along dim 0 and has ended when it returns. They
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -56,8 +57,14 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def options(backend: str, seconds: float) -> Any:
-    """What a new group of ``backend`` has to be told so that making it and using it fails after ``seconds``."""
-    found = dist.ProcessGroupNCCL.Options() if backend == "nccl" else dist.ProcessGroupGloo._Options()
+    """What a new group of ``backend`` is told so that making it, and using it, fails after ``seconds``."""
+    makers: dict[str, Callable[[], Any]] = {
+        "gloo": lambda: dist.ProcessGroupGloo._Options(),
+        "nccl": lambda: dist.ProcessGroupNCCL.Options(),
+    }
+    if backend not in makers:
+        return backend
+    found = makers[backend]()
     found._timeout = timedelta(seconds=seconds)
     return found
 

@@ -42,7 +42,8 @@ MESHES = ("1", "dp=2,tp=2", "dp=2,tp=2,megatron", "dp=4", "tp=4")
 
 @dataclass(frozen=True)
 class Row:
-    """One model on one mesh. Times are milliseconds; ``sent`` is what rank 0 sends in one step of ours, by axis."""
+    """One model on one mesh. Times are milliseconds; ``phases`` are those of rank 0, by clock (``wall``, ``cpu``);
+    ``sent`` are the bytes that rank 0 sends in one step of ours, by axis."""
 
     model: str
     mesh: str
@@ -50,8 +51,8 @@ class Row:
     peer_ms: float
     wall: Ratio
     cpu: Ratio
-    ours_phases: dict[str, float]
-    peer_phases: dict[str, float]
+    ours_phases: dict[str, dict[str, float]]
+    peer_phases: dict[str, dict[str, float]]
     sent: dict[str, int]
     loss_difference: float
     compile_seconds: float
@@ -137,7 +138,7 @@ def _measured(subject: Subject, mesh: str, options: argparse.Namespace) -> Row:
         mesh,
         *(1e3 * statistics.median(entry.wall) for entry in times),
         *_ratios(*times),
-        *(entry.phase_ms for entry in times),
+        *(entry.phase_ms() for entry in times),
         sent,
         difference,
         ours.compile_seconds,
@@ -172,10 +173,10 @@ def _ranks(mesh: str) -> int:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table("model", "mesh", title="a step: forward + backward + AdamW, fp32, gloo", title_justify="left")
-    for name in ("autopar ms", "peer ms", "clock ratio", "cpu ratio", "autopar f/b/o", "peer f/b/o", "sent/step", "loss"):
+    for name in ("autopar ms", "peer ms", "clock ratio", "cpu ratio", "autopar cpu f/b/o", "peer cpu f/b/o", "sent/step", "loss"):
         table.add_column(name, justify="right")
     for row in rows:
-        phases = ["/".join(f"{ms:.0f}" for ms in side.values()) for side in (row.ours_phases, row.peer_phases)]
+        phases = ["/".join(f"{ms:.0f}" for ms in side["cpu"].values()) for side in (row.ours_phases, row.peer_phases)]
         sent = " ".join(f"{axis} {count / 1e6:.2f}MB" for axis, count in sorted(row.sent.items()))
         times = f"{row.ours_ms:.1f}", f"{row.peer_ms:.1f}"
         table.add_row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,16 +20,21 @@ PHASES = ("forward", "backward", "optimizer")
 
 @dataclass
 class Times:
-    """Seconds of each step: of the clock, from when all ranks start to when all are done; of the processors, summed
-    over the ranks; and of the clock for each phase on this rank."""
+    """Seconds of each step: of the clock, from when all ranks start to when all are done, and of the processors, summed
+    over the ranks; and of each phase on this rank alone."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
-    phases: list[tuple[float, float, float]] = field(default_factory=list)
+    wall_phases: list[Sequence[float]] = field(default_factory=list)
+    cpu_phases: list[Sequence[float]] = field(default_factory=list)
 
-    @property
-    def phase_ms(self) -> dict[str, float]:
-        return {name: 1e3 * statistics.median(column) for name, column in zip(PHASES, zip(*self.phases))}
+    def phase_ms(self) -> dict[str, dict[str, float]]:
+        """Medians by clock and phase."""
+        clocks = {"wall": self.wall_phases, "cpu": self.cpu_phases}
+        return {
+            clock: {name: 1e3 * statistics.median(column) for name, column in zip(PHASES, zip(*rows))}
+            for clock, rows in clocks.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -70,19 +76,26 @@ def measure(
 
 def _step(contender: Contender, batch: Batch, times: Times) -> Tensor:
     _all_here()
-    cpu, start = time.process_time(), time.perf_counter()
+    marks = [_now()]
     loss = contender.forward(batch)
-    forward = time.perf_counter()
+    marks.append(_now())
     contender.backward(loss)
-    backward = time.perf_counter()
+    marks.append(_now())
     contender.optimizer.step()
     contender.optimizer.zero_grad()
-    done = time.perf_counter()
+    marks.append(_now())
     _all_here()
-    times.wall.append(time.perf_counter() - start)
-    times.phases.append((forward - start, backward - forward, done - backward))
-    times.cpu.append(_sum(time.process_time() - cpu))
+    marks.append(_now())
+    wall, cpu = zip(*marks)
+    times.wall.append(wall[-1] - wall[0])
+    times.wall_phases.append([after - before for before, after in itertools.pairwise(wall[:-1])])
+    times.cpu_phases.append([after - before for before, after in itertools.pairwise(cpu[:-1])])
+    times.cpu.append(_sum(cpu[-1] - cpu[0]))
     return loss.detach()
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def _all_here() -> None:

@@ -7,24 +7,25 @@
 
 from __future__ import annotations
 
-from autopar.pipeline import graph_pass
 from autopar.passes.bucket_collectives import bucket_collectives
 from autopar.passes.canonicalize import canonicalize
 from autopar.passes.draw_dropout import draw_dropout
 from autopar.passes.fold_constants import fold_constants
+from autopar.passes.recognise_causal_masks import recognise_causal_masks
 from autopar.passes.split_batch import split_batch
 from autopar.passes.split_tensors import split_tensors
 from autopar.passes.synchronise_batch_norm import synchronise_batch_norm
 from autopar.passes.write_losses_as_sums import write_losses_as_sums
 
-PASSES = tuple(p if hasattr(p,"name") else graph_pass()(p) for p in (
+PASSES = (
     canonicalize,  # first: every later pass meets one form of each operator
     fold_constants,  # masks and positions become constants, which any axis may cut
-    draw_dropout,  # masks from positions, which any axis may cut
-    synchronise_batch_norm,  # statistics of the whole batch
+    recognise_causal_masks,  # a mask that is known now may turn out to be plain causality
+    draw_dropout,  # masks from positions, so that they do not depend on the mesh
+    synchronise_batch_norm,  # statistics of the whole batch, before the batch is split
     write_losses_as_sums,  # a mean must stay a mean over all tokens once tokens are split
     split_batch,  # outermost data axis first: every later axis sees the local batch
     split_tensors,
-))
+)
 
 OPTIMISATIONS = (bucket_collectives,)  # on forward and backward graphs, after differentiation; numbers stay the same

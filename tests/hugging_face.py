@@ -82,4 +82,4 @@ def errors(program: Program, model: nn.Module, batch: Batch) -> tuple[float, flo
         return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)))
 
     gradient_errors = gradient_error(gradients(found.loss), gradients(expected.loss))
-    return float(abs(found.loss - expected.loss)), max(gradient_errors.values())
+    return float((found.loss - expected.loss).detach().abs()), max(gradient_errors.values())

@@ -323,11 +323,17 @@ def test_sizes_that_do_not_fit_name_the_node() -> None:
         differentiate(program)
 
 
+def test_collectives_of_one_rank_are_dropped() -> None:
+    role = the_role(LINEAR.replace("tp=2", "tp=1").replace("dp=2", "dp=1"))
+    for graph in (role.forward, backward_of(role), role.inference):
+        assert not comm.TARGETS.keys() & set(targets(graph))
+
+
 def test_inference_drops_dead_nodes() -> None:
     program = program_of(LINEAR)
     with program.graph.inserting_before(output_node(program.graph)):
         program.graph.call_function(torch.ops.aten.sin.default, (program.returned[0],))
-    assert torch.ops.aten.sin.default not in targets(inference_graph(program.graph))
+    assert torch.ops.aten.sin.default not in targets(inference_graph(program))
 
 
 def test_plain_functions_are_traced_through() -> None:

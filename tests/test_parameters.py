@@ -35,8 +35,8 @@ STRIDED = {
     "tp before dp": Layout.whole((8, 3)).place("tp", Split(0), MESH).place("dp", Split(0), MESH),
 }
 PERMUTED = {
-    "grouped heads": Layout.whole((16, 3)).place("tp", Split(0, ratio=(2, 1, 1)), MESH),
-    "grouped heads and dp": Layout.whole((16, 4)).place("tp", Split(0, ratio=(2, 1, 1)), MESH).place("dp", Split(1), MESH),
+    "groups": Layout.whole((16, 3)).place("tp", Split(0, ratio=(2, 1, 1)), MESH),
+    "groups and dp": Layout.whole((16, 4)).place("tp", Split(0, ratio=(2, 1, 1)), MESH).place("dp", Split(1), MESH),
 }
 LAYOUTS = CONTIGUOUS | STRIDED | PERMUTED
 
@@ -51,8 +51,8 @@ def test_forms(name: str) -> None:
 
 def test_parts_that_no_dtensor_has() -> None:
     mesh = Mesh(dp=2, tp=4)
-    layout = Layout(((Factor(6, ("tp", "dp")),),))
-    with pytest.raises(IndivisibleError, match="'w' as .* a mesh whose dp x tp divides 6"):
+    layout = Layout(((Factor(9, ("tp", "dp")),),))
+    with pytest.raises(IndivisibleError, match="(?s)'w' as .* a mesh whose dp x tp divides 9"):
         stored(layout, mesh, "w")
 
 

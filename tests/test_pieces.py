@@ -9,11 +9,8 @@ from autopar import pieces
 from autopar.layout import Split, owned_indices
 
 WAYS = 2
-SPLITS = [
-    (Split(dim, outer, ratio), length)
-    for dim in (0, 1, 2)
-    for outer, ratio, length in ((1, (1,), 8), (1, (1,), 7), (1, (1,), 1), (3, (1,), 12), (1, (4, 2, 2), 16), (2, (2, 1), 12))
-]
+FORMS = ((1, (1,), 8), (1, (1,), 7), (1, (1,), 1), (3, (1,), 12), (1, (4, 2, 2), 16), (2, (2, 1), 12))
+SPLITS = [(Split(dim, outer, ratio), length) for dim in (0, 1, 2) for outer, ratio, length in FORMS]
 
 
 def whole_of(split: Split, length: int) -> torch.Tensor:

@@ -54,7 +54,10 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize(("model", "mesh"), [("tiny", "dp=2,tp=2"), ("gpt", "dp=2,tp=2"), ("gpt", "tp=3"), ("llama", "dp=2,tp=2")])
+CASES = [("tiny", "dp=2,tp=2"), ("gpt", "dp=2,tp=2"), ("gpt", "tp=3"), ("llama", "dp=2,tp=2")]
+
+
+@pytest.mark.parametrize(("model", "mesh"), CASES)
 def test_training_equals_one_process(model: str, mesh: str) -> None:
     parsed = Mesh.parse(mesh)
     for errors in run_ranks(train, parsed.world_size, *TRAINED[model], parsed, Plan(check_numerics=False)):

@@ -39,6 +39,7 @@ from autopar.named_models import Example, named_model
 from autopar.plan import Plan
 
 WORST_SHOWN = 3
+PHASES = ("forward", "backward")
 
 
 def check_command(
@@ -115,28 +116,24 @@ def _print_one(model: str, report: Report, seconds: float) -> None:
 def _print_several(model: str, found: list[tuple[Report, float]]) -> None:
     rows = []
     for report, seconds in found:
-        name, error = _worst(report)[0]
         operations = {phase: sum(t.operations for t in report.step.traffic if t.phase == phase) for phase in PHASES}
         rows.append(
             (
                 str(report.program.mesh),
                 _verdict(report.loss),
                 _verdict(max(report.outputs.values(), default=0.0)),
-                f"{name}  {_verdict(error)}",
+                _verdict(max(report.grads.values(), default=0.0)),
                 " + ".join(str(operations[phase]) for phase in PHASES),
                 size_text(sum(entry.bytes for entry in report.step.traffic)),
                 f"{seconds:.1f}",
             )
         )
-    columns = ("mesh", "loss", "outputs", "worst gradient", "collectives", "sent", "seconds")
+    columns = ("mesh", "loss", "outputs", "gradients", "collectives", "sent", "seconds")
     console = stdout()
     console.print(table(f"{model} against the unmodified model, float64", columns, rows))
     failed = sum(not passed(report) for report, _ in found)
     verdict = f"[bold red]{failed} of {len(found)} meshes differ[/bold red]" if failed else "[green]the same[/green]"
     console.print(f"{verdict} (tolerance {TOLERANCE:g}); collectives: forward + backward, of one rank")
-
-
-PHASES = ("forward", "backward")
 
 
 def _document(report: Report, seconds: float) -> dict[str, Any]:

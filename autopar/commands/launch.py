@@ -33,9 +33,10 @@ def relaunch(ranks: int, arguments: Sequence[str]) -> None:
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default too, but it warns about it
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = ["--standalone", "--nproc-per-node", str(ranks), "-m", "autopar", *arguments]
+    options = parse_args(["--standalone", "--nproc-per-node", str(ranks), "-m", "autopar"])  # type: ignore[no-untyped-call]
+    options.training_script_args = list(arguments)  # not parsed: torchrun would take options of ours for its own
     try:
-        run(parse_args(options))  # type: ignore[no-untyped-call]
+        run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         raise typer.Exit(_report(error.failures, ranks)) from None
     except (SignalException, KeyboardInterrupt):

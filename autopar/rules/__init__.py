@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar.comm import OPS
 from autopar.mesh import Mesh
-from autopar.program import InputKind, values
+from autopar.program import values
 from autopar.rules import (
     collectives,
     contractions,
@@ -94,8 +95,19 @@ def call_of(node: fx.Node, mesh: Mesh, parameters: frozenset[fx.Node] = frozense
         tuple(t.layout.local_shape(mesh) for t in types),
         tuple(t.layout.local_shape(mesh) for t in values(node)),
         tuple(t.requires_grad for t in types),
-        tuple(operand in parameters for operand in operands),
+        tuple(_is_parameter(operand, parameters) for operand in operands),
     )
 
 
-PARAMETER_KINDS = (InputKind.PARAMETER,)
+_KEEPS_ZEROS = {
+    torch.ops.aten._to_copy.default, torch.ops.aten.transpose.int, torch.ops.aten.t.default,
+    torch.ops.aten.permute.default, torch.ops.aten.clone.default, OPS.enter.default,
+}  # fmt: skip
+
+
+def _is_parameter(node: fx.Node, parameters: frozenset[fx.Node]) -> bool:
+    """Whether ``node`` is a parameter, or a cast or transposition of one: the zeros of its padding are still zeros."""
+    while node.op == "call_function" and node.target in _KEEPS_ZEROS:
+        (node,) = node.all_input_nodes
+    return node.op == "placeholder" and node in parameters
+

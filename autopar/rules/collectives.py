@@ -30,7 +30,13 @@ def exchanged(call: Call) -> Factoring:
     return keeps_other_dims(call, {int(call.args[3][0]), int(call.args[4][0])}, FIRST)
 
 
+def position(call: Call) -> Factoring:
+    """A rank's position on another axis: a number, nothing to split."""
+    return Factoring((), ((),), {})
+
+
 RULES: dict[Any, Any] = {
+    OPS.axis_index.default: position,
     **dict.fromkeys((OPS.enter.default, OPS.release.default, OPS.keep_first.default), elementwise),
     OPS.all_reduce.default: reduced,
     **dict.fromkeys((OPS.all_gather.default, OPS.all_gather_invariant.default, OPS.pad.default), joined),

@@ -8,31 +8,17 @@ from typing import Any
 import torch
 
 from autopar import operators
-from autopar.comm import OPS
 from autopar.program import Node, value
 from autopar.rules.factoring import Call, Dims, Emit, Factoring, Shape, dims_of, factoring_of
 from autopar.rules.pointwise import broadcast_dims
 
 aten = torch.ops.aten
 
-# Padding of a parameter is zeros, and zeros again after these: padded columns of the other factor then count nothing.
-_KEEPS_ZEROS = {
-    aten._to_copy.default, aten.transpose.int, aten.t.default, aten.permute.default, aten.clone.default,
-    OPS.enter.default,
-}  # fmt: skip
-
-
 def linear(call: Call) -> Factoring:
     line = "... k, n k, n -> ... n; linear 0 2, 1 2; added 2; uneven n k; contraction"
     factoring = factoring_of(line, call)
-    return factoring if _padded_with_zeros(call, 1) else replace(factoring, uneven=frozenset())
-
-
-def _padded_with_zeros(call: Call, position: int) -> bool:
-    node = call.operands[position]
-    while node.op == "call_function" and node.target in _KEEPS_ZEROS:
-        (node,) = node.all_input_nodes
-    return node.op == "placeholder" and bool(call.parameters) and call.parameters[position]
+    # padding is zeros in a parameter and anything elsewhere: zeros times anything count nothing
+    return factoring if call.parameters[1:2] == (True,) else replace(factoring, uneven=frozenset())
 
 
 def matmul(call: Call) -> Factoring:

@@ -32,7 +32,7 @@ class Call:
     inputs: tuple[Shape, ...]  # their shapes
     outputs: tuple[Shape, ...]
     diff_inputs: tuple[bool, ...] = ()  # whether a gradient flows into each operand
-    parameters: tuple[bool, ...] = ()  # whether each operand is a parameter (or a cast or view of one)
+    parameters: tuple[bool, ...] = ()  # whether each operand is a parameter, or a cast or transposition of one
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by its position or its keyword."""

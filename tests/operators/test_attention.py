@@ -67,7 +67,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: boo
     if q.dim() > 3:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     if mask is not None and causal:
-        later = torch.ones(q.shape[-2], k.shape[-2]).tril() == 0
+        later = torch.ones(q.shape[-2], k.shape[-2], device=q.device).tril() == 0
         mask, causal = mask.masked_fill(later, False if mask.dtype is torch.bool else -math.inf), False
     with sdpa_kernel(SDPBackend.MATH):
         return functional.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale)
@@ -148,7 +148,7 @@ def test_lower_precision(dtype: torch.dtype, bound: float) -> None:
     for a, b in zip((expected, *grads[0]), (found, *grads[1]), strict=True):
         assert b.dtype is dtype
         error = float((a - b.double()).detach().abs().max())
-        assert error < bound * max(1.0, float(a.detach().abs().max())), mask
+        assert error < bound * max(1.0, float(a.detach().abs().max()))
 
 
 def test_mask_with_a_gradient() -> None:
@@ -193,6 +193,19 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     q, k = torch.randn(2, 3, 5, 8), torch.randn(2, 2, 5, 8)
     with pytest.raises(ValueError, match="multiple"):
         attention.ATTENTION(q, k, k, None, False, None)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), itertools.product(SHAPES, (torch.float32, torch.bfloat16, torch.float64)))
+def test_cuda_kernels_are_called_with_fitting_shapes(shape: str, dtype: torch.dtype) -> None:
+    """Without a device: torch's own shape functions of the kernels that would run."""
+    q, k, v = (x.detach().to("meta", dtype) for x in _inputs(shape))
+    for kind in MASKS:
+        mask, causal = _mask(kind, q.double(), k)
+        mask = None if mask is None else mask.to("meta", dtype if mask.is_floating_point() else torch.bool)
+        out, logsumexp = attention._cuda(q, k, v, mask, causal, None)
+        assert out.shape == (*q.shape[:-1], v.shape[-1]) and logsumexp.shape == q.shape[:-1]
+        grads = attention._cuda_backward(out, q, k, v, mask, out, logsumexp, causal, None)
+        assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 
 @pytest.mark.gpu

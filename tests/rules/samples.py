@@ -31,7 +31,7 @@ def samples_of(target: Any) -> list[Sample]:
         return SAMPLES[target]
     if isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and _elementwise(target):
         return from_schema(target)
-    raise LookupError(f"no sample for {_name(target)}: add one in tests/rules/samples.py")
+    raise LookupError(f"no sample for {name_of(target)}: add one in tests/rules/samples.py")
 
 
 def _elementwise(target: Any) -> bool:
@@ -41,7 +41,7 @@ def _elementwise(target: Any) -> bool:
     return rule_for(target) is broadcast
 
 
-def _name(target: Any) -> str:
+def name_of(target: Any) -> str:
     return str(target) if isinstance(target, torch._ops.OpOverload) else target.__name__
 
 

@@ -198,6 +198,7 @@ def _where(dim: int, length: int, outer: int = 1, ratio: tuple[int, ...] = (1,))
 
 
 COLLECTIVES: dict[Any, list[Sample]] = {
+    OPS.axis_index.default: [call("dp", outer=2)],
     **dict.fromkeys(
         (OPS.enter.default, OPS.release.default, OPS.keep_first.default),
         [call(x(6, 5), "dp", outer=2), call(x(12), "dp", outer=2)],

@@ -1,0 +1,128 @@
+"""The README and the pages of docs/ are true: Python blocks run, what they print is compared, commands too."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autopar.__main__ import main
+from tests.launch import run_ranks
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN_HERE = ("autopar show", "autopar check")  # the others install things, or start processes
+NUMBER = re.compile(r"\d[\d.,e+-]*")
+LINK = re.compile(r"\]\(([^)#:]+)\)")
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    text: str
+    line: int
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[Block, Block | None]]:
+    """The blocks of a language, each with the block that follows it."""
+    found: list[Block] = []
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S):
+        line = page.read_text(encoding="utf-8").count("\n", 0, match.start()) + 2
+        found.append(Block(match[1], match[2], line))
+    for block, after in zip(found, [*found[1:], None]):
+        if block.language == language:
+            yield block, after
+
+
+def compiled(block: Block) -> Any:
+    return compile("\n" * (block.line - 1) + block.text, str(README), "exec")
+
+
+def is_script(block: Block) -> bool:
+    """Whether the block is a file of its own, for torchrun."""
+    return "torchrun" in block.text.splitlines()[0]
+
+
+def test_python_blocks() -> None:
+    """One after the other, as if in one session."""
+    session: dict[str, Any] = {"__name__": "readme"}
+    compared = 0
+    for block, after in blocks(README, "python"):
+        if is_script(block):
+            continue
+        printed = StringIO()
+        with redirect_stdout(printed):
+            exec(compiled(block), session)
+        if after is not None and after.language == "text":
+            assert printed.getvalue() == after.text, f"README line {after.line}"
+            compared += 1
+    assert compared
+
+
+def run_script(number: int) -> None:
+    """What torchrun does with a script, here with the README's ``number``-th."""
+    exec(compiled(scripts()[number]), {"__name__": "__main__"})
+
+
+def scripts() -> list[Block]:
+    return [block for block, _ in blocks(README, "python") if is_script(block)]
+
+
+@pytest.mark.parametrize("number", range(len(scripts())))
+def test_scripts(number: int) -> None:
+    pytest.importorskip("transformers")
+    found = re.search(r"--nproc-per-node (\d+)", scripts()[number].text)
+    assert found
+    run_ranks(run_script, int(found[1]), number)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Command and output of every console block that can be run here."""
+    found = []
+    for block, _ in blocks(README, "console"):
+        first, _, output = block.text.partition("\n")
+        assert first.startswith("$ "), f"README line {block.line}: a console block starts with $"
+        if first[2:].startswith(RUN_HERE):
+            found.append((first[2:], output))
+    return found
+
+
+@pytest.mark.parametrize("command, output", commands(), ids=[command for command, _ in commands()])
+def test_console_blocks(
+    command: str, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The output is that of the README, up to its numbers, which may differ in the last digits or in seconds."""
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert shape(capsys.readouterr().out) == shape(output)
+
+
+def shape(text: str) -> list[str]:
+    """The words of each line, numbers as N and rulers left out: widths follow the numbers."""
+    lines = [" ".join(NUMBER.sub("N", line).split()) for line in text.splitlines()]
+    return [line for line in lines if line.strip("─")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_paths_in_pages() -> None:
+    """What is named like a file of this repository is one."""
+    for page in PAGES:
+        for name in re.findall(r"`((?:autopar|passes|models|tests|docs)/[\w./]*)`", page.read_text(encoding="utf-8")):
+            example = "cut_stages" in name
+            assert example or (ROOT / name).exists(), f"{page.name} names {name}, which is not there"
