@@ -1,6 +1,6 @@
 """Emit: the graphs of a role as readable Python, one line per node, which is what a rank then runs.
 
-    aten_linear = torch.ops.aten.linear.default
+    aten_linear = torch.nn.functional.linear
 
     def forward(comm, inputs):
         x, p_down_weight = inputs
@@ -31,6 +31,7 @@ from autopar.errors import InvariantError
 from autopar.operators import REGISTRY
 from autopar.program import Node, Program, Role, origin, output_node, values
 from autopar.text import type_text
+from autopar.torch_bindings import BINDINGS
 
 RankFunction = Callable[[Any, list[Any]], tuple[Any, ...]]  # (comm, inputs) -> results
 
@@ -152,7 +153,7 @@ class _Module:
             short = f"{namespace}_{name}" + ("" if overload == "default" else f"_{overload}")
             while short in self.taken:
                 short += "_"
-            self.bindings[short] = f"torch.ops.{namespace}.{name}.{overload}"
+            self.bindings[short] = BINDINGS.get(target) or f"torch.ops.{namespace}.{name}.{overload}"
             return short
         name = getattr(target, "__name__", "")
         if REGISTRY.get(name) is target:

@@ -1,4 +1,4 @@
-"""The one door to what torch keeps private of DTensor and autograd, for the sake of speed.
+"""The one door to what torch keeps private of DTensor, for the sake of speed.
 
 ``DTensor.from_local`` and ``to_local`` go through autograd and cost 10 to 50 us a call; a step needs two per parameter.
 """
@@ -50,10 +50,3 @@ def strided(dim: int, blocks: int) -> Placement:
 def contiguous(placement: Placement) -> Placement:
     """``Shard`` of the same dim in place of a strided one."""
     return Shard(placement.dim) if isinstance(placement, _StridedShard) else placement
-
-
-def take_saved(backward: Any) -> list[Tensor]:
-    """The saved tensors of an ``autograd.Function`` context, which lets go of them unless the graph is retained."""
-    saved = list(backward.saved_tensors)
-    backward.maybe_clear_saved_tensors()
-    return saved

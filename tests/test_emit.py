@@ -41,9 +41,9 @@ INFERENCE = """\
 # mesh(dp=2 tp=2) rank 3: dp=1 tp=1
 import torch
 
-aten_linear = torch.ops.aten.linear.default
-aten_relu = torch.ops.aten.relu.default
-aten_sum = torch.ops.aten.sum.default
+aten_linear = torch.nn.functional.linear
+aten_relu = torch.relu
+aten_sum = torch.sum
 
 
 def inference(comm, inputs):
