@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -27,7 +27,9 @@ from autopar.solve import CostModel, Table, minimise
 class Policy(Protocol):
     """What one axis is for: which splits it may use, as hard constraints."""
 
-    axis: str
+    @property
+    def axis(self) -> str:
+        """The mesh axis."""
 
     def seeds(self, flow: Flow) -> Iterable[tuple[Key, Split]]:
         """The splits that everything else on this axis follows from."""
@@ -160,8 +162,8 @@ class _Chooser:
         """For each call: what was chosen and what each alternative would cost with all else as it is."""
         touching: dict[int, list[tuple[tuple[int, ...], Table]]] = {}
         for scope, table in self.model.tables:
-            for variable in scope:
-                touching.setdefault(variable, []).append((scope, table))
+            for number in scope:
+                touching.setdefault(number, []).append((scope, table))
         reasons: dict[str, dict[str, Any]] = {}
         for owner, variable in self.variables.items():
             if not isinstance(owner, fx.Node) or len(self.domains[owner]) < 2:
@@ -193,8 +195,9 @@ def _distinct(strategies: list[Strategy], types: tuple[Value, ...]) -> list[Stra
     floating = all(value.dtype.is_floating_point or value.dtype.is_complex for value in types)
     if not floating:  # counts may be partial, but booleans and indices cannot
         strategies = [s for s in strategies if s.label != "partial" or not any(p == PARTIAL for p in s.outputs)]
+        narrow = [value.dtype.itemsize == 1 for value in types]
         strategies = [
-            s for s in strategies if not any(isinstance(p, Partial) and t.dtype.itemsize == 1 for p, t in zip(s.outputs, types))
+            s for s in strategies if not any(isinstance(p, Partial) and n for p, n in zip(s.outputs, narrow))
         ]
     return list({(s.inputs, s.outputs): s for s in strategies}.values())
 

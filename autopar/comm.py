@@ -29,7 +29,7 @@ from torch import Tensor
 from autopar.layout import Split
 
 _WHERE = "str axis, int ways, int dim, int outer, int[] ratio, int length"
-_LIBRARY = torch.library.Library("autopar", "DEF")
+_LIBRARY: Any = torch.library.Library("autopar", "DEF")  # type: ignore[no-untyped-call]
 OPS = torch.ops.autopar
 
 
@@ -85,9 +85,7 @@ _define("all_to_all", "Tensor x, str axis, int ways, int[] source, int[] target"
 _LIBRARY.define("axis_index(str axis) -> Tensor")
 
 
-@torch.library.register_fake("autopar::axis_index", lib=_LIBRARY)
-def _axis_index(axis: str) -> Tensor:
-    return torch.empty((), dtype=torch.int64)
+torch.library.register_fake("autopar::axis_index", lambda axis: torch.empty((), dtype=torch.int64), lib=_LIBRARY)
 
 
 _dual("enter", lambda grad, axis: OPS.all_reduce(grad, axis, "sum"))
@@ -102,10 +100,7 @@ _dual("split_replicated", lambda grad, *where: OPS.pad(grad, *where))
 _dual("pad", lambda grad, *where: OPS.split_replicated(grad, *where))
 _dual("all_to_all", lambda grad, axis, ways, source, target: OPS.all_to_all(grad, axis, ways, target, source))
 
-NAMES = (
-    "enter release keep_first all_reduce all_gather all_gather_invariant pad reduce_scatter split split_replicated "
-    "all_to_all axis_index"
-).split()
+NAMES = ["enter", "release", "keep_first", "all_reduce", "all_gather", "all_gather_invariant", "pad", "reduce_scatter", "split", "split_replicated", "all_to_all", "axis_index"]
 TARGETS = {getattr(OPS, name).default: name for name in NAMES}  # operator -> its name
 MOVING = ("all_reduce", "all_gather", "all_gather_invariant", "reduce_scatter", "all_to_all")  # these send data
 

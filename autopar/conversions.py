@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from autopar.layout import INVARIANT, REPLICATED, Partial, Placement, Split, Whole
 
@@ -33,7 +33,7 @@ class Step:
 _BETWEEN_WHOLE = {(True, False): "enter", (False, True): "release"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def route(source: Placement, target: Placement) -> tuple[Step, ...]:
     """The collectives that turn ``source`` into ``target`` (see the table in ``comm.py``), shortest first."""
     if source == target:
@@ -94,7 +94,7 @@ def step_cost(step: Step, size: int, gradient: bool, ways: int) -> float:
     return total + 1e-9  # fewer nodes before more
 
 
-@lru_cache(maxsize=None)
+@cache
 def plan_forms(
     source: Placement, forms: frozenset[Placement], size: int, gradient: bool, ways: int
 ) -> tuple[float, tuple[tuple[Placement, Step | None], ...]]:

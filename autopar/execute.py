@@ -188,10 +188,11 @@ class Executable:
             if grad.shape != local.shape:
                 grad = trimmed(grad, local.shape)
             accumulate = accumulate and not is_watched(parameter)
-            if accumulate and held is not None and spec_of(held) == spec_of(parameter):
+            spec = spec_of(parameter)
+            if accumulate and held is not None and (spec_of(held) is spec or spec_of(held) == spec):
                 local_of(held).add_(grad)
                 return None
-            whole = of_local(grad if owned else grad.clone(), spec_of(parameter))
+            whole = of_local(grad if owned else grad.clone(), spec)
             if not accumulate or held is not None:
                 return whole
             parameter.grad = whole  # as autograd would, without 20 us of DTensor's dispatch for each parameter
@@ -202,7 +203,8 @@ class Executable:
 
 def own_storage(graph: fx.Graph) -> list[bool]:
     """For each value that ``graph`` returns whether it alone has its memory (no other result, no input)."""
-    bases = [_base(node) for node in output_node(graph).args[0]]  # type: ignore[union-attr]
+    returned: tuple[Node, ...] = output_node(graph).args[0]  # type: ignore[assignment]
+    bases = [_base(node) for node in returned]
     return [base.op != "placeholder" and bases.count(base) == 1 for base in bases]
 
 

@@ -1,4 +1,4 @@
-"""Why a value lies as it does: the choice of each axis, what the alternatives would have cost, the collectives nearby."""
+"""Why a value lies as it does: the choice of each axis, what the alternatives would cost, the collectives nearby."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def _find(program: Program, name: str) -> fx.Node:
             found: fx.Node = node
             return found
     near = difflib.get_close_matches(name, [*by_target, *(node.name for node in program.graph.nodes)], 3, 0.5)
-    raise ValueError(f"the program has no node or parameter '{name}'" + (f"; near it: {', '.join(near)}" if near else ""))
+    hint = f"; near it: {', '.join(near)}" if near else ""
+    raise ValueError(f"the program has no node or parameter '{name}'{hint}")
 
 
 def _choice(axis: str, reason: Mapping[str, Any] | None) -> list[str]:

@@ -85,8 +85,8 @@ class Plan:
     def from_tp_plan(cls, tp_plan: Mapping[str, str], **choices: Any) -> Plan:
         """The plan of a Hugging Face ``tp_plan`` (``model.tp_plan`` or ``config.base_model_tp_plan``).
 
-        ``{"layers.*.mlp.up_proj": "colwise"}`` becomes ``tensor={"*layers.*.mlp.up_proj.weight": "column"}``. Entries
-        that say nothing about splitting a weight (norms, gathered outputs) are left to autopar, which finds them itself.
+        ``{"layers.*.mlp.up_proj": "colwise"}`` becomes ``tensor={"*layers.*.mlp.up_proj.weight": "column"}``.
+        Entries that say nothing about splitting a weight (norms, gathered outputs) are left to autopar, which finds them itself.
         """
         forms: dict[str, str] = {}
         for module, style in tp_plan.items():

@@ -165,7 +165,8 @@ _VALUES, _ORIGIN = "autopar_values", "autopar_origin"
 
 
 def output_node(graph: fx.Graph) -> Node:
-    return next(node for node in reversed(graph.nodes) if node.op == "output")
+    found: Node = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return found
 
 
 def values(node: Node) -> tuple[Value, ...]:

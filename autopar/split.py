@@ -17,7 +17,7 @@ from autopar import comm
 from autopar.candidates import Flow, Key, flow_of, key_of
 from autopar.choose import Choice, Policy, choose
 from autopar.conversions import Step, normalised, plan_forms
-from autopar.layout import INVARIANT, Layout, Partial, Placement, Split
+from autopar.layout import Layout, Partial, Placement, Split
 from autopar.program import Program, Value, origin, set_origin, set_values, value, values
 from autopar.rules.factoring import Strategy
 

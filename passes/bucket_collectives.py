@@ -73,7 +73,8 @@ def _reduce_together(graph: fx.Graph, bucket: list[fx.Node]) -> None:
     summed = insert_before(last, OPS.all_reduce.default, (flat, *last.args[1:]), None, whole)
     start = 0
     for node, shape, length in zip(bucket, shapes, lengths):
-        piece = insert_before(last, aten.slice.Tensor, (summed, 0, start, start + length), None, _typed(node, (length,)))
+        bounds = (summed, 0, start, start + length)
+        piece = insert_before(last, aten.slice.Tensor, bounds, None, _typed(node, (length,)))
         result = insert_before(last, aten.reshape.default, (piece, list(shape)), None, value(node))
         node.replace_all_uses_with(result)
         start += length

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -47,7 +48,8 @@ def draw_dropout(program: Program) -> Program:
 
 
 def _p(node: fx.Node) -> float:
-    return float(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))  # type: ignore[arg-type]
+    given: Any = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    return float(given)
 
 
 def _add_seed(program: Program) -> tuple[Program, fx.Node]:
@@ -75,7 +77,7 @@ def _draw(node: fx.Node, seed: fx.Node, salt: int, positions: dict[str, fx.Node]
 def _write_out(program: Program, node: fx.Node) -> Program:
     """softmax(q k^T * scale + mask), dropout, times v."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = {"attn_mask": None, "is_causal": False, **dict(zip(names, node.args)), **node.kwargs}
+    given: dict[str, Any] = {"attn_mask": None, "is_causal": False, **dict(zip(names, node.args)), **node.kwargs}
     query, key, held = given["query"], given["key"], given["value"]
     if given.get("enable_gqa"):
         raise AutoparError(f"attention dropout together with enable_gqa at {origin(node).source} is not supported")

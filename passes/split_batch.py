@@ -56,8 +56,8 @@ def batch_dims(program: Program, axis: str) -> dict[str, int]:
         ways = program.mesh.size(axis)
         if shape[dim] % ways:
             raise IndivisibleError(
-                f"the batch of input '{target}' has {shape[dim]} rows (dim {dim}), which {axis}={ways} does not divide; "
-                f"give a batch size that is a multiple of {ways}, or a mesh with another {axis}"
+                f"the batch of input '{target}' has {shape[dim]} rows (dim {dim}), which {axis}={ways} does not divide;"
+                f" give a batch size that is a multiple of {ways}, or a mesh with another {axis}"
             )
         found[name] = dim
     return found

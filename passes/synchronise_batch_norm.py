@@ -76,7 +76,8 @@ def _write_out(graph: fx.Graph, node: fx.Node) -> None:
 def _flat(node: fx.Node, statistic: fx.Node) -> fx.Node:
     channels = value(statistic).shape[1]
     flat = replace(value(statistic), layout=Layout.whole([channels]), requires_grad=False)
-    stopped = insert_before(node, aten.detach.default, (statistic,), None, replace(value(statistic), requires_grad=False))
+    still = replace(value(statistic), requires_grad=False)
+    stopped = insert_before(node, aten.detach.default, (statistic,), None, still)
     return insert_before(node, aten.reshape.default, (stopped, [channels]), None, flat)
 
 

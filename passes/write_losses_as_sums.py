@@ -46,8 +46,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     names = ("self", "target", "weight", "reduction", "ignore_index", "label_smoothing")
     defaults = dict(zip(names, (None, None, None, _MEAN, -100, 0.0)))
     given = {**defaults, **dict(zip(names, node.args)), **node.kwargs}
-    if given["reduction"] not in (_MEAN, _SUM):
-        return
+    if given["reduction"] not in (_MEAN, _SUM) or _is_floating(given["target"]):
+        return  # one loss per token, or probabilities as targets: these have rules of their own
     before = value(node)
     scalar = Value(before.dtype, Layout(()), before.requires_grad)
     count_type = Value(before.dtype, Layout(()), False)
@@ -60,6 +60,10 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
             count = _add(graph, node, operator.getitem, (sums, 1), count_type)
             result = _add(graph, node, aten.div.Tensor, (total, count), scalar)
     node.replace_all_uses_with(result)
+
+
+def _is_floating(target: object) -> bool:
+    return isinstance(target, fx.Node) and value(target).dtype.is_floating_point
 
 
 def _rewrite_squares(graph: fx.Graph, node: fx.Node) -> None:

@@ -72,7 +72,8 @@ def show(
     if explain is not None:
         return
     console = stdout()
-    console.print()
+    if not summary:
+        console.print()
     console.print(held_table(held(whole)))
     console.print(traffic_table(f"sent by one rank of {on} in a step", sent(whole, rank or 0)))
 

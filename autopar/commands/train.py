@@ -111,7 +111,8 @@ def _refuse_other_than_bytes(name: str, model: nn.Module) -> None:
 
 def _progress(shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=stderr(), disable=not shown, transient=True)
+    console = stderr()
+    return Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True)
 
 
 # ---------------------------------------------------------------- the report

@@ -6,7 +6,6 @@ that holds a part of a tensor draws exactly the numbers that the single device d
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from autopar.operators.registry import operator

@@ -1,0 +1,222 @@
+"""What autopar uses of torch's private parts does what it is used for; these tests say so first when torch changes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import autopar
+from autopar import Mesh, Plan
+from autopar.connect import connect
+from autopar.driver import compile_program
+from autopar.emit import compile_source, emit
+from autopar.execute import own_storage
+from autopar.program import InputKind
+from autopar.torch_autograd import accumulating, below_autograd, is_watched, take_saved
+from autopar.torch_bindings import BINDINGS
+from autopar.torch_dtensor import contiguous, dtensor, local_of, of_local, spec_of, strided
+from models import cnn, gpt, llama, t5
+from tests.against_one_process import difference, float64, whole
+from tests.launch import run_ranks
+
+aten = torch.ops.aten
+
+# ---------------------------------------------------------------- bindings
+
+
+class Calls(TorchDispatchMode):
+    """The operators that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.targets.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Alone:
+    device = torch.device("cpu")
+
+
+@pytest.mark.parametrize("module", [gpt, llama, t5, cnn], ids=lambda module: module.__name__)
+def test_bindings_call_the_operators_of_the_graph(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = module.build()
+    batch = module.example_batch(model.config, 2)
+    program = compile_program(model, Mesh(), Plan(check_numerics=False), (), batch)
+    role = program.roles[0]
+    assert role.backward is not None
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers()) | dict(program.constants) | batch
+    inputs = [tensors[entry.target].detach() for _, entry in program.placeholders(*InputKind)]
+    count, runs = len(program.outputs), []
+    for table in (BINDINGS, {}):
+        monkeypatch.setattr("autopar.emit.BINDINGS", table)
+        forward = compile_source(emit({"forward": role.forward}, program), "forward")
+        backward = compile_source(emit({"backward": role.backward}, program), "backward")
+        with below_autograd(), Calls() as calls:
+            found = forward(Alone(), list(inputs))
+            grads = backward(Alone(), [*found[count:], *(torch.ones_like(found[i]) for i in role.differentiable)])
+        runs.append(((*found[:count], *grads), calls.targets))
+    for ours, theirs in zip(runs[0][0], runs[1][0]):
+        assert torch.equal(ours, theirs)
+    assert runs[0][1] == runs[1][1], "the same operators in the same order"
+
+
+def test_every_binding_exists() -> None:
+    for target, name in BINDINGS.items():
+        assert callable(eval(name, {"torch": torch})), target
+
+
+# ---------------------------------------------------------------- DTensor
+
+
+def take_dtensors_apart() -> list[bool]:
+    connection = connect(Mesh(tp=2), 60.0, torch.device("cpu"))
+    full = torch.arange(24.0).reshape(12, 2)
+    local = torch.cat([block.chunk(2)[connection.rank] for block in full.chunk(3)])
+    made = dtensor(local, connection.device_mesh, [strided(0, 3)], full.shape)
+    again = of_local(local, spec_of(made))
+    optimized = nn.Parameter(dtensor(local.clone(), connection.device_mesh, [strided(0, 3)], full.shape))
+    optimized.grad = of_local(torch.ones_like(local), spec_of(optimized))
+    expected = nn.Parameter(full.clone())
+    expected.grad = torch.ones_like(full)
+    norms = [torch.nn.utils.clip_grad_norm_([p], 1.0) for p in (optimized, expected)]
+    for parameter in (optimized, expected):
+        torch.optim.AdamW([parameter]).step()
+    return [
+        local_of(made) is local,
+        local_of(local) is local,
+        made.stride() == full.stride() and made.shape == full.shape,
+        torch.equal(made.full_tensor(), full),
+        type(again) is DTensor and torch.equal(again.full_tensor(), full) and not again.requires_grad,
+        contiguous(strided(0, 3)) == strided(0, 1) and contiguous(Replicate()) == Replicate(),
+        torch.equal(made.redistribute(placements=[Replicate()]).to_local(), full),
+        torch.allclose(whole(norms[0]), norms[1]),
+        torch.allclose(optimized.full_tensor(), expected),
+    ]
+
+
+def test_dtensors() -> None:
+    assert all(all(checks) for checks in run_ranks(take_dtensors_apart, 2))
+
+
+# ---------------------------------------------------------------- autograd
+
+
+class Probe(torch.autograd.Function):
+    seen: list[Any] = []
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(tensors[0] * 2)
+        return tensors[0].sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        Probe.seen.append((accumulating(ctx), [tensor.shape for tensor in take_saved(ctx)]))
+        return tuple(torch.ones(2) for _ in ctx.next_functions)
+
+
+def test_what_a_backward_pass_is_for() -> None:
+    leaf, frozen, other = torch.ones(2, requires_grad=True), torch.ones(2), torch.ones(2, requires_grad=True)
+    Probe.seen.clear()
+    Probe.apply(leaf, frozen, other).backward()
+    Probe.apply(leaf, frozen, other).backward(inputs=[other])
+    torch.autograd.grad(Probe.apply(leaf, frozen, other), [leaf])
+    shapes = [torch.Size([2])]
+    assert Probe.seen == [([True, False, True], shapes), ([False, False, True], shapes), ([False] * 3, shapes)]
+
+
+def test_saved_tensors_are_let_go_of_once() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    result = Probe.apply(leaf)
+    result.backward(retain_graph=True)
+    result.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        result.backward()
+
+
+def test_hooks_are_noticed() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    assert not is_watched(leaf)
+    handle = leaf.register_hook(lambda grad: None)
+    assert is_watched(leaf)
+    handle.remove()
+    leaf.register_post_accumulate_grad_hook(lambda tensor: None)
+    assert is_watched(leaf)
+
+
+def test_below_autograd() -> None:
+    x = torch.ones(2, requires_grad=True)
+    with below_autograd():
+        assert not (x * 2).requires_grad
+    assert (x * 2).requires_grad
+
+
+def test_own_storage() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    shared = graph.call_function(aten.neg.default, (x,))
+    alone = graph.call_function(aten.exp.default, (x,))
+    graph.output((shared, graph.call_function(aten.t.default, (shared,)), graph.call_function(aten.t.default, (alone,)), x))
+    assert own_storage(graph) == [False, False, True, False]
+
+
+class SharedGradients(nn.Module):
+    """Two parameters with one and the same gradient, and one whose gradient is an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(4)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((self.a + self.b).tanh() + self.c * x).sum()
+
+
+def accumulate() -> list[bool]:
+    model = float64(SharedGradients)
+    reference = copy.deepcopy(model)
+    parallel = autopar.parallelize(model, Mesh(), Plan(check_numerics=False))
+    x = torch.randn(4)
+    kept = x.clone()
+    checks = []
+    parameters = list(parallel.parameters())
+    for _ in range(2):
+        parallel(x).backward()
+        reference(x).backward()
+        for parameter in parameters:  # in place, as clipping does
+            parameter.grad.mul_(0.5)
+        for parameter in reference.parameters():
+            parameter.grad.mul_(0.5)
+        pairs = zip(parameters, reference.parameters())
+        checks.append(all(difference(p.grad, q.grad) < 1e-14 for p, q in pairs))
+    checks.append(torch.equal(x, kept))
+    # the gradients themselves
+    grads = torch.autograd.grad(parallel(x), parameters)
+    wanted = torch.autograd.grad(reference(x), list(reference.parameters()))
+    checks.append(all(difference(g, w) < 1e-14 for g, w in zip(grads, wanted)))
+    # only some of them
+    parallel.zero_grad()
+    parallel(x).backward(inputs=[parallel.b])
+    checks.append(parallel.a.grad is None and parallel.c.grad is None and parallel.b.grad is not None)
+    # hooks
+    seen: list[str] = []
+    parallel.a.register_post_accumulate_grad_hook(lambda p: seen.append("after"))
+    parallel.b.register_hook(lambda grad: grad * 3)
+    parallel.zero_grad()
+    parallel(x).backward()
+    checks.append(seen == ["after"] and difference(parallel.b.grad, 3 * whole(parallel.a.grad)) < 1e-14)
+    return checks
+
+
+def test_gradients_are_kept_apart_and_hooks_run() -> None:
+    checks = run_ranks(accumulate, 1)[0]
+    assert all(checks), checks
