@@ -100,7 +100,20 @@ _dual("split_replicated", lambda grad, *where: OPS.pad(grad, *where))
 _dual("pad", lambda grad, *where: OPS.split_replicated(grad, *where))
 _dual("all_to_all", lambda grad, axis, ways, source, target: OPS.all_to_all(grad, axis, ways, target, source))
 
-NAMES = ["enter", "release", "keep_first", "all_reduce", "all_gather", "all_gather_invariant", "pad", "reduce_scatter", "split", "split_replicated", "all_to_all", "axis_index"]
+NAMES = (
+    "enter",
+    "release",
+    "keep_first",
+    "all_reduce",
+    "all_gather",
+    "all_gather_invariant",
+    "pad",
+    "reduce_scatter",
+    "split",
+    "split_replicated",
+    "all_to_all",
+    "axis_index",
+)
 TARGETS = {getattr(OPS, name).default: name for name in NAMES}  # operator -> its name
 MOVING = ("all_reduce", "all_gather", "all_gather_invariant", "reduce_scatter", "all_to_all")  # these send data
 

@@ -86,7 +86,7 @@ class Plan:
         """The plan of a Hugging Face ``tp_plan`` (``model.tp_plan`` or ``config.base_model_tp_plan``).
 
         ``{"layers.*.mlp.up_proj": "colwise"}`` becomes ``tensor={"*layers.*.mlp.up_proj.weight": "column"}``.
-        Entries that say nothing about splitting a weight (norms, gathered outputs) are left to autopar, which finds them itself.
+        Entries that say nothing about splitting a weight (norms, gathered outputs) are left to autopar.
         """
         forms: dict[str, str] = {}
         for module, style in tp_plan.items():

@@ -259,7 +259,8 @@ def test_train_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_a_mistake_that_every_rank_sees_is_told_once(tmp_path: Path) -> None:
-    code, _, err = in_processes("train", "llama", "--config", "vocab=288", "--batch", "3", "--mesh", "dp=2", cwd=tmp_path)
+    arguments = ["train", "llama", "--config", "vocab=288", "--batch", "3", "--mesh", "dp=2"]
+    code, _, err = in_processes(*arguments, cwd=tmp_path)
     assert code == 2
     assert err.count("does not divide") == 1 and "every rank" in err
     assert "Traceback" not in err and len(err.splitlines()) <= MOST_LINES

@@ -105,7 +105,8 @@ def take_dtensors_apart() -> list[bool]:
 
 
 def test_dtensors() -> None:
-    assert all(all(checks) for checks in run_ranks(take_dtensors_apart, 2))
+    for checks in run_ranks(take_dtensors_apart, 2):
+        assert all(checks), checks
 
 
 # ---------------------------------------------------------------- autograd

@@ -159,6 +159,7 @@ def _read(path: Path | None) -> dict[str, Tensor]:
     if path is None:
         return {}
     try:
-        return safetensors.torch.load_file(path)
+        found: dict[str, Tensor] = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    return found
