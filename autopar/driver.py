@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -123,10 +124,13 @@ def _connection(model: nn.Module, mesh: Mesh | DeviceMesh, plan: Plan) -> Connec
 
 def _device(model: nn.Module, mesh: Mesh | DeviceMesh) -> torch.device:
     """Where this rank computes: where the parameters are; for a model on meta, the accelerator if there is one."""
-    if isinstance(mesh, DeviceMesh):
-        kind = mesh.device_type
-    else:
-        kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    if kind == "meta":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    here = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if isinstance(mesh, DeviceMesh) and here.type != mesh.device_type:
+        here = torch.device(mesh.device_type)
+    if here.type == "meta":
+        here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if here.type == "cuda":
+        if here.index is None:
+            here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(here)
+    return here

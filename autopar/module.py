@@ -50,6 +50,9 @@ class ParallelModule(nn.Module):
     rank's program. Without (``connection`` is None) there are :attr:`program` and :meth:`simulate`.
     """
 
+    mesh: Mesh
+    plan: Plan
+
     def __init__(
         self, model: nn.Module, mesh: Mesh, plan: Plan, compiler: Compiler, connection: Connection | None
     ) -> None:
@@ -60,10 +63,12 @@ class ParallelModule(nn.Module):
         for hooks in ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
             self.__dict__[hooks] = model.__dict__[hooks]
         self.training = model.training
-        self.mesh, self.plan = mesh, plan
+        # past nn.Module, which would take offence at a submodule of the model's that is called "plan"
+        object.__setattr__(self, "mesh", mesh)
+        object.__setattr__(self, "plan", plan)
         self._compiler, self._connection = compiler, connection
         self._signature = Signature(model.forward)
-        self._programs: OrderedDict[Hashable, Program] = OrderedDict()
+        self._programs: OrderedDict[Hashable, Program] = OrderedDict()  # the latest used last
         self._executables: dict[Hashable, Executable] = {}
         self._steps = 0
         self._weights = Weights(self, connection) if connection else None
@@ -169,7 +174,9 @@ class ParallelModule(nn.Module):
     def _executable(self, call: Call) -> Executable:
         key = self._key(call)
         found = self._executables.get(key)
-        if found is None:
+        if found is not None:
+            self._programs.move_to_end(key)
+        else:
             assert self._connection is not None
             program = self._program(key, global_call(call, self.mesh, self.plan))
             _check_parts(program, call)

@@ -149,7 +149,8 @@ class Weights:
             tensor = table[key]
             layout = layouts.get(name, Layout.whole(tensor.shape))
             if not isinstance(tensor, nn.Parameter) and not layout.axes:
-                continue  # a whole buffer stays an ordinary tensor
+                table[key] = tensor.to(self.connection.comm.device)  # a whole buffer stays an ordinary tensor
+                continue
             form = stored(layout, self.connection.mesh, name)
             self._forms_of(module)[key] = form
             if id(tensor) not in placed:

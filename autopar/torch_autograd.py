@@ -25,8 +25,10 @@ def take_saved(backward: Any) -> list[Tensor]:
 
 
 def accumulating(backward: Any) -> list[bool]:
-    """For each tensor that an ``autograd.Function`` took: whether this pass adds its gradient to its ``.grad``, if it is
-    a leaf. False for all under ``torch.autograd.grad``, which wants the gradients themselves."""
+    """For each tensor that an ``autograd.Function`` took: whether this pass adds its gradient to ``.grad`` (of a leaf).
+
+    False for all under ``torch.autograd.grad``, which wants the gradients themselves.
+    """
     try:
         return [node is not None and _runs(node) for node, _ in backward.next_functions]
     except RuntimeError:

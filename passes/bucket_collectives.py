@@ -38,48 +38,68 @@ def bucket_collectives(program: Program) -> Program:
     return program
 
 
-def _buckets(role: Role, limit: float) -> list[list[fx.Node]]:
-    """Sum all-reduces whose results are only returned, grouped by axis and dtype, in order, none larger than limit."""
+Chain = tuple[fx.Node, ...]  # all-reduces of one gradient over one axis after another; the last one is returned
+
+
+def _buckets(role: Role, limit: float) -> list[list[Chain]]:
+    """Sum all-reduces whose results are only returned, grouped by axes and dtype, in order, none larger than limit."""
     assert role.backward is not None
     last = output_node(role.backward)
-    filling: dict[tuple[object, torch.dtype], list[fx.Node]] = {}
-    full: list[list[fx.Node]] = []
+    filling: dict[tuple[object, ...], list[Chain]] = {}
+    full: list[list[Chain]] = []
     for node in role.backward.nodes:
-        if node.target is not OPS.all_reduce.default or node.args[2] != "sum" or set(node.users) != {last}:
+        if not _is_sum(node) or set(node.users) != {last}:
             continue
-        key = (node.args[1], value(node).dtype)
+        chain = _chain(node)
+        key = (*(link.args[1] for link in chain), value(node).dtype)
         bucket = filling.setdefault(key, [])
-        if bucket and sum(map(_bytes, bucket)) + _bytes(node) > limit:
+        if bucket and sum(_bytes(links[-1]) for links in bucket) + _bytes(node) > limit:
             full.append(bucket)
             bucket = filling[key] = []
-        bucket.append(node)
+        bucket.append(chain)
     return [bucket for bucket in (*full, *filling.values()) if len(bucket) > 1]
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return node.target is OPS.all_reduce.default and node.args[2] == "sum"
+
+
+def _chain(node: fx.Node) -> Chain:
+    links = [node]
+    while True:
+        source = links[0].args[0]
+        assert isinstance(source, fx.Node)
+        if not _is_sum(source) or set(source.users) != {links[0]}:
+            return tuple(links)
+        links.insert(0, source)
 
 
 def _bytes(node: fx.Node) -> int:
     return math.prod(value(node).shape) * value(node).dtype.itemsize
 
 
-def _reduce_together(graph: fx.Graph, bucket: list[fx.Node]) -> None:
-    last = bucket[-1]  # where all arguments are there
-    shapes = [value(node).shape for node in bucket]
-    lengths = [math.prod(shape) for shape in shapes]
+def _reduce_together(graph: fx.Graph, bucket: list[Chain]) -> None:
+    last = bucket[-1][-1]  # where all arguments are there
+    results = [chain[-1] for chain in bucket]
+    lengths = [math.prod(value(node).shape) for node in results]
     pieces = [
-        insert_before(last, aten.reshape.default, (node.args[0], [length]), None, _typed(node, (length,)))
-        for node, length in zip(bucket, lengths)
+        insert_before(last, aten.reshape.default, (chain[0].args[0], [length]), None, _typed(chain[-1], (length,)))
+        for chain, length in zip(bucket, lengths)
     ]
     whole = _typed(last, (sum(lengths),))
     flat = insert_before(last, aten.cat.default, (pieces,), None, whole)
-    summed = insert_before(last, OPS.all_reduce.default, (flat, *last.args[1:]), None, whole)
+    for link in bucket[-1]:
+        flat = insert_before(last, OPS.all_reduce.default, (flat, *link.args[1:]), None, whole)
     start = 0
-    for node, shape, length in zip(bucket, shapes, lengths):
-        bounds = (summed, 0, start, start + length)
+    for node, length in zip(results, lengths):
+        bounds = (flat, 0, start, start + length)
         piece = insert_before(last, aten.slice.Tensor, bounds, None, _typed(node, (length,)))
-        result = insert_before(last, aten.reshape.default, (piece, list(shape)), None, value(node))
-        node.replace_all_uses_with(result)
+        shape = list(value(node).shape)
+        node.replace_all_uses_with(insert_before(last, aten.reshape.default, (piece, shape), None, value(node)))
         start += length
-    for node in bucket:
-        graph.erase_node(node)
+    for chain in bucket:
+        for link in reversed(chain):
+            graph.erase_node(link)
 
 
 def _typed(node: fx.Node, shape: tuple[int, ...]) -> Value:

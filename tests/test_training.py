@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 import autopar
 from autopar import Mesh, Plan
+from autopar.errors import RankFailedError
 from autopar.module import loss_of
 from models import gpt, llama
 from tests.against_one_process import Errors, Tiny, compare_gradients, difference, float64, tiny_batch, worst
-from tests.launch import run_ranks
+from tests.launch import run_ranks, try_ranks
 
 TOLERANCE = 1e-12
 AFTER_ADAM = 1e-9  # its second moments magnify rounding where a gradient is almost zero
@@ -73,3 +75,24 @@ def train_alone() -> Errors:
 
 def test_a_mesh_of_one_rank_needs_no_launcher() -> None:
     assert worst(run_ranks(train_alone, 1)[0]) < (AFTER_ADAM, "")
+
+
+def lose_a_rank(victim: int) -> str:
+    rank = int(os.environ["RANK"])
+    parallel = autopar.parallelize(float64(Tiny), Mesh(dp=3), Plan(check_numerics=False, timeout=20.0))
+    for step in range(1000):
+        loss = parallel(**tiny_batch(rows=6))["loss"]
+        if rank == victim and step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            loss.backward()
+        except RankFailedError as problem:  # out of autograd, as it was raised
+            return str(problem)
+    return "no error"
+
+
+def test_a_rank_killed_between_forward_and_backward() -> None:
+    results = try_ranks(lose_a_rank, 3, 1, timeout=100.0)
+    assert results[1] is None
+    for rank in (0, 2):
+        assert f"rank {rank} waited in all_reduce over axis 'dp'" in str(results[rank]), results[rank]
