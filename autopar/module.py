@@ -137,6 +137,11 @@ class ParallelModule(nn.Module):
                 found[name] = whole.detach().to(device, copy=not gathered)
         return found
 
+    def full_grads(self) -> dict[str, Tensor]:
+        """The whole gradients by parameter name, those that there are; collective."""
+        found = {name: parameter.grad for name, parameter in self.named_parameters() if parameter.grad is not None}
+        return {name: self._weights.whole(name, grad) if self._weights else grad for name, grad in found.items()}
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -143,6 +143,14 @@ class Weights:
         self._place(layouts)
         self.layouts = dict(layouts)
 
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """The whole, in the model's order, of a tensor that is held as parameter ``name`` is (its gradient, a moment of
+        the optimizer); collective."""
+        module, _, key = name.rpartition(".")
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        form = self._forms.get(self.root.get_submodule(module), {}).get(key)
+        return form.to_model(full) if form else full
+
     def _place(self, layouts: Mapping[str, Layout]) -> None:
         placed: dict[int, Tensor] = {}
         for module, table, key, name in tables(self.root):

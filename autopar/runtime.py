@@ -105,7 +105,7 @@ class Communicator:
         if axis not in self._groups:
             return x
         gathered = self._send(name, axis, x.contiguous(), torch_collectives.all_gather)
-        return together(gathered.view(-1, *x.shape), split, length)
+        return together(gathered.view(self.mesh.size(axis), *x.shape), split, length)
 
     def _send(self, name: str, axis: str, x: Tensor, collective: Callable[..., Tensor], *more: Any) -> Tensor:
         group = self._groups[axis]

@@ -197,6 +197,17 @@ def attention(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def created(fill: float | None) -> Rewrite:
+    """``x.new_zeros(shape)`` takes only its dtype from x, so it must not wait for x, nor want it whole."""
+
+    def rewrite(node: fx.Node) -> fx.Node:
+        number = node.args[2] if fill is None else fill
+        arguments = (list(value(node).shape), number)
+        return insert_before(node, aten.full.default, arguments, {"dtype": value(node).dtype})
+
+    return rewrite
+
+
 def renamed(target: Any) -> Rewrite:
     return lambda node: insert_before(node, target, node.args, node.kwargs)
 
@@ -208,6 +219,9 @@ REWRITES: dict[Any, Rewrite] = {
     aten.contiguous.default: nothing,
     aten.clone.default: copy,
     aten.detach.default: detach,
+    aten.new_zeros.default: created(0),
+    aten.new_ones.default: created(1),
+    aten.new_full.default: created(None),
     aten.dropout.default: dropout,
     aten.feature_dropout.default: dropout,
     aten._to_copy.default: cast,

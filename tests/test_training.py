@@ -16,7 +16,16 @@ from autopar import Mesh, Plan
 from autopar.errors import RankFailedError
 from autopar.module import loss_of
 from models import gpt, llama
-from tests.against_one_process import Errors, Tiny, compare_gradients, difference, float64, tiny_batch, worst
+from tests.against_one_process import (
+    Errors,
+    GroupedHeads,
+    Tiny,
+    compare_gradients,
+    difference,
+    float64,
+    tiny_batch,
+    worst,
+)
 from tests.launch import run_ranks, try_ranks
 
 TOLERANCE = 1e-12
@@ -51,12 +60,13 @@ def train(build: Callable[[], nn.Module], batches: list[dict[str, Tensor]], mesh
 
 TRAINED = {
     "tiny": (Tiny, [tiny_batch(seed=seed) for seed in range(4)]),
+    "grouped": (GroupedHeads, [tiny_batch(seed=seed) for seed in range(4)]),
     "gpt": (gpt.build, [gpt.example_batch(gpt.PRESETS["tiny"], 4, 8, seed) for seed in range(4)]),
     "llama": (llama.build, [llama.example_batch(llama.PRESETS["tiny"], 4, 8, seed) for seed in range(4)]),
 }
 
 
-CASES = [("tiny", "dp=2,tp=2"), ("gpt", "dp=2,tp=2"), ("gpt", "tp=3"), ("llama", "dp=2,tp=2")]
+CASES = [("tiny", "dp=2,tp=2"), ("grouped", "tp=2"), ("gpt", "dp=2,tp=2"), ("gpt", "tp=3"), ("llama", "dp=2,tp=2")]
 
 
 @pytest.mark.parametrize(("model", "mesh"), CASES)
@@ -81,10 +91,10 @@ def lose_a_rank(victim: int) -> str:
     rank = int(os.environ["RANK"])
     parallel = autopar.parallelize(float64(Tiny), Mesh(dp=3), Plan(check_numerics=False, timeout=20.0))
     for step in range(1000):
-        loss = parallel(**tiny_batch(rows=6))["loss"]
-        if rank == victim and step == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
         try:
+            loss = parallel(**tiny_batch(rows=6))["loss"]
+            if rank == victim and step == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
             loss.backward()
         except RankFailedError as problem:  # out of autograd, as it was raised
             return str(problem)
