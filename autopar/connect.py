@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -64,6 +65,7 @@ def connect(mesh: Mesh | DeviceMesh, timeout: float, device: torch.device) -> Co
     Raises LaunchError when this process is not one of ``mesh.world_size`` launched ones, RankFailedError when the
     others do not come.
     """
+    _say_failures_shortly()
     if isinstance(mesh, DeviceMesh):
         named = Mesh.from_device_mesh(mesh)
         return Connection(named, mesh, _communicator(named, mesh, timeout, device))
@@ -72,7 +74,6 @@ def connect(mesh: Mesh | DeviceMesh, timeout: float, device: torch.device) -> Co
     elif dist.get_world_size() != mesh.world_size:
         raise LaunchError(_sizes(mesh, dist.get_world_size(), "the process group has"))
     device_mesh = _device_mesh(mesh, timeout, device)
-    sys.excepthook = _short_failures
     return Connection(mesh, device_mesh, _communicator(mesh, device_mesh, timeout, device))
 
 
@@ -149,13 +150,20 @@ def _command(mesh: Mesh) -> str:
 _uncaught: list[BaseException] = []  # the RankFailedError that ends this process
 
 
-def _short_failures(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """An uncaught RankFailedError is no bug of the script: its message alone tells more than the traceback."""
-    if issubclass(kind, RankFailedError):
-        _uncaught.append(error)
-        print(f"{kind.__module__}.{kind.__qualname__}: {error}", file=sys.stderr, flush=True)
-    else:
-        sys.__excepthook__(kind, error, trace)
+@cache
+def _say_failures_shortly() -> None:
+    """What is no bug of the script but of its launch, or of a peer: the message alone tells more than the traceback."""
+    usual = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, RankFailedError):
+            _uncaught.append(error)
+        if issubclass(kind, (RankFailedError, LaunchError)):
+            print(f"{kind.__module__}.{kind.__qualname__}: {error}", file=sys.stderr, flush=True)
+        else:
+            usual(kind, error, trace)
+
+    sys.excepthook = excepthook
 
 
 @atexit.register

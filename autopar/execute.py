@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -58,8 +59,8 @@ class Executable:
         ]
         self._fetch = [self._fetcher(node, entry) for node, entry in self._entries]
         self._leaves = [self._leaf(target) for target in self.role.grads]
-        own = own_storage(self.role.backward) if self.role.backward is not None else []
-        self._gives = [self._giver(*pair) for pair in zip(self.role.grads, own)]
+        self._gives = [self._giver(target) for target in self.role.grads]
+        self._shared: list[int] | None = None  # gradients that share memory, known after the first backward
         self._results = [
             Result(entry.target, value(node), connection) if entry.kind is OutputKind.USER else None
             for entry, node in zip(program.outputs, program.returned)
@@ -111,7 +112,13 @@ class Executable:
             saved.append(result.take(tangent))
         with below_autograd():
             found = self.function("backward")(self.comm, saved)
-        return [give(grad, wanted) for give, grad, wanted in zip(self._gives, found, accumulate)]
+        if self._shared is None:
+            assert self.role.backward is not None
+            self._shared = sharing(self.role.backward, found)
+        grads = list(found)
+        for position in self._shared:
+            grads[position] = grads[position].clone()
+        return [give(grad, wanted) for give, grad, wanted in zip(self._gives, grads, accumulate)]
 
     def _call(self, name: str, step: Step) -> tuple[Any, ...]:
         """Run ``name``, keep its outputs in ``step``, write buffer updates back; gives what follows the outputs."""
@@ -174,8 +181,8 @@ class Executable:
         position = self._users.index(target)
         return lambda step: step.tensors[position]
 
-    def _giver(self, target: str, owned: bool) -> Give:
-        """What makes the local gradient ``target`` one of that tensor; ``owned``: nothing else has its storage."""
+    def _giver(self, target: str) -> Give:
+        """What makes the local gradient ``target`` one of that tensor."""
         if target not in self._slots:
             layout = next(value(node).layout for node, entry in self._entries if entry.target == target)
             is_local = self.program.plan.inputs == "local"
@@ -192,7 +199,7 @@ class Executable:
             if accumulate and held is not None and (spec_of(held) is spec or spec_of(held) == spec):
                 local_of(held).add_(grad)
                 return None
-            whole = of_local(grad if owned else grad.clone(), spec)
+            whole = of_local(grad, spec)
             if not accumulate or held is not None:
                 return whole
             parameter.grad = whole  # as autograd would, without 20 us of DTensor's dispatch for each parameter
@@ -201,16 +208,35 @@ class Executable:
         return give
 
 
-def own_storage(graph: fx.Graph) -> list[bool]:
-    """For each value that ``graph`` returns whether it alone has its memory (no other result, no input)."""
+def sharing(graph: fx.Graph, found: Sequence[Tensor]) -> list[int]:
+    """Positions of results of ``graph`` that share memory with an input or with another result (``found``: all of
+    them). As gradients they need memory of their own: they are scaled and added to in place. Slices of one bucket
+    do not overlap and may stay."""
     returned: tuple[Node, ...] = output_node(graph).args[0]  # type: ignore[assignment]
-    bases = [_base(node) for node in returned]
-    return [base.op != "placeholder" and bases.count(base) == 1 for base in bases]
+    shared = {position for position, node in enumerate(returned) if _base(node).op == "placeholder"}
+    last: dict[int, tuple[int, int]] = {}  # storage -> (end, position) of the result before, in order of memory
+    for pointer, start, end, position in sorted(_span(tensor, i) for i, tensor in enumerate(found)):
+        before, other = last.get(pointer, (0, position))
+        if start < before:
+            shared |= {position, other}
+        last[pointer] = max((before, other), (end, position))
+    return sorted(shared)
+
+
+def _span(tensor: Tensor, position: int) -> tuple[int, int, int, int]:
+    """(storage, first byte, byte behind the last, position)."""
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
+    end = start + (reach * tensor.element_size() if tensor.numel() else 0)
+    return tensor.untyped_storage().data_ptr(), start, end, position
 
 
 def _base(node: Node) -> Node:
     """The node that allocated what ``node`` is a view of."""
-    while is_view(node.target) or node.target in comm.TARGETS and comm.TARGETS[node.target] not in comm.MOVING:
+    while node.op == "call_function":
+        passes_on = comm.TARGETS.get(node.target, "all_reduce") not in comm.MOVING  # type: ignore[call-overload]
+        if not (is_view(node.target) or node.target is operator.getitem or passes_on):
+            break
         node = node.all_input_nodes[0]
     return node
 

@@ -95,7 +95,7 @@ class ParallelModule(nn.Module):
     def simulate(self, *args: Any, **kwargs: Any) -> Step:
         """One step of all ranks in this process: output, loss, whole gradients, traffic. Takes whole batches."""
         call = self._signature.call(args, kwargs)
-        program = self._program(self._key(call), call)
+        program = self._program((self._key(call), "whole"), call)
         with torch.no_grad():
             tensors = self.full_state_dict() if self._connection else _named_tensors(self)
         seed = self.plan.seed * SEED_STRIDE

@@ -135,6 +135,8 @@ class Weights:
         self.root, self.connection = root, connection
         self.layouts: dict[str, Layout] | None = None
         self._forms: dict[nn.Module, dict[str, Stored]] = {}  # module -> key in it -> form
+        if any(isinstance(table[key], DTensor) for _, table, key, _ in tables(root)):
+            raise ValueError("the model has DTensor parameters already: parallelize an ordinary model, and that once")
         self._place({})
 
     def split(self, layouts: Mapping[str, Layout]) -> None:

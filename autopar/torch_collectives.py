@@ -59,7 +59,7 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
 def options(backend: str, seconds: float) -> Any:
     """What a new group of ``backend`` is told so that making it, and using it, fails after ``seconds``."""
     makers: dict[str, Callable[[], Any]] = {
-        "gloo": lambda: dist.ProcessGroupGloo._Options(),
+        "gloo": lambda: dist.ProcessGroupGloo._Options(),  # type: ignore[attr-defined]
         "nccl": lambda: dist.ProcessGroupNCCL.Options(),
     }
     if backend not in makers:

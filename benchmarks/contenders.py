@@ -18,9 +18,9 @@ RATE = 1e-3
 class Contender:
     """The unmodified model in one process; also what the others have in common."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, fused: bool) -> None:
         self.module = module
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=RATE)
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, fused=fused)
 
     def part(self, batch: Batch) -> Batch:
         """What this side is handed of a whole batch."""
@@ -40,11 +40,11 @@ class Contender:
 class Autopar(Contender):
     """The model as ``autopar.parallelize`` gives it back, compiled."""
 
-    def __init__(self, model: nn.Module, mesh: autopar.Mesh, plan: autopar.Plan, batch: Batch) -> None:
+    def __init__(self, model: nn.Module, mesh: autopar.Mesh, plan: autopar.Plan, batch: Batch, fused: bool) -> None:
         start = time.perf_counter()
         self.parallel = autopar.parallelize(model, mesh, plan, example_inputs=batch)
         self.compile_seconds = time.perf_counter() - start
-        super().__init__(self.parallel)
+        super().__init__(self.parallel, fused)
 
     def sent(self) -> Counter[str]:
         """Bytes that this rank has sent until now, by axis."""

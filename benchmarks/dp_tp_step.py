@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import statistics
@@ -37,6 +38,7 @@ from benchmarks.subjects import DEFAULT, SUBJECTS, Subject
 from benchmarks.torch_parallel import DATA_FORMS, TorchParallel
 
 TOLERANCE = 1e-4
+OPTIMIZERS = ("loop", "fused")  # AdamW(...), on CPUs a loop over the parameters, and AdamW(..., fused=True)
 MESHES = ("1", "dp=2,tp=2", "dp=2,tp=2,megatron", "dp=4", "tp=4")
 
 
@@ -47,6 +49,7 @@ class Row:
 
     model: str
     mesh: str
+    optimizer: str
     ours_ms: float
     peer_ms: float
     wall: Ratio
@@ -83,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=30, help="measured steps of each side")
     parser.add_argument("--warm-up", type=int, default=4)
     parser.add_argument("--data", choices=DATA_FORMS, default="ddp", help="the peer's data parallelism")
+    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS, help="how AdamW is run")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # this is a rank; rank 0 writes its rows there
     return parser
@@ -98,7 +102,7 @@ def _launched(options: argparse.Namespace, ranks: int, meshes: list[str]) -> lis
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += ["-m", "benchmarks.dp_tp_step", "--worker", str(found), "--mesh", *meshes]
         command += ["--model", *options.model, "--steps", str(options.steps), "--warm-up", str(options.warm_up)]
-        command += ["--data", options.data]
+        command += ["--data", options.data, "--optimizer", *options.optimizer]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         return [_row(entry) for entry in json.loads(found.read_text())]
 
@@ -113,22 +117,22 @@ def _work(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rows = []
-    for mesh in options.mesh:
-        for model in options.model:
-            rows.append(_measured(SUBJECTS[model], mesh, options))
-            if dist.get_rank() == 0:
-                print(f"{model} on {mesh}: {rows[-1].wall}", file=sys.stderr, flush=True)
+    for mesh, model, optimizer in itertools.product(options.mesh, options.model, options.optimizer):
+        rows.append(_measured(SUBJECTS[model], mesh, optimizer, options))
+        if dist.get_rank() == 0:
+            print(f"{model} on {mesh}, {optimizer}: {rows[-1].wall}", file=sys.stderr, flush=True)
     if dist.get_rank() == 0:
         options.worker.write_text(json.dumps([asdict(row) for row in rows]))
     dist.destroy_process_group()
 
 
-def _measured(subject: Subject, mesh: str, options: argparse.Namespace) -> Row:
+def _measured(subject: Subject, mesh: str, optimizer: str, options: argparse.Namespace) -> Row:
     torch.manual_seed(0)
+    fused = optimizer == "fused"
     model = subject.build()
-    peer = _peer(subject, copy.deepcopy(model), mesh, options.data)
+    peer = _peer(subject, copy.deepcopy(model), mesh, options.data, fused)
     plan = autopar.Plan(sequence="megatron" if "megatron" in mesh else "none")
-    ours = Autopar(model, autopar.Mesh(**_sizes(mesh)), plan, subject.batch(0))
+    ours = Autopar(model, autopar.Mesh(**_sizes(mesh)), plan, subject.batch(0), fused)
     before = ours.sent()
     times, difference = measure((ours, peer), subject.batch, options.steps, options.warm_up)
     steps = options.steps + options.warm_up
@@ -136,6 +140,7 @@ def _measured(subject: Subject, mesh: str, options: argparse.Namespace) -> Row:
     return Row(
         subject.name,
         mesh,
+        optimizer,
         *(1e3 * statistics.median(entry.wall) for entry in times),
         *_ratios(*times),
         *(entry.phase_ms() for entry in times),
@@ -149,12 +154,12 @@ def _ratios(ours: Times, peer: Times) -> tuple[Ratio, Ratio]:
     return Ratio.of(ours.wall, peer.wall), Ratio.of(ours.cpu, peer.cpu)
 
 
-def _peer(subject: Subject, model: torch.nn.Module, mesh: str, data: str) -> Contender:
+def _peer(subject: Subject, model: torch.nn.Module, mesh: str, data: str, fused: bool) -> Contender:
     if _ranks(mesh) == 1:
-        return Contender(model)
+        return Contender(model, fused)
     sizes = _sizes(mesh)
     device_mesh = init_device_mesh("cpu", (sizes.get("dp", 1), sizes.get("tp", 1)), mesh_dim_names=("dp", "tp"))
-    return TorchParallel(subject, model, device_mesh, "megatron" in mesh, data)
+    return TorchParallel(subject, model, device_mesh, "megatron" in mesh, data, fused)
 
 
 def _sizes(mesh: str) -> dict[str, int]:
@@ -172,7 +177,7 @@ def _ranks(mesh: str) -> int:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table("model", "mesh", title="a step: forward + backward + AdamW, fp32, gloo", title_justify="left")
+    table = Table("model", "mesh", "AdamW", title="a step: forward + backward + AdamW, fp32, gloo", title_justify="left")
     for name in ("autopar ms", "peer ms", "clock ratio", "cpu ratio", "autopar cpu f/b/o", "peer cpu f/b/o", "sent/step", "loss"):
         table.add_column(name, justify="right")
     for row in rows:
@@ -180,7 +185,7 @@ def _table(rows: Sequence[Row]) -> Table:
         sent = " ".join(f"{axis} {count / 1e6:.2f}MB" for axis, count in sorted(row.sent.items()))
         times = f"{row.ours_ms:.1f}", f"{row.peer_ms:.1f}"
         table.add_row(
-            row.model, row.mesh, *times, str(row.wall), str(row.cpu), *phases, sent, f"{row.loss_difference:.0e}"
+            row.model, row.mesh, row.optimizer, *times, str(row.wall), str(row.cpu), *phases, sent, f"{row.loss_difference:.0e}"
         )
     return table
 

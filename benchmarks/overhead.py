@@ -45,7 +45,8 @@ def measured(model: nn.Module, batch: dict[str, Any]) -> dict[str, float]:
         with torch.no_grad():
             model(**batch)
 
-    return {"forward": microseconds(lambda: model(**batch)), "step": microseconds(step), "inference": microseconds(infer)}
+    calls = {"forward": lambda: model(**batch), "step": step, "inference": infer}
+    return {kind: microseconds(call) for kind, call in calls.items()}
 
 
 def main() -> None:

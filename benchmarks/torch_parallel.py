@@ -38,13 +38,15 @@ DATA_FORMS = ("ddp", "replicate")
 class TorchParallel(Contender):
     """``model`` on ``mesh`` (dims dp and tp). ``data`` is one of ``DATA_FORMS``."""
 
-    def __init__(self, subject: Subject, model: nn.Module, mesh: DeviceMesh, sequence: bool, data: str) -> None:
+    def __init__(
+        self, subject: Subject, model: nn.Module, mesh: DeviceMesh, sequence: bool, data: str, fused: bool
+    ) -> None:
         self.mesh, self.splits_tensors = mesh, mesh["tp"].size() > 1
         self.rank, self.ways = mesh["dp"].get_local_rank(), mesh["dp"].size()
         if self.splits_tensors:
             subject.localised(model)
             parallelize_module(model, mesh["tp"], tensor_plan(model, subject.sites, sequence))
-        super().__init__(self._replicated(model, subject.sites, data) if self.ways > 1 else model)
+        super().__init__(self._replicated(model, subject.sites, data) if self.ways > 1 else model, fused)
 
     def _replicated(self, model: nn.Module, sites: Sites, data: str) -> nn.Module:
         if data == "ddp":

@@ -252,3 +252,42 @@ def test_wrong_arguments_fail_as_in_python() -> None:
     parallel = autopar.parallelize(Tiny(), Mesh(tp=2))
     with pytest.raises(TypeError, match="missing a required argument: 'ids'"):
         parallel.simulate()
+
+
+def parallelize_twice() -> str:
+    model = Scale()
+    autopar.parallelize(model, Mesh())
+    try:
+        autopar.parallelize(model, Mesh())
+    except ValueError as problem:
+        return str(problem)
+    return "no error"
+
+
+def test_a_model_is_parallelized_once() -> None:
+    assert "and that once" in run_ranks(parallelize_twice, 1)[0]
+
+
+class Plan2D(nn.Module):
+    """A model whose parts are called as things of ours are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plan, self.mesh = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mesh(torch.tanh(self.plan(x))).sum()
+
+
+def name_clash() -> bool:
+    model = float64(Plan2D)
+    reference = copy.deepcopy(model)
+    parallel = autopar.parallelize(model, Mesh())
+    x = torch.randn(2, 4)
+    names = [name for name, _ in reference.named_parameters()]
+    assert [name for name, _ in parallel.named_parameters()] == names and list(parallel.state_dict()) == names
+    return torch.equal(parallel(x), reference(x))
+
+
+def test_submodules_may_have_our_names() -> None:
+    assert run_ranks(name_clash, 1)[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import operator
+import weakref
 from typing import Any
 
 import pytest
@@ -16,8 +18,8 @@ from autopar import Mesh, Plan
 from autopar.connect import connect
 from autopar.driver import compile_program
 from autopar.emit import compile_source, emit
-from autopar.execute import own_storage
-from autopar.program import InputKind
+from autopar.execute import sharing
+from autopar.program import InputKind, Program, output_node
 from autopar.torch_autograd import accumulating, below_autograd, is_watched, take_saved
 from autopar.torch_bindings import BINDINGS
 from autopar.torch_dtensor import contiguous, dtensor, local_of, of_local, spec_of, strided
@@ -145,6 +147,25 @@ def test_saved_tensors_are_let_go_of_once() -> None:
         result.backward()
 
 
+class Forgetful(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x * 2)
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        saved = take_saved(ctx)
+        first = weakref.ref(saved[0])
+        saved.clear()
+        assert first() is None, "autograd still holds the activation, so memory would not fall during backward"
+        return torch.ones(2)
+
+
+def test_saved_tensors_die_during_backward() -> None:
+    Forgetful.apply(torch.ones(2, requires_grad=True)).backward()
+
+
 def test_hooks_are_noticed() -> None:
     leaf = torch.ones(2, requires_grad=True)
     assert not is_watched(leaf)
@@ -162,13 +183,26 @@ def test_below_autograd() -> None:
     assert (x * 2).requires_grad
 
 
-def test_own_storage() -> None:
+def test_results_that_share_memory() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     shared, alone = (graph.call_function(target, (x,)) for target in (aten.neg.default, aten.exp.default))
     views = [graph.call_function(aten.t.default, (node,)) for node in (shared, alone)]
-    graph.output((shared, *views, x))
-    assert own_storage(graph) == [False, False, True, False]
+    parts = graph.call_function(aten.split.Tensor, (alone, 1))
+    rows = [graph.call_function(operator.getitem, (parts, i)) for i in (0, 1)]
+    given = graph.call_function(operator.getitem, (graph.call_function(aten.split.Tensor, (x, 1)), 0))
+    bucket = [graph.call_function(aten.slice.Tensor, (alone, 0, i, i + 1)) for i in (0, 1)]
+    for returned, expected in (
+        ((shared, *views, x), [0, 1, 3]),
+        ((*rows, given), [2]),
+        ((*bucket, shared), []),
+        ((*bucket, alone), [0, 1, 2]),
+    ):
+        graph.output(returned)
+        function = compile_source(emit({"f": graph}, Program(graph, Mesh(), Plan(), (), ())), "f")
+        found = function(Alone(), [torch.ones(2, 2)])
+        assert sharing(graph, found) == expected
+        graph.erase_node(output_node(graph))
 
 
 class SharedGradients(nn.Module):

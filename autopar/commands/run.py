@@ -59,12 +59,12 @@ def run(
     if output is not None:
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in found.items()}, output)
     traffic = connection.comm.traffic
-    rows = [(name, str(list(x.shape)), f"{float(x.double().mean()):.6g}") for name, x in found.items()]
+    outputs = [{"name": name, "shape": list(x.shape), "mean": float(x.double().mean())} for name, x in found.items()]
     if as_json:
-        outputs = [{"name": name, "shape": list(x.shape), "mean": float(x.double().mean())} for name, x in found.items()]
         document = {"mesh": dict(program.mesh.axes), "outputs": outputs, "seconds": round(seconds, 3)}
         print_json({**document, "traffic": traffic_json(traffic, RUNS)})
         return
+    rows = [(str(entry["name"]), str(entry["shape"]), f"{entry['mean']:.6g}") for entry in outputs]
     console = stdout()
     console.print(table(f"{directory} on {program.mesh}", ("output", "shape", "mean"), rows))
     console.print(traffic_table("sent by rank 0", traffic, RUNS))
