@@ -2,7 +2,7 @@
 
     canonical form   operators in one form each, constants folded, causal masks recognised, losses as sums over counts
     split            one mesh axis each: the batch, then the weights
-    optimise         after differentiation, on forward and backward: fewer, larger collectives
+    optimise         after differentiation, on forward and backward: fused sums; fewer, larger collectives
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from autopar.passes.bucket_collectives import bucket_collectives
 from autopar.passes.canonicalize import canonicalize
 from autopar.passes.draw_dropout import draw_dropout
 from autopar.passes.fold_constants import fold_constants
+from autopar.passes.fuse_arithmetic import fuse_arithmetic
 from autopar.passes.recognise_causal_masks import recognise_causal_masks
 from autopar.passes.split_batch import split_batch
 from autopar.passes.split_tensors import split_tensors
@@ -28,4 +29,7 @@ PASSES = (
     split_tensors,
 )
 
-OPTIMISATIONS = (bucket_collectives,)  # on forward and backward graphs, after differentiation; numbers stay the same
+OPTIMISATIONS = (  # on forward and backward graphs, after differentiation; numbers stay the same
+    fuse_arithmetic,  # less memory is walked through; first, while sums are still next to their terms
+    bucket_collectives,
+)

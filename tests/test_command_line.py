@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import autopar.commands.check
 import autopar.commands.show
@@ -24,6 +25,7 @@ from autopar.__main__ import MOST_LINES, main
 from autopar.check import Report, check
 from autopar.commands.byte_text import ByteText, read_text
 from autopar.commands.curves import sparkline
+from autopar.commands.launch import report_failures
 from autopar.commands.options import read_config, read_mesh, read_plan
 from autopar.commands.training import Curve, Run
 from autopar.driver import split_program
@@ -302,3 +304,35 @@ def test_replay(autopar_command: Command) -> None:
     code, out, _ = autopar_command("replay", "autopar-failed-split_batch.txt", "--pass", "split_batch")
     assert code == 0, "the fixture's directory is where the file was left"
     assert "all_reduce 0 -> 2" in out and "f32[12@dp,48]" in out
+
+
+def failure(rank: int, exitcode: int, reason: dict[str, Any] | None, directory: Path) -> ProcessFailure:
+    """What torchrun knows about a rank that ended; ``reason`` is what the rank has left."""
+    path = directory / f"{rank}.json"
+    if reason is not None:
+        path.write_text(json.dumps({"timestamp": 7, **reason}))
+    return ProcessFailure(rank, 1000 + rank, exitcode, str(path))
+
+
+FOLLOWER = {"message": "a peer ended", "kind": "RankFailedError", "timestamp": 1}
+MISTAKE = {"message": "wrong mesh", "kind": "ValueError"}
+
+
+@pytest.mark.parametrize("ends, code, said", [
+    ([(-15, None), (-9, None)], 2, "rank 1: ended by signal SIGKILL"),
+    ([(2, FOLLOWER), (-9, None)], 2, "rank 1: ended by signal SIGKILL"),
+    ([(2, FOLLOWER), (2, MISTAKE)], 2, "rank 1: wrong mesh"),
+    ([(2, MISTAKE), (2, MISTAKE)], 2, "every rank: wrong mesh"),
+    ([(3, {"message": "a fault", "kind": "KeyError"})], 3, "rank 0: a fault"),
+    ([(1, None)], 1, ""),
+])  # fmt: skip
+def test_the_rank_that_failed_first_is_named(
+    ends: list[tuple[int, dict[str, Any] | None]],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failures = {rank: failure(rank, *end, tmp_path) for rank, end in enumerate(ends)}
+    assert report_failures(failures, 2) == code
+    assert said in capsys.readouterr().err

@@ -38,7 +38,7 @@ def relaunch(ranks: int, arguments: Sequence[str]) -> None:
     try:
         run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        raise typer.Exit(_report(error.failures, ranks)) from None
+        raise typer.Exit(report_failures(error.failures, ranks)) from None
     except (SignalException, KeyboardInterrupt):
         raise typer.Exit(128 + signal.SIGINT) from None
 
@@ -54,7 +54,7 @@ def note_failure(error: Exception, text: str) -> bool:
     return True
 
 
-def _report(failures: dict[int, ProcessFailure], ranks: int) -> int:
+def report_failures(failures: dict[int, ProcessFailure], ranks: int) -> int:
     """Say what the first of ``ranks`` failed of, and which others did of the same; gives the exit code."""
     first = min(failures.values(), key=lambda failure: (_follows(failure), failure.timestamp, failure.local_rank))
     if first.exitcode == 1 and not first.error_file_data.get("message"):
@@ -71,4 +71,5 @@ def _report(failures: dict[int, ProcessFailure], ranks: int) -> int:
 
 
 def _follows(failure: ProcessFailure) -> bool:
-    return failure.error_file_data.get("kind") == FOLLOWS
+    """Whether it ended because another rank did: it says so, or torchrun has ended it."""
+    return failure.error_file_data.get("kind") == FOLLOWS or failure.exitcode == -signal.SIGTERM

@@ -1,0 +1,132 @@
+"""Rewrites sums of forward and backward graphs to operators that walk through memory less; only rounding may change.
+
+    e  = aten.expand(s, [4,8])            : f32[4,8]
+    d  = aten.div(e, 8)                   : f32[4,8]
+    x2 = aten.mul(x, 2.0)                 : f32[4,8]      -->    y = aten.addcmul(a, s, x, value=0.25)    : f32[4,8]
+    m  = aten.mul(d, x2)                  : f32[4,8]
+    y  = aten.add(a, m)                   : f32[4,8]
+
+What torch derives is written operator by operator: a product is stored before it is added, the gradient of a mean is
+spread out before it is divided, that of a half is a whole of zeros with the half in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.layout import Layout
+from autopar.mesh import Mesh
+from autopar.pipeline import graph_pass
+from autopar.program import Program, Value, value
+from autopar.rewrite import insert_before, remove_unused
+
+aten = torch.ops.aten
+
+VIEWS = (aten.view.default, aten._unsafe_view.default)
+PRODUCTS = (aten.mm.default, aten.addmm.default)
+NEAR = 8  # operators: a product further away from its sum would keep its two factors alive for long
+
+
+@graph_pass()
+def fuse_arithmetic(program: Program) -> Program:
+    for role in program.roles:
+        for graph in (role.forward, role.backward):
+            if graph is not None:
+                _fuse(graph, program.mesh)
+    return program
+
+
+def _fuse(graph: fx.Graph, mesh: Mesh) -> None:
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    for node in list(places):
+        if node.target is aten.add.Tensor and not node.kwargs:
+            new = _joined(node) or _matrix_sum(node, mesh) or _product_sum(node, mesh, places)
+            if new is not None:
+                places[new] = places[node]
+                node.replace_all_uses_with(new)
+    remove_unused(graph)
+
+
+def _joined(node: fx.Node) -> fx.Node | None:
+    """zeros with g in the first half + zeros with h in the second half -> cat(g, h)"""
+    halves = node.args[:2]
+    if not all(_only(half, aten.slice_backward.default) for half in halves):
+        return None
+    low, high = sorted(halves, key=lambda half: half.args[3])  # type: ignore[union-attr]
+    grad, sizes, dim, start, end, step = low.args  # type: ignore[union-attr]
+    other, _, *rest = high.args  # type: ignore[union-attr]
+    if (dim, 0, end, 1, 1) != (rest[0], start, rest[1], step, rest[3]) or rest[2] < sizes[dim]:  # type: ignore[operator, index]
+        return None
+    return insert_before(node, aten.cat.default, ([grad, other], dim))
+
+
+def _matrix_sum(node: fx.Node, mesh: Mesh) -> fx.Node | None:
+    """mm(a, b) + mm(c, d) -> addmm(mm(a, b), c, d); views of them too"""
+    for first, second in _terms(node):
+        one, other = (term.all_input_nodes[0] if term.target in VIEWS else term for term in (first, second))
+        if one.target not in PRODUCTS or not _only(other, aten.mm.default) or len(second.users) != 1:
+            continue
+        if _shape(one, mesh) != _shape(other, mesh) or value(one).dtype != value(other).dtype:
+            continue
+        local = Value(value(other).dtype, Layout.whole(_shape(other, mesh)))
+        found = insert_before(node, aten.addmm.default, (one, *other.args), None, local)
+        if _shape(node, mesh) == _shape(other, mesh):
+            return found
+        return insert_before(node, aten.view.default, (found, list(_shape(node, mesh))))
+    return None
+
+
+def _product_sum(node: fx.Node, mesh: Mesh, places: dict[fx.Node, int]) -> fx.Node | None:
+    """a + p * q -> addcmul(a, p, q)
+
+    Only in this order: the first term decides how the result lies in memory, of which later views make use.
+    """
+    whole, product = node.args[:2]
+    if not isinstance(whole, fx.Node) or not _only(product, aten.mul.Tensor) or whole is product:
+        return None
+    factors = product.args[:2]  # type: ignore[union-attr]
+    terms = (whole, *factors)
+    if not all(isinstance(term, fx.Node) for term in terms) or places[node] - places[product] > NEAR:  # type: ignore[index]
+        return None
+    kind = value(node)
+    if {value(term).dtype for term in terms} != {kind.dtype} or not kind.dtype.is_floating_point:  # type: ignore[arg-type]
+        return None
+    if _shape(whole, mesh) != _shape(node, mesh):
+        return None
+    peeled, scale = zip(*map(_peeled, factors))
+    scale = scale[0] * scale[1]
+    return insert_before(node, aten.addcmul.default, (whole, *peeled), {} if scale == 1 else {"value": scale})
+
+
+def _peeled(factor: Any) -> tuple[fx.Node, float]:
+    """(x, 0.25) for expand(x) / 8 * 2"""
+    scale = 1.0
+    while True:
+        if _only(factor, aten.mul.Scalar) and isinstance(factor.args[1], (int, float)):
+            scale *= factor.args[1]
+        elif _only(factor, aten.div.Scalar) and isinstance(factor.args[1], (int, float)):
+            scale /= factor.args[1]
+        elif not _only(factor, aten.expand.default):
+            return factor, scale
+        factor = factor.args[0]
+
+
+def _terms(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(one, other) terms of a sum, in both orders; none where one is a number."""
+    first, second = node.args[:2]
+    if isinstance(first, fx.Node) and isinstance(second, fx.Node) and first is not second:
+        yield first, second
+        yield second, first
+
+
+def _only(node: Any, target: Any) -> bool:
+    """Whether ``node`` is a plain call of ``target`` that one other node uses."""
+    return isinstance(node, fx.Node) and node.target is target and len(node.users) == 1 and not node.kwargs
+
+
+def _shape(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
+    return value(node).layout.local_shape(mesh)
