@@ -11,6 +11,7 @@
         return (all_reduce, p_down_weight)
 
 A function takes its inputs in a list and empties it, so that ``del`` at the last use really frees a saved activation.
+Where an argument dies and has the size of the result, the result takes its memory: ``aten_add_`` (``reuse``).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from autopar import comm
 from autopar.errors import InvariantError
 from autopar.operators import REGISTRY
 from autopar.program import Node, Program, Role, origin, output_node, values
+from autopar.reuse import IN_PLACE, reused
 from autopar.text import type_text
 from autopar.torch_bindings import BINDINGS
 
@@ -176,6 +178,7 @@ class _Body:
         self.module, self.graph = module, graph
         self.names: dict[Node, str] = {node: node.name + "_" * (node.name in RESERVED) for node in graph.nodes}
         self.dying = last_uses(graph)
+        self.reused = reused(graph, module.program.mesh)
 
     def unpacking(self, labels: Mapping[str, str]) -> list[str]:
         nodes = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -203,7 +206,11 @@ class _Body:
             return f"{self.text(node.args[0])} {INFIX[target]} {self.text(node.args[1])}"
         if target in comm.TARGETS:
             return self.collective(node)
-        arguments = [self.text(value) for value in node.args]
+        given = list(node.args)
+        if node in self.reused:
+            given.insert(0, given.pop(self.reused[node]))
+            target = IN_PLACE[target]
+        arguments = [self.text(value) for value in given]
         arguments += [f"{key}={self.text(value)}" for key, value in node.kwargs.items()]
         return f"{self.module.bind(target, node)}({', '.join(arguments)})"
 

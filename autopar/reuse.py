@@ -1,14 +1,15 @@
 """Which operators of a rank graph may write their result over an argument that dies there.
 
-    add = aten.add(mm, x)     -->    add = aten.add_(mm, x)      where nothing needs the memory of mm any more
+    add = aten.add(mm, x)     -->     add = aten.add_(mm, x)      where nothing needs the memory of mm any more
 
-The graph itself stays functional; only the emitted Python writes in place. Fresh memory is what pointwise operators
-cost on CPUs: the kernel of the operating system hands it out in zeroed pages, which takes longer than the sum.
+The graph itself stays functional; only the Python emitted from it writes in place. On a CPU new memory costs more than
+a pointwise operator itself: large blocks come from the system page by page, each filled with zeros first.
 """
 
 from __future__ import annotations
 
 import operator
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import fx
 
 from autopar import comm
 from autopar.mesh import Mesh
-from autopar.program import Node, output_node, values
+from autopar.program import Node, values
 from autopar.recorder import is_view
 
 aten = torch.ops.aten
@@ -38,10 +39,12 @@ IN_PLACE: dict[Any, Any] = {
 }
 SYMMETRIC = (aten.add.Tensor, aten.mul.Tensor)  # the second argument's memory will do as well
 
-DENSE = (operator.getitem, aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.t.default,
-         aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)  # fmt: skip
-FLAT = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim)
+FLAT = (
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim,
+)  # fmt: skip
+DENSE = (*FLAT, operator.getitem, aten.t.default, aten.transpose.int, aten.permute.default)
 ORDERED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default, aten.embedding.default)
+KEEPING_ORDER = frozenset((*IN_PLACE, *FLAT, aten.cat.default, comm.OPS.all_reduce.default))
 
 
 def reused(graph: fx.Graph, mesh: Mesh) -> dict[Node, int]:
@@ -49,69 +52,60 @@ def reused(graph: fx.Graph, mesh: Mesh) -> dict[Node, int]:
     memory = _Memory(graph, mesh)
     found: dict[Node, int] = {}
     for node in graph.nodes:
-        if node.target not in IN_PLACE:
-            continue
-        for position in (0, 1) if node.target in SYMMETRIC else (0,):
-            if memory.is_free(node, position) and (position == 0 or memory.keeps_order(node)):
-                found[node] = position
-                break
+        if node.target in IN_PLACE and memory.is_free(node, 0):
+            found[node] = 0
+        elif node.target in SYMMETRIC and not node.kwargs and memory.is_free(node, 1) and memory.is_ordered(node):
+            found[node] = 1  # with the first argument's memory it lies like that one, as it would in new memory
     return found
 
 
 class _Memory:
-    """Who allocated each value of a graph, and who needs that last."""
+    """Who allocated each value of a graph, and who reads that last."""
 
     def __init__(self, graph: fx.Graph, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.base: dict[Node, Node] = {}
-        self.shared: set[Node] = set()  # bases that somebody else may hold, or that are not what they seem
+        self.base: dict[Node, Node] = {}  # value -> the node whose memory it lies in
+        self.shared: set[Node] = set()  # bases whose memory is not, or may not be, the graph's own to the end
         self.last: dict[Node, Node] = {}  # base -> the last node that reads it
-        self.ordered: set[Node] = set()  # values that lie row by row
+        self.ordered: set[Node] = set()  # values that lie row by row, without gaps
         for node in graph.nodes:
             if node.op == "output":
                 self.shared.update(self.base[source] for source in node.all_input_nodes)
-                continue
-            self._place(node)
-            if self._is_ordered(node):
-                self.ordered.add(node)
+            else:
+                self._place(node)
             for source in node.all_input_nodes:
                 self.last[self.base[source]] = node
 
     def _place(self, node: Node) -> None:
         sources = node.all_input_nodes
-        passed_on = node.target is operator.getitem or node.target in comm.TARGETS or is_view(node.target)
-        self.base[node] = self.base[sources[0]] if passed_on and sources else node
-        if node.op == "placeholder" or not sources or not passed_on and not _allocates(node.target):
+        passes_on = node.target is operator.getitem or node.target in comm.TARGETS or is_view(node.target)
+        self.base[node] = self.base[sources[0]] if passes_on and sources else node
+        if not sources or not passes_on and not _allocates(node.target):  # inputs, constants, what may be an argument
             self.shared.update(self.base[source] for source in (node, *sources))
+        if node.target in ORDERED or node.target in KEEPING_ORDER and self.is_ordered(node):
+            self.ordered.add(node)
 
-    def _is_ordered(self, node: Node) -> bool:
-        if node.target in ORDERED or node.target is comm.OPS.all_reduce.default:
-            return True
-        if node.target is aten.clone.default:
-            return node.kwargs.get("memory_format") is torch.contiguous_format or node.args[0] in self.ordered
-        pointwise = node.target in IN_PLACE or node.target is aten.cat.default
-        return (pointwise or node.target in FLAT) and all(source in self.ordered for source in node.all_input_nodes)
+    def is_ordered(self, node: Node) -> bool:
+        """Whether all that ``node`` reads lies row by row."""
+        return self.ordered.issuperset(node.all_input_nodes)
 
     def is_free(self, node: Node, position: int) -> bool:
-        """Whether the argument at ``position`` has the size of the result, and nothing but ``node`` needs its memory."""
+        """Whether the argument at ``position`` has the size of the result, and only ``node`` still needs its memory."""
         source = node.args[position]
         if not isinstance(source, fx.Node) or len(values(source)) != 1 or len(values(node)) != 1:
             return False
-        base, others = self.base[source], [other for other in node.all_input_nodes if other is not source]
+        base = self.base[source]
+        others = [other for other in node.all_input_nodes if other is not source]
         if base in self.shared or self.last[base] is not node or any(self.base[other] is base for other in others):
             return False
         return self._size(source) == self._size(node) and self._is_dense(source)
-
-    def keeps_order(self, node: Node) -> bool:
-        """Whether the result lies in memory as it would in memory of its own."""
-        return all(source in self.ordered for source in node.all_input_nodes)
 
     def _size(self, node: Node) -> tuple[torch.dtype, tuple[int, ...]]:
         (kind,) = values(node)
         return kind.dtype, kind.layout.local_shape(self.mesh)
 
     def _is_dense(self, node: Node) -> bool:
-        """Whether each element of the memory behind ``node`` is one of its elements."""
+        """Whether the memory that ``node`` lies in holds each of its elements once, and nothing else."""
         while node is not self.base[node]:
             if node.target not in DENSE and node.target not in comm.TARGETS:
                 return False
@@ -119,9 +113,11 @@ class _Memory:
         return True
 
 
+@cache
 def _allocates(target: Any) -> bool:
-    """Whether ``target`` is known to return memory of its own: not so for what torch composes of other operators."""
+    """Whether ``target`` is sure to return memory of its own: not so for what torch composes of other operators."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    composed = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    name: str = target.name()  # type: ignore[no-untyped-call]
+    composed = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
     return not composed or target is aten.linear.default

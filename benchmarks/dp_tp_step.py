@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import autopar
 from benchmarks.contenders import Autopar, Contender
-from benchmarks.paired import Ratio, Times, measure
+from benchmarks.paired import Ratio, measure
 from benchmarks.subjects import DEFAULT, SUBJECTS, Subject
 from benchmarks.torch_parallel import DATA_FORMS, TorchParallel
 
@@ -136,22 +136,21 @@ def _measured(subject: Subject, mesh: str, optimizer: str, options: argparse.Nam
     before = ours.sent()
     times, difference = measure((ours, peer), subject.batch, options.steps, options.warm_up)
     steps = options.steps + options.warm_up
-    sent = {axis: count // steps for axis, count in (ours.sent() - before).items()}
+    ours_times, peer_times = times
     return Row(
-        subject.name,
-        mesh,
-        optimizer,
-        *(1e3 * statistics.median(entry.wall) for entry in times),
-        *_ratios(*times),
-        *(entry.phase_ms() for entry in times),
-        sent,
-        difference,
-        ours.compile_seconds,
+        model=subject.name,
+        mesh=mesh,
+        optimizer=optimizer,
+        ours_ms=1e3 * statistics.median(ours_times.wall),
+        peer_ms=1e3 * statistics.median(peer_times.wall),
+        wall=Ratio.of(ours_times.wall, peer_times.wall),
+        cpu=Ratio.of(ours_times.cpu, peer_times.cpu),
+        ours_phases=ours_times.phase_ms(),
+        peer_phases=peer_times.phase_ms(),
+        sent={axis: count // steps for axis, count in (ours.sent() - before).items()},
+        loss_difference=difference,
+        compile_seconds=ours.compile_seconds,
     )
-
-
-def _ratios(ours: Times, peer: Times) -> tuple[Ratio, Ratio]:
-    return Ratio.of(ours.wall, peer.wall), Ratio.of(ours.cpu, peer.cpu)
 
 
 def _peer(subject: Subject, model: torch.nn.Module, mesh: str, data: str, fused: bool) -> Contender:
@@ -176,17 +175,20 @@ def _ranks(mesh: str) -> int:
 # ---------------------------------------------------------------- the table
 
 
+COLUMNS = ("autopar ms", "peer ms", "clock ratio", "cpu ratio", "autopar f/b/o", "peer f/b/o", "sent a step", "loss")
+
+
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table("model", "mesh", "AdamW", title="a step: forward + backward + AdamW, fp32, gloo", title_justify="left")
-    for name in ("autopar ms", "peer ms", "clock ratio", "cpu ratio", "autopar cpu f/b/o", "peer cpu f/b/o", "sent/step", "loss"):
+    """f/b/o: milliseconds of processor time that forward, backward and optimizer take on rank 0."""
+    title = "a step: forward, backward, AdamW; fp32, gloo, one thread a process"
+    table = Table("model", "mesh", "AdamW", title=title, title_justify="left")
+    for name in COLUMNS:
         table.add_column(name, justify="right")
     for row in rows:
         phases = ["/".join(f"{ms:.0f}" for ms in side["cpu"].values()) for side in (row.ours_phases, row.peer_phases)]
-        sent = " ".join(f"{axis} {count / 1e6:.2f}MB" for axis, count in sorted(row.sent.items()))
-        times = f"{row.ours_ms:.1f}", f"{row.peer_ms:.1f}"
-        table.add_row(
-            row.model, row.mesh, row.optimizer, *times, str(row.wall), str(row.cpu), *phases, sent, f"{row.loss_difference:.0e}"
-        )
+        sent = " ".join(f"{axis} {count / 1e6:.1f}MB" for axis, count in sorted(row.sent.items()))
+        cells = [row.model, row.mesh, row.optimizer, f"{row.ours_ms:.0f}", f"{row.peer_ms:.0f}"]
+        table.add_row(*cells, str(row.wall), str(row.cpu), *phases, sent, f"{row.loss_difference:.0e}")
     return table
 
 

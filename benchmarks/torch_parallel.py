@@ -53,8 +53,8 @@ class TorchParallel(Contender):
             return DistributedDataParallel(model, device_mesh=self.mesh["dp"])
         for name in sites.block_names(model):
             replicate(model.get_submodule(name), mesh=self.mesh["dp"])
-        replicated: nn.Module = replicate(model, mesh=self.mesh["dp"])
-        return replicated
+        replicate(model, mesh=self.mesh["dp"])  # in place
+        return model
 
     def part(self, batch: Batch) -> Batch:
         return {name: whole.chunk(self.ways)[self.rank].contiguous() for name, whole in batch.items()}

@@ -29,7 +29,7 @@ PASSES = (
     split_tensors,
 )
 
-OPTIMISATIONS = (  # on forward and backward graphs, after differentiation; numbers stay the same
+OPTIMISATIONS = (  # on forward and backward graphs, after differentiation; numbers stay the same, up to rounding
     fuse_arithmetic,  # less memory is walked through; first, while sums are still next to their terms
     bucket_collectives,
 )

@@ -53,13 +53,14 @@ def _fuse(graph: fx.Graph, mesh: Mesh) -> None:
 
 def _joined(node: fx.Node) -> fx.Node | None:
     """zeros with g in the first half + zeros with h in the second half -> cat(g, h)"""
-    halves = node.args[:2]
+    halves: tuple[Any, ...] = node.args[:2]
     if not all(_only(half, aten.slice_backward.default) for half in halves):
         return None
-    low, high = sorted(halves, key=lambda half: half.args[3])  # type: ignore[union-attr]
-    grad, sizes, dim, start, end, step = low.args  # type: ignore[union-attr]
-    other, _, *rest = high.args  # type: ignore[union-attr]
-    if (dim, 0, end, 1, 1) != (rest[0], start, rest[1], step, rest[3]) or rest[2] < sizes[dim]:  # type: ignore[operator, index]
+    low, high = sorted(halves, key=lambda half: int(half.args[3]))
+    grad, sizes, dim, *low_bounds = low.args
+    other, _, other_dim, *high_bounds = high.args
+    (start, middle, step), (after, end, stride) = low_bounds, high_bounds
+    if dim != other_dim or start != 0 or after != middle or end < sizes[dim] or (step, stride) != (1, 1):
         return None
     return insert_before(node, aten.cat.default, ([grad, other], dim))
 
@@ -85,21 +86,19 @@ def _product_sum(node: fx.Node, mesh: Mesh, places: dict[fx.Node, int]) -> fx.No
 
     Only in this order: the first term decides how the result lies in memory, of which later views make use.
     """
-    whole, product = node.args[:2]
-    if not isinstance(whole, fx.Node) or not _only(product, aten.mul.Tensor) or whole is product:
+    terms: tuple[Any, ...] = node.args[:2]
+    whole, product = terms
+    if not isinstance(whole, fx.Node) or not _only(product, aten.mul.Tensor) or places[node] - places[product] > NEAR:
         return None
-    factors = product.args[:2]  # type: ignore[union-attr]
-    terms = (whole, *factors)
-    if not all(isinstance(term, fx.Node) for term in terms) or places[node] - places[product] > NEAR:  # type: ignore[index]
+    factors = product.args[:2]
+    if not all(isinstance(factor, fx.Node) for factor in factors) or _shape(whole, mesh) != _shape(node, mesh):
         return None
-    kind = value(node)
-    if {value(term).dtype for term in terms} != {kind.dtype} or not kind.dtype.is_floating_point:  # type: ignore[arg-type]
+    dtype = value(node).dtype
+    if not dtype.is_floating_point or any(value(term).dtype != dtype for term in (whole, *factors)):
         return None
-    if _shape(whole, mesh) != _shape(node, mesh):
-        return None
-    peeled, scale = zip(*map(_peeled, factors))
-    scale = scale[0] * scale[1]
-    return insert_before(node, aten.addcmul.default, (whole, *peeled), {} if scale == 1 else {"value": scale})
+    (one, factor), (other, by) = map(_peeled, factors)
+    scale = {} if factor * by == 1 else {"value": factor * by}
+    return insert_before(node, aten.addcmul.default, (whole, one, other), scale)
 
 
 def _peeled(factor: Any) -> tuple[fx.Node, float]:
