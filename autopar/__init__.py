@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from autopar.driver import compile_program, parallelize
     from autopar.module import ParallelModule
     from autopar.program import Program
+    from autopar.rules import register_rule
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _LAZY = {
     "parallelize": "driver",
     "ParallelModule": "module",
     "Program": "program",
+    "register_rule": "rules",
 }
 
 
@@ -64,4 +66,5 @@ __all__ = [
     "__version__",
     "compile_program",
     "parallelize",
+    "register_rule",
 ]

@@ -10,6 +10,7 @@ import copy
 import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,6 +146,19 @@ class Program:
 
         self.mesh.coordinates(rank)
         return RankProgram(self, rank)
+
+    def save(self, directory: str | Path) -> None:
+        """Write this program to ``directory``, whole or not at all (DESIGN section 7). Holds no weights."""
+        from autopar.program_file import save  # stands above the program
+
+        save(self, directory)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Program:
+        """The program in ``directory``; runs no code found there. Raises ProgramFileError for a damaged one."""
+        from autopar.program_file import load
+
+        return load(directory)
 
     def explain(self, name: str) -> str:
         """Why a node or a parameter (by its name in the model) lies as it does, and what the alternatives cost.

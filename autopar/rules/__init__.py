@@ -61,7 +61,8 @@ def rule_for(target: Any) -> Rule | None:
     """The rule of an operator; operators that torch tags as pointwise need no line of their own."""
     if target in RULES:
         return RULES[target]
-    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+    tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
+    if torch.Tag.pointwise in tags and torch.Tag.data_dependent_output not in tags:  # aten.equal gives a bool
         return pointwise.broadcast
     return None
 

@@ -53,6 +53,7 @@ def tagged_pointwise() -> list[Any]:
         if isinstance(packet, torch._ops.OpOverloadPacket):
             for overload in (getattr(packet, name) for name in packet.overloads()):
                 results = any(argument.is_out for argument in overload._schema.arguments)
-                if torch.Tag.pointwise in overload.tags and not overload._schema.is_mutable and not results:
+                number = torch.Tag.data_dependent_output in overload.tags  # aten.equal gives a bool, not a tensor
+                if torch.Tag.pointwise in overload.tags and not overload._schema.is_mutable and not results | number:
                     found.append(overload)
     return found
