@@ -18,6 +18,7 @@ from autopar.errors import (
     RankFailedError,
     TraceError,
     UnknownOperatorError,
+    WrongRuleError,
 )
 from autopar.mesh import Mesh
 from autopar.plan import Plan
@@ -63,6 +64,7 @@ __all__ = [
     "RankFailedError",
     "TraceError",
     "UnknownOperatorError",
+    "WrongRuleError",
     "__version__",
     "compile_program",
     "parallelize",

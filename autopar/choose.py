@@ -122,7 +122,7 @@ class _Chooser:
         factoring, types = self.flow.factorings[call], values(call)
         for index, value in enumerate(types):
             self.types[call, index] = value
-        offered = _distinct([*factoring.unsplit(self.flow.calls[call]), *self.flow.parts.get(call, {}).values()], types)
+        offered = distinct([*factoring.unsplit(self.flow.calls[call]), *self.flow.parts.get(call, {}).values()], types)
         domain = self.policy.allowed(self.flow, call, offered)
         work = work_of(factoring, self.flow.calls[call])
         costs = [work * s.share + 1e-12 * i + PENDING * (s.label == "partial") for i, s in enumerate(domain)]
@@ -188,7 +188,7 @@ def _label(strategy: Strategy) -> str:
     return f"{strategy.label}: {inputs} -> {', '.join(map(str, strategy.outputs))}" if strategy.part else strategy.label
 
 
-def _distinct(strategies: list[Strategy], types: tuple[Value, ...]) -> list[Strategy]:
+def distinct(strategies: list[Strategy], types: tuple[Value, ...]) -> list[Strategy]:
     """Without a gradient in the outputs, replicated is the same as invariant."""
     if not any(value.requires_grad for value in types):
         strategies = [s for s in strategies if s.label != "replicated"]

@@ -15,6 +15,10 @@ class UnknownOperatorError(AutoparError):
     """An operator has no splitting rule."""
 
 
+class WrongRuleError(AutoparError):
+    """A splitting rule does not do what its operator does."""
+
+
 class IndivisibleError(AutoparError):
     """A dim does not divide by the size of the axis that should split it."""
 

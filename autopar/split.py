@@ -35,9 +35,14 @@ def split_axis(program: Program, policy: Policy, check: Callable[[Flow, Choice],
     choice = choose(flow, policy)
     if check:
         check(flow, choice)
-    graph = _Rewriter(flow, choice).run()
+    graph = rewritten(flow, choice)
     decisions = {**program.decisions, policy.axis: choice.reasons}
     return replace(program, graph=graph, decisions=decisions)
+
+
+def rewritten(flow: Flow, choice: Choice) -> fx.Graph:
+    """The graph that each rank of the axis runs when everything lies as chosen."""
+    return _Rewriter(flow, choice).run()
 
 
 @dataclass

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from checker import Sample
 from samples_compute import CONTRACTIONS, RECURRENT, REDUCTIONS, SPATIAL
 from samples_pointwise import LOSSES, POINTWISE, from_schema
 from samples_views import COLLECTIVES, INDEXING, SEGMENTS, VIEWS
+
+from autopar.rule_check import Sample
 
 aten = torch.ops.aten
 

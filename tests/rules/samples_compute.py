@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from checker import Sample
 from tensors import above, call, flags, ints, unit, x
+
+from autopar.rule_check import Sample
 
 aten = torch.ops.aten
 

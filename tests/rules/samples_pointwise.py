@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from checker import Sample
 from tensors import above, call, cplx, flags, ints, unit, x
 from torch import Tensor
 
 from autopar import operators
+from autopar.rule_check import Sample
 
 aten = torch.ops.aten
 

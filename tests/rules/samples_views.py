@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from checker import Sample
 from tensors import call, cplx, distinct, ints, x
 
 from autopar.comm import OPS
+from autopar.rule_check import Sample
 
 aten = torch.ops.aten
 

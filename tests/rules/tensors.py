@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from checker import Sample
 from torch import Tensor
+
+from autopar.rule_check import Sample
 
 _GENERATOR = torch.Generator().manual_seed(0)
 

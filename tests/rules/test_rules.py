@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from checker import check, split_parts
 from samples import NOT_COMPARED, name_of, samples_of, tagged_pointwise
 
+from autopar.rule_check import check, split_parts
 from autopar.rules import RULES, rule_for
 
 WAYS = (2, 3)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from checker import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensors import call, x
 
+from autopar.rule_check import check
 from autopar.rules import RULES, register_rule, rule_for
 from autopar.rules.factoring import Call, factoring_of, read_rule
 

@@ -20,30 +20,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pieces import AXIS, OUTER, Ranks, compare, garbage, pieces, zeros
 from torch import Tensor, fx
 
 from autopar import comm
 from autopar.candidates import Flow, key_of
-from autopar.choose import Choice, _distinct
+from autopar.choose import Choice, distinct
+from autopar.errors import WrongRuleError
 from autopar.layout import REPLICATED, Layout, Partial, Placement, Split
 from autopar.lockstep import collective
 from autopar.mesh import Mesh
+from autopar.placed import AXIS, OUTER, Ranks, compare, garbage, pieces, zeros
 from autopar.plan import Plan
 from autopar.program import Input, InputKind, Output, OutputKind, Program, Value, set_values, value, values
 from autopar.rules import Rule, call_of
 from autopar.rules.factoring import Call, Factoring, Part, Strategy
-from autopar.split import _Rewriter
+from autopar.split import rewritten
 
 DUALS = {
     "enter": "all_reduce", "release": "keep_first", "keep_first": "release", "all_reduce": "release",
     "all_gather": "reduce_scatter", "all_gather_invariant": "split", "reduce_scatter": "all_gather",
     "split": "all_gather", "split_replicated": "pad", "pad": "split_replicated", "all_to_all": "all_to_all",
 }  # fmt: skip
-
-
-class WrongRule(AssertionError):
-    """A strategy of a rule that does not do what the operator does."""
 
 
 @dataclass(frozen=True)
@@ -72,28 +69,53 @@ class Setting:
     weights: frozenset[fx.Node]
 
 
-def check(target: Any, rule: Rule, sample: Sample, ways: int) -> int:
-    """The number of strategies of ``rule`` that were tried. Raises WrongRule for one that is wrong."""
-    cases, seen = 0, set()
+@dataclass(frozen=True)
+class Case:
+    """One strategy of a rule for one call."""
+
+    setting: Setting
+    call: Call
+    factoring: Factoring
+    strategy: Strategy
+    ways: int
+    gradients: bool
+
+
+def cases(target: Any, rule: Rule, sample: Sample, ways: int) -> Iterator[Case]:
+    """Every strategy that ``rule`` has for a call of ``target`` on an axis of ``ways`` ranks, each once."""
+    seen = set()
     for gradients in (True, False):
         setting = _setting(target, sample, ways, gradients)
         call = call_of(setting.node, setting.program.mesh, setting.weights)
         factoring = rule(call)
-        for strategy in _distinct(list(strategies(factoring, call, ways)), values(setting.node)):
+        for strategy in distinct(list(strategies(factoring, call, ways)), values(setting.node)):
             key = (strategy.inputs, strategy.outputs, strategy.part)
-            if key in seen:
-                continue
-            seen.add(key)
-            try:
-                _check_parts(factoring, strategy, ways)
-                _check_strategy(setting, call, factoring, strategy, gradients)
-            except Exception as problem:
-                raise WrongRule(
-                    f"{target} on {call.inputs} {_plain(call)}: '{strategy.label}' over {ways} ranks, "
-                    f"{_show(strategy.inputs)} -> {_show(strategy.outputs)}: {problem}"
-                ) from problem
-            cases += 1
-    return cases
+            if key not in seen:
+                seen.add(key)
+                yield Case(setting, call, factoring, strategy, ways, gradients)
+
+
+def prove(case: Case) -> None:
+    """Run the operator whole and on pieces. Raises WrongRuleError where outputs or gradients differ."""
+    call, strategy = case.call, case.strategy
+    try:
+        _check_parts(case.factoring, strategy, case.ways)
+        _check_strategy(case.setting, call, case.factoring, strategy, case.gradients)
+    except Exception as problem:
+        raise WrongRuleError(
+            f"the rule of {call.target} is wrong: '{strategy.label}' over {case.ways} ranks\n"
+            f"  call    {call.inputs} {_plain(call)}\n"
+            f"  split   {_show(strategy.inputs)} -> {_show(strategy.outputs)}\n"
+            f"  found   {problem}"
+        ) from problem
+
+
+def check(target: Any, rule: Rule, sample: Sample, ways: int) -> int:
+    """The number of strategies of ``rule`` that were tried. Raises WrongRuleError for one that is wrong."""
+    count = 0
+    for count, case in enumerate(cases(target, rule, sample, ways), 1):  # noqa: B007
+        prove(case)
+    return count
 
 
 def _show(placements: Sequence[Placement]) -> str:
@@ -187,7 +209,7 @@ def _forced(setting: Setting, call: Call, factoring: Factoring, strategy: Strate
         flow.uses.setdefault(key_of(operand), []).append((node, position))
     returned = tuple(strategy.outputs)
     choice = Choice({node: strategy}, _given(setting, call, strategy), returned, {})
-    return _Rewriter(flow, choice).run()
+    return rewritten(flow, choice)
 
 
 def _given(setting: Setting, call: Call, strategy: Strategy) -> dict[fx.Node, Placement]:
@@ -232,17 +254,25 @@ def _run(graph: fx.Graph, inputs: Sequence[Ranks], mesh: Mesh) -> list[Ranks]:
 def _run_node(node: fx.Node, known: dict[fx.Node, Ranks], mesh: Mesh) -> Ranks:
     name = comm.TARGETS.get(node.target)  # type: ignore[call-overload]
     if name == "axis_index":
-        return [torch.tensor(mesh.coordinates(rank)[node.args[0]]) for rank in range(mesh.world_size)]  # type: ignore[index]
+        return [torch.tensor(mesh.coordinates(rank)[node.args[0]]) for rank in _ranks(mesh)]  # type: ignore[index]
     if name is None:
-        calls = [fx.map_arg((node.args, node.kwargs), lambda n, r=r: known[n][r]) for r in range(mesh.world_size)]
-        return [node.target(*args, **kwargs) for args, kwargs in calls]  # type: ignore[operator]
+        return [_called(node, {n: known[n][rank] for n in node.all_input_nodes}) for rank in _ranks(mesh)]
     source, axis, *rest = node.args
     results: Ranks = [None] * mesh.world_size
     for group in mesh.groups(axis):  # type: ignore[arg-type]
         parts = [known[source][rank] for rank in group]  # type: ignore[index]
-        for rank, part in zip(group, _Collective.apply(name, (axis, *rest), *parts)):
+        for rank, part in zip(group, _Collective.apply(name, (axis, *rest), *parts)):  # type: ignore[no-untyped-call]
             results[rank] = part
     return results
+
+
+def _ranks(mesh: Mesh) -> range:
+    return range(mesh.world_size)
+
+
+def _called(node: fx.Node, here: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), here.__getitem__)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 # ---------------------------------------------------------------- comparing
