@@ -22,6 +22,7 @@ from autopar.parameters import Weights, tables, traceable
 from autopar.plan import Plan
 from autopar.program import InputKind, Program, value
 from autopar.simulate import Step, simulate
+from autopar.torch_layers import packs_padding
 
 PROGRAMS_KEPT = 8
 SEED_STRIDE = 1_000_003  # seeds of runs with neighbouring plan.seed do not overlap for that many steps
@@ -70,6 +71,7 @@ class ParallelModule(nn.Module):
         self._signature = Signature(model.forward)
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()  # the latest used last
         self._executables: dict[Hashable, Executable] = {}
+        self._packs_padding = packs_padding(model)
         self._steps = 0
         self._weights = Weights(self, connection) if connection else None
         self._slots = [(table, key) for module, table, key, _ in tables(self) if table is module._parameters]
@@ -174,7 +176,8 @@ class ParallelModule(nn.Module):
 
     def _key(self, call: Call) -> Hashable:
         gradients = tuple([table[key].requires_grad for table, key in self._slots])
-        return self.training, cast_to(), gradients, call.key
+        packs = self._packs_padding and not torch.is_grad_enabled()
+        return self.training, cast_to(), gradients, packs, call.key
 
     def _executable(self, call: Call) -> Executable:
         key = self._key(call)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from autopar import hf_presets
 
-OURS = ("bert", "cnn", "gpt", "llama", "mlp", "moe", "t5", "vit")
+OURS = ("bert", "cnn", "dlrm", "gpt", "llama", "lstm", "mlp", "moe", "t5", "transformer", "unet", "vit")
 ROWS = 12  # of a batch: 2, 3, 4, 6 and 12 ranks can share them
 LARGE = 2 << 30  # bytes of parameters; presets above are built on the meta device, without weights
 

@@ -18,12 +18,33 @@ from torch.utils import _pytree as pytree
 
 from autopar.capture import plain_output, without_checkpointing
 from autopar.errors import NumericsError, TraceError
+from autopar.operators.experts import EXPERT_LINEAR
 from autopar.program import InputKind, Program
 
 NOISE_FLOOR = 1e-6  # of the model's largest gradient: below it, a gradient that is zero in exact arithmetic is noise
 
 
-class _PromoteFloat32(TorchFunctionMode):
+class _GroupedInFloat64(TorchFunctionMode):
+    """``torch.nn.functional.grouped_mm`` of float64 tensors, for which torch has no kernel."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._grouped_mm and args[0].dtype is torch.float64:
+            return _grouped_product(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _grouped_product(rows: Tensor, weight: Tensor, offs: Tensor, bias: None = None, out_dtype: Any = None) -> Tensor:
+    """(N, I) rows times the matrices (E, I, O) that they belong to; rows of group e end before ``offs[e]``."""
+    assert bias is None and rows.dim() == 2 and weight.dim() == 3, "grouped_mm in float64: rows times one matrix a group"
+    if torch.compiler.is_exporting():  # type: ignore[no-untyped-call]
+        places = torch.arange(len(rows), dtype=offs.dtype, device=offs.device)
+        return EXPERT_LINEAR(rows, weight, torch.searchsorted(offs, places, right=True))  # type: ignore[no-any-return]
+    ends = offs.tolist()
+    parts = [rows[start:end] @ matrix for matrix, start, end in zip(weight, [0, *ends], ends)]
+    return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-1], weight.shape[2])])
+
+
+class _PromoteFloat32(_GroupedInFloat64):
     """Every float32 that is asked for becomes a float64: as a dtype argument, or by the method ``float``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -33,7 +54,7 @@ class _PromoteFloat32(TorchFunctionMode):
             return func(*args)
         args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
         kwargs = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 @contextmanager
@@ -124,8 +145,12 @@ def restore_output(program: Program, tensors: Sequence[Any]) -> Any:
     return pytree.tree_unflatten(leaves, program.out_spec)
 
 
-def check_numerics(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+def check_numerics(
+    program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool = True
+) -> list[str]:
     """Run the model and its traced graph on the same inputs and random numbers; outputs and gradients must agree.
+
+    ``gradients``: False compares outputs alone, as the model gives them under ``torch.no_grad``.
 
     Returns notes. Raises NumericsError, with the number and the path of the output or the parameter's name, when they
     differ by more than the square root of the dtype's resolution. Neither gradients nor buffers of the model change.
@@ -133,7 +158,10 @@ def check_numerics(program: Program, model: nn.Module, args: tuple[Any, ...], kw
     names = [entry.target for entry in program.inputs if entry.kind is InputKind.PARAMETER]
     table = dict(model.named_parameters(remove_duplicate=False))
     trainable = {name: table[name] for name in names if table[name].requires_grad}
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), without_checkpointing([]):
+    with (
+        torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=[]), without_checkpointing([]),
+        _GroupedInFloat64(),
+    ):  # fmt: skip
         state = torch.get_rng_state()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         expected, _ = plain_output(functional_call(model, buffers, args, dict(kwargs)))
