@@ -18,6 +18,7 @@ import typer
 from autopar import __version__
 from autopar.commands.check import check_command
 from autopar.commands.compile import compile_command
+from autopar.commands.coverage import coverage
 from autopar.commands.launch import note_failure
 from autopar.commands.replay import replay
 from autopar.commands.run import run
@@ -31,6 +32,7 @@ DEBUG = "--debug"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.command("show")(show)
 app.command("check")(check_command)
+app.command("coverage")(coverage)
 app.command("train")(train_command)
 app.command("compile")(compile_command)
 app.command("run")(run)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -16,6 +17,7 @@ from autopar.numerics import gradient_error, promote_float32
 from autopar.plan import Plan
 from autopar.program import Program
 from autopar.simulate import Step, simulate
+from autopar.trace import trace
 
 TOLERANCE = 1e-10
 
@@ -41,32 +43,62 @@ class Report:
         return self.worst <= TOLERANCE
 
 
+class Reference:
+    """A model in float64 on one batch: its loss, outputs and gradients, and its traced graph, made once for any mesh.
+
+    The model is copied; its own casts to float32 are lifted. Parameters that are constant (biases of zero, norms of
+    one) get some noise in the copy, since their initial values would hide that they are used wrongly. Dropout should
+    be off.
+    """
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        self.model = copy.deepcopy(model).double()
+        _disturb_constants(self.model)
+        self.batch: dict[str, Any] = pytree.tree_map_only(Tensor, _as_double, dict(batch))
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with promote_float32():
+            self.traced = trace(self.model, (), self.batch, plan=Plan(check_numerics=False))
+            self.expected = self.model(**self.batch)
+        self.loss = loss_of(self.expected)
+        self.loss.backward()  # type: ignore[no-untyped-call]
+        self.grads = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self.state = {name: parameter.detach() for name, parameter in parameters.items()}
+        self.state |= dict(self.model.named_buffers(remove_duplicate=False)) | buffers  # as they were before that step
+
+    def check(self, mesh: Mesh, plan: Plan | None = None) -> Report:
+        """Compare one step of the program for ``mesh``, simulated on all ranks. Raises what compiling raises."""
+        from autopar.driver import finish_program, place
+
+        with promote_float32():
+            program = finish_program(place(self.traced, mesh, plan or Plan()))
+            step = simulate(program, self.state, (), self.batch)
+        assert step.loss is not None
+        given = dict(_leaves(step.output))
+        outputs = {
+            path: relative_error(given[path], wanted)
+            for path, wanted in _leaves(self.expected)
+            if path in given  # what tracing leaves out (a key/value cache) it says
+        }
+        errors = gradient_error(step.grads, self.grads)
+        return Report(program, step, relative_error(step.loss, self.loss), outputs, errors)
+
+
 def check(model: nn.Module, batch: Mapping[str, Any], mesh: Mesh, plan: Plan | None = None) -> Report:
     """Compare loss, outputs and every gradient of the program for ``mesh`` with the eager model, both in float64.
 
-    The model is copied; its own casts to float32 are lifted on both sides. Dropout should be off.
+    See :class:`Reference`, which serves several meshes. Raises what tracing and compiling raise.
     """
-    from autopar.driver import compile_program
+    return Reference(model, batch).check(mesh, plan)
 
-    model = copy.deepcopy(model).double()
-    batch = pytree.tree_map_only(Tensor, _as_double, dict(batch))
-    with promote_float32():
-        program = compile_program(model, mesh, plan or Plan(), (), batch)
-        state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-        state = {name: tensor.detach().clone() for name, tensor in state.items()}
-        step = simulate(program, state, (), batch)
-        expected = model(**batch)
-    loss = loss_of(expected)
-    loss.backward()  # type: ignore[no-untyped-call]
-    reference = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert step.loss is not None
-    given = dict(_leaves(step.output))
-    outputs = {
-        path: relative_error(given[path], wanted)
-        for path, wanted in _leaves(expected)
-        if path in given  # what tracing leaves out (a key/value cache) it says
-    }
-    return Report(program, step, relative_error(step.loss, loss), outputs, gradient_error(step.grads, reference))
+
+def _disturb_constants(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter.add_(0.1 * noise.to(parameter.device))
 
 
 def loss_of(output: Any) -> Tensor:

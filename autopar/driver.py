@@ -85,6 +85,11 @@ def split_program(
     return run_passes(program, passes)
 
 
+def place(traced: Program, mesh: Mesh, plan: Plan) -> Program:
+    """A traced program, whole on every axis, split over ``mesh``; one trace serves many meshes and plans."""
+    return run_passes(replace(traced, mesh=mesh, plan=plan), forward_passes())
+
+
 def finish_program(program: Program, *, after: str | None = None) -> Program:
     """A split program with its backward pass, optimised; or as it is after the pass called ``after``
     (``"differentiate"``: before any). Raises ValueError for an unknown pass."""

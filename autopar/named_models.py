@@ -3,7 +3,7 @@
     package.module:factory     a callable that returns a model, or (model, batch); of this or another package
     models.llama, llama        a model of our models/, its tiny preset
     models.llama:llama_70b     another preset of it
-    hf:llama                   a small Hugging Face model with random weights (see hf_presets.py)
+    hf:llama                   a small Hugging Face model with random weights (see zoo/)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autopar import hf_presets
+from autopar import zoo
 
 OURS = ("bert", "cnn", "dlrm", "gpt", "llama", "lstm", "mlp", "moe", "t5", "transformer", "unet", "vit")
 ROWS = 12  # of a batch: 2, 3, 4, 6 and 12 ranks can share them
@@ -80,10 +80,12 @@ def rows_for(ways: int) -> int:
 def _hugging_face(
     name: str, overrides: dict[str, Any], batch: int, length: int | None, seed: int
 ) -> Example:
-    preset = name.removeprefix("hf:")
-    config = hf_presets.config_of(preset, overrides)
-    model = _built(lambda: hf_presets.build(preset, config), seed)
-    return Example(name, model, hf_presets.example_batch(preset, config, batch, length, seed))
+    known = zoo.architecture(name.removeprefix("hf:"))
+    if length is not None and not known.has_length:
+        raise ValueError(f"{name} takes images: there is no length")
+    config = known.config_of(overrides)
+    model = _built(lambda: known.build(config), seed)
+    return Example(name, model, known.example_batch(config, batch, length, seed))
 
 
 def _preset(

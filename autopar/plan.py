@@ -9,7 +9,7 @@ from typing import Any
 
 SEQUENCE_FORMS = ("none", "megatron")
 INPUT_FORMS = ("global", "local")
-UNKNOWN_FORMS = ("error", "replicate")
+FALLBACKS = ("error", "replicate")
 TENSOR_FORMS = ("column", "row", "replicate", "vocabulary")
 
 
@@ -31,6 +31,8 @@ class Plan:
         outputs: ``"sharded"``: outputs other than the loss are DTensors, gathered by ``full_tensor()``;
             ``"full"``: they are gathered in the program.
         on_unknown: what to do with an operator without a rule: ``"error"`` or ``"replicate"``.
+        on_indivisible: what to do with an attention or a large weight that ``tp`` cannot split, since its heads or
+            sizes do not divide: ``"error"``, or ``"replicate"``: every rank does it whole, and a warning says so.
         check_numerics: compare the traced graph with the eager model once, on the example inputs.
         bucket_mb: gradients are reduced together in buckets of this many megabytes; 0: each by itself.
         seed: base of the dropout masks.
@@ -45,6 +47,7 @@ class Plan:
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)
     outputs: str = "sharded"
     on_unknown: str = "error"
+    on_indivisible: str = "error"
     check_numerics: bool = True
     bucket_mb: float = 25.0
     seed: int = 0
@@ -54,7 +57,8 @@ class Plan:
         _one_of("sequence", self.sequence, SEQUENCE_FORMS)
         _one_of("inputs", self.inputs, INPUT_FORMS)
         _one_of("outputs", self.outputs, ("sharded", "full"))
-        _one_of("on_unknown", self.on_unknown, UNKNOWN_FORMS)
+        _one_of("on_unknown", self.on_unknown, FALLBACKS)
+        _one_of("on_indivisible", self.on_indivisible, FALLBACKS)
         for pattern, form in self.tensor.items():
             _one_of(f"tensor[{pattern!r}]", form, TENSOR_FORMS)
         if not self.timeout > 0:

@@ -16,14 +16,17 @@ after:
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from autopar.invariants import every_value_has_a_layout, is_flat, is_functional, placeholders_match_inputs
+from autopar.layout import Layout
 from autopar.pipeline import graph_pass
 from autopar.program import Program, value, values
 from autopar.rewrite import drop_unused_constants, insert_before, operand, remove_unused, substitute
@@ -174,10 +177,73 @@ def sum_of(node: fx.Node) -> fx.Node | None:
     return neutral(0)(node)
 
 
-def one_piece(node: fx.Node) -> fx.Node | None:
-    pieces = node.args[0]
-    assert isinstance(pieces, (list, tuple))
-    return pieces[0] if len(pieces) == 1 and isinstance(pieces[0], fx.Node) else None
+def index_put(node: fx.Node) -> fx.Node | None:
+    """``x[mask] = number``: element by element, where an index would need all of x."""
+    source, slots = operand(node), node.args[1]
+    assert isinstance(slots, (list, tuple))
+    mask, written = slots[0], operand(node, 2)
+    alone = len(slots) == 1 and isinstance(mask, fx.Node) and value(mask).dtype is torch.bool
+    if not alone or value(written).shape not in ((), (1,)) or _argument(node, 3, "accumulate", False):
+        return None
+    assert isinstance(mask, fx.Node)
+    place, shape = value(mask), (*value(mask).shape, *[1] * (len(value(source).shape) - len(value(mask).shape)))
+    if shape != place.shape:
+        mask = insert_before(
+            node, aten.reshape.default, (mask, list(shape)), {}, replace(place, layout=Layout.whole(shape))
+        )
+    if value(written).shape:
+        written = insert_before(
+            node, aten.reshape.default, (written, []), {}, replace(value(written), layout=Layout.whole(()))
+        )
+    return insert_before(node, aten.where.self, (mask, written, source))
+
+
+def pieces(node: fx.Node) -> fx.Node | None:
+    """``cat`` without pieces that hold nothing; of one piece it is that piece."""
+    given, dim = node.args[0], _argument(node, 1, "dim", 0)
+    assert isinstance(given, (list, tuple))
+    filled = [piece for piece in given if isinstance(piece, fx.Node) and 0 not in value(piece).shape]
+    if len(filled) == 1 and _same_type(node, filled[0]):
+        return filled[0]
+    if not filled or len(filled) == len(given):
+        return None
+    return insert_before(node, aten.cat.default, (filled, dim))
+
+
+def index(node: fx.Node) -> fx.Node | None:
+    """``x[arange(n), picks]`` (n, ...): each row picks its own, which ``gather`` says too, and a batch can be split."""
+    source, indices = operand(node), node.args[1]
+    assert isinstance(indices, (list, tuple))
+    rows, picks = indices if len(indices) == 2 else (None, None)
+    if not isinstance(rows, fx.Node) or not isinstance(picks, fx.Node):
+        return None
+    shape, chosen = value(source).shape, value(picks).shape
+    if not _counts_rows(rows, shape[0]) or chosen[:1] != shape[:1] or value(node).shape != chosen + shape[2:]:
+        return None
+    if len(value(rows).shape) != len(chosen) or len(chosen) > 2 or value(picks).dtype == torch.bool:
+        return None
+    width, rest = math.prod(chosen[1:]), shape[2:]
+    counted = replace(value(picks), layout=Layout.whole(chosen))
+    positive = insert_before(node, aten.remainder.Scalar, (picks, shape[1]), {}, counted)  # -1 is the last
+    narrow = _shaped(node, aten.reshape.default, positive, [shape[0], width, *[1] * len(rest)])
+    wide = _shaped(node, aten.expand.default, narrow, [shape[0], width, *rest])
+    kind = replace(value(node), layout=Layout.whole((shape[0], width, *rest)))
+    found = insert_before(node, aten.gather.default, (source, 1, wide), {}, kind)
+    return insert_before(node, aten.reshape.default, (found, list(value(node).shape)))
+
+
+def _shaped(node: fx.Node, target: Any, source: fx.Node, shape: list[int]) -> fx.Node:
+    return insert_before(node, target, (source, shape), {}, replace(value(source), layout=Layout.whole(shape)))
+
+
+def _counts_rows(node: fx.Node, rows: int) -> bool:
+    """Whether ``node`` is arange(rows), as (rows) or (rows, 1)."""
+    shape = value(node).shape
+    while node.target in (aten.reshape.default, aten.unsqueeze.default, aten.view.default):
+        node = operand(node)
+    if shape not in ((rows,), (rows, 1)):
+        return False
+    return (node.target, node.args) in ((aten.arange.default, (rows,)), (aten.arange.start, (0, rows)))
 
 
 def item(node: fx.Node) -> fx.Node | None:
@@ -203,7 +269,8 @@ def created(fill: float | None) -> Rewrite:
     def rewrite(node: fx.Node) -> fx.Node:
         number = node.args[2] if fill is None else fill
         arguments = (list(value(node).shape), number)
-        return insert_before(node, aten.full.default, arguments, {"dtype": value(node).dtype})
+        kind = {"dtype": value(node).dtype, "device": torch.device("cpu")}  # emitted as the device of the rank
+        return insert_before(node, aten.full.default, arguments, kind)
 
     return rewrite
 
@@ -219,6 +286,7 @@ REWRITES: dict[Any, Rewrite] = {
     aten.contiguous.default: nothing,
     aten.clone.default: copy,
     aten.detach.default: detach,
+    aten.new_empty.default: created(0),
     aten.new_zeros.default: created(0),
     aten.new_ones.default: created(1),
     aten.new_full.default: created(None),
@@ -254,7 +322,10 @@ REWRITES: dict[Any, Rewrite] = {
     aten.sub.Tensor: sum_of,
     aten.mul.Tensor: neutral(1),
     aten.div.Tensor: neutral(1),
-    aten.cat.default: one_piece,
+    aten.cat.default: pieces,
+    aten.concat.default: renamed(aten.cat.default),
+    aten.index.Tensor: index,
+    aten.index_put.default: index_put,
     aten.scaled_dot_product_attention.default: attention,
     aten.__and__.Tensor: renamed(aten.bitwise_and.Tensor),
     aten.__or__.Tensor: renamed(aten.bitwise_or.Tensor),

@@ -194,7 +194,7 @@ def parameter_names(program: Program, weight: fx.Node) -> list[str]:
 
 
 def _refuse_whole_weights(flow: Flow, choice: Choice) -> None:
-    """Raise IndivisibleError if a weight of some size, or an attention, stayed whole because a dim does not divide."""
+    """Refuse a choice in which a weight of some size, or an attention, stayed whole because a dim does not divide."""
     policy = _TensorPolicy(flow.program.plan.tensor)
     for call, strategy in choice.strategies.items():
         if strategy.part or not flow.factorings[call].contraction:
@@ -215,17 +215,43 @@ def _refuse_attention(flow: Flow, call: fx.Node) -> None:
     heads = flow.calls[call].inputs[0][-3] if len(flow.calls[call].inputs[0]) > 2 else 1
     if heads % flow.ways == 0:
         return  # its projections are kept whole on purpose
-    raise IndivisibleError(
-        f"attention at {origin(call).module or call.name} has {heads} heads, which {flow.axis}={flow.ways} does not "
-        f"divide.\nUse a {flow.axis} size that divides {heads}, or keep its projections whole on every rank with "
-        f"Plan(tensor={{'{origin(call).module or '*'}.*': 'replicate'}})."
+    module = origin(call).module
+    _refuse(
+        flow,
+        f"attention at {module or call.name} has {heads} heads, which {flow.axis}={flow.ways} does not divide",
+        f"Use a {flow.axis} size that divides {heads}, or keep its projections whole on every rank with "
+        f"Plan(tensor={{'{module or '*'}.*': 'replicate'}}),\n"
+        'or all that do not divide with Plan(on_indivisible="replicate").',
     )
+
+
+def _refuse(flow: Flow, reason: str, way_out: str) -> None:
+    """Raise, or with ``Plan(on_indivisible="replicate")`` warn, since it stayed whole on every rank."""
+    if flow.program.plan.on_indivisible == "error":
+        raise IndivisibleError(f"{reason}.\n{way_out}")
+    warnings.warn(f"{reason}; every rank does it whole", stacklevel=2)
+
+
+def _is_used_whole(flow: Flow, call: fx.Node, weight: fx.Node) -> bool:
+    """Whether the rule offers no split of this weight, whatever its sizes (a recurrent layer)."""
+    factoring = flow.factorings[call]
+    dims = factoring.inputs[flow.calls[call].operands.index(weight)]
+    return all(factor in factoring.whole for dim in dims for factor in dim)
 
 
 def _refuse_weight(flow: Flow, call: fx.Node, weight: fx.Node) -> None:
     blocked = _blocked(flow, call)
     shape = value(weight).layout.local_shape(flow.program.mesh)
     name = parameter_names(flow.program, weight)[0]
+    if _is_used_whole(flow, call, weight):
+        _refuse(
+            flow,
+            f"parameter '{name}' cannot be split over {flow.axis}={flow.ways}: {call.name} "
+            f"({origin(call).module or call.target}) needs the whole of it in each step",
+            f"Keep it whole on every rank with Plan(tensor={{'{name.rpartition('.')[0]}.*': 'replicate'}}),\n"
+            'or all that cannot be split with Plan(on_indivisible="replicate"); dp splits the batch of it.',
+        )
+        return
     if blocked and not _fewer_heads_than_ranks(flow, call):
         consumer, size = blocked
         reason = f"its {size} parts (heads) at {consumer.name} ({origin(consumer).module}) do not divide by it"
@@ -233,8 +259,10 @@ def _refuse_weight(flow: Flow, call: fx.Node, weight: fx.Node) -> None:
         reason = f"no dim of its shape {tuple(shape)} divides by it"
     else:
         return  # fewer K/V heads than ranks: those heads are replicated
-    raise IndivisibleError(
-        f"parameter '{name}' cannot be split over {flow.axis}={flow.ways}: {reason}.\n"
+    _refuse(
+        flow,
+        f"parameter '{name}' cannot be split over {flow.axis}={flow.ways}: {reason}",
         f"Use a {flow.axis} size that divides, or keep it whole on every rank with "
-        f"Plan(tensor={{'{name}': 'replicate'}})."
+        f"Plan(tensor={{'{name}': 'replicate'}}),\n"
+        'or all that do not divide with Plan(on_indivisible="replicate").',
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autopar import hf_presets
+from autopar import zoo
 from autopar.named_models import OURS, named_model
 
 FACTORIES = """
@@ -98,7 +98,7 @@ def test_transformers_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         named_model("hf:llama")
 
 
-@pytest.mark.parametrize("name", hf_presets.PRESETS)
+@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
 def test_hugging_face(name: str) -> None:
     pytest.importorskip("transformers")
     example = named_model(f"hf:{name}", batch=6)
@@ -115,9 +115,9 @@ def test_hugging_face(name: str) -> None:
 
 def test_config_fields() -> None:
     pytest.importorskip("transformers")
-    assert hf_presets.config_of("gpt2", {"hidden_size": 48}).n_embd == 48, "by either name of a field"
-    assert hf_presets.config_of("bert", {"hidden_dropout_prob": 0.5}).hidden_dropout_prob == 0.5
+    assert zoo.architecture("gpt2").config_of({"hidden_size": 48}).n_embd == 48, "by either name of a field"
+    assert zoo.architecture("bert").config_of({"hidden_dropout_prob": 0.5}).hidden_dropout_prob == 0.5
     with pytest.raises(ValueError, match="LlamaConfig has no field 'layers'"):
-        hf_presets.config_of("llama", {"layers": 3})
+        zoo.architecture("llama").config_of({"layers": 3})
     with pytest.raises(ValueError, match="takes images"):
         named_model("hf:vit", length=5)

@@ -17,9 +17,10 @@ from autopar.lockstep import Transfer
 WIDTH_OF_A_PIPE = 110  # rich would take 80 where there is no terminal
 
 
-def stdout() -> Console:
+def stdout(width: int = WIDTH_OF_A_PIPE) -> Console:
+    """The console; ``width`` columns wide where it is no terminal."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=WIDTH_OF_A_PIPE)
+    return console if console.is_terminal else Console(highlight=False, width=width)
 
 
 def stderr() -> Console:

@@ -124,6 +124,23 @@ def _share_of_counted_mean(emit: Emit, node: Node, axis: str, ways: int) -> Node
     return emit(aten.div.Tensor, (total, count), part)
 
 
+def vocabulary_part(call: Call) -> Factoring:
+    """``vocabulary_maximum, vocabulary_sums (logits, ..., rank, classes)``: an earlier axis splits the classes."""
+    logits, *others = call.inputs
+    class_dim = 1 if len(logits) > 1 else 0
+    dims, sizes = dims_of(logits)
+    tokens = dims[:class_dim] + dims[class_dim + 1 :]
+    inputs = (dims, *[tokens] * (len(others) - 1), ())
+    outputs = tuple(tokens if shape or not tokens else () for shape in call.outputs)  # a scalar stands for a sum of 0
+    return Factoring(inputs, outputs, sizes, whole=frozenset({f"d{class_dim}"}))
+
+
+def from_parts(call: Call) -> Factoring:
+    """``cross_entropy_from_parts``: each token gives a summand of the loss and one of the count."""
+    tokens, sizes = dims_of(call.inputs[0])
+    return Factoring((tokens,) * len(call.inputs), ((),) * len(call.outputs), sizes)
+
+
 _ELEMENTWISE = {
     aten.binary_cross_entropy_with_logits.default: 4,
     aten.binary_cross_entropy.default: 3,
@@ -136,6 +153,9 @@ _ELEMENTWISE = {
 
 RULES: dict[Any, Any] = {
     operators.cross_entropy_sums: cross_entropy_sums,
+    operators.vocabulary_maximum: vocabulary_part,
+    operators.vocabulary_sums: vocabulary_part,
+    operators.cross_entropy_from_parts: from_parts,
     **{target: elementwise(position) for target, position in _ELEMENTWISE.items()},
     aten.nll_loss_nd.default: class_loss(3),
     aten.cross_entropy_loss.default: class_loss(3),

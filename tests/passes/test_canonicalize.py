@@ -98,6 +98,30 @@ def test_reshapes_are_one_with_full_sizes() -> None:
     assert node.target is aten.reshape.default and node.args[1] == [24, 2]
 
 
+def test_pieces_that_hold_nothing_vanish() -> None:
+    def halves(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.cat([x, x[:, 8:]], -1), x[:, 8:], x.relu()], -1)
+
+    program = canonical(traced(Function(halves), torch.randn(4, 8)))
+    assert counts(program) == {"aten.relu": 1, "aten.cat": 1}
+
+
+@pytest.mark.parametrize("picks", [torch.tensor([1, -1, 0, 4]), torch.tensor([[1, 4], [-2, 0], [0, 0], [3, -5]])])
+def test_rows_that_each_pick_their_own_are_gathered(picks: torch.Tensor) -> None:
+    rows = (4,) if picks.dim() == 1 else (4, 1)
+    model, x = Function(lambda x, picks: x[torch.arange(4).reshape(rows), picks]), torch.randn(4, 5, 3)
+    program = canonical(traced(model, x, picks))
+    assert counts(program)["aten.gather"] == 1 and not counts(program)["aten.index.Tensor"]
+    (found,) = run_graph(program.graph, [x, picks])
+    assert torch.equal(found, model(x, picks))
+
+
+def test_an_index_that_pairs_other_rows_stays() -> None:
+    x, picks = torch.randn(5, 5, 3), torch.tensor([1, 0, 2, 4])
+    program = canonical(traced(Function(lambda x, picks: x[torch.arange(4), picks]), x, picks))
+    assert counts(program)["aten.index.Tensor"] == 1
+
+
 def test_active_dropout_stays_one_operator() -> None:
     program = canonical(traced(nn.Dropout(0.5), torch.randn(4, 8)))
     assert counts(program) == {"aten.dropout": 1}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from autopar.check import check
 from autopar.driver import compile_program
 from autopar.errors import IndivisibleError
 from autopar.mesh import Mesh
@@ -126,6 +127,14 @@ def test_heads_that_do_not_divide_are_refused_by_name() -> None:
     with pytest.raises(IndivisibleError, match=r"6.*tp=4|tp=4.*6") as caught:
         compile_program(example.model, Mesh(tp=4), Plan(), (), example.batch)
     assert "replicate" in str(caught.value) and len(str(caught.value).splitlines()) < 15
+
+
+def test_heads_that_do_not_divide_may_be_replicated() -> None:
+    example = named_model("models.llama", {"heads": 6, "kv_heads": 6, "width": 96})
+    with pytest.warns(UserWarning, match="has 6 heads, which tp=4 does not divide; every rank does it whole"):
+        report = check(example.model, example.batch, Mesh(tp=4), Plan(on_indivisible="replicate"))
+    assert report.passed
+    assert sum("@tp" in layout for layout in weight_layouts(report.program).values()) > 4, "the rest is split"
 
 
 class Odd(nn.Module):

@@ -9,6 +9,7 @@ from tensors import above, call, cplx, flags, ints, unit, x
 from torch import Tensor
 
 from autopar import operators
+from autopar.operators.straight_through import STRAIGHT_THROUGH
 from autopar.rule_check import Sample
 
 aten = torch.ops.aten
@@ -111,6 +112,7 @@ POINTWISE: dict[Any, list[Sample]] = {
     aten.copy.default: [call(x(6, 4), x(1, 4), still=(0, 1))],
     aten.dropout.default: [call(x(6, 4), 0.5, False), call(x(5), 0.0, True)],
     aten.mul.Scalar: [call(x(6, 5), 3.0)],
+    STRAIGHT_THROUGH: [call(x(6, 4), x(6, 4)), call(x(5), x(5)), call(x(6, 1, 4), x(6, 1, 4), still=(0,))],
     aten.polar.default: [call(above(6, 4), x(6, 4))],
     aten.complex.default: [call(x(6, 4), x(6, 1))],
     **dict.fromkeys((aten.real.default, aten.imag.default, aten._conj.default), [call(cplx(6, 4))]),
@@ -193,5 +195,17 @@ LOSSES: dict[Any, list[Sample]] = {
         call(x(12), torch.tensor(3), None, -100, 0.0),
         call(x(6, 4), _TARGETS, above(4), -100, 0.0, still=(2,)),
         call(x(6, 4), unit(6, 4), None, -100, 0.0),
+    ],
+    operators.vocabulary_maximum: [
+        call(x(6, 4), ints(8, 6), torch.tensor(1), 8),
+        call(x(2, 4, 3), ints(7, 2, 3), torch.tensor(1), 7),
+    ],
+    operators.vocabulary_sums: [
+        call(x(6, 4), x(6), ints(8, 6), torch.tensor(1), 8, 0.0),
+        call(x(2, 4, 3), x(2, 3), ints(8, 2, 3), torch.tensor(0), 8, 0.1),
+    ],
+    operators.cross_entropy_from_parts: [
+        call(above(6), x(6), None, ints(8, 6), 8, 2, 0.0),
+        call(above(2, 3), x(2, 3), x(2, 3), ints(8, 2, 3), 8, -100, 0.1),
     ],
 }

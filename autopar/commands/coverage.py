@@ -1,0 +1,238 @@
+"""``autopar coverage``: which architectures are exact and really split, in a table that says what is not and why."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import Progress
+
+from autopar import __version__, zoo
+from autopar.calls import data_ways
+from autopar.check import TOLERANCE
+from autopar.commands.options import PlanTexts, read_mesh, read_plan
+from autopar.commands.tables import print_json, stderr, stdout, table
+from autopar.coverage import CASES, Case, Coverage, Outcome, cover
+from autopar.named_models import OURS, named_model
+
+OWN_FAMILY = "plain torch"
+ROWS = 4  # of a batch; a multiple where a mesh has more data ranks
+WIDTH = 170  # of the table, where it is not printed on a terminal
+SHORT = {
+    "all_reduce": "AR",
+    "all_gather": "AG",
+    "all_gather_invariant": "AG",
+    "reduce_scatter": "RS",
+    "all_to_all": "A2A",
+}
+
+
+def coverage(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="architectures; default: all")] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join((*zoo.FAMILIES, OWN_FAMILY))}; may be given several times")
+    ] = None,
+    mesh: Annotated[
+        list[str] | None, typer.Option("--mesh", metavar="AXES", help="not the usual five; may be given several times")
+    ] = None,
+    plan: PlanTexts = None,
+    jobs: Annotated[int, typer.Option(min=1, help="architectures at a time")] = min(2, os.cpu_count() or 1),
+    markdown: Annotated[Path | None, typer.Option(help="also write the table to this file")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document instead of the table")] = False,
+) -> None:
+    """Build small models of many architectures, parallelise each, simulate it in float64, compare and measure.
+
+    A mesh passes if the numbers are those of the unmodified model and the work is split: on dp everything that depends
+    on the batch, with no collectives but those of loss and gradients; on tp nine tenths of the parameters. Exit code 1
+    if any number differs or a model cannot be traced.
+    """
+    chosen = _chosen(names or [], family or [])
+    cases = CASES if mesh is None and not plan else _cases(mesh or [case.title for case in CASES[:4]], plan)
+    found = dict(_covered(chosen, cases, jobs))
+    rows = [found[name] for name in chosen]
+    if as_json:
+        print_json(_document(rows))
+    else:
+        _print(rows, [case.title for case in cases])
+    if markdown is not None:
+        markdown.write_text(_markdown(rows, [case.title for case in cases]), encoding="utf-8")
+    if any(row.failure or not all(outcome.exact or outcome.failure for outcome in row.outcomes) for row in rows):
+        raise typer.Exit(1)
+
+
+def _chosen(names: Sequence[str], families: Sequence[str]) -> dict[str, str]:
+    """Name -> family of what is asked for. Raises ValueError for one that is not known."""
+    known = {name: entry.family for name, entry in zoo.ARCHITECTURES.items()}
+    known |= {f"models.{name}": OWN_FAMILY for name in OURS}
+    for given, there in ((names, known), (families, (*zoo.FAMILIES, OWN_FAMILY))):
+        for name in given:
+            if name not in there:
+                raise ValueError(f"coverage knows no '{name}'; there are {', '.join(there)}")
+    wanted = names or known
+    return {name: known[name] for name in wanted if not families or known[name] in families}
+
+
+def _cases(meshes: Sequence[str], plan: list[str] | None) -> tuple[Case, ...]:
+    return tuple(Case(text, read_mesh(text), read_plan(plan)) for text in meshes)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def _covered(chosen: dict[str, str], cases: Sequence[Case], jobs: int) -> Iterator[tuple[str, Coverage]]:
+    """Each architecture in a process of its own kind: models of one leave memory and settings behind."""
+    context = multiprocessing.get_context("spawn")
+    with (
+        Progress(console=stderr(), transient=True) as progress,
+        ProcessPoolExecutor(jobs, context, max_tasks_per_child=8) as pool,
+    ):
+        task = progress.add_task("coverage", total=len(chosen))
+        running = {pool.submit(measure, name, family, cases): name for name, family in chosen.items()}
+        for done in as_completed(running):
+            progress.update(task, advance=1, description=running[done])
+            yield running[done], done.result()
+
+
+def measure(name: str, family: str, cases: Sequence[Case]) -> Coverage:
+    """One row of the table."""
+    torch.set_num_threads(1)
+    logging.disable(logging.ERROR)
+    rows = max([ROWS, *(data_ways(case.mesh) for case in cases)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            example = named_model(name if family == OWN_FAMILY else f"hf:{name}", batch=rows)
+            return cover(name, family, example.model, example.batch, cases)
+        except Exception as error:  # one architecture must not end the others
+            text = " ".join(str(error).split())[:200]
+            return Coverage(name, family, failure=f"fault: {type(error).__name__}: {text}")
+
+
+# ---------------------------------------------------------------- showing
+
+
+def _print(rows: Sequence[Coverage], titles: Sequence[str]) -> None:
+    notes: list[str] = []
+    cells = [_cells(row, titles, notes) for row in rows]
+    console = stdout(WIDTH)
+    console.print(table(_title(rows), _columns(titles), cells))
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+    console.print(_summary(rows, titles))
+
+
+def _title(rows: Sequence[Coverage]) -> str:
+    return f"{len(rows)} architectures, float64, against the unmodified model (tolerance {TOLERANCE:g})"
+
+
+def _columns(titles: Sequence[str]) -> list[str]:
+    return ["architecture", "size", *titles, "error", "parameters", "compute", "collectives", "seconds"]
+
+
+def _cells(row: Coverage, titles: Sequence[str], notes: list[str]) -> list[str]:
+    count = f"{row.parameters / 1e6:.2f} M"
+    if row.failure:
+        return [row.name, count, *[_noted("not traced", [row.failure], row.name, notes)] * len(titles), *[""] * 5]
+    by_title = {outcome.title: outcome for outcome in row.outcomes}
+    verdicts = [_verdict(row, by_title[title], notes) for title in titles]
+    errors = [outcome.error for outcome in row.outcomes if outcome.error is not None]
+    widest = max(row.outcomes, key=lambda outcome: (len(outcome.compute), outcome.exact))
+    return [
+        row.name,
+        count,
+        *verdicts,
+        f"{max(errors):.0e}" if errors else "",
+        "  ".join(_percent(share) for share in widest.parameters.values()),
+        ", ".join(_percent(share) for share in widest.compute.values()),
+        _collectives(widest),
+        f"{sum(outcome.seconds for outcome in row.outcomes):.0f}",
+    ]
+
+
+def _verdict(row: Coverage, outcome: Outcome, notes: list[str]) -> str:
+    """``pass``, or what else and the number of a note."""
+    reasons = [*([outcome.failure] if outcome.failure else []), *outcome.remarks]
+    if outcome.passed:
+        return "pass"
+    if outcome.error is None:
+        return _noted("refused", reasons, row.name, notes)
+    if not outcome.exact:
+        return _noted("WRONG", [f"error {outcome.error:.1e}", *reasons], row.name, notes)
+    return _noted("in part" if outcome.failure else "exact", reasons, row.name, notes)
+
+
+def _noted(verdict: str, reasons: Sequence[str], name: str, notes: list[str]) -> str:
+    text = f"{name}: {'; '.join(reasons)}"
+    known = [note.split(") ", 1)[1] for note in notes]
+    if text not in known:
+        notes.append(f"({len(notes) + 1}) {text}")
+        known.append(text)
+    return f"{verdict} ({known.index(text) + 1})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share > 0.9995 else f"{100 * share:.1f} %"
+
+
+def _collectives(outcome: Outcome) -> str:
+    """``dp 3 AR  tp 13 AR 2 AG``, forward and backward."""
+    counts: dict[str, dict[str, int]] = {}
+    for transfer in outcome.traffic:
+        kinds = counts.setdefault(transfer.axis, {})
+        kinds[SHORT[transfer.name]] = kinds.get(SHORT[transfer.name], 0) + transfer.operations
+    return "  ".join(f"{axis} {' '.join(f'{n} {kind}' for kind, n in kinds.items())}" for axis, kinds in counts.items())
+
+
+def _summary(rows: Sequence[Coverage], titles: Sequence[str]) -> str:
+    outcomes = [outcome for row in rows for outcome in row.outcomes]
+    parts = []
+    for title in titles:
+        here = [outcome for outcome in outcomes if outcome.title == title]
+        parts.append(f"{title}: {sum(o.passed for o in here)} pass, {sum(o.exact for o in here)} exact")
+    traced = sum(not row.failure for row in rows)
+    return f"{traced} of {len(rows)} traced; {'; '.join(parts)}"
+
+
+def _markdown(rows: Sequence[Coverage], titles: Sequence[str]) -> str:
+    notes: list[str] = []
+    lines = [_row(_columns(titles)), _row(["---"] * len(_columns(titles)))]
+    lines += [_row(_cells(row, titles, notes)) for row in rows]
+    made = f"Made by `autopar coverage --markdown` with autopar {__version__}, torch {torch.__version__}."
+    text = [f"# Coverage: {_title(rows)}", made, EXPLANATION, "\n".join(lines), _summary(rows, titles)]
+    text += ["\n".join(f"- {note}" for note in notes)] if notes else []
+    return "\n\n".join(text) + "\n"
+
+
+EXPLANATION = """\
+- **pass**: loss, outputs and every gradient are those of the unmodified model in float64, and the work is split: on dp
+  everything that depends on the batch, with no floating collectives but reductions of loss and gradients; on tp at
+  least 90 % of the bytes of the parameters, which stay split while computing.
+- **exact**: the numbers are right, but something was gathered or is done whole: the note says what and where.
+- **in part**: by default an error (the note); with `Plan(on_indivisible="replicate")` exact, some parts whole.
+- **refused**: an error for the user too, with that reason. **WRONG**: the numbers differ.
+- On the mesh with most axes: the share of the bytes of the **parameters** that tp splits; the shares of the
+  **compute** that dp and tp split (in operations, on dp of what depends on the batch); **collectives** in a step,
+  forward and backward: AR all-reduce, AG all-gather, RS reduce-scatter, A2A all-to-all. **error** is the largest."""
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _document(rows: Sequence[Coverage]) -> dict[str, Any]:
+    documents = []
+    for row in rows:
+        document = asdict(row)
+        for outcome, entry in zip(row.outcomes, document["outcomes"]):
+            entry |= {"exact": outcome.exact, "passed": outcome.passed}
+        documents.append(document)
+    return {"tolerance": TOLERANCE, "torch": torch.__version__, "architectures": documents}

@@ -1,0 +1,72 @@
+"""Random batches for Hugging Face models, as training takes them: rows of tokens count unequally many labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+Batch = dict[str, Any]
+
+
+def causal(config: Any, rows: int, length: int, generator: Generator) -> Batch:
+    """Tokens and labels (B, T); row i ignores its first 1 + i labels (modulo T/2)."""
+    input_ids = _tokens(config, rows, length, generator)
+    ignored = 1 + torch.arange(rows) % max(1, length // 2)
+    return {"input_ids": input_ids, "labels": input_ids.masked_fill(torch.arange(length) < ignored[:, None], -100)}
+
+
+def masked(config: Any, rows: int, length: int, generator: Generator) -> Batch:
+    """Tokens (B, T) of which row i hides every 7th and its first i (modulo T/2); only hidden ones have labels."""
+    tokens = _tokens(config, rows, length, generator)
+    places, extra = torch.arange(length), torch.arange(rows)[:, None] % max(1, length // 2)
+    hidden = (places % 7 == 0) | (places < extra)
+    return {"input_ids": tokens.masked_fill(hidden, 2), "labels": tokens.masked_fill(~hidden, -100)}
+
+
+def pair(config: Any, rows: int, length: int, generator: Generator) -> Batch:
+    """Source (B, T) and labels (B, T/2) of an encoder-decoder; row i ignores its last i labels (modulo T/2)."""
+    source = _tokens(config, rows, length, generator)
+    return {"input_ids": source, "labels": _answers(config, rows, length, generator)}
+
+
+def audio(config: Any, rows: int, length: int, generator: Generator) -> Batch:
+    """Mel features (B, bins, 2 S) for S source positions, and labels (B, T/2) as of :func:`pair`."""
+    shape = (rows, config.num_mel_bins, 2 * config.max_source_positions)
+    features = torch.randn(shape, generator=generator)
+    return {"input_features": features, "labels": _answers(config, rows, length, generator)}
+
+
+def sentences(config: Any, rows: int, length: int, generator: Generator) -> Batch:
+    """Tokens (B, T) and a class for each row (B)."""
+    return {"input_ids": _tokens(config, rows, length, generator), "labels": _classes(config, rows, generator)}
+
+
+def images(config: Any, rows: int, length: int, generator: Generator) -> Batch:
+    """Images (B, channels, size, size) and classes (B); there is no length."""
+    size = getattr(config, "image_size", 0) or 32
+    pixels = torch.randn((rows, config.num_channels, size, size), generator=generator)
+    return {"pixel_values": pixels, "labels": _classes(config, rows, generator)}
+
+
+def captions(config: Any, rows: int, length: int, generator: Generator) -> Batch:
+    """Images (B, channels, size, size) with a text (B, T) each, for a contrastive loss."""
+    vision = config.vision_config
+    pixels = torch.randn((rows, vision.num_channels, vision.image_size, vision.image_size), generator=generator)
+    tokens = _tokens(config.text_config, rows, length, generator)
+    return {"input_ids": tokens, "pixel_values": pixels, "return_loss": True}
+
+
+def _tokens(config: Any, rows: int, length: int, generator: Generator) -> Tensor:
+    return torch.randint(3, config.vocab_size, (rows, length), generator=generator)  # 0, 1, 2: padding, start, end
+
+
+def _answers(config: Any, rows: int, length: int, generator: Generator) -> Tensor:
+    target = _tokens(config, rows, max(1, length // 2), generator)
+    kept = target.shape[1] - torch.arange(rows)[:, None] % target.shape[1]
+    return target.masked_fill(torch.arange(target.shape[1]) >= kept, -100)
+
+
+def _classes(config: Any, rows: int, generator: Generator) -> Tensor:
+    return torch.randint(config.num_labels, (rows,), generator=generator)
