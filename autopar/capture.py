@@ -2,7 +2,8 @@
 
 Export records the forward pass only, so everything that changes the backward pass without being an operator would be
 lost silently: ``torch.no_grad`` (a ``detach`` is put where a value that needs a gradient enters the region), ``.data``
-(likewise), a hand-written ``autograd.Function`` (refused by name), activation checkpointing (noticed, and left to us).
+(likewise), a hand-written ``autograd.Function`` (see ``handwritten_gradients``), activation checkpointing (noticed, and
+left to us).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,8 +26,9 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from autopar.errors import TraceError
+from autopar.handwritten_gradients import handwritten_gradients_kept
+from autopar.source_lines import UNKNOWN_LINE, user_line
 
-UNKNOWN_LINE = "an unknown line"
 _DATA_GETTER = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -61,34 +62,12 @@ class _GradientBoundaries(TorchFunctionMode):
 def gradients_kept() -> Iterator[list[str]]:
     """Guards one export; gives the list of notes (activation checkpointing) that it fills.
 
-    Raises TraceError, naming the class and the line, when the model applies a hand-written ``autograd.Function`` to a
-    value that needs a gradient.
+    Raises TraceError, naming the class and the line, when the model applies a hand-written ``autograd.Function`` of
+    which the backward pass cannot be had as operators.
     """
     notes: list[str] = []
-    refused: list[TraceError] = []
-    apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
-
-    def guarded(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if cls.__name__.startswith("GeneratedBackwardFor_"):  # an operator with a registered formula stays whole
-            return apply(cls, *args, **kwargs)
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            refused.append(_refused_function(cls))
-            raise refused[0]
-        return apply(cls, *args, **kwargs)
-
-    with (
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(guarded)),
-        without_checkpointing(notes),
-        torch.enable_grad(),
-        _GradientBoundaries(),
-    ):
-        try:
-            yield notes
-        except Exception:
-            if refused:  # torch may have wrapped it
-                raise refused[0] from None
-            raise
+    with handwritten_gradients_kept(), without_checkpointing(notes), torch.enable_grad(), _GradientBoundaries():
+        yield notes
 
 
 @contextmanager
@@ -112,35 +91,6 @@ def without_checkpointing(notes: list[str]) -> Iterator[None]:
         mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", other),
     ):
         yield
-
-
-def _refused_function(cls: type) -> TraceError:
-    if cls.__module__.startswith("torch._higher_order_ops"):
-        return TraceError(
-            f"the model uses a control-flow operator ({cls.__name__})\n  at {user_line()}\n"
-            "Way out: compute both sides and choose with torch.where."
-        )
-    return TraceError(
-        f"the model applies the hand-written autograd.Function {cls.__module__}.{cls.__qualname__}\n"
-        f"  at {user_line()}\n"
-        "Tracing records its forward and would silently replace its hand-written backward.\n"
-        "Way out: write it with ordinary torch operators, or as an operator of its own: torch.library.custom_op with "
-        "register_fake and register_autograd."
-    )
-
-
-def user_line(frames: traceback.StackSummary | None = None) -> str:
-    """``file.py:12 in forward: x = self.up(x)`` of the innermost frame that is neither torch's nor ours."""
-    for frame in reversed(frames if frames is not None else traceback.extract_stack()):
-        if _is_users(frame.filename):
-            return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"
-    return UNKNOWN_LINE
-
-
-def _is_users(filename: str) -> bool:
-    if filename.startswith(("<", *(str(Path(str(file)).parent) for file in (__file__, torch.__file__)))):
-        return False
-    return "site-packages" in filename or not filename.startswith(str(Path(traceback.__file__).parent))
 
 
 _DATA_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException")

@@ -34,6 +34,7 @@ from autopar.program import (
     values,
 )
 from autopar.recorder import IDENTITIES, Recorder, does_nothing, fake_mode
+from autopar.rewrite import remove_unused
 
 aten = torch.ops.aten
 
@@ -75,6 +76,7 @@ def inference_graph(program: Program) -> fx.Graph:
             set_values(copies[node], *values(node))
             set_origin(copies[node], origin(node))
     copy.output(tuple(copies[node] for node in results))
+    remove_unused(copy)  # what only a straight_through had a use for
     return copy
 
 

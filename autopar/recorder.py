@@ -3,7 +3,7 @@
 A ``Recorder`` sits below autograd and above a ``FakeTensorMode``: every operator that reaches a kernel becomes a node,
 nothing is computed and nothing is allocated. While recording it
 
-* drops what only matters to autograd (detach, alias, and our ``enter`` and ``release``),
+* drops what only matters to autograd (detach, alias, our ``enter``, ``release`` and ``straight_through``),
 * knows each view by its memory: ``t(t(x))`` is ``x``, a view that exists already is not made again,
 * shares equal pure operators (backward shares with forward only what costs nothing to make again),
 * turns in-place operators into their functional forms; views of the changed memory are remade.
@@ -30,13 +30,17 @@ from autopar import comm
 from autopar.errors import InvariantError
 from autopar.layout import Layout
 from autopar.mesh import Mesh
+from autopar.operators.straight_through import STRAIGHT_THROUGH
 from autopar.program import Node, Origin, Value, set_origin, set_values
 
 aten = torch.ops.aten
 
-IDENTITIES = frozenset(
-    (aten.detach.default, aten.alias.default, aten.lift_fresh.default, comm.OPS.enter.default, comm.OPS.release.default)
-)
+IDENTITIES = frozenset(  # below autograd they are their first argument
+    (
+        aten.detach.default, aten.alias.default, aten.lift_fresh.default, comm.OPS.enter.default,
+        comm.OPS.release.default, STRAIGHT_THROUGH,
+    )
+)  # fmt: skip
 VIEWS = frozenset((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default))  # other sizes only
 _IN_PLACE_NAMES = {"bernoulli_.float": aten.bernoulli.p, "normal_.default": aten.normal_functional.default}
 

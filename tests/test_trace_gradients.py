@@ -1,4 +1,4 @@
-"""Tracing: where gradients stop and flow is what it was in the model; hand-written backward passes are refused."""
+"""Tracing: where gradients stop and flow is what it was in the model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autopar.errors import TraceError
 from autopar.numerics import gradient_error
 from autopar.program import value
 from autopar.trace import trace
 from tests.test_trace import UNCHECKED, Base, run
 
 aten = torch.ops.aten
-
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
@@ -121,40 +119,6 @@ def test_gradients_of_float_inputs_are_kept_where_asked() -> None:
     assert value(node).requires_grad
     (node,) = trace(frozen, (x.detach(),)).returned
     assert not value(node).requires_grad
-
-
-class _Backwards(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad * 123
-
-
-def test_hand_written_function_is_refused_by_name() -> None:
-    class Hand(Base):
-        def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = _Backwards.apply(x @ self.w)
-            return found
-
-    with pytest.raises(
-        TraceError, match=r"_Backwards\n  at test_trace_gradients.py:\d+ in forward: found.*(?s:.*)Way out"
-    ) as info:
-        trace(Hand(), (torch.randn(4, 4),))
-    assert str(info.value).count("\n") < 15
-    x = torch.randn(4, 4)
-    assert _Backwards.apply(x) is not None  # the guard is gone
-
-
-def test_hand_written_function_without_gradient_is_fine() -> None:
-    class Harmless(Base):
-        def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = _Backwards.apply(x) @ self.w
-            return found
-
-    trace(Harmless(), (torch.randn(4, 4),))
 
 
 def test_operator_with_registered_formula_stays_whole() -> None:

@@ -1,7 +1,11 @@
-"""Operators of our own that are plain Python functions in a graph; ``REGISTRY`` finds them by name."""
+"""Operators of our own that are plain Python functions in a graph; ``REGISTRY`` finds them by name.
+
+Those of torch's registry (``autopar::attention``, ``autopar::straight_through``) are known once this is imported.
+"""
 
 from __future__ import annotations
 
+from autopar.operators.attention import ATTENTION
 from autopar.operators.embedding import embedding_rows
 from autopar.operators.losses import (
     cross_entropy_from_parts,
@@ -11,9 +15,12 @@ from autopar.operators.losses import (
 )
 from autopar.operators.random import random_keep
 from autopar.operators.registry import REGISTRY, operator
+from autopar.operators.straight_through import STRAIGHT_THROUGH
 
 __all__ = [
+    "ATTENTION",
     "REGISTRY",
+    "STRAIGHT_THROUGH",
     "cross_entropy_from_parts",
     "cross_entropy_sums",
     "embedding_rows",

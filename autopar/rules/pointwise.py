@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from autopar.operators.straight_through import STRAIGHT_THROUGH
 from autopar.rules.factoring import Call, Dims, Factoring, Shape
 
 aten = torch.ops.aten
@@ -19,6 +20,7 @@ _LINEAR: dict[Any, tuple[frozenset[int], ...]] = {
     aten.div.Tensor: (frozenset({0}),),
     **{op: (frozenset({0}),) for op in (aten.neg.default, aten.clone.default, aten.mul.Scalar, aten.div.Scalar)},
     aten.where.self: (frozenset({1, 2}),),
+    STRAIGHT_THROUGH: (frozenset({0, 1}),),
 }
 
 # Padding holds whatever the operators before made of it. These operators keep it finite, and so are their slopes: what
@@ -34,7 +36,7 @@ _TAME = {
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar, aten.clone.default, aten.detach.default,
     aten._to_copy.default, aten.dropout.default, aten.eq.Scalar, aten.eq.Tensor, aten.ne.Scalar, aten.ne.Tensor,
     aten.lt.Scalar, aten.lt.Tensor, aten.le.Scalar, aten.le.Tensor, aten.gt.Scalar, aten.gt.Tensor, aten.ge.Scalar,
-    aten.ge.Tensor, aten.logical_not.default, aten.logical_and.default, aten.logical_or.default,
+    aten.ge.Tensor, aten.logical_not.default, aten.logical_and.default, aten.logical_or.default, STRAIGHT_THROUGH,
 }  # fmt: skip
 
 
@@ -104,6 +106,7 @@ _UNTAGGED = (
     aten.nan_to_num.default, aten.float_power.Tensor_Scalar, aten._conj.default,
     aten.resolve_conj.default, aten.resolve_neg.default, aten.square.default, aten.subtract.Tensor,
     aten.multiply.Tensor, aten.divide.Tensor, aten.special_expit.default, aten.fix.default, aten.absolute.default,
+    STRAIGHT_THROUGH,
 )  # fmt: skip
 
 RULES: dict[Any, Any] = {

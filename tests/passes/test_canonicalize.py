@@ -75,6 +75,29 @@ def body(program: Program) -> list[str]:
     return [line.strip() for line in str(canonical(program)).splitlines()[1:]]
 
 
+def test_writing_a_number_under_a_mask_is_a_choice_for_each_element() -> None:
+    def masked(x: torch.Tensor, rows: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        x[x > 1] = 0
+        x[rows] = -1.0
+        return torch.index_put(x, (rows,), value)
+
+    x, rows, number = torch.randn(4, 3), torch.tensor([True, False, True, False]), torch.tensor([5.0])
+    program = canonical(traced(Function(masked), x, rows, number))
+    assert counts(program)["aten.where.self"] == 3 and not counts(program)["aten.index_put"]
+    (found,) = run_graph(program.graph, bind(program, Function(masked), (x, rows, number), {}))
+    assert torch.equal(found, masked(x, rows, number))
+
+
+def test_rows_written_by_position_stay_a_write() -> None:
+    def written(x: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return torch.concat([x.index_put((rows,), values), torch.index_put(x, (rows > 1,), values[:2])])
+
+    x, rows, values = torch.randn(4, 3), torch.tensor([0, 3, 2, 1]), torch.randn(4, 3)
+    program = canonical(traced(Function(written), x, rows, values))
+    assert counts(program)["aten.index_put"] == 2 and counts(program)["aten.cat"] == 1
+
+
 def test_identities_vanish() -> None:
     def identities(x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous().clone().to(torch.float32).view(4, 8).expand(4, 8).transpose(0, 0).permute(0, 1)

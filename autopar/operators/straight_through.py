@@ -1,0 +1,45 @@
+"""A value whose gradient goes elsewhere: what a hand-written backward pass is in a graph of ordinary operators.
+
+    autopar::straight_through(value, surrogate) -> value
+
+Both have one shape and dtype. The result is ``value``, to which no gradient flows; the whole gradient of the result
+is the gradient of ``surrogate``, whose numbers are never looked at: what computes them is dead code once the backward
+pass is derived. (The straight-through estimator of Bengio et al. 2013, with any surrogate in the identity's place.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("straight_through(Tensor value, Tensor surrogate) -> Tensor")  # type: ignore[no-untyped-call]
+STRAIGHT_THROUGH = torch.ops.autopar.straight_through.default
+
+
+@torch.library.register_fake("autopar::straight_through", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _shape(value: Tensor, surrogate: Tensor) -> Tensor:
+    if value.shape != surrogate.shape or value.dtype != surrogate.dtype:
+        raise ValueError(
+            f"straight_through: a value {value.dtype} {list(value.shape)} and a surrogate {surrogate.dtype} "
+            f"{list(surrogate.shape)} are not of one type"
+        )
+    return torch.empty_like(value)
+
+
+def _kernel(value: Tensor, surrogate: Tensor) -> Tensor:
+    return value.clone()  # an operator may not return its argument's memory
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    pass
+
+
+def _derivative(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+    return None, grad
+
+
+_LIBRARY.impl("straight_through", _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_autograd("autopar::straight_through", _derivative, setup_context=_remember, lib=_LIBRARY)
