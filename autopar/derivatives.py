@@ -68,12 +68,19 @@ DERIVATIVES: dict[Any, Callable[..., Any]] = {
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
-def unrepeated_heads(node: Node, tensors: Mapping[Node, Tensor]) -> Node:
-    """The keys (B, Hkv, S, D) whose heads ``node`` (B, H, S, D) repeats one by one, or else ``node`` itself.
+def unrepeated_heads(keys: Node, values: Node, tensors: Mapping[Node, Tensor]) -> tuple[Node, Node]:
+    """The keys and values (B, Hkv, S, D) whose heads these (B, H, S, D) repeat one by one, or else these themselves.
 
     Models write grouped-query attention as unsqueeze, expand, reshape; our attention takes the fewer heads as they
-    are, so that the repeated ones are neither made nor saved.
+    are, so that the repeated ones are neither made nor saved. It wants as many of the keys as of the values: where one
+    of the two has been moved on its way (a gather of repeated heads), both stay repeated.
     """
+    fewer = _unrepeated(keys, tensors), _unrepeated(values, tensors)
+    heads = [tensors[source].shape[1:2] for source in fewer]
+    return fewer if heads[0] == heads[1] else (keys, values)
+
+
+def _unrepeated(node: Node, tensors: Mapping[Node, Tensor]) -> Node:
     if node.target not in RESHAPES:
         return node
     expand = node.all_input_nodes[0]

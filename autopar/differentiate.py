@@ -176,8 +176,7 @@ class _Forward:
             raise InvariantError(f"{node.name} is a {node.op} node; a program has only functions and placeholders")
         given = node.args
         if node.target is aten.scaled_dot_product_attention.default:
-            keys, values = (unrepeated_heads(source, self.tensors) for source in given[1:3])  # type: ignore[arg-type]
-            given = (given[0], keys, values, *given[3:])
+            given = (given[0], *unrepeated_heads(*given[1:3], self.tensors), *given[3:])  # type: ignore[arg-type]
         args, kwargs = fx.map_arg((given, node.kwargs), self.tensors.__getitem__)
         try:
             if node.target in DERIVATIVES:

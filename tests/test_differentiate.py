@@ -277,6 +277,29 @@ def test_attention_takes_grouped_heads_as_they_are() -> None:
         assert float((found - wanted).abs().max()) < 1e-12
 
 
+@pytest.mark.parametrize(("repeated", "shapes"), [("k_3", (4, 4)), ("v_4", (4, 4)), (None, (2, 2))])
+def test_keys_and_values_keep_their_repeated_heads_together(repeated: str | None, shapes: tuple[int, int]) -> None:
+    """Where only one of the two is what the other is, repeated heads: megatron's gather of whole keys, for one."""
+    text = ATTENTION_TEXT
+    if repeated is not None:
+        head, tail = text.split("  o ")
+        moved = f"  moved = aten.mul.Tensor({repeated}, 0.5) : f64[2,4,5,8]\n"
+        text = head + moved + "  o " + tail.replace(f" {repeated},", " moved,")
+    role = the_role(text)
+    (attention,) = [node for node in role.forward.nodes if node.target is ATTENTION]
+    assert tuple(value(node).shape[1] for node in attention.all_input_nodes[1:3]) == shapes
+    parameters = {name: torch.randn(2, 4 if name == "w" else 2, 5, 8, dtype=torch.float64) for name in "wkv"}
+    leaves = [tensor.requires_grad_() for tensor in parameters.values()]
+    step = simulate(differentiate(program_of(text)), parameters)
+    k, v = (
+        parameters[name].repeat_interleave(2, 1) * (0.5 if repeated and repeated[0] == name else 1) for name in "kv"
+    )
+    out = torch.nn.functional.scaled_dot_product_attention(parameters["w"], k, v, is_causal=True)
+    expected = torch.autograd.grad((out**2).sum(), leaves)
+    for name, wanted in zip(parameters, expected):
+        assert float((step.grads[name] - wanted).abs().max()) < 1e-12
+
+
 def test_a_mask_with_a_gradient_takes_attention_apart() -> None:
     text = """
 program mesh(tp=1)
