@@ -176,7 +176,8 @@ class _Forward:
             raise InvariantError(f"{node.name} is a {node.op} node; a program has only functions and placeholders")
         given = node.args
         if node.target is aten.scaled_dot_product_attention.default:
-            given = (given[0], *unrepeated_heads(*given[1:3], self.tensors), *given[3:])  # type: ignore[arg-type]
+            fewer = unrepeated_heads(given[1], given[2], self.tensors)  # type: ignore[arg-type]
+            given = (given[0], *fewer, *given[3:])
         args, kwargs = fx.map_arg((given, node.kwargs), self.tensors.__getitem__)
         try:
             if node.target in DERIVATIVES:
