@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 SEQUENCE_FORMS = ("none", "megatron")
+ZERO_STAGES = (0, 1, 2, 3)
 INPUT_FORMS = ("global", "local")
 FALLBACKS = ("error", "replicate")
 TENSOR_FORMS = ("column", "row", "replicate", "vocabulary")
@@ -24,6 +25,10 @@ class Plan:
     Attributes:
         sequence: ``"megatron"`` splits the sequence between transformer blocks over ``tp``
             (reduce-scatter and all-gather instead of all-reduce; Korthikanti et al. 2022).
+        zero: what ranks of the data axis share out (Rajbhandari et al. 2020): 1 the optimizer states, 2 the gradients
+            too, 3 the parameters too, which are then gathered before use; 0 nothing.
+        reshard_after_forward: with ``zero=3``, let gathered parameters go after their use in the forward pass and
+            gather them again in the backward pass; False keeps them.
         tensor: parameter-name pattern (``fnmatch``) -> ``"column" | "row" | "replicate" | "vocabulary"``;
             the first pattern that matches wins.
         inputs: ``"global"``: every rank is handed the whole batch; ``"local"``: each passes its own part.
@@ -42,6 +47,8 @@ class Plan:
     """
 
     sequence: str = "none"
+    zero: int = 0
+    reshard_after_forward: bool = True
     tensor: Mapping[str, str] = field(default_factory=dict)
     inputs: str = "global"
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)
@@ -55,6 +62,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         _one_of("sequence", self.sequence, SEQUENCE_FORMS)
+        _one_of("zero", self.zero, ZERO_STAGES)
         _one_of("inputs", self.inputs, INPUT_FORMS)
         _one_of("outputs", self.outputs, ("sharded", "full"))
         _one_of("on_unknown", self.on_unknown, FALLBACKS)
@@ -103,6 +111,6 @@ class Plan:
 _TP_STYLES = {"colwise": "column", "rowwise": "row"}
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"Plan({name}={value!r}): it is one of {', '.join(map(repr, allowed))}")

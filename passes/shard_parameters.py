@@ -1,0 +1,88 @@
+"""Split parameters, and with them their gradients and optimizer states, over the data axis: ZeRO.
+
+    p     = param w                  : f32[8,4]               p    = param w                       : f32[8@dp,4]
+    enter = comm.enter(p, dp)        : f32[8,4]        -->    full = comm.all_gather(p, dp, dim=0) : f32[8,4]
+    y     = aten.linear(x, enter)    : f32[8@dp,8]            y    = aten.linear(x, full)          : f32[8@dp,8]
+
+The dual of the gather is a reduce-scatter of the gradient, in the place of an all-reduce. What ``Plan.zero`` says beyond
+that is when the whole parameters are there: from before use to after it (stage 3), or all the time (1 and 2).
+(Rajbhandari et al. 2020, ZeRO, section 5; the dims are cut as torch's ``fully_shard`` cuts them, one by one.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import fx
+
+from autopar import comm
+from autopar.layout import Split
+from autopar.mesh import Mesh
+from autopar.pipeline import graph_pass
+from autopar.program import InputKind, Program, Value, set_values, value
+from autopar.rewrite import insert_before
+
+ENTER = comm.OPS.enter.default
+
+
+@graph_pass()
+def shard_parameters(program: Program) -> Program:
+    axis = shard_axis(program.mesh)
+    if not program.plan.zero or axis is None:
+        return program
+    for node, _ in program.placeholders(InputKind.PARAMETER):
+        dim = shard_dim(value(node), axis, program.mesh)
+        if dim is not None and node.users:
+            _shard(program, node, axis, dim)
+    return program
+
+
+def shard_axis(mesh: Mesh) -> str | None:
+    """The axis that parameters are split over: ``dp``, or of the two that it may consist of ``dp_shard``."""
+    return next((axis for axis in ("dp_shard", "dp") if mesh.size(axis) > 1), None)
+
+
+def shard_dim(kind: Value, axis: str, mesh: Mesh) -> int | None:
+    """The dim to split: the first that divides, best one that no other axis splits; else the longest, unevenly.
+
+    None for a parameter that would leave most ranks with nothing.
+    """
+    sizes, ways = kind.layout.local_shape(mesh), mesh.size(axis)
+    free = [dim for dim, factors in enumerate(kind.layout.dims) if not any(factor.axes for factor in factors)]
+    simple = [dim for dim, factors in enumerate(kind.layout.dims) if len(factors) == 1 and factors[0].ratio == (1,)]
+    for dim in (*free, *simple):
+        if sizes[dim] and sizes[dim] % ways == 0:
+            return dim
+    longest = max(free, key=lambda dim: sizes[dim], default=None)
+    return longest if longest is not None and sizes[longest] >= ways else None
+
+
+def _shard(program: Program, node: fx.Node, axis: str, dim: int) -> None:
+    whole = value(node)
+    split = Split(dim)
+    uses = list(_uses(node, frozenset()))
+    entered = {axes for _, _, axes in uses}
+    set_values(node, replace(whole, layout=whole.layout.place(axis, split, program.mesh)))
+    where = comm.where(split, axis, program.mesh.size(axis), whole.layout.local_shape(program.mesh)[dim])
+    first = next(iter(node.users))
+    if len(entered) == 1 and axis in next(iter(entered)):
+        source = node
+        for other in sorted(next(iter(entered)) - {axis}):  # reduced last, when the gradient is a part only
+            source = insert_before(first, ENTER, (source, other), None, value(node))
+        full = insert_before(first, comm.OPS.all_gather.default, (source, *where), None, whole)
+        for user, held, _ in uses:
+            user.replace_input_with(held, full)
+    else:  # some of it is computed alike on all ranks
+        full = insert_before(first, comm.OPS.all_gather_invariant.default, (node, *where), None, whole)
+        node.replace_all_uses_with(full, delete_user_cb=lambda user: user is not full)
+    program.graph.eliminate_dead_code()
+
+
+def _uses(node: fx.Node, axes: frozenset[str]) -> Iterator[tuple[fx.Node, fx.Node, frozenset[str]]]:
+    """(user, the form of the parameter that it takes, the axes that this form has entered)."""
+    for user in node.users:
+        if user.target is ENTER:
+            yield from _uses(user, axes | {str(user.args[1])})
+        else:
+            yield user, node, axes
