@@ -107,7 +107,11 @@ class _TensorPolicy:
         return carried or splits or unsplit
 
     def _override(self, flow: Flow, weight: fx.Node) -> str | None:
-        names = parameter_names(flow.program, weight)
+        return self.form(parameter_names(flow.program, weight))
+
+    def form(self, names: Iterable[str]) -> str | None:
+        """What ``Plan(tensor=...)`` asks of a parameter that goes by these names."""
+        names = list(names)
         for pattern, form in self.overrides.items():
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 return form
@@ -200,7 +204,7 @@ def _refuse_whole_weights(flow: Flow, choice: Choice) -> None:
         if strategy.part or not flow.factorings[call].contraction:
             continue
         if call.target in _ATTENTION:
-            _refuse_attention(flow, call)
+            _refuse_attention(flow, call, policy)
         for operand in flow.calls[call].operands:
             if operand in flow.weights and not policy._override(flow, operand) and not _is_small(flow, operand):
                 _refuse_weight(flow, call, operand)
@@ -211,9 +215,14 @@ def _refuse_whole_weights(flow: Flow, choice: Choice) -> None:
         )
 
 
-def _refuse_attention(flow: Flow, call: fx.Node) -> None:
+def _refuse_attention(flow: Flow, call: fx.Node, policy: _TensorPolicy) -> None:
     heads = flow.calls[call].inputs[0][-3] if len(flow.calls[call].inputs[0]) > 2 else 1
     if heads % flow.ways == 0:
+        return  # its projections are kept whole on purpose
+    entries = [entry for _, entry in flow.program.placeholders(InputKind.PARAMETER)]
+    projections = [(entry.target, *entry.aliases) for entry in entries if entry.target.startswith(f"{module}.")]
+    asked = any(policy.form(names) == "replicate" for names in projections)
+    if heads % flow.ways == 0 or asked:
         return  # its projections are kept whole on purpose
     module = origin(call).module
     _refuse(

@@ -137,6 +137,22 @@ def test_heads_that_do_not_divide_may_be_replicated() -> None:
     assert sum("@tp" in layout for layout in weight_layouts(report.program).values()) > 4, "the rest is split"
 
 
+def test_the_way_out_of_an_attention_that_does_not_divide_is_one() -> None:
+    """The plan that the refusal proposes, for one attention after the other, compiles, and is exact."""
+    example = named_model("models.llama", {"heads": 6, "kv_heads": 6, "width": 96})
+    tensor: dict[str, str] = {}
+    for _ in range(2):
+        with pytest.raises(IndivisibleError, match="has 6 heads") as caught:
+            compile_program(example.model, Mesh(tp=4), Plan(tensor=tensor), (), example.batch)
+        proposed = re.search(r"Plan\(tensor=\{'([^']+)': 'replicate'\}\)", str(caught.value))
+        assert proposed and proposed[1] not in tensor
+        tensor[proposed[1]] = "replicate"
+    report = check(example.model, example.batch, Mesh(tp=4), Plan(tensor=tensor))
+    layouts = weight_layouts(report.program)
+    assert report.passed and "@tp" not in "".join(text for name, text in layouts.items() if ".attn." in name)
+    assert sum("@tp" in layout for layout in layouts.values()) > 4, "the rest is split"
+
+
 class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
