@@ -217,14 +217,12 @@ def _refuse_whole_weights(flow: Flow, choice: Choice) -> None:
 
 def _refuse_attention(flow: Flow, call: fx.Node, policy: _TensorPolicy) -> None:
     heads = flow.calls[call].inputs[0][-3] if len(flow.calls[call].inputs[0]) > 2 else 1
-    if heads % flow.ways == 0:
-        return  # its projections are kept whole on purpose
+    module = origin(call).module
     entries = [entry for _, entry in flow.program.placeholders(InputKind.PARAMETER)]
     projections = [(entry.target, *entry.aliases) for entry in entries if entry.target.startswith(f"{module}.")]
     asked = any(policy.form(names) == "replicate" for names in projections)
     if heads % flow.ways == 0 or asked:
         return  # its projections are kept whole on purpose
-    module = origin(call).module
     _refuse(
         flow,
         f"attention at {module or call.name} has {heads} heads, which {flow.axis}={flow.ways} does not divide",
