@@ -205,7 +205,8 @@ def distinct(strategies: list[Strategy], types: tuple[Value, ...]) -> list[Strat
 def work_of(factoring: Factoring, call: Call) -> float:
     """Seconds for the whole operator: multiply-adds of a contraction (forward and backward), else next to nothing."""
     if factoring.contraction:
-        return 6.0 * math.prod(size for f, size in factoring.sizes.items()) / FLOPS
+        work = math.prod(factoring.sizes.values()) if factoring.work is None else factoring.work
+        return 6.0 * work / FLOPS
     return ELEMENTWISE * sum(math.prod(shape) for shape in call.outputs)
 
 

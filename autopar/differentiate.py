@@ -108,14 +108,14 @@ def joint_graph(
 
 
 def _differentiable(program: Program, outputs: Sequence[Tensor]) -> tuple[int, ...]:
-    """The loss alone where there is one scalar output with a gradient; else all user outputs with a gradient."""
-    found = [
+    """The loss alone where there is one; else all user outputs with a gradient."""
+    if program.loss is not None and outputs[program.loss].requires_grad:
+        return (program.loss,)
+    return tuple(
         position
         for position, (entry, output) in enumerate(zip(program.outputs, outputs))
         if entry.kind is OutputKind.USER and output.requires_grad
-    ]
-    losses = [position for position in found if outputs[position].dim() == 0]
-    return tuple(losses if len(losses) == 1 else found)
+    )
 
 
 def _backward(

@@ -13,38 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autopar.capture import plain_output, without_checkpointing
 from autopar.errors import NumericsError, TraceError
-from autopar.operators.experts import EXPERT_LINEAR
+from autopar.grouped_products import GroupedProducts
 from autopar.program import InputKind, Program
 
 NOISE_FLOOR = 1e-6  # of the model's largest gradient: below it, a gradient that is zero in exact arithmetic is noise
 
 
-class _GroupedInFloat64(TorchFunctionMode):
-    """``torch.nn.functional.grouped_mm`` of float64 tensors, for which torch has no kernel."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._grouped_mm and args[0].dtype is torch.float64:
-            return _grouped_product(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _grouped_product(rows: Tensor, weight: Tensor, offs: Tensor, bias: None = None, out_dtype: Any = None) -> Tensor:
-    """(N, I) rows times the matrices (E, I, O) that they belong to; rows of group e end before ``offs[e]``."""
-    assert bias is None and rows.dim() == 2 and weight.dim() == 3, "grouped_mm in float64: rows times one matrix a group"
-    if torch.compiler.is_exporting():  # type: ignore[no-untyped-call]
-        places = torch.arange(len(rows), dtype=offs.dtype, device=offs.device)
-        return EXPERT_LINEAR(rows, weight, torch.searchsorted(offs, places, right=True))  # type: ignore[no-any-return]
-    ends = offs.tolist()
-    parts = [rows[start:end] @ matrix for matrix, start, end in zip(weight, [0, *ends], ends)]
-    return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-1], weight.shape[2])])
-
-
-class _PromoteFloat32(_GroupedInFloat64):
+class _PromoteFloat32(GroupedProducts):
     """Every float32 that is asked for becomes a float64: as a dtype argument, or by the method ``float``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -160,7 +139,7 @@ def check_numerics(
     trainable = {name: table[name] for name in names if table[name].requires_grad}
     with (
         torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=[]), without_checkpointing([]),
-        _GroupedInFloat64(),
+        GroupedProducts(),
     ):  # fmt: skip
         state = torch.get_rng_state()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}

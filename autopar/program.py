@@ -135,6 +135,15 @@ class Program:
         """The nodes that the graph returns, in the order of ``outputs``."""
         return tuple(output_node(self.graph).args[0])  # type: ignore[arg-type]
 
+    @property
+    def loss(self) -> int | None:
+        """The position of the loss among the outputs: the scalar with a gradient, of several the one called ``loss``."""
+        pairs = enumerate(zip(self.outputs, self.returned))
+        users = [(i, out, value(node)) for i, (out, node) in pairs if out.kind is OutputKind.USER]
+        scalars = [(i, out.target) for i, out, kind in users if kind.requires_grad and not kind.shape]
+        found = [i for i, target in scalars if len(scalars) == 1 or target == "loss"]
+        return found[0] if found else None
+
     def role_of(self, rank: int) -> Role:
         """The role that ``rank`` plays; its graphs exist once the program is differentiated."""
         stage = self.mesh.coordinates(rank).get("pp", 0)

@@ -26,7 +26,7 @@ class Step:
 
     Attributes:
         output: what the model returns, in its own structure (a tuple of tensors where the program knows none).
-        loss: the one scalar output with a gradient, None where there is none.
+        loss: of ``program.loss``, None where there is none.
         grads: parameter (or differentiable input) name -> gradient; {} without a backward pass.
         buffers: buffer name -> its new value.
         traffic: operations and bytes sent by one rank, per phase, axis and collective.
@@ -225,16 +225,14 @@ def _peaks(lockstep: Lockstep) -> tuple[int, ...]:
 def _step(program: Program, lockstep: Lockstep, returned: list[Ranks]) -> Step:
     outputs: list[Tensor] = []
     buffers: dict[str, Tensor] = {}
-    losses: list[Tensor] = []
-    for entry, node, ranks in zip(program.outputs, program.returned, returned):
+    loss: Tensor | None = None
+    for position, (entry, node, ranks) in enumerate(zip(program.outputs, program.returned, returned)):
         name = f"output {entry.target or node.name} ({node.name})"
         whole = joined(name, ranks, value(node).layout, program.mesh)
         if entry.kind is OutputKind.BUFFER_UPDATE:
             buffers[entry.target] = whole
             continue
         outputs.append(whole)
-        if whole.dim() == 0 and value(node).requires_grad:
-            losses.append(whole)
+        loss = whole if position == program.loss else loss
     output = restore_output(program, outputs) if program.out_spec is not None else tuple(outputs)
-    loss = losses[0] if len(losses) == 1 else None
     return Step(output, loss, {}, buffers, lockstep.traffic, _peaks(lockstep))

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.capture import explained, fake_like, faked, gradients_kept, inline_no_grad, needs_fakes, only_plain_outputs
 from autopar.errors import TraceError
+from autopar.grouped_products import GroupedProducts
 from autopar.layout import Layout
 from autopar.mesh import Mesh
 from autopar.numerics import check_numerics
@@ -126,7 +127,7 @@ def _export(
     if mode is not None:
         leaves = [fake_like(mode, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(_distinct(leaves), spec)
-    with without_fast_paths(), gradients_kept() as notes, only_plain_outputs(model, notes):
+    with GroupedProducts(), without_fast_paths(), gradients_kept() as notes, only_plain_outputs(model, notes):
         exported = torch.export.export(model, args, kwargs, strict=False)
     inline_no_grad(exported.graph_module)
     if all(_is_plain(node) for node in exported.graph.nodes):

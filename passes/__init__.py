@@ -13,6 +13,7 @@ from autopar.passes.draw_dropout import draw_dropout
 from autopar.passes.fold_constants import fold_constants
 from autopar.passes.fuse_arithmetic import fuse_arithmetic
 from autopar.passes.recognise_causal_masks import recognise_causal_masks
+from autopar.passes.recognise_experts import recognise_experts
 from autopar.passes.split_batch import split_batch
 from autopar.passes.split_tensors import split_tensors
 from autopar.passes.synchronise_batch_norm import synchronise_batch_norm
@@ -22,6 +23,7 @@ PASSES = (
     canonicalize,  # first: every later pass meets one form of each operator
     fold_constants,  # masks and positions become constants, which any axis may cut
     recognise_causal_masks,  # a mask that is known now may turn out to be plain causality
+    recognise_experts,  # rows of a sort over all tokens could not be cut by batch
     draw_dropout,  # masks from positions, so that they do not depend on the mesh
     synchronise_batch_norm,  # statistics of the whole batch, before the batch is split
     write_losses_as_sums,  # a mean must stay a mean over all tokens once tokens are split

@@ -1,4 +1,4 @@
-"""Write dropout as a mask drawn from the position of each element, so that any mesh draws the same masks.
+"""Write dropout as a mask drawn from the position of each element, so that any mesh draws the same; noise likewise.
 
     y = aten.dropout(x, 0.1, True)                                   : f32[8,4]
       -->
@@ -6,6 +6,10 @@
     random_keep      = op.random_keep(seed, 0, 0.1, c_0_to_8, c_0_to_4) : bool[8,4]
     mul              = aten.mul.Tensor(x, 1.1111111111111112)        : f32[8,4]
     where            = aten.where.ScalarOther(random_keep, mul, 0.0) : f32[8,4]
+
+    noise = aten.uniform(x, 0.9, 1.1)                                : f32[8,4]
+      -->
+    noise = op.random_uniform(seed, 1, 0.9, 1.1, f32, c_0_to_8, c_0_to_4) : f32[8,4]
 
 Attention with dropout is written out (scores, softmax, dropout, product), since its mask lies inside the kernel.
 """
@@ -35,15 +39,17 @@ def draw_dropout(program: Program) -> Program:
     attentions = [n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default and _p(n) > 0]
     for node in attentions:
         program = _write_out(program, node)
-    dropouts = [n for n in graph.nodes if n.target is aten.dropout.default]
-    if not dropouts:
+    drawn = [n for n in graph.nodes if n.target in DRAWN]
+    if not drawn:
         return program
-    sizes = {size for node in dropouts for size in value(node).shape}
+    sizes = {size for node in drawn for size in value(node).shape}
     ranges = {f"0_to_{size}": (torch.arange(size), Origin()) for size in sorted(sizes)}
     program, positions = add_constants(program, ranges)
     program, seed = _add_seed(program)
-    for salt, node in enumerate(dropouts):
-        _draw(node, seed, salt, positions)
+    for salt, node in enumerate(drawn):
+        if not value(node).shape:
+            raise AutoparError(f"{node.target} of a single number at {origin(node).source} is not supported")
+        DRAWN[node.target](node, seed, salt, [positions[f"0_to_{size}"] for size in value(node).shape])
     return program
 
 
@@ -61,17 +67,26 @@ def _add_seed(program: Program) -> tuple[Program, fx.Node]:
     return replace(program, inputs=(*program.inputs, entry)), seed
 
 
-def _draw(node: fx.Node, seed: fx.Node, salt: int, positions: dict[str, fx.Node]) -> None:
+def _dropout(node: fx.Node, seed: fx.Node, salt: int, positions: list[fx.Node]) -> None:
     x, p = node.args[:2]
     assert isinstance(x, fx.Node) and isinstance(p, float)
-    shape = value(node).shape
-    if p >= 1.0 or not shape:
-        raise AutoparError(f"dropout with p={p} of a tensor of shape {shape} at {origin(node).source} is not supported")
-    indices = [positions[f"0_to_{size}"] for size in shape]
-    mask_type = Value(torch.bool, Layout.whole(shape))
-    keep = insert_before(node, operators.random_keep, (seed, salt, p, *indices), None, mask_type)
+    if p >= 1.0:
+        raise AutoparError(f"dropout with p={p} at {origin(node).source} is not supported")
+    mask_type = Value(torch.bool, Layout.whole(value(node).shape))
+    keep = insert_before(node, operators.random_keep, (seed, salt, p, *positions), None, mask_type)
     scaled = insert_before(node, aten.mul.Tensor, (x, 1.0 / (1.0 - p)))
     substitute(node, insert_before(node, aten.where.ScalarOther, (keep, scaled, 0.0)))
+
+
+def _uniform(node: fx.Node, seed: fx.Node, salt: int, positions: list[fx.Node]) -> None:
+    """``uniform(x, low, high)`` or ``rand_like(x)``: of x only the shape and the type."""
+    bounds = (*node.args[1:], *(0.0, 1.0)[len(node.args) - 1 :])
+    kind = replace(value(node), requires_grad=False)
+    arguments = (seed, salt, *bounds, kind.dtype, *positions)
+    substitute(node, insert_before(node, operators.random_uniform, arguments, None, kind))
+
+
+DRAWN = {aten.dropout.default: _dropout, aten.uniform.default: _uniform, aten.rand_like.default: _uniform}
 
 
 def _write_out(program: Program, node: fx.Node) -> Program:

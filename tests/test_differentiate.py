@@ -175,6 +175,15 @@ def test_the_loss_alone_is_differentiated_unless_told_otherwise() -> None:
     assert inputs[both.saved :] == ["grad_y", "grad_loss"] or len(inputs) == both.saved + 2
 
 
+def test_of_several_scalars_the_one_called_loss_is_differentiated() -> None:
+    """A model of experts returns the loss that balances them too; it is a part of the loss already."""
+    named = TWO_OUTPUTS.replace("  return y=y,", "  aux  = aten.mean(y) : f64[]\n  return aux=aux,")
+    program = program_of(named)
+    assert role_of(program).differentiable == (program.loss,) == (1,)
+    nameless = program_of(named.replace("loss=loss", "other=loss"))
+    assert nameless.loss is None and role_of(nameless).differentiable == (0, 1)
+
+
 def test_gathered_parameters_are_gathered_again_and_late() -> None:
     """ZeRO-3: what is gathered for forward is not kept, and gathered anew before it is used."""
     program = program_of(

@@ -13,7 +13,7 @@ from autopar.operators.losses import (
     vocabulary_maximum,
     vocabulary_sums,
 )
-from autopar.operators.random import random_keep
+from autopar.operators.random import random_keep, random_uniform
 from autopar.operators.registry import REGISTRY, operator
 from autopar.operators.straight_through import STRAIGHT_THROUGH
 
@@ -26,6 +26,7 @@ __all__ = [
     "embedding_rows",
     "operator",
     "random_keep",
+    "random_uniform",
     "vocabulary_maximum",
     "vocabulary_sums",
 ]

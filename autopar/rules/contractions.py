@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from autopar import operators
+from autopar.operators.experts import EXPERT_LINEAR
 from autopar.program import Node, value
 from autopar.rules.factoring import Call, Dims, Emit, Factoring, Shape, dims_of, factoring_of
 from autopar.rules.pointwise import broadcast_dims
@@ -19,6 +21,13 @@ def linear(call: Call) -> Factoring:
     factoring = factoring_of(line, call)
     # padding is zeros in a parameter and anything elsewhere: zeros times anything count nothing
     return factoring if call.parameters[1:2] == (True,) else replace(factoring, uneven=frozenset())
+
+
+def experts(call: Call) -> Factoring:
+    """Rows times the matrix of the expert that each was sent to; a row may be sent to several (``k``)."""
+    factoring = factoring_of("t i, e i o, (t k) -> (t k) o; whole e; linear 0, 1; uneven i o; contraction", call)
+    work = call.inputs[2][0] * math.prod(call.inputs[1][1:])
+    return replace(factoring, work=work, uneven=factoring.uneven if call.parameters[1] else frozenset())
 
 
 def matmul(call: Call) -> Factoring:
@@ -109,18 +118,16 @@ def embedding(call: Call) -> Factoring:
     table, ids = call.inputs
     tokens, sizes = dims_of(ids, "t")
     sizes |= {"v": table[0], "h": table[1]}
+    work = math.prod(call.outputs[0])
+    factoring = Factoring(((("v",), ("h",)), tokens), ((*tokens, ("h",)),), sizes, contraction=True, work=work)
     if call.argument(3, "scale_grad_by_freq", False):  # how often a row is used, is known only to all ranks together
-        whole = frozenset({"v", *sizes}) - {"h"}
-        return Factoring(((("v",), ("h",)), tokens), ((*tokens, ("h",)),), sizes, whole=whole, contraction=True)
-    return Factoring(
-        ((("v",), ("h",)), tokens),
-        ((*tokens, ("h",)),),
-        sizes,
+        return replace(factoring, whole=frozenset(sizes) - {"h"})
+    return replace(
+        factoring,
         linear=(frozenset({0}),),
         uneven=frozenset({"v"}),
         plain=frozenset({"v"}),
         rewrites={"v": _look_up_own_rows},
-        contraction=True,
     )
 
 
@@ -169,7 +176,8 @@ def attention(call: Call) -> Factoring:
     if len(call.inputs) > 3:
         inputs.append(_mask_dims(call.inputs[3], full))
     whole = frozenset({"s", "t", "e", "f"})
-    return Factoring(tuple(inputs), ((*full, ("s",), ("f",)),), sizes, whole=whole, contraction=True)
+    work = math.prod(call.outputs[0][:-1]) * key[-2] * (query[-1] + held[-1])  # scores, and values weighted by them
+    return Factoring(tuple(inputs), ((*full, ("s",), ("f",)),), sizes, whole=whole, contraction=True, work=work)
 
 
 def _mask_dims(mask: Shape, lead: Dims) -> Dims:
@@ -181,6 +189,7 @@ def _mask_dims(mask: Shape, lead: Dims) -> Dims:
 
 RULES: dict[Any, Any] = {
     aten.linear.default: linear,
+    EXPERT_LINEAR: experts,
     aten.mm.default: "m k, k n -> m n; linear 0, 1; contraction",
     aten.bmm.default: "b m k, b k n -> b m n; linear 0, 1; contraction",
     aten.mv.default: "m k, k -> m; linear 0, 1; contraction",

@@ -110,6 +110,7 @@ class Factoring:
     localize: Localize | None = None
     rewrites: Mapping[str, Rewrite] = field(default_factory=dict)
     contraction: bool = False  # matmul-like: its weights are what tensor parallelism splits
+    work: int | None = None  # multiply-adds of a contraction, where they are not the product of all sizes
 
     @property
     def factors(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tensors import above, call, flags, ints, unit, x
 
+from autopar.operators.experts import EXPERT_LINEAR
 from autopar.rule_check import Sample
 
 aten = torch.ops.aten
@@ -25,6 +26,13 @@ CONTRACTIONS: dict[Any, list[Sample]] = {
         call(x(5), x(7, 5), weights=(1,)),
         call(x(3, 5), x(7, 5)),
         call(x(2, 18), x(18, 18), x(18)),
+    ],
+    EXPERT_LINEAR: [
+        call(x(6, 4), x(3, 4, 6), ints(3, 6)),
+        call(x(6, 4), x(3, 4, 6), ints(4, 12)),  # two experts for each row; a fourth expert is none
+        call(x(4, 6), x(2, 12, 6).transpose(1, 2), ints(2, 12), weights=(1,)),
+        call(x(3, 5), x(2, 5, 7), ints(2, 3), weights=(1,)),
+        call(x(1, 4), x(1, 4, 6), ints(1, 6)),
     ],
     aten.mm.default: [call(x(6, 4), x(4, 6)), call(x(1, 6), x(6, 12))],
     aten.bmm.default: [call(x(6, 4, 2), x(6, 2, 3)), call(x(2, 3, 6), x(2, 6, 4))],

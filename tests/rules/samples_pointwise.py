@@ -128,6 +128,10 @@ POINTWISE: dict[Any, list[Sample]] = {
         call(torch.tensor(5), 3, 0.5, torch.arange(6), torch.arange(4)),
         call(torch.tensor(5), 3, 0.5, torch.arange(12)),
     ],
+    operators.random_uniform: [
+        call(torch.tensor(5), 3, 0.9, 1.1, torch.float64, torch.arange(6), torch.arange(4)),
+        call(torch.tensor(5), 3, 0.0, 1.0, torch.float32, torch.arange(12)),
+    ],
 }
 POINTWISE[aten.mul.Tensor] = [*POINTWISE[aten.mul.Tensor], call(_SAME, _SAME)]
 POINTWISE[aten.add.Tensor] = [*POINTWISE[aten.add.Tensor], call(_SAME, _SAME), call(x(7), x(7), alpha=2)]

@@ -1,0 +1,46 @@
+"""``torch.nn.functional.grouped_mm`` where torch refuses it: in float64, and of any type but bfloat16 in a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from autopar.operators.experts import EXPERT_LINEAR
+
+
+class GroupedProducts(TorchFunctionMode):
+    """Within it, grouped products of rows with one matrix a group run in float64, and can be traced in any type."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._grouped_mm:
+            exporting = torch.compiler.is_exporting()  # type: ignore[no-untyped-call]
+            product = _traced if exporting else _looped
+            if _is_plain(*args, **kwargs) and args[0].dtype in (_REFUSED_IN_A_TRACE if exporting else _REFUSED):
+                return product(args[0], args[1], kwargs.get("offs", args[-1]))
+        return func(*args, **kwargs)
+
+
+_REFUSED = (torch.float64,)
+_REFUSED_IN_A_TRACE = (torch.float64, torch.float32, torch.float16)
+
+
+def _is_plain(rows: Tensor, weight: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> bool:
+    """(N, I) times (E, I, O); rows of group e end before ``offs[e]``."""
+    return rows.dim() == 2 and weight.dim() == 3 and offs is not None and bias is None and out_dtype is None
+
+
+def _traced(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    places = torch.arange(len(rows), dtype=offs.dtype, device=offs.device)
+    found: Tensor = EXPERT_LINEAR(rows, weight, torch.searchsorted(offs, places, right=True))
+    return found
+
+
+def _looped(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """One product after the other, of torch's operators alone: what ours is compared with."""
+    ends = offs.tolist()
+    parts = [rows[start:end] @ matrix for matrix, start, end in zip(weight, [0, *ends], ends)]
+    return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-1], weight.shape[2])])

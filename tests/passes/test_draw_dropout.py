@@ -1,0 +1,50 @@
+"""Noise and dropout from positions: the same numbers on any mesh, spread as they should be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autopar.driver import compile_program
+from autopar.mesh import Mesh
+from autopar.operators import random_uniform
+from autopar.plan import Plan
+from autopar.simulate import simulate
+
+
+class Noisy(nn.Module):
+    """Jitter before a linear, as routers of experts have it, and dropout behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        jittered = x * torch.empty_like(x).uniform_(0.9, 1.1) + 0.1 * torch.rand_like(x)
+        return self.down(F.dropout(self.up(jittered), 0.25)).square().mean()
+
+
+def _loss(mesh: str, seed: int) -> float:
+    torch.manual_seed(0)
+    model, batch = Noisy().double(), {"x": torch.randn(6, 8, dtype=torch.float64)}
+    program = compile_program(model, Mesh.parse(mesh), Plan(), (), batch)
+    step = simulate(program, dict(model.named_parameters()), (), batch, seed=seed)
+    assert step.loss is not None
+    return float(step.loss)
+
+
+@pytest.mark.filterwarnings("ignore:the numerics check was skipped")
+@pytest.mark.parametrize("mesh", ["dp=2", "tp=3", "dp=3,tp=2"])
+def test_any_mesh_draws_the_same(mesh: str) -> None:
+    assert abs(_loss(mesh, 5) - _loss("dp=1", 5)) < 1e-14
+    assert abs(_loss(mesh, 6) - _loss("dp=1", 5)) > 1e-5
+
+
+def test_uniform_noise_is_uniform() -> None:
+    drawn = random_uniform(torch.tensor(3), 1, 0.9, 1.1, torch.float32, torch.arange(200), torch.arange(500))
+    assert drawn.dtype == torch.float32 and float(drawn.min()) >= 0.9 and float(drawn.max()) <= 1.1
+    share = torch.histc(drawn, 10, 0.9, 1.1) / drawn.numel()
+    assert float((share - 0.1).abs().max()) < 0.005
+    assert abs(float(torch.corrcoef(torch.stack([drawn[0], drawn[1]]))[0, 1])) < 0.2
