@@ -10,7 +10,7 @@ After:   forward:  linear(x, w), all_reduce -> y, saved x, w      backward: (x, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.derivatives import DERIVATIVES, unrepeated_heads
 from autopar.errors import AutoparError, InvariantError
-from autopar.partition import Joint, Remake, is_free, live_nodes, partition
+from autopar.partition import LATE, Joint, Remake, is_free, live_nodes, partition
 from autopar.program import (
     InputKind,
     Node,
@@ -45,7 +45,25 @@ def differentiate(program: Program) -> Program:
     A program of which nothing requires a gradient gets a role without a backward graph.
     Raises InvariantError, naming the node, where the graph cannot run at the sizes of its layouts.
     """
-    return replace(program, roles=(role_of(program),))
+    return replace(program, roles=(role_of(program, remake=_remade(program)),))
+
+
+def _remade(program: Program) -> Remake:
+    """What backward makes again: what is free, and with ``Plan(zero=3)`` the parameters that are gathered."""
+    if program.plan.zero < 3 or not program.plan.reshard_after_forward:
+        return is_free
+    parameters = {node.name for node, _ in program.placeholders(InputKind.PARAMETER)}
+    return lambda node: is_free(node) or is_gathered(node, parameters)
+
+
+def is_gathered(node: Node, parameters: Set[str]) -> bool:
+    """Whether ``node`` gathers a parameter, or a cast of one."""
+    if node.target not in LATE:
+        return False
+    (source,) = node.all_input_nodes
+    while source.op != "placeholder" and is_free(source):
+        (source,) = source.all_input_nodes
+    return source.op == "placeholder" and source.name in parameters
 
 
 def role_of(program: Program, differentiable: tuple[int, ...] | None = None, remake: Remake = is_free) -> Role:

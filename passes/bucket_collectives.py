@@ -1,4 +1,4 @@
-"""Reduce gradients in a few large buckets instead of one by one.
+"""Gather parameters, and reduce gradients, in a few large buckets instead of one by one.
 
     g1 = comm.all_reduce(d1, dp)           : f32[4,8]        r1   = aten.reshape(d1, [32])       : f32[32]
     g2 = comm.all_reduce(d2, dp)           : f32[8]    -->   r2   = aten.reshape(d2, [8])        : f32[8]
@@ -6,101 +6,224 @@
                                                              sum  = comm.all_reduce(flat, dp)    : f32[40]
                                                              g1   = sum[0:32] as f32[4,8], g2 = sum[32:40]
 
-A bucket is reduced as soon as its last gradient is there, in the order in which backward makes them; gradients of one
-axis and dtype share buckets of ``Plan.bucket_mb`` megabytes (Li et al. 2020, PyTorch Distributed, section 3.2).
+Gradients are reduced as soon as the last of a bucket is there, in the order in which backward makes them; those of one
+axis and dtype share buckets of ``Plan.bucket_mb`` megabytes (Li et al. 2020, PyTorch Distributed, section 3.2). Sharded
+parameters are gathered before the first use of a bucket. Where whole gradients (``Plan(zero=2)``) or parameters (3) must
+not gather up, a bucket is of one block only. What is large keeps its own collective, without copies.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-from autopar.comm import OPS
-from autopar.layout import Layout
+from autopar.blocks import block_of
+from autopar.comm import OPS, split_of, where
+from autopar.differentiate import is_gathered
+from autopar.layout import Layout, Split
+from autopar.mesh import Mesh
 from autopar.pipeline import graph_pass
-from autopar.program import Program, Role, Value, output_node, value
+from autopar.program import InputKind, Program, Value, output_node, value
 from autopar.rewrite import insert_before
 
 aten = torch.ops.aten
+REDUCE, SCATTER = OPS.all_reduce.default, OPS.reduce_scatter.default
+FIRST = Split(0)
+ALONE = 0.25e6  # bytes: above, copies into a bucket and out of it cost more than a collective of its own
+
+Chain = tuple[fx.Node, ...]  # reductions of one gradient over one axis after another; the last one is returned
 
 
 @graph_pass()
 def bucket_collectives(program: Program) -> Program:
     limit = program.plan.bucket_mb * 1e6
-    for role in program.roles:
-        if role.backward is not None and limit > 0:
-            for bucket in _buckets(role, limit):
-                _reduce_together(role.backward, bucket)
+    parameters = {node.name for node, _ in program.placeholders(InputKind.PARAMETER)}
+    for role in program.roles if limit > 0 else ():
+        graphs = [role.forward, role.inference, role.backward]
+        for graph in {id(graph): graph for graph in graphs if graph is not None}.values():
+            _Buckets(program, graph, limit).gather([node for node in graph.nodes if is_gathered(node, parameters)])
+        if role.backward is not None:
+            _Buckets(program, role.backward, limit).reduce()
             role.backward.lint()
     return program
 
 
-Chain = tuple[fx.Node, ...]  # all-reduces of one gradient over one axis after another; the last one is returned
+@dataclass
+class _Buckets:
+    program: Program
+    graph: fx.Graph
+    limit: float
+
+    def gather(self, nodes: Sequence[fx.Node]) -> None:
+        by_block = self.program.plan.zero == 3 and self.program.plan.reshard_after_forward
+        plain = [(node,) for node in nodes if _is_plain(node) and not self._fills(node)]
+        keys = [(n.target, n.args[1], value(n).dtype, block_of(n) if by_block else "") for (n,) in plain]
+        for bucket in self._filled(plain, keys):
+            _gather_together(self.program.mesh, [node for (node,) in bucket])
+
+    def reduce(self) -> None:
+        by_block = self.program.plan.zero > 1
+        chains = list(self._chains())
+        kinds = [tuple((link.target, link.args[1]) for link in chain) for chain in chains]
+        blocks = [block_of(chain[0]) if by_block else "" for chain in chains]
+        keys = [(kind, value(chain[-1]).dtype, block) for kind, chain, block in zip(kinds, chains, blocks)]
+        for bucket in self._filled(chains, keys):
+            _reduce_together(self.program.mesh, bucket)
+
+    def _chains(self) -> Iterator[Chain]:
+        """Sums of gradients over ranks whose results are only returned."""
+        last = output_node(self.graph)
+        for node in self.graph.nodes:
+            if _is_sum(node) and set(node.users) == {last}:
+                chain = _chain(node)
+                if chain[0].target is REDUCE or not self._fills(chain[0]):
+                    yield chain
+
+    def _filled(self, chains: Sequence[Chain], keys: Sequence[tuple[Any, ...]]) -> list[list[Chain]]:
+        """Those with equal keys together, in order, none larger than the limit; without those that are alone."""
+        filling: dict[tuple[Any, ...], list[Chain]] = {}
+        full: list[list[Chain]] = []
+        for chain, key in zip(chains, keys):
+            bucket = filling.setdefault(key, [])
+            if bucket and sum(self._bytes(links[-1]) for links in (*bucket, chain)) > self.limit:
+                full.append(bucket)
+                bucket = filling[key] = []
+            bucket.append(chain)
+        return [bucket for bucket in (*full, *filling.values()) if len(bucket) > 1]
+
+    def _fills(self, node: fx.Node) -> bool:
+        """Whether ``node`` is large, and lies so that it needs no copies by itself."""
+        whole = node if node.target is not SCATTER else node.all_input_nodes[0]
+        return split_of(node.args[1:]) == FIRST and self._bytes(whole) > ALONE
+
+    def _bytes(self, node: fx.Node) -> int:
+        return math.prod(value(node).layout.local_shape(self.program.mesh)) * value(node).dtype.itemsize
 
 
-def _buckets(role: Role, limit: float) -> list[list[Chain]]:
-    """Sum all-reduces whose results are only returned, grouped by axes and dtype, in order, none larger than limit."""
-    assert role.backward is not None
-    last = output_node(role.backward)
-    filling: dict[tuple[object, ...], list[Chain]] = {}
-    full: list[list[Chain]] = []
-    for node in role.backward.nodes:
-        if not _is_sum(node) or set(node.users) != {last}:
-            continue
-        chain = _chain(node)
-        key = (*(link.args[1] for link in chain), value(node).dtype)
-        bucket = filling.setdefault(key, [])
-        if bucket and sum(_bytes(links[-1]) for links in bucket) + _bytes(node) > limit:
-            full.append(bucket)
-            bucket = filling[key] = []
-        bucket.append(chain)
-    return [bucket for bucket in (*full, *filling.values()) if len(bucket) > 1]
+def _is_plain(node: fx.Node) -> bool:
+    return split_of(node.args[1:]).contiguous
 
 
 def _is_sum(node: fx.Node) -> bool:
-    return node.target is OPS.all_reduce.default and node.args[2] == "sum"
+    return (node.target is REDUCE and node.args[2] == "sum") or (node.target is SCATTER and _is_plain(node))
 
 
 def _chain(node: fx.Node) -> Chain:
     links = [node]
-    while True:
+    while links[0].target is REDUCE:
         source = links[0].args[0]
         assert isinstance(source, fx.Node)
         if not _is_sum(source) or set(source.users) != {links[0]}:
-            return tuple(links)
+            break
         links.insert(0, source)
+    return tuple(links)
 
 
-def _bytes(node: fx.Node) -> int:
-    return math.prod(value(node).shape) * value(node).dtype.itemsize
+class _Writer:
+    """Writes operators on local tensors in front of a node."""
+
+    def __init__(self, before: fx.Node, mesh: Mesh) -> None:
+        self.before, self.mesh, self.dtype = before, mesh, value(before).dtype
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        return value(node).layout.local_shape(self.mesh)
+
+    def __call__(self, target: Any, args: tuple[Any, ...], shape: Sequence[int]) -> fx.Node:
+        return insert_before(self.before, target, args, None, Value(self.dtype, Layout.whole(shape)))
+
+    def reshape(self, node: fx.Node, shape: Sequence[int]) -> fx.Node:
+        return self(aten.reshape.default, (node, list(shape)), shape)
+
+    def narrow(self, node: fx.Node, dim: int, start: int, stop: int) -> fx.Node:
+        shape = [stop - start if d == dim else size for d, size in enumerate(self.shape(node))]
+        return self(aten.slice.Tensor, (node, dim, start, stop), shape)
+
+    def permute(self, node: fx.Node, order: Sequence[int]) -> fx.Node:
+        shape = self.shape(node)
+        return self(aten.permute.default, (node, list(order)), [shape[dim] for dim in order])
+
+    def apart(self, node: fx.Node, dim: int, ways: int) -> fx.Node:
+        """(ways, n): the part of each rank in a row, that of the last padded with zeros."""
+        shape = list(self.shape(node))
+        part = -(-shape[dim] // ways)
+        if missing := part * ways - shape[dim]:
+            shape[dim] += missing
+            padding = [0, 0] * (len(shape) - 1 - dim) + [0, missing]
+            node = self(aten.constant_pad_nd.default, (node, padding, 0.0), shape)
+        if dim:
+            node = self.reshape(node, (*shape[:dim], ways, part, *shape[dim + 1 :]))
+            node = self.permute(node, (dim, *(d for d in range(len(shape) + 1) if d != dim)))
+        return self.reshape(node, (ways, math.prod(shape) // ways))
+
+    def together(self, node: fx.Node, dim: int, ways: int, shape: Sequence[int]) -> fx.Node:
+        """The inverse of :meth:`apart`."""
+        part = -(-shape[dim] // ways)
+        padded = [part * ways if d == dim else size for d, size in enumerate(shape)]
+        if dim:
+            node = self.reshape(node, (ways, *(part if d == dim else size for d, size in enumerate(shape))))
+            node = self.permute(node, (*range(1, dim + 1), 0, *range(dim + 1, len(shape) + 1)))
+        node = self.reshape(node, padded)
+        return node if padded[dim] == shape[dim] else self.narrow(node, dim, 0, shape[dim])
 
 
-def _reduce_together(graph: fx.Graph, bucket: list[Chain]) -> None:
-    last = bucket[-1][-1]  # where all arguments are there
+def _gather_together(mesh: Mesh, bucket: Sequence[fx.Node]) -> None:
+    first, axis, ways = bucket[0], bucket[0].args[1], bucket[0].args[2]
+    assert isinstance(axis, str) and isinstance(ways, int)
+    for node in bucket[1:]:
+        _hoist(node.all_input_nodes[0], first)
+    write = _Writer(first, mesh)
+    lengths = [math.prod(write.shape(node.all_input_nodes[0])) for node in bucket]
+    flat = [write.reshape(node.all_input_nodes[0], (length,)) for node, length in zip(bucket, lengths)]
+    total = sum(lengths)
+    own = write(aten.cat.default, (flat,), (total,))
+    gathered = write(first.target, (own, *where(FIRST, axis, ways, ways * total)), (ways * total,))
+    rows = write.reshape(gathered, (ways, total))
+    start = 0
+    for node, length in zip(bucket, lengths):
+        write = _Writer(node, mesh)  # unpacked where it was gathered: just before its use
+        piece = write.narrow(rows, 1, start, start + length)
+        node.replace_all_uses_with(write.together(piece, split_of(node.args[1:]).dim, ways, write.shape(node)))
+        start += length
+    for node in bucket:
+        node.graph.erase_node(node)
+
+
+def _hoist(node: fx.Node, before: fx.Node) -> None:
+    """Move a cast or view of a parameter, and what it is made of, to where it is needed earlier."""
+    if node.op != "placeholder":
+        for source in node.all_input_nodes:
+            _hoist(source, before)
+        before.prepend(node)
+
+
+def _reduce_together(mesh: Mesh, bucket: list[Chain]) -> None:
+    last, links = bucket[-1][-1], bucket[-1]  # where all arguments are there
+    write = _Writer(last, mesh)
     results = [chain[-1] for chain in bucket]
-    lengths = [math.prod(value(node).shape) for node in results]
-    pieces = [
-        insert_before(last, aten.reshape.default, (chain[0].args[0], [length]), None, _typed(chain[-1], (length,)))
-        for chain, length in zip(bucket, lengths)
-    ]
-    whole = _typed(last, (sum(lengths),))
-    flat = insert_before(last, aten.cat.default, (pieces,), None, whole)
-    for link in bucket[-1]:
-        flat = insert_before(last, OPS.all_reduce.default, (flat, *link.args[1:]), None, whole)
+    lengths = [math.prod(write.shape(node)) for node in results]
+    scatters, total = links[0].target is SCATTER, sum(lengths)
+    given = [chain[0].all_input_nodes[0] for chain in bucket]
+    if scatters:
+        axis, ways = links[0].args[1], links[0].args[2]
+        assert isinstance(axis, str) and isinstance(ways, int)
+        rows = [write.apart(node, split_of(chain[0].args[1:]).dim, ways) for node, chain in zip(given, bucket)]
+        flat = write.reshape(write(aten.cat.default, (rows, 1), (ways, total)), (ways * total,))
+        flat = write(SCATTER, (flat, *where(FIRST, axis, ways, ways * total)), (total,))
+    else:
+        rows = [write.reshape(node, (length,)) for node, length in zip(given, lengths)]
+        flat = write(aten.cat.default, (rows,), (total,))
+    for link in links[scatters:]:
+        flat = write(REDUCE, (flat, *link.args[1:]), (total,))
     start = 0
     for node, length in zip(results, lengths):
-        bounds = (flat, 0, start, start + length)
-        piece = insert_before(last, aten.slice.Tensor, bounds, None, _typed(node, (length,)))
-        shape = list(value(node).shape)
-        node.replace_all_uses_with(insert_before(last, aten.reshape.default, (piece, shape), None, value(node)))
+        piece = write.narrow(flat, 0, start, start + length)
+        node.replace_all_uses_with(write.reshape(piece, write.shape(node)))
         start += length
     for chain in bucket:
         for link in reversed(chain):
-            graph.erase_node(link)
-
-
-def _typed(node: fx.Node, shape: tuple[int, ...]) -> Value:
-    return replace(value(node), layout=Layout.whole(shape))
+            link.graph.erase_node(link)
