@@ -172,7 +172,7 @@ def _unknown(node: fx.Node) -> str:
         f"  module  {where.module or '(top level)'}\n"
         f"  source  {where.source or '(unknown)'}\n"
         f'Teach it with autopar.register_rule("{str(node.target).replace(".", "::", 1)}", "b s k, k -> b s") '
-        '(one name per dim),\nor run it whole on every rank with Plan(on_unknown="replicate").'
+        '(one name per dim; docs/rules.md),\nor run it whole on every rank with Plan(on_unknown="replicate").'
     )
 
 

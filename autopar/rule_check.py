@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from autopar import comm
 from autopar.candidates import Flow, key_of
@@ -118,6 +119,54 @@ def check(target: Any, rule: Rule, sample: Sample, ways: int) -> int:
     return count
 
 
+def check_examples(target: Any, rule: Rule, examples: Sequence[tuple[Any, ...]]) -> None:
+    """Prove ``rule`` on calls of an operator: tuples of arguments, a dict at the end for those by keyword.
+
+    Raises WrongRuleError where a strategy is wrong, ValueError where a factor is split in no example.
+    """
+    factors: dict[str, None] = {}
+    split = set()
+    with torch.random.fork_rng(devices=()):
+        for example, ways in itertools.product(examples, (2, 3)):
+            for case in cases(target, rule, _sample(target, example), ways):
+                prove(case)
+                factors |= dict.fromkeys(f for f in case.factoring.sizes if f not in case.factoring.whole)
+                split |= {case.strategy.part.factor} if case.strategy.part else set()
+    untried = [factor for factor in factors if factor not in split]
+    if untried:
+        raise ValueError(
+            f"no example splits factor '{untried[0]}' of {target}: give one in which its size divides by 2 or 3, "
+            f"or add '; whole {untried[0]}' to the rule"
+        )
+
+
+def _sample(target: Any, example: tuple[Any, ...]) -> Sample:
+    keywords = bool(example) and isinstance(example[-1], dict)
+    args, kwargs = (example[:-1], dict(example[-1])) if keywords else (example, {})
+    count = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs)))
+    return Sample(args, kwargs, still=() if _differentiable(target, args, kwargs) else tuple(range(count)))
+
+
+def _differentiable(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether torch has a formula for the gradients of this call."""
+
+    def fresh(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_(tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+
+    args, kwargs = pytree.tree_map_only(Tensor, fresh, (args, kwargs))
+    outputs = [tensor for tensor in _outputs(target(*args, **kwargs)) if tensor.requires_grad]
+    inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not outputs:
+        return False
+    try:
+        torch.autograd.grad(outputs, inputs, [torch.zeros_like(tensor) for tensor in outputs], allow_unused=True)
+    except (RuntimeError, NotImplementedError) as problem:
+        if "no autograd formula was registered" in str(problem) or "is not implemented" in str(problem):
+            return False
+        raise
+    return True
+
+
 def _show(placements: Sequence[Placement]) -> str:
     return ", ".join(map(str, placements))
 
@@ -172,7 +221,7 @@ def _setting(target: Any, sample: Sample, ways: int, gradients: bool) -> Setting
             tensors.append(_outer_copies(tensor, sample.outer))
         return nodes[id(tensor)]
 
-    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, placeholder, (sample.args, sample.kwargs))
+    args, kwargs = pytree.tree_map_only(Tensor, placeholder, (sample.args, sample.kwargs))
     node = graph.call_function(target, args, kwargs)
     before = list(nodes.values())
     lists = [[t.detach().requires_grad_(value(n).requires_grad) for t in ranks] for n, ranks in zip(before, tensors)]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from autopar.__main__ import main
+from autopar.rules import RULES
 from tests.launch import run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -44,8 +45,8 @@ def blocks(page: Path, language: str) -> Iterator[tuple[Block, Block | None]]:
             yield block, after
 
 
-def compiled(block: Block) -> Any:
-    return compile("\n" * (block.line - 1) + block.text, str(README), "exec")
+def compiled(block: Block, page: Path = README) -> Any:
+    return compile("\n" * (block.line - 1) + block.text, str(page), "exec")
 
 
 def is_script(block: Block) -> bool:
@@ -53,18 +54,20 @@ def is_script(block: Block) -> bool:
     return "torchrun" in block.text.splitlines()[0]
 
 
-def test_python_blocks() -> None:
-    """One after the other, as if in one session."""
-    session: dict[str, Any] = {"__name__": "readme"}
+@pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page, "python"))], ids=lambda page: page.name)
+def test_python_blocks(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as if in one session; rules that a page registers are gone after it."""
+    monkeypatch.setattr("autopar.rules.RULES", dict(RULES))
+    session: dict[str, Any] = {"__name__": page.stem}
     compared = 0
-    for block, after in blocks(README, "python"):
+    for block, after in blocks(page, "python"):
         if is_script(block):
             continue
         printed = StringIO()
         with redirect_stdout(printed):
-            exec(compiled(block), session)
+            exec(compiled(block, page), session)
         if after is not None and after.language == "text":
-            assert printed.getvalue() == after.text, f"README line {after.line}"
+            assert printed.getvalue() == after.text, f"{page.name} line {after.line}"
             compared += 1
     assert compared
 

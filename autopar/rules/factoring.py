@@ -8,14 +8,16 @@ output partial. Tensors without the factor are used whole. (Factor rules: Shardy
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import fx
 
 from autopar.layout import INVARIANT, PARTIAL, REPLICATED, Partial, Placement, Split
 from autopar.program import Value
+from autopar.rules.lines import Line, read_rule
 
 Shape = tuple[int, ...]
 Dims = tuple[tuple[str, ...], ...]  # for each dim its factors, outermost first; () for a dim of size 1
@@ -194,69 +196,57 @@ def dims_of(shape: Shape, tag: str = "d") -> tuple[Dims, dict[str, int]]:
     return tuple((name,) if size != 1 else () for name, size in sizes.items()), sizes
 
 
-def read_dims(text: str) -> list[list[str]]:
-    """``"b (h d) 1"`` -> [["b"], ["h", "d"], []]."""
-    dims: list[list[str]] = []
-    inside = False
-    for token in text.replace("(", " ( ").replace(")", " ) ").split():
-        if token == "(":
-            inside = True
-            dims.append([])
-        elif token == ")":
-            inside = False
-        elif inside:
-            dims[-1].append(token)
-        else:
-            dims.append([] if token == "1" else [token])
-    if inside:
-        raise ValueError(f"rule dims '{text}': a '(' is not closed")
-    return dims
-
-
-def read_rule(line: str) -> tuple[list[list[list[str]]], list[list[list[str]]], dict[str, list[str]]]:
-    """Inputs, outputs and clauses of ``"b m k, b k n -> b m n; whole k; linear 0, 1"``."""
-    rule, *clauses = (piece.strip() for piece in line.split(";"))
-    left, arrow, right = rule.partition("->")
-    if not arrow:
-        raise ValueError(f"rule '{line}': expected 'inputs -> outputs', e.g. 'b m k, b k n -> b m n'")
-    options: dict[str, list[str]] = {}
-    for clause in clauses:
-        name, *words = clause.replace(",", " , ").split()
-        if name not in ("whole", "linear", "added", "uneven", "contraction", "max"):
-            raise ValueError(f"rule '{line}': unknown clause '{name}'")
-        options[name] = words
-    inputs, outputs = ([read_dims(part) for part in side.split(",") if part.strip()] for side in (left, right))
-    return inputs, outputs or [[]], options  # "k, k ->": one output without dims
-
-
 def factoring_of(line: str, call: Call) -> Factoring:
     """The factoring that a one-line rule gives for a call. ``...`` stands for leading dims, aligned at the right.
 
     Raises ValueError where the line does not fit the shapes.
     """
-    inputs, outputs, options = read_rule(line)
-    if len(inputs) < len(call.inputs):
-        raise ValueError(f"rule '{line}' has {len(inputs)} inputs, the call has {len(call.inputs)} tensors")
-    inputs = inputs[: len(call.inputs)]  # optional trailing operands (a bias) may be missing
+    rule = read_rule(line)
+    places = _places(rule, call)
+    if len(places) < len(call.inputs):
+        raise ValueError(f"rule '{line}' has {len(rule.inputs)} inputs, the call has {len(call.inputs)} tensors")
+    if len(rule.outputs) != len(call.outputs):
+        raise ValueError(f"rule '{line}' has {len(rule.outputs)} outputs, the call gives {len(call.outputs)}")
     sizes: dict[str, int] = {}
-    placed = [
-        [_named(dims, shape, line, sizes) for dims, shape in zip(side, shapes)]
-        for side, shapes in ((inputs, call.inputs), (outputs, call.outputs))
-    ]
-    for dims, shape in zip(placed[0] + placed[1], call.inputs + call.outputs):
+    inputs = [_named(rule.inputs[place], shape, line, sizes) for place, shape in zip(places, call.inputs)]
+    outputs = [_named(dims, shape, line, sizes) for dims, shape in zip(rule.outputs, call.outputs)]
+    for dims, shape in zip(inputs + outputs, call.inputs + call.outputs):
         _infer(dims, shape, sizes, line)
-    operands = range(len(inputs))
+    numbers = {place: number for number, place in enumerate(places)}
+    linear = [frozenset(numbers[place] for place in group if place in numbers) for group in rule.linear]
     return Factoring(
-        tuple(_tuples(dims, shape) for dims, shape in zip(placed[0], call.inputs)),
-        tuple(_tuples(dims, shape) for dims, shape in zip(placed[1], call.outputs)),
+        tuple(_tuples(dims, shape) for dims, shape in zip(inputs, call.inputs)),
+        tuple(_tuples(dims, shape) for dims, shape in zip(outputs, call.outputs)),
         sizes,
-        reduce=dict.fromkeys(options.get("max", []), "max"),
-        whole=frozenset(options.get("whole", [])),
-        linear=tuple(g & set(operands) for g in _groups(options.get("linear", [])) if g & set(operands)),
-        added=frozenset(int(word) for word in options.get("added", []) if int(word) in operands),
-        uneven=frozenset(options.get("uneven", [])),
-        contraction="contraction" in options,
+        reduce={factor: op for op in ("max", "min") for factor in rule.factors.get(op, ())},
+        whole=rule.factors.get("whole", frozenset()) | rule.only_outputs,
+        linear=tuple(group for group in linear if group),
+        added=frozenset(numbers[place] for place in rule.added if place in numbers),
+        uneven=rule.factors.get("uneven", frozenset()),
+        plain=rule.factors.get("plain", frozenset()),
+        contraction=rule.contraction,
     )
+
+
+def _places(rule: Line, call: Call) -> list[int]:
+    """Which input of the line each tensor of the call is; optional ones (a mask, a bias) may be missing."""
+    names = tensor_arguments(call.target)
+    if names is None or len(names) != len(rule.inputs):
+        return list(range(min(len(rule.inputs), len(call.inputs))))
+    arguments = [argument.name for argument in call.target._schema.arguments]
+    given = [*zip(arguments, call.args), *call.kwargs.items()]
+    found = [names.index(name) for name, value in given if name in names and value is not None]
+    return found if len(found) == len(call.inputs) else list(range(min(len(rule.inputs), len(call.inputs))))
+
+
+def tensor_arguments(target: Any) -> list[str] | None:
+    """The names of the tensor arguments of an operator; None where they are not known, or lists of any length."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    kinds = {argument.name: str(argument.type) for argument in target._schema.arguments}
+    if any("Tensor" in kind and kind not in ("Tensor", "Optional[Tensor]") for kind in kinds.values()):
+        return None
+    return [name for name, kind in kinds.items() if "Tensor" in kind]
 
 
 def _named(dims: list[list[str]], shape: Shape, line: str, sizes: dict[str, int]) -> list[list[str]]:
@@ -289,9 +279,3 @@ def _infer(dims: list[list[str]], shape: Shape, sizes: dict[str, int], line: str
 
 def _tuples(dims: list[list[str]], shape: Shape) -> Dims:
     return tuple(tuple(factors) if size != 1 else () for factors, size in zip(dims, shape))
-
-
-def _groups(words: Sequence[str]) -> list[frozenset[int]]:
-    """``["0", "2", ",", "1", "2"]`` -> [{0, 2}, {1, 2}]."""
-    text = " ".join(words)
-    return [frozenset(int(word) for word in part.split()) for part in text.split(",") if part.strip()]

@@ -12,7 +12,8 @@ from tensors import call, x
 
 from autopar.rule_check import check
 from autopar.rules import RULES, register_rule, rule_for
-from autopar.rules.factoring import Call, factoring_of, read_rule
+from autopar.rules.factoring import Call, factoring_of
+from autopar.rules.lines import read_rule
 
 aten = torch.ops.aten
 FACTORS = st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=4)
@@ -104,7 +105,19 @@ def test_slices_of_a_fused_weight_agree_on_its_split() -> None:
     [
         ("b m k, b k n", "expected 'inputs -> outputs'"),
         ("b (m k -> b", r"a '\(' is not closed"),
-        ("b m -> b; splits m", "unknown clause 'splits'"),
+        ("b m -> b; splits m", "unknown clause 'splits'; there are whole: factors that must not be split;"),
+        ("b -> b -> b", "expected 'inputs -> outputs'"),
+        ("b m) -> b", r"a '\)' too many"),
+        ("b ((m k)) -> b", r"a '\(' too many"),
+        ("b (m 1) -> b", "inside brackets stand names of factors, not '1'"),
+        ("b 2k -> b", "'2k' is no name of a factor"),
+        ("... b ... -> b", r"'\.\.\.' stands twice"),
+        ("b k -> b b", "factor 'b' stands twice in 'b b'"),
+        ("b (k b) -> k", r"factor 'b' stands twice in 'b \(k b\)'"),
+        ("b k -> b; whole m", "'whole m' names no factor; there are b k"),
+        ("b k -> b; max b", "'max b', but an output has 'b': it is not combined"),
+        ("b k, k -> b; linear 0, 2", "'linear 2' is no operand; they are numbered 0 to 1"),
+        ("b k, k -> b; added bias", "'added bias' is no operand"),
     ],
 )
 def test_a_line_that_cannot_be_read_says_why(text: str, message: str) -> None:
@@ -117,7 +130,8 @@ def test_a_line_that_cannot_be_read_says_why(text: str, message: str) -> None:
     [
         ("b -> b", "does not fit a tensor of shape"),
         ("b k, b k -> b k", "has 2 inputs, the call has 1"),
-        ("b b -> b b", "factor 'b' is 4 and 6"),
+        ("b b -> b b; whole b", "factor 'b' is 4 and 6"),
+        ("b k -> b k, b", "has 2 outputs, the call gives 1"),
         ("(h d) k -> d", "does not fit"),
     ],
 )
