@@ -86,7 +86,24 @@ def _uniform(node: fx.Node, seed: fx.Node, salt: int, positions: list[fx.Node]) 
     substitute(node, insert_before(node, operators.random_uniform, arguments, None, kind))
 
 
-DRAWN = {aten.dropout.default: _dropout, aten.uniform.default: _uniform, aten.rand_like.default: _uniform}
+def _exponential(node: fx.Node, seed: fx.Node, salt: int, positions: list[fx.Node]) -> None:
+    """``exponential(x, rate)``: minus the logarithm of uniform numbers, which are neither 0 nor 1, over the rate."""
+    rate = float(node.args[1]) if len(node.args) > 1 else 1.0  # type: ignore[arg-type]
+    kind = replace(value(node), requires_grad=False)
+    wide = replace(kind, dtype=torch.float64)
+    uniform = (seed, salt, 2.0**-32, 1.0, torch.float64, *positions)
+    drawn = insert_before(node, operators.random_uniform, uniform, None, wide)
+    logarithm = insert_before(node, aten.log.default, (drawn,), None, wide)
+    found = insert_before(node, aten.mul.Tensor, (logarithm, -1 / rate), None, wide)
+    substitute(node, insert_before(node, aten._to_copy.default, (found,), {"dtype": kind.dtype}, kind))
+
+
+DRAWN = {
+    aten.dropout.default: _dropout,
+    aten.uniform.default: _uniform,
+    aten.rand_like.default: _uniform,
+    aten.exponential.default: _exponential,
+}
 
 
 def _write_out(program: Program, node: fx.Node) -> Program:

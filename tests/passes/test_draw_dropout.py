@@ -48,3 +48,31 @@ def test_uniform_noise_is_uniform() -> None:
     share = torch.histc(drawn, 10, 0.9, 1.1) / drawn.numel()
     assert float((share - 0.1).abs().max()) < 0.005
     assert abs(float(torch.corrcoef(torch.stack([drawn[0], drawn[1]]))[0, 1])) < 0.2
+
+
+class Gumbel(nn.Module):
+    """Sampled routing, as PhiMoE's router does it while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = torch.empty_like(x).exponential_(2.0)
+        return self.up(x - drawn.log()).softmax(-1).square().mean(), drawn
+
+
+@pytest.mark.filterwarnings("ignore:the numerics check was skipped")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exponential_noise_is_exponential(dtype: torch.dtype) -> None:
+    model, batch = Gumbel().to(dtype), {"x": torch.randn(200, 500, 8, dtype=dtype)[:, :, :8]}
+    found = []
+    for mesh in (Mesh(), Mesh(dp=2)):
+        program = compile_program(model, mesh, Plan(), (), batch)
+        found.append(simulate(program, dict(model.named_parameters()), (), batch, seed=3).output[1])
+    assert torch.equal(*found) and found[0].dtype is dtype
+    drawn = found[0].double().flatten()
+    assert float(drawn.min()) > 0 and float(drawn.max()) < 16
+    levels = torch.tensor([0.1, 0.5, 1.0, 2.0], dtype=torch.float64)
+    share = torch.stack([(drawn > level).double().mean() for level in levels])
+    assert float((share - (-2 * levels).exp()).abs().max()) < 0.005
