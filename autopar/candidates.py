@@ -46,6 +46,7 @@ class Flow:
     splits: dict[Key, dict[Split, None]] = field(default_factory=dict)
     parts: dict[fx.Node, dict[Part, Strategy]] = field(default_factory=dict)
     weights: frozenset[fx.Node] = frozenset()  # parameters and what is made of parameters alone
+    fixed: frozenset[fx.Node] = frozenset()  # constants and what is made of them: cut at no cost, for each user anew
     further: dict[fx.Node, dict[Part, None]] = field(default_factory=dict)  # parts that only the second spread found
 
     def tensors(self, call: fx.Node) -> Iterator[tuple[Key, Dims]]:
@@ -65,7 +66,8 @@ class Flow:
             if split in known:
                 continue
             known[split] = None
-            touching = [(call, self.factorings[call].inputs[i]) for call, i in self.uses.get(key, ())]
+            users = () if key[0] in self.fixed else self.uses.get(key, ())
+            touching = [(call, self.factorings[call].inputs[i]) for call, i in users]
             if key[0] in self.factorings:
                 touching.append((key[0], self.factorings[key[0]].outputs[key[1]]))
             for call, dims in touching:
@@ -140,7 +142,7 @@ class Flow:
 def flow_of(program: Program, axis: str) -> Flow:
     """The calls of a program with their factorings. Raises UnknownOperatorError for an operator without a rule."""
     weights = _weights(program)
-    flow = Flow(program, axis, program.mesh.size(axis), weights=weights)
+    flow = Flow(program, axis, program.mesh.size(axis), weights=weights, fixed=_fixed(program))
     cache: dict[Any, Factoring] = {}
     for node in program.graph.nodes:
         if node.op != "call_function" or node.target is operator.getitem:
@@ -193,6 +195,15 @@ def _weights(program: Program) -> frozenset[fx.Node]:
     found: set[fx.Node] = {node for node, _ in program.placeholders(InputKind.PARAMETER)}
     for node in program.graph.nodes:
         if node.op == "call_function" and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
+
+
+def _fixed(program: Program) -> frozenset[fx.Node]:
+    """What follows from no input, parameter or buffer. One constant may count batches here and heads there."""
+    found: set[fx.Node] = {node for node, _ in program.placeholders(InputKind.CONSTANT, InputKind.SEED)}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and all(n in found for n in node.all_input_nodes):
             found.add(node)
     return frozenset(found)
 

@@ -64,14 +64,19 @@ def gradient_error(grads: Mapping[str, Tensor | None], reference: Mapping[str, T
         if found is None or expected is None:
             difference = max(_largest(found), _largest(expected))
         else:
-            difference = _largest(found.detach() - expected.detach().to(found.device))
+            difference = _largest(_dense(found).detach() - _dense(expected).detach().to(found.device))
         scale = max(_largest(expected), floor)
         errors[name] = difference / scale if scale else (float("inf") if difference else 0.0)
     return errors
 
 
 def _largest(tensor: Tensor | None) -> float:
-    return 0.0 if tensor is None or tensor.numel() == 0 else float(tensor.detach().abs().max())
+    return 0.0 if tensor is None or tensor.numel() == 0 else float(_dense(tensor).detach().abs().max())
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The gradient of an embedding may be sparse."""
+    return tensor.to_dense() if tensor.is_sparse else tensor  # type: ignore[no-any-return]
 
 
 def bind(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

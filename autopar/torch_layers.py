@@ -4,12 +4,14 @@
   recognised later, by a pass.
 * Without gradients, ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` call one fused kernel for the whole
   layer, which no rule could split: the graph has their ordinary operators.
+* ``nn.LSTM`` and its kin keep a list of their parameters, which export takes for something that the model assigns.
 * Without gradients, and with padding at the end of each row, ``nn.TransformerEncoder`` packs the rows into a nested
   tensor. Of that only one thing is to be seen outside: the padding comes out as zeros. The graph writes them.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,9 +59,11 @@ def without_fast_paths() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with (
+            warnings.catch_warnings(),
             mock.patch.object(nn.TransformerEncoder, "forward", encode),
             mock.patch.object(transformer, "_detect_is_causal_mask", is_hint),
         ):
+            warnings.filterwarnings("ignore", message=r"The tensor attributes? self\.(\w+\.)*_flat_weights\[")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)

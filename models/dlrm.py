@@ -39,11 +39,14 @@ _CRITEO_ROWS = (
 )  # fmt: skip
 
 PRESETS: dict[str, Config] = {
-    "tiny": Config(dense=12, rows=(96, 240, 144), bags=(1, 4, 6), width=24, bottom=(48,), top=(48, 24)),
+    "tiny": Config(
+        dense=12, rows=(96, 240, 144, 60, 48, 36, 24, 12), bags=(1, 4, 6, 1, 3, 1, 2, 1),
+        width=24, bottom=(48,), top=(48, 24),
+    ),
     "criteo_kaggle": Config(
         dense=13, rows=_CRITEO_ROWS, bags=(1,) * 26, width=16, bottom=(512, 256, 64), top=(512, 256)
     ),
-}
+}  # fmt: skip
 
 
 def mlp(sizes: tuple[int, ...]) -> nn.Sequential:

@@ -81,6 +81,7 @@ class Translator(nn.Module):
             source if first else source.transpose(0, 1),
             target if first else target.transpose(0, 1),
             tgt_mask=causal.to(source.dtype),
+            tgt_is_causal=True,
             src_key_padding_mask=unseen,
             memory_key_padding_mask=unseen,
         )

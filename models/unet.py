@@ -120,11 +120,9 @@ class Unet(nn.Module):
                 self.grow.append(nn.Conv2d(width, width, kernel_size=3, padding=1))
         self.norm = nn.GroupNorm(config.groups, first)
         self.head = nn.Conv2d(first, config.channels, kernel_size=3, padding=1)
-        betas = torch.linspace(1e-4, 0.02, config.steps)
-        self.register_buffer("kept", torch.cumprod(1 - betas, dim=0), persistent=False)  # (steps)
 
-    def noise_in(self, images: Tensor, times: Tensor) -> Tensor:
-        """The predicted noise (B, channels, I, I) of noisy images at steps (B)."""
+    def forward(self, images: Tensor, times: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Noisy `images` (B, channels, I, I) at steps `times` (B); `labels`, the noise in them, of the same shape."""
         half = self.config.widths[0] // 2
         rates = torch.exp(torch.arange(half, device=images.device) * (-math.log(10000) / (half - 1)))  # (W/2)
         angles = times[:, None] * rates  # (B, W/2)
@@ -140,19 +138,17 @@ class Unet(nn.Module):
             x = step(torch.cat([x, skips.pop()], dim=1), time)
             if i % (self.config.depth + 1) == 0 and i < len(self.up):
                 x = next(doubles)(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        out: Tensor = self.head(F.silu(self.norm(x)))
-        return out
-
-    def forward(self, images: Tensor, times: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """`images` (B, channels, I, I) and the noise to add, `labels`, of the same shape; `times` (B), steps.
-
-        Without `labels`, the images are noisy already.
-        """
+        logits = self.head(F.silu(self.norm(x)))  # (B, channels, I, I)
         if labels is None:
-            return {"logits": self.noise_in(images, times)}
-        kept = self.get_buffer("kept")[times].to(images.dtype)[:, None, None, None]  # (B, 1, 1, 1)
-        predicted = self.noise_in(kept.sqrt() * images + (1 - kept).sqrt() * labels, times)
-        return {"loss": F.mse_loss(predicted, labels), "logits": predicted}
+            return {"logits": logits}
+        return {"loss": F.mse_loss(logits, labels), "logits": logits}
+
+
+def noisy(images: Tensor, noise: Tensor, times: Tensor, steps: int) -> Tensor:
+    """Images (B, ...) after steps `times` (B) of a diffusion of `steps` steps (section 4 of the paper)."""
+    kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), dim=0)[times]  # (B)
+    kept = kept.to(images.dtype).reshape(-1, *[1] * (images.dim() - 1))  # (B, 1, 1, 1)
+    return kept.sqrt() * images + (1 - kept).sqrt() * noise
 
 
 def build(preset: str = "tiny", **overrides: Any) -> Unet:
@@ -163,7 +159,7 @@ def build(preset: str = "tiny", **overrides: Any) -> Unet:
 def example_batch(
     model_or_config: Unet | Config, batch: int = 12, length: int | None = None, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Random images, noise (B, channels, I, I) and time steps (B); I is `length`, or the one of the Config.
+    """Random noisy images, their noise (B, channels, I, I) and time steps (B); I is `length`, or the one of the Config.
 
     Images and noise have the dtype of the model, or the default dtype when a Config is given.
     """
@@ -177,4 +173,5 @@ def example_batch(
         generator = torch.Generator().manual_seed(seed)
         images, noise = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
         times = torch.randint(config.steps, (batch,), generator=generator)  # (B)
+        images = noisy(images, noise, times, config.steps)
     return {"images": images, "times": times, "labels": noise}

@@ -14,9 +14,12 @@ from autopar.passes.fold_constants import fold_constants
 from autopar.passes.fuse_arithmetic import fuse_arithmetic
 from autopar.passes.recognise_causal_masks import recognise_causal_masks
 from autopar.passes.recognise_experts import recognise_experts
+from autopar.passes.shard_parameters import shard_parameters
 from autopar.passes.split_batch import split_batch
 from autopar.passes.split_tensors import split_tensors
 from autopar.passes.synchronise_batch_norm import synchronise_batch_norm
+from autopar.passes.unstack_recurrent_layers import unstack_recurrent_layers
+from autopar.passes.write_bags import write_bags
 from autopar.passes.write_losses_as_sums import write_losses_as_sums
 
 PASSES = (
@@ -24,11 +27,14 @@ PASSES = (
     fold_constants,  # masks and positions become constants, which any axis may cut
     recognise_causal_masks,  # a mask that is known now may turn out to be plain causality
     recognise_experts,  # rows of a sort over all tokens could not be cut by batch
+    write_bags,  # where a bag begins must be known before bags are split
+    unstack_recurrent_layers,  # the dropout between layers comes into the open
     draw_dropout,  # masks from positions, so that they do not depend on the mesh
     synchronise_batch_norm,  # statistics of the whole batch, before the batch is split
     write_losses_as_sums,  # a mean must stay a mean over all tokens once tokens are split
     split_batch,  # outermost data axis first: every later axis sees the local batch
     split_tensors,
+    shard_parameters,  # last of the axes: what the others have made of a parameter is what is gathered
 )
 
 OPTIMISATIONS = (  # on forward and backward graphs, after differentiation; numbers stay the same, up to rounding

@@ -263,6 +263,12 @@ def attention(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def dense_gradient(node: fx.Node) -> None:
+    """``embedding(..., sparse=True)``: gradients are reduced and split as dense tensors, of the same numbers."""
+    node.args = node.args[:4]
+    node.kwargs = {name: setting for name, setting in node.kwargs.items() if name != "sparse"}
+
+
 def created(fill: float | None) -> Rewrite:
     """``x.new_zeros(shape)`` takes only its dtype from x, so it must not wait for x, nor want it whole."""
 
@@ -326,6 +332,7 @@ REWRITES: dict[Any, Rewrite] = {
     aten.concat.default: renamed(aten.cat.default),
     aten.index.Tensor: index,
     aten.index_put.default: index_put,
+    aten.embedding.default: dense_gradient,
     aten.scaled_dot_product_attention.default: attention,
     aten.__and__.Tensor: renamed(aten.bitwise_and.Tensor),
     aten.__or__.Tensor: renamed(aten.bitwise_or.Tensor),

@@ -86,9 +86,18 @@ class _BatchPolicy:
         return True
 
     def placements(self, flow: Flow, node: fx.Node, entry: Input) -> list[Placement]:
-        if node.name in self.dims:
-            return [Split(self.dims[node.name])]
-        return [INVARIANT]
+        if node.name not in self.dims or self._is_wanted_whole(flow, node, entry):
+            return [INVARIANT]
+        return [Split(self.dims[node.name])]
+
+    def _is_wanted_whole(self, flow: Flow, node: fx.Node, entry: Input) -> bool:
+        """Whether no user can take a part of this input, of which every rank is handed the whole (offsets of bags)."""
+        if flow.program.plan.inputs != "global" or entry.target in flow.program.plan.batch_dims:
+            return False
+        split = Split(self.dims[node.name])
+        uses = flow.uses.get((node, 0), [])
+        taken = any(s.inputs[i] == split for call, i in uses for s in flow.parts.get(call, {}).values())
+        return bool(uses) and not taken
 
     def allowed(self, flow: Flow, call: fx.Node, strategies: list[Strategy]) -> list[Strategy]:
         """What can be split by batch is."""

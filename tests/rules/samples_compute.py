@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from tensors import above, call, flags, ints, unit, x
 
+from autopar.operators.bags import EMBEDDING_BAGS
 from autopar.operators.experts import EXPERT_LINEAR
+from autopar.operators.recurrent import RECURRENT_LAYER
 from autopar.rule_check import Sample
 
 aten = torch.ops.aten
@@ -83,6 +85,16 @@ CONTRACTIONS: dict[Any, list[Sample]] = {
         call(_TABLE, ints(12, 8), torch.tensor([0, 2, 5]), False, 1, False, None, False, 3),
         call(_TABLE, ints(12, 8), torch.tensor([0, 2, 5]), False, 0, False, unit(8), False, None),
         call(_TABLE, ints(12, 8), torch.tensor([0, 2]), False, 2, False, None, False, None),
+    ],
+    EMBEDDING_BAGS: [
+        call(_TABLE, ints(12, 6, 4), None, None, None, None, "sum", -1),
+        call(_TABLE, ints(12, 6, 4), None, None, x(6, 4), None, "sum", 3),
+        call(x(7, 6), ints(7, 6, 3), None, None, None, None, "mean", 2),
+        call(_TABLE, ints(12, 6, 3), None, None, None, None, "max", -1),
+        call(_TABLE, ints(12, 1, 3), None, None, None, None, "sum", -1),
+        call(_TABLE, ints(12, 9), torch.tensor([0, 2, 2, 5, 6, 9]), torch.arange(6), None, None, "mean", -1),
+        call(_TABLE, ints(12, 9), torch.tensor([0, 2, 2, 5, 6, 8, 9]), torch.arange(6), x(9), None, "sum", 1),
+        call(_TABLE, ints(12, 9), torch.tensor([1, 2, 2, 5, 6, 8]), torch.arange(4), None, None, "max", 1),
     ],
     aten.scaled_dot_product_attention.default: [
         call(_Q, _K, _V),
@@ -285,13 +297,11 @@ def _weights(gates: int, inputs: int, hidden: int) -> list[Any]:
 
 
 RECURRENT: dict[Any, list[Sample]] = {
-    aten.lstm.input: [
-        call(x(5, 6, 3), [x(1, 6, 2), x(1, 6, 2)], _weights(4, 3, 2), True, 1, 0.0, True, False, False),
-        call(x(6, 5, 3), [x(1, 6, 2), x(1, 6, 2)], _weights(4, 3, 2), True, 1, 0.0, True, False, True),
+    RECURRENT_LAYER: [
+        call(x(5, 6, 3), [x(6, 2), x(6, 2)], _weights(4, 3, 2), "lstm"),
+        call(x(2, 4, 3), [x(4, 2), x(4, 6)], [x(24, 3), x(24, 2), x(2, 6)], "lstm"),
+        call(x(5, 6, 6), [x(6, 2)], _weights(3, 6, 2), "gru"),
+        call(x(5, 6, 3), [x(6, 2)], _weights(1, 3, 2)[:2], "rnn_tanh"),
+        call(x(3, 1, 3), [x(1, 2)], _weights(1, 3, 2), "rnn_relu"),
     ],
-    aten.gru.input: [call(x(6, 5, 3), x(1, 6, 2), _weights(3, 3, 2), True, 1, 0.0, True, False, True)],
-    **dict.fromkeys(
-        (aten.rnn_tanh.input, aten.rnn_relu.input),
-        [call(x(5, 6, 3), x(1, 6, 2), _weights(1, 3, 2), True, 1, 0.0, True, False, False)],
-    ),
 }

@@ -1,0 +1,99 @@
+"""Write pooled look-ups with operators that know which bags are wanted, so that bags can be split by batch.
+
+    flat    = aten.reshape(ids, [48])                                                   : i64[48]
+    starts  = aten.arange(0, 48, 4)                                                     : i64[12]
+    bag     = aten.embedding_bag(table, flat, starts, False, 0, False, None, False, -1) : (f32[12,8], ...)
+    pooled  = bag[0]                                                                    : f32[12,8]
+      -->
+    pooled  = autopar.embedding_bags(table, ids, None, None, None, None, 'sum', -1)     : f32[12,8]
+
+Bags of other lengths keep their offsets, and are numbered. Where gradients are scaled by how often a row is used,
+torch's operator stays: that is known only to all ranks together.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.errors import AutoparError
+from autopar.layout import Layout
+from autopar.operators.bags import EMBEDDING_BAGS
+from autopar.pipeline import graph_pass
+from autopar.program import InputKind, Program, Value, origin, value, values
+from autopar.rewrite import add_constants, drop_unused_constants, insert_before, remove_unused
+
+aten = torch.ops.aten
+_MODES = ("sum", "mean", "max")
+_NAMES = (
+    "weight", "indices", "offsets", "scale_grad_by_freq", "mode", "sparse", "per_sample_weights",
+    "include_last_offset", "padding_idx",
+)  # fmt: skip
+
+
+@graph_pass()
+def write_bags(program: Program) -> Program:
+    found = [node for node in program.graph.nodes if node.target is aten.embedding_bag.padding_idx]
+    for node in found:
+        program = _write(program, node)
+    if not found:
+        return program
+    remove_unused(program.graph)
+    return drop_unused_constants(program)
+
+
+def _write(program: Program, node: fx.Node) -> Program:
+    given: dict[str, Any] = {**dict.fromkeys(_NAMES), **dict(zip(_NAMES, node.args)), **node.kwargs}
+    users = [user for user in node.users if user.target is operator.getitem]
+    if given["scale_grad_by_freq"] or any(user.args[1] != 0 for user in users):
+        return program
+    table, ids, weights = given["weight"], given["indices"], given["per_sample_weights"]
+    count = values(node)[0].shape[0]
+    length = _common_length(program, given["offsets"], count, value(ids).shape[0])
+    if length is not None:
+        ids, weights = (None if flat is None else _rows(node, flat, count, length) for flat in (ids, weights))
+        where: tuple[Any, ...] = (None, None)
+    else:
+        _refuse_parts(program, node)
+        program, numbers = add_constants(program, {f"bags_{node.name}": (torch.arange(count), origin(node))})
+        where = (given["offsets"], numbers[f"bags_{node.name}"])
+    padding = -1 if given["padding_idx"] is None else given["padding_idx"] % value(table).shape[0]
+    arguments = (table, ids, *where, weights, None, _MODES[given["mode"] or 0], padding)
+    pooled = insert_before(node, EMBEDDING_BAGS, arguments, None, values(node)[0])
+    for user in users:
+        user.replace_all_uses_with(pooled)
+    return program
+
+
+def _common_length(program: Program, offsets: fx.Node, count: int, total: int) -> int | None:
+    """How many rows each bag has, where the offsets are known and say that all have as many."""
+    if count == 0 or total % count:
+        return None
+    length = total // count
+    known = {node.name: program.constants[entry.target] for node, entry in program.placeholders(InputKind.CONSTANT)}
+    if offsets.name in known:
+        regular = torch.equal(known[offsets.name][:count].cpu().long(), torch.arange(count) * length)
+    else:
+        regular = offsets.target is aten.arange.start_step and offsets.args == (0, total, length)
+    return length if regular and length else None
+
+
+def _rows(node: fx.Node, flat: fx.Node, count: int, length: int) -> fx.Node:
+    """(count * length) -> (count, length)."""
+    kind: Value = replace(value(flat), layout=Layout.whole((count, length)))
+    if flat.target is aten.reshape.default and value(flat.args[0]).shape == kind.shape:  # type: ignore[arg-type]
+        return flat.args[0]  # type: ignore[return-value]
+    return insert_before(node, aten.reshape.default, (flat, [count, length]), None, kind)
+
+
+def _refuse_parts(program: Program, node: fx.Node) -> None:
+    if program.plan.inputs == "local" and any(program.mesh.size(a) > 1 for a in ("dp", "dp_replicate", "dp_shard")):
+        raise AutoparError(
+            f"the bags of {origin(node).module or node.name} have lengths of their own, so the parts of a batch differ "
+            'in size from rank to rank.\nWay out: hand every rank the whole batch, Plan(inputs="global"), or pad the '
+            "bags to one length (padding_idx) and pass them as a (rows, length) tensor."
+        )
