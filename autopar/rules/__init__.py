@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from autopar.rules import (
     views,
 )
 from autopar.rules.factoring import Call, Factoring, Part, Strategy, factoring_of
+from autopar.rules.lines import read_rule
+from autopar.rules.schemas import check_fits, operator_named, refuse_aliases
 
 __all__ = ["Call", "Factoring", "Part", "Rule", "Strategy", "RULES", "call_of", "register_rule", "rule_for"]
 
@@ -69,20 +71,30 @@ def rule_for(target: Any) -> Rule | None:
     return None
 
 
-def register_rule(operator: str | Any, rule: str | Rule) -> None:
-    """Teach autopar how ``operator`` (``"mylib::op"``, an OpOverload or a function) may be split.
+def register_rule(operator: str | Any, rule: str | Rule, check: Sequence[tuple[Any, ...]] = ()) -> None:
+    """Teach autopar how ``operator`` (``"mylib::op"``, an OpOverload or a ``torch.library.custom_op``) may be split.
 
-    ``rule`` is a line such as ``"b h s d, b h t d -> b h s t"`` or a function ``Call -> Factoring``.
-    Raises ValueError for an operator that torch does not know or a line that cannot be read.
+    ``rule`` is a line such as ``"b h s d, b h t d -> b h s t"`` or a function ``Call -> Factoring``; docs/rules.md
+    explains both. A rule that the operator has already is replaced.
+
+    ``check``: examples of arguments, tuples; a dict at the end of one holds keyword arguments. For each, the operator
+    is run whole and on the pieces of every factor over 2 and 3 ranks, forward and (if it is differentiable) backward.
+    Sizes have to divide by 2 or 3, float64 finds most; nothing is registered if the numbers differ.
+
+    Raises ValueError for an operator that torch does not know or that writes into its arguments, for a line that cannot
+    be read or does not fit it, and for a factor that no example can split; WrongRuleError if the numbers differ.
     """
-    target = operator
-    if isinstance(operator, str):
-        namespace, _, name = operator.partition("::")
-        packet = getattr(getattr(torch.ops, namespace), name.partition(".")[0], None)
-        if packet is None:
-            raise ValueError(f"register_rule: torch knows no operator '{operator}'; import the library that defines it")
-        target = getattr(packet, name.partition(".")[2] or "default")
-    RULES[target] = _from_line(rule) if isinstance(rule, str) else rule
+    target = operator_named(operator)
+    if target not in RULES:
+        refuse_aliases(target)
+    if isinstance(rule, str):
+        check_fits(read_rule(rule), target)
+    found = _from_line(rule) if isinstance(rule, str) else rule
+    if check:
+        from autopar.rule_check import check_examples  # stands above the rules
+
+        check_examples(target, found, check)
+    RULES[target] = found
 
 
 def call_of(node: fx.Node, mesh: Mesh, parameters: frozenset[fx.Node] = frozenset()) -> Call:
@@ -113,4 +125,3 @@ def _is_parameter(node: fx.Node, parameters: frozenset[fx.Node]) -> bool:
     while node.op == "call_function" and node.target in _KEEPS_ZEROS:
         (node,) = node.all_input_nodes
     return node.op == "placeholder" and node in parameters
-
