@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from autopar.operators.attention import ATTENTION, ATTENTION_BACKWARD
+from autopar.operators.experts import EXPERT_LINEAR, EXPERT_OUTER
 from autopar.program import Value, values
 
 aten = torch.ops.aten
@@ -118,6 +119,12 @@ def _recurrent(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node)
     return 2 * positions * sum(math.prod(shape) for shape in inputs[1:] if len(shape) == 2)
 
 
+def _expert_outer(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    """One outer product for each choice of an expert."""
+    left, right, ids = inputs
+    return 2 * ids[0] * left[1] * right[1]
+
+
 PRODUCTS: dict[Any, Count] = {
     aten.linear: _product(0),
     aten.mm: _product(0),
@@ -144,4 +151,6 @@ PRODUCTS: dict[Any, Count] = {
     aten.rnn_relu: _recurrent,
     ATTENTION.overloadpacket: _attention,
     ATTENTION_BACKWARD.overloadpacket: _attention_backward,
+    EXPERT_LINEAR.overloadpacket: _product(0),
+    EXPERT_OUTER.overloadpacket: _expert_outer,
 }

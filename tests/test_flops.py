@@ -58,3 +58,20 @@ def test_what_only_moves_data_counts_nothing() -> None:
     x = torch.ones(3, 8, requires_grad=True)
     (role,) = compile_program(Moving(), Mesh(), Plan(), (x,)).roles
     assert sum(flops(node, lambda kind: kind.shape) for node in role.forward.nodes) == 48
+
+
+class Chosen(nn.Module):
+    """Two of four experts for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8, 6))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ti,tkio->tko", x, self.weight[ids]).sum()
+
+
+def test_experts_count_for_the_tokens_that_they_get() -> None:
+    batch = {"x": torch.randn(10, 8), "ids": torch.randint(4, (10, 2))}
+    forward, backward = counted(Chosen(), batch, Mesh())
+    assert forward == backward == 2 * 10 * 2 * 8 * 6  # backward: the gradient of the weight alone
