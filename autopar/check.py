@@ -59,8 +59,8 @@ class Reference:
         with promote_float32():
             self.traced = trace(self.model, (), self.batch, plan=Plan(check_numerics=False))
             self.expected = self.model(**self.batch)
-        self.loss = loss_of(self.expected)
-        self.loss.backward()  # type: ignore[no-untyped-call]
+            self.loss = loss_of(self.expected)
+            self.loss.backward()  # type: ignore[no-untyped-call]
         self.grads = {name: parameter.grad for name, parameter in self.model.named_parameters()}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self.state = {name: parameter.detach() for name, parameter in parameters.items()}

@@ -20,13 +20,15 @@ MakeBatch = Callable[[Any, int, int, torch.Generator], Batch]
 @dataclass(frozen=True)
 class Architecture:
     """Class names in ``transformers``, the fields of the config, and how a batch looks. A field that is a mapping is
-    the config of a part of the model (CLIP's text and vision towers)."""
+    the config of a part of the model (CLIP's text and vision towers). ``draws``: the model draws random numbers in
+    training even without dropout, which no other program can repeat: it is built in evaluation mode."""
 
     family: str
     config: str
     model: str
     fields: Mapping[str, Any]
     batch: MakeBatch = batches.causal
+    draws: bool = False
 
     @property
     def has_length(self) -> bool:
@@ -50,9 +52,9 @@ class Architecture:
         return config
 
     def build(self, config: Any) -> nn.Module:
-        """The model for ``config``, in training mode."""
+        """The model for ``config``, in training mode (but see ``draws``)."""
         model: nn.Module = getattr(_transformers(), self.model)(config)
-        return model.train()
+        return model.train(not self.draws)
 
     def example_batch(self, config: Any, rows: int, length: int | None = None, seed: int = 0) -> Batch:
         """Random inputs and labels: keyword arguments of the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from autopar.zoo.architecture import Architecture
@@ -40,7 +41,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         intermediate_size_mlp=384,
         attention_chunk_size=12,
     ),
-    "phimoe": _experts("Phimoe", **LOCAL),
+    "phimoe": replace(_experts("Phimoe", **LOCAL), draws=True),
     "glm4_moe": _experts("Glm4Moe", **ROUTED, n_group=1, topk_group=1, n_shared_experts=1, head_dim=8),
     "ernie4_5_moe": _experts(
         "Ernie4_5_Moe",
