@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 
-from autopar.check import TOLERANCE, check
+from autopar.check import TOLERANCE, Report, check
+from autopar.footprint import held, sent
 from autopar.mesh import Mesh
 from autopar.named_models import named_model
 from autopar.plan import Plan
@@ -15,10 +16,14 @@ from autopar.plan import Plan
 HUGGING_FACE = ("hf:llama", "hf:gpt2", "hf:bert", "hf:t5", "hf:vit")
 OURS = ("gpt", "llama", "moe", "bert", "t5", "vit", "cnn", "mlp")
 MESHES = ("dp=1,tp=1", "dp=2", "dp=3", "dp=4", "tp=2", "tp=3", "tp=4", "dp=2,tp=2", "dp=3,tp=2", "dp=2,tp=4")
+# models on torch's own layers, and of other kinds: the share of the parameters that tp has to split
+LAYERS = {"transformer": 0.95, "transformer:tiny_classifier": 0.95, "lstm": 0.15, "dlrm": 0.95, "unet": 0.95}
+LAYER_MESHES = ("dp=2", "dp=3", "tp=2", "tp=4", "dp=2,tp=2")
+WHOLE = {"lstm": {"layers.*": "replicate"}}  # each step needs the whole state of the one before
 MEGATRON = ("tp=2", "tp=3", "tp=4", "dp=2,tp=2")
 
 
-def errors(model: str, mesh: str, plan: Plan, **config: object) -> None:
+def errors(model: str, mesh: str, plan: Plan, **config: object) -> Report:
     pytest.importorskip("transformers") if model.startswith("hf:") else None
     example = named_model(model, config)
     generator = torch.Generator().manual_seed(7)
@@ -30,12 +35,28 @@ def errors(model: str, mesh: str, plan: Plan, **config: object) -> None:
         warnings.simplefilter("ignore")
         report = check(example.model, example.batch, Mesh.parse(mesh), plan)
     assert report.grads and report.worst <= TOLERANCE, report
+    return report
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("model", HUGGING_FACE + OURS)
 def test_equals_the_model(model: str, mesh: str) -> None:
     errors(model, mesh, Plan(check_numerics=False))
+
+
+@pytest.mark.parametrize("mesh", LAYER_MESHES)
+@pytest.mark.parametrize("model", LAYERS)
+def test_equals_the_model_of_torch_layers(model: str, mesh: str) -> None:
+    program = errors(f"models.{model}", mesh, Plan(tensor=WHOLE.get(model, {}), check_numerics=False)).program
+    assert {transfer.name for transfer in sent(program) if transfer.axis == "dp"} <= {"all_reduce"}
+    shares = held(program)
+    assert shares.split.get("tp", shares.whole) >= LAYERS[model] * shares.whole
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2"])
+@pytest.mark.parametrize("model", ["models.transformer", "models.transformer:tiny_classifier"])
+def test_equals_the_model_of_torch_layers_with_the_sequence_split(model: str, mesh: str) -> None:
+    errors(model, mesh, Plan(sequence="megatron", check_numerics=False))
 
 
 @pytest.mark.parametrize("mesh", MEGATRON)
