@@ -13,12 +13,16 @@ from autopar.rules.factoring import Call, Dims, Factoring, Shape
 aten = torch.ops.aten
 
 # operands in which an operator is jointly linear, so that a pending sum may pass through it
-_ADDING = (aten.add.Tensor, aten.sub.Tensor)
+_ADDING = (aten.add.Tensor, aten.sub.Tensor, aten.subtract.Tensor, aten.rsub.Tensor)
 _LINEAR: dict[Any, tuple[frozenset[int], ...]] = {
     **dict.fromkeys(_ADDING, (frozenset({0, 1}),)),
     aten.mul.Tensor: (frozenset({0}), frozenset({1})),
     aten.div.Tensor: (frozenset({0}),),
+    aten.multiply.Tensor: (frozenset({0}), frozenset({1})),
+    **dict.fromkeys((aten.divide.Tensor, aten.true_divide.Tensor), (frozenset({0}),)),
     **{op: (frozenset({0}),) for op in (aten.neg.default, aten.clone.default, aten.mul.Scalar, aten.div.Scalar)},
+    **{op: (frozenset({0}),) for op in (aten.detach.default, aten.positive.default, aten.real.default)},
+    aten.imag.default: (frozenset({0}),),
     aten.where.self: (frozenset({1, 2}),),
     STRAIGHT_THROUGH: (frozenset({0, 1}),),
 }
@@ -78,6 +82,8 @@ def _linear(call: Call) -> tuple[frozenset[int], ...]:
     if call.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         return (frozenset({0}),) if call.args[2] == 0 else ()
     count = len(call.inputs)
+    if call.target is aten._to_copy.default:
+        return (frozenset({0}),) if call.kwargs.get("dtype", torch.float32).is_floating_point else ()
     if (call.target in _ADDING and count < 2) or (call.target is aten.where.self and count < 3):
         return ()  # x + 1.0 is not linear in x
     return tuple(group for group in _LINEAR.get(call.target, ()) if max(group) < count)
@@ -105,7 +111,7 @@ _UNTAGGED = (
     aten.imag.default, aten.log_sigmoid.default, aten.hardswish.default, aten.rsub.Tensor, aten.isclose.default,
     aten.nan_to_num.default, aten.float_power.Tensor_Scalar, aten._conj.default,
     aten.resolve_conj.default, aten.resolve_neg.default, aten.square.default, aten.subtract.Tensor,
-    aten.multiply.Tensor, aten.divide.Tensor, aten.special_expit.default, aten.fix.default, aten.absolute.default,
+    aten.multiply.Tensor, aten.divide.Tensor, aten.floor_divide.Scalar, aten.isin.Tensor_Scalar, aten.special_expit.default, aten.fix.default, aten.absolute.default,
     STRAIGHT_THROUGH,
 )  # fmt: skip
 

@@ -276,3 +276,16 @@ def test_the_balance_of_experts_is_that_of_the_whole_batch() -> None:
     without = _mixtral("dp=1", output_router_logits=True, router_aux_loss_coef=0.0)
     assert report.step.loss is not None and alone.step.loss is not None and without.step.loss is not None
     assert abs(float(alone.step.loss - without.step.loss)) > 0.1
+
+
+def test_what_the_experts_give_is_summed_for_each_token_before_it_is_sent() -> None:
+    """A pending sum over tp passes the routing weights, the sum over a token's experts and the cast to bfloat16."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 1024, "intermediate_size": 1024, "vocab_size": 4096, "num_hidden_layers": 1}
+    config = transformers.MixtralConfig(**sizes, num_attention_heads=8, num_key_value_heads=8, use_cache=False)
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(config).to(torch.bfloat16)
+        ids = torch.zeros(4, 512, dtype=torch.int64)
+    program = split_program(model, Mesh(tp=2), Plan(), (), {"input_ids": ids, "labels": ids})
+    reduced = re.findall(r"comm\.all_reduce\(\w+, tp\)\s+: (bf16\S+)", str(program))
+    assert reduced == ["bf16[4,512,1024]", "bf16[4,512,1024]", "bf16[2048,1024]"]  # tokens, attention, experts
