@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from autopar import zoo
 from autopar.named_models import OURS, named_model
@@ -47,7 +48,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_ours(name: str) -> None:
     example = named_model(name, ways=5)
     assert example.has_weights
-    assert {tensor.shape[0] for tensor in example.batch.values()} == {15}, "the rows divide by 5"
+    assert {tensor.shape[0] for tensor in pytree.tree_leaves(example.batch)} == {15}, "the rows divide by 5"
     assert torch.isfinite(example.model(**example.batch)["loss"])
 
 
