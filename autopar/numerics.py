@@ -7,7 +7,7 @@ float32 there; :func:`promote_float32` lifts those casts, on the reference as we
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from autopar.capture import plain_output, without_checkpointing
 from autopar.errors import NumericsError, TraceError
 from autopar.grouped_products import GroupedProducts
 from autopar.program import InputKind, Program
+from autopar.torch_layers import packs_padding
 
 NOISE_FLOOR = 1e-6  # of the model's largest gradient: below it, a gradient that is zero in exact arithmetic is noise
 
@@ -129,12 +130,8 @@ def restore_output(program: Program, tensors: Sequence[Any]) -> Any:
     return pytree.tree_unflatten(leaves, program.out_spec)
 
 
-def check_numerics(
-    program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool = True
-) -> list[str]:
+def check_numerics(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
     """Run the model and its traced graph on the same inputs and random numbers; outputs and gradients must agree.
-
-    ``gradients``: False compares outputs alone, as the model gives them under ``torch.no_grad``.
 
     Returns notes. Raises NumericsError, with the number and the path of the output or the parameter's name, when they
     differ by more than the square root of the dtype's resolution. Neither gradients nor buffers of the model change.
@@ -142,9 +139,10 @@ def check_numerics(
     names = [entry.target for entry in program.inputs if entry.kind is InputKind.PARAMETER]
     table = dict(model.named_parameters(remove_duplicate=False))
     trainable = {name: table[name] for name in names if table[name].requires_grad}
+    packs = packs_padding(model)  # then the caller's mode matters, and a mode that sees each call would change it
     with (
-        torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=[]), without_checkpointing([]),
-        GroupedProducts(),
+        torch.set_grad_enabled(torch.is_grad_enabled() or not packs), torch.random.fork_rng(devices=[]),
+        without_checkpointing([]), nullcontext() if packs else GroupedProducts(),
     ):  # fmt: skip
         state = torch.get_rng_state()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}

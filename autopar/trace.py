@@ -49,7 +49,7 @@ from autopar.program import (
     values,
 )
 from autopar.rewrite import operand
-from autopar.torch_layers import packs_padding, without_fast_paths
+from autopar.torch_layers import without_fast_paths
 
 aten = torch.ops.aten
 
@@ -101,8 +101,7 @@ def trace(
         exported, notes = _export(model, args, kwargs, mode)
     program = _program(exported, model, mesh, plan)
     if plan.check_numerics and not fakes:
-        gradients = torch.is_grad_enabled() or not packs_padding(model)
-        notes += check_numerics(program, model, args, kwargs, gradients=gradients)
+        notes += check_numerics(program, model, args, kwargs)
     for note in dict.fromkeys(notes):
         warnings.warn(note, stacklevel=2)
     return program
@@ -127,7 +126,7 @@ def _export(
     if mode is not None:
         leaves = [fake_like(mode, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(_distinct(leaves), spec)
-    with GroupedProducts(), without_fast_paths(), gradients_kept() as notes, only_plain_outputs(model, notes):
+    with without_fast_paths(), GroupedProducts(), gradients_kept() as notes, only_plain_outputs(model, notes):
         exported = torch.export.export(model, args, kwargs, strict=False)
     inline_no_grad(exported.graph_module)
     if all(_is_plain(node) for node in exported.graph.nodes):
