@@ -42,7 +42,11 @@ IDENTITIES = frozenset(  # below autograd they are their first argument
     )
 )  # fmt: skip
 VIEWS = frozenset((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default))  # other sizes only
-_IN_PLACE_NAMES = {"bernoulli_.float": aten.bernoulli.p, "normal_.default": aten.normal_functional.default}
+_IN_PLACE_NAMES = {
+    "bernoulli_.float": aten.bernoulli.p,
+    "normal_.default": aten.normal_functional.default,
+    "transpose_.default": aten.transpose.int,
+}
 
 
 def fake_mode() -> FakeTensorMode:
@@ -298,6 +302,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         functional, changed = _functional(func), args[0]
         node = self._node(functional, args, kwargs, changed)
         func(*args, **kwargs)
+        if torch.Tag.inplace_view in func.tags:  # squeeze_: other sizes, and nothing is written
+            self._finish(node, changed)
+            self._nodes[id(changed)] = node
+            return changed
         memory, first = self._memory(changed), self._first[self._memory(changed)]
         base = node
         if self._geometry(changed) != self._geometry(first):

@@ -290,13 +290,13 @@ def _call(graph: fx.Graph, target: torch._ops.OpOverload[..., Any], *args: Any) 
 
 
 def _describe(copy: fx.Node, node: fx.Node) -> None:
-    set_values(copy, *_types(copy, traced_value(node)))
+    set_values(copy, *types_of(copy, traced_value(node)))
     set_origin(copy, traced_origin(node))
     clear_meta(copy)
 
 
-def _types(node: fx.Node, fake: Any) -> Iterator[Value]:
-    """The types of what ``node`` returns; its inputs have theirs already."""
+def types_of(node: fx.Node, fake: Any) -> Iterator[Value]:
+    """The types of what ``node`` returns, of which ``fake`` has the shapes; its inputs have theirs already."""
     differentiable = _differentiable(node, fake)
     tensors = [item for item in (fake if isinstance(fake, (tuple, list)) else [fake]) if isinstance(item, Tensor)]
     for position, tensor in enumerate(tensors):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from autopar.passes.bucket_collectives import bucket_collectives
 from autopar.passes.canonicalize import canonicalize
 from autopar.passes.draw_dropout import draw_dropout
+from autopar.passes.expand_composites import expand_composites
 from autopar.passes.fold_constants import fold_constants
 from autopar.passes.fuse_arithmetic import fuse_arithmetic
 from autopar.passes.recognise_causal_masks import recognise_causal_masks
@@ -29,6 +30,7 @@ PASSES = (
     recognise_experts,  # rows of a sort over all tokens could not be cut by batch
     write_bags,  # where a bag begins must be known before bags are split
     unstack_recurrent_layers,  # the dropout between layers comes into the open
+    expand_composites,  # what no pass and no rule knows, as operators that have rules
     draw_dropout,  # masks from positions, so that they do not depend on the mesh
     synchronise_batch_norm,  # statistics of the whole batch, before the batch is split
     write_losses_as_sums,  # a mean must stay a mean over all tokens once tokens are split

@@ -16,6 +16,7 @@ from autopar.rules.pointwise import broadcast_dims
 
 aten = torch.ops.aten
 
+
 def linear(call: Call) -> Factoring:
     line = "... k, n k, n -> ... n; linear 0 2, 1 2; added 2; uneven n k; contraction"
     factoring = factoring_of(line, call)
@@ -199,6 +200,8 @@ RULES: dict[Any, Any] = {
     aten.addmm.default: plus_product("m k, k n -> m n"),
     aten.addmv.default: plus_product("m k, k -> m"),
     aten.baddbmm.default: plus_product("b m k, b k n -> b m n"),
+    aten.addr.default: plus_product("m, n -> m n"),
+    aten.vdot.default: "k, k ->; contraction",
     aten.addbmm.default: plus_product("b m k, b k n -> m n"),
     aten.matmul.default: matmul,
     aten.einsum.default: einsum,

@@ -115,7 +115,7 @@ def index_select(call: Call) -> Factoring:
 
 def index_write(call: Call) -> Factoring:
     """``index_add, index_copy, index_fill (x, dim, index, ...)``: additions may be split, other writes not."""
-    source, picked, *written = call.inputs
+    source, picked, *written = call.inputs if call.target is not aten.index_fill.int_Tensor else call.inputs[:2]
     dims, sizes = dims_of(source)
     dim = int(call.argument(1, "dim")) % len(dims)
     rows = (*dims[:dim], (f"d{dim}",), *dims[dim + 1 :])
@@ -123,12 +123,13 @@ def index_write(call: Call) -> Factoring:
     sizes |= {f"d{dim}": 2, "picked": picked[0] if picked else 1}
     place = ("picked",)
     inputs = (rows, (place,) if picked else (), *[(*dims[:dim], place, *dims[dim + 1 :])] * len(written))
+    inputs += ((),) * (len(call.inputs) - len(inputs))  # what is filled in, a number
     return Factoring(
         inputs,
         (rows,),
         sizes,
         whole=frozenset({f"d{dim}"} | (set() if adds else {"picked"})),
-        linear=(frozenset({0, 2}),) if written else (),
+        linear=(frozenset({0, 2}),) if written and call.target is not aten.index_reduce.default else (),
         added=frozenset({0}) if adds else frozenset(),
     )
 
@@ -153,16 +154,32 @@ def looked_up(first: int) -> Any:
     return rule
 
 
+def take(call: Call) -> Factoring:
+    """``x.take(index)``: positions in all of x, which stays whole."""
+    source, picks = call.inputs
+    dims, sizes = dims_of(picks)
+    names = [f"x{i}" for i in range(len(source))]
+    whole = frozenset(names)
+    rows = tuple((name,) for name in names)
+    return Factoring((rows, dims), (dims,), sizes | dict.fromkeys(names, 2), whole=whole, linear=FIRST)
+
+
+_WRITES = (
+    aten.index_add.default, aten.index_copy.default, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor,
+    aten.index_reduce.default,
+)  # fmt: skip
+
 RULES: dict[Any, Any] = {
     aten.gather.default: gather,
     aten.scatter.src: scatter,
     aten.scatter.value: scatter,
-    aten.scatter_reduce.two: scatter,
+    **dict.fromkeys((aten.scatter_reduce.two, aten.scatter.reduce, aten.scatter.value_reduce), scatter),
     aten.scatter_add.default: scatter_add,
-    aten.index.Tensor: index,
-    aten.index_put.default: index_put,
+    **dict.fromkeys((aten.index.Tensor, aten._unsafe_index.Tensor), index),
+    **dict.fromkeys((aten.index_put.default, aten._unsafe_index_put.default), index_put),
     aten.index_select.default: index_select,
-    **dict.fromkeys((aten.index_add.default, aten.index_copy.default, aten.index_fill.int_Scalar), index_write),
+    **dict.fromkeys(_WRITES, index_write),
+    aten.take.default: take,
     aten.one_hot.default: one_hot,
     aten.bucketize.Tensor: looked_up(0),
     aten.searchsorted.Tensor: looked_up(1),

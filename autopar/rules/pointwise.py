@@ -111,7 +111,8 @@ _UNTAGGED = (
     aten.imag.default, aten.log_sigmoid.default, aten.hardswish.default, aten.rsub.Tensor, aten.isclose.default,
     aten.nan_to_num.default, aten.float_power.Tensor_Scalar, aten._conj.default,
     aten.resolve_conj.default, aten.resolve_neg.default, aten.square.default, aten.subtract.Tensor,
-    aten.multiply.Tensor, aten.divide.Tensor, aten.floor_divide.Scalar, aten.isin.Tensor_Scalar, aten.special_expit.default, aten.fix.default, aten.absolute.default,
+    aten.multiply.Tensor, aten.divide.Tensor, aten.special_expit.default, aten.fix.default, aten.absolute.default,
+    aten.floor_divide.Scalar, aten.isin.Tensor_Scalar,
     STRAIGHT_THROUGH,
 )  # fmt: skip
 

@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 
+from autopar import comm
+from autopar.layout import Factor, Layout, Split
 from autopar.program import Node, value
-from autopar.rules.factoring import Call, Dims, Emit, Factoring, dims_of
+from autopar.rules.factoring import Call, Dims, Emit, Factoring, Rewrite, dims_of
 from autopar.rules.views import FIRST, along_dims
 
 aten = torch.ops.aten
 
 
-def reduction(call: Call, position: int = 1) -> Factoring:
+def reduction(call: Call, position: int = 1, default: int | None = None) -> Factoring:
     """Some dims (an argument at ``position``; all if there is none) are combined: they vanish, or have size 1."""
     shape = call.inputs[0]
-    dims = call.argument(position, "dim")
+    dims = call.argument(position, "dim", default)
     listed = range(len(shape)) if dims in (None, []) else dims if isinstance(dims, (list, tuple)) else [dims]
     gone = {int(d) % len(shape) for d in listed} if shape else set()
     source, sizes = dims_of(shape)
@@ -50,7 +52,7 @@ def _all(call: Call) -> Factoring:
 
 
 def counted(call: Call) -> Factoring:
-    """``count_nonzero, histc``: parts add up, but not counts of parts of a value."""
+    """``count_nonzero, nansum``: parts add up, but not the results of parts of a value."""
     return reduction(call)
 
 
@@ -86,14 +88,77 @@ def extremum(call: Call) -> Factoring:
     return replace(factoring, reduce=dict.fromkeys(gone, "max" if "max" in _name(call) else "min"))
 
 
-def combined(position: int | None = 1) -> Any:
+def combined(position: int | None = 1, default: int | None = None) -> Any:
     """Rule for a reduction that cannot be finished from parts (var, argmax, median): its dims stay whole."""
 
     def rule(call: Call) -> Factoring:
-        factoring = _all(call) if position is None else reduction(call, position)
+        factoring = _all(call) if position is None else reduction(call, position, default)
         return replace(factoring, whole=_gone(factoring))
 
     return rule
+
+
+def of_results(position: int | None, again: Any) -> Any:
+    """Rule for a reduction of which the results of parts are parts again: a norm of norms, a product of products.
+
+    ``again(node)`` gives the operator that combines them along dim 0, and its arguments after the tensor.
+    """
+
+    def finish(emit: Emit, node: Node, axis: str, ways: int) -> Node:
+        whole = value(node)
+        own = emit(node.target, node.args, whole)
+        own.kwargs = node.kwargs
+        row = replace(whole, layout=Layout(((Factor(ways, (axis,)),), *whole.layout.dims)))
+        rows = replace(whole, layout=Layout(((Factor(ways),), *whole.layout.dims)))
+        lifted = emit(aten.unsqueeze.default, (own, 0), row)
+        where = comm.where(Split(0), axis, ways, ways)
+        joined = emit(comm.OPS.all_gather_invariant.default, (lifted, *where), rows)
+        target, arguments = again(node)
+        return emit(target, (joined, *arguments), whole)
+
+    return _finished(position, finish)
+
+
+def flags(op: str) -> Any:
+    """Rule for ``any`` and ``all``: the largest, the smallest of the ranks' flags."""
+
+    def finish(emit: Emit, node: Node, axis: str, ways: int) -> Node:
+        whole = value(node)
+        own = emit(node.target, node.args, whole)
+        own.kwargs = node.kwargs
+        number = emit(aten._to_copy.default, (own,), emit.partial(replace(whole, dtype=torch.uint8), axis, op))
+        number.kwargs = {"dtype": torch.uint8}
+        return emit(aten.ne.Scalar, (emit.all_reduce(number, axis, op), 0), whole)
+
+    return _finished(1, finish)
+
+
+def _finished(position: int | None, finish: Rewrite) -> Any:
+    """Rule for a reduction that ``finish`` makes of parts; the result is the same on every rank."""
+
+    def rule(call: Call) -> Factoring:
+        over_all = position is None or "dim" not in {argument.name for argument in call.target._schema.arguments}
+        factoring = _all(call) if over_all else reduction(call, position or 1)
+        gone = _gone(factoring)
+        return replace(factoring, reduce=dict.fromkeys(gone, "whole"), rewrites=dict.fromkeys(gone, finish))
+
+    return rule
+
+
+def norm(position: int | None) -> Any:
+    """Rule for vector norms; a count of what is not zero (the 0-norm) is a sum."""
+    joined = of_results(position, lambda node: (aten.linalg_vector_norm.default, (_order(node.args), [0])))
+
+    def rule(call: Call) -> Factoring:
+        factoring: Factoring = joined(call)
+        return factoring if _order(call.args) else replace(factoring, reduce={}, rewrites={})
+
+    return rule
+
+
+def _order(args: tuple[Any, ...]) -> Any:
+    order = args[1] if len(args) > 1 else None
+    return 2 if order is None else order
 
 
 def compared(position: int, default: int) -> Any:
@@ -153,18 +218,17 @@ def weight_norm(call: Call) -> Factoring:
 
 
 _OVER_DIMS = (
-    aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default, aten.any.dim, aten.all.dim, aten.any.dims,
-    aten.all.dims, aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim, aten.var_mean.correction,
-    aten.var_mean.dim, aten.std_mean.correction, aten.std_mean.dim, aten.logsumexp.default, aten.prod.dim_int,
-    aten.median.dim, aten.mode.default, aten.nansum.default, aten.nanmean.default, aten.aminmax.default,
+    aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default, aten.var.correction, aten.var.dim,
+    aten.std.correction, aten.std.dim, aten.var_mean.correction, aten.var_mean.dim, aten.std_mean.correction,
+    aten.std_mean.dim, aten.median.dim, aten.nanmedian.dim, aten.nanmean.default, aten.aminmax.default,
 )  # fmt: skip
 _OVER_ALL = (
-    aten.any.default, aten.all.default, aten.prod.default, aten.var.default, aten.std.default, aten.var_mean.default,
-    aten.median.default,
+    aten.var.default, aten.std.default, aten.var_mean.default, aten.median.default, aten.nanmedian.default,
 )  # fmt: skip
 _ALONG = (
     aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten.cumprod.default,
     aten.cummax.default, aten.cummin.default, aten.logcumsumexp.default,
+    aten._safe_softmax.default,
 )  # fmt: skip
 
 RULES: dict[Any, Any] = {
@@ -175,10 +239,16 @@ RULES: dict[Any, Any] = {
     **dict.fromkeys((aten.amax.default, aten.amin.default, aten.max.default, aten.min.default), extremum),
     **dict.fromkeys(_OVER_DIMS, combined()),
     **dict.fromkeys(_OVER_ALL, combined(None)),
-    aten.linalg_vector_norm.default: combined(2),
-    aten.norm.ScalarOpt_dim: combined(2),
-    aten.norm.Scalar: combined(None),
-    aten.kthvalue.default: combined(2),
+    **dict.fromkeys((aten.any.default, aten.any.dim, aten.any.dims), flags("max")),
+    **dict.fromkeys((aten.all.default, aten.all.dim, aten.all.dims), flags("min")),
+    **dict.fromkeys((aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim), norm(2)),
+    aten.norm.Scalar: norm(None),
+    aten.logsumexp.default: of_results(1, lambda node: (aten.logsumexp.default, ([0],))),
+    aten.prod.default: of_results(None, lambda node: (aten.prod.dim_int, (0,))),
+    aten.prod.dim_int: of_results(1, lambda node: (aten.prod.dim_int, (0,))),
+    aten.nansum.default: counted,
+    aten.mode.default: combined(1, -1),
+    aten.kthvalue.default: combined(2, -1),
     aten.quantile.scalar: combined(2),
     aten.count_nonzero.dim_IntList: counted,
     aten.count_nonzero.default: counted,

@@ -203,16 +203,50 @@ def shuffled_channels(call: Call) -> Factoring:
     return Factoring((dims,), (dims,), sizes, whole=frozenset({"d1"}), linear=FIRST)
 
 
+def grid_of_positions(call: Call) -> Factoring:
+    """``affine_grid_generator(theta, [N, C, H, W])``: one grid (H, W, 2) for each matrix."""
+    b = ("b",) if call.inputs[0][0] != 1 else ()
+    after = _positions("to", len(call.outputs[0]) - 1)
+    names = dict.fromkeys(("row", "column", *(f for dim in after for f in dim)), 2)
+    sizes = {"b": call.inputs[0][0], **names}
+    theta: Dims = (b, ("row",), ("column",))
+    return Factoring((theta,), ((b, *after),), sizes, whole=frozenset(names), linear=FIRST, localize=_cut_batch)
+
+
+def _cut_batch(
+    call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    theta, shape, *rest = call.args
+    return (theta, [outputs[0][0], *shape[1:]], *rest), dict(call.kwargs)
+
+
+def unpooled(call: Call) -> Factoring:
+    """``max_unpool``: positions within an image, so that images and channels may be split."""
+    count = 3 if "3d" in str(call.target) else 2
+    lead, sizes = dims_of(call.inputs[0][:-count])
+    before, after = _positions("from", count), _positions("to", count)
+    whole = frozenset(f for dims in (before, after) for dim in dims for f in dim)
+    sizes |= dict.fromkeys(whole, 2)
+    return Factoring(((*lead, *before),) * 2, ((*lead, *after),), sizes, whole=whole, linear=FIRST)
+
+
+def renormalised(call: Call) -> Factoring:
+    """``renorm(x, p, dim, most)``: the norm of each slice of a dim is over all the others."""
+    dims, sizes = dims_of(call.inputs[0])
+    return Factoring((dims,), (dims,), sizes, whole=frozenset(sizes) - {f"d{int(call.args[2]) % len(dims)}"})
+
+
 _MEANS = (
     aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default, aten.adaptive_avg_pool1d.default,
     aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default, aten.upsample_nearest1d.vec,
     aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec, aten._upsample_nearest_exact2d.vec,
+    aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact3d.vec, aten._upsample_lanczos2d_aa.vec,
     aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
     aten.upsample_trilinear3d.vec, aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec,
 )  # fmt: skip
 _MAXIMA = (
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.max_pool2d_with_indices.default,
-    aten.adaptive_max_pool2d.default, aten.adaptive_max_pool1d.default,
+    aten.adaptive_max_pool2d.default, aten.adaptive_max_pool1d.default, aten.adaptive_max_pool3d.default,
 )  # fmt: skip
 
 RULES: dict[Any, Any] = {
@@ -231,5 +265,8 @@ RULES: dict[Any, Any] = {
     aten.channel_shuffle.default: shuffled_channels,
     aten.im2col.default: patches,
     aten.col2im.default: from_patches,
-    aten.grid_sampler.default: sampled,
+    **dict.fromkeys((aten.grid_sampler.default, aten.grid_sampler_2d.default, aten.grid_sampler_3d.default), sampled),
+    aten.affine_grid_generator.default: grid_of_positions,
+    **dict.fromkeys((aten.max_unpool2d.default, aten.max_unpool3d.default), unpooled),
+    aten.renorm.default: renormalised,
 }

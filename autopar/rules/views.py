@@ -81,16 +81,22 @@ def _numbered(dims: list[list[int]], sizes: dict[str, int]) -> Dims:
 
 
 def _opaque_reshape(source: Shape, target: Shape) -> Factoring:
-    """Only equal leading dims may be split."""
+    """Equal leading dims may be split, and of the next ones a common divisor: (6, 4) and (4, 6) are both (2 ...)."""
     same = 0
     while same < min(len(source), len(target)) and source[same] == target[same]:
         same += 1
     lead, sizes = dims_of(source[:same])
-    both = (("in", source), ("out", target))
-    sides = [(*lead, *[(f"{tag}{i}",) for i in range(same, len(shape))]) for tag, shape in both]
-    whole = frozenset(f for side in sides for dim in side[same:] for f in dim)
-    sizes |= dict.fromkeys(whole, 2)
-    return Factoring((sides[0],), (sides[1],), sizes, whole=whole, linear=FIRST, localize=cut_sizes)
+    common = math.gcd(source[same], target[same]) if same < min(len(source), len(target)) else 1
+    sides: list[Dims] = []
+    whole: set[str] = set()
+    for tag, shape in (("in", source), ("out", target)):
+        names = [f"{tag}{i}" for i in range(same, len(shape))]
+        whole.update(names)
+        rest = [(name,) for name in names]
+        sides.append((*lead, ("common", *rest[0]), *rest[1:]) if common > 1 else (*lead, *rest))
+    sizes |= dict.fromkeys(whole, 2) | {"common": common}
+    kept = frozenset(whole)
+    return Factoring((sides[0],), (sides[1],), sizes, whole=kept, linear=FIRST, localize=cut_sizes)
 
 
 def _permuted(call: Call, order: Sequence[int]) -> Factoring:
@@ -309,10 +315,6 @@ def counted(call: Call) -> Factoring:
     return Factoring((), (dims,), sizes, whole=frozenset(sizes))
 
 
-_MATRICES = (aten.linalg_inv.default, aten.linalg_det.default, aten.linalg_cholesky.default, aten.inverse.default)
-_TRANSFORMS = (aten.fft_fft.default, aten.fft_ifft.default, aten.fft_rfft.default, aten.fft_irfft.default)
-_PLANES = (aten.fft_fft2.default, aten.fft_ifft2.default, aten.fft_rfft2.default, aten.fft_irfft2.default)
-
 RULES: dict[Any, Any] = {
     **dict.fromkeys((aten.reshape.default, aten.view.default, aten._unsafe_view.default), reshape),
     aten.transpose.int: transpose,
@@ -331,9 +333,6 @@ RULES: dict[Any, Any] = {
     aten.diff.default: along_dims(2, "dim", -1, linear=True),
     aten.tril.default: last_dims(2, linear=True),
     aten.triu.default: last_dims(2, linear=True),
-    **dict.fromkeys(_MATRICES, last_dims(2)),
-    **dict.fromkeys(_TRANSFORMS, along_dims(2, "dim", -1, linear=True)),
-    **dict.fromkeys(_PLANES, along_dims(2, "dim", [-2, -1], linear=True)),
     aten.diagonal.default: diagonal,
     aten.unfold.default: unfold,
     aten.view_as_complex.default: as_complex,

@@ -1,7 +1,7 @@
 """Sample calls for every rule: operator -> calls. A rule without a sample fails the suite; add one here.
 
 Sizes are small, with dims that divide by 2, by 3 and by neither, of size 1, broadcast, merged and negative. The tables
-stand in samples_pointwise.py, samples_views.py and samples_compute.py.
+stand in samples_pointwise.py, samples_views.py, samples_compute.py and samples_algebra.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from samples_algebra import ALGEBRA, FOURIER, PARTS, PLACES
 from samples_compute import CONTRACTIONS, RECURRENT, REDUCTIONS, SPATIAL
 from samples_pointwise import LOSSES, POINTWISE, from_schema
 from samples_views import COLLECTIVES, INDEXING, SEGMENTS, VIEWS
@@ -20,6 +21,7 @@ aten = torch.ops.aten
 SAMPLES: dict[Any, list[Sample]] = {
     **POINTWISE, **LOSSES, **VIEWS, **SEGMENTS, **INDEXING,
     **COLLECTIVES, **CONTRACTIONS, **REDUCTIONS, **SPATIAL, **RECURRENT,
+    **ALGEBRA, **FOURIER, **PARTS, **PLACES,
 }  # fmt: skip
 
 # operators whose elements are arbitrary: there is nothing to compare

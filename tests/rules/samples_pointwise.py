@@ -159,6 +159,7 @@ def _signs(samples: list[Sample]) -> list[Sample]:
 _TARGETS = torch.tensor([1, 0, -100, 3, 2, -100])
 _CLASSES = [
     *[call(x(6, 4), _TARGETS, None, r) for r in (0, 1, 2)],
+    call(x(6, 4), torch.tensor([1, -100, -100, 3, 2, 0]), None, 1),
     call(x(6, 4, 3), ints(4, 6, 3), None, 1, 2),
     call(x(4), torch.tensor(2)),
     call(x(6, 4), _TARGETS, above(4), 1, still=(2,)),

@@ -19,6 +19,8 @@ _RESHAPES = [
     call(x(24, 3), [6, 4, 3]),
     call(x(2, 6, 1, 4), [12, 4]),
     call(x(6, 4), [4, 6]),
+    call(x(3, 6, 4), [3, 4, 2, 3]),
+    call(x(2, 9, 4), [2, 6, 6]),
     call(x(2, 6, 4), [2, 3, 2, 4]),
     call(x(4, 36), [4, 3, 6, 2]),
     call(x(4, 3, 6, 2), [4, 36]),
@@ -62,16 +64,6 @@ VIEWS: dict[Any, list[Sample]] = {
     **dict.fromkeys(
         (aten.tril.default, aten.triu.default), [call(x(6, 4, 4)), call(x(12, 1, 3, 4), -1), call(x(4, 4))]
     ),
-    **dict.fromkeys((aten.linalg_inv.default, aten.inverse.default, aten.linalg_det.default), [call(x(6, 3, 3))]),
-    aten.linalg_cholesky.default: [call(torch.eye(3, dtype=torch.float64).repeat(6, 1, 1) + 0.1)],
-    **dict.fromkeys((aten.fft_fft.default, aten.fft_ifft.default), [call(cplx(6, 4)), call(cplx(6, 4), None, 0)]),
-    aten.fft_rfft.default: [call(x(6, 4)), call(x(4, 6), 8, 0)],
-    aten.fft_irfft.default: [call(cplx(6, 4)), call(cplx(4, 6), 5, 0)],
-    **dict.fromkeys(
-        (aten.fft_fft2.default, aten.fft_ifft2.default), [call(cplx(6, 4, 3)), call(cplx(4, 3, 6), None, [0, 1])]
-    ),
-    aten.fft_rfft2.default: [call(x(6, 4, 3))],
-    aten.fft_irfft2.default: [call(cplx(6, 4, 3))],
     aten.diagonal.default: [call(x(6, 4, 4), 1, 1, 2), call(x(4, 6, 4), 0, 0, -1)],
     aten.unfold.default: [call(x(6, 8), 1, 4, 2), call(x(8, 6), -2, 3, 1)],
     aten.view_as_complex.default: [call(x(6, 4, 2))],

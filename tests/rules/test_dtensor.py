@@ -6,9 +6,11 @@ run on the pieces and joined (``autopar.rule_check``). ``pytest -s`` prints the 
 
 from __future__ import annotations
 
+import itertools
+import math
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,7 +39,8 @@ LISTED = {
         "DTensor adds up a pending sum before the operator, which is linear in it": f"""{CONVOLUTIONS}
             adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default clone.default
             col2im.default cumsum.default diagonal.default dot.default einsum.default embedding.default gather.default
-            index_add.default index_put.default masked_fill.Scalar matmul.default mean.default mean.dim
+            index_add.default index_put.default _unsafe_index_put.default diag_embed.default diagonal_scatter.default
+            max_unpool2d.default max_unpool3d.default masked_fill.Scalar matmul.default mean.default mean.dim
             pixel_shuffle.default pixel_unshuffle.default repeat_interleave.self_int scatter.src scatter.value
             scatter_add.default select_scatter.default slice_scatter.default tril.default triu.default
             where.ScalarOther where.self""",
@@ -45,14 +48,17 @@ LISTED = {
     "split": {
         "DTensor splits convolutions by batch and by input channels only, never a single image": CONVOLUTIONS,
         "DTensor has no rule for splitting this dim": """_native_batch_norm_legit_no_training.default
-            grid_sampler.default group_norm.default instance_norm.default""",
+            grid_sampler.default grid_sampler_2d.default grid_sampler_3d.default group_norm.default
+            instance_norm.default logsumexp.default""",
         "DTensor runs the operator whole though its leading dims are a batch": """diagonal.default inverse.default
-            linalg_cholesky.default linalg_inv.default tril.default triu.default""",
+            _linalg_eigh.default _linalg_svd.default diag_embed.default linalg_cholesky.default linalg_inv.default
+            linalg_qr.default tril.default triu.default""",
         "DTensor wants both operands split where one is broadcast": """__lshift__.Tensor __rshift__.Tensor
-            cosine_similarity.default linalg_cross.default matmul.default quantile.scalar""",
+            _linalg_solve_ex.default addr.default cosine_similarity.default linalg_cross.default matmul.default
+            quantile.scalar""",
         "DTensor does not cut a dim that is sliced": "slice.Tensor",
-        "an operator below, in torch's decomposition, loses the split": """col2im.default cross_entropy_loss.default
-            einsum.default scaled_dot_product_attention.default""",
+        "an operator below, in torch's decomposition, loses the split": """all.dims col2im.default
+            cross_entropy_loss.default einsum.default scaled_dot_product_attention.default""",
     },
     "average": {
         "DTensor averages the ranks' means, ours adds their shares": """binary_cross_entropy.default
@@ -64,7 +70,9 @@ LISTED = {
         "DTensor averages means over unequal numbers of targets": "cross_entropy_loss.default nll_loss_nd.default",
     },
     "output": {
-        "an output without elements": "_native_batch_norm_legit_no_training.default",
+        "DTensor keeps a pending norm, product or flag, ours makes the whole one": """all.default all.dim any.default
+            any.dim any.dims linalg_vector_norm.default norm.Scalar norm.ScalarOpt_dim prod.default prod.dim_int""",
+        "an output without elements": "_native_batch_norm_legit_no_training.default lu_unpack.default",
         "DTensor expands to global sizes, so that a new dim is never split": "broadcast_tensors.default",
     },
     "output, DTensor is wrong": {
@@ -200,12 +208,7 @@ def _refuted(case: Case, answer: Any) -> bool:
     strategy = replace(case.strategy, outputs=outputs, part=case.strategy.part if averaged else None)
     shares = dict.fromkeys(case.factoring.sizes, share_of_mean)
     factoring = replace(case.factoring, rewrites=shares) if averaged else case.factoring
-    torch.manual_seed(0)
-    try:
-        prove(replace(case, strategy=strategy, factoring=factoring))
-    except WrongRuleError:
-        return True
-    return False
+    return _is_wrong(replace(case, strategy=strategy, factoring=factoring))
 
 
 def test_torch_is_the_one_that_this_was_written_for() -> None:
@@ -220,6 +223,68 @@ def test_torch_is_the_one_that_this_was_written_for() -> None:
     with pytest.raises(dtensor.NoRule, match="aten.scatter_reduce.two"):
         arguments = (torch.ones(4), 0, torch.zeros(4, dtype=torch.int64), torch.ones(4), "amax")
         dtensor.ask(aten.scatter_reduce.two, Sample(arguments, {}), (REPLICATED,) * 3)
+
+
+# Splits that DTensor accepts and our rules do not offer -> why not
+NOT_OFFERED = {
+    "DTensor is wrong": """_linalg_solve_ex.default linalg_solve_triangular.default broadcast_tensors.default
+        cumsum.default max_unpool2d.default""",
+    "right forward only: how often a row is used is not known to a rank alone": "embedding.default",
+    "a largest and a smallest value in one operator: seldom on a split dim": "aminmax.default",
+    "a mean over positions: too few of them": """adaptive_avg_pool1d.default adaptive_avg_pool2d.default
+        adaptive_avg_pool3d.default""",
+    "coordinates, turned pictures, the width of attention's values, a table that is looked up: nobody splits them":
+        "affine_grid_generator.default rot90.default scaled_dot_product_attention.default isin.Tensor_Tensor",
+    "an index smaller than what it writes": "scatter_add.default",
+    "a squeeze that does nothing is no node of ours": "squeeze.default squeeze.dim squeeze.dims",
+}  # fmt: skip
+
+
+def test_what_dtensor_splits_and_we_do_not(capsys: pytest.CaptureFixture[str]) -> None:
+    lacking: dict[str, list[tuple[Case, str]]] = {}
+    for target in OURS:
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+            for sample in samples_of(target)[:4]:
+                for case, text in _not_offered(target, sample):
+                    lacking.setdefault(name_of(target).removeprefix("aten."), []).append((case, text))
+    reasons = {name: reason for reason, names in NOT_OFFERED.items() for name in names.split()}
+    assert set(reasons) == set(lacking), {name: lacking.get(name) for name in set(reasons) ^ set(lacking)}
+    for name in NOT_OFFERED["DTensor is wrong"].split():
+        assert any(_is_wrong(case) for case, _ in lacking[name]), name
+    with capsys.disabled():
+        print("\nsplits that DTensor accepts and we do not offer")
+        for name, found in lacking.items():
+            print(f"  {len(found):3} {name}: {reasons[name]}, e.g. {found[0][1]}")
+
+
+def _is_wrong(case: Case) -> bool:
+    torch.manual_seed(0)
+    try:
+        prove(case)
+    except WrongRuleError:
+        return True
+    return False
+
+
+def _not_offered(target: Any, sample: Sample) -> Iterator[tuple[Case, str]]:
+    """Splits that DTensor accepts for a call and our rule does not have (pending sums apart)."""
+    rule = rule_for(target)
+    assert rule is not None
+    ours = list(cases(target, rule, sample, dtensor.WAYS))
+    call = ours[0].call
+    offered = {whole(case.strategy.inputs) for case in ours}
+    splits = [[REPLICATED, *[Split(d) for d, n in enumerate(s) if n and n % dtensor.WAYS == 0]] for s in call.inputs]
+    if math.prod(map(len, splits)) > 100 or len(set(call.operands)) < len(call.operands):
+        return
+    for inputs in itertools.product(*splits):
+        if inputs in offered or all(placement == REPLICATED for placement in inputs):
+            continue
+        try:
+            answer = dtensor.ask(target, sample, inputs)
+        except (dtensor.NoRule, dtensor.Redistributes):
+            continue
+        theirs = replace(ours[0].strategy, label="DTensor's", inputs=inputs, outputs=answer.outputs)
+        yield replace(ours[0], strategy=theirs), f"{call.inputs} {_show(inputs)} -> {_show(answer.outputs)}"
 
 
 def test_report(comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,13 @@ def partial_maximum(call: Call) -> Factoring:
     return replace(factoring, whole=frozenset(), reduce=dict.fromkeys(factoring.sizes, "max"))
 
 
+inner_factor = Factoring(
+    ((("c", "a"), ("b",)),),
+    ((("d", "c"), ("e",)),),
+    {"c": 2, "a": 3, "b": 4, "d": 2, "e": 6},
+    whole=frozenset("abde"),
+)
+
 PLANTED: dict[str, tuple[Any, Rule, Sample]] = {
     "the summed dim of linear as a batch dim": (aten.linear.default, line("m k, n k -> m k"), call(x(3, 6), x(6, 6))),
     "softmax along its own dim": (aten.softmax.int, line("... n -> ... n"), call(x(3, 6), -1)),
@@ -96,6 +103,57 @@ PLANTED: dict[str, tuple[Any, Rule, Sample]] = {
         call(x(4, 5), x(4, 5)),
     ),
     "a maximum whose gradient goes to every rank": (aten.amax.default, partial_maximum, call(x(6, 5), [0])),
+    "norms of parts that are added": (
+        aten.linalg_vector_norm.default,
+        changed(aten.linalg_vector_norm.default, rewrites={}, reduce={}),
+        call(x(6, 4), 2, [1]),
+    ),
+    "the rank's own product for that of all": (aten.prod.default, changed(aten.prod.default, rewrites={}), call(x(12))),
+    "flags of which each rank has its own": (
+        aten.all.dim,
+        changed(aten.all.dim, rewrites={}),
+        call(torch.tensor([[True, True, True, False]] * 2), 1),
+    ),
+    "rows of a matrix that is inverted": (
+        aten.linalg_inv.default,
+        line("... n m -> ... n m; whole m"),
+        call(x(2, 6, 6)),
+    ),
+    "a batch of matrices with a batch of right sides one dim off": (
+        aten._linalg_solve_ex.default,
+        line("b n m, b n -> b n, b n m, b n, b; whole m"),
+        call(x(6, 6, 6), x(6, 6)),
+    ),
+    "the transformed dim of a Fourier transform": (
+        aten._fft_c2c.default,
+        changed(aten._fft_c2c.default, whole=frozenset(), sizes={"d0": 6, "d1": 4}),
+        call(torch.complex(x(6, 4), x(6, 4)), [1], 0, True),
+    ),
+    "a window that is split with its signals": (
+        aten.stft.default,
+        line("b t, b -> b f n; whole t f n"),
+        call(x(6, 24), 6, None, None, x(6), False, None, True),
+    ),
+    "slices of a norm over all other dims": (
+        aten.renorm.default,
+        changed(aten.renorm.default, whole=frozenset()),
+        call(x(6, 4), 2, 0, 0.5),
+    ),
+    "sizes of a grid that are not cut": (
+        aten.affine_grid_generator.default,
+        changed(aten.affine_grid_generator.default, localize=None),
+        call(x(6, 2, 3), [6, 1, 3, 2], False),
+    ),
+    "maxima of writes that are added": (
+        aten.index_reduce.default,
+        changed(aten.index_reduce.default, whole=frozenset({"d0"})),
+        call(x(6, 4), 0, ints(6, 6), x(6, 4), "amax"),
+    ),
+    "an outermost factor that two shapes do not share": (
+        aten.reshape.default,
+        lambda call: inner_factor,
+        call(x(6, 4), [4, 6]),
+    ),
     "an index that is split with its table": (
         aten.index_select.default,
         line("n k, n -> n k"),

@@ -1,0 +1,97 @@
+"""Write composite operators that have no rule as the operators that torch makes of them.
+
+before:
+  x         = input x                                                  : f32[4,6]
+  y         = input y                                                  : f32[6,3]
+  tensordot = aten.tensordot(x, y, [1], [0])                           : f32[4,3]
+  return tensordot
+after:
+  x  = input x               : f32[4,6]
+  y  = input y               : f32[6,3]
+  mm = aten.mm(x, y)         : f32[4,3]
+  return mm
+
+Composite is what torch takes apart above its kernels (``CompositeImplicitAutograd``), in a user's library too. Others
+without a rule stay: to split them is an error that names them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.errors import InvariantError
+from autopar.pipeline import graph_pass
+from autopar.program import Program, set_values, values
+from autopar.recorder import Recorder, fake_mode
+from autopar.rewrite import insert_before, remove_unused, substitute
+from autopar.rules import rule_for
+from autopar.trace import VIEWS, types_of
+
+aten = torch.ops.aten
+
+
+@graph_pass()
+def expand_composites(program: Program) -> Program:
+    found = [node for node in program.graph.nodes if _is_composite(node.target) and rule_for(node.target) is None]
+    for node in found:
+        below = _taken_apart(node, node.all_input_nodes)
+        if below is not None:
+            _replace(node, _inserted(node, *below, node.all_input_nodes))
+    if found:
+        remove_unused(program.graph)
+    return program
+
+
+def _is_composite(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+def _taken_apart(node: fx.Node, operands: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node]] | None:
+    """A graph of (operands) -> results, and these; None where torch cannot tell it from the shapes alone."""
+    recorder = Recorder(fx.Graph())
+    with fake_mode(), torch.no_grad():
+        fakes = [torch.empty(values(each)[0].shape, dtype=values(each)[0].dtype) for each in operands]
+        for position, fake in enumerate(fakes):
+            recorder.placeholder(f"operand{position}", fake)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), dict(zip(operands, fakes)).__getitem__)
+        try:
+            with recorder:
+                results = node.target.decompose(*args, **kwargs)  # type: ignore[union-attr]
+        except (RuntimeError, NotImplementedError, TypeError, InvariantError):
+            return None
+    several = results if isinstance(results, (list, tuple)) else [results]
+    return recorder.graph, [recorder.node_of(result) for result in several]
+
+
+def _inserted(node: fx.Node, below: fx.Graph, results: list[fx.Node], operands: Sequence[fx.Node]) -> list[fx.Node]:
+    """The operators of ``below`` in front of ``node``; returns its results."""
+    copies = dict(zip((each for each in below.nodes if each.op == "placeholder"), operands))
+    for each in below.nodes:
+        if each.op != "call_function":
+            continue
+        args, kwargs = fx.map_arg((each.args, each.kwargs), copies.__getitem__)
+        kwargs = {name: setting for name, setting in kwargs.items() if name not in ("device", "layout", "pin_memory")}
+        target = each.target
+        if target in VIEWS:  # whatever the strides will be
+            target, args = aten.reshape.default, (args[0], list(values(each)[0].shape))
+        copies[each] = insert_before(node, target, args, kwargs)
+        shapes = [torch.empty(kind.shape, dtype=kind.dtype, device="meta") for kind in values(each)]
+        set_values(copies[each], *types_of(copies[each], shapes))
+    return [copies[result] for result in results]
+
+
+def _replace(node: fx.Node, results: list[fx.Node]) -> None:
+    if len(results) == 1 and len(values(node)) == 1 and not any(u.target is operator.getitem for u in node.users):
+        substitute(node, results[0])
+        return
+    for user in list(node.users):
+        assert user.target is operator.getitem and isinstance(user.args[1], int), user.format_node()
+        substitute(user, results[user.args[1]])
+    node.graph.erase_node(node)

@@ -1,0 +1,115 @@
+"""Composite operators without a rule: as the operators below them, and exact when split."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autopar.check import TOLERANCE, check
+from autopar.mesh import Mesh
+from autopar.parse import parse
+from autopar.passes import expand_composites as expand
+from autopar.program import values
+from autopar.rules import rule_for
+from autopar.trace import trace
+
+
+def test_docstring() -> None:
+    text = inspect.getdoc(importlib.import_module("autopar.passes.expand_composites")) or ""
+    before = text.partition("before:\n")[2].partition("after:")[0]
+    after = text.partition("after:\n")[2].partition("\n\n")[0]
+    head = "program mesh()\n"
+    assert str(expand(parse(head + before))) == str(parse(head + after))
+
+
+class Between(nn.Module):
+    """A function of a hidden state (8 features) and of the input, between two linear layers."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.function = nn.Linear(8, 8), nn.Linear(8, 8), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.function(self.up(x), x)).square().mean()
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.transpose(1, 2) @ x + 2 * torch.eye(8)
+
+
+def _numbers(x: Tensor) -> Tensor:
+    return x.view(-1, 1, 1)
+
+
+BATCHED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tensordot": lambda h, x: torch.tensordot(h, torch.ones(8, 8), ([2], [0])),
+    "kron": lambda h, x: torch.kron(h, torch.ones(1, 1, 1)),
+    "inner": lambda h, x: torch.inner(h, torch.ones(8, 8)),
+    "vecdot": lambda h, x: h * torch.linalg.vecdot(h, x).unsqueeze(-1),
+    "pairwise_distance": lambda h, x: h + F.pairwise_distance(h, x).unsqueeze(-1),
+    "triplet_margin_loss": lambda h, x: h * F.triplet_margin_loss(h, x, x * 2),
+    "cosine_embedding_loss": lambda h, x: h * F.cosine_embedding_loss(h.flatten(0, 1), x.flatten(0, 1), torch.ones(30)),
+    "take_along_dim": lambda h, x: torch.take_along_dim(h, h.argsort(-1), -1),
+    "nanquantile": lambda h, x: h * torch.nanquantile(h, 0.5, dim=-1, keepdim=True),
+    "linalg.norm": lambda h, x: h / torch.linalg.norm(h, dim=-1, keepdim=True),
+    "linalg.matrix_norm": lambda h, x: h / _numbers(torch.linalg.matrix_norm(h)),
+    "linalg.solve": lambda h, x: torch.linalg.solve(_square(x), h.transpose(1, 2)).transpose(1, 2),
+    "linalg.svdvals": lambda h, x: h * _numbers(torch.linalg.svdvals(h).sum(-1)),
+    "linalg.eigvalsh": lambda h, x: h * _numbers(torch.linalg.eigvalsh(_square(h)).sum(-1)),
+    "linalg.slogdet": lambda h, x: h * _numbers(torch.linalg.slogdet(_square(h))[1]),
+    "linalg.qr": lambda h, x: h @ torch.linalg.qr(_square(x))[1],
+    "linalg.pinv": lambda h, x: h @ torch.linalg.pinv(_square(x)),
+    "linalg.cholesky": lambda h, x: h @ torch.linalg.cholesky(_square(x)),
+    "linalg.matrix_exp": lambda h, x: h @ torch.matrix_exp(0.1 * _square(x)),
+    "linalg.matrix_power": lambda h, x: h @ torch.linalg.matrix_power(_square(x), 3),
+    "logdet": lambda h, x: h * _numbers(torch.logdet(_square(x))),
+    "fft.fftn": lambda h, x: torch.fft.fftn(h, dim=(-1, -2)).real,
+    "fft.fftshift": lambda h, x: torch.fft.fftshift(h, dim=-1),
+    "stft": lambda h, x: h
+    + _numbers(torch.stft(h.flatten(1), 16, window=torch.ones(16), return_complex=True).abs().mean((1, 2))),
+    "trapezoid": lambda h, x: h * torch.trapezoid(h, dim=-1).unsqueeze(-1),
+    "gradient": lambda h, x: torch.gradient(h, dim=-1)[0],
+    "renorm": lambda h, x: torch.renorm(h, 2, 0, 1.0),
+    "greater": lambda h, x: h * torch.greater(h, 0.0),
+    "special.logit": lambda h, x: torch.special.logit(torch.sigmoid(h)),
+    "grid_sample": lambda h, x: F.grid_sample(
+        h.unsqueeze(1), F.affine_grid(h[:, :2, :3], [6, 1, 5, 8], align_corners=False), align_corners=False
+    ).squeeze(1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BATCHED)
+@pytest.mark.parametrize("mesh", ["dp=2", "dp=3,tp=2"])
+def test_what_lies_below_is_split_by_batch(name: str, mesh: str) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        report = check(Between(BATCHED[name]), {"x": torch.randn(6, 5, 8)}, Mesh.parse(mesh))
+    finally:
+        torch.set_default_dtype(before)
+    assert report.worst <= TOLERANCE, report
+    on_dp = {transfer.name for transfer in report.step.traffic if transfer.axis == "dp"}
+    assert on_dp <= {"all_reduce"}, f"{name} gathers the batch: {report.step.traffic}"
+
+
+def test_all_of_it_has_rules_and_types() -> None:
+    """Also where torch's decomposition writes in place."""
+    model = Between(lambda h, x: h * torch.nanquantile(h, 0.5, dim=-1, keepdim=True))
+    program = expand(trace(model, (torch.randn(2, 3, 8),)))
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    assert all(rule_for(node.target) or node.target.__name__ == "getitem" for node in calls), program
+    assert all(values(node) for node in calls)
+    assert "squeeze" in str(program) and "_(" not in str(program)
+
+
+def test_a_composite_with_a_rule_stays() -> None:
+    model = Between(lambda h, x: F.softmax(h, -1))
+    before = trace(model, (torch.randn(2, 3, 8),))
+    assert str(expand(before)) == str(before)
