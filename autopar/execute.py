@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from autopar.binding import Result, joined, part_of, trimmed
 from autopar.connect import Connection
 from autopar.emit import RankFunction, compile_source, emit
 from autopar.errors import AutoparError, InvariantError
+from autopar.gathered import Gathered
 from autopar.numerics import restore_output
+from autopar.once import without_gathers
 from autopar.parameters import Table, tables
 from autopar.pieces import padded
 from autopar.program import Input, InputKind, Node, OutputKind, Program, output_node, value
@@ -58,6 +61,10 @@ class Executable:
             if entry.kind is OutputKind.BUFFER_UPDATE
         ]
         self._fetch = [self._fetcher(node, entry) for node, entry in self._entries]
+        self._graphs: dict[str, fx.Graph] = {}  # those that are not as in the role
+        self._gathered: dict[str, Gathered] = {}
+        for name in ("forward", "inference") if program.plan.zero in (1, 2) else ():
+            self._gather_once(name)
         self._leaves = [self._leaf(target) for target in self.role.grads]
         self._gives = [self._giver(target) for target in self.role.grads]
         self._shared: list[int] | None = None  # gradients that share memory, known after the first backward
@@ -124,6 +131,8 @@ class Executable:
         """Run ``name``, keep its outputs in ``step``, write buffer updates back; gives what follows the outputs."""
         self.comm.phase = name
         inputs = [fetch(step) for fetch in self._fetch]
+        if name in self._gathered:
+            inputs += self._gathered[name].tensors()
         autocasting = torch.is_autocast_enabled(self.comm.device.type)
         with torch.autocast(self.comm.device.type, enabled=False) if autocasting else _NOTHING, below_autograd():
             found = self.function(name)(self.comm, inputs)
@@ -137,9 +146,18 @@ class Executable:
     def function(self, name: str) -> RankFunction:
         """``forward``, ``backward`` or ``inference``, compiled at first use."""
         if name not in self._functions:
-            source = emit({name: getattr(self.role, name)}, self.program)
+            source = emit({name: self._graphs.get(name) or getattr(self.role, name)}, self.program)
             self._functions[name] = compile_source(source, name)
         return self._functions[name]
+
+    def _gather_once(self, name: str) -> None:
+        """Let ``name`` take the whole parameters, which stay, rather than gather them."""
+        entries = {entry.node: entry.target for _, entry in self._entries if entry.kind is InputKind.PARAMETER}
+        gathering = without_gathers(getattr(self.role, name), entries.keys())
+        if gathering is not None:
+            finds = [partial(dict.__getitem__, *self._slots[entries[node]]) for node in gathering.parameters]
+            self._graphs[name] = gathering.rest
+            self._gathered[name] = Gathered(gathering, finds, self.comm)
 
     # ------------------------------------------------------------ binding
 

@@ -137,7 +137,7 @@ class Program:
 
     @property
     def loss(self) -> int | None:
-        """The position of the loss among the outputs: the scalar with a gradient, of several the one called ``loss``."""
+        """The position of the loss among the outputs: the scalar with a gradient, of several the one named ``loss``."""
         pairs = enumerate(zip(self.outputs, self.returned))
         users = [(i, out, value(node)) for i, (out, node) in pairs if out.kind is OutputKind.USER]
         scalars = [(i, out.target) for i, out, kind in users if kind.requires_grad and not kind.shape]

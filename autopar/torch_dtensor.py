@@ -22,6 +22,12 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def keep_within(tensor: Tensor, place: Tensor) -> None:
+    """Let ``place``, which holds the same numbers, be the memory of this rank's part of ``tensor``."""
+    assert isinstance(tensor, DTensor) and place.shape == tensor._local_tensor.shape
+    tensor._local_tensor = place
+
+
 def spec_of(tensor: DTensor) -> Any:
     """Everything about ``tensor`` but its data; see :func:`of_local`."""
     return tensor._spec
@@ -45,6 +51,13 @@ def dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], sh
 def strided(dim: int, blocks: int) -> Placement:
     """Dim ``dim`` is cut into ``blocks``, and each block is divided over the axis: ``Shard(dim)`` for one block."""
     return Shard(dim) if blocks == 1 else _StridedShard(dim, split_factor=blocks)
+
+
+def blocks_of(placement: Placement, dim: int) -> int | None:
+    """The inverse of :func:`strided`; None where ``placement`` does not split dim ``dim``."""
+    if isinstance(placement, _StridedShard):
+        return int(placement.split_factor) if placement.dim == dim else None
+    return 1 if isinstance(placement, Shard) and placement.dim == dim else None
 
 
 def contiguous(placement: Placement) -> Placement:

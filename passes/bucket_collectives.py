@@ -7,9 +7,9 @@
                                                              g1   = sum[0:32] as f32[4,8], g2 = sum[32:40]
 
 Gradients are reduced as soon as the last of a bucket is there, in the order in which backward makes them; those of one
-axis and dtype share buckets of ``Plan.bucket_mb`` megabytes (Li et al. 2020, PyTorch Distributed, section 3.2). Sharded
-parameters are gathered before the first use of a bucket. Where whole gradients (``Plan(zero=2)``) or parameters (3) must
-not gather up, a bucket is of one block only. What is large keeps its own collective, without copies.
+axis and dtype share buckets of ``Plan.bucket_mb`` megabytes (Li et al. 2020, PyTorch Distributed, section 3.2).
+Sharded parameters are gathered before the first use of a bucket. Where whole gradients (``Plan(zero=2)``) or parameters
+(3) must not pile up, a bucket is of one block only. What is large keeps its own collective, without copies.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     enter = comm.enter(p, dp)        : f32[8,4]        -->    full = comm.all_gather(p, dp, dim=0) : f32[8,4]
     y     = aten.linear(x, enter)    : f32[8@dp,8]            y    = aten.linear(x, full)          : f32[8@dp,8]
 
-The dual of the gather is a reduce-scatter of the gradient, in the place of an all-reduce. What ``Plan.zero`` says beyond
-that is when the whole parameters are there: from before use to after it (stage 3), or all the time (1 and 2).
+The dual of the gather is a reduce-scatter of the gradient, in the place of an all-reduce. What ``Plan.zero`` says
+beyond that is when the whole parameters are there: from before use to after it (stage 3), or all the time (1 and 2).
 (Rajbhandari et al. 2020, ZeRO, section 5; the dims are cut as torch's ``fully_shard`` cuts them, one by one.)
 """
 

@@ -16,6 +16,7 @@ import autopar
 from autopar import Mesh, Plan
 from autopar.errors import RankFailedError
 from autopar.module import loss_of
+from autopar.torch_dtensor import local_of
 from models import gpt, llama
 from tests.against_one_process import (
     Errors,
@@ -85,6 +86,62 @@ def test_training_equals_one_process(model: str, mesh: str, optimizer: str) -> N
     for errors in run_ranks(train, parsed.world_size, *TRAINED[model], parsed, Plan(check_numerics=False), optimizer):
         assert worst(errors) < (AFTER[optimizer], ""), sorted(errors.items(), key=lambda item: -item[1])[:5]
         assert worst({k: e for k, e in errors.items() if k.endswith(" 0")}) < (TOLERANCE, "")
+
+
+SHARDED = [("tiny", "dp=3", 1), ("tiny", "dp=3", 3), ("grouped", "dp=2,tp=2", 2), ("llama", "dp=2,tp=2", 3)]
+
+
+@pytest.mark.parametrize(("model", "mesh", "stage"), SHARDED)
+def test_training_with_sharded_parameters_equals_one_process(model: str, mesh: str, stage: int) -> None:
+    build, batches = TRAINED[model]
+    parsed = Mesh.parse(mesh)
+    if mesh == "dp=3":
+        batches = [tiny_batch(rows=6, seed=seed) for seed in range(4)]
+    plan = Plan(zero=stage, check_numerics=False)
+    for errors in run_ranks(train, parsed.world_size, build, batches, parsed, plan, "sgd"):
+        assert worst(errors) < (TOLERANCE, ""), sorted(errors.items(), key=lambda item: -item[1])[:5]
+
+
+def sent_in_a_step(plan: Plan, accumulated: int) -> dict[str, float]:
+    """Bytes over those of all parameters that a rank sends in each phase of the second step."""
+    model = float64(Tiny)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    parallel = autopar.parallelize(model, Mesh(dp=2), plan)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    for _ in range(2):
+        assert parallel._connection is not None
+        parallel._connection.comm.reset_traffic()
+        for _ in range(accumulated):
+            parallel.train_step(**tiny_batch())
+        optimizer.step()
+        optimizer.zero_grad()
+    return {
+        phase: sum(t.bytes for t in parallel.traffic if t.phase == phase) / size for phase in ("forward", "backward")
+    }
+
+
+@pytest.mark.parametrize(("stage", "gathered"), [(0, 0), (1, 1), (2, 1), (3, 3)])
+def test_how_often_parameters_are_gathered(stage: int, gathered: int) -> None:
+    """Three batches for one optimizer step, in each of them batch norm's statistics and the loss: 0.045."""
+    sent = run_ranks(sent_in_a_step, 2, Plan(zero=stage, check_numerics=False), 3)[0]
+    assert sent["forward"] == pytest.approx(0.5 * gathered + 3 * 0.045, abs=0.01)
+
+
+def whole_parameters_hold_nothing_twice(stage: int) -> list[bool]:
+    model = float64(lambda: nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)))
+    parallel = autopar.parallelize(model, Mesh(dp=2), Plan(zero=stage, bucket_mb=0, batch_dims={"input": 0}))
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    for _ in range(2):
+        parallel(torch.ones(4, 8)).square().sum().backward()
+        optimizer.step()
+    parallel(torch.ones(4, 8))
+    weights = [parameter for parameter in parallel.parameters() if parameter.dim() == 2]
+    return [local_of(weight).untyped_storage().nbytes() == weight.numel() * 8 for weight in weights]
+
+
+def test_a_part_lies_within_the_whole_parameter() -> None:
+    for stage, within in ((1, True), (3, False)):
+        assert run_ranks(whole_parameters_hold_nothing_twice, 2, stage)[0] == [within] * 2
 
 
 def train_alone() -> Errors:

@@ -89,11 +89,11 @@ def _cases(meshes: Sequence[str], plan: list[str] | None) -> tuple[Case, ...]:
 
 
 def _covered(chosen: dict[str, str], cases: Sequence[Case], jobs: int) -> Iterator[tuple[str, Coverage]]:
-    """Each architecture in a process of its own kind: models of one leave memory and settings behind."""
+    """Several at a time, each in one of ``jobs`` processes."""
     context = multiprocessing.get_context("spawn")
     with (
         Progress(console=stderr(), transient=True) as progress,
-        ProcessPoolExecutor(jobs, context, max_tasks_per_child=8) as pool,
+        ProcessPoolExecutor(jobs, context) as pool,
     ):
         task = progress.add_task("coverage", total=len(chosen))
         running = {pool.submit(measure, name, family, cases): name for name, family in chosen.items()}
