@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from autopar import comm
+from autopar.accumulate import Accumulation, deferred
 from autopar.binding import Result, joined, part_of, trimmed
 from autopar.connect import Connection
 from autopar.emit import RankFunction, compile_source, emit
@@ -48,8 +49,11 @@ class Executable:
     Raises InvariantError where the program and the module do not fit together.
     """
 
-    def __init__(self, program: Program, root: nn.Module, connection: Connection) -> None:
+    def __init__(
+        self, program: Program, root: nn.Module, connection: Connection, accumulation: Accumulation | None = None
+    ) -> None:
         self.program, self.comm = program, connection.comm
+        self._accumulation = accumulation or Accumulation()
         self.role = program.role_of(connection.rank)
         self._slots: dict[str, tuple[Table, str]] = {name: (table, key) for _, table, key, name in tables(root)}
         self._functions: dict[str, RankFunction] = {}
@@ -65,9 +69,12 @@ class Executable:
         self._gathered: dict[str, Gathered] = {}
         for name in ("forward", "inference") if program.plan.zero in (1, 2) else ():
             self._gather_once(name)
+        found = deferred(self.role, program.mesh, program.plan, frozenset(self._slots))
+        if found is not None:
+            self._graphs |= {"partial": found.rest, "reduced": found.graph}
         self._leaves = [self._leaf(target) for target in self.role.grads]
         self._gives = [self._giver(target) for target in self.role.grads]
-        self._shared: list[int] | None = None  # gradients that share memory, known after the first backward
+        self._shared: dict[str, list[int]] = {}  # results that share memory, known after the first backward
         self._results = [
             Result(entry.target, value(node), connection) if entry.kind is OutputKind.USER else None
             for entry, node in zip(program.outputs, program.returned)
@@ -118,14 +125,36 @@ class Executable:
             assert result is not None
             saved.append(result.take(tangent))
         with below_autograd():
-            found = self.function("backward")(self.comm, saved)
-        if self._shared is None:
-            assert self.role.backward is not None
-            self._shared = sharing(self.role.backward, found)
-        grads = list(found)
-        for position in self._shared:
-            grads[position] = grads[position].clone()
-        return [give(grad, wanted) for give, grad, wanted in zip(self._gives, grads, accumulate)]
+            found = self._accumulation.backward(self, saved)
+        if found is None:
+            return [None] * len(self._gives)
+        return [give(grad, wanted) for give, grad, wanted in zip(self._gives, found, accumulate)]
+
+    @property
+    def defers(self) -> bool:
+        return "partial" in self._graphs
+
+    def whole(self, saved: list[Any]) -> list[Tensor]:
+        return self._own("backward", saved)
+
+    def partial(self, saved: list[Any]) -> list[Tensor]:
+        return self._own("partial", saved)
+
+    def reduced(self, partial: list[Tensor]) -> list[Tensor]:
+        return self._own("reduced", partial)
+
+    def give(self, grads: Sequence[Tensor]) -> None:
+        for give, grad in zip(self._gives, grads):
+            give(grad, True)
+
+    def _own(self, name: str, given: list[Any]) -> list[Tensor]:
+        """What the function ``name`` returns, each tensor in memory of its own."""
+        found = list(self.function(name)(self.comm, given))
+        if name not in self._shared:
+            self._shared[name] = sharing(self._graph(name), found)
+        for position in self._shared[name]:
+            found[position] = found[position].clone()
+        return found
 
     def _call(self, name: str, step: Step) -> tuple[Any, ...]:
         """Run ``name``, keep its outputs in ``step``, write buffer updates back; gives what follows the outputs."""
@@ -146,9 +175,12 @@ class Executable:
     def function(self, name: str) -> RankFunction:
         """``forward``, ``backward`` or ``inference``, compiled at first use."""
         if name not in self._functions:
-            source = emit({name: self._graphs.get(name) or getattr(self.role, name)}, self.program)
-            self._functions[name] = compile_source(source, name)
+            self._functions[name] = compile_source(emit({name: self._graph(name)}, self.program), name)
         return self._functions[name]
+
+    def _graph(self, name: str) -> fx.Graph:
+        graph: fx.Graph = self._graphs[name] if name in self._graphs else getattr(self.role, name)
+        return graph
 
     def _gather_once(self, name: str) -> None:
         """Let ``name`` take the whole parameters, which stay, rather than gather them."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from autopar.accumulate import Accumulation
 from autopar.calls import Call, Signature, global_call, shapes
 from autopar.connect import Connection, not_launched
 from autopar.errors import InvariantError
@@ -73,6 +75,7 @@ class ParallelModule(nn.Module):
         self._executables: dict[Hashable, Executable] = {}
         self._packs_padding = packs_padding(model)
         self._steps = 0
+        self._accumulation = Accumulation()
         self._weights = Weights(self, connection) if connection else None
         self._slots = [(table, key) for module, table, key, _ in tables(self) if table is module._parameters]
 
@@ -93,6 +96,12 @@ class ParallelModule(nn.Module):
         loss = loss_of(self(*args, **kwargs))
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Inside, gradients are added up without communication over the data axes; the next backward pass outside
+        reduces the sum and puts it into ``.grad``. With ``Plan(zero=2)`` and ``3`` they are reduced each time, and
+        added up in their sharded form, since whole ones have no room."""
+        return self._accumulation.no_sync()
 
     def simulate(self, *args: Any, **kwargs: Any) -> Step:
         """One step of all ranks in this process: output, loss, whole gradients, traffic. Takes whole batches."""
@@ -189,7 +198,7 @@ class ParallelModule(nn.Module):
             program = self._program(key, global_call(call, self.mesh, self.plan))
             _check_parts(program, call)
             self._connection.agree(program)
-            found = self._executables[key] = Executable(program, self, self._connection)
+            found = self._executables[key] = Executable(program, self, self._connection, self._accumulation)
         return found
 
     def _program(self, key: Hashable, call: Call) -> Program:

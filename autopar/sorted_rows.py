@@ -168,7 +168,8 @@ def _index(region: SortedRows, node: fx.Node) -> bool:
 
 def _index_select(region: SortedRows, node: fx.Node) -> bool:
     dim, place = node.args[1:3]
-    return isinstance(place, fx.Node) and dim == 0 and _picked(region, node, operand(node), place)
+    first = isinstance(dim, int) and dim == 0
+    return first and isinstance(place, fx.Node) and _picked(region, node, operand(node), place)
 
 
 def _picked(region: SortedRows, node: fx.Node, rows: fx.Node, place: fx.Node) -> bool:

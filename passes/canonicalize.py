@@ -211,25 +211,46 @@ def pieces(node: fx.Node) -> fx.Node | None:
 
 
 def index(node: fx.Node) -> fx.Node | None:
-    """``x[arange(n), picks]`` (n, ...): each row picks its own, which ``gather`` says too, and a batch can be split."""
+    """``x[arange(n), picks]``, which pairs rows with rows, in a form in which a batch can be split."""
     source, indices = operand(node), node.args[1]
     assert isinstance(indices, (list, tuple))
     rows, picks = indices if len(indices) == 2 else (None, None)
-    if not isinstance(rows, fx.Node) or not isinstance(picks, fx.Node):
+    if not isinstance(rows, fx.Node) or not isinstance(picks, fx.Node) or value(picks).dtype is torch.bool:
         return None
+    shape, chosen, counted = value(source).shape, value(picks).shape, value(rows).shape
+    if not _counts_rows(rows, shape[0]):
+        return None
+    if len(counted) == len(chosen) <= 2 and value(node).shape == chosen + shape[2:]:
+        return _gathered(node, source, picks)
+    if math.prod(chosen) == math.prod(value(node).shape[1 : len(counted)]) and chosen[:1] in ((), (1,)):
+        return _selected(node, source, picks)
+    return None
+
+
+def _gathered(node: fx.Node, source: fx.Node, picks: fx.Node) -> fx.Node:
+    """Each row of ``source`` picks its own: ``gather``."""
     shape, chosen = value(source).shape, value(picks).shape
-    if not _counts_rows(rows, shape[0]) or chosen[:1] != shape[:1] or value(node).shape != chosen + shape[2:]:
-        return None
-    if len(value(rows).shape) != len(chosen) or len(chosen) > 2 or value(picks).dtype == torch.bool:
-        return None
     width, rest = math.prod(chosen[1:]), shape[2:]
-    counted = replace(value(picks), layout=Layout.whole(chosen))
-    positive = insert_before(node, aten.remainder.Scalar, (picks, shape[1]), {}, counted)  # -1 is the last
-    narrow = _shaped(node, aten.reshape.default, positive, [shape[0], width, *[1] * len(rest)])
+    narrow = _shaped(node, aten.reshape.default, _counted(node, picks, shape[1]), [shape[0], width, *[1] * len(rest)])
     wide = _shaped(node, aten.expand.default, narrow, [shape[0], width, *rest])
     kind = replace(value(node), layout=Layout.whole((shape[0], width, *rest)))
     found = insert_before(node, aten.gather.default, (source, 1, wide), {}, kind)
     return insert_before(node, aten.reshape.default, (found, list(value(node).shape)))
+
+
+def _selected(node: fx.Node, source: fx.Node, picks: fx.Node) -> fx.Node:
+    """All rows of ``source`` pick the same: ``index_select``. Hugging Face looks up attention masks in this way."""
+    shape, width = value(source).shape, math.prod(value(picks).shape)
+    flat = _shaped(node, aten.reshape.default, _counted(node, picks, shape[1]), [width])
+    kind = replace(value(node), layout=Layout.whole((shape[0], width, *shape[2:])))
+    found = insert_before(node, aten.index_select.default, (source, 1, flat), {}, kind)
+    return insert_before(node, aten.reshape.default, (found, list(value(node).shape)))
+
+
+def _counted(node: fx.Node, picks: fx.Node, length: int) -> fx.Node:
+    """``picks`` from the front: -1 is the last."""
+    kind = replace(value(picks), layout=Layout.whole(value(picks).shape))
+    return insert_before(node, aten.remainder.Scalar, (picks, length), {}, kind)
 
 
 def _shaped(node: fx.Node, target: Any, source: fx.Node, shape: list[int]) -> fx.Node:
@@ -237,11 +258,11 @@ def _shaped(node: fx.Node, target: Any, source: fx.Node, shape: list[int]) -> fx
 
 
 def _counts_rows(node: fx.Node, rows: int) -> bool:
-    """Whether ``node`` is arange(rows), as (rows) or (rows, 1)."""
+    """Whether ``node`` is arange(rows), as (rows) or (rows, 1, ...)."""
     shape = value(node).shape
     while node.target in (aten.reshape.default, aten.unsqueeze.default, aten.view.default):
         node = operand(node)
-    if shape not in ((rows,), (rows, 1)):
+    if shape[:1] != (rows,) or math.prod(shape) != rows:
         return False
     return (node.target, node.args) in ((aten.arange.default, (rows,)), (aten.arange.start, (0, rows)))
 

@@ -139,6 +139,18 @@ def test_rows_that_each_pick_their_own_are_gathered(picks: torch.Tensor) -> None
     assert torch.equal(found, model(x, picks))
 
 
+def test_rows_that_all_pick_the_same_are_selected() -> None:
+    def masked(x: torch.Tensor) -> torch.Tensor:  # as Hugging Face looks up attention masks
+        rows, places = torch.arange(4)[:, None, None, None], torch.arange(5)[None, None, None, :]
+        return x[rows, places]
+
+    x = torch.randn(4, 6) > 0
+    program = canonical(traced(Function(masked), x))
+    assert counts(program)["aten.index_select"] == 1 and not counts(program)["aten.index.Tensor"]
+    (found,) = run_graph(program.graph, bind(program, nn.Identity(), (x,), {}))
+    assert torch.equal(found, masked(x))
+
+
 def test_an_index_that_pairs_other_rows_stays() -> None:
     x, picks = torch.randn(5, 5, 3), torch.tensor([1, 0, 2, 4])
     program = canonical(traced(Function(lambda x, picks: x[torch.arange(4), picks]), x, picks))
