@@ -39,5 +39,9 @@ class ProgramFileError(AutoparError):
     """A program on disk is damaged, incomplete or of another format version."""
 
 
+class CheckpointError(AutoparError):
+    """A checkpoint, or weights on disk, are damaged, incomplete or those of another model."""
+
+
 class RankFailedError(AutoparError):
     """A peer rank ended or stopped answering while this rank waited for it."""

@@ -78,10 +78,11 @@ def _dim_form(factors: tuple[Factor, ...], mesh: Mesh) -> tuple[tuple[tuple[str,
     runs = int((owned[0].diff() != 1).sum()) + 1
     counts = {1, runs, *ways, *(runs * way for way in ways)}
     for blocks in itertools.product(sorted(counts), repeat=len(owning)):
-        if all(torch.equal(own, _part(layout.shape[0], place, ways, blocks)) for own, place in zip(owned, places)):
+        given = [owned_positions(layout.shape[0], place, ways, blocks) for place in places]
+        if all(map(torch.equal, owned, given)):
             return tuple(zip(owning, blocks)), None
     one = [1] * len(owning)
-    if [len(own) for own in owned] != [len(_part(layout.shape[0], place, ways, one)) for place in places]:
+    if [len(own) for own in owned] != [len(owned_positions(layout.shape[0], place, ways, one)) for place in places]:
         raise IndivisibleError(
             f"{layout.shape[0]} elements give the ranks uneven parts; in a DTensor only the last ranks have fewer\n"
             f"Way out: a mesh whose {' x '.join(owning)} divides {layout.shape[0]}."
@@ -89,7 +90,7 @@ def _dim_form(factors: tuple[Factor, ...], mesh: Mesh) -> tuple[tuple[tuple[str,
     return tuple((axis, 1) for axis in owning), torch.cat(owned)
 
 
-def _part(size: int, place: Sequence[int], ways: Sequence[int], blocks: Sequence[int]) -> Tensor:
+def owned_positions(size: int, place: Sequence[int], ways: Sequence[int], blocks: Sequence[int]) -> Tensor:
     """The indices that DTensor gives to ``place``: one axis after the other cuts what the ones before it left."""
     own = torch.arange(size)
     for position, way, count in zip(place, ways, blocks):
@@ -148,10 +149,14 @@ class Weights:
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         """The whole, in the model's order, of a tensor that is held as parameter ``name`` is (its gradient, a moment of
         the optimizer); collective."""
-        module, _, key = name.rpartition(".")
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        form = self._forms.get(self.root.get_submodule(module), {}).get(key)
+        form = self.form(name)
         return form.to_model(full) if form else full
+
+    def form(self, name: str) -> Stored | None:
+        """How the tensor called ``name`` is held; None for a buffer that is an ordinary tensor."""
+        module, _, key = name.rpartition(".")
+        return self._forms.get(self.root.get_submodule(module), {}).get(key)
 
     def _place(self, layouts: Mapping[str, Layout]) -> None:
         placed: dict[int, Tensor] = {}
@@ -159,7 +164,8 @@ class Weights:
             tensor = table[key]
             layout = layouts.get(name, Layout.whole(tensor.shape))
             if not isinstance(tensor, nn.Parameter) and not layout.axes:
-                table[key] = tensor.to(self.connection.comm.device)  # a whole buffer stays an ordinary tensor
+                if not tensor.is_meta:
+                    table[key] = tensor.to(self.connection.comm.device)  # a whole buffer stays an ordinary tensor
                 continue
             form = stored(layout, self.connection.mesh, name)
             self._forms_of(module)[key] = form
