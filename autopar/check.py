@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from autopar.mesh import Mesh
 from autopar.numerics import gradient_error, promote_float32
 from autopar.plan import Plan
+from autopar.precision import Precision
 from autopar.program import Program
 from autopar.simulate import Step, simulate
 from autopar.trace import trace
@@ -67,11 +68,14 @@ class Reference:
         self.state |= dict(self.model.named_buffers(remove_duplicate=False)) | buffers  # as they were before that step
 
     def check(self, mesh: Mesh, plan: Plan | None = None) -> Report:
-        """Compare one step of the program for ``mesh``, simulated on all ranks. Raises what compiling raises."""
+        """Compare one step of the program for ``mesh``, simulated on all ranks; ``plan.precision`` does not count.
+
+        Raises what compiling raises.
+        """
         from autopar.driver import finish_program, place
 
         with promote_float32():
-            program = finish_program(place(self.traced, mesh, plan or Plan()))
+            program = finish_program(place(self.traced, mesh, replace(plan or Plan(), precision=Precision())))
             step = simulate(program, self.state, (), self.batch)
         assert step.loss is not None
         given = dict(_leaves(step.output))

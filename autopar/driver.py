@@ -86,7 +86,12 @@ def split_program(
 
 
 def place(traced: Program, mesh: Mesh, plan: Plan) -> Program:
-    """A traced program, whole on every axis, split over ``mesh``; one trace serves many meshes and plans."""
+    """A traced program, whole on every axis, split over ``mesh``; one trace serves many meshes and plans.
+
+    Raises ValueError for a plan that computes in another precision than the trace.
+    """
+    if plan.precision.param != traced.plan.precision.param:
+        raise ValueError(f"traced with {traced.plan.precision}, to be placed with {plan.precision}: trace again")
     return run_passes(replace(traced, mesh=mesh, plan=plan), forward_passes())
 
 

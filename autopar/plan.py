@@ -7,11 +7,19 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
+from autopar.precision import Precision
+
 SEQUENCE_FORMS = ("none", "megatron")
 ZERO_STAGES = (0, 1, 2, 3)
 INPUT_FORMS = ("global", "local")
 FALLBACKS = ("error", "replicate")
 TENSOR_FORMS = ("column", "row", "replicate", "vocabulary")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Precision):
+        return value.to_json()
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _frozen(mapping: Mapping[str, object]) -> Mapping[str, object]:
@@ -29,6 +37,7 @@ class Plan:
             too, 3 the parameters too, which are then gathered before use; 0 nothing.
         reshard_after_forward: with ``zero=3``, let gathered parameters go after their use in the forward pass and
             gather them again in the backward pass; False keeps them.
+        precision: dtypes of computing, of reducing gradients, and of outputs, beside that of the parameters.
         tensor: parameter-name pattern (``fnmatch``) -> ``"column" | "row" | "replicate" | "vocabulary"``;
             the first pattern that matches wins.
         inputs: ``"global"``: every rank is handed the whole batch; ``"local"``: each passes its own part.
@@ -49,6 +58,7 @@ class Plan:
     sequence: str = "none"
     zero: int = 0
     reshard_after_forward: bool = True
+    precision: Precision = field(default_factory=Precision)
     tensor: Mapping[str, str] = field(default_factory=dict)
     inputs: str = "global"
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)
@@ -69,6 +79,8 @@ class Plan:
         _one_of("on_indivisible", self.on_indivisible, FALLBACKS)
         for pattern, form in self.tensor.items():
             _one_of(f"tensor[{pattern!r}]", form, TENSOR_FORMS)
+        if not isinstance(self.precision, Precision):
+            raise ValueError(f"Plan(precision={self.precision!r}): write Precision(param={self.precision!r})")
         if not self.timeout > 0:
             raise ValueError(f"Plan(timeout={self.timeout!r}): a number of seconds above 0")
         object.__setattr__(self, "tensor", _frozen(self.tensor))
@@ -77,7 +89,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Every choice by name, in values that JSON knows."""
         choices = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in choices.items()}
+        return {name: _plain(value) for name, value in choices.items()}
 
     @classmethod
     def from_json(cls, choices: Mapping[str, Any]) -> Plan:
@@ -87,6 +99,8 @@ class Plan:
             if name not in names:
                 raise ValueError(f"Plan has no choice '{name}'; there are {', '.join(names)}")
         given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in choices.items()}
+        if isinstance(given.get("precision"), Mapping):
+            given["precision"] = Precision.from_json(given["precision"])
         return cls(**given)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -114,6 +114,7 @@ class Program:
     roles: tuple[Role, ...] = ()
     decisions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # axis -> node name -> why (explain)
     settled: Mapping[str, Layout] = field(default_factory=dict)  # parameter layouts that the passes have to keep
+    given: Mapping[str, torch.dtype] = field(default_factory=dict)  # node name -> dtype of a tensor yet to be cast
     passes: tuple[str, ...] = ()  # names of the passes that made this program
 
     def clone(self) -> Program:

@@ -31,7 +31,7 @@ from autopar.errors import TraceError
 from autopar.grouped_products import GroupedProducts
 from autopar.layout import Layout
 from autopar.mesh import Mesh
-from autopar.numerics import check_numerics
+from autopar.numerics import check_numerics, user_tensors
 from autopar.plan import Plan
 from autopar.program import (
     Input,
@@ -46,8 +46,10 @@ from autopar.program import (
     set_values,
     traced_origin,
     traced_value,
+    value,
     values,
 )
+from autopar.recast import recast, recast_call
 from autopar.rewrite import operand
 from autopar.torch_layers import without_fast_paths
 
@@ -89,22 +91,36 @@ def trace(
     """The program of ``model(*args, **kwargs)``, whole on every axis of ``mesh``.
 
     The model may be on the meta device or built under ``FakeTensorMode``: nothing is allocated then. Sizes, and
-    arguments that are no tensors, are fixed to those of this call. Compares numbers with the eager model once
-    (``plan.check_numerics``; skipped without real weights).
+    arguments that are no tensors, are fixed to those of this call. The graph computes in ``plan.precision.param``, from
+    parameters and inputs of that dtype. Compares numbers with the eager model once (``plan.check_numerics``; skipped
+    without real weights).
 
     Raises TraceError when the model is no single graph, NumericsError when the graph computes something else.
     """
     mesh, plan = mesh or Mesh(), plan or Plan()
-    args, kwargs = tuple(args), dict(kwargs or {})
-    fakes = needs_fakes(model, pytree.tree_leaves((args, kwargs)))
-    with explained(model), _no_collection(), faked(model) if fakes else nullcontext() as mode:
-        exported, notes = _export(model, args, kwargs, mode)
-    program = _program(exported, model, mesh, plan)
-    if plan.check_numerics and not fakes:
-        notes += check_numerics(program, model, args, kwargs)
+    dtype, given = plan.precision.dtype("param"), (tuple(args), dict(kwargs or {}))
+    with recast(model, dtype) as dtypes:
+        call: tuple[tuple[Any, ...], dict[str, Any]] = recast_call(given, dtype)
+        fakes = needs_fakes(model, pytree.tree_leaves(call))
+        with explained(model), _no_collection(), faked(model) if fakes else nullcontext() as mode:
+            exported, notes = _export(model, *call, mode)
+        program = _program(exported, model, mesh, plan)
+        if plan.check_numerics and not fakes:
+            notes += check_numerics(program, model, *call)
     for note in dict.fromkeys(notes):
         warnings.warn(note, stacklevel=2)
-    return program
+    return replace(program, given=_given(program, dtypes, given))
+
+
+def _given(program: Program, parameters: Mapping[str, torch.dtype], call: Any) -> dict[str, torch.dtype]:
+    """Node name -> dtype of the tensor that is handed over, where the graph takes it in another."""
+    tensors = iter(user_tensors(program, *call))
+    dtypes = {}
+    for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.INPUT):
+        own = parameters.get(entry.target) if entry.kind is InputKind.PARAMETER else next(tensors).dtype
+        if own is not None and own != value(node).dtype:
+            dtypes[node.name] = own
+    return dtypes
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from autopar.passes.bucket_collectives import bucket_collectives
 from autopar.passes.canonicalize import canonicalize
+from autopar.passes.cast_parameters import cast_parameters
+from autopar.passes.cast_reductions import cast_reductions
 from autopar.passes.draw_dropout import draw_dropout
 from autopar.passes.expand_composites import expand_composites
 from autopar.passes.fold_constants import fold_constants
@@ -37,9 +39,11 @@ PASSES = (
     split_batch,  # outermost data axis first: every later axis sees the local batch
     split_tensors,
     shard_parameters,  # last of the axes: what the others have made of a parameter is what is gathered
+    cast_parameters,  # in front of all that happens to a parameter, so that its cast is gathered, and half the bytes
 )
 
 OPTIMISATIONS = (  # on forward and backward graphs, after differentiation; numbers stay the same, up to rounding
     fuse_arithmetic,  # less memory is walked through; first, while sums are still next to their terms
+    cast_reductions,  # before buckets, which are of one dtype
     bucket_collectives,
 )

@@ -15,7 +15,7 @@ Sharded parameters are gathered before the first use of a bucket. Where whole gr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +32,12 @@ from autopar.program import InputKind, Program, Value, output_node, value
 from autopar.rewrite import insert_before
 
 aten = torch.ops.aten
+TO = aten._to_copy.default
 REDUCE, SCATTER = OPS.all_reduce.default, OPS.reduce_scatter.default
 FIRST = Split(0)
 ALONE = 0.25e6  # bytes: above, copies into a bucket and out of it cost more than a collective of its own
 
-Chain = tuple[fx.Node, ...]  # reductions of one gradient over one axis after another; the last one is returned
+Chain = tuple[fx.Node, ...]  # reductions of one gradient over one axis after another, a cast; the last is returned
 
 
 @graph_pass()
@@ -69,18 +70,19 @@ class _Buckets:
     def reduce(self) -> None:
         by_block = self.program.plan.zero > 1
         chains = list(self._chains())
-        kinds = [tuple((link.target, link.args[1]) for link in chain) for chain in chains]
+        kinds = [tuple((link.target, *link.args[1:2], value(link).dtype) for link in chain) for chain in chains]
         blocks = [block_of(chain[0]) if by_block else "" for chain in chains]
-        keys = [(kind, value(chain[-1]).dtype, block) for kind, chain, block in zip(kinds, chains, blocks)]
-        for bucket in self._filled(chains, keys):
+        for bucket in self._filled(chains, list(zip(kinds, blocks))):
             _reduce_together(self.program.mesh, bucket)
 
     def _chains(self) -> Iterator[Chain]:
         """Sums of gradients over ranks whose results are only returned."""
         last = output_node(self.graph)
         for node in self.graph.nodes:
-            if _is_sum(node) and set(node.users) == {last}:
-                chain = _chain(node)
+            users = set(node.users) if _is_sum(node) else set()
+            casts = {user for user in users if user.target is TO and set(user.users) == {last}}
+            if users == {last} or (len(casts) == 1 and users == casts):
+                chain = (*_chain(node), *casts)
                 if chain[0].target is REDUCE or not self._fills(chain[0]):
                     yield chain
 
@@ -90,7 +92,7 @@ class _Buckets:
         full: list[list[Chain]] = []
         for chain, key in zip(chains, keys):
             bucket = filling.setdefault(key, [])
-            if bucket and sum(self._bytes(links[-1]) for links in (*bucket, chain)) > self.limit:
+            if bucket and sum(self._bytes(links[0]) for links in (*bucket, chain)) > self.limit:
                 full.append(bucket)
                 bucket = filling[key] = []
             bucket.append(chain)
@@ -127,14 +129,16 @@ def _chain(node: fx.Node) -> Chain:
 class _Writer:
     """Writes operators on local tensors in front of a node."""
 
-    def __init__(self, before: fx.Node, mesh: Mesh) -> None:
-        self.before, self.mesh, self.dtype = before, mesh, value(before).dtype
+    def __init__(self, before: fx.Node, mesh: Mesh, dtype: torch.dtype | None = None) -> None:
+        self.before, self.mesh, self.dtype = before, mesh, dtype or value(before).dtype
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         return value(node).layout.local_shape(self.mesh)
 
-    def __call__(self, target: Any, args: tuple[Any, ...], shape: Sequence[int]) -> fx.Node:
-        return insert_before(self.before, target, args, None, Value(self.dtype, Layout.whole(shape)))
+    def __call__(
+        self, target: Any, args: tuple[Any, ...], shape: Sequence[int], kwargs: Mapping[str, Any] | None = None
+    ) -> fx.Node:
+        return insert_before(self.before, target, args, kwargs, Value(self.dtype, Layout.whole(shape)))
 
     def reshape(self, node: fx.Node, shape: Sequence[int]) -> fx.Node:
         return self(aten.reshape.default, (node, list(shape)), shape)
@@ -203,7 +207,7 @@ def _hoist(node: fx.Node, before: fx.Node) -> None:
 
 def _reduce_together(mesh: Mesh, bucket: list[Chain]) -> None:
     last, links = bucket[-1][-1], bucket[-1]  # where all arguments are there
-    write = _Writer(last, mesh)
+    write = _Writer(last, mesh, value(links[0]).dtype)
     results = [chain[-1] for chain in bucket]
     lengths = [math.prod(write.shape(node)) for node in results]
     scatters, total = links[0].target is SCATTER, sum(lengths)
@@ -218,7 +222,8 @@ def _reduce_together(mesh: Mesh, bucket: list[Chain]) -> None:
         rows = [write.reshape(node, (length,)) for node, length in zip(given, lengths)]
         flat = write(aten.cat.default, (rows,), (total,))
     for link in links[scatters:]:
-        flat = write(REDUCE, (flat, *link.args[1:]), (total,))
+        write.dtype = value(link).dtype
+        flat = write(link.target, (flat, *link.args[1:]), (total,), link.kwargs)
     start = 0
     for node, length in zip(results, lengths):
         piece = write.narrow(flat, 0, start, start + length)

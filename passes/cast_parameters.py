@@ -1,0 +1,56 @@
+"""Give parameters and floating inputs the dtype in which they are handed over, and cast them to that of computing.
+
+    w = param w              : bf16[8,4]            w  = param w                         : f32[8,4]
+    x = input                : bf16[2,4]    -->     to = aten._to_copy(w, dtype=bf16)    : bf16[8,4]
+    y = aten.linear(x, w)    : bf16[2,8]            x  = input                           : f32[2,4]
+                                                    t2 = aten._to_copy(x, dtype=bf16)    : bf16[2,4]
+                                                    y  = aten.linear(t2, to)             : bf16[2,8]
+
+Tracing has seen the model in the dtype of computing, so that all that follows from it is right (``Program.given`` has
+the other). A parameter is cast where its part comes in: what is gathered is of the dtype of computing, and what arrives
+as its gradient is of its own. Floating outputs are cast last (``Precision.output``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from autopar.pipeline import graph_pass
+from autopar.program import InputKind, OutputKind, Program, output_node, set_values, value
+from autopar.rewrite import insert_before
+
+TO = torch.ops.aten._to_copy.default
+
+
+@graph_pass()
+def cast_parameters(program: Program) -> Program:
+    order = {node: position for position, node in enumerate(program.graph.nodes)}
+    for node, _ in program.placeholders(InputKind.PARAMETER, InputKind.INPUT):
+        if node.name in program.given:
+            _cast_input(node, program.given[node.name], order)
+    dtype = program.plan.precision.dtype("output")
+    if dtype is not None:
+        _cast_outputs(program, dtype)
+    return replace(program, given={})
+
+
+def _cast_input(node: fx.Node, given: torch.dtype, order: dict[fx.Node, int]) -> None:
+    computing = value(node)
+    if node.users:
+        first = min(node.users, key=order.__getitem__)
+        cast = insert_before(first, TO, (node,), {"dtype": computing.dtype}, computing)
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    set_values(node, replace(computing, dtype=given))
+
+
+def _cast_outputs(program: Program, dtype: torch.dtype) -> None:
+    last = output_node(program.graph)
+    results = list(program.returned)
+    for position, (entry, node) in enumerate(zip(program.outputs, results)):
+        kind = value(node)
+        if entry.kind is OutputKind.USER and kind.dtype.is_floating_point and kind.dtype != dtype:
+            results[position] = insert_before(last, TO, (node,), {"dtype": dtype}, replace(kind, dtype=dtype))
+    last.args = (tuple(results),)

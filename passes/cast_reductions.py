@@ -1,0 +1,79 @@
+"""Sum the gradients of parameters over ranks in the dtype that the plan asks for (``Precision.reduce``).
+
+    w = aten.mm(t, x)                    : bf16[8,4]        w  = aten.mm(t, x)                      : bf16[8,4]
+    r = comm.reduce_scatter(w, dp)       : bf16[4,4]  -->   to = aten._to_copy(w, dtype=f32)        : f32[8,4]
+    g = aten._to_copy(r, dtype=f32)      : f32[4,4]         r  = comm.reduce_scatter(to, dp)        : f32[4,4]
+    return g                                                return r
+
+Differentiation casts a gradient to the dtype of its parameter after it has been reduced. Here that is done before; a
+cast is left where the parameter is of a third dtype. Sums of activations stay in the dtype of computing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from autopar.comm import OPS
+from autopar.pipeline import graph_pass
+from autopar.program import InputKind, Program, Role, output_node, set_values, value
+from autopar.recorder import is_view
+from autopar.rewrite import insert_before, operand, substitute
+
+aten = torch.ops.aten
+TO = aten._to_copy.default
+SUMS = (OPS.all_reduce.default, OPS.reduce_scatter.default)
+PASSING_ON = (  # what may stand between a sum over ranks and a gradient, and gives the dtype that it takes
+    *SUMS, OPS.split.default, OPS.split_replicated.default, aten.add.Tensor, aten.clone.default,
+)  # fmt: skip
+
+
+@graph_pass()
+def cast_reductions(program: Program) -> Program:
+    dtype = program.plan.precision.dtype("reduce")
+    parameters = {entry.target for _, entry in program.placeholders(InputKind.PARAMETER)}
+    for role in program.roles:
+        if role.backward is not None and dtype is not None:
+            _cast(role.backward, _reduced(role, role.backward, parameters), dtype)
+    return program
+
+
+def _reduced(role: Role, graph: fx.Graph, parameters: Set[str]) -> dict[fx.Node, torch.dtype]:
+    """The sums over ranks of what only gradients of parameters are made of, and everything after them; their dtypes."""
+    last = output_node(graph)
+    returned: tuple[fx.Node, ...] = last.args[0]  # type: ignore[assignment]
+    others = {node for node, target in zip(returned, role.grads) if target not in parameters}
+    ends = {last}
+    for node in reversed(graph.nodes):
+        passes_on = node.target in (*PASSING_ON, TO) or (node.op == "call_function" and is_view(node.target))
+        if passes_on and node not in others and node.users and all(user in ends for user in node.users):
+            ends.add(node)
+    found: dict[fx.Node, torch.dtype] = {}
+    for node in graph.nodes:
+        if node in ends and (node.target in SUMS or any(source in found for source in node.all_input_nodes)):
+            found[node] = value(node).dtype if node is not last else torch.float32
+    found.pop(last, None)
+    return found
+
+
+def _cast(graph: fx.Graph, reduced: dict[fx.Node, torch.dtype], dtype: torch.dtype) -> None:
+    last, casts = output_node(graph), dict[fx.Node, fx.Node]()
+    for node in reduced:
+        for source in node.all_input_nodes:
+            if source not in reduced and value(source).dtype != dtype:
+                kind = replace(value(source), dtype=dtype)
+                if source not in casts:
+                    casts[source] = insert_before(node, TO, (source,), {"dtype": dtype}, kind)
+                node.replace_input_with(source, casts[source])
+        set_values(node, replace(value(node), dtype=dtype))
+    for node, before in reduced.items():
+        if last in node.users and before != dtype:
+            kind = replace(value(node), dtype=before)
+            own = insert_before(last, TO, (node,), {"dtype": before}, kind)
+            node.replace_all_uses_with(own, delete_user_cb=lambda user: user is last)
+    for node in reduced:
+        if node.target is TO:
+            substitute(node, operand(node))
