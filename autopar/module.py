@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.accumulate import Accumulation
 from autopar.calls import Call, Signature, global_call, shapes
+from autopar.clipping import clip_gradients
 from autopar.connect import Connection, not_launched
 from autopar.errors import InvariantError
 from autopar.execute import Executable
@@ -102,6 +103,17 @@ class ParallelModule(nn.Module):
         reduces the sum and puts it into ``.grad``. With ``Plan(zero=2)`` and ``3`` they are reduced each time, and
         added up in their sharded form, since whole ones have no room."""
         return self._accumulation.no_sync()
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """As ``torch.nn.utils.clip_grad_norm_`` of all parameters, with one small all-reduce for each axis; collective.
+
+        Returns the norm that all gradients had before, as one vector; the same on every rank.
+        """
+        if self._connection is None:
+            raise not_launched(self.mesh)
+        self._connection.comm.phase = "clipping"
+        grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        return clip_gradients(grads, max_norm, norm_type, self._connection.comm, error_if_nonfinite)
 
     def simulate(self, *args: Any, **kwargs: Any) -> Step:
         """One step of all ranks in this process: output, loss, whole gradients, traffic. Takes whole batches."""

@@ -22,6 +22,7 @@ from autopar.commands.byte_text import ByteText
 from autopar.driver import parallelize
 from autopar.lockstep import Transfer
 from autopar.mesh import Mesh
+from autopar.module import ParallelModule
 from autopar.plan import Plan
 
 CLIP = 1.0
@@ -115,7 +116,10 @@ class _Stepper:
         start = time.perf_counter()
         loss = _loss(self.model(**batch))
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        if isinstance(self.model, ParallelModule):
+            self.model.clip_grad_norm_(CLIP)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.curve.losses.append(float(loss.detach()))
