@@ -55,7 +55,8 @@ class Checkpoints:
     """The checkpoints of one run, in a directory that all ranks see. The latest ``keep`` of them stay.
 
     A checkpoint is a directory that gets its name once it is complete, so a run that is killed while it saves has the
-    one before. All ranks call each method, at the same time. Loading unpickles: load what you trust.
+    one before. All ranks call each method, at the same time. Loading checks names, shapes, dtypes and the sizes of the
+    files, not each byte of them; it unpickles: load what you trust.
     """
 
     def __init__(self, directory: str | Path, keep: int = 3) -> None:
