@@ -16,6 +16,9 @@ in lock-step) execute them. On one axis a value is I, R, S or P (see ``layout.py
     S -> P                pad                   split
     I -> P                keep_first            no-op
     S(i) -> S(j)          all_to_all            all-to-all S(j) -> S(i)
+
+``start_all_reduce``, ``start_all_gather`` and ``start_reduce_scatter`` do the same, but their result is there only when
+``wait`` has given it on; they have no dual, since ``overlap_collectives`` makes them of the others in the end.
 """
 
 from __future__ import annotations
@@ -79,6 +82,10 @@ for _name in ("all_gather", "all_gather_invariant", "pad"):
     _define(_name, f"Tensor x, {_WHERE}", _grown)
 for _name in ("reduce_scatter", "split", "split_replicated"):
     _define(_name, f"Tensor x, {_WHERE}", _cut)
+_define("start_all_reduce", "Tensor x, str axis, str op", _same)
+_define("start_all_gather", f"Tensor x, {_WHERE}", _grown)
+_define("start_reduce_scatter", f"Tensor x, {_WHERE}", _cut)
+_define("wait", "Tensor x, str axis", _same)
 # source and target are (dim, outer, *ratio) of the two splits
 _define("all_to_all", "Tensor x, str axis, int ways, int[] source, int[] target", _swapped)
 
@@ -113,9 +120,14 @@ NAMES = (
     "split_replicated",
     "all_to_all",
     "axis_index",
+    "start_all_reduce",
+    "start_all_gather",
+    "start_reduce_scatter",
+    "wait",
 )
 TARGETS = {getattr(OPS, name).default: name for name in NAMES}  # operator -> its name
-MOVING = ("all_reduce", "all_gather", "all_gather_invariant", "reduce_scatter", "all_to_all")  # these send data
+STARTED = {"start_all_reduce": "all_reduce", "start_all_gather": "all_gather", "start_reduce_scatter": "reduce_scatter"}
+MOVING = ("all_reduce", "all_gather", "all_gather_invariant", "reduce_scatter", "all_to_all", *STARTED)  # send data
 
 
 def where(split: Split, axis: str, ways: int, length: int) -> tuple[str, int, int, int, list[int], int]:

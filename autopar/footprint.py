@@ -55,6 +55,7 @@ def _transfers(graph: fx.Graph, mesh: Mesh, phase: str) -> tuple[Transfer, ...]:
         ways = mesh.size(axis)
         if ways == 1:
             continue
+        name = comm.STARTED.get(name, name)
         operations, moved = found.get((axis, name), (0, 0))
         size = _bytes(value(source), value(source).layout.local_shape(mesh))
         found[axis, name] = operations + 1, moved + moved_bytes(name, ways, size)

@@ -127,12 +127,17 @@ RULES: dict[str, Callable[[Sequence[Tensor], Sequence[Any]], list[Tensor]]] = {
     "split": _split,
     "split_replicated": _split,
     "all_to_all": _all_to_all,
+    "start_all_reduce": _all_reduce,
+    "start_all_gather": _all_gather,
+    "start_reduce_scatter": _reduce_scatter,
+    "wait": _same,
 }
 
 
 def moved_bytes(name: str, ways: int, sent: int) -> int:
     """Bytes that one rank sends in ``comm.<name>`` over ``ways`` ranks, by the usual accounting of ring algorithms;
     ``sent`` is the size of its argument. (Thakur et al. 2005)"""
+    name = comm.STARTED.get(name, name)
     if name == "all_reduce":
         return 2 * (ways - 1) * sent // ways
     if name in ("all_gather", "all_gather_invariant"):
@@ -258,9 +263,10 @@ class Lockstep:
         parts = known[source]
         ways = self.mesh.size(axis)
         if name in comm.MOVING and ways > 1:
-            operations, sent = self._sent.get((phase, axis, name), (0, 0))
+            kind = (phase, axis, comm.STARTED.get(name, name))
+            operations, sent = self._sent.get(kind, (0, 0))
             size = parts[0].numel() * parts[0].element_size()
-            self._sent[phase, axis, name] = operations + 1, sent + moved_bytes(name, ways, size)
+            self._sent[kind] = operations + 1, sent + moved_bytes(name, ways, size)
         results: Ranks = [None] * self.mesh.world_size
         for group in self.groups.get(axis) or tuple((rank,) for rank in range(self.mesh.world_size)):
             members = collective(name, [parts[rank] for rank in group], (axis, *rest))

@@ -27,8 +27,14 @@ from autopar.program import Node, output_node
 from autopar.recorder import is_view
 
 aten = torch.ops.aten
-ARRANGING = (aten.cat.default, aten._to_copy.default, aten.constant_pad_nd.default)  # beside views
-REDUCING = (comm.OPS.all_reduce.default, comm.OPS.reduce_scatter.default)
+CAST = aten._to_copy.default
+WAIT, START_GATHER = comm.OPS.wait.default, comm.OPS.start_all_gather.default
+GATHERING = (*LATE, START_GATHER)
+ARRANGING = (aten.cat.default, CAST, aten.constant_pad_nd.default, WAIT)  # beside views
+REDUCING = (
+    comm.OPS.all_reduce.default, comm.OPS.reduce_scatter.default, comm.OPS.start_all_reduce.default,
+    comm.OPS.start_reduce_scatter.default,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,10 @@ def without_gathers(graph: fx.Graph, parameters: Set[str]) -> Gathering | None:
     gathered: set[Node] = set()
     for node in graph.nodes:
         sources = node.all_input_nodes
-        arranges = node.target in (*LATE, *ARRANGING) or (node.op == "call_function" and is_view(node.target))
+        arranges = node.target in (*GATHERING, *ARRANGING) or (node.op == "call_function" and is_view(node.target))
         if arranges and sources and all(source in made for source in sources):
             made[node] = frozenset().union(*(made[source] for source in sources))
-            if node.target in LATE or any(source in gathered for source in sources):
+            if node.target in GATHERING or any(source in gathered for source in sources):
                 gathered.add(node)
     whole = [node for node in graph.nodes if node in gathered and _leaves(node, gathered)]
     if not whole:
@@ -68,7 +74,9 @@ def without_gathers(graph: fx.Graph, parameters: Set[str]) -> Gathering | None:
 
 
 def _owner(node: Node) -> tuple[str, str] | None:
-    if node.target not in LATE or comm.split_of(node.args[1:]) != Split(0):
+    if node.target is WAIT:
+        (node,) = node.all_input_nodes
+    if node.target not in GATHERING or comm.split_of(node.args[1:]) != Split(0):
         return None
     source, axis = node.args[:2]
     assert isinstance(source, fx.Node) and isinstance(axis, str)
@@ -97,7 +105,7 @@ def without_reductions(graph: fx.Graph, axes: Iterable[str]) -> Reducing:
         if node.op != "call_function" or not node.users or not all(user in ends for user in node.users):
             continue
         reduces = node.target in REDUCING and node.args[1] in axes
-        arranges = is_view(node.target) or node.target in (aten.cat.default, aten.constant_pad_nd.default)
+        arranges = is_view(node.target) or node.target in ARRANGING
         if reduces or arranges:
             ends.add(node)
     for node in graph.nodes:
@@ -113,11 +121,11 @@ def without_reductions(graph: fx.Graph, axes: Iterable[str]) -> Reducing:
 
 
 def _reduced_later(node: Node, ends: Set[Node], axes: Set[str]) -> bool:
-    """Whether ``node`` only arranges what a reduction then takes."""
-    queue = list(node.users)
+    """Whether ``node`` only arranges what a reduction then takes; a cast does more: sums are to be of its dtype."""
+    queue = list(node.users) if node.target is not CAST else []
     while queue:
         user = queue.pop()
-        if user.op == "call_function" and user in ends:
+        if user.op == "call_function" and user in ends and user.target is not CAST:
             if user.target in REDUCING and user.args[1] in axes:
                 return True
             queue += user.users

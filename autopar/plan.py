@@ -12,6 +12,7 @@ from autopar.precision import Precision
 SEQUENCE_FORMS = ("none", "megatron")
 ZERO_STAGES = (0, 1, 2, 3)
 INPUT_FORMS = ("global", "local")
+RECOMPUTE_FORMS = ("none", "selective", "full")
 FALLBACKS = ("error", "replicate")
 TENSOR_FORMS = ("column", "row", "replicate", "vocabulary")
 
@@ -38,6 +39,10 @@ class Plan:
         reshard_after_forward: with ``zero=3``, let gathered parameters go after their use in the forward pass and
             gather them again in the backward pass; False keeps them.
         precision: dtypes of computing, of reducing gradients, and of outputs, beside that of the parameters.
+        recompute: what backward makes again rather than keeps (pass ``recompute_activations``): ``"none"``;
+            ``"selective"``: norms, activations, softmax, not the products that they are made of; ``"full"``: in
+            repeated blocks everything, from the inputs of the block; a number from 0 to 1: at most this fraction of
+            the bytes that ``"none"`` keeps, with the fewest operations for that (0 is full).
         tensor: parameter-name pattern (``fnmatch``) -> ``"column" | "row" | "replicate" | "vocabulary"``;
             the first pattern that matches wins.
         inputs: ``"global"``: every rank is handed the whole batch; ``"local"``: each passes its own part.
@@ -49,6 +54,8 @@ class Plan:
             sizes do not divide: ``"error"``, or ``"replicate"``: every rank does it whole, and a warning says so.
         check_numerics: compare the traced graph with the eager model once, on the example inputs.
         bucket_mb: gradients are reduced together in buckets of this many megabytes; 0: each by itself.
+        overlap_mb: megabytes that collectives under way may hold: parameters are gathered ahead of their use, and
+            gradients reduced beside the computation that follows, as far as this allows; 0: none of it.
         seed: base of the dropout masks.
         timeout: seconds after which a collective that a peer never joined ends the run.
 
@@ -58,6 +65,7 @@ class Plan:
     sequence: str = "none"
     zero: int = 0
     reshard_after_forward: bool = True
+    recompute: str | float = "none"
     precision: Precision = field(default_factory=Precision)
     tensor: Mapping[str, str] = field(default_factory=dict)
     inputs: str = "global"
@@ -67,12 +75,14 @@ class Plan:
     on_indivisible: str = "error"
     check_numerics: bool = True
     bucket_mb: float = 25.0
+    overlap_mb: float = 64.0
     seed: int = 0
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
         _one_of("sequence", self.sequence, SEQUENCE_FORMS)
         _one_of("zero", self.zero, ZERO_STAGES)
+        _check_recompute(self.recompute)
         _one_of("inputs", self.inputs, INPUT_FORMS)
         _one_of("outputs", self.outputs, ("sharded", "full"))
         _one_of("on_unknown", self.on_unknown, FALLBACKS)
@@ -128,3 +138,10 @@ _TP_STYLES = {"colwise": "column", "rowwise": "row"}
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"Plan({name}={value!r}): it is one of {', '.join(map(repr, allowed))}")
+
+
+def _check_recompute(value: object) -> None:
+    fraction = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (0 <= value <= 1 if fraction else value in RECOMPUTE_FORMS):  # type: ignore[operator]
+        forms = ", ".join(map(repr, RECOMPUTE_FORMS))
+        raise ValueError(f"Plan(recompute={value!r}): it is one of {forms}, or a fraction of memory from 0 to 1")

@@ -140,7 +140,7 @@ class Program:
     def loss(self) -> int | None:
         """The position of the loss among the outputs: the scalar with a gradient, of several the one named ``loss``."""
         pairs = enumerate(zip(self.outputs, self.returned))
-        users = [(i, out, value(node)) for i, (out, node) in pairs if out.kind is OutputKind.USER]
+        users = [(i, out, kind) for i, (out, node) in pairs if out.kind is OutputKind.USER for kind in values(node)]
         scalars = [(i, out.target) for i, out, kind in users if kind.requires_grad and not kind.shape]
         found = [i for i, target in scalars if len(scalars) == 1 or target == "loss"]
         return found[0] if found else None

@@ -44,6 +44,7 @@ FLAT = (
 )  # fmt: skip
 DENSE = (*FLAT, operator.getitem, aten.t.default, aten.transpose.int, aten.permute.default)
 ORDERED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default, aten.embedding.default)
+STARTING = tuple(getattr(comm.OPS, name).default for name in comm.STARTED)
 KEEPING_ORDER = frozenset((*IN_PLACE, *FLAT, aten.cat.default, comm.OPS.all_reduce.default))
 
 
@@ -80,7 +81,10 @@ class _Memory:
         sources = node.all_input_nodes
         passes_on = node.target is operator.getitem or node.target in comm.TARGETS or is_view(node.target)
         self.base[node] = self.base[sources[0]] if passes_on and sources else node
-        if not sources or not passes_on and not _allocates(node.target):  # inputs, constants, what may be an argument
+        if node.target in STARTING:  # read until the wait
+            self.shared.update(self.base[source] for source in sources)
+            self.base[node] = node
+        elif not sources or not passes_on and not _allocates(node.target):  # inputs, constants, maybe an argument
             self.shared.update(self.base[source] for source in (node, *sources))
         if node.target in ORDERED or node.target in KEEPING_ORDER and self.is_ordered(node):
             self.ordered.add(node)

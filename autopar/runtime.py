@@ -101,6 +101,31 @@ class Communicator:
         received = self._send("all_to_all", axis, parts.flatten(0, 1), torch_collectives.all_to_all)
         return together(received.view(parts.shape), before, parts.shape[1 + before.dim] * ways)
 
+    def start_all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
+        """As :meth:`all_reduce`, but the result is there only after :meth:`wait`; until then ``x`` must not change."""
+        if axis not in self._groups:
+            return x
+        return self._send("all_reduce", axis, x.contiguous(), torch_collectives.start_all_reduce, op)
+
+    def start_all_gather(
+        self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
+    ) -> Tensor:
+        """As :meth:`all_gather` of dim 0 in equal parts; see :meth:`start_all_reduce`."""
+        if axis not in self._groups:
+            return x
+        return self._send("all_gather", axis, x.contiguous(), torch_collectives.start_all_gather)
+
+    def start_reduce_scatter(
+        self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
+    ) -> Tensor:
+        """As :meth:`reduce_scatter` of dim 0 in equal parts; see :meth:`start_all_reduce`."""
+        if axis not in self._groups:
+            return x
+        return self._send("reduce_scatter", axis, x.contiguous(), torch_collectives.start_reduce_scatter)
+
+    def wait(self, x: Tensor, axis: str) -> Tensor:
+        return self._guarded("a collective", axis, x, torch_collectives.wait) if axis in self._groups else x
+
     def _gather(self, name: str, x: Tensor, axis: str, split: Split, length: int) -> Tensor:
         if axis not in self._groups:
             return x

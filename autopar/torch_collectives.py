@@ -1,6 +1,6 @@
 """The one door to torch's functional collectives, whose names torch is about to change (``*_tensor`` to ``*_single``).
 
-Each returns a new tensor, works along dim 0 and has ended when it returns. They are ordinary operators, so
+Each returns a new tensor, works along dim 0 and, but for those called ``start_...``, has ended when it returns. They are ordinary operators, so
 ``torch.distributed.tensor.debug.CommDebugMode`` and c10d's hooks see them.
 """
 
@@ -31,21 +31,39 @@ _reduce_scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
 _all_to_all = _named("all_to_all_single")
 
 
-def all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Tensor:
-    result: Tensor = _wait(_all_reduce(x, op, group.group_name))
+def wait(x: Tensor) -> Tensor:
+    """``x``, which one of the functions ``start_...`` has returned, now that it is there."""
+    result: Tensor = _wait(x)
     return result
+
+
+def start_all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Tensor:
+    result: Tensor = _all_reduce(x, op, group.group_name)
+    return result
+
+
+def start_all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    result: Tensor = _all_gather(x, group.size(), group.group_name)
+    return result
+
+
+def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
+    result: Tensor = _reduce_scatter(x, "sum", group.size(), group.group_name)
+    return result
+
+
+def all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Tensor:
+    return wait(start_all_reduce(x, group, op))
 
 
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """(n, ...) of each rank -> (ranks * n, ...)."""
-    result: Tensor = _wait(_all_gather(x, group.size(), group.group_name))
-    return result
+    return wait(start_all_gather(x, group))
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     """(ranks * n, ...) of each rank -> (n, ...): this rank's part of the sum."""
-    result: Tensor = _wait(_reduce_scatter(x, "sum", group.size(), group.group_name))
-    return result
+    return wait(start_reduce_scatter(x, group))
 
 
 def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -11,8 +11,8 @@ from autopar.driver import compile_program
 from autopar.footprint import held
 from autopar.mesh import Mesh
 from autopar.named_models import named_model
+from autopar.once import GATHERING
 from autopar.parse import parse
-from autopar.partition import LATE
 from autopar.passes.shard_parameters import shard_parameters
 from autopar.plan import Plan
 from autopar.program import InputKind, Program, value
@@ -88,7 +88,7 @@ def _gathers(program: Program) -> tuple[int, int]:
     (role,) = program.roles
     assert role.backward is not None
     graphs = (role.forward, role.backward)
-    counts = [sum(node.target in LATE for node in graph.nodes) for graph in graphs]
+    counts = [sum(node.target in GATHERING for node in graph.nodes) for graph in graphs]
     return counts[0], counts[1]
 
 

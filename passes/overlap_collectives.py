@@ -1,0 +1,215 @@
+"""Start collectives early and wait for them late, so that the computation between hides them.
+
+    y = aten.mm(a, b)                     : f32[8,8]        w1 = comm.start_all_gather(p, dp, dim=0) : f32[8,4]
+    w = comm.all_gather(p, dp, dim=0)     : f32[8,4]   -->  y  = aten.mm(a, b)                       : f32[8,8]
+    z = aten.mm(y, w)                     : f32[8,4]        w  = comm.wait(w1, dp)                   : f32[8,4]
+                                                            z  = aten.mm(y, w)                       : f32[8,4]
+
+Parameters are gathered ahead of their use: the next one always, more as far as ``Plan.overlap_mb`` allows for what is
+under way. Gradients are waited for in the end, or when their reductions hold more than that. A sum that backward
+goes on with (tensor parallelism) is hidden by gradients of weights, which are put off until it has started. The order
+is the same on all ranks, the numbers are the same bit for bit. (Li et al. 2020, PyTorch Distributed; Zhao et al. 2023,
+PyTorch FSDP, section 3.3; Narayanan et al. 2021, Megatron-LM.)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from autopar.comm import OPS, TARGETS, split_of
+from autopar.layout import Split
+from autopar.partition import live_nodes
+from autopar.pipeline import graph_pass
+from autopar.program import Program, origin, output_node, set_origin, set_values, value, values
+from autopar.recorder import is_view
+
+aten = torch.ops.aten
+STARTS = {
+    OPS.all_reduce.default: OPS.start_all_reduce.default,
+    OPS.all_gather.default: OPS.start_all_gather.default,
+    OPS.all_gather_invariant.default: OPS.start_all_gather.default,
+    OPS.reduce_scatter.default: OPS.start_reduce_scatter.default,
+}
+GATHERS = (OPS.all_gather.default, OPS.all_gather_invariant.default)
+
+
+@graph_pass()
+def overlap_collectives(program: Program) -> Program:
+    limit = program.plan.overlap_mb * 1e6
+    for role in program.roles if limit > 0 else ():
+        graphs = (role.forward, role.backward, role.inference)
+        for graph in {id(graph): graph for graph in graphs if graph is not None}.values():
+            _Schedule(program, graph, limit, graph is role.backward).run()
+            graph.lint()
+    return program
+
+
+class _Schedule:
+    """A new order for the nodes of one graph, with collectives taken apart."""
+
+    def __init__(self, program: Program, graph: fx.Graph, limit: float, is_backward: bool) -> None:
+        self.mesh, self.graph, self.limit, self.is_backward = program.mesh, graph, limit, is_backward
+        self.nodes = [node for node in graph.nodes if node.op == "call_function"]
+        self.end = output_node(graph)
+        self.under_way: dict[fx.Node, float] = {}  # collective -> bytes that it holds
+        self.waits: dict[fx.Node, fx.Node] = {}  # collective that has been started -> its wait
+        self.late = self._late()
+        self.delayed: dict[fx.Node, list[fx.Node]] = {}  # collective -> what only arranges its result
+        self.ahead = [node for node in self.nodes if node.target in GATHERS and self._can_start(node)]
+        self.done: set[fx.Node] = set()  # brought forward
+        self.hidden = self._hidden() if is_backward else set()
+        needed = live_nodes(self.hidden)
+        self.aside = {node for node in self.nodes if self.hidden and node not in needed}
+        self.put_off: list[fx.Node] = []
+        self.places = {node: place for place, node in enumerate(self.nodes)}
+
+    def run(self) -> None:
+        for node in self.nodes:
+            if node in self.aside:
+                self.put_off.append(node)
+                continue
+            self._place(node)
+            if node in self.hidden:
+                self._catch_up()
+        self._catch_up()
+        for node in list(self.under_way):
+            self._arrive(node)
+
+    def _place(self, node: fx.Node) -> None:
+        """The next node of the new order."""
+        if node in self.late:
+            self.delayed[self._collective_of(node)].append(node)
+            return
+        for source in node.all_input_nodes:
+            self._arrive(source)
+        self._prefetch(node)
+        if node in self.waits or node in self.done:
+            return  # a gather under way, waited for before its first use, or what it was made of
+        if _is_reduction(node) and self._can_start(node) and (node in self.hidden or self._pays(node)):
+            self._make_room(node)
+            self._start(node)
+        else:
+            self.end.prepend(node)
+
+    def _catch_up(self) -> None:
+        for node in self.put_off:
+            self._place(node)
+        self.put_off.clear()
+
+    # ------------------------------------------------------------ what may be moved
+
+    def _can_start(self, node: fx.Node) -> bool:
+        """Whether the collective stacks or cuts dim 0 in equal parts, without work before or after."""
+        if self.mesh.size(str(node.args[1])) == 1:
+            return False
+        if node.target is OPS.all_reduce.default:
+            return True
+        length, ways = node.args[6], node.args[2]
+        assert isinstance(length, int) and isinstance(ways, int)
+        return split_of(node.args[1:]) == Split(0) and length % ways == 0
+
+    def _pays(self, node: fx.Node) -> bool:
+        """Whether something else is computed before the first use of a reduction."""
+        if all(user in self.late or user is self.end for user in node.users):
+            return True
+        for other in self.nodes[self.places[node] + 1 :]:
+            if other not in self.late and not is_view(other.target):
+                return node not in other.all_input_nodes
+        return False
+
+    def _late(self) -> set[fx.Node]:
+        """What only arranges the result of a reduction for being returned."""
+        late: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            ends = node.users and all(user in late or user is self.end for user in node.users)
+            if ends and is_view(node.target) and len(node.all_input_nodes) == 1:
+                late.add(node)
+        return {node for node in late if self._reduction_before(node) is not None}
+
+    def _hidden(self) -> set[fx.Node]:
+        """Reductions that a backward graph goes on with; what they do not wait for can hide them."""
+        found = {node for node in self.nodes if _is_reduction(node) and self._can_start(node)}
+        return {node for node in found if any(user is not self.end and user not in self.late for user in node.users)}
+
+    def _reduction_before(self, node: fx.Node) -> fx.Node | None:
+        while is_view(node.target) and len(node.all_input_nodes) == 1:
+            (node,) = node.all_input_nodes
+        return node if _is_reduction(node) and self._can_start(node) else None
+
+    def _collective_of(self, node: fx.Node) -> fx.Node:
+        found = self._reduction_before(node)
+        assert found is not None
+        return found
+
+    # ------------------------------------------------------------ moving it
+
+    def _prefetch(self, node: fx.Node) -> None:
+        """Start the gather that is ``node``, then those after it for which there is room, in their order."""
+        if node in self.ahead:
+            self.ahead.remove(node)
+            self._start(node)
+        while self.ahead:
+            gather = self.ahead[0]
+            held = self._held(gathers=True)
+            if held and held + self._bytes(gather) > self.limit:
+                return
+            if not all(map(self._at_hand, gather.all_input_nodes)):
+                return
+            self.ahead.remove(gather)
+            self._bring(gather.all_input_nodes)
+            self._start(gather)
+
+    def _at_hand(self, node: fx.Node) -> bool:
+        """Whether ``node`` is an input, or only arranges or casts inputs."""
+        arranges = is_view(node.target) or node.target in (aten.cat.default, aten._to_copy.default)
+        return node.op == "placeholder" or (arranges and all(map(self._at_hand, node.all_input_nodes)))
+
+    def _bring(self, nodes: list[fx.Node]) -> None:
+        for node in nodes:
+            if node.op != "placeholder" and node not in self.done:
+                self._bring(node.all_input_nodes)
+                self.done.add(node)
+                self.end.prepend(node)
+
+    def _start(self, node: fx.Node) -> None:
+        with self.graph.inserting_before(self.end):
+            start = STARTS[node.target]
+            started = self.graph.create_node("call_function", start, node.args, node.kwargs, TARGETS[start])
+            arrived = self.graph.create_node("call_function", OPS.wait.default, (started, node.args[1]), name="wait")
+        for new in (started, arrived):
+            set_values(new, *values(node))
+            set_origin(new, origin(node))
+        self.under_way[node], self.waits[node] = self._bytes(node), arrived
+        self.delayed.setdefault(node, [])
+
+    def _make_room(self, node: fx.Node) -> None:
+        """Wait for the oldest reductions until there is room for one more."""
+        while (held := self._held(gathers=False)) and held + self._bytes(node) > self.limit:
+            self._arrive(next(other for other in self.under_way if _is_reduction(other)))
+
+    def _held(self, gathers: bool) -> float:
+        """Bytes of the gathers, or of the reductions, that are under way."""
+        return sum(size for node, size in self.under_way.items() if _is_reduction(node) != gathers)
+
+    def _arrive(self, node: fx.Node) -> None:
+        """The wait for a collective goes here, and after it what has been put off until then."""
+        if node not in self.under_way:
+            return
+        del self.under_way[node]
+        arrived = self.waits[node]
+        self.end.prepend(arrived)
+        node.replace_all_uses_with(arrived)
+        self.graph.erase_node(node)
+        for later in self.delayed.pop(node, []):
+            self.end.prepend(later)
+
+    def _bytes(self, node: fx.Node) -> float:
+        sizes = [math.prod(value(n).layout.local_shape(self.mesh)) for n in (node, *node.all_input_nodes)]
+        return max(sizes) * value(node).dtype.itemsize
+
+
+def _is_reduction(node: fx.Node) -> bool:
+    return node.target in STARTS and node.target not in GATHERS
