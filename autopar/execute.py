@@ -19,6 +19,7 @@ from autopar.connect import Connection
 from autopar.emit import RankFunction, compile_source, emit
 from autopar.errors import AutoparError, InvariantError
 from autopar.gathered import Gathered
+from autopar.microbatches import counting
 from autopar.numerics import restore_output
 from autopar.once import without_gathers
 from autopar.parameters import Table, tables
@@ -98,6 +99,20 @@ class Executable:
             if result is not None
         ]
         return restore_output(self.program, outputs) if self.program.out_spec is not None else tuple(outputs)
+
+    def count(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """What the loss of these inputs is divided by; None where that is the same for all. See ``microbatches``."""
+        if "count" not in self._graphs:
+            found = counting(self.program)
+            if found is None:
+                return None
+            self._graphs["count"] = found
+        self.comm.phase = "forward"
+        step = Step(tensors, 0)
+        with torch.no_grad(), below_autograd():
+            inputs: list[Any] = [fetch(step) for fetch in self._fetch]
+            result: Tensor = self.function("count")(self.comm, inputs)[0]
+        return result
 
     def forward(self, step: Step) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(differentiable outputs, values saved for backward)."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from autopar import microbatches
 from autopar.accumulate import Accumulation
 from autopar.calls import Call, Signature, global_call, shapes
 from autopar.clipping import clip_gradients
@@ -93,10 +94,43 @@ class ParallelModule(nn.Module):
         return executable.run(call.tensors, self.plan.seed * SEED_STRIDE + self._steps)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of one batch; gradients are added to ``.grad``. Returns the (detached) loss."""
+        """Forward and backward of one batch; gradients are added to ``.grad``. Returns the (detached) loss.
+
+        With ``Plan(microbatches=m)`` the batch (then passed by name) runs in m parts, one after the other; loss and
+        gradients are those of the whole, and the data axes communicate once.
+        """
+        if self.plan.microbatches > 1:
+            return self._train_in_parts(self._signature.call(args, kwargs))
         loss = loss_of(self(*args, **kwargs))
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _train_in_parts(self, call: Call) -> Tensor:
+        batches = microbatches.parts(call, self.mesh, self.plan)
+        shares = self._shares(batches)
+        total: Tensor | None = None
+        for place, (batch, share) in enumerate(zip(batches, shares)):
+            last = place == len(batches) - 1
+            with nullcontext() if last else self.no_sync():
+                loss = loss_of(self(**batch)) * share
+                loss.backward()  # type: ignore[no-untyped-call]
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+    def _shares(self, batches: list[dict[str, Any]]) -> list[Tensor | float]:
+        """What each part counts for in the mean over all."""
+        if self._connection is None:
+            raise not_launched(self.mesh)
+        counts = []
+        for batch in batches:
+            call = self._signature.call((), batch)
+            counts.append(self._executable(call).count(call.tensors))
+        known = [count for count in counts if count is not None]
+        if len(known) < len(counts):
+            return [1 / len(batches)] * len(batches)
+        total = sum(known[1:], known[0])
+        return [count / total for count in known]
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Inside, gradients are added up without communication over the data axes; the next backward pass outside

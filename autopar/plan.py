@@ -43,6 +43,8 @@ class Plan:
             ``"selective"``: norms, activations, softmax, not the products that they are made of; ``"full"``: in
             repeated blocks everything, from the inputs of the block; a number from 0 to 1: at most this fraction of
             the bytes that ``"none"`` keeps, with the fewest operations for that (0 is full).
+        microbatches: into how many parts ``train_step`` cuts a batch; they run one after the other, loss and gradients
+            are those of the whole.
         tensor: parameter-name pattern (``fnmatch``) -> ``"column" | "row" | "replicate" | "vocabulary"``;
             the first pattern that matches wins.
         inputs: ``"global"``: every rank is handed the whole batch; ``"local"``: each passes its own part.
@@ -67,6 +69,7 @@ class Plan:
     reshard_after_forward: bool = True
     recompute: str | float = "none"
     precision: Precision = field(default_factory=Precision)
+    microbatches: int = 1
     tensor: Mapping[str, str] = field(default_factory=dict)
     inputs: str = "global"
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)
@@ -91,6 +94,8 @@ class Plan:
             _one_of(f"tensor[{pattern!r}]", form, TENSOR_FORMS)
         if not isinstance(self.precision, Precision):
             raise ValueError(f"Plan(precision={self.precision!r}): write Precision(param={self.precision!r})")
+        if not isinstance(self.microbatches, int) or self.microbatches < 1:
+            raise ValueError(f"Plan(microbatches={self.microbatches!r}): a whole number, at least 1")
         if not self.timeout > 0:
             raise ValueError(f"Plan(timeout={self.timeout!r}): a number of seconds above 0")
         object.__setattr__(self, "tensor", _frozen(self.tensor))

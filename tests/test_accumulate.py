@@ -145,3 +145,60 @@ def alone() -> Errors:
 
 def test_with_nothing_to_reduce_nothing_waits() -> None:
     assert worst(run_ranks(alone, 1)[0]) < (1e-12, "")
+
+
+def in_parts(plan: Plan, name: str) -> tuple[Errors, float, list[int]]:
+    """One train step of a batch cut in parts; errors of gradients and of the loss, and reductions on dp by phase."""
+    model = float64(llama.build if name == "llama" else Means)
+    reference = copy.deepcopy(model)
+    batch = llama.example_batch(llama.PRESETS["tiny"], 12, 8, 0) if name == "llama" else {"x": torch.randn(12, 3)}
+    parallel = autopar.parallelize(model, Mesh(dp=2), plan)
+    loss = parallel.train_step(**batch)
+    expected = loss_of(reference(**batch))
+    expected.backward()
+    data = [entry.operations for entry in parallel.traffic if entry.phase == "backward"]
+    return compare_gradients(parallel, reference), float((loss - expected.detach()).abs()), data
+
+
+class Means(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w(x).square().mean()
+
+
+@pytest.mark.parametrize("name", ["llama", "means"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_step_in_parts_is_the_step_of_the_whole(name: str, stage: int) -> None:
+    """Rows of the batch have unequally many labels, so the mean of the parts' means would be another number."""
+    plan = Plan(microbatches=3, zero=stage, check_numerics=False)
+    for errors, difference, reductions in run_ranks(in_parts, 2, plan, name):
+        assert worst(errors) < (1e-12, "") and difference < 1e-12
+        assert stage > 1 or len(reductions) == 1, "one kind of collective"
+
+
+class NoMean(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w(x).square().mean() + self.w(x).abs().sum().sqrt()
+
+
+def refused() -> list[str]:
+    model = autopar.parallelize(float64(NoMean), Mesh(dp=1), Plan(microbatches=2))
+    said = []
+    for rows in (4, 3):
+        with pytest.raises(autopar.AutoparError) as caught:
+            model.train_step(x=torch.randn(rows, 3))
+        said.append(str(caught.value))
+    return said
+
+
+def test_losses_and_rows_that_have_no_parts() -> None:
+    no_mean, rows = run_ranks(refused, 1)[0]
+    assert "not in a mean" in no_mean and "no_sync" in no_mean
+    assert "3 rows" in rows and "2 microbatches" in rows
