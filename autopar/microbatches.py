@@ -81,6 +81,7 @@ def counting(program: Program) -> fx.Graph | None:
 
 def _behind(node: Any, passing: tuple[Any, ...]) -> Node:
     assert isinstance(node, fx.Node)
-    while node.target in passing:
-        node = node.all_input_nodes[0]
-    return node
+    found: Node = node
+    while found.target in passing:
+        found = found.all_input_nodes[0]
+    return found

@@ -176,7 +176,7 @@ class _Schedule:
 
     def _start(self, node: fx.Node) -> None:
         with self.graph.inserting_before(self.end):
-            start = STARTS[node.target]
+            start = STARTS[node.target]  # type: ignore[index]
             started = self.graph.create_node("call_function", start, node.args, node.kwargs, TARGETS[start])
             arrived = self.graph.create_node("call_function", OPS.wait.default, (started, node.args[1]), name="wait")
         for new in (started, arrived):
