@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from autopar.errors import InvariantError
 from autopar.layout import Layout, shard, unshard
 from autopar.lockstep import Lockstep, Ranks, Transfer
 from autopar.mesh import Mesh
 from autopar.numerics import restore_output, user_tensors
+from autopar.once import without_gathers
 from autopar.program import InputKind, OutputKind, Program, Role, value
 
 # How far ranks that must hold the same may differ, relative to the largest element.
@@ -66,12 +67,15 @@ def simulate(
     (role,) = program.roles
     lockstep = Lockstep(program.mesh)
     inputs = rank_inputs(program, parameters, args, kwargs or {}, seed)
-    resident = _resident(lockstep, inputs)
+    trains = backward and role.backward is not None
     with torch.no_grad():
-        if not backward or role.backward is None:
-            step = _step(program, lockstep, lockstep.run(role.inference, inputs))
+        graph, inputs = _gathered_once(program, role.forward if trains else role.inference, lockstep, inputs)
+        resident = _resident(lockstep, inputs)
+        if not trains:
+            step = _step(program, lockstep, lockstep.run(graph, inputs))
         else:
-            saved = lockstep.run(role.forward, inputs)
+            assert role.backward is not None
+            saved = lockstep.run(graph, inputs)
             returned = saved[: len(program.outputs)]
             del saved[: len(program.outputs)]
             step = _step(program, lockstep, returned)
@@ -81,6 +85,29 @@ def simulate(
             step = replace(step, grads=grads, traffic=lockstep.traffic, peak_bytes=_peaks(lockstep))
     del resident
     return step
+
+
+def _gathered_once(
+    program: Program, graph: fx.Graph, lockstep: Lockstep, inputs: list[Ranks]
+) -> tuple[fx.Graph, list[Ranks]]:
+    """With ``Plan(zero=1)`` and ``2``: the graph that takes whole parameters, and these, as a runtime holds them: the
+    parts lie within (``gathered``)."""
+    names = {node.name for node, _ in program.placeholders(InputKind.PARAMETER)}
+    found = without_gathers(graph, names) if program.plan.zero in (1, 2) else None
+    if found is None:
+        return graph, inputs
+    places = {node.name: place for place, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    whole = lockstep.run(found.graph, [inputs[places[name]] for name in found.parameters])
+    lockstep.drop(whole)  # counted with the inputs
+    for owner, ranks in zip(found.owners, whole):
+        if owner is None:
+            continue
+        name, axis = owner
+        rows = inputs[places[name]][0].shape[0]
+        if rows * program.mesh.size(axis) == ranks[0].shape[0]:
+            starts = [program.mesh.coordinates(rank)[axis] * rows for rank in range(len(ranks))]
+            inputs[places[name]] = [full.narrow(0, start, rows) for full, start in zip(ranks, starts)]
+    return found.rest, [*inputs, *whole]
 
 
 def _resident(lockstep: Lockstep, inputs: list[Ranks]) -> list[Ranks]:
