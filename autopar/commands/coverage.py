@@ -142,6 +142,8 @@ def _cells(row: Coverage, titles: Sequence[str], notes: list[str]) -> list[str]:
     count = f"{row.parameters / 1e6:.2f} M"
     if row.failure:
         return [row.name, count, *[_noted("not traced", [row.failure], row.name, notes)] * len(titles), *[""] * 5]
+    if row.unknown:
+        notes.append(f"({len(notes) + 1}) {row.name}: operators without a rule: {', '.join(row.unknown)}")
     by_title = {outcome.title: outcome for outcome in row.outcomes}
     verdicts = [_verdict(row, by_title[title], notes) for title in titles]
     errors = [outcome.error for outcome in row.outcomes if outcome.error is not None]
