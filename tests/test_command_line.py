@@ -254,7 +254,7 @@ def test_train_on_two_ranks(tmp_path: Path) -> None:
     document = json.loads(out)
     assert document["mesh"] == {"tp": 2} and document["largest_difference"] <= 1e-4
     assert len(document["losses"]) == 4 and document["losses"][-1] < document["losses"][0]
-    assert {entry["phase"] for entry in document["traffic_per_step"]} == {"forward", "backward"}
+    assert {entry["phase"] for entry in document["traffic_per_step"]} == {"forward", "backward", "clipping"}
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert [line["loss"] for line in lines] == document["losses"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ class ByteText:
         if len(text) < batch * length:
             raise ValueError(f"the text has {len(text)} bytes; a batch of {batch} rows takes {batch} x {length}")
         self._tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+        self._checksum = zlib.crc32(text)
         self.batch, self.length = batch, length
 
     def __call__(self, step: int) -> dict[str, Tensor]:
@@ -28,6 +31,30 @@ class ByteText:
         places = (starts[:, None] + torch.arange(self.length)) % len(self._tokens)
         tokens = self._tokens[places]
         return {"input_ids": tokens, "labels": tokens.clone()}
+
+    def place(self, batches: int) -> dict[str, int]:
+        """Where a run is after so many batches, for its checkpoints."""
+        sizes = {"batch": self.batch, "length": self.length}
+        return {"batches": batches, **sizes, "bytes": len(self._tokens), "checksum": self._checksum}
+
+    def batches_before(self, place: Any) -> int:
+        """The batches that were read when ``place`` was saved. Raises ValueError if it is none in this text and its
+        batches."""
+        if not isinstance(place, dict) or place.keys() != self.place(0).keys():
+            raise ValueError("the checkpoint has no place in a text: it is not one of autopar train")
+        here = self.place(place["batches"])
+        if any(place[key] != here[key] for key in ("bytes", "checksum")):
+            raise ValueError(
+                f"the checkpoint was made on another text, of {place['bytes']:,} bytes; this has {here['bytes']:,}\n"
+                "Way out: --text with that one, or another directory of checkpoints."
+            )
+        if place != here:
+            raise ValueError(
+                f"the checkpoint was made on batches of {place['batch']} x {place['length']} bytes, and these have "
+                f"{self.batch} x {self.length}: its place in the text is none of theirs\n"
+                f"Way out: --batch {place['batch']} --length {place['length']}"
+            )
+        return int(place["batches"])
 
 
 def read_text(path: Path | None) -> bytes:

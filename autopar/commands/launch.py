@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,11 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
+from autopar.commands.stopping import StopFile
+
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun reads from it why a rank failed
 FOLLOWS = "RankFailedError"  # a rank that says this saw another one fail
+NOT_SIGTERM = "SIGINT,SIGHUP,SIGQUIT"
 
 
 def is_rank() -> bool:
@@ -25,18 +29,26 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def relaunch(ranks: int, arguments: Sequence[str]) -> None:
+def relaunch(ranks: int, arguments: Sequence[str], restarts: int = 0, stops: bool = False) -> None:
     """``autopar *arguments`` once per rank, by torchrun on this machine. Raises typer.Exit with what it ended in.
+
+    When a rank fails, all start again, at most ``restarts`` times. ``stops``: the ranks heed a ``StopSignal``; SIGTERM
+    asks them to stop and waits until they have. (torchrun would end them, without success, after 30 seconds.)
 
     It is ``python -m torch.distributed.run --standalone --nproc-per-node RANKS -m autopar ...``, without the
     traceback of its own that torchrun adds to a rank's.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default too, but it warns about it
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = parse_args(["--standalone", "--nproc-per-node", str(ranks), "-m", "autopar"])  # type: ignore[no-untyped-call]
+    launcher = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+    launcher += ["--signals-to-handle", NOT_SIGTERM] if stops else []
+    options = parse_args([*launcher, "-m", "autopar"])  # type: ignore[no-untyped-call]
     options.training_script_args = list(arguments)  # not parsed: torchrun would take options of ours for its own
     try:
-        run(options)  # type: ignore[no-untyped-call]
+        with tempfile.TemporaryDirectory(prefix="autopar-") as directory:
+            if stops:
+                StopFile(directory)
+            run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         raise typer.Exit(report_failures(error.failures, ranks)) from None
     except (SignalException, KeyboardInterrupt):

@@ -6,17 +6,16 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from autopar.calls import data_ways
 from autopar.commands.byte_text import BYTES, ByteText, read_text
-from autopar.commands.curves import sparkline
 from autopar.commands.launch import is_rank, relaunch
 from autopar.commands.options import (
     ConfigTexts,
@@ -28,12 +27,23 @@ from autopar.commands.options import (
     read_mesh,
     read_plan,
 )
-from autopar.commands.tables import print_json, stderr, stdout, table, traffic_json, traffic_table
-from autopar.commands.training import Run, Settings, is_first, train
+from autopar.commands.saving import Saving, Start
+from autopar.commands.tables import print_json, stderr
+from autopar.commands.train_report import document_of, end_of, print_report, tolerance_of
+from autopar.commands.training import CLIP, Run, Settings, is_first, train
 from autopar.mesh import Mesh
 from autopar.named_models import named_model, rows_for
 
-TOLERANCE = 1e-4  # of the loss, at every step, in float32
+Zero = Annotated[int | None, typer.Option(min=0, max=3, help="ranks of dp share optimizer states, gradients, weights")]
+Precision = Annotated[str | None, typer.Option(metavar="DTYPE", help="compute in bf16, fp16, ...; parameters stay")]
+Recompute = Annotated[str | None, typer.Option(metavar="WHAT", help="none, selective, full, or a fraction of memory")]
+Accumulate = Annotated[int, typer.Option(min=1, help="batches in a step, reduced together")]
+Clip = Annotated[float, typer.Option(min=0, help="most that the norm of all gradients may be; 0: anything")]
+Checkpoint = Annotated[Path | None, typer.Option(metavar="DIR", help="save here, at the end too; all ranks see it")]
+Every = Annotated[int, typer.Option(min=1, help="steps from one checkpoint to the next")]
+Keep = Annotated[int, typer.Option(min=1, help="checkpoints that stay")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on from the latest checkpoint, saved on whatever mesh")]
+Restarts = Annotated[int, typer.Option(min=0, help="how often all ranks start again when one fails")]
 
 
 def train_command(
@@ -46,8 +56,18 @@ def train_command(
     text: Annotated[Path | None, typer.Option(help="a file to train on; default: Python's own reference")] = None,
     compare: Annotated[bool, typer.Option(help="train the unmodified model too, and compare the losses")] = True,
     seed: Seed = 0,
+    zero: Zero = None,
+    precision: Precision = None,
+    recompute: Recompute = None,
     plan: PlanTexts = None,
     config: ConfigTexts = None,
+    accumulate: Accumulate = 1,
+    clip: Clip = CLIP,
+    checkpoint: Checkpoint = None,
+    every: Every = 100,
+    keep: Keep = 3,
+    resume: Resume = False,
+    max_restarts: Restarts = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there is one for every rank")] = "auto",
     log: Annotated[Path | None, typer.Option(help="write one JSON line per step to this file")] = None,
     as_json: Json = False,
@@ -55,31 +75,59 @@ def train_command(
     """Train MODEL over a mesh on byte-level tokens of real text; by itself it starts one process per rank (torchrun).
 
     Rank 0 also trains the unmodified model, from the same weights on the same batches. Exit code 1 if the losses differ
-    by more than 1e-4 at any step.
+    at any step, in float32 by more than 1e-4. SIGTERM ends the step, saves and stops; --resume goes on.
     """
-    on, choices, overrides = read_mesh(mesh), read_plan(plan), read_config(config)
+    on, overrides = read_mesh(mesh), read_config(config)
+    shorthands = {"zero": zero, "precision.param": precision, "recompute": recompute}
+    choices = read_plan([*(plan or ()), *(f"{key}={given}" for key, given in shorthands.items() if given is not None)])
     stream = ByteText(read_text(text), batch or rows_for(data_ways(on)), length)
-    where = _device(device, on)
+    where, saving = _device(device, on), _saving(checkpoint, every, keep, resume)
     if on.world_size > 1 and not is_rank():
-        relaunch(on.world_size, sys.argv[1:])
+        relaunch(on.world_size, sys.argv[1:], max_restarts, stops=True)
         return
     example = named_model(model, overrides, seed=seed)
     _refuse_other_than_bytes(model, example.model)
-    settings = Settings(on, choices, steps, rate, where, compare, log)
+    settings = Settings(on, choices, steps, rate, where, compare, accumulate, clip, saving, log)
     start = time.perf_counter()
     try:
-        with _progress(shown=is_first() and not as_json) as progress:
-            task = progress.add_task(f"{model} on {on}", total=steps)
-            run = train(example.model, stream, settings, lambda _: progress.advance(task))
+        run = _train(model, example.model, stream, settings, shown=is_first() and not as_json)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if is_first():
-        document = _document(model, run, settings, stream, time.perf_counter() - start)
-        print_json(document) if as_json else _print(example.model, run, settings, document)
-        difference = run.difference
-        if difference is not None and not difference <= TOLERANCE:
+        document = document_of(model, run, settings, stream, time.perf_counter() - start)
+        print_json(document) if as_json else print_report(example.model, run, settings, document)
+        stderr().print(end_of(run, settings), soft_wrap=True, markup=False) if run.stopped else None
+        if run.difference is not None and not run.difference <= tolerance_of(settings):
             raise typer.Exit(1)
+
+
+def _train(name: str, model: nn.Module, text: ByteText, settings: Settings, shown: bool) -> Run:
+    console, saving = stderr(), settings.saving
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    disabled = not (shown and console.is_terminal)
+    with Progress(*columns, *times, console=console, disable=disabled, transient=True) as progress:
+        task = progress.add_task(f"{name} on {settings.mesh}", total=settings.steps, loss="")
+
+        def on_start(start: Start) -> None:
+            progress.update(task, completed=start.step)
+            if saving is not None and saving.resume and is_first():
+                found = f"resumed from {start.path}" if start.path else f"no checkpoint in {saving.directory} yet"
+                console.print(f"{found}: starting at step {start.step}", soft_wrap=True, markup=False)
+
+        def on_step(done: int, loss: float) -> None:
+            progress.update(task, completed=done, loss=f"loss {loss:.4f}")
+
+        return train(model, text, settings, on_start, on_step)
+
+
+def _saving(directory: Path | None, every: int, keep: int, resume: bool) -> Saving | None:
+    if directory is None:
+        if resume:
+            raise ValueError("--resume needs the directory of the checkpoints\nWay out: --checkpoint DIR --resume")
+        return None
+    return Saving(directory, every, keep, resume)
 
 
 def _device(name: str, mesh: Mesh) -> torch.device:
@@ -107,67 +155,3 @@ def _refuse_other_than_bytes(name: str, model: nn.Module) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{name} is too large to be trained from random weights here\nWay out: --config layers=2")
-
-
-def _progress(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = stderr()
-    return Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True)
-
-
-# ---------------------------------------------------------------- the report
-
-
-def _document(model: str, run: Run, settings: Settings, text: ByteText, seconds: float) -> dict[str, Any]:
-    tokens = text.batch * text.length
-    reference = run.reference
-    return {
-        "model": model,
-        "mesh": dict(settings.mesh.axes),
-        "device": settings.device.type,
-        "batch": text.batch,
-        "length": text.length,
-        "steps": settings.steps,
-        "losses": run.parallel.losses,
-        "reference_losses": reference.losses if reference else None,
-        "largest_difference": run.difference,
-        "tolerance": TOLERANCE,
-        "tokens_per_second": round(tokens / run.parallel.step_seconds, 1),
-        "reference_tokens_per_second": round(tokens / reference.step_seconds, 1) if reference else None,
-        "first_step_seconds": round(run.parallel.seconds[0], 2),
-        "seconds": round(seconds, 2),
-        "traffic_per_step": traffic_json(run.traffic, run.counted),
-    }
-
-
-def _print(model: nn.Module, run: Run, settings: Settings, document: dict[str, Any]) -> None:
-    console = stdout()
-    count = sum(parameter.numel() for parameter in model.parameters())
-    console.print(
-        f"{type(model).__name__}, {count:,} parameters, on {settings.mesh}: {settings.mesh.world_size} "
-        f"{settings.device.type} processes, batches of {document['batch']} x {document['length']} bytes"
-    )
-    console.print(traffic_table("sent by one rank in a step", run.traffic, run.counted))
-    curves = {"parallel": run.parallel} | ({"one device": run.reference} if run.reference else {})
-    every = [loss for curve in curves.values() for loss in curve.losses]
-    rows = [
-        (
-            name,
-            sparkline(curve.losses, min(every), max(every)),
-            f"{curve.losses[0]:.6f}",
-            f"{curve.losses[-1]:.6f}",
-            f"{document['batch'] * document['length'] / curve.step_seconds:,.0f}",
-        )
-        for name, curve in curves.items()
-    ]
-    console.print(table(f"loss of {settings.steps} steps", ("", "curve", "first", "last", "tokens/s"), rows))
-    console.print(
-        f"the first step took {document['first_step_seconds']} s (tracing and splitting), the whole run "
-        f"{document['seconds']} s"
-    )
-    difference = run.difference
-    if difference is not None:
-        fine = difference <= TOLERANCE
-        colour, word = ("green", "the same") if fine else ("bold red", "not the same")
-        found = f"largest difference of the losses {difference:.1e} (tolerance {TOLERANCE:g})"
-        console.print(f"[{colour}]{word}[/]: {found}")

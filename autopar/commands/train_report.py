@@ -1,0 +1,118 @@
+"""What ``autopar train`` says in the end: one JSON document, or tables and curves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from autopar.commands.byte_text import ByteText
+from autopar.commands.curves import sparkline
+from autopar.commands.tables import stdout, table, traffic_json, traffic_table
+from autopar.commands.training import Curve, Run, Settings
+
+TOLERANCES = {None: 1e-4, "float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # of the loss, any step
+
+
+def tolerance_of(settings: Settings) -> float:
+    """How far the losses may be apart: the parallel model computes in the plan's dtypes, the other one in its own."""
+    precision = settings.plan.precision
+    return max(TOLERANCES[dtype] for dtype in (precision.param, precision.reduce, precision.output))
+
+
+def document_of(model: str, run: Run, settings: Settings, text: ByteText, seconds: float) -> dict[str, Any]:
+    reference, plan = run.reference, settings.plan
+    tokens = text.batch * text.length * settings.accumulate
+    return {
+        "model": model,
+        "mesh": dict(settings.mesh.axes),
+        "zero": plan.zero,
+        "precision": plan.precision.param,
+        "recompute": plan.recompute,
+        "device": settings.device.type,
+        "batch": text.batch,
+        "length": text.length,
+        "accumulate": settings.accumulate,
+        "steps": settings.steps,
+        "first_step": run.start.step,
+        "stopped": run.stopped,
+        "checkpoint": str(run.saved) if run.saved else None,
+        "losses": run.parallel.losses,
+        "grad_norms": run.parallel.norms,
+        "reference_losses": reference.losses if reference else None,
+        "largest_difference": run.difference,
+        "tolerance": tolerance_of(settings),
+        "tokens_per_second": _rate(tokens, run.parallel),
+        "reference_tokens_per_second": _rate(tokens, reference) if reference else None,
+        "first_step_seconds": round(run.parallel.seconds[0], 2) if run.parallel.seconds else None,
+        "seconds": round(seconds, 2),
+        "traffic_per_step": traffic_json(run.traffic, run.counted),
+    }
+
+
+def _rate(tokens: int, curve: Curve) -> float | None:
+    return round(tokens / curve.step_seconds, 1) if curve.step_seconds else None
+
+
+def end_of(run: Run, settings: Settings) -> str:
+    """One line on how a run ended."""
+    saved = f"saved {run.saved}" if run.saved else "nothing is saved, without --checkpoint"
+    how = f"stopped by SIGTERM after {run.done} of {settings.steps} steps" if run.stopped else f"{run.done} steps done"
+    return f"{how}; {saved}"
+
+
+def print_report(model: nn.Module, run: Run, settings: Settings, document: dict[str, Any]) -> None:
+    console = stdout()
+    if not run.parallel.losses:
+        console.print(f"nothing to do: {run.start.path} has {run.start.step} steps already, of {settings.steps}")
+        return
+    count = sum(parameter.numel() for parameter in model.parameters())
+    batches = f"{settings.accumulate} x " if settings.accumulate > 1 else ""
+    console.print(
+        f"{type(model).__name__}, {count:,} parameters, on {settings.mesh}: {settings.mesh.world_size} "
+        f"{settings.device.type} processes, batches of {batches}{document['batch']} x {document['length']} bytes"
+    )
+    console.print(traffic_table("sent by one rank in a step", run.traffic, run.counted))
+    title = f"loss of {len(run.parallel.losses)} steps" + (f" from {run.start.step}" if run.start.step else "")
+    console.print(table(title, ("", "curve", "first", "last", "tokens/s"), _curves(run, document)))
+    traced = "" if settings.saving and settings.saving.resume else " (tracing and splitting)"
+    console.print(
+        f"the first step took {document['first_step_seconds']} s{traced}, the whole run {document['seconds']} s"
+    )
+    if settings.saving is not None and not run.stopped:
+        console.print(end_of(run, settings), soft_wrap=True, markup=False)
+    _print_difference(run, settings)
+
+
+def _curves(run: Run, document: dict[str, Any]) -> list[tuple[str, ...]]:
+    curves = {"parallel": (run.parallel, document["tokens_per_second"])}
+    if run.reference:
+        curves["one device"] = (run.reference, document["reference_tokens_per_second"])
+    every = [loss for curve, _ in curves.values() for loss in curve.losses]
+    return [
+        (
+            name,
+            sparkline(curve.losses, min(every), max(every)),
+            f"{curve.losses[0]:.6f}",
+            f"{curve.losses[-1]:.6f}",
+            f"{rate:,.0f}",
+        )
+        for name, (curve, rate) in curves.items()
+    ]
+
+
+def _print_difference(run: Run, settings: Settings) -> None:
+    console, difference = stdout(), run.difference
+    if difference is None:
+        if settings.compare:
+            console.print("not compared with one device, since the run goes on from a checkpoint")
+        return
+    tolerance = tolerance_of(settings)
+    fine = difference <= tolerance
+    colour, word = ("green", "the same") if fine else ("bold red", "not the same")
+    lower = settings.plan.precision.param
+    reason = f": the parallel one computes in {lower}" if tolerance > TOLERANCES[None] and lower else ""
+    console.print(
+        f"[{colour}]{word}[/]: largest difference of the losses {difference:.1e} (tolerance {tolerance:g}{reason})",
+        soft_wrap=True,
+    )
