@@ -13,3 +13,8 @@ def block_of(node: Node) -> str:
         if part.isdigit():
             return ".".join(parts[: position + 1])
     return ".".join(parts)
+
+
+def is_repeated(block: str) -> bool:
+    """Whether ``block`` is one of a numbered series."""
+    return block.rpartition(".")[2].isdigit()

@@ -45,10 +45,10 @@ def differentiate(program: Program) -> Program:
     A program of which nothing requires a gradient gets a role without a backward graph.
     Raises InvariantError, naming the node, where the graph cannot run at the sizes of its layouts.
     """
-    return replace(program, roles=(role_of(program, remake=_remade(program)),))
+    return replace(program, roles=(role_of(program, remake=made_again(program)),))
 
 
-def _remade(program: Program) -> Remake:
+def made_again(program: Program) -> Remake:
     """What backward makes again: what is free, and with ``Plan(zero=3)`` the parameters that are gathered."""
     if program.plan.zero < 3 or not program.plan.reshard_after_forward:
         return is_free

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from autopar import comm
-from autopar.program import Node, origin, set_origin, set_values, values
+from autopar.program import Node, origin, output_node, set_origin, set_values, values
 from autopar.recorder import is_factory, is_view
 
 aten = torch.ops.aten
@@ -64,6 +64,43 @@ def partition(joint: Joint, remake: Remake = is_free) -> tuple[fx.Graph, fx.Grap
     forward = extract(joint.graph, joint.inputs, (*joint.outputs, *saved))
     backward = extract(joint.graph, (*saved, *joint.tangents), joint.gradients, late)
     return forward, backward, saved
+
+
+def joined(forward: fx.Graph, backward: fx.Graph, saved: int) -> Joint:
+    """The inverse of :func:`partition`: what backward makes again is the node of forward once more. ``saved``: how many
+    values forward returns behind its outputs, and backward takes before the tangents."""
+    graph, copies = fx.Graph(), dict[Node, Node]()
+    inputs = [_copied(node, graph, copies) for node in forward.nodes if node.op == "placeholder"]
+    known = {_call(node, copies): _copied(node, graph, copies) for node in forward.nodes if node.op == "call_function"}
+    inside = frozenset(graph.nodes)
+    results = [copies[node] for node in _returned(forward)]
+    split = len(results) - saved
+    given = [node for node in backward.nodes if node.op == "placeholder"]
+    copies |= zip(given, results[split:])
+    tangents = [_copied(node, graph, copies) for node in given[saved:]]
+    for node in backward.nodes:
+        if node.op == "call_function":
+            again = known.get(_call(node, copies)) if is_late(node) else None
+            copies[node] = again or _copied(node, graph, copies)
+    gradients = tuple(copies[node] for node in _returned(backward))
+    graph.output(())
+    return Joint(graph, tuple(inputs), tuple(tangents), tuple(results[:split]), gradients, inside)
+
+
+def _returned(graph: fx.Graph) -> tuple[Node, ...]:
+    found: tuple[Node, ...] = output_node(graph).args[0]  # type: ignore[assignment]
+    return found
+
+
+def _copied(node: Node, graph: fx.Graph, copies: dict[Node, Node]) -> Node:
+    copies[node] = graph.node_copy(node, copies.__getitem__)
+    _describe(copies[node], node)
+    return copies[node]
+
+
+def _call(node: Node, copies: dict[Node, Node]) -> str:
+    """What ``node`` calls, and on what: equal for equal calls."""
+    return repr((node.target, *fx.map_arg((node.args, node.kwargs), copies.__getitem__)))
 
 
 def saved_nodes(joint: Joint, remake: Remake) -> tuple[Node, ...]:

@@ -2,7 +2,7 @@
 
     canonical form   operators in one form each, constants folded, causal masks recognised, losses as sums over counts
     split            one mesh axis each: the batch, then the weights
-    optimise         after differentiation, on forward and backward: fused sums; fewer, larger collectives
+    optimise         after differentiation, on forward and backward: fused sums; less memory; fewer, larger collectives
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from autopar.passes.draw_dropout import draw_dropout
 from autopar.passes.expand_composites import expand_composites
 from autopar.passes.fold_constants import fold_constants
 from autopar.passes.fuse_arithmetic import fuse_arithmetic
+from autopar.passes.overlap_collectives import overlap_collectives
 from autopar.passes.recognise_causal_masks import recognise_causal_masks
 from autopar.passes.recognise_experts import recognise_experts
+from autopar.passes.recompute_activations import recompute_activations
 from autopar.passes.shard_parameters import shard_parameters
 from autopar.passes.split_batch import split_batch
 from autopar.passes.split_tensors import split_tensors
@@ -44,6 +46,8 @@ PASSES = (
 
 OPTIMISATIONS = (  # on forward and backward graphs, after differentiation; numbers stay the same, up to rounding
     fuse_arithmetic,  # less memory is walked through; first, while sums are still next to their terms
+    recompute_activations,  # once operators are what they will be: those made again are then the same
     cast_reductions,  # before buckets, which are of one dtype
     bucket_collectives,
+    overlap_collectives,  # last: the order that it makes is the order that ranks run
 )

@@ -47,7 +47,8 @@ def read_plan(texts: Iterable[str] | None) -> Plan:
     Raises ValueError for a choice or a value that a plan does not have.
     """
     choices: dict[str, Any] = {}
-    tables = [name for name, default in Plan().to_json().items() if isinstance(default, dict)]
+    defaults = Plan().to_json()
+    tables = [name for name, default in defaults.items() if isinstance(default, dict)]
     for key, text in _pairs("--plan", texts):
         name, dot, entry = key.partition(".")
         if (name in tables) != bool(dot):
@@ -56,7 +57,7 @@ def read_plan(texts: Iterable[str] | None) -> Plan:
         if dot:
             choices.setdefault(name, {})[entry] = _literal(text)
         else:
-            choices[name] = _literal(text)
+            choices[name] = text if text == defaults.get(name) else _literal(text)  # "none" may be a choice's name
     try:
         return Plan.from_json(choices)
     except TypeError as error:
