@@ -15,12 +15,15 @@ from torch.utils import _pytree as pytree
 def recast(model: nn.Module, dtype: torch.dtype | None) -> Iterator[dict[str, torch.dtype]]:
     """``model`` with stand-ins of ``dtype`` for its floating parameters (none: as it is), until it ends.
 
-    Gives name -> own dtype of the parameters that have one, under each of their names. Tied ones stay tied.
+    Gives name -> own dtype of the parameters that have one, under each of their names. Tied ones stay tied. Batch norm
+    keeps its parameters beside its running statistics, which are buffers: torch takes no mixture of these.
     """
     made: dict[int, nn.Parameter] = {}
     before: dict[str, torch.dtype] = {}
     swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
     for path, module in model.named_modules(remove_duplicate=False):
+        if getattr(module, "running_mean", None) is not None:
+            continue
         for key, parameter in module._parameters.items():
             if parameter is None or not _differs(parameter, dtype):
                 continue

@@ -8,7 +8,8 @@
     var     = aten.mean.dim(squares, [0, 2, 3], True)
     y       = centred * rsqrt(var + eps) * w + b, and the new running statistics from mean and var
 
-Only where some axis splits the batch; otherwise torch's own kernel stays.
+Only where some axis splits the batch; otherwise torch's own kernel stays. As that one does, it computes in float32
+where ``x`` is of 16 bits.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def synchronise_batch_norm(program: Program) -> Program:
 def _write_out(graph: fx.Graph, node: fx.Node) -> None:
     x, weight, bias, running_mean, running_var, _, momentum, epsilon = node.args
     assert isinstance(x, fx.Node) and isinstance(epsilon, float) and isinstance(momentum, float)
-    full = value(x)
+    given = value(x)
+    full = replace(given, dtype=torch.promote_types(given.dtype, torch.float32))
+    x = _cast(node, x, full)
     dims = [d for d in range(len(full.shape)) if d != 1]
     count = math.prod(full.shape[d] for d in dims)
     kept = replace(full, layout=Layout.whole([s if d == 1 else 1 for d, s in enumerate(full.shape)]))
@@ -59,7 +62,7 @@ def _write_out(graph: fx.Graph, node: fx.Node) -> None:
             shaped = insert_before(node, aten.reshape.default, (parameter, list(kept.shape)), None, column)
             y = insert_before(node, combine, (y, shaped), None, replace(full, requires_grad=True))
     results = {
-        0: y,
+        0: _cast(node, y, given),
         1: _flat(node, mean),
         2: _flat(node, inverse),
         3: _running(node, running_mean, mean, momentum, 1.0),
@@ -71,6 +74,15 @@ def _write_out(graph: fx.Graph, node: fx.Node) -> None:
         assert isinstance(index, int)
         substitute(user, results[index])
     graph.erase_node(node)
+
+
+def _cast(node: fx.Node, source: fx.Node, kind: Value) -> fx.Node:
+    """``source`` in the dtype of ``kind``."""
+    own = value(source)
+    if own.dtype == kind.dtype:
+        return source
+    cast = replace(own, dtype=kind.dtype)
+    return insert_before(node, aten._to_copy.default, (source,), {"dtype": kind.dtype}, cast)
 
 
 def _flat(node: fx.Node, statistic: fx.Node) -> fx.Node:
@@ -85,6 +97,8 @@ def _running(node: fx.Node, old: fx.node.Argument, statistic: fx.Node, momentum:
     """(1 - momentum) * old + momentum * correction * statistic."""
     assert isinstance(old, fx.Node)
     kind: Value = value(old)
-    now = insert_before(node, aten.mul.Tensor, (_flat(node, statistic), momentum * correction), None, kind)
+    part = replace(kind, dtype=value(statistic).dtype)
+    now = insert_before(node, aten.mul.Tensor, (_flat(node, statistic), momentum * correction), None, part)
+    now = _cast(node, now, kind)
     before = insert_before(node, aten.mul.Tensor, (old, 1.0 - momentum), None, kind)
     return insert_before(node, aten.add.Tensor, (before, now), None, kind)

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 
 import torch
 from torch import fx
@@ -50,31 +49,22 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     if given["reduction"] not in (_MEAN, _SUM) or _is_floating(given["target"]):
         return  # one loss per token, or probabilities as targets: these have rules of their own
     before = value(node)
-    wide = torch.float32 if before.dtype == torch.float16 else before.dtype  # which the sum of many losses overflows
+    wide = torch.promote_types(before.dtype, torch.float32)
     scalar = Value(wide, Layout(()), before.requires_grad)
     count_type = Value(wide, Layout(()), False)
+    arguments = tuple(given[name] for name in ("self", "target", "weight", "ignore_index", "label_smoothing"))
     with graph.inserting_before(node):
-        for name in ("self", "weight"):
-            tensor = given[name]
-            given[name] = _cast(graph, tensor, wide) if isinstance(tensor, fx.Node) else None
-        arguments = tuple(given[name] for name in ("self", "target", "weight", "ignore_index", "label_smoothing"))
         sums = _add(graph, node, operators.cross_entropy_sums, arguments, scalar, count_type)
         total = _add(graph, node, operator.getitem, (sums, 0), scalar)
         result = total
         if given["reduction"] == _MEAN:
             count = _add(graph, node, operator.getitem, (sums, 1), count_type)
             result = _add(graph, node, aten.div.Tensor, (total, count), scalar)
-        result = _cast(graph, result, before.dtype)
+        if wide != before.dtype:
+            result = graph.call_function(aten._to_copy.default, (result,), {"dtype": before.dtype})
+            set_values(result, before)
+            set_origin(result, origin(node))
     node.replace_all_uses_with(result)
-
-
-def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    if value(node).dtype == dtype:
-        return node
-    cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
-    set_values(cast, replace(value(node), dtype=dtype))
-    set_origin(cast, origin(node))
-    return cast
 
 
 def _is_floating(target: object) -> bool:

@@ -18,11 +18,20 @@ from autopar.operators.registry import operator
 def cross_entropy_sums(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """(sum of the losses, what a mean divides by). logits (C), (N, C) or (N, C, d1, ...); target without C."""
+    """(sum of the losses, what a mean divides by), float32 for logits of 16 bits, in which many losses have no room.
+
+    logits (C), (N, C) or (N, C, d1, ...); target without C.
+    """
+    wide = _wide(logits.dtype)
+    reduction = "sum" if wide == logits.dtype else "none"
     total = F.cross_entropy(
-        logits, target, weight, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+        logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )
-    return total, _count(target, weight, ignore_index, logits.dtype)
+    return total if reduction == "sum" else total.sum(dtype=wide), _count(target, weight, ignore_index, wide)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _count(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
@@ -30,7 +39,7 @@ def _count(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torc
     if weight is None:
         return counted.sum().to(dtype)
     weights = weight[target.clamp(0, weight.shape[0] - 1)]
-    return torch.where(counted, weights, torch.zeros_like(weights)).sum()
+    return torch.where(counted, weights, torch.zeros_like(weights)).sum(dtype=dtype)
 
 
 def _mine(width: int, rank: Tensor, classes: int) -> Tensor:
@@ -89,11 +98,13 @@ def cross_entropy_from_parts(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of the losses, count) from the reduced parts of :func:`vocabulary_sums`; the maximum cancels out."""
+    """(sum of the losses, count) from the reduced parts of :func:`vocabulary_sums`; the maximum cancels out. Of the same
+    dtypes as those of :func:`cross_entropy_sums`."""
+    wide = _wide(exponentials.dtype)
     log_total = exponentials.log()
     losses = log_total - picked
     if summed is not None:
         losses = (1 - label_smoothing) * losses + label_smoothing * (log_total - summed / classes)
     counted = target != ignore_index
-    total = torch.where(counted, losses, torch.zeros_like(losses)).sum()
-    return total, counted.sum().to(losses.dtype)
+    total = torch.where(counted, losses, torch.zeros_like(losses)).sum(dtype=wide)
+    return total, counted.sum().to(wide)

@@ -58,8 +58,8 @@ def _by_vocabulary(emit: Emit, node: Node, axis: str, ways: int) -> Node:
         emit.all_reduce(emit(operator.getitem, (sums, i), part), axis) for i in range(3 if smoothing else 2)
     ]
     summed = reduced[2] if smoothing else None
-    scalar = Value(source.dtype, Layout(()), source.requires_grad)
-    count = Value(source.dtype, Layout(()), False)
+    wide = torch.promote_types(source.dtype, torch.float32)
+    scalar, count = Value(wide, Layout(()), source.requires_grad), Value(wide, Layout(()), False)
     arguments = (reduced[0], reduced[1], summed, target, classes, ignore_index, smoothing)
     return emit(operators.cross_entropy_from_parts, arguments, scalar, count)
 
