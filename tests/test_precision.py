@@ -195,3 +195,38 @@ def test_autocast() -> None:
     for loss, grads, both_loss, both_grads in run_ranks(in_autocast, 2):
         assert loss < 1e-3 and grads < 2.0**-5
         assert both_loss < 2.0**-6 and both_grads < 2.0**-3
+
+
+def scaled() -> list[tuple[list[float], float, bool]]:
+    """Three steps in float16 with torch's loss scaling, first with a scale that gradients have no room for, then with
+    another: losses, the scale in the end, whether parameters have moved."""
+    torch.manual_seed(0)
+    parallel = autopar.parallelize(llama.build(), Mesh(dp=2), Plan(zero=3, precision=Precision("fp16", "fp32")))
+    batch = llama.example_batch(llama.PRESETS["tiny"], 4, 8, 0)
+    found = []
+    for power in (24, 12):
+        before, losses = parallel.full_state_dict(), []
+        optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**power)
+        for _ in range(3):
+            loss = parallel(**batch)["loss"]
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            parallel.clip_grad_norm_(1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        moved = [not torch.equal(before[name], tensor) for name, tensor in parallel.full_state_dict().items()]
+        found.append((losses, scaler.get_scale(), any(moved)))
+    return found
+
+
+def test_loss_scaling_in_float16() -> None:
+    """GradScaler works on our gradients: all ranks leave out the steps of those that are no numbers."""
+    first, second = run_ranks(scaled, 2)
+    assert first == second
+    losses, scale, moved = first[0]
+    assert len(set(losses)) == 1 and scale == 2.0**21 and not moved
+    losses, scale, moved = first[1]
+    assert losses[2] < losses[0] - 0.3 and scale == 2.0**12 and moved

@@ -78,6 +78,8 @@ MESHES = {
     "gpt": ("dp=1", "dp=3", "dp_replicate=2,dp_shard=2"),
     "llama": ("dp=2", "tp=2", "dp=2,tp=2"),
 }
+RECOMPUTED: dict[str, Any] = {"zero": 2, "recompute": "full"}
+MEGATRON: dict[str, Any] = {"zero": 3, "sequence": "megatron"}
 HALF_A_ULP = 2.0**-24
 
 
@@ -162,8 +164,8 @@ def test_computing_in_float64_is_exact(name: str) -> None:
     """On the same float32 weights: loss to 1e-12, gradients up to their one rounding to float32."""
     loss, grads = _plain(*_case(name), torch.float64)
     for mesh in MESHES[name]:
-        for stage, reduce in ((0, "f64"), (2, None), (3, "f64")):
-            plan = Plan(zero=stage, precision=Precision("f64", reduce), on_indivisible="replicate")
+        for reduce, choices in (("f64", {}), (None, RECOMPUTED), ("f64", MEGATRON)):
+            plan = Plan(precision=Precision("f64", reduce), on_indivisible="replicate", **choices)
             step = _step(name, mesh, plan)
             assert step.loss is not None and step.loss.dtype == torch.float64
             assert abs(float(step.loss / loss) - 1) < 1e-12, (mesh, plan)
