@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar import torch_collectives
@@ -99,7 +99,23 @@ def _join(mesh: Mesh, timeout: float, device: torch.device) -> None:
     if processes != mesh.world_size:
         raise LaunchError(_sizes(mesh, processes, "torchrun started"))
     with _peers_needed("the start of the process group", int(os.environ["RANK"]), processes, timeout):
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(
+            backend, timeout=limit, store=_store(limit), rank=int(os.environ["RANK"]), world_size=processes
+        )
+
+
+def _store(timeout: timedelta) -> Any:
+    """torchrun's, without what an attempt before this one has left in it.
+
+    torchrun (2.13) keeps one store for all its restarts, where ranks then find the addresses of dead ones and wait for
+    them. On several machines the numbers of attempts may differ, so that nothing can be done here.
+    """
+    store = next(rendezvous("env://", timeout=timeout))[0]
+    store.set_timeout(timeout)
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @contextmanager

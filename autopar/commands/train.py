@@ -43,6 +43,8 @@ Checkpoint = Annotated[Path | None, typer.Option(metavar="DIR", help="save here,
 Every = Annotated[int, typer.Option(min=1, help="steps from one checkpoint to the next")]
 Keep = Annotated[int, typer.Option(min=1, help="checkpoints that stay")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the latest checkpoint, saved on whatever mesh")]
+# the longer name is for torchrun's own command line, which takes --log for an unclear option of its own
+LogFile = Annotated[Path | None, typer.Option("--log", "--log-file", help="write one JSON line per step to this file")]
 Restarts = Annotated[int, typer.Option(min=0, help="how often all ranks start again when one fails")]
 
 
@@ -69,7 +71,7 @@ def train_command(
     resume: Resume = False,
     max_restarts: Restarts = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there is one for every rank")] = "auto",
-    log: Annotated[Path | None, typer.Option(help="write one JSON line per step to this file")] = None,
+    log: LogFile = None,
     as_json: Json = False,
 ) -> None:
     """Train MODEL over a mesh on byte-level tokens of real text; by itself it starts one process per rank (torchrun).

@@ -64,7 +64,8 @@ def end_of(run: Run, settings: Settings) -> str:
 def print_report(model: nn.Module, run: Run, settings: Settings, document: dict[str, Any]) -> None:
     console = stdout()
     if not run.parallel.losses:
-        console.print(f"nothing to do: {run.start.path} has {run.start.step} steps already, of {settings.steps}")
+        text = f"nothing to do: {run.start.path} has {run.start.step} steps already, of {settings.steps}"
+        console.print(text, soft_wrap=True, markup=False)
         return
     count = sum(parameter.numel() for parameter in model.parameters())
     batches = f"{settings.accumulate} x " if settings.accumulate > 1 else ""
