@@ -140,6 +140,7 @@ def test_stopped_and_resumed_on_other_meshes(tmp_path: Path) -> None:
     assert code == 0 and "has 7 steps already" in out
 
 
+@pytest.mark.slow
 def test_what_started_the_ranks_is_stopped(tmp_path: Path) -> None:
     command = ["autopar", *SMALL, "--mesh", "dp=2", "--steps", "1000000", "--no-compare"]
     with started(*command, "--checkpoint", "saved", "--log", "log", cwd=tmp_path) as process:
