@@ -154,7 +154,9 @@ class ParallelModule(nn.Module):
         call = self._signature.call(args, kwargs)
         program = self._program((self._key(call), "whole"), call)
         with torch.no_grad():
-            tensors = self.full_state_dict() if self._connection else _named_tensors(self)
+            tensors = _named_tensors(self)
+            if self._weights is not None:  # a state dict would lack buffers that are not persistent
+                tensors = {name: self._weights.whole(name, tensor) for name, tensor in tensors.items()}
         seed = self.plan.seed * SEED_STRIDE
         return simulate(program, tensors, call.args, call.kwargs, backward=torch.is_grad_enabled(), seed=seed)
 

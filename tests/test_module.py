@@ -234,6 +234,30 @@ def test_without_processes_there_are_programs_and_simulation() -> None:
     assert all(type(parameter) is nn.Parameter for parameter in parallel.parameters()), "the model is left as it was"
 
 
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("shift", torch.arange(4.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted: Tensor = self.linear(x) + self.shift
+        return shifted.square().mean()
+
+
+def simulate_connected(mesh: Mesh) -> bool:
+    torch.manual_seed(0)
+    model, x = Shifted(), torch.randn(2, 4)
+    expected = model(x)
+    parallel = autopar.parallelize(model, mesh, example_inputs=(x,))
+    step = parallel.simulate(x)
+    return step.loss is not None and torch.allclose(step.loss, expected)
+
+
+def test_simulation_of_a_connected_module_has_its_buffers() -> None:
+    assert run_ranks(simulate_connected, 2, Mesh(dp=2)) == [True, True]
+
+
 def test_example_inputs_compile_at_once() -> None:
     model = gpt.build()
     parallel = autopar.parallelize(model, Mesh(tp=2), example_inputs=gpt.example_batch(model, 2, 8))
