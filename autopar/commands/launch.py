@@ -51,7 +51,9 @@ def relaunch(ranks: int, arguments: Sequence[str], restarts: int = 0, stops: boo
             run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         raise typer.Exit(report_failures(error.failures, ranks)) from None
-    except (SignalException, KeyboardInterrupt):
+    except SignalException as error:
+        raise typer.Exit(128 + error.sigval) from None
+    except KeyboardInterrupt:
         raise typer.Exit(128 + signal.SIGINT) from None
 
 
