@@ -20,7 +20,7 @@ class Contender:
 
     def __init__(self, module: nn.Module, fused: bool) -> None:
         self.module = module
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, fused=fused)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, fused=fused)
 
     def part(self, batch: Batch) -> Batch:
         """What this side is handed of a whole batch."""

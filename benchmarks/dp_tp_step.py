@@ -15,11 +15,8 @@ import argparse
 import copy
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import autopar
 from benchmarks.contenders import Autopar, Contender
+from benchmarks.launch import launched
 from benchmarks.paired import Ratio, measure
 from benchmarks.subjects import DEFAULT, SUBJECTS, Subject
 from benchmarks.torch_parallel import DATA_FORMS, TorchParallel
@@ -97,14 +95,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _launched(options: argparse.Namespace, ranks: int, meshes: list[str]) -> list[Row]:
     """The rows of ``meshes``, all of ``ranks`` processes, measured under torchrun."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder, "rows.json")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += ["-m", "benchmarks.dp_tp_step", "--worker", str(found), "--mesh", *meshes]
-        command += ["--model", *options.model, "--steps", str(options.steps), "--warm-up", str(options.warm_up)]
-        command += ["--data", options.data, "--optimizer", *options.optimizer]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return [_row(entry) for entry in json.loads(found.read_text())]
+    arguments = ["--mesh", *meshes, "--model", *options.model, "--steps", options.steps, "--warm-up", options.warm_up]
+    arguments += ["--data", options.data, "--optimizer", *options.optimizer]
+    return [_row(entry) for entry in launched("benchmarks.dp_tp_step", ranks, arguments)]
 
 
 def _row(entry: dict[str, object]) -> Row:

@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from autopar.mesh import Mesh
+from benchmarks.process_memory import forget_most_resident, most_resident, resident
 
 SHARD = 2 * 10**9  # bytes
 LENGTH = 128
@@ -136,10 +137,10 @@ def _measure(options: argparse.Namespace) -> None:
     batch = {"input_ids": ids, "labels": ids.clone()}
     plan = autopar.Plan(zero=options.zero)
     model = autopar.parallelize(llama_7b(options.layers), mesh, plan, example_inputs=batch)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, read_before, start = _memory("VmRSS"), _kernel_read(), time.perf_counter()
+    forget_most_resident()
+    before, read_before, start = resident(), _kernel_read(), time.perf_counter()
     found = autopar.load_safetensors(model, options.directory)
-    seconds, peak, read = time.perf_counter() - start, _memory("VmHWM"), _kernel_read() - read_before
+    seconds, peak, read = time.perf_counter() - start, most_resident(), _kernel_read() - read_before
     wrong, own = 0, 0
     for entry in named_tensors(model):
         if entry.name in found.loaded:
@@ -149,12 +150,6 @@ def _measure(options: argparse.Namespace) -> None:
     rank = int(os.environ["RANK"])
     loading = Loading(rank, seconds, own, found.bytes_read, read, before, peak, peak - before - own, wrong)
     print(json.dumps(asdict(loading)), flush=True)
-
-
-def _memory(what: str) -> int:
-    """``VmRSS`` or ``VmHWM`` (the most of it) of this process, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
 def _kernel_read() -> int:

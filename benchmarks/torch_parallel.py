@@ -5,18 +5,24 @@ The recipe is that of torch's tutorial "Large Scale Transformer model training w
 ``PrepareModuleInput`` where a block's hidden state enters them (so that its gradient is reduced once, not once per
 layer), ``loss_parallel``, and with ``sequence`` the ``SequenceParallel`` norms of the same tutorial. Data parallelism
 over the other mesh dim is ``DistributedDataParallel(module, device_mesh=mesh["dp"])``, which turns DTensor parameters
-into local ones by itself, or ``replicate`` (the newer one, on FSDP's machinery), which keeps them.
+into local ones by itself, or ``replicate`` (the newer one, on FSDP's machinery), which keeps them. Sharded data
+parallelism is DDP with ``ZeroRedundancyOptimizer`` (ZeRO-1) or ``fully_shard`` of each block and of the root (FSDP2),
+which lets gathered parameters go after forward (ZeRO-3) or keeps them until backward is through.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -29,10 +35,10 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.contenders import Contender
+from benchmarks.contenders import RATE, Contender
 from benchmarks.subjects import Batch, Sites, Subject
 
-DATA_FORMS = ("ddp", "replicate")
+DATA_FORMS = ("ddp", "replicate", "zero_redundancy", "fully_shard", "fully_shard_kept")
 
 
 class TorchParallel(Contender):
@@ -46,14 +52,22 @@ class TorchParallel(Contender):
         if self.splits_tensors:
             subject.localised(model)
             parallelize_module(model, mesh["tp"], tensor_plan(model, subject.sites, sequence))
-        super().__init__(self._replicated(model, subject.sites, data) if self.ways > 1 else model, fused)
+        super().__init__(self._data_parallel(model, subject.sites, data) if self.ways > 1 else model, fused)
+        if data == "zero_redundancy":
+            self.optimizer = ZeroRedundancyOptimizer(self.module.parameters(), torch.optim.AdamW, lr=RATE, fused=fused)
 
-    def _replicated(self, model: nn.Module, sites: Sites, data: str) -> nn.Module:
-        if data == "ddp":
-            return DistributedDataParallel(model, device_mesh=self.mesh["dp"])
+    def _data_parallel(self, model: nn.Module, sites: Sites, data: str) -> nn.Module:
+        mesh = self.mesh["dp"]
+        if data in ("ddp", "zero_redundancy"):
+            return DistributedDataParallel(model, device_mesh=mesh)
+        forms: dict[str, Callable[[nn.Module], object]] = {
+            "replicate": lambda module: replicate(module, mesh=mesh),
+            "fully_shard": lambda module: fully_shard(module, mesh=mesh, reshard_after_forward=True),
+            "fully_shard_kept": lambda module: fully_shard(module, mesh=mesh, reshard_after_forward=False),
+        }
         for name in sites.block_names(model):
-            replicate(model.get_submodule(name), mesh=self.mesh["dp"])
-        replicate(model, mesh=self.mesh["dp"])  # in place
+            forms[data](model.get_submodule(name))
+        forms[data](model)  # in place
         return model
 
     def part(self, batch: Batch) -> Batch:

@@ -1,0 +1,25 @@
+"""Run a benchmark's module again as the ranks of a process group, under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def launched(module: str, ranks: int, arguments: Sequence[object], environment: Mapping[str, str] | None = None) -> Any:
+    """What rank 0 of ``python -m module --worker FILE *arguments`` writes to FILE as JSON; one thread a process.
+
+    Raises subprocess.CalledProcessError where a rank fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder, "found.json")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += ["-m", module, "--worker", str(found), *map(str, arguments)]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})
+        return json.loads(found.read_text())
