@@ -35,7 +35,7 @@ import autopar
 from benchmarks.contenders import Autopar, Contender
 from benchmarks.launch import launched
 from benchmarks.paired import Ratio, measure
-from benchmarks.process_memory import EXACT, allocated, forget_most_resident, most_resident, resident
+from benchmarks.process_memory import EXACT, allocated, forget_most_resident, most_resident, of_tensors, resident
 from benchmarks.subjects import SUBJECTS, Batch, Subject
 from benchmarks.torch_parallel import TorchParallel
 
@@ -154,7 +154,7 @@ def _timing(subject: Subject, zero: int, options: argparse.Namespace) -> Timing:
 def _memory(subject: Subject, zero: int, options: argparse.Namespace) -> Memory:
     torch.manual_seed(0)
     gc.collect()
-    before = allocated()
+    before, tensors_before = allocated(), of_tensors()
     side = _ours if options.only == "autopar" else _peer
     contender = side(subject, subject.build(), zero, options)
 
@@ -166,7 +166,7 @@ def _memory(subject: Subject, zero: int, options: argparse.Namespace) -> Memory:
 
     steps(options.warm_up)
     gc.collect()
-    between = allocated() - before
+    between = max(allocated() - before, of_tensors() - tensors_before)  # the former misses what was freed meanwhile
     forget_most_resident()
     start = resident()
     steps(options.steps)
