@@ -19,9 +19,16 @@ NOT_ALL_SPLIT = {  # and what the report says of them
     "models.cnn": "statistics of batch normalisation",
     "models.lstm": "recurrent_layer",
 }
+QUICK = {  # one of each kind; the others take long together: pytest -m slow tests/test_zoo.py
+    "llama", "gpt2", "falcon", "bloom", "minicpm3", "mixtral", "deepseek_v3", "phimoe", "deberta_v2", "albert",
+    "whisper", "swin", "convnext", "clip", "segformer", "resnet", "mamba2", "models.dlrm", "models.lstm", "models.unet",
+}  # fmt: skip
+NAMES = [*zoo.ARCHITECTURES, *(f"models.{name}" for name in OURS)]
 
 
-@pytest.mark.parametrize("name", [*zoo.ARCHITECTURES, *(f"models.{name}" for name in OURS)])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_architecture(name: str) -> None:
     family = OWN_FAMILY if name.startswith("models.") else zoo.architecture(name).family
     if family != OWN_FAMILY:
