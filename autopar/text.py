@@ -51,7 +51,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 GROWING = ("all_gather", "all_gather_invariant", "start_all_gather", "pad")  # `length` is the size of their output
-SHRINKING = ("reduce_scatter", "start_reduce_scatter", "split", "split_replicated")  # `length` is the size of their input
+SHRINKING = ("reduce_scatter", "start_reduce_scatter", "split", "split_replicated")  # ... of their input
 NAME_WIDTH, LINE_WIDTH = 28, 104  # columns are aligned up to these widths
 
 GradRule = Callable[[InputKind | None, Node, Value, int], bool]

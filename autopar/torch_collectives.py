@@ -1,7 +1,7 @@
 """The one door to torch's functional collectives, whose names torch is about to change (``*_tensor`` to ``*_single``).
 
-Each returns a new tensor, works along dim 0 and, but for those called ``start_...``, has ended when it returns. They are ordinary operators, so
-``torch.distributed.tensor.debug.CommDebugMode`` and c10d's hooks see them.
+Each returns a new tensor, works along dim 0 and, but for those called ``start_...``, has ended when it returns. They
+are ordinary operators, so ``torch.distributed.tensor.debug.CommDebugMode`` and c10d's hooks see them.
 """
 
 from __future__ import annotations

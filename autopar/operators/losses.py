@@ -98,7 +98,7 @@ def cross_entropy_from_parts(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of the losses, count) from the reduced parts of :func:`vocabulary_sums`; the maximum cancels out. Of the same
+    """(sum of the losses, count) from reduced parts of :func:`vocabulary_sums`; the maximum cancels out. Of the same
     dtypes as those of :func:`cross_entropy_sums`."""
     wide = _wide(exponentials.dtype)
     log_total = exponentials.log()
