@@ -212,6 +212,7 @@ def _irregular(program: Program, axis: str, normalised: frozenset[str]) -> Itera
     for graph in (role.forward, role.backward):
         for node in graph.nodes if graph is not None else ():
             name = comm.TARGETS.get(node.target)
+            name = comm.STARTED.get(name, name) if name else name
             if name not in comm.MOVING or axis not in node.args or not value(node).dtype.is_floating_point:
                 continue
             if name == "all_reduce" and origin(node).module in normalised:

@@ -37,6 +37,7 @@ class Communicator:
         self.phase = "forward"
         self._groups = {axis: groups[axis] for axis, size in mesh.axes if size > 1}
         self._positions = {axis: torch.tensor(i, device=device) for axis, i in self.coordinates.items()}
+        self._started: dict[int, str] = {}  # where the result of one under way lies -> what it is
         self._sent: dict[tuple[str, str, str], list[int]] = {}  # (phase, axis, name) -> [operations, bytes]
 
     # ------------------------------------------------------------ without communication
@@ -105,7 +106,7 @@ class Communicator:
         """As :meth:`all_reduce`, but the result is there only after :meth:`wait`; until then ``x`` must not change."""
         if axis not in self._groups:
             return x
-        return self._send("all_reduce", axis, x.contiguous(), torch_collectives.start_all_reduce, op)
+        return self._start("all_reduce", axis, x, torch_collectives.start_all_reduce, op)
 
     def start_all_gather(
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
@@ -113,7 +114,7 @@ class Communicator:
         """As :meth:`all_gather` of dim 0 in equal parts; see :meth:`start_all_reduce`."""
         if axis not in self._groups:
             return x
-        return self._send("all_gather", axis, x.contiguous(), torch_collectives.start_all_gather)
+        return self._start("all_gather", axis, x, torch_collectives.start_all_gather)
 
     def start_reduce_scatter(
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
@@ -121,10 +122,17 @@ class Communicator:
         """As :meth:`reduce_scatter` of dim 0 in equal parts; see :meth:`start_all_reduce`."""
         if axis not in self._groups:
             return x
-        return self._send("reduce_scatter", axis, x.contiguous(), torch_collectives.start_reduce_scatter)
+        return self._start("reduce_scatter", axis, x, torch_collectives.start_reduce_scatter)
 
     def wait(self, x: Tensor, axis: str) -> Tensor:
-        return self._guarded("a collective", axis, x, torch_collectives.wait) if axis in self._groups else x
+        if axis not in self._groups:
+            return x
+        return self._guarded(self._started.pop(x.data_ptr(), "a collective"), axis, x, torch_collectives.wait)
+
+    def _start(self, name: str, axis: str, x: Tensor, collective: Callable[..., Tensor], *more: Any) -> Tensor:
+        result = self._send(name, axis, x.contiguous(), collective, *more)
+        self._started[result.data_ptr()] = name
+        return result
 
     def _gather(self, name: str, x: Tensor, axis: str, split: Split, length: int) -> Tensor:
         if axis not in self._groups:

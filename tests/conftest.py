@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -35,3 +37,11 @@ def golden(request: pytest.FixtureRequest) -> Golden:
             pytest.fail("\n".join([f"the text changed; {way_out}", *lines]), pytrace=False)
 
     return check
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """A mesh of one rank makes a process group of its own, which the next test would take for a launch."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

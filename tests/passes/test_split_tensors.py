@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ program mesh(tp=2)
 
 
 def llama(layers: int, plan: Plan, mesh: str = "tp=2") -> Program:
+    plan = replace(plan, overlap_mb=0.0)  # collectives in one piece, to be counted
     pytest.importorskip("transformers")
     example = named_model("hf:llama", {"num_hidden_layers": layers})
     return compile_program(example.model, Mesh.parse(mesh), plan, (), example.batch)
