@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar import comm
 from autopar.operators.attention import ATTENTION, ATTENTION_BACKWARD
 from autopar.operators.experts import EXPERT_LINEAR, EXPERT_OUTER
 from autopar.program import Value, values
@@ -48,10 +49,10 @@ def is_operator(node: fx.Node) -> bool:
 
 
 def _only_moves(node: fx.Node) -> bool:
-    """Views, copies and constants."""
+    """Views, copies, constants and collectives."""
     assert isinstance(node.target, torch._ops.OpOverload)
     views = any(result.alias_info is not None for result in node.target._schema.returns)
-    return views or not node.all_input_nodes or packet_of(node) in MOVES
+    return views or not node.all_input_nodes or packet_of(node) in MOVES or node.target in comm.TARGETS
 
 
 def packet_of(node: fx.Node) -> Any:
