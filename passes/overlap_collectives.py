@@ -15,6 +15,7 @@ PyTorch FSDP, section 3.3; Narayanan et al. 2021, Megatron-LM.)
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import torch
 from torch import fx
@@ -51,14 +52,15 @@ class _Schedule:
     """A new order for the nodes of one graph, with collectives taken apart."""
 
     def __init__(self, program: Program, graph: fx.Graph, limit: float, is_backward: bool) -> None:
-        self.mesh, self.graph, self.limit, self.is_backward = program.mesh, graph, limit, is_backward
+        self.mesh, self.graph, self.limit = program.mesh, graph, limit
         self.nodes = [node for node in graph.nodes if node.op == "call_function"]
         self.end = output_node(graph)
         self.under_way: dict[fx.Node, float] = {}  # collective -> bytes that it holds
         self.waits: dict[fx.Node, fx.Node] = {}  # collective that has been started -> its wait
-        self.late = self._late()
-        self.delayed: dict[fx.Node, list[fx.Node]] = {}  # collective -> what only arranges its result
-        self.ahead = [node for node in self.nodes if node.target in GATHERS and self._can_start(node)]
+        self.late = self._late()  # what only arranges the result of a reduction for being returned -> the reduction
+        self.delayed: dict[fx.Node, list[fx.Node]] = {}  # reduction under way -> what arranges its result
+        self.ahead = deque(node for node in self.nodes if node.target in GATHERS and self._can_start(node))
+        self.gathers = set(self.ahead)
         self.done: set[fx.Node] = set()  # brought forward
         self.hidden = self._hidden() if is_backward else set()
         needed = live_nodes(self.hidden)
@@ -80,8 +82,8 @@ class _Schedule:
 
     def _place(self, node: fx.Node) -> None:
         """The next node of the new order."""
-        if node in self.late:
-            self.delayed[self._collective_of(node)].append(node)
+        if self.late.get(node) in self.under_way:
+            self.delayed[self.late[node]].append(node)
             return
         for source in node.all_input_nodes:
             self._arrive(source)
@@ -115,19 +117,20 @@ class _Schedule:
         """Whether something else is computed before the first use of a reduction."""
         if all(user in self.late or user is self.end for user in node.users):
             return True
-        for other in self.nodes[self.places[node] + 1 :]:
+        for place in range(self.places[node] + 1, len(self.nodes)):
+            other = self.nodes[place]
             if other not in self.late and not is_view(other.target):
                 return node not in other.all_input_nodes
         return False
 
-    def _late(self) -> set[fx.Node]:
-        """What only arranges the result of a reduction for being returned."""
+    def _late(self) -> dict[fx.Node, fx.Node]:
         late: set[fx.Node] = set()
         for node in reversed(self.nodes):
             ends = node.users and all(user in late or user is self.end for user in node.users)
             if ends and is_view(node.target) and len(node.all_input_nodes) == 1:
                 late.add(node)
-        return {node for node in late if self._reduction_before(node) is not None}
+        before = {node: self._reduction_before(node) for node in self.nodes if node in late}
+        return {node: reduction for node, reduction in before.items() if reduction is not None}
 
     def _hidden(self) -> set[fx.Node]:
         """Reductions that a backward graph goes on with; what they do not wait for can hide them."""
@@ -139,26 +142,22 @@ class _Schedule:
             (node,) = node.all_input_nodes
         return node if _is_reduction(node) and self._can_start(node) else None
 
-    def _collective_of(self, node: fx.Node) -> fx.Node:
-        found = self._reduction_before(node)
-        assert found is not None
-        return found
-
     # ------------------------------------------------------------ moving it
 
     def _prefetch(self, node: fx.Node) -> None:
         """Start the gather that is ``node``, then those after it for which there is room, in their order."""
-        if node in self.ahead:
-            self.ahead.remove(node)
+        if node in self.gathers and node not in self.waits:
             self._start(node)
         while self.ahead:
             gather = self.ahead[0]
+            if gather in self.waits:
+                self.ahead.popleft()
+                continue
             held = self._held(gathers=True)
             if held and held + self._bytes(gather) > self.limit:
                 return
             if not all(map(self._at_hand, gather.all_input_nodes)):
                 return
-            self.ahead.remove(gather)
             self._bring(gather.all_input_nodes)
             self._start(gather)
 
