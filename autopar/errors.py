@@ -43,5 +43,9 @@ class CheckpointError(AutoparError):
     """A checkpoint, or weights on disk, are damaged, incomplete or those of another model."""
 
 
+class ScheduleError(AutoparError):
+    """A pipeline schedule would compute something twice or never, mix up messages, wait for ever or hold too much."""
+
+
 class RankFailedError(AutoparError):
     """A peer rank ended or stopped answering while this rank waited for it."""
