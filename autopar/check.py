@@ -18,6 +18,7 @@ from autopar.plan import Plan
 from autopar.precision import Precision
 from autopar.program import Program
 from autopar.simulate import Step, simulate
+from autopar.stages import is_pipelined
 from autopar.trace import trace
 
 TOLERANCE = 1e-10
@@ -56,6 +57,7 @@ class Reference:
         self.model = copy.deepcopy(model).double()
         _disturb_constants(self.model)
         self.batch: dict[str, Any] = pytree.tree_map_only(Tensor, _as_double, dict(batch))
+        self._parts: dict[str, Program] = {}
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         with promote_float32():
             self.traced = trace(self.model, (), self.batch, plan=Plan(check_numerics=False))
@@ -67,15 +69,27 @@ class Reference:
         self.state = {name: parameter.detach() for name, parameter in parameters.items()}
         self.state |= dict(self.model.named_buffers(remove_duplicate=False)) | buffers  # as they were before that step
 
+    def program(self, mesh: Mesh, plan: Plan) -> Program:
+        from autopar.driver import finish_program, pipelined, place
+
+        if is_pipelined(mesh):
+            return pipelined(self._traced_part, mesh, plan, (), self.batch)
+        return finish_program(place(self.traced, mesh, plan))
+
+    def _traced_part(self, batch: Mapping[str, Any]) -> Program:
+        """The program of a microbatch of these sizes."""
+        sizes = repr(pytree.tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), dict(batch)))
+        if sizes not in self._parts:
+            self._parts[sizes] = trace(self.model, (), batch, plan=Plan(check_numerics=False))
+        return self._parts[sizes]
+
     def check(self, mesh: Mesh, plan: Plan | None = None) -> Report:
         """Compare one step of the program for ``mesh``, simulated on all ranks; ``plan.precision`` does not count.
 
         Raises what compiling raises.
         """
-        from autopar.driver import finish_program, place
-
         with promote_float32():
-            program = finish_program(place(self.traced, mesh, replace(plan or Plan(), precision=Precision())))
+            program = self.program(mesh, replace(plan or Plan(), precision=Precision()))
             step = simulate(program, self.state, (), self.batch)
         assert step.loss is not None
         given = dict(_leaves(step.output))

@@ -40,12 +40,29 @@ aten = torch.ops.aten
 
 
 def differentiate(program: Program) -> Program:
-    """``program`` with its one role: forward, backward and inference graphs on local sizes.
+    """``program`` with its one role: forward, backward and inference graphs on local sizes; or with one in each stage.
 
     A program of which nothing requires a gradient gets a role without a backward graph.
     Raises InvariantError, naming the node, where the graph cannot run at the sizes of its layouts.
     """
-    return replace(program, roles=(role_of(program, remake=made_again(program)),))
+    if not program.stages:
+        return replace(program, roles=(role_of(program, remake=made_again(program)),))
+    stages: list[Program] = []  # from the last: what a stage gets gradients for, the ones after it say
+    reached: set[str] = set()
+    for number in reversed(range(len(program.stages))):
+        stage = program.stages[number]
+        wanted = tuple(
+            position
+            for position, entry in enumerate(stage.outputs)
+            if position == stage.loss or (entry.kind is OutputKind.SENT and f"{number}.{entry.target}" in reached)
+        )
+        role = role_of(stage, wanted, made_again(stage))
+        received = {entry.target for entry in stage.inputs if entry.kind is InputKind.RECEIVED}
+        for target in received.intersection(role.grads):
+            source, _, name = target.partition(".")
+            reached.add(f"{source}.{number}.{name}")
+        stages.insert(0, replace(stage, roles=(role,)))
+    return replace(program, stages=tuple(stages))
 
 
 def made_again(program: Program) -> Remake:
@@ -174,10 +191,10 @@ class _Forward:
         return placed
 
     def leaves(self) -> dict[str, Tensor]:
-        """What gradients are wanted of: parameters, then inputs, by their names."""
-        kinds = (InputKind.PARAMETER, InputKind.INPUT)
+        """What gradients are wanted of: parameters, then inputs and what is received, by their names."""
+        kinds = (InputKind.PARAMETER, InputKind.INPUT, InputKind.RECEIVED)
         found = [(entry, self.tensors[node]) for node, entry in self.program.placeholders(*kinds)]
-        found.sort(key=lambda pair: pair[0].kind is InputKind.INPUT)
+        found.sort(key=lambda pair: pair[0].kind is not InputKind.PARAMETER)
         return {entry.target: tensor for entry, tensor in found if tensor.requires_grad}
 
     def outputs(self) -> list[Tensor]:

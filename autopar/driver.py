@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +11,16 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from autopar import microbatches
 from autopar.connect import Connection, connect, launched
 from autopar.differentiate import differentiate
 from autopar.layout import Layout
 from autopar.mesh import Mesh
-from autopar.module import ParallelModule
+from autopar.module import ParallelModule, weight_layouts
 from autopar.pipeline import Pass, run_passes
 from autopar.plan import Plan
 from autopar.program import Program
+from autopar.stages import check_same_parameters, is_pipelined, stages_of_nodes
 from autopar.trace import trace
 
 
@@ -63,7 +65,34 @@ def compile_program(
     ``layouts``: parameter layouts that are settled already, since the parameters are held so.
     Raises TraceError, UnknownOperatorError, IndivisibleError, InvariantError, NumericsError.
     """
-    return finish_program(split_program(model, mesh, plan, args, kwargs, layouts))
+    plan = plan or Plan()
+    if not is_pipelined(mesh):
+        return finish_program(split_program(model, mesh, plan, args, kwargs, layouts))
+    return pipelined(lambda batch: trace(model, (), batch, plan=plan), mesh, plan, args, kwargs, layouts)
+
+
+def pipelined(
+    traced: Callable[[Mapping[str, Any]], Program],
+    mesh: Mesh,
+    plan: Plan,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+) -> Program:
+    """The program of one microbatch of the whole batch in ``kwargs``, with that of a smaller last microbatch.
+
+    ``traced`` gives the program of one microbatch before any pass. Raises what :func:`compile_program` raises.
+    """
+    batches = microbatches.parts(args, kwargs or {}, mesh, plan)
+    first, last = batches[0], batches[-1]
+    program = finish_program(place(replace(traced(first), settled=dict(layouts or {})), mesh, plan))
+    if microbatches.rows(first, [first], plan) == microbatches.rows(first, [last], plan):
+        return program
+    settled = {**(layouts or {}), **weight_layouts(program)}
+    small = replace(traced(last), settled=settled, settled_stages=stages_of_nodes(program))
+    remainder = finish_program(place(small, mesh, plan))
+    check_same_parameters(program, remainder)
+    return replace(program, remainder=remainder)
 
 
 def split_program(
@@ -81,6 +110,8 @@ def split_program(
     Raises ValueError for an unknown pass, and what :func:`compile_program` raises.
     """
     passes = _until(after, "trace", forward_passes())
+    if is_pipelined(mesh):
+        args, kwargs = (), microbatches.parts(args, kwargs or {}, mesh, plan or Plan())[0]
     program = replace(trace(model, args, kwargs, mesh, plan), settled=dict(layouts or {}))
     return run_passes(program, passes)
 
@@ -99,7 +130,11 @@ def finish_program(program: Program, *, after: str | None = None) -> Program:
     """A split program with its backward pass, optimised; or as it is after the pass called ``after``
     (``"differentiate"``: before any). Raises ValueError for an unknown pass."""
     passes = _until(after, "differentiate", joint_passes())
-    return run_passes(differentiate(program), passes)
+    program = differentiate(program)
+    if not program.stages:
+        return run_passes(program, passes)
+    program = replace(program, stages=tuple(run_passes(stage, passes) for stage in program.stages))
+    return run_passes(program, pipeline_passes() if after is None else ())
 
 
 def forward_passes() -> tuple[Pass, ...]:
@@ -114,6 +149,13 @@ def joint_passes() -> tuple[Pass, ...]:
     from autopar.passes import OPTIMISATIONS
 
     return OPTIMISATIONS
+
+
+def pipeline_passes() -> tuple[Pass, ...]:
+    """The passes over all stages of a pipeline together, in order."""
+    from autopar.passes import PIPELINE
+
+    return PIPELINE
 
 
 def _until(after: str | None, start: str, passes: tuple[Pass, ...]) -> tuple[Pass, ...]:

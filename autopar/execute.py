@@ -110,7 +110,9 @@ class Executable:
         self.comm.phase = "forward"
         step = Step(tensors, 0)
         with torch.no_grad(), below_autograd():
-            inputs: list[Any] = [fetch(step) for fetch in self._fetch]
+            needed = {node.name for node in self._graphs["count"].nodes if node.op == "placeholder"}
+            pairs = zip(self._entries, self._fetch)
+            inputs: list[Any] = [fetch(step) for (node, _), fetch in pairs if node.name in needed]
             result: Tensor = self.function("count")(self.comm, inputs)[0]
         return result
 

@@ -240,6 +240,11 @@ class Lockstep:
             for memory, value in zip(self.memory, ranks):
                 memory.release(value)
 
+    def count(self, phase: str, axis: str, name: str, operations: int, sent: int) -> None:
+        """Add to the traffic of each rank."""
+        before = self._sent.get((phase, axis, name), (0, 0))
+        self._sent[phase, axis, name] = before[0] + operations, before[1] + sent
+
     def _step(self, node: Node, known: dict[Node, Ranks], phase: str) -> Ranks:
         assert node.op == "call_function", node.format_node()
         name = comm.TARGETS.get(node.target)  # type: ignore[call-overload]
@@ -263,10 +268,8 @@ class Lockstep:
         parts = known[source]
         ways = self.mesh.size(axis)
         if name in comm.MOVING and ways > 1:
-            kind = (phase, axis, comm.STARTED.get(name, name))
-            operations, sent = self._sent.get(kind, (0, 0))
             size = parts[0].numel() * parts[0].element_size()
-            self._sent[kind] = operations + 1, sent + moved_bytes(name, ways, size)
+            self.count(phase, axis, comm.STARTED.get(name, name), 1, moved_bytes(name, ways, size))
         results: Ranks = [None] * self.mesh.world_size
         for group in self.groups.get(axis) or tuple((rank,) for rank in range(self.mesh.world_size)):
             members = collective(name, [parts[rank] for rank in group], (axis, *rest))

@@ -7,13 +7,14 @@ count_i / (count_1 + ... + count_m), which is known before any backward pass, si
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from autopar import comm
-from autopar.calls import Call, data_ways
+from autopar.calls import data_ways
 from autopar.errors import IndivisibleError, InvariantError
 from autopar.mesh import Mesh
 from autopar.partition import extract, live_nodes
@@ -27,36 +28,64 @@ SCALING = (aten.div.Scalar, aten.mul.Scalar, aten.neg.default)
 MEANS = (aten.mean.default, aten.mean.dim)
 
 
-def parts(call: Call, mesh: Mesh, plan: Plan) -> list[dict[str, Any]]:
-    """The keyword arguments of each of ``plan.microbatches`` calls: equal numbers of neighbouring rows.
+def parts(args: Sequence[Any], kwargs: Mapping[str, Any], mesh: Mesh, plan: Plan) -> list[dict[str, Any]]:
+    """The keyword arguments of each of ``plan.microbatches`` calls: neighbouring rows, equally many, or in the last
+    ones fewer by as few as possible.
 
-    Raises IndivisibleError where the rows do not divide, InvariantError for arguments without names.
+    Raises IndivisibleError where there are too few rows, or the data axes do not divide them; InvariantError for
+    arguments without names.
     """
     count = plan.microbatches
-    if call.args or any(not isinstance(value, Tensor | int | float | str | None) for value in call.kwargs.values()):
+    if args or any(not isinstance(value, Tensor | int | float | str | None) for value in kwargs.values()):
         raise InvariantError("Plan(microbatches=...) cuts tensors that are passed by name: model.train_step(x=x, y=y)")
-    tensors = {name: value for name, value in call.kwargs.items() if isinstance(value, Tensor)}
+    ways = 1 if plan.inputs == "local" else data_ways(mesh)
+    cut: dict[str, tuple[Tensor, ...]] = {}
+    for name, dim in cut_dims(kwargs, plan).items():
+        tensor: Tensor = kwargs[name]
+        rows = tensor.shape[dim]
+        if rows % ways or rows < count * ways:
+            raise IndivisibleError(
+                f"input '{name}' has {rows} rows, which {count} microbatches on {mesh} do not divide\n"
+                f"Way out: a batch size that is a multiple of {count * ways}, or another Plan(microbatches=...)."
+            )
+        size, more = divmod(rows // ways, count)
+        cut[name] = tensor.split([(size + (i < more)) * ways for i in range(count)], dim)
+    return [{**kwargs, **{name: pieces[i] for name, pieces in cut.items()}} for i in range(count)]
+
+
+def cut_dims(kwargs: Mapping[str, Any], plan: Plan) -> dict[str, int]:
+    """Name -> batch dim of the tensors that have one: as the plan says, else dim 0 where it has the usual size."""
+    tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
     lengths = Counter(tensor.shape[0] for tensor in tensors.values() if tensor.dim())
     usual = lengths.most_common(1)[0][0] if lengths else 0
-    cut: dict[str, tuple[Tensor, ...]] = {}
-    ways = count * (1 if plan.inputs == "local" else data_ways(mesh))
-    for name, tensor in tensors.items():
-        guess = 0 if tensor.dim() and tensor.shape[0] == usual else None
-        dim = plan.batch_dims.get(name, guess)
-        if dim is None:
-            continue
-        if tensor.shape[dim] % ways:
-            raise IndivisibleError(
-                f"input '{name}' has {tensor.shape[dim]} rows, which {count} microbatches on {mesh} do not divide\n"
-                f"Way out: a batch size that is a multiple of {ways}, or another Plan(microbatches=...)."
-            )
-        cut[name] = tensor.chunk(count, dim)
-    return [{**call.kwargs, **{name: pieces[i] for name, pieces in cut.items()}} for i in range(count)]
+    guesses = {name: 0 if tensor.dim() and tensor.shape[0] == usual else None for name, tensor in tensors.items()}
+    found = {name: plan.batch_dims.get(name, guess) for name, guess in guesses.items()}
+    return {name: dim for name, dim in found.items() if dim is not None}
+
+
+def rows(kwargs: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], plan: Plan) -> list[int]:
+    """How many rows each of the parts of ``kwargs`` has."""
+    name, dim = next(iter(cut_dims(kwargs, plan).items()), ("", 0))
+    return [batch[name].shape[dim] if name else 1 for batch in batches]
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """One output of all microbatches: rows behind each other; of what has no rows the last."""
+    return torch.cat(list(parts)) if parts[0].dim() else parts[-1]
+
+
+def shares(counts: Sequence[Tensor | None], rows: Sequence[int]) -> list[Tensor | float]:
+    """What the loss of each part counts for in the loss of all: by the counts it is divided by, else by its rows."""
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts):
+        return [part / sum(rows) for part in rows]
+    total = sum(known[1:], known[0])
+    return [count / total for count in known]
 
 
 def counting(program: Program) -> fx.Graph | None:
-    """The graph (inputs of the program) -> (the count that the loss is divided by); None where the loss is a mean of
-    equally many elements in each part.
+    """The graph (those inputs of the program that it needs) -> (the count that the loss is divided by); None where the
+    loss is a mean of equally many elements in each part. Of a pipeline ``program`` is the stage that has the loss.
 
     Raises InvariantError for a loss that is neither: parts of it cannot be weighed.
     """
@@ -66,10 +95,11 @@ def counting(program: Program) -> fx.Graph | None:
     node = _behind(returned[program.loss], (*PASSING,))
     if node.target is aten.div.Tensor and isinstance(node.args[1], fx.Node):
         count = node.args[1]
-        learned = {found.name for found, _ in program.placeholders(InputKind.PARAMETER)}
-        if not any(source.name in learned for source in live_nodes([count])):
-            inputs = [source for source in role.forward.nodes if source.op == "placeholder"]
-            return extract(role.forward, inputs, [count])
+        found = live_nodes([count])
+        sources = [source for source in role.forward.nodes if source in found and source.op == "placeholder"]
+        learned = {source.name for source, _ in program.placeholders(InputKind.PARAMETER, InputKind.RECEIVED)}
+        if learned.isdisjoint(source.name for source in sources):
+            return extract(role.forward, sources, [count])
     if _behind(node, (*PASSING, *REDUCING, *SCALING)).target in MEANS:
         return None
     raise InvariantError(

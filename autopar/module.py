@@ -106,8 +106,8 @@ class ParallelModule(nn.Module):
         return loss.detach()
 
     def _train_in_parts(self, call: Call) -> Tensor:
-        batches = microbatches.parts(call, self.mesh, self.plan)
-        shares = self._shares(batches)
+        batches = microbatches.parts(call.args, call.kwargs, self.mesh, self.plan)
+        shares = self._shares(call, batches)
         total: Tensor | None = None
         for place, (batch, share) in enumerate(zip(batches, shares)):
             last = place == len(batches) - 1
@@ -118,19 +118,14 @@ class ParallelModule(nn.Module):
         assert total is not None
         return total
 
-    def _shares(self, batches: list[dict[str, Any]]) -> list[Tensor | float]:
-        """What each part counts for in the mean over all."""
+    def _shares(self, whole: Call, batches: list[dict[str, Any]]) -> list[Tensor | float]:
         if self._connection is None:
             raise not_launched(self.mesh)
         counts = []
         for batch in batches:
             call = self._signature.call((), batch)
             counts.append(self._executable(call).count(call.tensors))
-        known = [count for count in counts if count is not None]
-        if len(known) < len(counts):
-            return [1 / len(batches)] * len(batches)
-        total = sum(known[1:], known[0])
-        return [count / total for count in known]
+        return microbatches.shares(counts, microbatches.rows(whole.kwargs, batches, self.plan))
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Inside, gradients are added up without communication over the data axes; the next backward pass outside

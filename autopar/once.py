@@ -90,14 +90,17 @@ def _leaves(node: Node, gathered: Set[Node]) -> bool:
 @dataclass(frozen=True)
 class Reducing:
     """``rest``: the backward graph up to the sums over ``axes`` that only gradients wait for; ``graph``: (what it
-    returns) -> gradients."""
+    returns) -> gradients. Gradients that are wanted at once ``rest`` returns first, and ``graph`` has no part in."""
 
     rest: fx.Graph
     graph: fx.Graph
 
 
-def without_reductions(graph: fx.Graph, axes: Iterable[str]) -> Reducing:
-    """A backward graph cut before the reductions over ``axes`` of gradients that are nothing but returned."""
+def without_reductions(graph: fx.Graph, axes: Iterable[str], at_once: Set[int] = frozenset()) -> Reducing:
+    """A backward graph cut before the reductions over ``axes`` of gradients that are nothing but returned.
+
+    ``at_once``: positions of gradients that cannot wait.
+    """
     axes = frozenset(axes)
     ends = {output_node(graph)}
     last: set[Node] = set()  # everything from a reduction on to the end
@@ -115,9 +118,11 @@ def without_reductions(graph: fx.Graph, axes: Iterable[str]) -> Reducing:
                 last.add(node)
     returned = output_node(graph).args[0]
     assert isinstance(returned, (tuple, list))
-    given = list(dict.fromkeys(_taken(returned, last)))
+    now = [node for position, node in enumerate(returned) if position in at_once]
+    later = [node for position, node in enumerate(returned) if position not in at_once]
+    given = list(dict.fromkeys(_taken(later, last)))
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    return Reducing(extract(graph, inputs, given), extract(graph, given, returned))  # type: ignore[arg-type]
+    return Reducing(extract(graph, inputs, [*now, *given]), extract(graph, given, later))  # type: ignore[list-item, arg-type]
 
 
 def _reduced_later(node: Node, ends: Set[Node], axes: Set[str]) -> bool:

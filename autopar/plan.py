@@ -44,7 +44,10 @@ class Plan:
             repeated blocks everything, from the inputs of the block; a number from 0 to 1: at most this fraction of
             the bytes that ``"none"`` keeps, with the fewest operations for that (0 is full).
         microbatches: into how many parts ``train_step`` cuts a batch; they run one after the other, loss and gradients
-            are those of the whole.
+            are those of the whole. With an axis ``pp`` they are what goes through the pipeline.
+        schedule: in which order pipeline ranks run their stages: ``"gpipe"``, ``"1f1b"``, ``"interleaved"``,
+            ``"zb-h1"``, ``"zb-v"``, ``"dualpipe-v"``, or one that is written down (docs/pipeline.md).
+        virtual_stages: stages on each pipeline rank; by default what the schedule usually has.
         tensor: parameter-name pattern (``fnmatch``) -> ``"column" | "row" | "replicate" | "vocabulary"``;
             the first pattern that matches wins.
         inputs: ``"global"``: every rank is handed the whole batch; ``"local"``: each passes its own part.
@@ -70,6 +73,8 @@ class Plan:
     recompute: str | float = "none"
     precision: Precision = field(default_factory=Precision)
     microbatches: int = 1
+    schedule: str = "1f1b"
+    virtual_stages: int | None = None
     tensor: Mapping[str, str] = field(default_factory=dict)
     inputs: str = "global"
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from autopar.plan import Plan
 
 if TYPE_CHECKING:
     from autopar.emit import RankProgram
+    from autopar.schedule import Schedule
 
 Node = fx.Node
 
@@ -33,16 +34,19 @@ class InputKind(enum.Enum):
     CONSTANT = "const"
     INPUT = "input"
     SEED = "seed"  # int64 scalar from which dropout masks are drawn, a new one each step
+    RECEIVED = "recv"  # of a pipeline stage: made by another one
 
 
 class OutputKind(enum.Enum):
     USER = "output"
     BUFFER_UPDATE = "update"  # the new value of a buffer (batch_norm statistics)
+    SENT = "send"  # of a pipeline stage: for another one
 
 
 @dataclass(frozen=True)
 class Input:
-    """One placeholder. ``target``: parameter, buffer or constant name, or the path of a user input (``labels``)."""
+    """One placeholder. ``target``: parameter, buffer or constant name, the path of a user input (``labels``), or for
+    what is received the stage that makes it and the name there (``0.add_3``)."""
 
     node: str
     kind: InputKind
@@ -52,7 +56,8 @@ class Input:
 
 @dataclass(frozen=True)
 class Output:
-    """One returned value. ``target``: the buffer's name, or the path in the model's output (``loss``)."""
+    """One returned value. ``target``: the buffer's name, the path in the model's output (``loss``), or for what is
+    sent the stage that takes it and the name (``1.add_3``)."""
 
     kind: OutputKind
     target: str
@@ -101,6 +106,9 @@ class Role:
 
 @dataclass(frozen=True)
 class Program:
+    """One parallel model. With an axis ``pp`` it is of one microbatch, and cut into ``stages``: each a program on the
+    rest of the mesh, with roles of its own. ``remainder`` is that of the last microbatches, where these are smaller."""
+
     graph: fx.Graph
     mesh: Mesh
     plan: Plan
@@ -116,10 +124,19 @@ class Program:
     settled: Mapping[str, Layout] = field(default_factory=dict)  # parameter layouts that the passes have to keep
     given: Mapping[str, torch.dtype] = field(default_factory=dict)  # node name -> dtype of a tensor yet to be cast
     passes: tuple[str, ...] = ()  # names of the passes that made this program
+    stages: tuple[Program, ...] = ()  # in the order of the model
+    schedule: Schedule | None = None  # in which order pipeline ranks run their stages
+    settled_stages: Mapping[str, int] = field(default_factory=dict)  # node name -> stage, which the cut has to keep
+    remainder: Program | None = None
 
     def clone(self) -> Program:
         """The same program around copies of its graphs, which a pass may then rewrite."""
-        return replace(self, graph=copy.deepcopy(self.graph), roles=tuple(role.clone() for role in self.roles))
+        return replace(
+            self,
+            graph=copy.deepcopy(self.graph),
+            roles=tuple(role.clone() for role in self.roles),
+            stages=tuple(stage.clone() for stage in self.stages),
+        )
 
     def input_of(self, node: Node) -> Input:
         return next(entry for entry in self.inputs if entry.node == node.name)
@@ -145,10 +162,15 @@ class Program:
         found = [i for i, target in scalars if len(scalars) == 1 or target == "loss"]
         return found[0] if found else None
 
+    def of_rows(self, first: bool) -> Program:
+        """The program of a microbatch that has as many rows as the first one, or fewer."""
+        return self if first or self.remainder is None else self.remainder
+
     def role_of(self, rank: int) -> Role:
         """The role that ``rank`` plays; its graphs exist once the program is differentiated."""
-        stage = self.mesh.coordinates(rank).get("pp", 0)
-        return self.roles[stage if len(self.roles) > 1 else 0]
+        self.mesh.coordinates(rank)
+        (role,) = self.roles
+        return role
 
     def rank(self, rank: int) -> RankProgram:
         """What one rank runs: ``program.rank(3).code``. Raises ValueError for a rank that is not on the mesh."""

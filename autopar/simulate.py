@@ -32,6 +32,7 @@ class Step:
         buffers: buffer name -> its new value.
         traffic: operations and bytes sent by one rank, per phase, axis and collective.
         peak_bytes: for each rank the most bytes of tensors alive at once: parameters, inputs, activations, gradients.
+        in_flight: for each pipeline rank the most microbatches of a stage whose activations it held at once.
     """
 
     output: Any
@@ -40,6 +41,7 @@ class Step:
     buffers: Mapping[str, Tensor]
     traffic: tuple[Transfer, ...]
     peak_bytes: tuple[int, ...]
+    in_flight: tuple[int, ...] = ()
 
 
 def simulate(
@@ -64,12 +66,16 @@ def simulate(
     Raises InvariantError where ranks that should hold the same value do not, KeyError or ValueError for a tensor that
     is missing or of another shape.
     """
+    if program.stages:
+        from autopar.simulate_pipeline import simulate_pipeline  # stands above one role
+
+        return simulate_pipeline(program, parameters, args, kwargs or {}, backward=backward, seed=seed)
     (role,) = program.roles
     lockstep = Lockstep(program.mesh)
     inputs = rank_inputs(program, parameters, args, kwargs or {}, seed)
     trains = backward and role.backward is not None
     with torch.no_grad():
-        graph, inputs = _gathered_once(program, role.forward if trains else role.inference, lockstep, inputs)
+        graph, inputs = gathered_once(program, role.forward if trains else role.inference, lockstep, inputs)
         resident = _resident(lockstep, inputs)
         if not trains:
             step = _step(program, lockstep, lockstep.run(graph, inputs))
@@ -87,7 +93,7 @@ def simulate(
     return step
 
 
-def _gathered_once(
+def gathered_once(
     program: Program, graph: fx.Graph, lockstep: Lockstep, inputs: list[Ranks]
 ) -> tuple[fx.Graph, list[Ranks]]:
     """With ``Plan(zero=1)`` and ``2``: the graph that takes whole parameters, and these, as a runtime holds them: the
@@ -132,16 +138,18 @@ def run_forward(
 
 
 def rank_inputs(
-    program: Program, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], seed: int
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    kinds: Sequence[InputKind] = tuple(InputKind),
 ) -> list[Ranks]:
-    """For each placeholder the parts of all ranks; parts of uneven splits are padded with zeros to equal sizes."""
-    given = iter(_call_tensors(program, args, kwargs))
-    table = {entry.node: entry for entry in program.inputs}
+    """For each placeholder of ``kinds`` the parts of all ranks; those of uneven splits are padded with zeros to equal
+    sizes."""
+    given = iter(_call_tensors(program, args, kwargs or {}) if InputKind.INPUT in kinds else ())
     found = []
-    for node in program.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        entry = table[node.name]
+    for node, entry in program.placeholders(*kinds):
         if entry.kind is InputKind.INPUT:
             whole = next(given)
         elif entry.kind is InputKind.SEED:

@@ -2,7 +2,9 @@
 
     canonical form   operators in one form each, constants folded, causal masks recognised, losses as sums over counts
     split            one mesh axis each: the batch, then the weights
+    cut              the graph into pipeline stages, which are then differentiated and optimised each by itself
     optimise         after differentiation, on forward and backward: fused sums; less memory; fewer, larger collectives
+    schedule         which stage runs when on which microbatch
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from autopar.passes.bucket_collectives import bucket_collectives
 from autopar.passes.canonicalize import canonicalize
 from autopar.passes.cast_parameters import cast_parameters
 from autopar.passes.cast_reductions import cast_reductions
+from autopar.passes.cut_stages import cut_stages
 from autopar.passes.draw_dropout import draw_dropout
 from autopar.passes.expand_composites import expand_composites
 from autopar.passes.fold_constants import fold_constants
@@ -19,6 +22,7 @@ from autopar.passes.overlap_collectives import overlap_collectives
 from autopar.passes.recognise_causal_masks import recognise_causal_masks
 from autopar.passes.recognise_experts import recognise_experts
 from autopar.passes.recompute_activations import recompute_activations
+from autopar.passes.schedule_microbatches import schedule_microbatches
 from autopar.passes.shard_parameters import shard_parameters
 from autopar.passes.split_batch import split_batch
 from autopar.passes.split_tensors import split_tensors
@@ -42,6 +46,7 @@ PASSES = (
     split_tensors,
     shard_parameters,  # last of the axes: what the others have made of a parameter is what is gathered
     cast_parameters,  # in front of all that happens to a parameter, so that its cast is gathered, and half the bytes
+    cut_stages,  # once everything that a stage will compute is there to be counted
 )
 
 OPTIMISATIONS = (  # on forward and backward graphs, after differentiation; numbers stay the same, up to rounding
@@ -50,4 +55,8 @@ OPTIMISATIONS = (  # on forward and backward graphs, after differentiation; numb
     cast_reductions,  # before buckets, which are of one dtype
     bucket_collectives,
     overlap_collectives,  # last: the order that it makes is the order that ranks run
+)
+
+PIPELINE = (  # on all stages together, once each of them is what it will be
+    schedule_microbatches,
 )

@@ -1,0 +1,52 @@
+"""Cut the forward graph into pipeline stages of equal cost, at the edges over which the fewest bytes go.
+
+    h = aten.linear(x, u)                 stage 0:  h = aten.linear(x, u)      return send 1.h = h
+    y = aten.linear(h, w)          -->    stage 1:  h = recv 0.h
+    return y                                        y = aten.linear(h, w)      return y
+
+Where to cut, ``stage_assignment`` says; parameters go with their users. A stage is a program of its own on the rest of
+the mesh, and is differentiated by itself. (Huang et al. 2019, GPipe; Narayanan et al. 2021, Megatron-LM.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from autopar.pipeline import graph_pass
+from autopar.program import Program
+from autopar.schedule import Kind, Schedule
+from autopar.schedule_choice import planned_schedule
+from autopar.stage_assignment import Assignment, assign_stages
+from autopar.stages import is_pipelined, stage_programs
+
+
+@graph_pass()
+def cut_stages(program: Program) -> Program:
+    if not is_pipelined(program.mesh):
+        return program
+    schedule = planned_schedule(program.plan, program.mesh)
+    count = len(schedule.placement)
+    assignment = _settled(program) or assign_stages(program, count, most_in_flight(schedule))
+    stages = stage_programs(program, assignment, count)
+    named = {node.name: {"stage": stage} for node, stage in assignment.stage_of.items()}
+    return replace(program, stages=stages, decisions={**program.decisions, "pp": named})
+
+
+def _settled(program: Program) -> Assignment | None:
+    """The cut of a program of the same nodes, whose parameters are where it put them."""
+    names = {node.name: node for node in program.graph.nodes if node.op == "call_function"}
+    settled = program.settled_stages
+    if not settled or not names.keys() >= settled.keys():
+        return None
+    stage_of = {names[name]: stage for name, stage in settled.items()}
+    return Assignment(stage_of, frozenset(node for node in names.values() if node not in stage_of))
+
+
+def most_in_flight(schedule: Schedule) -> list[int]:
+    """For each stage the most microbatches whose activations it holds at once."""
+    held, most = [0] * len(schedule.placement), [0] * len(schedule.placement)
+    for rank in range(len(schedule.ranks)):
+        for step in schedule.computes(rank):
+            held[step.stage] += (step.kind is Kind.F) - (step.kind in (Kind.B, Kind.W))
+            most[step.stage] = max(most[step.stage], held[step.stage])
+    return most

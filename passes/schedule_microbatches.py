@@ -1,0 +1,31 @@
+"""Give every pipeline rank its instructions: which stage runs when on which microbatch, what is sent and received.
+
+    Plan(schedule="1f1b", microbatches=2), two stages
+    -->
+    rank 0:  F0.0 SEND F0.0 -> 1 F0.1 SEND F0.1 -> 1 RECV B1.0 -> 0 B0.0 RECV B1.1 -> 0 B0.1
+    rank 1:  RECV F0.0 -> 1 F1.0 RECV F0.1 -> 1 B1.0 SEND B1.0 -> 0 F1.1 B1.1 SEND B1.1 -> 0
+
+The schedule is checked before anything runs by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from autopar.interpreter import links_of
+from autopar.pipeline import graph_pass
+from autopar.program import Program
+from autopar.schedule import with_messages
+from autopar.schedule_check import check_schedule
+from autopar.schedule_choice import planned_schedule
+
+
+@graph_pass()
+def schedule_microbatches(program: Program) -> Program:
+    if not program.stages:
+        return program
+    schedule, links = planned_schedule(program.plan, program.mesh), links_of(program)
+    if not schedule.has_messages:
+        schedule = with_messages(schedule, links)
+    check_schedule(schedule, links)
+    return replace(program, schedule=schedule)
