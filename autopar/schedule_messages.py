@@ -24,13 +24,13 @@ def with_messages(schedule: Schedule, links: Sequence[Link]) -> Schedule:
     Raises ScheduleError where it holds messages already, or where a message has no compute that makes or uses it.
     """
     if schedule.has_messages:
-        raise ScheduleError(f"schedule {schedule.name} holds sends and receives already: nothing to insert")
+        raise ScheduleError(f"{schedule.title} holds sends and receives already: nothing to insert")
     flow, placement = Flow(len(schedule.placement), links), schedule.placement
     sends = [_sends(tuple(schedule.computes(rank)), flow, placement) for rank in range(len(schedule.ranks))]
     ranks = []
     for rank in range(len(schedule.ranks)):
         steps = tuple(schedule.computes(rank))
-        posts = _posts(rank, steps, sends, flow, placement, schedule.name)
+        posts = _posts(rank, steps, sends, flow, placement, schedule.title)
         merged: list[Instruction] = []
         for position, step in enumerate(steps):
             merged += [Receive(m.kind, m.target, m.microbatch, m.source) for m in posts[position]]
@@ -51,7 +51,7 @@ def _posts(
     sends: Sequence[Sequence[Sequence[Message]]],
     flow: Flow,
     placement: Sequence[int],
-    name: str,
+    title: str,
 ) -> list[list[Message]]:
     """For each compute of ``rank`` the receives to post before it."""
     wanted = {
@@ -68,11 +68,11 @@ def _posts(
         latest, placed = len(steps), []
         for message in reversed(channel):
             if message not in wanted:
-                raise ScheduleError(f"schedule {name}: {message} is sent to rank {rank}, which never uses it")
+                raise ScheduleError(f"{title}: {message} is sent to rank {rank}, which never uses it")
             latest = min(latest, wanted.pop(message))
             placed.append((latest, message))
         for position, message in reversed(placed):
             posts[position].append(message)
     for message in wanted:
-        raise ScheduleError(f"schedule {name}: nothing makes {message}, which rank {rank} waits for")
+        raise ScheduleError(f"{title}: nothing makes {message}, which rank {rank} waits for")
     return posts

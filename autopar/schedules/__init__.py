@@ -9,11 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autopar.instructions import Kind, Schedule
+from autopar.schedules.dualpipe_v import dualpipe_v
 from autopar.schedules.gpipe import gpipe
 from autopar.schedules.inference import inference
 from autopar.schedules.interleaved import interleaved
 from autopar.schedules.one_forward_one_backward import one_forward_one_backward
-from autopar.schedules.parts import Lists, loop
+from autopar.schedules.parts import Lists, bounce, loop
+from autopar.schedules.zb_h1 import zb_h1
+from autopar.schedules.zb_v import zb_v
 
 Stage = Callable[[int, int, int], int]  # (rank, turn, p) -> the turn-th stage of a rank
 
@@ -32,6 +35,9 @@ NAMES: dict[str, Maker] = {
     "gpipe": Maker(gpipe),
     "1f1b": Maker(one_forward_one_backward, only=1),
     "interleaved": Maker(interleaved, usual=2),
+    "zb-h1": Maker(zb_h1, only=1),
+    "zb-v": Maker(zb_v, bounce, only=2),
+    "dualpipe-v": Maker(dualpipe_v, bounce, only=2),
     "inference": Maker(inference),
 }
 
