@@ -28,6 +28,7 @@ class Timeline:
     """The computes of all ranks in time; each rank's in the order of their starts."""
 
     ranks: tuple[tuple[Event, ...], ...]
+    measured: bool = False  # in seconds, by a clock
 
     @classmethod
     def of_events(cls, events: Iterable[Event]) -> Timeline:
@@ -39,7 +40,7 @@ class Timeline:
         ranks: list[list[Event]] = [[] for _ in range(ordered[-1].rank + 1)]
         for e in ordered:
             ranks[e.rank].append(Event(e.rank, e.kind, e.stage, e.microbatch, e.start_s - first, e.end_s - first))
-        return cls(tuple(tuple(events) for events in ranks))
+        return cls(tuple(tuple(events) for events in ranks), measured=True)
 
     @property
     def seconds(self) -> float:
