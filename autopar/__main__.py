@@ -22,6 +22,7 @@ from autopar.commands.coverage import coverage
 from autopar.commands.launch import note_failure
 from autopar.commands.replay import replay
 from autopar.commands.run import run
+from autopar.commands.schedule import schedule_command
 from autopar.commands.show import show
 from autopar.commands.train import train_command
 from autopar.errors import AutoparError
@@ -31,6 +32,7 @@ DEBUG = "--debug"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.command("show")(show)
+app.command("schedule")(schedule_command)
 app.command("check")(check_command)
 app.command("coverage")(coverage)
 app.command("train")(train_command)

@@ -11,11 +11,12 @@ sends to another) are posted in the order of the sends.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from autopar.errors import ScheduleError
-from autopar.instructions import Compute, Flow, Instruction, Link, Message, Receive, Schedule, Send
+from autopar.instructions import Flow, Instruction, Link, Message, Receive, Schedule, Send
 
 
 def with_messages(schedule: Schedule, links: Sequence[Link]) -> Schedule:
@@ -24,13 +25,20 @@ def with_messages(schedule: Schedule, links: Sequence[Link]) -> Schedule:
     Raises ScheduleError where it holds messages already, or where a message has no compute that makes or uses it.
     """
     if schedule.has_messages:
-        raise ScheduleError(f"schedule {schedule.name} holds sends and receives already: nothing to insert")
-    flow, placement = Flow(len(schedule.placement), links), schedule.placement
-    sends = [_sends(tuple(schedule.computes(rank)), flow, placement) for rank in range(len(schedule.ranks))]
+        raise ScheduleError(f"{schedule.title} holds sends and receives already: nothing to insert")
+    flow, lists = (
+        Flow(len(schedule.placement), links),
+        [tuple(schedule.computes(r)) for r in range(len(schedule.ranks))],
+    )
+    sends = [[_crossing(schedule, flow.makes(step)) for step in steps] for steps in lists]
+    coming: list[dict[int, list[Message]]] = [defaultdict(list) for _ in lists]  # by receiver and sender, in order
+    for rank, behind in enumerate(sends):
+        for message in chain.from_iterable(behind):
+            coming[schedule.placement[message.target]][rank].append(message)
     ranks = []
-    for rank in range(len(schedule.ranks)):
-        steps = tuple(schedule.computes(rank))
-        posts = _posts(rank, steps, sends, flow, placement, schedule.name)
+    for rank, steps in enumerate(lists):
+        uses = [_crossing(schedule, flow.needs(step)) for step in steps]
+        posts = _posts(f"{schedule.title}: rank {rank}", uses, coming[rank].values())
         merged: list[Instruction] = []
         for position, step in enumerate(steps):
             merged += [Receive(m.kind, m.target, m.microbatch, m.source) for m in posts[position]]
@@ -40,39 +48,24 @@ def with_messages(schedule: Schedule, links: Sequence[Link]) -> Schedule:
     return replace(schedule, ranks=tuple(ranks))
 
 
-def _sends(steps: Sequence[Compute], flow: Flow, placement: Sequence[int]) -> list[list[Message]]:
-    """For each compute of a rank the messages that leave the rank behind it."""
-    return [[m for m in flow.makes(step) if placement[m.source] != placement[m.target]] for step in steps]
+def _crossing(schedule: Schedule, messages: Iterable[Message]) -> list[Message]:
+    return [m for m in messages if schedule.placement[m.source] != schedule.placement[m.target]]
 
 
-def _posts(
-    rank: int,
-    steps: Sequence[Compute],
-    sends: Sequence[Sequence[Sequence[Message]]],
-    flow: Flow,
-    placement: Sequence[int],
-    name: str,
-) -> list[list[Message]]:
-    """For each compute of ``rank`` the receives to post before it."""
-    wanted = {
-        message: max(0, position - 1)
-        for position, step in enumerate(steps)
-        for message in flow.needs(step)
-        if placement[message.source] != rank
-    }
-    posts: list[list[Message]] = [[] for _ in steps]
-    coming: dict[int, list[Message]] = defaultdict(list)
-    for peer, behind in enumerate(sends):
-        coming[peer] = [m for messages in behind for m in messages if placement[m.target] == rank]
-    for channel in coming.values():
-        latest, placed = len(steps), []
+def _posts(title: str, uses: Sequence[Sequence[Message]], coming: Iterable[Sequence[Message]]) -> list[list[Message]]:
+    """The receives to post before each compute of a rank. ``uses``: what each compute needs; ``coming``: what is sent
+    to the rank, by each other rank in order."""
+    wanted = {message: max(0, position - 1) for position, needed in enumerate(uses) for message in needed}
+    posts: list[list[Message]] = [[] for _ in uses]
+    for channel in coming:
+        latest, placed = len(uses), []
         for message in reversed(channel):
             if message not in wanted:
-                raise ScheduleError(f"schedule {name}: {message} is sent to rank {rank}, which never uses it")
+                raise ScheduleError(f"{title} is sent {message} and never uses it")
             latest = min(latest, wanted.pop(message))
             placed.append((latest, message))
         for position, message in reversed(placed):
             posts[position].append(message)
     for message in wanted:
-        raise ScheduleError(f"schedule {name}: nothing makes {message}, which rank {rank} waits for")
+        raise ScheduleError(f"{title} needs {message}, which nothing makes")
     return posts

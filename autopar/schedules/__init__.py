@@ -9,13 +9,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autopar.instructions import Kind, Schedule
+from autopar.schedules.dualpipe_v import dualpipe_v
 from autopar.schedules.gpipe import gpipe
 from autopar.schedules.inference import inference
 from autopar.schedules.interleaved import interleaved
 from autopar.schedules.one_forward_one_backward import one_forward_one_backward
-from autopar.schedules.parts import Lists, loop
+from autopar.schedules.parts import Lists, bounce, loop
+from autopar.schedules.zb_h1 import zb_h1
+from autopar.schedules.zb_v import zb_v
 
 Stage = Callable[[int, int, int], int]  # (rank, turn, p) -> the turn-th stage of a rank
+
+
+@dataclass(frozen=True)
+class Bubble:
+    """Idle over computing time where F, I and W take equally long and B twice that, and messages no time: (p-1)/(n m)
+    for ``n = parts(v)``, from ``least * p`` microbatches on."""
+
+    text: str
+    parts: Callable[[int], int]
+    least: int
+
+    def value(self, p: int, m: int, v: int) -> float | None:
+        """None where m is too small for the formula."""
+        return (p - 1) / (self.parts(v) * m) if m >= self.least * p else None
 
 
 @dataclass(frozen=True)
@@ -23,16 +40,23 @@ class Maker:
     """How a schedule is made: the computes from (p, m, v), where stages lie, and which v it takes."""
 
     lists: Callable[[int, int, int], Lists]
+    bubble: Bubble
     stage: Stage = loop
     only: int | None = None  # the one v that it takes
     usual: int = 1  # v where none is given
 
 
+PLAIN = Bubble("(p-1)/m", lambda v: 1, 0)
+TURNS = Bubble("(p-1)/(v m)", lambda v: v, 1)
+
 NAMES: dict[str, Maker] = {
-    "gpipe": Maker(gpipe),
-    "1f1b": Maker(one_forward_one_backward, only=1),
-    "interleaved": Maker(interleaved, usual=2),
-    "inference": Maker(inference),
+    "gpipe": Maker(gpipe, TURNS),
+    "1f1b": Maker(one_forward_one_backward, PLAIN, only=1),
+    "interleaved": Maker(interleaved, TURNS, usual=2),
+    "zb-h1": Maker(zb_h1, Bubble("(p-1)/(3 m)", lambda v: 3, 1), only=1),
+    "zb-v": Maker(zb_v, Bubble("(p-1)/(6 m)", lambda v: 6, 2), bounce, only=2),
+    "dualpipe-v": Maker(dualpipe_v, Bubble("(p-1)/(6 m)", lambda v: 6, 2), bounce, only=2),
+    "inference": Maker(inference, TURNS),
 }
 
 

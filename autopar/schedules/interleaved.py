@@ -1,7 +1,9 @@
-"""Interleaved 1F1B: every rank holds v stages, p apart, which cuts the bubble to (p-1)/(v m).
+"""Interleaved 1F1B: every rank holds v stages, p apart, which cuts the bubble to (p-1)/(v m) for m >= p.
 
 Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", section 2.2.
-Microbatches go in groups of p: all of a group through the rank's first stage, then through its second, and so on.
+Microbatches go in groups: all of a group through the rank's first stage, then through its second, and so on. The paper
+takes groups of p, and m a multiple of p. A group below p would idle, but one above p does not, it only holds more: so
+any m is cut into groups of p or a few more, as even as can be.
 """
 
 from __future__ import annotations
@@ -9,31 +11,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from autopar.instructions import Compute, Kind
-from autopar.schedules.parts import Lists, first_microbatches, loop
+from autopar.schedules.parts import Lists, loop
 
 
 def interleaved(p: int, m: int, v: int) -> Lists:
-    """Where m is no multiple of p: the schedule of the next multiple, less the microbatches beyond m."""
-    rounded = -(-m // p) * p
-    return first_microbatches([_rank(rank, p, rounded, v) for rank in range(p)], m)
+    return [_rank(rank, p, m, v) for rank in range(p)]
+
+
+def groups(p: int, m: int) -> list[range]:
+    """m microbatches in groups of at least p (one group where m < p), the larger ones first."""
+    count = max(1, m // p)
+    size, larger = divmod(m, count)
+    starts = [number * size + min(number, larger) for number in range(count + 1)]
+    return [range(start, stop) for start, stop in zip(starts, starts[1:])]
 
 
 def forwards(rank: int, p: int, m: int, v: int) -> Iterator[Compute]:
-    """All forwards of a rank, for m a multiple of p."""
-    for start in range(0, m, p):
+    """All forwards of a rank."""
+    for group in groups(p, m):
         for turn in range(v):
-            yield from (Compute(Kind.F, loop(rank, turn, p), start + i) for i in range(p))
+            yield from (Compute(Kind.F, loop(rank, turn, p), i) for i in group)
 
 
 def _backwards(rank: int, p: int, m: int, v: int) -> Iterator[Compute]:
-    for start in range(0, m, p):
+    for group in groups(p, m):
         for turn in reversed(range(v)):
-            yield from (Compute(Kind.B, loop(rank, turn, p), start + i) for i in range(p))
+            yield from (Compute(Kind.B, loop(rank, turn, p), i) for i in group)
 
 
 def _rank(rank: int, p: int, m: int, v: int) -> list[Compute]:
-    first, second = list(forwards(rank, p, m, v)), list(_backwards(rank, p, m, v))
-    # the last stage's first backward has to wait for v - 1 groups; each rank before it for two more steps
-    warm = min(2 * (p - 1 - rank) + (v - 1) * p, m * v)
-    steady = [step for pair in zip(first[warm:], second) for step in pair]
-    return first[:warm] + steady + second[m * v - warm :]
+    there, back = list(forwards(rank, p, m, v)), list(_backwards(rank, p, m, v))
+    # the last stage's first backward has to wait for v - 1 groups; that of each rank before it two steps longer
+    warm = min((v - 1) * len(groups(p, m)[0]) + 2 * (p - 1 - rank), m * v)
+    if v == 1:
+        warm = min(p - 1 - rank, m)  # 1F1B: one step is enough where no group waits for another
+    steady = [step for pair in zip(there[warm:], back) for step in pair]
+    return there[:warm] + steady + back[m * v - warm :]

@@ -1,10 +1,11 @@
-"""What the schedules are made of: where stages lie, and one microbatch fewer."""
+"""What the schedules are made of: where stages lie, how a rank's list is written, and one microbatch fewer."""
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Sequence
 
-from autopar.instructions import Compute
+from autopar.instructions import BACKWARD, Compute, Kind
 
 Lists = list[list[Compute]]  # the computes of each rank
 
@@ -22,3 +23,39 @@ def bounce(rank: int, turn: int, p: int) -> int:
 def first_microbatches(lists: Sequence[Sequence[Compute]], m: int) -> Lists:
     """``lists`` without the microbatches from m on. Nothing else depends on those, so what was right stays right."""
     return [[step for step in steps if step.microbatch < m] for steps in lists]
+
+
+class Writer:
+    """One rank's list, written in phases: ``write("F0 I1", 3)`` is three times the next forward of the rank's first
+    stage, then the next input gradient of its second. Microbatches count themselves. ``W`` alone is the weight
+    gradient that has waited longest, or nothing where none waits."""
+
+    def __init__(self, stages: Sequence[int]) -> None:
+        self.stages = stages
+        self.steps: list[Compute] = []
+        self._next: Counter[tuple[bool, int]] = Counter()  # (backward?, turn) -> microbatch
+        self._late: deque[tuple[int, int]] = deque()  # (turn, microbatch) whose W is to come
+
+    def write(self, phase: str, times: int = 1) -> None:
+        for token in phase.split() * times:
+            kind = Kind(token[0])
+            if kind is Kind.W:
+                self._write_late(token[1:])
+                continue
+            turn = int(token[1:])
+            microbatch = self._next[kind in BACKWARD, turn]
+            self._next[kind in BACKWARD, turn] += 1
+            self.steps.append(Compute(kind, self.stages[turn], microbatch))
+            if kind is Kind.I:
+                self._late.append((turn, microbatch))
+
+    def finish(self) -> list[Compute]:
+        """The list, with the weight gradients that have not been written yet."""
+        self.write("W", len(self._late))
+        return self.steps
+
+    def _write_late(self, turn: str) -> None:
+        chosen = next((late for late in self._late if not turn or late[0] == int(turn)), None)
+        if chosen is not None:
+            self._late.remove(chosen)
+            self.steps.append(Compute(Kind.W, self.stages[chosen[0]], chosen[1]))

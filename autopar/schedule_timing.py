@@ -1,0 +1,121 @@
+"""When each compute of a schedule starts and ends, how long ranks idle, and how many activations they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from autopar.errors import ScheduleError
+from autopar.instructions import FREES, Compute, Flow, Kind, Link, Message, Schedule, chain
+
+UNITS = {Kind.F: 1.0, Kind.B: 2.0, Kind.I: 1.0, Kind.W: 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One compute of one rank, from ``start_s`` to ``end_s``: seconds, or times of one forward."""
+
+    rank: int
+    kind: Kind
+    stage: int
+    microbatch: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The computes of all ranks in time; each rank's in the order of their starts."""
+
+    ranks: tuple[tuple[Event, ...], ...]
+    measured: bool = False  # in seconds, by a clock
+
+    @classmethod
+    def of_events(cls, events: Iterable[Event]) -> Timeline:
+        """Measured events, of any clock that all ranks share. Raises ValueError where there are none."""
+        ordered = sorted(events, key=lambda event: (event.rank, event.start_s, event.end_s))
+        if not ordered:
+            raise ValueError("a timeline needs at least one event")
+        first = min(event.start_s for event in ordered)
+        ranks: list[list[Event]] = [[] for _ in range(ordered[-1].rank + 1)]
+        for e in ordered:
+            ranks[e.rank].append(Event(e.rank, e.kind, e.stage, e.microbatch, e.start_s - first, e.end_s - first))
+        return cls(tuple(tuple(events) for events in ranks), measured=True)
+
+    @property
+    def seconds(self) -> float:
+        """From the first start to the last end of any rank."""
+        return max((events[-1].end_s for events in self.ranks if events), default=0.0)
+
+    def busy(self, rank: int) -> float:
+        return sum(event.end_s - event.start_s for event in self.ranks[rank])
+
+    @property
+    def bubble(self) -> float:
+        """Idle over computing time, all ranks together, where a step starts and ends for all of them at once."""
+        busy = sum(self.busy(rank) for rank in range(len(self.ranks)))
+        return (len(self.ranks) * self.seconds - busy) / busy
+
+    @property
+    def inner_bubble(self) -> float:
+        """Idle over computing time of the worst rank between its own first start and last end: what stays idle where
+        ranks need not wait for each other between steps. The zero in "zero bubble" (Qi et al. 2023, section 4)."""
+        spans = [(events[-1].end_s - events[0].start_s, self.busy(r)) for r, events in enumerate(self.ranks) if events]
+        return max((span - busy) / busy for span, busy in spans)
+
+
+def timeline(
+    schedule: Schedule,
+    durations: Mapping[tuple[Kind, int], float] | None = None,
+    message_time: float = 0.0,
+    links: Sequence[Link] | None = None,
+) -> Timeline:
+    """Each compute starts when the one before it on its rank has ended and its messages are there.
+
+    ``durations`` by (kind, stage); what is missing takes F=1, B=2, I=1, W=1. A message between ranks takes
+    ``message_time`` from the end of the compute that makes it. ``links``: those of a plain pipeline where None.
+    Raises ScheduleError where the schedule waits for ever (``check_schedule`` says why).
+    """
+    stages, placement = len(schedule.placement), schedule.placement
+    flow = Flow(stages, chain(stages) if links is None else links)
+    lists = [tuple(schedule.computes(rank)) for rank in range(len(schedule.ranks))]
+    seconds = {(kind, stage): unit for kind, unit in UNITS.items() for stage in range(stages)} | dict(durations or {})
+    made: dict[Message, float] = {}
+    waiting: dict[Message, int] = {}
+    events: list[list[Event]] = [[] for _ in lists]
+    todo = list(range(len(lists)))
+    while todo:
+        rank = todo.pop()
+        for step in lists[rank][len(events[rank]) :]:
+            needed = flow.needs(step)
+            missing = next((message for message in needed if message not in made), None)
+            if missing is not None:
+                waiting[missing] = rank
+                break
+            start = max([events[rank][-1].end_s if events[rank] else 0.0, *(made[message] for message in needed)])
+            end = start + seconds[step.kind, step.stage]
+            events[rank].append(Event(rank, step.kind, step.stage, step.microbatch, start, end))
+            for message in flow.makes(step):
+                made[message] = end + (message_time if placement[message.target] != rank else 0.0)
+                if message in waiting:
+                    todo.append(waiting.pop(message))
+    if waiting:
+        stuck = ", ".join(f"rank {rank} for {message}" for message, rank in sorted(waiting.items(), key=str))
+        raise ScheduleError(f"{schedule.title} waits for ever: {stuck}")
+    return Timeline(tuple(tuple(own) for own in events))
+
+
+def peak_in_flight(steps: Iterable[Compute | Event]) -> int:
+    """The most (stage, microbatch) pairs of one rank whose activations are held: from F to the end of B, or of W.
+
+    0 without any backward: nothing is kept for one.
+    """
+    held = most = freed = 0
+    for step in steps:
+        if step.kind is Kind.F:
+            held += 1
+            most = max(most, held)
+        elif step.kind in FREES:
+            held -= 1
+            freed += 1
+    return most if freed else 0
