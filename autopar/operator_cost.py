@@ -44,8 +44,9 @@ class Machine:
 ACCELERATOR = Machine()
 PROCESSOR = Machine(flops=5e10, memory=1e10, link=1e9, latency=5e-5)  # one core, processes of one host
 
-TABLES = (aten.embedding, EMBEDDING_BAGS.overloadpacket, embedding_rows)  # operand 0 is read here and there; its gradient is whole
+TABLES = (aten.embedding, EMBEDDING_BAGS.overloadpacket, embedding_rows)  # of which a few rows are read
 PICKS = (aten.index, aten.index_select, aten.gather, aten.slice, aten.select, aten.narrow)
+PASSES_OVER_SCORES = 10  # of attention by parts: mask, softmax and their copies, each read and written
 ATTENTION_BACKWARD = 2.5  # five products for two: the scores once more (Dao et al. 2022)
 DUALS = {
     "enter": "all_reduce",
@@ -94,6 +95,11 @@ class Costs:
         """Bytes of what ``nodes`` return, as one rank holds it."""
         return sum(math.prod(self._local(kind)) * kind.dtype.itemsize for node in nodes for kind in values(node))
 
+    def scores(self, node: fx.Node) -> int:
+        """Bytes of the scores of an attention, (..., queries, keys)."""
+        queries, keys = (values(source)[0] for source in node.all_input_nodes[:2])
+        return math.prod(self._local(queries)[:-1]) * self._local(keys)[-2] * queries.dtype.itemsize
+
     def sending(self, size: float) -> float:
         """Seconds that a message of ``size`` bytes is under way."""
         return self.machine.latency + size / self.machine.link
@@ -105,6 +111,8 @@ class Costs:
         sources = node.all_input_nodes
         if _kind(node) in (*TABLES, *PICKS):
             return 2 * self.bytes([node]) + self.bytes(sources[1:])
+        if by_parts(node):
+            return self.bytes([node, *sources]) + PASSES_OVER_SCORES * self.scores(node)
         return self.bytes([node, *sources])
 
     def _backward(self, node: fx.Node, once: float) -> float:
@@ -136,3 +144,12 @@ class Costs:
 def _kind(node: fx.Node) -> Any:
     """The operator without its overload; an operator of ours may be a function."""
     return packet_of(node) if is_operator(node) else node.target
+
+
+def by_parts(node: fx.Node) -> bool:
+    """Whether ``node`` is an attention of which the scores are written down (``operators/attention.py``)."""
+    if not is_operator(node) or packet_of(node) is not aten.scaled_dot_product_attention:
+        return False
+    arguments = dict(zip(("attn_mask", "dropout_p"), node.args[3:])) | node.kwargs
+    mask, dropout = arguments.get("attn_mask"), arguments.get("dropout_p", 0.0)
+    return isinstance(mask, fx.Node) and values(mask)[0].requires_grad or bool(dropout)

@@ -16,8 +16,9 @@ from torch import fx
 from autopar import comm
 from autopar.blocks import block_of, is_repeated
 from autopar.flops import is_operator, is_product, packet_of
+from autopar.operator_cost import Costs, by_parts
 from autopar.operators.attention import ATTENTION
-from autopar.program import Program, values
+from autopar.program import values
 from autopar.recorder import is_view
 
 aten = torch.ops.aten
@@ -34,11 +35,11 @@ PERMUTATIONS = (aten.transpose, aten.permute, aten.expand, aten.movedim, aten.sw
 
 
 class SavedValues:
-    """Which values the backward passes of which calls keep; ``apart``: calls that lead back to placeholders only."""
+    """Which values the backward passes of which calls keep; ``apart``: parameters that were cast or gathered."""
 
-    def __init__(self, program: Program, apart: Set[fx.Node]) -> None:
-        self.program, self.apart = program, apart
-        self.how = program.plan.recompute
+    def __init__(self, costs: Costs, apart: Set[fx.Node]) -> None:
+        self.costs, self.apart = costs, apart
+        self.how = costs.program.plan.recompute
 
     def kept_by(self, node: fx.Node) -> frozenset[fx.Node]:
         """The values that backward of ``node`` needs, without parameters and what is free to make."""
@@ -47,6 +48,12 @@ class SavedValues:
         found = (memory_of(value) for value in _operands_kept(node))
         there = (value for value in found if value.op != "placeholder" and value not in self.apart)
         return frozenset(stays for value in there for stays in self._made_from(value))
+
+    def inner_bytes(self, node: fx.Node) -> int:
+        """Bytes that backward of ``node`` keeps of what is no value of this graph: scores as softmax has left them,
+        and without the rows that see nothing."""
+        kept = by_parts(node) and (self.how == "none" or not is_repeated(block_of(node)))
+        return 2 * self.costs.scores(node) if kept or by_parts(node) and not isinstance(self.how, str) else 0
 
     @property
     def share(self) -> float:
@@ -81,6 +88,13 @@ def memory_of(node: fx.Node) -> fx.Node:
     return node
 
 
+def _unrepeated(node: fx.Node) -> fx.Node:
+    """The fewer heads that are repeated in ``node`` (``derivatives.unrepeated_heads``)."""
+    source = node.all_input_nodes[0] if node.all_input_nodes else node
+    repeats = is_operator(node) and packet_of(node) is aten.reshape
+    return source if repeats and is_operator(source) and packet_of(source) is aten.expand else node
+
+
 def _is_view(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return is_view(node.all_input_nodes[0].target)
@@ -100,7 +114,7 @@ def _operands_kept(node: fx.Node) -> list[fx.Node]:
     if packet in NOTHING or is_view(node.target):
         return []
     if packet in ATTENTIONS:
-        return [node, *sources]
+        return [*map(_unrepeated, sources[:3]), *sources[3:], *(() if by_parts(node) else (node,))]
     if packet in RESULT:
         return [node]
     if packet in CONDITION:

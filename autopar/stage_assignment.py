@@ -13,19 +13,20 @@ Narayanan et al. 2019, PipeDream, section 3.1, without replicated stages.)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 import numpy as np
 from torch import fx
 
+from autopar.errors import StageError
 from autopar.intervals import Table, best_bounds, least_worst
 from autopar.operator_cost import ACCELERATOR, Machine
 from autopar.program import Program, origin
-from autopar.stage_graph import StageError, StageGraph, Tables
+from autopar.stage_graph import StageGraph, Tables
 
 SLACK = 1.01  # as good as the optimum: then fewer bytes decide
-BALANCE = 1.05  # from here on a better balance is worth a dearer cut
+BALANCE = 1.03  # from here on a better balance is worth a dearer cut
 CHEAP = (2.0, 8.0)  # times the fewest bytes around
 AROUND = 8  # of an even share of the program: how far "around" reaches, to either side
 
@@ -49,7 +50,7 @@ def assign_stages(
     ``Plan.stage_memory_gb`` is kept; None: one. Raises StageError for more stages than there is work for, for stages
     that do not fit into memory, and for ``Plan.cuts`` that name no module, are too many or few, or out of order.
     """
-    graph = StageGraph(program, machine)
+    graph = StageGraph(program, machine=machine)
     flights = tuple(in_flight or (1,) * count)
     if count < 1 or len(flights) != count:
         raise ValueError(f"{count} stages, and microbatches in flight for {len(flights)}: one number for each stage")
@@ -149,8 +150,8 @@ def _given_cuts(graph: StageGraph, count: int) -> list[int]:
     names = graph.program.plan.cuts
     if len(names) != count - 1:
         raise StageError(
-            f"Plan(cuts=...) names {len(names)} modules; {count} stages begin at {count - 1}, as the first begins where "
-            f"the model does\nWay out: name {count - 1}, or leave cuts out."
+            f"Plan(cuts=...) names {len(names)} modules; {count} stages need {count - 1}: the first begins where the "
+            f"model does\nWay out: name {count - 1}, or leave cuts out."
         )
     modules = [origin(node).module for node in graph.nodes]
     cuts: list[int] = []
@@ -172,7 +173,8 @@ def _given_cuts(graph: StageGraph, count: int) -> list[int]:
 
 
 def _unknown_module(name: str, modules: Sequence[str]) -> str:
-    known = dict.fromkeys(".".join(module.split(".")[: i + 1]) for module in modules for i in range(module.count(".") + 1))
-    close = get_close_matches(name, [module for module in known if module], n=3)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else f"; there are {', '.join(list(known)[:8])}, ..."
-    return f"Plan(cuts=...): no call of the program comes from a module '{name}'{hint}"
+    parts = [module.split(".") for module in modules if module]
+    known = list(dict.fromkeys(".".join(part[: end + 1]) for part in parts for end in range(len(part))))
+    close = get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(known[:8])}, ..."
+    return f"Plan(cuts=...): no call of the program comes from a module '{name}'; {hint}"

@@ -19,7 +19,6 @@ from torch import fx
 
 from autopar import comm
 from autopar.accumulate import DATA_AXES
-from autopar.errors import AutoparError
 from autopar.intervals import Event, Table, events_of, totals
 from autopar.operator_cost import ACCELERATOR, Costs, Machine
 from autopar.program import InputKind, Program, value, values
@@ -27,10 +26,6 @@ from autopar.remade import remade_nodes
 from autopar.saved_values import SavedValues
 
 ADAM_STATES = 2  # moments of each parameter, in its dtype
-
-
-class StageError(AutoparError):
-    """The model cannot be cut into the stages that are wanted."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +40,20 @@ class Tables:
 
 
 class StageGraph:
-    """``nodes`` in the order in which they are cut, ``remade`` those that stages make for themselves."""
+    """``nodes`` in the order in which they are cut, ``remade`` those that stages make for themselves; both are found
+    unless they are given."""
 
-    def __init__(self, program: Program, machine: Machine = ACCELERATOR) -> None:
+    def __init__(
+        self,
+        program: Program,
+        remade: frozenset[fx.Node] | None = None,
+        nodes: Sequence[fx.Node] | None = None,
+        machine: Machine = ACCELERATOR,
+    ) -> None:
         self.program, self.costs = program, Costs(program, machine)
-        self.remade = remade_nodes(program, self.costs)
+        self.remade = remade_nodes(program, self.costs) if remade is None else remade
         self._parameters = {node for node, _ in program.placeholders(InputKind.PARAMETER)}
-        self.nodes = in_cutting_order(program, self.remade)
+        self.nodes = tuple(nodes) if nodes is not None else in_cutting_order(program, self.remade)
         self.place = {node: position for position, node in enumerate(self.nodes)}
         self.uses = self._uses()
         self.seconds = {node: self._seconds(node) for node in (*self.nodes, *self.remade)}
@@ -108,27 +110,26 @@ class StageGraph:
             events["seconds"] += events_of(self.uses[node], self.seconds[node])
         for node, size in self.states.items():
             events["state"] += events_of(self.uses[node], size)
+        share = self._saved.share
         for node, keepers in self.keepers.items():
-            events["saved"] += events_of(keepers, costs.bytes([node]) * self._saved.share)
+            events["saved"] += events_of(keepers, costs.bytes([node]) * share)
+        events["saved"] += [(-1, self.place[node], self._saved.inner_bytes(node) * share) for node in self.nodes]
         found = {name: totals(events[name], bounds) for name in ("seconds", "received", "work", "state", "saved")}
         found["seconds"] = np.maximum(found["seconds"], found["received"] / machine.link)
         return Tables(**found)
 
     @cached_property
-    def states(self) -> Mapping[fx.Node, float]:
+    def states(self) -> Mapping[fx.Node, int]:
         """Bytes that a rank holds for each parameter (``Plan.zero`` says of what only a part), and of each buffer."""
-        found: dict[fx.Node, float] = {}
+        found: dict[fx.Node, int] = {}
         for node, entry in self.program.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
             part = self.costs.bytes([node])
             whole = max(part, self._gathered(node) * value(node).dtype.itemsize)
             zero = self.program.plan.zero
-            if entry.kind is InputKind.BUFFER:
-                found[node] = part
-            elif not value(node).requires_grad:
-                found[node] = part if zero == 3 else whole
-            else:
-                weight, gradient = (part if zero == 3 else whole), (part if zero >= 2 else whole)
-                found[node] = weight + gradient + ADAM_STATES * part
+            held = part if zero == 3 else whole
+            trained = entry.kind is InputKind.PARAMETER and value(node).requires_grad
+            gradient = part if zero >= 2 else whole
+            found[node] = held + (gradient + ADAM_STATES * part if trained else 0)
         return found
 
     @cached_property
@@ -142,7 +143,7 @@ class StageGraph:
 
     @cached_property
     def _saved(self) -> SavedValues:
-        return SavedValues(self.program, self.remade)
+        return SavedValues(self.costs, {node for node in self.remade if self._is_parameter(node)})
 
     def _uses(self) -> dict[fx.Node, list[int]]:
         """Where each value is used: by a call in the sequence, if need be through some that are made again."""
@@ -174,14 +175,14 @@ class StageGraph:
         """Elements of a parameter that is gathered over a data axis before its use; 0 for others."""
         for user in node.users:
             if user in self.remade and comm.TARGETS.get(user.target, "").startswith("all_gather"):
-                return self._elements(user) if user.args[1] in DATA_AXES else 0
+                return self.elements(user) if user.args[1] in DATA_AXES else 0
             if user in self.remade and self._is_parameter(user):
                 found = self._gathered(user)
                 if found:
                     return found
         return 0
 
-    def _elements(self, node: fx.Node) -> int:
+    def elements(self, node: fx.Node) -> int:
         kind = value(node)
         return self.costs.bytes([node]) // kind.dtype.itemsize
 
