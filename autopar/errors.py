@@ -23,6 +23,10 @@ class IndivisibleError(AutoparError):
     """A dim does not divide by the size of the axis that should split it."""
 
 
+class StageError(AutoparError):
+    """The model cannot be cut into the pipeline stages that are wanted."""
+
+
 class InvariantError(AutoparError):
     """A pass was handed, or left behind, a program that breaks a contract."""
 

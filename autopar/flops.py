@@ -16,6 +16,7 @@ from torch import fx
 from autopar import comm
 from autopar.operators.attention import ATTENTION, ATTENTION_BACKWARD
 from autopar.operators.experts import EXPERT_LINEAR, EXPERT_OUTER
+from autopar.operators.recurrent import RECURRENT_LAYER
 from autopar.program import Value, values
 
 aten = torch.ops.aten
@@ -110,6 +111,13 @@ def _attention_backward(inputs: Sequence[Shape], outputs: Sequence[Shape], node:
     return 2 * math.prod(q[:-1]) * k[-2] * (3 * q[-1] + 2 * v[-1])
 
 
+def _einsum(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    """Two for each combination of all letters."""
+    terms = str(node.args[0]).replace(" ", "").replace(".", "").partition("->")[0].split(",")
+    sizes = {letter: size for term, shape in zip(terms, inputs) for letter, size in zip(term[::-1], shape[::-1])}
+    return 2 * math.prod(sizes.values())
+
+
 def _bilinear(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
     return 2 * math.prod(outputs[0]) * inputs[0][-1] * inputs[1][-1]
 
@@ -137,6 +145,7 @@ PRODUCTS: dict[Any, Count] = {
     aten.addmv: _product(1),
     aten.baddbmm: _product(1),
     aten.bilinear: _bilinear,
+    aten.einsum: _einsum,
     aten.conv1d: _convolution,
     aten.conv2d: _convolution,
     aten.conv3d: _convolution,
@@ -150,6 +159,7 @@ PRODUCTS: dict[Any, Count] = {
     aten.gru: _recurrent,
     aten.rnn_tanh: _recurrent,
     aten.rnn_relu: _recurrent,
+    RECURRENT_LAYER.overloadpacket: _recurrent,
     ATTENTION.overloadpacket: _attention,
     ATTENTION_BACKWARD.overloadpacket: _attention_backward,
     EXPERT_LINEAR.overloadpacket: _product(0),

@@ -62,6 +62,10 @@ class Plan:
         overlap_mb: megabytes that collectives under way may hold: parameters are gathered ahead of their use, and
             gradients reduced beside the computation that follows, as far as this allows; 0: none of it.
         seed: base of the dropout masks.
+        cuts: modules at which the pipeline stages after the first begin, in the order in which they run, e.g.
+            ``("model.layers.8", "model.layers.16")``; (): where compute time is balanced best.
+        stage_memory_gb: what parameters, gradients, AdamW states and kept activations of one stage may take on a rank,
+            in units of 1e9 bytes; None: anything.
         timeout: seconds after which a collective that a peer never joined ends the run.
 
     Raises ValueError for a value that is not one of those above.
@@ -85,6 +89,8 @@ class Plan:
     bucket_mb: float = 25.0
     overlap_mb: float = 64.0
     seed: int = 0
+    cuts: tuple[str, ...] = ()
+    stage_memory_gb: float | None = None
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
@@ -101,9 +107,14 @@ class Plan:
             raise ValueError(f"Plan(precision={self.precision!r}): write Precision(param={self.precision!r})")
         if not isinstance(self.microbatches, int) or self.microbatches < 1:
             raise ValueError(f"Plan(microbatches={self.microbatches!r}): a whole number, at least 1")
+        if isinstance(self.cuts, str) or not all(isinstance(name, str) and name for name in self.cuts):
+            raise ValueError(f"Plan(cuts={self.cuts!r}): names of modules, e.g. ('model.layers.8',)")
+        if self.stage_memory_gb is not None and not self.stage_memory_gb > 0:
+            raise ValueError(f"Plan(stage_memory_gb={self.stage_memory_gb!r}): a number above 0, or None")
         if not self.timeout > 0:
             raise ValueError(f"Plan(timeout={self.timeout!r}): a number of seconds above 0")
         object.__setattr__(self, "tensor", _frozen(self.tensor))
+        object.__setattr__(self, "cuts", tuple(self.cuts))
         object.__setattr__(self, "batch_dims", _frozen(self.batch_dims))
 
     def to_json(self) -> dict[str, Any]:

@@ -1,0 +1,208 @@
+"""A forward program as a sequence that can be cut into pipeline stages, and what each interval of it would cost.
+
+The sequence holds the calls in the order of the trace, but what leads back to placeholders alone (the decoder's
+embedding of an encoder-decoder) stands just before its first use, so that its result does not travel through the stages
+in between. Values that stages make for themselves (``remade``) belong to no place of it; they cost each stage that
+uses them. A message goes straight from the stage that makes a value to each stage that uses it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from torch import fx
+
+from autopar import comm
+from autopar.accumulate import DATA_AXES
+from autopar.intervals import Event, Table, events_of, totals
+from autopar.operator_cost import ACCELERATOR, Costs, Machine
+from autopar.program import InputKind, Program, value, values
+from autopar.remade import remade_nodes
+from autopar.saved_values import SavedValues
+
+ADAM_STATES = 2  # moments of each parameter, in its dtype
+
+
+@dataclass(frozen=True)
+class Tables:
+    """For positions a < b of some bounds, what the calls from ``bounds[a]`` up to ``bounds[b]`` cost as a stage."""
+
+    seconds: Table  # of one microbatch, forward and backward: of calls or of messages, whichever takes longer
+    received: Table  # bytes, with the gradients that are sent back
+    work: Table  # how many calls compute something
+    state: Table  # bytes of parameters, gradients and optimizer states
+    saved: Table  # bytes that one microbatch keeps for its backward pass
+
+
+class StageGraph:
+    """``nodes`` in the order in which they are cut, ``remade`` those that stages make for themselves; both are found
+    unless they are given."""
+
+    def __init__(
+        self,
+        program: Program,
+        remade: frozenset[fx.Node] | None = None,
+        nodes: Sequence[fx.Node] | None = None,
+        machine: Machine = ACCELERATOR,
+    ) -> None:
+        self.program, self.costs = program, Costs(program, machine)
+        self.remade = remade_nodes(program, self.costs) if remade is None else remade
+        self._parameters = {node for node, _ in program.placeholders(InputKind.PARAMETER)}
+        self.nodes = tuple(nodes) if nodes is not None else in_cutting_order(program, self.remade)
+        self.place = {node: position for position, node in enumerate(self.nodes)}
+        self.uses = self._uses()
+        self.seconds = {node: self._seconds(node) for node in (*self.nodes, *self.remade)}
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    @cached_property
+    def loss(self) -> int:
+        """The place of the loss, which the last stage makes; of a program without one that of the last output."""
+        results = self.program.returned
+        wanted = results if self.program.loss is None else results[self.program.loss : self.program.loss + 1]
+        return max((self.place[node] for node in wanted if node in self.place), default=len(self) - 1)
+
+    @cached_property
+    def crossing(self) -> list[int]:
+        """For each place the bytes of the values made before it and used from there on, each once."""
+        steps = [0] * (len(self) + 1)
+        for node in self.nodes:
+            last = max(self.uses[node], default=0)
+            if last > self.place[node]:
+                size = self.costs.bytes([node])
+                steps[self.place[node] + 1] += size
+                steps[last + 1] -= size
+        for position in range(len(self)):
+            steps[position + 1] += steps[position]
+        return steps[: len(self)]
+
+    @cached_property
+    def places_to_cut(self) -> list[int]:
+        """Of places between which nothing is computed the one that fewest bytes cross; never within a tuple."""
+        best: dict[int, int] = {}
+        computed = 0
+        for position, node in enumerate(self.nodes):
+            if position and node.target is not operator.getitem:
+                found = best.setdefault(computed, position)
+                best[computed] = min(found, position, key=lambda place: (self.crossing[place], place))
+            computed += self.seconds[node] > 0
+        return sorted(best.values())
+
+    def tables(self, bounds: Sequence[int]) -> Tables:
+        """Costs of the intervals between ``bounds``, which begin with 0 and end with ``len(self)``."""
+        costs, machine = self.costs, self.costs.machine
+        events: dict[str, list[Event]] = defaultdict(list)
+        for node in self.nodes:
+            here, uses = self.place[node], self.uses[node]
+            events["seconds"].append((-1, here, self.seconds[node]))
+            events["work"] += events_of((here,), 1.0) if self._works(node) else []
+            size = costs.bytes([node]) if uses else 0
+            if uses and max(uses) > here and size:
+                ways = 2 if any(kind.requires_grad for kind in values(node)) else 1
+                events["received"] += events_of([use for use in uses if use > here], ways * size, since=here)
+        for node in self.remade:
+            events["seconds"] += events_of(self.uses[node], self.seconds[node])
+        for node, size in self.states.items():
+            events["state"] += events_of(self.uses[node], size)
+        share = self._saved.share
+        for node, keepers in self.keepers.items():
+            events["saved"] += events_of(keepers, costs.bytes([node]) * share)
+        events["saved"] += [(-1, self.place[node], self._saved.inner_bytes(node) * share) for node in self.nodes]
+        found = {name: totals(events[name], bounds) for name in ("seconds", "received", "work", "state", "saved")}
+        found["seconds"] = np.maximum(found["seconds"], found["received"] / machine.link)
+        return Tables(**found)
+
+    @cached_property
+    def states(self) -> Mapping[fx.Node, int]:
+        """Bytes that a rank holds for each parameter (``Plan.zero`` says of what only a part), and of each buffer."""
+        found: dict[fx.Node, int] = {}
+        for node, entry in self.program.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
+            part = self.costs.bytes([node])
+            whole = max(part, self._gathered(node) * value(node).dtype.itemsize)
+            zero = self.program.plan.zero
+            held = part if zero == 3 else whole
+            trained = entry.kind is InputKind.PARAMETER and value(node).requires_grad
+            gradient = part if zero >= 2 else whole
+            found[node] = held + (gradient + ADAM_STATES * part if trained else 0)
+        return found
+
+    @cached_property
+    def keepers(self) -> Mapping[fx.Node, list[int]]:
+        """The values that backward keeps, and the places of the calls that keep them."""
+        found: dict[fx.Node, list[int]] = defaultdict(list)
+        for node in self.nodes:
+            for kept in self._saved.kept_by(node):
+                found[kept].append(self.place[node])
+        return found
+
+    @cached_property
+    def _saved(self) -> SavedValues:
+        return SavedValues(self.costs, {node for node in self.remade if self._is_parameter(node)})
+
+    def _uses(self) -> dict[fx.Node, list[int]]:
+        """Where each value is used: by a call in the sequence, if need be through some that are made again."""
+        found: dict[fx.Node, set[int]] = defaultdict(set)
+        for node in self.program.returned:
+            if node in self.remade:
+                found[node].add(len(self.nodes) - 1)  # the last stage returns it
+        for node in reversed(self.program.graph.nodes):
+            if node.op != "output":
+                for user in node.users:
+                    found[node] |= {self.place[user]} if user in self.place else found[user]
+        return {node: sorted(places) for node, places in found.items()}
+
+    def _seconds(self, node: fx.Node) -> float:
+        """What happens to parameters once a step is shared by its microbatches."""
+        once = node in self.remade and self._is_parameter(node) and self.program.plan.zero < 3
+        return self.costs.both(node) / (self.program.plan.microbatches if once else 1)
+
+    def _is_parameter(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a parameter, or one that was cast or gathered."""
+        while node in self.remade and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+        return node in self._parameters
+
+    def _works(self, node: fx.Node) -> bool:
+        return self.seconds[node] > 0 and node.target not in comm.TARGETS
+
+    def _gathered(self, node: fx.Node) -> int:
+        """Elements of a parameter that is gathered over a data axis before its use; 0 for others."""
+        for user in node.users:
+            if user in self.remade and comm.TARGETS.get(user.target, "").startswith("all_gather"):
+                return self.elements(user) if user.args[1] in DATA_AXES else 0
+            if user in self.remade and self._is_parameter(user):
+                found = self._gathered(user)
+                if found:
+                    return found
+        return 0
+
+    def elements(self, node: fx.Node) -> int:
+        kind = value(node)
+        return self.costs.bytes([node]) // kind.dtype.itemsize
+
+
+def in_cutting_order(program: Program, remade: frozenset[fx.Node]) -> tuple[fx.Node, ...]:
+    """The calls that are not ``remade``, each behind those that it uses; parts of a tuple just behind it."""
+    calls = [node for node in program.graph.nodes if node.op == "call_function" and node not in remade]
+    trace = {node: position for position, node in enumerate(calls)}
+    light: set[fx.Node] = set()  # one chain from placeholders to one use
+    for node in calls:
+        sources = [source for source in node.all_input_nodes if source in trace]
+        if all(source in light and len(source.users) == 1 for source in sources):
+            light.add(node)
+    when = {node: float(position) for node, position in trace.items()}
+    for node in reversed(calls):
+        users = [when[user] for user in node.users if user in when]
+        if node in light and users:
+            when[node] = min(users)
+    for node in calls:
+        if node.target is operator.getitem:
+            when[node] = when[node.all_input_nodes[0]]
+    tuples = {node: trace[node.all_input_nodes[0]] for node in calls if node.target is operator.getitem}
+    return tuple(sorted(calls, key=lambda node: (when[node], tuples.get(node, trace[node]), trace[node])))
