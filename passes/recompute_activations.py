@@ -55,10 +55,8 @@ OUTSIDE = ""  # of all repeated blocks
 Place = tuple[str, int]  # a repeated block, or OUTSIDE, and the number of the run through it
 
 
-@graph_pass()
+@graph_pass(when=lambda program: program.plan.recompute != "none")
 def recompute_activations(program: Program) -> Program:
-    if program.plan.recompute == "none":
-        return program
     return replace(program, roles=tuple(_recomputed(program, role) for role in program.roles))
 
 
@@ -109,9 +107,11 @@ class _Activations:
         found = [choices[0] for choices in frontiers]
         constant = sum(map(self._bytes, self.held))
         budget = share * sum(map(self._bytes, self.saved))
+        kept = constant + sum(choice.bytes for choice in found)
         for _, number, position in sorted(steps):
-            if constant + sum(choice.bytes for choice in found) <= budget:
+            if kept <= budget:
                 break
+            kept -= found[number].bytes - frontiers[number][position].bytes
             found[number] = frontiers[number][position]
         return found
 

@@ -26,15 +26,15 @@ from autopar.rewrite import insert_before
 ENTER = comm.OPS.enter.default
 
 
-@graph_pass()
+@graph_pass(when=lambda program: bool(program.plan.zero) and shard_axis(program.mesh) is not None)
 def shard_parameters(program: Program) -> Program:
     axis = shard_axis(program.mesh)
-    if not program.plan.zero or axis is None:
-        return program
+    assert axis is not None
     for node, _ in program.placeholders(InputKind.PARAMETER):
         dim = shard_dim(value(node), axis, program.mesh)
         if dim is not None and node.users:
             _shard(program, node, axis, dim)
+    program.graph.eliminate_dead_code()  # once: it walks through the whole graph
     return program
 
 
@@ -76,7 +76,6 @@ def _shard(program: Program, node: fx.Node, axis: str, dim: int) -> None:
     else:  # some of it is computed alike on all ranks
         full = insert_before(first, comm.OPS.all_gather_invariant.default, (node, *where), None, whole)
         node.replace_all_uses_with(full, delete_user_cb=lambda user: user is not full)
-    program.graph.eliminate_dead_code()
 
 
 def _uses(node: fx.Node, axes: frozenset[str]) -> Iterator[tuple[fx.Node, fx.Node, frozenset[str]]]:
