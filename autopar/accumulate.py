@@ -13,12 +13,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from autopar.mesh import Mesh
+from autopar.mesh import DATA_AXES, Mesh
 from autopar.once import Reducing, without_reductions
 from autopar.plan import Plan
 from autopar.program import Role
-
-DATA_AXES = ("dp", "dp_replicate", "dp_shard")
 
 
 class Steps(Protocol):

@@ -299,7 +299,7 @@ def _span(tensor: Tensor, position: int) -> tuple[int, int, int, int]:
 def _base(node: Node) -> Node:
     """The node that allocated what ``node`` is a view of."""
     while node.op == "call_function":
-        passes_on = comm.TARGETS.get(node.target, "all_reduce") not in comm.MOVING  # type: ignore[call-overload]
+        passes_on = node.target in comm.TARGETS and comm.moving(node.target) is None
         if not (is_view(node.target) or node.target is operator.getitem or passes_on):
             break
         node = node.all_input_nodes[0]

@@ -48,14 +48,13 @@ def sent(program: Program, rank: int = 0) -> tuple[Transfer, ...]:
 def _transfers(graph: fx.Graph, mesh: Mesh, phase: str) -> tuple[Transfer, ...]:
     found: dict[tuple[str, str], tuple[int, int]] = {}
     for node in graph.nodes:
-        name = comm.TARGETS.get(node.target)
-        if name not in comm.MOVING:
+        name = comm.moving(node.target)
+        if name is None:
             continue
         source, axis = _operand(node)
         ways = mesh.size(axis)
         if ways == 1:
             continue
-        name = comm.STARTED.get(name, name)
         operations, moved = found.get((axis, name), (0, 0))
         size = _bytes(value(source), value(source).layout.local_shape(mesh))
         found[axis, name] = operations + 1, moved + moved_bytes(name, ways, size)

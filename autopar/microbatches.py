@@ -6,14 +6,13 @@ count_i / (count_1 + ... + count_m), which is known before any backward pass, si
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from autopar import comm
-from autopar.calls import Call, data_ways
+from autopar.calls import Call, batch_dims, data_ways
 from autopar.errors import IndivisibleError, InvariantError
 from autopar.mesh import Mesh
 from autopar.partition import extract, live_nodes
@@ -36,13 +35,10 @@ def parts(call: Call, mesh: Mesh, plan: Plan) -> list[dict[str, Any]]:
     if call.args or any(not isinstance(value, Tensor | int | float | str | None) for value in call.kwargs.values()):
         raise InvariantError("Plan(microbatches=...) cuts tensors that are passed by name: model.train_step(x=x, y=y)")
     tensors = {name: value for name, value in call.kwargs.items() if isinstance(value, Tensor)}
-    lengths = Counter(tensor.shape[0] for tensor in tensors.values() if tensor.dim())
-    usual = lengths.most_common(1)[0][0] if lengths else 0
     cut: dict[str, tuple[Tensor, ...]] = {}
     ways = count * (1 if plan.inputs == "local" else data_ways(mesh))
-    for name, tensor in tensors.items():
-        guess = 0 if tensor.dim() and tensor.shape[0] == usual else None
-        dim = plan.batch_dims.get(name, guess)
+    dims = batch_dims([(name, tensor.shape) for name, tensor in tensors.items()], plan.batch_dims)
+    for (name, tensor), dim in zip(tensors.items(), dims):
         if dim is None:
             continue
         if tensor.shape[dim] % ways:

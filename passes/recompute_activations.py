@@ -183,8 +183,8 @@ class _Activations:
         """Operations of a call on one rank; what it sends counts as what could be computed in that time."""
         if node in self.twice:
             return 0
-        work, name = flops(node, self._shape), comm.TARGETS.get(node.target)  # type: ignore[call-overload]
-        if name in comm.MOVING:
+        work, name = flops(node, self._shape), comm.moving(node.target)
+        if name is not None:
             sent = sum(math.prod(self._shape(kind)) * kind.dtype.itemsize for kind in values(node.all_input_nodes[0]))
             work += round(moved_bytes(name, self.program.mesh.size(str(node.args[1])), sent) * FLOPS / BANDWIDTH)
         return work
@@ -195,8 +195,7 @@ class _Activations:
 
 def _is_costly(node: fx.Node) -> bool:
     """Whether to make ``node`` again costs more than to walk through memory, or must not come out otherwise."""
-    sends = comm.TARGETS.get(node.target) in comm.MOVING  # type: ignore[call-overload]
-    return is_product(node) or sends or (is_operator(node) and packet_of(node) in SORTS)
+    return is_product(node) or comm.moving(node.target) is not None or (is_operator(node) and packet_of(node) in SORTS)
 
 
 def _places(joint: Joint, parameters: Set[str]) -> dict[fx.Node, Place]:
