@@ -67,15 +67,17 @@ class Reference:
         self.state = {name: parameter.detach() for name, parameter in parameters.items()}
         self.state |= dict(self.model.named_buffers(remove_duplicate=False)) | buffers  # as they were before that step
 
-    def check(self, mesh: Mesh, plan: Plan | None = None) -> Report:
-        """Compare one step of the program for ``mesh``, simulated on all ranks; ``plan.precision`` does not count.
-
-        Raises what compiling raises.
-        """
+    def program(self, mesh: Mesh, plan: Plan | None = None) -> Program:
+        """The program for ``mesh``, in float64 whatever ``plan.precision`` is. Raises what compiling raises."""
         from autopar.driver import finish_program, place
 
         with promote_float32():
-            program = finish_program(place(self.traced, mesh, replace(plan or Plan(), precision=Precision())))
+            return finish_program(place(self.traced, mesh, replace(plan or Plan(), precision=Precision())))
+
+    def check(self, mesh: Mesh, plan: Plan | None = None) -> Report:
+        """Compare one step of :meth:`program`, simulated on all ranks. Raises what that raises."""
+        program = self.program(mesh, plan)
+        with promote_float32():
             step = simulate(program, self.state, (), self.batch)
         assert step.loss is not None
         given = dict(_leaves(step.output))

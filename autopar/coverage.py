@@ -103,8 +103,9 @@ def cover(name: str, family: str, model: nn.Module, batch: Mapping[str, Any], ca
         reference = Reference(model, batch)
     except AutoparError as error:
         return Coverage(name, family, count, failure=_first_line(error))
-    single = reference.check(Mesh()).program
-    outcomes = tuple(_outcome(reference, case, operations(single)) for case in cases)
+    single = reference.program(Mesh())
+    whole = operations(single)
+    outcomes = tuple(_outcome(reference, case, whole) for case in cases)
     return Coverage(name, family, count, unknown=unknown_operators(single), outcomes=outcomes)
 
 
