@@ -13,12 +13,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from autopar.mesh import Mesh
+from autopar.mesh import DATA_AXES, Mesh
 from autopar.once import Reducing, without_reductions
 from autopar.plan import Plan
 from autopar.program import Role
-
-DATA_AXES = ("dp", "dp_replicate", "dp_shard")
 
 
 class Steps(Protocol):
@@ -26,7 +24,7 @@ class Steps(Protocol):
 
     @property
     def defers(self) -> bool:
-        """Whether it has two parts."""
+        """Whether it has two parts; they are made when this is first asked."""
 
     def whole(self, saved: list[Any]) -> Sequence[Tensor]:
         """Gradients."""
@@ -58,7 +56,7 @@ class Accumulation:
 
     def backward(self, steps: Steps, saved: list[Any]) -> Sequence[Tensor] | None:
         """The gradients of a backward pass and of all that waited for it; None if it waits itself."""
-        if not steps.defers or not (self.active or self._held):
+        if not (self.active or self._held) or not steps.defers:
             return steps.whole(saved)
         held, found = self._held.pop(steps, None), steps.partial(saved)
         if held is not None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopar.errors import TraceError
-from autopar.mesh import Mesh
+from autopar.mesh import BATCH_AXES, Mesh
 from autopar.plan import Plan
 
-DATA_AXES = ("dp", "dp_replicate", "dp_shard", "ep")  # ranks along these get different rows of the batch
 NOT_POSITIONAL = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
@@ -86,7 +84,7 @@ def _kind(leaf: Any) -> Hashable:
 def data_ways(mesh: Mesh) -> int:
     """Into how many parts the batch is cut."""
     ways = 1
-    for axis in DATA_AXES:
+    for axis in BATCH_AXES:
         ways *= mesh.size(axis)
     return ways
 
@@ -97,19 +95,25 @@ def global_call(call: Call, mesh: Mesh, plan: Plan) -> Call:
     if plan.inputs != "local":
         return call
     ways = data_ways(mesh)
-    lengths = Counter(leaf.shape[0] for leaf in call.tensors if leaf.dim())
-    usual = lengths.most_common(1)[0][0] if lengths else 0
+    arguments = [*(("", arg) for arg in call.args), *call.kwargs.items()]
+    leaves = [(name, leaf) for name, arg in arguments for leaf in pytree.tree_leaves(arg)]
+    shapes = [(name, leaf.shape) for name, leaf in leaves if isinstance(leaf, Tensor)]
+    dims = iter(batch_dims(shapes, plan.batch_dims))
 
-    def whole(name: str, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        guess = 0 if leaf.dim() and leaf.shape[0] == usual else None
-        dim = plan.batch_dims.get(name, guess)
+    def whole(leaf: Tensor) -> Tensor:
+        dim = next(dims)
         return leaf if dim is None else torch.cat([leaf.detach()] * ways, dim).requires_grad_(leaf.requires_grad)
 
-    args = tuple(pytree.tree_map(partial(whole, ""), arg) for arg in call.args)
-    kwargs = {name: pytree.tree_map(partial(whole, name), arg) for name, arg in call.kwargs.items()}
+    args, kwargs = pytree.tree_map_only(Tensor, whole, (call.args, call.kwargs))
     return Call(args, kwargs, pytree.tree_leaves((args, kwargs)), call.key)
+
+
+def batch_dims(shapes: Sequence[tuple[str, Sequence[int]]], given: Mapping[str, int | None]) -> list[int | None]:
+    """The batch dim of each input (name, shape): the ``given`` one, else dim 0 if it is as long as that of most others;
+    None for an input without."""
+    lengths = Counter(shape[0] for name, shape in shapes if len(shape) and name not in given)
+    usual = lengths.most_common(1)[0][0] if lengths else None
+    return [given[name] if name in given else 0 if len(shape) and shape[0] == usual else None for name, shape in shapes]
 
 
 def shapes(tensors: Sequence[Tensor]) -> str:

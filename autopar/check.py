@@ -69,12 +69,15 @@ class Reference:
         self.state = {name: parameter.detach() for name, parameter in parameters.items()}
         self.state |= dict(self.model.named_buffers(remove_duplicate=False)) | buffers  # as they were before that step
 
-    def program(self, mesh: Mesh, plan: Plan) -> Program:
+    def program(self, mesh: Mesh, plan: Plan | None = None) -> Program:
+        """The program for ``mesh``, in float64 whatever ``plan.precision`` is. Raises what compiling raises."""
         from autopar.driver import finish_program, pipelined, place
 
-        if is_pipelined(mesh):
-            return pipelined(self._traced_part, mesh, plan, (), self.batch)
-        return finish_program(place(self.traced, mesh, plan))
+        plan = replace(plan or Plan(), precision=Precision())
+        with promote_float32():
+            if is_pipelined(mesh):
+                return pipelined(self._traced_part, mesh, plan, (), self.batch)
+            return finish_program(place(self.traced, mesh, plan))
 
     def _traced_part(self, batch: Mapping[str, Any]) -> Program:
         """The program of a microbatch of these sizes."""
@@ -84,12 +87,9 @@ class Reference:
         return self._parts[sizes]
 
     def check(self, mesh: Mesh, plan: Plan | None = None) -> Report:
-        """Compare one step of the program for ``mesh``, simulated on all ranks; ``plan.precision`` does not count.
-
-        Raises what compiling raises.
-        """
+        """Compare one step of :meth:`program`, simulated on all ranks. Raises what that raises."""
+        program = self.program(mesh, plan)
         with promote_float32():
-            program = self.program(mesh, replace(plan or Plan(), precision=Precision()))
             step = simulate(program, self.state, (), self.batch)
         assert step.loss is not None
         given = dict(_leaves(step.output))

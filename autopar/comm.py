@@ -130,6 +130,13 @@ STARTED = {"start_all_reduce": "all_reduce", "start_all_gather": "all_gather", "
 MOVING = ("all_reduce", "all_gather", "all_gather_invariant", "reduce_scatter", "all_to_all", *STARTED)  # send data
 
 
+def moving(target: Any) -> str | None:
+    """The collective that sends data in a node with this target, by the name that it has when it is not started early;
+    None for everything else."""
+    name = TARGETS.get(target)
+    return STARTED.get(name, name) if name in MOVING else None  # type: ignore[arg-type]
+
+
 def where(split: Split, axis: str, ways: int, length: int) -> tuple[str, int, int, int, list[int], int]:
     """The arguments behind the tensor of an operator that splits or joins a dim of ``length`` elements."""
     return (axis, ways, split.dim, split.outer, list(split.ratio), length)

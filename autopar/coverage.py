@@ -24,12 +24,11 @@ from autopar.errors import AutoparError, IndivisibleError
 from autopar.flops import flops, is_product
 from autopar.footprint import held
 from autopar.lockstep import Transfer
-from autopar.mesh import Mesh
+from autopar.mesh import DATA_AXES, Mesh
 from autopar.plan import Plan
 from autopar.program import InputKind, Program, origin, value, values
 from autopar.rules import rule_for
 
-DATA_AXES = ("dp", "dp_replicate", "dp_shard")
 TENSOR_AXIS = "tp"
 MOST_OF_IT = 0.9  # of the bytes of the parameters
 LARGE = 0.01  # a parameter with less than this share is not worth a remark
@@ -104,8 +103,9 @@ def cover(name: str, family: str, model: nn.Module, batch: Mapping[str, Any], ca
         reference = Reference(model, batch)
     except AutoparError as error:
         return Coverage(name, family, count, failure=_first_line(error))
-    single = reference.check(Mesh()).program
-    outcomes = tuple(_outcome(reference, case, operations(single)) for case in cases)
+    single = reference.program(Mesh())
+    whole = operations(single)
+    outcomes = tuple(_outcome(reference, case, whole) for case in cases)
     return Coverage(name, family, count, unknown=unknown_operators(single), outcomes=outcomes)
 
 
@@ -211,9 +211,8 @@ def _irregular(program: Program, axis: str, normalised: frozenset[str]) -> Itera
     (role,) = program.roles
     for graph in (role.forward, role.backward):
         for node in graph.nodes if graph is not None else ():
-            name = comm.TARGETS.get(node.target)
-            name = comm.STARTED.get(name, name) if name else name
-            if name not in comm.MOVING or axis not in node.args or not value(node).dtype.is_floating_point:
+            name = comm.moving(node.target)
+            if name is None or axis not in node.args or not value(node).dtype.is_floating_point:
                 continue
             if name == "all_reduce" and origin(node).module in normalised:
                 yield f"statistics of batch normalisation reduced over {axis}"

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -70,9 +70,6 @@ class Executable:
         self._gathered: dict[str, Gathered] = {}
         for name in ("forward", "inference") if program.plan.zero in (1, 2) else ():
             self._gather_once(name)
-        found = deferred(self.role, program.mesh, program.plan, frozenset(self._slots))
-        if found is not None:
-            self._graphs |= {"partial": found.rest, "reduced": found.graph}
         self._leaves = [self._leaf(target) for target in self.role.grads]
         self._gives = [self._giver(target) for target in self.role.grads]
         self._shared: dict[str, list[int]] = {}  # results that share memory, known after the first backward
@@ -147,9 +144,12 @@ class Executable:
             return [None] * len(self._gives)
         return [give(grad, wanted) for give, grad, wanted in zip(self._gives, found, accumulate)]
 
-    @property
+    @cached_property
     def defers(self) -> bool:
-        return "partial" in self._graphs
+        found = deferred(self.role, self.program.mesh, self.program.plan, frozenset(self._slots))
+        if found is not None:
+            self._graphs |= {"partial": found.rest, "reduced": found.graph}
+        return found is not None
 
     def whole(self, saved: list[Any]) -> list[Tensor]:
         return self._own("backward", saved)
@@ -301,7 +301,7 @@ def _span(tensor: Tensor, position: int) -> tuple[int, int, int, int]:
 def _base(node: Node) -> Node:
     """The node that allocated what ``node`` is a view of."""
     while node.op == "call_function":
-        passes_on = comm.TARGETS.get(node.target, "all_reduce") not in comm.MOVING  # type: ignore[call-overload]
+        passes_on = node.target in comm.TARGETS and comm.moving(node.target) is None
         if not (is_view(node.target) or node.target is operator.getitem or passes_on):
             break
         node = node.all_input_nodes[0]

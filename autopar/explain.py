@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from autopar.comm import MOVING, TARGETS
+from autopar.comm import TARGETS, moving
 from autopar.program import Program, origin, value, values
 
 
@@ -22,8 +22,8 @@ def explain(program: Program, name: str) -> str:
     lines += [f"  source  {where.source}"] if where.source else []
     for axis, reasons in program.decisions.items():
         lines += _choice(axis, reasons.get(node.name))
-    lines += [f"  needs   {_collective(source)}" for source in node.all_input_nodes if _moves(source)]
-    lines += [f"  then    {_collective(user)}" for user in node.users if _moves(user)]
+    lines += [f"  needs   {_collective(source)}" for source in node.all_input_nodes if moving(source.target)]
+    lines += [f"  then    {_collective(user)}" for user in node.users if moving(user.target)]
     return "\n".join(lines)
 
 
@@ -47,10 +47,6 @@ def _choice(axis: str, reason: Mapping[str, Any] | None) -> list[str]:
     for label, extra in costs:
         lines.append(f"          not {label}: {extra if isinstance(extra, str) else f'{extra * 1e6:+.3g} us a step'}")
     return lines
-
-
-def _moves(node: fx.Node) -> bool:
-    return TARGETS.get(node.target) in MOVING
 
 
 def _collective(node: fx.Node) -> str:

@@ -14,6 +14,11 @@ from autopar.mesh import Mesh
 from autopar.program import InputKind, Node, Program, Value, value
 
 
+def bytes_of(kind: Value, mesh: Mesh | None = None) -> int:
+    """Bytes of one tensor: of the whole, or of what a rank of ``mesh`` holds of it."""
+    return math.prod(kind.shape if mesh is None else kind.layout.local_shape(mesh)) * kind.dtype.itemsize
+
+
 @dataclass(frozen=True)
 class Holdings:
     """Bytes of parameters: those of the model, those of one rank, and those that each axis splits (of the model's)."""
@@ -29,10 +34,10 @@ def held(program: Program) -> Holdings:
     split = {axis: 0 for axis, size in program.mesh.axes if size > 1}
     for node, _ in program.placeholders(InputKind.PARAMETER):
         kind = value(node)
-        whole += _bytes(kind, kind.shape)
-        rank += _bytes(kind, kind.layout.local_shape(program.mesh))
+        whole += bytes_of(kind)
+        rank += bytes_of(kind, program.mesh)
         for axis in kind.layout.axes:
-            split[axis] = split.get(axis, 0) + _bytes(kind, kind.shape)
+            split[axis] = split.get(axis, 0) + bytes_of(kind)
     return Holdings(whole, rank, split)
 
 
@@ -48,16 +53,15 @@ def sent(program: Program, rank: int = 0) -> tuple[Transfer, ...]:
 def _transfers(graph: fx.Graph, mesh: Mesh, phase: str) -> tuple[Transfer, ...]:
     found: dict[tuple[str, str], tuple[int, int]] = {}
     for node in graph.nodes:
-        name = comm.TARGETS.get(node.target)
-        if name not in comm.MOVING:
+        name = comm.moving(node.target)
+        if name is None:
             continue
         source, axis = _operand(node)
         ways = mesh.size(axis)
         if ways == 1:
             continue
-        name = comm.STARTED.get(name, name)
         operations, moved = found.get((axis, name), (0, 0))
-        size = _bytes(value(source), value(source).layout.local_shape(mesh))
+        size = bytes_of(value(source), mesh)
         found[axis, name] = operations + 1, moved + moved_bytes(name, ways, size)
     return tuple(Transfer(phase, axis, name, *counts) for (axis, name), counts in found.items())
 
@@ -68,7 +72,3 @@ def _operand(node: Node) -> tuple[Node, str]:
     axis = node.args[1] if len(node.args) > 1 else node.kwargs["axis"]
     assert isinstance(source, Node) and isinstance(axis, str)
     return source, axis
-
-
-def _bytes(kind: Value, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * kind.dtype.itemsize

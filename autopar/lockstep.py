@@ -136,8 +136,7 @@ RULES: dict[str, Callable[[Sequence[Tensor], Sequence[Any]], list[Tensor]]] = {
 
 def moved_bytes(name: str, ways: int, sent: int) -> int:
     """Bytes that one rank sends in ``comm.<name>`` over ``ways`` ranks, by the usual accounting of ring algorithms;
-    ``sent`` is the size of its argument. (Thakur et al. 2005)"""
-    name = comm.STARTED.get(name, name)
+    ``name`` as :func:`comm.moving` gives it, ``sent``: the size of its argument. (Thakur et al. 2005)"""
     if name == "all_reduce":
         return 2 * (ways - 1) * sent // ways
     if name in ("all_gather", "all_gather_invariant"):
@@ -267,9 +266,10 @@ class Lockstep:
         source, axis, *rest = _bound(node)
         parts = known[source]
         ways = self.mesh.size(axis)
-        if name in comm.MOVING and ways > 1:
+        moving = comm.moving(node.target)
+        if moving is not None and ways > 1:
             size = parts[0].numel() * parts[0].element_size()
-            self.count(phase, axis, comm.STARTED.get(name, name), 1, moved_bytes(name, ways, size))
+            self.count(phase, axis, moving, 1, moved_bytes(moving, ways, size))
         results: Ranks = [None] * self.mesh.world_size
         for group in self.groups.get(axis) or tuple((rank,) for rank in range(self.mesh.world_size)):
             members = collective(name, [parts[rank] for rank in group], (axis, *rest))

@@ -11,6 +11,8 @@ from typing import Any
 # Outermost first: neighbours on a later axis are closer together (tp inside a node, pp across nodes).
 AXIS_ORDER = ("pp", "dp", "dp_replicate", "dp_shard", "ep", "sp", "tp")
 ALIASES = {"cp": "sp"}
+DATA_AXES = ("dp", "dp_replicate", "dp_shard")
+BATCH_AXES = (*DATA_AXES, "ep")  # ranks along these get different rows of the batch
 
 Coordinates = Mapping[str, int]
 

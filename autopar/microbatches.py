@@ -6,7 +6,6 @@ count_i / (count_1 + ... + count_m), which is known before any backward pass, si
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from autopar import comm
-from autopar.calls import data_ways
+from autopar.calls import batch_dims, data_ways
 from autopar.errors import IndivisibleError, InvariantError
 from autopar.mesh import Mesh
 from autopar.partition import extract, live_nodes
@@ -54,13 +53,10 @@ def parts(args: Sequence[Any], kwargs: Mapping[str, Any], mesh: Mesh, plan: Plan
 
 
 def cut_dims(kwargs: Mapping[str, Any], plan: Plan) -> dict[str, int]:
-    """Name -> batch dim of the tensors that have one: as the plan says, else dim 0 where it has the usual size."""
-    tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-    lengths = Counter(tensor.shape[0] for tensor in tensors.values() if tensor.dim())
-    usual = lengths.most_common(1)[0][0] if lengths else 0
-    guesses = {name: 0 if tensor.dim() and tensor.shape[0] == usual else None for name, tensor in tensors.items()}
-    found = {name: plan.batch_dims.get(name, guess) for name, guess in guesses.items()}
-    return {name: dim for name, dim in found.items() if dim is not None}
+    """Name -> batch dim of the tensors that have one."""
+    tensors = [(name, value.shape) for name, value in kwargs.items() if isinstance(value, Tensor)]
+    dims = batch_dims(tensors, plan.batch_dims)
+    return {name: dim for (name, _), dim in zip(tensors, dims) if dim is not None}
 
 
 def rows(kwargs: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], plan: Plan) -> list[int]:

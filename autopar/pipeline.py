@@ -33,6 +33,7 @@ DUMP = "AUTOPAR_DUMP"
 _PLAN = "# plan: "
 
 Rewrite = Callable[[Program], Program]
+Condition = Callable[[Program], bool]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Pass:
     requires: tuple[Contract, ...] = ()
     ensures: tuple[Contract, ...] = ()
     annotates_only: bool = False
+    when: Condition = lambda program: True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.rewrite.__doc__)
@@ -52,10 +54,12 @@ class Pass:
         return self.rewrite.__name__
 
     def __call__(self, program: Program) -> Program:
-        """The program after this pass; ``program`` itself is left as it is.
+        """The program after this pass; ``program`` itself is left as it is, and not copied if the pass is not needed.
 
         Raises InvariantError for a broken contract, and whatever the pass itself raises.
         """
+        if not self.when(program):
+            return replace(program, passes=(*program.passes, self.name))
         for contract in self.requires:
             contract(program)
         result = self.rewrite(program.clone())
@@ -74,15 +78,20 @@ class Pass:
 
 
 def graph_pass(
-    *, requires: Sequence[Contract] = (), ensures: Sequence[Contract] = (), annotates_only: bool = False
+    *,
+    requires: Sequence[Contract] = (),
+    ensures: Sequence[Contract] = (),
+    annotates_only: bool = False,
+    when: Condition = lambda program: True,
 ) -> Callable[[Rewrite], Pass]:
     """Makes a function ``Program -> Program`` a pass. ``requires`` hold before it, ``ensures`` after it.
 
     ``annotates_only``: it may set values and decisions, and must leave nodes, arguments, inputs and outputs alone.
+    ``when``: what asks for it, in the plan or the mesh; without that the program stays as it is (a copy takes time).
     """
 
     def decorate(rewrite: Rewrite) -> Pass:
-        return Pass(rewrite, tuple(requires), tuple(ensures), annotates_only)
+        return Pass(rewrite, tuple(requires), tuple(ensures), annotates_only, when)
 
     return decorate
 

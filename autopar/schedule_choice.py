@@ -19,5 +19,5 @@ def planned_schedule(plan: Plan, mesh: Mesh) -> Schedule:
 
 def forward_only(schedule: Schedule) -> Schedule:
     """The forward computes of ``schedule``, without messages: for inference."""
-    ranks = [tuple(step for step in schedule.computes(rank) if step.kind is Kind.F) for rank in range(len(schedule.ranks))]
-    return replace(schedule, name=f"{schedule.name} forward", ranks=tuple(ranks))
+    forward = [[step for step in schedule.computes(rank) if step.kind is Kind.F] for rank in range(len(schedule.ranks))]
+    return replace(schedule, name=f"{schedule.name} forward", ranks=tuple(map(tuple, forward)))

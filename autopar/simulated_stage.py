@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from autopar.accumulate import DATA_AXES
 from autopar.backward_steps import BackwardSteps, backward_steps
 from autopar.interpreter import Values
 from autopar.lockstep import Lockstep, Ranks
+from autopar.mesh import DATA_AXES
 from autopar.program import InputKind, OutputKind, Program, Role, value
 from autopar.simulate import gathered_once, joined, rank_inputs
 

@@ -18,8 +18,8 @@ import numpy as np
 from torch import fx
 
 from autopar import comm
-from autopar.accumulate import DATA_AXES
 from autopar.intervals import Event, Table, events_of, totals
+from autopar.mesh import DATA_AXES
 from autopar.operator_cost import ACCELERATOR, Costs, Machine
 from autopar.program import InputKind, Program, value, values
 from autopar.remade import remade_nodes

@@ -174,7 +174,7 @@ def check_same_parameters(program: Program, other: Program) -> None:
     for name, stages in first.items():
         if second.get(name, ()) != stages:
             raise InvariantError(
-                f"parameter '{name}' is of stages {list(stages)} in one microbatch, and of {list(second.get(name, ()))} "
+                f"parameter '{name}' is of stages {stages} in one microbatch, and of {second.get(name, ())} "
                 "in the smaller last one\nWay out: a batch size that the microbatches divide, or Plan(cuts=...)."
             )
 

@@ -40,11 +40,11 @@ ALONE = 0.25e6  # bytes: above, copies into a bucket and out of it cost more tha
 Chain = tuple[fx.Node, ...]  # reductions of one gradient over one axis after another, a cast; the last is returned
 
 
-@graph_pass()
+@graph_pass(when=lambda program: program.plan.bucket_mb > 0)
 def bucket_collectives(program: Program) -> Program:
     limit = program.plan.bucket_mb * 1e6
     parameters = {node.name for node, _ in program.placeholders(InputKind.PARAMETER)}
-    for role in program.roles if limit > 0 else ():
+    for role in program.roles:
         graphs = [role.forward, role.inference, role.backward]
         for graph in {id(graph): graph for graph in graphs if graph is not None}.values():
             _Buckets(program, graph, limit).gather([node for node in graph.nodes if is_gathered(node, parameters)])

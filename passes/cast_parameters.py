@@ -25,7 +25,7 @@ from autopar.rewrite import insert_before
 TO = torch.ops.aten._to_copy.default
 
 
-@graph_pass()
+@graph_pass(when=lambda program: bool(program.given) or program.plan.precision.dtype("output") is not None)
 def cast_parameters(program: Program) -> Program:
     order = {node: position for position, node in enumerate(program.graph.nodes)}
     for node, _ in program.placeholders(InputKind.PARAMETER, InputKind.INPUT):

@@ -31,12 +31,13 @@ PASSING_ON = (  # what may stand between a sum over ranks and a gradient, and gi
 )  # fmt: skip
 
 
-@graph_pass()
+@graph_pass(when=lambda program: program.plan.precision.dtype("reduce") is not None)
 def cast_reductions(program: Program) -> Program:
     dtype = program.plan.precision.dtype("reduce")
+    assert dtype is not None
     parameters = {entry.target for _, entry in program.placeholders(InputKind.PARAMETER)}
     for role in program.roles:
-        if role.backward is not None and dtype is not None:
+        if role.backward is not None:
             _cast(role.backward, _reduced(role, role.backward, parameters), dtype)
     return program
 

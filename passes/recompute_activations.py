@@ -55,10 +55,8 @@ OUTSIDE = ""  # of all repeated blocks
 Place = tuple[str, int]  # a repeated block, or OUTSIDE, and the number of the run through it
 
 
-@graph_pass()
+@graph_pass(when=lambda program: program.plan.recompute != "none")
 def recompute_activations(program: Program) -> Program:
-    if program.plan.recompute == "none":
-        return program
     return replace(program, roles=tuple(_recomputed(program, role) for role in program.roles))
 
 
@@ -109,9 +107,11 @@ class _Activations:
         found = [choices[0] for choices in frontiers]
         constant = sum(map(self._bytes, self.held))
         budget = share * sum(map(self._bytes, self.saved))
+        kept = constant + sum(choice.bytes for choice in found)
         for _, number, position in sorted(steps):
-            if constant + sum(choice.bytes for choice in found) <= budget:
+            if kept <= budget:
                 break
+            kept -= found[number].bytes - frontiers[number][position].bytes
             found[number] = frontiers[number][position]
         return found
 
@@ -183,8 +183,8 @@ class _Activations:
         """Operations of a call on one rank; what it sends counts as what could be computed in that time."""
         if node in self.twice:
             return 0
-        work, name = flops(node, self._shape), comm.TARGETS.get(node.target)  # type: ignore[call-overload]
-        if name in comm.MOVING:
+        work, name = flops(node, self._shape), comm.moving(node.target)
+        if name is not None:
             sent = sum(math.prod(self._shape(kind)) * kind.dtype.itemsize for kind in values(node.all_input_nodes[0]))
             work += round(moved_bytes(name, self.program.mesh.size(str(node.args[1])), sent) * FLOPS / BANDWIDTH)
         return work
@@ -195,8 +195,7 @@ class _Activations:
 
 def _is_costly(node: fx.Node) -> bool:
     """Whether to make ``node`` again costs more than to walk through memory, or must not come out otherwise."""
-    sends = comm.TARGETS.get(node.target) in comm.MOVING  # type: ignore[call-overload]
-    return is_product(node) or sends or (is_operator(node) and packet_of(node) in SORTS)
+    return is_product(node) or comm.moving(node.target) is not None or (is_operator(node) and packet_of(node) in SORTS)
 
 
 def _places(joint: Joint, parameters: Set[str]) -> dict[fx.Node, Place]:

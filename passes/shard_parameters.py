@@ -11,12 +11,14 @@ beyond that is when the whole parameters are there: from before use to after it 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import fx
 
 from autopar import comm
+from autopar.footprint import bytes_of, held
 from autopar.layout import Split
 from autopar.mesh import Mesh
 from autopar.pipeline import graph_pass
@@ -24,18 +26,34 @@ from autopar.program import InputKind, Program, Value, set_values, value
 from autopar.rewrite import insert_before
 
 ENTER = comm.OPS.enter.default
+LARGE = 0.01  # of the bytes of all parameters: what is smaller may stay whole without a word
 
 
-@graph_pass()
+@graph_pass(when=lambda program: bool(program.plan.zero) and shard_axis(program.mesh) is not None)
 def shard_parameters(program: Program) -> Program:
     axis = shard_axis(program.mesh)
-    if not program.plan.zero or axis is None:
-        return program
-    for node, _ in program.placeholders(InputKind.PARAMETER):
+    assert axis is not None
+    total = held(program).whole
+    for node, entry in program.placeholders(InputKind.PARAMETER):
         dim = shard_dim(value(node), axis, program.mesh)
         if dim is not None and node.users:
             _shard(program, node, axis, dim)
+        elif dim is None and bytes_of(value(node)) >= LARGE * total:
+            _warn(program, entry.target, value(node), axis, bytes_of(value(node)) / total)
+    program.graph.eliminate_dead_code()  # once: it walks through the whole graph
     return program
+
+
+def _warn(program: Program, name: str, kind: Value, axis: str, share: float) -> None:
+    ways = program.mesh.size(axis)
+    others = [other for other in program.mesh.names if other in kind.layout.axes]
+    also = f", Plan(tensor={{'{name}': 'replicate'}}) to keep {', '.join(others)} off it" if others else ""
+    warnings.warn(
+        f"Plan(zero={program.plan.zero}) leaves '{name}' {kind.layout}, {share:.1%} of all parameter bytes, "
+        f"whole on {axis}={ways}: no dim of it divides by {ways}, and none that no other axis splits is that long\n"
+        f"Way out: a smaller {axis}{also}, or a parameter with a dim of at least {ways} elements.",
+        stacklevel=2,
+    )
 
 
 def shard_axis(mesh: Mesh) -> str | None:
@@ -76,7 +94,6 @@ def _shard(program: Program, node: fx.Node, axis: str, dim: int) -> None:
     else:  # some of it is computed alike on all ranks
         full = insert_before(first, comm.OPS.all_gather_invariant.default, (node, *where), None, whole)
         node.replace_all_uses_with(full, delete_user_cb=lambda user: user is not full)
-    program.graph.eliminate_dead_code()
 
 
 def _uses(node: fx.Node, axes: frozenset[str]) -> Iterator[tuple[fx.Node, fx.Node, frozenset[str]]]:

@@ -12,61 +12,49 @@ The gradient all-reduce of a parameter is the dual of its ``enter``.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
+from autopar.calls import batch_dims
 from autopar.candidates import Flow, Key
 from autopar.errors import IndivisibleError
 from autopar.layout import INVARIANT, Placement, Split
+from autopar.mesh import DATA_AXES
 from autopar.pipeline import graph_pass
 from autopar.program import Input, InputKind, Program, value
 from autopar.rules.factoring import Strategy
 from autopar.split import split_axis
 
 
-@graph_pass()
+@graph_pass(when=lambda program: any(program.mesh.size(axis) > 1 for axis in DATA_AXES))
 def split_batch(program: Program) -> Program:
-    for axis in ("dp", "dp_replicate", "dp_shard"):
+    for axis in DATA_AXES:
         if program.mesh.size(axis) > 1:
-            program = split_axis(program, _BatchPolicy(axis, batch_dims(program, axis)))
+            program = split_axis(program, _BatchPolicy(axis, _batch_dims(program, axis)))
     return program
 
 
-def batch_dims(program: Program, axis: str) -> dict[str, int]:
+def _batch_dims(program: Program, axis: str) -> dict[str, int]:
     """Node name of each input -> its batch dim.
 
-    Unless the plan says so, an input's dim 0 is its batch if it is as long as that of most inputs.
     Raises IndivisibleError if the batch does not divide by the axis.
     """
-    given = program.plan.batch_dims
-    shapes = {
-        (node.name, entry.target): value(node).layout.local_shape(program.mesh)
-        for node, entry in program.placeholders(InputKind.INPUT)
-    }
-    lengths = Counter(shape[0] for (_, target), shape in shapes.items() if shape and target not in given)
-    usual = lengths.most_common(1)[0][0] if lengths else 0
+    ways = program.mesh.size(axis)
+    inputs = list(program.placeholders(InputKind.INPUT))
+    shapes = [(entry.target, value(node).layout.local_shape(program.mesh)) for node, entry in inputs]
     found: dict[str, int] = {}
-    for (name, target), shape in shapes.items():
-        dim = _batch_dim(target, shape, usual, given)
+    for (node, _), (target, shape), dim in zip(inputs, shapes, batch_dims(shapes, program.plan.batch_dims)):
         if dim is None:
             continue
-        ways = program.mesh.size(axis)
         if shape[dim] % ways:
             raise IndivisibleError(
                 f"the batch of input '{target}' has {shape[dim]} rows (dim {dim}), which {axis}={ways} does not divide;"
                 f" give a batch size that is a multiple of {ways}, or a mesh with another {axis}"
             )
-        found[name] = dim
+        found[node.name] = dim
     return found
-
-
-def _batch_dim(target: str, shape: tuple[int, ...], usual: int, given: Mapping[str, int | None]) -> int | None:
-    if target in given:
-        return given[target]
-    return 0 if shape and shape[0] == usual else None
 
 
 @dataclass(frozen=True)

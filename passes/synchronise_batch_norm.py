@@ -22,18 +22,16 @@ import torch
 from torch import fx
 
 from autopar.layout import Layout
+from autopar.mesh import BATCH_AXES
 from autopar.pipeline import graph_pass
 from autopar.program import Program, Value, value
 from autopar.rewrite import insert_before, substitute
 
 aten = torch.ops.aten
-_BATCH_AXES = ("dp", "dp_replicate", "dp_shard", "ep")
 
 
-@graph_pass()
+@graph_pass(when=lambda program: any(program.mesh.size(axis) > 1 for axis in BATCH_AXES))
 def synchronise_batch_norm(program: Program) -> Program:
-    if all(program.mesh.size(axis) == 1 for axis in _BATCH_AXES):
-        return program
     for node in list(program.graph.nodes):
         if node.target is aten._native_batch_norm_legit_functional.default and node.args[5]:
             _write_out(program.graph, node)

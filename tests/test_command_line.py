@@ -18,11 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-import autopar.commands.check
 import autopar.commands.show
 from autopar import __version__
 from autopar.__main__ import MOST_LINES, main
-from autopar.check import Report, check
+from autopar.check import Reference, Report
 from autopar.commands.byte_text import ByteText, read_text
 from autopar.commands.curves import sparkline
 from autopar.commands.launch import report_failures
@@ -143,11 +142,13 @@ def test_check_fails(
 ) -> None:
     """One wrong gradient among right ones ends in exit code 1, also one that is not a number."""
 
+    right = Reference.check
+
     def wrong(*arguments: Any) -> Report:
-        report = check(*arguments)
+        report = right(*arguments)
         return replace(report, grads={**report.grads, "head.weight": error})
 
-    monkeypatch.setattr(autopar.commands.check, "check", wrong)
+    monkeypatch.setattr(Reference, "check", wrong)
     code, out, _ = autopar_command("check", "mlp", *(word for mesh in meshes for word in ("--mesh", mesh)))
     assert code == 1
     assert "not the same" in out or "2 of 2 meshes differ" in out

@@ -213,3 +213,12 @@ def test_a_replay_of_something_else(content: str | None) -> None:
         Path("file.txt").write_text(content)
     with pytest.raises(ProgramFileError):
         read_replay("file.txt")
+
+
+def test_a_pass_that_is_not_needed_neither_runs_nor_copies() -> None:
+    ran: list[Program] = []
+    step = graph_pass(when=lambda program: bool(program.plan.zero))(lambda program: ran.append(program) or program)  # type: ignore[func-returns-value]
+    for stage, runs in ((0, 0), (1, 1)):
+        program = parse(MLP, Plan(zero=stage))
+        after = step(program)
+        assert len(ran) == runs and (after.graph is program.graph) == (not runs) and after.passes == (step.name,)

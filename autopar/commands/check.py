@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from autopar.calls import data_ways
-from autopar.check import TOLERANCE, Report, check
+from autopar.check import TOLERANCE, Reference, Report
 from autopar.commands.options import (
     Batch,
     ConfigTexts,
@@ -35,7 +35,7 @@ from autopar.commands.tables import (
 )
 from autopar.footprint import held
 from autopar.mesh import Mesh
-from autopar.named_models import Example, named_model
+from autopar.named_models import named_model
 from autopar.plan import Plan
 
 WORST_SHOWN = 3
@@ -64,28 +64,25 @@ def check_command(
     example = named_model(model, read_config(config), batch, length, seed, ways)
     if not example.has_weights:
         raise ValueError(f"{model} is too large to be run here\nWay out: a smaller one, e.g. --config layers=2")
-    found = [_checked(example, on, choices) for on in meshes]
+    with stderr().status(f"tracing {model}"):
+        reference = Reference(example.model, example.batch)
+    found = [_checked(reference, model, on, choices) for on in meshes]
     if as_json:
         print_json({"model": model, "tolerance": TOLERANCE, "meshes": [_document(*entry) for entry in found]})
     elif len(found) == 1:
         _print_one(model, *found[0])
     else:
         _print_several(model, found)
-    if not all(passed(report) for report, _ in found):
+    if not all(report.passed for report, _ in found):
         raise typer.Exit(1)
 
 
-def _checked(example: Example, mesh: Mesh, plan: Plan) -> tuple[Report, float]:
-    """The report and the seconds that it took."""
+def _checked(reference: Reference, name: str, mesh: Mesh, plan: Plan) -> tuple[Report, float]:
+    """The report and the seconds that it took, tracing aside."""
     start = time.perf_counter()
-    with stderr().status(f"checking {example.name} on {mesh}"):
-        report = check(example.model, example.batch, mesh, plan)
+    with stderr().status(f"checking {name} on {mesh}"):
+        report = reference.check(mesh, plan)
     return report, time.perf_counter() - start
-
-
-def passed(report: Report) -> bool:
-    """Whether every single error is small; one that is not a number is not."""
-    return all(error <= TOLERANCE for error in [report.loss, *report.outputs.values(), *report.grads.values()])
 
 
 def _worst(report: Report) -> list[tuple[str, float]]:
@@ -109,7 +106,7 @@ def _print_one(model: str, report: Report, seconds: float) -> None:
     console.print(table(f"{model} on {report.program.mesh} against the unmodified model", ("", "error"), rows))
     console.print(held_table(held(report.program)))
     console.print(traffic_table("sent by one rank in a step (float64)", report.step.traffic))
-    verdict = "[green]the same[/green]" if passed(report) else "[bold red]not the same[/bold red]"
+    verdict = "[green]the same[/green]" if report.passed else "[bold red]not the same[/bold red]"
     console.print(f"{verdict} (tolerance {TOLERANCE:g}), {seconds:.1f} s")
 
 
@@ -131,7 +128,7 @@ def _print_several(model: str, found: list[tuple[Report, float]]) -> None:
     columns = ("mesh", "loss", "outputs", "gradients", "collectives", "sent", "seconds")
     console = stdout()
     console.print(table(f"{model} against the unmodified model, float64", columns, rows))
-    failed = sum(not passed(report) for report, _ in found)
+    failed = sum(not report.passed for report, _ in found)
     verdict = f"[bold red]{failed} of {len(found)} meshes differ[/bold red]" if failed else "[green]the same[/green]"
     console.print(f"{verdict} (tolerance {TOLERANCE:g}); collectives: forward + backward, of one rank")
 
@@ -139,7 +136,7 @@ def _print_several(model: str, found: list[tuple[Report, float]]) -> None:
 def _document(report: Report, seconds: float) -> dict[str, Any]:
     return {
         "mesh": dict(report.program.mesh.axes),
-        "passed": passed(report),
+        "passed": report.passed,
         "loss_error": report.loss,
         "output_errors": dict(report.outputs),
         "gradient_errors": dict(report.grads),

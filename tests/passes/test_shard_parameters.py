@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -122,3 +124,26 @@ def test_shards_lie_where_few_axes_do() -> None:
 def test_a_stage_that_there_is_not() -> None:
     with pytest.raises(ValueError, match="zero=4"):
         Plan(zero=4)
+
+
+class Flat(nn.Module):
+    """Most of its bytes have no dim of more than 3 elements."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.cube = nn.Parameter(torch.randn(3, 3, 3, 3))
+        self.rest = nn.Parameter(torch.randn(numbers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.cube.sum() + self.rest.sum()).square().sum()
+
+
+@pytest.mark.parametrize(("numbers", "ways", "said"), [(8, 4, True), (8, 3, False), (81 * 100, 4, False)])
+def test_a_large_parameter_that_stays_whole_is_named(numbers: int, ways: int, said: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        program = compile_program(Flat(numbers), Mesh(dp=ways), Plan(zero=3), (torch.randn(12, 7),))
+    texts = [str(warning.message) for warning in caught if "whole on dp" in str(warning.message)]
+    assert len(texts) == said and (held(program).split["dp"] == held(program).whole) == (ways == 3)
+    for text in texts:
+        assert "'cube'" in text and "[3,3,3,3]" in text and "91.0%" in text and "dp=4" in text and "Way out" in text
