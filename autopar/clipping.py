@@ -17,9 +17,15 @@ TINY = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 @torch.no_grad()
 def clip_gradients(
-    grads: Iterable[Tensor], max_norm: float, norm_type: float, comm: Communicator, error_if_nonfinite: bool
+    grads: Iterable[tuple[Tensor, bool]],
+    max_norm: float,
+    norm_type: float,
+    comm: Communicator,
+    error_if_nonfinite: bool,
 ) -> Tensor:
     """Scale the gradients of all parameters of a module, in place, so that their norm is at most ``max_norm``.
+
+    With each gradient comes whether it counts: one that several pipeline stages have does so on the first of them.
 
     Returns the norm that they had: of order ``norm_type``, as if all were one whole vector; the same on every rank.
     Collective: one all-reduce of one number for each axis. Raises ValueError for an order that is not above 0,
@@ -27,8 +33,9 @@ def clip_gradients(
     """
     if not norm_type > 0:
         raise ValueError(f"clip_grad_norm_(norm_type={norm_type!r}): it is a number above 0, or inf")
-    found = list(grads)
-    norm = _norm(found, float(norm_type), comm)
+    pairs = list(grads)
+    found = [grad for grad, _ in pairs]
+    norm = _norm([grad for grad, counts in pairs if counts], float(norm_type), comm)
     if error_if_nonfinite and not bool(norm.isfinite()):
         raise RuntimeError(
             f"the norm of order {norm_type:g} of all gradients is {float(norm)}, so they cannot be clipped\n"
@@ -59,10 +66,11 @@ def _norm(grads: list[Tensor], order: float, comm: Communicator) -> Tensor:
 
 def _is_counted(grad: Tensor, comm: Communicator) -> bool:
     """Whether this rank is the first of those that hold the same part."""
-    whole = [True] * len(comm.mesh.names)
+    names = [axis for axis in comm.mesh.names if axis != "pp"]
+    whole = [True] * len(names)
     if isinstance(grad, DTensor):
         whole = [placement.is_replicate() for placement in spec_of(grad).placements]
-    return not any(held and comm.coordinates[axis] for axis, held in zip(comm.mesh.names, whole))
+    return not any(held and comm.coordinates[axis] for axis, held in zip(names, whole))
 
 
 def _by_dtype(grads: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:

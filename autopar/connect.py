@@ -20,10 +20,12 @@ from torch.distributed import HashStore, PrefixStore, rendezvous  # type: ignore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar import torch_collectives
+from autopar.channels import group_back
 from autopar.errors import LaunchError, RankFailedError
 from autopar.mesh import ALIASES, Mesh
 from autopar.program import Program
 from autopar.runtime import Communicator, peer_failed
+from autopar.stages import PIPELINE, is_pipelined, stage_mesh
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 MOST_PEERS_NAMED = 16
@@ -40,6 +42,14 @@ class Connection:
     @property
     def rank(self) -> int:
         return self.comm.rank
+
+    def of_stage(self) -> Connection:
+        """Among the ranks of this one's pipeline stage: the mesh without ``pp``, on which parameters lie."""
+        if not is_pipelined(self.mesh):
+            return self
+        rest = stage_mesh(self.mesh)
+        names = tuple(name for name in self.device_mesh.mesh_dim_names or () if name != PIPELINE)
+        return Connection(rest, self.device_mesh[names if len(names) > 1 else names[0]], self.comm)
 
     def agree(self, program: Program) -> None:
         """Raises LaunchError unless all ranks have come to the same program; each is to call this at the same time."""
@@ -68,6 +78,8 @@ def connect(mesh: Mesh | DeviceMesh, timeout: float, device: torch.device) -> Co
     _say_failures_shortly()
     if isinstance(mesh, DeviceMesh):
         named = Mesh.from_device_mesh(mesh)
+        if is_pipelined(named) and not stage_mesh(named).axes:
+            mesh = _device_mesh(named, timeout, device)
         return Connection(named, mesh, _communicator(named, mesh, timeout, device))
     if not dist.is_initialized():
         _join(mesh, timeout, device)
@@ -128,8 +140,8 @@ def _peers_needed(what: str, rank: int, world_size: int, timeout: float) -> Iter
 
 
 def _device_mesh(mesh: Mesh, timeout: float, device: torch.device) -> DeviceMesh:
-    shape = tuple(size for _, size in mesh.axes) or (1,)
-    names = mesh.names or ("dp",)
+    axes = mesh.axes if stage_mesh(mesh).axes else (*mesh.axes, ("dp", 1))  # DTensors need an axis to lie on
+    names, shape = tuple(name for name, _ in axes), tuple(size for _, size in axes)
     backend = dist.get_backend()
     smaller = [name for name, size in zip(names, shape) if 1 < size < mesh.world_size]  # the world has its group
     override: dict[Any, Any] = {name: torch_collectives.options(backend, timeout) for name in smaller}
@@ -143,11 +155,12 @@ def _communicator(mesh: Mesh, device_mesh: DeviceMesh, timeout: float, device: t
         group = device_mesh.get_group(name)
         torch_collectives.set_timeout(group, timeout)
         groups[ALIASES.get(name, name)] = group
+    back = group_back(mesh, groups[PIPELINE], timeout) if mesh.size(PIPELINE) > 1 else None
     coordinate = device_mesh.get_coordinate()
     if coordinate is None:
         raise LaunchError(f"rank {dist.get_rank()} is not on the DeviceMesh that was given ({device_mesh})")
     rank = mesh.rank(dict(zip(mesh.names, coordinate)))
-    return Communicator(mesh, groups, rank, timeout, device)
+    return Communicator(mesh, groups, rank, timeout, device, back)
 
 
 def _sizes(mesh: Mesh, processes: int, who: str) -> str:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from autopar.program import Program
-from autopar.schedule import Compute, Flow, Kind, Link, Message, Schedule, Send
+from autopar.schedule import Compute, Flow, Kind, Link, Message, Schedule, Send, with_messages
+from autopar.schedule_choice import forward_only
 from autopar.stages import Crossing, crossings, types_of
 
 Values = dict[str, Any]  # "3.add_1": the value add_1 from or for stage 3
@@ -70,6 +71,12 @@ class _Linked:
         types = types_of(self.program, crossing)
         sent, returned = ([types[name] for name in names] for names in (crossing.names, crossing.grads))
         return Link(crossing.source, crossing.target, tuple(sent), tuple(returned))
+
+
+def inference_schedule(program: Program) -> Schedule:
+    """Forward only, with its messages."""
+    assert program.schedule is not None
+    return with_messages(forward_only(program.schedule), links_of(program))
 
 
 class Interpreter:

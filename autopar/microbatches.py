@@ -48,7 +48,7 @@ def parts(args: Sequence[Any], kwargs: Mapping[str, Any], mesh: Mesh, plan: Plan
                 f"Way out: a batch size that is a multiple of {count * ways}, or another Plan(microbatches=...)."
             )
         size, more = divmod(rows // ways, count)
-        cut[name] = tensor.split([(size + (i < more)) * ways for i in range(count)], dim)
+        cut[name] = torch.split(tensor, [(size + (i < more)) * ways for i in range(count)], dim)  # type: ignore[no-untyped-call]
     return [{**kwargs, **{name: pieces[i] for name, pieces in cut.items()}} for i in range(count)]
 
 

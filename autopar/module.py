@@ -19,6 +19,7 @@ from autopar.clipping import clip_gradients
 from autopar.connect import Connection, not_launched
 from autopar.errors import InvariantError
 from autopar.execute import Executable
+from autopar.execute_pipeline import PipelineExecutable
 from autopar.layout import Layout
 from autopar.lockstep import Transfer
 from autopar.mesh import Mesh
@@ -26,6 +27,7 @@ from autopar.parameters import Weights, tables, traceable
 from autopar.plan import Plan
 from autopar.program import InputKind, Program, value
 from autopar.simulate import Step, simulate
+from autopar.stages import first_ranks, holders, is_pipelined
 from autopar.torch_layers import packs_padding
 
 PROGRAMS_KEPT = 8
@@ -74,11 +76,11 @@ class ParallelModule(nn.Module):
         self._compiler, self._connection = compiler, connection
         self._signature = Signature(model.forward)
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()  # the latest used last
-        self._executables: dict[Hashable, Executable] = {}
+        self._executables: dict[Hashable, Executable | PipelineExecutable] = {}
         self._packs_padding = packs_padding(model)
         self._steps = 0
         self._accumulation = Accumulation()
-        self._weights = Weights(self, connection) if connection else None
+        self._weights = Weights(self, connection.of_stage()) if connection else None
         self._slots = [(table, key) for module, table, key, _ in tables(self) if table is module._parameters]
 
     # ------------------------------------------------------------ calling
@@ -88,6 +90,8 @@ class ParallelModule(nn.Module):
         if self._connection is None:
             raise not_launched(self.mesh)
         call = self._signature.call(args, kwargs)
+        if is_pipelined(self.mesh):
+            return self._pipelined(call, trains=False)
         executable = self._executable(call)
         if self.training and torch.is_grad_enabled():
             self._steps += 1
@@ -99,11 +103,34 @@ class ParallelModule(nn.Module):
         With ``Plan(microbatches=m)`` the batch (then passed by name) runs in m parts, one after the other; loss and
         gradients are those of the whole, and the data axes communicate once.
         """
+        if is_pipelined(self.mesh):
+            loss: Tensor = self._pipelined(self._signature.call(args, kwargs), trains=True)
+            return loss
         if self.plan.microbatches > 1:
             return self._train_in_parts(self._signature.call(args, kwargs))
         loss = loss_of(self(*args, **kwargs))
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _pipelined(self, call: Call, trains: bool) -> Any:
+        """A step of the pipeline: the loss, or without gradients what the model returns."""
+        if self._connection is None:
+            raise not_launched(self.mesh)
+        if not trains and torch.is_grad_enabled():
+            raise InvariantError(
+                f"on {self.mesh} forward and backward of microbatches run in turn, not one after the other\n"
+                "Way out: loss = model.train_step(**batch) in place of model(**batch) and loss.backward(); "
+                "for outputs alone: torch.no_grad()."
+            )
+        batches = microbatches.parts(call.args, call.kwargs, self.mesh, self.plan)
+        executable = self._made(call)
+        assert isinstance(executable, PipelineExecutable)
+        tensors = [self._signature.call((), batch).tensors for batch in batches]
+        rows = microbatches.rows(call.kwargs, batches, self.plan)
+        if trains:
+            self._steps += len(batches)
+        seed = self.plan.seed * SEED_STRIDE + self._steps
+        return executable.train(tensors, rows, seed) if trains else executable.run(tensors, rows, seed)
 
     def _train_in_parts(self, call: Call) -> Tensor:
         batches = microbatches.parts(call.args, call.kwargs, self.mesh, self.plan)
@@ -141,7 +168,8 @@ class ParallelModule(nn.Module):
         if self._connection is None:
             raise not_launched(self.mesh)
         self._connection.comm.phase = "clipping"
-        grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        pairs = [(name, parameter.grad) for name, parameter in self.named_parameters()]
+        grads = [(grad, self._is_first(name)) for name, grad in pairs if grad is not None]
         return clip_gradients(grads, max_norm, norm_type, self._connection.comm, error_if_nonfinite)
 
     def simulate(self, *args: Any, **kwargs: Any) -> Step:
@@ -184,9 +212,11 @@ class ParallelModule(nn.Module):
         """
         keep = self._connection is None or self._connection.rank == 0 or not rank0_only
         found: dict[str, Tensor] = {}
-        for name, tensor in self.state_dict().items():
+        held = self.state_dict()
+        for name in sorted({*held, *self._away}) if self._away or is_pipelined(self.mesh) else held:
+            tensor = held.get(name)
             gathered = isinstance(tensor, DTensor) and not all(p.is_replicate() for p in tensor.placements)
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            whole = self._over_stages(name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
             if keep:
                 found[name] = whole.detach().to(device, copy=not gathered)
         return found
@@ -194,7 +224,36 @@ class ParallelModule(nn.Module):
     def full_grads(self) -> dict[str, Tensor]:
         """The whole gradients by parameter name, those that there are; collective."""
         found = {name: parameter.grad for name, parameter in self.named_parameters() if parameter.grad is not None}
-        return {name: self._weights.whole(name, grad) if self._weights else grad for name, grad in found.items()}
+        if is_pipelined(self.mesh) and self._weights is not None:
+            trained = {entry.target for _, entry in self.program.placeholders(InputKind.PARAMETER)}
+            names = [name for name in sorted(trained) if name in found or name in self._away]
+        else:
+            names = list(found)
+        wholes = {name: self._weights.whole(name, grad) if self._weights else grad for name, grad in found.items()}
+        return {name: self._over_stages(name, wholes.get(name)) for name in names}
+
+    @property
+    def _away(self) -> dict[str, Tensor]:
+        """Outlines of what only other pipeline stages hold, by name."""
+        return {missing.name: missing.outline for missing in self._weights.absent} if self._weights else {}
+
+    def _is_first(self, name: str) -> bool:
+        """Whether this rank's pipeline stage is the first of those that hold parameter ``name``."""
+        first = self._first_ranks().get(name)
+        return first is None or self._connection is None or first == self._connection.comm.coordinates["pp"]
+
+    def _first_ranks(self) -> dict[str, int]:
+        return first_ranks(self.program) if self._programs and self.program.stages else {}
+
+    def _over_stages(self, name: str, whole: Tensor | None) -> Tensor:
+        """A tensor that its first pipeline stage has, on all ranks."""
+        if self._connection is None or name not in self._first_ranks():
+            assert whole is not None
+            return whole
+        if whole is None or not self._is_first(name):
+            like = self._away[name] if whole is None else whole
+            whole = torch.zeros(like.shape, dtype=like.dtype, device=self._connection.comm.device)
+        return self._connection.comm.all_reduce(whole, "pp")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -232,6 +291,11 @@ class ParallelModule(nn.Module):
         return self.training, cast_to(), gradients, packs, call.key
 
     def _executable(self, call: Call) -> Executable:
+        found = self._made(call)
+        assert isinstance(found, Executable)
+        return found
+
+    def _made(self, call: Call) -> Executable | PipelineExecutable:
         key = self._key(call)
         found = self._executables.get(key)
         if found is not None:
@@ -241,8 +305,14 @@ class ParallelModule(nn.Module):
             program = self._program(key, global_call(call, self.mesh, self.plan))
             _check_parts(program, call)
             self._connection.agree(program)
-            found = self._executables[key] = Executable(program, self, self._connection, self._accumulation)
+            found = self._bound(program, self._connection)
+            self._executables[key] = found
         return found
+
+    def _bound(self, program: Program, connection: Connection) -> Executable | PipelineExecutable:
+        if program.stages:
+            return PipelineExecutable(program, self, connection)
+        return Executable(program, self, connection, self._accumulation)
 
     def _program(self, key: Hashable, call: Call) -> Program:
         """The program of ``key``, compiled from the whole ``call`` if there is none; the oldest makes room."""
@@ -255,18 +325,27 @@ class ParallelModule(nn.Module):
             oldest, _ = self._programs.popitem(last=False)
             self._executables.pop(oldest, None)
         layouts = self._weights.layouts if self._weights else None
-        with traceable(self):
+        with traceable(self, self._weights.absent if self._weights else ()):
             program = self._compiler(self._model, self.mesh, self.plan, call.args, call.kwargs, layouts)
         self._programs[key] = program
         if self._weights is not None:
             self._lay_out(self._weights, program)
         return program
 
+    def _elsewhere(self, program: Program) -> frozenset[str]:
+        """Names of parameters and buffers that only other pipeline stages than those of this rank use."""
+        if self._connection is None or not program.stages:
+            return frozenset()
+        here = self._connection.comm.coordinates["pp"]
+        return frozenset(name for name, ranks in holders(program).items() if here not in ranks)
+
     def _lay_out(self, weights: Weights, program: Program) -> None:
         """Hold the parameters as the first program wants them; later programs have to want the same."""
         layouts = weight_layouts(program)
         if weights.layouts is None:
-            weights.split(layouts)
+            weights.split(layouts, self._elsewhere(program))
+            outlines = {(id(missing.table), missing.key): {missing.key: missing.outline} for missing in weights.absent}
+            self._slots = [(outlines.get((id(table), key), table), key) for table, key in self._slots]
         for name, layout in layouts.items():
             held = weights.layouts.get(name, layout) if weights.layouts is not None else layout
             if layout != held:

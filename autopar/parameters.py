@@ -8,10 +8,10 @@ contiguous parts of the model's own order in either case.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from autopar.errors import IndivisibleError
 from autopar.layout import Factor, Layout, shard
 from autopar.mesh import Mesh
 from autopar.torch_dtensor import contiguous, dtensor, local_of, strided
+
+Table = dict[str, Any]  # the parameters, or the buffers, of one module
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,20 @@ def in_stored_order(value: Tensor, like: DTensor, form: Stored) -> DTensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
+@dataclass(frozen=True)
+class Absent:
+    """A parameter or buffer that only other pipeline stages hold; ``outline`` is a meta tensor like it."""
+
+    table: Table
+    key: str
+    name: str
+    outline: Tensor
+
+
+def _skip(key: str, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    state.pop(prefix + key, None)
+
+
 class Weights:
     """The parameters (and split buffers) of a module tree as DTensors, in place, under their own names.
 
@@ -135,16 +151,37 @@ class Weights:
     def __init__(self, root: nn.Module, connection: Connection) -> None:
         self.root, self.connection = root, connection
         self.layouts: dict[str, Layout] | None = None
+        self.absent: list[Absent] = []
         self._forms: dict[nn.Module, dict[str, Stored]] = {}  # module -> key in it -> form
         if any(isinstance(table[key], DTensor) for _, table, key, _ in tables(root)):
             raise ValueError("the model has DTensor parameters already: parallelize an ordinary model, and that once")
         self._place({})
 
-    def split(self, layouts: Mapping[str, Layout]) -> None:
-        """Each rank keeps its part. A parameter that is a DTensor stays the same object, so an optimizer keeps it."""
+    def split(self, layouts: Mapping[str, Layout], elsewhere: Set[str] = frozenset()) -> None:
+        """Each rank keeps its part. A parameter that is a DTensor stays the same object, so an optimizer keeps it.
+
+        ``elsewhere``: names of what other pipeline stages hold; the module has them no more, an optimizer skips them.
+        """
         assert self.layouts is None, "the parameters are split already"
+        self._leave_out(elsewhere)
         self._place(layouts)
         self.layouts = dict(layouts)
+
+    def _leave_out(self, names: Set[str]) -> None:
+        mesh = self.connection.mesh
+        outlines: dict[int, Tensor] = {}  # tied tensors stay tied
+        for module, table, key, name in list(tables(self.root)):
+            if name not in names:
+                continue
+            tensor, table[key] = table[key], None
+            if id(tensor) not in outlines:
+                outlines[id(tensor)] = outline(tensor)
+                if isinstance(tensor, DTensor):  # whoever still has it, an optimizer, holds no memory by it
+                    nothing = cut(local_of(tensor).new_empty(0), stored(Layout.whole([0]), mesh, name), self.connection)
+                    held = nn.Parameter(nothing, requires_grad=tensor.requires_grad)
+                    torch.utils.swap_tensors(tensor, held)  # type: ignore[no-untyped-call]
+            self.absent.append(Absent(table, key, name, outlines[id(tensor)]))
+            module.register_load_state_dict_pre_hook(partial(_skip, key))  # type: ignore[no-untyped-call]
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         """The whole, in the model's order, of a tensor that is held as parameter ``name`` is (its gradient, a moment of
@@ -210,9 +247,6 @@ def _translate_state(module: nn.Module, forms: dict[str, Stored]) -> None:
     module.register_load_state_dict_pre_hook(loading)  # type: ignore[no-untyped-call]
 
 
-Table = dict[str, Any]  # the parameters, or the buffers, of one module
-
-
 def tables(root: nn.Module) -> Iterator[tuple[nn.Module, Table, str, str]]:
     """(module, its table, key in the table, full name) of every parameter and buffer, under each of its names."""
     for path, module in root.named_modules(remove_duplicate=False):
@@ -223,9 +257,10 @@ def tables(root: nn.Module) -> Iterator[tuple[nn.Module, Table, str, str]]:
 
 
 @contextmanager
-def traceable(root: nn.Module) -> Iterator[None]:
-    """Ordinary tensors in place of DTensors: the data of those that are whole here, meta tensors for the others."""
-    replaced: list[tuple[Table, str, Tensor]] = []
+def traceable(root: nn.Module, absent: Sequence[Absent] = ()) -> Iterator[None]:
+    """Ordinary tensors in place of DTensors: the data of those that are whole here, meta tensors for the others, and
+    for those that are ``absent``."""
+    replaced: list[tuple[Table, str, Tensor | None]] = []
     made: dict[int, Tensor] = {}
     for _, table, key, _ in tables(root):
         tensor = table[key]
@@ -234,6 +269,9 @@ def traceable(root: nn.Module) -> Iterator[None]:
             if id(tensor) not in made:
                 made[id(tensor)] = _ordinary(tensor)
             table[key] = made[id(tensor)]
+    for missing in absent:
+        replaced.append((missing.table, missing.key, None))
+        missing.table[missing.key] = missing.outline
     try:
         yield
     finally:
@@ -242,7 +280,13 @@ def traceable(root: nn.Module) -> Iterator[None]:
 
 
 def _ordinary(tensor: DTensor) -> Tensor:
-    whole = all(placement.is_replicate() for placement in tensor.placements)
-    plain = local_of(tensor) if whole else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    is_parameter = isinstance(tensor, nn.Parameter)
-    return nn.Parameter(plain, requires_grad=tensor.requires_grad) if is_parameter else plain
+    if not all(placement.is_replicate() for placement in tensor.placements):
+        return outline(tensor)
+    plain = local_of(tensor)
+    return nn.Parameter(plain, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else plain
+
+
+def outline(tensor: Tensor) -> Tensor:
+    """A meta tensor like ``tensor``, a parameter if it is one."""
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return nn.Parameter(plain, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else plain

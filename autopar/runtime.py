@@ -7,9 +7,11 @@ the timeout ends the program with a RankFailedError that names the collective, t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -26,15 +28,23 @@ PLAIN = (1,)
 class Communicator:
     """The collectives of one rank. ``groups`` has a process group for every axis of more than one rank.
 
-    ``device`` is where the rank computes. ``phase`` names what it is doing, for :attr:`traffic`.
+    ``device`` is where the rank computes, ``back`` the group of messages to lower pipeline ranks. ``phase`` names
+    what it is doing, for :attr:`traffic`.
     """
 
     def __init__(
-        self, mesh: Mesh, groups: Mapping[str, ProcessGroup], rank: int, timeout: float, device: torch.device
+        self,
+        mesh: Mesh,
+        groups: Mapping[str, ProcessGroup],
+        rank: int,
+        timeout: float,
+        device: torch.device,
+        back: ProcessGroup | None = None,
     ) -> None:
         self.mesh, self.rank, self.timeout, self.device = mesh, rank, timeout, device
         self.coordinates = mesh.coordinates(rank)
         self.phase = "forward"
+        self._back = back
         self._groups = {axis: groups[axis] for axis, size in mesh.axes if size > 1}
         self._positions = {axis: torch.tensor(i, device=device) for axis, i in self.coordinates.items()}
         self._started: dict[int, str] = {}  # where the result of one under way lies -> what it is
@@ -153,6 +163,37 @@ class Communicator:
         except RuntimeError as problem:
             peers = [rank for rank in self.mesh.group(self.rank, axis) if rank != self.rank]
             raise peer_failed(f"{name} over axis '{axis}'", self.rank, peers, self.timeout, problem) from None
+
+    # ------------------------------------------------------------ messages between pipeline ranks
+
+    def send(self, x: Tensor, position: int) -> dist.Work:
+        """Start sending ``x``, which must not change until it has left, to a position on axis ``pp``."""
+        counts = self._sent.setdefault((self.phase, "pp", "send"), [0, 0])
+        counts[0] += 1
+        counts[1] += x.numel() * x.element_size()
+        return self._message(dist.isend, x, position, position > self.coordinates["pp"])
+
+    def receive(self, x: Tensor, position: int) -> dist.Work:
+        """Start receiving into ``x`` what a position on axis ``pp`` sends."""
+        return self._message(dist.irecv, x, position, position < self.coordinates["pp"])
+
+    def _message(self, start: Callable[..., dist.Work | None], x: Tensor, position: int, upwards: bool) -> dist.Work:
+        peer = self.mesh.group(self.rank, "pp")[position]
+        group = self._groups["pp"] if upwards or self._back is None else self._back
+        try:
+            work = start(x, peer, group=group)
+        except RuntimeError as problem:
+            raise peer_failed("a message between pipeline ranks", self.rank, [peer], self.timeout, problem) from None
+        assert work is not None
+        return work
+
+    def finish(self, work: dist.Work, what: str) -> None:
+        """Wait for a message."""
+        try:
+            work.wait(timedelta(seconds=self.timeout))
+        except RuntimeError as problem:
+            peers = [rank for rank in self.mesh.group(self.rank, "pp") if rank != self.rank]
+            raise peer_failed(what, self.rank, peers, self.timeout, problem) from None
 
     def exchange(self, x: Tensor, axis: str) -> Tensor:
         """What every rank of ``axis`` has for ``x``: (ways, ...). Between programs; not counted as traffic."""

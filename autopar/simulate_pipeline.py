@@ -12,12 +12,11 @@ from torch import Tensor
 
 from autopar import microbatches
 from autopar.errors import InvariantError
-from autopar.interpreter import Interpreter, links_of
+from autopar.interpreter import Interpreter, inference_schedule
 from autopar.lockstep import Lockstep, Ranks, Transfer
 from autopar.numerics import restore_output
 from autopar.program import InputKind, OutputKind, Program, value
-from autopar.schedule import Message, Schedule, with_messages
-from autopar.schedule_choice import forward_only
+from autopar.schedule import Message, Schedule
 from autopar.simulate import Step, joined, rank_inputs
 from autopar.simulated_stage import Microbatch, SimulatedStage
 from autopar.stages import stage_mesh
@@ -43,12 +42,6 @@ def simulate_pipeline(
         run.load(tensors, args, kwargs, backward, seed)
         run.play()
         return run.step(backward)
-
-
-def inference_schedule(program: Program) -> Schedule:
-    """Forward only, with its messages."""
-    assert program.schedule is not None
-    return with_messages(forward_only(program.schedule), links_of(program))
 
 
 class _Run:

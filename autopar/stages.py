@@ -168,6 +168,24 @@ def users_of(program: Program) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def holders(program: Program) -> dict[str, tuple[int, ...]]:
+    """Parameter or buffer name, aliases too -> the pipeline ranks that hold it, in order."""
+    assert program.schedule is not None
+    placement, used = program.schedule.placement, users_of(program)
+    entries = [entry for _, entry in program.placeholders(InputKind.PARAMETER, InputKind.BUFFER)]
+    return {
+        name: tuple(sorted({placement[number] for number in used[entry.target]}))
+        for entry in entries
+        if entry.target in used
+        for name in (entry.target, *entry.aliases)
+    }
+
+
+def first_ranks(program: Program) -> dict[str, int]:
+    """Parameter or buffer name, aliases too -> the first pipeline rank that holds it."""
+    return {name: ranks[0] for name, ranks in holders(program).items()}
+
+
 def check_same_parameters(program: Program, other: Program) -> None:
     """Raises InvariantError unless each parameter is in the same stages of both programs."""
     first, second = users_of(program), users_of(other)

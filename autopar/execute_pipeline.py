@@ -1,0 +1,188 @@
+"""A pipelined program at work on one rank: its stages by its instruction list, and one gradient for each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autopar import microbatches
+from autopar.bound import Give
+from autopar.bound_stage import BoundStage, Microbatch, StageStep
+from autopar.channels import Channels, Types
+from autopar.connect import Connection
+from autopar.interpreter import Event, Interpreter, inference_schedule, links_of
+from autopar.numerics import restore_output
+from autopar.program import InputKind, OutputKind, Program, value
+from autopar.schedule import Kind, Schedule
+from autopar.stages import users_of
+
+
+class PipelineExecutable:
+    """A pipelined program bound to the tensors of a module; ``connection`` is that of all ranks.
+
+    Raises InvariantError where the program and the module do not fit together.
+    """
+
+    def __init__(self, program: Program, root: nn.Module, connection: Connection) -> None:
+        assert program.schedule is not None
+        self.program, self.comm = program, connection.comm
+        self.rank = self.comm.coordinates["pp"]
+        self.events: list[Event] = []  # of the latest step
+        inputs = [entry.target for _, entry in program.placeholders(InputKind.INPUT)]
+        placement = program.schedule.placement
+        mine = [number for number, rank in enumerate(placement) if rank == self.rank]
+        programs = [program] if program.remainder is None else [program, program.remainder]
+        own = connection.of_stage()
+        self.stages = {n: [BoundStage(whole.stages[n], root, own, inputs) for whole in programs] for n in mine}
+        self._types = [_types(whole) for whole in programs]
+        self._loss = next((n for n in mine if program.stages[n].loss is not None), None)
+        self._ties = _ties(program, placement, self.rank)
+
+    # ------------------------------------------------------------ running
+
+    def train(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int], seed: int) -> Tensor:
+        """Forward and backward of all microbatches; gradients are added to ``.grad``. The loss of the whole batch, on
+        every rank."""
+        assert self.program.schedule is not None and self.program.loss is not None
+        shares = self._shares(batches, rows)
+        wanted = frozenset({self.program.outputs[self.program.loss].target})
+        run = self._steps(batches, rows, shares, seed, True, wanted)
+        try:
+            with torch.no_grad():
+                self._play(self.program.schedule, run)
+                self._give()
+        except BaseException:
+            for stage in (stage for stages in self.stages.values() for stage in stages):
+                stage.forget()
+            raise
+        return self._total_loss(run, shares)
+
+    def run(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int], seed: int) -> Any:
+        """What the model returns for the whole batch, without gradients: the loss on every rank; other outputs, whole,
+        on the ranks of the stage that makes them, None on others (with ``Plan(outputs="full")`` on every rank)."""
+        targets = [entry.target for entry in self.program.outputs if entry.kind is OutputKind.USER]
+        with torch.no_grad():
+            shares = self._shares(batches, rows) if self.program.loss is not None else [1.0] * len(rows)
+            run = self._steps(batches, rows, shares, seed, False, frozenset(targets))
+            self._play(inference_schedule(self.program), run)
+            found: list[Tensor | None] = []
+            for position, entry in enumerate(self.program.outputs):
+                if entry.kind is not OutputKind.USER:
+                    continue
+                if position == self.program.loss:
+                    found.append(self._total_loss(run, shares))
+                    continue
+                makers = [step for step in run.values() if entry.target in step.batches[0].outputs]
+                parts = [batch.outputs[entry.target] for batch in makers[0].batches] if makers else []
+                found.append(microbatches.together(parts) if parts else None)
+        return restore_output(self.program, found) if self.program.out_spec is not None else tuple(found)
+
+    def _steps(
+        self,
+        batches: Sequence[Sequence[Tensor]],
+        rows: Sequence[int],
+        shares: Sequence[Tensor | float],
+        seed: int,
+        trains: bool,
+        outputs: frozenset[str],
+    ) -> dict[int, StageStep]:
+        channels = Channels(self.comm, [self._types[self._size(rows, number)] for number in range(len(rows))])
+        steps = {}
+        for number, stages in self.stages.items():
+            parts = [
+                Microbatch(stages[self._size(rows, n)], tensors, seed + n, share)
+                for n, (tensors, share) in enumerate(zip(batches, shares))
+            ]
+            steps[number] = StageStep(number, parts, channels, trains, outputs)
+        return steps
+
+    def _size(self, rows: Sequence[int], number: int) -> int:
+        """Which of the programs microbatch ``number`` takes."""
+        return int(rows[number] != rows[0])
+
+    def _play(self, schedule: Schedule, steps: dict[int, StageStep]) -> None:
+        channels = next(iter(steps.values())).channels
+        interpreter = Interpreter(self.program, schedule, self.rank, steps, channels)
+        for _ in interpreter.run():
+            raise AssertionError("a rank waits in its messages")
+        channels.end()
+        self.events = interpreter.events
+
+    def _shares(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int]) -> list[Tensor | float]:
+        """What the loss of each microbatch counts for; only the ranks that have the loss need to know."""
+        if self._loss is None:
+            return [1.0] * len(batches)
+        stages = self.stages[self._loss]
+        found = []
+        for number, tensors in enumerate(batches):
+            stage = stages[self._size(rows, number)]
+            found.append(stage.count(stage.inputs(tensors)))
+        return microbatches.shares(found, rows)
+
+    def _total_loss(self, steps: dict[int, StageStep], shares: Sequence[Tensor | float]) -> Tensor:
+        assert self.program.loss is not None
+        target = self.program.outputs[self.program.loss].target
+        total = torch.zeros((), device=self.comm.device)
+        if self._loss is not None:
+            parts = [batch.outputs[target] for batch in steps[self._loss].batches]
+            total = torch.stack([part * share for part, share in zip(parts, shares)]).sum(0)
+        else:
+            total = total.to(_dtype_of_loss(self.program))
+        return self.comm.all_reduce(total, "pp")
+
+    # ------------------------------------------------------------ gradients
+
+    def _give(self) -> None:
+        """Reduce the gradients of all stages, sum those of parameters that several have, hand them to the module."""
+        self.comm.phase = "backward"
+        found: dict[str, Tensor] = {}
+        gives: dict[str, Give] = {}
+        for stages in self.stages.values():
+            for stage in stages:
+                gives |= stage.gives
+                for target, grad in stage.reduced().items():
+                    found[target] = found[target].add_(grad) if target in found else grad
+        for target, ranks in self._ties.items():
+            stage = next(stages[0] for stages in self.stages.values() if target in stages[0].parameters)
+            gives.setdefault(target, stage.giver(target))
+            found[target] = self._over(ranks, found[target] if target in found else stage.no_gradient(target))
+        for target, grad in found.items():
+            gives[target](grad, True)
+
+    def _over(self, ranks: Iterable[int], grad: Tensor) -> Tensor:
+        """The sum of the gradients that the pipeline ``ranks`` have, in the same order and so the same on each."""
+        parts, works = {}, []
+        grad = grad.contiguous()
+        for rank in ranks:
+            if rank != self.rank:
+                parts[rank] = torch.empty_like(grad)
+                works.append(self.comm.receive(parts[rank], rank))
+                works.append(self.comm.send(grad, rank))
+        for work in works:
+            self.comm.finish(work, "summing the gradients of a parameter that several stages use")
+        parts[self.rank] = grad
+        first, *others = [parts[rank] for rank in sorted(parts)]
+        return sum(others, first)
+
+
+def _types(program: Program) -> dict[tuple[Kind, int, int], Types]:
+    found: dict[tuple[Kind, int, int], Types] = {}
+    for link in links_of(program):
+        found[Kind.F, link.source, link.target] = link.values
+        found[Kind.B, link.target, link.source] = link.grads
+    return found
+
+
+def _ties(program: Program, placement: Sequence[int], rank: int) -> dict[str, tuple[int, ...]]:
+    """Trained parameter -> the pipeline ranks that have a copy, where these are several and ``rank`` is of them."""
+    trained = {target for stage in program.stages for role in stage.roles for target in role.grads}
+    ranks = {name: tuple(sorted({placement[n] for n in stages})) for name, stages in users_of(program).items()}
+    return {name: of for name, of in ranks.items() if name in trained and len(of) > 1 and rank in of}
+
+
+def _dtype_of_loss(program: Program) -> torch.dtype:
+    assert program.loss is not None
+    return value(program.returned[program.loss]).dtype
