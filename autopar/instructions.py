@@ -1,7 +1,7 @@
 """What a pipeline rank does, as data: computes, sends and receives, in order, one list per rank.
 
-    rank 0: F0.0  SEND F0.0 -> 1  RECV B1.0 -> 0  F0.1  SEND F0.1 -> 1  B0.0 ...
-    rank 1: RECV F0.0 -> 1  F1.0  B1.0  SEND B1.0 -> 0 ...
+    rank 0: F0.0  SEND F0.0 -> 1  RECV B1.0 -> 0  F0.1  SEND F0.1 -> 1  RECV B1.1 -> 0  B0.0  B0.1
+    rank 1: RECV F0.0 -> 1  F1.0  RECV F0.1 -> 1  B1.0  SEND B1.0 -> 0  F1.1  B1.1  SEND B1.1 -> 0
 
 A stage is a piece of the model; ``p`` pipeline ranks hold ``v`` of them each. ``F2.5`` is the forward of stage 2 on
 microbatch 5. Sends and receives never block: a compute waits for what it needs. All values that go from one stage to

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from autopar.errors import ScheduleError
-from autopar.instructions import Compute, Flow, Kind, Link, Message, Schedule
+from autopar.instructions import Compute, Flow, Kind, Link, Schedule
 from autopar.schedule_channels import check_messages
 from autopar.schedule_timing import peak_in_flight
+from autopar.schedule_walk import Stuck, walk
 
 MOST_RANKS_OF_A_CYCLE = 8  # that are printed, a line each
 
@@ -32,6 +33,8 @@ def check_schedule(
     if len(seen) != ranks:
         raise ScheduleError(f"{schedule.title}: links of {len(seen)} ranks for a schedule of {ranks} ranks")
     check_computes(schedule)
+    for own in seen:
+        _check_links(schedule, own)
     check_messages(schedule, seen)
     _check_progress(schedule, seen)
     if in_flight_limit is not None:
@@ -108,38 +111,27 @@ def _positions(schedule: Schedule) -> dict[Compute, int]:
     return where
 
 
-def _check_progress(schedule: Schedule, links: Sequence[Sequence[Link]]) -> None:
-    """Let every rank go as far as it can; where some stop short, they wait for each other in a circle.
+def _check_links(schedule: Schedule, links: Sequence[Link]) -> None:
+    ends: set[tuple[int, int]] = set()
+    for link in links:
+        stages = len(schedule.placement)
+        if link.source == link.target or not (0 <= link.source < stages and 0 <= link.target < stages):
+            raise ScheduleError(f"{schedule.title}: a link {link.source} -> {link.target} between {stages} stages")
+        if (link.source, link.target) in ends:
+            raise ScheduleError(
+                f"{schedule.title}: two links {link.source} -> {link.target}; all that crosses there is one message"
+            )
+        ends.add((link.source, link.target))
 
-    That is the search for a cycle in the graph of program order and messages, from the ready end (Kahn 1962).
-    Sends and receives never block, and messages between two ranks arrive in the order of the program that sends them,
-    so that the arrival of a message adds nothing to what the program order of its sender says.
-    """
-    flows = [Flow(len(schedule.placement), own) for own in links]
-    lists = [tuple(schedule.computes(rank)) for rank in range(len(schedule.ranks))]
-    done = [0] * len(lists)
-    made: set[Message] = set()
-    waiting: dict[Message, int] = {}
-    todo = list(range(len(lists)))
-    while todo:
-        rank = todo.pop()
-        for step in lists[rank][done[rank] :]:
-            missing = next((message for message in flows[rank].needs(step) if message not in made), None)
-            if missing is not None:
-                waiting[missing] = rank
-                break
-            done[rank] += 1
-            for message in flows[rank].makes(step):
-                made.add(message)
-                if message in waiting:
-                    todo.append(waiting.pop(message))
-    if waiting:
-        stuck = {rank: (lists[rank][done[rank]], message) for message, rank in waiting.items()}
+
+def _check_progress(schedule: Schedule, links: Sequence[Sequence[Link]]) -> None:
+    _, stuck = walk(schedule, [Flow(len(schedule.placement), own) for own in links])
+    if stuck:
         raise ScheduleError(_circle(schedule, stuck))
 
 
-def _circle(schedule: Schedule, stuck: dict[int, tuple[Compute, Message]]) -> str:
-    """Who waits for whom; ``stuck``: rank -> the compute it stands at, and the message that it misses."""
+def _circle(schedule: Schedule, stuck: Stuck) -> str:
+    """Who waits for whom."""
     rank, path = next(iter(stuck)), list[int]()
     while rank not in path:
         path.append(rank)

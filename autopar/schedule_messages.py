@@ -1,6 +1,6 @@
 """Insert sends and receives into a schedule of computes.
 
-    rank 0: F0.0 B0.0    -->    F0.0 SEND F0.0 -> 1 RECV B1.0 -> 0 B0.0
+    rank 0: F0.0 B0.0    -->    RECV B1.0 -> 0 F0.0 SEND F0.0 -> 1 B0.0
     rank 1: F1.0 B1.0    -->    RECV F0.0 -> 1 F1.0 B1.0 SEND B1.0 -> 0
 
 A send stands right behind the compute that makes its message. A receive is posted one compute ahead of its use, or

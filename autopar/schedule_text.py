@@ -1,7 +1,7 @@
 """A schedule as text, and back.
 
     schedule 1f1b microbatches=2 placement=0,1
-    rank 0: F0.0 SEND F0.0 -> 1 F0.1 SEND F0.1 -> 1 RECV B1.0 -> 0 B0.0 RECV B1.1 -> 0 B0.1
+    rank 0: F0.0 SEND F0.0 -> 1 RECV B1.0 -> 0 F0.1 SEND F0.1 -> 1 RECV B1.1 -> 0 B0.0 B0.1
     rank 1: RECV F0.0 -> 1 F1.0 RECV F0.1 -> 1 B1.0 SEND B1.0 -> 0 F1.1 B1.1 SEND B1.1 -> 0
 
 ``F0.3`` is the forward of stage 0 on microbatch 3; ``B`` a whole backward, ``I`` its gradients of the inputs, ``W``

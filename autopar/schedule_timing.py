@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.errors import ScheduleError
-from autopar.instructions import FREES, Compute, Flow, Kind, Link, Message, Schedule, chain
+from autopar.instructions import FREES, Compute, Flow, Kind, Link, Message, Schedule, Send, chain
+from autopar.schedule_walk import walk
 
 UNITS = {Kind.F: 1.0, Kind.B: 2.0, Kind.I: 1.0, Kind.W: 1.0}
 
@@ -73,35 +74,29 @@ def timeline(
     """Each compute starts when the one before it on its rank has ended and its messages are there.
 
     ``durations`` by (kind, stage); what is missing takes F=1, B=2, I=1, W=1. A message between ranks takes
-    ``message_time`` from the end of the compute that makes it. ``links``: those of a plain pipeline where None.
+    ``message_time`` from its send, or where the schedule has no sends from the end of the compute that makes it.
+    ``links``: those of a plain pipeline where None.
     Raises ScheduleError where the schedule waits for ever (``check_schedule`` says why).
     """
     stages, placement = len(schedule.placement), schedule.placement
     flow = Flow(stages, chain(stages) if links is None else links)
-    lists = [tuple(schedule.computes(rank)) for rank in range(len(schedule.ranks))]
+    order, stuck = walk(schedule, [flow] * len(schedule.ranks))
+    if stuck:
+        who = ", ".join(f"rank {rank} for {message}" for rank, (_, message) in sorted(stuck.items()))
+        raise ScheduleError(f"{schedule.title} waits for ever: {who}")
     seconds = {(kind, stage): unit for kind, unit in UNITS.items() for stage in range(stages)} | dict(durations or {})
     made: dict[Message, float] = {}
-    waiting: dict[Message, int] = {}
-    events: list[list[Event]] = [[] for _ in lists]
-    todo = list(range(len(lists)))
-    while todo:
-        rank = todo.pop()
-        for step in lists[rank][len(events[rank]) :]:
-            needed = flow.needs(step)
-            missing = next((message for message in needed if message not in made), None)
-            if missing is not None:
-                waiting[missing] = rank
-                break
-            start = max([events[rank][-1].end_s if events[rank] else 0.0, *(made[message] for message in needed)])
-            end = start + seconds[step.kind, step.stage]
+    clock = [0.0] * len(schedule.ranks)
+    events: list[list[Event]] = [[] for _ in schedule.ranks]
+    for rank, step in order:
+        if isinstance(step, Send):
+            made[step.message] = clock[rank] + message_time
+        elif isinstance(step, Compute):
+            start = max(clock[rank], *(made[message] for message in flow.needs(step)), 0.0)
+            clock[rank] = end = start + seconds[step.kind, step.stage]
             events[rank].append(Event(rank, step.kind, step.stage, step.microbatch, start, end))
             for message in flow.makes(step):
                 made[message] = end + (message_time if placement[message.target] != rank else 0.0)
-                if message in waiting:
-                    todo.append(waiting.pop(message))
-    if waiting:
-        stuck = ", ".join(f"rank {rank} for {message}" for message, rank in sorted(waiting.items(), key=str))
-        raise ScheduleError(f"{schedule.title} waits for ever: {stuck}")
     return Timeline(tuple(tuple(own) for own in events))
 
 
@@ -119,3 +114,13 @@ def peak_in_flight(steps: Iterable[Compute | Event]) -> int:
             held -= 1
             freed += 1
     return most if freed else 0
+
+
+def in_flight_by_stage(schedule: Schedule) -> tuple[int, ...]:
+    """Of each stage the most microbatches whose activations are held at a time. Stages of one rank peak at different
+    times: their sum may be more than :func:`peak_in_flight` of the rank."""
+    of_stage: list[list[Compute]] = [[] for _ in schedule.placement]
+    for rank in range(len(schedule.ranks)):
+        for step in schedule.computes(rank):
+            of_stage[step.stage].append(step)
+    return tuple(peak_in_flight(steps) for steps in of_stage)

@@ -21,10 +21,10 @@ from autopar.schedule_timing import Event, Timeline
 MOST_COLUMNS = 20_000
 IDLE = "·"
 COLOURS = {  # of the first stage of a rank, then of its others, lighter and lighter
-    Kind.F: ("#3b78c4", "#6f9fdb", "#9dc0ea", "#c6dcf5"),
-    Kind.B: ("#3f9142", "#6db36f", "#9bd09c", "#c8e6c9"),
-    Kind.I: ("#1f9e9a", "#5bbab6", "#93d3d0", "#c5e9e7"),
-    Kind.W: ("#d0762b", "#e29a5e", "#efbf96", "#f8dfc9"),
+    Kind.F: ("#74a5e0", "#a5c6ee", "#c3daf5", "#dbe9fa"),
+    Kind.B: ("#74b976", "#a4d3a5", "#c3e3c4", "#dcf0dc"),
+    Kind.I: ("#56b9b5", "#93d3d0", "#b8e3e1", "#d6f0ee"),
+    Kind.W: ("#e69a57", "#f0bf95", "#f6d6b9", "#fbe8d8"),
 }
 WORDS = {Kind.F: "forward", Kind.B: "backward", Kind.I: "input gradients", Kind.W: "weight gradients"}
 

@@ -15,7 +15,7 @@ FONT = 11
 ROW, GAP = 20, 3  # height of a row, and what lies between two
 BAND_GAP = 16
 MARGIN = 10
-HEAD = 26  # title
+HEAD = 34  # title
 SWATCH = 14
 
 

@@ -109,7 +109,7 @@ def _title(made: Schedule) -> str:
 
 def _bubble(shown: Shown) -> str:
     formula = f" = {shown.formula[0]}" if shown.formula and _equal(shown) else ""
-    return f"bubble {shown.drawn.bubble:.1%}{formula}"
+    return f"bubble {shown.drawn.bubble:.2%}{formula}"
 
 
 def _equal(shown: Shown) -> bool:
