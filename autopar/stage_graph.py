@@ -69,6 +69,11 @@ class StageGraph:
         return max((self.place[node] for node in wanted if node in self.place), default=len(self) - 1)
 
     @cached_property
+    def works(self) -> int:
+        """How many stages there can be: one for each call that computes something, up to the loss."""
+        return sum(map(self._works, self.nodes[: self.loss + 1]))
+
+    @cached_property
     def crossing(self) -> list[int]:
         """For each place the bytes of the values made before it and used from there on, each once."""
         steps = [0] * (len(self) + 1)
