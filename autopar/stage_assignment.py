@@ -112,7 +112,7 @@ class Search:
         found, memo = [], dict[int, Table]()
         for flight in self.flights:
             if flight not in memo:
-                table = np.where(tables.work >= 1, tables.seconds, np.inf)
+                table = np.where(tables.works, tables.seconds, np.inf)
                 if limit is not None and limited:
                     table = np.where(tables.state + flight * tables.saved <= limit * 1e9, table, np.inf)
                 memo[flight] = table
@@ -130,7 +130,7 @@ class Search:
         free = self._costs(every, tables, limited=False)
         worst = least_worst(free)
         if np.isinf(worst):
-            works = self.graph.works
+            works = self.graph.most_stages
             return StageError(
                 f"{len(self.flights)} pipeline stages for a program of {works} calls that compute something: each "
                 "stage needs one\nWay out: fewer stages (Mesh(pp=...) times the virtual stages of the schedule), at "

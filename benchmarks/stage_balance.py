@@ -26,7 +26,7 @@ from autopar.mesh import Mesh
 from autopar.named_models import named_model
 from autopar.plan import Plan
 from autopar.program import Program
-from autopar.stage_assignment import Search, assign_stages
+from autopar.stage_assignment import assign_stages
 from autopar.stage_graph import StageGraph
 from autopar.stage_table import describe_stages
 
@@ -37,7 +37,8 @@ STAGES = (4, 8, 16)
 @dataclass(frozen=True)
 class Balance:
     """``over_mean``, ``over_optimum``: time of the slowest stage; ``optimum_over_mean``: that of the best cut at any
-    place; ``sent_mb``: over all cuts, forward, for one microbatch; ``seconds``: of the clock, to assign the stages."""
+    place, over the same mean; ``sent_mb``: over all cuts, forward, for one microbatch; ``seconds``: of the clock, to
+    assign the stages."""
 
     model: str
     calls: int
@@ -83,19 +84,19 @@ def measure(name: str, program: Program, count: int) -> Balance:
     assignment = assign_stages(program, count)
     seconds = time.perf_counter() - start
     table = describe_stages(program, assignment)
-    optimum = best_over_mean(program, count)
+    optimum = optimum_of(program, count)
+    slowest = max(stage.seconds for stage in table.stages)
     sent = sum(stage.sent_bytes for stage in table.stages) / 1e6
-    return Balance(
-        name, len(assignment.stage_of), count, table.balance, optimum, table.balance / optimum, sent, round(seconds, 2)
-    )
+    best_over_mean, over_optimum = table.balance * optimum / slowest, slowest / optimum
+    calls = len(assignment.stage_of)
+    return Balance(name, calls, count, table.balance, best_over_mean, over_optimum, sent, round(seconds, 2))
 
 
-def best_over_mean(program: Program, count: int) -> float:
-    """The least time of the slowest stage, over the mean of the same calls in ``count`` stages."""
+def optimum_of(program: Program, count: int) -> float:
+    """The least seconds that the slowest of ``count`` stages can take."""
     graph = StageGraph(program)
-    bounds = [0, *graph.places_to_cut, len(graph)]
-    tables = graph.tables(bounds)
-    return least_worst([tables.seconds] * count) * count / sum(graph.seconds.values())
+    tables = graph.tables([0, *graph.places_to_cut, len(graph)])
+    return least_worst([tables.seconds] * count)
 
 
 def _row(found: Balance) -> str:

@@ -14,9 +14,7 @@ from autopar.program import InputKind, Program, origin, output_node, values
 from autopar.stage_assignment import Search, assign_stages
 from autopar.stage_graph import StageGraph
 from autopar.stage_table import describe_stages
-from tests.test_stage_assignment import planned, program_of
-
-LLAMA = (("layers", 8),)
+from tests.test_stage_assignment import LLAMA, planned, program_of
 
 
 def kept_bytes(program: Program) -> int:
