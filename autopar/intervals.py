@@ -41,7 +41,8 @@ def totals(events: Sequence[Event], bounds: Sequence[int]) -> Table:
         some = first < last
         np.add.at(steps, (first[some], last[some]), weight[some])
         np.add.at(steps, (last[some], last[some]), -weight[some])
-    return np.asarray(steps.cumsum(axis=0).cumsum(axis=1)[:size, :size])
+    steps = np.cumsum(steps, axis=0, out=steps)
+    return np.cumsum(steps, axis=1, out=steps)[:size, :size]
 
 
 def least_worst(tables: Sequence[Table]) -> float:

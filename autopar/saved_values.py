@@ -52,8 +52,9 @@ class SavedValues:
     def inner_bytes(self, node: fx.Node) -> int:
         """Bytes that backward of ``node`` keeps of what is no value of this graph: scores as softmax has left them,
         and without the rows that see nothing."""
-        kept = by_parts(node) and (self.how == "none" or not is_repeated(block_of(node)))
-        return 2 * self.costs.scores(node) if kept or by_parts(node) and not isinstance(self.how, str) else 0
+        if not by_parts(node) or self.how == "full" and _region(node):
+            return 0
+        return self.costs.scores(node) * (1 if self.how == "selective" else 2)
 
     @property
     def share(self) -> float:
@@ -74,11 +75,17 @@ class SavedValues:
                 wanted += map(memory_of, node.all_input_nodes)
 
     def _stays(self, node: fx.Node) -> bool:
-        if self.how == "none" or not isinstance(self.how, str) or not is_repeated(block_of(node)):
+        if self.how not in ("full", "selective") or self.how == "full" and not _region(node):
             return True
-        if any(block_of(user) != block_of(node) for user in node.users):
+        if any(_region(user) != _region(node) for user in node.users):
             return True
         return self.how == "selective" and (is_product(node) or node.target in comm.TARGETS)
+
+
+def _region(node: fx.Node) -> str:
+    """The repeated block that ``node`` is in, or what is outside of all."""
+    block = block_of(node)
+    return block if is_repeated(block) else ""
 
 
 def memory_of(node: fx.Node) -> fx.Node:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from operator import getitem
 
 import numpy as np
 from torch import fx
@@ -28,7 +29,8 @@ from autopar.stage_graph import StageGraph, Tables
 SLACK = 1.01  # as good as the optimum: then fewer bytes decide
 BALANCE = 1.03  # from here on a better balance is worth a dearer cut
 CHEAP = (2.0, 8.0)  # times the fewest bytes around
-AROUND = 8  # of an even share of the program: how far "around" reaches, to either side
+SHOWN = 8  # stages in an error
+AROUND = 4  # of an even share of the program a part in this many: how far "around" reaches, to either side
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def assign_stages(
     if count < 1 or len(flights) != count:
         raise ValueError(f"{count} stages, and microbatches in flight for {len(flights)}: one number for each stage")
     search = Search(graph, flights)
-    cuts = _given_cuts(graph, count) if program.plan.cuts else search.best_cuts()
+    cuts = search.given_cuts(program.plan.cuts) if program.plan.cuts else search.best_cuts()
     stage_of: dict[fx.Node, int] = {}
     for position, node in enumerate(graph.nodes):
         stage_of[node] = sum(cut <= position for cut in cuts) if count > 1 else 0
@@ -71,6 +73,8 @@ class Search:
 
     def best_cuts(self) -> list[int]:
         """The places at which stages begin, without the first. Raises StageError."""
+        if len(self.flights) == 1 and self._limit is None:
+            return []
         every = self.graph.places_to_cut
         widest = self._tables(every)
         costs = self._costs(every, widest)
@@ -104,11 +108,11 @@ class Search:
 
     def _costs(self, places: Sequence[int], tables: Tables, limited: bool = True) -> list[Table]:
         """For each stage its time, inf where it may not be: without work, too large, or without the loss."""
-        limit = self.graph.program.plan.stage_memory_gb
+        limit = self._limit
         found, memo = [], dict[int, Table]()
         for flight in self.flights:
             if flight not in memo:
-                table = np.where(tables.work >= 1, tables.seconds, np.inf)
+                table = np.where(tables.works, tables.seconds, np.inf)
                 if limit is not None and limited:
                     table = np.where(tables.state + flight * tables.saved <= limit * 1e9, table, np.inf)
                 memo[flight] = table
@@ -117,59 +121,77 @@ class Search:
         found[-1] = np.where((begins <= self.graph.loss)[:, None], found[-1], np.inf)
         return found
 
+    @property
+    def _limit(self) -> float | None:
+        return self.graph.program.plan.stage_memory_gb
+
     def _impossible(self, every: Sequence[int], tables: Tables) -> StageError:
         """Why there is no cut: too little work, or too little memory."""
-        count, free = len(self.flights), self._costs(every, tables, limited=False)
+        free = self._costs(every, tables, limited=False)
         worst = least_worst(free)
         if np.isinf(worst):
-            works = int(tables.work[0, -1])
+            works = self.graph.most_stages
             return StageError(
-                f"{count} pipeline stages for a program of {works} calls that compute something: each stage needs one\n"
-                f"Way out: fewer stages (Mesh(pp=...) times the virtual stages of the schedule), at most {works}."
+                f"{len(self.flights)} pipeline stages for a program of {works} calls that compute something: each "
+                "stage needs one\nWay out: fewer stages (Mesh(pp=...) times the virtual stages of the schedule), at "
+                f"most {works}."
             )
-        limit = self.graph.program.plan.stage_memory_gb
-        memory = [tables.state + flight * tables.saved for flight in self.flights]
-        least = least_worst([np.where(np.isinf(time), np.inf, size) for time, size in zip(free, memory)])
+        memory = [np.where(np.isinf(time), np.inf, size) for time, size in zip(free, self._memory(tables))]
         bounds = best_bounds(free, SLACK * worst, tables.received)
+        return self._too_large(bounds, tables, least_worst(memory))
+
+    def _memory(self, tables: Tables) -> list[Table]:
+        return [tables.state + flight * tables.saved for flight in self.flights]
+
+    def _too_large(self, bounds: Sequence[int], tables: Tables, least: float | None = None) -> StageError:
+        """The numbers of the largest of the stages between ``bounds``."""
+        sizes = [float(table[a, b]) for table, a, b in zip(self._memory(tables), bounds, bounds[1:])]
+        largest = sorted(sorted(range(len(sizes)), key=lambda stage: -sizes[stage])[:SHOWN])
         lines = [
-            f"  stage {stage}: {tables.state[a, b] / 1e9:.3g} GB of parameters and states, {flight} x "
-            f"{tables.saved[a, b] / 1e9:.3g} GB of activations, {memory[stage][a, b] / 1e9:.3g} GB"
-            for stage, (a, b, flight) in enumerate(zip(bounds, bounds[1:], self.flights))
+            f"  stage {stage}: {tables.state[bounds[stage], bounds[stage + 1]] / 1e9:.4g} GB of parameters, gradients, "
+            f"AdamW states + {self.flights[stage]} x {tables.saved[bounds[stage], bounds[stage + 1]] / 1e9:.4g} GB of "
+            f"activations = {sizes[stage] / 1e9:.4g} GB"
+            for stage in largest
         ]
-        lines = sorted(lines[:], key=lambda line: -float(line.split()[-2]))[:8]
+        lines = [*lines, f"  and {len(sizes) - SHOWN} smaller ones"] if len(sizes) > SHOWN else lines
+        what = f"into Plan(stage_memory_gb={self._limit:g})"
+        head = f"the stages of Plan(cuts=...) do not fit {what}:"
+        if least is not None:
+            head = f"no cut into {len(sizes)} stages fits {what}, at least {least / 1e9:.4g} is needed; by time alone:"
         return StageError(
-            f"no cut into {count} stages keeps within Plan(stage_memory_gb={limit:g}); the best balanced one has\n"
-            + "\n".join(lines)
-            + f"\nWhere the largest stage is smallest it takes {least / 1e9:.4g} GB."
+            "\n".join((head, *lines))
             + "\nWay out: more stages, smaller microbatches, Plan(zero=..., recompute=...), tp, or more memory."
         )
 
-
-def _given_cuts(graph: StageGraph, count: int) -> list[int]:
-    """The places of ``Plan.cuts``. Raises StageError."""
-    names = graph.program.plan.cuts
-    if len(names) != count - 1:
-        raise StageError(
-            f"Plan(cuts=...) names {len(names)} modules; {count} stages need {count - 1}: the first begins where the "
-            f"model does\nWay out: name {count - 1}, or leave cuts out."
-        )
-    modules = [origin(node).module for node in graph.nodes]
-    cuts: list[int] = []
-    for name in names:
-        found = [place for place, module in enumerate(modules) if f"{module}.".startswith(f"{name}.")]
-        if not found:
-            raise StageError(_unknown_module(name, modules))
-        cuts.append(found[0])
-    for (before, a), (after, b) in zip(zip(("", *names), (0, *cuts)), zip(names, cuts)):
-        if b <= a:
-            reason = f"begins before '{before}' does" if before else "stands where the model begins"
+    def given_cuts(self, names: Sequence[str]) -> list[int]:
+        """The places at which the modules ``names`` begin. Raises StageError."""
+        graph, count = self.graph, len(self.flights)
+        if len(names) != count - 1:
             raise StageError(
-                f"Plan(cuts={names!r}): '{after}' {reason}, so that a stage would be empty\n"
-                "Way out: name modules in the order in which they run, the first of them not the model's first."
+                f"Plan(cuts=...) names {len(names)} modules; {count} stages need {count - 1}: the first begins where "
+                f"the model does\nWay out: name {count - 1}, or leave cuts out."
             )
-    if cuts and cuts[-1] > graph.loss:
-        raise StageError(f"Plan(cuts={names!r}): the loss is made before '{names[-1]}'; the last stage has to make it")
-    return cuts
+        starts = [(place, origin(node).module) for place, node in enumerate(graph.nodes) if node.target is not getitem]
+        cuts: list[int] = []
+        for name in names:
+            found = [place for place, module in starts if f"{module}.".startswith(f"{name}.")]
+            if not found:
+                raise StageError(_unknown_module(name, [module for _, module in starts]))
+            cuts.append(found[0])
+        for before, name, a, b in zip(("", *names), names, (0, *cuts), cuts):
+            if b <= a:
+                reason = f"does not begin after '{before}'" if before else "stands where the model begins"
+                raise StageError(
+                    f"Plan(cuts={tuple(names)!r}): '{name}' {reason}, so that a stage would be empty\n"
+                    "Way out: name modules in the order in which they run, the first of them not the model's first."
+                )
+        if cuts[-1] > graph.loss:
+            raise StageError(f"Plan(cuts={tuple(names)!r}): the loss, which the last stage makes, stands before it")
+        tables, bounds = self._tables(cuts), range(count + 1)
+        sizes = [table[n, n + 1] for n, table in enumerate(self._memory(tables))]
+        if self._limit is not None and max(sizes) > self._limit * 1e9:
+            raise self._too_large(bounds, tables)
+        return cuts
 
 
 def _unknown_module(name: str, modules: Sequence[str]) -> str:

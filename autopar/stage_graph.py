@@ -8,13 +8,14 @@ uses them. A message goes straight from the stage that makes a value to each sta
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import fx
 
 from autopar import comm
@@ -26,17 +27,6 @@ from autopar.remade import remade_nodes
 from autopar.saved_values import SavedValues
 
 ADAM_STATES = 2  # moments of each parameter, in its dtype
-
-
-@dataclass(frozen=True)
-class Tables:
-    """For positions a < b of some bounds, what the calls from ``bounds[a]`` up to ``bounds[b]`` cost as a stage."""
-
-    seconds: Table  # of one microbatch, forward and backward: of calls or of messages, whichever takes longer
-    received: Table  # bytes, with the gradients that are sent back
-    work: Table  # how many calls compute something
-    state: Table  # bytes of parameters, gradients and optimizer states
-    saved: Table  # bytes that one microbatch keeps for its backward pass
 
 
 class StageGraph:
@@ -68,6 +58,11 @@ class StageGraph:
         wanted = results if self.program.loss is None else results[self.program.loss : self.program.loss + 1]
         return max((self.place[node] for node in wanted if node in self.place), default=len(self) - 1)
 
+    @property
+    def most_stages(self) -> int:
+        """One for each call that computes something, up to the loss."""
+        return sum(map(self.works, self.nodes[: self.loss + 1]))
+
     @cached_property
     def crossing(self) -> list[int]:
         """For each place the bytes of the values made before it and used from there on, each once."""
@@ -96,27 +91,7 @@ class StageGraph:
 
     def tables(self, bounds: Sequence[int]) -> Tables:
         """Costs of the intervals between ``bounds``, which begin with 0 and end with ``len(self)``."""
-        costs, machine = self.costs, self.costs.machine
-        events: dict[str, list[Event]] = defaultdict(list)
-        for node in self.nodes:
-            here, uses = self.place[node], self.uses[node]
-            events["seconds"].append((-1, here, self.seconds[node]))
-            events["work"] += events_of((here,), 1.0) if self._works(node) else []
-            size = costs.bytes([node]) if uses else 0
-            if uses and max(uses) > here and size:
-                ways = 2 if any(kind.requires_grad for kind in values(node)) else 1
-                events["received"] += events_of([use for use in uses if use > here], ways * size, since=here)
-        for node in self.remade:
-            events["seconds"] += events_of(self.uses[node], self.seconds[node])
-        for node, size in self.states.items():
-            events["state"] += events_of(self.uses[node], size)
-        share = self._saved.share
-        for node, keepers in self.keepers.items():
-            events["saved"] += events_of(keepers, costs.bytes([node]) * share)
-        events["saved"] += [(-1, self.place[node], self._saved.inner_bytes(node) * share) for node in self.nodes]
-        found = {name: totals(events[name], bounds) for name in ("seconds", "received", "work", "state", "saved")}
-        found["seconds"] = np.maximum(found["seconds"], found["received"] / machine.link)
-        return Tables(**found)
+        return Tables(self, bounds)
 
     @cached_property
     def states(self) -> Mapping[fx.Node, int]:
@@ -137,12 +112,12 @@ class StageGraph:
         """The values that backward keeps, and the places of the calls that keep them."""
         found: dict[fx.Node, list[int]] = defaultdict(list)
         for node in self.nodes:
-            for kept in self._saved.kept_by(node):
+            for kept in self.saved_values.kept_by(node):
                 found[kept].append(self.place[node])
         return found
 
     @cached_property
-    def _saved(self) -> SavedValues:
+    def saved_values(self) -> SavedValues:
         return SavedValues(self.costs, {node for node in self.remade if self._is_parameter(node)})
 
     def _uses(self) -> dict[fx.Node, list[int]]:
@@ -168,7 +143,8 @@ class StageGraph:
             node = node.all_input_nodes[0]
         return node in self._parameters
 
-    def _works(self, node: fx.Node) -> bool:
+    def works(self, node: fx.Node) -> bool:
+        """Whether ``node`` computes something: no view, no collective."""
         return self.seconds[node] > 0 and node.target not in comm.TARGETS
 
     def _gathered(self, node: fx.Node) -> int:
@@ -185,6 +161,57 @@ class StageGraph:
     def elements(self, node: fx.Node) -> int:
         kind = value(node)
         return self.costs.bytes([node]) // kind.dtype.itemsize
+
+
+class Tables:
+    """For positions a < b of ``bounds``, what the calls from ``bounds[a]`` up to ``bounds[b]`` cost as a stage."""
+
+    def __init__(self, graph: StageGraph, bounds: Sequence[int]) -> None:
+        self.graph, self.bounds = graph, bounds
+
+    @cached_property
+    def seconds(self) -> Table:
+        """Of one microbatch, forward and backward: of its calls or of its messages, whichever takes longer."""
+        graph = self.graph
+        events = [(-1, graph.place[node], graph.seconds[node]) for node in graph.nodes]
+        for node in graph.remade:
+            events += events_of(graph.uses[node], graph.seconds[node])
+        found = totals(events, self.bounds)
+        return np.maximum(found, self.received / graph.costs.machine.link, out=found)
+
+    @cached_property
+    def received(self) -> Table:
+        """Bytes, with the gradients that are sent back."""
+        graph, events = self.graph, list[Event]()
+        for node in graph.nodes:
+            here = graph.place[node]
+            later = [use for use in graph.uses[node] if use > here]
+            if later:
+                ways = 2 if any(kind.requires_grad for kind in values(node)) else 1
+                events += events_of(later, ways * graph.costs.bytes([node]), since=here)
+        return totals(events, self.bounds)
+
+    @cached_property
+    def works(self) -> NDArray[np.bool_]:
+        """Whether some call computes something."""
+        steps = np.array([0, *itertools.accumulate(map(self.graph.works, self.graph.nodes))])[np.asarray(self.bounds)]
+        return np.asarray(steps[:, None] < steps[None, :])
+
+    @cached_property
+    def state(self) -> Table:
+        """Bytes of parameters, gradients and optimizer states."""
+        uses = self.graph.uses
+        events = [event for node, size in self.graph.states.items() for event in events_of(uses[node], size)]
+        return totals(events, self.bounds)
+
+    @cached_property
+    def saved(self) -> Table:
+        """Bytes that one microbatch keeps for its backward pass."""
+        graph, share = self.graph, self.graph.saved_values.share
+        events = [(-1, graph.place[node], graph.saved_values.inner_bytes(node) * share) for node in graph.nodes]
+        for node, keepers in graph.keepers.items():
+            events += events_of(keepers, graph.costs.bytes([node]) * share)
+        return totals(events, self.bounds)
 
 
 def in_cutting_order(program: Program, remade: frozenset[fx.Node]) -> tuple[fx.Node, ...]:

@@ -25,7 +25,8 @@ class Stage:
         first, last: the modules of its first and of its last call ("" for what the model itself calls).
         parameters: elements of its parameters, as its rank holds them between steps.
         flops: operations of one forward microbatch.
-        flops_share, time_share: of those of all stages; time by the roofline model, forward and backward.
+        seconds: of one microbatch, forward and backward, by the roofline model (``operator_cost``).
+        flops_share, time_share: of those of all stages.
         state_bytes: parameters, gradients and AdamW states.
         activation_bytes: what one microbatch keeps for its backward pass (an estimate).
         memory_bytes: states, and activations of all microbatches in flight.
@@ -38,6 +39,7 @@ class Stage:
     last: str
     parameters: int
     flops: int
+    seconds: float
     flops_share: float
     time_share: float
     state_bytes: int
@@ -101,8 +103,9 @@ def describe_stages(
         state, saved = int(tables.state[n, n + 1]), int(tables.saved[n, n + 1])
         stages.append(
             Stage(
-                n, *_modules(graph.nodes[a:b]), _parameters(graph, a, b), flops[n], flops[n] / max(1, sum(flops)),
-                seconds[n] / (sum(seconds) or 1.0), state, saved, state + flights[n] * saved, sent[n], received[n],
+                n, *_modules(graph.nodes[a:b]), _parameters(graph, a, b), flops[n], seconds[n],
+                flops[n] / max(1, sum(flops)), seconds[n] / (sum(seconds) or 1.0),
+                state, saved, state + flights[n] * saved, sent[n], received[n],
             )
         )  # fmt: skip
     return StageTable(tuple(stages), max(seconds) * len(seconds) / (sum(seconds) or 1.0))
