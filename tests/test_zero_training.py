@@ -15,7 +15,7 @@ from autopar.numerics import promote_float32
 from tests.against_one_process import Errors, worst
 from tests.launch import run_ranks
 from tests.passes.test_shard_parameters import Odd
-from tests.test_training import AFTER, train
+from tests.test_training import train
 
 ROWS, LENGTH = 12, 6  # rows that 1 to 4 ranks divide
 STAGES = (0, 1, 2, 3)
@@ -65,11 +65,9 @@ def check_rows(name: str, text: str, stages: tuple[int, ...]) -> None:
     mesh = Mesh.parse(text)
     for rank, rows in enumerate(run_ranks(train_stages, mesh.world_size, name, mesh, stages)):
         for stage, errors in zip(stages, rows):
-            first = {key: error for key, error in errors.items() if key.endswith(" 0")}
-            if rank == 0:  # for pytest -s
-                print(f"{name} {text} zero={stage}: {worst(first)[0]:.1e} in the first step, {worst(errors)[0]:.1e} in all")
-            assert worst(first) < (TOLERANCE, ""), (rank, stage, worst(first))
-            assert worst(errors) < (AFTER["adamw"], ""), (rank, stage, worst(errors))
+            if rank == 0:
+                print(f"{name} {text} zero={stage}: {worst(errors)}")  # for pytest -s
+            assert worst(errors) < (TOLERANCE, ""), (rank, stage, worst(errors))
 
 
 @pytest.mark.parametrize(
