@@ -126,6 +126,10 @@ class Communicator:
             return x
         return self._start("all_gather", axis, x, torch_collectives.start_all_gather)
 
+    def start_all_gather_into(self, whole: Tensor, x: Tensor, axis: str) -> Tensor:
+        """As :meth:`start_all_gather`, into ``whole``, of which ``x`` may be this rank's part. ``axis`` has ranks."""
+        return self._start("all_gather", axis, x, torch_collectives.start_all_gather_into, whole)
+
     def start_reduce_scatter(
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
     ) -> Tensor:

@@ -1,7 +1,8 @@
 """The one door to torch's functional collectives, whose names torch is about to change (``*_tensor`` to ``*_single``).
 
-Each returns a new tensor, works along dim 0 and, but for those called ``start_...``, has ended when it returns. They
-are ordinary operators, so ``torch.distributed.tensor.debug.CommDebugMode`` and c10d's hooks see them.
+Each returns a new tensor (but for ``..._into``), works along dim 0 and, but for those called ``start_...``, has ended
+when it returns. They are ordinary operators, so ``torch.distributed.tensor.debug.CommDebugMode`` and c10d's hooks see
+them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def _named(*names: str) -> Any:
 _wait = _named("wait_tensor")
 _all_reduce = _named("all_reduce")
 _all_gather = _named("all_gather_single", "all_gather_into_tensor")
+_all_gather_into = _named("all_gather_single_out", "all_gather_into_tensor_out")
 _reduce_scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
 _all_to_all = _named("all_to_all_single")
 
@@ -44,6 +46,12 @@ def start_all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Tensor:
 
 def start_all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     result: Tensor = _all_gather(x, group.size(), group.group_name)
+    return result
+
+
+def start_all_gather_into(x: Tensor, group: ProcessGroup, out: Tensor) -> Tensor:
+    """As :func:`start_all_gather`, into ``out``, of which ``x`` may be this rank's part."""
+    result: Tensor = _all_gather_into(x, group.size(), group.group_name, out=out)
     return result
 
 

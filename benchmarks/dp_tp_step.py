@@ -15,7 +15,6 @@ import argparse
 import copy
 import itertools
 import json
-import statistics
 import sys
 import warnings
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import autopar
 from benchmarks.contenders import Autopar, Contender
 from benchmarks.launch import launched
-from benchmarks.paired import Ratio, measure
+from benchmarks.paired import Comparison, Ratio, compare, phases_text
 from benchmarks.subjects import DEFAULT, SUBJECTS, Subject
 from benchmarks.torch_parallel import DATA_FORMS, TorchParallel
 
@@ -41,21 +40,13 @@ MESHES = ("1", "dp=2,tp=2", "dp=2,tp=2,megatron", "dp=4", "tp=4")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One model on one mesh. Times are milliseconds; ``phases`` are those of rank 0, by clock (``wall``, ``cpu``);
-    ``sent`` are the bytes that rank 0 sends in one step of ours, by axis."""
+class Row(Comparison):
+    """One model on one mesh; ``sent`` are the bytes that rank 0 sends in one step of ours, by axis."""
 
     model: str
     mesh: str
     optimizer: str
-    ours_ms: float
-    peer_ms: float
-    wall: Ratio
-    cpu: Ratio
-    ours_phases: dict[str, dict[str, float]]
-    peer_phases: dict[str, dict[str, float]]
     sent: dict[str, int]
-    loss_difference: float
     compile_seconds: float
 
 
@@ -127,22 +118,15 @@ def _measured(subject: Subject, mesh: str, optimizer: str, options: argparse.Nam
     plan = autopar.Plan(sequence="megatron" if "megatron" in mesh else "none")
     ours = Autopar(model, autopar.Mesh(**_sizes(mesh)), plan, subject.batch(0), fused)
     before = ours.sent()
-    times, difference = measure((ours, peer), subject.batch, options.steps, options.warm_up)
+    found = compare(ours, peer, subject.batch, options.steps, options.warm_up)
     steps = options.steps + options.warm_up
-    ours_times, peer_times = times
     return Row(
         model=subject.name,
         mesh=mesh,
         optimizer=optimizer,
-        ours_ms=1e3 * statistics.median(ours_times.wall),
-        peer_ms=1e3 * statistics.median(peer_times.wall),
-        wall=Ratio.of(ours_times.wall, peer_times.wall),
-        cpu=Ratio.of(ours_times.cpu, peer_times.cpu),
-        ours_phases=ours_times.phase_ms(),
-        peer_phases=peer_times.phase_ms(),
         sent={axis: count // steps for axis, count in (ours.sent() - before).items()},
-        loss_difference=difference,
         compile_seconds=ours.compile_seconds,
+        **vars(found),
     )
 
 
@@ -178,7 +162,7 @@ def _table(rows: Sequence[Row]) -> Table:
     for name in COLUMNS:
         table.add_column(name, justify="right")
     for row in rows:
-        phases = ["/".join(f"{ms:.0f}" for ms in side["cpu"].values()) for side in (row.ours_phases, row.peer_phases)]
+        phases = [phases_text(side) for side in (row.ours_phases, row.peer_phases)]
         sent = " ".join(f"{axis} {count / 1e6:.1f}MB" for axis, count in sorted(row.sent.items()))
         cells = [row.model, row.mesh, row.optimizer, f"{row.ours_ms:.0f}", f"{row.peer_ms:.0f}"]
         table.add_row(*cells, str(row.wall), str(row.cpu), *phases, sent, f"{row.loss_difference:.0e}")

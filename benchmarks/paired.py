@@ -54,6 +54,39 @@ class Ratio:
         return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Milliseconds a step of ours and of the peer; ratios ours / peer of the clock and of the processors of all ranks;
+    milliseconds of the phases on rank 0, by clock (``wall``, ``cpu``); the largest difference of the losses."""
+
+    ours_ms: float
+    peer_ms: float
+    wall: Ratio
+    cpu: Ratio
+    ours_phases: dict[str, dict[str, float]]
+    peer_phases: dict[str, dict[str, float]]
+    loss_difference: float
+
+
+def compare(ours: Contender, peer: Contender, batches: Callable[[int], Batch], steps: int, warm_up: int) -> Comparison:
+    """Both measured in turns, see :func:`measure`."""
+    (mine, theirs), difference = measure((ours, peer), batches, steps, warm_up)
+    return Comparison(
+        ours_ms=1e3 * statistics.median(mine.wall),
+        peer_ms=1e3 * statistics.median(theirs.wall),
+        wall=Ratio.of(mine.wall, theirs.wall),
+        cpu=Ratio.of(mine.cpu, theirs.cpu),
+        ours_phases=mine.phase_ms(),
+        peer_phases=theirs.phase_ms(),
+        loss_difference=difference,
+    )
+
+
+def phases_text(phases: dict[str, dict[str, float]]) -> str:
+    """``68/186/40``: milliseconds of processor time that forward, backward and optimizer take."""
+    return "/".join(f"{ms:.0f}" for ms in phases["cpu"].values())
+
+
 def measure(
     contenders: Sequence[Contender], batches: Callable[[int], Batch], steps: int, warm_up: int
 ) -> tuple[list[Times], float]:

@@ -17,7 +17,6 @@ import argparse
 import copy
 import gc
 import json
-import statistics
 import sys
 import warnings
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import autopar
 from benchmarks.contenders import Autopar, Contender
 from benchmarks.launch import launched
-from benchmarks.paired import Ratio, measure
+from benchmarks.paired import Comparison, Ratio, compare, measure, phases_text
 from benchmarks.process_memory import EXACT, allocated, forget_most_resident, most_resident, of_tensors, resident
 from benchmarks.subjects import SUBJECTS, Batch, Subject
 from benchmarks.torch_parallel import TorchParallel
@@ -46,17 +45,10 @@ TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Of one stage: milliseconds a step, ratios ours / peer of the clock and of the processors of all ranks."""
+class Timing(Comparison):
+    """Of one stage."""
 
     zero: int
-    ours_ms: float
-    peer_ms: float
-    wall: Ratio
-    cpu: Ratio
-    ours_phases: dict[str, dict[str, float]]
-    peer_phases: dict[str, dict[str, float]]
-    loss_difference: float
 
 
 @dataclass(frozen=True)
@@ -138,17 +130,8 @@ def _timing(subject: Subject, zero: int, options: argparse.Namespace) -> Timing:
     model = subject.build()
     peer = _peer(subject, copy.deepcopy(model), zero, options)
     ours = _ours(subject, model, zero, options)
-    (ours_times, peer_times), difference = measure((ours, peer), subject.batch, options.steps, options.warm_up)
-    return Timing(
-        zero=zero,
-        ours_ms=1e3 * statistics.median(ours_times.wall),
-        peer_ms=1e3 * statistics.median(peer_times.wall),
-        wall=Ratio.of(ours_times.wall, peer_times.wall),
-        cpu=Ratio.of(ours_times.cpu, peer_times.cpu),
-        ours_phases=ours_times.phase_ms(),
-        peer_phases=peer_times.phase_ms(),
-        loss_difference=difference,
-    )
+    found = compare(ours, peer, subject.batch, options.steps, options.warm_up)
+    return Timing(zero=zero, **vars(found))
 
 
 def _memory(subject: Subject, zero: int, options: argparse.Namespace) -> Memory:
@@ -203,7 +186,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
 def _time_cells(row: dict[str, Any]) -> list[str]:
     if "wall" not in row:
         return [""] * 6
-    phases = ["/".join(f"{ms:.0f}" for ms in row[side]["cpu"].values()) for side in ("ours_phases", "peer_phases")]
+    phases = [phases_text(row[side]) for side in ("ours_phases", "peer_phases")]
     ratios = [str(Ratio(**row[clock])) for clock in ("wall", "cpu")]
     return [f"{row['ours_ms']:.0f}", f"{row['peer_ms']:.0f}", *ratios, *phases]
 

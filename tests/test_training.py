@@ -127,21 +127,24 @@ def test_how_often_parameters_are_gathered(stage: int, gathered: int) -> None:
     assert sent["forward"] == pytest.approx(0.5 * gathered + 3 * 0.045, abs=0.01)
 
 
-def whole_parameters_hold_nothing_twice(stage: int) -> list[bool]:
+def whole_parameters_hold_nothing_twice(stage: int) -> tuple[list[bool], bool]:
+    """For each weight whether its part lies within the whole; whether all lie where they lay a step before."""
     model = float64(lambda: nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)))
     parallel = autopar.parallelize(model, Mesh(dp=2), Plan(zero=stage, bucket_mb=0, batch_dims={"input": 0}))
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
-    for _ in range(2):
+    places = []
+    for _ in range(3):
         parallel(torch.ones(4, 8)).square().sum().backward()
+        weights = [parameter for parameter in parallel.parameters() if parameter.dim() == 2]
+        places.append([local_of(weight).data_ptr() for weight in weights])
         optimizer.step()
-    parallel(torch.ones(4, 8))
-    weights = [parameter for parameter in parallel.parameters() if parameter.dim() == 2]
-    return [local_of(weight).untyped_storage().nbytes() == weight.numel() * 8 for weight in weights]
+    within = [local_of(weight).untyped_storage().nbytes() == weight.numel() * 8 for weight in weights]
+    return within, places[0] == places[-1]
 
 
 def test_a_part_lies_within_the_whole_parameter() -> None:
     for stage, within in ((1, True), (3, False)):
-        assert run_ranks(whole_parameters_hold_nothing_twice, 2, stage)[0] == [within] * 2
+        assert run_ranks(whole_parameters_hold_nothing_twice, 2, stage)[0] == ([within] * 2, True)
 
 
 def train_alone() -> Errors:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from autopar.operators.registry import library
+
 aten = torch.ops.aten
 
 _SCHEMAS = (
@@ -28,9 +30,7 @@ _SCHEMAS = (
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor logsumexp, "
     "bool is_causal, float? scale) -> (Tensor, Tensor, Tensor)",
 )
-_LIBRARY = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _schema in _SCHEMAS:
-    _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
+_LIBRARY = library(*_SCHEMAS)
 ATTENTION = torch.ops.autopar.attention.default
 ATTENTION_BACKWARD = torch.ops.autopar.attention_backward.default
 

@@ -21,12 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autopar.operators.registry import library
+
 _ARGUMENTS = (
     "Tensor table, Tensor ids, Tensor? offsets, Tensor? bags, Tensor? weights, Tensor? rank, str mode, int padding_idx"
 )
-_LIBRARY = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(f"embedding_bags({_ARGUMENTS}) -> Tensor")  # type: ignore[no-untyped-call]
-_LIBRARY.define(f"embedding_bags_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
+_LIBRARY = library(
+    f"embedding_bags({_ARGUMENTS}) -> Tensor",
+    f"embedding_bags_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)",
+)
 EMBEDDING_BAGS = torch.ops.autopar.embedding_bags.default
 EMBEDDING_BAGS_BACKWARD = torch.ops.autopar.embedding_bags_backward.default
 

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.operators.registry import library
+
 aten = torch.ops.aten
 
 _SCHEMAS = (
     "expert_linear(Tensor rows, Tensor weight, Tensor ids) -> Tensor",
     "expert_outer(Tensor left, Tensor right, Tensor ids, int experts) -> Tensor",
 )
-_LIBRARY = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _schema in _SCHEMAS:
-    _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
+_LIBRARY = library(*_SCHEMAS)
 EXPERT_LINEAR = torch.ops.autopar.expert_linear.default
 EXPERT_OUTER = torch.ops.autopar.expert_outer.default
 

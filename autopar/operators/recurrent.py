@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.operators.registry import library
+
 _SCHEMAS = (
     "recurrent_layer(Tensor x, Tensor[] states, Tensor[] weights, str cell) -> (Tensor, Tensor)",
     "recurrent_layer_backward(Tensor grad_y, Tensor grad_last, Tensor x, Tensor[] states, Tensor[] weights, str cell) "
     "-> Tensor[]",
 )
-_LIBRARY = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _schema in _SCHEMAS:
-    _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
+_LIBRARY = library(*_SCHEMAS)
 RECURRENT_LAYER = torch.ops.autopar.recurrent_layer.default
 RECURRENT_LAYER_BACKWARD = torch.ops.autopar.recurrent_layer_backward.default
 

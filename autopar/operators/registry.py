@@ -1,9 +1,11 @@
-"""The look-up of our own operators by name, used when a program is printed and read."""
+"""The look-up of our own operators by name, used when a program is printed and read, and those in torch's registry."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+import torch
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -15,3 +17,11 @@ def operator(function: _F) -> _F:
     assert function.__name__ not in REGISTRY, function.__name__
     REGISTRY[function.__name__] = function
     return function
+
+
+def library(*schemas: str) -> torch.library.Library:
+    """A part of torch's registry that knows the operators ``autopar::...`` of ``schemas``; they live as long as it."""
+    found = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for schema in schemas:
+        found.define(schema)  # type: ignore[no-untyped-call]
+    return found

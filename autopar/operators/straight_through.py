@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("straight_through(Tensor value, Tensor surrogate) -> Tensor")  # type: ignore[no-untyped-call]
+from autopar.operators.registry import library
+
+_LIBRARY = library("straight_through(Tensor value, Tensor surrogate) -> Tensor")
 STRAIGHT_THROUGH = torch.ops.autopar.straight_through.default
 
 
