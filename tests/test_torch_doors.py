@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import autopar
 from autopar import Mesh, Plan
+from autopar.bound import sharing
 from autopar.connect import connect
 from autopar.driver import compile_program
 from autopar.emit import compile_source, emit
-from autopar.bound import sharing
 from autopar.program import InputKind, Program, output_node
 from autopar.torch_autograd import accumulating, below_autograd, is_watched, take_saved
 from autopar.torch_bindings import BINDINGS
