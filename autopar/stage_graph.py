@@ -21,6 +21,7 @@ from torch import fx
 from autopar import comm
 from autopar.intervals import Event, Table, events_of, totals
 from autopar.mesh import DATA_AXES
+from autopar.microbatches import divided
 from autopar.operator_cost import ACCELERATOR, Costs, Machine
 from autopar.program import InputKind, Program, value, values
 from autopar.remade import remade_nodes
@@ -53,10 +54,12 @@ class StageGraph:
 
     @cached_property
     def loss(self) -> int:
-        """The place of the loss, which the last stage makes; of a program without one that of the last output."""
+        """The place of the loss, with the count that it is divided by: the last stage makes both. Of a program without
+        a loss that of the last output."""
         results = self.program.returned
-        wanted = results if self.program.loss is None else results[self.program.loss : self.program.loss + 1]
-        return max((self.place[node] for node in wanted if node in self.place), default=len(self) - 1)
+        if self.program.loss is not None:
+            results = (divided(results[self.program.loss]),)
+        return max((self.place[node] for node in results if node in self.place), default=len(self) - 1)
 
     @property
     def most_stages(self) -> int:
