@@ -105,17 +105,6 @@ def counting(program: Program) -> fx.Graph | None:
     )
 
 
-def divided(loss: Node) -> Node:
-    """The call with which the stage that has the loss begins at the latest, in a graph before differentiation: it makes
-    the count, or the mean, that :func:`counting` looks for in that stage."""
-    node = _behind(loss, (*PASSING, *REDUCING, *SCALING))
-    if node.target is aten.div.Tensor and isinstance(node.args[1], fx.Node):
-        node = node.args[1]
-        while len(node.all_input_nodes) == 1 and node.all_input_nodes[0].op == "call_function":
-            node = node.all_input_nodes[0]
-    return node if node.op == "call_function" else loss
-
-
 def _behind(node: Any, passing: tuple[Any, ...]) -> Node:
     assert isinstance(node, fx.Node)
     found: Node = node

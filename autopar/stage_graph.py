@@ -21,7 +21,6 @@ from torch import fx
 from autopar import comm
 from autopar.intervals import Event, Table, events_of, totals
 from autopar.mesh import DATA_AXES
-from autopar.microbatches import divided
 from autopar.operator_cost import ACCELERATOR, Costs, Machine
 from autopar.program import InputKind, Program, value, values
 from autopar.remade import remade_nodes
@@ -54,12 +53,19 @@ class StageGraph:
 
     @cached_property
     def loss(self) -> int:
-        """The place of the loss, with the count that it is divided by: the last stage makes both. Of a program without
-        a loss that of the last output."""
+        """The place of the loss, which the last stage makes with the sums and counts that it is a quotient of (each
+        microbatch is weighed by them); of a program without a loss that of the last output."""
         results = self.program.returned
-        if self.program.loss is not None:
-            results = (divided(results[self.program.loss]),)
-        return max((self.place[node] for node in results if node in self.place), default=len(self) - 1)
+        wanted = results if self.program.loss is None else results[self.program.loss : self.program.loss + 1]
+        if self.program.loss is None:
+            return max((self.place[node] for node in wanted if node in self.place), default=len(self) - 1)
+        first, ahead = len(self) - 1, list(wanted)
+        while ahead:
+            node = ahead.pop()
+            if node in self.place and all(not kind.shape for kind in values(node)):
+                first = min(first, self.place[node])
+                ahead += node.all_input_nodes
+        return first
 
     @property
     def most_stages(self) -> int:
