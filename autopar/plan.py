@@ -166,7 +166,7 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 def _check_schedule(schedule: object, virtual_stages: object) -> None:
     if not isinstance(schedule, str) or ":" not in schedule and schedule not in NAMES:
         names = ", ".join(map(repr, NAMES))
-        raise ValueError(f"Plan(schedule={schedule!r}): it is one of {names}, or one written as text (docs/pipeline.md)")
+        raise ValueError(f"Plan(schedule={schedule!r}): it is one of {names}, or one as text (docs/pipeline.md)")
     if virtual_stages is None:
         return
     if not isinstance(virtual_stages, int) or isinstance(virtual_stages, bool) or virtual_stages < 1:

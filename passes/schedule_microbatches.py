@@ -32,9 +32,10 @@ def schedule_microbatches(program: Program) -> Program:
     check_schedule(schedule, links)
     ranks, count = len(schedule.ranks), schedule.microbatches
     if count < ranks:
+        idle = timeline(schedule, links=links).bubble
         warnings.warn(
-            f"{count} microbatch{'es' * (count > 1)} for {ranks} pipeline ranks: schedule {schedule.name} has a bubble of "
-            f"{timeline(schedule, links=links).bubble:.0%} of the computing time\n"
+            f"{count} microbatch{'es' * (count > 1)} for {ranks} pipeline ranks: schedule {schedule.name} has a bubble "
+            f"of {idle:.0%} of the computing time\n"
             f"Way out: Plan(microbatches={2 * ranks}), or more, if the batch has as many rows.",
             stacklevel=2,
         )
