@@ -22,7 +22,7 @@ from autopar.simulate import Step, simulate
 from autopar.stage_assignment import Assignment
 from autopar.stages import Crossing, crossings, first_ranks, stage_programs, users_of
 
-# `first` goes past stage 1; `ids` is an integer made by stage 0; `table` is looked up by stage 0 and multiplied by stage 2
+# `first` goes past stage 1; `ids` is an integer made by stage 0; `table` is used by stages 0 and 2
 TEXT = """
 program mesh(pp=3)
   table  = param table                    : f64[7,4]
