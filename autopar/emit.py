@@ -22,6 +22,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -61,8 +62,27 @@ class RankProgram:
         return self.program.mesh.coordinates(self.rank)
 
     @property
+    def stages(self) -> Mapping[int, RankProgram]:
+        """Of a pipelined program what the rank runs of each of its stages."""
+        schedule = self.program.schedule
+        if schedule is None:
+            return {}
+        here = self.coordinates
+        place = {axis: position for axis, position in here.items() if axis != "pp"}
+        mine = [number for number, rank in enumerate(schedule.placement) if rank == here["pp"]]
+        stages = self.program.stages
+        return {number: RankProgram(stages[number], stages[number].mesh.rank(place)) for number in mine}
+
+    @property
+    def instructions(self) -> str:
+        """Of a pipelined program in which order the rank runs its stages, sends and receives; one a line."""
+        schedule = self.program.schedule
+        steps = schedule.ranks[self.coordinates["pp"]] if schedule is not None else ()
+        return "".join(f"{step}\n" for step in steps)
+
+    @property
     def role(self) -> Role | None:
-        """None before ``differentiate``."""
+        """None before ``differentiate``, and for a pipelined program, whose ``stages`` have one each."""
         return self.program.role_of(self.rank) if self.program.roles else None
 
     @property
@@ -77,10 +97,15 @@ class RankProgram:
     @property
     def code(self) -> str:
         """Python source of ``forward`` and ``backward``, with this rank's numbers in it."""
+        if self.program.schedule is not None:
+            parts = [f"# stage {number}\n{stage.code}" for number, stage in self.stages.items()]
+            return "\n\n".join([*parts, f"# schedule\n{indent(self.instructions, '# ')}"])
         return emit(self.graphs, self.program, self.coordinates)
 
     @property
     def inference_code(self) -> str:
+        if self.program.schedule is not None:
+            return "\n\n".join(f"# stage {number}\n{s.inference_code}" for number, s in self.stages.items())
         role = self.role
         return emit({"inference": role.inference if role else self.program.graph}, self.program, self.coordinates)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from autopar.bound import Give
 from autopar.bound_stage import BoundStage, Microbatch, StageStep
 from autopar.channels import Channels, Types
 from autopar.connect import Connection
-from autopar.interpreter import Event, Interpreter, inference_schedule, links_of
+from autopar.errors import InvariantError
+from autopar.interpreter import Event, Interpreter, backward_schedule, inference_schedule, links_of
 from autopar.numerics import restore_output
 from autopar.program import InputKind, OutputKind, Program, value
 from autopar.schedule import Kind, Schedule
@@ -50,34 +52,50 @@ class PipelineExecutable:
         shares = self._shares(batches, rows)
         wanted = frozenset({self.program.outputs[self.program.loss].target})
         run = self._steps(batches, rows, shares, seed, True, wanted)
-        try:
-            with torch.no_grad():
-                self._play(self.program.schedule, run)
-                self._give()
-        except BaseException:
-            for stage in (stage for stages in self.stages.values() for stage in stages):
-                stage.forget()
-            raise
-        return self._total_loss(run, shares)
+        with torch.no_grad():
+            self._play_and_give(self.program.schedule, run)
+            return self._total_loss(run, shares)
 
     def run(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int], seed: int) -> Any:
-        """What the model returns for the whole batch, without gradients: the loss on every rank; other outputs, whole,
-        on the ranks of the stage that makes them, None on others (with ``Plan(outputs="full")`` on every rank)."""
-        targets = [entry.target for entry in self.program.outputs if entry.kind is OutputKind.USER]
+        """What the model returns for the whole batch: the loss on every rank; other outputs, whole, on the ranks of
+        the stage that makes them, None on others. Where gradients are enabled, ``loss.backward()`` on every rank runs
+        the backward passes of all microbatches: the order is that of GPipe, whatever the plan's schedule."""
+        if torch.is_grad_enabled() and self.program.loss is not None:
+            given = torch.zeros((), device=self.comm.device, requires_grad=True)  # each rank has a backward pass by it
+            step = _Forward(self, batches, rows, seed)
+            loss: Tensor = _Differentiable.apply(given, step)  # type: ignore[no-untyped-call]
+            return self._output(step.steps, loss)
         with torch.no_grad():
             shares = self._shares(batches, rows) if self.program.loss is not None else [1.0] * len(rows)
-            run = self._steps(batches, rows, shares, seed, False, frozenset(targets))
+            run = self._steps(batches, rows, shares, seed, False, self._users)
             self._play(inference_schedule(self.program), run)
-            found: list[Tensor | None] = []
-            for position, entry in enumerate(self.program.outputs):
-                if entry.kind is not OutputKind.USER:
-                    continue
-                if position == self.program.loss:
-                    found.append(self._total_loss(run, shares))
-                    continue
-                makers = [step for step in run.values() if entry.target in step.batches[0].outputs]
-                parts = [batch.outputs[entry.target] for batch in makers[0].batches] if makers else []
-                found.append(microbatches.together(parts) if parts else None)
+            return self._output(run, self._total_loss(run, shares) if self.program.loss is not None else None)
+
+    def forward(self, step: _Forward) -> Tensor:
+        """All forward passes, which keep what backward needs; the loss."""
+        shares = self._shares(step.batches, step.rows)
+        step.steps = self._steps(step.batches, step.rows, shares, step.seed, True, self._users)
+        self._play(inference_schedule(self.program), step.steps)
+        return self._total_loss(step.steps, shares)
+
+    def backward(self, step: _Forward, grad: Tensor) -> None:
+        """All backward passes; gradients are added to ``.grad``."""
+        for batch in (batch for stage in step.steps.values() for batch in stage.batches):
+            batch.share = batch.share * grad
+        self._play_and_give(backward_schedule(self.program), step.steps)
+
+    @property
+    def _users(self) -> frozenset[str]:
+        return frozenset(entry.target for entry in self.program.outputs if entry.kind is OutputKind.USER)
+
+    def _output(self, steps: dict[int, StageStep], loss: Tensor | None) -> Any:
+        found: list[Tensor | None] = []
+        for position, entry in enumerate(self.program.outputs):
+            if entry.kind is not OutputKind.USER:
+                continue
+            makers = [step for step in steps.values() if entry.target in step.batches[0].outputs]
+            parts = [batch.outputs[entry.target] for batch in makers[0].batches] if makers else []
+            found.append(loss if position == self.program.loss else microbatches.together(parts) if parts else None)
         return restore_output(self.program, found) if self.program.out_spec is not None else tuple(found)
 
     def _steps(
@@ -135,6 +153,15 @@ class PipelineExecutable:
 
     # ------------------------------------------------------------ gradients
 
+    def _play_and_give(self, schedule: Schedule, steps: dict[int, StageStep]) -> None:
+        try:
+            self._play(schedule, steps)
+            self._give()
+        except BaseException:
+            for stage in (stage for stages in self.stages.values() for stage in stages):
+                stage.forget()
+            raise
+
     def _give(self) -> None:
         """Reduce the gradients of all stages, sum those of parameters that several have, hand them to the module."""
         self.comm.phase = "backward"
@@ -166,6 +193,33 @@ class PipelineExecutable:
         parts[self.rank] = grad
         first, *others = [parts[rank] for rank in sorted(parts)]
         return sum(others, first)
+
+
+@dataclass
+class _Forward:
+    """A forward pass of all microbatches, and what its backward pass goes on with."""
+
+    executable: PipelineExecutable
+    batches: Sequence[Sequence[Tensor]]
+    rows: Sequence[int]
+    seed: int
+    steps: dict[int, StageStep] = field(default_factory=dict)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The place of a pipeline in autograd's graph; gradients of parameters it adds itself."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, step: _Forward) -> Tensor:
+        ctx.step = step
+        return step.executable.forward(step)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        if torch.is_grad_enabled():
+            raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
+        ctx.step.executable.backward(ctx.step, grad)
+        return None, None
 
 
 def _types(program: Program) -> dict[tuple[Kind, int, int], Types]:

@@ -29,7 +29,10 @@ IN_TORCH = re.compile(r"torch\.\w+", re.ASCII)
 KEYWORD = re.compile(r"[A-Za-z_]\w*(?=\s*=)", re.ASCII)
 RETURN = re.compile(r"return\b(?!\s*=)")
 LABEL = re.compile(rf"(?:[A-Za-z0-9_.]+|{STRING.pattern})(?=\s*=)", re.ASCII)
-UPDATE = re.compile(r"update\s+(?=[^\s=,])")
+MARKED = {  # what stands before the name of an output that is not the user's
+    OutputKind.BUFFER_UPDATE: re.compile(r"update\s+(?=[^\s=,])"),
+    OutputKind.SENT: re.compile(r"send\s+(?=[^\s=,])"),
+}
 SAVED_VALUE = re.compile(r"saved\s+(?=[^\s=,])")
 
 LITERALS = {"None": None, "True": True, "False": False, "inf": math.inf, "nan": math.nan}
@@ -96,17 +99,16 @@ class GraphReader:
         while cursor.more():
             if returned:
                 cursor.expect_sign(",")
-            kind: OutputKind | str = OutputKind.USER
-            if cursor.take(UPDATE):
-                kind = OutputKind.BUFFER_UPDATE
-            elif self.role and cursor.take(SAVED_VALUE):
+            marked = [kind for kind, mark in MARKED.items() if cursor.take(mark)]
+            kind: OutputKind | str = marked[0] if marked else OutputKind.USER
+            if not marked and self.role and cursor.take(SAVED_VALUE):
                 kind = SAVED
             target = ""
             if kind is not SAVED and cursor.looking_at(LABEL):
                 target = cursor.target("the name of an output")
                 cursor.expect_sign("=")
-            elif kind is OutputKind.BUFFER_UPDATE:
-                cursor.fail("the name of a buffer and '='")
+            elif marked:
+                cursor.fail("the name of a buffer and '='" if kind is OutputKind.BUFFER_UPDATE else "a name and '='")
             self.section.labels.append((kind, target))
             returned.append(self._argument(cursor))
         cursor.comment()

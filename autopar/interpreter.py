@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from autopar.program import Program
@@ -77,6 +77,16 @@ def inference_schedule(program: Program) -> Schedule:
     """Forward only, with its messages."""
     assert program.schedule is not None
     return with_messages(forward_only(program.schedule), links_of(program))
+
+
+def backward_schedule(program: Program) -> Schedule:
+    """The backward passes that follow when all forward ones are done: in their order backwards, with messages."""
+    assert program.schedule is not None
+    forward = forward_only(program.schedule)
+    orders = [reversed(list(forward.computes(rank))) for rank in range(len(forward.ranks))]
+    ranks = [[Compute(Kind.B, step.stage, step.microbatch) for step in order] for order in orders]
+    backward = replace(forward, name=f"{program.schedule.name} backward", ranks=tuple(map(tuple, ranks)))
+    return with_messages(backward, links_of(program))
 
 
 class Interpreter:

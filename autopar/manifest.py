@@ -48,8 +48,18 @@ def describe(program: Program) -> dict[str, Any]:
         "parameters": list(_tensors(program, InputKind.PARAMETER)),
         "buffers": list(_tensors(program, InputKind.BUFFER)),
         "groups": {axis: [list(group) for group in mesh.groups(axis)] for axis in mesh.names},
-        "ranks": [{"rank": rank, "role": 0, "coordinates": mesh.coordinates(rank)} for rank in range(mesh.world_size)],
+        "ranks": list(_ranks(program)),
     }
+
+
+def _ranks(program: Program) -> Iterator[dict[str, Any]]:
+    """``role``: the position on the pipeline, whose ranks run the same graphs; with it the stages there."""
+    placement = program.schedule.placement if program.schedule is not None else ()
+    for rank in range(program.mesh.world_size):
+        here = program.mesh.coordinates(rank)
+        role = here.get("pp", 0)
+        stages = [number for number, place in enumerate(placement) if place == role]
+        yield {"rank": rank, "role": role, "coordinates": here, **({"stages": stages} if program.stages else {})}
 
 
 def _tensors(program: Program, *kinds: InputKind) -> Iterator[dict[str, Any]]:

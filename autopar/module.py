@@ -113,21 +113,15 @@ class ParallelModule(nn.Module):
         return loss.detach()
 
     def _pipelined(self, call: Call, trains: bool) -> Any:
-        """A step of the pipeline: the loss, or without gradients what the model returns."""
+        """A step of the pipeline: the loss, or what the model returns."""
         if self._connection is None:
             raise not_launched(self.mesh)
-        if not trains and torch.is_grad_enabled():
-            raise InvariantError(
-                f"on {self.mesh} forward and backward of microbatches run in turn, not one after the other\n"
-                "Way out: loss = model.train_step(**batch) in place of model(**batch) and loss.backward(); "
-                "for outputs alone: torch.no_grad()."
-            )
         batches = microbatches.parts(call.args, call.kwargs, self.mesh, self.plan)
         executable = self._made(call)
         assert isinstance(executable, PipelineExecutable)
         tensors = [self._signature.call((), batch).tensors for batch in batches]
         rows = microbatches.rows(call.kwargs, batches, self.plan)
-        if trains:
+        if trains or (self.training and torch.is_grad_enabled()):
             self._steps += len(batches)
         seed = self.plan.seed * SEED_STRIDE + self._steps
         return executable.train(tensors, rows, seed) if trains else executable.run(tensors, rows, seed)

@@ -14,16 +14,21 @@ import torch
 from torch import Tensor
 
 from autopar import text
-from autopar.errors import ProgramFileError
+from autopar.errors import ProgramFileError, ScheduleError
 from autopar.graph_reader import SAVED, GraphReader, Section
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.program import InputKind, Output, OutputKind, Program, Role, values
 from autopar.scan import Cursor
+from autopar.schedule import Schedule
+from autopar.schedule_text import parse_schedule
 
 HEADER = re.compile(r"program mesh\(([^()]*)\)( nograd)?\s*(#.*)?")
 RETURN = re.compile(r"\s*return\b")  # goes on in the next line if it ends in a comma
 SECTION = re.compile(r"(forward|backward|inference):\s*(#.*)?")
+PART = re.compile(r"(stage|remainder|schedule)\b")  # begins a part of a pipelined program
+STAGE = re.compile(r"stage \d+ of \d+")
+REMAINDER = "remainder/"  # before the names of constants of the remainder
 
 Lines = list[tuple[int, str]]
 
@@ -37,7 +42,50 @@ def parse(
     ``origins``: take the comment at the end of a line for its origin, as ``format_program(origins=True)`` wrote it.
     Raises ProgramFileError with the line number and what was expected there.
     """
-    sections = list(_sections(source))
+    given = dict(constants or {})
+    (_, whole), *others = _programs(source)
+    program = _program(whole, plan, given, origins)
+    stages: list[Program] = []
+    for position, (kind, lines) in enumerate(others):
+        if kind == "remainder":
+            last = {name[len(REMAINDER) :]: tensor for name, tensor in given.items() if name.startswith(REMAINDER)}
+            rest = _padded([line for _, chunk in others[position:] for line in chunk])
+            remainder = parse(rest.replace("remainder", "program", 1), plan, last, origins=origins)
+            return replace(program, stages=tuple(stages), remainder=remainder)
+        if kind == "schedule":
+            program = replace(program, schedule=_schedule(lines))
+        else:
+            number, heading = lines[0]
+            lines[0] = number, STAGE.sub("program", heading)
+            stages.append(_program(lines, plan, given, origins))
+    return replace(program, stages=tuple(stages))
+
+
+def _programs(source: str) -> list[tuple[str, Lines]]:
+    """The parts of a pipelined program: its own graph, stages, schedule, remainder, with their numbered lines."""
+    parts: list[tuple[str, Lines]] = [("program", [])]
+    for number, line in enumerate(source.splitlines(), 1):
+        found = PART.match(line)
+        if found:
+            parts.append((found[1], []))
+        parts[-1][1].append((number, line))
+    return parts
+
+
+def _padded(lines: Lines) -> str:
+    """Text in which the lines have their numbers."""
+    return "\n" * (lines[0][0] - 1) + "\n".join(line for _, line in lines)
+
+
+def _schedule(lines: Lines) -> Schedule:
+    try:
+        return parse_schedule(_padded(lines))
+    except ScheduleError as error:
+        raise ProgramFileError(str(error)) from error
+
+
+def _program(lines: Lines, plan: Plan | None, constants: Mapping[str, Tensor], origins: bool) -> Program:
+    sections = list(_sections(lines))
     number, header, body = sections[0]
     mesh, gradients = _header(number, header)
     main = GraphReader(mesh, gradients=gradients, role=False, origins=origins).read(number, body)
@@ -48,7 +96,7 @@ def parse(
         plan=plan or Plan(),
         inputs=tuple(main.inputs),
         outputs=outputs,
-        constants=_constants(main, constants or {}),
+        constants=_constants(main, constants),
     )
     roles = _roles(sections[1:], program, origins)
     return replace(program, roles=roles)
@@ -57,10 +105,10 @@ def parse(
 # ---------------------------------------------------------------- sections
 
 
-def _sections(source: str) -> Iterator[tuple[int, str, Lines]]:
+def _sections(lines: Lines) -> Iterator[tuple[int, str, Lines]]:
     """(line number, heading, [(line number, line)]) for the header and each ``forward:``, ... after it."""
     heading, body, unfinished = (0, ""), Lines(), False
-    for number, line in enumerate(source.splitlines(), 1):
+    for number, line in lines:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         if not line[0].isspace() and (not heading[0] or SECTION.fullmatch(line)):

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from autopar.errors import ProgramFileError
 from autopar.graph_reader import parse_argument
 from autopar.manifest import FORMAT, VERSION, describe
-from autopar.parse import parse
+from autopar.parse import REMAINDER, parse
 from autopar.plan import Plan
 from autopar.program import InputKind, Program, value
 from autopar.structures import structure_from_json
@@ -68,7 +68,7 @@ def _text(program: Program) -> str:
     """The text form, after trying that it reads back."""
     source = format_program(program, origins=True)
     try:
-        again = format_program(parse(source, program.plan, program.constants, origins=True), origins=True)
+        again = format_program(parse(source, program.plan, _all_constants(program), origins=True), origins=True)
     except ProgramFileError as error:
         raise ProgramFileError(f"the program cannot be saved, its text form does not read back: {error}") from error
     for line, (written, read) in enumerate(zip(source.splitlines(), again.splitlines()), 1):
@@ -79,14 +79,21 @@ def _text(program: Program) -> str:
     return source + "\n"
 
 
+def _all_constants(program: Program) -> dict[str, Tensor]:
+    """Those of the remainder too, marked as such: they may have other sizes."""
+    rest = _all_constants(program.remainder) if program.remainder is not None else {}
+    return {**program.constants, **{f"{REMAINDER}{name}": tensor for name, tensor in rest.items()}}
+
+
 def _constants(program: Program) -> bytes:
-    for name, tensor in program.constants.items():
+    constants = _all_constants(program)
+    for name, tensor in constants.items():
         if isinstance(tensor, FakeTensor) or tensor.is_meta:
             raise ProgramFileError(
                 f"the program cannot be saved: constant '{name}' has no data ({tensor.device} tensor); "
                 "trace the model with this constant on a real device"
             )
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in program.constants.items()}
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in constants.items()}
     return bytes(safetensors.torch.save(copies))
 
 
@@ -201,7 +208,7 @@ def load(directory: str | Path) -> Program:
         in_spec=structures["inputs"],
         out_spec=structures["outputs"],
         passes=tuple(manifest["passes"]),
-        constants=constants,
+        constants={name: tensor for name, tensor in constants.items() if not name.startswith(REMAINDER)},
         static_inputs=static["static_inputs"],
         static_outputs=static["static_outputs"],
     )

@@ -7,14 +7,25 @@ from dataclasses import replace
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.schedule import Kind, Schedule, make_schedule
+from autopar.schedule_text import parse_schedule
 
 
 def planned_schedule(plan: Plan, mesh: Mesh) -> Schedule:
     """The schedule that ``plan`` asks for on the pipeline ranks of ``mesh``.
 
-    Raises ValueError for one that does not go with the mesh.
+    Raises ValueError for one that does not go with the mesh, ScheduleError for one that is written down wrongly.
     """
-    return make_schedule(plan.schedule, mesh.size("pp"), plan.microbatches, plan.virtual_stages)
+    ranks = mesh.size("pp")
+    if ":" not in plan.schedule:
+        return make_schedule(plan.schedule, ranks, plan.microbatches, plan.virtual_stages)
+    written = parse_schedule(plan.schedule)
+    sizes = len(written.ranks), written.microbatches
+    if sizes != (ranks, plan.microbatches):
+        raise ValueError(
+            f"Plan(schedule=...) is written for {sizes[0]} pipeline ranks and {sizes[1]} microbatches; "
+            f"{mesh} has {ranks}, the plan {plan.microbatches}\nWay out: the same numbers in both."
+        )
+    return written
 
 
 def forward_only(schedule: Schedule) -> Schedule:

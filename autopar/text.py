@@ -9,7 +9,8 @@
 Gradients: by default parameters of floating dtype require them, and so does what is computed from such values; a type
 that differs is followed by ``grad`` or ``nograd``. ``nograd`` in the header: no value of the graph requires a gradient.
 Sections ``forward:``, ``backward:``, ``inference:`` follow for each role once the program is differentiated; gradients
-are computed explicitly there, so types say nothing about them.
+are computed explicitly there, so types say nothing about them. A pipelined program goes on with ``stage 0 of 2
+mesh(...)`` and so on, each as a program, the ``schedule``, and a ``remainder mesh(...)`` for smaller last microbatches.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from autopar.mesh import Mesh
 from autopar.operators import REGISTRY
 from autopar.program import Input, InputKind, Node, Output, OutputKind, Program, Role, Value, origin, values
 from autopar.scan import PLAIN
+from autopar.schedule_text import format_schedule
 
 DTYPES = {
     "f64": torch.float64,
@@ -65,16 +67,27 @@ def format_program(program: Program, *, origins: bool = False) -> str:
 
     Values of constants, the plan, input and output structures are not part of it (see :mod:`autopar.program_file`).
     """
+    sections = list(_program_sections(program, "program", origins))
+    for number, stage in enumerate(program.stages):
+        sections += _program_sections(stage, f"stage {number} of {len(program.stages)}", origins)
+    if program.schedule is not None:
+        sections.append(format_schedule(program.schedule).rstrip())
+    if program.remainder is not None:
+        sections.append(format_program(program.remainder, origins=origins).replace("program", "remainder", 1))
+    return "\n\n".join(sections)
+
+
+def _program_sections(program: Program, title: str, origins: bool) -> Iterator[str]:
+    """The graph of one program, and those of its roles."""
     table = {entry.node: entry for entry in program.inputs}
     inputs = [table.get(node.name) for node in placeholders(program.graph)]
     gradients = grad_by_default if _needs_gradients(program.graph, inputs) else no_grad_by_default
     lines = _Lines(program.mesh, gradients, origins)
-    heading = f"program {program.mesh}" + (" nograd" if gradients is no_grad_by_default else "")
-    sections = [lines.section(heading, program.graph, inputs, [output_label(entry) for entry in program.outputs])]
+    heading = f"{title} {program.mesh}" + (" nograd" if gradients is no_grad_by_default else "")
+    yield lines.section(heading, program.graph, inputs, [output_label(entry) for entry in program.outputs])
     for position, role in enumerate(program.roles):
         suffix = f"  # role {position}" if len(program.roles) > 1 else ""
-        sections += _role_sections(role, program, inputs, _Lines(program.mesh, None, origins), suffix)
-    return "\n\n".join(sections)
+        yield from _role_sections(role, program, inputs, _Lines(program.mesh, None, origins), suffix)
 
 
 def format_graph(graph: fx.Graph, mesh: Mesh | None = None, *, origins: bool = False) -> str:
@@ -103,8 +116,8 @@ def _input_text(entry: Input | str | None, node: Node) -> str:
 
 
 def output_label(entry: Output) -> str:
-    if entry.kind is OutputKind.BUFFER_UPDATE:
-        return f"update {quoted(entry.target)}="
+    if entry.kind is not OutputKind.USER:
+        return f"{entry.kind.value} {quoted(entry.target)}="
     return f"{quoted(entry.target)}=" if entry.target else ""
 
 
@@ -142,7 +155,7 @@ def grad_by_default(kind: InputKind | None, node: Node, value: Value, position: 
     if not _floating(value.dtype):
         return False
     if node.op == "placeholder":
-        return kind is InputKind.PARAMETER
+        return kind in (InputKind.PARAMETER, InputKind.RECEIVED)
     if node.target is operator.getitem and isinstance(node.args[0], Node) and isinstance(node.args[1], int):
         whole = values(node.args[0])
         return whole[node.args[1]].requires_grad if node.args[1] < len(whole) else False
@@ -153,7 +166,8 @@ def _needs_gradients(graph: fx.Graph, inputs: Sequence[Input | None]) -> bool:
     """False if no value requires a gradient although a parameter would by default: the header then says so."""
     if any(value.requires_grad for node in graph.nodes for value in values(node)):
         return True
-    parameters = [n for n, e in zip(placeholders(graph), inputs) if e is not None and e.kind is InputKind.PARAMETER]
+    kinds = (InputKind.PARAMETER, InputKind.RECEIVED)
+    parameters = [n for n, e in zip(placeholders(graph), inputs) if e is not None and e.kind in kinds]
     return not any(_floating(value.dtype) for node in parameters for value in values(node))
 
 

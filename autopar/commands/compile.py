@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ from autopar.driver import compile_program
 from autopar.emit import emit
 from autopar.footprint import held, sent
 from autopar.named_models import named_model
+from autopar.program import Program
 from autopar.program_file import save
 
 
@@ -42,13 +44,14 @@ def compile_command(
 ) -> None:
     """Write the program of MODEL on a mesh to DIR: the graphs as text, constants, a manifest with every layout.
 
-    Weights are not part of it. stage0/rank.py is what the ranks run, to be read.
+    Weights are not part of it. stage0/rank.py is what the ranks run, to be read; of a pipeline one for each stage, and
+    in schedule/ what each pipeline rank does in order.
     """
     on = read_mesh(mesh)
     example = named_model(model, read_config(config), batch, length, seed, data_ways(on))
     with stderr().status(f"making the program of {model} on {on}"):
         program = compile_program(example.model, on, read_plan(plan), (), example.batch)
-        save(program, output, extra_files={"stage0/rank.py": emit(program.rank(0).graphs, program)})
+        save(program, output, extra_files=dict(_to_read(program)))
     files = {path.relative_to(output).as_posix(): path.stat().st_size for path in output.rglob("*") if path.is_file()}
     if as_json:
         parts = {"parameters": held_json(held(program)), "traffic": traffic_json(sent(program))}
@@ -57,3 +60,11 @@ def compile_command(
     for name, size in sorted(files.items()):
         print(f"{output / name}  {size_text(size)}")
     print(f"to run it: autopar run {output}")
+
+
+def _to_read(program: Program) -> Iterator[tuple[str, str]]:
+    """Files for people: relative path and content."""
+    for number, stage in enumerate(program.stages or (program,)):
+        yield f"stage{number}/rank.py", emit(stage.rank(0).graphs, stage)
+    for place, rank in enumerate(program.mesh.group(0, "pp") if program.stages else ()):
+        yield f"schedule/rank{place:03}.txt", program.rank(rank).instructions

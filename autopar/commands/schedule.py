@@ -24,12 +24,13 @@ from autopar.timeline_svg import svg
 
 @dataclass(frozen=True)
 class Shown:
-    """A checked schedule with what there is to say of it. ``formula``: the bubble, and its text, where there is one."""
+    """A checked schedule with what there is to say of it. ``formula``: the bubble of one that is made by name, as text,
+    and its value where there are microbatches enough for it."""
 
     schedule: Schedule
     drawn: Timeline
     peaks: tuple[int, ...]
-    formula: tuple[str, float] | None
+    formula: tuple[str, float | None] | None
     check_s: float
 
 
@@ -82,7 +83,7 @@ def _read(name: str, *sizes: int | None) -> Schedule:
     return parse_schedule(path.read_text(encoding="utf-8"))
 
 
-def _checked(made: Schedule, formula: tuple[str, float] | None) -> Shown:
+def _checked(made: Schedule, formula: tuple[str, float | None] | None) -> Shown:
     links: Sequence[Link] = chain(len(made.placement))
     check_computes(made)
     whole = made if made.has_messages or len(made.ranks) == 1 else with_messages(made, links)
@@ -93,11 +94,9 @@ def _checked(made: Schedule, formula: tuple[str, float] | None) -> Shown:
     return Shown(whole, timeline(whole), peaks, formula, seconds)
 
 
-def _formula(made: Schedule) -> tuple[str, float] | None:
-    """Text and value; None where there are too few microbatches for it."""
+def _formula(made: Schedule) -> tuple[str, float | None]:
     bubble, p = NAMES[made.name].bubble, len(made.ranks)
-    value = bubble.value(p, made.microbatches, len(made.placement) // p)
-    return None if value is None else (bubble.text, value)
+    return bubble.text, bubble.value(p, made.microbatches, len(made.placement) // p)
 
 
 def _title(made: Schedule) -> str:
@@ -108,23 +107,21 @@ def _title(made: Schedule) -> str:
 
 
 def _bubble(shown: Shown) -> str:
-    formula = f" = {shown.formula[0]}" if shown.formula and _equal(shown) else ""
-    return f"bubble {shown.drawn.bubble:.2%}{formula}"
-
-
-def _equal(shown: Shown) -> bool:
-    return shown.formula is not None and abs(shown.formula[1] - shown.drawn.bubble) < 1e-9
+    text, value = shown.formula or ("", None)
+    same = value is not None and abs(value - shown.drawn.bubble) < 1e-9
+    return f"bubble {shown.drawn.bubble:.2%}{f' = {text}' if same else ''}"
 
 
 def _facts(shown: Shown) -> list[str]:
     drawn, schedule = shown.drawn, shown.schedule
-    if shown.formula is not None:
-        beside = f"formula {shown.formula[0]}: {shown.formula[1]:.2%}"
-    elif schedule.name in NAMES:
-        least = NAMES[schedule.name].bubble.least * len(schedule.ranks)
-        beside = f"formula {NAMES[schedule.name].bubble.text}: from {least} microbatches on"
-    else:
+    if shown.formula is None:
         beside = "no formula"
+    elif shown.formula[1] is not None:
+        beside = f"formula {shown.formula[0]}: {shown.formula[1]:.2%}"
+    else:
+        ranks = len(schedule.ranks)
+        least = NAMES[schedule.name].bubble.least(len(schedule.placement) // ranks) * ranks
+        beside = f"formula {shown.formula[0]}: from {least} microbatches on"
     held = ", ".join(map(str, shown.peaks))
     count = sum(map(len, schedule.ranks))
     return [
@@ -144,7 +141,7 @@ def _document(shown: Shown) -> dict[str, Any]:
         "microbatches": schedule.microbatches,
         "placement": list(schedule.placement),
         "bubble": shown.drawn.bubble,
-        "bubble_formula": None if shown.formula is None else {"text": shown.formula[0], "value": shown.formula[1]},
+        "bubble_formula": shown.formula and {"text": shown.formula[0], "value": shown.formula[1]},
         "inner_bubble": shown.drawn.inner_bubble,
         "peak_in_flight": list(shown.peaks),
         "check_seconds": shown.check_s,

@@ -24,15 +24,15 @@ Stage = Callable[[int, int, int], int]  # (rank, turn, p) -> the turn-th stage o
 @dataclass(frozen=True)
 class Bubble:
     """Idle over computing time where F, I and W take equally long and B twice that, and messages no time: (p-1)/(n m)
-    for ``n = parts(v)``, from ``least * p`` microbatches on."""
+    for ``n = parts(v)``, from ``least(v) * p`` microbatches on."""
 
     text: str
     parts: Callable[[int], int]
-    least: int
+    least: Callable[[int], int]
 
     def value(self, p: int, m: int, v: int) -> float | None:
         """None where m is too small for the formula."""
-        return (p - 1) / (self.parts(v) * m) if m >= self.least * p else None
+        return (p - 1) / (self.parts(v) * m) if m >= self.least(v) * p else None
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,18 @@ class Maker:
     usual: int = 1  # v where none is given
 
 
-PLAIN = Bubble("(p-1)/m", lambda v: 1, 0)
-TURNS = Bubble("(p-1)/(v m)", lambda v: v, 1)
+PLAIN = Bubble("(p-1)/m", lambda v: 1, lambda v: 0)
+TURNS = Bubble("(p-1)/(v m)", lambda v: v, lambda v: 0 if v == 1 else 1)
+THIRD = Bubble("(p-1)/(3 m)", lambda v: 3, lambda v: 1)
+SIXTH = Bubble("(p-1)/(6 m)", lambda v: 6, lambda v: 2)
 
 NAMES: dict[str, Maker] = {
     "gpipe": Maker(gpipe, TURNS),
     "1f1b": Maker(one_forward_one_backward, PLAIN, only=1),
     "interleaved": Maker(interleaved, TURNS, usual=2),
-    "zb-h1": Maker(zb_h1, Bubble("(p-1)/(3 m)", lambda v: 3, 1), only=1),
-    "zb-v": Maker(zb_v, Bubble("(p-1)/(6 m)", lambda v: 6, 2), bounce, only=2),
-    "dualpipe-v": Maker(dualpipe_v, Bubble("(p-1)/(6 m)", lambda v: 6, 2), bounce, only=2),
+    "zb-h1": Maker(zb_h1, THIRD, only=1),
+    "zb-v": Maker(zb_v, SIXTH, bounce, only=2),
+    "dualpipe-v": Maker(dualpipe_v, SIXTH, bounce, only=2),
     "inference": Maker(inference, TURNS),
 }
 

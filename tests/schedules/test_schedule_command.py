@@ -12,6 +12,8 @@ import pytest
 from autopar.__main__ import main
 from autopar.schedule_text import parse_schedule
 
+DOCS = Path(__file__).parent.parent.parent / "docs"
+
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -40,6 +42,13 @@ def test_drawing(schedule_command: Command) -> None:
     assert sum(line.startswith("rank ") for line in out.splitlines()) == 4
 
 
+def test_too_few_microbatches_for_the_formula(schedule_command: Command) -> None:
+    assert (
+        "(formula (p-1)/(6 m): from 4 microbatches on)"
+        in schedule_command("zb-v", "--stages", "2", "--microbatches", "3")[1]
+    )
+
+
 def test_svg_and_text(schedule_command: Command, tmp_path: Path) -> None:
     code, out, _ = schedule_command("interleaved", "--stages", "2", "--virtual", "3", "--svg", "out.svg", "--text")
     assert code == 0
@@ -49,12 +58,18 @@ def test_svg_and_text(schedule_command: Command, tmp_path: Path) -> None:
     assert "interleaved: 2 ranks of 3 stages, 4 microbatches, bubble 8.33% = (p-1)/(v m)" in picture
 
 
+def test_the_picture_of_the_docs_is_what_is_drawn_now(schedule_command: Command, tmp_path: Path) -> None:
+    assert schedule_command("zb-h1", "--stages", "4", "--microbatches", "8", "--svg", "out.svg")[0] == 0
+    picture = DOCS / "schedule_zb_h1.svg"
+    assert (tmp_path / "out.svg").read_text() == picture.read_text(), f"it changed: write {picture} again"
+
+
 def test_json(schedule_command: Command) -> None:
     code, out, _ = schedule_command("zb-v", "--stages", "2", "--microbatches", "3", "--json")
     found = json.loads(out)
     assert code == 0
     assert (found["ranks"], found["microbatches"], found["placement"]) == (2, 3, [0, 1, 1, 0])
-    assert found["bubble_formula"] is None  # from 4 microbatches on
+    assert found["bubble_formula"] == {"text": "(p-1)/(6 m)", "value": None}  # it holds from 4 microbatches on
     assert found["instructions"][0][0] == "F0.0"
     assert len(found["events"]) == 4 * 3 * 3
     assert {"bubble", "inner_bubble", "peak_in_flight", "check_seconds"} <= set(found)
@@ -68,6 +83,8 @@ def test_a_schedule_of_the_users_own(schedule_command: Command, tmp_path: Path) 
     assert "check      passed: 16 instructions" in out
     (tmp_path / "whole.txt").write_text(schedule_command("mine.txt", "--text")[1].split("\n\n")[0])
     assert "check      passed: 16 instructions" in schedule_command("whole.txt")[1]
+    (tmp_path / "1f1b.txt").write_text("schedule 1f1b\nrank 0: F0.0 B0.0\nrank 1: F1.0 B1.0\n")
+    assert "(no formula)" in schedule_command("1f1b.txt")[1]  # whatever it calls itself
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_the_largest_is_checked_in_a_moment(name: str) -> None:
 
 @pytest.mark.slow
 def test_all_up_to_16_ranks_and_64_microbatches() -> None:
-    worst = max((checked(*sizes), sizes) for sizes in all_sizes(range(1, 17), (*range(1, 34), 47, 48, 63, 64)))
+    worst = max((checked(*sizes), sizes) for sizes in all_sizes(range(1, 17), (1, 2, 3, 5, 8, 13, 16, 31, 33, 63, 64)))
     print(f"the longest check: {worst[0]:.3f} s, {worst[1]}")
 
 
