@@ -16,7 +16,8 @@ from autopar.connect import Connection, connect, launched
 from autopar.differentiate import differentiate
 from autopar.layout import Layout
 from autopar.mesh import Mesh
-from autopar.module import ParallelModule, weight_layouts
+from autopar.module import ParallelModule
+from autopar.parameters import weight_layouts
 from autopar.pipeline import Pass, run_passes
 from autopar.plan import Plan
 from autopar.program import Program
