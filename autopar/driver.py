@@ -17,7 +17,8 @@ from autopar.differentiate import differentiate
 from autopar.layout import Layout
 from autopar.mesh import Mesh
 from autopar.mixed_rows import warn_of_mixed_rows
-from autopar.module import ParallelModule, weight_layouts
+from autopar.module import ParallelModule
+from autopar.parameters import weight_layouts
 from autopar.pipeline import Pass, run_passes
 from autopar.plan import Plan
 from autopar.program import Program
