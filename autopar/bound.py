@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -72,19 +72,23 @@ class BoundProgram:
 
     def count(self, tensors: Sequence[Tensor]) -> Tensor | None:
         """What the loss of these inputs is divided by; None where that is the same for all. See ``microbatches``."""
-        if "count" not in self.graphs:
-            found = counting(self.program)
-            if found is None:
-                return None
-            self.graphs["count"] = found
+        if self._counted is None:
+            return None
         self.comm.phase = "forward"
         step = Step(tensors, 0)
         with torch.no_grad(), below_autograd():
-            needed = {node.name for node in self.graphs["count"].nodes if node.op == "placeholder"}
-            pairs = zip(self.entries, self._fetch)
-            inputs: list[Any] = [fetch(step) for (node, _), fetch in pairs if node.name in needed]
-            result: Tensor = self.function("count")(self.comm, inputs)[0]
+            result: Tensor = self.function("count")(self.comm, [fetch(step) for fetch in self._counted])[0]
         return result
+
+    @cached_property
+    def _counted(self) -> list[Fetch] | None:
+        """What the count is made of."""
+        found = counting(self.program)
+        if found is None:
+            return None
+        self.graphs["count"] = found
+        needed = {node.name for node in found.nodes if node.op == "placeholder"}
+        return [fetch for (node, _), fetch in zip(self.entries, self._fetch) if node.name in needed]
 
     def own(self, name: str, given: list[Any]) -> list[Tensor]:
         """What the function ``name`` returns, each tensor in memory of its own."""

@@ -55,12 +55,17 @@ class BoundStage(BoundProgram):
                 found.append(torch.as_tensor(share, dtype=kind.dtype, device=self.comm.device))
         return found
 
+    def step(self, name: str, given: list[Any]) -> list[Tensor]:
+        """What a step of backward returns; what others are then added to, in memory of its own."""
+        is_added_to = self._partial is None and name != INPUTS
+        with below_autograd():
+            return self.own(name, given) if is_added_to else list(self.function(name)(self.comm, given))
+
     def add(self, partial: list[Tensor]) -> None:
         if self._partial is None:
             self._partial = partial
-        else:
-            for total, part in zip(self._partial, partial):
-                total.add_(part)
+        elif partial:
+            torch._foreach_add_(self._partial, partial)
 
     def reduced(self) -> dict[str, Tensor]:
         """The gradients of this rank's parameters over all microbatches; the data axes communicate here."""
@@ -102,13 +107,16 @@ class StageStep:
     ) -> None:
         self.number, self.batches, self.channels = number, batches, channels
         self.trains, self.wanted = trains, outputs
+        self.in_flight = 0  # microbatches of which something is held for a backward pass
 
     def forward(self, number: int, received: Values) -> Values:
         batch = self.batches[number]
         stage = batch.stage
         step = Step(stage.inputs(batch.tensors), batch.seed, received)
         saved = stage.call("forward" if self.trains else "inference", step)
-        batch.saved = list(saved) if self.trains and stage.trains else None
+        if self.trains and stage.trains:
+            batch.saved = list(saved)
+            self.in_flight += 1
         sent = Values()
         for position, entry in enumerate(stage.program.outputs):
             if entry.kind is OutputKind.SENT:
@@ -123,6 +131,7 @@ class StageStep:
             return {}
         found = self._backward(batch, number, WHOLE, grads)
         batch.stage.add(found[len(batch.stage.at_once) :])
+        self.in_flight -= 1
         return dict(zip(batch.stage.at_once, found))
 
     def input_gradients(self, number: int, grads: Values) -> Values:
@@ -137,8 +146,8 @@ class StageStep:
         batch = self.batches[number]
         if batch.kept is not None:
             kept, batch.kept = batch.kept, None
-            with below_autograd():
-                batch.stage.add(batch.stage.own(WEIGHTS, kept))
+            batch.stage.add(batch.stage.step(WEIGHTS, kept))
+            self.in_flight -= 1
 
     def _backward(self, batch: Microbatch, number: int, name: str, grads: Values) -> list[Tensor]:
         assert batch.saved is not None, "backward before forward"
@@ -146,7 +155,4 @@ class StageStep:
         self.channels.sent(self.number, number)  # what backward writes into may be what was sent
         given += batch.stage.tangents(grads, batch.share)
         batch.stage.comm.phase = "backward"
-        with below_autograd():
-            if name == INPUTS:
-                return list(batch.stage.function(name)(batch.stage.comm, given))
-            return batch.stage.own(name, given)
+        return batch.stage.step(name, given)

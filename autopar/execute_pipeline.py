@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autopar import microbatches
+from autopar import schedule_timing as timing
 from autopar.bound import Give
 from autopar.bound_stage import BoundStage, Microbatch, StageStep
 from autopar.channels import Channels, Types
 from autopar.connect import Connection
 from autopar.errors import InvariantError
-from autopar.interpreter import Event, Interpreter, backward_schedule, inference_schedule, links_of
+from autopar.interpreter import Event, Interpreter, Routes, backward_schedule, inference_schedule, links_of
 from autopar.numerics import restore_output
 from autopar.program import InputKind, OutputKind, Program, value
 from autopar.schedule import Kind, Schedule
+from autopar.schedule_timing import Timeline
 from autopar.stages import users_of
 
 
@@ -33,12 +37,15 @@ class PipelineExecutable:
         self.program, self.comm = program, connection.comm
         self.rank = self.comm.coordinates["pp"]
         self.events: list[Event] = []  # of the latest step
+        self.in_flight = 0  # microbatches, of each stage, that were held for a backward pass at a time in that step
+        self._played = program.schedule
         inputs = [entry.target for _, entry in program.placeholders(InputKind.INPUT)]
         placement = program.schedule.placement
         mine = [number for number, rank in enumerate(placement) if rank == self.rank]
         programs = [program] if program.remainder is None else [program, program.remainder]
         own = connection.of_stage()
         self.stages = {n: [BoundStage(whole.stages[n], root, own, inputs) for whole in programs] for n in mine}
+        self._routes = Routes(program)
         self._types = [_types(whole) for whole in programs]
         self._loss = next((n for n in mine if program.stages[n].loss is not None), None)
         self._ties = _ties(program, placement, self.rank)
@@ -68,23 +75,31 @@ class PipelineExecutable:
         with torch.no_grad():
             shares = self._shares(batches, rows) if self.program.loss is not None else [1.0] * len(rows)
             run = self._steps(batches, rows, shares, seed, False, self._users)
-            self._play(inference_schedule(self.program), run)
+            self._play(self._forward_only, run)
             return self._output(run, self._total_loss(run, shares) if self.program.loss is not None else None)
 
     def forward(self, step: _Forward) -> Tensor:
         """All forward passes, which keep what backward needs; the loss."""
         shares = self._shares(step.batches, step.rows)
         step.steps = self._steps(step.batches, step.rows, shares, step.seed, True, self._users)
-        self._play(inference_schedule(self.program), step.steps)
+        self._play(self._forward_only, step.steps)
         return self._total_loss(step.steps, shares)
 
     def backward(self, step: _Forward, grad: Tensor) -> None:
         """All backward passes; gradients are added to ``.grad``."""
         for batch in (batch for stage in step.steps.values() for batch in stage.batches):
             batch.share = batch.share * grad
-        self._play_and_give(backward_schedule(self.program), step.steps)
+        self._play_and_give(self._backward_only, step.steps)
 
-    @property
+    @cached_property
+    def _forward_only(self) -> Schedule:
+        return inference_schedule(self.program)
+
+    @cached_property
+    def _backward_only(self) -> Schedule:
+        return backward_schedule(self.program)
+
+    @cached_property
     def _users(self) -> frozenset[str]:
         return frozenset(entry.target for entry in self.program.outputs if entry.kind is OutputKind.USER)
 
@@ -123,11 +138,35 @@ class PipelineExecutable:
 
     def _play(self, schedule: Schedule, steps: dict[int, StageStep]) -> None:
         channels = next(iter(steps.values())).channels
-        interpreter = Interpreter(self.program, schedule, self.rank, steps, channels)
+        self.in_flight = 0
+
+        def count(rank: int) -> None:
+            self.in_flight = max(self.in_flight, sum([step.in_flight for step in steps.values()]))
+
+        interpreter = Interpreter(self._routes, schedule, self.rank, steps, channels, count)
         for _ in interpreter.run():
             raise AssertionError("a rank waits in its messages")
         channels.end()
-        self.events = interpreter.events
+        self.events, self._played = interpreter.events, schedule
+
+    def timeline(self) -> Timeline:
+        """The latest step of all pipeline ranks, on each of them; collective. Where computes are launched on a device,
+        it is the launching that takes these times. Clocks of several machines agree as far as they are set alike.
+
+        Raises InvariantError where there was no step.
+        """
+        if not self.events:
+            raise InvariantError("there is no timeline before the first step\nWay out: train_step(...) first.")
+        computes = [list(self._played.computes(rank)) for rank in range(len(self._played.ranks))]
+        times = torch.zeros(max(map(len, computes)), 2, dtype=torch.float64)
+        own = torch.tensor([(event.start, event.end) for event in self.events], dtype=torch.float64)
+        times[: len(own)] = own + _epoch()
+        everyone = self.comm.exchange(times.to(self.comm.device), "pp").tolist()
+        return Timeline.of_events(
+            timing.Event(rank, step.kind, step.stage, step.microbatch, start, end)
+            for rank, steps in enumerate(computes)
+            for step, (start, end) in zip(steps, everyone[rank])
+        )
 
     def _shares(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int]) -> list[Tensor | float]:
         """What the loss of each microbatch counts for; only the ranks that have the loss need to know."""
@@ -220,6 +259,13 @@ class _Differentiable(torch.autograd.Function):
             raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
         ctx.step.executable.backward(ctx.step, grad)
         return None, None
+
+
+def _epoch() -> float:
+    """Seconds from the zero of this process's clock back to that of the machine's, which other processes read too."""
+    pairs = [(time.perf_counter(), time.time(), time.perf_counter()) for _ in range(9)]
+    before, there, after = min(pairs, key=lambda pair: pair[2] - pair[0])
+    return there - (before + after) / 2
 
 
 def _types(program: Program) -> dict[tuple[Kind, int, int], Types]:

@@ -7,7 +7,7 @@ does (``Work``) and how messages travel (``Mail``) it is given.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -51,7 +51,7 @@ class Mail(Protocol):
 
 @dataclass(frozen=True)
 class Event:
-    """A compute and when it ran, in seconds from the start of the step."""
+    """A compute and when it ran: seconds of this process's clock (``time.perf_counter``)."""
 
     compute: Compute
     start: float
@@ -89,12 +89,27 @@ def backward_schedule(program: Program) -> Schedule:
     return with_messages(backward, links_of(program))
 
 
+class Routes:
+    """What goes between the stages of a program, the same in every step."""
+
+    def __init__(self, program: Program) -> None:
+        self.flow = Flow(len(program.stages), links_of(program))
+        self._names: dict[tuple[Kind, int, int], tuple[str, ...]] = {}
+        for crossing in crossings(program):
+            self._names[Kind.F, crossing.source, crossing.target] = crossing.names
+            self._names[Kind.B, crossing.target, crossing.source] = crossing.grads
+
+    def names(self, message: Message) -> tuple[str, ...]:
+        """The values of a message, as the stage that makes them forward calls them."""
+        return self._names[message.kind, message.source, message.target]
+
+
 class Interpreter:
     """One pipeline rank. ``works`` has its stages; ``after`` is called with its number behind each compute."""
 
     def __init__(
         self,
-        program: Program,
+        routes: Routes,
         schedule: Schedule,
         rank: int,
         works: Mapping[int, Work],
@@ -102,14 +117,12 @@ class Interpreter:
         after: Callable[[int], None] = lambda rank: None,
     ) -> None:
         self.schedule, self.rank, self.works, self.mail, self.after = schedule, rank, works, mail, after
-        self.flow = Flow(len(program.stages), links_of(program))
-        self.crossings = {(crossing.source, crossing.target): crossing for crossing in crossings(program)}
+        self.routes, self.flow = routes, routes.flow
         self.events: list[Event] = []
         self._ready: dict[Message, list[Any]] = {}  # made here: for another stage of this rank, or yet to be sent
 
     def run(self) -> Iterator[None]:
         """Yields where it would have to wait for another rank."""
-        began = time.perf_counter()
         for step in self.schedule.ranks[self.rank]:
             if isinstance(step, Compute):
                 needs = self.flow.needs(step)
@@ -118,7 +131,7 @@ class Interpreter:
                 values = {message: self._take(message) for message in needs}
                 start = time.perf_counter()
                 self._compute(step, values)
-                self.events.append(Event(step, start - began, time.perf_counter() - began))
+                self.events.append(Event(step, start, time.perf_counter()))
                 self.after(self.rank)
             elif isinstance(step, Send):
                 message = step.message
@@ -132,7 +145,7 @@ class Interpreter:
     def _compute(self, step: Compute, values: dict[Message, list[Any]]) -> None:
         work, given = self.works[step.stage], Values()
         for message, tensors in values.items():
-            given |= {f"{message.source}.{name}": tensor for name, tensor in zip(self._names(message), tensors)}
+            given |= {f"{message.source}.{name}": tensor for name, tensor in zip(self.routes.names(message), tensors)}
         values.clear()
         if step.kind is Kind.W:
             work.weight_gradients(step.microbatch)
@@ -140,9 +153,4 @@ class Interpreter:
         run = {Kind.F: work.forward, Kind.B: work.backward, Kind.I: work.input_gradients}[step.kind]
         made = run(step.microbatch, given)
         for message in self.flow.makes(step):
-            self._ready[message] = [made.pop(f"{message.target}.{name}") for name in self._names(message)]
-
-    def _names(self, message: Message) -> Sequence[str]:
-        if message.kind is Kind.F:
-            return self.crossings[message.source, message.target].names
-        return self.crossings[message.target, message.source].grads
+            self._ready[message] = [made.pop(f"{message.target}.{name}") for name in self.routes.names(message)]

@@ -23,9 +23,10 @@ from autopar.execute_pipeline import PipelineExecutable
 from autopar.layout import Layout
 from autopar.lockstep import Transfer
 from autopar.mesh import Mesh
-from autopar.parameters import Weights, tables, traceable
+from autopar.parameters import Weights, tables, traceable, weight_layouts
 from autopar.plan import Plan
 from autopar.program import InputKind, Program, value
+from autopar.schedule_timing import Timeline
 from autopar.simulate import Step, simulate
 from autopar.stages import first_ranks, holders, is_pipelined
 from autopar.torch_layers import packs_padding
@@ -194,6 +195,17 @@ class ParallelModule(nn.Module):
         """What this rank has sent until now, by phase, axis and collective."""
         return self._connection.comm.traffic if self._connection else ()
 
+    def timeline(self) -> Timeline:
+        """When each pipeline rank computed what in the latest step, on every rank; collective. Draw it with
+        :func:`autopar.timeline.draw` or :func:`autopar.timeline_svg.svg`.
+
+        Raises InvariantError where no step of a pipeline has run.
+        """
+        executable = self._executables.get(next(reversed(self._programs), None))
+        if not isinstance(executable, PipelineExecutable):
+            raise InvariantError("there is no timeline: the latest program has not run, or is not on a mesh with pp")
+        return executable.timeline()
+
     def prepare(self, *args: Any, **kwargs: Any) -> Program:
         """Make the program of this call without running it; the tensors may be meta tensors."""
         call = self._signature.call(args, kwargs)
@@ -353,15 +365,6 @@ def cast_to() -> tuple[torch.dtype | None, ...]:
     """What autocast is asked to compute in; a traced program has its casts as nodes."""
     kinds = ("cpu", "cuda")
     return tuple([torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds])
-
-
-def weight_layouts(program: Program) -> dict[str, Layout]:
-    """Parameter and buffer names, aliases too, with their layouts."""
-    return {
-        name: value(node).layout
-        for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.BUFFER)
-        for name in (entry.target, *entry.aliases)
-    }
 
 
 def loss_of(output: Any) -> Tensor:

@@ -23,6 +23,7 @@ from autopar.connect import Connection
 from autopar.errors import IndivisibleError
 from autopar.layout import Factor, Layout, shard
 from autopar.mesh import Mesh
+from autopar.program import InputKind, Program, value
 from autopar.torch_dtensor import contiguous, dtensor, local_of, strided
 
 Table = dict[str, Any]  # the parameters, or the buffers, of one module
@@ -293,3 +294,12 @@ def outline(tensor: Tensor) -> Tensor:
     """A meta tensor like ``tensor``, a parameter if it is one."""
     plain = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return nn.Parameter(plain, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else plain
+
+
+def weight_layouts(program: Program) -> dict[str, Layout]:
+    """Parameter and buffer names, aliases too, with their layouts."""
+    return {
+        name: value(node).layout
+        for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.BUFFER)
+        for name in (entry.target, *entry.aliases)
+    }

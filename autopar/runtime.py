@@ -46,6 +46,7 @@ class Communicator:
         self.phase = "forward"
         self._back = back
         self._groups = {axis: groups[axis] for axis, size in mesh.axes if size > 1}
+        self._stages = mesh.group(rank, "pp") if "pp" in mesh.names else ()  # of the same place within each
         self._positions = {axis: torch.tensor(i, device=device) for axis, i in self.coordinates.items()}
         self._started: dict[int, str] = {}  # where the result of one under way lies -> what it is
         self._sent: dict[tuple[str, str, str], list[int]] = {}  # (phase, axis, name) -> [operations, bytes]
@@ -182,7 +183,7 @@ class Communicator:
         return self._message(dist.irecv, x, position, position < self.coordinates["pp"])
 
     def _message(self, start: Callable[..., dist.Work | None], x: Tensor, position: int, upwards: bool) -> dist.Work:
-        peer = self.mesh.group(self.rank, "pp")[position]
+        peer = self._stages[position]
         group = self._groups["pp"] if upwards or self._back is None else self._back
         try:
             work = start(x, peer, group=group)
@@ -196,7 +197,7 @@ class Communicator:
         try:
             work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as problem:
-            peers = [rank for rank in self.mesh.group(self.rank, "pp") if rank != self.rank]
+            peers = [rank for rank in self._stages if rank != self.rank]
             raise peer_failed(what, self.rank, peers, self.timeout, problem) from None
 
     def exchange(self, x: Tensor, axis: str) -> Tensor:

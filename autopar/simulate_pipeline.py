@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autopar import microbatches
 from autopar.errors import InvariantError
-from autopar.interpreter import Interpreter, inference_schedule
+from autopar.interpreter import Interpreter, Routes, inference_schedule
 from autopar.lockstep import Lockstep, Ranks, Transfer
 from autopar.numerics import restore_output
 from autopar.program import InputKind, OutputKind, Program, value
@@ -80,11 +80,11 @@ class _Run:
 
     def play(self) -> None:
         """All ranks in turn, each as far as it comes."""
-        post = _Post(self.lockstep)
+        post, routes = _Post(self.lockstep), Routes(self.program)
         players: dict[int, Iterator[None]] = {}
         for rank in range(len(self.schedule.ranks)):
             works = {n: self.stages[n] for n, place in enumerate(self.schedule.placement) if place == rank}
-            players[rank] = Interpreter(self.program, self.schedule, rank, works, _Box(post, rank), self._count).run()
+            players[rank] = Interpreter(routes, self.schedule, rank, works, _Box(post, rank), self._count).run()
         while players:
             before = post.sent, len(players)
             players = {rank: player for rank, player in players.items() if next(player, self) is None}

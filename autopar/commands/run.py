@@ -23,8 +23,7 @@ from autopar.commands.training import is_first
 from autopar.connect import Connection, connect
 from autopar.errors import ProgramFileError
 from autopar.execute import Executable
-from autopar.module import weight_layouts
-from autopar.parameters import Weights
+from autopar.parameters import Weights, weight_layouts
 from autopar.program import InputKind, Program, Value, value
 from autopar.program_file import load
 
