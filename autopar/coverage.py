@@ -29,6 +29,7 @@ from autopar.mixed_rows import normalised
 from autopar.plan import Plan
 from autopar.program import InputKind, Program, origin, value, values
 from autopar.rules import rule_for
+from autopar.stages import PIPELINE
 
 TENSOR_AXIS = "tp"
 MOST_OF_IT = 0.9  # of the bytes of the parameters
@@ -118,7 +119,13 @@ def unknown_operators(program: Program) -> tuple[str, ...]:
 
 
 def operations(program: Program) -> int:
-    """Operations that one rank does in a step, forward and backward."""
+    """Operations that one rank does in a step, forward and backward; of a pipeline the rank that does most, all of whose
+    microbatches count as the first."""
+    if program.schedule is not None:
+        ranks = [0] * len(program.schedule.ranks)
+        for stage, place in zip(program.stages, program.schedule.placement):
+            ranks[place] += program.schedule.microbatches * operations(stage)
+        return max(ranks)
     (role,) = program.roles
     graphs = [graph for graph in (role.forward, role.backward) if graph is not None]
     nodes = [node for graph in graphs for node in graph.nodes]
@@ -166,7 +173,10 @@ def _measured(
 
 
 def compute_share(program: Program, axis: str) -> float:
-    """The share of the forward pass's operations that ``axis`` splits; on data axes of those that see the batch."""
+    """The share of the forward pass's operations that ``axis`` splits; on data axes of those that see the batch.
+    Pipeline stages split all of them."""
+    if axis == PIPELINE:
+        return 1.0
     seen = _after(program, InputKind.INPUT) if axis in DATA_AXES else None
     done = {node: flops(node, lambda kind: kind.shape) for node in program.graph.nodes if seen is None or node in seen}
     total = sum(done.values())
@@ -205,8 +215,8 @@ def _splits(node: fx.Node, axis: str) -> bool:
 
 def _irregular(program: Program, axis: str, normalised: frozenset[str]) -> Iterator[str]:
     """Collectives on a data axis that are no reduction of the loss or of gradients: some product follows on them."""
-    (role,) = program.roles
-    for graph in (role.forward, role.backward):
+    roles = [role for stage in program.stages or (program,) for role in stage.roles]
+    for graph in (graph for role in roles for graph in (role.forward, role.backward)):
         for node in graph.nodes if graph is not None else ():
             name = comm.moving(node.target)
             if name is None or axis not in node.args or not value(node).dtype.is_floating_point:

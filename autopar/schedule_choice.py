@@ -32,3 +32,13 @@ def forward_only(schedule: Schedule) -> Schedule:
     """The forward computes of ``schedule``, without messages: for inference."""
     forward = [[step for step in schedule.computes(rank) if step.kind is Kind.F] for rank in range(len(schedule.ranks))]
     return replace(schedule, name=f"{schedule.name} forward", ranks=tuple(map(tuple, forward)))
+
+
+def most_in_flight(schedule: Schedule) -> list[int]:
+    """For each stage the most microbatches whose activations it holds at once."""
+    held, most = [0] * len(schedule.placement), [0] * len(schedule.placement)
+    for rank in range(len(schedule.ranks)):
+        for step in schedule.computes(rank):
+            held[step.stage] += (step.kind is Kind.F) - (step.kind in (Kind.B, Kind.W))
+            most[step.stage] = max(most[step.stage], held[step.stage])
+    return most

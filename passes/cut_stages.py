@@ -15,8 +15,7 @@ from dataclasses import replace
 
 from autopar.pipeline import graph_pass
 from autopar.program import OutputKind, Program
-from autopar.schedule import Kind, Schedule
-from autopar.schedule_choice import planned_schedule
+from autopar.schedule_choice import most_in_flight, planned_schedule
 from autopar.stage_assignment import Assignment, assign_stages
 from autopar.stages import is_pipelined, stage_programs
 
@@ -57,13 +56,3 @@ def _settled(program: Program) -> Assignment | None:
         return None
     stage_of = {names[name]: stage for name, stage in settled.items()}
     return Assignment(stage_of, frozenset(node for node in names.values() if node not in stage_of))
-
-
-def most_in_flight(schedule: Schedule) -> list[int]:
-    """For each stage the most microbatches whose activations it holds at once."""
-    held, most = [0] * len(schedule.placement), [0] * len(schedule.placement)
-    for rank in range(len(schedule.ranks)):
-        for step in schedule.computes(rank):
-            held[step.stage] += (step.kind is Kind.F) - (step.kind in (Kind.B, Kind.W))
-            most[step.stage] = max(most[step.stage], held[step.stage])
-    return most
