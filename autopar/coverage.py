@@ -119,8 +119,8 @@ def unknown_operators(program: Program) -> tuple[str, ...]:
 
 
 def operations(program: Program) -> int:
-    """Operations that one rank does in a step, forward and backward; of a pipeline the rank that does most, all of whose
-    microbatches count as the first."""
+    """Operations that one rank does in a step, forward and backward; of a pipeline the rank that does most, where each
+    microbatch counts as the first."""
     if program.schedule is not None:
         ranks = [0] * len(program.schedule.ranks)
         for stage, place in zip(program.stages, program.schedule.placement):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,11 +21,13 @@ from autopar.commands.options import (
     read_mesh,
     read_plan,
 )
+from autopar.commands.pipeline_tables import pipeline_of
 from autopar.commands.tables import held_json, held_table, print_json, stderr, stdout, traffic_json, traffic_table
 from autopar.driver import finish_program, forward_passes, joint_passes, split_program
 from autopar.footprint import held, sent
 from autopar.named_models import named_model
 from autopar.program import Program
+from autopar.stages import is_pipelined
 from autopar.text import format_program
 
 
@@ -40,7 +43,11 @@ def show(
     explain: Annotated[
         str | None, typer.Option(metavar="NAME", help="why this node or parameter lies as it does, and what else costs")
     ] = None,
-    summary: Annotated[bool, typer.Option("--summary", help="only the tables: parameters, collectives")] = False,
+    summary: Annotated[bool, typer.Option("--summary", help="only tables: parameters, collectives, stages")] = False,
+    schedule: Annotated[bool, typer.Option("--schedule", help="draw what pipeline ranks do when")] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--schedule-svg", metavar="FILE", help="write that picture to this file")
+    ] = None,
     plan: PlanTexts = None,
     config: ConfigTexts = None,
     batch: Batch = None,
@@ -57,6 +64,10 @@ def show(
     on = read_mesh(mesh)
     if rank is not None:
         on.coordinates(rank)  # a rank off the mesh: say so before the work
+    if (schedule or picture) and not is_pipelined(on):
+        raise ValueError(f"{on} has no pipeline to draw\nWay out: a mesh with an axis pp, e.g. --mesh pp=4,tp=2")
+    if (schedule or picture) and after is not None:
+        raise ValueError("give either --after or a schedule: only the finished program has one")
     early, late = _stops(after)
     example = named_model(model, read_config(config), batch, length, seed, data_ways(on))
     with stderr().status(f"making the program of {model} on {on}"):
@@ -64,8 +75,11 @@ def show(
         whole = split if early is not None else finish_program(split, after=late)
     shown = split if after is None else whole
     text = split.explain(explain) if explain is not None else _text(shown, whole, rank, inference, origins)
+    pipeline = pipeline_of(whole)
+    if picture is not None and pipeline is not None:
+        pipeline.write(picture)
     if as_json:
-        print_json(_document(model, whole, text, rank))
+        print_json(_document(model, whole, text, rank) | (pipeline.to_json() if pipeline else {}))
         return
     if not summary:
         print(text)
@@ -74,6 +88,8 @@ def show(
     console = stdout()
     if not summary:
         console.print()
+    if pipeline is not None:
+        pipeline.print(console, schedule)
     console.print(held_table(held(whole)))
     console.print(traffic_table(f"sent by one rank of {on} in a step", sent(whole, rank or 0)))
 

@@ -33,10 +33,16 @@ from autopar.commands.train_report import document_of, end_of, print_report, tol
 from autopar.commands.training import CLIP, Run, Settings, is_first, train
 from autopar.mesh import Mesh
 from autopar.named_models import named_model, rows_for
+from autopar.stages import is_pipelined
 
 Zero = Annotated[int | None, typer.Option(min=0, max=3, help="ranks of dp share optimizer states, gradients, weights")]
 Precision = Annotated[str | None, typer.Option(metavar="DTYPE", help="compute in bf16, fp16, ...; parameters stay")]
 Recompute = Annotated[str | None, typer.Option(metavar="WHAT", help="none, selective, full, or a fraction of memory")]
+ScheduleName = Annotated[str | None, typer.Option(metavar="NAME", help="of pipeline ranks: gpipe, 1f1b, zb-v, ...")]
+Microbatches = Annotated[
+    int | None, typer.Option(min=1, help="parts of a batch  [default: with pp two for each pipeline rank, else 1]")
+]
+VirtualStages = Annotated[int | None, typer.Option(min=1, help="stages on each pipeline rank")]
 Accumulate = Annotated[int, typer.Option(min=1, help="batches in a step, reduced together")]
 Clip = Annotated[float, typer.Option(min=0, help="most that the norm of all gradients may be; 0: anything")]
 Checkpoint = Annotated[Path | None, typer.Option(metavar="DIR", help="save here, at the end too; all ranks see it")]
@@ -61,6 +67,9 @@ def train_command(
     zero: Zero = None,
     precision: Precision = None,
     recompute: Recompute = None,
+    schedule: ScheduleName = None,
+    microbatches: Microbatches = None,
+    virtual_stages: VirtualStages = None,
     plan: PlanTexts = None,
     config: ConfigTexts = None,
     accumulate: Accumulate = 1,
@@ -80,9 +89,16 @@ def train_command(
     at any step, in float32 by more than 1e-4. SIGTERM ends the step, saves and stops; --resume goes on.
     """
     on, overrides = read_mesh(mesh), read_config(config)
-    shorthands = {"zero": zero, "precision.param": precision, "recompute": recompute}
-    choices = read_plan([*(plan or ()), *(f"{key}={given}" for key, given in shorthands.items() if given is not None)])
-    stream = ByteText(read_text(text), batch or rows_for(data_ways(on)), length)
+    rows = batch or rows_for(data_ways(on))
+    shorthands = {"zero": zero, "precision.param": precision, "recompute": recompute, "schedule": schedule}
+    shorthands |= {"microbatches": microbatches, "virtual_stages": virtual_stages}
+    given = [*(plan or ()), *(f"{key}={choice}" for key, choice in shorthands.items() if choice is not None)]
+    if is_pipelined(on) and not any(entry.startswith("microbatches=") for entry in given):
+        given.append(f"microbatches={max(1, min(2 * on.size('pp'), rows // data_ways(on)))}")
+    choices = read_plan(given)
+    if accumulate > 1 and (is_pipelined(on) or choices.microbatches > 1):
+        raise ValueError("--accumulate does not go with microbatches\nWay out: a larger --batch, more --microbatches")
+    stream = ByteText(read_text(text), rows, length)
     where, saving = _device(device, on), _saving(checkpoint, every, keep, resume)
     if on.world_size > 1 and not is_rank():
         relaunch(on.world_size, sys.argv[1:], max_restarts, stops=True)

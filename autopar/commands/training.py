@@ -25,6 +25,7 @@ from autopar.lockstep import Transfer
 from autopar.mesh import Mesh
 from autopar.module import ParallelModule
 from autopar.plan import Plan
+from autopar.stages import is_pipelined
 
 CLIP = 1.0
 Batch = dict[str, Tensor]
@@ -211,6 +212,7 @@ class _Stepper:
         self.model, self.device, self.curve = model.train(), settings.device, Curve()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate)
         self._clip = settings.clip or math.inf
+        self._in_parts = settings.plan.microbatches > 1 or is_pipelined(settings.mesh)  # the one batch of a step
 
     @property
     def traffic(self) -> tuple[Transfer, ...]:
@@ -220,6 +222,9 @@ class _Stepper:
         start = time.perf_counter()
         losses = []
         for batch in batches:
+            if self._in_parts and isinstance(self.model, ParallelModule):
+                losses.append(self.model.train_step(**batch))
+                continue
             with nullcontext() if batch is batches[-1] else self._no_sync():
                 loss = _loss(self.model(**batch)) / len(batches)
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -101,9 +101,10 @@ def together(states: list[State]) -> State:
     return whole
 
 
+LONG = ["pp=2,tp=2", "dp=2", "pp=2,tp=2", "", "pp=2,tp=2", "pp=1", "pp=2"]
 JOURNEYS = [
     pytest.param(["pp=2", "dp=2", "pp=2"], id="short"),
-    pytest.param(["pp=2,tp=2", "dp=2", "pp=2,tp=2", "", "pp=2,tp=2", "pp=1", "pp=2"], marks=pytest.mark.slow, id="long"),
+    pytest.param(LONG, id="long", marks=pytest.mark.slow),
 ]
 
 

@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from autopar.check import Reference
-from autopar.coverage import cover, Case, operations
+from autopar.coverage import Case, cover, operations
 from autopar.footprint import held, sent
-from autopar.lockstep import Transfer
 from autopar.mesh import Mesh
 from autopar.plan import Plan
-from models import gpt, llama
+from models import gpt
 from tests.pipeline.test_simulated import reference
 
 
