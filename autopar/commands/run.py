@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ import typer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from autopar import microbatches
 from autopar.commands.launch import is_rank, relaunch
 from autopar.commands.options import Json, Seed
 from autopar.commands.tables import print_json, stdout, table, traffic_json, traffic_table
@@ -23,9 +25,11 @@ from autopar.commands.training import is_first
 from autopar.connect import Connection, connect
 from autopar.errors import ProgramFileError
 from autopar.execute import Executable
+from autopar.execute_pipeline import PipelineExecutable
 from autopar.parameters import Weights, weight_layouts
 from autopar.program import InputKind, Program, Value, value
 from autopar.program_file import load
+from autopar.stages import holders
 
 DEVIATION = 0.02  # of random weights
 RUNS = 2
@@ -76,19 +80,73 @@ def _forward(
     """Whole outputs by name, and the seconds of the last run (the first compiles)."""
     generator = torch.Generator().manual_seed(seed)
     root = module_of(program, weights, generator)
-    given = [
-        _tensor(entry.target, value(node), inputs, generator, _least_rows(program))
-        for node, entry in program.placeholders(InputKind.INPUT)
-    ]
-    Weights(root, connection).split(weight_layouts(program))
-    executable = Executable(program, root, connection)
+    forward = _pipeline if program.stages else _executable
+    run = forward(program, root, connection, inputs, generator, seed)
     with torch.no_grad():
         for _ in range(RUNS):
             start = time.perf_counter()
-            result = executable.run(given, seed)
+            result = run()
             seconds = time.perf_counter() - start
     leaves = [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(result)[0]]
-    return {name.strip(".[]'"): _whole(leaf) for name, leaf in leaves if isinstance(leaf, Tensor)}, seconds
+    found = {name.strip(".[]'"): _whole(leaf) if isinstance(leaf, Tensor) else None for name, leaf in leaves}
+    if program.stages:
+        found = _from_all_stages(found, connection)
+    return {name: tensor for name, tensor in found.items() if tensor is not None}, seconds
+
+
+def _executable(
+    program: Program,
+    root: nn.Module,
+    connection: Connection,
+    inputs: Mapping[str, Tensor],
+    generator: torch.Generator,
+    seed: int,
+) -> Callable[[], Any]:
+    given = _inputs(program, inputs, generator)
+    Weights(root, connection).split(weight_layouts(program))
+    executable = Executable(program, root, connection)
+    return lambda: executable.run(given, seed)
+
+
+def _pipeline(
+    program: Program,
+    root: nn.Module,
+    connection: Connection,
+    inputs: Mapping[str, Tensor],
+    generator: torch.Generator,
+    seed: int,
+) -> Callable[[], Any]:
+    """All microbatches: of the inputs that were given, else random ones, as large as the first each."""
+    plan = replace(program.plan, inputs="global")
+    parts: Sequence[Mapping[str, Tensor]] = [{}] * plan.microbatches
+    rows = [1] * plan.microbatches
+    if inputs:
+        parts = microbatches.parts((), inputs, program.mesh, plan)
+        rows = microbatches.rows(inputs, parts, plan)
+    batches = [_inputs(program.of_rows(n == rows[0]), part, generator) for n, part in zip(rows, parts)]
+    here = connection.comm.coordinates["pp"]
+    elsewhere = frozenset(name for name, ranks in holders(program).items() if here not in ranks)
+    Weights(root, connection.of_stage()).split(weight_layouts(program), elsewhere)
+    executable = PipelineExecutable(program, root, connection)
+    return lambda: executable.run(batches, rows, seed)
+
+
+def _inputs(program: Program, given: Mapping[str, Tensor], generator: torch.Generator) -> list[Tensor]:
+    below = _least_rows(program)
+    entries = program.placeholders(InputKind.INPUT)
+    return [_tensor(entry.target, value(node), given, generator, below) for node, entry in entries]
+
+
+def _from_all_stages(found: dict[str, Tensor | None], connection: Connection) -> dict[str, Tensor | None]:
+    """On rank 0 what any stage has returned."""
+    stages: list[dict[str, Tensor | None]] | None = None
+    if connection.mesh.world_size > 1:
+        stages = [{} for _ in range(connection.mesh.world_size)] if is_first() else None
+        first = not any(place for axis, place in connection.comm.coordinates.items() if axis != "pp")
+        dist.gather_object(found if first else {}, stages)
+    for other in stages or ():
+        found |= {name: tensor for name, tensor in other.items() if tensor is not None}
+    return found
 
 
 def module_of(program: Program, weights: Mapping[str, Tensor], generator: torch.Generator) -> nn.Module:
