@@ -10,6 +10,7 @@ from autopar.commands.byte_text import ByteText
 from autopar.commands.curves import sparkline
 from autopar.commands.tables import stdout, table, traffic_json, traffic_table
 from autopar.commands.training import Curve, Run, Settings
+from autopar.stages import is_pipelined
 
 TOLERANCES = {None: 1e-4, "float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # of the loss, any step
 
@@ -29,6 +30,8 @@ def document_of(model: str, run: Run, settings: Settings, text: ByteText, second
         "zero": plan.zero,
         "precision": plan.precision.param,
         "recompute": plan.recompute,
+        "microbatches": plan.microbatches,
+        "schedule": plan.schedule if is_pipelined(settings.mesh) else None,
         "device": settings.device.type,
         "batch": text.batch,
         "length": text.length,

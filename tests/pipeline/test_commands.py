@@ -1,4 +1,4 @@
-"""Commands on meshes with a pipeline: show, check, compile and run, train with a checkpoint that another mesh resumes."""
+"""Commands on meshes with a pipeline: show, check, compile and run, train, save and resume."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def test_compile_and_run(tmp_path: Path) -> None:
 
 
 def train(*arguments: str) -> Outcome:
-    return autopar("train", "gpt", *SMALL, "--length", "8", "--batch", "8", "--plan", "check_numerics=false", *arguments)
+    sizes = ["--length", "8", "--batch", "8"]
+    return autopar("train", "gpt", *SMALL, *sizes, "--plan", "check_numerics=false", *arguments)
 
 
 def losses(log: Path) -> list[float]:
@@ -102,7 +103,8 @@ def test_train_and_resume(tmp_path: Path) -> None:
     first = run_ranks(train, 2, *pipeline, "--steps", "3", "--log", str(tmp_path / "first.jsonl"), *saved, "--json")
     assert [code for code, *_ in first] == [0, 0], first
     document: dict[str, Any] = json.loads(first[0][1])
-    assert document["mesh"] == {"pp": 2} and document["difference"] < 1e-4, "rank 0 trained the unmodified model too"
+    assert (document["mesh"], document["schedule"], document["microbatches"]) == ({"pp": 2}, "interleaved", 3)
+    assert document["largest_difference"] < 1e-4, "rank 0 trained the unmodified model too"
     rest = ["--steps", "5", "--resume", "--no-compare", *saved]
     again = run_ranks(train, 2, "--mesh", "pp=2", *rest, "--log", str(tmp_path / "again.jsonl"))
     assert [code for code, *_ in again] == [0, 0], again
