@@ -25,6 +25,7 @@ from autopar.commands.pipeline_tables import pipeline_of
 from autopar.commands.tables import held_json, held_table, print_json, stderr, stdout, traffic_json, traffic_table
 from autopar.driver import finish_program, forward_passes, joint_passes, split_program
 from autopar.footprint import held, sent
+from autopar.mesh import Mesh
 from autopar.named_models import named_model
 from autopar.program import Program
 from autopar.stages import is_pipelined
@@ -59,15 +60,10 @@ def show(
 
     Nothing is launched, and no weights are needed: models.llama:llama_70b on dp=8,tp=8 works on a laptop.
     """
-    if after is not None and rank is not None:
-        raise ValueError("give either --after or --rank: a rank runs the finished program")
     on = read_mesh(mesh)
     if rank is not None:
         on.coordinates(rank)  # a rank off the mesh: say so before the work
-    if (schedule or picture) and not is_pipelined(on):
-        raise ValueError(f"{on} has no pipeline to draw\nWay out: a mesh with an axis pp, e.g. --mesh pp=4,tp=2")
-    if (schedule or picture) and after is not None:
-        raise ValueError("give either --after or a schedule: only the finished program has one")
+    _refuse(on, after, rank, schedule or picture is not None)
     early, late = _stops(after)
     example = named_model(model, read_config(config), batch, length, seed, data_ways(on))
     with stderr().status(f"making the program of {model} on {on}"):
@@ -92,6 +88,15 @@ def show(
         pipeline.print(console, schedule)
     console.print(held_table(held(whole)))
     console.print(traffic_table(f"sent by one rank of {on} in a step", sent(whole, rank or 0)))
+
+
+def _refuse(mesh: Mesh, after: str | None, rank: int | None, schedule: bool) -> None:
+    if after is not None and rank is not None:
+        raise ValueError("give either --after or --rank: a rank runs the finished program")
+    if schedule and not is_pipelined(mesh):
+        raise ValueError(f"{mesh} has no pipeline to draw\nWay out: a mesh with an axis pp, e.g. --mesh pp=4,tp=2")
+    if schedule and after is not None:
+        raise ValueError("give either --after or a schedule: only the finished program has one")
 
 
 def _stops(after: str | None) -> tuple[str | None, str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,7 @@ from autopar.commands.train_report import document_of, end_of, print_report, tol
 from autopar.commands.training import CLIP, Run, Settings, is_first, train
 from autopar.mesh import Mesh
 from autopar.named_models import named_model, rows_for
+from autopar.plan import Plan
 from autopar.stages import is_pipelined
 
 Zero = Annotated[int | None, typer.Option(min=0, max=3, help="ranks of dp share optimizer states, gradients, weights")]
@@ -92,12 +94,7 @@ def train_command(
     rows = batch or rows_for(data_ways(on))
     shorthands = {"zero": zero, "precision.param": precision, "recompute": recompute, "schedule": schedule}
     shorthands |= {"microbatches": microbatches, "virtual_stages": virtual_stages}
-    given = [*(plan or ()), *(f"{key}={choice}" for key, choice in shorthands.items() if choice is not None)]
-    if is_pipelined(on) and not any(entry.startswith("microbatches=") for entry in given):
-        given.append(f"microbatches={max(1, min(2 * on.size('pp'), rows // data_ways(on)))}")
-    choices = read_plan(given)
-    if accumulate > 1 and (is_pipelined(on) or choices.microbatches > 1):
-        raise ValueError("--accumulate does not go with microbatches\nWay out: a larger --batch, more --microbatches")
+    choices = _plan([*(plan or ())], shorthands, on, rows, accumulate)
     stream = ByteText(read_text(text), rows, length)
     where, saving = _device(device, on), _saving(checkpoint, every, keep, resume)
     if on.world_size > 1 and not is_rank():
@@ -118,6 +115,17 @@ def train_command(
         stderr().print(end_of(run, settings), soft_wrap=True, markup=False) if run.stopped else None
         if run.difference is not None and not run.difference <= tolerance_of(settings):
             raise typer.Exit(1)
+
+
+def _plan(texts: list[str], shorthands: Mapping[str, object], mesh: Mesh, rows: int, accumulate: int) -> Plan:
+    """The plan of options; a pipeline gets two microbatches for each rank of it, if there are as many rows."""
+    texts += [f"{key}={choice}" for key, choice in shorthands.items() if choice is not None]
+    if is_pipelined(mesh) and not any(text.startswith("microbatches=") for text in texts):
+        texts.append(f"microbatches={max(1, min(2 * mesh.size('pp'), rows // data_ways(mesh)))}")
+    plan = read_plan(texts)
+    if accumulate > 1 and (is_pipelined(mesh) or plan.microbatches > 1):
+        raise ValueError("--accumulate does not go with microbatches\nWay out: a larger --batch, more --microbatches")
+    return plan
 
 
 def _train(name: str, model: nn.Module, text: ByteText, settings: Settings, shown: bool) -> Run:
