@@ -31,11 +31,12 @@ from autopar import checkpoint_files as files
 from autopar.errors import AutoparError, CheckpointError
 from autopar.initialise import initialise
 from autopar.module import ParallelModule
-from autopar.named_tensors import Named, materialise, named_tensors, settled
+from autopar.named_tensors import Named, every_tensor, materialise, named_tensors, settled
 from autopar.peers import Peers
 from autopar.slices import Slices
+from autopar.stages import is_pipelined
 from autopar.torch_dtensor import local_of
-from autopar.training_state import NewState, Owners, packed, random_state, set_random_state, unpacked
+from autopar.training_state import Gather, NewState, Owners, packed, random_state, set_random_state, unpacked
 
 NAMES_SHOWN = 3
 # torch says so at each save of a single process, in whatever thread
@@ -99,12 +100,12 @@ class Checkpoints:
                     "Way out: continue from the latest one (load), or save to another directory."
                 )
             optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-            owners = Owners(model, optimizers)
+            owners = Owners(model, optimizers, _gather(model, peers))
             state = _state(model, owners, peers, scheduler, data)
             if peers.rank == 0:
                 files.clean(self.directory)
                 self.directory.mkdir(parents=True, exist_ok=True)
-        also = {f"model.{entry.name}": [f"model.{n}" for n in entry.names[1:]] for entry in _saved(model)}
+        also = {f"model.{entry.name}": [f"model.{n}" for n in entry.names[1:]] for entry in _persistent(model)}
         writer = files.Writer(path, _manifest(step, model, owners, peers), also, self.keep)
         how: dict[str, Any] = {"storage_writer": writer, "planner": files.SavePlanner()}
         how |= {"process_group": peers.group, "no_dist": peers.group is None}
@@ -146,13 +147,13 @@ class Checkpoints:
                 return None
             path = files.path_of(self.directory, step)
             manifest, metadata = files.read_manifest(path), files.read_metadata(path)
-            owners = Owners(model, [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
-            entries = _saved(model)
-            _check_model(path, entries, metadata)
+            optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+            owners = Owners(model, optimizers, _gather(model, peers))
+            _check_model(path, _persistent(model), metadata)
             _check_optimizers(path, model, owners, manifest)
             if scheduler is not None and "scheduler" not in metadata.state_dict_metadata:
                 raise CheckpointError(f"'{path}' has no state of a scheduler")
-        materialise(model, entries)
+        materialise(model, _saved(model))
         news = NewState(owners, metadata) if owners.optimizers else None
         rank = peers.rank if peers.rank < manifest["ranks"] else 0
         blobs = [f"random.{rank}", f"data.{rank}", *(["scheduler"] if scheduler is not None else [])]
@@ -203,8 +204,18 @@ def _copied(value: Any) -> Any:
     return value
 
 
+def _persistent(model: nn.Module) -> list[Named]:
+    """What a checkpoint has of the whole model."""
+    return [entry for entry in every_tensor(model) if entry.persistent]
+
+
 def _saved(model: nn.Module) -> list[Named]:
-    return [entry for entry in named_tensors(model) if entry.persistent]
+    """What this rank saves of it."""
+    return [entry for entry in _persistent(model) if entry.held]
+
+
+def _gather(model: nn.Module, peers: Peers) -> Gather | None:
+    return peers.gather if isinstance(model, ParallelModule) and is_pipelined(model.mesh) else None
 
 
 def _state(model: nn.Module, owners: Owners, peers: Peers, scheduler: Any, data: Any) -> dict[str, Any]:

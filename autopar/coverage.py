@@ -25,6 +25,7 @@ from autopar.flops import flops, is_product
 from autopar.footprint import held
 from autopar.lockstep import Transfer
 from autopar.mesh import DATA_AXES, Mesh
+from autopar.mixed_rows import normalised
 from autopar.plan import Plan
 from autopar.program import InputKind, Program, origin, value, values
 from autopar.rules import rule_for
@@ -138,7 +139,7 @@ def _outcome(reference: Reference, case: Case, whole: int) -> Outcome:
     except (AutoparError, RuntimeError) as error:
         return Outcome(case.title, failure=_first_line(error), seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
-    return _measured(case, report, whole, _normalised(reference.traced), failure, seconds)
+    return _measured(case, report, whole, normalised(reference.traced), failure, seconds)
 
 
 def _measured(
@@ -186,10 +187,6 @@ def remarks(program: Program, axis: str, normalised: frozenset[str] = frozenset(
             return _few(gathered)
         return [f"whole on {axis}: {', '.join(_few(_whole_weights(program, axis)))}", *_few(gathered)]
     return []
-
-
-def _normalised(traced: Program) -> frozenset[str]:
-    return frozenset(origin(node).module for node in traced.graph.nodes if "batch_norm" in str(node.target))
 
 
 def _after(program: Program, kind: InputKind) -> set[fx.Node]:

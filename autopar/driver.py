@@ -16,6 +16,7 @@ from autopar.connect import Connection, connect, launched
 from autopar.differentiate import differentiate
 from autopar.layout import Layout
 from autopar.mesh import Mesh
+from autopar.mixed_rows import warn_of_mixed_rows
 from autopar.module import ParallelModule
 from autopar.parameters import weight_layouts
 from autopar.pipeline import Pass, run_passes
@@ -86,7 +87,9 @@ def pipelined(
     """
     batches = microbatches.parts(args, kwargs or {}, mesh, plan)
     first, last = batches[0], batches[-1]
-    program = finish_program(place(replace(traced(first), settled=dict(layouts or {})), mesh, plan))
+    one = traced(first)
+    warn_of_mixed_rows(replace(one, plan=plan), _with_split_batch)
+    program = finish_program(place(replace(one, settled=dict(layouts or {})), mesh, plan))
     if microbatches.rows(first, [first], plan) == microbatches.rows(first, [last], plan):
         return program
     settled = {**(layouts or {}), **weight_layouts(program)}
@@ -94,6 +97,13 @@ def pipelined(
     remainder = finish_program(place(small, mesh, plan))
     check_same_parameters(program, remainder)
     return replace(program, remainder=remainder)
+
+
+def _with_split_batch(traced: Program, mesh: Mesh) -> Program:
+    program = replace(traced, mesh=mesh, plan=replace(traced.plan, zero=0, on_unknown="replicate"))
+    for step in _until("split_batch", "trace", forward_passes()):
+        program = step(program)  # not run_passes: a failure here leaves no evidence behind, it only ends the question
+    return program
 
 
 def split_program(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from autopar.errors import CheckpointError
 from autopar.module import ParallelModule
-from autopar.named_tensors import Named, materialise, named_tensors
+from autopar.named_tensors import Named, every_tensor, materialise
 from autopar.parameters import Table
 
 
@@ -74,12 +74,17 @@ def _steps(root: nn.Module, owner: str) -> Iterator[Callable[[], Any]]:
 def _copy_on_meta(model: nn.Module) -> nn.Module:
     """A copy of the model itself whose tensors are whole ones on the meta device; tied ones stay tied."""
     memo: dict[int, Any] = {}
-    for entry in named_tensors(model):
+    entries = every_tensor(model)
+    for entry in entries:
         tensor = entry.tensor
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
     found: nn.Module = copy.deepcopy(model._model if isinstance(model, ParallelModule) else model, memo)
+    for entry in entries:
+        for name in () if entry.held else entry.names:  # of other pipeline stages
+            module = found.get_submodule(name.rpartition(".")[0])
+            _table(module, name)[_key(name)] = memo[id(entry.tensor)]
     return found
 
 

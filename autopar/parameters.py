@@ -131,12 +131,14 @@ def in_stored_order(value: Tensor, like: DTensor, form: Stored) -> DTensor:
 
 @dataclass(frozen=True)
 class Absent:
-    """A parameter or buffer that only other pipeline stages hold; ``outline`` is a meta tensor like it."""
+    """A parameter or buffer that only other pipeline stages hold; ``outline`` is a meta tensor like it. ``emptied``:
+    what it was, of which an optimizer made before the cut still has the (now empty) parameter."""
 
     table: Table
     key: str
     name: str
     outline: Tensor
+    emptied: Tensor | None
 
 
 def _skip(key: str, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -181,7 +183,8 @@ class Weights:
                     nothing = cut(local_of(tensor).new_empty(0), stored(Layout.whole([0]), mesh, name), self.connection)
                     held = nn.Parameter(nothing, requires_grad=tensor.requires_grad)
                     torch.utils.swap_tensors(tensor, held)  # type: ignore[no-untyped-call]
-            self.absent.append(Absent(table, key, name, outlines[id(tensor)]))
+            emptied = tensor if isinstance(tensor, DTensor) else None
+            self.absent.append(Absent(table, key, name, outlines[id(tensor)], emptied))
             module.register_load_state_dict_pre_hook(partial(_skip, key))  # type: ignore[no-untyped-call]
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:

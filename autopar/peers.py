@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -33,6 +35,13 @@ class Peers:
         if self.group is not None:
             dist.broadcast_object_list(shared, group=self.group, group_src=0)
         return shared[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank gives, in rank order."""
+        found: list[Any] = [value] * self.size
+        if self.group is not None and self.size > 1:
+            dist.all_gather_object(found, value, group=self.group)
+        return found
 
     def agree(self, what: str, problem: AutoparError | None = None) -> None:
         """Wait for all; raises ``problem`` where there is one, and a CheckpointError that tells of it elsewhere."""

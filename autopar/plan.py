@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from autopar.precision import Precision
+from autopar.schedules import NAMES, stages_per_rank
 
 SEQUENCE_FORMS = ("none", "megatron")
 ZERO_STAGES = (0, 1, 2, 3)
@@ -107,6 +108,7 @@ class Plan:
             raise ValueError(f"Plan(precision={self.precision!r}): write Precision(param={self.precision!r})")
         if not isinstance(self.microbatches, int) or self.microbatches < 1:
             raise ValueError(f"Plan(microbatches={self.microbatches!r}): a whole number, at least 1")
+        _check_schedule(self.schedule, self.virtual_stages)
         if isinstance(self.cuts, str) or not all(isinstance(name, str) and name for name in self.cuts):
             raise ValueError(f"Plan(cuts={self.cuts!r}): names of modules, e.g. ('model.layers.8',)")
         if self.stage_memory_gb is not None and not self.stage_memory_gb > 0:
@@ -159,6 +161,22 @@ _TP_STYLES = {"colwise": "column", "rowwise": "row"}
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"Plan({name}={value!r}): it is one of {', '.join(map(repr, allowed))}")
+
+
+def _check_schedule(schedule: object, virtual_stages: object) -> None:
+    if not isinstance(schedule, str) or ":" not in schedule and schedule not in NAMES:
+        names = ", ".join(map(repr, NAMES))
+        raise ValueError(f"Plan(schedule={schedule!r}): it is one of {names}, or one written as text (docs/pipeline.md)")
+    if virtual_stages is None:
+        return
+    if not isinstance(virtual_stages, int) or isinstance(virtual_stages, bool) or virtual_stages < 1:
+        raise ValueError(f"Plan(virtual_stages={virtual_stages!r}): a whole number, at least 1, or None")
+    if ":" in schedule:
+        raise ValueError(f"Plan(virtual_stages={virtual_stages}): a schedule that is written down has its own stages")
+    try:
+        stages_per_rank(schedule, virtual_stages)
+    except ValueError as problem:
+        raise ValueError(f"Plan(schedule={schedule!r}, virtual_stages={virtual_stages}): {problem}") from None
 
 
 def _check_recompute(value: object) -> None:

@@ -129,7 +129,7 @@ class _Run:
         total: dict[str, Tensor] = {}
         for stage in self.stages:
             layouts = {entry.target: value(node).layout for node, entry in stage.program.placeholders(*InputKind)}
-            for name, ranks in stage.reduced().items():
+            for name, ranks in (entry for found in stage.reduced() for entry in found.items()):
                 whole = joined(f"gradient of {name}", ranks, layouts[name], self.mesh)
                 total[name] = total[name] + whole if name in total else whole
         return total

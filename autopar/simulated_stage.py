@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,7 +39,7 @@ class SimulatedStage:
     ) -> None:
         self.microbatches, self.lockstep, self.trains = microbatches, lockstep, backward
         self.program = microbatches[0].program
-        self.grads: list[Ranks] | None = None  # of parameters, before the data axes have reduced them
+        self.grads: dict[int, list[Ranks]] = {}  # of parameters, before the data axes reduce them: two sizes, two sums
         self.buffers: dict[str, Tensor] = {}
         self._graphs: dict[int, tuple[fx.Graph, list[Ranks]]] = {}
         self._steps: dict[int, BackwardSteps | None] = {}
@@ -65,7 +65,7 @@ class SimulatedStage:
         if steps is None:
             return {}
         found = self.lockstep.run(steps.whole, self._given(batch, grads), "backward")
-        self._add(found[len(steps.at_once) :])
+        self._add(batch.program, found[len(steps.at_once) :])
         return self._handed_on(dict(zip(steps.at_once, found)))
 
     def input_gradients(self, number: int, grads: Values) -> Values:
@@ -82,16 +82,15 @@ class SimulatedStage:
             assert batch.kept is not None
             kept, batch.kept = batch.kept, None
             self.lockstep.drop(kept)  # from now on the graph holds them
-            self._add(self.lockstep.run(steps.weights, kept, "backward"))
+            self._add(batch.program, self.lockstep.run(steps.weights, kept, "backward"))
 
-    def reduced(self) -> dict[str, Ranks]:
-        """The gradients of parameters, once all microbatches are done."""
-        steps = self._steps_of(0)
-        if steps is None or self.grads is None:
-            return {}
-        grads, self.grads = self.grads, None
-        self.lockstep.drop(grads)
-        return dict(zip(steps.later, self.lockstep.run(steps.reduce, grads, "backward")))
+    def reduced(self) -> Iterator[dict[str, Ranks]]:
+        """The gradients of parameters, once all microbatches are done: those of each size of microbatch."""
+        for number, batch in enumerate(self.microbatches):
+            grads, steps = self.grads.pop(id(batch.program), None), self._steps_of(number)
+            if grads is not None and steps is not None:
+                self.lockstep.drop(grads)
+                yield dict(zip(steps.later, self.lockstep.run(steps.reduce, grads, "backward")))
 
     @property
     def in_flight(self) -> int:
@@ -137,14 +136,14 @@ class SimulatedStage:
                 saved.append([share] * self.lockstep.mesh.world_size)
         return saved
 
-    def _add(self, grads: list[Ranks]) -> None:
-        if self.grads is None:
-            self.grads = grads
-            return
-        totals = [[total + part for total, part in zip(*pair)] for pair in zip(self.grads, grads)]
-        self.lockstep.hold(totals)
-        self.lockstep.drop([*self.grads, *grads])
-        self.grads = totals
+    def _add(self, program: Program, grads: list[Ranks]) -> None:
+        before = self.grads.get(id(program))
+        if before is not None:
+            totals = [[total + part for total, part in zip(*pair)] for pair in zip(before, grads)]
+            self.lockstep.hold(totals)
+            self.lockstep.drop([*before, *grads])
+            grads = totals
+        self.grads[id(program)] = grads
 
     def _keep(self, batch: Microbatch, returned: list[Ranks]) -> Values:
         sent = Values()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy
@@ -21,27 +22,38 @@ from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
 from autopar.errors import CheckpointError
-from autopar.named_tensors import Named, named_tensors
+from autopar.named_tensors import Named, emptied, every_tensor
 from autopar.slices import Slices, slices_of
 from autopar.torch_dtensor import dtensor, local_of
 
 Nested = dict[str, Any]
+Gather = Callable[[Any], list[Any]]  # what each rank gives
 
 
 class Owners:
-    """Which parameter of the model each parameter of an optimizer is. Raises CheckpointError for one of another model,
-    and for an optimizer whose state is not one tensor or number per parameter."""
+    """Which parameter of the model each parameter of an optimizer is. Of a pipeline every rank's optimizer has the
+    parameters of its stages; ``gather`` then gives what all ranks say of theirs.
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        self.optimizers = optimizers
-        self._entries = {id(entry.tensor): entry for entry in named_tensors(model)}
+    Raises CheckpointError for a parameter of another model, and for an optimizer whose state is not one tensor or
+    number per parameter.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], gather: Gather | None = None) -> None:
+        self.optimizers, self._gather = optimizers, gather
+        entries = every_tensor(model)
+        self._order = {entry.name: position for position, entry in enumerate(entries)}
+        self._entries = {id(entry.tensor): entry for entry in entries}
+        names = {name: entry for entry in entries for name in entry.names}
+        self._entries |= {id(tensor): names[name] for name, tensor in emptied(model)}
         self.parameters: dict[str, tuple[Optimizer, dict[str, Any], Tensor]] = {}  # name -> (.., its group, ..)
         for optimizer in optimizers:
             if isinstance(optimizer, LBFGS):
                 raise CheckpointError("LBFGS keeps vectors over all parameters at once, which no other mesh could load")
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    self.parameters[self.entry(parameter).name] = (optimizer, group, parameter)
+                    entry = self.entry(parameter)
+                    if entry.held:
+                        self.parameters[entry.name] = (optimizer, group, parameter)
 
     def entry(self, parameter: Tensor) -> Named:
         if id(parameter) not in self._entries:
@@ -52,10 +64,19 @@ class Owners:
         return self._entries[id(parameter)]
 
     def groups(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
-        """Every parameter group, of one optimizer after the other, with the names of its parameters."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                yield group, [self.entry(parameter).name for parameter in group["params"]]
+        """Every parameter group, of one optimizer after the other, with the names of its parameters on all ranks."""
+        yield from zip([group for optimizer in self.optimizers for group in optimizer.param_groups], self._members)
+
+    @cached_property
+    def _members(self) -> list[list[str]]:
+        groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        mine = [[self.entry(parameter).name for parameter in group] for group in groups]
+        if self._gather is None:
+            return mine
+        ranks: list[list[list[str]]] = self._gather(mine)
+        if len(set(map(len, ranks))) > 1:
+            raise CheckpointError(f"ranks have {', '.join(map(str, map(len, ranks)))} groups in their optimizers")
+        return [sorted(set().union(*same), key=self._order.__getitem__) for same in zip(*ranks)]
 
     def state(self) -> Nested:
         found: Nested = {}
@@ -96,9 +117,11 @@ class NewState:
         self._places: list[tuple[str, dict[str, Any], str]] = []  # flat name -> where its value goes
         self._groups: list[dict[str, Any]] = [{} for _ in owners.groups()]
         for flat, path in metadata.planner_data.items():
+            if path[:2] == ("optimizer", "state") and path[2] not in owners.parameters:
+                continue  # of another pipeline stage
             if path[:2] == ("optimizer", "state"):
                 self._add(flat, self._state[path[2]], path[3], path[2], metadata.state_dict_metadata[flat])
-            elif path[:2] == ("optimizer", "param_groups") and path[3] != "params":
+            elif path[:2] == ("optimizer", "param_groups") and path[3] != "params":  # the same on every rank
                 self._add(flat, self._groups[path[2]], path[3], None, metadata.state_dict_metadata[flat])
 
     def _add(self, flat: str, into: dict[str, Any], key: str, name: str | None, stored: Any) -> None:

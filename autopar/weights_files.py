@@ -23,7 +23,7 @@ from torch import nn
 from autopar.checkpoint_files import sync_directory
 from autopar.errors import AutoparError, CheckpointError
 from autopar.initialise import initialise
-from autopar.named_tensors import Named, materialise, named_tensors, settled
+from autopar.named_tensors import Named, every_tensor, materialise, settled
 from autopar.peers import Peers
 from autopar.safetensors_file import SafetensorsFile, create
 from autopar.torch_dtensor import local_of
@@ -37,7 +37,8 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 @dataclass(frozen=True)
 class LoadedWeights:
     """Names of the model's tensors: from the files (``loaded``), by the model's own initialisation (``initialised``);
-    names in the files that the model does not have (``unused``). ``bytes_read``: of data, by this rank."""
+    names in the files that the model does not have (``unused``). ``bytes_read``: of data, by this rank. Of a pipeline
+    each rank reads what its stages hold, and knows of the parameters of all."""
 
     loaded: tuple[str, ...]
     initialised: tuple[str, ...]
@@ -65,7 +66,7 @@ def load_safetensors(
             "how the parameters are split is not known yet\n"
             "Way out: first model.prepare(**batch), or parallelize(..., example_inputs=batch)."
         )
-    entries = named_tensors(model)
+    entries = every_tensor(model)
     known = {name for entry in entries for name in entry.names}
     naming = rename or _prefixed(model, known)
     with ExitStack() as stack:
@@ -78,14 +79,15 @@ def load_safetensors(
         sources = {entry.name: found[name] for entry in entries for name in entry.names[::-1] if name in found}
         loaded = [entry for entry in entries if entry.name in sources]
         _check_shapes(loaded, sources)
-        materialise(model, loaded)
+        held = [entry for entry in loaded if entry.held]
+        materialise(model, held)
         count = 0
-        for entry in loaded:
+        for entry in held:
             file, name = sources[entry.name]
             for offsets, view in entry.slices.pieces():
                 count += file.read(name, offsets, view)
     missing = [entry for entry in entries if entry.name not in sources and _needs_data(entry)]
-    initialise(model, missing, seed)
+    initialise(model, [entry for entry in missing if entry.held], seed)
     unused = tuple(name for called, (_, name) in found.items() if called not in known)
     _tell([entry.name for entry in missing if isinstance(entry.tensor, nn.Parameter)], unused)
     return LoadedWeights(tuple(e.name for e in loaded), tuple(e.name for e in missing), unused, count)
@@ -104,8 +106,8 @@ def save_safetensors(model: nn.Module, directory: str | Path, *, max_shard_size:
     """
     directory, peers = Path(directory), Peers(model)
     partial = directory / PARTIAL
-    entries = [entry for entry in named_tensors(model) if entry.persistent]
-    empty = next((entry.name for entry in entries if local_of(entry.tensor).is_meta), None)
+    entries = [entry for entry in every_tensor(model) if entry.persistent]
+    empty = next((entry.name for entry in entries if entry.held and local_of(entry.tensor).is_meta), None)
     if empty is not None:
         raise CheckpointError(f"'{empty}' has no data: the model was built on the meta device")
     shards = _shards(entries, _bytes(max_shard_size))
@@ -178,7 +180,7 @@ def _check_shapes(entries: Sequence[Named], sources: Mapping[str, tuple[Safetens
 
 
 def _needs_data(entry: Named) -> bool:
-    return isinstance(entry.tensor, nn.Parameter) or local_of(entry.tensor).is_meta
+    return isinstance(entry.tensor, nn.Parameter) or (entry.held and local_of(entry.tensor).is_meta)
 
 
 def _bytes(size: int | str) -> int:
@@ -232,8 +234,8 @@ def _write(path: Path, members: Sequence[Named]) -> None:
     file = SafetensorsFile(path, writable=True)
     try:
         for entry in members:
-            part = entry.slices
-            if part.first:
+            part = entry.slices if entry.held else None
+            if part is not None and part.first:
                 for offsets, piece in part.pieces():
                     file.write(entry.name, offsets, piece)
         file.sync()

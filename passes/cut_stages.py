@@ -10,10 +10,11 @@ the mesh, and is differentiated by itself. (Huang et al. 2019, GPipe; Narayanan 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 from autopar.pipeline import graph_pass
-from autopar.program import Program
+from autopar.program import OutputKind, Program
 from autopar.schedule import Kind, Schedule
 from autopar.schedule_choice import planned_schedule
 from autopar.stage_assignment import Assignment, assign_stages
@@ -28,8 +29,24 @@ def cut_stages(program: Program) -> Program:
     count = len(schedule.placement)
     assignment = _settled(program) or assign_stages(program, count, most_in_flight(schedule))
     stages = stage_programs(program, assignment, count)
+    _warn_of_statistics(program)
     named = {node.name: {"stage": stage} for node, stage in assignment.stage_of.items()}
     return replace(program, stages=stages, decisions={**program.decisions, "pp": named})
+
+
+def _warn_of_statistics(program: Program) -> None:
+    """What is learned of a batch is learned of each microbatch: no split of one batch into several can hide that."""
+    count = program.plan.microbatches
+    updated = [entry.target for entry in program.outputs if entry.kind is OutputKind.BUFFER_UPDATE]
+    means = [name for name in updated if name.endswith("running_mean")]
+    if means and count > 1:
+        more = f" and {len(means) - 1} more" if len(means) > 1 else ""
+        warnings.warn(
+            f"'{means[0].removesuffix('.running_mean')}'{more} normalise by statistics of the batch: here by those of "
+            f"each of {count} microbatches, so that results are not those of the whole batch\n"
+            "Way out: norms over features (LayerNorm, GroupNorm), or BatchNorm in eval mode.",
+            stacklevel=2,
+        )
 
 
 def _settled(program: Program) -> Assignment | None:

@@ -10,6 +10,7 @@ The schedule is checked before anything runs by it.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 from autopar.interpreter import links_of
@@ -18,6 +19,7 @@ from autopar.program import Program
 from autopar.schedule import with_messages
 from autopar.schedule_check import check_schedule
 from autopar.schedule_choice import planned_schedule
+from autopar.schedule_timing import timeline
 
 
 @graph_pass()
@@ -28,4 +30,12 @@ def schedule_microbatches(program: Program) -> Program:
     if not schedule.has_messages:
         schedule = with_messages(schedule, links)
     check_schedule(schedule, links)
+    ranks, count = len(schedule.ranks), schedule.microbatches
+    if count < ranks:
+        warnings.warn(
+            f"{count} microbatch{'es' * (count > 1)} for {ranks} pipeline ranks: schedule {schedule.name} has a bubble of "
+            f"{timeline(schedule, links=links).bubble:.0%} of the computing time\n"
+            f"Way out: Plan(microbatches={2 * ranks}), or more, if the batch has as many rows.",
+            stacklevel=2,
+        )
     return replace(program, schedule=schedule)

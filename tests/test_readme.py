@@ -73,12 +73,12 @@ def test_python_blocks(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_script(number: int) -> None:
-    """What torchrun does with a script, here with the README's ``number``-th."""
+    """What torchrun does with a script, here with the ``number``-th of all pages."""
     exec(compiled(scripts()[number]), {"__name__": "__main__"})
 
 
 def scripts() -> list[Block]:
-    return [block for block, _ in blocks(README, "python") if is_script(block)]
+    return [block for page in PAGES for block, _ in blocks(page, "python") if is_script(block)]
 
 
 @pytest.mark.parametrize("number", range(len(scripts())))
