@@ -1,11 +1,13 @@
 """Messages between pipeline ranks, on torch.distributed: sends and receives that go on beside the computation.
 
-All that one rank sends to another is a channel, first in, first out, and shapes are known on both sides. With NCCL
+All that one rank sends to another is a channel, first in, first out, and shapes are known on both sides; small values
+of one message travel in one piece. With NCCL
 each direction has a communicator of its own: two ranks that send to each other at once would else wait for each other.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -15,11 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from autopar.interpreter import Types, together
 from autopar.mesh import Mesh
 from autopar.runtime import Communicator
 from autopar.schedule import Kind, Message
-
-Types = Sequence[tuple[tuple[int, ...], torch.dtype]]
 
 
 def group_back(mesh: Mesh, group: ProcessGroup, timeout: float) -> ProcessGroup | None:
@@ -43,17 +44,19 @@ class Channels:
 
     def send(self, message: Message, values: list[Any], rank: int) -> None:
         works = []
-        for tensor in values:
-            tensor = tensor.contiguous()
+        for group in together([(tuple(tensor.shape), tensor.dtype) for tensor in values]):
+            parts = [values[position] for position in group]
+            tensor = torch.cat([part.flatten() for part in parts]) if len(parts) > 1 else parts[0].contiguous()
             works.append((tensor, self.comm.send(tensor, rank)))
         values.clear()
         self._going[message] = works
         self._forget_sent()
 
     def post(self, message: Message, rank: int) -> None:
-        works = []
-        for shape, dtype in self.types[message.microbatch][message.kind, message.source, message.target]:
-            tensor = torch.empty(shape, dtype=dtype, device=self.comm.device)
+        types, works = self._types(message), []
+        for group in together(types):
+            shape = types[group[0]][0] if len(group) == 1 else (sum(math.prod(types[at][0]) for at in group),)
+            tensor = torch.empty(shape, dtype=types[group[0]][1], device=self.comm.device)
             works.append((tensor, self.comm.receive(tensor, rank)))
         self._coming[message] = works
 
@@ -62,7 +65,16 @@ class Channels:
         return True
 
     def take(self, message: Message) -> list[Any]:
-        return self._finished(self._coming.pop(message), f"message {message}")
+        types, found = self._types(message), dict[int, Tensor]()
+        tensors = self._finished(self._coming.pop(message), f"message {message}")
+        for group, tensor in zip(together(types), tensors):
+            sizes = [math.prod(types[at][0]) for at in group]
+            parts = torch.split(tensor, sizes) if len(group) > 1 else [tensor]  # type: ignore[no-untyped-call]
+            found |= {at: part.view(types[at][0]) for at, part in zip(group, parts)}
+        return [found[at] for at in range(len(types))]
+
+    def _types(self, message: Message) -> Types:
+        return self.types[message.microbatch][message.kind, message.source, message.target]
 
     def sent(self, stage: int, microbatch: int) -> None:
         """Wait until what ``stage`` sent for ``microbatch`` has left: its memory may be written to from now on."""

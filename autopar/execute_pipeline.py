@@ -15,10 +15,10 @@ from autopar import microbatches
 from autopar import schedule_timing as timing
 from autopar.bound import Give
 from autopar.bound_stage import BoundStage, Microbatch, StageStep
-from autopar.channels import Channels, Types
+from autopar.channels import Channels
 from autopar.connect import Connection
 from autopar.errors import InvariantError
-from autopar.interpreter import Event, Interpreter, Routes, backward_schedule, inference_schedule, links_of
+from autopar.interpreter import Event, Interpreter, Routes, Types, backward_schedule, inference_schedule, links_of
 from autopar.numerics import restore_output
 from autopar.program import InputKind, OutputKind, Program, value
 from autopar.schedule import Kind, Schedule

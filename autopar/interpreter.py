@@ -6,16 +6,21 @@ does (``Work``) and how messages travel (``Mail``) it is given.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+import torch
 
 from autopar.program import Program
 from autopar.schedule import Compute, Flow, Kind, Link, Message, Schedule, Send, with_messages
 from autopar.schedule_choice import forward_only
 from autopar.stages import Crossing, crossings, types_of
 
+Types = Sequence[tuple[tuple[int, ...], torch.dtype]]
+MOST_TOGETHER = 1 << 20  # bytes: what is larger is not worth a copy
 Values = dict[str, Any]  # "3.add_1": the value add_1 from or for stage 3
 
 
@@ -87,6 +92,21 @@ def backward_schedule(program: Program) -> Schedule:
     ranks = [[Compute(Kind.B, step.stage, step.microbatch) for step in order] for order in orders]
     backward = replace(forward, name=f"{program.schedule.name} backward", ranks=tuple(map(tuple, ranks)))
     return with_messages(backward, links_of(program))
+
+
+def together(types: Types) -> list[list[int]]:
+    """Which values of a message travel in one piece: small ones of one dtype."""
+    found: list[list[int]] = []
+    open_pieces: dict[torch.dtype, list[int]] = {}
+    for position, (shape, dtype) in enumerate(types):
+        if math.prod(shape) * dtype.itemsize > MOST_TOGETHER:
+            found.append([position])
+        elif dtype in open_pieces:
+            open_pieces[dtype].append(position)
+        else:
+            open_pieces[dtype] = [position]
+            found.append(open_pieces[dtype])
+    return found
 
 
 class Routes:

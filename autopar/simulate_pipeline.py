@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autopar import microbatches
 from autopar.errors import InvariantError
-from autopar.interpreter import Interpreter, Routes, inference_schedule
+from autopar.interpreter import Interpreter, Routes, inference_schedule, together
 from autopar.lockstep import Lockstep, Ranks, Transfer
 from autopar.numerics import restore_output
 from autopar.program import InputKind, OutputKind, Program, value
@@ -173,8 +173,9 @@ class _Box:
     def send(self, message: Message, values: list[Any], rank: int) -> None:
         self.post_office.sent += 1
         phase = "forward" if message.kind == "F" else "backward"
+        pieces = len(together([(tuple(ranks[0].shape), ranks[0].dtype) for ranks in values]))
         sizes = [ranks[0].numel() * ranks[0].element_size() for ranks in values]
-        self.post_office.lockstep[self.rank].count(phase, "pp", "send", len(sizes), sum(sizes))
+        self.post_office.lockstep[self.rank].count(phase, "pp", "send", pieces, sum(sizes))
         self.post_office.under_way[self.rank, rank].append((message, values))
         self.post_office.match((self.rank, rank))
 

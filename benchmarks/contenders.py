@@ -54,6 +54,16 @@ class Autopar(Contender):
         return found
 
 
+class AutoparPipeline(Autopar):
+    """On a mesh with pp: forward and backward of a step are one call."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.parallel.train_step(**batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """It is done."""
+
+
 def loss_of(output: Any) -> Tensor:
     loss: Tensor = output["loss"]
     return loss

@@ -1,7 +1,9 @@
-"""Two ways of doing the same step, timed in turns: what else the machine is doing then falls on both."""
+"""Two ways of doing the same step, timed in turns: what else the machine is doing then falls on both. Or one of them
+alone, for its memory."""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 import time
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.contenders import Contender
+from benchmarks.process_memory import allocated, forget_most_resident, most_resident, of_tensors, resident
 from benchmarks.subjects import Batch
 
 PHASES = ("forward", "backward", "optimizer")
@@ -80,6 +83,26 @@ def compare(ours: Contender, peer: Contender, batches: Callable[[int], Batch], s
         peer_phases=theirs.phase_ms(),
         loss_difference=difference,
     )
+
+
+def held_and_peak(
+    make: Callable[[], Contender], batches: Callable[[int], Batch], steps: int, warm_up: int
+) -> tuple[int, int]:
+    """Bytes allocated between steps, and at the peak of a step, of the rank that has most. The only contender of the
+    process, which was started with ``process_memory.EXACT``."""
+    gc.collect()
+    before, tensors_before = allocated(), of_tensors()
+    contender = make()
+    measure((contender,), batches, warm_up, 0)
+    gc.collect()
+    between = max(allocated() - before, of_tensors() - tensors_before)  # the former misses what was freed meanwhile
+    forget_most_resident()
+    start = resident()
+    measure((contender,), batches, steps, 0)
+    added = most_resident() - start
+    found = torch.tensor([between, between + added])
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found[0]), int(found[1])
 
 
 def phases_text(phases: dict[str, dict[str, float]]) -> str:

@@ -122,6 +122,7 @@ SUBJECTS: Mapping[str, Subject] = MappingProxyType(
         subject.name: subject
         for subject in (
             Subject("hf-llama-256", lambda: hugging_face_llama(256, 4), HF_SITES),
+            Subject("hf-llama-256-8", lambda: hugging_face_llama(256, 8), HF_SITES),
             Subject("hf-llama-512", lambda: hugging_face_llama(512, 4), HF_SITES),
             Subject("hf-llama-32k", lambda: hugging_face_llama(256, 4, 32_000), HF_SITES, 32_000),
             Subject("our-llama-256", lambda: our_llama(256, 4), OUR_SITES, localised=count_local_heads),

@@ -67,7 +67,7 @@ class TorchPipeline(Contender):
         stages = [_stage(model, number, count, batch["input_ids"].chunk(microbatches)[0]) for number in numbers]
         self.is_first, self.is_last = 0 in numbers, count - 1 in numbers
         super().__init__(nn.ModuleList([stage.submod for stage in stages]), fused)
-        given = stages if issubclass(kind, torch.distributed.pipelining.schedules.PipelineScheduleMulti) else stages[0]
+        given = stages if turns > 1 else stages[0]
         self.schedule = kind(given, n_microbatches=microbatches, loss_fn=next_token_loss)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -33,9 +33,9 @@ from torch.distributed.device_mesh import init_device_mesh
 import autopar
 from benchmarks.contenders import Autopar, Contender
 from benchmarks.launch import launched
-from benchmarks.paired import Comparison, Ratio, compare, measure, phases_text
-from benchmarks.process_memory import EXACT, allocated, forget_most_resident, most_resident, of_tensors, resident
-from benchmarks.subjects import SUBJECTS, Batch, Subject
+from benchmarks.paired import Comparison, Ratio, compare, held_and_peak, phases_text
+from benchmarks.process_memory import EXACT
+from benchmarks.subjects import SUBJECTS, Subject
 from benchmarks.torch_parallel import TorchParallel
 
 MODULE = "benchmarks.zero_step"
@@ -136,27 +136,12 @@ def _timing(subject: Subject, zero: int, options: argparse.Namespace) -> Timing:
 
 def _memory(subject: Subject, zero: int, options: argparse.Namespace) -> Memory:
     torch.manual_seed(0)
-    gc.collect()
-    before, tensors_before = allocated(), of_tensors()
     side = _ours if options.only == "autopar" else _peer
-    contender = side(subject, subject.build(), zero, options)
 
-    def steps(count: int) -> None:
-        measure((contender,), batches, count, 0)
+    def make() -> Contender:
+        return side(subject, subject.build(), zero, options)
 
-    def batches(number: int) -> Batch:
-        return subject.batch(number)
-
-    steps(options.warm_up)
-    gc.collect()
-    between = max(allocated() - before, of_tensors() - tensors_before)  # the former misses what was freed meanwhile
-    forget_most_resident()
-    start = resident()
-    steps(options.steps)
-    added = most_resident() - start
-    found = torch.tensor([between, between + added])
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return Memory(zero, *map(int, found))
+    return Memory(zero, *held_and_peak(make, subject.batch, options.steps, options.warm_up))
 
 
 def _ours(subject: Subject, model: torch.nn.Module, zero: int, options: argparse.Namespace) -> Contender:
