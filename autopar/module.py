@@ -122,9 +122,9 @@ class ParallelModule(nn.Module):
         assert isinstance(executable, PipelineExecutable)
         tensors = [self._signature.call((), batch).tensors for batch in batches]
         rows = microbatches.rows(call.kwargs, batches, self.plan)
-        if trains or (self.training and torch.is_grad_enabled()):
-            self._steps += len(batches)
-        seed = self.plan.seed * SEED_STRIDE + self._steps
+        learns = trains or (self.training and torch.is_grad_enabled())
+        seed = self.plan.seed * SEED_STRIDE + self._steps + learns
+        self._steps += len(batches) * learns
         return executable.train(tensors, rows, seed) if trains else executable.run(tensors, rows, seed)
 
     def _train_in_parts(self, call: Call) -> Tensor:
