@@ -10,7 +10,7 @@ from torch import fx
 
 from autopar import comm
 from autopar.backward_steps import backward_steps
-from autopar.interpreter import links_of
+from autopar.interpreter import links_of, together
 from autopar.lockstep import Transfer, moved_bytes
 from autopar.mesh import DATA_AXES, Mesh
 from autopar.once import without_gathers
@@ -87,7 +87,8 @@ def _sent_by_stages(program: Program, schedule: Schedule, place: int) -> tuple[T
             link = types[(step.stage, step.peer) if forward else (step.peer, step.stage)]
             tensors = link.values if forward else link.grads
             size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
-            found.append(Transfer("forward" if forward else "backward", "pp", "send", len(tensors), size))
+            pieces = len(together(tensors))
+            found.append(Transfer("forward" if forward else "backward", "pp", "send", pieces, size))
     total: dict[tuple[str, str, str], Transfer] = {}
     for one in found:
         key = one.phase, one.axis, one.name
