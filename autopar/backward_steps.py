@@ -14,15 +14,15 @@ calls I "B".)
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from autopar.mesh import DATA_AXES
 from autopar.once import ARRANGING, without_reductions
 from autopar.partition import extract, live_nodes
-from autopar.program import Node, Role, output_node
+from autopar.program import InputKind, Node, Program, output_node
 from autopar.recorder import is_view
 
 
@@ -39,10 +39,16 @@ class BackwardSteps:
     later: tuple[str, ...]
 
 
-def backward_steps(role: Role, parameters: Collection[str], axes: Sequence[str]) -> BackwardSteps | None:
-    """The backward pass of ``role`` in steps; ``axes`` are those that reduce gradients only once. None without one."""
+def backward_steps(stage: Program) -> BackwardSteps | None:
+    """The backward pass of a differentiated stage in steps; None without one.
+
+    The data axes reduce once a step, except for sharded gradients, which are never whole (``Plan(zero=2)``).
+    """
+    (role,) = stage.roles
     if role.backward is None:
         return None
+    parameters = {entry.target for _, entry in stage.placeholders(InputKind.PARAMETER)}
+    axes = DATA_AXES if stage.plan.zero < 2 else ()
     now = frozenset(position for position, target in enumerate(role.grads) if target not in parameters)
     cut = without_reductions(role.backward, axes, now)
     inputs, weights = halves(cut.rest, len(now))

@@ -15,7 +15,6 @@ from autopar.bound import BoundProgram, Step
 from autopar.channels import Channels
 from autopar.connect import Connection
 from autopar.interpreter import Values
-from autopar.mesh import DATA_AXES
 from autopar.program import InputKind, OutputKind, Program, value
 from autopar.torch_autograd import below_autograd
 
@@ -29,7 +28,7 @@ class BoundStage(BoundProgram):
         super().__init__(program, root, connection)
         self._places = [inputs.index(target) for target in self.users]
         self.parameters = {entry.target: node for node, entry in program.placeholders(InputKind.PARAMETER)}
-        steps = backward_steps(self.role, self.parameters, DATA_AXES if program.plan.zero < 2 else ())
+        steps = backward_steps(program)
         self.at_once, self.later = (steps.at_once, steps.later) if steps else ((), ())
         self.trains = steps is not None
         if steps is not None:

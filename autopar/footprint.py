@@ -12,7 +12,7 @@ from autopar import comm
 from autopar.backward_steps import backward_steps
 from autopar.interpreter import links_of, together
 from autopar.lockstep import Transfer, moved_bytes
-from autopar.mesh import DATA_AXES, Mesh
+from autopar.mesh import Mesh
 from autopar.once import without_gathers
 from autopar.program import InputKind, Node, Program, Value, value
 from autopar.schedule import Kind, Schedule, Send
@@ -99,14 +99,13 @@ def _sent_by_stages(program: Program, schedule: Schedule, place: int) -> tuple[T
 
 def _graphs(stage: Program, microbatches: int) -> Iterator[tuple[str, fx.Graph, int]]:
     """(phase, graph, how often it runs in a step) of one stage."""
-    role, parameters = stage.role_of(0), list(stage.placeholders(InputKind.PARAMETER))
-    gathering = None
+    role, gathering = stage.role_of(0), None
     if stage.plan.zero in (1, 2):
-        gathering = without_gathers(role.forward, {node.name for node, _ in parameters})
+        gathering = without_gathers(role.forward, {node.name for node, _ in stage.placeholders(InputKind.PARAMETER)})
     if gathering is not None:
         yield "forward", gathering.graph, 1
     yield "forward", role.forward if gathering is None else gathering.rest, microbatches
-    steps = backward_steps(role, {entry.target for _, entry in parameters}, DATA_AXES if stage.plan.zero < 2 else ())
+    steps = backward_steps(stage)
     if steps is not None:
         yield "backward", steps.whole, microbatches
         yield "backward", steps.reduce, 1

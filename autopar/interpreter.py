@@ -17,7 +17,7 @@ import torch
 from autopar.program import Program
 from autopar.schedule import Compute, Flow, Kind, Link, Message, Schedule, Send, with_messages
 from autopar.schedule_choice import forward_only
-from autopar.stages import Crossing, crossings, types_of
+from autopar.stages import crossings, types_of
 
 Types = Sequence[tuple[tuple[int, ...], torch.dtype]]
 MOST_TOGETHER = 1 << 20  # bytes: what is larger is not worth a copy
@@ -65,17 +65,12 @@ class Event:
 
 def links_of(program: Program) -> tuple[Link, ...]:
     """What the stages of a differentiated program send each other, as schedules see it."""
-    return tuple(map(_Linked(program).link, crossings(program)))
-
-
-@dataclass(frozen=True)
-class _Linked:
-    program: Program
-
-    def link(self, crossing: Crossing) -> Link:
-        types = types_of(self.program, crossing)
-        sent, returned = ([types[name] for name in names] for names in (crossing.names, crossing.grads))
-        return Link(crossing.source, crossing.target, tuple(sent), tuple(returned))
+    found = []
+    for crossing in crossings(program):
+        types = types_of(program, crossing)
+        sent, returned = (tuple([types[name] for name in names]) for names in (crossing.names, crossing.grads))
+        found.append(Link(crossing.source, crossing.target, sent, returned))
+    return tuple(found)
 
 
 def inference_schedule(program: Program) -> Schedule:

@@ -28,7 +28,7 @@ from autopar.plan import Plan
 from autopar.program import InputKind, Program, value
 from autopar.schedule_timing import Timeline
 from autopar.simulate import Step, simulate
-from autopar.stages import first_ranks, holders, is_pipelined
+from autopar.stages import first_ranks, held_elsewhere, is_pipelined
 from autopar.torch_layers import packs_padding
 
 PROGRAMS_KEPT = 8
@@ -342,8 +342,7 @@ class ParallelModule(nn.Module):
         """Names of parameters and buffers that only other pipeline stages than those of this rank use."""
         if self._connection is None or not program.stages:
             return frozenset()
-        here = self._connection.comm.coordinates["pp"]
-        return frozenset(name for name, ranks in holders(program).items() if here not in ranks)
+        return held_elsewhere(program, self._connection.comm.coordinates["pp"])
 
     def _lay_out(self, weights: Weights, program: Program) -> None:
         """Hold the parameters as the first program wants them; later programs have to want the same."""

@@ -11,7 +11,6 @@ from torch import Tensor, fx
 from autopar.backward_steps import BackwardSteps, backward_steps
 from autopar.interpreter import Values
 from autopar.lockstep import Lockstep, Ranks
-from autopar.mesh import DATA_AXES
 from autopar.program import InputKind, OutputKind, Program, Role, value
 from autopar.simulate import gathered_once, joined, rank_inputs
 
@@ -117,9 +116,7 @@ class SimulatedStage:
     def _steps_of(self, number: int) -> BackwardSteps | None:
         program = self.microbatches[number].program
         if id(program) not in self._steps:
-            parameters = {entry.target for _, entry in program.placeholders(InputKind.PARAMETER)}
-            axes = DATA_AXES if program.plan.zero < 2 else ()
-            self._steps[id(program)] = backward_steps(self._role(program), parameters, axes)
+            self._steps[id(program)] = backward_steps(program)
         return self._steps[id(program)]
 
     def _given(self, batch: Microbatch, grads: Values) -> list[Ranks]:

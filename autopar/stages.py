@@ -181,6 +181,11 @@ def holders(program: Program) -> dict[str, tuple[int, ...]]:
     }
 
 
+def held_elsewhere(program: Program, rank: int) -> frozenset[str]:
+    """Names of parameters and buffers that only other pipeline ranks than ``rank`` hold."""
+    return frozenset(name for name, ranks in holders(program).items() if rank not in ranks)
+
+
 def first_ranks(program: Program) -> dict[str, int]:
     """Parameter or buffer name, aliases too -> the first pipeline rank that holds it."""
     return {name: ranks[0] for name, ranks in holders(program).items()}

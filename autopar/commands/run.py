@@ -29,7 +29,7 @@ from autopar.execute_pipeline import PipelineExecutable
 from autopar.parameters import Weights, weight_layouts
 from autopar.program import InputKind, Program, Value, value
 from autopar.program_file import load
-from autopar.stages import holders
+from autopar.stages import held_elsewhere
 
 DEVIATION = 0.02  # of random weights
 RUNS = 2
@@ -125,8 +125,7 @@ def _pipeline(
         rows = microbatches.rows(inputs, parts, plan)
     batches = [_inputs(program.of_rows(n == rows[0]), part, generator) for n, part in zip(rows, parts)]
     here = connection.comm.coordinates["pp"]
-    elsewhere = frozenset(name for name, ranks in holders(program).items() if here not in ranks)
-    Weights(root, connection.of_stage()).split(weight_layouts(program), elsewhere)
+    Weights(root, connection.of_stage()).split(weight_layouts(program), held_elsewhere(program, here))
     executable = PipelineExecutable(program, root, connection)
     return lambda: executable.run(batches, rows, seed)
 

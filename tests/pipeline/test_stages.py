@@ -104,8 +104,7 @@ def test_the_stages_make_what_the_whole_makes(schedule: str) -> None:
 
 def test_input_and_weight_gradients_are_the_backward_pass_in_two_halves() -> None:
     stage = cut().stages[1]
-    (role,) = stage.roles
-    steps = backward_steps(role, {"w"}, ())
+    steps = backward_steps(stage)
     assert steps is not None and steps.at_once == ("0.first",) and steps.later == ("w",)
     products = [sum("mm" in str(node.target) for node in graph.nodes) for graph in (steps.inputs, steps.weights)]
     assert products == [1, 1], "one product for the gradient of the input, one for that of the weight"
