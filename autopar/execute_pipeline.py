@@ -54,8 +54,13 @@ class PipelineExecutable:
 
     def train(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int], seed: int) -> Tensor:
         """Forward and backward of all microbatches; gradients are added to ``.grad``. The loss of the whole batch, on
-        every rank."""
-        assert self.program.schedule is not None and self.program.loss is not None
+        every rank. Raises InvariantError for a model without a loss."""
+        assert self.program.schedule is not None
+        if self.program.loss is None:
+            raise InvariantError(
+                "train_step needs a model that returns its loss, a scalar with a gradient; this one returns none\n"
+                "Way out: pass labels, or compute the loss in a small nn.Module around the model."
+            )
         shares = self._shares(batches, rows)
         wanted = frozenset({self.program.outputs[self.program.loss].target})
         run = self._steps(batches, rows, shares, seed, True, wanted)
