@@ -60,12 +60,13 @@ def fold(timeline: Timeline, columns: int) -> Bands:
     unit = _usual(events, timeline.measured)
     per_second = min(room / unit, MOST_COLUMNS / timeline.seconds)
     columns = max(room, columns // room * room)  # whole units, so that no box of one unit is torn apart
-    whole = max(1, round(timeline.seconds * per_second))
+    spans = [_spans(own, per_second) for own in timeline.ranks]
+    whole = max(1, round(timeline.seconds * per_second), *(stop for own in spans for _, stop in own))
     count = math.ceil(whole / columns)
     rows: list[list[list[Piece]]] = [[[] for _ in timeline.ranks] for _ in range(count)]
     for rank, own in enumerate(timeline.ranks):
-        for event in own:
-            for band, piece in _pieces(event, label(event, several), per_second, columns):
+        for event, span in zip(own, spans[rank]):
+            for band, piece in _pieces(event, label(event, several), span, columns):
                 rows[band][rank].append(piece)
     return Bands(
         columns,
@@ -120,9 +121,18 @@ def _usual(events: Sequence[Event], measured: bool) -> float:
     return (median(times) if measured else min(times)) if times else 1.0
 
 
-def _pieces(event: Event, text: str, per_second: float, columns: int) -> Iterator[tuple[int, Piece]]:
-    start = round(event.start_s * per_second)
-    stop = max(start, round(event.end_s * per_second))
+def _spans(events: Sequence[Event], per_second: float) -> list[tuple[int, int]]:
+    """The columns of each compute of a rank: at least one, however short it was, so that none is missing."""
+    found, free = [], 0
+    for event in events:
+        start = max(free, round(event.start_s * per_second))
+        free = max(start + (event.end_s > event.start_s), round(event.end_s * per_second))
+        found.append((start, free))
+    return found
+
+
+def _pieces(event: Event, text: str, span: tuple[int, int], columns: int) -> Iterator[tuple[int, Piece]]:
+    start, stop = span
     while start < stop:
         band = start // columns
         end = min(stop, (band + 1) * columns)
