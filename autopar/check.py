@@ -17,6 +17,7 @@ from autopar.numerics import gradient_error, promote_float32
 from autopar.plan import Plan
 from autopar.precision import Precision
 from autopar.program import Program
+from autopar.signature import loss_of
 from autopar.simulate import Step, simulate
 from autopar.stages import is_pipelined
 from autopar.trace import trace
@@ -117,15 +118,6 @@ def _disturb_constants(model: nn.Module) -> None:
             if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
                 parameter.add_(0.1 * noise.to(parameter.device))
-
-
-def loss_of(output: Any) -> Tensor:
-    """The scalar that a model returns as its loss: its ``loss`` entry, or the output itself."""
-    if isinstance(output, Tensor):
-        return output
-    found = output["loss"] if isinstance(output, Mapping) else output[0]
-    assert isinstance(found, Tensor)
-    return found
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

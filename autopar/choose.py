@@ -19,7 +19,7 @@ from torch import fx
 from autopar.candidates import Flow, Key, key_of
 from autopar.conversions import BIG, ELEMENTWISE, FLOPS, PENDING, WHOLE_PARAMETER, normalised, plan_forms
 from autopar.layout import INVARIANT, PARTIAL, Partial, Placement, Split
-from autopar.program import Input, InputKind, OutputKind, Value, values
+from autopar.program import Decision, Input, InputKind, OutputKind, Value, values
 from autopar.rules.factoring import Call, Factoring, Strategy
 from autopar.solve import CostModel, Table, minimise
 
@@ -54,7 +54,7 @@ class Choice:
     strategies: Mapping[fx.Node, Strategy]
     placeholders: Mapping[fx.Node, Placement]
     returned: tuple[Placement, ...]
-    reasons: Mapping[str, Mapping[str, Any]]
+    decisions: Mapping[str, Decision]
 
 
 @dataclass
@@ -94,7 +94,7 @@ class _Chooser:
         calls = {call: chosen[call] for call in self.flow.calls}
         inputs = {node: chosen[node].outputs[0] for node, _ in program.placeholders(*InputKind)}
         returned = tuple(chosen["returned", i].inputs[0] for i in range(len(program.returned)))
-        return Choice(calls, inputs, returned, self._reasons(picked))
+        return Choice(calls, inputs, returned, self._decisions(picked))
 
     def _register(self, owner: Any, domain: list[Strategy], operands: Iterable[fx.Node], costs: list[float]) -> None:
         keys = [key_of(node) for node in operands]
@@ -158,13 +158,13 @@ class _Chooser:
         for consumer in consumers:
             self.model.add((hub, consumer.number), _covers(sets, tuple(ask[key] for ask in consumer.asks)))
 
-    def _reasons(self, picked: list[int]) -> dict[str, dict[str, Any]]:
+    def _decisions(self, picked: list[int]) -> dict[str, Decision]:
         """For each call: what was chosen and what each alternative would cost with all else as it is."""
         touching: dict[int, list[tuple[tuple[int, ...], Table]]] = {}
         for scope, table in self.model.tables:
             for number in scope:
                 touching.setdefault(number, []).append((scope, table))
-        reasons: dict[str, dict[str, Any]] = {}
+        decisions: dict[str, Decision] = {}
         for owner, variable in self.variables.items():
             if not isinstance(owner, fx.Node) or len(self.domains[owner]) < 2:
                 continue
@@ -179,8 +179,8 @@ class _Chooser:
                 for i, (label, extra) in enumerate(zip(labels, totals - least))
                 if i != picked[variable.number]
             }
-            reasons[owner.name] = {"chosen": labels[picked[variable.number]], "alternatives": others}
-        return reasons
+            decisions[owner.name] = Decision(labels[picked[variable.number]], others)
+        return decisions
 
 
 def _label(strategy: Strategy) -> str:

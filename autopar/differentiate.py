@@ -51,10 +51,11 @@ def differentiate(program: Program) -> Program:
     reached: set[str] = set()
     for number in reversed(range(len(program.stages))):
         stage = program.stages[number]
+        loss = program.loss_in(stage)
         wanted = tuple(
             position
             for position, entry in enumerate(stage.outputs)
-            if position == stage.loss or (entry.kind is OutputKind.SENT and f"{number}.{entry.target}" in reached)
+            if position == loss or (entry.kind is OutputKind.SENT and f"{number}.{entry.target}" in reached)
         )
         role = role_of(stage, wanted, made_again(stage))
         received = {entry.target for entry in stage.inputs if entry.kind is InputKind.RECEIVED}

@@ -47,7 +47,7 @@ class PipelineExecutable:
         self.stages = {n: [BoundStage(whole.stages[n], root, own, inputs) for whole in programs] for n in mine}
         self._routes = Routes(program)
         self._types = [_types(whole) for whole in programs]
-        self._loss = next((n for n in mine if program.stages[n].loss is not None), None)
+        self._loss = next((n for n in mine if program.loss_in(program.stages[n]) is not None), None)
         self._ties = _ties(program, placement, self.rank)
 
     # ------------------------------------------------------------ running

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any
 
 from torch import fx
 
 from autopar.comm import TARGETS, moving
-from autopar.program import Program, origin, value, values
+from autopar.program import Decision, Program, origin, value, values
 
 
 def explain(program: Program, name: str) -> str:
@@ -20,8 +18,8 @@ def explain(program: Program, name: str) -> str:
     lines = [f"{node.name}: {types or 'no tensor'}"]
     lines += [f"  module  {where.module}"] if where.module else []
     lines += [f"  source  {where.source}"] if where.source else []
-    for axis, reasons in program.decisions.items():
-        lines += _choice(axis, reasons.get(node.name))
+    for axis, decisions in program.decisions.items():
+        lines += _choice(axis, decisions.get(node.name))
     lines += [f"  needs   {_collective(source)}" for source in node.all_input_nodes if moving(source.target)]
     lines += [f"  then    {_collective(user)}" for user in node.users if moving(user.target)]
     return "\n".join(lines)
@@ -39,11 +37,11 @@ def _find(program: Program, name: str) -> fx.Node:
     raise ValueError(f"the program has no node or parameter '{name}'{hint}")
 
 
-def _choice(axis: str, reason: Mapping[str, Any] | None) -> list[str]:
-    if reason is None:
+def _choice(axis: str, decision: Decision | None) -> list[str]:
+    if decision is None:
         return [f"  {axis:<7} only one way to run it"]
-    lines = [f"  {axis:<7} chosen: {reason['chosen']}"]
-    costs = sorted(reason["alternatives"].items(), key=lambda item: (isinstance(item[1], str), str(item[1])))
+    lines = [f"  {axis:<7} chosen: {decision.chosen}"]
+    costs = sorted(decision.alternatives.items(), key=lambda item: (isinstance(item[1], str), str(item[1])))
     for label, extra in costs:
         lines.append(f"          not {label}: {extra if isinstance(extra, str) else f'{extra * 1e6:+.3g} us a step'}")
     return lines

@@ -27,6 +27,7 @@ from autopar.parameters import Weights, tables, traceable, weight_layouts
 from autopar.plan import Plan
 from autopar.program import InputKind, Program, value
 from autopar.schedule_timing import Timeline
+from autopar.signature import loss_of
 from autopar.simulate import Step, simulate
 from autopar.stages import first_ranks, held_elsewhere, is_pipelined
 from autopar.torch_layers import packs_padding
@@ -364,22 +365,6 @@ def cast_to() -> tuple[torch.dtype | None, ...]:
     """What autocast is asked to compute in; a traced program has its casts as nodes."""
     kinds = ("cpu", "cuda")
     return tuple([torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds])
-
-
-def loss_of(output: Any) -> Tensor:
-    """The loss in what a model returns: itself, ``.loss``, ``["loss"]``, or the first of a tuple."""
-    found = getattr(output, "loss", None)
-    if found is None and isinstance(output, Mapping):
-        found = output.get("loss")
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    found = output if found is None else found
-    if not isinstance(found, Tensor) or found.dim() != 0:
-        raise InvariantError(
-            f"train_step needs a model that returns its loss, a scalar; this one returns {type(output).__name__}\n"
-            "Way out: pass labels, or compute the loss in a small nn.Module around the model."
-        )
-    return found
 
 
 def _check_parts(program: Program, call: Call) -> None:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from autopar.layout import Layout
 from autopar.mesh import Mesh
 from autopar.plan import Plan
+from autopar.signature import loss_position
 
 if TYPE_CHECKING:
     from autopar.emit import RankProgram
@@ -85,6 +86,16 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What was decided of one node on one axis. ``alternatives``: what each would cost more, in seconds a step, or why
+    it was not possible. ``stage``: on the axis ``pp``, which pipeline stage computes the node."""
+
+    chosen: str
+    alternatives: Mapping[str, float | str] = field(default_factory=dict)
+    stage: int | None = None
+
+
+@dataclass(frozen=True)
 class Role:
     """Graphs that a set of ranks runs alike, up to rank constants. ``saved`` values pass from forward to backward.
 
@@ -120,7 +131,7 @@ class Program:
     static_inputs: tuple[tuple[int, Any], ...] = ()  # flat positions of inputs that are not tensors, and their values
     static_outputs: tuple[tuple[int, Any], ...] = ()  # the same for outputs (None, numbers)
     roles: tuple[Role, ...] = ()
-    decisions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # axis -> node name -> why (explain)
+    decisions: Mapping[str, Mapping[str, Decision]] = field(default_factory=dict)  # axis -> node name -> what
     settled: Mapping[str, Layout] = field(default_factory=dict)  # parameter layouts that the passes have to keep
     given: Mapping[str, torch.dtype] = field(default_factory=dict)  # node name -> dtype of a tensor yet to be cast
     passes: tuple[str, ...] = ()  # names of the passes that made this program
@@ -155,12 +166,19 @@ class Program:
 
     @property
     def loss(self) -> int | None:
-        """The position of the loss among the outputs: the scalar with a gradient, of several the one named ``loss``."""
-        pairs = enumerate(zip(self.outputs, self.returned))
-        users = [(i, out, kind) for i, (out, node) in pairs if out.kind is OutputKind.USER for kind in values(node)]
-        scalars = [(i, out.target) for i, out, kind in users if kind.requires_grad and not kind.shape]
-        found = [i for i, target in scalars if len(scalars) == 1 or target == "loss"]
-        return found[0] if found else None
+        """The position of the loss among the outputs, see :func:`autopar.signature.loss_position`."""
+        candidates = [
+            out.kind is OutputKind.USER and any(kind.requires_grad and not kind.shape for kind in values(node))
+            for out, node in zip(self.outputs, self.returned)
+        ]
+        return loss_position([out.target for out in self.outputs], candidates)
+
+    def loss_in(self, stage: Program) -> int | None:
+        """The position of the whole program's loss among the outputs of a stage; None where another one makes it."""
+        if self.loss is None:
+            return None
+        wanted = self.outputs[self.loss]
+        return next((position for position, out in enumerate(stage.outputs) if out == wanted), None)
 
     def of_rows(self, first: bool) -> Program:
         """The program of a microbatch that has as many rows as the first one, or fewer."""

@@ -71,7 +71,7 @@ class _Run:
             kinds = (InputKind.INPUT, InputKind.SEED)
             found = rank_inputs(program, tensors, (), batch, seed + number, kinds)
             given.append(dict(zip([entry.target for _, entry in program.placeholders(*kinds)], found)))
-        last = [stage for program in programs for stage in program.stages if stage.loss is not None]
+        last = [stage for program in programs for stage in program.stages if program.loss_in(stage) is not None]
         self.shares = _shares(last, given, rows) if last else [1.0] * len(rows)
         for number, rank in enumerate(self.schedule.placement):
             stages = [program.stages[number] for program in programs]

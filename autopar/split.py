@@ -36,7 +36,7 @@ def split_axis(program: Program, policy: Policy, check: Callable[[Flow, Choice],
     if check:
         check(flow, choice)
     graph = rewritten(flow, choice)
-    decisions = {**program.decisions, policy.axis: choice.reasons}
+    decisions = {**program.decisions, policy.axis: choice.decisions}
     return replace(program, graph=graph, decisions=decisions)
 
 

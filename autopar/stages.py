@@ -156,7 +156,11 @@ class _Stage:
 
 def stages_of_nodes(program: Program) -> dict[str, int]:
     """Node name -> stage, as ``cut_stages`` has decided."""
-    return {name: why["stage"] for name, why in program.decisions.get(PIPELINE, {}).items()}
+    return {
+        name: decision.stage
+        for name, decision in program.decisions.get(PIPELINE, {}).items()
+        if decision.stage is not None
+    }
 
 
 def users_of(program: Program) -> dict[str, tuple[int, ...]]:

@@ -51,6 +51,7 @@ from autopar.program import (
 )
 from autopar.recast import recast, recast_call
 from autopar.rewrite import operand
+from autopar.signature import inner_paths, joined_path, leaf_paths
 from autopar.torch_layers import without_fast_paths
 
 aten = torch.ops.aten
@@ -240,7 +241,7 @@ def _outputs(
     (nodes,) = output_node(exported.graph).args
     assert isinstance(nodes, (tuple, list))
     pairs: list[tuple[Any, OutputSpec]] = list(zip(nodes, exported.graph_signature.output_specs))
-    paths = _paths(out_spec)
+    paths = leaf_paths(out_spec)
     returned: list[fx.Node] = []
     table: list[Output] = []
     static: list[tuple[int, Any]] = []
@@ -347,24 +348,5 @@ def _input_paths(model: nn.Module, in_spec: pytree.TreeSpec) -> list[str]:
     paths = []
     for position, child in enumerate(positional.children()):
         name = names[position] if position < len(names) else str(position)
-        paths += [_joined(name, path) for path in _leaf_paths(child)]
-    return paths + _paths(keyword)
-
-
-def _paths(spec: pytree.TreeSpec) -> list[str]:
-    """The path of each leaf; a lone leaf is called ``0``."""
-    return [path or "0" for path in _leaf_paths(spec)]
-
-
-def _leaf_paths(spec: pytree.TreeSpec) -> list[str]:
-    if spec.is_leaf():
-        return [""]
-    children = spec.children()
-    keys = spec.context if isinstance(spec.context, (list, tuple)) else getattr(spec.context, "_fields", None)
-    if keys is None or len(keys) != len(children):
-        keys = range(len(children))
-    return [_joined(str(key), path) for key, child in zip(keys, children) for path in _leaf_paths(child)]
-
-
-def _joined(name: str, path: str) -> str:
-    return f"{name}.{path}" if path else name
+        paths += [joined_path(name, path) for path in inner_paths(child)]
+    return paths + leaf_paths(keyword)

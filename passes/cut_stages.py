@@ -14,7 +14,7 @@ import warnings
 from dataclasses import replace
 
 from autopar.pipeline import graph_pass
-from autopar.program import OutputKind, Program
+from autopar.program import Decision, OutputKind, Program
 from autopar.schedule_choice import most_in_flight, planned_schedule
 from autopar.stage_assignment import Assignment, assign_stages
 from autopar.stages import is_pipelined, stage_programs
@@ -29,7 +29,7 @@ def cut_stages(program: Program) -> Program:
     assignment = _settled(program) or assign_stages(program, count, most_in_flight(schedule))
     stages = stage_programs(program, assignment, count)
     _warn_of_statistics(program)
-    named = {node.name: {"stage": stage} for node, stage in assignment.stage_of.items()}
+    named = {node.name: Decision(f"stage {stage}", stage=stage) for node, stage in assignment.stage_of.items()}
     return replace(program, stages=stages, decisions={**program.decisions, "pp": named})
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import autopar
 from autopar import Mesh, Plan
-from autopar.module import loss_of
 from autopar.once import without_gathers, without_reductions
 from autopar.parse import parse
 from autopar.program import Program
+from autopar.signature import loss_of
 from models import llama
 from tests.against_one_process import Errors, Tiny, compare_gradients, float64, tiny_batch, worst
 from tests.launch import run_ranks

@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 import autopar
 from autopar import CheckpointError, Checkpoints, Mesh, Plan, checkpoint_files
 from autopar.errors import RankFailedError
-from autopar.module import ParallelModule, loss_of
+from autopar.module import ParallelModule
+from autopar.signature import loss_of
 from tests.against_one_process import GroupedHeads, Tiny, float64, tiny_batch
 from tests.launch import run_ranks, try_ranks
 

@@ -337,3 +337,13 @@ def test_the_rank_that_failed_first_is_named(
     failures = {rank: failure(rank, *end, tmp_path) for rank, end in enumerate(ends)}
     assert report_failures(failures, 2) == code
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "tp=2", "pp=2", "pp=2,tp=2", "pp=2,dp=2,tp=2"])
+def test_explain_on_every_axis(autopar_command: Command, mesh: str) -> None:
+    code, out, err = autopar_command("show", "mlp", "--mesh", mesh, "--explain", "linear")
+    assert code == 0, err
+    for axis in mesh.replace("=2", "").split(","):
+        assert any(line.split()[:1] == [axis] for line in out.splitlines()), out
+    if "pp" in mesh:
+        assert "chosen: stage 0" in out

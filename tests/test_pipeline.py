@@ -14,7 +14,7 @@ from autopar.layout import Layout
 from autopar.parse import parse
 from autopar.pipeline import Pass, count_difference, graph_pass, read_replay, run_passes
 from autopar.plan import Plan
-from autopar.program import Program, set_values, value
+from autopar.program import Decision, Program, set_values, value
 from tests.conftest import Golden
 from tests.texts import MLP, ROLES, node_of
 
@@ -50,7 +50,7 @@ def drop_reduction(program: Program) -> Program:
 @graph_pass(annotates_only=True)
 def annotate(program: Program) -> Program:
     set_values(node_of(program, "gelu"), replace(value(node_of(program, "gelu")), layout=Layout.whole([4, 16, 32])))
-    return replace(program, decisions={"tp": {"gelu": {"cost": 1}}})
+    return replace(program, decisions={"tp": {"gelu": Decision("S(0)")}})
 
 
 def failing(error: Exception) -> Pass:

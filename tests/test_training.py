@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import autopar
 from autopar import Mesh, Plan
 from autopar.errors import RankFailedError
-from autopar.module import loss_of
+from autopar.signature import loss_of
 from autopar.torch_dtensor import local_of
 from models import gpt, llama
 from tests.against_one_process import (
