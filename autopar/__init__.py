@@ -1,12 +1,21 @@
 """autopar: splits unmodified PyTorch models over a mesh of devices and shows every collective.
 
-    mesh = autopar.Mesh(dp=2, tp=2)
-    model = autopar.parallelize(model, mesh)
+mesh = autopar.Mesh(dp=2, tp=2)
+model = autopar.parallelize(model, mesh)
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autopar.api import parallelize
+    from autopar.checkpoint.checkpoints import Checkpoints, Resumed
+    from autopar.checkpoint.weights import LoadedWeights, load_safetensors, save_safetensors
+    from autopar.compiler import compile_program
+    from autopar.ir.program import Program
+    from autopar.module import ParallelModule
+    from autopar.verification.register_rule import register_rule
 
 from autopar.errors import (
     AutoparError,
@@ -25,29 +34,21 @@ from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.precision import Precision
 
-if TYPE_CHECKING:
-    from autopar.checkpoint import Checkpoints, Resumed
-    from autopar.driver import compile_program, parallelize
-    from autopar.module import ParallelModule
-    from autopar.program import Program
-    from autopar.rules import register_rule
-    from autopar.weights_files import LoadedWeights, load_safetensors, save_safetensors
-
 __version__ = "0.1.0"
 
-# name -> module: what needs torch.export or torch.distributed is imported at first use. No name of a submodule here:
-# autopar.trace is the module, whichever was imported first.
+# name -> module: what needs torch.export or torch.distributed is imported at first use. No name of a submodule
+# here: that would be the module or the function, depending on what was imported first.
 _LAZY = {
-    "Checkpoints": "checkpoint",
-    "LoadedWeights": "weights_files",
-    "compile_program": "driver",
-    "load_safetensors": "weights_files",
-    "parallelize": "driver",
+    "Checkpoints": "checkpoint.checkpoints",
+    "LoadedWeights": "checkpoint.weights",
+    "compile_program": "compiler",
+    "load_safetensors": "checkpoint.weights",
+    "parallelize": "api",
     "ParallelModule": "module",
-    "Program": "program",
-    "Resumed": "checkpoint",
-    "register_rule": "rules",
-    "save_safetensors": "weights_files",
+    "Program": "ir.program",
+    "Resumed": "checkpoint.checkpoints",
+    "register_rule": "verification.register_rule",
+    "save_safetensors": "checkpoint.weights",
 }
 
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopar.mesh import Mesh
-from autopar.numerics import gradient_error, promote_float32
+from autopar.frontend.numerics import gradient_error, promote_float32
+from autopar.frontend.trace import trace
+from autopar.ir.loss import loss_of
+from autopar.ir.program import Program
+from autopar.mesh import Mesh, is_pipelined
 from autopar.plan import Plan
 from autopar.precision import Precision
-from autopar.program import Program
-from autopar.signature import loss_of
-from autopar.simulate import Step, simulate
-from autopar.stages import is_pipelined
-from autopar.trace import trace
+from autopar.simulate import simulate
+from autopar.simulator.parts import Step
 
 TOLERANCE = 1e-10
 
@@ -28,7 +28,7 @@ TOLERANCE = 1e-10
 @dataclass(frozen=True)
 class Report:
     """Errors of the parallel program against the model: loss and outputs relative to their largest element,
-    gradients as :func:`autopar.numerics.gradient_error` measures them."""
+    gradients as :func:`autopar.frontend.numerics.gradient_error` measures them."""
 
     program: Program
     step: Step
@@ -72,7 +72,7 @@ class Reference:
 
     def program(self, mesh: Mesh, plan: Plan | None = None) -> Program:
         """The program for ``mesh``, in float64 whatever ``plan.precision`` is. Raises what compiling raises."""
-        from autopar.driver import finish_program, pipelined, place
+        from autopar.compiler import finish_program, pipelined, place
 
         plan = replace(plan or Plan(), precision=Precision())
         with promote_float32():

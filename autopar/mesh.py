@@ -111,3 +111,15 @@ class Mesh:
         return f"mesh({' '.join(f'{name}={size}' for name, size in self.axes)})"
 
     __repr__ = __str__
+
+
+PIPELINE = "pp"
+
+
+def is_pipelined(mesh: Mesh) -> bool:
+    return PIPELINE in mesh.names
+
+
+def stage_mesh(mesh: Mesh) -> Mesh:
+    """The ranks of one stage: ``mesh`` without ``pp``."""
+    return Mesh(**{axis: size for axis, size in mesh.axes if axis != PIPELINE})

@@ -12,25 +12,28 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from autopar import microbatches
-from autopar.accumulate import Accumulation
-from autopar.calls import Call, Signature, global_call, shapes
-from autopar.clipping import clip_gradients
-from autopar.connect import Connection, not_launched
 from autopar.errors import InvariantError
-from autopar.execute import Executable
-from autopar.execute_pipeline import PipelineExecutable
-from autopar.layout import Layout
-from autopar.lockstep import Transfer
-from autopar.mesh import Mesh
-from autopar.parameters import Weights, tables, traceable, weight_layouts
+from autopar.frontend.torch_layers import packs_padding
+from autopar.ir.layout import Layout
+from autopar.ir.loss import loss_of
+from autopar.ir.node import value
+from autopar.ir.program import Program, weight_layouts
+from autopar.ir.tables import InputKind
+from autopar.ir.traffic import Transfer
+from autopar.mesh import Mesh, is_pipelined
+from autopar.pipeline import microbatches
+from autopar.pipeline.stages import first_ranks, held_elsewhere
 from autopar.plan import Plan
-from autopar.program import InputKind, Program, value
-from autopar.schedule_timing import Timeline
-from autopar.signature import loss_of
-from autopar.simulate import Step, simulate
-from autopar.stages import first_ranks, held_elsewhere, is_pipelined
-from autopar.torch_layers import packs_padding
+from autopar.runtime.accumulate import Accumulation
+from autopar.runtime.calls import Call, Signature, global_call, shapes
+from autopar.runtime.clipping import clip_gradients
+from autopar.runtime.connect import Connection, not_launched
+from autopar.runtime.execute import Executable
+from autopar.runtime.execute_pipeline import PipelineExecutable
+from autopar.runtime.parameters import Weights, tables, traceable
+from autopar.schedules.timing import Timeline
+from autopar.simulate import simulate
+from autopar.simulator.parts import Step
 
 PROGRAMS_KEPT = 8
 SEED_STRIDE = 1_000_003  # seeds of runs with neighbouring plan.seed do not overlap for that many steps
@@ -198,7 +201,7 @@ class ParallelModule(nn.Module):
 
     def timeline(self) -> Timeline:
         """When each pipeline rank computed what in the latest step, on every rank; collective. Draw it with
-        :func:`autopar.timeline.draw` or :func:`autopar.timeline_svg.svg`.
+        :func:`autopar.schedules.draw.draw` or :func:`autopar.schedules.svg.svg`.
 
         Raises InvariantError where no step of a pipeline has run.
         """

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from autopar.precision import Precision
-from autopar.schedules import NAMES, stages_per_rank
+from autopar.schedules.named import NAMES, stages_per_rank
 
 SEQUENCE_FORMS = ("none", "megatron")
 ZERO_STAGES = (0, 1, 2, 3)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+
 NAMES = {  # as they are also written -> as torch calls them
     **dict.fromkeys(("float64", "f64", "fp64", "double"), "float64"),
     **dict.fromkeys(("float32", "f32", "fp32", "float"), "float32"),

@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from autopar.errors import InvariantError
-from autopar.layout import Layout, shard, unshard
-from autopar.lockstep import Lockstep, Ranks, Transfer
-from autopar.mesh import Mesh
-from autopar.numerics import restore_output, user_tensors
-from autopar.once import without_gathers
-from autopar.program import InputKind, OutputKind, Program, Role, value
-
-# How far ranks that must hold the same may differ, relative to the largest element.
-AGREEMENT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step of all ranks gave. Tensors are whole: the parts of the ranks are joined.
-
-    Attributes:
-        output: what the model returns, in its own structure (a tuple of tensors where the program knows none).
-        loss: of ``program.loss``, None where there is none.
-        grads: parameter (or differentiable input) name -> gradient; {} without a backward pass.
-        buffers: buffer name -> its new value.
-        traffic: operations and bytes sent by one rank, per phase, axis and collective.
-        peak_bytes: for each rank the most bytes of tensors alive at once: parameters, inputs, activations, gradients.
-        in_flight: for each pipeline rank the most microbatches of a stage whose activations it held at once.
-    """
-
-    output: Any
-    loss: Tensor | None
-    grads: Mapping[str, Tensor]
-    buffers: Mapping[str, Tensor]
-    traffic: tuple[Transfer, ...]
-    peak_bytes: tuple[int, ...]
-    in_flight: tuple[int, ...] = ()
+from autopar.ir.node import value
+from autopar.ir.program import Program
+from autopar.ir.signature import restore_output
+from autopar.ir.tables import InputKind, OutputKind, Role
+from autopar.simulator.lockstep import Lockstep, Ranks
+from autopar.simulator.parts import Step, gathered_once, joined, parts, rank_inputs
 
 
 def simulate(
@@ -67,7 +40,7 @@ def simulate(
     is missing or of another shape.
     """
     if program.stages:
-        from autopar.simulate_pipeline import simulate_pipeline  # stands above one role
+        from autopar.simulator.pipelined import simulate_pipeline
 
         return simulate_pipeline(program, parameters, args, kwargs or {}, backward=backward, seed=seed)
     (role,) = program.roles
@@ -93,29 +66,6 @@ def simulate(
     return step
 
 
-def gathered_once(
-    program: Program, graph: fx.Graph, lockstep: Lockstep, inputs: list[Ranks]
-) -> tuple[fx.Graph, list[Ranks]]:
-    """With ``Plan(zero=1)`` and ``2``: the graph that takes whole parameters, and these, as a runtime holds them: the
-    parts lie within (``gathered``)."""
-    names = {node.name for node, _ in program.placeholders(InputKind.PARAMETER)}
-    found = without_gathers(graph, names) if program.plan.zero in (1, 2) else None
-    if found is None:
-        return graph, inputs
-    places = {node.name: place for place, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
-    whole = lockstep.run(found.graph, [inputs[places[name]] for name in found.parameters])
-    lockstep.drop(whole)  # counted with the inputs
-    for owner, ranks in zip(found.owners, whole):
-        if owner is None:
-            continue
-        name, axis = owner
-        rows = inputs[places[name]][0].shape[0]
-        if rows * program.mesh.size(axis) == ranks[0].shape[0]:
-            starts = [program.mesh.coordinates(rank)[axis] * rows for rank in range(len(ranks))]
-            inputs[places[name]] = [full.narrow(0, start, rows) for full, start in zip(ranks, starts)]
-    return found.rest, [*inputs, *whole]
-
-
 def _resident(lockstep: Lockstep, inputs: list[Ranks]) -> list[Ranks]:
     """Parameters and inputs stay in memory for the whole step: the caller holds on to what this returns."""
     lockstep.hold(inputs)
@@ -137,111 +87,12 @@ def run_forward(
         return _step(program, lockstep, lockstep.run(program.graph, inputs))
 
 
-def rank_inputs(
-    program: Program,
-    tensors: Mapping[str, Tensor],
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    kinds: Sequence[InputKind] = tuple(InputKind),
-) -> list[Ranks]:
-    """For each placeholder of ``kinds`` the parts of all ranks; those of uneven splits are padded with zeros to equal
-    sizes."""
-    given = iter(_call_tensors(program, args, kwargs or {}) if InputKind.INPUT in kinds else ())
-    found = []
-    for node, entry in program.placeholders(*kinds):
-        if entry.kind is InputKind.INPUT:
-            whole = next(given)
-        elif entry.kind is InputKind.SEED:
-            whole = torch.tensor(seed)
-        elif entry.kind is InputKind.CONSTANT and entry.target in program.constants:
-            whole = program.constants[entry.target]
-        else:
-            whole = _by_name(tensors, (entry.target, *entry.aliases))
-        if whole.shape != value(node).shape:
-            shapes = f"{list(whole.shape)}, the program was made for {list(value(node).shape)}"
-            raise ValueError(f"{entry.kind.value} '{entry.target}' is {shapes}")
-        found.append(parts(whole.detach(), value(node).layout, program.mesh))
-    return found
-
-
-def parts(whole: Tensor, layout: Layout, mesh: Mesh) -> Ranks:
-    """What each rank holds of ``whole``; ranks with equal parts share one tensor. Pending sums count as whole."""
-    made: dict[tuple[int, ...], Tensor] = {}
-    found: Ranks = []
-    local = layout.local_shape(mesh)
-    for rank in range(mesh.world_size):
-        here = mesh.coordinates(rank)
-        key = tuple(position for axis, position in here.items() if axis in layout.axes)
-        if key not in made:
-            part = shard(whole, layout, mesh, here).contiguous()
-            if part.untyped_storage().nbytes() != part.numel() * part.element_size():
-                part = part.clone()  # a view would keep, and count, the whole
-            padded = [size for want, have in zip(reversed(local), reversed(part.shape)) for size in (0, want - have)]
-            made[key] = torch.nn.functional.pad(part, padded) if any(padded) else part
-        found.append(made[key])
-    return found
-
-
-def joined(name: str, ranks: Ranks, layout: Layout, mesh: Mesh) -> Tensor:
-    """The whole tensor out of the parts of all ranks.
-
-    Raises InvariantError, naming ``name``, where ranks that should hold the same part do not.
-    """
-    reduced = {axis for axis, _ in layout.partial}
-    first: dict[tuple[int, ...], int] = {}
-    for rank, part in enumerate(ranks):
-        if tuple(part.shape) != layout.local_shape(mesh):
-            raise InvariantError(f"{name}: rank {rank} holds {list(part.shape)}, its layout {layout} says otherwise")
-        here = mesh.coordinates(rank)
-        key = tuple(position for axis, position in here.items() if axis in layout.axes or axis in reduced)
-        peer = first.setdefault(key, rank)
-        if ranks[peer] is not part and not _agree(ranks[peer], part):
-            raise InvariantError(
-                f"{name}: ranks {peer} and {rank} of {mesh} should hold the same value ({layout}) and do not, "
-                f"they differ by up to {_difference(ranks[peer], part):.3g}; "
-                "a collective is missing or has the wrong dual"
-            )
-    return unshard(ranks, layout, mesh)
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).abs().max())
-
-
-def _agree(a: Tensor, b: Tensor) -> bool:
-    if torch.equal(a, b):
-        return True
-    if a.dtype not in AGREEMENT:
-        return False
-    largest = float(a.abs().max())
-    return torch.allclose(a, b, rtol=0.0, atol=AGREEMENT[a.dtype] * largest, equal_nan=True)
-
-
-def _by_name(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    for name in names:
-        if name in tensors:
-            return tensors[name]
-    raise KeyError(f"no tensor was given for '{names[0]}'")
-
-
-def _call_tensors(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    if program.in_spec is not None:
-        return user_tensors(program, tuple(args), kwargs)
-    named = [entry.target for entry in program.inputs if entry.kind is InputKind.INPUT][len(args) :]
-    return [*args, *(kwargs[name] for name in named)]
-
-
-def _tangents(
-    program: Program, role: Role, returned: list[Ranks], tangents: Sequence[Tensor] | None
-) -> list[Ranks]:
+def _tangents(program: Program, role: Role, returned: list[Ranks], tangents: Sequence[Tensor] | None) -> list[Ranks]:
     nodes = program.returned
     if tangents is None:
         return [[torch.ones(part.shape, dtype=part.dtype) for part in returned[i]] for i in role.differentiable]
     assert len(tangents) == len(role.differentiable), "one tangent for each differentiable output"
-    return [
-        parts(tangent, value(nodes[i]).layout, program.mesh) for i, tangent in zip(role.differentiable, tangents)
-    ]
+    return [parts(tangent, value(nodes[i]).layout, program.mesh) for i, tangent in zip(role.differentiable, tangents)]
 
 
 def _gradients(program: Program, role: Role, found: list[Ranks]) -> dict[str, Tensor]:

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from autopar.ir.program import Program
 from autopar.mesh import Mesh
 from autopar.plan import Plan
-from autopar.program import Program
 
 LAYERS = (8, 40, 80)
 LENGTH = 4096
@@ -84,9 +84,9 @@ def _apart(layers: int, options: argparse.Namespace) -> Compilation:
 
 
 def _compiled(layers: int, mesh: str, sequence: str) -> Compilation:
-    from autopar.differentiate import differentiate
+    from autopar.autodiff.differentiate import differentiate
+    from autopar.frontend.trace import trace
     from autopar.passes import OPTIMISATIONS, PASSES
-    from autopar.trace import trace
 
     warnings.filterwarnings("ignore")
     sizes = {axis: int(size) for axis, size in (part.split("=") for part in mesh.split(","))}

@@ -95,7 +95,7 @@ def expected(name: str, offsets: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 def fabricate(model: nn.Module, directory: Path) -> int:
     """Sharded files with an index for all parameters of ``model``; gives their bytes."""
-    from autopar.safetensors_file import SafetensorsFile, create
+    from autopar.checkpoint.safetensors_file import SafetensorsFile, create
 
     directory.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
@@ -129,7 +129,7 @@ def _launched(options: argparse.Namespace, directory: Path) -> list[Loading]:
 
 def _measure(options: argparse.Namespace) -> None:
     import autopar
-    from autopar.named_tensors import named_tensors
+    from autopar.checkpoint.named_tensors import named_tensors
 
     warnings.filterwarnings("ignore")
     mesh = Mesh.parse(options.mesh)

@@ -32,9 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 import autopar
-from autopar.instructions import Kind
-from autopar.schedule_timing import Timeline, timeline
-from autopar.schedules import NAMES
+from autopar.schedules.instructions import Kind
+from autopar.schedules.named import NAMES
+from autopar.schedules.timing import Timeline, timeline
 from benchmarks.contenders import AutoparPipeline, Contender
 from benchmarks.launch import launched
 from benchmarks.paired import Comparison, Ratio, compare, held_and_peak

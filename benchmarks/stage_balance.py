@@ -20,15 +20,15 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from autopar.driver import split_program
-from autopar.intervals import least_worst
+from autopar.compiler import split_program
+from autopar.ir.program import Program
 from autopar.mesh import Mesh
-from autopar.named_models import named_model
+from autopar.pipeline.assignment import assign_stages
+from autopar.pipeline.interval_costs import StageGraph
+from autopar.pipeline.intervals import least_worst
+from autopar.pipeline.stage_table import describe_stages
 from autopar.plan import Plan
-from autopar.program import Program
-from autopar.stage_assignment import assign_stages
-from autopar.stage_graph import StageGraph
-from autopar.stage_table import describe_stages
+from autopar.zoo.named import named_model
 
 MODELS = ("llama:llama_70b", "gpt:gpt_175b", "t5:t5_large", "t5:t5_11b", "moe:mixtral_8x7b")
 STAGES = (4, 8, 16)

@@ -29,12 +29,15 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 import autopar
-from autopar.accumulate import deferred
-from autopar.footprint import held
-from autopar.lockstep import Lockstep, Ranks
-from autopar.once import without_gathers
-from autopar.program import InputKind, Program, output_node, value
-from autopar.simulate import rank_inputs, simulate
+from autopar.analysis.footprint import held
+from autopar.autodiff.hoist import without_gathers
+from autopar.ir.node import output_node, value
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
+from autopar.runtime.accumulate import deferred
+from autopar.simulate import simulate
+from autopar.simulator.lockstep import Lockstep, Ranks
+from autopar.simulator.parts import rank_inputs
 from benchmarks.contenders import RATE, loss_of
 from benchmarks.launch import launched
 from benchmarks.process_memory import EXACT, allocated, forget_most_resident, most_resident, of_tensors, resident

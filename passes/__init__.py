@@ -1,10 +1,10 @@
 """The compiler: the ordered passes. Each file holds one pass; nothing here imports a pass from another pass.
 
-    canonical form   operators in one form each, constants folded, causal masks recognised, losses as sums over counts
-    split            one mesh axis each: the batch, then the weights
-    cut              the graph into pipeline stages, which are then differentiated and optimised each by itself
-    optimise         after differentiation, on forward and backward: fused sums; less memory; fewer, larger collectives
-    schedule         which stage runs when on which microbatch
+canonical form   operators in one form each, constants folded, causal masks recognised, losses as sums over counts
+split            one mesh axis each: the batch, then the weights
+cut              the graph into pipeline stages, which are then differentiated and optimised each by itself
+optimise         after differentiation, on forward and backward: fused sums; less memory; fewer, larger collectives
+schedule         which stage runs when on which microbatch
 """
 
 from __future__ import annotations

@@ -22,14 +22,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.blocks import block_of
-from autopar.comm import OPS, split_of, where
-from autopar.differentiate import is_gathered
-from autopar.layout import Layout, Split
+from autopar.autodiff.differentiate import is_gathered
+from autopar.ir.blocks import block_of
+from autopar.ir.collectives import OPS, split_of, where
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.layout import Layout, Split
+from autopar.ir.node import Value, output_node, value
+from autopar.ir.program import Program
+from autopar.ir.rewrite import insert_before
+from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
-from autopar.pipeline import graph_pass
-from autopar.program import InputKind, Program, Value, output_node, value
-from autopar.rewrite import insert_before
 
 aten = torch.ops.aten
 TO = aten._to_copy.default

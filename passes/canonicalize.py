@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.invariants import every_value_has_a_layout, is_flat, is_functional, placeholders_match_inputs
-from autopar.layout import Layout
-from autopar.pipeline import graph_pass
-from autopar.program import Program, value, values
-from autopar.rewrite import drop_unused_constants, insert_before, operand, remove_unused, substitute
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.invariants import every_value_has_a_layout, is_flat, is_functional, placeholders_match_inputs
+from autopar.ir.layout import Layout
+from autopar.ir.node import value, values
+from autopar.ir.program import Program
+from autopar.ir.rewrite import drop_unused_constants, insert_before, operand, remove_unused, substitute
 
 aten = torch.ops.aten
 

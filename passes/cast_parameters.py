@@ -18,9 +18,11 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from autopar.pipeline import graph_pass
-from autopar.program import InputKind, OutputKind, Program, output_node, set_values, value
-from autopar.rewrite import insert_before
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.node import output_node, set_values, value
+from autopar.ir.program import Program
+from autopar.ir.rewrite import insert_before
+from autopar.ir.tables import InputKind, OutputKind
 
 TO = torch.ops.aten._to_copy.default
 

@@ -17,11 +17,13 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from autopar.comm import OPS
-from autopar.pipeline import graph_pass
-from autopar.program import InputKind, Program, Role, output_node, set_values, value
-from autopar.recorder import is_view
-from autopar.rewrite import insert_before, operand, substitute
+from autopar.ir.collectives import OPS
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.node import output_node, set_values, value
+from autopar.ir.operator_facts import is_view
+from autopar.ir.program import Program
+from autopar.ir.rewrite import insert_before, operand, substitute
+from autopar.ir.tables import InputKind, Role
 
 aten = torch.ops.aten
 TO = aten._to_copy.default

@@ -13,11 +13,13 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
-from autopar.pipeline import graph_pass
-from autopar.program import Decision, OutputKind, Program
-from autopar.schedule_choice import most_in_flight, planned_schedule
-from autopar.stage_assignment import Assignment, assign_stages
-from autopar.stages import is_pipelined, stage_programs
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.program import Program
+from autopar.ir.tables import Decision, OutputKind
+from autopar.mesh import is_pipelined
+from autopar.pipeline.assignment import assign_stages
+from autopar.pipeline.planned_schedule import most_in_flight, planned_schedule
+from autopar.pipeline.stages import Assignment, stage_programs
 
 
 @graph_pass()

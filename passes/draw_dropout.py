@@ -25,10 +25,12 @@ from torch import fx
 
 from autopar import operators
 from autopar.errors import AutoparError
-from autopar.layout import Layout
-from autopar.pipeline import graph_pass
-from autopar.program import Input, InputKind, Origin, Program, Value, origin, set_values, value
-from autopar.rewrite import add_constants, insert_before, substitute
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.layout import Layout
+from autopar.ir.node import Origin, Value, origin, set_values, value
+from autopar.ir.program import Program
+from autopar.ir.rewrite import add_constants, insert_before, substitute
+from autopar.ir.tables import Input, InputKind
 
 aten = torch.ops.aten
 

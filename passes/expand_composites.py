@@ -24,13 +24,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar.autodiff.recorder import Recorder, fake_mode
 from autopar.errors import InvariantError
-from autopar.pipeline import graph_pass
-from autopar.program import Program, set_values, values
-from autopar.recorder import Recorder, fake_mode
-from autopar.rewrite import insert_before, remove_unused, substitute
+from autopar.frontend.trace import VIEWS
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.node import set_values, values
+from autopar.ir.operator_facts import types_of
+from autopar.ir.program import Program
+from autopar.ir.rewrite import insert_before, remove_unused, substitute
 from autopar.rules import rule_for
-from autopar.trace import VIEWS, types_of
 
 aten = torch.ops.aten
 

@@ -26,12 +26,15 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from autopar.evaluate import Evaluator, is_pointwise, is_pure
-from autopar.invariants import every_value_has_a_layout, placeholders_match_inputs
-from autopar.layout import Layout
-from autopar.pipeline import graph_pass
-from autopar.program import InputKind, Program, Value, origin, value, values
-from autopar.rewrite import add_constants, drop_unused_constants, insert_before, remove_unused
+from autopar.ir.evaluate import Evaluator
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.invariants import every_value_has_a_layout, placeholders_match_inputs
+from autopar.ir.layout import Layout
+from autopar.ir.node import Value, origin, value, values
+from autopar.ir.operator_facts import is_pointwise, is_pure
+from autopar.ir.program import Program
+from autopar.ir.rewrite import add_constants, drop_unused_constants, insert_before, remove_unused
+from autopar.ir.tables import InputKind
 
 aten = torch.ops.aten
 

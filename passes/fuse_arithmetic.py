@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.layout import Layout
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.layout import Layout
+from autopar.ir.node import Value, value
+from autopar.ir.program import Program
+from autopar.ir.rewrite import insert_before, remove_unused
 from autopar.mesh import Mesh
-from autopar.pipeline import graph_pass
-from autopar.program import Program, Value, value
-from autopar.rewrite import insert_before, remove_unused
 
 aten = torch.ops.aten
 

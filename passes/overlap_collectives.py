@@ -20,12 +20,13 @@ from collections import deque
 import torch
 from torch import fx
 
-from autopar.comm import OPS, TARGETS, split_of
-from autopar.layout import Split
-from autopar.partition import live_nodes
-from autopar.pipeline import graph_pass
-from autopar.program import Program, origin, output_node, set_origin, set_values, value, values
-from autopar.recorder import is_view
+from autopar.ir.collectives import OPS, TARGETS, split_of
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.layout import Split
+from autopar.ir.node import origin, output_node, set_origin, set_values, value, values
+from autopar.ir.operator_facts import is_view
+from autopar.ir.program import Program
+from autopar.ir.rewrite import live_nodes
 
 aten = torch.ops.aten
 STARTS = {

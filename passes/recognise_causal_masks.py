@@ -23,10 +23,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from autopar.invariants import placeholders_match_inputs
-from autopar.pipeline import graph_pass
-from autopar.program import InputKind, Program, value
-from autopar.rewrite import drop_unused_constants, operand, remove_unused
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.invariants import placeholders_match_inputs
+from autopar.ir.node import value
+from autopar.ir.program import Program
+from autopar.ir.rewrite import drop_unused_constants, operand, remove_unused
+from autopar.ir.tables import InputKind
 
 aten = torch.ops.aten
 

@@ -41,16 +41,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from autopar.evaluate import is_pure
-from autopar.invariants import every_value_has_a_layout, placeholders_match_inputs
-from autopar.layout import Layout
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.invariants import every_value_has_a_layout, placeholders_match_inputs
+from autopar.ir.layout import Layout
+from autopar.ir.node import Value, value
+from autopar.ir.operator_facts import is_pure
+from autopar.ir.program import Program
+from autopar.ir.rewrite import drop_unused_constants, insert_before, operand, remove_unused, substitute
+from autopar.ir.tables import InputKind
 from autopar.operators.experts import EXPERT_LINEAR
-from autopar.pipeline import graph_pass
-from autopar.program import InputKind, Program, Value, value
-from autopar.rewrite import drop_unused_constants, insert_before, operand, remove_unused, substitute
 from autopar.rules import call_of, rule_for
 from autopar.rules.factoring import Dims, Factoring
-from autopar.sorted_rows import SORTS, SortedRows, descending, is_arange
+from autopar.rules.sorted_rows import SORTS, SortedRows, descending, is_arange
 
 aten = torch.ops.aten
 

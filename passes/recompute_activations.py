@@ -37,17 +37,20 @@ from fractions import Fraction
 import torch
 from torch import fx
 
-from autopar import comm
-from autopar.blocks import block_of, is_repeated
-from autopar.conversions import BANDWIDTH, FLOPS
-from autopar.differentiate import is_gathered, made_again
-from autopar.flops import flops, is_operator, is_product, packet_of
-from autopar.lockstep import moved_bytes
-from autopar.partition import Joint, Remake, is_free, joined, live_nodes, partition, saved_nodes
-from autopar.pipeline import graph_pass
-from autopar.program import InputKind, Program, Role, Value, values
-from autopar.recorder import is_random
-from autopar.rematerialise import Choice, Item, Region, fewest_bytes, frontier
+from autopar.autodiff.differentiate import is_gathered, made_again
+from autopar.autodiff.min_cut import Choice, Item, Region, fewest_bytes, frontier
+from autopar.autodiff.partition import Joint, Remake, joined, partition, saved_nodes
+from autopar.cost.flops import flops, is_product
+from autopar.cost.machine import BANDWIDTH, FLOPS
+from autopar.ir import collectives as comm
+from autopar.ir.blocks import block_of, is_repeated
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.node import Value, values
+from autopar.ir.operator_facts import is_free, is_operator, is_random, packet_of
+from autopar.ir.program import Program
+from autopar.ir.rewrite import live_nodes
+from autopar.ir.tables import InputKind, Role
+from autopar.ir.traffic import moved_bytes
 
 aten = torch.ops.aten
 SORTS = (aten.sort, aten.argsort, aten.topk)  # choices of rows: whoever makes one again must choose the same

@@ -13,13 +13,13 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
-from autopar.interpreter import links_of
-from autopar.pipeline import graph_pass
-from autopar.program import Program
-from autopar.schedule import with_messages
-from autopar.schedule_check import check_schedule
-from autopar.schedule_choice import planned_schedule
-from autopar.schedule_timing import timeline
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.program import Program
+from autopar.pipeline.links import links_of
+from autopar.pipeline.planned_schedule import planned_schedule
+from autopar.schedules.check import check_schedule
+from autopar.schedules.messages import with_messages
+from autopar.schedules.timing import timeline
 
 
 @graph_pass()

@@ -17,13 +17,16 @@ from dataclasses import replace
 
 from torch import fx
 
-from autopar import comm
-from autopar.footprint import bytes_of, held
-from autopar.layout import Split
+from autopar.analysis.footprint import held
+from autopar.ir import collectives as comm
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.layout import Split
+from autopar.ir.node import Value, set_values, value
+from autopar.ir.program import Program
+from autopar.ir.rewrite import insert_before
+from autopar.ir.tables import InputKind
+from autopar.ir.traffic import bytes_of
 from autopar.mesh import Mesh
-from autopar.pipeline import graph_pass
-from autopar.program import InputKind, Program, Value, set_values, value
-from autopar.rewrite import insert_before
 
 ENTER = comm.OPS.enter.default
 LARGE = 0.01  # of the bytes of all parameters: what is smaller may stay whole without a word

@@ -17,15 +17,17 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autopar.calls import batch_dims
-from autopar.candidates import Flow, Key
 from autopar.errors import IndivisibleError
-from autopar.layout import INVARIANT, Placement, Split
+from autopar.ir.batch import batch_dims
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.layout import INVARIANT, Placement, Split
+from autopar.ir.node import value
+from autopar.ir.program import Program
+from autopar.ir.tables import Input, InputKind
 from autopar.mesh import DATA_AXES
-from autopar.pipeline import graph_pass
-from autopar.program import Input, InputKind, Program, value
 from autopar.rules.factoring import Strategy
-from autopar.split import split_axis
+from autopar.split.flow import Flow, Key
+from autopar.split.split_axis import split_axis
 
 
 @graph_pass(when=lambda program: any(program.mesh.size(axis) > 1 for axis in DATA_AXES))

@@ -23,15 +23,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from autopar.candidates import Flow, Key, ends_partial, key_of
-from autopar.choose import Choice
 from autopar.errors import IndivisibleError
-from autopar.layout import INVARIANT, Placement, Split
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.layout import INVARIANT, Placement, Split
+from autopar.ir.node import origin, value, values
+from autopar.ir.program import Program
+from autopar.ir.tables import Input, InputKind
 from autopar.operators.bags import EMBEDDING_BAGS
-from autopar.pipeline import graph_pass
-from autopar.program import Input, InputKind, Program, origin, value, values
 from autopar.rules.factoring import Part, Strategy
-from autopar.split import split_axis
+from autopar.split.choose import Choice
+from autopar.split.flow import Flow, Key, ends_partial, key_of
+from autopar.split.split_axis import split_axis
 
 _AXIS = "tp"
 _SMALL = 0.01  # a weight with less than this share of all parameter bytes may stay whole without an error

@@ -21,11 +21,12 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from autopar.layout import Layout
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.layout import Layout
+from autopar.ir.node import Value, value
+from autopar.ir.program import Program
+from autopar.ir.rewrite import insert_before, substitute
 from autopar.mesh import BATCH_AXES
-from autopar.pipeline import graph_pass
-from autopar.program import Program, Value, value
-from autopar.rewrite import insert_before, substitute
 
 aten = torch.ops.aten
 

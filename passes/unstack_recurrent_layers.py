@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.layout import Layout
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.layout import Layout
+from autopar.ir.node import Value, value, values
+from autopar.ir.program import Program
+from autopar.ir.rewrite import insert_before, remove_unused, substitute
 from autopar.operators.recurrent import RECURRENT_LAYER
-from autopar.pipeline import graph_pass
-from autopar.program import Program, Value, value, values
-from autopar.rewrite import insert_before, remove_unused, substitute
 
 aten = torch.ops.aten
 

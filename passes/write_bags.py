@@ -21,11 +21,13 @@ import torch
 from torch import fx
 
 from autopar.errors import AutoparError
-from autopar.layout import Layout
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.layout import Layout
+from autopar.ir.node import Value, origin, value, values
+from autopar.ir.program import Program
+from autopar.ir.rewrite import add_constants, drop_unused_constants, insert_before, remove_unused
+from autopar.ir.tables import InputKind
 from autopar.operators.bags import EMBEDDING_BAGS
-from autopar.pipeline import graph_pass
-from autopar.program import InputKind, Program, Value, origin, value, values
-from autopar.rewrite import add_constants, drop_unused_constants, insert_before, remove_unused
 
 aten = torch.ops.aten
 _MODES = ("sum", "mean", "max")

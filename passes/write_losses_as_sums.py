@@ -1,11 +1,11 @@
 """Write a mean loss as a global sum over a global count, so that splitting tokens cannot turn it into a mean of means.
 
-    loss = aten.cross_entropy_loss(logits, target) : f32[]
-      -->
-    sums  = op.cross_entropy_sums(logits, target, None, -100, 0.0) : f32[], f32[]
-    total = sums[0]                                                : f32[]
-    count = sums[1]                                                : f32[]
-    loss  = aten.div.Tensor(total, count)                          : f32[]
+loss = aten.cross_entropy_loss(logits, target) : f32[]
+  -->
+sums  = op.cross_entropy_sums(logits, target, None, -100, 0.0) : f32[], f32[]
+total = sums[0]                                                : f32[]
+count = sums[1]                                                : f32[]
+loss  = aten.div.Tensor(total, count)                          : f32[]
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from autopar import operators
-from autopar.layout import Layout
-from autopar.pipeline import graph_pass
-from autopar.program import Program, Value, origin, set_origin, set_values, value
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.layout import Layout
+from autopar.ir.node import Value, origin, set_origin, set_values, value
+from autopar.ir.program import Program
 
 aten = torch.ops.aten
 _MEAN, _SUM = 1, 2

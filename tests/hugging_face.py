@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar.numerics import bind, gradient_error, promote_float32, restore_output, run_graph
-from autopar.program import Program
+from autopar.frontend.numerics import bind, gradient_error, promote_float32, run_graph
+from autopar.ir.program import Program
+from autopar.ir.signature import restore_output
 
 transformers = pytest.importorskip("transformers")
 

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["autopar.driver", "autopar.passes", "torch.distributed.tensor.debug"])
+SERVER.set_forkserver_preload(["autopar.api", "autopar.passes", "torch.distributed.tensor.debug"])
 
 
 class RankError(Exception):

@@ -1,9 +1,10 @@
-"""The house rules: imports go one way, one door to node.meta, small files and functions, names that say something."""
+"""The house rules: rooms stand on rooms below, one door to node.meta, small files and functions, names that speak."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,19 +13,49 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("autopar", "passes", "models", "tests", "benchmarks", "examples")
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 DULL = {"util", "utils", "helper", "helpers", "manager", "common", "core", "misc"}
-ABOVE_PASSES = {"autopar.driver"}  # the one module that may import passes
-FLOORS = (  # from the ground up; a name stands for the package below it too
-    ("errors", "mesh"),
-    ("layout", "plan"),
-    ("program", "comm"),
-    ("text", "invariants", "trace", "operators", "emit"),
-    ("rules", "pipeline", "differentiate", "simulate", "runtime"),
-    ("split",),
-    ("passes",),
-    ("module", "driver"),
-    ("commands",),
-    ("__main__",),
-)
+
+# Who may stand on whom. A room is a folder of autopar/, or a file of its root; from the ground up. "*" is everything
+# that stands above it in this table. Imports inside functions and for typing count too.
+STANDS_ON = {
+    "errors": "",
+    "mesh": "",
+    "precision": "",
+    "operators": "",
+    "zoo": "",
+    "schedules": "errors",
+    "plan": "precision schedules",
+    "ir": "errors mesh operators plan schedules",
+    "rules": "ir mesh operators",
+    "cost": "ir mesh operators",
+    "codegen": "errors ir mesh operators",
+    "exporters": "errors ir mesh plan",
+    "frontend": "errors ir mesh operators plan",
+    "autodiff": "errors ir mesh operators",
+    "split": "cost errors ir rules",
+    "pipeline": "autodiff cost errors ir mesh plan schedules",
+    "analysis": "autodiff ir mesh pipeline schedules",
+    "simulator": "autodiff errors ir mesh pipeline schedules",
+    "simulate": "ir simulator",
+    "runtime": "autodiff codegen errors ir mesh pipeline plan schedules",
+    "passes": "analysis autodiff cost errors frontend ir mesh operators pipeline rules schedules split",
+    "compiler": "autodiff frontend ir mesh passes pipeline plan",
+    "module": "errors frontend ir mesh pipeline plan runtime schedules simulate simulator",
+    "api": "compiler mesh module plan runtime",
+    "check": "compiler frontend ir mesh plan precision simulate simulator",
+    "verification": "analysis check cost errors ir mesh pipeline plan rules simulator split",
+    "checkpoint": "errors mesh module runtime",
+    "training": "api checkpoint ir mesh module plan runtime",
+    "autopar": "*",  # the package itself: its names are imported at first use
+    "commands": "*",
+    "__main__": "*",
+}
+# The one exception: what a user calls as a method of a program is done by rooms above it, imported when it is called.
+PROGRAM = "autopar.ir.program"
+METHODS_OF_PROGRAM = {
+    "autopar.codegen.python": "program.rank(3).code",
+    "autopar.exporters.program_file": "program.save(directory), Program.load(directory)",
+    "autopar.analysis.explain": "program.explain(name)",
+}
 
 
 def sources(*folders: str) -> list[Path]:
@@ -38,7 +69,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-OURS = {module_name(path): path for path in sources("autopar", "passes", "models")}
+OURS = {module_name(path): path for path in sources("autopar", "passes")}
 
 
 def tree_of(path: Path) -> ast.Module:
@@ -60,19 +91,6 @@ def imports(path: Path) -> set[str]:
     return {name for node in ast.walk(tree_of(path)) for name in imported(node)}
 
 
-def imports_at_start(path: Path) -> set[str]:
-    """What is loaded with the module: not inside functions, not under ``if TYPE_CHECKING``."""
-
-    def visit(statements: list[ast.stmt]) -> Iterator[str]:
-        for node in statements:
-            yield from imported(node)
-            typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-            if isinstance(node, (ast.If, ast.Try, ast.With)) and not typing_only:
-                yield from visit(node.body)
-
-    return set(visit(tree_of(path).body))
-
-
 def test_models_stand_apart() -> None:
     for path in sources("models"):
         for name in imports(path):
@@ -81,14 +99,6 @@ def test_models_stand_apart() -> None:
 
 
 STANDARD = {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "typing"}
-
-
-def test_only_the_driver_imports_passes() -> None:
-    for name, path in OURS.items():
-        if name in ABOVE_PASSES or name.startswith("autopar.passes"):
-            continue
-        found = sorted(other for other in imports(path) if other.startswith("autopar.passes"))
-        assert not found, f"{name} imports {found}; only {ABOVE_PASSES} may"
 
 
 def test_passes_do_not_import_each_other() -> None:
@@ -105,57 +115,103 @@ def test_nothing_imports_models() -> None:
         assert not found, f"{path} imports {found}"
 
 
-def needs() -> dict[str, set[str]]:
-    """Module -> those of ours that load with it."""
-    found = {name: {other for other in imports_at_start(path) if other in OURS} for name, path in OURS.items()}
-    for name in found:
-        # a package's __init__ loads first, but its submodules do not lean on it
-        found[name] -= {name, *(name[:i] for i, letter in enumerate(name) if letter == ".")}
-    return found
+def room(name: str) -> str:
+    """The room of a module: ``autopar.ir.text`` is in ``ir``, ``autopar.plan`` is a room of its own."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
 
 
-def everything_needed(table: dict[str, set[str]]) -> dict[str, set[str]]:
-    """``table`` with what the needed modules need, and so on; fails where something needs itself."""
+def needed(modules: Mapping[str, Path]) -> dict[str, set[str]]:
+    """Module -> those of ours that its file imports anywhere: at its head, inside functions, for typing."""
     found: dict[str, set[str]] = {}
-
-    def climb(name: str, above: tuple[str, ...]) -> set[str]:
-        assert name not in above, "imports go in circles: " + " -> ".join([*above[above.index(name) :], name])
-        if name not in found:
-            found[name] = table[name].union(*(climb(other, (*above, name)) for other in sorted(table[name])))
-        return found[name]
-
-    for name in table:
-        climb(name, ())
+    for name, path in modules.items():
+        found[name] = {
+            f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in modules else str(node.module)
+            for node in ast.walk(tree_of(path))
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        found[name] |= {
+            name for node in ast.walk(tree_of(path)) if isinstance(node, ast.Import) for name in imported(node)
+        }
+        found[name] = {other for other in found[name] if other in modules} - {name}
     return found
 
 
-def floor(name: str) -> int | None:
-    for number, rooms in enumerate(FLOORS):
-        if any(f"{name}.".startswith(f"autopar.{room}.") for room in rooms):
-            return number
-    return None
+def without_exceptions(table: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    return {name: others - METHODS_OF_PROGRAM.keys() if name == PROGRAM else others for name, others in table.items()}
 
 
-def test_imports_go_one_way() -> None:
-    for name, needed in everything_needed(needs()).items():
-        own = floor(name)
-        for other in needed:
-            found = floor(other)
-            assert own is None or found is None or found <= own, f"{name} (floor {own}) needs {other} (floor {found})"
+def check_rooms(table: Mapping[str, set[str]]) -> None:
+    """Fails for a module that stands on a room which its own may not stand on."""
+    for name, others in table.items():
+        own = room(name)
+        assert own in STANDS_ON, f"{name}: a new room; say in STANDS_ON what it stands on"
+        for other in sorted(others):
+            allowed = STANDS_ON[own].split()
+            fits = room(other) == own or "*" in allowed or room(other) in allowed
+            assert fits, f"{name} imports {other}: '{own}' stands on {', '.join(allowed) or 'nothing'}"
+
+
+def check_no_circle(table: Mapping[str, set[str]]) -> None:
+    try:
+        list(TopologicalSorter(table).static_order())
+    except CycleError as problem:
+        raise AssertionError("imports go in circles: " + " -> ".join(reversed(problem.args[1]))) from None
+
+
+def test_rooms_stand_on_rooms_below() -> None:
+    check_rooms(without_exceptions(needed(OURS)))
+
+
+def test_the_table_of_rooms_is_tight() -> None:
+    """Every room named exists, stands above what it stands on, and really needs it."""
+    table = without_exceptions(needed(OURS))
+    order = list(STANDS_ON)
+    for own, allowed in STANDS_ON.items():
+        used = {room(other) for name, others in table.items() if room(name) == own for other in others} - {own}
+        if allowed != "*":
+            assert set(allowed.split()) == used, f"{own} needs {sorted(used)}"
+            assert all(order.index(other) < order.index(own) for other in used), own
+
+
+def test_no_file_imports_in_a_circle() -> None:
+    check_no_circle(without_exceptions(needed(OURS)))
+
+
+def test_the_exceptions_are_needed() -> None:
+    assert needed(OURS)[PROGRAM] >= METHODS_OF_PROGRAM.keys()
 
 
 def test_a_circle_is_found() -> None:
-    with pytest.raises(AssertionError, match="a -> b -> c -> a"):
-        everything_needed({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+    with pytest.raises(AssertionError, match="imports go in circles"):
+        check_no_circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})
 
 
-def test_only_program_touches_meta() -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from autopar.passes.split_batch import split_batch\n",
+        "def f():\n    from autopar.compiler import compile_program\n",
+        "if TYPE_CHECKING:\n    from autopar.runtime.connect import Connection\n",
+        "import autopar.runtime.connect\n",
+        "from autopar.runtime import connect\n",
+    ],
+)
+def test_a_planted_upward_import_is_found(line: str, tmp_path: Path) -> None:
+    planted = tmp_path / "layout.py"
+    planted.write_text(OURS["autopar.ir.layout"].read_text(encoding="utf-8") + line, encoding="utf-8")
+    with pytest.raises(AssertionError, match="autopar.ir.layout imports autopar"):
+        check_rooms(without_exceptions(needed({**OURS, "autopar.ir.layout": planted})))
+
+
+def test_only_node_touches_meta() -> None:
     for name, path in OURS.items():
-        if name == "autopar.program":
+        if name == "autopar.ir.node":
             continue
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Attribute) and node.attr == "meta":
-                raise AssertionError(f"{path}:{node.lineno} touches .meta; program.py has functions for it")
+                raise AssertionError(f"{path}:{node.lineno} touches .meta; ir/node.py has functions for it")
 
 
 @pytest.mark.parametrize("path", sources(*FOLDERS), ids=lambda path: str(path.relative_to(ROOT)))

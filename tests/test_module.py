@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import autopar
 from autopar import Mesh, Plan
 from autopar.errors import InvariantError, LaunchError
-from autopar.signature import loss_of
+from autopar.ir.loss import loss_of
 from models import gpt
 from tests.against_one_process import Tiny, compare_gradients, difference, float64, tiny_batch, whole, worst
 from tests.launch import run_ranks

@@ -15,14 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import autopar
 from autopar import Mesh, Plan
-from autopar.bound import sharing
-from autopar.connect import connect
-from autopar.driver import compile_program
-from autopar.emit import compile_source, emit
-from autopar.program import InputKind, Program, output_node
-from autopar.torch_autograd import accumulating, below_autograd, is_watched, take_saved
-from autopar.torch_bindings import BINDINGS
-from autopar.torch_dtensor import contiguous, dtensor, local_of, of_local, spec_of, strided
+from autopar.codegen.python import compile_source, emit
+from autopar.codegen.torch_bindings import BINDINGS
+from autopar.compiler import compile_program
+from autopar.ir.node import output_node
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
+from autopar.runtime.autograd import accumulating, below_autograd, is_watched, take_saved
+from autopar.runtime.connect import connect
+from autopar.runtime.dtensor import contiguous, dtensor, local_of, of_local, spec_of, strided
+from autopar.runtime.rank_program import sharing
 from models import cnn, gpt, llama, t5
 from tests.against_one_process import difference, float64, whole
 from tests.launch import run_ranks
@@ -60,7 +62,7 @@ def test_bindings_call_the_operators_of_the_graph(module: Any, monkeypatch: pyte
     inputs = [tensors[entry.target].detach() for _, entry in program.placeholders(*InputKind)]
     count, runs = len(program.outputs), []
     for table in (BINDINGS, {}):
-        monkeypatch.setattr("autopar.emit.BINDINGS", table)
+        monkeypatch.setattr("autopar.codegen.python.BINDINGS", table)
         forward = compile_source(emit({"forward": role.forward}, program), "forward")
         backward = compile_source(emit({"backward": role.backward}, program), "backward")
         with below_autograd(), Calls() as calls:

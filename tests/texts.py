@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from autopar.parse import parse
-from autopar.program import Program
+from autopar.ir.parse import parse
+from autopar.ir.program import Program
 
 MLP = """\
 program mesh(dp=2 tp=2)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from autopar.calls import data_ways
+from autopar.analysis.footprint import held
 from autopar.check import TOLERANCE, Reference, Report
 from autopar.commands.options import (
     Batch,
@@ -33,10 +33,10 @@ from autopar.commands.tables import (
     traffic_json,
     traffic_table,
 )
-from autopar.footprint import held
+from autopar.ir.batch import data_ways
 from autopar.mesh import Mesh
-from autopar.named_models import named_model
 from autopar.plan import Plan
+from autopar.zoo.named import named_model
 
 WORST_SHOWN = 3
 PHASES = ("forward", "backward")

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from autopar.calls import data_ways
+from autopar.analysis.footprint import held, sent
+from autopar.codegen.python import emit
 from autopar.commands.options import (
     Batch,
     ConfigTexts,
@@ -23,12 +24,11 @@ from autopar.commands.options import (
     read_plan,
 )
 from autopar.commands.tables import held_json, print_json, size_text, stderr, traffic_json
-from autopar.driver import compile_program
-from autopar.emit import emit
-from autopar.footprint import held, sent
-from autopar.named_models import named_model
-from autopar.program import Program
-from autopar.program_file import save
+from autopar.compiler import compile_program
+from autopar.exporters.program_file import save
+from autopar.ir.batch import data_ways
+from autopar.ir.program import Program
+from autopar.zoo.named import named_model
 
 
 def compile_command(

@@ -17,12 +17,12 @@ import typer
 from rich.progress import Progress
 
 from autopar import __version__, zoo
-from autopar.calls import data_ways
 from autopar.check import TOLERANCE
 from autopar.commands.options import PlanTexts, read_mesh, read_plan
 from autopar.commands.tables import print_json, stderr, stdout, table
-from autopar.coverage import CASES, Case, Coverage, Outcome, cover
-from autopar.named_models import OURS, named_model
+from autopar.ir.batch import data_ways
+from autopar.verification.coverage import CASES, Case, Coverage, Outcome, cover
+from autopar.zoo.named import OURS, named_model
 
 OWN_FAMILY = "plain torch"
 ROWS = 4  # of a batch; a multiple where a mesh has more data ranks

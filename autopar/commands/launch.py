@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
-from autopar.commands.stopping import StopFile
+from autopar.training.stopping import StopFile
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun reads from it why a rank failed
 FOLLOWS = "RankFailedError"  # a rank that says this saw another one fail

@@ -9,16 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from autopar.interpreter import links_of
-from autopar.program import Program
-from autopar.schedule import Schedule
-from autopar.schedule_choice import most_in_flight
-from autopar.schedule_timing import Timeline, timeline
-from autopar.stage_assignment import Assignment
-from autopar.stage_table import StageTable, describe_stages
-from autopar.stages import stages_of_nodes
-from autopar.timeline import draw
-from autopar.timeline_svg import svg
+from autopar.ir.program import Program
+from autopar.pipeline.links import links_of
+from autopar.pipeline.planned_schedule import most_in_flight
+from autopar.pipeline.stage_table import StageTable, describe_stages
+from autopar.pipeline.stages import Assignment, stages_of_nodes
+from autopar.schedules.draw import draw
+from autopar.schedules.instructions import Schedule
+from autopar.schedules.svg import svg
+from autopar.schedules.timing import Timeline, timeline
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import typer
 
 from autopar.commands.options import Json
 from autopar.commands.tables import print_json
-from autopar.driver import forward_passes, joint_passes
-from autopar.pipeline import count_difference, read_replay
+from autopar.compiler import forward_passes, joint_passes
+from autopar.ir.graph_pass import count_difference, read_replay
 
 
 def replay(

@@ -17,19 +17,21 @@ import typer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopar import microbatches
 from autopar.commands.launch import is_rank, relaunch
 from autopar.commands.options import Json, Seed
 from autopar.commands.tables import print_json, stdout, table, traffic_json, traffic_table
-from autopar.commands.training import is_first
-from autopar.connect import Connection, connect
 from autopar.errors import ProgramFileError
-from autopar.execute import Executable
-from autopar.execute_pipeline import PipelineExecutable
-from autopar.parameters import Weights, weight_layouts
-from autopar.program import InputKind, Program, Value, value
-from autopar.program_file import load
-from autopar.stages import held_elsewhere
+from autopar.exporters.program_file import load
+from autopar.ir.node import Value, value
+from autopar.ir.program import Program, weight_layouts
+from autopar.ir.tables import InputKind
+from autopar.pipeline import microbatches
+from autopar.pipeline.stages import held_elsewhere
+from autopar.runtime.connect import Connection, connect
+from autopar.runtime.execute import Executable
+from autopar.runtime.execute_pipeline import PipelineExecutable
+from autopar.runtime.parameters import Weights
+from autopar.training.loop import is_first
 
 DEVIATION = 0.02  # of random weights
 RUNS = 2
@@ -182,9 +184,7 @@ def _put(module: nn.Module, key: str, tensor: Tensor) -> None:
         module.register_buffer(key, tensor)
 
 
-def _tensor(
-    name: str, kind: Value, given: Mapping[str, Tensor], generator: torch.Generator, below: int
-) -> Tensor:
+def _tensor(name: str, kind: Value, given: Mapping[str, Tensor], generator: torch.Generator, below: int) -> Tensor:
     """The tensor that was given, or a random one; whole numbers are below ``below``."""
     found = given.get(name)
     if found is not None:

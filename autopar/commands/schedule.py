@@ -12,14 +12,14 @@ import typer
 
 from autopar.commands.options import Json
 from autopar.commands.tables import print_json, stdout
-from autopar.instructions import Link, Schedule, chain
-from autopar.schedule_check import check_computes, check_schedule
-from autopar.schedule_messages import with_messages
-from autopar.schedule_text import format_schedule, parse_schedule
-from autopar.schedule_timing import Timeline, peak_in_flight, timeline
-from autopar.schedules import NAMES, make_schedule
-from autopar.timeline import draw
-from autopar.timeline_svg import svg
+from autopar.schedules.check import check_computes, check_schedule
+from autopar.schedules.draw import draw
+from autopar.schedules.instructions import Link, Schedule, chain
+from autopar.schedules.messages import with_messages
+from autopar.schedules.named import NAMES, make_schedule
+from autopar.schedules.svg import svg
+from autopar.schedules.text import format_schedule, parse_schedule
+from autopar.schedules.timing import Timeline, peak_in_flight, timeline
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from autopar.calls import data_ways
+from autopar.analysis.footprint import held, sent
 from autopar.commands.options import (
     Batch,
     ConfigTexts,
@@ -23,13 +23,11 @@ from autopar.commands.options import (
 )
 from autopar.commands.pipeline_tables import pipeline_of
 from autopar.commands.tables import held_json, held_table, print_json, stderr, stdout, traffic_json, traffic_table
-from autopar.driver import finish_program, forward_passes, joint_passes, split_program
-from autopar.footprint import held, sent
-from autopar.mesh import Mesh
-from autopar.named_models import named_model
-from autopar.program import Program
-from autopar.stages import is_pipelined
-from autopar.text import format_program
+from autopar.compiler import finish_program, forward_passes, joint_passes, split_program
+from autopar.ir.batch import data_ways
+from autopar.ir.program import Program, format_program
+from autopar.mesh import Mesh, is_pipelined
+from autopar.zoo.named import named_model
 
 
 def show(

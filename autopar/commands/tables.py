@@ -11,8 +11,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from autopar.footprint import Holdings
-from autopar.lockstep import Transfer
+from autopar.analysis.footprint import Holdings
+from autopar.ir.traffic import Transfer
 
 WIDTH_OF_A_PIPE = 110  # rich would take 80 where there is no terminal
 

@@ -15,27 +15,17 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from autopar.calls import data_ways
-from autopar.commands.byte_text import BYTES, ByteText, read_text
 from autopar.commands.launch import is_rank, relaunch
-from autopar.commands.options import (
-    ConfigTexts,
-    Json,
-    ModelName,
-    PlanTexts,
-    Seed,
-    read_config,
-    read_mesh,
-    read_plan,
-)
-from autopar.commands.saving import Saving, Start
+from autopar.commands.options import ConfigTexts, Json, ModelName, PlanTexts, Seed, read_config, read_mesh, read_plan
 from autopar.commands.tables import print_json, stderr
 from autopar.commands.train_report import document_of, end_of, print_report, tolerance_of
-from autopar.commands.training import CLIP, Run, Settings, is_first, train
-from autopar.mesh import Mesh
-from autopar.named_models import named_model, rows_for
+from autopar.ir.batch import data_ways
+from autopar.mesh import Mesh, is_pipelined
 from autopar.plan import Plan
-from autopar.stages import is_pipelined
+from autopar.training.byte_text import BYTES, ByteText, read_text
+from autopar.training.loop import CLIP, Run, Settings, is_first, train
+from autopar.training.saving import Saving, Start
+from autopar.zoo.named import named_model, rows_for
 
 Zero = Annotated[int | None, typer.Option(min=0, max=3, help="ranks of dp share optimizer states, gradients, weights")]
 Precision = Annotated[str | None, typer.Option(metavar="DTYPE", help="compute in bf16, fp16, ...; parameters stay")]

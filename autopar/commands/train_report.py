@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from autopar.commands.byte_text import ByteText
 from autopar.commands.curves import sparkline
 from autopar.commands.tables import stdout, table, traffic_json, traffic_table
-from autopar.commands.training import Curve, Run, Settings
-from autopar.stages import is_pipelined
+from autopar.mesh import is_pipelined
+from autopar.training.byte_text import ByteText
+from autopar.training.loop import Curve, Run, Settings
 
 TOLERANCES = {None: 1e-4, "float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # of the loss, any step
 

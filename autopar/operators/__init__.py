@@ -7,12 +7,7 @@ from __future__ import annotations
 
 from autopar.operators.attention import ATTENTION
 from autopar.operators.embedding import embedding_rows
-from autopar.operators.losses import (
-    cross_entropy_from_parts,
-    cross_entropy_sums,
-    vocabulary_maximum,
-    vocabulary_sums,
-)
+from autopar.operators.losses import cross_entropy_from_parts, cross_entropy_sums, vocabulary_maximum, vocabulary_sums
 from autopar.operators.random import random_keep, random_uniform
 from autopar.operators.registry import REGISTRY, operator
 from autopar.operators.straight_through import STRAIGHT_THROUGH

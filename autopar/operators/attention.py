@@ -161,7 +161,6 @@ def _derivative(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, .
 
 torch.library.register_autograd("autopar::attention", _derivative, setup_context=_remember, lib=_LIBRARY)
 
-
 # ---------------------------------------------------------------- kernels
 
 

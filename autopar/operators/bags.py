@@ -119,7 +119,6 @@ def _picked(table: Tensor, reads: _Reads) -> Tensor:
 _LIBRARY.impl("embedding_bags", _pooled, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("embedding_bags_backward", _pooled_backward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
-
 # ---------------------------------------------------------------- shapes and derivative
 
 

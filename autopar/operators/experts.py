@@ -34,7 +34,6 @@ _LIBRARY = library(*_SCHEMAS)
 EXPERT_LINEAR = torch.ops.autopar.expert_linear.default
 EXPERT_OUTER = torch.ops.autopar.expert_outer.default
 
-
 # ---------------------------------------------------------------- shapes and derivative
 
 
@@ -84,7 +83,6 @@ def _derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("autopar::expert_linear", _derivative, setup_context=_remember, lib=_LIBRARY)
-
 
 # ---------------------------------------------------------------- kernels
 

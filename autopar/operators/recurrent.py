@@ -75,7 +75,6 @@ def _autograd() -> Iterator[None]:
 _LIBRARY.impl("recurrent_layer", _layer, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("recurrent_layer_backward", _layer_backward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
-
 # ---------------------------------------------------------------- shapes and derivative
 
 

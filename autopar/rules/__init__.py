@@ -1,19 +1,19 @@
 """The rule table: operator -> how it may be split. One line for most operators, a named function for the irregular.
 
-``rule_for(target)`` finds a rule; ``register_rule`` adds one for a user's own operator.
+``rule_for(target)`` finds a rule; ``autopar.register_rule`` adds one for a user's own operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from autopar.comm import OPS
+from autopar.ir.collectives import OPS
+from autopar.ir.node import values
 from autopar.mesh import Mesh
-from autopar.program import values
 from autopar.rules import (
     bags,
     collectives,
@@ -30,20 +30,29 @@ from autopar.rules import (
     views,
 )
 from autopar.rules.factoring import Call, Factoring, Part, Strategy, factoring_of
-from autopar.rules.lines import read_rule
-from autopar.rules.schemas import check_fits, operator_named, refuse_aliases
 
-__all__ = ["Call", "Factoring", "Part", "Rule", "Strategy", "RULES", "call_of", "register_rule", "rule_for"]
+__all__ = [
+    "Call",
+    "Factoring",
+    "Part",
+    "Rule",
+    "Strategy",
+    "RULES",
+    "call_of",
+    "from_line",
+    "rule_for",
+]
 
 Rule = Callable[[Call], Factoring]
 
 
-def _from_line(line: str) -> Rule:
+def from_line(line: str) -> Rule:
+    """The rule that a line such as ``"b m k, b k n -> b m n"`` says."""
     return lambda call: factoring_of(line, call)
 
 
 def _read(table: dict[Any, Any]) -> dict[Any, Rule]:
-    return {target: _from_line(rule) if isinstance(rule, str) else rule for target, rule in table.items()}
+    return {target: from_line(rule) if isinstance(rule, str) else rule for target, rule in table.items()}
 
 
 RULES: dict[Any, Rule] = {
@@ -71,32 +80,6 @@ def rule_for(target: Any) -> Rule | None:
     if torch.Tag.pointwise in tags and torch.Tag.data_dependent_output not in tags:  # aten.equal gives a bool
         return pointwise.broadcast
     return None
-
-
-def register_rule(operator: str | Any, rule: str | Rule, check: Sequence[tuple[Any, ...]] = ()) -> None:
-    """Teach autopar how ``operator`` (``"mylib::op"``, an OpOverload or a ``torch.library.custom_op``) may be split.
-
-    ``rule`` is a line such as ``"b h s d, b h t d -> b h s t"`` or a function ``Call -> Factoring``; docs/rules.md
-    explains both. A rule that the operator has already is replaced.
-
-    ``check``: examples of arguments, tuples; a dict at the end of one holds keyword arguments. For each, the operator
-    is run whole and on the pieces of every factor over 2 and 3 ranks, forward and (if it is differentiable) backward.
-    Sizes have to divide by 2 or 3, float64 finds most; nothing is registered if the numbers differ.
-
-    Raises ValueError for an operator that torch does not know or that writes into its arguments, for a line that cannot
-    be read or does not fit it, and for a factor that no example can split; WrongRuleError if the numbers differ.
-    """
-    target = operator_named(operator)
-    if target not in RULES:
-        refuse_aliases(target)
-    if isinstance(rule, str):
-        check_fits(read_rule(rule), target)
-    found = _from_line(rule) if isinstance(rule, str) else rule
-    if check:
-        from autopar.rule_check import check_examples  # stands above the rules
-
-        check_examples(target, found, check)
-    RULES[target] = found
 
 
 def call_of(node: fx.Node, mesh: Mesh, parameters: frozenset[fx.Node] = frozenset()) -> Call:

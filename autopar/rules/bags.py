@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from autopar.ir.node import Node, value
 from autopar.operators.bags import EMBEDDING_BAGS
-from autopar.program import Node, value
 from autopar.rules.factoring import Call, Dims, Emit, Factoring
 
 

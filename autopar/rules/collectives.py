@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from autopar.comm import OPS
+from autopar.ir.collectives import OPS
 from autopar.rules.factoring import Call, Factoring
 from autopar.rules.pointwise import broadcast
 from autopar.rules.views import FIRST, keeps_other_dims

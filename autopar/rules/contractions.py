@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from autopar import operators
+from autopar.ir.node import Node, value
 from autopar.operators.experts import EXPERT_LINEAR
-from autopar.program import Node, value
 from autopar.rules.factoring import Call, Dims, Emit, Factoring, Shape, dims_of, factoring_of
 from autopar.rules.pointwise import broadcast_dims
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from autopar.layout import INVARIANT, PARTIAL, REPLICATED, Partial, Placement, Split
-from autopar.program import Value
+from autopar.ir.layout import INVARIANT, PARTIAL, REPLICATED, Partial, Placement, Split
+from autopar.ir.node import Value
 from autopar.rules.lines import Line, read_rule
 
 Shape = tuple[int, ...]

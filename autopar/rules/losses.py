@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from autopar import operators
-from autopar.layout import Layout
-from autopar.program import Node, Value, value
+from autopar.ir.layout import Layout
+from autopar.ir.node import Node, Value, value
 from autopar.rules.factoring import Call, Dims, Emit, Factoring, Shape, dims_of
 from autopar.rules.pointwise import broadcast_dims
 from autopar.rules.reductions import share_of_mean
@@ -51,12 +51,8 @@ def _by_vocabulary(emit: Emit, node: Node, axis: str, ways: int) -> Node:
     largest = emit(operators.vocabulary_maximum, (logits, target, rank, classes), emit.partial(still, axis, "max"))
     maximum = emit.all_reduce(largest, axis, "max")
     part = emit.partial(rows, axis)
-    sums = emit(
-        operators.vocabulary_sums, (logits, maximum, target, rank, classes, smoothing), part, part, part
-    )
-    reduced = [
-        emit.all_reduce(emit(operator.getitem, (sums, i), part), axis) for i in range(3 if smoothing else 2)
-    ]
+    sums = emit(operators.vocabulary_sums, (logits, maximum, target, rank, classes, smoothing), part, part, part)
+    reduced = [emit.all_reduce(emit(operator.getitem, (sums, i), part), axis) for i in range(3 if smoothing else 2)]
     summed = reduced[2] if smoothing else None
     wide = torch.promote_types(source.dtype, torch.float32)
     scalar, count = Value(wide, Layout(()), source.requires_grad), Value(wide, Layout(()), False)

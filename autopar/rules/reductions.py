@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from autopar import comm
-from autopar.layout import Factor, Layout, Split
-from autopar.program import Node, value
+from autopar.ir import collectives as comm
+from autopar.ir.layout import Factor, Layout, Split
+from autopar.ir.node import Node, value
 from autopar.rules.factoring import Call, Dims, Emit, Factoring, Rewrite, dims_of
 from autopar.rules.views import FIRST, along_dims
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from autopar.layout import Placement, Split
+from autopar.ir.layout import Placement, Split
 from autopar.rules.factoring import Call, Dims, Factoring, Part, Shape, Strategy, dims_of
 from autopar.rules.views import FIRST, keeps_other_dims
 

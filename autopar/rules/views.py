@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from autopar.layout import Split
+from autopar.ir.layout import Split
 from autopar.rules.factoring import Call, Dims, Factoring, Part, Shape, Strategy, dims_of
 from autopar.rules.pointwise import broadcast_dims
 

@@ -7,7 +7,7 @@ the other, forward first. Weight gradients are split off only where ranks would 
 
 from __future__ import annotations
 
-from autopar.instructions import Compute
+from autopar.schedules.instructions import Compute
 from autopar.schedules.parts import Lists, Writer, bounce, first_microbatches
 
 

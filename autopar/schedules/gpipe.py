@@ -6,7 +6,7 @@ per rank it is the breadth-first schedule of Lamy-Poirier 2022, with bubble (p-1
 
 from __future__ import annotations
 
-from autopar.instructions import Compute, Kind
+from autopar.schedules.instructions import Compute, Kind
 from autopar.schedules.parts import Lists, loop
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from autopar.instructions import Compute, Kind
+from autopar.schedules.instructions import Compute, Kind
 from autopar.schedules.parts import Lists, loop
 
 

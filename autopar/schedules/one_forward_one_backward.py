@@ -5,7 +5,7 @@ PipeDream-Flush of Narayanan et al. 2021, "Memory-Efficient Pipeline-Parallel DN
 
 from __future__ import annotations
 
-from autopar.instructions import Compute, Kind
+from autopar.schedules.instructions import Compute, Kind
 from autopar.schedules.parts import Lists
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 
-from autopar.instructions import BACKWARD, Compute, Kind
+from autopar.schedules.instructions import BACKWARD, Compute, Kind
 
 Lists = list[list[Compute]]  # the computes of each rank
 

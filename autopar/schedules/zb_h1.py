@@ -6,7 +6,7 @@ every rank, and a third of its bubble where F, I and W take equally long: (p-1)(
 
 from __future__ import annotations
 
-from autopar.instructions import Compute, Kind
+from autopar.schedules.instructions import Compute, Kind
 from autopar.schedules.parts import Lists
 
 

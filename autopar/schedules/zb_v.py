@@ -6,7 +6,7 @@ Parallelism", section 6. It holds 2p activations of half-size stages on every ra
 
 from __future__ import annotations
 
-from autopar.instructions import Compute
+from autopar.schedules.instructions import Compute
 from autopar.schedules.parts import Lists, Writer, bounce, first_microbatches
 
 

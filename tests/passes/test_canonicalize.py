@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autopar.numerics import bind, promote_float32, run_graph
-from autopar.parse import parse
-from autopar.program import InputKind, Program, origin, value, values
-from autopar.text import operator_name
-from autopar.trace import trace
+from autopar.frontend.numerics import bind, promote_float32, run_graph
+from autopar.frontend.trace import trace
+from autopar.ir.node import origin, value, values
+from autopar.ir.parse import parse
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
+from autopar.ir.text import operator_name
 from tests.hugging_face import MODELS, build, errors
 
 aten = torch.ops.aten

@@ -12,20 +12,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar.driver import compile_program, finish_program, place
-from autopar.footprint import sent
-from autopar.lockstep import Transfer
+from autopar.analysis.footprint import sent
+from autopar.compiler import compile_program, finish_program, place
+from autopar.frontend.trace import trace
+from autopar.ir.node import value
+from autopar.ir.parse import parse
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
+from autopar.ir.traffic import Transfer
 from autopar.mesh import Mesh
-from autopar.named_models import named_model
-from autopar.parse import parse
 from autopar.passes.bucket_collectives import bucket_collectives
 from autopar.passes.cast_parameters import cast_parameters
 from autopar.passes.cast_reductions import cast_reductions
 from autopar.plan import Plan
 from autopar.precision import Precision
-from autopar.program import InputKind, Program, value
-from autopar.simulate import Step, simulate
-from autopar.trace import trace
+from autopar.simulate import simulate
+from autopar.simulator.parts import Step
+from autopar.zoo.named import named_model
 from models import gpt, llama
 from tests.conftest import Golden
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autopar.driver import compile_program
+from autopar.compiler import compile_program
 from autopar.mesh import Mesh
-from autopar.operators import random_uniform
+from autopar.operators.random import random_uniform
 from autopar.plan import Plan
 from autopar.simulate import simulate
 

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopar.check import TOLERANCE, check
+from autopar.frontend.trace import trace
+from autopar.ir.node import values
+from autopar.ir.parse import parse
 from autopar.mesh import Mesh
-from autopar.parse import parse
 from autopar.passes import expand_composites as expand
-from autopar.program import values
 from autopar.rules import rule_for
-from autopar.trace import trace
 
 
 def test_docstring() -> None:

@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from autopar import comm
 from autopar.check import Reference
-from autopar.driver import compile_program, finish_program, place
+from autopar.compiler import compile_program, finish_program, place
+from autopar.ir import collectives as comm
+from autopar.ir.node import value
+from autopar.ir.program import Program
 from autopar.mesh import Mesh
-from autopar.named_models import named_model
 from autopar.passes.bucket_collectives import bucket_collectives
 from autopar.passes.overlap_collectives import overlap_collectives
 from autopar.plan import Plan
-from autopar.program import Program, value
 from autopar.simulate import simulate
+from autopar.zoo.named import named_model
 
 STARTING = {getattr(comm.OPS, name).default for name in comm.STARTED}
 WAIT = comm.OPS.wait.default

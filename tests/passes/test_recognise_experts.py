@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autopar.analysis.footprint import held, sent
 from autopar.check import TOLERANCE, Report, check
-from autopar.driver import split_program
-from autopar.footprint import held, sent
+from autopar.compiler import split_program
+from autopar.frontend.numerics import bind, promote_float32, run_graph
+from autopar.ir.parse import parse
+from autopar.ir.program import Program
+from autopar.ir.text import operator_name
 from autopar.mesh import Mesh
-from autopar.named_models import named_model
-from autopar.numerics import bind, promote_float32, run_graph
 from autopar.operators.experts import EXPERT_LINEAR
-from autopar.parse import parse
 from autopar.passes.recognise_experts import recognise_experts
 from autopar.plan import Plan
-from autopar.program import Program
-from autopar.text import operator_name
+from autopar.zoo.named import named_model
 
 TOKENS, CHOICES, EXPERTS, WIDTH, INNER = 12, 2, 4, 8, 16
 SORTING = {"aten.sort", "aten.argsort", "aten.histc", "aten.index_put", "aten._grouped_mm", "aten.floor_divide"}

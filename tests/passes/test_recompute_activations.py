@@ -11,22 +11,27 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from autopar import comm
-from autopar.blocks import block_of
+from autopar.api import parallelize
+from autopar.autodiff.differentiate import differentiate
+from autopar.autodiff.partition import LATE, joined, partition
 from autopar.check import TOLERANCE, Reference
 from autopar.commands.options import read_plan
-from autopar.differentiate import differentiate
-from autopar.driver import compile_program, finish_program, parallelize, place
-from autopar.flops import flops
+from autopar.compiler import compile_program, finish_program, place
+from autopar.cost.flops import flops
+from autopar.frontend.trace import trace
+from autopar.ir import collectives as comm
+from autopar.ir.blocks import block_of
+from autopar.ir.node import origin, output_node, values
+from autopar.ir.operator_facts import is_free
+from autopar.ir.parse import parse
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind, Role
 from autopar.mesh import Mesh
-from autopar.named_models import Example, named_model
-from autopar.parse import parse
-from autopar.partition import LATE, is_free, joined, partition
 from autopar.passes.recompute_activations import recompute_activations
 from autopar.plan import Plan
-from autopar.program import InputKind, Program, Role, origin, output_node, values
-from autopar.simulate import Step, simulate
-from autopar.trace import trace
+from autopar.simulate import simulate
+from autopar.simulator.parts import Step
+from autopar.zoo.named import Example, named_model
 from tests.conftest import Golden
 
 LINEAR = torch.ops.aten.linear.default

@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autopar.analysis.footprint import held
+from autopar.autodiff.hoist import GATHERING
 from autopar.check import TOLERANCE, Reference, check
-from autopar.driver import compile_program
-from autopar.footprint import held
+from autopar.compiler import compile_program
+from autopar.ir.node import value
+from autopar.ir.parse import parse
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
-from autopar.named_models import named_model
-from autopar.once import GATHERING
-from autopar.parse import parse
 from autopar.passes.shard_parameters import shard_parameters
 from autopar.plan import Plan
-from autopar.program import InputKind, Program, value
+from autopar.zoo.named import named_model
 from tests.conftest import Golden
 
 TEXT = """

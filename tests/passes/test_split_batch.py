@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar import comm
+from autopar.analysis.footprint import sent
 from autopar.check import TOLERANCE, check
-from autopar.driver import compile_program, split_program
+from autopar.compiler import compile_program, split_program
 from autopar.errors import IndivisibleError
-from autopar.footprint import sent
+from autopar.ir import collectives as comm
+from autopar.ir.node import value
+from autopar.ir.parse import parse
+from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
-from autopar.parse import parse
 from autopar.passes.split_batch import split_batch
 from autopar.plan import Plan
-from autopar.program import InputKind, value
 from models import transformer
 from tests.conftest import Golden
 

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from autopar.check import check
-from autopar.driver import compile_program
+from autopar.compiler import compile_program
 from autopar.errors import IndivisibleError
+from autopar.ir.parse import parse
+from autopar.ir.program import Program
 from autopar.mesh import Mesh
-from autopar.named_models import named_model
-from autopar.parse import parse
 from autopar.passes.split_tensors import split_tensors
 from autopar.plan import Plan
-from autopar.program import Program
+from autopar.zoo.named import named_model
 from tests.conftest import Golden
 
 MLP = """
@@ -173,7 +173,7 @@ def test_a_weight_with_no_dim_that_divides_is_refused() -> None:
 
 
 def test_settled_layouts_are_kept() -> None:
-    from autopar.program import value
+    from autopar.ir.node import value
 
     plan = Plan(tensor={"*mlp.up_proj*": "row"})
     first = llama(1, plan)

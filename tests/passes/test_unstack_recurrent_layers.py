@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autopar.analysis.footprint import sent
 from autopar.check import TOLERANCE, check
-from autopar.driver import compile_program, split_program
+from autopar.compiler import compile_program, split_program
 from autopar.errors import IndivisibleError
-from autopar.footprint import sent
+from autopar.ir.parse import parse
 from autopar.mesh import Mesh
-from autopar.parse import parse
 from autopar.plan import Plan
 from autopar.simulate import simulate
 from models import lstm

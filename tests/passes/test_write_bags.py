@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autopar.analysis.footprint import held, sent
 from autopar.check import TOLERANCE, check
-from autopar.driver import split_program
+from autopar.compiler import split_program
 from autopar.errors import AutoparError
-from autopar.footprint import held, sent
-from autopar.layout import Split
+from autopar.ir.layout import Split
+from autopar.ir.node import value
+from autopar.ir.parse import parse
+from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
-from autopar.parse import parse
 from autopar.plan import Plan
-from autopar.program import InputKind, value
 from models import dlrm
 
 aten = torch.ops.aten

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from autopar import parallelize
+from autopar.ir.loss import loss_of
 from autopar.mesh import Mesh
 from autopar.plan import Plan
-from autopar.signature import loss_of
 
 STEPS = 3
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from autopar.coverage import Case, cover, operations
-from autopar.footprint import held, sent
+from autopar.analysis.footprint import held, sent
 from autopar.mesh import Mesh
 from autopar.plan import Plan
+from autopar.verification.coverage import Case, cover, operations
 from models import gpt
 from tests.pipeline.test_simulated import reference
 

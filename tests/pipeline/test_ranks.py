@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from autopar import Mesh, Plan, parallelize
-from autopar.bound_stage import StageStep
 from autopar.errors import RankFailedError
+from autopar.runtime.rank_stage import StageStep
 from models import gpt
 from tests.launch import run_ranks, try_ranks
 from tests.pipeline.ranks import train

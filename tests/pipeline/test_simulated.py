@@ -16,13 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autopar.api import parallelize
 from autopar.check import Reference, Report
-from autopar.driver import compile_program, parallelize
+from autopar.compiler import compile_program
+from autopar.frontend.numerics import gradient_error
 from autopar.mesh import Mesh
-from autopar.numerics import gradient_error
+from autopar.pipeline.stages import crossings, types_of
 from autopar.plan import Plan
 from autopar.simulate import simulate
-from autopar.stages import crossings, types_of
 from tests import hugging_face
 
 ROWS = 14

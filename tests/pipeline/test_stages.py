@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from autopar.backward_steps import backward_steps
-from autopar.driver import finish_program
+from autopar.autodiff.halves import backward_steps
+from autopar.compiler import finish_program
 from autopar.errors import ProgramFileError
-from autopar.lockstep import Lockstep
+from autopar.ir.node import value
+from autopar.ir.parse import parse
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind, OutputKind
 from autopar.mesh import Mesh
-from autopar.parse import parse
+from autopar.pipeline.stages import Assignment, Crossing, crossings, first_ranks, stage_programs, users_of
 from autopar.plan import Plan
-from autopar.program import InputKind, OutputKind, Program, value
-from autopar.simulate import Step, simulate
-from autopar.stage_assignment import Assignment
-from autopar.stages import Crossing, crossings, first_ranks, stage_programs, users_of
+from autopar.simulate import simulate
+from autopar.simulator.lockstep import Lockstep
+from autopar.simulator.parts import Step
 
 # `first` goes past stage 1; `ids` is an integer made by stage 0; `table` is used by stages 0 and 2
 TEXT = """

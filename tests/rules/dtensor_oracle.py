@@ -22,9 +22,9 @@ from torch.distributed.tensor._op_schema import OpSchema
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autopar import layout
-from autopar.layout import REPLICATED, Placement, Split
-from autopar.rule_check import Sample
+from autopar.ir import layout
+from autopar.ir.layout import REPLICATED, Placement, Split
+from autopar.verification.rule_check import Sample
 
 WAYS = 2
 MESH = DeviceMesh("cpu", torch.arange(WAYS), _init_backend=False, _rank=0)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from samples_algebra import ALGEBRA, FOURIER, PARTS, PLACES
-from samples_compute import CONTRACTIONS, RECURRENT, REDUCTIONS, SPATIAL
-from samples_pointwise import LOSSES, POINTWISE, from_schema
-from samples_views import COLLECTIVES, INDEXING, SEGMENTS, VIEWS
 
-from autopar.rule_check import Sample
+from autopar.verification.rule_check import Sample
+from tests.rules.samples_algebra import ALGEBRA, FOURIER, PARTS, PLACES
+from tests.rules.samples_compute import CONTRACTIONS, RECURRENT, REDUCTIONS, SPATIAL
+from tests.rules.samples_pointwise import LOSSES, POINTWISE, from_schema
+from tests.rules.samples_views import COLLECTIVES, INDEXING, SEGMENTS, VIEWS
 
 aten = torch.ops.aten
 

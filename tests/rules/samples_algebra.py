@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensors import above, call, cplx, distinct, flags, ints, unit, x
 from torch import Tensor
 
-from autopar.rule_check import Sample
+from autopar.verification.rule_check import Sample
+from tests.rules.tensors import above, call, cplx, distinct, flags, ints, unit, x
 
 aten = torch.ops.aten
 

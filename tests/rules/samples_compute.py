@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensors import above, call, flags, ints, unit, x
 
 from autopar.operators.bags import EMBEDDING_BAGS
 from autopar.operators.experts import EXPERT_LINEAR
 from autopar.operators.recurrent import RECURRENT_LAYER
-from autopar.rule_check import Sample
+from autopar.verification.rule_check import Sample
+from tests.rules.tensors import above, call, flags, ints, unit, x
 
 aten = torch.ops.aten
 

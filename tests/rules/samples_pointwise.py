@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensors import above, call, cplx, flags, ints, unit, x
 from torch import Tensor
 
 from autopar import operators
 from autopar.operators.straight_through import STRAIGHT_THROUGH
-from autopar.rule_check import Sample
+from autopar.verification.rule_check import Sample
+from tests.rules.tensors import above, call, cplx, flags, ints, unit, x
 
 aten = torch.ops.aten
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensors import call, cplx, distinct, ints, x
 
-from autopar.comm import OPS
-from autopar.rule_check import Sample
+from autopar.ir.collectives import OPS
+from autopar.verification.rule_check import Sample
+from tests.rules.tensors import call, cplx, distinct, ints, x
 
 aten = torch.ops.aten
 

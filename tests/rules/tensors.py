@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autopar.rule_check import Sample
+from autopar.verification.rule_check import Sample
 
 _GENERATOR = torch.Generator().manual_seed(0)
 

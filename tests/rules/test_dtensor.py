@@ -1,7 +1,8 @@
 """Every strategy of our rules against DTensor's: what it accepts without moving anything, and what it makes of it.
 
 Where the two differ the operator is listed below with a reason, and the strategy is proved by numbers: the operator is
-run on the pieces and joined (``autopar.rule_check``). ``pytest -s`` prints the counts and both lists of operators.
+run on the pieces and joined (``autopar.verification.rule_check``). ``pytest -s`` prints the counts and both lists of
+operators.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any
 import dtensor_oracle as dtensor
 import pytest
 import torch
-from samples import NOT_COMPARED, name_of, samples_of, tagged_pointwise
 
 from autopar.errors import WrongRuleError
-from autopar.layout import REPLICATED, Partial, Placement, Split, Whole
-from autopar.rule_check import Case, Sample, cases, prove
+from autopar.ir.layout import REPLICATED, Partial, Placement, Split, Whole
 from autopar.rules import RULES, rule_for
 from autopar.rules.reductions import share_of_mean
+from autopar.verification.rule_check import Case, Sample, cases, prove
+from tests.rules.samples import NOT_COMPARED, name_of, samples_of, tagged_pointwise
 
 aten = torch.ops.aten
 OURS = sorted({*RULES, *tagged_pointwise()} - NOT_COMPARED, key=name_of)

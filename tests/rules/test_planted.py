@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from samples import samples_of
-from tensors import call, ints, x
 
 from autopar.errors import WrongRuleError
-from autopar.rule_check import Sample, check
 from autopar.rules import RULES, Rule, rule_for
 from autopar.rules.factoring import Call, Factoring, factoring_of
 from autopar.rules.pointwise import broadcast
+from autopar.verification.rule_check import Sample, check
+from tests.rules.samples import samples_of
+from tests.rules.tensors import call, ints, x
 
 aten = torch.ops.aten
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tensors import ints, x
 from torch import Tensor, nn
 
 import autopar
 from autopar.check import TOLERANCE, check
 from autopar.rules import RULES, rule_for
 from autopar.rules.factoring import Call, Factoring, factoring_of
+from tests.rules.tensors import ints, x
 
 
 @torch.library.custom_op("autopar_tests::scores", mutates_args=())

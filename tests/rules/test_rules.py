@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from samples import NOT_COMPARED, name_of, samples_of, tagged_pointwise
 
-from autopar.rule_check import check, split_parts
 from autopar.rules import RULES, rule_for
+from autopar.verification.rule_check import check, split_parts
+from tests.rules.samples import NOT_COMPARED, name_of, samples_of, tagged_pointwise
 
 WAYS = (2, 3)
 OPERATORS = sorted({*RULES, *tagged_pointwise()} - NOT_COMPARED, key=name_of)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors import call, x
 
-from autopar.rule_check import check
-from autopar.rules import RULES, register_rule, rule_for
+from autopar.rules import RULES, rule_for
 from autopar.rules.factoring import Call, factoring_of
 from autopar.rules.lines import read_rule
+from autopar.verification.register_rule import register_rule
+from autopar.verification.rule_check import check
+from tests.rules.tensors import call, x
 
 aten = torch.ops.aten
 FACTORS = st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=4)
@@ -87,7 +88,7 @@ def test_broadcasting(shape: list[int], left: int, right: int) -> None:
 
 def test_slices_of_a_fused_weight_agree_on_its_split() -> None:
     """q, k and v of a fused projection (12 + 6 + 6 columns) split alike, each by itself."""
-    from autopar.layout import Split
+    from autopar.ir.layout import Split
     from autopar.rules.segments import slice_dim
 
     fused = Split(1, ratio=(2, 1, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
-from autopar.instructions import Compute, Flow, Link, Message, Schedule, Send
+from autopar.schedules.instructions import Compute, Flow, Link, Message, Schedule, Send
 
 
 class WrongData(Exception):

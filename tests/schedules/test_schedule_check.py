@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from autopar.errors import ScheduleError
-from autopar.instructions import Compute, Instruction, Link, Schedule, Values, chain
-from autopar.schedule_check import check_computes, check_schedule
-from autopar.schedule_messages import with_messages
-from autopar.schedule_text import parse_instructions, parse_schedule
-from autopar.schedules import make_schedule
+from autopar.schedules.check import check_computes, check_schedule
+from autopar.schedules.instructions import Compute, Instruction, Link, Schedule, Values, chain
+from autopar.schedules.messages import with_messages
+from autopar.schedules.named import make_schedule
+from autopar.schedules.text import parse_instructions, parse_schedule
 
 HALF: Values = (((4, 8), torch.float16), ((4,), torch.int64))
 GRADS: Values = (((4, 8), torch.float16),)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autopar.__main__ import main
-from autopar.schedule_text import parse_schedule
+from autopar.schedules.text import parse_schedule
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 

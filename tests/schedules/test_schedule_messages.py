@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import ScheduleError
-from autopar.instructions import Compute, Flow, Kind, Link, Schedule, chain
-from autopar.schedule_check import check_schedule
-from autopar.schedule_messages import with_messages
-from autopar.schedule_text import format_schedule, parse_schedule
-from autopar.schedules import NAMES, make_schedule
+from autopar.schedules.check import check_schedule
+from autopar.schedules.instructions import Compute, Flow, Kind, Link, Schedule, chain
+from autopar.schedules.messages import with_messages
+from autopar.schedules.named import NAMES, make_schedule
+from autopar.schedules.text import format_schedule, parse_schedule
 from tests.schedules.machine import run_on_machine
 
 VALUES = (((2, 3), torch.float32),)

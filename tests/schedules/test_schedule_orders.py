@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from autopar.instructions import Kind, Schedule, chain
-from autopar.schedule_check import check_schedule
-from autopar.schedule_messages import with_messages
-from autopar.schedule_timing import in_flight_by_stage, peak_in_flight, timeline
-from autopar.schedules import NAMES, make_schedule, stages_per_rank
+from autopar.schedules.check import check_schedule
+from autopar.schedules.instructions import Kind, Schedule, chain
+from autopar.schedules.messages import with_messages
+from autopar.schedules.named import NAMES, make_schedule, stages_per_rank
+from autopar.schedules.timing import in_flight_by_stage, peak_in_flight, timeline
 
 TRAINING = [name for name in NAMES if name != "inference"]
 SIZES = [(p, m) for p in (1, 2, 3, 4, 7) for m in sorted({1, 2, p, p + 1, 2 * p, 2 * p + 1, 5 * p - 1})]

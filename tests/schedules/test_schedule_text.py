@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import ScheduleError
-from autopar.instructions import Compute, Kind, Receive, Schedule, Send, chain
-from autopar.schedule_messages import with_messages
-from autopar.schedule_text import format_schedule, parse_instructions, parse_schedule
-from autopar.schedules import NAMES, make_schedule
+from autopar.schedules.instructions import Compute, Kind, Receive, Schedule, Send, chain
+from autopar.schedules.messages import with_messages
+from autopar.schedules.named import NAMES, make_schedule
+from autopar.schedules.text import format_schedule, parse_instructions, parse_schedule
 
 
 def test_the_form() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from autopar.errors import ScheduleError
-from autopar.instructions import Kind, Link, chain
-from autopar.schedule_text import parse_schedule
-from autopar.schedule_timing import Event, Timeline, peak_in_flight, timeline
-from autopar.schedules import make_schedule
+from autopar.schedules.instructions import Kind, Link, chain
+from autopar.schedules.named import make_schedule
+from autopar.schedules.text import parse_schedule
+from autopar.schedules.timing import Event, Timeline, peak_in_flight, timeline
 
 
 def spans(line: Timeline, rank: int) -> list[tuple[str, float, float]]:

@@ -9,11 +9,11 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from autopar.instructions import Kind
-from autopar.schedule_timing import Event, Timeline, timeline
-from autopar.schedules import NAMES, make_schedule
-from autopar.timeline import COLOURS, Bands, draw, fold
-from autopar.timeline_svg import svg
+from autopar.schedules.draw import COLOURS, Bands, draw, fold
+from autopar.schedules.instructions import Kind
+from autopar.schedules.named import NAMES, make_schedule
+from autopar.schedules.svg import svg
+from autopar.schedules.timing import Event, Timeline, timeline
 
 LETTER = 0.6021  # of DejaVu Sans Mono, in its size
 SVG = "{http://www.w3.org/2000/svg}"

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch.distributed.pipelining.schedules as peer
 
-from autopar.instructions import Compute, Kind, Schedule
-from autopar.schedule_timing import peak_in_flight, timeline
-from autopar.schedules import make_schedule
+from autopar.schedules.instructions import Compute, Kind, Schedule
+from autopar.schedules.named import make_schedule
+from autopar.schedules.timing import peak_in_flight, timeline
 
 CLASSES = {
     "interleaved": peer.ScheduleInterleaved1F1B,

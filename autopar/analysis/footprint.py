@@ -1,0 +1,133 @@
+"""What a rank of a program holds and sends, read off its graphs: nothing is run, so any mesh and size will do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from autopar.autodiff.halves import backward_steps
+from autopar.autodiff.hoist import without_gathers
+from autopar.ir import collectives as comm
+from autopar.ir.node import Node, value
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
+from autopar.ir.traffic import Transfer, bytes_of, moved_bytes
+from autopar.mesh import Mesh
+from autopar.pipeline.links import links_of
+from autopar.pipeline.stages import holders
+from autopar.schedules.instructions import Kind, Schedule, Send
+from autopar.schedules.packing import together
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Bytes of parameters: those of the model, those of one rank, and those that each axis splits (of the model's).
+
+    Of a pipeline ``rank`` is a rank of the stages that have most, and ``pp`` splits what not every rank holds.
+    """
+
+    whole: int
+    rank: int
+    split: Mapping[str, int]
+
+
+def held(program: Program) -> Holdings:
+    """The parameters of one rank; where a split is uneven, those of the rank that has most."""
+    whole = 0
+    split = {axis: 0 for axis, size in program.mesh.axes if size > 1}
+    owners = holders(program) if program.schedule is not None else {}
+    places = range(program.mesh.size("pp"))
+    ranks = [0 for _ in places]
+    for node, entry in program.placeholders(InputKind.PARAMETER):
+        kind = value(node)
+        whole += bytes_of(kind)
+        part = bytes_of(kind, program.mesh)
+        here = owners.get(entry.target, places)
+        for place in here:
+            ranks[place] += part
+        for axis in kind.layout.axes:
+            split[axis] = split.get(axis, 0) + bytes_of(kind)
+        if len(here) < len(places):
+            split["pp"] += bytes_of(kind)
+    return Holdings(whole, max(ranks), split)
+
+
+def sent(program: Program, rank: int = 0) -> tuple[Transfer, ...]:
+    """What ``rank`` sends in one step, by phase, axis and collective; before ``differentiate`` forward only.
+
+    Of a pipeline all microbatches count as the first, which is as large as any.
+    """
+    if program.schedule is not None:
+        return _sent_by_stages(program, program.schedule, program.mesh.coordinates(rank)["pp"])
+    if not program.roles:
+        return _transfers(program.graph, program.mesh, "forward")
+    role = program.role_of(rank)
+    backward = () if role.backward is None else _transfers(role.backward, program.mesh, "backward")
+    return (*_transfers(role.forward, program.mesh, "forward"), *backward)
+
+
+def _sent_by_stages(program: Program, schedule: Schedule, place: int) -> tuple[Transfer, ...]:
+    """What a rank of the pipeline sends: its stages' collectives, some once and some for each microbatch; messages."""
+    found: list[Transfer] = []
+    for stage in (stage for stage, rank in zip(program.stages, schedule.placement) if rank == place):
+        for phase, graph, times in _graphs(stage, schedule.microbatches):
+            found += [
+                replace(one, operations=times * one.operations, bytes=times * one.bytes)
+                for one in _transfers(graph, stage.mesh, phase)
+            ]
+    types = {(link.source, link.target): link for link in links_of(program)}
+    for step in schedule.ranks[place]:
+        if isinstance(step, Send):
+            forward = step.kind is Kind.F
+            link = types[(step.stage, step.peer) if forward else (step.peer, step.stage)]
+            tensors = link.values if forward else link.grads
+            size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
+            pieces = len(together(tensors))
+            found.append(Transfer("forward" if forward else "backward", "pp", "send", pieces, size))
+    total: dict[tuple[str, str, str], Transfer] = {}
+    for one in found:
+        key = one.phase, one.axis, one.name
+        before = total.get(key, Transfer(*key, 0, 0))
+        total[key] = Transfer(*key, before.operations + one.operations, before.bytes + one.bytes)
+    return tuple(total.values())
+
+
+def _graphs(stage: Program, microbatches: int) -> Iterator[tuple[str, fx.Graph, int]]:
+    """(phase, graph, how often it runs in a step) of one stage."""
+    role, gathering = stage.role_of(0), None
+    if stage.plan.zero in (1, 2):
+        gathering = without_gathers(role.forward, {node.name for node, _ in stage.placeholders(InputKind.PARAMETER)})
+    if gathering is not None:
+        yield "forward", gathering.graph, 1
+    yield "forward", role.forward if gathering is None else gathering.rest, microbatches
+    steps = backward_steps(stage)
+    if steps is not None:
+        yield "backward", steps.whole, microbatches
+        yield "backward", steps.reduce, 1
+
+
+def _transfers(graph: fx.Graph, mesh: Mesh, phase: str) -> tuple[Transfer, ...]:
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for node in graph.nodes:
+        name = comm.moving(node.target)
+        if name is None:
+            continue
+        source, axis = _operand(node)
+        ways = mesh.size(axis)
+        if ways == 1:
+            continue
+        operations, moved = found.get((axis, name), (0, 0))
+        size = bytes_of(value(source), mesh)
+        found[axis, name] = operations + 1, moved + moved_bytes(name, ways, size)
+    return tuple(Transfer(phase, axis, name, *counts) for (axis, name), counts in found.items())
+
+
+def _operand(node: Node) -> tuple[Node, str]:
+    """The tensor and the axis of a collective, given by position or by name."""
+    source = node.args[0] if node.args else node.kwargs["x"]
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs["axis"]
+    assert isinstance(source, Node) and isinstance(axis, str)
+    return source, axis

@@ -1,0 +1,252 @@
+"""Derive the backward pass: the forward graph of a program becomes the forward and backward graphs of a role.
+
+The graph is run once on tensors without memory, at the local sizes of one rank, with torch's autograd on; everything
+that torch does below autograd is recorded, forward and backward, as one joint graph (``recorder``), which is then cut
+in two (``partition``). Every collective of the backward pass is a node, in the order in which all ranks run it.
+
+Before:  up = aten.linear(x, w); y = comm.all_reduce(up, tp)
+After:   forward:  linear(x, w), all_reduce -> y, saved x, w      backward: (x, w, d_y) -> mm(t(d_y), x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from autopar.autodiff.derivatives import DERIVATIVES, unrepeated_heads
+from autopar.autodiff.partition import LATE, Joint, Remake, partition
+from autopar.autodiff.recorder import IDENTITIES, Recorder, does_nothing, fake_mode
+from autopar.errors import AutoparError, InvariantError
+from autopar.ir.node import Node, origin, set_origin, set_values, value, values
+from autopar.ir.operator_facts import is_free
+from autopar.ir.program import Program
+from autopar.ir.rewrite import live_nodes, remove_unused
+from autopar.ir.tables import InputKind, OutputKind, Role
+
+aten = torch.ops.aten
+
+
+def differentiate(program: Program) -> Program:
+    """``program`` with its one role: forward, backward and inference graphs on local sizes; or with one in each stage.
+
+    A program of which nothing requires a gradient gets a role without a backward graph.
+    Raises InvariantError, naming the node, where the graph cannot run at the sizes of its layouts.
+    """
+    if not program.stages:
+        return replace(program, roles=(role_of(program, remake=made_again(program)),))
+    stages: list[Program] = []  # from the last: what a stage gets gradients for, the ones after it say
+    reached: set[str] = set()
+    for number in reversed(range(len(program.stages))):
+        stage = program.stages[number]
+        loss = program.loss_in(stage)
+        wanted = tuple(
+            position
+            for position, entry in enumerate(stage.outputs)
+            if position == loss or (entry.kind is OutputKind.SENT and f"{number}.{entry.target}" in reached)
+        )
+        role = role_of(stage, wanted, made_again(stage))
+        received = {entry.target for entry in stage.inputs if entry.kind is InputKind.RECEIVED}
+        for target in received.intersection(role.grads):
+            source, _, name = target.partition(".")
+            reached.add(f"{source}.{number}.{name}")
+        stages.insert(0, replace(stage, roles=(role,)))
+    return replace(program, stages=tuple(stages))
+
+
+def made_again(program: Program) -> Remake:
+    """What backward makes again: what is free, and with ``Plan(zero=3)`` the parameters that are gathered."""
+    if program.plan.zero < 3 or not program.plan.reshard_after_forward:
+        return is_free
+    parameters = {node.name for node, _ in program.placeholders(InputKind.PARAMETER)}
+    return lambda node: is_free(node) or is_gathered(node, parameters)
+
+
+def is_gathered(node: Node, parameters: Set[str]) -> bool:
+    """Whether ``node`` gathers a parameter, or a cast of one."""
+    if node.target not in LATE:
+        return False
+    (source,) = node.all_input_nodes
+    while source.op != "placeholder" and is_free(source):
+        (source,) = source.all_input_nodes
+    return source.op == "placeholder" and source.name in parameters
+
+
+def role_of(program: Program, differentiable: tuple[int, ...] | None = None, remake: Remake = is_free) -> Role:
+    """The graphs of one role; a pipeline stage is a program of its own here.
+
+    ``differentiable``: positions of the outputs that get a gradient; by default the loss alone, or else all user
+    outputs that need one. ``remake``: which forward nodes backward makes again rather than gets (``partition``).
+    """
+    inference = inference_graph(program)
+    joint, differentiable, grads = joint_graph(program, differentiable)
+    if not grads:
+        return Role(inference, None, inference)
+    forward, backward, saved = partition(joint, remake)
+    return Role(forward, backward, inference, len(saved), differentiable, grads)
+
+
+def inference_graph(program: Program) -> fx.Graph:
+    """A copy of the forward graph without dead nodes and without what only matters to a backward pass."""
+    copy, copies = fx.Graph(), dict[Node, Node]()
+    results = program.returned
+    live = live_nodes(results)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" or node in live:
+            if node.target in IDENTITIES or does_nothing(node.target, node.args, program.mesh):
+                copies[node] = copies[node.all_input_nodes[0]]
+                continue
+            copies[node] = copy.node_copy(node, copies.__getitem__)
+            set_values(copies[node], *values(node))
+            set_origin(copies[node], origin(node))
+    copy.output(tuple(copies[node] for node in results))
+    remove_unused(copy)  # what only a straight_through had a use for
+    return copy
+
+
+def joint_graph(
+    program: Program, differentiable: tuple[int, ...] | None = None
+) -> tuple[Joint, tuple[int, ...], tuple[str, ...]]:
+    """Forward and backward as one graph, the positions of the differentiable outputs, the names of the gradients."""
+    graph = fx.Graph()
+    names = (node.name for node in program.graph.nodes)
+    with fake_mode(), Recorder(graph, program.mesh, names) as recorder:
+        run = _Forward(program, recorder)
+        outputs = run.outputs()
+        if differentiable is None:
+            differentiable = _differentiable(program, outputs)
+        wanted = run.leaves() if differentiable else {}
+        recorder.backward()
+        tangents, gradients = _backward(recorder, [outputs[i] for i in differentiable], list(wanted.values()))
+        reached = {name: grad for name, grad in zip(wanted, gradients) if grad is not None}
+        graph.output(())
+        joint = Joint(
+            graph,
+            run.inputs,
+            tangents,
+            tuple(map(recorder.node_of, outputs)),
+            tuple(map(recorder.node_of, reached.values())),
+            recorder.forward_nodes,
+        )
+    return joint, differentiable, tuple(reached)
+
+
+def _differentiable(program: Program, outputs: Sequence[Tensor]) -> tuple[int, ...]:
+    """The loss alone where there is one; else all user outputs with a gradient."""
+    if program.loss is not None and outputs[program.loss].requires_grad:
+        return (program.loss,)
+    return tuple(
+        position
+        for position, (entry, output) in enumerate(zip(program.outputs, outputs))
+        if entry.kind is OutputKind.USER and output.requires_grad
+    )
+
+
+def _backward(
+    recorder: Recorder, outputs: Sequence[Tensor], leaves: Sequence[Tensor]
+) -> tuple[tuple[Node, ...], list[Tensor | None]]:
+    """The tangent placeholders and the gradient of each leaf, None where there is no path to it."""
+    if not outputs or not leaves:
+        return (), [None] * len(leaves)
+    tangents, nodes = [], []
+    for output in outputs:
+        with recorder.paused():
+            tangent = torch.empty(output.shape, dtype=output.dtype)
+        nodes.append(recorder.placeholder(f"grad_{recorder.node_of(output).name}", tangent))
+        tangents.append(tangent)
+    found = torch.autograd.grad(list(outputs), list(leaves), tangents, allow_unused=True)
+    # a gradient that is a strided or broadcast view would be a trap for optimizers and buckets
+    return tuple(nodes), [None if grad is None else grad.contiguous() for grad in found]
+
+
+class _Forward:
+    """One run of a program's graph under a recorder, on tensors of the local sizes."""
+
+    def __init__(self, program: Program, recorder: Recorder) -> None:
+        self.program, self.recorder = program, recorder
+        self.tensors: dict[Node, Any] = {}
+        self.named: dict[Any, None] = {}  # nodes of autograd's graph that already know where they come from
+        self.inputs = tuple(self._input(node) for node in program.graph.nodes if node.op == "placeholder")
+
+    def _input(self, node: Node) -> Node:
+        with self.recorder.paused():
+            kind = value(node)
+            shape = kind.layout.local_shape(self.program.mesh)
+            tensor = torch.empty(shape, dtype=kind.dtype, requires_grad=kind.requires_grad)
+        self.tensors[node] = tensor
+        placed = self.recorder.placeholder(node.name, tensor)
+        set_values(placed, kind)
+        set_origin(placed, origin(node))
+        return placed
+
+    def leaves(self) -> dict[str, Tensor]:
+        """What gradients are wanted of: parameters, then inputs and what is received, by their names."""
+        kinds = (InputKind.PARAMETER, InputKind.INPUT, InputKind.RECEIVED)
+        found = [(entry, self.tensors[node]) for node, entry in self.program.placeholders(*kinds)]
+        found.sort(key=lambda pair: pair[0].kind is not InputKind.PARAMETER)
+        return {entry.target: tensor for entry, tensor in found if tensor.requires_grad}
+
+    def outputs(self) -> list[Tensor]:
+        for node in self.program.graph.nodes:
+            if node.op not in ("placeholder", "output"):
+                self.recorder.origin, self.recorder.expected = origin(node), (node.target, node.name)
+                self.tensors[node] = self._result(node)
+                self._name_gradients(node)
+                self._keep_layout(node)
+        return [self.tensors[node] for node in self.program.returned]
+
+    def _result(self, node: Node) -> Any:
+        if node.op != "call_function":
+            raise InvariantError(f"{node.name} is a {node.op} node; a program has only functions and placeholders")
+        given = node.args
+        if node.target is aten.scaled_dot_product_attention.default:
+            fewer = unrepeated_heads(given[1], given[2], self.tensors)  # type: ignore[arg-type]
+            given = (given[0], *fewer, *given[3:])
+        args, kwargs = fx.map_arg((given, node.kwargs), self.tensors.__getitem__)
+        try:
+            if node.target in DERIVATIVES:
+                return DERIVATIVES[node.target](self.recorder, *args, **kwargs)  # type: ignore[index]
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except AutoparError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as problem:
+            raise InvariantError(_failure(node, args, kwargs, problem)) from problem
+
+    def _keep_layout(self, node: Node) -> None:
+        """What is recorded under the node's own name is the node's value: it lies on the mesh as that does."""
+        types, tensor = values(node), self.tensors[node]
+        if len(types) == 1 and isinstance(tensor, Tensor):
+            recorded = self.recorder.node_of(tensor)
+            if recorded.name == node.name and types[0].layout.local_shape(self.program.mesh) == tensor.shape:
+                set_values(recorded, replace(types[0], requires_grad=False))
+
+    def _name_gradients(self, node: Node) -> None:
+        """Let the backward nodes that torch derives from ``node`` carry its origin."""
+        tensors = [item for item in pytree.tree_leaves(self.tensors[node]) if isinstance(item, Tensor)]
+        wanted = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+        where, recorder = origin(node), self.recorder
+
+        def enter(_: Any) -> None:
+            recorder.origin = where
+
+        while wanted:
+            step = wanted.pop()
+            if step not in self.named:
+                self.named[step] = None
+                step.register_prehook(enter)
+                wanted += [source for source, _ in step.next_functions if source is not None]
+
+
+def _failure(node: Node, args: Any, kwargs: Any, problem: Exception) -> str:
+    shapes = [list(item.shape) for item in pytree.tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
+    where = origin(node)
+    place = f" ({where.module}{'; ' + where.source if where.source else ''})" if where.module or where.source else ""
+    reason = str(problem).strip().splitlines() or [type(problem).__name__]
+    return (
+        f"{node.name} = {node.target}{place} cannot run on the local shapes {shapes}: {reason[0]}\n"
+        f"a pass that cut its inputs left arguments of the old sizes behind, or its rule is wrong"
+    )

@@ -1,0 +1,147 @@
+"""What a step does once, however many batches it has: gathering the parameters before, reducing the gradients after.
+
+    forward  (p: f32[8@dp,4], x) : g = comm.all_gather(p, dp); y = linear(x, g)
+    -->
+    gathering(p) : g = comm.all_gather(p, dp)        forward (p, x, g) : y = linear(x, g)
+
+    backward (x, d) : w = mm(t(d), x); r = comm.reduce_scatter(w, dp); return r
+    -->
+    backward (x, d) : w = mm(t(d), x); return w      reducing (w) : r = comm.reduce_scatter(w, dp); return r
+
+The first is for ``Plan(zero=1)`` and ``2``, where whole parameters stay (Rajbhandari et al. 2020, section 5.1); the
+second for gradient accumulation without communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from autopar.autodiff.partition import LATE, extract
+from autopar.ir import collectives as comm
+from autopar.ir.layout import Split
+from autopar.ir.node import Node, output_node
+from autopar.ir.operator_facts import is_view
+from autopar.ir.rewrite import live_nodes
+
+aten = torch.ops.aten
+CAST = aten._to_copy.default
+WAIT, START_GATHER = comm.OPS.wait.default, comm.OPS.start_all_gather.default
+GATHERING = (*LATE, START_GATHER)
+ARRANGING = (aten.cat.default, CAST, aten.constant_pad_nd.default, WAIT)  # beside views
+REDUCING = (
+    comm.OPS.all_reduce.default, comm.OPS.reduce_scatter.default, comm.OPS.start_all_reduce.default,
+    comm.OPS.start_reduce_scatter.default,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """``graph``: (parameters called ``parameters``) -> whole ones; ``rest``: (*inputs of before, *whole ones) -> as
+    before. ``owners``: for each whole one the parameter of which it is made by stacking the parts of an axis, and that
+    axis; None for those made in another way."""
+
+    graph: fx.Graph
+    rest: fx.Graph
+    parameters: tuple[str, ...]
+    owners: tuple[tuple[str, str] | None, ...]
+
+
+def without_gathers(graph: fx.Graph, parameters: Set[str]) -> Gathering | None:
+    """``graph`` with the parameters that it gathers taken whole; None where it gathers none."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    made = {node: frozenset({node.name}) for node in inputs if node.name in parameters}
+    gathered: set[Node] = set()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        arranges = node.target in (*GATHERING, *ARRANGING) or (node.op == "call_function" and is_view(node.target))
+        if arranges and sources and all(source in made for source in sources):
+            made[node] = frozenset().union(*(made[source] for source in sources))
+            if node.target in GATHERING or any(source in gathered for source in sources):
+                gathered.add(node)
+    whole = [node for node in graph.nodes if node in gathered and _leaves(node, gathered)]
+    if not whole:
+        return None
+    used = frozenset[str]().union(*(made[node] for node in whole))
+    sources = [node for node in inputs if node.name in used]
+    returned = output_node(graph).args[0]
+    assert isinstance(returned, (tuple, list))
+    owners = tuple(_owner(node) for node in whole)
+    rest = extract(graph, [*inputs, *whole], returned)  # type: ignore[arg-type]
+    return Gathering(extract(graph, sources, whole), rest, tuple(node.name for node in sources), owners)
+
+
+def _owner(node: Node) -> tuple[str, str] | None:
+    if node.target is WAIT:
+        (node,) = node.all_input_nodes
+    if node.target not in GATHERING or comm.split_of(node.args[1:]) != Split(0):
+        return None
+    source, axis = node.args[:2]
+    assert isinstance(source, fx.Node) and isinstance(axis, str)
+    return (source.name, axis) if source.op == "placeholder" else None
+
+
+def _leaves(node: Node, gathered: Set[Node]) -> bool:
+    return any(user not in gathered for user in node.users)
+
+
+@dataclass(frozen=True)
+class Reducing:
+    """``rest``: the backward graph up to the sums over ``axes`` that only gradients wait for; ``graph``: (what it
+    returns) -> gradients. Gradients that are wanted at once ``rest`` returns first, and ``graph`` has no part in."""
+
+    rest: fx.Graph
+    graph: fx.Graph
+
+
+def without_reductions(graph: fx.Graph, axes: Iterable[str], at_once: Set[int] = frozenset()) -> Reducing:
+    """A backward graph cut before the reductions over ``axes`` of gradients that are nothing but returned.
+
+    ``at_once``: positions of gradients that cannot wait.
+    """
+    axes = frozenset(axes)
+    ends = {output_node(graph)}
+    last: set[Node] = set()  # everything from a reduction on to the end
+    for node in reversed(list(graph.nodes)):
+        if node.op != "call_function" or not node.users or not all(user in ends for user in node.users):
+            continue
+        reduces = node.target in REDUCING and node.args[1] in axes
+        arranges = is_view(node.target) or node.target in ARRANGING
+        if reduces or arranges:
+            ends.add(node)
+    for node in graph.nodes:
+        if node in ends and node.op == "call_function":
+            reduces = node.target in REDUCING and node.args[1] in axes
+            if reduces or any(source in last for source in node.all_input_nodes) or _reduced_later(node, ends, axes):
+                last.add(node)
+    returned = output_node(graph).args[0]
+    assert isinstance(returned, (tuple, list))
+    now = [node for position, node in enumerate(returned) if position in at_once]
+    later = [node for position, node in enumerate(returned) if position not in at_once]
+    given = list(dict.fromkeys(_taken(later, last)))
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    return Reducing(extract(graph, inputs, [*now, *given]), extract(graph, given, later))  # type: ignore[list-item, arg-type]
+
+
+def _reduced_later(node: Node, ends: Set[Node], axes: Set[str]) -> bool:
+    """Whether ``node`` only arranges what a reduction then takes; a cast does more: sums are to be of its dtype."""
+    queue = list(node.users) if node.target is not CAST else []
+    while queue:
+        user = queue.pop()
+        if user.op == "call_function" and user in ends and user.target is not CAST:
+            if user.target in REDUCING and user.args[1] in axes:
+                return True
+            queue += user.users
+    return False
+
+
+def _taken(returned: Iterable[object], last: Set[Node]) -> list[Node]:
+    """What the reductions, and what is returned without one, take from before."""
+    results = [node for node in returned if isinstance(node, fx.Node)]
+    inside = live_nodes([node for node in results if node in last])
+    found = [source for node in inside if node in last for source in node.all_input_nodes if source not in last]
+    order = {node: position for position, node in enumerate(results[0].graph.nodes)} if results else {}
+    return sorted([*found, *(node for node in results if node not in last)], key=order.__getitem__)

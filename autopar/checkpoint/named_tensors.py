@@ -1,0 +1,131 @@
+"""The tensors of a model under the names that its state dict has, as the slices that this rank holds.
+
+Of a pipeline a rank holds the tensors of its stages; of the others it has names, shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from autopar.checkpoint.slices import Slices, slices_of
+from autopar.mesh import is_pipelined
+from autopar.module import ParallelModule
+from autopar.runtime.dtensor import dtensor, local_of
+from autopar.runtime.parameters import Stored, Table
+
+
+@dataclass(frozen=True)
+class Named:
+    """A parameter or buffer: its first name, all its names (tied ones have several), and where it is held.
+
+    Attributes:
+        outline: a meta tensor like one that only other pipeline ranks hold; None for one that is held here.
+        first: of an ordinary tensor on a rank of a pipeline, and whether it is on the first rank that holds it; of a
+            DTensor, whether it is on the first pipeline rank that does. None where there is no pipeline.
+    """
+
+    names: tuple[str, ...]
+    form: Stored | None
+    persistent: bool
+    places: tuple[tuple[Table, str], ...]
+    outline: Tensor | None = None
+    first: bool | None = None
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def tensor(self) -> Tensor:
+        table, key = self.places[0]
+        return table[key] if self.outline is None else self.outline
+
+    @property
+    def held(self) -> bool:
+        """Whether this rank's pipeline stages have it."""
+        return self.outline is None
+
+    @property
+    def slices(self) -> Slices:
+        found = slices_of(self.tensor, self.form)
+        if self.first is None:
+            return found
+        return replace(found, first=self.first and (found.first or not isinstance(self.tensor, DTensor)))
+
+
+def named_tensors(model: nn.Module) -> list[Named]:
+    """Every parameter and buffer that this rank holds, once, in the order of the state dict."""
+    return [entry for entry in every_tensor(model) if entry.held]
+
+
+def every_tensor(model: nn.Module) -> list[Named]:
+    """Every parameter and buffer of the model once, in the order of the state dict."""
+    weights = model._weights if isinstance(model, ParallelModule) else None
+    absent = {(id(one.table), one.key): one.outline for one in weights.absent} if weights else {}
+    pipeline = model if isinstance(model, ParallelModule) and is_pipelined(model.mesh) else None
+    found: dict[int, Named] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for table in (module._parameters, module._buffers):
+            for key, held in table.items():
+                outline = absent.get((id(table), key)) if held is None else None
+                tensor = held if outline is None else outline
+                if tensor is None:
+                    continue
+                name, before = f"{path}.{key}" if path else key, found.get(id(tensor))
+                keeps = table is module._parameters or key not in module._non_persistent_buffers_set
+                found[id(tensor)] = Named(
+                    (*before.names, name) if before else (name,),
+                    weights.form(name) if weights and outline is None else None,
+                    keeps or bool(before and before.persistent),
+                    (*before.places, (table, key)) if before else ((table, key),),
+                    outline,
+                    _is_first(pipeline, name, tensor) if pipeline and outline is None else None,
+                )
+    return list(found.values())
+
+
+def emptied(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names, and what an optimizer made before the stages were cut has in place of parameters of other ranks."""
+    weights = model._weights if isinstance(model, ParallelModule) else None
+    for missing in weights.absent if weights else ():
+        if missing.emptied is not None:
+            yield missing.name, missing.emptied
+
+
+def _is_first(model: ParallelModule, name: str, tensor: Tensor) -> bool:
+    connection = model._connection
+    if connection is None:
+        return True
+    here = connection.comm.coordinates
+    if here["pp"] != model._first_ranks().get(name, 0):
+        return False
+    return isinstance(tensor, DTensor) or not any(place for axis, place in here.items() if axis != "pp")
+
+
+def settled(model: nn.Module) -> bool:
+    """Whether it is known what part of each parameter this rank holds."""
+    return not isinstance(model, ParallelModule) or model._weights is None or model._weights.layouts is not None
+
+
+def materialise(model: nn.Module, entries: list[Named]) -> None:
+    """Memory, with nothing in it yet, for those of ``entries`` that are on the meta device."""
+    connection = model._connection if isinstance(model, ParallelModule) else None
+    device = connection.comm.device if connection else torch.device("cpu")
+    for entry in entries:
+        tensor = entry.tensor
+        if not local_of(tensor).is_meta:
+            continue
+        empty: Tensor = torch.empty_like(local_of(tensor).detach(), device=device)
+        if isinstance(tensor, DTensor):
+            empty = dtensor(empty, tensor.device_mesh, tensor.placements, tensor.shape)
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            torch.utils.swap_tensors(tensor, empty)  # type: ignore[no-untyped-call]  # so that an optimizer keeps it
+        else:
+            for table, key in entry.places:
+                table[key] = empty

@@ -1,0 +1,134 @@
+"""What this rank holds of a whole tensor: rectangles of it, in the model's own order, without padding.
+
+A part of a fused QKV weight is three of them, a contiguous part is one. That is all that files need to know: whatever
+was split in one way is written, and read, as rectangles that any other split can find its own ones in.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+
+from autopar.runtime.dtensor import blocks_of, local_of
+from autopar.runtime.parameters import Stored, owned_positions
+
+Offsets = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """``length`` neighbouring indices along a dim: from ``start`` in the whole tensor, from ``local`` in the part."""
+
+    start: int
+    local: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Slices:
+    """``local``, of which ``runs`` says for each dim where it lies in the whole tensor of shape ``shape``.
+
+    ``first``: no rank before this one holds the same. The methods with underscores are what torch's distributed
+    checkpoint asks a tensor for.
+    """
+
+    local: Tensor
+    shape: torch.Size
+    runs: tuple[tuple[Run, ...], ...]
+    first: bool
+
+    def pieces(self) -> Iterator[tuple[Offsets, Tensor]]:
+        """(offsets in the whole, the view of ``local`` that belongs there), one rectangle after the other."""
+        for runs in itertools.product(*self.runs):
+            view = self.local
+            for dim, run in enumerate(runs):
+                view = view.narrow(dim, run.local, run.length)
+            yield tuple(run.start for run in runs), view
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def copied_to_cpu(self) -> Slices:
+        return Slices(self.local.to("cpu", copy=True), self.shape, self.runs, self.first)
+
+    def copy_from(self, whole: Tensor) -> None:
+        """Take this rank's part of ``whole``."""
+        for offsets, view in self.pieces():
+            view.copy_(whole[tuple(slice(start, start + size) for start, size in zip(offsets, view.shape))])
+
+    @cached_property
+    def _views(self) -> dict[Offsets, Tensor]:
+        return dict(self.pieces())
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.local)
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(offsets), view.shape) for offsets, view in self._views.items()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return self._views[tuple(index.offset)]
+
+
+def slices_of(tensor: Tensor, form: Stored | None = None) -> Slices:
+    """Of a DTensor, of which ``form`` says in what order its dims are stored; of any other tensor it is the whole.
+
+    ``form`` may be that of a parameter and ``tensor`` one of its optimizer states.
+    """
+    orders = dict(form.orders) if form is not None and tensor.dim() else {}
+    runs = []
+    for dim, size in enumerate(tensor.shape):
+        owned, order = _positions(tensor, dim), orders.get(dim)
+        if order is not None:
+            owned = order if owned is None else order[owned]
+        runs.append((Run(0, 0, size),) if owned is None else tuple(_runs(owned)))
+    local = local_of(tensor).detach()
+    assert tuple(local.shape) == tuple(sum(run.length for run in dim) for dim in runs), (tensor.shape, local.shape)
+    return Slices(local, tensor.shape, tuple(runs), _is_first(tensor))
+
+
+def _positions(tensor: Tensor, dim: int) -> Tensor | None:
+    """The stored indices along ``dim`` that this rank holds; None for all."""
+    if not isinstance(tensor, DTensor):
+        return None
+    here = tensor.device_mesh.get_coordinate()
+    assert here is not None, "this process is not on the mesh of the tensor"
+    cuts = [(axis, blocks_of(placement, dim)) for axis, placement in enumerate(tensor.placements)]
+    owning = [(axis, blocks) for axis, blocks in cuts if blocks is not None]
+    if not owning:
+        return None
+    place, ways = [here[axis] for axis, _ in owning], [tensor.device_mesh.size(axis) for axis, _ in owning]
+    return owned_positions(tensor.shape[dim], place, ways, [blocks for _, blocks in owning])
+
+
+def _is_first(tensor: Tensor) -> bool:
+    if not isinstance(tensor, DTensor):
+        return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    here: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
+    return not any(at for at, placement in zip(here, tensor.placements) if placement.is_replicate())
+
+
+def _runs(owned: Tensor) -> Iterator[Run]:
+    """``owned`` (int64, 1-D, in local order) as runs of neighbours."""
+    if not len(owned):
+        return
+    breaks = [0, *((owned.diff() != 1).nonzero().flatten() + 1).tolist(), len(owned)]
+    for local, end in itertools.pairwise(breaks):
+        yield Run(int(owned[local]), local, end - local)

@@ -1,0 +1,196 @@
+"""The state of a training run by name, as torch's own ``state_dict`` helpers for checkpoints name it:
+
+model.blocks.0.up.weight                          parameters and buffers
+optimizer.state.blocks.0.up.weight.exp_avg        per parameter what its optimizer keeps
+optimizer.param_groups.0.lr                       hyperparameters, and the names of the group's parameters
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+from torch.optim import LBFGS, Optimizer
+
+from autopar.checkpoint.named_tensors import Named, emptied, every_tensor
+from autopar.checkpoint.slices import Slices, slices_of
+from autopar.errors import CheckpointError
+from autopar.runtime.dtensor import dtensor, local_of
+
+Nested = dict[str, Any]
+Gather = Callable[[Any], list[Any]]  # what each rank gives
+
+
+class Owners:
+    """Which parameter of the model each parameter of an optimizer is. Of a pipeline every rank's optimizer has the
+    parameters of its stages; ``gather`` then gives what all ranks say of theirs.
+
+    Raises CheckpointError for a parameter of another model, and for an optimizer whose state is not one tensor or
+    number per parameter.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], gather: Gather | None = None) -> None:
+        self.optimizers, self._gather = optimizers, gather
+        entries = every_tensor(model)
+        self._order = {entry.name: position for position, entry in enumerate(entries)}
+        self._entries = {id(entry.tensor): entry for entry in entries}
+        names = {name: entry for entry in entries for name in entry.names}
+        self._entries |= {id(tensor): names[name] for name, tensor in emptied(model)}
+        self.parameters: dict[str, tuple[Optimizer, dict[str, Any], Tensor]] = {}  # name -> (.., its group, ..)
+        for optimizer in optimizers:
+            if isinstance(optimizer, LBFGS):
+                raise CheckpointError("LBFGS keeps vectors over all parameters at once, which no other mesh could load")
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    entry = self.entry(parameter)
+                    if entry.held:
+                        self.parameters[entry.name] = (optimizer, group, parameter)
+
+    def entry(self, parameter: Tensor) -> Named:
+        if id(parameter) not in self._entries:
+            raise CheckpointError(
+                f"the optimizer has a parameter of shape {list(parameter.shape)} that the model does not have\n"
+                "Way out: make the optimizer from the parallel module's parameters(), after parallelize."
+            )
+        return self._entries[id(parameter)]
+
+    def groups(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        """Every parameter group, of one optimizer after the other, with the names of its parameters on all ranks."""
+        yield from zip([group for optimizer in self.optimizers for group in optimizer.param_groups], self._members)
+
+    @cached_property
+    def _members(self) -> list[list[str]]:
+        groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        mine = [[self.entry(parameter).name for parameter in group] for group in groups]
+        if self._gather is None:
+            return mine
+        ranks: list[list[list[str]]] = self._gather(mine)
+        if len(set(map(len, ranks))) > 1:
+            raise CheckpointError(f"ranks have {', '.join(map(str, map(len, ranks)))} groups in their optimizers")
+        return [sorted(set().union(*same), key=self._order.__getitem__) for same in zip(*ranks)]
+
+    def state(self) -> Nested:
+        found: Nested = {}
+        for name, (optimizer, _, parameter) in self.parameters.items():
+            if parameter in optimizer.state:
+                form = self.entry(parameter).form
+                found[name] = {
+                    key: _held(value, parameter, form, f"{name}.{key}")
+                    for key, value in optimizer.state[parameter].items()
+                }
+        groups = [
+            {key: slices_of(value) if isinstance(value, Tensor) else value for key, value in group.items()}
+            | {"params": names}
+            for group, names in self.groups()
+        ]
+        return {"state": found, "param_groups": groups}
+
+
+def _held(value: Any, parameter: Tensor, form: Any, what: str) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    like = value.shape == parameter.shape and isinstance(value, DTensor)
+    if isinstance(parameter, DTensor) and value.numel() > 1 and not like:
+        raise CheckpointError(
+            f"optimizer state '{what}' is a {type(value).__name__} of shape {list(value.shape)}, and its parameter a\n"
+            f"DTensor of shape {list(parameter.shape)}: it is not known which part of the state this rank has"
+        )
+    return slices_of(value, form)
+
+
+class NewState:
+    """Optimizer state that has the memory to be loaded, and is put into the optimizers when it was."""
+
+    def __init__(self, owners: Owners, metadata: Metadata) -> None:
+        self._owners = owners
+        self.targets: Nested = {}  # flat name -> Slices, or None for what is no tensor
+        self._state: dict[str, dict[str, Any]] = defaultdict(dict)
+        self._places: list[tuple[str, dict[str, Any], str]] = []  # flat name -> where its value goes
+        self._groups: list[dict[str, Any]] = [{} for _ in owners.groups()]
+        for flat, path in metadata.planner_data.items():
+            if path[:2] == ("optimizer", "state") and path[2] not in owners.parameters:
+                continue  # of another pipeline stage
+            if path[:2] == ("optimizer", "state"):
+                self._add(flat, self._state[path[2]], path[3], path[2], metadata.state_dict_metadata[flat])
+            elif path[:2] == ("optimizer", "param_groups") and path[3] != "params":  # the same on every rank
+                self._add(flat, self._groups[path[2]], path[3], None, metadata.state_dict_metadata[flat])
+
+    def _add(self, flat: str, into: dict[str, Any], key: str, name: str | None, stored: Any) -> None:
+        self._places.append((flat, into, key))
+        self.targets[flat] = None
+        if not isinstance(stored, TensorStorageMetadata):
+            return
+        shape, dtype = stored.size, stored.properties.dtype
+        if name is None:
+            into[key] = torch.empty(shape, dtype=dtype)
+            self.targets[flat] = slices_of(into[key])
+            return
+        _, group, parameter = self._owners.parameters[name]
+        into[key] = _empty_state(key, shape, dtype, group, parameter)
+        self.targets[flat] = slices_of(into[key], self._owners.entry(parameter).form)
+
+    def put(self) -> None:
+        """Into the optimizers, from :attr:`targets`."""
+        for flat, into, key in self._places:
+            if not isinstance(self.targets[flat], Slices):
+                into[key] = self.targets[flat]
+        for optimizer in self._owners.optimizers:
+            optimizer.state.clear()
+        for name, state in self._state.items():
+            optimizer, _, parameter = self._owners.parameters[name]
+            optimizer.state[parameter] = state
+        for (group, _), loaded in zip(self._owners.groups(), self._groups):
+            for key, value in loaded.items():
+                if isinstance(group.get(key), Tensor):
+                    group[key].copy_(torch.as_tensor(value))  # a scheduler, or a graph, may hold this tensor
+                else:
+                    group[key] = value
+
+
+def _empty_state(key: str, shape: torch.Size, dtype: torch.dtype, group: Nested, parameter: Tensor) -> Tensor:
+    """As torch's ``Optimizer.load_state_dict`` places it: like the parameter, but for the step count."""
+    device = local_of(parameter).device
+    if key == "step":
+        on_device = group.get("capturable") or group.get("fused")
+        return torch.empty(shape, dtype=dtype, device=device if on_device else "cpu")
+    if not isinstance(parameter, DTensor) or shape != parameter.shape:
+        return torch.empty(shape, dtype=dtype, device=device)
+    local = torch.empty(local_of(parameter).shape, dtype=dtype, device=device)
+    return dtensor(local, parameter.device_mesh, parameter.placements, shape)
+
+
+def random_state() -> bytes:
+    """Of the generators of this process: torch's, also of the CUDA device that it uses, numpy's and Python's."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    return packed(
+        {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy.random.get_state(), "python": random.getstate()}
+    )
+
+
+def set_random_state(state: bytes) -> None:
+    found: Mapping[str, Any] = unpacked(state)
+    torch.set_rng_state(found["torch"])
+    if found["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(found["cuda"])
+    numpy.random.set_state(found["numpy"])
+    random.setstate(found["python"])
+
+
+def packed(value: Any) -> bytes:
+    """As one item of a checkpoint, whatever is in it."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def unpacked(value: bytes) -> Any:
+    return torch.load(io.BytesIO(value), map_location="cpu", weights_only=False)

@@ -1,0 +1,243 @@
+"""Weights in Hugging Face's sharded safetensors files: each rank reads, and writes, only its own slices of them.
+
+with torch.device("meta"):
+    model = LlamaForCausalLM(config)
+model = autopar.parallelize(model, mesh, example_inputs=batch)
+autopar.load_safetensors(model, "Llama-2-7b-hf/")
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from autopar.checkpoint.files import sync_directory
+from autopar.checkpoint.initialise import initialise
+from autopar.checkpoint.named_tensors import Named, every_tensor, materialise, settled
+from autopar.checkpoint.peers import Peers
+from autopar.checkpoint.safetensors_file import SafetensorsFile, create
+from autopar.errors import AutoparError, CheckpointError
+from autopar.runtime.dtensor import local_of
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PARTIAL = ".weights.partial"
+logger = logging.getLogger("autopar")
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """Names of the model's tensors: from the files (``loaded``), by the model's own initialisation (``initialised``);
+    names in the files that the model does not have (``unused``). ``bytes_read``: of data, by this rank. Of a pipeline
+    each rank reads what its stages hold, and knows of the parameters of all."""
+
+    loaded: tuple[str, ...]
+    initialised: tuple[str, ...]
+    unused: tuple[str, ...]
+    bytes_read: int
+
+
+def load_safetensors(
+    model: nn.Module, directory: str | Path, *, seed: int = 0, rename: Callable[[str], str] | None = None
+) -> LoadedWeights:
+    """Fill ``model``, which may be on the meta device, from the ``*.safetensors`` files in ``directory``.
+
+    Values are cast to the dtype that the model has. A parameter without an entry, and a buffer on the meta device, gets
+    the numbers of the model's own initialisation, the same on any mesh. Without communication.
+
+    Args:
+        seed: of that initialisation.
+        rename: gives the model's name for a name in the files. Without it, names may lack, or have, the prefix of a
+            Hugging Face base model (``transformer.`` of GPT-2), and are the model's own otherwise.
+
+    Raises CheckpointError, and nothing has changed then, for files that are damaged or those of another model.
+    """
+    if not settled(model):
+        raise CheckpointError(
+            "how the parameters are split is not known yet\n"
+            "Way out: first model.prepare(**batch), or parallelize(..., example_inputs=batch)."
+        )
+    entries = every_tensor(model)
+    known = {name for entry in entries for name in entry.names}
+    naming = rename or _prefixed(model, known)
+    with ExitStack() as stack:
+        found: dict[str, tuple[SafetensorsFile, str]] = {}
+        for path in _files(Path(directory)):
+            file = SafetensorsFile(path)
+            stack.callback(file.close)
+            for name in file.entries:
+                found[naming(name)] = (file, name)
+        sources = {entry.name: found[name] for entry in entries for name in entry.names[::-1] if name in found}
+        loaded = [entry for entry in entries if entry.name in sources]
+        _check_shapes(loaded, sources)
+        held = [entry for entry in loaded if entry.held]
+        materialise(model, held)
+        count = 0
+        for entry in held:
+            file, name = sources[entry.name]
+            for offsets, view in entry.slices.pieces():
+                count += file.read(name, offsets, view)
+    missing = [entry for entry in entries if entry.name not in sources and _needs_data(entry)]
+    initialise(model, [entry for entry in missing if entry.held], seed)
+    unused = tuple(name for called, (_, name) in found.items() if called not in known)
+    _tell([entry.name for entry in missing if isinstance(entry.tensor, nn.Parameter)], unused)
+    return LoadedWeights(tuple(e.name for e in loaded), tuple(e.name for e in missing), unused, count)
+
+
+def save_safetensors(model: nn.Module, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+    """Write the parameters and buffers of ``model``'s state dict, tied ones once under their first name, as
+    ``model.safetensors`` or as several files with an index; with the ``config`` of a Hugging Face model beside them.
+
+    Collective: each rank writes its own slices. ``directory``, which all ranks see, has them when all are complete.
+
+    Args:
+        max_shard_size: of one file, in bytes or as ``"5GB"`` (powers of 1000).
+
+    Raises CheckpointError where there are weights already, RankFailedError.
+    """
+    directory, peers = Path(directory), Peers(model)
+    partial = directory / PARTIAL
+    entries = [entry for entry in every_tensor(model) if entry.persistent]
+    empty = next((entry.name for entry in entries if entry.held and local_of(entry.tensor).is_meta), None)
+    if empty is not None:
+        raise CheckpointError(f"'{empty}' has no data: the model was built on the meta device")
+    shards = _shards(entries, _bytes(max_shard_size))
+    problem: AutoparError | None = None
+    if peers.rank == 0:
+        try:
+            _prepare(model, directory, shards)
+        except (AutoparError, OSError) as error:
+            problem = error if isinstance(error, AutoparError) else CheckpointError(f"'{directory}': {error}")
+    peers.agree("saving weights", problem)
+    try:
+        for name, members in shards.items():
+            _write(partial / name, members)
+    except OSError as error:
+        problem = CheckpointError(f"'{partial}': {error}")
+    peers.agree("saving weights", problem)
+    if peers.rank == 0:
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == INDEX):  # the index last: then all is there
+            path.replace(directory / path.name)
+        partial.rmdir()
+        sync_directory(directory)
+    peers.agree("saving weights")
+
+
+def _files(directory: Path) -> list[Path]:
+    """The files that hold the weights in ``directory`` (or ``directory`` itself, if it is one)."""
+    if directory.is_file():
+        return [directory]
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"'{index}' is damaged: {error!r:.200}") from None
+    elif (directory / FILE).is_file():
+        names = [FILE]
+    else:
+        names = sorted(path.name for path in directory.glob("*.safetensors"))
+        if len(names) != 1:
+            raise CheckpointError(f"'{directory}' has neither {FILE} nor {INDEX}, and {len(names)} *.safetensors files")
+    lost = [name for name in names if not (directory / name).is_file()]
+    if lost:
+        raise CheckpointError(f"'{directory}' lacks {len(lost)} of {len(names)} files, the first is {lost[0]}")
+    return [directory / name for name in names]
+
+
+def _prefixed(model: nn.Module, known: Collection[str]) -> Callable[[str], str]:
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+
+    def naming(name: str) -> str:
+        return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in known), name)
+
+    return naming
+
+
+def _tell(initialised: Sequence[str], unused: Sequence[str]) -> None:
+    if not initialised or dist.is_initialized() and dist.get_rank():
+        return
+    others = f"; of the files {len(unused)} entries are unused, '{unused[0]}' ..." if unused else ""
+    text = "%d parameters have no entry in the files and were initialised: '%s' ...%s"
+    logger.warning(text, len(initialised), initialised[0], others)
+
+
+def _check_shapes(entries: Sequence[Named], sources: Mapping[str, tuple[SafetensorsFile, str]]) -> None:
+    for entry in entries:
+        file, name = sources[entry.name]
+        there, here = file.entries[name].shape, tuple(entry.tensor.shape)
+        if there != here:
+            raise CheckpointError(f"'{name}' in '{file.path}' is {list(there)}, and in this model it is {list(here)}")
+
+
+def _needs_data(entry: Named) -> bool:
+    return isinstance(entry.tensor, nn.Parameter) or (entry.held and local_of(entry.tensor).is_meta)
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    number, unit = size[:-2].strip(), size[-2:].upper()
+    try:
+        return int(float(number) * UNITS[unit])
+    except (ValueError, KeyError):
+        raise ValueError(f"max_shard_size={size!r}: bytes, or a number with one of {', '.join(UNITS)}") from None
+
+
+def _shards(entries: Sequence[Named], largest: int) -> dict[str, list[Named]]:
+    """File name -> what is in it, in the order of the model."""
+    groups: list[list[Named]] = [[]]
+    filled = 0
+    for entry in entries:
+        size = entry.tensor.numel() * entry.tensor.itemsize
+        if groups[-1] and filled + size > largest:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += size
+    if len(groups) == 1:
+        return {FILE: groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def _prepare(model: nn.Module, directory: Path, shards: Mapping[str, Sequence[Named]]) -> None:
+    """Everything but the data, in the partial directory."""
+    there = sorted(path.name for path in directory.glob("model*.safetensors*"))
+    if there:
+        raise CheckpointError(f"'{directory}' has weights already ({there[0]})\nWay out: another directory.")
+    partial = directory / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir(parents=True)
+    for name, members in shards.items():
+        create(partial / name, {entry.name: (entry.tensor.dtype, entry.tensor.shape) for entry in members})
+    if len(shards) > 1:
+        total = sum(entry.tensor.numel() * entry.tensor.itemsize for members in shards.values() for entry in members)
+        where = {entry.name: name for name, members in shards.items() for entry in members}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name in ("config", "generation_config"):
+        config: Any = getattr(model, name, None)
+        if callable(getattr(config, "save_pretrained", None)):
+            config.save_pretrained(partial)
+
+
+def _write(path: Path, members: Sequence[Named]) -> None:
+    file = SafetensorsFile(path, writable=True)
+    try:
+        for entry in members:
+            part = entry.slices if entry.held else None
+            if part is not None and part.first:
+                for offsets, piece in part.pieces():
+                    file.write(entry.name, offsets, piece)
+        file.sync()
+    finally:
+        file.close()

@@ -1,0 +1,1 @@
+"""From a graph to the Python that one rank runs."""

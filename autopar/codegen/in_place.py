@@ -1,0 +1,127 @@
+"""Which operators of a rank graph may write their result over an argument that dies there.
+
+    add = aten.add(mm, x)     -->     add = aten.add_(mm, x)      where nothing needs the memory of mm any more
+
+The graph itself stays functional; only the Python emitted from it writes in place. On a CPU new memory costs more than
+a pointwise operator itself: large blocks come from the system page by page, each filled with zeros first.
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.ir import collectives as comm
+from autopar.ir.node import Node, values
+from autopar.ir.operator_facts import is_view
+from autopar.mesh import Mesh
+
+aten = torch.ops.aten
+
+IN_PLACE: dict[Any, Any] = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.addcmul.default: aten.addcmul_.default,
+    aten.addmm.default: aten.addmm_.default,
+    aten.div.Scalar: aten.div_.Scalar,
+    aten.div.Tensor: aten.div_.Tensor,
+    aten.exp.default: aten.exp_.default,
+    aten.mul.Scalar: aten.mul_.Scalar,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.neg.default: aten.neg_.default,
+    aten.pow.Tensor_Scalar: aten.pow_.Scalar,
+    aten.rsqrt.default: aten.rsqrt_.default,
+    aten.sqrt.default: aten.sqrt_.default,
+    aten.sub.Tensor: aten.sub_.Tensor,
+}
+SYMMETRIC = (aten.add.Tensor, aten.mul.Tensor)  # the second argument's memory will do as well
+
+FLAT = (
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim,
+)  # fmt: skip
+DENSE = (*FLAT, operator.getitem, aten.t.default, aten.transpose.int, aten.permute.default)
+ORDERED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default, aten.embedding.default)
+STARTING = tuple(getattr(comm.OPS, name).default for name in comm.STARTED)
+KEEPING_ORDER = frozenset((*IN_PLACE, *FLAT, aten.cat.default, comm.OPS.all_reduce.default))
+
+
+def reused(graph: fx.Graph, mesh: Mesh) -> dict[Node, int]:
+    """Node -> the position of the argument whose memory its result takes."""
+    memory = _Memory(graph, mesh)
+    found: dict[Node, int] = {}
+    for node in graph.nodes:
+        if node.target in IN_PLACE and memory.is_free(node, 0):
+            found[node] = 0
+        elif node.target in SYMMETRIC and not node.kwargs and memory.is_free(node, 1) and memory.is_ordered(node):
+            found[node] = 1  # with the first argument's memory it lies like that one, as it would in new memory
+    return found
+
+
+class _Memory:
+    """Who allocated each value of a graph, and who reads that last."""
+
+    def __init__(self, graph: fx.Graph, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.base: dict[Node, Node] = {}  # value -> the node whose memory it lies in
+        self.shared: set[Node] = set()  # bases whose memory is not, or may not be, the graph's own to the end
+        self.last: dict[Node, Node] = {}  # base -> the last node that reads it
+        self.ordered: set[Node] = set()  # values that lie row by row, without gaps
+        for node in graph.nodes:
+            if node.op == "output":
+                self.shared.update(self.base[source] for source in node.all_input_nodes)
+            else:
+                self._place(node)
+            for source in node.all_input_nodes:
+                self.last[self.base[source]] = node
+
+    def _place(self, node: Node) -> None:
+        sources = node.all_input_nodes
+        passes_on = node.target is operator.getitem or node.target in comm.TARGETS or is_view(node.target)
+        self.base[node] = self.base[sources[0]] if passes_on and sources else node
+        if node.target in STARTING:  # read until the wait
+            self.shared.update(self.base[source] for source in sources)
+            self.base[node] = node
+        elif not sources or not passes_on and not _allocates(node.target):  # inputs, constants, maybe an argument
+            self.shared.update(self.base[source] for source in (node, *sources))
+        if node.target in ORDERED or node.target in KEEPING_ORDER and self.is_ordered(node):
+            self.ordered.add(node)
+
+    def is_ordered(self, node: Node) -> bool:
+        """Whether all that ``node`` reads lies row by row."""
+        return self.ordered.issuperset(node.all_input_nodes)
+
+    def is_free(self, node: Node, position: int) -> bool:
+        """Whether the argument at ``position`` has the size of the result, and only ``node`` still needs its memory."""
+        source = node.args[position]
+        if not isinstance(source, fx.Node) or len(values(source)) != 1 or len(values(node)) != 1:
+            return False
+        base = self.base[source]
+        others = [other for other in node.all_input_nodes if other is not source]
+        if base in self.shared or self.last[base] is not node or any(self.base[other] is base for other in others):
+            return False
+        return self._size(source) == self._size(node) and self._is_dense(source)
+
+    def _size(self, node: Node) -> tuple[torch.dtype, tuple[int, ...]]:
+        (kind,) = values(node)
+        return kind.dtype, kind.layout.local_shape(self.mesh)
+
+    def _is_dense(self, node: Node) -> bool:
+        """Whether the memory that ``node`` lies in holds each of its elements once, and nothing else."""
+        while node is not self.base[node]:
+            if node.target not in DENSE and node.target not in comm.TARGETS:
+                return False
+            node = node.all_input_nodes[0]
+        return True
+
+
+@cache
+def _allocates(target: Any) -> bool:
+    """Whether ``target`` is sure to return memory of its own: not so for what torch composes of other operators."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    name: str = target.name()  # type: ignore[no-untyped-call]
+    composed = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    return not composed or target is aten.linear.default

@@ -1,0 +1,282 @@
+"""Emit: the graphs of a role as readable Python, one line per node, which is what a rank then runs.
+
+    aten_linear = torch.nn.functional.linear
+
+    def forward(comm, inputs):
+        x, p_down_weight = inputs
+        inputs.clear()
+        # down  mlp.py:12 in forward: return self.down(h)
+        linear = aten_linear(x, p_down_weight); del x  # f32[4@dp,16,8]{sum:tp}
+        all_reduce = comm.all_reduce(linear, "tp", "sum"); del linear  # f32[4@dp,16,8]
+        return (all_reduce, p_down_weight)
+
+A function takes its inputs in a list and empties it, so that ``del`` at the last use really frees a saved activation.
+Where an argument dies and has the size of the result, the result takes its memory: ``aten_add_`` (``reuse``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from textwrap import indent
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.codegen.in_place import IN_PLACE, reused
+from autopar.codegen.torch_bindings import BINDINGS
+from autopar.errors import InvariantError
+from autopar.ir import collectives as comm
+from autopar.ir.node import Node, last_uses, origin, output_node, values
+from autopar.ir.program import Program
+from autopar.ir.tables import Role
+from autopar.ir.text import type_text
+from autopar.operators.registry import REGISTRY
+
+RankFunction = Callable[[Any, list[Any]], tuple[Any, ...]]  # (comm, inputs) -> results
+
+INFIX = {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.truediv: "/",
+    operator.floordiv: "//",
+    operator.mod: "%",
+}
+RESERVED = ("comm", "inputs", "torch", "op", "math")
+DEFAULTS = {"outer": 1, "ratio": [1]}  # arguments of collectives that are left out where they say nothing
+
+
+@dataclass(frozen=True)
+class RankProgram:
+    """What one rank of a program runs; ``print(program.rank(3).code)``."""
+
+    program: Program
+    rank: int
+
+    @property
+    def coordinates(self) -> dict[str, int]:
+        return self.program.mesh.coordinates(self.rank)
+
+    @property
+    def stages(self) -> Mapping[int, RankProgram]:
+        """Of a pipelined program what the rank runs of each of its stages."""
+        schedule = self.program.schedule
+        if schedule is None:
+            return {}
+        here = self.coordinates
+        place = {axis: position for axis, position in here.items() if axis != "pp"}
+        mine = [number for number, rank in enumerate(schedule.placement) if rank == here["pp"]]
+        stages = self.program.stages
+        return {number: RankProgram(stages[number], stages[number].mesh.rank(place)) for number in mine}
+
+    @property
+    def instructions(self) -> str:
+        """Of a pipelined program in which order the rank runs its stages, sends and receives; one a line."""
+        schedule = self.program.schedule
+        steps = schedule.ranks[self.coordinates["pp"]] if schedule is not None else ()
+        return "".join(f"{step}\n" for step in steps)
+
+    @property
+    def role(self) -> Role | None:
+        """None before ``differentiate``, and for a pipelined program, whose ``stages`` have one each."""
+        return self.program.role_of(self.rank) if self.program.roles else None
+
+    @property
+    def graphs(self) -> dict[str, fx.Graph]:
+        role = self.role
+        if role is None:
+            return {"forward": self.program.graph}
+        if role.backward is None:
+            return {"forward": role.forward}
+        return {"forward": role.forward, "backward": role.backward}
+
+    @property
+    def code(self) -> str:
+        """Python source of ``forward`` and ``backward``, with this rank's numbers in it."""
+        if self.program.schedule is not None:
+            parts = [f"# stage {number}\n{stage.code}" for number, stage in self.stages.items()]
+            return "\n\n".join([*parts, f"# schedule\n{indent(self.instructions, '# ')}"])
+        return emit(self.graphs, self.program, self.coordinates)
+
+    @property
+    def inference_code(self) -> str:
+        if self.program.schedule is not None:
+            return "\n\n".join(f"# stage {number}\n{s.inference_code}" for number, s in self.stages.items())
+        role = self.role
+        return emit({"inference": role.inference if role else self.program.graph}, self.program, self.coordinates)
+
+
+def emit(graphs: Mapping[str, fx.Graph], program: Program, coordinates: Mapping[str, int] | None = None) -> str:
+    """One Python module with a function ``name(comm, inputs: list) -> tuple`` for each of ``graphs``.
+
+    With ``coordinates`` of a rank its constants are folded; without, the source is that of all ranks of the role.
+    Raises InvariantError for a node that cannot be written as Python.
+    """
+    module = _Module(program, coordinates)
+    functions = [module.function(name, graph) for name, graph in graphs.items()]
+    return "\n".join([*module.head(), *(line for lines in functions for line in ("", "", *lines)), ""])
+
+
+def compile_source(source: str, name: str) -> RankFunction:
+    """The function ``name`` of an emitted module; tracebacks and debuggers show its lines."""
+    filename = f"<autopar {name} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {"__name__": f"autopar.emitted.{name}"}
+    exec(compile(source, filename, "exec"), namespace)  # our own source, never text read from a file
+    function: RankFunction = namespace[name]
+    return function
+
+
+class _Module:
+    """The bindings at the top of an emitted module, filled while its functions are written."""
+
+    def __init__(self, program: Program, coordinates: Mapping[str, int] | None) -> None:
+        self.program, self.coordinates = program, coordinates
+        self.bindings: dict[str, str] = {}  # short name -> torch.ops expression
+        self.imports: set[str] = set()
+        self.taken: frozenset[str] = frozenset()
+
+    def head(self) -> list[str]:
+        place = "" if self.coordinates is None else f" rank {self.program.mesh.rank(self.coordinates)}:"
+        where = "".join(f" {axis}={position}" for axis, position in (self.coordinates or {}).items())
+        bound = [f"{name} = {target}" for name, target in sorted(self.bindings.items())]
+        imports = sorted(self.imports | ({"import torch"} if bound else set()), key=lambda line: line.split()[1])
+        return [f"# {self.program.mesh}{place}{where}", *imports, *([""] if bound else []), *bound]
+
+    def function(self, name: str, graph: fx.Graph) -> list[str]:
+        """The lines of one function; names of nodes are those of the graph."""
+        self.taken = frozenset(node.name for node in graph.nodes)
+        body = _Body(self, graph)
+        head = [f"def {name}(comm, inputs):", *body.unpacking(self._labels(graph))]
+        where = None
+        for node in graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            if (place := _place(node)) != where and place:
+                head.append(f"    # {place}")
+            where = place
+            head.append(body.line(node))
+        return [*head, f"    return {body.text(tuple(output_node(graph).args[0]))}"]  # type: ignore[arg-type]
+
+    def _labels(self, graph: fx.Graph) -> dict[str, str]:
+        """For each placeholder what it is: ``param up.weight f32[32@tp,8]``."""
+        table = {entry.node: entry for entry in self.program.inputs}
+        labels = {}
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                entry = table.get(node.name)
+                labels[node.name] = " ".join([*([entry.kind.value, entry.target] if entry else []), *_types(node)])
+        return labels
+
+    def bind(self, target: Any, node: Node) -> str:
+        """How a line calls ``target``."""
+        if isinstance(target, torch._ops.OpOverload):
+            namespace, name = target._schema.name.split("::")
+            overload = target._overloadname
+            short = f"{namespace}_{name}" + ("" if overload == "default" else f"_{overload}")
+            while short in self.taken:
+                short += "_"
+            self.bindings[short] = BINDINGS.get(target) or f"torch.ops.{namespace}.{name}.{overload}"
+            return short
+        name = getattr(target, "__name__", "")
+        if REGISTRY.get(name) is target:
+            self.imports.add("from autopar import operators as op")
+            return f"op.{name}"
+        if getattr(operator, name, None) is target or getattr(math, name, None) is target:
+            module = "operator" if hasattr(operator, name) else "math"
+            self.imports.add(f"import {module}")
+            return f"{module}.{name}"
+        raise InvariantError(
+            f"{node.name} calls {target!r}, which has no name that another process could find\n"
+            "Way out: register it with @autopar.operators.operator, or as a torch.library operator."
+        )
+
+
+class _Body:
+    """The lines of one function."""
+
+    def __init__(self, module: _Module, graph: fx.Graph) -> None:
+        self.module, self.graph = module, graph
+        self.names: dict[Node, str] = {node: node.name + "_" * (node.name in RESERVED) for node in graph.nodes}
+        self.dying = last_uses(graph)
+        self.reused = reused(graph, module.program.mesh)
+
+    def unpacking(self, labels: Mapping[str, str]) -> list[str]:
+        nodes = [node for node in self.graph.nodes if node.op == "placeholder"]
+        if not nodes:
+            return []
+        width = max(len(self.names[node]) for node in nodes) + 1
+        rows = [f"        {self.names[node] + ',':<{width}}  # {labels[node.name]}".rstrip(" #") for node in nodes]
+        unused = [self.names[node] for node in nodes if not node.users]
+        deleted = [f"    del {', '.join(unused)}"] if unused else []
+        return ["    (", *rows, "    ) = inputs", "    inputs.clear()", *deleted]
+
+    def line(self, node: Node) -> str:
+        if node.op != "call_function":
+            raise InvariantError(f"{node.name} is a {node.op} node; a rank program has only functions and placeholders")
+        dying = ", ".join(self.names[dead] for dead in self.dying.get(node, ()))
+        types = ", ".join(_types(node))
+        line = f"    {self.names[node]} = {self.call(node)}"
+        return line + (f"; del {dying}" if dying else "") + (f"  # {types}" if types else "")
+
+    def call(self, node: Node) -> str:
+        target: Any = node.target
+        if target is operator.getitem:
+            return f"{self.text(node.args[0])}[{self.text(node.args[1])}]"
+        if target in INFIX and len(node.args) == 2:
+            return f"{self.text(node.args[0])} {INFIX[target]} {self.text(node.args[1])}"
+        if target in comm.TARGETS:
+            return self.collective(node)
+        given = list(node.args)
+        if node in self.reused:
+            given.insert(0, given.pop(self.reused[node]))
+            target = IN_PLACE[target]
+        arguments = [self.text(value) for value in given]
+        arguments += [f"{key}={self.text(value)}" for key, value in node.kwargs.items()]
+        return f"{self.module.bind(target, node)}({', '.join(arguments)})"
+
+    def collective(self, node: Node) -> str:
+        target: Any = node.target
+        name: str = comm.TARGETS[target]
+        given = dict(zip([argument.name for argument in target._schema.arguments], node.args)) | dict(node.kwargs)
+        if name == "axis_index" and self.module.coordinates is not None:
+            self.module.imports.add("import torch")
+            return f"torch.tensor({self.module.coordinates.get(given['axis'], 0)}, device=comm.device)"  # type: ignore[call-overload]
+        leading = [self.text(given.pop(key)) for key in ("x", "axis", "op") if key in given]
+        shown = [f"{key}={self.text(value)}" for key, value in given.items() if DEFAULTS.get(key) != value]
+        return f"comm.{name}({', '.join(leading + shown)})"
+
+    def text(self, value: Any) -> str:
+        """``value`` as a Python expression; devices are the rank's own, so that a program runs on any."""
+        if isinstance(value, Node):
+            return self.names[value]
+        if isinstance(value, (tuple, list)):
+            inner = ", ".join(map(self.text, value))
+            return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+        if isinstance(value, slice):
+            return f"slice({self.text(value.start)}, {self.text(value.stop)}, {self.text(value.step)})"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f'float("{value}")'
+        if isinstance(value, torch.device):
+            return "comm.device"
+        if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+            self.module.imports.add("import torch")
+            return str(value)
+        if value is None or isinstance(value, (bool, int, float, complex, str)):
+            return f'"{value}"' if isinstance(value, str) and value.isidentifier() else repr(value)
+        raise InvariantError(f"an argument of type {type(value).__name__} ({value!r}) cannot be written as Python")
+
+
+def _place(node: Node) -> str:
+    where = origin(node)
+    return " ".join(f"{where.module}  {where.source}".split("\n")).strip()
+
+
+def _types(node: Node) -> Sequence[str]:
+    return [type_text(value) for value in values(node)]

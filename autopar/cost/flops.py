@@ -1,0 +1,157 @@
+"""How much an operator computes, from shapes alone: a multiplication and an addition are two operations.
+
+Products of matrices, convolutions and attention are counted as the textbooks do (a causal mask halves nothing). What
+only moves data counts nothing, any other operator one operation for each floating element that it makes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.ir import collectives as comm
+from autopar.ir.node import Value, values
+from autopar.ir.operator_facts import is_operator, packet_of
+from autopar.operators.attention import ATTENTION, ATTENTION_BACKWARD
+from autopar.operators.experts import EXPERT_LINEAR, EXPERT_OUTER
+from autopar.operators.recurrent import RECURRENT_LAYER
+
+aten = torch.ops.aten
+
+Shape = tuple[int, ...]
+Count = Callable[[Sequence[Shape], Sequence[Shape], fx.Node], int]  # shapes of operands, of outputs, the call
+
+
+def flops(node: fx.Node, shape_of: Callable[[Value], Shape]) -> int:
+    """Floating-point operations of a call, with the sizes that ``shape_of`` gives (of the whole, or of one rank)."""
+    if not is_operator(node):
+        return 0
+    outputs = values(node)
+    count = PRODUCTS.get(packet_of(node))
+    if count is None and _only_moves(node):
+        return 0
+    if count is None:
+        return sum(math.prod(shape_of(out)) for out in outputs if out.dtype.is_floating_point)
+    operands: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), operands.append)
+    return count([shape_of(values(x)[0]) for x in operands], [shape_of(out) for out in outputs], node)
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether the call is a product of matrices, a convolution or an attention: what training spends its time on."""
+    return is_operator(node) and packet_of(node) in PRODUCTS
+
+
+def _only_moves(node: fx.Node) -> bool:
+    """Views, copies, constants and collectives."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    views = any(result.alias_info is not None for result in node.target._schema.returns)
+    return views or not node.all_input_nodes or packet_of(node) in MOVES or node.target in comm.TARGETS
+
+
+MOVES = {
+    aten.reshape, aten.clone, aten.contiguous, aten.cat, aten.stack, aten.pad, aten.constant_pad_nd, aten.roll,
+    aten.flip, aten.repeat, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.new_zeros,
+    aten.new_ones, aten.new_full, aten.new_empty, aten.embedding, aten.index, aten.index_select, aten.gather,
+}  # fmt: skip
+
+# ---------------------------------------------------------------- formulas
+
+
+def _product(left: int) -> Count:
+    """Two for each output and each element of the last dim of operand ``left``."""
+    return lambda inputs, outputs, _: 2 * math.prod(outputs[0]) * inputs[left][-1]
+
+
+def _convolution(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    """Each output is a sum over the window and the input channels of its group."""
+    return 2 * math.prod(outputs[0]) * math.prod(inputs[1][1:])
+
+
+def _transposed(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    """Each input is spread over the window and the output channels of its group."""
+    return 2 * math.prod(inputs[0]) * math.prod(inputs[1][1:])
+
+
+def _either_convolution(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    return (_transposed if node.args[6] else _convolution)(inputs, outputs, node)
+
+
+def _convolution_backward(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    """The gradients of input and weight cost as much as the convolution, those that are asked for."""
+    mask, transposed = node.args[10], node.args[7]
+    assert isinstance(mask, (list, tuple))
+    outside = inputs[1] if transposed else inputs[0]
+    return 2 * math.prod(outside) * math.prod(inputs[2][1:]) * sum(map(bool, mask[:2]))
+
+
+def _attention(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    """Scores, and the values weighted by them."""
+    q, k, v = inputs[:3]
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+def _attention_backward(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    """Scores again, then the gradients of weights, values, queries and keys."""
+    q, k, v = inputs[1:4]
+    return 2 * math.prod(q[:-1]) * k[-2] * (3 * q[-1] + 2 * v[-1])
+
+
+def _einsum(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    """Two for each combination of all letters."""
+    terms = str(node.args[0]).replace(" ", "").replace(".", "").partition("->")[0].split(",")
+    sizes = {letter: size for term, shape in zip(terms, inputs) for letter, size in zip(term[::-1], shape[::-1])}
+    return 2 * math.prod(sizes.values())
+
+
+def _bilinear(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    return 2 * math.prod(outputs[0]) * inputs[0][-1] * inputs[1][-1]
+
+
+def _recurrent(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    """Each weight matrix once for each position of each row."""
+    positions = math.prod(inputs[0][:2])
+    return 2 * positions * sum(math.prod(shape) for shape in inputs[1:] if len(shape) == 2)
+
+
+def _expert_outer(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    """One outer product for each choice of an expert."""
+    left, right, ids = inputs
+    return 2 * ids[0] * left[1] * right[1]
+
+
+PRODUCTS: dict[Any, Count] = {
+    aten.linear: _product(0),
+    aten.mm: _product(0),
+    aten.bmm: _product(0),
+    aten.matmul: _product(0),
+    aten.mv: _product(0),
+    aten.dot: _product(0),
+    aten.addmm: _product(1),
+    aten.addmv: _product(1),
+    aten.baddbmm: _product(1),
+    aten.bilinear: _bilinear,
+    aten.einsum: _einsum,
+    aten.conv1d: _convolution,
+    aten.conv2d: _convolution,
+    aten.conv3d: _convolution,
+    aten.conv_transpose1d: _transposed,
+    aten.conv_transpose2d: _transposed,
+    aten.conv_transpose3d: _transposed,
+    aten.convolution: _either_convolution,
+    aten.convolution_backward: _convolution_backward,
+    aten.scaled_dot_product_attention: _attention,
+    aten.lstm: _recurrent,
+    aten.gru: _recurrent,
+    aten.rnn_tanh: _recurrent,
+    aten.rnn_relu: _recurrent,
+    RECURRENT_LAYER.overloadpacket: _recurrent,
+    ATTENTION.overloadpacket: _attention,
+    ATTENTION_BACKWARD.overloadpacket: _attention_backward,
+    EXPERT_LINEAR.overloadpacket: _product(0),
+    EXPERT_OUTER.overloadpacket: _expert_outer,
+}

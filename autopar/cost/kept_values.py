@@ -1,0 +1,133 @@
+"""What backward keeps of forward, estimated on the forward program, before there is a backward pass.
+
+An estimate, for choosing where to cut: what ``differentiate`` and ``recompute_activations`` then keep, they decide on
+the real graphs. Products keep their operands, norms their input, other functions the value their derivative is written
+in; views, sums and collectives keep nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Set
+
+import torch
+from torch import fx
+
+from autopar.cost.flops import is_product
+from autopar.cost.roofline import Costs, by_parts
+from autopar.ir import collectives as comm
+from autopar.ir.blocks import block_of, is_repeated
+from autopar.ir.node import values
+from autopar.ir.operator_facts import is_operator, is_view, packet_of
+from autopar.operators.attention import ATTENTION
+
+aten = torch.ops.aten
+
+NOTHING = {
+    aten.add, aten.sub, aten.neg, aten.sum, aten.mean, aten.cat, aten.stack, aten.clone, aten._to_copy, aten.to,
+    aten.repeat, aten.pad, aten.embedding, aten.index, aten.index_select, aten.gather, aten.scatter, aten.roll,
+    aten.flip, aten.contiguous, aten.cumsum,
+}  # fmt: skip
+RESULT = {aten.relu, aten.sigmoid, aten.tanh, aten.exp, aten.sqrt, aten.rsqrt, aten.softmax, aten._softmax}
+CONDITION = {aten.where, aten.masked_fill}
+ATTENTIONS = (aten.scaled_dot_product_attention, ATTENTION.overloadpacket)
+PERMUTATIONS = (aten.transpose, aten.permute, aten.expand, aten.movedim, aten.swapaxes)
+
+
+class SavedValues:
+    """Which values the backward passes of which calls keep; ``apart``: parameters that were cast or gathered."""
+
+    def __init__(self, costs: Costs, apart: Set[fx.Node]) -> None:
+        self.costs, self.apart = costs, apart
+        self.how = costs.program.plan.recompute
+
+    def kept_by(self, node: fx.Node) -> frozenset[fx.Node]:
+        """The values that backward of ``node`` needs, without parameters and what is free to make."""
+        if not any(kind.requires_grad for kind in values(node)):
+            return frozenset()
+        found = (memory_of(value) for value in _operands_kept(node))
+        there = (value for value in found if value.op != "placeholder" and value not in self.apart)
+        return frozenset(stays for value in there for stays in self._made_from(value))
+
+    def inner_bytes(self, node: fx.Node) -> int:
+        """Bytes that backward of ``node`` keeps of what is no value of this graph: scores as softmax has left them,
+        and without the rows that see nothing."""
+        if not by_parts(node) or self.how == "full" and _region(node):
+            return 0
+        return self.costs.scores(node) * (1 if self.how == "selective" else 2)
+
+    @property
+    def share(self) -> float:
+        """Of the bytes of these values, how many the plan lets be kept."""
+        return 1.0 if isinstance(self.how, str) else float(self.how)
+
+    def _made_from(self, value: fx.Node) -> Iterator[fx.Node]:
+        """``value``, or what backward makes it from."""
+        wanted, seen = [value], set[fx.Node]()
+        while wanted:
+            node = wanted.pop()
+            if node in seen or node in self.apart or node.op != "call_function":
+                continue
+            seen.add(node)
+            if self._stays(node):
+                yield node
+            else:
+                wanted += map(memory_of, node.all_input_nodes)
+
+    def _stays(self, node: fx.Node) -> bool:
+        if self.how not in ("full", "selective") or self.how == "full" and not _region(node):
+            return True
+        if any(_region(user) != _region(node) for user in node.users):
+            return True
+        return self.how == "selective" and (is_product(node) or node.target in comm.TARGETS)
+
+
+def _region(node: fx.Node) -> str:
+    """The repeated block that ``node`` is in, or what is outside of all."""
+    block = block_of(node)
+    return block if is_repeated(block) else ""
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """The value whose memory ``node`` shows: of a view what it is a view of."""
+    while node.op == "call_function" and (_is_view(node) or comm.TARGETS.get(node.target) in ("enter", "release")):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _unrepeated(node: fx.Node) -> fx.Node:
+    """The fewer heads that are repeated in ``node`` (``derivatives.unrepeated_heads``)."""
+    source = node.all_input_nodes[0] if node.all_input_nodes else node
+    repeats = is_operator(node) and packet_of(node) is aten.reshape
+    return source if repeats and is_operator(source) and packet_of(source) is aten.expand else node
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return is_view(node.all_input_nodes[0].target)
+    if is_operator(node) and packet_of(node) is aten.reshape:
+        source = node.all_input_nodes[0]
+        return not (is_operator(source) and packet_of(source) in PERMUTATIONS)  # then reshape copies
+    return is_view(node.target)
+
+
+def _operands_kept(node: fx.Node) -> list[fx.Node]:
+    sources = node.all_input_nodes
+    if node.target is operator.getitem or is_view(node.target) and _is_view(node) or node.target in comm.TARGETS:
+        return []
+    if not is_operator(node):  # losses keep what they normalise
+        return [source for source in sources if any(kind.requires_grad for kind in values(source))]
+    packet = packet_of(node)
+    if packet in NOTHING or is_view(node.target):
+        return []
+    if packet in ATTENTIONS:
+        return [*map(_unrepeated, sources[:3]), *sources[3:], *(() if by_parts(node) else (node,))]
+    if packet in RESULT:
+        return [node]
+    if packet in CONDITION:
+        return [source for source in sources if not values(source)[0].dtype.is_floating_point]
+    if packet in (aten.mul, aten.div) and len(sources) == 1:
+        return []
+    if packet is aten.mul:  # each operand for the gradient of the other
+        return [a for a in sources if any(values(b)[0].requires_grad for b in sources if b is not a)]
+    return sources

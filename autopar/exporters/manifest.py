@@ -1,0 +1,116 @@
+"""The manifest of a program on disk: what another tool needs to know to place tensors and start ranks.
+
+How a split dim lies on the ranks is said by ``{"axes": ["dp", "tp"], "pieces": [...]}``: ``pieces`` has one entry for
+each combination of positions on ``axes`` (row-major, the last axis varies fastest), and each entry lists the
+``[start, stop)`` ranges of the dim that such a rank holds, in the order in which they lie in its memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar.exporters.structures import structure_to_json
+from autopar.ir import text
+from autopar.ir.layout import Factor, Layout
+from autopar.ir.node import Node, values
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
+from autopar.mesh import Mesh
+
+FORMAT, VERSION = "autopar program", 1
+
+
+def describe(program: Program) -> dict[str, Any]:
+    """The manifest without its files and checksum. Raises ValueError where a structure cannot be written."""
+    mesh = program.mesh
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "torch": torch.__version__,
+        "mesh": dict(mesh.axes),
+        "plan": program.plan.to_json(),
+        "passes": list(program.passes),
+        "structures": {
+            "inputs": structure_to_json(program.in_spec),
+            "outputs": structure_to_json(program.out_spec),
+        },
+        "static_inputs": [[position, text.argument_text(value)] for position, value in program.static_inputs],
+        "static_outputs": [[position, text.argument_text(value)] for position, value in program.static_outputs],
+        "inputs": list(_tensors(program, InputKind.INPUT, InputKind.SEED)),
+        "outputs": [
+            {"kind": entry.kind.value, "name": entry.target, **_type(node, mesh)}
+            for node, entry in zip(program.returned, program.outputs)
+        ],
+        "parameters": list(_tensors(program, InputKind.PARAMETER)),
+        "buffers": list(_tensors(program, InputKind.BUFFER)),
+        "groups": {axis: [list(group) for group in mesh.groups(axis)] for axis in mesh.names},
+        "ranks": list(_ranks(program)),
+    }
+
+
+def _ranks(program: Program) -> Iterator[dict[str, Any]]:
+    """``role``: the position on the pipeline, whose ranks run the same graphs; with it the stages there."""
+    placement = program.schedule.placement if program.schedule is not None else ()
+    for rank in range(program.mesh.world_size):
+        here = program.mesh.coordinates(rank)
+        role = here.get("pp", 0)
+        stages = [number for number, place in enumerate(placement) if place == role]
+        yield {"rank": rank, "role": role, "coordinates": here, **({"stages": stages} if program.stages else {})}
+
+
+def _tensors(program: Program, *kinds: InputKind) -> Iterator[dict[str, Any]]:
+    for node, entry in program.placeholders(*kinds):
+        row: dict[str, Any] = {"name": entry.target}
+        if entry.aliases:
+            row["tied"] = list(entry.aliases)
+        yield {**row, "node": node.name, **_type(node, program.mesh)}
+
+
+def _type(node: Node, mesh: Mesh) -> dict[str, Any]:
+    """Global shape, dtype, layout and split of the one tensor that ``node`` returns; empty before they are known."""
+    for value in values(node):
+        return {
+            "shape": list(value.shape),
+            "dtype": text.DTYPE_NAMES[value.dtype],
+            "layout": str(value.layout),
+            "requires_grad": value.requires_grad,
+            "split": split_of(value.layout, mesh),
+        }
+    return {}
+
+
+def split_of(layout: Layout, mesh: Mesh) -> dict[str, Any]:
+    """Dim (as text) -> ``axes`` and ``pieces``, for the dims that are split."""
+    axes = [tuple(axis for factor in dim for axis in factor.axes) for dim in layout.dims]
+    return {
+        str(dim): {"axes": list(names), "pieces": _pieces(layout.dims[dim], names, mesh)}
+        for dim, names in enumerate(axes)
+        if names
+    }
+
+
+@lru_cache(maxsize=1024)
+def _pieces(factors: tuple[Factor, ...], axes: tuple[str, ...], mesh: Mesh) -> list[list[list[int]]]:
+    layout = Layout((factors,))
+    found = []
+    for positions in itertools.product(*(range(mesh.size(axis)) for axis in axes)):
+        owned = layout.indices(0, dict(zip(axes, positions)), mesh)
+        assert owned is not None
+        found.append(ranges(owned))
+    return found
+
+
+def ranges(indices: Tensor) -> list[list[int]]:
+    """``[start, stop)`` of each run of neighbouring indices: ``0 1 2 6 7 -> [[0, 3], [6, 8]]``."""
+    if not len(indices):
+        return []
+    ends = (indices.diff() != 1).nonzero().flatten()
+    starts = torch.cat([indices[:1], indices[ends + 1]])
+    stops = torch.cat([indices[ends], indices[-1:]]) + 1
+    return [[int(start), int(stop)] for start, stop in zip(starts, stops)]

@@ -1,0 +1,311 @@
+"""Tracing: an unmodified ``nn.Module`` and one call of it become a :class:`Program`, by ``torch.export``.
+
+The graph is functional (no in-place operators), keeps ``linear``, ``scaled_dot_product_attention``, ``layer_norm`` and
+``cross_entropy_loss`` whole, and takes parameters, buffers, lifted constants and user inputs as placeholders.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import itertools
+import operator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputSpec, TensorArgument
+from torch.export.graph_signature import InputKind as ExportInput
+from torch.export.graph_signature import OutputKind as ExportOutput
+from torch.utils import _pytree as pytree
+
+from autopar.errors import TraceError
+from autopar.frontend.capture import (
+    explained,
+    fake_like,
+    faked,
+    gradients_kept,
+    inline_no_grad,
+    needs_fakes,
+    only_plain_outputs,
+)
+from autopar.frontend.grouped_products import GroupedProducts
+from autopar.frontend.numerics import check_numerics
+from autopar.frontend.recast import recast, recast_call
+from autopar.frontend.torch_layers import without_fast_paths
+from autopar.ir.loss import inner_paths, joined_path, leaf_paths
+from autopar.ir.node import clear_meta, output_node, set_origin, set_values, traced_origin, traced_value, value
+from autopar.ir.operator_facts import types_of
+from autopar.ir.program import Program
+from autopar.ir.rewrite import operand
+from autopar.ir.signature import user_tensors
+from autopar.ir.tables import Input, InputKind, Output, OutputKind
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+
+aten = torch.ops.aten
+
+INPUT_KINDS = {  # in the order in which a program takes them
+    ExportInput.PARAMETER: InputKind.PARAMETER,
+    ExportInput.BUFFER: InputKind.BUFFER,
+    ExportInput.CONSTANT_TENSOR: InputKind.CONSTANT,
+    ExportInput.USER_INPUT: InputKind.INPUT,
+}
+VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+WHOLE = {  # composite operators that decomposing would keep, or that canonicalize brings into the same form
+    aten.linear.default, aten.matmul.default, aten.scaled_dot_product_attention.default, aten.layer_norm.default,
+    aten.rms_norm.default, aten.cross_entropy_loss.default, aten.softmax.int, aten.log_softmax.int, aten.pad.default,
+    aten.conv2d.default, aten.reshape.default, aten.contiguous.default, aten.dropout.default, aten.to.dtype,
+    aten.to.dtype_layout, aten.to.device, aten.type_as.default, aten.__and__.Tensor, aten.diff.default,
+}  # fmt: skip
+
+
+def trace(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    plan: Plan | None = None,
+) -> Program:
+    """The program of ``model(*args, **kwargs)``, whole on every axis of ``mesh``.
+
+    The model may be on the meta device or built under ``FakeTensorMode``: nothing is allocated then. Sizes, and
+    arguments that are no tensors, are fixed to those of this call. The graph computes in ``plan.precision.param``, from
+    parameters and inputs of that dtype. Compares numbers with the eager model once (``plan.check_numerics``; skipped
+    without real weights).
+
+    Raises TraceError when the model is no single graph, NumericsError when the graph computes something else.
+    """
+    mesh, plan = mesh or Mesh(), plan or Plan()
+    dtype, given = plan.precision.dtype("param"), (tuple(args), dict(kwargs or {}))
+    with recast(model, dtype) as dtypes:
+        call: tuple[tuple[Any, ...], dict[str, Any]] = recast_call(given, dtype)
+        fakes = needs_fakes(model, pytree.tree_leaves(call))
+        with explained(model), _no_collection(), faked(model) if fakes else nullcontext() as mode:
+            exported, notes = _export(model, *call, mode)
+        program = _program(exported, model, mesh, plan)
+        if plan.check_numerics and not fakes:
+            notes += check_numerics(program, model, *call)
+    for note in dict.fromkeys(notes):
+        warnings.warn(note, stacklevel=2)
+    return replace(program, given=_given(program, dtypes, given))
+
+
+def _given(program: Program, parameters: Mapping[str, torch.dtype], call: Any) -> dict[str, torch.dtype]:
+    """Node name -> dtype of the tensor that is handed over, where the graph takes it in another."""
+    tensors = iter(user_tensors(program, *call))
+    dtypes = {}
+    for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.INPUT):
+        own = parameters.get(entry.target) if entry.kind is InputKind.PARAMETER else next(tensors).dtype
+        if own is not None and own != value(node).dtype:
+            dtypes[node.name] = own
+    return dtypes
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Tracing makes millions of small objects and hardly any garbage: collecting costs a quarter of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode | None
+) -> tuple[ExportedProgram, list[str]]:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    if mode is not None:
+        leaves = [fake_like(mode, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    args, kwargs = pytree.tree_unflatten(_distinct(leaves), spec)
+    with without_fast_paths(), GroupedProducts(), gradients_kept() as notes, only_plain_outputs(model, notes):
+        exported = torch.export.export(model, args, kwargs, strict=False)
+    inline_no_grad(exported.graph_module)
+    if all(_is_plain(node) for node in exported.graph.nodes):
+        return exported, notes  # nothing to decompose: half of the time saved
+    return exported.run_decompositions({}), notes
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether ``node`` writes into nothing, holds no graph and is no composite but those that programs keep whole."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return node.op != "get_attr" or not node.users
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+        return False
+    composite = node.target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    return node.target in WHOLE or not composite
+
+
+def _distinct(leaves: list[Any]) -> list[Any]:
+    """Copies of tensors that are passed more than once: export would make them one input."""
+    seen: set[int] = set()
+    distinct = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            leaf = leaf.detach().clone().requires_grad_(leaf.requires_grad) if id(leaf) in seen else leaf
+            seen.add(id(leaf))
+        distinct.append(leaf)
+    return distinct
+
+
+def _program(exported: ExportedProgram, model: nn.Module, mesh: Mesh, plan: Plan) -> Program:
+    in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
+    assert in_spec is not None and out_spec is not None
+    entries, static_inputs = _inputs(exported, _input_paths(model, in_spec))
+    inputs = _merge_tied(entries, model)
+    returned, outputs, static_outputs = _outputs(exported, out_spec)
+    graph = _copied(exported.graph, list(inputs.values()), returned)
+    names = [node.name for node in graph.nodes if node.op == "placeholder"]  # 'input' has become 'input_1'
+    return Program(
+        graph=graph,
+        mesh=mesh,
+        plan=plan,
+        inputs=tuple(replace(entry, node=name) for entry, name in zip(inputs, names)),
+        outputs=outputs,
+        constants={
+            entry.target: exported.constants[entry.target] for entry in inputs if entry.kind is InputKind.CONSTANT
+        },
+        in_spec=in_spec,
+        out_spec=out_spec,
+        static_inputs=static_inputs,
+        static_outputs=static_outputs,
+        passes=("trace",),
+    )
+
+
+def _inputs(exported: ExportedProgram, paths: list[str]) -> tuple[dict[Input, fx.Node], tuple[tuple[int, Any], ...]]:
+    """The table of tensor inputs, in a program's order, and flat positions and values of those that are no tensors."""
+    nodes = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    found: list[tuple[Input, fx.Node]] = []
+    static: list[tuple[int, Any]] = []
+    positions = itertools.count()
+    for node, spec in zip(nodes, exported.graph_signature.input_specs):
+        kind, target = INPUT_KINDS.get(spec.kind), spec.target
+        if kind is None:
+            raise TraceError(f"the model takes an input of kind {spec.kind.name} ({spec.arg}), which is not supported")
+        if kind is InputKind.INPUT:
+            position = next(positions)
+            target = paths[position]
+            if isinstance(spec.arg, ConstantArgument):
+                static.append((position, spec.arg.value))
+                continue
+        assert target is not None
+        found.append((Input(node.name, kind, target), node))
+    order = list(INPUT_KINDS.values())
+    return dict(sorted(found, key=lambda pair: order.index(pair[0].kind))), tuple(static)
+
+
+def _merge_tied(entries: dict[Input, fx.Node], model: nn.Module) -> dict[Input, list[fx.Node]]:
+    """One input, with aliases, for the placeholders of a parameter or buffer that has several names."""
+    owners: dict[int, Input] = {}
+    names: dict[Input, list[str]] = {}
+    nodes: dict[Input, list[fx.Node]] = {}
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for entry, node in entries.items():
+        registered = entry.kind in (InputKind.PARAMETER, InputKind.BUFFER)
+        owner = owners.setdefault(id(tensors[entry.target]), entry) if registered else entry
+        names.setdefault(owner, []).append(entry.target)
+        nodes.setdefault(owner, []).append(node)
+    return {replace(owner, aliases=tuple(names[owner][1:])): nodes[owner] for owner in nodes}
+
+
+def _outputs(
+    exported: ExportedProgram, out_spec: pytree.TreeSpec
+) -> tuple[list[fx.Node], tuple[Output, ...], tuple[tuple[int, Any], ...]]:
+    """The nodes that are returned, their table, and flat positions and values of outputs that are no tensors."""
+    (nodes,) = output_node(exported.graph).args
+    assert isinstance(nodes, (tuple, list))
+    pairs: list[tuple[Any, OutputSpec]] = list(zip(nodes, exported.graph_signature.output_specs))
+    paths = leaf_paths(out_spec)
+    returned: list[fx.Node] = []
+    table: list[Output] = []
+    static: list[tuple[int, Any]] = []
+    user = [(node, spec) for node, spec in pairs if spec.kind is ExportOutput.USER_OUTPUT]
+    for position, (node, spec) in enumerate(user):
+        if isinstance(node, fx.Node) and isinstance(spec.arg, TensorArgument):
+            returned.append(node)
+            table.append(Output(OutputKind.USER, paths[position]))
+        else:
+            static.append((position, getattr(spec.arg, "value", node)))
+    for node, spec in pairs:
+        if spec.kind is ExportOutput.BUFFER_MUTATION:
+            returned.append(node)
+            table.append(Output(OutputKind.BUFFER_UPDATE, str(spec.target)))
+        elif spec.kind is not ExportOutput.USER_OUTPUT:
+            raise TraceError(
+                f"the model writes into its input or parameter '{spec.target or spec.arg.name}' in place\n"
+                "Way out: let it write into a copy (x = x.clone()), or register the tensor as a buffer."
+            )
+    return returned, tuple(table), tuple(static)
+
+
+def _copied(source: fx.Graph, placeholders: Sequence[Sequence[fx.Node]], returned: Sequence[fx.Node]) -> fx.Graph:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for group in placeholders:
+        copies.update(dict.fromkeys(group, graph.node_copy(group[0])))
+        _describe(copies[group[0]], group[0])
+    for node in source.nodes:
+        if node.op == "call_function":
+            copies[node] = _copy_operator(graph, node, copies)
+            _describe(copies[node], node)
+        elif node.op not in ("placeholder", "output") and node.users:
+            raise TraceError(f"the model uses a control-flow operator, which is not supported: {node.format_node()}")
+    graph.output(tuple(copies[node] for node in returned))
+    return graph
+
+
+def _copy_operator(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """``node`` in ``graph``; operators that autograd, or other strides than the fake ones, would refuse: replaced."""
+    shape = list(getattr(traced_value(node), "shape", ()))
+    if any(not isinstance(size, int) for size in shape):
+        raise TraceError(
+            f"the size of a tensor depends on the values in another one: {node.name} has shape {shape}\n"
+            f"  at {traced_origin(node).source}\n"
+            "Way out: keep sizes fixed, e.g. torch.where or a mask instead of boolean indexing and nonzero."
+        )
+    if node.target in VIEWS:
+        return _call(graph, aten.reshape.default, copies[operand(node)], shape)
+    if node.target is aten.copy.default:  # copy(x, y) is y in the type of x
+        new = operand(node, 1)
+        assert traced_value(new).dtype == traced_value(node).dtype, node.format_node()
+        return _call(graph, aten.expand.default, copies[new], shape)
+    if node.target is aten.native_dropout.default:
+        return _call(graph, aten.dropout.default, copies[operand(node)], *node.args[1:])
+    if node.target is operator.getitem and copies[operand(node)].target is aten.dropout.default:
+        return copies[operand(node)]
+    return graph.node_copy(node, copies.__getitem__)
+
+
+def _call(graph: fx.Graph, target: torch._ops.OpOverload[..., Any], *args: Any) -> fx.Node:
+    return graph.create_node("call_function", target, args, name=target._schema.name.partition("::")[2])
+
+
+def _describe(copy: fx.Node, node: fx.Node) -> None:
+    set_values(copy, *types_of(copy, traced_value(node)))
+    set_origin(copy, traced_origin(node))
+    clear_meta(copy)
+
+
+def _input_paths(model: nn.Module, in_spec: pytree.TreeSpec) -> list[str]:
+    """For each flat user input the path that a user would call it by: ``labels``, ``images.0``."""
+    positional, keyword = in_spec.children()
+    names = [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    paths = []
+    for position, child in enumerate(positional.children()):
+        name = names[position] if position < len(names) else str(position)
+        paths += [joined_path(name, path) for path in inner_paths(child)]
+    return paths + leaf_paths(keyword)

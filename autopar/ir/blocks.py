@@ -1,0 +1,20 @@
+"""The repeated blocks of a model, found in its graph: the layers of a transformer, the stages of a network."""
+
+from __future__ import annotations
+
+from autopar.ir.node import Node, origin
+
+
+def block_of(node: Node) -> str:
+    """The block that ``node`` belongs to: its module path up to the first number, ``model.layers.3``; what stands
+    outside of numbered modules (embeddings, heads) is a block for each module."""
+    parts = origin(node).module.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: position + 1])
+    return ".".join(parts)
+
+
+def is_repeated(block: str) -> bool:
+    """Whether ``block`` is one of a numbered series."""
+    return block.rpartition(".")[2].isdigit()

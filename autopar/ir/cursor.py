@@ -1,0 +1,158 @@
+"""A place in a line of the text form, and the parts of a line that need no graph: names, strings, sizes, layouts."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from autopar.errors import ProgramFileError
+from autopar.ir.layout import Factor, Layout
+from autopar.mesh import Mesh
+
+WORD = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+COUNT = re.compile(r"\d+", re.ASCII)
+STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+PLAIN = re.compile(r"[A-Za-z0-9_.]+")  # targets that need no quotes
+
+T = TypeVar("T")
+
+
+class Cursor:
+    """A position in one line of text."""
+
+    def __init__(self, number: int, line: str) -> None:
+        self.number, self.line, self.at = number, line, 0
+        self.blank()
+
+    def blank(self) -> None:
+        while self.at < len(self.line) and self.line[self.at] in " \t":
+            self.at += 1
+
+    def take(self, pattern: re.Pattern[str]) -> str | None:
+        """The text that ``pattern`` matches here, which is then behind the cursor; None if it does not match."""
+        found = pattern.match(self.line, self.at)
+        if not found or not found[0]:
+            return None
+        self.at = found.end()
+        self.blank()
+        return found[0]
+
+    def sign(self, characters: str) -> bool:
+        if not self.line.startswith(characters, self.at):
+            return False
+        self.at += len(characters)
+        self.blank()
+        return True
+
+    def expect(self, pattern: re.Pattern[str], what: str) -> str:
+        found = self.take(pattern)
+        return found if found is not None else self.fail(what)
+
+    def expect_sign(self, characters: str) -> None:
+        if not self.sign(characters):
+            self.fail(f"'{characters}'")
+
+    def expect_number(self, what: str) -> int:
+        return int(self.expect(COUNT, what))
+
+    def string(self) -> str | None:
+        found = self.take(STRING)
+        if found is None:
+            return None
+        try:
+            return str(json.loads(found))
+        except ValueError:
+            return self.fail("a string in JSON form")
+
+    def target(self, what: str) -> str:
+        """A parameter, input or output name, quoted where it has other characters than letters, digits, _ and dots."""
+        quoted = self.string()
+        return quoted if quoted is not None else self.expect(PLAIN, what)
+
+    def looking_at(self, pattern: re.Pattern[str]) -> bool:
+        return pattern.match(self.line, self.at) is not None
+
+    def next_is(self, characters: str) -> bool:
+        return self.line.startswith(characters, self.at)
+
+    def more(self) -> bool:
+        """Whether the line goes on here; a comment does not count."""
+        return self.at < len(self.line) and self.line[self.at] != "#"
+
+    def comment(self) -> str:
+        """What stands behind the ``#`` that must be here, or ``""`` at the end of the line."""
+        if self.more():
+            self.fail("the end of the line")
+        return self.line[self.at + 1 :].strip()
+
+    def fail(self, expected: str, found: str | None = None, at: int | None = None) -> NoReturn:
+        """``found``: what stands at column ``at`` instead; by default the next word."""
+        rest = self.line[self.at :].split()
+        what = f"'{found}'" if found else f"'{rest[0]}'" if rest else "the end of the line"
+        column = (self.at if at is None else at) + 1
+        raise ProgramFileError(
+            f"line {self.number}, column {column}: expected {expected}, found {what}\n  {self.line.strip()}"
+        )
+
+
+def listed(cursor: Cursor, end: str, item: Callable[[], T]) -> list[T]:
+    """Items between commas, up to and including ``end``; a comma may stand before the end."""
+    found: list[T] = []
+    while not cursor.sign(end):
+        if found:
+            cursor.expect_sign(",")
+            if cursor.sign(end):
+                break
+        found.append(item())
+    return found
+
+
+def _factor(cursor: Cursor, mesh: Mesh) -> Factor:
+    sizes = [cursor.expect_number("a size")]
+    while cursor.sign("+"):
+        sizes.append(cursor.expect_number("a size"))
+    axes = []
+    while cursor.sign("@"):
+        axes.append(take_axis(cursor, mesh))
+    unit = math.gcd(*sizes) or 1
+    return Factor(sum(sizes), tuple(axes), tuple(size // unit for size in sizes) if len(sizes) > 1 else (1,))
+
+
+def take_axis(cursor: Cursor, mesh: Mesh) -> str:
+    before = cursor.at
+    name = cursor.expect(WORD, "the name of an axis")
+    if name not in mesh.names:
+        cursor.fail(f"an axis of {mesh}", name, before)
+    return name
+
+
+def _dim(cursor: Cursor, mesh: Mesh) -> tuple[Factor, ...]:
+    if not cursor.sign("("):
+        return (_factor(cursor, mesh),)
+    factors = []
+    while not cursor.sign(")"):
+        factors.append(_factor(cursor, mesh))
+    return tuple(factors)
+
+
+def take_layout(cursor: Cursor, mesh: Mesh) -> Layout:
+    cursor.expect_sign("[")
+    dims = tuple(listed(cursor, "]", lambda: _dim(cursor, mesh)))
+
+    def pending() -> tuple[str, str]:
+        op = cursor.expect(WORD, "a reduction such as 'sum'")
+        cursor.expect_sign(":")
+        return take_axis(cursor, mesh), op
+
+    return Layout(dims, tuple(listed(cursor, "}", pending)) if cursor.sign("{") else ())
+
+
+def parse_layout(source: str, mesh: Mesh) -> Layout:
+    """The inverse of ``str(layout)``. Raises ProgramFileError."""
+    cursor = Cursor(1, source)
+    layout = take_layout(cursor, mesh)
+    cursor.comment()
+    return layout

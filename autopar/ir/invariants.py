@@ -1,0 +1,250 @@
+"""Contracts that passes state about programs. Each raises InvariantError that names the node and the likely fix.
+
+A contract is a function ``(program) -> None``; passes list them as ``requires`` and ``ensures`` (see ``pipeline.py``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+
+from autopar.errors import InvariantError
+from autopar.ir import collectives as comm
+from autopar.ir.layout import Layout
+from autopar.ir.node import Node, origin, output_node, values
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind, OutputKind, Role
+
+Contract = Callable[[Program], None]
+
+WHOLE, SPLIT, PARTIAL = "whole", "split", "partial"
+CHANGES = {  # collective -> the state of its operand and of its result on its axis
+    "enter": (WHOLE, WHOLE),
+    "release": (WHOLE, WHOLE),
+    "keep_first": (WHOLE, PARTIAL),
+    "all_reduce": (PARTIAL, WHOLE),
+    "all_gather": (SPLIT, WHOLE),
+    "all_gather_invariant": (SPLIT, WHOLE),
+    "pad": (SPLIT, PARTIAL),
+    "reduce_scatter": (PARTIAL, SPLIT),
+    "split": (WHOLE, SPLIT),
+    "split_replicated": (WHOLE, SPLIT),
+    "all_to_all": (SPLIT, SPLIT),
+}
+
+
+def broken(node: Node, problem: str, fix: str) -> InvariantError:
+    """``linear_1 (model.layers.0.mlp; mlp.py:12: x @ w): problem``, and on the next line the way out."""
+    where = origin(node)
+    place = "; ".join(part for part in (where.module, where.source) if part)
+    return InvariantError(f"{node.name}{f' ({place})' if place else ''}: {problem}\nLikely fix: {fix}")
+
+
+def collectives(program: Program) -> Iterator[tuple[Node, str]]:
+    """The collective nodes of the program's graph with their names."""
+    for node in program.graph.nodes:
+        if node.target in comm.TARGETS:
+            yield node, comm.TARGETS[node.target]
+
+
+def state(layout: Layout, axis: str) -> str:
+    """``whole``, ``split`` or ``partial``: what ``layout`` says about ``axis``."""
+    return SPLIT if axis in layout.axes else PARTIAL if axis in dict(layout.partial) else WHOLE
+
+
+# ---------------------------------------------------------------- the graph
+
+
+def is_flat(program: Program) -> None:
+    """Only placeholders and functions: no submodules, attributes or methods."""
+    for node in program.graph.nodes:
+        if node.op not in ("placeholder", "call_function", "output"):
+            raise broken(node, f"a {node.op} node ({node.target})", "inline it while canonicalising the traced graph")
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise broken(node, f"{node.target} holds a graph of its own", "inline it while canonicalising the graph")
+
+
+def is_functional(program: Program) -> None:
+    """No operator writes into its arguments."""
+    for node in program.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise broken(
+                node, f"{node.target} writes into its argument", "functionalise in-place operators when tracing"
+            )
+
+
+def placeholders_match_inputs(program: Program) -> None:
+    """The placeholders are the inputs, in order, and no two have the same kind and target."""
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    for node, entry in zip(nodes, program.inputs):
+        if node.name != entry.node:
+            raise broken(node, f"input {entry.node} stands here in program.inputs", "keep both in the same order")
+    if len(nodes) != len(program.inputs):
+        rest = nodes[len(program.inputs) :]
+        what = f"placeholder {rest[0].name}" if rest else f"input {program.inputs[len(nodes)].node}"
+        raise InvariantError(f"{what} has no counterpart\nLikely fix: change placeholders and program.inputs together")
+    twice = [key for key, count in Counter((e.kind, e.target) for e in program.inputs).items() if count > 1]
+    if twice:
+        raise InvariantError(f"{twice[0][0].value} '{twice[0][1]}' is there twice\nLikely fix: merge the placeholders")
+
+
+def results_match_outputs(program: Program) -> None:
+    """Every returned value is a node, and program.outputs has one entry for each."""
+    end = output_node(program.graph)
+    for position, node in enumerate(program.returned):
+        if not isinstance(node, Node):
+            raise broken(end, f"returned value {position} is {node!r}", "constants belong into program.static_outputs")
+    if len(program.returned) != len(program.outputs):
+        problem = f"{len(program.returned)} values are returned, program.outputs has {len(program.outputs)} entries"
+        raise broken(end, problem, "change the output node and program.outputs together")
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def every_value_has_a_layout(program: Program) -> None:
+    for node in program.graph.nodes:
+        if node.op != "output" and node.users and not values(node):
+            raise broken(node, f"{node.target} has no layout", "call set_values on every node that the pass creates")
+
+
+def layouts_fit_the_mesh(program: Program) -> None:
+    """Layouts speak of axes of the mesh, and of each axis at most once."""
+    for node in program.graph.nodes:
+        for value in values(node):
+            owners = [axis for dim in value.layout.dims for factor in dim for axis in factor.axes]
+            for axis, count in Counter([*owners, *(axis for axis, _ in value.layout.partial)]).items():
+                if axis not in program.mesh.names:
+                    fix = "place values only on axes of program.mesh"
+                    raise broken(node, f"{value.layout} speaks of axis '{axis}', {program.mesh} has none", fix)
+                if count > 1:
+                    fix = "take the value off the axis (Layout.without) before placing it again"
+                    raise broken(node, f"{value.layout} has axis '{axis}' {count} times", fix)
+
+
+def no_partial_value_escapes(program: Program) -> None:
+    """No output and no buffer update is a pending reduction."""
+    for node, entry in zip(program.returned, program.outputs):
+        for value in values(node):
+            for axis, op in value.layout.partial:
+                name = f"'{entry.target}'" if entry.target else "result"
+                problem = f"{entry.kind.value} {name} is a pending {op} over axis '{axis}' ({value.layout})"
+                raise broken(node, problem, f"insert comm.all_reduce(..., {axis}) before it is returned")
+
+
+def loss_is_invariant(program: Program) -> None:
+    """Scalar outputs are whole on every axis: all ranks compute the same loss."""
+    for node, entry in zip(program.returned, program.outputs):
+        for value in values(node):
+            scalar = entry.kind is OutputKind.USER and not value.shape
+            pending = dict(value.layout.partial)
+            if scalar and pending:
+                axis, op = next(iter(pending.items()))
+                problem = f"the scalar output '{entry.target}' is still a {op} over axis '{axis}'"
+                raise broken(node, problem, f"all-reduce it over {axis}: the loss is that of the whole batch")
+
+
+def whole_on(axis: str) -> Contract:
+    """The contract that no value is split or partial on ``axis`` yet: what the pass that owns the axis requires."""
+
+    def contract(program: Program) -> None:
+        for node in program.graph.nodes:
+            for value in values(node):
+                if state(value.layout, axis) != WHOLE:
+                    fix = f"run one pass for axis '{axis}', once"
+                    raise broken(node, f"{value.layout} is already placed on axis '{axis}'", fix)
+
+    contract.__name__ = f"whole_on({axis})"
+    return contract
+
+
+# ---------------------------------------------------------------- collectives
+
+
+def no_dead_collectives(program: Program) -> None:
+    """Every collective has a user: one without would be dropped on some ranks and waited for on others."""
+    for node, name in collectives(program):
+        if not node.users:
+            raise broken(node, f"nothing uses the result of comm.{name}", "erase the node with the value it was for")
+
+
+def collectives_fit_the_mesh(program: Program) -> None:
+    """Each collective is over an axis of the mesh, with that axis' number of ways."""
+    for node, name in collectives(program):
+        parameters = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+        given = {**dict(zip(parameters, node.args)), **node.kwargs}
+        axis = str(given["axis"])
+        if axis not in program.mesh.names:
+            raise broken(node, f"comm.{name} is over axis '{axis}', {program.mesh} has none", "use an axis of the mesh")
+        if given.get("ways", program.mesh.size(axis)) != program.mesh.size(axis):
+            problem = f"comm.{name} is over {given['ways']} ranks, axis '{axis}' has {program.mesh.size(axis)}"
+            raise broken(node, problem, "take the number of ways from program.mesh.size(axis)")
+
+
+def collectives_match_layouts(program: Program) -> None:
+    """A reduction reduces a partial value, a gather joins a split one, ..."""
+    for node, name in collectives(program):
+        if name not in CHANGES:
+            continue
+        operand, axis = node.args[0], str(node.args[1])
+        assert isinstance(operand, Node)
+        for what, holder, expected in zip(("operand", "result"), (operand, node), CHANGES[name]):
+            for value in values(holder)[:1]:
+                if state(value.layout, axis) != expected:
+                    problem = f"the {what} of comm.{name} is {value.layout}; it should be {expected} on axis '{axis}'"
+                    raise broken(node, problem, "give it the layout, or choose the collective, that fits")
+
+
+# ---------------------------------------------------------------- roles
+
+
+def roles_are_complete(program: Program) -> None:
+    """Every role returns what its tables say, and its graphs take what the others hand them."""
+    for role in program.roles:
+        for name, graph, takes, gives in _signatures(role, program):
+            nodes = [node for node in graph.nodes if node.op == "placeholder"]
+            results = output_node(graph).args[0]
+            assert isinstance(results, (tuple, list))
+            if len(nodes) != takes or len(results) != gives:
+                raise InvariantError(
+                    f"the {name} graph takes {len(nodes)} and returns {len(results)} values; its role says "
+                    f"{takes} and {gives}\nLikely fix: change saved, differentiable and grads with the graphs"
+                )
+
+
+def _signatures(role: Role, program: Program) -> Iterator[tuple[str, torch.fx.Graph, int, int]]:
+    inputs, outputs = len(program.inputs), len(program.outputs)
+    yield "forward", role.forward, inputs, outputs + role.saved
+    yield "inference", role.inference, inputs, outputs
+    if role.backward is not None:
+        yield "backward", role.backward, role.saved + len(role.differentiable), len(role.grads)
+
+
+def gradients_match_parameters(program: Program) -> None:
+    """The gradient of a parameter has the parameter's local shape and is no pending reduction."""
+    placed = {entry.target: node for node, entry in program.placeholders(InputKind.PARAMETER)}
+    for role in program.roles:
+        results = output_node(role.backward).args[0] if role.backward is not None else ()
+        assert isinstance(results, (tuple, list))
+        for target, node in zip(role.grads, results):
+            if target not in placed or not isinstance(node, Node):
+                continue
+            for grad, parameter in zip(values(node), values(placed[target])):
+                if grad.layout.partial:
+                    fix = "the parameter must enter each axis on which it is used differently (comm.enter)"
+                    raise broken(node, f"the gradient of '{target}' is a pending sum: {grad.layout}", fix)
+                sizes = grad.layout.local_shape(program.mesh), parameter.layout.local_shape(program.mesh)
+                if sizes[0] != sizes[1]:
+                    fix = "the rule of the operator that uses the parameter, or a collective's dual, is wrong"
+                    raise broken(node, f"the gradient of '{target}' is {sizes[0]}, the parameter {sizes[1]}", fix)
+
+
+GRAPH_CONTRACTS: tuple[Contract, ...] = (is_flat, placeholders_match_inputs, results_match_outputs)
+LAYOUT_CONTRACTS: tuple[Contract, ...] = (
+    every_value_has_a_layout,
+    layouts_fit_the_mesh,
+    collectives_fit_the_mesh,
+    collectives_match_layouts,
+)

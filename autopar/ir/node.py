@@ -1,0 +1,104 @@
+"""Nodes of a graph and what is known of them; the only door to ``node.meta``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.ir.layout import Layout
+
+
+def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
+    """Node -> the values that nothing needs once it has run (itself, if nothing uses it)."""
+    seen = set(output_node(graph).all_input_nodes)
+    dying: dict[Node, list[Node]] = {}
+    for node in reversed(graph.nodes):
+        if node.op in ("output", "placeholder"):
+            continue
+        for value in (*node.all_input_nodes, node):
+            if value not in seen:
+                seen.add(value)
+                dying.setdefault(node, []).append(value)
+    return dying
+
+
+Node = fx.Node
+
+
+@dataclass(frozen=True)
+class Value:
+    """The type of one tensor in the graph: global shape and layout, dtype, and whether gradients flow through it."""
+
+    dtype: torch.dtype
+    layout: Layout
+    requires_grad: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.shape
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a node comes from in the user's model."""
+
+    module: str = ""  # dotted path, e.g. model.layers.0.mlp
+    source: str = ""  # "file.py:12 in forward: x = self.up(x)"
+
+
+_VALUES, _ORIGIN = "autopar_values", "autopar_origin"
+
+
+def output_node(graph: fx.Graph) -> Node:
+    found: Node = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return found
+
+
+def values(node: Node) -> tuple[Value, ...]:
+    """The types of the tensors that ``node`` returns (several for split, topk, ...; () before they are known)."""
+    found: tuple[Value, ...] = node.meta.get(_VALUES, ())
+    return found
+
+
+def value(node: Node) -> Value:
+    """The type of the one tensor that ``node`` returns."""
+    (only,) = values(node)
+    return only
+
+
+def set_values(node: Node, *types: Value) -> None:
+    node.meta[_VALUES] = types
+
+
+def origin(node: Node) -> Origin:
+    found: Origin = node.meta.get(_ORIGIN, Origin())
+    return found
+
+
+def set_origin(node: Node, where: Origin) -> None:
+    node.meta[_ORIGIN] = where
+
+
+def clear_meta(node: Node) -> None:
+    """Drop everything torch left in ``node.meta``; ours is set by :func:`set_values` and :func:`set_origin`."""
+    node.meta = {key: item for key, item in node.meta.items() if key in (_VALUES, _ORIGIN)}
+
+
+def traced_value(node: Node) -> Any:
+    """What torch's tracer recorded as the (fake) value of ``node``: a tensor, a tuple of tensors, or None."""
+    return node.meta.get("val")
+
+
+def traced_origin(node: Node) -> Origin:
+    """The module path and source line that torch's tracer recorded for ``node``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    module = [path for path, _ in stack.values()][-1] if stack else ""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
+    if len(lines) < 2 or '"' not in lines[-2]:
+        return Origin(module)
+    file, rest = lines[-2].split('"')[1], lines[-2].split('"')[2]
+    where = rest.strip(", ").replace("line ", "", 1).replace(", in ", " in ", 1)
+    return Origin(module, f"{file.rsplit('/', 1)[-1]}:{where}: {lines[-1]}")

@@ -1,0 +1,75 @@
+"""The tables of a program: what its placeholders and results are, its roles, what was decided of its nodes."""
+
+from __future__ import annotations
+
+import copy
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+
+class InputKind(enum.Enum):
+    PARAMETER = "param"
+    BUFFER = "buffer"
+    CONSTANT = "const"
+    INPUT = "input"
+    SEED = "seed"  # int64 scalar from which dropout masks are drawn, a new one each step
+    RECEIVED = "recv"  # of a pipeline stage: made by another one
+
+
+class OutputKind(enum.Enum):
+    USER = "output"
+    BUFFER_UPDATE = "update"  # the new value of a buffer (batch_norm statistics)
+    SENT = "send"  # of a pipeline stage: for another one
+
+
+@dataclass(frozen=True)
+class Input:
+    """One placeholder. ``target``: parameter, buffer or constant name, the path of a user input (``labels``), or for
+    what is received the stage that makes it and the name there (``0.add_3``)."""
+
+    node: str
+    kind: InputKind
+    target: str
+    aliases: tuple[str, ...] = ()  # further names of a tied parameter
+
+
+@dataclass(frozen=True)
+class Output:
+    """One returned value. ``target``: the buffer's name, the path in the model's output (``loss``), or for what is
+    sent the stage that takes it and the name (``1.add_3``)."""
+
+    kind: OutputKind
+    target: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided of one node on one axis. ``alternatives``: what each would cost more, in seconds a step, or why
+    it was not possible. ``stage``: on the axis ``pp``, which pipeline stage computes the node."""
+
+    chosen: str
+    alternatives: Mapping[str, float | str] = field(default_factory=dict)
+    stage: int | None = None
+
+
+@dataclass(frozen=True)
+class Role:
+    """Graphs that a set of ranks runs alike, up to rank constants. ``saved`` values pass from forward to backward.
+
+    forward:  (inputs) -> (*outputs, *saved);  backward: (*saved, *gradients of differentiable outputs) -> gradients
+    in the order of ``grads`` (parameter targets). ``inference``: (inputs) -> outputs, saves nothing.
+    """
+
+    forward: fx.Graph
+    backward: fx.Graph | None
+    inference: fx.Graph
+    saved: int = 0
+    differentiable: tuple[int, ...] = ()  # positions among the outputs
+    grads: tuple[str, ...] = ()
+
+    def clone(self) -> Role:
+        graphs = copy.deepcopy((self.forward, self.backward, self.inference))
+        return replace(self, forward=graphs[0], backward=graphs[1], inference=graphs[2])

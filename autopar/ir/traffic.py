@@ -1,0 +1,40 @@
+"""What one rank sends in a collective, in bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from autopar.ir.node import Value
+from autopar.mesh import Mesh
+
+
+def bytes_of(kind: Value, mesh: Mesh | None = None) -> int:
+    """Bytes of one tensor: of the whole, or of what a rank of ``mesh`` holds of it."""
+    return math.prod(kind.shape if mesh is None else kind.layout.local_shape(mesh)) * kind.dtype.itemsize
+
+
+def moved_bytes(name: str, ways: int, sent: int) -> int:
+    """Bytes that one rank sends in ``comm.<name>`` over ``ways`` ranks, by the usual accounting of ring algorithms;
+    ``name`` as :func:`comm.moving` gives it, ``sent``: the size of its argument. (Thakur et al. 2005)"""
+    if name == "all_reduce":
+        return 2 * (ways - 1) * sent // ways
+    if name in ("all_gather", "all_gather_invariant"):
+        return (ways - 1) * sent
+    if name in ("reduce_scatter", "all_to_all"):
+        return (ways - 1) * sent // ways
+    return 0
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How often one rank ran a collective on an axis in a phase, and the bytes that it sent."""
+
+    phase: str  # "forward" or "backward"
+    axis: str
+    name: str
+    operations: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.phase:<8} {self.axis:<4} {self.name:<20} {self.operations:>6} x {self.bytes:>15,} bytes"

@@ -1,0 +1,247 @@
+"""A forward program as a sequence that can be cut into pipeline stages, and what each interval of it would cost.
+
+The sequence holds the calls in the order of the trace, but what leads back to placeholders alone (the decoder's
+embedding of an encoder-decoder) stands just before its first use, so that its result does not travel through the stages
+in between. Values that stages make for themselves (``remade``) belong to no place of it; they cost each stage that
+uses them. A message goes straight from the stage that makes a value to each stage that uses it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import fx
+
+from autopar.cost.kept_values import SavedValues
+from autopar.cost.machine import ACCELERATOR, Machine
+from autopar.cost.roofline import Costs
+from autopar.ir import collectives as comm
+from autopar.ir.node import value, values
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
+from autopar.mesh import DATA_AXES
+from autopar.pipeline.duplicated import remade_nodes
+from autopar.pipeline.intervals import Event, Table, events_of, totals
+
+ADAM_STATES = 2  # moments of each parameter, in its dtype
+
+
+class StageGraph:
+    """``nodes`` in the order in which they are cut, ``remade`` those that stages make for themselves; both are found
+    unless they are given."""
+
+    def __init__(
+        self,
+        program: Program,
+        remade: frozenset[fx.Node] | None = None,
+        nodes: Sequence[fx.Node] | None = None,
+        machine: Machine = ACCELERATOR,
+    ) -> None:
+        self.program, self.costs = program, Costs(program, machine)
+        self.remade = remade_nodes(program, self.costs) if remade is None else remade
+        self._parameters = {node for node, _ in program.placeholders(InputKind.PARAMETER)}
+        self.nodes = tuple(nodes) if nodes is not None else in_cutting_order(program, self.remade)
+        self.place = {node: position for position, node in enumerate(self.nodes)}
+        self.uses = self._uses()
+        self.seconds = {node: self._seconds(node) for node in (*self.nodes, *self.remade)}
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    @cached_property
+    def loss(self) -> int:
+        """The place of the loss, which the last stage makes with the sums and counts that it is a quotient of (each
+        microbatch is weighed by them); of a program without a loss that of the last output."""
+        results = self.program.returned
+        wanted = results if self.program.loss is None else results[self.program.loss : self.program.loss + 1]
+        if self.program.loss is None:
+            return max((self.place[node] for node in wanted if node in self.place), default=len(self) - 1)
+        first, ahead = len(self) - 1, list(wanted)
+        while ahead:
+            node = ahead.pop()
+            if node in self.place and all(not kind.shape for kind in values(node)):
+                first = min(first, self.place[node])
+                ahead += node.all_input_nodes
+        return first
+
+    @property
+    def most_stages(self) -> int:
+        """One for each call that computes something, up to the loss."""
+        return sum(map(self.works, self.nodes[: self.loss + 1]))
+
+    @cached_property
+    def crossing(self) -> list[int]:
+        """For each place the bytes of the values made before it and used from there on, each once."""
+        steps = [0] * (len(self) + 1)
+        for node in self.nodes:
+            last = max(self.uses[node], default=0)
+            if last > self.place[node]:
+                size = self.costs.bytes([node])
+                steps[self.place[node] + 1] += size
+                steps[last + 1] -= size
+        for position in range(len(self)):
+            steps[position + 1] += steps[position]
+        return steps[: len(self)]
+
+    @cached_property
+    def places_to_cut(self) -> list[int]:
+        """Of places between which nothing is computed the one that fewest bytes cross; never within a tuple."""
+        best: dict[int, int] = {}
+        computed = 0
+        for position, node in enumerate(self.nodes):
+            if position and node.target is not operator.getitem:
+                found = best.setdefault(computed, position)
+                best[computed] = min(found, position, key=lambda place: (self.crossing[place], place))
+            computed += self.seconds[node] > 0
+        return sorted(best.values())
+
+    def tables(self, bounds: Sequence[int]) -> Tables:
+        """Costs of the intervals between ``bounds``, which begin with 0 and end with ``len(self)``."""
+        return Tables(self, bounds)
+
+    @cached_property
+    def states(self) -> Mapping[fx.Node, int]:
+        """Bytes that a rank holds for each parameter (``Plan.zero`` says of what only a part), and of each buffer."""
+        found: dict[fx.Node, int] = {}
+        for node, entry in self.program.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
+            part = self.costs.bytes([node])
+            whole = max(part, self._gathered(node) * value(node).dtype.itemsize)
+            zero = self.program.plan.zero
+            held = part if zero == 3 else whole
+            trained = entry.kind is InputKind.PARAMETER and value(node).requires_grad
+            gradient = part if zero >= 2 else whole
+            found[node] = held + (gradient + ADAM_STATES * part if trained else 0)
+        return found
+
+    @cached_property
+    def keepers(self) -> Mapping[fx.Node, list[int]]:
+        """The values that backward keeps, and the places of the calls that keep them."""
+        found: dict[fx.Node, list[int]] = defaultdict(list)
+        for node in self.nodes:
+            for kept in self.saved_values.kept_by(node):
+                found[kept].append(self.place[node])
+        return found
+
+    @cached_property
+    def saved_values(self) -> SavedValues:
+        return SavedValues(self.costs, {node for node in self.remade if self._is_parameter(node)})
+
+    def _uses(self) -> dict[fx.Node, list[int]]:
+        """Where each value is used: by a call in the sequence, if need be through some that are made again."""
+        found: dict[fx.Node, set[int]] = defaultdict(set)
+        for node in self.program.returned:
+            if node in self.remade:
+                found[node].add(len(self.nodes) - 1)  # the last stage returns it
+        for node in reversed(self.program.graph.nodes):
+            if node.op != "output":
+                for user in node.users:
+                    found[node] |= {self.place[user]} if user in self.place else found[user]
+        return {node: sorted(places) for node, places in found.items()}
+
+    def _seconds(self, node: fx.Node) -> float:
+        """What happens to parameters once a step is shared by its microbatches."""
+        once = node in self.remade and self._is_parameter(node) and self.program.plan.zero < 3
+        return self.costs.both(node) / (self.program.plan.microbatches if once else 1)
+
+    def _is_parameter(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a parameter, or one that was cast or gathered."""
+        while node in self.remade and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+        return node in self._parameters
+
+    def works(self, node: fx.Node) -> bool:
+        """Whether ``node`` computes something: no view, no collective."""
+        return self.seconds[node] > 0 and node.target not in comm.TARGETS
+
+    def _gathered(self, node: fx.Node) -> int:
+        """Elements of a parameter that is gathered over a data axis before its use; 0 for others."""
+        for user in node.users:
+            if user in self.remade and comm.TARGETS.get(user.target, "").startswith("all_gather"):
+                return self.elements(user) if user.args[1] in DATA_AXES else 0
+            if user in self.remade and self._is_parameter(user):
+                found = self._gathered(user)
+                if found:
+                    return found
+        return 0
+
+    def elements(self, node: fx.Node) -> int:
+        kind = value(node)
+        return self.costs.bytes([node]) // kind.dtype.itemsize
+
+
+class Tables:
+    """For positions a < b of ``bounds``, what the calls from ``bounds[a]`` up to ``bounds[b]`` cost as a stage."""
+
+    def __init__(self, graph: StageGraph, bounds: Sequence[int]) -> None:
+        self.graph, self.bounds = graph, bounds
+
+    @cached_property
+    def seconds(self) -> Table:
+        """Of one microbatch, forward and backward: of its calls or of its messages, whichever takes longer."""
+        graph = self.graph
+        events = [(-1, graph.place[node], graph.seconds[node]) for node in graph.nodes]
+        for node in graph.remade:
+            events += events_of(graph.uses[node], graph.seconds[node])
+        found = totals(events, self.bounds)
+        return np.maximum(found, self.received / graph.costs.machine.link, out=found)
+
+    @cached_property
+    def received(self) -> Table:
+        """Bytes, with the gradients that are sent back."""
+        graph, events = self.graph, list[Event]()
+        for node in graph.nodes:
+            here = graph.place[node]
+            later = [use for use in graph.uses[node] if use > here]
+            if later:
+                ways = 2 if any(kind.requires_grad for kind in values(node)) else 1
+                events += events_of(later, ways * graph.costs.bytes([node]), since=here)
+        return totals(events, self.bounds)
+
+    @cached_property
+    def works(self) -> NDArray[np.bool_]:
+        """Whether some call computes something."""
+        steps = np.array([0, *itertools.accumulate(map(self.graph.works, self.graph.nodes))])[np.asarray(self.bounds)]
+        return np.asarray(steps[:, None] < steps[None, :])
+
+    @cached_property
+    def state(self) -> Table:
+        """Bytes of parameters, gradients and optimizer states."""
+        uses = self.graph.uses
+        events = [event for node, size in self.graph.states.items() for event in events_of(uses[node], size)]
+        return totals(events, self.bounds)
+
+    @cached_property
+    def saved(self) -> Table:
+        """Bytes that one microbatch keeps for its backward pass."""
+        graph, share = self.graph, self.graph.saved_values.share
+        events = [(-1, graph.place[node], graph.saved_values.inner_bytes(node) * share) for node in graph.nodes]
+        for node, keepers in graph.keepers.items():
+            events += events_of(keepers, graph.costs.bytes([node]) * share)
+        return totals(events, self.bounds)
+
+
+def in_cutting_order(program: Program, remade: frozenset[fx.Node]) -> tuple[fx.Node, ...]:
+    """The calls that are not ``remade``, each behind those that it uses; parts of a tuple just behind it."""
+    calls = [node for node in program.graph.nodes if node.op == "call_function" and node not in remade]
+    trace = {node: position for position, node in enumerate(calls)}
+    light: set[fx.Node] = set()  # one chain from placeholders to one use
+    for node in calls:
+        sources = [source for source in node.all_input_nodes if source in trace]
+        if all(source in light and len(source.users) == 1 for source in sources):
+            light.add(node)
+    when = {node: float(position) for node, position in trace.items()}
+    for node in reversed(calls):
+        users = [when[user] for user in node.users if user in when]
+        if node in light and users:
+            when[node] = min(users)
+    for node in calls:
+        if node.target is operator.getitem:
+            when[node] = when[node.all_input_nodes[0]]
+    tuples = {node: trace[node.all_input_nodes[0]] for node in calls if node.target is operator.getitem}
+    return tuple(sorted(calls, key=lambda node: (when[node], tuples.get(node, trace[node]), trace[node])))

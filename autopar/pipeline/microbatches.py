@@ -1,0 +1,116 @@
+"""One batch in several parts that run one after the other: how it is cut, and what each part counts for.
+
+A mean over all tokens is no mean of means where parts have unequally many: part i counts for its share of the tokens,
+count_i / (count_1 + ... + count_m), which is known before any backward pass, since counts depend on labels alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autopar.autodiff.partition import extract
+from autopar.errors import IndivisibleError, InvariantError
+from autopar.ir import collectives as comm
+from autopar.ir.batch import batch_dims, data_ways
+from autopar.ir.node import Node, output_node
+from autopar.ir.program import Program
+from autopar.ir.rewrite import live_nodes
+from autopar.ir.tables import InputKind
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+
+aten = torch.ops.aten
+PASSING = (aten._to_copy.default, comm.OPS.wait.default)
+REDUCING = (comm.OPS.all_reduce.default, comm.OPS.start_all_reduce.default)
+SCALING = (aten.div.Scalar, aten.mul.Scalar, aten.neg.default)
+MEANS = (aten.mean.default, aten.mean.dim)
+
+
+def parts(args: Sequence[Any], kwargs: Mapping[str, Any], mesh: Mesh, plan: Plan) -> list[dict[str, Any]]:
+    """The keyword arguments of each of ``plan.microbatches`` calls: neighbouring rows, equally many, or in the last
+    ones fewer by as few as possible.
+
+    Raises IndivisibleError where there are too few rows, or the data axes do not divide them; InvariantError for
+    arguments without names.
+    """
+    count = plan.microbatches
+    if args or any(not isinstance(value, Tensor | int | float | str | None) for value in kwargs.values()):
+        raise InvariantError("Plan(microbatches=...) cuts tensors that are passed by name: model.train_step(x=x, y=y)")
+    ways = 1 if plan.inputs == "local" else data_ways(mesh)
+    cut: dict[str, tuple[Tensor, ...]] = {}
+    for name, dim in cut_dims(kwargs, plan).items():
+        tensor: Tensor = kwargs[name]
+        rows = tensor.shape[dim]
+        if rows % ways or rows < count * ways:
+            raise IndivisibleError(
+                f"input '{name}' has {rows} rows, which {count} microbatches on {mesh} do not divide\n"
+                f"Way out: a batch size that is a multiple of {count * ways}, or another Plan(microbatches=...)."
+            )
+        size, more = divmod(rows // ways, count)
+        cut[name] = torch.split(tensor, [(size + (i < more)) * ways for i in range(count)], dim)  # type: ignore[no-untyped-call]
+    return [{**kwargs, **{name: pieces[i] for name, pieces in cut.items()}} for i in range(count)]
+
+
+def cut_dims(kwargs: Mapping[str, Any], plan: Plan) -> dict[str, int]:
+    """Name -> batch dim of the tensors that have one."""
+    tensors = [(name, value.shape) for name, value in kwargs.items() if isinstance(value, Tensor)]
+    dims = batch_dims(tensors, plan.batch_dims)
+    return {name: dim for (name, _), dim in zip(tensors, dims) if dim is not None}
+
+
+def rows(kwargs: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], plan: Plan) -> list[int]:
+    """How many rows each of the parts of ``kwargs`` has."""
+    name, dim = next(iter(cut_dims(kwargs, plan).items()), ("", 0))
+    return [batch[name].shape[dim] if name else 1 for batch in batches]
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """One output of all microbatches: rows behind each other; of what has no rows the last."""
+    return torch.cat(list(parts)) if parts[0].dim() else parts[-1]
+
+
+def shares(counts: Sequence[Tensor | None], rows: Sequence[int]) -> list[Tensor | float]:
+    """What the loss of each part counts for in the loss of all: by the counts it is divided by, else by its rows."""
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts):
+        return [part / sum(rows) for part in rows]
+    total = sum(known[1:], known[0])
+    return [count / total for count in known]
+
+
+def counting(program: Program) -> fx.Graph | None:
+    """The graph (those inputs of the program that it needs) -> (the count that the loss is divided by); None where the
+    loss is a mean of equally many elements in each part. Of a pipeline ``program`` is the stage that has the loss.
+
+    Raises InvariantError for a loss that is neither: parts of it cannot be weighed.
+    """
+    (role,) = program.roles
+    returned = output_node(role.forward).args[0]
+    assert isinstance(returned, (tuple, list)) and program.loss is not None
+    node = _behind(returned[program.loss], (*PASSING,))
+    if node.target is aten.div.Tensor and isinstance(node.args[1], fx.Node):
+        count = node.args[1]
+        found = live_nodes([count])
+        sources = [source for source in role.forward.nodes if source in found and source.op == "placeholder"]
+        learned = {source.name for source, _ in program.placeholders(InputKind.PARAMETER, InputKind.RECEIVED)}
+        if learned.isdisjoint(source.name for source in sources):
+            return extract(role.forward, sources, [count])
+    if _behind(node, (*PASSING, *REDUCING, *SCALING)).target in MEANS:
+        return None
+    raise InvariantError(
+        f"the loss ends in {node.target}, not in a mean: what each of several microbatches counts for is not known\n"
+        "Way out: a loss that is one mean over tokens or rows; or cut the batch yourself, weigh each loss, and call "
+        "backward within model.no_sync() for all but the last."
+    )
+
+
+def _behind(node: Any, passing: tuple[Any, ...]) -> Node:
+    assert isinstance(node, fx.Node)
+    found: Node = node
+    while found.target in passing:
+        found = found.all_input_nodes[0]
+    return found

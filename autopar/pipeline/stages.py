@@ -1,0 +1,236 @@
+"""A program cut into pipeline stages, each a complete program of its own.
+
+    h = aten.linear(x, u)                 stage 0:  h = aten.linear(x, u)      return send 1.h = h
+    y = aten.linear(h, w)          -->    stage 1:  h = recv 0.h
+    return y                                        y = aten.linear(h, w)      return y
+
+A value goes from the stage that makes it straight to each stage that uses it. What an assignment calls *remade* each
+stage that needs it computes for itself, from placeholders, of which it has its own; so a parameter that two stages use
+(an embedding that is the output head too) is a parameter of both.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from autopar.errors import InvariantError
+from autopar.ir.node import Node, origin, set_origin, set_values, value, values
+from autopar.ir.program import Program
+from autopar.ir.tables import Input, InputKind, Output, OutputKind
+from autopar.mesh import PIPELINE, stage_mesh
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """``stage_of``: every call that is not ``remade`` -> its stage, which never decreases along an edge of the graph.
+    ``remade``: calls that each stage makes for itself that needs their value, directly or for another of them; all
+    their inputs are placeholders or remade. One that the program returns is for the last stage to return."""
+
+    stage_of: Mapping[fx.Node, int]
+    remade: frozenset[fx.Node]
+
+
+def peer_of(entry: Input | Output) -> int:
+    """The other stage of a value that is received or sent."""
+    return int(entry.target.partition(".")[0])
+
+
+def name_of(entry: Input | Output) -> str:
+    """What the value is called in the stage that makes it."""
+    return entry.target.partition(".")[2]
+
+
+def stage_programs(program: Program, assignment: Assignment, count: int) -> tuple[Program, ...]:
+    """The stages of ``program``, ``count`` of them, in the order of the model."""
+    assignment = _with_parts(assignment)
+    drafts = [_Stage(program, assignment, number) for number in range(count)]
+    for node, entry in zip(program.returned, program.outputs):
+        drafts[_stage_of_output(node, assignment, count)].give(node, entry)
+    wanted = [draft.received() for draft in drafts]
+    for target, received in enumerate(wanted):
+        for node in received:
+            drafts[assignment.stage_of[node]].give(node, Output(OutputKind.SENT, f"{target}.{node.name}"))
+    return tuple(draft.program(received) for draft, received in zip(drafts, wanted))
+
+
+def _with_parts(assignment: Assignment) -> Assignment:
+    """Results of one operator that makes several are where it is."""
+    stage_of, remade = dict(assignment.stage_of), set(assignment.remade)
+    for node in [*stage_of, *remade]:
+        if node.target is operator.getitem:
+            source = node.all_input_nodes[0]
+            if source in stage_of:
+                stage_of[node] = stage_of[source]
+                remade.discard(node)
+    return Assignment(stage_of, frozenset(remade))
+
+
+def _stage_of_output(node: Node, assignment: Assignment, count: int) -> int:
+    """What is remade could be returned by any stage: by that of its module (counters of batch norm), or by the last."""
+    if node in assignment.stage_of:
+        return assignment.stage_of[node]
+    module = origin(node).module
+    found = [stage for other, stage in assignment.stage_of.items() if module and origin(other).module == module]
+    return found[0] if found else count - 1
+
+
+class _Stage:
+    """One stage being made."""
+
+    def __init__(self, program: Program, assignment: Assignment, number: int) -> None:
+        self.whole, self.assignment, self.number = program, assignment, number
+        self.outputs: list[tuple[Node, Output]] = []
+
+    def give(self, node: Node, entry: Output) -> None:
+        self.outputs.append((node, entry))
+
+    def received(self) -> list[Node]:
+        """What other stages make, in the order of the whole program."""
+        return [node for node in self._needed() if self._is_elsewhere(node)]
+
+    def program(self, received: Sequence[Node]) -> Program:
+        graph, copies = fx.Graph(), dict[Node, Node]()
+        needed = self._needed()
+        entries = {entry.node: entry for entry in self.whole.inputs}
+        given = [node for node in needed if node.op == "placeholder"]
+        for node in (*given, *received):
+            copies[node] = graph.placeholder(node.name)
+        for node in needed:
+            if node not in copies:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        for node, copy in copies.items():
+            set_values(copy, *values(node))
+            set_origin(copy, origin(node))
+        graph.output(tuple(copies[node] for node, _ in self.outputs))
+        inputs = [replace(entries[node.name], node=copies[node].name) for node in given]
+        for node in received:
+            target = f"{self.assignment.stage_of[node]}.{node.name}"
+            inputs.append(Input(copies[node].name, InputKind.RECEIVED, target))
+        used = {entry.target for entry in inputs if entry.kind is InputKind.CONSTANT}
+        return replace(
+            self.whole,
+            graph=graph,
+            mesh=stage_mesh(self.whole.mesh),
+            inputs=tuple(inputs),
+            outputs=tuple(entry for _, entry in self.outputs),
+            constants={name: tensor for name, tensor in self.whole.constants.items() if name in used},
+            in_spec=None,
+            out_spec=None,
+            static_inputs=(),
+            static_outputs=(),
+            decisions={},
+            settled_stages={},
+        )
+
+    def _needed(self) -> list[Node]:
+        """What this stage computes, and what it is made of, in the order of the whole program."""
+        own = [node for node, stage in self.assignment.stage_of.items() if stage == self.number]
+        wanted, found = [*own, *(node for node, _ in self.outputs)], set[Node]()
+        while wanted:
+            node = wanted.pop()
+            if node not in found:
+                found.add(node)
+                wanted += () if self._is_elsewhere(node) else node.all_input_nodes
+        return [node for node in self.whole.graph.nodes if node in found]
+
+    def _is_elsewhere(self, node: Node) -> bool:
+        return self.assignment.stage_of.get(node, self.number) != self.number
+
+
+def stages_of_nodes(program: Program) -> dict[str, int]:
+    """Node name -> stage, as ``cut_stages`` has decided."""
+    return {
+        name: decision.stage
+        for name, decision in program.decisions.get(PIPELINE, {}).items()
+        if decision.stage is not None
+    }
+
+
+def users_of(program: Program) -> dict[str, tuple[int, ...]]:
+    """Parameter or buffer name -> the stages that hold it, in order."""
+    found: dict[str, tuple[int, ...]] = {}
+    for number, stage in enumerate(program.stages):
+        for _, entry in stage.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
+            found[entry.target] = (*found.get(entry.target, ()), number)
+    return found
+
+
+def holders(program: Program) -> dict[str, tuple[int, ...]]:
+    """Parameter or buffer name, aliases too -> the pipeline ranks that hold it, in order."""
+    assert program.schedule is not None
+    placement, used = program.schedule.placement, users_of(program)
+    entries = [entry for _, entry in program.placeholders(InputKind.PARAMETER, InputKind.BUFFER)]
+    return {
+        name: tuple(sorted({placement[number] for number in used[entry.target]}))
+        for entry in entries
+        if entry.target in used
+        for name in (entry.target, *entry.aliases)
+    }
+
+
+def held_elsewhere(program: Program, rank: int) -> frozenset[str]:
+    """Names of parameters and buffers that only other pipeline ranks than ``rank`` hold."""
+    return frozenset(name for name, ranks in holders(program).items() if rank not in ranks)
+
+
+def first_ranks(program: Program) -> dict[str, int]:
+    """Parameter or buffer name, aliases too -> the first pipeline rank that holds it."""
+    return {name: ranks[0] for name, ranks in holders(program).items()}
+
+
+def check_same_parameters(program: Program, other: Program) -> None:
+    """Raises InvariantError unless each parameter is in the same stages of both programs."""
+    first, second = users_of(program), users_of(other)
+    for name, stages in first.items():
+        if second.get(name, ()) != stages:
+            raise InvariantError(
+                f"parameter '{name}' is of stages {stages} in one microbatch, and of {second.get(name, ())} "
+                "in the smaller last one\nWay out: a batch size that the microbatches divide, or Plan(cuts=...)."
+            )
+
+
+# ---------------------------------------------------------------- what crosses
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """What goes from stage ``source`` to stage ``target``: names in the source, in order; ``grads`` come back."""
+
+    source: int
+    target: int
+    names: tuple[str, ...]
+    grads: tuple[str, ...]
+
+
+Type = tuple[tuple[int, ...], torch.dtype]
+
+
+def crossings(program: Program) -> Iterator[Crossing]:
+    """What the stages of a differentiated program send each other."""
+    for source, stage in enumerate(program.stages):
+        names: dict[int, list[str]] = {}
+        for entry in stage.outputs:
+            if entry.kind is OutputKind.SENT:
+                names.setdefault(peer_of(entry), []).append(name_of(entry))
+        for target, sent in names.items():
+            reached = gradients_of(program.stages[target])
+            yield Crossing(source, target, tuple(sent), tuple(name for name in sent if f"{source}.{name}" in reached))
+
+
+def gradients_of(stage: Program) -> frozenset[str]:
+    """Targets of the received values of ``stage`` for which its backward pass has a gradient."""
+    received = {entry.target for entry in stage.inputs if entry.kind is InputKind.RECEIVED}
+    return frozenset(received.intersection(*(role.grads for role in stage.roles)))
+
+
+def types_of(program: Program, crossing: Crossing) -> Mapping[str, Type]:
+    """Name -> (local shape, dtype) of what crosses."""
+    stage = program.stages[crossing.target]
+    nodes = {entry.target: node for node, entry in stage.placeholders(InputKind.RECEIVED)}
+    found = {name: value(nodes[f"{crossing.source}.{name}"]) for name in crossing.names}
+    return {name: (kind.layout.local_shape(stage.mesh), kind.dtype) for name, kind in found.items()}

@@ -1,0 +1,273 @@
+"""Rows that are put in another order, computed on and put back: where each row is treated alone, order is of no matter.
+
+``SortedRows`` follows a permutation (what ``sort`` or ``argsort`` of a vector gives) through the graph. Whether an
+operator treats each row alone is read off its splitting rule: a dim that may be cut anywhere has independent rows.
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from autopar.ir.node import Value, value, values
+from autopar.ir.program import Program
+from autopar.ir.rewrite import insert_before, operand, substitute
+from autopar.ir.tables import InputKind
+from autopar.rules import call_of, rule_for
+from autopar.rules.factoring import Dims
+
+aten = torch.ops.aten
+
+SORTS = {aten.sort.default, aten.sort.stable}
+_SHAPE_ONLY = {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
+
+
+class Kind(enum.Enum):
+    """What a value has to do with the permutation."""
+
+    SOURCE = enum.auto()  # for each sorted row, which it was (``order``), or whose part it was (``order // k``)
+    INVERSE = enum.auto()  # where each row has gone
+    ROWS = enum.auto()  # dim 0 is in the sorted order
+    RESTORED = enum.auto()  # it is in the first order again
+
+
+class SortedRows:
+    """The part of a graph between one permutation and its inverse. ``closed`` tells whether it may go."""
+
+    def __init__(self, program: Program, permutation: fx.Node) -> None:
+        self.program, self.permutation = program, permutation
+        self.length = values(permutation)[0].shape[0]
+        self.kinds: dict[fx.Node, Kind] = {}
+        self.divisors: dict[fx.Node, int] = {}  # of each SOURCE
+        self.replaced: dict[fx.Node, Callable[[fx.Node], fx.Node]] = {}
+        self.closed = self._follow() and Kind.RESTORED in self.kinds.values()
+
+    @classmethod
+    def made_by(cls, program: Program, node: fx.Node) -> SortedRows | None:
+        """The rows that ``node``, a sort or argsort of a vector, puts in another order; None for any other node."""
+        if node.target not in {*SORTS, aten.argsort.default} or len(value_of_operand(node).shape) != 1:
+            return None
+        return cls(program, node)
+
+    def remove(self) -> None:
+        """Compute the rows in their first order. What lies between stays as it is; what is unused stays too."""
+        for node, replacement in self.replaced.items():
+            substitute(node, replacement(node))
+
+    def _follow(self) -> bool:
+        """Find the kind of everything that follows from the permutation; False if some of it has none."""
+        started = False
+        for node in self.program.graph.nodes:
+            if node is self.permutation:
+                started = True
+                if node.target is aten.argsort.default:
+                    self._source(node, 1)
+            elif started and node.all_input_nodes and not self._note(node):
+                return False
+        return True
+
+    def _note(self, node: fx.Node) -> bool:
+        if node.target is operator.getitem and node.args[0] is self.permutation:
+            if node.args[1] == 1:
+                return self._source(node, 1)
+            return self._row(node, lambda item: operand(operand(item)))
+        touched = [self.kinds[x] for x in node.all_input_nodes if self.kinds.get(x, Kind.RESTORED) != Kind.RESTORED]
+        if not touched:
+            return True
+        if node.op == "output":
+            return False
+        special = SPECIAL.get(node.target)
+        return bool(special and special(self, node)) or (set(touched) == {Kind.ROWS} and self._treats_rows_alone(node))
+
+    def _source(self, node: fx.Node, divisor: int) -> bool:
+        self.kinds[node], self.divisors[node] = Kind.SOURCE, divisor
+        return True
+
+    def _row(self, node: fx.Node, replacement: Callable[[fx.Node], fx.Node] | None = None) -> bool:
+        self.kinds[node] = Kind.ROWS
+        if replacement:
+            self.replaced[node] = replacement
+        return True
+
+    def _restored(self, node: fx.Node, replacement: Callable[[fx.Node], fx.Node]) -> bool:
+        self.kinds[node], self.replaced[node] = Kind.RESTORED, replacement
+        return True
+
+    def _treats_rows_alone(self, node: fx.Node) -> bool:
+        """Whether the same is done with each row, whatever the others are: then a row may stand anywhere."""
+        if node.target is operator.getitem:
+            return self._row(node)
+        rule = rule_for(node.target)
+        if rule is None:
+            return False
+        call = call_of(node, self.program.mesh)
+        factoring = rule(call)
+        tensors = [(dims, self.kinds.get(x) is Kind.ROWS) for x, dims in zip(call.operands, factoring.inputs)]
+        tensors += [(dims, True) for dims in factoring.outputs]
+        firsts = {_first(dims, factoring.sizes) for dims, sorted_ in tensors if sorted_}
+        if len(firsts) != 1:
+            return False
+        (rows,) = firsts
+        if rows is None or rows in factoring.whole | factoring.plain | set(factoring.rewrites):
+            return False
+        others = [factors for dims, sorted_ in tensors for factors in (dims[1:] if sorted_ else dims)]
+        return all(rows not in factors for factors in others) and self._row(node)
+
+
+def _first(dims: Dims, sizes: Any) -> str | None:
+    """The one factor of dim 0."""
+    factors = [factor for factor in dims[0] if sizes[factor] != 1] if dims else []
+    return factors[0] if len(factors) == 1 else None
+
+
+def value_of_operand(node: fx.Node, position: int = 0) -> Value:
+    return value(operand(node, position))
+
+
+# ---------------------------------------------------------------- operators on the permutation itself
+
+
+def _cast(region: SortedRows, node: fx.Node) -> bool:
+    source = operand(node)
+    if region.kinds[source] is Kind.ROWS or value(node).dtype.is_floating_point:
+        return False
+    region.kinds[node] = region.kinds[source]
+    region.divisors |= {node: region.divisors[source]} if source in region.divisors else {}
+    return True
+
+
+def _divided(region: SortedRows, node: fx.Node) -> bool:
+    """order // k."""
+    source, k = node.args[:2]
+    floor = node.target is aten.floor_divide.default or node.kwargs.get("rounding_mode") in ("floor", "trunc")
+    if region.divisors.get(source) != 1 or not isinstance(k, int) or k < 1 or region.length % k or not floor:  # type: ignore[arg-type]
+        return False
+    return region._source(node, k)
+
+
+def _unread(region: SortedRows, node: fx.Node) -> bool:
+    """Only the shape is taken."""
+    return region.kinds[operand(node)] is not Kind.ROWS
+
+
+def _argsort(region: SortedRows, node: fx.Node) -> bool:
+    if region.divisors.get(operand(node)) != 1 or descending(node):
+        return False
+    region.kinds[node] = Kind.INVERSE
+    return True
+
+
+def _index(region: SortedRows, node: fx.Node) -> bool:
+    rows, place = operand(node), _only_index(node)
+    return place is not None and _picked(region, node, rows, place)
+
+
+def _index_select(region: SortedRows, node: fx.Node) -> bool:
+    dim, place = node.args[1:3]
+    first = isinstance(dim, int) and dim == 0
+    return first and isinstance(place, fx.Node) and _picked(region, node, operand(node), place)
+
+
+def _picked(region: SortedRows, node: fx.Node, rows: fx.Node, place: fx.Node) -> bool:
+    inside = region.kinds.get(rows, Kind.RESTORED)
+    if region.kinds.get(place) is Kind.INVERSE and inside is Kind.ROWS:
+        return region._restored(node, operand)
+    k = region.divisors.get(place, 0)
+    if inside is not Kind.RESTORED or not k or value(rows).shape[0] * k != region.length:
+        return False
+    return region._row(node, lambda picked: _repeated(picked, k))
+
+
+def _repeated(node: fx.Node, k: int) -> fx.Node:
+    """Each row of the operand k times."""
+    return operand(node) if k == 1 else insert_before(node, aten.repeat_interleave.self_int, (operand(node), k, 0))
+
+
+def _put(region: SortedRows, node: fx.Node) -> bool:
+    """``base[order] = arange(n)`` is the inverse; ``base[order] = rows`` puts rows back; ``+=`` adds them up."""
+    base, place, rows = operand(node), _only_index(node), operand(node, 2)
+    adds = bool(node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False))
+    if place is None or region.kinds.get(place) is not Kind.SOURCE:
+        return False
+    if adds:
+        return _added(region, node, base, place, rows)
+    if region.divisors[place] != 1 or value(base).shape[0] != region.length:
+        return False
+    if region.kinds.get(rows) is Kind.ROWS and value(rows).shape == value(base).shape:
+        return region._restored(node, lambda put: operand(put, 2))
+    if not is_arange(region.program, rows, region.length):
+        return False
+    region.kinds[node] = Kind.INVERSE
+    return True
+
+
+def _index_add(region: SortedRows, node: fx.Node) -> bool:
+    if len(node.args) != 4 or node.args[1] != 0 or node.kwargs:
+        return False
+    return _added(region, node, operand(node), operand(node, 2), operand(node, 3))
+
+
+def _added(region: SortedRows, node: fx.Node, base: fx.Node, place: fx.Node, rows: fx.Node) -> bool:
+    """Rows added to those that they are parts of: ``base + rows.reshape(T, k, ...).sum(1)``."""
+    k = region.divisors.get(place, 0)
+    shape, (count, *rest) = list(value(base).shape), value(rows).shape
+    fits = count == region.length and shape == [count // k, *rest] if k else False
+    if region.kinds.get(rows) is not Kind.ROWS or base in region.kinds or not fits:
+        return False
+    position = node.all_input_nodes.index(rows)
+
+    def total(found: fx.Node) -> fx.Node:
+        parts, kind = found.all_input_nodes[position], value(found)
+        if k > 1:
+            grouped = Value(kind.dtype, type(kind.layout).whole([count // k, k, *rest]), kind.requires_grad)
+            parts = insert_before(found, aten.reshape.default, (parts, list(grouped.shape)), {}, grouped)
+            parts = insert_before(found, aten.sum.dim_IntList, (parts, [1]))
+        return insert_before(found, aten.add.Tensor, (operand(found), parts))
+
+    return region._restored(node, total)
+
+
+def _only_index(node: fx.Node) -> fx.Node | None:
+    """i of ``x[i]`` or ``x[i, :, ...]``."""
+    slots = node.args[1]
+    assert isinstance(slots, (list, tuple))
+    found = slots[0] if all(slot is None for slot in slots[1:]) else None
+    return found if isinstance(found, fx.Node) and len(value(found).shape) == 1 else None
+
+
+def descending(node: fx.Node) -> bool:
+    """Whether a sort or argsort puts the largest first."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return bool(dict(zip(names, node.args), **node.kwargs).get("descending", False))
+
+
+def is_arange(program: Program, node: fx.Node, length: int) -> bool:
+    """Whether ``node`` is 0, 1, ..., length - 1."""
+    if node.target is aten.arange.default:
+        return node.args == (length,)
+    constants = {
+        entry.node: program.constants[entry.target] for entry in program.inputs if entry.kind is InputKind.CONSTANT
+    }
+    tensor = constants.get(node.name)
+    if tensor is None or isinstance(tensor, FakeTensor) or tensor.shape != (length,):
+        return False
+    return bool((tensor == torch.arange(length)).all())
+
+
+SPECIAL: dict[Any, Callable[[SortedRows, fx.Node], bool]] = {
+    aten._to_copy.default: _cast,
+    aten.floor_divide.default: _divided,
+    aten.div.Tensor_mode: _divided,
+    **dict.fromkeys(_SHAPE_ONLY, _unread),
+    aten.argsort.default: _argsort,
+    aten.index.Tensor: _index,
+    aten.index_select.default: _index_select,
+    aten.index_put.default: _put,
+    aten.index_add.default: _index_add,
+}

@@ -1,0 +1,1 @@
+"""One rank of a running job: processes, collectives on torch.distributed, parameters, steps."""

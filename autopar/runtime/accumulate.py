@@ -1,0 +1,81 @@
+"""Gradient accumulation without communication: inside ``no_sync`` gradients are added up on their rank, and the next
+backward pass outside of it reduces the sum of all.
+
+What the data axes would reduce is left out of the backward pass then (``once.without_reductions``); sums over other
+axes belong to the computation and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from autopar.autodiff.hoist import Reducing, without_reductions
+from autopar.ir.tables import Role
+from autopar.mesh import DATA_AXES, Mesh
+from autopar.plan import Plan
+
+
+class Steps(Protocol):
+    """One program's backward pass on this rank, whole and in two parts."""
+
+    @property
+    def defers(self) -> bool:
+        """Whether it has two parts; they are made when this is first asked."""
+
+    def whole(self, saved: list[Any]) -> Sequence[Tensor]:
+        """Gradients."""
+
+    def partial(self, saved: list[Any]) -> list[Tensor]:
+        """What the reductions would take, in memory of its own."""
+
+    def reduced(self, partial: list[Tensor]) -> Sequence[Tensor]:
+        """Gradients."""
+
+    def give(self, grads: Sequence[Tensor]) -> None:
+        """Add gradients to those of the parameters."""
+
+
+class Accumulation:
+    """The state of one parallel module: whether it is inside ``no_sync``, and what its programs have added up."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self._held: dict[Steps, list[Tensor]] = {}
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        before, self.active = self.active, True
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def backward(self, steps: Steps, saved: list[Any]) -> Sequence[Tensor] | None:
+        """The gradients of a backward pass and of all that waited for it; None if it waits itself."""
+        if not (self.active or self._held) or not steps.defers:
+            return steps.whole(saved)
+        held, found = self._held.pop(steps, None), steps.partial(saved)
+        if held is not None:
+            for total, part in zip(held, found):
+                total.add_(part)
+            found = held
+        if self.active:
+            self._held[steps] = found
+            return None
+        while self._held:
+            other, waiting = self._held.popitem()
+            other.give(other.reduced(waiting))
+        return steps.reduced(found)
+
+
+def deferred(role: Role, mesh: Mesh, plan: Plan, parameters: frozenset[str]) -> Reducing | None:
+    """The backward pass in two parts; None where there is nothing to put off: no data axis, gradients of inputs, or
+    sharded gradients, of which a rank has no room for whole ones (``Plan(zero=2)``)."""
+    axes = [axis for axis in DATA_AXES if mesh.size(axis) > 1]
+    if role.backward is None or plan.zero > 1 or not axes or not parameters.issuperset(role.grads):
+        return None
+    return without_reductions(role.backward, axes)

@@ -1,0 +1,120 @@
+"""The border between a module (whole tensors, DTensors) and a rank program (local tensors of fixed sizes)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from autopar.errors import IndivisibleError, InvariantError
+from autopar.ir.layout import Layout, shard
+from autopar.ir.node import Value
+from autopar.runtime.communicator import Communicator
+from autopar.runtime.connect import Connection
+from autopar.runtime.dtensor import dtensor, local_of, of_local, spec_of
+from autopar.runtime.parameters import stored
+from autopar.runtime.pieces import padded
+
+Part = Callable[[Tensor], Tensor]
+
+
+def part_of(layout: Layout, comm: Communicator, *, is_local: bool = False) -> Part:
+    """What takes this rank's part out of a user's tensor: whole, or, with ``is_local``, the part already.
+
+    Parts of uneven splits are padded with zeros to the sizes that the program works on.
+    """
+    shape = layout.local_shape(comm.mesh)
+    cuts: list[tuple[int, int, int] | tuple[int, Tensor]] = []
+    for dim in range(len(shape)):
+        owned = layout.indices(dim, comm.coordinates, comm.mesh)
+        if owned is None or is_local:
+            continue
+        start = int(owned[0]) if len(owned) else 0
+        contiguous = torch.equal(owned, torch.arange(start, start + len(owned)))
+        cuts.append((dim, start, len(owned)) if contiguous else (dim, owned.to(comm.device)))
+
+    def part(tensor: Tensor) -> Tensor:
+        x = tensor.detach()
+        if x.device != comm.device:
+            x = x.to(comm.device)
+        for cut in cuts:
+            x = x.index_select(*cut) if len(cut) == 2 else x.narrow(*cut)
+        return padded(x, shape).contiguous()
+
+    return part
+
+
+def joined(local: Tensor, layout: Layout, comm: Communicator) -> Tensor:
+    """The whole of a value of any layout, on every rank: each puts its part into zeros, and these are summed."""
+    axes = [axis for axis in comm.mesh.names if axis in layout.axes]
+    if not axes:
+        return local
+    whole = local.new_zeros(layout.shape)
+    owned = [layout.indices(dim, comm.coordinates, comm.mesh) for dim in range(local.dim())]
+    for dim, indices in enumerate(owned):
+        local = local.narrow(dim, 0, local.shape[dim] if indices is None else len(indices))
+    where = [torch.arange(size) if own is None else own for size, own in zip(layout.shape, owned)]
+    whole[tuple(grid.to(local.device) for grid in torch.meshgrid(*where, indexing="ij"))] = local
+    for axis in axes:
+        whole = comm.all_reduce(whole, axis, "sum")
+    return whole
+
+
+def trimmed(x: Tensor, shape: torch.Size) -> Tensor:
+    """``x`` without the zeros that an uneven split has at its end."""
+    if x.shape != shape:
+        for dim, size in enumerate(shape):
+            x = x.narrow(dim, 0, size)
+    return x.contiguous()
+
+
+@dataclass
+class Result:
+    """How one output reaches the user, and its gradient the program.
+
+    Whole values are plain tensors, parts are DTensors; parts that DTensor cannot express are joined.
+    """
+
+    name: str
+    value: Value
+    connection: Connection
+    _spec: Any = field(default=None, init=False)
+    _join: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        layout, comm = self.value.layout, self.connection.comm
+        if layout.partial:
+            raise InvariantError(f"output '{self.name}' is still partial: {layout}; a reduction is missing before it")
+        if not layout.axes:
+            return
+        try:
+            form = stored(layout, comm.mesh, self.name)
+        except IndivisibleError:
+            self._join = True
+            return
+        self._join = bool(form.orders)
+        self._shape = shard(torch.empty(layout.shape, device="meta"), layout, comm.mesh, comm.coordinates).shape
+        local = torch.empty(self._shape, dtype=self.value.dtype, device=comm.device)
+        self._spec = spec_of(dtensor(local, self.connection.device_mesh, form.placements, layout.shape))
+
+    def give(self, local: Tensor) -> Tensor:
+        """What the user gets for the program's ``local``."""
+        if self._join:
+            return joined(local, self.value.layout, self.connection.comm)
+        return local if self._spec is None else of_local(trimmed(local, self._shape), self._spec)
+
+    def take(self, grad: Tensor | None) -> Tensor:
+        """The program's part of the gradient of what the user got; zeros where there is none."""
+        comm, layout = self.connection.comm, self.value.layout
+        if grad is None:
+            return torch.zeros(layout.local_shape(comm.mesh), dtype=self.value.dtype, device=comm.device)
+        if self._join:
+            return part_of(layout, comm)(grad)
+        if isinstance(grad, DTensor):
+            wanted = self._spec.placements if self._spec else [Replicate()] * grad.device_mesh.ndim
+            grad = local_of(grad if grad.placements == wanted else grad.redistribute(placements=wanted))
+        return padded(grad, layout.local_shape(comm.mesh)).contiguous()

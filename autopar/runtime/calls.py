@@ -1,0 +1,105 @@
+"""One call of a model: its arguments in one order, and what makes two calls run the same program."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autopar.errors import TraceError
+from autopar.ir.batch import batch_dims, data_ways
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+
+NOT_POSITIONAL = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments by name in the order of the signature (``args`` is empty unless it takes ``*args``), and flat."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: list[Any]
+    key: Hashable
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+
+class Signature:
+    """How ``forward`` may be called: ``model(x, y)``, ``model(x, labels=y)`` and ``model(labels=y, x=x)`` are one."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._signature = inspect.signature(forward)
+        parameters = self._signature.parameters.values()
+        self._named = not any(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in parameters)
+        self._names = [p.name for p in parameters if p.kind not in NOT_POSITIONAL]
+        self._rank = {name: position for position, name in enumerate(self._signature.parameters)}
+        self._orders: dict[Hashable, list[tuple[str, int]]] = {}
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Raises TypeError where ``forward`` itself would."""
+        given = (len(args), *kwargs)
+        order = self._orders.get(given)
+        if order is None:
+            order = self._orders[given] = self._order(args, kwargs)
+        if self._named:
+            values = (*args, *kwargs.values())
+            args, kwargs = (), {name: values[position] for name, position in order}
+        else:
+            kwargs = {name: kwargs[name] for name in sorted(kwargs)}
+        leaves: list[Any] = [*args, *kwargs.values()]
+        spec: Hashable = (len(args), *kwargs)
+        if not all(leaf is None or isinstance(leaf, (Tensor, int, float, str)) for leaf in leaves):
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+        return Call(args, kwargs, leaves, (spec, *map(_kind, leaves)))
+
+    def _order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, int]]:
+        self._signature.bind(*args, **kwargs)
+        names = [*self._names[: len(args)], *kwargs]
+        last = len(self._rank)
+        return sorted(zip(names, range(len(names))), key=lambda pair: (self._rank.get(pair[0], last), pair[0]))
+
+
+def _kind(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.requires_grad
+    try:
+        hash(leaf)
+    except TypeError:
+        raise TraceError(
+            f"an argument of type {type(leaf).__name__} is neither a tensor nor a fixed value\n"
+            "Way out: pass tensors, numbers, strings, or lists and dicts of them."
+        ) from None
+    return type(leaf), leaf
+
+
+def global_call(call: Call, mesh: Mesh, plan: Plan) -> Call:
+    """The call of the unmodified model. With ``Plan(inputs="local")`` ``call`` has one rank's part of its batch dims,
+    which are ``data_ways`` times as long."""
+    if plan.inputs != "local":
+        return call
+    ways = data_ways(mesh)
+    arguments = [*(("", arg) for arg in call.args), *call.kwargs.items()]
+    leaves = [(name, leaf) for name, arg in arguments for leaf in pytree.tree_leaves(arg)]
+    shapes = [(name, leaf.shape) for name, leaf in leaves if isinstance(leaf, Tensor)]
+    dims = iter(batch_dims(shapes, plan.batch_dims))
+
+    def whole(leaf: Tensor) -> Tensor:
+        dim = next(dims)
+        return leaf if dim is None else torch.cat([leaf.detach()] * ways, dim).requires_grad_(leaf.requires_grad)
+
+    args, kwargs = pytree.tree_map_only(Tensor, whole, (call.args, call.kwargs))
+    return Call(args, kwargs, pytree.tree_leaves((args, kwargs)), call.key)
+
+
+def shapes(tensors: Sequence[Tensor]) -> str:
+    """``[4, 16] [4, 16]``, for messages."""
+    return " ".join(str(list(tensor.shape)) for tensor in tensors)

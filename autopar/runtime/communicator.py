@@ -1,0 +1,229 @@
+"""The collectives of a rank program, on torch.distributed: what ``comm`` is in an emitted ``forward(comm, inputs)``.
+
+Every method stands for the operator of the same name in :mod:`autopar.ir.collectives`. A peer that dies or does not
+come within the timeout ends the program with a RankFailedError that names the collective, the axis and the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from autopar.errors import RankFailedError
+from autopar.ir.layout import Split
+from autopar.ir.traffic import Transfer, moved_bytes
+from autopar.mesh import Mesh
+from autopar.runtime import functional_collectives as torch_collectives
+from autopar.runtime.pieces import apart, put, take, together
+
+PLAIN = (1,)
+
+
+class Communicator:
+    """The collectives of one rank. ``groups`` has a process group for every axis of more than one rank.
+
+    ``device`` is where the rank computes, ``back`` the group of messages to lower pipeline ranks. ``phase`` names
+    what it is doing, for :attr:`traffic`.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        groups: Mapping[str, ProcessGroup],
+        rank: int,
+        timeout: float,
+        device: torch.device,
+        back: ProcessGroup | None = None,
+    ) -> None:
+        self.mesh, self.rank, self.timeout, self.device = mesh, rank, timeout, device
+        self.coordinates = mesh.coordinates(rank)
+        self.phase = "forward"
+        self._back = back
+        self._groups = {axis: groups[axis] for axis, size in mesh.axes if size > 1}
+        self._stages = mesh.group(rank, "pp") if "pp" in mesh.names else ()  # of the same place within each
+        self._positions = {axis: torch.tensor(i, device=device) for axis, i in self.coordinates.items()}
+        self._started: dict[int, str] = {}  # where the result of one under way lies -> what it is
+        self._sent: dict[tuple[str, str, str], list[int]] = {}  # (phase, axis, name) -> [operations, bytes]
+
+    # ------------------------------------------------------------ without communication
+
+    def axis_index(self, axis: str) -> Tensor:
+        """This rank's position on ``axis``, an int64 scalar."""
+        return self._positions[axis] if axis in self._positions else torch.tensor(0, device=self.device)
+
+    def enter(self, x: Tensor, axis: str) -> Tensor:
+        return x
+
+    def release(self, x: Tensor, axis: str) -> Tensor:
+        return x
+
+    def keep_first(self, x: Tensor, axis: str) -> Tensor:
+        return x.contiguous() if self.coordinates.get(axis, 0) == 0 else x.new_zeros(x.shape)
+
+    def split(
+        self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
+    ) -> Tensor:
+        return take(x, Split(dim, outer, tuple(ratio)), self.coordinates.get(axis, 0), ways)
+
+    split_replicated = split
+
+    def pad(
+        self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
+    ) -> Tensor:
+        return put(x, Split(dim, outer, tuple(ratio)), self.coordinates.get(axis, 0), ways, length)
+
+    # ------------------------------------------------------------ with communication
+
+    def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
+        if axis not in self._groups:
+            return x
+        return self._send("all_reduce", axis, x, torch_collectives.all_reduce, op)
+
+    def all_gather(
+        self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
+    ) -> Tensor:
+        return self._gather("all_gather", x, axis, Split(dim, outer, tuple(ratio)), length)
+
+    def all_gather_invariant(
+        self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
+    ) -> Tensor:
+        return self._gather("all_gather_invariant", x, axis, Split(dim, outer, tuple(ratio)), length)
+
+    def reduce_scatter(
+        self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
+    ) -> Tensor:
+        if axis not in self._groups:
+            return x
+        parts = apart(x, Split(dim, outer, tuple(ratio)), ways)
+        own = self._send("reduce_scatter", axis, parts.flatten(0, 1), torch_collectives.reduce_scatter)
+        return own.view(parts.shape[1:])
+
+    def all_to_all(self, x: Tensor, axis: str, ways: int, source: Sequence[int], target: Sequence[int]) -> Tensor:
+        """From split by ``source`` to split by ``target``, each (dim, outer, *ratio)."""
+        if axis not in self._groups:
+            return x
+        before, after = (Split(end[0], end[1], tuple(end[2:])) for end in (source, target))
+        parts = apart(x, after, ways)
+        received = self._send("all_to_all", axis, parts.flatten(0, 1), torch_collectives.all_to_all)
+        return together(received.view(parts.shape), before, parts.shape[1 + before.dim] * ways)
+
+    def start_all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
+        """As :meth:`all_reduce`, but the result is there only after :meth:`wait`; until then ``x`` must not change."""
+        if axis not in self._groups:
+            return x
+        return self._start("all_reduce", axis, x, torch_collectives.start_all_reduce, op)
+
+    def start_all_gather(
+        self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
+    ) -> Tensor:
+        """As :meth:`all_gather` of dim 0 in equal parts; see :meth:`start_all_reduce`."""
+        if axis not in self._groups:
+            return x
+        return self._start("all_gather", axis, x, torch_collectives.start_all_gather)
+
+    def start_all_gather_into(self, whole: Tensor, x: Tensor, axis: str) -> Tensor:
+        """As :meth:`start_all_gather`, into ``whole``, of which ``x`` may be this rank's part. ``axis`` has ranks."""
+        return self._start("all_gather", axis, x, torch_collectives.start_all_gather_into, whole)
+
+    def start_reduce_scatter(
+        self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
+    ) -> Tensor:
+        """As :meth:`reduce_scatter` of dim 0 in equal parts; see :meth:`start_all_reduce`."""
+        if axis not in self._groups:
+            return x
+        return self._start("reduce_scatter", axis, x, torch_collectives.start_reduce_scatter)
+
+    def wait(self, x: Tensor, axis: str) -> Tensor:
+        if axis not in self._groups:
+            return x
+        return self._guarded(self._started.pop(x.data_ptr(), "a collective"), axis, x, torch_collectives.wait)
+
+    def _start(self, name: str, axis: str, x: Tensor, collective: Callable[..., Tensor], *more: Any) -> Tensor:
+        result = self._send(name, axis, x.contiguous(), collective, *more)
+        self._started[result.data_ptr()] = name
+        return result
+
+    def _gather(self, name: str, x: Tensor, axis: str, split: Split, length: int) -> Tensor:
+        if axis not in self._groups:
+            return x
+        gathered = self._send(name, axis, x.contiguous(), torch_collectives.all_gather)
+        return together(gathered.view(self.mesh.size(axis), *x.shape), split, length)
+
+    def _send(self, name: str, axis: str, x: Tensor, collective: Callable[..., Tensor], *more: Any) -> Tensor:
+        group = self._groups[axis]
+        counts = self._sent.setdefault((self.phase, axis, name), [0, 0])
+        counts[0] += 1
+        counts[1] += moved_bytes(name, group.size(), x.numel() * x.element_size())
+        return self._guarded(name, axis, x, collective, group, *more)
+
+    def _guarded(self, name: str, axis: str, x: Tensor, collective: Callable[..., Tensor], *more: Any) -> Tensor:
+        try:
+            return collective(x, *more)
+        except RuntimeError as problem:
+            peers = [rank for rank in self.mesh.group(self.rank, axis) if rank != self.rank]
+            raise peer_failed(f"{name} over axis '{axis}'", self.rank, peers, self.timeout, problem) from None
+
+    # ------------------------------------------------------------ messages between pipeline ranks
+
+    def send(self, x: Tensor, position: int) -> dist.Work:
+        """Start sending ``x``, which must not change until it has left, to a position on axis ``pp``."""
+        counts = self._sent.setdefault((self.phase, "pp", "send"), [0, 0])
+        counts[0] += 1
+        counts[1] += x.numel() * x.element_size()
+        return self._message(dist.isend, x, position, position > self.coordinates["pp"])
+
+    def receive(self, x: Tensor, position: int) -> dist.Work:
+        """Start receiving into ``x`` what a position on axis ``pp`` sends."""
+        return self._message(dist.irecv, x, position, position < self.coordinates["pp"])
+
+    def _message(self, start: Callable[..., dist.Work | None], x: Tensor, position: int, upwards: bool) -> dist.Work:
+        peer = self._stages[position]
+        group = self._groups["pp"] if upwards or self._back is None else self._back
+        try:
+            work = start(x, peer, group=group)
+        except RuntimeError as problem:
+            raise peer_failed("a message between pipeline ranks", self.rank, [peer], self.timeout, problem) from None
+        assert work is not None
+        return work
+
+    def finish(self, work: dist.Work, what: str) -> None:
+        """Wait for a message."""
+        try:
+            work.wait(timedelta(seconds=self.timeout))
+        except RuntimeError as problem:
+            peers = [rank for rank in self._stages if rank != self.rank]
+            raise peer_failed(what, self.rank, peers, self.timeout, problem) from None
+
+    def exchange(self, x: Tensor, axis: str) -> Tensor:
+        """What every rank of ``axis`` has for ``x``: (ways, ...). Between programs; not counted as traffic."""
+        if axis not in self._groups:
+            return x.unsqueeze(0)
+        return self._guarded("exchange", axis, x.unsqueeze(0), torch_collectives.all_gather, self._groups[axis])
+
+    # ------------------------------------------------------------ traffic
+
+    @property
+    def traffic(self) -> tuple[Transfer, ...]:
+        """Operations and bytes that this rank sent, by phase, axis and collective."""
+        return tuple(Transfer(*key, *counts) for key, counts in self._sent.items())
+
+    def reset_traffic(self) -> None:
+        self._sent.clear()
+
+
+def peer_failed(what: str, rank: int, peers: Sequence[int], timeout: float, problem: Exception) -> RankFailedError:
+    """The error for a wait in ``what`` that ended in ``problem``."""
+    reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0].split(". ")[0]
+    those = f"rank {peers[0]}" if len(peers) == 1 else f"ranks {', '.join(map(str, peers))}"
+    return RankFailedError(
+        f"rank {rank} waited in {what} for {those}: a peer ended, or did not answer within {timeout:g} s.\n"
+        f"  torch says: {reason[:200]}\n"
+        "Way out: the rank that failed first says why in its own output; then start again from the last checkpoint.\n"
+        "If the peers were only slow, give them longer: Plan(timeout=seconds)."
+    )

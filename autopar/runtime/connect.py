@@ -1,0 +1,203 @@
+"""From a mesh to running processes: torchrun's environment, the DeviceMesh, one process group per axis."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autopar.errors import LaunchError, RankFailedError
+from autopar.ir.program import Program
+from autopar.mesh import ALIASES, PIPELINE, Mesh, is_pipelined, stage_mesh
+from autopar.runtime import functional_collectives as torch_collectives
+from autopar.runtime.channels import group_back
+from autopar.runtime.communicator import Communicator, peer_failed
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
+MOST_PEERS_NAMED = 16
+
+
+@dataclass(frozen=True)
+class Connection:
+    """This process as one rank of a mesh."""
+
+    mesh: Mesh
+    device_mesh: DeviceMesh
+    comm: Communicator
+
+    @property
+    def rank(self) -> int:
+        return self.comm.rank
+
+    def of_stage(self) -> Connection:
+        """Among the ranks of this one's pipeline stage: the mesh without ``pp``, on which parameters lie."""
+        if not is_pipelined(self.mesh):
+            return self
+        rest = stage_mesh(self.mesh)
+        names = tuple(name for name in self.device_mesh.mesh_dim_names or () if name != PIPELINE)
+        return Connection(rest, self.device_mesh[names if len(names) > 1 else names[0]], self.comm)
+
+    def agree(self, program: Program) -> None:
+        """Raises LaunchError unless all ranks have come to the same program; each is to call this at the same time."""
+        digest = hashlib.sha256(str(program).encode()).digest()
+        mine = torch.frombuffer(bytearray(digest[:8]), dtype=torch.int64).to(self.comm.device)
+        for axis in self.mesh.names:
+            if bool((self.comm.exchange(mine, axis) != mine).any()):
+                raise LaunchError(
+                    f"rank {self.rank} and its peers over axis '{axis}' have made different programs of this call\n"
+                    "Way out: pass inputs of the same shapes on every rank, and the same model, mesh and plan."
+                )
+
+
+def launched() -> bool:
+    """Whether this process can be a rank: it was started by torchrun, or a process group exists already."""
+    return dist.is_initialized() or ("RANK" in os.environ and "WORLD_SIZE" in os.environ)
+
+
+def connect(mesh: Mesh | DeviceMesh, timeout: float, device: torch.device) -> Connection:
+    """Join the other ranks of ``mesh``; the process group is made if there is none.
+
+    ``timeout`` (seconds) is from then on that of all groups of the mesh. A mesh of one rank needs no launcher.
+    Raises LaunchError when this process is not one of ``mesh.world_size`` launched ones, RankFailedError when the
+    others do not come.
+    """
+    _say_failures_shortly()
+    if isinstance(mesh, DeviceMesh):
+        named = Mesh.from_device_mesh(mesh)
+        if is_pipelined(named) and not stage_mesh(named).axes:
+            mesh = _device_mesh(named, timeout, device)
+        return Connection(named, mesh, _communicator(named, mesh, timeout, device))
+    if not dist.is_initialized():
+        _join(mesh, timeout, device)
+    elif dist.get_world_size() != mesh.world_size:
+        raise LaunchError(_sizes(mesh, dist.get_world_size(), "the process group has"))
+    device_mesh = _device_mesh(mesh, timeout, device)
+    return Connection(mesh, device_mesh, _communicator(mesh, device_mesh, timeout, device))
+
+
+def not_launched(mesh: Mesh) -> LaunchError:
+    """What a user reads who calls a parallel module in a process without peers."""
+    return LaunchError(
+        f"{mesh} needs {mesh.world_size} processes and this is a single one, not started by torchrun.\n"
+        f"Way out: {_command(mesh)}\n"
+        "Without a launch there are model.program (what the ranks would run) and model.simulate(...) (run it here)."
+    )
+
+
+def _join(mesh: Mesh, timeout: float, device: torch.device) -> None:
+    backend = BACKENDS.get(device.type)
+    if backend is None:
+        raise LaunchError(f"the model is on device '{device}'; ranks compute on {', '.join(BACKENDS)}")
+    if not launched():
+        if mesh.world_size != 1:
+            raise not_launched(mesh)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        return
+    processes = int(os.environ["WORLD_SIZE"])
+    if processes != mesh.world_size:
+        raise LaunchError(_sizes(mesh, processes, "torchrun started"))
+    with _peers_needed("the start of the process group", int(os.environ["RANK"]), processes, timeout):
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(
+            backend, timeout=limit, store=_store(limit), rank=int(os.environ["RANK"]), world_size=processes
+        )
+
+
+def _store(timeout: timedelta) -> Any:
+    """torchrun's, without what an attempt before this one has left in it.
+
+    torchrun (2.13) keeps one store for all its restarts, where ranks then find the addresses of dead ones and wait for
+    them. On several machines the numbers of attempts may differ, so that nothing can be done here.
+    """
+    store = next(rendezvous("env://", timeout=timeout))[0]
+    store.set_timeout(timeout)
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@contextmanager
+def _peers_needed(what: str, rank: int, world_size: int, timeout: float) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as problem:
+        peers = [peer for peer in range(min(world_size, MOST_PEERS_NAMED)) if peer != rank]
+        raise peer_failed(what, rank, peers, timeout, problem) from None
+
+
+def _device_mesh(mesh: Mesh, timeout: float, device: torch.device) -> DeviceMesh:
+    axes = mesh.axes if stage_mesh(mesh).axes else (*mesh.axes, ("dp", 1))  # DTensors need an axis to lie on
+    names, shape = tuple(name for name, _ in axes), tuple(size for _, size in axes)
+    backend = dist.get_backend()
+    smaller = [name for name, size in zip(names, shape) if 1 < size < mesh.world_size]  # the world has its group
+    override: dict[Any, Any] = {name: torch_collectives.options(backend, timeout) for name in smaller}
+    with _peers_needed("making the process groups", dist.get_rank(), mesh.world_size, timeout):
+        return init_device_mesh(device.type, shape, mesh_dim_names=names, backend_override=override or None)
+
+
+def _communicator(mesh: Mesh, device_mesh: DeviceMesh, timeout: float, device: torch.device) -> Communicator:
+    groups = {}
+    for name in device_mesh.mesh_dim_names or ():
+        group = device_mesh.get_group(name)
+        torch_collectives.set_timeout(group, timeout)
+        groups[ALIASES.get(name, name)] = group
+    back = group_back(mesh, groups[PIPELINE], timeout) if mesh.size(PIPELINE) > 1 else None
+    coordinate = device_mesh.get_coordinate()
+    if coordinate is None:
+        raise LaunchError(f"rank {dist.get_rank()} is not on the DeviceMesh that was given ({device_mesh})")
+    rank = mesh.rank(dict(zip(mesh.names, coordinate)))
+    return Communicator(mesh, groups, rank, timeout, device, back)
+
+
+def _sizes(mesh: Mesh, processes: int, who: str) -> str:
+    return (
+        f"{mesh} has {mesh.world_size} ranks, and {who} {processes} process{'es' * (processes != 1)}.\n"
+        f"Way out: {_command(mesh)}\n"
+        f"or a mesh of {processes} ranks."
+    )
+
+
+def _command(mesh: Mesh) -> str:
+    script = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] not in ("", "-c") else "train.py"
+    return f"torchrun --nproc-per-node {mesh.world_size} {script}"
+
+
+_uncaught: list[BaseException] = []  # the RankFailedError that ends this process
+
+
+@cache
+def _say_failures_shortly() -> None:
+    """What is no bug of the script but of its launch, or of a peer: the message alone tells more than the traceback."""
+    usual = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, RankFailedError):
+            _uncaught.append(error)
+        if issubclass(kind, (RankFailedError, LaunchError)):
+            print(f"{kind.__module__}.{kind.__qualname__}: {error}", file=sys.stderr, flush=True)
+        else:
+            usual(kind, error, trace)
+
+    sys.excepthook = excepthook
+
+
+@atexit.register
+def _leave_lost_peers() -> None:
+    """Threads of a broken process group would hold up the end of this process, or abort it with a core dump."""
+    if _uncaught:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

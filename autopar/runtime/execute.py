@@ -1,0 +1,136 @@
+"""One rank's compiled program at work: ``autograd`` around forward and backward, outputs as the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autopar.errors import InvariantError
+from autopar.ir.node import value
+from autopar.ir.program import Program
+from autopar.ir.signature import restore_output
+from autopar.ir.tables import OutputKind
+from autopar.runtime.accumulate import Accumulation, deferred
+from autopar.runtime.autograd import accumulating, below_autograd, take_saved
+from autopar.runtime.border import Result
+from autopar.runtime.connect import Connection
+from autopar.runtime.rank_program import BoundProgram, Fetch, Step
+
+
+class Executable(BoundProgram):
+    """A bound program that takes and returns what the model does, with a place in autograd's graph."""
+
+    def __init__(
+        self, program: Program, root: nn.Module, connection: Connection, accumulation: Accumulation | None = None
+    ) -> None:
+        super().__init__(program, root, connection)
+        self._accumulation = accumulation or Accumulation()
+        self._leaves = [self._leaf(target) for target in self.role.grads]
+        self._gives = [self.giver(target) for target in self.role.grads]
+        self._results = [
+            Result(entry.target, value(node), connection) if entry.kind is OutputKind.USER else None
+            for entry, node in zip(program.outputs, program.returned)
+        ]
+
+    # ------------------------------------------------------------ running
+
+    def run(self, tensors: Sequence[Tensor], seed: int) -> Any:
+        """What the model returns for the user's ``tensors``; with a gradient where gradients are enabled."""
+        step = Step(tensors, seed)
+        if self.role.backward is not None and torch.is_grad_enabled():
+            found = _Differentiable.apply(self, step, *(leaf(step) for leaf in self._leaves))  # type: ignore[no-untyped-call]
+            given = dict(zip(self.role.differentiable, found))
+        else:
+            with torch.no_grad():
+                self.call("inference", step)
+            given = {}
+        outputs = [
+            given[position] if position in given else result.give(step.returned[position])
+            for position, result in enumerate(self._results)
+            if result is not None
+        ]
+        return restore_output(self.program, outputs) if self.program.out_spec is not None else tuple(outputs)
+
+    def forward(self, step: Step) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(differentiable outputs, values saved for backward)."""
+        saved = self.call("forward", step)
+        outputs = []
+        for position in self.role.differentiable:
+            result = self._results[position]
+            assert result is not None, "only user outputs are differentiable"
+            # a tensor of its own: autograd writes into what it returns, and this may be a parameter or saved
+            outputs.append(result.give(step.returned[position]).detach())
+            step.returned[position] = None
+        return tuple(outputs), saved
+
+    def backward(
+        self, saved: list[Any], tangents: Sequence[Tensor | None], accumulate: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The gradients of the leaves, None for a parameter whose gradient could be put, or added, to its ``.grad``.
+
+        ``accumulate`` says for which leaves that is wanted. ``saved`` is emptied, so that each value dies at its last
+        use.
+        """
+        self.comm.phase = "backward"
+        for position, tangent in zip(self.role.differentiable, tangents):
+            result = self._results[position]
+            assert result is not None
+            saved.append(result.take(tangent))
+        with below_autograd():
+            found = self._accumulation.backward(self, saved)
+        if found is None:
+            return [None] * len(self._gives)
+        return [give(grad, wanted) for give, grad, wanted in zip(self._gives, found, accumulate)]
+
+    @cached_property
+    def defers(self) -> bool:
+        found = deferred(self.role, self.program.mesh, self.program.plan, frozenset(self.slots))
+        if found is not None:
+            self.graphs |= {"partial": found.rest, "reduced": found.graph}
+        return found is not None
+
+    def whole(self, saved: list[Any]) -> list[Tensor]:
+        return self.own("backward", saved)
+
+    def partial(self, saved: list[Any]) -> list[Tensor]:
+        return self.own("partial", saved)
+
+    def reduced(self, partial: list[Tensor]) -> list[Tensor]:
+        return self.own("reduced", partial)
+
+    def give(self, grads: Sequence[Tensor]) -> None:
+        for give, grad in zip(self._gives, grads):
+            give(grad, True)
+
+    # ------------------------------------------------------------ binding
+
+    def _leaf(self, target: str) -> Fetch:
+        """What finds the tensor of the user that gets gradient ``target``: a parameter or an input."""
+        if target in self.slots:
+            table, key = self.slots[target]
+            return lambda step: table[key]  # type: ignore[no-any-return]
+        position = self.users.index(target)
+        return lambda step: step.tensors[position]
+
+
+class _Differentiable(torch.autograd.Function):
+    """The place of a rank program in autograd's graph. Leaves: the parameters and inputs that get gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, executable: Executable, step: Step, *leaves: Tensor) -> tuple[Tensor, ...]:
+        outputs, saved = executable.forward(step)
+        ctx.executable = executable
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
+        wanted = accumulating(ctx)
+        return (None, None, *ctx.executable.backward(take_saved(ctx), tangents, wanted))

@@ -1,0 +1,297 @@
+"""A pipelined program at work on one rank: its stages by its instruction list, and one gradient for each parameter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autopar.errors import InvariantError
+from autopar.ir.node import value
+from autopar.ir.program import Program
+from autopar.ir.signature import restore_output
+from autopar.ir.tables import InputKind, OutputKind
+from autopar.pipeline import microbatches
+from autopar.pipeline.interpreter import Event, Interpreter, Routes
+from autopar.pipeline.links import backward_schedule, inference_schedule, links_of
+from autopar.pipeline.stages import users_of
+from autopar.runtime.channels import Channels
+from autopar.runtime.connect import Connection
+from autopar.runtime.rank_program import Give
+from autopar.runtime.rank_stage import BoundStage, Microbatch, StageStep
+from autopar.schedules import timing
+from autopar.schedules.instructions import Kind, Schedule
+from autopar.schedules.packing import Types
+from autopar.schedules.timing import Timeline
+
+
+class PipelineExecutable:
+    """A pipelined program bound to the tensors of a module; ``connection`` is that of all ranks.
+
+    Raises InvariantError where the program and the module do not fit together.
+    """
+
+    def __init__(self, program: Program, root: nn.Module, connection: Connection) -> None:
+        assert program.schedule is not None
+        self.program, self.comm = program, connection.comm
+        self.rank = self.comm.coordinates["pp"]
+        self.events: list[Event] = []  # of the latest step
+        self.in_flight = 0  # microbatches, of each stage, that were held for a backward pass at a time in that step
+        self._played = program.schedule
+        inputs = [entry.target for _, entry in program.placeholders(InputKind.INPUT)]
+        placement = program.schedule.placement
+        mine = [number for number, rank in enumerate(placement) if rank == self.rank]
+        programs = [program] if program.remainder is None else [program, program.remainder]
+        own = connection.of_stage()
+        self.stages = {n: [BoundStage(whole.stages[n], root, own, inputs) for whole in programs] for n in mine}
+        self._routes = Routes(program)
+        self._types = [_types(whole) for whole in programs]
+        self._loss = next((n for n in mine if program.loss_in(program.stages[n]) is not None), None)
+        self._ties = _ties(program, placement, self.rank)
+
+    # ------------------------------------------------------------ running
+
+    def train(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int], seed: int) -> Tensor:
+        """Forward and backward of all microbatches; gradients are added to ``.grad``. The loss of the whole batch, on
+        every rank. Raises InvariantError for a model without a loss."""
+        assert self.program.schedule is not None
+        if self.program.loss is None:
+            raise InvariantError(
+                "train_step needs a model that returns its loss, a scalar with a gradient; this one returns none\n"
+                "Way out: pass labels, or compute the loss in a small nn.Module around the model."
+            )
+        shares = self._shares(batches, rows)
+        wanted = frozenset({self.program.outputs[self.program.loss].target})
+        run = self._steps(batches, rows, shares, seed, True, wanted)
+        with torch.no_grad():
+            self._play_and_give(self.program.schedule, run)
+            return self._total_loss(run, shares)
+
+    def run(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int], seed: int) -> Any:
+        """What the model returns for the whole batch: the loss on every rank; other outputs, whole, on the ranks of
+        the stage that makes them, None on others. Where gradients are enabled, ``loss.backward()`` on every rank runs
+        the backward passes of all microbatches: the order is that of GPipe, whatever the plan's schedule."""
+        if torch.is_grad_enabled() and self.program.loss is not None:
+            given = torch.zeros((), device=self.comm.device, requires_grad=True)  # each rank has a backward pass by it
+            step = _Forward(self, batches, rows, seed)
+            loss: Tensor = _Differentiable.apply(given, step)  # type: ignore[no-untyped-call]
+            return self._output(step.steps, loss)
+        with torch.no_grad():
+            shares = self._shares(batches, rows) if self.program.loss is not None else [1.0] * len(rows)
+            run = self._steps(batches, rows, shares, seed, False, self._users)
+            self._play(self._forward_only, run)
+            return self._output(run, self._total_loss(run, shares) if self.program.loss is not None else None)
+
+    def forward(self, step: _Forward) -> Tensor:
+        """All forward passes, which keep what backward needs; the loss."""
+        shares = self._shares(step.batches, step.rows)
+        step.steps = self._steps(step.batches, step.rows, shares, step.seed, True, self._users)
+        self._play(self._forward_only, step.steps)
+        return self._total_loss(step.steps, shares)
+
+    def backward(self, step: _Forward, grad: Tensor) -> None:
+        """All backward passes; gradients are added to ``.grad``."""
+        for batch in (batch for stage in step.steps.values() for batch in stage.batches):
+            batch.share = batch.share * grad
+        self._play_and_give(self._backward_only, step.steps)
+
+    @cached_property
+    def _forward_only(self) -> Schedule:
+        return inference_schedule(self.program)
+
+    @cached_property
+    def _backward_only(self) -> Schedule:
+        return backward_schedule(self.program)
+
+    @cached_property
+    def _users(self) -> frozenset[str]:
+        return frozenset(entry.target for entry in self.program.outputs if entry.kind is OutputKind.USER)
+
+    def _output(self, steps: dict[int, StageStep], loss: Tensor | None) -> Any:
+        found: list[Tensor | None] = []
+        for position, entry in enumerate(self.program.outputs):
+            if entry.kind is not OutputKind.USER:
+                continue
+            makers = [step for step in steps.values() if entry.target in step.batches[0].outputs]
+            parts = [batch.outputs[entry.target] for batch in makers[0].batches] if makers else []
+            found.append(loss if position == self.program.loss else microbatches.together(parts) if parts else None)
+        return restore_output(self.program, found) if self.program.out_spec is not None else tuple(found)
+
+    def _steps(
+        self,
+        batches: Sequence[Sequence[Tensor]],
+        rows: Sequence[int],
+        shares: Sequence[Tensor | float],
+        seed: int,
+        trains: bool,
+        outputs: frozenset[str],
+    ) -> dict[int, StageStep]:
+        channels = Channels(self.comm, [self._types[self._size(rows, number)] for number in range(len(rows))])
+        steps = {}
+        for number, stages in self.stages.items():
+            parts = [
+                Microbatch(stages[self._size(rows, n)], tensors, seed + n, share)
+                for n, (tensors, share) in enumerate(zip(batches, shares))
+            ]
+            steps[number] = StageStep(number, parts, channels, trains, outputs)
+        return steps
+
+    def _size(self, rows: Sequence[int], number: int) -> int:
+        """Which of the programs microbatch ``number`` takes."""
+        return int(rows[number] != rows[0])
+
+    def _play(self, schedule: Schedule, steps: dict[int, StageStep]) -> None:
+        channels = next(iter(steps.values())).channels
+        self.in_flight = 0
+
+        def count(rank: int) -> None:
+            self.in_flight = max(self.in_flight, sum([step.in_flight for step in steps.values()]))
+
+        interpreter = Interpreter(self._routes, schedule, self.rank, steps, channels, count)
+        for _ in interpreter.run():
+            raise AssertionError("a rank waits in its messages")
+        channels.end()
+        self.events, self._played = interpreter.events, schedule
+
+    def timeline(self) -> Timeline:
+        """The latest step of all pipeline ranks, on each of them; collective. Where computes are launched on a device,
+        it is the launching that takes these times. Clocks of several machines agree as far as they are set alike.
+
+        Raises InvariantError where there was no step.
+        """
+        if not self.events:
+            raise InvariantError("there is no timeline before the first step\nWay out: train_step(...) first.")
+        computes = [list(self._played.computes(rank)) for rank in range(len(self._played.ranks))]
+        times = torch.zeros(max(map(len, computes)), 2, dtype=torch.float64)
+        own = torch.tensor([(event.start, event.end) for event in self.events], dtype=torch.float64)
+        times[: len(own)] = own + _epoch()
+        everyone = self.comm.exchange(times.to(self.comm.device), "pp").tolist()
+        return Timeline.of_events(
+            timing.Event(rank, step.kind, step.stage, step.microbatch, start, end)
+            for rank, steps in enumerate(computes)
+            for step, (start, end) in zip(steps, everyone[rank])
+        )
+
+    def _shares(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int]) -> list[Tensor | float]:
+        """What the loss of each microbatch counts for; only the ranks that have the loss need to know."""
+        if self._loss is None:
+            return [1.0] * len(batches)
+        stages = self.stages[self._loss]
+        found = []
+        for number, tensors in enumerate(batches):
+            stage = stages[self._size(rows, number)]
+            found.append(stage.count(stage.inputs(tensors)))
+        return microbatches.shares(found, rows)
+
+    def _total_loss(self, steps: dict[int, StageStep], shares: Sequence[Tensor | float]) -> Tensor:
+        assert self.program.loss is not None
+        target = self.program.outputs[self.program.loss].target
+        total = torch.zeros((), device=self.comm.device)
+        if self._loss is not None:
+            parts = [batch.outputs[target] for batch in steps[self._loss].batches]
+            total = torch.stack([part * share for part, share in zip(parts, shares)]).sum(0)
+        else:
+            total = total.to(_dtype_of_loss(self.program))
+        return self.comm.all_reduce(total, "pp")
+
+    # ------------------------------------------------------------ gradients
+
+    def _play_and_give(self, schedule: Schedule, steps: dict[int, StageStep]) -> None:
+        try:
+            self._play(schedule, steps)
+            self._give()
+        except BaseException:
+            for stage in (stage for stages in self.stages.values() for stage in stages):
+                stage.forget()
+            raise
+
+    def _give(self) -> None:
+        """Reduce the gradients of all stages, sum those of parameters that several have, hand them to the module."""
+        self.comm.phase = "backward"
+        found: dict[str, Tensor] = {}
+        gives: dict[str, Give] = {}
+        for stages in self.stages.values():
+            for stage in stages:
+                gives |= stage.gives
+                for target, grad in stage.reduced().items():
+                    found[target] = found[target].add_(grad) if target in found else grad
+        for target, ranks in self._ties.items():
+            stage = next(stages[0] for stages in self.stages.values() if target in stages[0].parameters)
+            gives.setdefault(target, stage.giver(target))
+            found[target] = self._over(ranks, found[target] if target in found else stage.no_gradient(target))
+        for target, grad in found.items():
+            gives[target](grad, True)
+
+    def _over(self, ranks: Iterable[int], grad: Tensor) -> Tensor:
+        """The sum of the gradients that the pipeline ``ranks`` have, in the same order and so the same on each."""
+        parts, works = {}, []
+        grad = grad.contiguous()
+        for rank in ranks:
+            if rank != self.rank:
+                parts[rank] = torch.empty_like(grad)
+                works.append(self.comm.receive(parts[rank], rank))
+                works.append(self.comm.send(grad, rank))
+        for work in works:
+            self.comm.finish(work, "summing the gradients of a parameter that several stages use")
+        parts[self.rank] = grad
+        first, *others = [parts[rank] for rank in sorted(parts)]
+        return sum(others, first)
+
+
+@dataclass
+class _Forward:
+    """A forward pass of all microbatches, and what its backward pass goes on with."""
+
+    executable: PipelineExecutable
+    batches: Sequence[Sequence[Tensor]]
+    rows: Sequence[int]
+    seed: int
+    steps: dict[int, StageStep] = field(default_factory=dict)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The place of a pipeline in autograd's graph; gradients of parameters it adds itself."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, step: _Forward) -> Tensor:
+        ctx.step = step
+        return step.executable.forward(step)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        if torch.is_grad_enabled():
+            raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
+        ctx.step.executable.backward(ctx.step, grad)
+        return None, None
+
+
+def _epoch() -> float:
+    """Seconds from the zero of this process's clock back to that of the machine's, which other processes read too."""
+    pairs = [(time.perf_counter(), time.time(), time.perf_counter()) for _ in range(9)]
+    before, there, after = min(pairs, key=lambda pair: pair[2] - pair[0])
+    return there - (before + after) / 2
+
+
+def _types(program: Program) -> dict[tuple[Kind, int, int], Types]:
+    found: dict[tuple[Kind, int, int], Types] = {}
+    for link in links_of(program):
+        found[Kind.F, link.source, link.target] = link.values
+        found[Kind.B, link.target, link.source] = link.grads
+    return found
+
+
+def _ties(program: Program, placement: Sequence[int], rank: int) -> dict[str, tuple[int, ...]]:
+    """Trained parameter -> the pipeline ranks that have a copy, where these are several and ``rank`` is of them."""
+    trained = {target for stage in program.stages for role in stage.roles for target in role.grads}
+    ranks = {name: tuple(sorted({placement[n] for n in stages})) for name, stages in users_of(program).items()}
+    return {name: of for name, of in ranks.items() if name in trained and len(of) > 1 and rank in of}
+
+
+def _dtype_of_loss(program: Program) -> torch.dtype:
+    assert program.loss is not None
+    return value(program.returned[program.loss]).dtype

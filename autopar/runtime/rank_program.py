@@ -1,0 +1,230 @@
+"""A rank's program compiled, and bound to the tensors of a module: local tensors in, local tensors out."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from autopar.autodiff.hoist import without_gathers
+from autopar.codegen.python import RankFunction, compile_source, emit
+from autopar.errors import AutoparError, InvariantError
+from autopar.ir import collectives as comm
+from autopar.ir.node import Node, output_node, value
+from autopar.ir.operator_facts import is_view
+from autopar.ir.program import Program
+from autopar.ir.tables import Input, InputKind, OutputKind
+from autopar.pipeline.microbatches import counting
+from autopar.runtime.autograd import below_autograd, is_watched
+from autopar.runtime.border import joined, part_of, trimmed
+from autopar.runtime.connect import Connection
+from autopar.runtime.dtensor import local_of, of_local, spec_of
+from autopar.runtime.parameters import Table, tables
+from autopar.runtime.pieces import padded
+from autopar.runtime.resident_parameters import Gathered
+
+
+@dataclass
+class Step:
+    """One call: the user's tensors, the seed, what other pipeline stages sent, and what the program returned."""
+
+    tensors: Sequence[Tensor]
+    seed: int
+    received: Mapping[str, Tensor] = field(default_factory=dict)
+    returned: list[Any] = field(default_factory=list)
+
+
+Fetch = Callable[[Step], Tensor]
+Give = Callable[[Tensor, bool], Tensor | None]
+_NOTHING = nullcontext()
+
+
+class BoundProgram:
+    """A program compiled for this rank and bound to the tensors of a module.
+
+    Raises InvariantError where the program and the module do not fit together.
+    """
+
+    def __init__(self, program: Program, root: nn.Module, connection: Connection) -> None:
+        self.program, self.comm = program, connection.comm
+        (self.role,) = program.roles
+        self.slots: dict[str, tuple[Table, str]] = {name: (table, key) for _, table, key, name in tables(root)}
+        self.entries = list(program.placeholders(*InputKind))
+        self.users = [entry.target for _, entry in self.entries if entry.kind is InputKind.INPUT]
+        self.graphs: dict[str, fx.Graph] = {}  # those that are not as in the role
+        self._functions: dict[str, RankFunction] = {}
+        self._updates = [
+            (position, *self.slots[entry.target])
+            for position, entry in enumerate(program.outputs)
+            if entry.kind is OutputKind.BUFFER_UPDATE
+        ]
+        self._fetch = [self._fetcher(node, entry) for node, entry in self.entries]
+        self._gathered: dict[str, Gathered] = {}
+        for name in ("forward", "inference") if program.plan.zero in (1, 2) else ():
+            self._gather_once(name)
+        self._shared: dict[str, list[int]] = {}  # results that share memory, known after the first backward
+
+    # ------------------------------------------------------------ running
+
+    def count(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """What the loss of these inputs is divided by; None where that is the same for all. See ``microbatches``."""
+        if self._counted is None:
+            return None
+        self.comm.phase = "forward"
+        step = Step(tensors, 0)
+        with torch.no_grad(), below_autograd():
+            result: Tensor = self.function("count")(self.comm, [fetch(step) for fetch in self._counted])[0]
+        return result
+
+    @cached_property
+    def _counted(self) -> list[Fetch] | None:
+        """What the count is made of."""
+        found = counting(self.program)
+        if found is None:
+            return None
+        self.graphs["count"] = found
+        needed = {node.name for node in found.nodes if node.op == "placeholder"}
+        return [fetch for (node, _), fetch in zip(self.entries, self._fetch) if node.name in needed]
+
+    def own(self, name: str, given: list[Any]) -> list[Tensor]:
+        """What the function ``name`` returns, each tensor in memory of its own."""
+        found = list(self.function(name)(self.comm, given))
+        if name not in self._shared:
+            self._shared[name] = sharing(self.graph(name), found)
+        for position in self._shared[name]:
+            found[position] = found[position].clone()
+        return found
+
+    def call(self, name: str, step: Step) -> tuple[Any, ...]:
+        """Run ``name``, keep its outputs in ``step``, write buffer updates back; gives what follows the outputs."""
+        self.comm.phase = name
+        inputs = [fetch(step) for fetch in self._fetch]
+        if name in self._gathered:
+            inputs += self._gathered[name].tensors()
+        autocasting = torch.is_autocast_enabled(self.comm.device.type)
+        with torch.autocast(self.comm.device.type, enabled=False) if autocasting else _NOTHING, below_autograd():
+            found = self.function(name)(self.comm, inputs)
+        count = len(self.program.outputs)
+        step.returned = list(found[:count])
+        for position, table, key in self._updates:
+            buffer = local_of(table[key])
+            buffer.copy_(trimmed(step.returned[position], buffer.shape))
+        return found[count:]
+
+    def function(self, name: str) -> RankFunction:
+        """``forward``, ``backward`` or ``inference``, compiled at first use."""
+        if name not in self._functions:
+            self._functions[name] = compile_source(emit({name: self.graph(name)}, self.program), name)
+        return self._functions[name]
+
+    def graph(self, name: str) -> fx.Graph:
+        graph: fx.Graph = self.graphs[name] if name in self.graphs else getattr(self.role, name)
+        return graph
+
+    def _gather_once(self, name: str) -> None:
+        """Let ``name`` take the whole parameters, which stay, rather than gather them."""
+        entries = {entry.node: entry.target for _, entry in self.entries if entry.kind is InputKind.PARAMETER}
+        gathering = without_gathers(getattr(self.role, name), entries.keys())
+        if gathering is not None:
+            finds = [partial(dict.__getitem__, *self.slots[entries[node]]) for node in gathering.parameters]
+            self.graphs[name] = gathering.rest
+            self._gathered[name] = Gathered(gathering, finds, self.comm)
+
+    # ------------------------------------------------------------ binding
+
+    def _fetcher(self, node: Node, entry: Input) -> Fetch:
+        """What finds the local tensor of one placeholder."""
+        layout, comm = value(node).layout, self.comm
+        if entry.kind is InputKind.SEED:
+            return lambda step: torch.tensor(step.seed, device=comm.device)
+        if entry.kind is InputKind.CONSTANT:
+            constant = part_of(layout, comm)(self.program.constants[entry.target])
+            return lambda step: constant
+        if entry.kind is InputKind.INPUT:
+            position = self.users.index(entry.target)
+            part = part_of(layout, comm, is_local=self.program.plan.inputs == "local")
+            return lambda step: part(step.tensors[position])
+        if entry.kind is InputKind.RECEIVED:
+            return lambda step: step.received[entry.target]
+        table, key = self._slot(entry.target)
+        if local_of(table[key]).is_meta:
+            raise AutoparError(
+                f"'{entry.target}' has no data: the model was built on the meta device\n"
+                "Way out: model.to_empty(device=...), then model.load_state_dict(...) or your own initialisation."
+            )
+        shape = layout.local_shape(comm.mesh)
+        if tuple(local_of(table[key]).shape) != shape:
+            return lambda step: padded(local_of(table[key]), shape)
+        if any(updated is table and name == key for _, updated, name in self._updates):
+            return lambda step: local_of(table[key]).clone()  # forward may save it, and then it is written to
+        return lambda step: local_of(table[key])
+
+    def _slot(self, target: str) -> tuple[Table, str]:
+        if target not in self.slots:
+            raise InvariantError(f"the program takes '{target}', which the model does not have")
+        return self.slots[target]
+
+    def giver(self, target: str) -> Give:
+        """What makes the local gradient ``target`` one of that tensor."""
+        if target not in self.slots:
+            layout = next(value(node).layout for node, entry in self.entries if entry.target == target)
+            is_local = self.program.plan.inputs == "local"
+            return lambda grad, _: grad if is_local else joined(grad, layout, self.comm)
+        table, key = self.slots[target]
+
+        def give(grad: Tensor, accumulate: bool) -> Tensor | None:
+            parameter = table[key]
+            local, held = local_of(parameter), parameter.grad
+            if grad.shape != local.shape:
+                grad = trimmed(grad, local.shape)
+            accumulate = accumulate and not is_watched(parameter)
+            spec = spec_of(parameter)
+            if accumulate and held is not None and (spec_of(held) is spec or spec_of(held) == spec):
+                local_of(held).add_(grad)
+                return None
+            whole = of_local(grad, spec)
+            if not accumulate or held is not None:
+                return whole
+            parameter.grad = whole  # as autograd would, without 20 us of DTensor's dispatch for each parameter
+            return None
+
+        return give
+
+
+def sharing(graph: fx.Graph, found: Sequence[Tensor]) -> list[int]:
+    """Positions of results of ``graph`` that share memory with an input or with another result (``found``: all of
+    them). As gradients they need memory of their own: they are scaled and added to in place. Slices of one bucket
+    do not overlap and may stay."""
+    returned: tuple[Node, ...] = output_node(graph).args[0]  # type: ignore[assignment]
+    shared = {position for position, node in enumerate(returned) if _base(node).op == "placeholder"}
+    last: dict[int, tuple[int, int]] = {}  # storage -> (end, position) of the result before, in order of memory
+    for pointer, start, end, position in sorted(_span(tensor, i) for i, tensor in enumerate(found)):
+        before, other = last.get(pointer, (0, position))
+        if start < before:
+            shared |= {position, other}
+        last[pointer] = max((before, other), (end, position))
+    return sorted(shared)
+
+
+def _span(tensor: Tensor, position: int) -> tuple[int, int, int, int]:
+    """(storage, first byte, byte behind the last, position)."""
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
+    end = start + (reach * tensor.element_size() if tensor.numel() else 0)
+    return tensor.untyped_storage().data_ptr(), start, end, position
+
+
+def _base(node: Node) -> Node:
+    """The node that allocated what ``node`` is a view of."""
+    while node.op == "call_function":
+        passes_on = node.target in comm.TARGETS and comm.moving(node.target) is None
+        if not (is_view(node.target) or node.target is operator.getitem or passes_on):
+            break
+        node = node.all_input_nodes[0]
+    return node

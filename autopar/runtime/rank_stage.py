@@ -1,0 +1,159 @@
+"""One pipeline stage on one rank, bound to the tensors of a module, and what it does in one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autopar.autodiff.halves import backward_steps
+from autopar.ir.node import value
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind, OutputKind
+from autopar.pipeline.interpreter import Values
+from autopar.runtime.autograd import below_autograd
+from autopar.runtime.border import joined
+from autopar.runtime.channels import Channels
+from autopar.runtime.connect import Connection
+from autopar.runtime.rank_program import BoundProgram, Step
+
+WHOLE, INPUTS, WEIGHTS, REDUCE = "backward_whole", "backward_inputs", "backward_weights", "reduce_gradients"
+
+
+class BoundStage(BoundProgram):
+    """The program of one stage, for microbatches of one size. ``inputs``: targets of the whole model's inputs."""
+
+    def __init__(self, program: Program, root: nn.Module, connection: Connection, inputs: Sequence[str]) -> None:
+        super().__init__(program, root, connection)
+        self._places = [inputs.index(target) for target in self.users]
+        self.parameters = {entry.target: node for node, entry in program.placeholders(InputKind.PARAMETER)}
+        steps = backward_steps(program)
+        self.at_once, self.later = (steps.at_once, steps.later) if steps else ((), ())
+        self.trains = steps is not None
+        if steps is not None:
+            self.graphs |= {WHOLE: steps.whole, INPUTS: steps.inputs, WEIGHTS: steps.weights, REDUCE: steps.reduce}
+        self.gives = {target: self.giver(target) for target in self.later}
+        self._partial: list[Tensor] | None = None  # gradients of all microbatches until now, not yet reduced
+
+    def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Of all inputs of the model those of this stage."""
+        return [tensors[place] for place in self._places]
+
+    def whole_output(self, position: int, local: Tensor) -> Tensor:
+        return joined(local, value(self.program.returned[position]).layout, self.comm)
+
+    def tangents(self, grads: Values, share: Tensor | float) -> list[Tensor]:
+        """The gradients of what the stage returns: of what it sent, and of the loss, which counts for ``share``."""
+        found = []
+        for position in self.role.differentiable:
+            entry, kind = self.program.outputs[position], value(self.program.returned[position])
+            if entry.kind is OutputKind.SENT:
+                found.append(grads.pop(entry.target))
+            else:
+                found.append(torch.as_tensor(share, dtype=kind.dtype, device=self.comm.device))
+        return found
+
+    def step(self, name: str, given: list[Any]) -> list[Tensor]:
+        """What a step of backward returns; what others are then added to, in memory of its own."""
+        is_added_to = self._partial is None and name != INPUTS
+        with below_autograd():
+            return self.own(name, given) if is_added_to else list(self.function(name)(self.comm, given))
+
+    def add(self, partial: list[Tensor]) -> None:
+        if self._partial is None:
+            self._partial = partial
+        elif partial:
+            torch._foreach_add_(self._partial, partial)
+
+    def reduced(self) -> dict[str, Tensor]:
+        """The gradients of this rank's parameters over all microbatches; the data axes communicate here."""
+        if self._partial is None:
+            return {}
+        partial, self._partial = self._partial, None
+        with below_autograd():
+            return dict(zip(self.later, self.own(REDUCE, partial)))
+
+    def no_gradient(self, target: str) -> Tensor:
+        kind = value(self.parameters[target])
+        return torch.zeros(kind.layout.local_shape(self.comm.mesh), dtype=kind.dtype, device=self.comm.device)
+
+    def forget(self) -> None:
+        """After a step that failed: nothing of it is added to the next."""
+        self._partial = None
+
+
+@dataclass
+class Microbatch:
+    """One microbatch on its way through a stage. ``tensors``: all inputs of the model; ``share``: what its loss counts
+    for in that of the batch."""
+
+    stage: BoundStage
+    tensors: Sequence[Tensor]
+    seed: int
+    share: Tensor | float = 1.0
+    saved: list[Any] | None = None
+    kept: list[Any] | None = None
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class StageStep:
+    """What one stage does in one step, for the interpreter. ``trains``: forward keeps what backward needs;
+    ``outputs``: which of its outputs are to be kept, whole."""
+
+    def __init__(
+        self, number: int, batches: Sequence[Microbatch], channels: Channels, trains: bool, outputs: frozenset[str]
+    ) -> None:
+        self.number, self.batches, self.channels = number, batches, channels
+        self.trains, self.wanted = trains, outputs
+        self.in_flight = 0  # microbatches of which something is held for a backward pass
+
+    def forward(self, number: int, received: Values) -> Values:
+        batch = self.batches[number]
+        stage = batch.stage
+        step = Step(stage.inputs(batch.tensors), batch.seed, received)
+        saved = stage.call("forward" if self.trains else "inference", step)
+        if self.trains and stage.trains:
+            batch.saved = list(saved)
+            self.in_flight += 1
+        sent = Values()
+        for position, entry in enumerate(stage.program.outputs):
+            if entry.kind is OutputKind.SENT:
+                sent[entry.target] = step.returned[position]
+            elif entry.kind is OutputKind.USER and entry.target in self.wanted:
+                batch.outputs[entry.target] = stage.whole_output(position, step.returned[position])
+        return sent
+
+    def backward(self, number: int, grads: Values) -> Values:
+        batch = self.batches[number]
+        if not batch.stage.trains:
+            return {}
+        found = self._backward(batch, number, WHOLE, grads)
+        batch.stage.add(found[len(batch.stage.at_once) :])
+        self.in_flight -= 1
+        return dict(zip(batch.stage.at_once, found))
+
+    def input_gradients(self, number: int, grads: Values) -> Values:
+        batch = self.batches[number]
+        if not batch.stage.trains:
+            return {}
+        found = self._backward(batch, number, INPUTS, grads)
+        batch.kept = found[len(batch.stage.at_once) :]
+        return dict(zip(batch.stage.at_once, found))
+
+    def weight_gradients(self, number: int) -> None:
+        batch = self.batches[number]
+        if batch.kept is not None:
+            kept, batch.kept = batch.kept, None
+            batch.stage.add(batch.stage.step(WEIGHTS, kept))
+            self.in_flight -= 1
+
+    def _backward(self, batch: Microbatch, number: int, name: str, grads: Values) -> list[Tensor]:
+        assert batch.saved is not None, "backward before forward"
+        given, batch.saved = batch.saved, None
+        self.channels.sent(self.number, number)  # what backward writes into may be what was sent
+        given += batch.stage.tangents(grads, batch.share)
+        batch.stage.comm.phase = "backward"
+        return batch.stage.step(name, given)

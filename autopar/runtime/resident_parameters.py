@@ -1,0 +1,107 @@
+"""Whole parameters that stay on every rank between optimizer steps (``Plan(zero=1)`` and ``2``).
+
+They are gathered when an optimizer has changed the parts of this rank, each of which then lies inside the whole one, so
+that nothing is held twice; from then on they are gathered in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar.autodiff.hoist import Gathering
+from autopar.ir import collectives as comm
+from autopar.ir.node import Node, last_uses, output_node, value
+from autopar.runtime.communicator import Communicator
+from autopar.runtime.dtensor import keep_within, local_of
+from autopar.runtime.pieces import padded
+
+Find = Callable[[], Tensor]  # the parameter of the module, a DTensor
+
+
+class Gathered:
+    """The whole parameters of one program; ``parameters`` are those that ``gathering.parameters`` names."""
+
+    def __init__(self, gathering: Gathering, parameters: Sequence[Find], communicator: Communicator) -> None:
+        self.gathering, self.comm = gathering, communicator
+        self._parameters = dict(zip(gathering.parameters, parameters))
+        self._held: list[Tensor] = []
+        self._state: list[tuple[int, ...]] = []  # of the parts when they were gathered
+
+    def tensors(self) -> list[Tensor]:
+        """The whole parameters as they are now; collective after an optimizer step, which every rank makes."""
+        if not self._held or self._now() != self._state:
+            with torch.no_grad():
+                self._gather()
+            self._state = self._now()
+        return self._held
+
+    def _now(self) -> list[tuple[int, ...]]:
+        """What changes when a part is written to: through the DTensor the first number, past it the others."""
+        parameters = [find() for find in self._parameters.values()]
+        parts = [local_of(parameter) for parameter in parameters]
+        return [(whole._version, part._version, part.data_ptr()) for whole, part in zip(parameters, parts)]
+
+    def _gather(self) -> None:
+        """One after the other: what was held is written to, or goes as soon as the new one is there."""
+        graph = self.gathering.graph
+        results = output_node(graph).all_input_nodes
+        owners, old = dict(zip(results, self.gathering.owners)), dict(zip(results, self._held))
+        self._held = []
+        places = {_gather_of(node): old[node] for node in results if self._lies_within(owners[node], old.get(node))}
+        held: dict[Node, Tensor] = {}
+        dying = last_uses(graph)
+        for node in graph.nodes:
+            if node.op == "output":
+                break
+            held[node] = self._result(node, held, places.pop(node, None))
+            if node in owners:
+                old.pop(node, None)
+                self._put_within(owners[node], held[node])
+            for dead in dying.get(node, ()):
+                held.pop(dead, None)
+        self._held = [held[node] for node in results]
+
+    def _result(self, node: Node, held: dict[Node, Tensor], place: Tensor | None) -> Tensor:
+        """What ``node`` returns: ``place``, written to, if that is given."""
+        if node.op == "placeholder":
+            part = local_of(self._parameters[node.name]())
+            return padded(part, value(node).layout.local_shape(self.comm.mesh))
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), held.__getitem__)
+        name = comm.TARGETS.get(node.target)  # type: ignore[call-overload]
+        if place is not None:
+            own: Any = args[0]
+            axis = str(args[1])
+            started = self.comm.start_all_gather_into(place, own, axis)
+            return started if name in comm.STARTED else self.comm.wait(started, axis)
+        call: Any = node.target if name is None else getattr(self.comm, name)
+        result: Tensor = call(*args, **kwargs)
+        return result
+
+    def _put_within(self, owner: tuple[str, str] | None, whole: Tensor) -> None:
+        """Let this rank's part be memory of ``whole``, where it is a piece of it."""
+        if owner is not None and (place := self._place(owner, whole)) is not None:
+            keep_within(self._parameters[owner[0]](), place)
+
+    def _lies_within(self, owner: tuple[str, str] | None, whole: Tensor | None) -> bool:
+        """Whether :meth:`_put_within` has been there, and nobody has given the parameter other memory since."""
+        if owner is None or whole is None:
+            return False
+        part, place = local_of(self._parameters[owner[0]]()), self._place(owner, whole)
+        return place is not None and part.data_ptr() == place.data_ptr() and part.stride() == place.stride()
+
+    def _place(self, owner: tuple[str, str], whole: Tensor) -> Tensor | None:
+        """Where the part of this rank lies in ``whole``; None where parts are uneven."""
+        name, axis = owner
+        rows = local_of(self._parameters[name]()).shape[0]
+        if rows * self.comm.mesh.size(axis) != whole.shape[0]:
+            return None
+        return whole.narrow(0, self.comm.coordinates[axis] * rows, rows)
+
+
+def _gather_of(node: Node) -> Node:
+    """The gather that makes ``node``, itself or what it waits for."""
+    return node if node.target is not comm.OPS.wait.default else node.all_input_nodes[0]

@@ -1,0 +1,1 @@
+"""All ranks of a mesh in one process, in lock-step."""

@@ -1,0 +1,283 @@
+"""All ranks of a mesh in one process, node by node: each value is a list with one tensor per rank.
+
+``collective`` says what every communication operator computes, over the parts that the members of one group hold;
+``Lockstep`` runs whole graphs. Ranks that hold the very same tensor share the work on it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from autopar.errors import AutoparError, InvariantError
+from autopar.ir import collectives as comm
+from autopar.ir.layout import Split, owned_indices
+from autopar.ir.node import Node, origin, output_node
+from autopar.ir.operator_facts import is_random
+from autopar.ir.traffic import Transfer, moved_bytes
+from autopar.mesh import Mesh
+
+Ranks = list[Any]  # one value per rank
+
+# ---------------------------------------------------------------- collectives over the parts of one group
+
+
+def collective(name: str, parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+    """What each member of a group gets when they run ``comm.<name>(part, *arguments)``; ``parts`` in axis order."""
+    assert name in RULES, name
+    return RULES[name](parts, arguments)
+
+
+def join(parts: Sequence[Tensor], split: Split, length: int) -> Tensor:
+    """The whole of ``length`` elements along ``split.dim``; padding of an uneven split is dropped."""
+    shape = list(parts[0].shape)
+    shape[split.dim] = length
+    whole = parts[0].new_empty(shape)
+    for position, part in enumerate(parts):
+        owned = owned_indices(length, split, position, len(parts)).to(part.device)
+        whole.index_copy_(split.dim, owned, part.narrow(split.dim, 0, len(owned)))
+    return whole
+
+
+def take(whole: Tensor, split: Split, position: int, ways: int) -> Tensor:
+    """The part of ``position``; a short one is padded with zeros to ceil(length / ways)."""
+    length = whole.shape[split.dim]
+    owned = owned_indices(length, split, position, ways).to(whole.device)
+    part = whole.index_select(split.dim, owned)
+    missing = -(-length // ways) - len(owned)
+    if missing:
+        shape = list(part.shape)
+        shape[split.dim] = missing
+        part = torch.cat([part, part.new_zeros(shape)], split.dim)
+    return part
+
+
+def _put(part: Tensor, split: Split, position: int, ways: int, length: int) -> Tensor:
+    shape = list(part.shape)
+    shape[split.dim] = length
+    owned = owned_indices(length, split, position, ways).to(part.device)
+    return part.new_zeros(shape).index_copy_(split.dim, owned, part.narrow(split.dim, 0, len(owned)))
+
+
+def _reduced(parts: Sequence[Tensor], op: str) -> Tensor:
+    combine = REDUCTIONS[op]
+    total = parts[0].contiguous()
+    for part in parts[1:]:
+        total = combine(total, part)
+    return total
+
+
+def _same(parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+    return list(parts)
+
+
+def _keep_first(parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+    return [parts[0].contiguous(), *(torch.zeros(part.shape, dtype=part.dtype) for part in parts[1:])]
+
+
+def _all_reduce(parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+    return [_reduced(parts, arguments[1])] * len(parts)
+
+
+def _all_gather(parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+    return [join(parts, comm.split_of(arguments), arguments[5])] * len(parts)
+
+
+def _reduce_scatter(parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+    total = _reduced(parts, "sum")
+    return [take(total, comm.split_of(arguments), position, len(parts)) for position in range(len(parts))]
+
+
+def _split(parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+    return [take(part, comm.split_of(arguments), position, len(parts)) for position, part in enumerate(parts)]
+
+
+def _pad(parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+    split, length = comm.split_of(arguments), arguments[5]
+    return [_put(part, split, position, len(parts), length) for position, part in enumerate(parts)]
+
+
+def _all_to_all(parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+    source, target = comm.end_of(arguments[2]), comm.end_of(arguments[3])
+    whole = join(parts, source, parts[0].shape[source.dim] * len(parts))
+    return [take(whole, target, position, len(parts)) for position in range(len(parts))]
+
+
+REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
+
+RULES: dict[str, Callable[[Sequence[Tensor], Sequence[Any]], list[Tensor]]] = {
+    "enter": _same,
+    "release": _same,
+    "keep_first": _keep_first,
+    "all_reduce": _all_reduce,
+    "all_gather": _all_gather,
+    "all_gather_invariant": _all_gather,
+    "pad": _pad,
+    "reduce_scatter": _reduce_scatter,
+    "split": _split,
+    "split_replicated": _split,
+    "all_to_all": _all_to_all,
+    "start_all_reduce": _all_reduce,
+    "start_all_gather": _all_gather,
+    "start_reduce_scatter": _reduce_scatter,
+    "wait": _same,
+}
+
+# ---------------------------------------------------------------- memory
+
+
+@dataclass
+class Memory:
+    """Bytes of distinct live storage that one rank refers to, counted as its values come and go."""
+
+    users: Counter[int] = field(default_factory=Counter)
+    live: int = 0
+    peak: int = 0
+
+    def hold(self, value: Any) -> None:
+        for tensor in _tensors(value):
+            storage = tensor.untyped_storage()
+            self.users[storage.data_ptr()] += 1
+            if self.users[storage.data_ptr()] == 1:
+                self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+
+    def release(self, value: Any) -> None:
+        for tensor in _tensors(value):
+            storage = tensor.untyped_storage()
+            self.users[storage.data_ptr()] -= 1
+            if self.users[storage.data_ptr()] == 0:
+                del self.users[storage.data_ptr()]
+                self.live -= storage.nbytes()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [item for item in pytree.tree_leaves(value) if isinstance(item, Tensor)]
+
+
+# ---------------------------------------------------------------- graphs
+
+
+class Lockstep:
+    """Runs graphs on all ranks of ``mesh`` at once and counts what they send and hold."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.memory = [Memory() for _ in range(mesh.world_size)]
+        self.groups = {axis: tuple(mesh.groups(axis)) for axis in mesh.names}
+        self._sent: dict[tuple[str, str, str], tuple[int, int]] = {}
+
+    @property
+    def traffic(self) -> tuple[Transfer, ...]:
+        return tuple(Transfer(*key, *counts) for key, counts in self._sent.items())
+
+    def run(self, graph: fx.Graph, inputs: list[Ranks], phase: str = "forward") -> list[Ranks]:
+        """Run ``graph``; ``inputs`` has one entry per placeholder and is emptied, so that values die at last use.
+
+        Raises InvariantError, naming the node, where an operator fails on some rank.
+        """
+        known: dict[Node, Ranks] = {}
+        waiting = inputs[::-1]
+        inputs.clear()
+        dying = _last_uses(graph)
+        for node in graph.nodes:
+            if node.op == "output":
+                return [known[result] for result in node.args[0]]
+            known[node] = waiting.pop() if node.op == "placeholder" else self._step(node, known, phase)
+            self.hold([known[node]])
+            for dead in dying[node]:
+                self.drop([known.pop(dead)])
+        raise AssertionError("a graph ends with its output")
+
+    def hold(self, values: Iterable[Ranks]) -> None:
+        """Count values as alive until they are dropped; what :meth:`run` returns is."""
+        for ranks in values:
+            for memory, value in zip(self.memory, ranks):
+                memory.hold(value)
+
+    def drop(self, values: Iterable[Ranks]) -> None:
+        for ranks in values:
+            for memory, value in zip(self.memory, ranks):
+                memory.release(value)
+
+    def count(self, phase: str, axis: str, name: str, operations: int, sent: int) -> None:
+        """Add to the traffic of each rank."""
+        before = self._sent.get((phase, axis, name), (0, 0))
+        self._sent[phase, axis, name] = before[0] + operations, before[1] + sent
+
+    def _step(self, node: Node, known: dict[Node, Ranks], phase: str) -> Ranks:
+        assert node.op == "call_function", node.format_node()
+        name = comm.TARGETS.get(node.target)  # type: ignore[call-overload]
+        if name == "axis_index":
+            positions = [self.mesh.coordinates(rank).get(node.args[0], 0) for rank in range(self.mesh.world_size)]  # type: ignore[arg-type]
+            return [torch.tensor(position) for position in positions]
+        if name is not None:
+            return self._communicate(name, node, known, phase)
+        done: dict[Any, Any] = {}
+        results: Ranks = []
+        for rank in range(self.mesh.world_size):
+            here = {source: known[source][rank] for source in node.all_input_nodes}
+            key = tuple(map(id, here.values()))
+            if is_random(node.target) or key not in done:
+                done[key] = _call(node, here, rank)
+            results.append(done[key])
+        return results
+
+    def _communicate(self, name: str, node: Node, known: dict[Node, Ranks], phase: str) -> Ranks:
+        source, axis, *rest = _bound(node)
+        parts = known[source]
+        ways = self.mesh.size(axis)
+        moving = comm.moving(node.target)
+        if moving is not None and ways > 1:
+            size = parts[0].numel() * parts[0].element_size()
+            self.count(phase, axis, moving, 1, moved_bytes(moving, ways, size))
+        results: Ranks = [None] * self.mesh.world_size
+        for group in self.groups.get(axis) or tuple((rank,) for rank in range(self.mesh.world_size)):
+            members = collective(name, [parts[rank] for rank in group], (axis, *rest))
+            for rank, result in zip(group, members):
+                results[rank] = result
+        return results
+
+
+def _bound(node: Node) -> tuple[Any, ...]:
+    """The arguments of a communication node in the order of its schema, also where some are given by name."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return tuple(node.args[i] if i < len(node.args) else node.kwargs[name] for i, name in enumerate(names))
+
+
+def _last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
+    """For each node, what is not needed any more once it has run."""
+    dying: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
+    seen: set[Node] = set(output_node(graph).all_input_nodes)
+    for node in reversed(graph.nodes):
+        for source in (node, *node.all_input_nodes):
+            if source not in seen:
+                seen.add(source)
+                dying[node].append(source)
+    return dying
+
+
+def _call(node: Node, here: dict[Node, Any], rank: int) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), here.__getitem__)
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except AutoparError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as problem:
+        shapes = [list(tensor.shape) for tensor in _tensors((args, kwargs))]
+        where = f" (from {origin(node).module})" if origin(node).module else ""
+        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        message = f"rank {rank}: {node.name} = {node.target}{where} failed on shapes {shapes}: {first}"
+        raise InvariantError(message) from problem

@@ -1,0 +1,245 @@
+"""Choosing a layout for every value on one axis: a cost model over strategies, solved exactly.
+
+One variable per call (its strategy), per placeholder (its placement) and per value with several consumers (the forms
+in which it is held). Tables between them say what the collectives cost that two placements need.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+from torch import fx
+
+from autopar.cost.machine import FLOPS
+from autopar.ir.layout import INVARIANT, PARTIAL, Partial, Placement, Split
+from autopar.ir.node import Value, values
+from autopar.ir.tables import Decision, Input, InputKind, OutputKind
+from autopar.rules.factoring import Call, Factoring, Strategy
+from autopar.split.conversions import BIG, ELEMENTWISE, PENDING, WHOLE_PARAMETER, normalised, plan_forms
+from autopar.split.flow import Flow, Key, key_of
+from autopar.split.solve import CostModel, Table, minimise
+
+
+class Policy(Protocol):
+    """What one axis is for: which splits it may use, as hard constraints."""
+
+    @property
+    def axis(self) -> str:
+        """The mesh axis."""
+
+    def seeds(self, flow: Flow) -> Iterable[tuple[Key, Split]]:
+        """The splits that everything else on this axis follows from."""
+
+    def further_seeds(self, flow: Flow) -> Iterable[tuple[Key, Split]]:
+        """Splits to look for after those; ``Flow.further`` tells what they added."""
+
+    def placements(self, flow: Flow, node: fx.Node, entry: Input) -> list[Placement]:
+        """The placements that a placeholder may have."""
+
+    def may_gather(self, flow: Flow, key: Key) -> bool:
+        """Whether a value that is split may be gathered again."""
+
+    def allowed(self, flow: Flow, call: fx.Node, strategies: list[Strategy]) -> list[Strategy]:
+        """The strategies that a call may use, of all that the rules offer."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome: a strategy per call, a placement per placeholder and per returned value."""
+
+    strategies: Mapping[fx.Node, Strategy]
+    placeholders: Mapping[fx.Node, Placement]
+    returned: tuple[Placement, ...]
+    decisions: Mapping[str, Decision]
+
+
+@dataclass
+class _Variable:
+    """One variable of the cost model, as its neighbours see it: what it offers and what it asks for."""
+
+    number: int
+    offers: list[tuple[Placement, ...]]  # per choice, the placement of each output
+    asks: list[dict[Key, frozenset[Placement]]]  # per choice, the forms needed of each operand
+
+
+def choose(flow: Flow, policy: Policy) -> Choice:
+    """The cheapest layouts that the policy allows."""
+    return _Chooser(flow, policy).run()
+
+
+class _Chooser:
+    def __init__(self, flow: Flow, policy: Policy) -> None:
+        self.flow, self.policy, self.model = flow, policy, CostModel()
+        self.variables: dict[Any, _Variable] = {}
+        self.domains: dict[Any, list[Strategy]] = {}
+        self.consumers: dict[Key, list[_Variable]] = {}
+        self.types: dict[Key, Value] = {}
+
+    def run(self) -> Choice:
+        program = self.flow.program
+        for node, entry in program.placeholders(*InputKind):
+            self._add_placeholder(node, entry)
+        for call in self.flow.calls:
+            self._add_call(call)
+        for index, node in enumerate(program.returned):
+            self._add_returned(index, node)
+        for key, consumers in self.consumers.items():
+            self._connect(key, consumers)
+        picked = minimise(self.model)
+        chosen = {owner: self.domains[owner][picked[v.number]] for owner, v in self.variables.items()}
+        calls = {call: chosen[call] for call in self.flow.calls}
+        inputs = {node: chosen[node].outputs[0] for node, _ in program.placeholders(*InputKind)}
+        returned = tuple(chosen["returned", i].inputs[0] for i in range(len(program.returned)))
+        return Choice(calls, inputs, returned, self._decisions(picked))
+
+    def _register(self, owner: Any, domain: list[Strategy], operands: Iterable[fx.Node], costs: list[float]) -> None:
+        keys = [key_of(node) for node in operands]
+        gradient = [values(node)[0].requires_grad for node in operands]
+        asks = []
+        for strategy in domain:
+            wanted: dict[Key, frozenset[Placement]] = {}
+            for key, placement, flows in zip(keys, strategy.inputs, gradient):
+                wanted[key] = wanted.get(key, frozenset()) | {normalised(placement, flows)}
+            asks.append(wanted)
+        variable = _Variable(self.model.variable(len(domain)), [s.outputs for s in domain], asks)
+        self.variables[owner], self.domains[owner] = variable, domain
+        self.model.add([variable.number], costs)
+        for key in dict.fromkeys(keys):
+            self.consumers.setdefault(key, []).append(variable)
+
+    def _add_placeholder(self, node: fx.Node, entry: Input) -> None:
+        self.types[node, 0] = values(node)[0]
+        placements = self.policy.placements(self.flow, node, entry)
+        size = _bytes(self.flow, values(node)[0]) if entry.kind is InputKind.PARAMETER else 0
+        costs = [0.0 if isinstance(p, Split) else size * WHOLE_PARAMETER for p in placements]
+        self._register(node, [Strategy(str(p), (), (p,)) for p in placements], (), costs)
+
+    def _add_call(self, call: fx.Node) -> None:
+        factoring, types = self.flow.factorings[call], values(call)
+        for index, value in enumerate(types):
+            self.types[call, index] = value
+        offered = distinct([*factoring.unsplit(self.flow.calls[call]), *self.flow.parts.get(call, {}).values()], types)
+        domain = self.policy.allowed(self.flow, call, offered)
+        work = work_of(factoring, self.flow.calls[call])
+        costs = [work * s.share + 1e-12 * i + PENDING * (s.label == "partial") for i, s in enumerate(domain)]
+        self._register(call, domain, self.flow.calls[call].operands, costs)
+
+    def _add_returned(self, index: int, node: fx.Node) -> None:
+        output = self.flow.program.outputs[index]
+        full = output.kind is not OutputKind.USER or self.flow.program.plan.outputs == "full"
+        forms: list[Placement] = [INVARIANT]
+        if not full and values(node)[0].shape:
+            forms += self.flow.splits.get(key_of(node), {})
+        costs = [0.0] * len(forms)
+        self._register(("returned", index), [Strategy(str(f), (f,), ()) for f in forms], (node,), costs)
+
+    def _connect(self, key: Key, consumers: list[_Variable]) -> None:
+        """Tables for the collectives between the producer of a value and its consumers."""
+        producer = self.variables[key[0]]
+        value = self.types[key]
+        size, gradient, ways = _bytes(self.flow, value), value.requires_grad, self.flow.ways
+        if not self.policy.may_gather(self.flow, key):
+            ways = -ways
+        offers = [normalised(placements[key[1]], gradient) for placements in producer.offers]
+        if set(offers) == {INVARIANT} and not gradient:
+            return  # whole and without gradient: every form is free
+        if len(consumers) == 1:
+            asks = tuple(ask[key] for ask in consumers[0].asks)
+            self.model.add((producer.number, consumers[0].number), _table(tuple(offers), asks, size, gradient, ways))
+            return
+        forms = {form for consumer in consumers for ask in consumer.asks for form in ask[key]}
+        sets = _form_sets(forms, {ask[key] for consumer in consumers for ask in consumer.asks})
+        hub = self.model.variable(len(sets))
+        self.model.add((producer.number, hub), _table(tuple(offers), sets, size, gradient, ways))
+        for consumer in consumers:
+            self.model.add((hub, consumer.number), _covers(sets, tuple(ask[key] for ask in consumer.asks)))
+
+    def _decisions(self, picked: list[int]) -> dict[str, Decision]:
+        """For each call: what was chosen and what each alternative would cost with all else as it is."""
+        touching: dict[int, list[tuple[tuple[int, ...], Table]]] = {}
+        for scope, table in self.model.tables:
+            for number in scope:
+                touching.setdefault(number, []).append((scope, table))
+        decisions: dict[str, Decision] = {}
+        for owner, variable in self.variables.items():
+            if not isinstance(owner, fx.Node) or len(self.domains[owner]) < 2:
+                continue
+            totals = np.zeros(len(self.domains[owner]))
+            for scope, table in touching[variable.number]:
+                where = tuple(slice(None) if v == variable.number else picked[v] for v in scope)
+                totals += table[where]
+            least = totals[picked[variable.number]]
+            labels = [_label(strategy) for strategy in self.domains[owner]]
+            others = {
+                label: ("not possible here" if extra > BIG / 2 else float(extra))
+                for i, (label, extra) in enumerate(zip(labels, totals - least))
+                if i != picked[variable.number]
+            }
+            decisions[owner.name] = Decision(labels[picked[variable.number]], others)
+        return decisions
+
+
+def _label(strategy: Strategy) -> str:
+    inputs = ", ".join(map(str, strategy.inputs))
+    return f"{strategy.label}: {inputs} -> {', '.join(map(str, strategy.outputs))}" if strategy.part else strategy.label
+
+
+def distinct(strategies: list[Strategy], types: tuple[Value, ...]) -> list[Strategy]:
+    """Without a gradient in the outputs, replicated is the same as invariant."""
+    if not any(value.requires_grad for value in types):
+        strategies = [s for s in strategies if s.label != "replicated"]
+    floating = all(value.dtype.is_floating_point or value.dtype.is_complex for value in types)
+    if not floating:  # counts may be partial, but booleans and indices cannot
+        strategies = [s for s in strategies if s.label != "partial" or not any(p == PARTIAL for p in s.outputs)]
+        narrow = [value.dtype.itemsize == 1 for value in types]
+        strategies = [s for s in strategies if not any(isinstance(p, Partial) and n for p, n in zip(s.outputs, narrow))]
+    return list({(s.inputs, s.outputs): s for s in strategies}.values())
+
+
+def work_of(factoring: Factoring, call: Call) -> float:
+    """Seconds for the whole operator: multiply-adds of a contraction (forward and backward), else next to nothing."""
+    if factoring.contraction:
+        work = math.prod(factoring.sizes.values()) if factoring.work is None else factoring.work
+        return 6.0 * work / FLOPS
+    return ELEMENTWISE * sum(math.prod(shape) for shape in call.outputs)
+
+
+def _bytes(flow: Flow, value: Value) -> int:
+    return math.prod(value.layout.local_shape(flow.program.mesh)) * value.dtype.itemsize
+
+
+def _form_sets(forms: set[Placement], asked: set[frozenset[Placement]]) -> tuple[frozenset[Placement], ...]:
+    """The sets of forms in which a value may be held: those asked for, and unions of two or three of them."""
+    largest = 3 if len(asked) <= 6 else 2
+    sets: dict[frozenset[Placement], None] = {}
+    for count in range(1, largest + 1):
+        for group in itertools.combinations(sorted(asked, key=lambda s: (len(s), sorted(map(str, s)))), count):
+            sets[frozenset().union(*group)] = None
+    if len(forms) <= 4:
+        sets[frozenset(forms)] = None
+    return tuple(sets)
+
+
+@lru_cache(maxsize=4096)
+def _table(
+    offers: tuple[Placement, ...], asks: tuple[frozenset[Placement], ...], size: int, gradient: bool, ways: int
+) -> Table:
+    pinned = ways < 0  # a split value that must be used as it lies
+
+    def cost(offer: Placement, ask: frozenset[Placement]) -> float:
+        if pinned and isinstance(offer, Split) and ask != {offer}:
+            return BIG
+        return plan_forms(offer, ask, size, gradient, abs(ways))[0]
+
+    return np.array([[cost(offer, ask) for ask in asks] for offer in offers])
+
+
+@lru_cache(maxsize=4096)
+def _covers(sets: tuple[frozenset[Placement], ...], asks: tuple[frozenset[Placement], ...]) -> Table:
+    return np.array([[0.0 if ask <= have else BIG for ask in asks] for have in sets])

@@ -1,0 +1,126 @@
+"""Getting a value from one placement on an axis to another: which collectives that takes, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from autopar.cost.machine import BANDWIDTH, LATENCY
+from autopar.ir.layout import INVARIANT, REPLICATED, Partial, Placement, Split, Whole
+
+ELEMENTWISE = 1e-16  # seconds per element: breaks ties only
+WHOLE_PARAMETER = 1e-12  # seconds per byte of a parameter that is left whole on the axis
+PENDING = 1e-7  # seconds for keeping a sum pending through one more operator: reduce it where it arises
+
+BIG = 1e6  # the cost of what must not be
+
+
+@dataclass(frozen=True)
+class Step:
+    """One collective: ``op`` is a name of ``autopar.ir.collectives``."""
+
+    op: str
+    source: Placement
+    target: Placement
+
+
+_BETWEEN_WHOLE = {(True, False): "enter", (False, True): "release"}
+
+
+@cache
+def route(source: Placement, target: Placement) -> tuple[Step, ...]:
+    """The collectives that turn ``source`` into ``target`` (see the table in ``comm.py``), shortest first."""
+    if source == target:
+        return ()
+    if isinstance(source, Whole):
+        return _from_whole(source, target)
+    if isinstance(source, Partial):
+        if isinstance(target, Split) and source.op == "sum":
+            return (Step("reduce_scatter", source, target),)
+        return (Step("all_reduce", source, INVARIANT), *route(INVARIANT, target))
+    assert isinstance(source, Split)
+    if target == INVARIANT:
+        return (Step("all_gather_invariant", source, target),)
+    if target == REPLICATED:
+        return (Step("all_gather", source, target),)
+    if isinstance(target, Partial):
+        return (Step("pad", source, target),)
+    assert isinstance(target, Split)
+    if source.dim != target.dim:
+        return (Step("all_to_all", source, target),)
+    return (*route(source, REPLICATED), *route(REPLICATED, target))
+
+
+def _from_whole(source: Whole, target: Placement) -> tuple[Step, ...]:
+    if isinstance(target, Whole):
+        return (Step(_BETWEEN_WHOLE[source.invariant, target.invariant], source, target),)
+    if isinstance(target, Split):
+        return (Step("split" if source.invariant else "split_replicated", source, target),)
+    assert isinstance(target, Partial)
+    return (*route(source, INVARIANT), Step("keep_first", INVARIANT, target))
+
+
+# operator -> how much of the whole tensor moves in forward and in backward, in units of (n-1)/n of its bytes
+_MOVED = {
+    "enter": (0, 2),
+    "release": (0, 0),
+    "keep_first": (0, 0),
+    "split": (0, 1),
+    "split_replicated": (0, 0),
+    "pad": (0, 0),
+    "all_reduce": (2, 0),
+    "all_gather": (1, 1),
+    "all_gather_invariant": (1, 0),
+    "reduce_scatter": (1, 1),
+}
+
+
+def step_cost(step: Step, size: int, gradient: bool, ways: int) -> float:
+    """Seconds for one collective on a whole tensor of ``size`` bytes, with that of its backward pass."""
+    if step.op == "all_to_all":
+        moved = (1 / ways, 1 / ways)
+    else:
+        moved = _MOVED[step.op]
+    total = 0.0
+    for share in moved if gradient else moved[:1]:
+        if share:
+            total += LATENCY + share * (ways - 1) / ways * size / BANDWIDTH
+    return total + 1e-9  # fewer nodes before more
+
+
+@cache
+def plan_forms(
+    source: Placement, forms: frozenset[Placement], size: int, gradient: bool, ways: int
+) -> tuple[float, tuple[tuple[Placement, Step | None], ...]]:
+    """The cheapest way to hold a value in every one of ``forms``, given it in ``source``.
+
+    Returns (cost, ((form, last step into it), ...)): a form may be made from another one (an all-reduced sum is
+    entered once, not reduced twice). Forms that are only passed through are listed too.
+    """
+    made: dict[Placement, Step | None] = {source: None}
+    total = 0.0
+    for form in sorted(forms, key=_order):
+        if form in made:
+            continue
+        ways_in = [(sum(step_cost(s, size, gradient, ways) for s in route(have, form)), have) for have in made]
+        cost, best = min(ways_in, key=lambda pair: (pair[0], _order(pair[1])))
+        for step in route(best, form):
+            if step.target not in made:
+                made[step.target] = step
+                total += step_cost(step, size, gradient, ways)
+    return total, tuple(made.items())
+
+
+def _order(placement: Placement) -> tuple[int, str]:
+    rank = 0 if placement == INVARIANT else 1 if placement == REPLICATED else 2
+    return rank, str(placement)
+
+
+def normalised(placement: Placement, gradient: bool) -> Placement:
+    """Without gradients there is no difference between invariant and replicated."""
+    return INVARIANT if placement == REPLICATED and not gradient else placement
+
+
+def forms_text(forms: Iterable[Placement]) -> str:
+    return " and ".join(str(form) for form in sorted(forms, key=_order))

@@ -1,0 +1,214 @@
+"""Which splits are possible where: spread from seeds along the factors that operators share.
+
+A split of one tensor of an operator belongs to a factor of its rule, and so implies splits of its other tensors. From
+the seeds that a policy gives (the batch dim of the inputs; the dims of weights), following this to the end finds every
+split that has to do with them, and no other: data parallelism can never split a weight, nor tensor parallelism a batch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from autopar.errors import UnknownOperatorError
+from autopar.ir.layout import Partial, Split
+from autopar.ir.node import origin
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
+from autopar.rules import call_of, rule_for
+from autopar.rules.factoring import Call, Dims, Factoring, Part, Strategy
+
+Key = tuple[fx.Node, int]  # a value: the node that makes it and which of its outputs
+
+
+def key_of(node: fx.Node) -> Key:
+    """The value that a node stands for; ``getitem`` stands for an output of the node before it."""
+    if node.target is operator.getitem:
+        source, index = node.args
+        assert isinstance(source, fx.Node) and isinstance(index, int)
+        return source, index
+    return node, 0
+
+
+@dataclass
+class Flow:
+    """A program's calls with their factorings, and the splits found for each value and each call."""
+
+    program: Program
+    axis: str
+    ways: int
+    calls: dict[fx.Node, Call] = field(default_factory=dict)
+    factorings: dict[fx.Node, Factoring] = field(default_factory=dict)
+    uses: dict[Key, list[tuple[fx.Node, int]]] = field(default_factory=dict)  # value -> (call, operand number)
+    splits: dict[Key, dict[Split, None]] = field(default_factory=dict)
+    parts: dict[fx.Node, dict[Part, Strategy]] = field(default_factory=dict)
+    weights: frozenset[fx.Node] = frozenset()  # parameters and what is made of parameters alone
+    fixed: frozenset[fx.Node] = frozenset()  # constants and what is made of them: cut at no cost, for each user anew
+    further: dict[fx.Node, dict[Part, None]] = field(default_factory=dict)  # parts that only the second spread found
+
+    def tensors(self, call: fx.Node) -> Iterator[tuple[Key, Dims]]:
+        """Every operand and output of a call with its factors."""
+        factoring = self.factorings[call]
+        for operand, dims in zip(self.calls[call].operands, factoring.inputs):
+            yield key_of(operand), dims
+        for index, dims in enumerate(factoring.outputs):
+            yield (call, index), dims
+
+    def spread(self, seeds: Iterable[tuple[Key, Split]]) -> None:
+        """Follow every seed through the calls that touch its value, forwards and backwards."""
+        queue = deque(seeds)
+        while queue:
+            key, split = queue.popleft()
+            known = self.splits.setdefault(key, {})
+            if split in known:
+                continue
+            known[split] = None
+            users = () if key[0] in self.fixed else self.uses.get(key, ())
+            touching = [(call, self.factorings[call].inputs[i]) for call, i in users]
+            if key[0] in self.factorings:
+                touching.append((key[0], self.factorings[key[0]].outputs[key[1]]))
+            for call, dims in touching:
+                part = self.factorings[call].part_of(dims, split, self.ways)
+                if part is None or part in self.parts.setdefault(call, {}):
+                    continue
+                strategy = self.factorings[call].strategy(part, self.ways)
+                if strategy is None:
+                    continue
+                self.parts[call][part] = strategy
+                queue.extend(self._implied(call, strategy))
+
+    def spread_further(self, seeds: Iterable[tuple[Key, Split]]) -> None:
+        """As :meth:`spread`, noting in ``further`` what was not there before."""
+        before = {call: set(parts) for call, parts in self.parts.items()}
+        self.spread(seeds)
+        for call, parts in self.parts.items():
+            new = dict.fromkeys(part for part in parts if part not in before.get(call, ()))
+            if new:
+                self.further[call] = new
+
+    def _implied(self, call: fx.Node, strategy: Strategy) -> Iterator[tuple[Key, Split]]:
+        keys = [key for key, _ in self.tensors(call)]
+        for key, placement in zip(keys, (*strategy.inputs, *strategy.outputs)):
+            if isinstance(placement, Split):
+                yield key, placement
+
+    def carried(self, key: Key, split: Split, seen: dict[tuple[Key, Split], bool]) -> bool:
+        """Whether some consumer goes on computing with this split, up to a contraction or the program's end."""
+        if (key, split) in seen:
+            return seen[key, split]
+        seen[key, split] = False
+        uses = self.uses.get(key, [])
+        returned = any(key_of(node) == key for node in self.program.returned)
+        result = returned and not uses
+        for call, position in uses:
+            for strategy in self.parts.get(call, {}).values():
+                if strategy.inputs[position] != split:
+                    continue
+                for index, placement in enumerate(strategy.outputs):
+                    ends = not isinstance(placement, Split)
+                    result = result or ends or self.carried((call, index), placement, seen)  # type: ignore[arg-type]
+            if result:
+                break
+        seen[key, split] = result
+        return result
+
+    def blocked_by(self, key: Key, split: Split) -> tuple[fx.Node, int] | None:
+        """The first consumer that cannot carry ``split`` because a factor does not divide, and that factor's size."""
+        queue, seen = deque([(key, split)]), set()
+        while queue:
+            here, cut = queue.popleft()
+            if (here, cut) in seen:
+                continue
+            seen.add((here, cut))
+            for call, position in self.uses.get(here, ()):
+                factoring = self.factorings[call]
+                dims = factoring.inputs[position]
+                if factoring.part_of(dims, cut, self.ways) is None:
+                    sizes = [factoring.sizes[f] for f in dims[cut.dim] if f not in factoring.whole]
+                    bad = [size for size in sizes if size % self.ways and size > 1]
+                    if bad and len(sizes) > 1:
+                        return call, bad[0]
+                for strategy in self.parts.get(call, {}).values():
+                    if strategy.inputs[position] == cut:
+                        queue.extend(
+                            ((call, i), out) for i, out in enumerate(strategy.outputs) if isinstance(out, Split)
+                        )
+        return None
+
+
+def flow_of(program: Program, axis: str) -> Flow:
+    """The calls of a program with their factorings. Raises UnknownOperatorError for an operator without a rule."""
+    weights = _weights(program)
+    flow = Flow(program, axis, program.mesh.size(axis), weights=weights, fixed=_fixed(program))
+    cache: dict[Any, Factoring] = {}
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        call = call_of(node, program.mesh, weights)
+        flow.calls[node] = call
+        flow.factorings[node] = _factoring(program, node, call, cache)
+        for position, operand in enumerate(call.operands):
+            flow.uses.setdefault(key_of(operand), []).append((node, position))
+    return flow
+
+
+def _factoring(program: Program, node: fx.Node, call: Call, cache: dict[Any, Factoring]) -> Factoring:
+    plain = fx.node.map_arg((call.args, dict(call.kwargs)), lambda n: None)
+    key = (call.target, repr(plain), call.inputs, call.outputs, call.diff_inputs, call.parameters)
+    if key not in cache:
+        rule = rule_for(call.target)
+        if rule is None and program.plan.on_unknown != "replicate":
+            raise UnknownOperatorError(_unknown(node))
+        cache[key] = opaque(call) if rule is None else rule(call)
+    return cache[key]
+
+
+def _unknown(node: fx.Node) -> str:
+    where = origin(node)
+    return (
+        f"no splitting rule for the operator {node.target}\n"
+        f"  node    {node.name}\n"
+        f"  module  {where.module or '(top level)'}\n"
+        f"  source  {where.source or '(unknown)'}\n"
+        f'Teach it with autopar.register_rule("{str(node.target).replace(".", "::", 1)}", "b s k, k -> b s") '
+        '(one name per dim; docs/rules.md),\nor run it whole on every rank with Plan(on_unknown="replicate").'
+    )
+
+
+def opaque(call: Call) -> Factoring:
+    """An operator that can only be run whole."""
+    names: list[str] = []
+
+    def dims(tag: str, shape: tuple[int, ...]) -> Dims:
+        names.extend(f"{tag}_{i}" for i in range(len(shape)))
+        return tuple((f"{tag}_{i}",) for i in range(len(shape)))
+
+    inputs = tuple(dims(f"in{k}", shape) for k, shape in enumerate(call.inputs))
+    outputs = tuple(dims(f"out{k}", shape) for k, shape in enumerate(call.outputs))
+    return Factoring(inputs, outputs, dict.fromkeys(names, 2), whole=frozenset(names))
+
+
+def _weights(program: Program) -> frozenset[fx.Node]:
+    found: set[fx.Node] = {node for node, _ in program.placeholders(InputKind.PARAMETER)}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
+
+
+def _fixed(program: Program) -> frozenset[fx.Node]:
+    """What follows from no input, parameter or buffer. One constant may count batches here and heads there."""
+    found: set[fx.Node] = {node for node, _ in program.placeholders(InputKind.CONSTANT, InputKind.SEED)}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and all(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
+
+
+def ends_partial(strategy: Strategy) -> bool:
+    return any(isinstance(placement, Partial) for placement in strategy.outputs)

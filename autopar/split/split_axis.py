@@ -1,0 +1,216 @@
+"""Splitting a program over one axis: choose a layout for every value, cut shapes, insert the collectives between.
+
+Input: a graph that is ordinary with respect to the axis. Output: one that each rank of the axis runs on its own part,
+again an ordinary graph for the axes that come after.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from autopar.ir import collectives as comm
+from autopar.ir.layout import Layout, Partial, Placement, Split
+from autopar.ir.node import Value, origin, set_origin, set_values, value, values
+from autopar.ir.program import Program
+from autopar.rules.factoring import Strategy
+from autopar.split.choose import Choice, Policy, choose
+from autopar.split.conversions import Step, normalised, plan_forms
+from autopar.split.flow import Flow, Key, flow_of, key_of
+
+
+def split_axis(program: Program, policy: Policy, check: Callable[[Flow, Choice], None] | None = None) -> Program:
+    """The program split over ``policy.axis``; unchanged if the mesh has only one rank on it.
+
+    ``check`` may raise on the chosen layouts before anything is rewritten.
+    """
+    if program.mesh.size(policy.axis) == 1:
+        return program
+    flow = flow_of(program, policy.axis)
+    flow.spread(policy.seeds(flow))
+    flow.spread_further(policy.further_seeds(flow))
+    choice = choose(flow, policy)
+    if check:
+        check(flow, choice)
+    graph = rewritten(flow, choice)
+    decisions = {**program.decisions, policy.axis: choice.decisions}
+    return replace(program, graph=graph, decisions=decisions)
+
+
+def rewritten(flow: Flow, choice: Choice) -> fx.Graph:
+    """The graph that each rank of the axis runs when everything lies as chosen."""
+    return _Rewriter(flow, choice).run()
+
+
+@dataclass
+class _Held:
+    """One value in the new graph: the node that made it, and how to get it in each form that is asked for."""
+
+    whole_type: Value  # its type in the graph before this axis
+    forms: dict[Placement, fx.Node]
+    steps: dict[Placement, Step | None] = field(default_factory=dict)
+
+
+class _Rewriter:
+    def __init__(self, flow: Flow, choice: Choice) -> None:
+        self.flow, self.choice = flow, choice
+        self.program, self.mesh = flow.program, flow.program.mesh
+        self.axis, self.ways = flow.axis, flow.ways
+        self.graph = fx.Graph()
+        self.held: dict[Key, _Held] = {}
+        self.asked: dict[Key, set[Placement]] = {}
+        self.axis_index_node: fx.Node | None = None
+        self.current: fx.Node | None = None
+
+    def run(self) -> fx.Graph:
+        self._note_demands()
+        for node in self.program.graph.nodes:
+            self.current = node
+            if node.op == "placeholder":
+                self._placeholder(node)
+            elif node.op == "call_function" and node.target is not operator.getitem:
+                self._call(node)
+            elif node.op == "output":
+                result = tuple(map(self._form, self.program.returned, self.choice.returned))
+                self.graph.output(result)
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        return self.graph
+
+    def _note_demands(self) -> None:
+        for call, strategy in self.choice.strategies.items():
+            for operand, placement in zip(self.flow.calls[call].operands, strategy.inputs):
+                self._note(operand, placement)
+        for node, placement in zip(self.program.returned, self.choice.returned):
+            self._note(node, placement)
+
+    def _note(self, operand: fx.Node, placement: Placement) -> None:
+        flows = values(operand)[0].requires_grad
+        self.asked.setdefault(key_of(operand), set()).add(normalised(placement, flows))
+
+    def placed(self, before: Value, placement: Placement) -> Value:
+        return replace(before, layout=before.layout.place(self.axis, placement, self.mesh))
+
+    def _hold(self, key: Key, node: fx.Node, before: Value, offered: Placement) -> None:
+        offered = normalised(offered, before.requires_grad)
+        size = before.dtype.itemsize
+        for length in before.layout.local_shape(self.mesh):
+            size *= length
+        forms = frozenset(self.asked.get(key, ()))
+        _, steps = plan_forms(offered, forms, size, before.requires_grad, self.ways)
+        self.held[key] = _Held(before, {offered: node}, dict(steps))
+
+    def _form(self, operand: fx.Node, placement: Placement) -> fx.Node:
+        """The value of ``operand`` (a node of the old graph) in a form, made by a collective if it must be."""
+        key = key_of(operand)
+        held = self.held[key]
+        placement = normalised(placement, held.whole_type.requires_grad)
+        if placement not in held.forms:
+            step = held.steps[placement]
+            assert step is not None, (operand, placement)
+            source = self._form(operand, step.source)
+            held.forms[placement] = self._convert(source, step, held.whole_type)
+        return held.forms[placement]
+
+    def _convert(self, source: fx.Node, step: Step, before: Value) -> fx.Node:
+        arguments: tuple[Any, ...] = (self.axis,)
+        split = step.target if isinstance(step.target, Split) else step.source
+        if step.op == "all_reduce":
+            assert isinstance(step.source, Partial)
+            arguments = (self.axis, step.source.op)
+        elif step.op == "all_to_all":
+            ends = [[s.dim, s.outer, *s.ratio] for s in (step.source, step.target) if isinstance(s, Split)]
+            arguments = (self.axis, self.ways, *ends)
+        elif isinstance(split, Split):
+            length = before.layout.local_shape(self.mesh)[split.dim]
+            arguments = comm.where(split, self.axis, self.ways, length)
+        target = getattr(comm.OPS, step.op).default
+        return self._emit(target, (source, *arguments), self.placed(before, step.target))
+
+    def _emit(self, target: Any, args: tuple[Any, ...], *types: Value) -> fx.Node:
+        name = getattr(target, "_opname", getattr(target, "__name__", None))
+        node = self.graph.create_node("call_function", target, args, {}, name)
+        set_values(node, *types)
+        if self.current is not None and self.current.op != "placeholder":
+            set_origin(node, origin(self.current))
+        return node
+
+    def _placeholder(self, node: fx.Node) -> None:
+        placement = self.choice.placeholders[node]
+        copied = self.graph.node_copy(node)
+        set_values(copied, self.placed(value(node), placement))
+        self._hold((node, 0), copied, value(node), placement)
+
+    def _call(self, node: fx.Node) -> None:
+        strategy = self.choice.strategies[node]
+        call, factoring = self.flow.calls[node], self.flow.factorings[node]
+        types = tuple(map(self.placed, values(node), strategy.outputs))
+        args, kwargs = node.args, dict(node.kwargs)
+        if factoring.localize and strategy.part:
+            shapes = tuple(t.layout.local_shape(self.mesh) for t in types)
+            args, kwargs = factoring.localize(call, strategy, shapes, self.ways)
+        forms = iter([self._form(operand, p) for operand, p in zip(call.operands, strategy.inputs)])
+        args, kwargs = fx.node.map_arg((args, kwargs), lambda n: next(forms))
+        new = self.graph.create_node("call_function", node.target, args, kwargs, node.name)  # type: ignore[arg-type]
+        set_values(new, *types)
+        set_origin(new, origin(node))
+        rewrite = factoring.rewrites.get(strategy.part.factor) if strategy.part else None
+        if rewrite and self._reduces(strategy):
+            rewritten = self._rewritten(new, rewrite, values(node))
+            self.graph.erase_node(new)
+            new = rewritten
+            set_values(new, *types)
+        self._hold_outputs(node, new, strategy)
+
+    def _reduces(self, strategy: Strategy) -> bool:
+        return not any(isinstance(placement, Split) for placement in strategy.outputs)
+
+    def _rewritten(self, new: fx.Node, rewrite: Any, before: tuple[Value, ...]) -> fx.Node:
+        found: fx.Node = rewrite(_Emitter(self, before), new, self.axis, self.ways)
+        return found
+
+    def _hold_outputs(self, node: fx.Node, new: fx.Node, strategy: Strategy) -> None:
+        if len(values(node)) == 1:
+            self._hold((node, 0), new, value(node), strategy.outputs[0])
+            return
+        for user in node.users:
+            assert user.target is operator.getitem, user
+            index = user.args[1]
+            assert isinstance(index, int)
+            if (node, index) in self.held:
+                continue
+            before, placement = values(node)[index], strategy.outputs[index]
+            item = self._emit(operator.getitem, (new, index), self.placed(before, placement))
+            self._hold((node, index), item, before, placement)
+
+
+class _Emitter:
+    """What a rule's rewrite uses to add nodes (the ``Emit`` protocol of ``rules.factoring``)."""
+
+    def __init__(self, rewriter: _Rewriter, before: tuple[Value, ...]) -> None:
+        self.rewriter, self.before = rewriter, before
+
+    def __call__(self, target: Any, args: tuple[Any, ...], *types: Value) -> fx.Node:
+        return self.rewriter._emit(target, args, *types)
+
+    def axis_index(self, axis: str) -> fx.Node:
+        rewriter = self.rewriter
+        if rewriter.axis_index_node is None:
+            import torch
+
+            index = Value(torch.int64, Layout(()))
+            rewriter.axis_index_node = rewriter._emit(comm.OPS.axis_index.default, (axis,), index)
+        return rewriter.axis_index_node
+
+    def partial(self, whole: Value, axis: str, op: str = "sum") -> Value:
+        if any(name == axis for name, _ in whole.layout.partial):
+            return whole
+        return replace(whole, layout=whole.layout.place(axis, Partial(op), self.rewriter.mesh))
+
+    def all_reduce(self, summand: fx.Node, axis: str, op: str = "sum") -> fx.Node:
+        layout = replace(value(summand).layout, partial=tuple(p for p in value(summand).layout.partial if p[0] != axis))
+        return self(comm.OPS.all_reduce.default, (summand, axis, op), replace(value(summand), layout=layout))

@@ -1,0 +1,252 @@
+"""The training loop of ``autopar train``: the parallel model and, beside it, the unmodified one on a single device."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autopar.api import parallelize
+from autopar.ir.traffic import Transfer
+from autopar.mesh import Mesh, is_pipelined
+from autopar.module import ParallelModule
+from autopar.plan import Plan
+from autopar.training.byte_text import ByteText
+from autopar.training.log import Log, bytes_by_axis, peak_memory, since
+from autopar.training.saving import Saver, Saving, Start
+from autopar.training.stopping import StopSignal, most_of_ranks
+
+CLIP = 1.0
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is made of.
+
+    Attributes:
+        steps: of the whole run, those before a resumed checkpoint included.
+        compare: train the unmodified model too, unless the run goes on from a checkpoint.
+        accumulate: batches in a step, whose gradients are averaged.
+        clip: the most that the norm of all gradients may be; 0: anything.
+        log: a file for one JSON line per step.
+    """
+
+    mesh: Mesh
+    plan: Plan
+    steps: int
+    rate: float
+    device: torch.device
+    compare: bool
+    accumulate: int = 1
+    clip: float = CLIP
+    saving: Saving | None = None
+    log: Path | None = None
+
+
+@dataclass
+class Curve:
+    """One model's losses, norms of gradients (before they are clipped) and the seconds of its steps."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The usual step: the median without the first, which makes the program. None without a step."""
+        return statistics.median(self.seconds[1:] or self.seconds) if self.seconds else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What rank 0 knows in the end. ``traffic`` is that of ``counted`` steps; ``stopped``: by SIGTERM, before its end;
+    ``saved``: the last checkpoint."""
+
+    parallel: Curve
+    reference: Curve | None
+    traffic: tuple[Transfer, ...]
+    counted: int
+    start: Start = Start()
+    stopped: bool = False
+    saved: Path | None = None
+
+    @property
+    def done(self) -> int:
+        """Steps, those before the start included."""
+        return self.start.step + len(self.parallel.losses)
+
+    @property
+    def difference(self) -> float | None:
+        """The largest difference of the two losses at any step; not a number if one of them is not."""
+        if self.reference is None:
+            return None
+        found = [abs(a - b) for a, b in zip(self.parallel.losses, self.reference.losses)]
+        return math.nan if any(map(math.isnan, found)) else max(found)
+
+
+def train(
+    model: nn.Module,
+    text: ByteText,
+    settings: Settings,
+    on_start: Callable[[Start], None],
+    on_step: Callable[[int, float], None],
+) -> Run:
+    """Train ``model`` over the mesh; on rank 0 a copy of it too, from the same weights on the same batches.
+
+    ``on_start`` is called on every rank once it is known where the run starts, ``on_step`` after every step, with the
+    number of steps done and the loss. SIGTERM to any rank ends the run after its step. Raises what the compiler, the
+    runtime and checkpoints raise.
+    """
+    saving = settings.saving
+    resumes = saving is not None and saving.latest is not None
+    compared = settings.compare and is_first() and not resumes
+    reference = copy.deepcopy(model).to(settings.device) if compared else None
+    parallel = parallelize(model.to(settings.device), settings.mesh, settings.plan)
+    step = _Stepper(parallel, settings)
+    beside = None if reference is None else _Stepper(reference, settings)
+    saver, start = None, Start()
+    if saving is not None:
+        if saving.resume:  # how parameters are split has to be known before their states are loaded
+            parallel.prepare(**_batches(text, 0, settings)[0])
+        saver = Saver(saving, text, parallel, step.optimizer)
+        start = saver.start()
+    on_start(start)
+    append = saving is not None and saving.resume
+    with Log(settings.log if is_first() else None, append) as log, StopSignal() as stop:
+        if start.path is not None:
+            log.write(event="resumed", step=start.step, checkpoint=str(start.path), mesh=dict(settings.mesh.axes))
+        loop = _Loop(step, beside, text, settings, log, stop)
+        done = loop.run(start, saver, on_step)
+        saved = saver.finish(done, loop.place) if saver else None
+        if loop.stopped:
+            log.write(event="stopped", step=done, checkpoint=str(saved) if saved else None)
+    steps = done - start.step
+    traffic = since(loop.warm, parallel.traffic) if steps > 1 else parallel.traffic
+    other = beside.curve if beside else None
+    return Run(step.curve, other, traffic, max(1, steps - 1), start, loop.stopped, saved)
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, or the only process; known before the process group is."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class _Loop:
+    """Steps of the parallel model and of the other, if there is one, until all are done or SIGTERM was noted."""
+
+    def __init__(
+        self,
+        step: _Stepper,
+        beside: _Stepper | None,
+        text: ByteText,
+        settings: Settings,
+        log: Log,
+        stop: StopSignal,
+    ) -> None:
+        self._step, self._beside, self._text, self._settings = step, beside, text, settings
+        self._log, self._stop = log, stop
+        self.place = 0  # in the text: batches
+        self.stopped = False
+        self.warm: tuple[Transfer, ...] = ()  # of the first step, which also compares the programs of the ranks
+
+    def run(self, start: Start, saver: Saver | None, on_step: Callable[[int, float], None]) -> int:
+        """The number of steps done."""
+        self.place, done = start.batches, start.step
+        while done < self._settings.steps and not self.stopped:
+            self._one(done)
+            if done == start.step:
+                self.warm = self._step.traffic
+            done += 1
+            if saver is not None and not self.stopped:
+                saver.after(done, self.place)
+            on_step(done, self._step.curve.losses[-1])
+        return done
+
+    def _one(self, number: int) -> None:
+        settings, before = self._settings, self._step.traffic
+        batches = _batches(self._text, self.place, settings)
+        self._step(batches)
+        if self._beside is not None:
+            self._beside(batches)
+        self.place += len(batches)
+        peak = peak_memory(settings.device)
+        # at the end of a step all ranks wait: rank 0 comes late, from the other model
+        stop, most = most_of_ranks([self._stop.noted, peak], settings.device, settings.plan.timeout)
+        self.stopped = bool(stop)
+        curve = self._step.curve
+        tokens = len(batches) * self._text.batch * self._text.length
+        self._log.write(
+            step=number,
+            loss=curve.losses[-1],
+            reference_loss=self._beside.curve.losses[-1] if self._beside else None,
+            grad_norm=curve.norms[-1],
+            tokens_per_second=round(tokens / curve.seconds[-1], 1),
+            seconds=round(curve.seconds[-1], 6),
+            peak_memory_bytes=peak,
+            peak_memory_bytes_most=int(most),
+            sent_bytes=bytes_by_axis(since(before, self._step.traffic)),
+        )
+
+
+def _batches(text: ByteText, place: int, settings: Settings) -> list[Batch]:
+    numbers = range(place, place + settings.accumulate)
+    return [{name: tensor.to(settings.device) for name, tensor in text(n).items()} for n in numbers]
+
+
+class _Stepper:
+    """A model with its optimizer, as a script for one device would have them."""
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model, self.device, self.curve = model.train(), settings.device, Curve()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate)
+        self._clip = settings.clip or math.inf
+        self._in_parts = settings.plan.microbatches > 1 or is_pipelined(settings.mesh)  # the one batch of a step
+
+    @property
+    def traffic(self) -> tuple[Transfer, ...]:
+        return self.model.traffic if isinstance(self.model, ParallelModule) else ()
+
+    def __call__(self, batches: list[Batch]) -> None:
+        start = time.perf_counter()
+        losses = []
+        for batch in batches:
+            if self._in_parts and isinstance(self.model, ParallelModule):
+                losses.append(self.model.train_step(**batch))
+                continue
+            with nullcontext() if batch is batches[-1] else self._no_sync():
+                loss = _loss(self.model(**batch)) / len(batches)
+                loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        norm = self._clip_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.curve.losses.append(sum(map(float, losses)))
+        self.curve.norms.append(float(norm))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.curve.seconds.append(time.perf_counter() - start)
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        return self.model.no_sync() if isinstance(self.model, ParallelModule) else nullcontext()
+
+    def _clip_gradients(self) -> Tensor:
+        if isinstance(self.model, ParallelModule):
+            return self.model.clip_grad_norm_(self._clip)
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
+
+
+def _loss(output: Any) -> Tensor:
+    found = output["loss"]
+    assert isinstance(found, Tensor)
+    return found

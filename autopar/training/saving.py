@@ -1,0 +1,86 @@
+"""Checkpoints of ``autopar train``: where it saves, from where it goes on, and its place in the text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.optim import Optimizer
+
+from autopar.checkpoint.checkpoints import Checkpoints
+from autopar.checkpoint.files import complete, path_of
+from autopar.module import ParallelModule
+from autopar.training.byte_text import ByteText
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A directory that all ranks see; a checkpoint every so many steps, of which the latest ``keep`` stay.
+
+    ``resume``: go on from the latest one, if there is one. Raises ValueError where there are some and it is not asked
+    for: their steps would be done, and saved, again.
+    """
+
+    directory: Path
+    every: int
+    keep: int
+    resume: bool
+
+    def __post_init__(self) -> None:
+        latest = self.latest
+        if latest is not None and not self.resume:
+            raise ValueError(
+                f"--checkpoint {self.directory}: it has checkpoints, the latest of step {latest}\n"
+                "Way out: --resume goes on from there; or another directory."
+            )
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the latest complete checkpoint."""
+        return max(complete(self.directory), default=None)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Steps and batches of the text that were done before; the checkpoint that says so, if there is one."""
+
+    step: int = 0
+    batches: int = 0
+    path: Path | None = None
+
+
+class Saver:
+    """Saves a model, its optimizer and its place in the text. All ranks call each method at the same time."""
+
+    def __init__(self, saving: Saving, text: ByteText, model: ParallelModule, optimizer: Optimizer) -> None:
+        self._saving, self._text, self._model, self._optimizer = saving, text, model, optimizer
+        self._checkpoints = Checkpoints(saving.directory, saving.keep)
+        self._saved: int | None = None
+
+    def start(self) -> Start:
+        """Load the latest checkpoint if that is asked for and there is one. The model has to have its program.
+
+        Raises CheckpointError, and ValueError for a checkpoint that was made on another text or other batches.
+        """
+        resumed = self._checkpoints.load(self._model, self._optimizer) if self._saving.resume else None
+        if resumed is None:
+            return Start()
+        self._saved = resumed.step
+        return Start(resumed.step, self._text.batches_before(resumed.data), resumed.path)
+
+    def after(self, step: int, batches: int) -> None:
+        """Save, if it is time, while training goes on."""
+        if step % self._saving.every == 0:
+            self._save(step, batches, wait=False)
+
+    def finish(self, step: int, batches: int) -> Path:
+        """Save what is not saved yet, and wait until it is; gives the checkpoint."""
+        if step != self._saved:
+            self._save(step, batches, wait=True)
+        self._checkpoints.wait()
+        return path_of(self._saving.directory, step)
+
+    def _save(self, step: int, batches: int, wait: bool) -> None:
+        place = self._text.place(batches)
+        self._checkpoints.save(step, self._model, self._optimizer, data=place, wait=wait)
+        self._saved = step

@@ -1,0 +1,1 @@
+"""Checks of the compiler itself: each rule against its operator, coverage of models."""

@@ -1,0 +1,277 @@
+"""How well one model is covered: exact on each mesh, and really split there.
+
+A model that ended replicated is exact too, so exactness alone proves nothing. A mesh with data axes passes if every
+product that depends on the batch is split by it, and the only floating collectives on those axes reduce the loss and
+gradients. One with a tensor axis passes if nine tenths of the bytes of the parameters are split on it and stay so while
+computing. What keeps a mesh from passing is said in ``remarks``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from autopar.analysis.footprint import held
+from autopar.check import TOLERANCE, Reference, Report
+from autopar.cost.flops import flops, is_product
+from autopar.errors import AutoparError, IndivisibleError
+from autopar.ir import collectives as comm
+from autopar.ir.node import origin, value, values
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
+from autopar.ir.traffic import Transfer
+from autopar.mesh import DATA_AXES, PIPELINE, Mesh
+from autopar.pipeline.mixed_rows import normalised
+from autopar.plan import Plan
+from autopar.rules import rule_for
+
+TENSOR_AXIS = "tp"
+MOST_OF_IT = 0.9  # of the bytes of the parameters
+LARGE = 0.01  # a parameter with less than this share is not worth a remark
+REMARKS = 4  # of one kind, before "and n more"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mesh with a plan to try, and what the table calls it."""
+
+    title: str
+    mesh: Mesh
+    plan: Plan = field(default_factory=Plan)
+
+
+CASES: tuple[Case, ...] = (
+    Case("dp=2", Mesh(dp=2)),
+    Case("tp=2", Mesh(tp=2)),
+    Case("dp=2,tp=2", Mesh(dp=2, tp=2)),
+    Case("tp=4", Mesh(tp=4)),
+    Case("tp=2 megatron", Mesh(tp=2), Plan(sequence="megatron")),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One model on one mesh.
+
+    Attributes:
+        error: the largest error of loss, outputs and gradients in float64; None where there is no program.
+        failure: why there is none; or, with an ``error``, why only a program with some parts whole could be made.
+        parameters, compute: per axis the share of the parameters' bytes, and of the operations of the forward pass
+            (for data axes: of those that depend on the batch), that is split on it.
+        efficiency: operations of the whole model over those that all ranks do together, forward and backward.
+    """
+
+    title: str
+    error: float | None = None
+    failure: str = ""
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    compute: Mapping[str, float] = field(default_factory=dict)
+    efficiency: float = 0.0
+    traffic: tuple[Transfer, ...] = ()
+    remarks: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        return self.error is not None and self.error <= TOLERANCE
+
+    @property
+    def passed(self) -> bool:
+        return self.exact and not self.failure and not self.remarks
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """One model on all meshes. ``failure``: why it could not be traced; then there are no outcomes."""
+
+    name: str
+    family: str
+    parameters: int = 0  # how many numbers
+    failure: str = ""
+    unknown: tuple[str, ...] = ()  # operators without a rule
+    outcomes: tuple[Outcome, ...] = ()
+
+
+def cover(name: str, family: str, model: nn.Module, batch: Mapping[str, Any], cases: Sequence[Case]) -> Coverage:
+    """Trace ``model`` once, then split, simulate and measure it for every case."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        reference = Reference(model, batch)
+    except AutoparError as error:
+        return Coverage(name, family, count, failure=_first_line(error))
+    single = reference.program(Mesh())
+    whole = operations(single)
+    outcomes = tuple(_outcome(reference, case, whole) for case in cases)
+    return Coverage(name, family, count, unknown=unknown_operators(single), outcomes=outcomes)
+
+
+def unknown_operators(program: Program) -> tuple[str, ...]:
+    """Operators of a program that have no splitting rule."""
+    targets = (node.target for node in program.graph.nodes if node.op == "call_function")
+    operators = (target for target in targets if isinstance(target, torch._ops.OpOverload))
+    return tuple(sorted({str(target) for target in operators if rule_for(target) is None}))
+
+
+def operations(program: Program) -> int:
+    """Operations that one rank does in a step, forward and backward; of a pipeline the rank that does most, where each
+    microbatch counts as the first."""
+    if program.schedule is not None:
+        ranks = [0] * len(program.schedule.ranks)
+        for stage, place in zip(program.stages, program.schedule.placement):
+            ranks[place] += program.schedule.microbatches * operations(stage)
+        return max(ranks)
+    (role,) = program.roles
+    graphs = [graph for graph in (role.forward, role.backward) if graph is not None]
+    nodes = [node for graph in graphs for node in graph.nodes]
+    return sum(flops(node, lambda kind: kind.layout.local_shape(program.mesh)) for node in nodes)
+
+
+def _outcome(reference: Reference, case: Case, whole: int) -> Outcome:
+    start = time.perf_counter()
+    failure, plan = "", case.plan
+    try:
+        report = reference.check(case.mesh, plan)
+    except IndivisibleError as error:
+        failure = _first_line(error)
+        try:
+            report = reference.check(case.mesh, replace(plan, on_indivisible="replicate"))
+        except AutoparError:
+            return Outcome(case.title, failure=failure, seconds=time.perf_counter() - start)
+    except (AutoparError, RuntimeError) as error:
+        return Outcome(case.title, failure=_first_line(error), seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return _measured(case, report, whole, normalised(reference.traced), failure, seconds)
+
+
+def _measured(
+    case: Case, report: Report, whole: int, normalised: frozenset[str], failure: str, seconds: float
+) -> Outcome:
+    program = report.program
+    axes = [axis for axis, size in program.mesh.axes if size > 1]
+    holdings = held(program)
+    split = {axis: holdings.split[axis] / max(1, holdings.whole) for axis in axes if axis not in DATA_AXES}
+    return Outcome(
+        case.title,
+        report.worst,
+        failure,
+        split,
+        {axis: compute_share(program, axis) for axis in axes},
+        whole / max(1, program.mesh.world_size * operations(program)),
+        report.step.traffic,
+        tuple(remark for axis in axes for remark in remarks(program, axis, normalised)),
+        seconds,
+    )
+
+
+# ---------------------------------------------------------------- what is split, and what is not
+
+
+def compute_share(program: Program, axis: str) -> float:
+    """The share of the forward pass's operations that ``axis`` splits; on data axes of those that see the batch.
+    Pipeline stages split all of them."""
+    if axis == PIPELINE:
+        return 1.0
+    seen = _after(program, InputKind.INPUT) if axis in DATA_AXES else None
+    done = {node: flops(node, lambda kind: kind.shape) for node in program.graph.nodes if seen is None or node in seen}
+    total = sum(done.values())
+    return sum(count for node, count in done.items() if _splits(node, axis)) / total if total else 1.0
+
+
+def remarks(program: Program, axis: str, normalised: frozenset[str] = frozenset()) -> list[str]:
+    """What keeps ``axis`` from passing. ``normalised``: modules that normalise by statistics of the whole batch."""
+    if axis in DATA_AXES:
+        seen = _after(program, InputKind.INPUT)
+        whole = [node for node in program.graph.nodes if node in seen and is_product(node)]
+        found = [f"not split by {axis}: {node.name} at {_place(node)}" for node in whole if not _splits(node, axis)]
+        return _few(found) + _few(_irregular(program, axis, normalised))
+    if axis == TENSOR_AXIS:
+        share = held(program)
+        gathered = [f"weight gathered over {axis}: {_place(node)}" for node in _gathered_weights(program, axis)]
+        if share.split[axis] >= MOST_OF_IT * share.whole:
+            return _few(gathered)
+        return [f"whole on {axis}: {', '.join(_few(_whole_weights(program, axis)))}", *_few(gathered)]
+    return []
+
+
+def _after(program: Program, kind: InputKind) -> set[fx.Node]:
+    """Everything that depends on a placeholder of that kind."""
+    found = {node for node, _ in program.placeholders(kind)}
+    for node in program.graph.nodes:
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _splits(node: fx.Node, axis: str) -> bool:
+    """Whether each rank of the axis does its own part of a call: an operand or an output is split on it."""
+    return any(axis in kind.layout.axes for near in (node, *node.all_input_nodes) for kind in values(near))
+
+
+def _irregular(program: Program, axis: str, normalised: frozenset[str]) -> Iterator[str]:
+    """Collectives on a data axis that are no reduction of the loss or of gradients: some product follows on them."""
+    roles = [role for stage in program.stages or (program,) for role in stage.roles]
+    for graph in (graph for role in roles for graph in (role.forward, role.backward)):
+        for node in graph.nodes if graph is not None else ():
+            name = comm.moving(node.target)
+            if name is None or axis not in node.args or not value(node).dtype.is_floating_point:
+                continue
+            if name == "all_reduce" and origin(node).module in normalised:
+                yield f"statistics of batch normalisation reduced over {axis}"
+            elif name != "all_reduce" or _feeds_a_product(node):
+                yield f"{name} over {axis}: {_place(node)}"
+
+
+def _feeds_a_product(node: fx.Node) -> bool:
+    queue, seen = list(node.users), set[fx.Node]()
+    while queue:
+        user = queue.pop()
+        if user in seen:
+            continue
+        if is_product(user):
+            return True
+        seen.add(user)
+        queue += user.users
+    return False
+
+
+def _gathered_weights(program: Program, axis: str) -> Iterator[fx.Node]:
+    weights = {node for node, _ in program.placeholders(InputKind.PARAMETER)}
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not node.all_input_nodes:
+            continue
+        if all(source in weights for source in node.all_input_nodes):
+            weights.add(node)
+            if comm.TARGETS.get(node.target, "").startswith("all_gather") and axis in node.args:
+                yield node
+
+
+def _whole_weights(program: Program, axis: str) -> Iterator[str]:
+    total = held(program).whole
+    for node, entry in program.placeholders(InputKind.PARAMETER):
+        kind = value(node)
+        share = math.prod(kind.shape) * kind.dtype.itemsize / total
+        if axis not in kind.layout.axes and share >= LARGE:
+            yield f"{entry.target} ({share:.0%})"
+
+
+def _place(node: fx.Node) -> str:
+    where = origin(node)
+    return where.module or where.source.partition(" ")[0] or node.name
+
+
+def _few(texts: Iterable[str]) -> list[str]:
+    found = [text if count == 1 else f"{text} (x{count})" for text, count in Counter(texts).items()]
+    more = len(found) - REMARKS
+    return found if more <= 0 else [*found[:REMARKS], f"and {more} more"]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

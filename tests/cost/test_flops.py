@@ -1,0 +1,77 @@
+"""Counting operations, against torch's own counter and by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from autopar.compiler import compile_program
+from autopar.cost.flops import flops, is_product
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+from autopar.zoo.named import named_model
+
+
+def counted(model: nn.Module, batch: dict[str, torch.Tensor], mesh: Mesh) -> tuple[int, int]:
+    """Operations in products of one rank, forward and backward."""
+    program = compile_program(model, mesh, Plan(check_numerics=False), (), batch)
+    (role,) = program.roles
+    assert role.backward is not None
+
+    def total(graph: torch.fx.Graph) -> int:
+        return sum(flops(node, lambda kind: kind.layout.local_shape(mesh)) for node in graph.nodes if is_product(node))
+
+    return total(role.forward), total(role.backward)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "gpt", "llama", "t5"])
+def test_as_torch_counts(name: str) -> None:
+    example = named_model(name, batch=4)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = example.model(**example.batch)["loss"]
+        forward = counter.get_total_flops()
+        loss.backward()
+    backward = counter.get_total_flops() - forward
+    found = counted(example.model, example.batch, Mesh())
+    assert found[0] == forward
+    attention = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+    extra = found[1] - backward  # the scores are computed again, where torch's plain attention has kept them
+    assert 0 <= extra <= attention / 4 and (extra == 0) == (attention == 0)
+
+
+@pytest.mark.parametrize("axes", [{"dp": 2}, {"tp": 2}, {"dp": 2, "tp": 2}])
+def test_a_rank_does_its_part(axes: dict[str, int]) -> None:
+    example = named_model("mlp", batch=4)
+    mesh = Mesh(**axes)
+    whole, part = (counted(example.model, example.batch, on) for on in (Mesh(), mesh))
+    assert [count * mesh.world_size for count in part] == list(whole)
+
+
+def test_what_only_moves_data_counts_nothing() -> None:
+    class Moving(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x.transpose(0, 1).reshape(4, 6), x.view(4, 6)]).flip(0) * 2
+
+    x = torch.ones(3, 8, requires_grad=True)
+    (role,) = compile_program(Moving(), Mesh(), Plan(), (x,)).roles
+    assert sum(flops(node, lambda kind: kind.shape) for node in role.forward.nodes) == 48
+
+
+class Chosen(nn.Module):
+    """Two of four experts for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8, 6))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ti,tkio->tko", x, self.weight[ids]).sum()
+
+
+def test_experts_count_for_the_tokens_that_they_get() -> None:
+    batch = {"x": torch.randn(10, 8), "ids": torch.randint(4, (10, 2))}
+    forward, backward = counted(Chosen(), batch, Mesh())
+    assert forward == backward == 2 * 10 * 2 * 8 * 6  # backward: the gradient of the weight alone

@@ -1,0 +1,204 @@
+"""Several batches for one step: gradients wait on their rank, and are those of all batches in the end."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+import autopar
+from autopar import Mesh, Plan
+from autopar.autodiff.hoist import without_gathers, without_reductions
+from autopar.ir.loss import loss_of
+from autopar.ir.parse import parse
+from autopar.ir.program import Program
+from models import llama
+from tests.against_one_process import Errors, Tiny, compare_gradients, float64, tiny_batch, worst
+from tests.launch import run_ranks
+
+BATCHES = [llama.example_batch(llama.PRESETS["tiny"], 4, 8, seed) for seed in range(4)]
+STEPS = """
+program mesh(dp=2 tp=2)
+  w = param w              : f32[8@dp,4]
+  x = input                : f32[8@dp,4]
+  g = comm.all_gather(w, dp, dim=0) : f32[8,4]
+  y = aten.linear(x, g)    : f32[8@dp,8]
+  return out=y
+
+forward:
+  w = param w              : f32[8@dp,4]
+  x = input                : f32[8@dp,4]
+  g = comm.all_gather(w, dp, dim=0) : f32[8,4]
+  y = aten.linear(x, g)    : f32[8@dp,8]
+  return out=y, saved x
+
+backward:
+  x = saved                : f32[8@dp,4]
+  d = grad out               : f32[8@dp,8]
+  t = aten.t(d)            : f32[8,4]
+  m = aten.mm(t, x)        : f32[8,4]
+  a = comm.all_reduce(m, tp) : f32[8,4]
+  r = comm.reduce_scatter(a, dp, dim=0) : f32[8@dp,4]
+  return w=r
+
+inference:
+  w = param w              : f32[8@dp,4]
+  x = input                : f32[8@dp,4]
+  g = comm.all_gather(w, dp, dim=0) : f32[8,4]
+  y = aten.linear(x, g)    : f32[8@dp,8]
+  return out=y
+"""
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return parse(STEPS)
+
+
+def names(graph: torch.fx.Graph) -> list[str]:
+    return [node.name for node in graph.nodes if node.op != "output"]
+
+
+def test_gathers_are_taken_out(program: Program) -> None:
+    found = without_gathers(program.roles[0].forward, {"w"})
+    assert found is not None
+    assert names(found.graph) == ["w", "g"] and names(found.rest) == ["w", "x", "g", "y"]
+    assert found.parameters == ("w",) and found.owners == (("w", "dp"),)
+    assert without_gathers(found.rest, {"w"}) is None
+
+
+def test_reductions_are_taken_out(program: Program) -> None:
+    backward = program.roles[0].backward
+    assert backward is not None
+    data = without_reductions(backward, ["dp"])
+    assert names(data.rest) == ["x", "d", "t", "m", "a"] and names(data.graph) == ["a", "r"]
+    both = without_reductions(backward, ["dp", "tp"])
+    assert names(both.rest) == ["x", "d", "t", "m"] and names(both.graph) == ["m", "a", "r"]
+    neither = without_reductions(backward, [])
+    assert names(neither.rest) == names(backward) and names(neither.graph) == ["r"]
+
+
+def accumulate(plan: Plan, mesh: Mesh) -> tuple[Errors, list[float]]:
+    """Two steps of four batches: errors of gradients, and bytes that backward sent on dp over those of parameters."""
+    model = float64(llama.build)
+    reference = copy.deepcopy(model)
+    parallel = autopar.parallelize(model, mesh, plan)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in reference.parameters())
+    errors: Errors = {}
+    sent = []
+    for step in range(2):
+        assert parallel._connection is not None
+        parallel._connection.comm.reset_traffic()
+        for place, batch in enumerate(BATCHES):
+            with nullcontext() if place == 3 else parallel.no_sync():
+                loss_of(parallel(**batch)).backward()
+            loss_of(reference(**batch)).backward()
+        data = [entry.bytes for entry in parallel.traffic if (entry.axis, entry.phase) == ("dp", "backward")]
+        sent.append(sum(data) / size)
+        errors |= {f"{name} {step}": error for name, error in compare_gradients(parallel, reference).items()}
+        for module in (parallel, reference):
+            module.zero_grad()
+    return errors, sent
+
+
+@pytest.mark.parametrize(("stage", "times"), [(0, 2), (1, 1), (2, 4), (3, 8)])
+def test_gradients_are_reduced_once(stage: int, times: int) -> None:
+    """Plain: one all-reduce is twice the bytes; sharded stages scatter, 2 and 3 for each batch, 3 gathers again too."""
+    for errors, sent in run_ranks(accumulate, 2, Plan(zero=stage, check_numerics=False), Mesh(dp=2)):
+        assert worst(errors) < (1e-12, "")
+        assert sent == pytest.approx([0.5 * times] * 2, rel=0.03) if stage < 3 else all(s < 0.5 * times for s in sent)
+
+
+def mixed_calls() -> tuple[Errors, bool]:
+    """Batches of two sizes wait for each other: two programs; and nothing has arrived before the last."""
+    model = float64(Tiny)
+    reference = copy.deepcopy(model)
+    parallel = autopar.parallelize(model, Mesh(dp=2), Plan(check_numerics=False))
+    with parallel.no_sync():
+        for rows in (4, 8, 4):
+            loss_of(parallel(**tiny_batch(rows))).backward()
+    empty = all(parameter.grad is None for parameter in parallel.parameters())
+    loss_of(parallel(**tiny_batch(8, seed=1))).backward()
+    batches: list[dict[str, Tensor]] = [tiny_batch(4), tiny_batch(8), tiny_batch(4), tiny_batch(8, seed=1)]
+    for batch in batches:
+        loss_of(reference(**batch)).backward()
+    return compare_gradients(parallel, reference), empty
+
+
+def test_batches_of_several_sizes() -> None:
+    for errors, empty in run_ranks(mixed_calls, 2):
+        assert worst(errors) < (1e-12, "") and empty
+
+
+def alone() -> Errors:
+    model = float64(Tiny)
+    reference = copy.deepcopy(model)
+    parallel = autopar.parallelize(model, Mesh(dp=1), Plan(check_numerics=False))
+    with parallel.no_sync():
+        loss_of(parallel(**tiny_batch())).backward()
+    loss_of(reference(**tiny_batch())).backward()
+    return compare_gradients(parallel, reference)
+
+
+def test_with_nothing_to_reduce_nothing_waits() -> None:
+    assert worst(run_ranks(alone, 1)[0]) < (1e-12, "")
+
+
+def in_parts(plan: Plan, name: str) -> tuple[Errors, float, list[int]]:
+    """One train step of a batch cut in parts; errors of gradients and of the loss, and reductions on dp by phase."""
+    model = float64(llama.build if name == "llama" else Means)
+    reference = copy.deepcopy(model)
+    batch = llama.example_batch(llama.PRESETS["tiny"], 12, 8, 0) if name == "llama" else {"x": torch.randn(12, 3)}
+    parallel = autopar.parallelize(model, Mesh(dp=2), plan)
+    loss = parallel.train_step(**batch)
+    expected = loss_of(reference(**batch))
+    expected.backward()
+    data = [entry.operations for entry in parallel.traffic if entry.phase == "backward"]
+    return compare_gradients(parallel, reference), float((loss - expected.detach()).abs()), data
+
+
+class Means(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w(x).square().mean()
+
+
+@pytest.mark.parametrize("name", ["llama", "means"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_step_in_parts_is_the_step_of_the_whole(name: str, stage: int) -> None:
+    """Rows of the batch have unequally many labels, so the mean of the parts' means would be another number."""
+    plan = Plan(microbatches=3, zero=stage, check_numerics=False)
+    for errors, difference, reductions in run_ranks(in_parts, 2, plan, name):
+        assert worst(errors) < (1e-12, "") and difference < 1e-12
+        assert stage > 1 or len(reductions) == 1, "one kind of collective"
+
+
+class NoMean(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w(x).square().mean() + self.w(x).abs().sum().sqrt()
+
+
+def refused() -> list[str]:
+    model = autopar.parallelize(float64(NoMean), Mesh(dp=1), Plan(microbatches=2))
+    said = []
+    for rows in (4, 1):
+        with pytest.raises(autopar.AutoparError) as caught:
+            model.train_step(x=torch.randn(rows, 3))
+        said.append(str(caught.value))
+    return said
+
+
+def test_losses_and_rows_that_have_no_parts() -> None:
+    no_mean, rows = run_ranks(refused, 1)[0]
+    assert "not in a mean" in no_mean and "no_sync" in no_mean
+    assert "1 rows" in rows and "2 microbatches" in rows

@@ -1,0 +1,142 @@
+"""The coverage report: what passes, and that nothing which is gathered, replicated or refused does."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from autopar.__main__ import app
+from autopar.commands.coverage import measure
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+from autopar.verification.coverage import CASES, Case, Coverage, cover
+
+DATA, TENSOR = Case("dp=2", Mesh(dp=2)), Case("tp=2", Mesh(tp=2))
+
+
+class Toy(nn.Module):
+    """Two linears and a loss; ``body`` comes in between."""
+
+    def __init__(self, width: int = 64, body: nn.Module | None = None) -> None:
+        super().__init__()
+        self.up, self.body, self.down = nn.Linear(8, width), body or nn.Identity(), nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.body(self.up(x)).relu()).square().sum()
+
+
+def covered(model: nn.Module, *cases: Case) -> Coverage:
+    return cover("toy", "plain torch", model, {"x": torch.randn(4, 8)}, cases)
+
+
+def test_what_is_split_passes() -> None:
+    data, tensor = covered(Toy(), DATA, TENSOR).outcomes
+    assert data.passed and data.compute["dp"] > 0.999 and data.efficiency > 0.9
+    assert tensor.passed and tensor.parameters["tp"] > 0.9 and tensor.compute["tp"] > 0.8
+
+
+class MixesRows(nn.Module):
+    """Every row needs every other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.T).softmax(-1) @ x
+
+
+def test_what_gathers_the_batch_is_exact_but_does_not_pass() -> None:
+    (data,) = covered(Toy(body=MixesRows()), DATA).outcomes
+    assert data.exact and not data.passed
+    assert any("all_gather over dp: body" in remark for remark in data.remarks), data.remarks
+
+
+def test_batch_norm_is_named() -> None:
+    body = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(64))  # without the relu, the bias before has no gradient but noise
+    (data,) = covered(Toy(body=body), DATA).outcomes
+    assert data.exact and not data.passed
+    assert data.remarks[0].startswith("statistics of batch normalisation reduced over dp"), data.remarks
+
+
+def test_a_model_that_stays_whole_is_exact_but_does_not_pass() -> None:
+    case = Case("whole", Mesh(tp=2), Plan(tensor={"*": "replicate"}))
+    (tensor,) = covered(Toy(), case).outcomes
+    assert tensor.exact and not tensor.passed and tensor.parameters == {"tp": 0.0}
+    assert "up.weight (4" in tensor.remarks[0], tensor.remarks
+
+
+def test_what_is_refused_says_why_and_what_the_way_out_gives() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = x.reshape(4, 1, 3, 4, 2).permute(2, 0, 3, 1, 4)[:, :, :3].unbind(0)
+            return nn.functional.scaled_dot_product_attention(q, k, v).reshape(4, 6)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.inner, self.out = nn.Linear(8, 24), Attention(), nn.Linear(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.inner(self.qkv(x))).square().sum()
+
+    (tensor,) = covered(Model(), TENSOR).outcomes
+    assert tensor.failure and not tensor.passed
+    assert tensor.exact, "with on_indivisible='replicate'"
+
+
+def test_wrong_numbers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autopar import simulate
+
+    plain = simulate._gradients
+    monkeypatch.setattr(simulate, "_gradients", lambda *given: {name: 2 * grad for name, grad in plain(*given).items()})
+    (data,) = covered(Toy(), DATA).outcomes
+    assert data.error is not None and data.error > 0.5 and not data.exact and not data.passed
+
+
+def test_a_model_that_cannot_be_traced() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum() if x.sum() > 0 else x.mean()
+
+    found = covered(Branching(), DATA)
+    assert "cannot be traced" in found.failure and not found.outcomes
+
+
+@pytest.mark.parametrize("name", ["llama", "segformer", "clip"])
+def test_architectures(name: str) -> None:
+    pytest.importorskip("transformers")
+    found = measure(name, "any", CASES)
+    assert not found.failure and not found.unknown
+    assert all(outcome.exact for outcome in found.outcomes), found
+    by_title = {outcome.title: outcome for outcome in found.outcomes}
+    if name == "llama":
+        assert all(outcome.passed for outcome in found.outcomes)
+    if name == "segformer":
+        assert by_title["dp=2"].passed and "1 heads" in by_title["tp=2"].failure
+    if name == "clip":
+        assert by_title["tp=2"].passed and "all_gather" in by_title["dp=2"].remarks[0]
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(app, ["coverage", *words])
+
+
+def test_the_command(tmp_path: Any) -> None:
+    pytest.importorskip("transformers")
+    page = tmp_path / "page.md"
+    found = run(
+        "gpt2", "models.mlp", "--mesh", "dp=2", "--mesh", "tp=2", "--jobs", "1", "--json", "--markdown", str(page)
+    )
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.stdout)["architectures"]
+    assert [row["name"] for row in rows] == ["gpt2", "models.mlp"]
+    assert all(outcome["passed"] for row in rows for outcome in row["outcomes"])
+    assert re.search(r"\| gpt2 \|.*\| pass \| pass \|", page.read_text())
+
+
+def test_names_that_it_does_not_know() -> None:
+    found = run("lama")
+    assert isinstance(found.exception, ValueError) and "coverage knows no 'lama'" in str(found.exception)
