@@ -170,11 +170,39 @@ def _tensors(value: Any) -> list[Tensor]:
 # ---------------------------------------------------------------- graphs
 
 
-class Lockstep:
-    """Runs graphs on all ranks of ``mesh`` at once and counts what they send and hold."""
+DUALS = {
+    "enter": "all_reduce", "release": "keep_first", "keep_first": "release", "all_reduce": "release",
+    "all_gather": "reduce_scatter", "all_gather_invariant": "split", "reduce_scatter": "all_gather",
+    "split": "all_gather", "split_replicated": "pad", "pad": "split_replicated", "all_to_all": "all_to_all",
+}  # fmt: skip
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
+
+class _Differentiable(torch.autograd.Function):
+    """A collective over the parts of one group; its backward is the dual collective."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, arguments: tuple[Any, ...], *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.name, ctx.arguments = name, arguments
+        return tuple(part.clone() for part in collective(name, parts, arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        name, arguments = DUALS[ctx.name], ctx.arguments
+        if name == "all_reduce":
+            arguments = (*arguments, "sum")
+        if name == "all_to_all":
+            arguments = (*arguments[:2], arguments[3], arguments[2])
+        return (None, None, *(part.clone() for part in collective(name, grads, arguments)))
+
+
+class Lockstep:
+    """Runs graphs on all ranks of ``mesh`` at once and counts what they send and hold.
+
+    ``gradients``: torch's autograd may go backward through what was run, collectives as their duals.
+    """
+
+    def __init__(self, mesh: Mesh, *, gradients: bool = False) -> None:
+        self.mesh, self.gradients = mesh, gradients
         self.memory = [Memory() for _ in range(mesh.world_size)]
         self.groups = {axis: tuple(mesh.groups(axis)) for axis in mesh.names}
         self._sent: dict[tuple[str, str, str], tuple[int, int]] = {}
@@ -245,7 +273,11 @@ class Lockstep:
             self.count(phase, axis, moving, 1, moved_bytes(moving, ways, size))
         results: Ranks = [None] * self.mesh.world_size
         for group in self.groups.get(axis) or tuple((rank,) for rank in range(self.mesh.world_size)):
-            members = collective(name, [parts[rank] for rank in group], (axis, *rest))
+            own = [parts[rank] for rank in group]
+            if self.gradients:
+                members = _Differentiable.apply(name, (axis, *rest), *own)  # type: ignore[no-untyped-call]
+            else:
+                members = collective(name, own, (axis, *rest))
             for rank, result in zip(group, members):
                 results[rank] = result
         return results

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from autopar.ir.layout import REPLICATED, Partial, Placement, Split, owned_indices
 from autopar.mesh import Mesh
-from autopar.simulator.lockstep import REDUCTIONS
+from autopar.simulator.lockstep import REDUCTIONS, Ranks, take
 
 AXIS, OUTER = "tp", "dp"  # the axis that is split; collectives in samples run on the other one
 TOLERANCE = {torch.float32: 1e-4, torch.complex64: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # else 1e-12
-
-Ranks = list[Any]
 
 
 def pieces(
@@ -49,14 +46,11 @@ def _summands(tensor: Tensor, ways: int) -> list[Tensor]:
 
 
 def _part(whole: Tensor, split: Split, position: int, ways: int, fill: Callable[..., Tensor]) -> Tensor:
-    length = whole.shape[split.dim]
-    own = owned_indices(length, split, position, ways)
-    part = whole.index_select(split.dim, own)
-    missing = -(-length // ways) - len(own)
-    if missing <= 0:
-        return part
-    shape = [missing if d == split.dim else size for d, size in enumerate(whole.shape)]
-    return torch.cat([part, fill(whole, shape)], split.dim)
+    part = take(whole, split, position, ways)
+    own = len(owned_indices(whole.shape[split.dim], split, position, ways))
+    padding = part.narrow(split.dim, own, part.shape[split.dim] - own)
+    padding.copy_(fill(whole, list(padding.shape)))
+    return part
 
 
 def garbage(like: Tensor, shape: list[int]) -> Tensor:

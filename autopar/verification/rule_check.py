@@ -24,26 +24,19 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopar.errors import WrongRuleError
-from autopar.ir import collectives as comm
 from autopar.ir.layout import REPLICATED, Layout, Partial, Placement, Split
-from autopar.ir.node import Value, set_values, value, values
+from autopar.ir.node import Value, output_node, set_values, value, values
 from autopar.ir.program import Program
 from autopar.ir.tables import Input, InputKind, Output, OutputKind
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.rules import Rule, call_of
 from autopar.rules.factoring import Call, Factoring, Part, Strategy
-from autopar.simulator.lockstep import collective
+from autopar.simulator.lockstep import Lockstep, Ranks
 from autopar.split.choose import Choice, distinct
 from autopar.split.flow import Flow, key_of
 from autopar.split.split_axis import rewritten
-from autopar.verification.placed import AXIS, OUTER, Ranks, compare, garbage, pieces, zeros
-
-DUALS = {
-    "enter": "all_reduce", "release": "keep_first", "keep_first": "release", "all_reduce": "release",
-    "all_gather": "reduce_scatter", "all_gather_invariant": "split", "reduce_scatter": "all_gather",
-    "split": "all_gather", "split_replicated": "pad", "pad": "split_replicated", "all_to_all": "all_to_all",
-}  # fmt: skip
+from autopar.verification.placed import AXIS, OUTER, compare, garbage, pieces, zeros
 
 
 @dataclass(frozen=True)
@@ -195,13 +188,6 @@ def strategies(factoring: Factoring, call: Call, ways: int) -> Iterator[Strategy
                 yield found
 
 
-def split_parts(rule: Rule, target: Any, sample: Sample, ways: int) -> int:
-    """How many strategies split something."""
-    setting = _setting(target, sample, ways, True)
-    call = call_of(setting.node, setting.program.mesh, setting.weights)
-    return sum(strategy.part is not None for strategy in strategies(rule(call), call, ways))
-
-
 # ---------------------------------------------------------------- the program of one node
 
 
@@ -227,7 +213,9 @@ def _setting(target: Any, sample: Sample, ways: int, gradients: bool) -> Setting
     node = graph.call_function(target, args, kwargs)
     before = list(nodes.values())
     lists = [[t.detach().requires_grad_(value(n).requires_grad) for t in ranks] for n, ranks in zip(before, tensors)]
-    found = _run_node(node, dict(zip(before, lists)), Mesh(**{OUTER: sample.outer}))
+    graph.output((node,))
+    (found,) = Lockstep(Mesh(**{OUTER: sample.outer}), gradients=True).run(graph, lists.copy())
+    graph.erase_node(output_node(graph))
     outputs = [list(_outputs(ranks)) for ranks in found]
     types = [Value(t.dtype, Layout.whole(t.shape), t.requires_grad) for t in outputs[0]]
     set_values(node, *types)
@@ -271,61 +259,6 @@ def _given(setting: Setting, call: Call, strategy: Strategy) -> dict[fx.Node, Pl
     return wanted
 
 
-# ---------------------------------------------------------------- running it
-
-
-class _Collective(torch.autograd.Function):
-    """A collective over the ranks of one group; its backward is the dual collective."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, arguments: tuple[Any, ...], *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.name, ctx.arguments = name, arguments
-        return tuple(part.clone() for part in collective(name, parts, arguments))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        name, arguments = DUALS[ctx.name], ctx.arguments
-        if name == "all_reduce":
-            arguments = (*arguments, "sum")
-        if name == "all_to_all":
-            arguments = (*arguments[:2], arguments[3], arguments[2])
-        return (None, None, *(part.clone() for part in collective(name, grads, arguments)))
-
-
-def _run(graph: fx.Graph, inputs: Sequence[Ranks], mesh: Mesh) -> list[Ranks]:
-    known: dict[fx.Node, Ranks] = {}
-    waiting = iter(inputs)
-    for node in graph.nodes:
-        if node.op == "output":
-            return [known[result] for result in node.args[0]]
-        known[node] = list(next(waiting)) if node.op == "placeholder" else _run_node(node, known, mesh)
-    raise AssertionError("a graph ends with its output")
-
-
-def _run_node(node: fx.Node, known: dict[fx.Node, Ranks], mesh: Mesh) -> Ranks:
-    name = comm.TARGETS.get(node.target)  # type: ignore[call-overload]
-    if name == "axis_index":
-        return [torch.tensor(mesh.coordinates(rank)[node.args[0]]) for rank in _ranks(mesh)]  # type: ignore[index]
-    if name is None:
-        return [_called(node, {n: known[n][rank] for n in node.all_input_nodes}) for rank in _ranks(mesh)]
-    source, axis, *rest = node.args
-    results: Ranks = [None] * mesh.world_size
-    for group in mesh.groups(axis):  # type: ignore[arg-type]
-        parts = [known[source][rank] for rank in group]  # type: ignore[index]
-        for rank, part in zip(group, _Collective.apply(name, (axis, *rest), *parts)):  # type: ignore[no-untyped-call]
-            results[rank] = part
-    return results
-
-
-def _ranks(mesh: Mesh) -> range:
-    return range(mesh.world_size)
-
-
-def _called(node: fx.Node, here: dict[fx.Node, Any]) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), here.__getitem__)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
 # ---------------------------------------------------------------- comparing
 
 
@@ -354,7 +287,7 @@ def _check_strategy(setting: Setting, call: Call, factoring: Factoring, strategy
     for node, ranks in zip(placeholders, inputs):
         for part in ranks:
             part.requires_grad_(value(node).requires_grad)
-    results = _run(graph, inputs, mesh)
+    results = Lockstep(mesh, gradients=True).run(graph, inputs.copy())
     for index, (ranks, placement, whole) in enumerate(zip(results, strategy.outputs, setting.results)):
         compare(f"output {index}", ranks, placement, whole, mesh)
     kinds = [values(node)[0].layout.local_shape(mesh) for node in graph.find_nodes(op="output")[0].args[0]]
