@@ -385,7 +385,7 @@ def test_refused_by_name(function: type[Function]) -> None:
             return found
 
     before = Function.apply.__func__.__code__  # type: ignore[attr-defined]
-    named = rf"{function.__name__}\n  at test_handwritten_gradients.py:\d+ in forward: found(?s:.*)"
+    named = rf"{function.__name__}\n  at test_autograd_functions.py:\d+ in forward: found(?s:.*)"
     with pytest.raises(TraceError, match=named + REFUSED[function] + "(?s:.*)Way out") as info:
         trace(Hand(), (torch.randn(4, 4),), plan=Plan(check_numerics=False))
     assert str(info.value).count("\n") < 15

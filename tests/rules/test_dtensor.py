@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import dtensor_oracle as dtensor
 import pytest
 import torch
 
@@ -24,6 +23,7 @@ from autopar.ir.layout import REPLICATED, Partial, Placement, Split, Whole
 from autopar.rules import RULES, rule_for
 from autopar.rules.reductions import share_of_mean
 from autopar.verification.rule_check import Case, Sample, cases, prove
+from tests.rules import dtensor_oracle as dtensor
 from tests.rules.samples import NOT_COMPARED, name_of, samples_of, tagged_pointwise
 
 aten = torch.ops.aten

@@ -19,7 +19,7 @@ NOT_ALL_SPLIT = {  # and what the report says of them
     "models.cnn": "statistics of batch normalisation",
     "models.lstm": "recurrent_layer",
 }
-QUICK = {  # one of each kind; the others take long together: pytest -m slow tests/test_zoo.py
+QUICK = {  # one of each kind; the others take long together: pytest -m slow tests/zoo/test_zoo.py
     "llama", "gpt2", "falcon", "bloom", "minicpm3", "mixtral", "deepseek_v3", "phimoe", "deberta_v2", "albert",
     "whisper", "swin", "convnext", "clip", "segformer", "resnet", "mamba2", "models.dlrm", "models.lstm", "models.unet",
 }  # fmt: skip
