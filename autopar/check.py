@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from autopar.compiler import finish_program, pipelined, place
 from autopar.frontend.numerics import gradient_error, promote_float32
 from autopar.frontend.trace import trace
 from autopar.ir.loss import loss_of
@@ -72,8 +73,6 @@ class Reference:
 
     def program(self, mesh: Mesh, plan: Plan | None = None) -> Program:
         """The program for ``mesh``, in float64 whatever ``plan.precision`` is. Raises what compiling raises."""
-        from autopar.compiler import finish_program, pipelined, place
-
         plan = replace(plan or Plan(), precision=Precision())
         with promote_float32():
             if is_pipelined(mesh):

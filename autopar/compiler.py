@@ -1,4 +1,4 @@
-"""The compiler from end to end: model -> trace -> passes -> differentiate -> parallel module."""
+"""The compiler from end to end: a model is traced, then run through the phases that ``passes/__init__.py`` lists."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from autopar.autodiff.differentiate import differentiate
 from autopar.frontend.trace import trace
-from autopar.ir.graph_pass import Pass, run_passes
+from autopar.ir.graph_pass import run_phases, steps_of
 from autopar.ir.layout import Layout
 from autopar.ir.program import Program, weight_layouts
 from autopar.mesh import Mesh, is_pipelined
+from autopar.passes import COMPILER, differentiate
+from autopar.passes.cut_stages import cut_stages
+from autopar.passes.split_batch import split_batch
 from autopar.pipeline import microbatches
 from autopar.pipeline.mixed_rows import warn_of_mixed_rows
 from autopar.pipeline.stages import check_same_parameters, stages_of_nodes
@@ -67,8 +69,8 @@ def pipelined(
 
 def _with_split_batch(traced: Program, mesh: Mesh) -> Program:
     program = replace(traced, mesh=mesh, plan=replace(traced.plan, zero=0, on_unknown="replicate"))
-    for step in _until("split_batch", "trace", forward_passes()):
-        program = step(program)  # not run_passes: a failure here leaves no evidence behind, it only ends the question
+    for phase, step in steps_of(COMPILER, until=split_batch.name):
+        program = phase.run(step, program)  # not run_phases: a failure leaves no evidence here, it ends the question
     return program
 
 
@@ -82,15 +84,17 @@ def split_program(
     *,
     after: str | None = None,
 ) -> Program:
-    """The forward program, split over all axes; or as it is after the pass called ``after`` (``"trace"``: before any).
+    """The forward program, split over all axes and cut into stages; or as it is after the pass called ``after``, which
+    may be a later one too (``"trace"``: before any).
 
     Raises ValueError for an unknown pass, and what :func:`compile_program` raises.
     """
-    passes = _until(after, "trace", forward_passes())
+    after = after or cut_stages.name
+    steps_of(COMPILER, until=after)  # an unknown pass: say so before the work
     if is_pipelined(mesh):
         args, kwargs = (), microbatches.parts(args, kwargs or {}, mesh, plan or Plan())[0]
     program = replace(trace(model, args, kwargs, mesh, plan), settled=dict(layouts or {}))
-    return run_passes(program, passes)
+    return run_phases(program, COMPILER, until=after)
 
 
 def place(traced: Program, mesh: Mesh, plan: Plan) -> Program:
@@ -100,45 +104,12 @@ def place(traced: Program, mesh: Mesh, plan: Plan) -> Program:
     """
     if plan.precision.param != traced.plan.precision.param:
         raise ValueError(f"traced with {traced.plan.precision}, to be placed with {plan.precision}: trace again")
-    return run_passes(replace(traced, mesh=mesh, plan=plan), forward_passes())
+    return run_phases(replace(traced, mesh=mesh, plan=plan), COMPILER, until=cut_stages.name)
 
 
 def finish_program(program: Program, *, after: str | None = None) -> Program:
-    """A split program with its backward pass, optimised; or as it is after the pass called ``after``
-    (``"differentiate"``: before any). Raises ValueError for an unknown pass."""
-    passes = _until(after, "differentiate", joint_passes())
-    program = differentiate(program)
-    if not program.stages:
-        return run_passes(program, passes)
-    program = replace(program, stages=tuple(run_passes(stage, passes) for stage in program.stages))
-    return run_passes(program, pipeline_passes() if after is None else ())
+    """A split program with its backward pass, optimised; or as it is after the pass called ``after``.
 
-
-def forward_passes() -> tuple[Pass, ...]:
-    """The passes between tracing and differentiation, in order."""
-    from autopar.passes import PASSES
-
-    return PASSES
-
-
-def joint_passes() -> tuple[Pass, ...]:
-    """The passes after differentiation, in order."""
-    from autopar.passes import OPTIMISATIONS
-
-    return OPTIMISATIONS
-
-
-def pipeline_passes() -> tuple[Pass, ...]:
-    """The passes over all stages of a pipeline together, in order."""
-    from autopar.passes import PIPELINE
-
-    return PIPELINE
-
-
-def _until(after: str | None, start: str, passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
-    names = [start, *(step.name for step in passes)]
-    if after is None:
-        return passes
-    if after not in names:
-        raise ValueError(f"there is no pass '{after}' here; in order there are {', '.join(names)}")
-    return passes[: names.index(after)]
+    Raises ValueError for an unknown pass, or one from before ``differentiate``.
+    """
+    return run_phases(program, COMPILER, since=differentiate.name, until=after)

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,9 +85,9 @@ def _apart(layers: int, options: argparse.Namespace) -> Compilation:
 
 
 def _compiled(layers: int, mesh: str, sequence: str) -> Compilation:
-    from autopar.autodiff.differentiate import differentiate
     from autopar.frontend.trace import trace
-    from autopar.passes import OPTIMISATIONS, PASSES
+    from autopar.ir.graph_pass import run_phases, steps_of
+    from autopar.passes import COMPILER
 
     warnings.filterwarnings("ignore")
     sizes = {axis: int(size) for axis, size in (part.split("=") for part in mesh.split(","))}
@@ -95,10 +96,8 @@ def _compiled(layers: int, mesh: str, sequence: str) -> Compilation:
     found = Compilation(layers, mesh, baseline_mb=_peak_mb())
     start = time.perf_counter()
     program = _timed(found, "trace", lambda: trace(model, (), batch, named, plan))
-    steps: list[tuple[str, Callable[[Program], Program]]] = [(step.name, step) for step in PASSES]
-    steps += [("differentiate", differentiate), *((step.name, step) for step in OPTIMISATIONS)]
-    for name, step in steps:
-        program = _timed(found, name, lambda step=step, before=program: step(before))  # type: ignore[misc]
+    for _, step in steps_of(COMPILER):
+        program = _timed(found, step.name, partial(run_phases, program, COMPILER, step.name, step.name))
     code = _timed(found, "emit", lambda: _emitted(program))
     found.clock_seconds, found.peak_mb = time.perf_counter() - start, _peak_mb()
     role = program.roles[0]

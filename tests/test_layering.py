@@ -38,7 +38,7 @@ STANDS_ON = {
     "simulate": "ir simulator",
     "runtime": "autodiff codegen errors ir mesh pipeline plan schedules",
     "passes": "analysis autodiff cost errors frontend ir mesh operators pipeline rules schedules split",
-    "compiler": "autodiff frontend ir mesh passes pipeline plan",
+    "compiler": "frontend ir mesh passes pipeline plan",
     "module": "errors frontend ir mesh pipeline plan runtime schedules simulate simulator",
     "api": "compiler mesh module plan runtime",
     "check": "compiler frontend ir mesh plan precision simulate simulator",

@@ -11,12 +11,11 @@ import typer
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 
-ModelName = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="hf:llama, hf:bert, ...; llama, models.llama:llama_70b, ...; or package.module:factory"
-    ),
-]
+_MODEL = typer.Argument(
+    metavar="MODEL", help="hf:llama, hf:bert, ...; llama, models.llama:llama_70b, ...; or package.module:factory"
+)
+ModelName = Annotated[str, _MODEL]
+OptionalModelName = Annotated[str | None, _MODEL]
 MeshText = Annotated[str, typer.Option("--mesh", metavar="AXES", help="axes and sizes, e.g. dp=2,tp=2")]
 PlanTexts = Annotated[
     list[str] | None,

@@ -9,8 +9,8 @@ import typer
 
 from autopar.commands.options import Json
 from autopar.commands.tables import print_json
-from autopar.compiler import forward_passes, joint_passes
-from autopar.ir.graph_pass import count_difference, read_replay
+from autopar.ir.graph_pass import count_difference, read_replay, steps_of
+from autopar.passes import COMPILER
 
 
 def replay(
@@ -19,11 +19,11 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Run a pass on the program in FILE, which a failed pass left behind, and print the result."""
-    passes = {step.name: step for step in (*forward_passes(), *joint_passes())}
-    if name not in passes:
-        raise ValueError(f"there is no pass '{name}'; in order there are {', '.join(passes)}")
-    before = read_replay(file)
-    after = passes[name](before)
+    steps = {step.name: (phase, step) for phase, step in steps_of(COMPILER)}
+    if name not in steps:
+        raise ValueError(f"there is no pass '{name}'; in order there are {', '.join(steps)}")
+    before, (phase, step) = read_replay(file), steps[name]
+    after = phase.run(step, before)
     difference = count_difference(before, after)
     if as_json:
         print_json({"pass": name, "difference": difference, "before": str(before), "after": str(after)})

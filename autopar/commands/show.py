@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from autopar.commands.options import (
     Json,
     Length,
     MeshText,
-    ModelName,
+    OptionalModelName,
     PlanTexts,
     Seed,
     read_config,
@@ -22,20 +23,30 @@ from autopar.commands.options import (
     read_plan,
 )
 from autopar.commands.pipeline_tables import pipeline_of
-from autopar.commands.tables import held_json, held_table, print_json, stderr, stdout, traffic_json, traffic_table
-from autopar.compiler import finish_program, forward_passes, joint_passes, split_program
+from autopar.commands.tables import (
+    WIDTH_OF_A_PIPE,
+    held_json,
+    held_table,
+    print_json,
+    stderr,
+    stdout,
+    traffic_json,
+    traffic_table,
+)
+from autopar.compiler import finish_program, split_program
 from autopar.ir.batch import data_ways
+from autopar.ir.graph_pass import Phase, steps_of
 from autopar.ir.program import Program, format_program
 from autopar.mesh import Mesh, is_pipelined
+from autopar.passes import COMPILER
 from autopar.zoo.named import named_model
 
 
 def show(
-    model: ModelName,
+    model: OptionalModelName = None,
     mesh: MeshText = "dp=2,tp=2",
-    after: Annotated[
-        str | None, typer.Option(help="a pass, trace, or differentiate; default: the last splitting pass")
-    ] = None,
+    passes: Annotated[bool, typer.Option("--passes", help="print the phases and passes of the compiler")] = False,
+    after: Annotated[str | None, typer.Option(help="a pass, or trace; default: the last before differentiate")] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="print what this rank runs, as Python")] = None,
     inference: Annotated[bool, typer.Option("--inference", help="with --rank: without a backward pass")] = False,
     origins: Annotated[bool, typer.Option("--origins", help="end lines with the module and source line")] = False,
@@ -58,17 +69,18 @@ def show(
 
     Nothing is launched, and no weights are needed: models.llama:llama_70b on dp=8,tp=8 works on a laptop.
     """
+    if passes:
+        _print_compiler(as_json)
+        return
     on = read_mesh(mesh)
-    if rank is not None:
-        on.coordinates(rank)  # a rank off the mesh: say so before the work
+    if model is None:
+        raise ValueError("of which MODEL? For example: autopar show llama --mesh dp=2,tp=2")
     _refuse(on, after, rank, schedule or picture is not None)
-    early, late = _stops(after)
     example = named_model(model, read_config(config), batch, length, seed, data_ways(on))
     with stderr().status(f"making the program of {model} on {on}"):
-        split = split_program(example.model, on, read_plan(plan), (), example.batch, after=early)
-        whole = split if early is not None else finish_program(split, after=late)
-    shown = split if after is None else whole
-    text = split.explain(explain) if explain is not None else _text(shown, whole, rank, inference, origins)
+        split = split_program(example.model, on, read_plan(plan), (), example.batch, after=after)
+        whole = split if after is not None else finish_program(split)
+    text = split.explain(explain) if explain is not None else _text(split, whole, rank, inference, origins)
     pipeline = pipeline_of(whole)
     if picture is not None and pipeline is not None:
         pipeline.write(picture)
@@ -89,6 +101,10 @@ def show(
 
 
 def _refuse(mesh: Mesh, after: str | None, rank: int | None, schedule: bool) -> None:
+    """Say before the work what cannot be shown. Raises ValueError."""
+    if rank is not None:
+        mesh.coordinates(rank)  # a rank off the mesh
+    steps_of(COMPILER, until=after)  # an unknown pass
     if after is not None and rank is not None:
         raise ValueError("give either --after or --rank: a rank runs the finished program")
     if schedule and not is_pipelined(mesh):
@@ -97,13 +113,22 @@ def _refuse(mesh: Mesh, after: str | None, rank: int | None, schedule: bool) -> 
         raise ValueError("give either --after or a schedule: only the finished program has one")
 
 
-def _stops(after: str | None) -> tuple[str | None, str | None]:
-    """Where to stop before differentiation, and where after it. Raises ValueError for an unknown pass."""
-    early = ["trace", *(step.name for step in forward_passes())]
-    late = ["differentiate", *(step.name for step in joint_passes())]
-    if after is not None and after not in early + late:
-        raise ValueError(f"there is no pass '{after}'; in order there are {', '.join(early + late)}")
-    return (after, None) if after in early else (None, after)
+def _print_compiler(as_json: bool) -> None:
+    """The phases of the compiler in order, and what each pass does in a sentence."""
+    if as_json:
+        phases = [
+            {"phase": phase.name, "each_stage": phase.each_stage, "passes": _sentences(phase)} for phase in COMPILER
+        ]
+        print_json(phases)
+        return
+    for phase in COMPILER:
+        print(phase.name + "  (on a pipeline, each stage by itself)" * phase.each_stage)
+        for name, sentence in _sentences(phase).items():
+            print(textwrap.fill(sentence, WIDTH_OF_A_PIPE, initial_indent=f"  {name:26}", subsequent_indent=" " * 28))
+
+
+def _sentences(phase: Phase) -> dict[str, str]:
+    return {step.name: step.summary for step in phase.passes}
 
 
 def _text(shown: Program, whole: Program, rank: int | None, inference: bool, origins: bool) -> str:

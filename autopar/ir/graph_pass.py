@@ -1,7 +1,9 @@
-"""Passes and what runs them: clone, run, lint, check the contracts, dump on request, keep the evidence of a failure.
+"""Passes, phases and what runs them: clone, run, lint, check contracts, dump on request, keep evidence of a failure.
 
     @graph_pass(requires=(every_value_has_a_layout,), ensures=(no_partial_value_escapes,))
     def reduce_partials(program: Program) -> Program: ...
+
+    Phase("split", (split_batch, split_tensors, reduce_partials))
 
 ``AUTOPAR_DUMP=all`` (or pass names with commas) prints the program after those passes to stderr. When a pass fails, the
 program before it is written to ``autopar-failed-<pass>.txt``, which :func:`read_replay` reads.
@@ -18,7 +20,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import fx
 
@@ -30,6 +31,7 @@ from autopar.ir.text import operator_name
 from autopar.plan import Plan
 
 DUMP = "AUTOPAR_DUMP"
+TRACE = "trace"  # what stands in front of all passes
 _PLAN = "# plan: "
 
 Rewrite = Callable[[Program], Program]
@@ -43,8 +45,8 @@ class Pass:
     rewrite: Rewrite
     requires: tuple[Contract, ...] = ()
     ensures: tuple[Contract, ...] = ()
-    annotates_only: bool = False
     when: Condition = lambda program: True
+    copies: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.rewrite.__doc__)
@@ -52,6 +54,12 @@ class Pass:
     @property
     def name(self) -> str:
         return self.rewrite.__name__
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the file that holds this pass."""
+        text = " ".join((sys.modules[self.rewrite.__module__].__doc__ or "").split("\n\n")[0].split())
+        return text.partition(". ")[0].rstrip(".:")
 
     def __call__(self, program: Program) -> Program:
         """The program after this pass; ``program`` itself is left as it is, and not copied if the pass is not needed.
@@ -62,14 +70,9 @@ class Pass:
             return replace(program, passes=(*program.passes, self.name))
         for contract in self.requires:
             contract(program)
-        result = self.rewrite(program.clone())
+        result = self.rewrite(program.clone() if self.copies else program)
         if not isinstance(result, Program):
             raise InvariantError(f"pass {self.name} returned {type(result).__name__}\nLikely fix: return the program")
-        if self.annotates_only and _structure(result) != _structure(program):
-            raise InvariantError(
-                f"pass {self.name} annotates only, but changed {_first_change(program, result)}\n"
-                "Likely fix: rewrite in a pass of its own, or drop annotates_only"
-            )
         for graph in graphs_of(result).values():
             _lint(graph)
         for contract in self.ensures:
@@ -81,32 +84,65 @@ def graph_pass(
     *,
     requires: Sequence[Contract] = (),
     ensures: Sequence[Contract] = (),
-    annotates_only: bool = False,
     when: Condition = lambda program: True,
+    copies: bool = True,
 ) -> Callable[[Rewrite], Pass]:
     """Makes a function ``Program -> Program`` a pass. ``requires`` hold before it, ``ensures`` after it.
 
-    ``annotates_only``: it may set values and decisions, and must leave nodes, arguments, inputs and outputs alone.
     ``when``: what asks for it, in the plan or the mesh; without that the program stays as it is (a copy takes time).
+    ``copies``: whether it rewrites the graphs that it is given, so that it has to be given copies.
     """
 
     def decorate(rewrite: Rewrite) -> Pass:
-        return Pass(rewrite, tuple(requires), tuple(ensures), annotates_only, when)
+        return Pass(rewrite, tuple(requires), tuple(ensures), when, copies)
 
     return decorate
 
 
-def run_passes(program: Program, passes: Iterable[Pass]) -> Program:
-    """``program`` after ``passes``, in order.
+@dataclass(frozen=True)
+class Phase:
+    """Passes that run one after another. ``each_stage``: on the stages of a pipeline, on each by itself."""
+
+    name: str
+    passes: tuple[Pass, ...]
+    each_stage: bool = False
+
+    def run(self, step: Pass, program: Program) -> Program:
+        """``program`` after ``step`` of this phase. Raises what the pass raises."""
+        if not self.each_stage or not program.stages:
+            return step(program)
+        stages = tuple(step(stage) for stage in program.stages)
+        return replace(program, stages=stages, passes=(*program.passes, step.name))
+
+
+def steps_of(
+    phases: Sequence[Phase], since: str | None = None, until: str | None = None
+) -> tuple[tuple[Phase, Pass], ...]:
+    """The passes from ``since`` to ``until``, these included, with their phases; ``until="trace"``: none.
+
+    Raises ValueError for an unknown pass.
+    """
+    found = [(phase, step) for phase in phases for step in phase.passes]
+    names = [TRACE, *(step.name for _, step in found)]
+    first = 0 if since is None else names.index(since)
+    if until is not None and until not in names[first:]:
+        raise ValueError(f"there is no pass '{until}' here; in order there are {', '.join(names[first:])}")
+    return tuple(found[max(first - 1, 0) : None if until is None else names.index(until)])
+
+
+def run_phases(
+    program: Program, phases: Sequence[Phase], since: str | None = None, until: str | None = None
+) -> Program:
+    """``program`` after the passes of ``phases``, in order; only after those from ``since`` to ``until``.
 
     Errors of autopar and ValueErrors keep their type and get a note that says which pass failed, where the program
     before it was written and how to replay it; anything else a pass raises becomes an AutoparError with that note.
+    Raises ValueError for an unknown pass.
     """
-    passes = tuple(passes)
-    dumped = _dumped(passes)
-    for step in passes:
+    steps, dumped = steps_of(phases, since, until), _dumped(phases)
+    for phase, step in steps:
         try:
-            after = step(program)
+            after = phase.run(step, program)
         except (AutoparError, ValueError) as error:
             error.add_note(_keep_evidence(program, step))
             raise
@@ -119,12 +155,20 @@ def run_passes(program: Program, passes: Iterable[Pass]) -> Program:
     return program
 
 
+def run_passes(program: Program, passes: Iterable[Pass]) -> Program:
+    """``program`` after ``passes``, in order, as :func:`run_phases` runs them."""
+    return run_phases(program, (Phase("", tuple(passes)),))
+
+
 # ---------------------------------------------------------------- checks
 
 
 def graphs_of(program: Program) -> dict[str, fx.Graph]:
-    """All graphs of the program: ``""`` for its own, ``forward``, ``backward 1``, ... for those of its roles."""
+    """All graphs of the program: ``""`` for its own, ``forward``, ``backward 1``, ... for those of its roles; on a
+    pipeline those of its stages too, ``stage 0``, ``stage 0 forward``, ..."""
     found = {"": program.graph}
+    for position, stage in enumerate(program.stages):
+        found |= {f"stage {position} {title}".rstrip(): graph for title, graph in graphs_of(stage).items()}
     for position, role in enumerate(program.roles):
         number = f" {position}" if len(program.roles) > 1 else ""
         for kind in ("forward", "backward", "inference"):
@@ -142,29 +186,13 @@ def _lint(graph: fx.Graph) -> None:
         raise InvariantError(f"{problem}\nLikely fix: insert nodes with graph.inserting_before / after") from error
 
 
-def _structure(program: Program) -> list[tuple[Any, ...]]:
-    """Everything about a program that an annotating pass must leave alone."""
-    rows: list[tuple[Any, ...]] = [
-        (node.name, node.op, str(node.target), str(node.args), str(node.kwargs)) for node in program.graph.nodes
-    ]
-    return [*rows, ("inputs", program.inputs), ("outputs", program.outputs)]
-
-
-def _first_change(before: Program, after: Program) -> str:
-    rows, changed = _structure(before), _structure(after)
-    for row, other in zip(rows, changed):
-        if row != other:
-            return str(row[0])
-    return str((rows + changed)[min(len(rows), len(changed))][0])
-
-
 # ---------------------------------------------------------------- looking
 
 
-def _dumped(passes: Sequence[Pass]) -> frozenset[str]:
+def _dumped(phases: Sequence[Phase]) -> frozenset[str]:
     """The passes after which to print the program."""
     wanted = [name.strip() for name in os.environ.get(DUMP, "").split(",") if name.strip()]
-    names = [step.name for step in passes]
+    names = [step.name for phase in phases for step in phase.passes]
     if "all" in wanted:
         return frozenset(names)
     for name in wanted:

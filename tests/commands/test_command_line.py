@@ -29,6 +29,7 @@ from autopar.compiler import split_program
 from autopar.ir.graph_pass import graph_pass, run_passes
 from autopar.ir.program import Program
 from autopar.mesh import Mesh
+from autopar.passes import COMPILER
 from autopar.training.byte_text import ByteText, read_text
 from autopar.training.loop import Curve, Run
 from autopar.zoo.named import named_model
@@ -69,6 +70,28 @@ def test_version_and_help(autopar_command: Command) -> None:
     code, out, _ = autopar_command("--help")
     assert code == 0
     assert all(name in out for name in ("show", "check", "train", "compile", "run", "replay"))
+
+
+def test_show_prints_the_compiler(autopar_command: Command) -> None:
+    code, out, _ = autopar_command("show", "--passes")
+    named = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and line[2] != " "]
+    assert code == 0 and named == [step.name for phase in COMPILER for step in phase.passes]
+    assert "optimise  (on a pipeline, each stage by itself)\n  fuse_arithmetic           " in out
+    assert max(map(len, out.splitlines())) <= 110
+    code, out, _ = autopar_command("show", "--passes", "--json")
+    phases = json.loads(out)
+    assert [phase["phase"] for phase in phases if phase["each_stage"]] == ["optimise"]
+    assert list(phases[3]["passes"]) == ["differentiate"]
+    assert all(len(does.split()) > 5 for phase in phases for does in phase["passes"].values())
+
+
+def test_show_after_any_pass(autopar_command: Command) -> None:
+    """From before the first to after the last, by the names that --passes prints."""
+    for after, graphs, sums in (("trace", 0, 0), ("split_batch", 0, 1), ("differentiate", 3, 3)):
+        code, out, _ = autopar_command("show", "mlp", "--mesh", "dp=2", "--after", after)
+        headings = [line for line in out.splitlines() if line in ("forward:", "backward:", "inference:")]
+        assert code == 0 and len(headings) == graphs
+        assert (out.count("comm.all_reduce") >= sums) and (sums > 0 or "comm." not in out)
 
 
 def test_show_prints_the_split_program_and_what_a_rank_sends(autopar_command: Command) -> None:
@@ -176,6 +199,8 @@ MISTAKES = [
     (["train", "llama", "--device", "abacus"], "auto, cpu, cuda"),
     (["run", "no-such-directory"], "no-such-directory"),
     (["replay", "no-such-file", "--pass", "split_batch"], "cannot be read"),
+    (["show"], "of which MODEL?"),
+    (["show", "mlp", "--after", "nope"], "there is no pass 'nope' here; in order there are trace, canonicalize, "),
     (["replay", "no-such-file", "--pass", "nope"], "there is no pass 'nope'"),
 ]
 

@@ -1,4 +1,4 @@
-"""Passes and their runner: contracts, annotating passes, dumps, and the evidence that a failure leaves."""
+"""Passes and their runner: contracts, dumps, and the evidence that a failure leaves."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import torch
 from autopar.errors import AutoparError, IndivisibleError, InvariantError, ProgramFileError
 from autopar.ir.graph_pass import Pass, count_difference, graph_pass, read_replay, run_passes
 from autopar.ir.invariants import every_value_has_a_layout, no_partial_value_escapes
-from autopar.ir.layout import Layout
 from autopar.ir.node import set_values, value
 from autopar.ir.parse import parse
 from autopar.ir.program import Program
-from autopar.ir.tables import Decision
 from autopar.plan import Plan
 from tests.conftest import Golden
 from tests.texts import MLP, ROLES, node_of
@@ -47,12 +45,6 @@ def drop_reduction(program: Program) -> Program:
     node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
     program.graph.erase_node(node)
     return program
-
-
-@graph_pass(annotates_only=True)
-def annotate(program: Program) -> Program:
-    set_values(node_of(program, "gelu"), replace(value(node_of(program, "gelu")), layout=Layout.whole([4, 16, 32])))
-    return replace(program, decisions={"tp": {"gelu": Decision("S(0)")}})
 
 
 def failing(error: Exception) -> Pass:
@@ -97,18 +89,6 @@ def test_roles_are_copied_too() -> None:
     before = str(program)
     assert "aten.linear(x, x)" in str(rename(program))
     assert str(program) == before
-
-
-def test_an_annotating_pass_keeps_its_hands_off_the_graph() -> None:
-    program = parse(MLP)
-    assert "gelu          = aten.gelu(linear)                : f32[4,16,32]" in str(annotate(program))
-    assert str(program) == MLP
-    liar = graph_pass(annotates_only=True)(replace_gelu.rewrite)
-    with pytest.raises(InvariantError, match="pass replace_gelu annotates only, but changed gelu"):
-        liar(program)
-    shortened = graph_pass(annotates_only=True)(lambda p: replace(p, outputs=()))
-    with pytest.raises(InvariantError, match="annotates only, but changed outputs"):
-        shortened(program)
 
 
 def test_contracts_are_checked_before_and_after() -> None:
