@@ -8,7 +8,8 @@ An all-gather is ``torch.distributed``'s own, which is given the tensor that it 
 ``all_gather_into_tensor``, which makes its own, corrupts the heap on gloo when more than about two of its results are
 under way (torch 2.13.0 on CPU, in plain torch too: two processes, fifty gathers ahead of their use, a crash in five of
 six runs); its form ``_out`` does not, but CommDebugMode does not see that. The functional ``reduce_scatter_tensor``,
-``all_reduce`` and ``all_to_all_single`` are safe. ``tests/runtime/test_functional_collectives.py`` has fifty of each under way.
+``all_reduce`` and ``all_to_all_single`` are safe. ``tests/runtime/test_functional_collectives.py`` has fifty of each
+under way.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Fifty of each collective under way at once on real gloo ranks: every result is right, and no memory is written twice.
 
-torch 2.13's functional ``all_gather_into_tensor`` fails this (see ``functional_collectives``): the process dies, or hangs.
+torch 2.13's functional ``all_gather_into_tensor`` fails this (see ``functional_collectives``): the process dies, or
+hangs.
 """
 
 from __future__ import annotations
