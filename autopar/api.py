@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from autopar.compiler import compile_program
 from autopar.mesh import Mesh
 from autopar.module import ParallelModule
 from autopar.plan import Plan
@@ -32,12 +31,12 @@ def parallelize(
     Args:
         example_inputs: keyword (dict) or positional (tuple) arguments of one call, to compile now rather than then.
 
-    Raises LaunchError when the processes do not fit the mesh; what the compiler raises, see :func:`compile_program`.
+    Raises LaunchError when the processes do not fit the mesh; what :func:`autopar.compile_program` raises.
     """
     plan = plan or Plan()
     named = Mesh.from_device_mesh(mesh) if isinstance(mesh, DeviceMesh) else mesh
     connection = _connection(model, mesh, plan)
-    module = ParallelModule(model, named, plan, compile_program, connection)
+    module = ParallelModule(model, named, plan, connection)
     if isinstance(example_inputs, Mapping):
         module.prepare(**example_inputs)
     elif example_inputs is not None:

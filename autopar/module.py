@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from autopar.compiler import compile_program
 from autopar.errors import InvariantError
 from autopar.frontend.torch_layers import packs_padding
-from autopar.ir.layout import Layout
 from autopar.ir.loss import loss_of
 from autopar.ir.node import value
 from autopar.ir.program import Program, weight_layouts
@@ -41,20 +41,6 @@ SEED_STRIDE = 1_000_003  # seeds of runs with neighbouring plan.seed do not over
 logger = logging.getLogger("autopar")
 
 
-class Compiler(Protocol):
-    """``driver.compile_program``."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        mesh: Mesh,
-        plan: Plan,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        layouts: Mapping[str, Layout] | None,
-    ) -> Program: ...
-
-
 class ParallelModule(nn.Module):
     """What ``autopar.parallelize`` returns. Its submodules are the model's own, so all names are the model's too.
 
@@ -65,9 +51,7 @@ class ParallelModule(nn.Module):
     mesh: Mesh
     plan: Plan
 
-    def __init__(
-        self, model: nn.Module, mesh: Mesh, plan: Plan, compiler: Compiler, connection: Connection | None
-    ) -> None:
+    def __init__(self, model: nn.Module, mesh: Mesh, plan: Plan, connection: Connection | None) -> None:
         super().__init__()
         object.__setattr__(self, "_model", model)  # not as a submodule: that would put a prefix before all names
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -78,7 +62,7 @@ class ParallelModule(nn.Module):
         # past nn.Module, which would take offence at a submodule of the model's that is called "plan"
         object.__setattr__(self, "mesh", mesh)
         object.__setattr__(self, "plan", plan)
-        self._compiler, self._connection = compiler, connection
+        self._connection = connection
         self._signature = Signature(model.forward)
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()  # the latest used last
         self._executables: dict[Hashable, Executable | PipelineExecutable] = {}
@@ -336,7 +320,7 @@ class ParallelModule(nn.Module):
             self._executables.pop(oldest, None)
         layouts = self._weights.layouts if self._weights else None
         with traceable(self, self._weights.absent if self._weights else ()):
-            program = self._compiler(self._model, self.mesh, self.plan, call.args, call.kwargs, layouts)
+            program = compile_program(self._model, self.mesh, self.plan, call.args, call.kwargs, layouts)
         self._programs[key] = program
         if self._weights is not None:
             self._lay_out(self._weights, program)
