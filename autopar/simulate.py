@@ -27,7 +27,7 @@ def simulate(
     tangents: Sequence[Tensor] | None = None,
     seed: int = 0,
 ) -> Step:
-    """One step of a differentiated program (``program.roles``) on all ranks of its mesh.
+    """One step of a differentiated program (``program.role``) on all ranks of its mesh.
 
     Args:
         parameters: whole parameters and buffers by name.
@@ -43,7 +43,7 @@ def simulate(
         from autopar.simulator.pipelined import simulate_pipeline
 
         return simulate_pipeline(program, parameters, args, kwargs or {}, backward=backward, seed=seed)
-    (role,) = program.roles
+    role = program.required_role
     lockstep = Lockstep(program.mesh)
     inputs = rank_inputs(program, parameters, args, kwargs or {}, seed)
     trains = backward and role.backward is not None

@@ -100,7 +100,7 @@ def _compiled(layers: int, mesh: str, sequence: str) -> Compilation:
         program = _timed(found, step.name, partial(run_phases, program, COMPILER, step.name, step.name))
     code = _timed(found, "emit", lambda: _emitted(program))
     found.clock_seconds, found.peak_mb = time.perf_counter() - start, _peak_mb()
-    role = program.roles[0]
+    role = program.required_role
     assert role.backward is not None
     found.forward_nodes, found.backward_nodes = len(role.forward.nodes), len(role.backward.nodes)
     found.emitted_lines = code.count("\n")

@@ -116,7 +116,7 @@ def _simulated(subject: Subject, ranks: int, zero: int) -> Held:
     program = autopar.compile_program(model, autopar.Mesh(dp=ranks), plan, kwargs=batch)
     tensors = {name: tensor.detach() for name, tensor in _named(model)}
     peak = max(simulate(program, tensors, kwargs=batch).peak_bytes)
-    (role,) = program.roles
+    role = program.required_role
     assert role.backward is not None
     parameters, activations = _kept(program, rank_inputs(program, tensors, (), batch, 0))
     waiting = deferred(role, program.mesh, plan, frozenset(tensors))
@@ -135,7 +135,7 @@ def _simulated(subject: Subject, ranks: int, zero: int) -> Held:
 
 def _kept(program: Program, inputs: list[Ranks]) -> tuple[int, int]:
     """Bytes of the parameters, whole ones that stay included, and of what forward keeps for backward."""
-    (role,) = program.roles
+    role = program.required_role
     places = {node.name: place for place, (node, _) in enumerate(program.placeholders(*InputKind))}
     parameters = {node.name for node, _ in program.placeholders(InputKind.PARAMETER)}
     gathering = without_gathers(role.forward, parameters) if program.plan.zero in (1, 2) else None

@@ -46,13 +46,13 @@ Chain = tuple[fx.Node, ...]  # reductions of one gradient over one axis after an
 def bucket_collectives(program: Program) -> Program:
     limit = program.plan.bucket_mb * 1e6
     parameters = {node.name for node, _ in program.placeholders(InputKind.PARAMETER)}
-    for role in program.roles:
-        graphs = [role.forward, role.inference, role.backward]
-        for graph in {id(graph): graph for graph in graphs if graph is not None}.values():
-            _Buckets(program, graph, limit).gather([node for node in graph.nodes if is_gathered(node, parameters)])
-        if role.backward is not None:
-            _Buckets(program, role.backward, limit).reduce()
-            role.backward.lint()
+    role = program.required_role
+    graphs = [role.forward, role.inference, role.backward]
+    for graph in {id(graph): graph for graph in graphs if graph is not None}.values():
+        _Buckets(program, graph, limit).gather([node for node in graph.nodes if is_gathered(node, parameters)])
+    if role.backward is not None:
+        _Buckets(program, role.backward, limit).reduce()
+        role.backward.lint()
     return program
 
 

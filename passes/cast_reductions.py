@@ -38,9 +38,9 @@ def cast_reductions(program: Program) -> Program:
     dtype = program.plan.precision.dtype("reduce")
     assert dtype is not None
     parameters = {entry.target for _, entry in program.placeholders(InputKind.PARAMETER)}
-    for role in program.roles:
-        if role.backward is not None:
-            _cast(role.backward, _reduced(role, role.backward, parameters), dtype)
+    role = program.required_role
+    if role.backward is not None:
+        _cast(role.backward, _reduced(role, role.backward, parameters), dtype)
     return program
 
 

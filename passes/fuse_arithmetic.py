@@ -34,10 +34,10 @@ NEAR = 8  # operators: a product further away from its sum would keep its two fa
 
 @graph_pass()
 def fuse_arithmetic(program: Program) -> Program:
-    for role in program.roles:
-        for graph in (role.forward, role.backward):
-            if graph is not None:
-                _fuse(graph, program.mesh)
+    role = program.required_role
+    for graph in (role.forward, role.backward):
+        if graph is not None:
+            _fuse(graph, program.mesh)
     return program
 
 

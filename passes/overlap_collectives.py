@@ -41,11 +41,11 @@ GATHERS = (OPS.all_gather.default, OPS.all_gather_invariant.default)
 @graph_pass(when=lambda program: program.plan.overlap_mb > 0)
 def overlap_collectives(program: Program) -> Program:
     limit = program.plan.overlap_mb * 1e6
-    for role in program.roles:
-        graphs = (role.forward, role.backward, role.inference)
-        for graph in {id(graph): graph for graph in graphs if graph is not None}.values():
-            _Schedule(program, graph, limit, graph is role.backward).run()
-            graph.lint()
+    role = program.required_role
+    graphs = (role.forward, role.backward, role.inference)
+    for graph in {id(graph): graph for graph in graphs if graph is not None}.values():
+        _Schedule(program, graph, limit, graph is role.backward).run()
+        graph.lint()
     return program
 
 

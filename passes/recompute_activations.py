@@ -60,7 +60,7 @@ Place = tuple[str, int]  # a repeated block, or OUTSIDE, and the number of the r
 
 @graph_pass(when=lambda program: program.plan.recompute != "none")
 def recompute_activations(program: Program) -> Program:
-    return replace(program, roles=tuple(_recomputed(program, role) for role in program.roles))
+    return replace(program, role=_recomputed(program, program.required_role))
 
 
 def _recomputed(program: Program, role: Role) -> Role:

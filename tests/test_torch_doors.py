@@ -56,7 +56,7 @@ def test_bindings_call_the_operators_of_the_graph(module: Any, monkeypatch: pyte
     model = module.build()
     batch = module.example_batch(model.config, 2)
     program = compile_program(model, Mesh(), Plan(check_numerics=False), (), batch)
-    role = program.roles[0]
+    role = program.required_role
     assert role.backward is not None
     tensors = dict(model.named_parameters()) | dict(model.named_buffers()) | dict(program.constants) | batch
     inputs = [tensors[entry.target].detach() for _, entry in program.placeholders(*InputKind)]

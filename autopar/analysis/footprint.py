@@ -62,9 +62,10 @@ def sent(program: Program, rank: int = 0) -> tuple[Transfer, ...]:
     """
     if program.schedule is not None:
         return _sent_by_stages(program, program.schedule, program.mesh.coordinates(rank)["pp"])
-    if not program.roles:
+    program.mesh.coordinates(rank)
+    role = program.role
+    if role is None:
         return _transfers(program.graph, program.mesh, "forward")
-    role = program.role_of(rank)
     backward = () if role.backward is None else _transfers(role.backward, program.mesh, "backward")
     return (*_transfers(role.forward, program.mesh, "forward"), *backward)
 
@@ -97,7 +98,7 @@ def _sent_by_stages(program: Program, schedule: Schedule, place: int) -> tuple[T
 
 def _graphs(stage: Program, microbatches: int) -> Iterator[tuple[str, fx.Graph, int]]:
     """(phase, graph, how often it runs in a step) of one stage."""
-    role, gathering = stage.role_of(0), None
+    role, gathering = stage.required_role, None
     if stage.plan.zero in (1, 2):
         gathering = without_gathers(role.forward, {node.name for node, _ in stage.placeholders(InputKind.PARAMETER)})
     if gathering is not None:

@@ -38,7 +38,7 @@ def differentiate(program: Program) -> Program:
     Raises InvariantError, naming the node, where the graph cannot run at the sizes of its layouts.
     """
     if not program.stages:
-        return replace(program, roles=(role_of(program, remake=made_again(program)),))
+        return replace(program, role=role_of(program, remake=made_again(program)))
     stages: list[Program] = []  # from the last: what a stage gets gradients for, the ones after it say
     reached: set[str] = set()
     for number in reversed(range(len(program.stages))):
@@ -54,7 +54,7 @@ def differentiate(program: Program) -> Program:
         for target in received.intersection(role.grads):
             source, _, name = target.partition(".")
             reached.add(f"{source}.{number}.{name}")
-        stages.insert(0, replace(stage, roles=(role,)))
+        stages.insert(0, replace(stage, role=role))
     return replace(program, stages=tuple(stages))
 
 

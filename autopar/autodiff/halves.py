@@ -47,7 +47,7 @@ def backward_steps(stage: Program) -> BackwardSteps | None:
 
     The data axes reduce once a step, except for sharded gradients, which are never whole (``Plan(zero=2)``).
     """
-    (role,) = stage.roles
+    role = stage.required_role
     if role.backward is None:
         return None
     parameters = {entry.target for _, entry in stage.placeholders(InputKind.PARAMETER)}

@@ -85,7 +85,7 @@ class RankProgram:
     @property
     def role(self) -> Role | None:
         """None before ``differentiate``, and for a pipelined program, whose ``stages`` have one each."""
-        return self.program.role_of(self.rank) if self.program.roles else None
+        return self.program.role
 
     @property
     def graphs(self) -> dict[str, fx.Graph]:

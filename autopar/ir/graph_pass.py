@@ -164,17 +164,11 @@ def run_passes(program: Program, passes: Iterable[Pass]) -> Program:
 
 
 def graphs_of(program: Program) -> dict[str, fx.Graph]:
-    """All graphs of the program: ``""`` for its own, ``forward``, ``backward 1``, ... for those of its roles; on a
-    pipeline those of its stages too, ``stage 0``, ``stage 0 forward``, ..."""
-    found = {"": program.graph}
+    """All graphs of the program: ``""`` for its own, ``forward``, ``backward``, ``inference`` for those of its role; on
+    a pipeline those of its stages too, ``stage 0``, ``stage 0 forward``, ..."""
+    found = {"": program.graph, **(program.role.graphs if program.role is not None else {})}
     for position, stage in enumerate(program.stages):
         found |= {f"stage {position} {title}".rstrip(): graph for title, graph in graphs_of(stage).items()}
-    for position, role in enumerate(program.roles):
-        number = f" {position}" if len(program.roles) > 1 else ""
-        for kind in ("forward", "backward", "inference"):
-            graph = getattr(role, kind)
-            if graph is not None:
-                found[f"{kind}{number}"] = graph
     return found
 
 

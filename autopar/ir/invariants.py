@@ -15,7 +15,7 @@ from autopar.ir import collectives as comm
 from autopar.ir.layout import Layout
 from autopar.ir.node import Node, origin, output_node, values
 from autopar.ir.program import Program
-from autopar.ir.tables import InputKind, OutputKind, Role
+from autopar.ir.tables import InputKind, OutputKind
 
 Contract = Callable[[Program], None]
 
@@ -201,21 +201,23 @@ def collectives_match_layouts(program: Program) -> None:
 
 
 def roles_are_complete(program: Program) -> None:
-    """Every role returns what its tables say, and its graphs take what the others hand them."""
-    for role in program.roles:
-        for name, graph, takes, gives in _signatures(role, program):
-            nodes = [node for node in graph.nodes if node.op == "placeholder"]
-            results = output_node(graph).args[0]
-            assert isinstance(results, (tuple, list))
-            if len(nodes) != takes or len(results) != gives:
-                raise InvariantError(
-                    f"the {name} graph takes {len(nodes)} and returns {len(results)} values; its role says "
-                    f"{takes} and {gives}\nLikely fix: change saved, differentiable and grads with the graphs"
-                )
+    """The role returns what its tables say, and its graphs take what the others hand them."""
+    for name, graph, takes, gives in _signatures(program):
+        nodes = [node for node in graph.nodes if node.op == "placeholder"]
+        results = output_node(graph).args[0]
+        assert isinstance(results, (tuple, list))
+        if len(nodes) != takes or len(results) != gives:
+            raise InvariantError(
+                f"the {name} graph takes {len(nodes)} and returns {len(results)} values; its role says "
+                f"{takes} and {gives}\nLikely fix: change saved, differentiable and grads with the graphs"
+            )
 
 
-def _signatures(role: Role, program: Program) -> Iterator[tuple[str, torch.fx.Graph, int, int]]:
-    inputs, outputs = len(program.inputs), len(program.outputs)
+def _signatures(program: Program) -> Iterator[tuple[str, torch.fx.Graph, int, int]]:
+    """(name, graph, how many values it has to take, how many to return)"""
+    role, inputs, outputs = program.role, len(program.inputs), len(program.outputs)
+    if role is None:
+        return
     yield "forward", role.forward, inputs, outputs + role.saved
     yield "inference", role.inference, inputs, outputs
     if role.backward is not None:
@@ -225,20 +227,22 @@ def _signatures(role: Role, program: Program) -> Iterator[tuple[str, torch.fx.Gr
 def gradients_match_parameters(program: Program) -> None:
     """The gradient of a parameter has the parameter's local shape and is no pending reduction."""
     placed = {entry.target: node for node, entry in program.placeholders(InputKind.PARAMETER)}
-    for role in program.roles:
-        results = output_node(role.backward).args[0] if role.backward is not None else ()
-        assert isinstance(results, (tuple, list))
-        for target, node in zip(role.grads, results):
-            if target not in placed or not isinstance(node, Node):
-                continue
-            for grad, parameter in zip(values(node), values(placed[target])):
-                if grad.layout.partial:
-                    fix = "the parameter must enter each axis on which it is used differently (comm.enter)"
-                    raise broken(node, f"the gradient of '{target}' is a pending sum: {grad.layout}", fix)
-                sizes = grad.layout.local_shape(program.mesh), parameter.layout.local_shape(program.mesh)
-                if sizes[0] != sizes[1]:
-                    fix = "the rule of the operator that uses the parameter, or a collective's dual, is wrong"
-                    raise broken(node, f"the gradient of '{target}' is {sizes[0]}, the parameter {sizes[1]}", fix)
+    role = program.role
+    if role is None or role.backward is None:
+        return
+    results = output_node(role.backward).args[0]
+    assert isinstance(results, (tuple, list))
+    for target, node in zip(role.grads, results):
+        if target not in placed or not isinstance(node, Node):
+            continue
+        for grad, parameter in zip(values(node), values(placed[target])):
+            if grad.layout.partial:
+                fix = "the parameter must enter each axis on which it is used differently (comm.enter)"
+                raise broken(node, f"the gradient of '{target}' is a pending sum: {grad.layout}", fix)
+            sizes = grad.layout.local_shape(program.mesh), parameter.layout.local_shape(program.mesh)
+            if sizes[0] != sizes[1]:
+                fix = "the rule of the operator that uses the parameter, or a collective's dual, is wrong"
+                raise broken(node, f"the gradient of '{target}' is {sizes[0]}, the parameter {sizes[1]}", fix)
 
 
 GRAPH_CONTRACTS: tuple[Contract, ...] = (is_flat, placeholders_match_inputs, results_match_outputs)

@@ -100,8 +100,7 @@ def _program(lines: Lines, plan: Plan | None, constants: Mapping[str, Tensor], o
         outputs=outputs,
         constants=_constants(main, constants),
     )
-    roles = _roles(sections[1:], program, origins)
-    return replace(program, roles=roles)
+    return replace(program, role=_role(sections[1:], program, origins))
 
 
 # ---------------------------------------------------------------- sections
@@ -138,9 +137,11 @@ def _header(number: int, line: str) -> tuple[Mesh, bool]:
         raise ProgramFileError(f"line {number}: {error}") from error
 
 
-def _roles(sections: Sequence[tuple[int, str, Lines]], program: Program, origins: bool) -> tuple[Role, ...]:
-    """Each role is a ``forward:`` section, possibly a ``backward:`` section, and an ``inference:`` section."""
-    roles, rest = [], [(number, heading.partition(":")[0], body) for number, heading, body in sections]
+def _role(sections: Sequence[tuple[int, str, Lines]], program: Program, origins: bool) -> Role | None:
+    """A ``forward:`` section, possibly a ``backward:`` section, and an ``inference:`` section; or none of them."""
+    rest = [(number, heading.partition(":")[0], body) for number, heading, body in sections]
+    if not rest:
+        return None
 
     def take(name: str) -> Section:
         if not rest or rest[0][1] != name:
@@ -149,21 +150,19 @@ def _roles(sections: Sequence[tuple[int, str, Lines]], program: Program, origins
         number, _, body = rest.pop(0)
         return GraphReader(program.mesh, gradients=False, role=True, origins=origins).read(number, body)
 
-    while rest:
-        forward = take("forward")
-        backward = take("backward") if rest and rest[0][1] == "backward" else None
-        inference = take("inference")
-        roles.append(
-            Role(
-                forward=forward.graph,
-                backward=backward.graph if backward else None,
-                inference=inference.graph,
-                saved=sum(kind == SAVED for kind, _ in forward.labels),
-                differentiable=_differentiable(program, backward.gradients) if backward else (),
-                grads=tuple(target for _, target in backward.labels) if backward else (),
-            )
-        )
-    return tuple(roles)
+    forward = take("forward")
+    backward = take("backward") if rest and rest[0][1] == "backward" else None
+    inference = take("inference")
+    if rest:
+        raise ProgramFileError(f"line {rest[0][0]}: found '{rest[0][1]}:' behind 'inference:', which is the last")
+    return Role(
+        forward=forward.graph,
+        backward=backward.graph if backward else None,
+        inference=inference.graph,
+        saved=sum(kind == SAVED for kind, _ in forward.labels),
+        differentiable=_differentiable(program, backward.gradients) if backward else (),
+        grads=tuple(target for _, target in backward.labels) if backward else (),
+    )
 
 
 def _differentiable(program: Program, gradients: Sequence[tuple[Cursor, str]]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from autopar.errors import InvariantError
 from autopar.ir.layout import Layout
 from autopar.ir.loss import loss_position
 from autopar.ir.node import Node, output_node, value, values
@@ -51,7 +52,7 @@ def weight_layouts(program: Program) -> dict[str, Layout]:
 @dataclass(frozen=True)
 class Program:
     """One parallel model. With an axis ``pp`` it is of one microbatch, and cut into ``stages``: each a program on the
-    rest of the mesh, with roles of its own. ``remainder`` is that of the last microbatches, where these are smaller."""
+    rest of the mesh, with its own role. ``remainder`` is that of the last microbatches, where these are smaller."""
 
     graph: fx.Graph
     mesh: Mesh
@@ -63,7 +64,7 @@ class Program:
     out_spec: pytree.TreeSpec | None = None
     static_inputs: tuple[tuple[int, Any], ...] = ()  # flat positions of inputs that are not tensors, and their values
     static_outputs: tuple[tuple[int, Any], ...] = ()  # the same for outputs (None, numbers)
-    roles: tuple[Role, ...] = ()
+    role: Role | None = None  # what ranks run, once the program is differentiated
     decisions: Mapping[str, Mapping[str, Decision]] = field(default_factory=dict)  # axis -> node name -> what
     settled: Mapping[str, Layout] = field(default_factory=dict)  # parameter layouts that the passes have to keep
     given: Mapping[str, torch.dtype] = field(default_factory=dict)  # node name -> dtype of a tensor yet to be cast
@@ -78,7 +79,7 @@ class Program:
         return replace(
             self,
             graph=copy.deepcopy(self.graph),
-            roles=tuple(role.clone() for role in self.roles),
+            role=self.role.clone() if self.role is not None else None,
             stages=tuple(stage.clone() for stage in self.stages),
         )
 
@@ -117,11 +118,15 @@ class Program:
         """The program of a microbatch that has as many rows as the first one, or fewer."""
         return self if first or self.remainder is None else self.remainder
 
-    def role_of(self, rank: int) -> Role:
-        """The role that ``rank`` plays; its graphs exist once the program is differentiated."""
-        self.mesh.coordinates(rank)
-        (role,) = self.roles
-        return role
+    @property
+    def required_role(self) -> Role:
+        """The role, where there has to be one. Raises InvariantError before the program is differentiated."""
+        if self.role is None:
+            raise InvariantError(
+                "the program has no role: it is not differentiated\n"
+                "Way out: autopar.compiler.compile_program(...), which makes all of it."
+            )
+        return self.role
 
     def rank(self, rank: int) -> RankProgram:
         """What one rank runs: ``program.rank(3).code``. Raises ValueError for a rank that is not on the mesh."""
@@ -176,23 +181,20 @@ def format_program(program: Program, *, origins: bool = False) -> str:
 
 
 def _program_sections(program: Program, title: str, origins: bool) -> Iterator[str]:
-    """The graph of one program, and those of its roles."""
+    """The graph of one program, and those of its role."""
     table = {entry.node: entry for entry in program.inputs}
     inputs = [table.get(node.name) for node in placeholders(program.graph)]
     gradients = grad_by_default if needs_gradients(program.graph, inputs) else no_grad_by_default
     lines = Lines(program.mesh, gradients, origins)
     heading = f"{title} {program.mesh}" + (" nograd" if gradients is no_grad_by_default else "")
     yield lines.section(heading, program.graph, inputs, [output_label(entry) for entry in program.outputs])
-    for position, role in enumerate(program.roles):
-        suffix = f"  # role {position}" if len(program.roles) > 1 else ""
-        yield from _role_sections(role, program, inputs, Lines(program.mesh, None, origins), suffix)
+    if program.role is not None:
+        yield from _role_sections(program.role, program, inputs, Lines(program.mesh, None, origins))
 
 
-def _role_sections(
-    role: Role, program: Program, inputs: Sequence[Input | None], lines: Lines, suffix: str
-) -> Iterator[str]:
+def _role_sections(role: Role, program: Program, inputs: Sequence[Input | None], lines: Lines) -> Iterator[str]:
     outputs = [output_label(entry) for entry in program.outputs]
-    yield lines.section(f"forward:{suffix}", role.forward, inputs, [*outputs, *["saved "] * role.saved])
+    yield lines.section("forward:", role.forward, inputs, [*outputs, *["saved "] * role.saved])
     if role.backward is not None:
         given = ["saved"] * role.saved + [f"grad {grad_name(program.outputs, i)}" for i in role.differentiable]
         yield lines.section("backward:", role.backward, given, [f"{quoted(target)}=" for target in role.grads])

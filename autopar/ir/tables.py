@@ -1,4 +1,4 @@
-"""The tables of a program: what its placeholders and results are, its roles, what was decided of its nodes."""
+"""The tables of a program: what its placeholders and results are, its role, what was decided of its nodes."""
 
 from __future__ import annotations
 
@@ -69,6 +69,12 @@ class Role:
     saved: int = 0
     differentiable: tuple[int, ...] = ()  # positions among the outputs
     grads: tuple[str, ...] = ()
+
+    @property
+    def graphs(self) -> dict[str, fx.Graph]:
+        """By their names, those that there are."""
+        found = {"forward": self.forward, "backward": self.backward, "inference": self.inference}
+        return {name: graph for name, graph in found.items() if graph is not None}
 
     def clone(self) -> Role:
         graphs = copy.deepcopy((self.forward, self.backward, self.inference))

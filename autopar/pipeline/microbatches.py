@@ -88,7 +88,7 @@ def counting(program: Program) -> fx.Graph | None:
 
     Raises InvariantError for a loss that is neither: parts of it cannot be weighed.
     """
-    (role,) = program.roles
+    role = program.required_role
     returned = output_node(role.forward).args[0]
     assert isinstance(returned, (tuple, list)) and program.loss is not None
     node = _behind(returned[program.loss], (*PASSING,))

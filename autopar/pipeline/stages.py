@@ -225,7 +225,7 @@ def crossings(program: Program) -> Iterator[Crossing]:
 def gradients_of(stage: Program) -> frozenset[str]:
     """Targets of the received values of ``stage`` for which its backward pass has a gradient."""
     received = {entry.target for entry in stage.inputs if entry.kind is InputKind.RECEIVED}
-    return frozenset(received.intersection(*(role.grads for role in stage.roles)))
+    return frozenset(received.intersection(stage.required_role.grads))
 
 
 def types_of(program: Program, crossing: Crossing) -> Mapping[str, Type]:

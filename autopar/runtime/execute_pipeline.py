@@ -287,7 +287,7 @@ def _types(program: Program) -> dict[tuple[Kind, int, int], Types]:
 
 def _ties(program: Program, placement: Sequence[int], rank: int) -> dict[str, tuple[int, ...]]:
     """Trained parameter -> the pipeline ranks that have a copy, where these are several and ``rank`` is of them."""
-    trained = {target for stage in program.stages for role in stage.roles for target in role.grads}
+    trained = {target for stage in program.stages for target in stage.required_role.grads}
     ranks = {name: tuple(sorted({placement[n] for n in stages})) for name, stages in users_of(program).items()}
     return {name: of for name, of in ranks.items() if name in trained and len(of) > 1 and rank in of}
 

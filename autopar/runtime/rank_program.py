@@ -53,7 +53,7 @@ class BoundProgram:
 
     def __init__(self, program: Program, root: nn.Module, connection: Connection) -> None:
         self.program, self.comm = program, connection.comm
-        (self.role,) = program.roles
+        self.role = program.required_role
         self.slots: dict[str, tuple[Table, str]] = {name: (table, key) for _, table, key, name in tables(root)}
         self.entries = list(program.placeholders(*InputKind))
         self.users = [entry.target for _, entry in self.entries if entry.kind is InputKind.INPUT]

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from autopar.autodiff.halves import BackwardSteps, backward_steps
 from autopar.ir.node import value
 from autopar.ir.program import Program
-from autopar.ir.tables import InputKind, OutputKind, Role
+from autopar.ir.tables import InputKind, OutputKind
 from autopar.pipeline.interpreter import Values
 from autopar.simulator.lockstep import Lockstep, Ranks
 from autopar.simulator.parts import gathered_once, joined, rank_inputs
@@ -99,14 +99,10 @@ class SimulatedStage:
 
     # ------------------------------------------------------------ pieces
 
-    def _role(self, program: Program) -> Role:
-        (role,) = program.roles
-        return role
-
     def _graph(self, program: Program) -> tuple[fx.Graph, list[Ranks]]:
         """The forward graph, and the whole parameters that it takes behind its inputs (``Plan(zero=1)``)."""
         if id(program) not in self._graphs:
-            role = self._role(program)
+            role = program.required_role
             held = [self._held.get(entry.target, []) for entry in program.inputs]
             graph = role.forward if self.trains else role.inference
             graph, given = gathered_once(program, graph, self.lockstep, held)
@@ -126,7 +122,7 @@ class SimulatedStage:
         assert batch.saved is not None, "backward before forward"
         saved, batch.saved = batch.saved, None
         self.lockstep.drop(saved)
-        for position in self._role(batch.program).differentiable:
+        for position in batch.program.required_role.differentiable:
             entry, node = batch.program.outputs[position], batch.program.returned[position]
             if entry.kind is OutputKind.SENT:
                 saved.append(grads[entry.target])

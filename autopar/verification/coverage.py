@@ -127,7 +127,7 @@ def operations(program: Program) -> int:
         for stage, place in zip(program.stages, program.schedule.placement):
             ranks[place] += program.schedule.microbatches * operations(stage)
         return max(ranks)
-    (role,) = program.roles
+    role = program.required_role
     graphs = [graph for graph in (role.forward, role.backward) if graph is not None]
     nodes = [node for graph in graphs for node in graph.nodes]
     return sum(flops(node, lambda kind: kind.layout.local_shape(program.mesh)) for node in nodes)
@@ -216,7 +216,7 @@ def _splits(node: fx.Node, axis: str) -> bool:
 
 def _irregular(program: Program, axis: str, normalised: frozenset[str]) -> Iterator[str]:
     """Collectives on a data axis that are no reduction of the loss or of gradients: some product follows on them."""
-    roles = [role for stage in program.stages or (program,) for role in stage.roles]
+    roles = [part.required_role for part in program.stages or (program,)]
     for graph in (graph for role in roles for graph in (role.forward, role.backward)):
         for node in graph.nodes if graph is not None else ():
             name = comm.moving(node.target)

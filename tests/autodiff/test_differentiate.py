@@ -50,8 +50,7 @@ def program_of(text: str) -> Program:
 
 
 def the_role(text: str) -> Role:
-    (role,) = differentiate(program_of(text)).roles
-    return role
+    return differentiate(program_of(text)).required_role
 
 
 def backward_of(role: Role) -> fx.Graph:
@@ -223,7 +222,7 @@ program mesh(dp=2)
     expected = simulate(differentiate(program), parameters, (x,))
     from dataclasses import replace
 
-    found = simulate(replace(program, roles=(role,)), parameters, (x,))
+    found = simulate(replace(program, role=role), parameters, (x,))
     assert all(torch.equal(found.grads[name], expected.grads[name]) for name in parameters)
 
 

@@ -113,7 +113,7 @@ def test_ranks_outside_the_mesh_are_refused(mlp: Program) -> None:
 
 
 def test_backward_computes_gradients(mlp: Program) -> None:
-    role = mlp.roles[0]
+    role = mlp.required_role
     assert role.backward is not None
     torch.manual_seed(0)
     up, down, x = (torch.randn(shape, dtype=torch.float64) for shape in ((4, 4), (4, 4), (2, 4)))

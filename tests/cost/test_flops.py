@@ -18,7 +18,7 @@ from autopar.zoo.named import named_model
 def counted(model: nn.Module, batch: dict[str, torch.Tensor], mesh: Mesh) -> tuple[int, int]:
     """Operations in products of one rank, forward and backward."""
     program = compile_program(model, mesh, Plan(check_numerics=False), (), batch)
-    (role,) = program.roles
+    role = program.required_role
     assert role.backward is not None
 
     def total(graph: torch.fx.Graph) -> int:
@@ -56,7 +56,7 @@ def test_what_only_moves_data_counts_nothing() -> None:
             return torch.cat([x.transpose(0, 1).reshape(4, 6), x.view(4, 6)]).flip(0) * 2
 
     x = torch.ones(3, 8, requires_grad=True)
-    (role,) = compile_program(Moving(), Mesh(), Plan(), (x,)).roles
+    role = compile_program(Moving(), Mesh(), Plan(), (x,)).required_role
     assert sum(flops(node, lambda kind: kind.shape) for node in role.forward.nodes) == 48
 
 

@@ -35,7 +35,7 @@ def example() -> Program:
     set_origin(node_of(program, "norm"), Origin("bn", "net.py:3 in forward: x = self.bn(x)"))
     return replace(
         program,
-        roles=(),
+        role=None,
         in_spec=pytree.tree_structure(((1, [2]), {"labels": 3, "flag": True})),
         out_spec=pytree.tree_structure({"loss": 1, "past key": (2, None)}),
         static_inputs=((2, True), (3, 0.5), (4, torch.float32), (5, None)),
@@ -79,7 +79,7 @@ def test_roles_come_back(tmp_path: Path) -> None:
     save(program, tmp_path / "out")
     again = load(tmp_path / "out")
     assert str(again) == str(program)
-    assert again.roles[0].differentiable == (0,)
+    assert again.required_role.differentiable == (0,)
 
 
 def test_the_same_program_is_written_as_the_same_bytes(tmp_path: Path) -> None:

@@ -171,9 +171,9 @@ def test_exact_on_every_mesh(name: str, mesh: str) -> None:
 def test_forward_and_inference_do_not_compute_the_surrogate() -> None:
     batch = {"x": torch.randn(4, 6, 8)}
     program = compile_program(Net(Slanted.apply), Mesh(), None, (), batch)
-    role = program.roles[0]
+    role = program.required_role
     assert STRAIGHT_THROUGH in {node.target for node in program.graph.nodes}
-    plain = differentiate(compile_program(Net(lambda x: (x * 0.5).tanh()), Mesh(), None, (), batch)).roles[0]
+    plain = differentiate(compile_program(Net(lambda x: (x * 0.5).tanh()), Mesh(), None, (), batch)).required_role
     for graph, expected in ((role.forward, plain.forward), (role.inference, plain.inference)):
         targets, wanted = ([n.target for n in g.nodes if n.op == "call_function"] for g in (graph, expected))
         assert targets == wanted

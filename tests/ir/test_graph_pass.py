@@ -80,7 +80,7 @@ def test_a_pass_is_called_like_the_function_it_is() -> None:
 def test_roles_are_copied_too() -> None:
     @graph_pass()
     def rename(program: Program) -> Program:
-        for node in program.roles[0].forward.nodes:
+        for node in program.required_role.forward.nodes:
             if node.name == "linear":
                 node.args = (node.args[0], node.args[0])
         return program
@@ -143,7 +143,7 @@ def test_dump_after_some_passes(capfd: pytest.CaptureFixture[str], monkeypatch: 
 
 
 def test_counts_of_roles() -> None:
-    bare = replace(parse(ROLES), roles=())
+    bare = replace(parse(ROLES), role=None)
     assert count_difference(bare, parse(ROLES)) == "forward: 6 nodes; backward: 6 nodes; inference: 4 nodes"
     assert count_difference(bare, bare) == "the same operators"
 

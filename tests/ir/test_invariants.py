@@ -166,10 +166,10 @@ def test_functional_and_flat_graphs() -> None:
 
 def test_roles() -> None:
     program = parse(RIGHT_ROLES)
-    role, contract = program.roles[0], invariants.roles_are_complete
-    wrong = replace(program, roles=(replace(role, saved=2),))
+    role, contract = program.required_role, invariants.roles_are_complete
+    wrong = replace(program, role=replace(role, saved=2))
     breaks(contract, wrong, "the forward graph takes 2 and returns 3 values; its role says 2 and 4")
-    wrong = replace(program, roles=(replace(role, grads=()),))
+    wrong = replace(program, role=replace(role, grads=()))
     breaks(contract, wrong, "the backward graph takes 2 and returns 1 values; its role says 2 and 0")
 
 

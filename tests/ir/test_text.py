@@ -246,27 +246,27 @@ def test_operators_of_other_libraries() -> None:
 
 def test_roles_are_sections() -> None:
     program = reads_back(ROLES)
-    (role,) = program.roles
+    role = program.required_role
     assert (role.saved, role.differentiable, role.grads) == (1, (0,), ("w",))
     assert role.backward is not None
     assert [node.name for node in role.backward.nodes if node.op == "placeholder"] == ["x", "d_loss"]
 
 
-def test_several_roles_and_roles_without_a_backward_pass() -> None:
+def test_a_role_without_a_backward_pass_and_two_roles() -> None:
     one = "\n\n".join(part for part in ROLES.split("\n\n") if not part.startswith("backward"))
     one = one.replace(", saved x", "")
     program = reads_back(one)
-    assert program.roles[0].backward is None
-    both = Program(**{**vars(parse(ROLES)), "roles": parse(ROLES).roles * 2})
-    assert "forward:  # role 0" in str(both) and "forward:  # role 1" in str(both)
-    assert len(parse(str(both)).roles) == 2
-    assert str(parse(str(both))) == str(both)
+    assert program.required_role.backward is None
+    assert parse(MLP).role is None
+    forward = one.index("forward:")
+    with pytest.raises(ProgramFileError, match=r"line \d+: found 'forward:' behind 'inference:', which is the last"):
+        parse(f"{one}\n\n{one[forward:]}")
 
 
 def test_gradients_of_outputs_without_a_name_of_their_own() -> None:
     source = ROLES.replace("loss=loss, logits=linear", "loss, linear").replace("loss=linear, logits=", "linear, ")
     program = reads_back(source.replace("grad loss", "grad at 0"))
-    assert program.roles[0].differentiable == (0,)
+    assert program.required_role.differentiable == (0,)
 
 
 # ---------------------------------------------------------------- origins

@@ -104,7 +104,7 @@ def test_a_cast_after_a_reduction_goes_into_the_bucket() -> None:
         "  return w", "  l = aten._to_copy(k, dtype=f32) : f32[4]\n  return w"
     )
     text = text.replace("comm.all_reduce(h, dp)", "comm.all_reduce(b, dp)").replace("  h =", "#  h =")
-    backward = bucket_collectives(parse(text)).roles[0].backward
+    backward = bucket_collectives(parse(text)).required_role.backward
     assert backward is not None
     counts = [str(node.target) for node in backward.nodes if node.op == "call_function"]
     assert counts.count("autopar.all_reduce.default") == 2, "of the activation, and both vectors together"

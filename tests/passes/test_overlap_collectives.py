@@ -53,7 +53,7 @@ def _bytes(node: fx.Node) -> int:
 
 
 def test_a_block_is_gathered_while_the_one_before_is_computed() -> None:
-    role = program(Plan(zero=3, overlap_mb=0.01)).roles[0]
+    role = program(Plan(zero=3, overlap_mb=0.01)).required_role
     assert role.backward is not None
     for graph in (role.forward, role.backward):
         nodes = calls(graph)
@@ -67,7 +67,7 @@ def test_a_block_is_gathered_while_the_one_before_is_computed() -> None:
 
 @pytest.mark.parametrize("limit", [0.05, 0.4])
 def test_what_is_under_way_is_bounded(limit: float) -> None:
-    role = program(Plan(zero=3, overlap_mb=limit)).roles[0]
+    role = program(Plan(zero=3, overlap_mb=limit)).required_role
     assert role.backward is not None
     for graph in (role.forward, role.backward):
         largest = max(_bytes(node) for node in graph.nodes if node.target in STARTING)
@@ -75,7 +75,7 @@ def test_what_is_under_way_is_bounded(limit: float) -> None:
 
 
 def test_gradients_are_waited_for_in_the_end() -> None:
-    backward = program(Plan(bucket_mb=0.2)).roles[0].backward
+    backward = program(Plan(bucket_mb=0.2)).required_role.backward
     assert backward is not None
     nodes = calls(backward)
     starts = [i for i, node in enumerate(nodes) if node.target in STARTING]
@@ -86,7 +86,7 @@ def test_gradients_are_waited_for_in_the_end() -> None:
 
 
 def test_tensor_parallel_sums_of_gradients_are_hidden_by_the_weight_gradient() -> None:
-    backward = program(Plan(), "tp=2").roles[0].backward
+    backward = program(Plan(), "tp=2").required_role.backward
     assert backward is not None
     starts = [node for node in calls(backward) if node.target is comm.OPS.start_all_reduce.default]
     assert len(starts) >= 8
@@ -100,8 +100,8 @@ def test_the_same_bits(plan: Plan) -> None:
     grads: list[dict[str, Tensor]] = []
     for limit in (0.0, 0.02, 64.0):
         made = finish_program(place(reference.traced, mesh, replace(plan, overlap_mb=limit)))
-        started = any(node.target in STARTING for node in made.roles[0].forward.nodes)
-        started |= any(node.target in STARTING for node in made.roles[0].backward.nodes)  # type: ignore[union-attr]
+        started = any(node.target in STARTING for node in made.required_role.forward.nodes)
+        started |= any(node.target in STARTING for node in made.required_role.backward.nodes)  # type: ignore[union-attr]
         assert started == (limit > 0)
         grads.append(dict(simulate(made, reference.state, (), reference.batch).grads))
     for found in grads[1:]:
@@ -110,7 +110,7 @@ def test_the_same_bits(plan: Plan) -> None:
 
 def test_nothing_is_left_of_it_on_one_rank() -> None:
     made = program(Plan(zero=3), "dp=1")
-    assert not any(node.target in STARTING for node in made.roles[0].forward.nodes)
+    assert not any(node.target in STARTING for node in made.required_role.forward.nodes)
 
 
 def test_buckets_keep_their_bits() -> None:

@@ -84,7 +84,7 @@ def _simulated(program: Program, example: Example) -> Step:
 
 
 def _role(program: Program) -> tuple[Role, fx.Graph]:
-    (role,) = program.roles
+    role = program.required_role
     assert role.backward is not None
     return role, role.backward
 

@@ -89,7 +89,7 @@ def test_every_parameter_of_size_is_split() -> None:
 
 
 def _gathers(program: Program) -> tuple[int, int]:
-    (role,) = program.roles
+    role = program.required_role
     assert role.backward is not None
     graphs = (role.forward, role.backward)
     counts = [sum(node.target in GATHERING for node in graph.nodes) for graph in graphs]

@@ -79,7 +79,7 @@ def test_a_llama_layer_with_the_sequence_split() -> None:
 def test_one_gradient_reduction_per_parameter_on_dp() -> None:
     program = llama(2, Plan(bucket_mb=0), "dp=2,tp=2")
     found = collectives(program)
-    assert found["all_reduce@dp"] == len(program.roles[0].grads) + 2  # and the loss with its count
+    assert found["all_reduce@dp"] == len(program.required_role.grads) + 2  # and the loss with its count
 
 
 def weight_layouts(program: Program) -> dict[str, str]:

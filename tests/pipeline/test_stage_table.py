@@ -21,7 +21,7 @@ from tests.pipeline.test_assignment import LLAMA, planned, program_of
 
 def kept_bytes(program: Program) -> int:
     """What forward really hands to backward, without parameters and inputs."""
-    (role,) = finish_program(program).roles
+    role = finish_program(program).required_role
     results = output_node(role.forward).args[0]
     assert isinstance(results, tuple)
     saved = {node for node in results[len(results) - role.saved :] if node.op != "placeholder"}

@@ -81,7 +81,7 @@ def test_each_stage_is_a_program() -> None:
         (InputKind.RECEIVED, "0.first"),
     ]
     assert [(entry.kind, entry.target) for entry in middle.outputs] == [(OutputKind.SENT, "2.g")]
-    assert middle.mesh == Mesh() and middle.roles[0].grads == ("w", "0.first")
+    assert middle.mesh == Mesh() and middle.required_role.grads == ("w", "0.first")
 
 
 def reference(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -63,7 +63,7 @@ def names(graph: torch.fx.Graph) -> list[str]:
 
 
 def test_gathers_are_taken_out(program: Program) -> None:
-    found = without_gathers(program.roles[0].forward, {"w"})
+    found = without_gathers(program.required_role.forward, {"w"})
     assert found is not None
     assert names(found.graph) == ["w", "g"] and names(found.rest) == ["w", "x", "g", "y"]
     assert found.parameters == ("w",) and found.owners == (("w", "dp"),)
@@ -71,7 +71,7 @@ def test_gathers_are_taken_out(program: Program) -> None:
 
 
 def test_reductions_are_taken_out(program: Program) -> None:
-    backward = program.roles[0].backward
+    backward = program.required_role.backward
     assert backward is not None
     data = without_reductions(backward, ["dp"])
     assert names(data.rest) == ["x", "d", "t", "m", "a"] and names(data.graph) == ["a", "r"]

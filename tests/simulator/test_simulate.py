@@ -238,7 +238,7 @@ program mesh(tp=2)
 """
     w, x, dy, dz = _random(4, 3).requires_grad_(), _random(2, 3), _random(2, 4), _random(2, 4)
     program = differentiate(parse(text.strip()))
-    assert program.roles[0].differentiable == (0, 1)
+    assert program.required_role.differentiable == (0, 1)
     step = simulate(program, {"w": w}, (x,), tangents=(dy, dz))
     y = functional.linear(x, w)
     (expected,) = torch.autograd.grad((y, y.sin()), w, (dy, dz))
