@@ -32,7 +32,7 @@ def compile_program(
 ) -> Program:
     """The differentiated program of ``model(*args, **kwargs)`` on ``mesh``; needs no process group.
 
-    ``layouts``: parameter layouts that are settled already, since the parameters are held so.
+    ``layouts``: parameter layouts that are pinned, since the parameters are held so already.
     Raises TraceError, UnknownOperatorError, IndivisibleError, InvariantError, NumericsError.
     """
     plan = plan or Plan()
@@ -57,11 +57,10 @@ def pipelined(
     first, last = batches[0], batches[-1]
     one = traced(first)
     warn_of_mixed_rows(replace(one, plan=plan), _with_split_batch)
-    program = finish_program(place(replace(one, settled=dict(layouts or {})), mesh, plan))
+    program = finish_program(place(pinned(one, layouts), mesh, plan))
     if microbatches.rows(first, [first], plan) == microbatches.rows(first, [last], plan):
         return program
-    settled = {**(layouts or {}), **weight_layouts(program)}
-    small = replace(traced(last), settled=settled, settled_stages=stages_of_nodes(program))
+    small = pinned(traced(last), {**(layouts or {}), **weight_layouts(program)}, stages_of_nodes(program))
     remainder = finish_program(place(small, mesh, plan))
     check_same_parameters(program, remainder)
     return replace(program, remainder=remainder)
@@ -93,8 +92,14 @@ def split_program(
     steps_of(COMPILER, until=after)  # an unknown pass: say so before the work
     if is_pipelined(mesh):
         args, kwargs = (), microbatches.parts(args, kwargs or {}, mesh, plan or Plan())[0]
-    program = replace(trace(model, args, kwargs, mesh, plan), settled=dict(layouts or {}))
-    return run_phases(program, COMPILER, until=after)
+    return run_phases(pinned(trace(model, args, kwargs, mesh, plan), layouts), COMPILER, until=after)
+
+
+def pinned(
+    traced: Program, layouts: Mapping[str, Layout] | None, stages: Mapping[str, int] | None = None
+) -> Program:
+    """``traced`` with what the passes have to keep, see :class:`autopar.ir.tables.Pins`."""
+    return replace(traced, pins=replace(traced.pins, layouts=dict(layouts or {}), stages=dict(stages or {})))
 
 
 def place(traced: Program, mesh: Mesh, plan: Plan) -> Program:

@@ -6,7 +6,7 @@
                                                     t2 = aten._to_copy(x, dtype=bf16)    : bf16[2,4]
                                                     y  = aten.linear(t2, to)             : bf16[2,8]
 
-Tracing has seen the model in the dtype of computing, so that all that follows from it is right (``Program.given`` has
+Tracing has seen the model in the dtype of computing, so that all that follows from it is right (``Pins.dtypes`` has
 the other). A parameter is cast where its part comes in: what is gathered is of the dtype of computing, and what arrives
 as its gradient is of its own. Floating outputs are cast last (``Precision.output``).
 """
@@ -27,25 +27,25 @@ from autopar.ir.tables import InputKind, OutputKind
 TO = torch.ops.aten._to_copy.default
 
 
-@graph_pass(when=lambda program: bool(program.given) or program.plan.precision.dtype("output") is not None)
+@graph_pass(when=lambda program: bool(program.pins.dtypes) or program.plan.precision.dtype("output") is not None)
 def cast_parameters(program: Program) -> Program:
     order = {node: position for position, node in enumerate(program.graph.nodes)}
     for node, _ in program.placeholders(InputKind.PARAMETER, InputKind.INPUT):
-        if node.name in program.given:
-            _cast_input(node, program.given[node.name], order)
+        if node.name in program.pins.dtypes:
+            _cast_input(node, program.pins.dtypes[node.name], order)
     dtype = program.plan.precision.dtype("output")
     if dtype is not None:
         _cast_outputs(program, dtype)
-    return replace(program, given={})
+    return replace(program, pins=replace(program.pins, dtypes={}))
 
 
-def _cast_input(node: fx.Node, given: torch.dtype, order: dict[fx.Node, int]) -> None:
+def _cast_input(node: fx.Node, passed: torch.dtype, order: dict[fx.Node, int]) -> None:
     computing = value(node)
     if node.users:
         first = min(node.users, key=order.__getitem__)
         cast = insert_before(first, TO, (node,), {"dtype": computing.dtype}, computing)
         node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
-    set_values(node, replace(computing, dtype=given))
+    set_values(node, replace(computing, dtype=passed))
 
 
 def _cast_outputs(program: Program, dtype: torch.dtype) -> None:

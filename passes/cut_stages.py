@@ -28,7 +28,7 @@ def cut_stages(program: Program) -> Program:
         return program
     schedule = planned_schedule(program.plan, program.mesh)
     count = len(schedule.placement)
-    assignment = _settled(program) or assign_stages(program, count, most_in_flight(schedule))
+    assignment = _pinned(program) or assign_stages(program, count, most_in_flight(schedule))
     stages = stage_programs(program, assignment, count)
     _warn_of_statistics(program)
     named = {node.name: Decision(f"stage {stage}", stage=stage) for node, stage in assignment.stage_of.items()}
@@ -50,11 +50,11 @@ def _warn_of_statistics(program: Program) -> None:
         )
 
 
-def _settled(program: Program) -> Assignment | None:
-    """The cut of a program of the same nodes, whose parameters are where it put them."""
+def _pinned(program: Program) -> Assignment | None:
+    """The cut that is pinned: that of a program of the same nodes, whose parameters are where it put them."""
     names = {node.name: node for node in program.graph.nodes if node.op == "call_function"}
-    settled = program.settled_stages
-    if not settled or not names.keys() >= settled.keys():
+    pinned = program.pins.stages
+    if not pinned or not names.keys() >= pinned.keys():
         return None
-    stage_of = {names[name]: stage for name, stage in settled.items()}
+    stage_of = {names[name]: stage for name, stage in pinned.items()}
     return Assignment(stage_of, frozenset(node for node in names.values() if node not in stage_of))

@@ -78,9 +78,9 @@ class _TensorPolicy:
     def placements(self, flow: Flow, node: fx.Node, entry: Input) -> list[Placement]:
         if entry.kind is not InputKind.PARAMETER:
             return [INVARIANT]
-        settled = flow.program.settled.get(entry.target)
-        if settled is not None:  # the ranks hold it so already
-            return [settled.placement(self.axis, flow.program.mesh)]
+        pinned = flow.program.pins.layouts.get(entry.target)
+        if pinned is not None:
+            return [pinned.placement(self.axis, flow.program.mesh)]
         return [INVARIANT, *flow.splits.get((node, 0), {})]
 
     def may_gather(self, flow: Flow, key: Key) -> bool:

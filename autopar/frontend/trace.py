@@ -45,7 +45,7 @@ from autopar.ir.operator_facts import types_of
 from autopar.ir.program import Program
 from autopar.ir.rewrite import operand
 from autopar.ir.signature import user_tensors
-from autopar.ir.tables import Input, InputKind, Output, OutputKind
+from autopar.ir.tables import Input, InputKind, Output, OutputKind, Pins
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 
@@ -94,11 +94,11 @@ def trace(
             notes += check_numerics(program, model, *call)
     for note in dict.fromkeys(notes):
         warnings.warn(note, stacklevel=2)
-    return replace(program, given=_given(program, dtypes, given))
+    return replace(program, pins=Pins(dtypes=_passed_dtypes(program, dtypes, given)))
 
 
-def _given(program: Program, parameters: Mapping[str, torch.dtype], call: Any) -> dict[str, torch.dtype]:
-    """Node name -> dtype of the tensor that is handed over, where the graph takes it in another."""
+def _passed_dtypes(program: Program, parameters: Mapping[str, torch.dtype], call: Any) -> dict[str, torch.dtype]:
+    """Node name -> dtype of the tensor that is passed, where the graph takes another."""
     tensors = iter(user_tensors(program, *call))
     dtypes = {}
     for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.INPUT):

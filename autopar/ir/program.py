@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -20,7 +19,7 @@ from autopar.errors import InvariantError
 from autopar.ir.layout import Layout
 from autopar.ir.loss import loss_position
 from autopar.ir.node import Node, output_node, value, values
-from autopar.ir.tables import Decision, Input, InputKind, Output, OutputKind, Role
+from autopar.ir.tables import Decision, Input, InputKind, Output, OutputKind, Pins, Role
 from autopar.ir.text import (
     Lines,
     grad_by_default,
@@ -66,12 +65,10 @@ class Program:
     static_outputs: tuple[tuple[int, Any], ...] = ()  # the same for outputs (None, numbers)
     role: Role | None = None  # what ranks run, once the program is differentiated
     decisions: Mapping[str, Mapping[str, Decision]] = field(default_factory=dict)  # axis -> node name -> what
-    settled: Mapping[str, Layout] = field(default_factory=dict)  # parameter layouts that the passes have to keep
-    given: Mapping[str, torch.dtype] = field(default_factory=dict)  # node name -> dtype of a tensor yet to be cast
+    pins: Pins = field(default_factory=Pins)  # what the passes have to keep
     passes: tuple[str, ...] = ()  # names of the passes that made this program
     stages: tuple[Program, ...] = ()  # in the order of the model
     schedule: Schedule | None = None  # in which order pipeline ranks run their stages
-    settled_stages: Mapping[str, int] = field(default_factory=dict)  # node name -> stage, which the cut has to keep
     remainder: Program | None = None
 
     def clone(self) -> Program:

@@ -1,4 +1,4 @@
-"""The tables of a program: what its placeholders and results are, its role, what was decided of its nodes."""
+"""The tables of a program: what its placeholders and results are, its role, what was decided and what is pinned."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import fx
+
+from autopar.ir.layout import Layout
 
 
 class InputKind(enum.Enum):
@@ -53,6 +56,21 @@ class Decision:
     chosen: str
     alternatives: Mapping[str, float | str] = field(default_factory=dict)
     stage: int | None = None
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What the passes have to keep, since it was decided before them.
+
+    Attributes:
+        layouts: of parameters and buffers by name, aliases too: the ranks hold them so already.
+        dtypes: node name -> dtype in which a parameter or an input is passed, where the graph takes another.
+        stages: node name -> pipeline stage, so that parameters stay where another program has put them.
+    """
+
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    stages: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

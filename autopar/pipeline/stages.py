@@ -124,7 +124,7 @@ class _Stage:
             static_inputs=(),
             static_outputs=(),
             decisions={},
-            settled_stages={},
+            pins=replace(self.whole.pins, stages={}),
         )
 
     def _needed(self) -> list[Node]:

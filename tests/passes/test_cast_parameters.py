@@ -18,7 +18,7 @@ from autopar.frontend.trace import trace
 from autopar.ir.node import value
 from autopar.ir.parse import parse
 from autopar.ir.program import Program
-from autopar.ir.tables import InputKind
+from autopar.ir.tables import InputKind, Pins
 from autopar.ir.traffic import Transfer
 from autopar.mesh import Mesh
 from autopar.passes.bucket_collectives import bucket_collectives
@@ -88,9 +88,9 @@ HALF_A_ULP = 2.0**-24
 
 def test_parameters_and_inputs(golden: Golden) -> None:
     plan = Plan(precision=Precision(param="bf16", output="f32"))
-    program = replace(parse(FORWARD, plan), given={"w": torch.float32, "x": torch.float32})
+    program = replace(parse(FORWARD, plan), pins=Pins(dtypes={"w": torch.float32, "x": torch.float32}))
     after = cast_parameters(program)
-    assert not after.given
+    assert not after.pins.dtypes
     golden("cast_parameters", after)
 
 

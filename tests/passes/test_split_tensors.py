@@ -172,14 +172,14 @@ def test_a_weight_with_no_dim_that_divides_is_refused() -> None:
     assert not collectives(program)
 
 
-def test_settled_layouts_are_kept() -> None:
+def test_pinned_layouts_are_kept() -> None:
     from autopar.ir.node import value
 
     plan = Plan(tensor={"*mlp.up_proj*": "row"})
     first = llama(1, plan)
-    settled = {entry.target: value(node).layout for node, entry in first.placeholders(*{e.kind for e in first.inputs})}
+    pinned = {entry.target: value(node).layout for node, entry in first.placeholders(*{e.kind for e in first.inputs})}
     example = named_model("hf:llama", {"num_hidden_layers": 1}, length=12)
-    again = compile_program(example.model, Mesh(tp=2), Plan(), (), example.batch, layouts=settled)
+    again = compile_program(example.model, Mesh(tp=2), Plan(), (), example.batch, layouts=pinned)
     assert weight_layouts(again) == weight_layouts(first)
 
 
