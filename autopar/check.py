@@ -17,7 +17,7 @@ from autopar.frontend.numerics import gradient_error, promote_float32
 from autopar.frontend.trace import trace
 from autopar.ir.loss import loss_of
 from autopar.ir.program import Program
-from autopar.mesh import Mesh, is_pipelined
+from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.precision import Precision
 from autopar.simulate import simulate
@@ -75,7 +75,7 @@ class Reference:
         """The program for ``mesh``, in float64 whatever ``plan.precision`` is. Raises what compiling raises."""
         plan = replace(plan or Plan(), precision=Precision())
         with promote_float32():
-            if is_pipelined(mesh):
+            if mesh.is_pipelined:
                 return pipelined(self._traced_part, mesh, plan, (), self.batch)
             return finish_program(place(self.traced, mesh, plan))
 

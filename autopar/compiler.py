@@ -12,7 +12,7 @@ from autopar.frontend.trace import trace
 from autopar.ir.graph_pass import run_phases, steps_of
 from autopar.ir.layout import Layout
 from autopar.ir.program import Program, weight_layouts
-from autopar.mesh import Mesh, is_pipelined
+from autopar.mesh import Mesh
 from autopar.passes import COMPILER, differentiate
 from autopar.passes.cut_stages import cut_stages
 from autopar.passes.split_batch import split_batch
@@ -36,7 +36,7 @@ def compile_program(
     Raises TraceError, UnknownOperatorError, IndivisibleError, InvariantError, NumericsError.
     """
     plan = plan or Plan()
-    if not is_pipelined(mesh):
+    if not mesh.is_pipelined:
         return finish_program(split_program(model, mesh, plan, args, kwargs, layouts))
     return pipelined(lambda batch: trace(model, (), batch, plan=plan), mesh, plan, args, kwargs, layouts)
 
@@ -90,14 +90,12 @@ def split_program(
     """
     after = after or cut_stages.name
     steps_of(COMPILER, until=after)  # an unknown pass: say so before the work
-    if is_pipelined(mesh):
+    if mesh.is_pipelined:
         args, kwargs = (), microbatches.parts(args, kwargs or {}, mesh, plan or Plan())[0]
     return run_phases(pinned(trace(model, args, kwargs, mesh, plan), layouts), COMPILER, until=after)
 
 
-def pinned(
-    traced: Program, layouts: Mapping[str, Layout] | None, stages: Mapping[str, int] | None = None
-) -> Program:
+def pinned(traced: Program, layouts: Mapping[str, Layout] | None, stages: Mapping[str, int] | None = None) -> Program:
     """``traced`` with what the passes have to keep, see :class:`autopar.ir.tables.Pins`."""
     return replace(traced, pins=replace(traced.pins, layouts=dict(layouts or {}), stages=dict(stages or {})))
 

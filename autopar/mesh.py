@@ -13,6 +13,7 @@ AXIS_ORDER = ("pp", "dp", "dp_replicate", "dp_shard", "ep", "sp", "tp")
 ALIASES = {"cp": "sp"}
 DATA_AXES = ("dp", "dp_replicate", "dp_shard")
 BATCH_AXES = (*DATA_AXES, "ep")  # ranks along these get different rows of the batch
+PIPELINE = "pp"  # ranks along this one run different stages of the model
 
 Coordinates = Mapping[str, int]
 
@@ -73,6 +74,16 @@ class Mesh:
     def world_size(self) -> int:
         return math.prod(size for _, size in self.axes)
 
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether there is an axis ``pp``, of whatever size."""
+        return PIPELINE in self.names
+
+    @property
+    def of_stage(self) -> Mesh:
+        """The ranks of one pipeline stage: this mesh without ``pp``."""
+        return Mesh(**{axis: size for axis, size in self.axes if axis != PIPELINE})
+
     def size(self, axis: str) -> int:
         """Size of ``axis``; 1 for an axis that this mesh does not have."""
         return dict(self.axes).get(axis, 1)
@@ -111,15 +122,3 @@ class Mesh:
         return f"mesh({' '.join(f'{name}={size}' for name, size in self.axes)})"
 
     __repr__ = __str__
-
-
-PIPELINE = "pp"
-
-
-def is_pipelined(mesh: Mesh) -> bool:
-    return PIPELINE in mesh.names
-
-
-def stage_mesh(mesh: Mesh) -> Mesh:
-    """The ranks of one stage: ``mesh`` without ``pp``."""
-    return Mesh(**{axis: size for axis, size in mesh.axes if axis != PIPELINE})

@@ -20,7 +20,7 @@ from autopar.ir.node import value
 from autopar.ir.program import Program, weight_layouts
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import Transfer
-from autopar.mesh import Mesh, is_pipelined
+from autopar.mesh import Mesh
 from autopar.pipeline import microbatches
 from autopar.pipeline.stages import first_ranks, held_elsewhere
 from autopar.plan import Plan
@@ -79,7 +79,7 @@ class ParallelModule(nn.Module):
         if self._connection is None:
             raise not_launched(self.mesh)
         call = self._signature.call(args, kwargs)
-        if is_pipelined(self.mesh):
+        if self.mesh.is_pipelined:
             return self._pipelined(call, trains=False)
         executable = self._executable(call)
         if self.training and torch.is_grad_enabled():
@@ -92,7 +92,7 @@ class ParallelModule(nn.Module):
         With ``Plan(microbatches=m)`` the batch (then passed by name) runs in m parts, one after the other; loss and
         gradients are those of the whole, and the data axes communicate once.
         """
-        if is_pipelined(self.mesh):
+        if self.mesh.is_pipelined:
             loss: Tensor = self._pipelined(self._signature.call(args, kwargs), trains=True)
             return loss
         if self.plan.microbatches > 1:
@@ -207,7 +207,7 @@ class ParallelModule(nn.Module):
         keep = self._connection is None or self._connection.rank == 0 or not rank0_only
         found: dict[str, Tensor] = {}
         held = self.state_dict()
-        for name in sorted({*held, *self._away}) if self._away or is_pipelined(self.mesh) else held:
+        for name in sorted({*held, *self._away}) if self._away or self.mesh.is_pipelined else held:
             tensor = held.get(name)
             gathered = isinstance(tensor, DTensor) and not all(p.is_replicate() for p in tensor.placements)
             whole = self._over_stages(name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
@@ -218,7 +218,7 @@ class ParallelModule(nn.Module):
     def full_grads(self) -> dict[str, Tensor]:
         """The whole gradients by parameter name, those that there are; collective."""
         found = {name: parameter.grad for name, parameter in self.named_parameters() if parameter.grad is not None}
-        if is_pipelined(self.mesh) and self._weights is not None:
+        if self.mesh.is_pipelined and self._weights is not None:
             trained = {entry.target for _, entry in self.program.placeholders(InputKind.PARAMETER)}
             names = [name for name in sorted(trained) if name in found or name in self._away]
         else:

@@ -16,7 +16,6 @@ from dataclasses import replace
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.program import Program
 from autopar.ir.tables import Decision, OutputKind
-from autopar.mesh import is_pipelined
 from autopar.pipeline.assignment import assign_stages
 from autopar.pipeline.planned_schedule import most_in_flight, planned_schedule
 from autopar.pipeline.stages import Assignment, stage_programs
@@ -24,7 +23,7 @@ from autopar.pipeline.stages import Assignment, stage_programs
 
 @graph_pass()
 def cut_stages(program: Program) -> Program:
-    if not is_pipelined(program.mesh):
+    if not program.mesh.is_pipelined:
         return program
     schedule = planned_schedule(program.plan, program.mesh)
     count = len(schedule.placement)

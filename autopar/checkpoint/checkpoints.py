@@ -34,7 +34,6 @@ from autopar.checkpoint.peers import Peers
 from autopar.checkpoint.slices import Slices
 from autopar.checkpoint.training_state import Gather, NewState, Owners, packed, random_state, set_random_state, unpacked
 from autopar.errors import AutoparError, CheckpointError
-from autopar.mesh import is_pipelined
 from autopar.module import ParallelModule
 from autopar.runtime.dtensor import local_of
 
@@ -215,7 +214,7 @@ def _saved(model: nn.Module) -> list[Named]:
 
 
 def _gather(model: nn.Module, peers: Peers) -> Gather | None:
-    return peers.gather if isinstance(model, ParallelModule) and is_pipelined(model.mesh) else None
+    return peers.gather if isinstance(model, ParallelModule) and model.mesh.is_pipelined else None
 
 
 def _state(model: nn.Module, owners: Owners, peers: Peers, scheduler: Any, data: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autopar.checkpoint.slices import Slices, slices_of
-from autopar.mesh import is_pipelined
 from autopar.module import ParallelModule
 from autopar.runtime.dtensor import dtensor, local_of
 from autopar.runtime.parameters import Stored, Table
@@ -67,7 +66,7 @@ def every_tensor(model: nn.Module) -> list[Named]:
     """Every parameter and buffer of the model once, in the order of the state dict."""
     weights = model._weights if isinstance(model, ParallelModule) else None
     absent = {(id(one.table), one.key): one.outline for one in weights.absent} if weights else {}
-    pipeline = model if isinstance(model, ParallelModule) and is_pipelined(model.mesh) else None
+    pipeline = model if isinstance(model, ParallelModule) and model.mesh.is_pipelined else None
     found: dict[int, Named] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for table in (module._parameters, module._buffers):

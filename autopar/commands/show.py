@@ -37,7 +37,7 @@ from autopar.compiler import finish_program, split_program
 from autopar.ir.batch import data_ways
 from autopar.ir.graph_pass import Phase, steps_of
 from autopar.ir.program import Program, format_program
-from autopar.mesh import Mesh, is_pipelined
+from autopar.mesh import Mesh
 from autopar.passes import COMPILER
 from autopar.zoo.named import named_model
 
@@ -107,7 +107,7 @@ def _refuse(mesh: Mesh, after: str | None, rank: int | None, schedule: bool) -> 
     steps_of(COMPILER, until=after)  # an unknown pass
     if after is not None and rank is not None:
         raise ValueError("give either --after or --rank: a rank runs the finished program")
-    if schedule and not is_pipelined(mesh):
+    if schedule and not mesh.is_pipelined:
         raise ValueError(f"{mesh} has no pipeline to draw\nWay out: a mesh with an axis pp, e.g. --mesh pp=4,tp=2")
     if schedule and after is not None:
         raise ValueError("give either --after or a schedule: only the finished program has one")

@@ -20,7 +20,7 @@ from autopar.commands.options import ConfigTexts, Json, ModelName, PlanTexts, Se
 from autopar.commands.tables import print_json, stderr
 from autopar.commands.train_report import document_of, end_of, print_report, tolerance_of
 from autopar.ir.batch import data_ways
-from autopar.mesh import Mesh, is_pipelined
+from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.training.byte_text import BYTES, ByteText, read_text
 from autopar.training.loop import CLIP, Run, Settings, is_first, train
@@ -110,10 +110,10 @@ def train_command(
 def _plan(texts: list[str], shorthands: Mapping[str, object], mesh: Mesh, rows: int, accumulate: int) -> Plan:
     """The plan of options; a pipeline gets two microbatches for each rank of it, if there are as many rows."""
     texts += [f"{key}={choice}" for key, choice in shorthands.items() if choice is not None]
-    if is_pipelined(mesh) and not any(text.startswith("microbatches=") for text in texts):
+    if mesh.is_pipelined and not any(text.startswith("microbatches=") for text in texts):
         texts.append(f"microbatches={max(1, min(2 * mesh.size('pp'), rows // data_ways(mesh)))}")
     plan = read_plan(texts)
-    if accumulate > 1 and (is_pipelined(mesh) or plan.microbatches > 1):
+    if accumulate > 1 and (mesh.is_pipelined or plan.microbatches > 1):
         raise ValueError("--accumulate does not go with microbatches\nWay out: a larger --batch, more --microbatches")
     return plan
 

@@ -8,7 +8,6 @@ from torch import nn
 
 from autopar.commands.curves import sparkline
 from autopar.commands.tables import stdout, table, traffic_json, traffic_table
-from autopar.mesh import is_pipelined
 from autopar.training.byte_text import ByteText
 from autopar.training.loop import Curve, Run, Settings
 
@@ -31,7 +30,7 @@ def document_of(model: str, run: Run, settings: Settings, text: ByteText, second
         "precision": plan.precision.param,
         "recompute": plan.recompute,
         "microbatches": plan.microbatches,
-        "schedule": plan.schedule if is_pipelined(settings.mesh) else None,
+        "schedule": plan.schedule if settings.mesh.is_pipelined else None,
         "device": settings.device.type,
         "batch": text.batch,
         "length": text.length,

@@ -22,7 +22,7 @@ from autopar.errors import InvariantError
 from autopar.ir.node import Node, origin, set_origin, set_values, value, values
 from autopar.ir.program import Program
 from autopar.ir.tables import Input, InputKind, Output, OutputKind
-from autopar.mesh import PIPELINE, stage_mesh
+from autopar.mesh import PIPELINE
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class _Stage:
         return replace(
             self.whole,
             graph=graph,
-            mesh=stage_mesh(self.whole.mesh),
+            mesh=self.whole.mesh.of_stage,
             inputs=tuple(inputs),
             outputs=tuple(entry for _, entry in self.outputs),
             constants={name: tensor for name, tensor in self.whole.constants.items() if name in used},

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar.errors import LaunchError, RankFailedError
 from autopar.ir.program import Program
-from autopar.mesh import ALIASES, PIPELINE, Mesh, is_pipelined, stage_mesh
+from autopar.mesh import ALIASES, PIPELINE, Mesh
 from autopar.runtime import functional_collectives as torch_collectives
 from autopar.runtime.channels import group_back
 from autopar.runtime.communicator import Communicator, peer_failed
@@ -44,9 +44,9 @@ class Connection:
 
     def of_stage(self) -> Connection:
         """Among the ranks of this one's pipeline stage: the mesh without ``pp``, on which parameters lie."""
-        if not is_pipelined(self.mesh):
+        if not self.mesh.is_pipelined:
             return self
-        rest = stage_mesh(self.mesh)
+        rest = self.mesh.of_stage
         names = tuple(name for name in self.device_mesh.mesh_dim_names or () if name != PIPELINE)
         return Connection(rest, self.device_mesh[names if len(names) > 1 else names[0]], self.comm)
 
@@ -77,7 +77,7 @@ def connect(mesh: Mesh | DeviceMesh, timeout: float, device: torch.device) -> Co
     _say_failures_shortly()
     if isinstance(mesh, DeviceMesh):
         named = Mesh.from_device_mesh(mesh)
-        if is_pipelined(named) and not stage_mesh(named).axes:
+        if named.is_pipelined and not named.of_stage.axes:
             mesh = _device_mesh(named, timeout, device)
         return Connection(named, mesh, _communicator(named, mesh, timeout, device))
     if not dist.is_initialized():
@@ -139,7 +139,7 @@ def _peers_needed(what: str, rank: int, world_size: int, timeout: float) -> Iter
 
 
 def _device_mesh(mesh: Mesh, timeout: float, device: torch.device) -> DeviceMesh:
-    axes = mesh.axes if stage_mesh(mesh).axes else (*mesh.axes, ("dp", 1))  # DTensors need an axis to lie on
+    axes = mesh.axes if mesh.of_stage.axes else (*mesh.axes, ("dp", 1))  # DTensors need an axis to lie on
     names, shape = tuple(name for name, _ in axes), tuple(size for _, size in axes)
     backend = dist.get_backend()
     smaller = [name for name, size in zip(names, shape) if 1 < size < mesh.world_size]  # the world has its group

@@ -16,7 +16,6 @@ from autopar.ir.program import Program
 from autopar.ir.signature import restore_output
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.ir.traffic import Transfer
-from autopar.mesh import stage_mesh
 from autopar.pipeline import microbatches
 from autopar.pipeline.interpreter import Interpreter, Routes
 from autopar.pipeline.links import inference_schedule
@@ -53,7 +52,7 @@ class _Run:
     """One step on all ranks."""
 
     def __init__(self, program: Program, schedule: Schedule) -> None:
-        self.program, self.schedule, self.mesh = program, schedule, stage_mesh(program.mesh)
+        self.program, self.schedule, self.mesh = program, schedule, program.mesh.of_stage
         self.lockstep = [Lockstep(self.mesh) for _ in schedule.ranks]
         self.stages: list[SimulatedStage] = []
         self.in_flight = [0] * len(schedule.ranks)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from autopar.api import parallelize
 from autopar.ir.traffic import Transfer
-from autopar.mesh import Mesh, is_pipelined
+from autopar.mesh import Mesh
 from autopar.module import ParallelModule
 from autopar.plan import Plan
 from autopar.training.byte_text import ByteText
@@ -211,7 +211,7 @@ class _Stepper:
         self.model, self.device, self.curve = model.train(), settings.device, Curve()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate)
         self._clip = settings.clip or math.inf
-        self._in_parts = settings.plan.microbatches > 1 or is_pipelined(settings.mesh)  # the one batch of a step
+        self._in_parts = settings.plan.microbatches > 1 or settings.mesh.is_pipelined  # the one batch of a step
 
     @property
     def traffic(self) -> tuple[Transfer, ...]:
