@@ -43,7 +43,7 @@ STANDS_ON = {
     "api": "mesh module plan runtime",
     "check": "compiler frontend ir mesh plan precision simulate simulator",
     "verification": "analysis check cost errors ir mesh pipeline plan rules simulator split",
-    "checkpoint": "errors mesh module runtime",
+    "checkpoint": "errors module runtime",
     "training": "api checkpoint ir mesh module plan runtime",
     "autopar": "*",  # the package itself: its names are imported at first use
     "commands": "*",
