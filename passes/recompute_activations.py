@@ -19,43 +19,23 @@ full       in repeated blocks everything, from the inputs of the block, as ``tor
 0.0 .. 1.0 between those: at most this fraction of the bytes that "none" keeps, with the least work made twice (a byte
            that a collective sends counts as 3000 operations); 0.0 is full
 
-Which choice is best at which price, minimum cuts say (``rematerialise``), once for each block of equal structure. The
-first blocks are the first to keep less: what the last one keeps, backward frees at once. Values that other blocks
-compute with are kept if backward needs them, so that making values again never leads from one block into the next; a
-value is made just before its first use and freed after its last. Operators and their order are those of forward: the
-gradients are the same bit for bit, random masks too (positions and the seed decide them).
+Which choice is best at which price, minimum cuts say (``autodiff/regions.py``), once for each block of equal
+structure. The first blocks are the first to keep less: what the last one keeps, backward frees at once. Values that
+other blocks compute with are kept if backward needs them, so that making values again never leads from one block into
+the next; a value is made just before its first use and freed after its last. Operators and their order are those of
+forward: the gradients are the same bit for bit, random masks too (positions and the seed decide them).
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
-from fractions import Fraction
 
-import torch
-from torch import fx
-
-from autopar.autodiff.differentiate import is_gathered, made_again
-from autopar.autodiff.min_cut import Choice, Item, Region, fewest_bytes, frontier
-from autopar.autodiff.partition import Joint, Remake, joined, partition, saved_nodes
-from autopar.cost.flops import flops, is_product
-from autopar.cost.machine import BANDWIDTH, FLOPS
-from autopar.ir import collectives as comm
-from autopar.ir.blocks import block_of, is_repeated
+from autopar.autodiff.differentiate import made_again
+from autopar.autodiff.partition import joined, partition
+from autopar.autodiff.regions import Regions
 from autopar.ir.graph_pass import graph_pass
-from autopar.ir.node import Value, values
-from autopar.ir.operator_facts import is_free, is_operator, is_random, packet_of
 from autopar.ir.program import Program
-from autopar.ir.rewrite import live_nodes
-from autopar.ir.tables import InputKind, Role
-from autopar.ir.traffic import moved_bytes
-
-aten = torch.ops.aten
-SORTS = (aten.sort, aten.argsort, aten.topk)  # choices of rows: whoever makes one again must choose the same
-OUTSIDE = ""  # of all repeated blocks
-Place = tuple[str, int]  # a repeated block, or OUTSIDE, and the number of the run through it
+from autopar.ir.tables import Role
 
 
 @graph_pass(when=lambda program: program.plan.recompute != "none")
@@ -68,165 +48,6 @@ def _recomputed(program: Program, role: Role) -> Role:
         return role
     joint = joined(role.forward, role.backward, role.saved)
     free = made_again(program)
-    again = _Activations(program, joint, free).made_again()
+    again = Regions(program, joint, free).recomputed()
     forward, backward, saved = partition(joint, lambda node: free(node) or node in again)
     return replace(role, forward=forward, backward=backward, saved=len(saved))
-
-
-class _Activations:
-    """The values of one forward graph that backward needs, by the regions in which they may be made again."""
-
-    def __init__(self, program: Program, joint: Joint, free: Remake) -> None:
-        self.program, self.joint, self.free = program, joint, free
-        self.parameters = {node.name for node, _ in program.placeholders(InputKind.PARAMETER)}
-        self.order = {node: position for position, node in enumerate(joint.graph.nodes)}
-        self.places = _places(joint, self.parameters)
-        self.saved = saved_nodes(joint, free)
-        self.twice = live_nodes(joint.gradients, stop=self.saved)  # what backward makes now
-        self.held = {node for node in self.saved if self._stays(node)}
-        found: dict[Place, list[fx.Node]] = defaultdict(list)
-        for node in self.saved:
-            if node not in self.held:
-                found[self.places[node]].append(node)
-        self.nodes = [self._made_of(place, needed) for place, needed in found.items()]
-        self.regions = [self._region(place, nodes) for place, nodes in zip(found, self.nodes)]
-
-    def made_again(self) -> set[fx.Node]:
-        """What backward is to make rather than get."""
-        budget = self.program.plan.recompute
-        found = list(map(fewest_bytes, self.regions)) if isinstance(budget, str) else self._within(Fraction(budget))
-        pairs = list(zip(self.nodes, found))
-        kept = {nodes[position] for nodes, choice in pairs for position in choice.kept}
-        return {nodes[position] for nodes, choice in pairs for position in choice.remade} - kept
-
-    def _within(self, share: Fraction) -> list[Choice]:
-        """Step by step, those that save most bytes for their work first, until no more than ``share`` is kept."""
-        frontiers = list(map(frontier, self.regions))
-        steps = [
-            (Fraction(after.work - before.work, before.bytes - after.bytes), number, position + 1)
-            for number, choices in enumerate(frontiers)
-            for position, (before, after) in enumerate(zip(choices, choices[1:]))
-        ]
-        found = [choices[0] for choices in frontiers]
-        constant = sum(map(self._bytes, self.held))
-        budget = share * sum(map(self._bytes, self.saved))
-        kept = constant + sum(choice.bytes for choice in found)
-        for _, number, position in sorted(steps):
-            if kept <= budget:
-                break
-            kept -= found[number].bytes - frontiers[number][position].bytes
-            found[number] = frontiers[number][position]
-        return found
-
-    # ------------------------------------------------------------ regions
-
-    def _stays(self, node: fx.Node) -> bool:
-        """Whether a value that backward needs is kept whatever the choice: another region computes with it."""
-        if node in self.joint.outputs or self._is_at_hand(node):
-            return True
-        return any(self._may_again(user) for user in self._consumers(node) if self.places[user] != self.places[node])
-
-    def _consumers(self, node: fx.Node) -> Iterator[fx.Node]:
-        """What forward computes from ``node``, or from a view of it."""
-        for user in node.users:
-            if user in self.joint.forward:
-                yield from self._consumers(user) if is_free(user) else (user,)
-
-    def _made_of(self, place: Place, needed: Sequence[fx.Node]) -> list[fx.Node]:
-        """``needed`` and all that they can be made of, in order, from what other regions make on."""
-        found: set[fx.Node] = set()
-        wanted = list(needed)
-        while wanted:
-            node = wanted.pop()
-            if node not in found:
-                found.add(node)
-                wanted += node.all_input_nodes if self._is_within(place, node) else []
-        return sorted(found, key=self.order.__getitem__)
-
-    def _is_within(self, place: Place, node: fx.Node) -> bool:
-        """Whether ``node`` may be made again in the region of ``place``."""
-        if node in self.held or self._is_at_hand(node):
-            return False
-        return self.free(node) or (self.places[node] == place and self._may_again(node))
-
-    def _region(self, place: Place, nodes: Sequence[fx.Node]) -> Region:
-        positions = {node: position for position, node in enumerate(nodes)}
-        needed = set(self.saved) - self.held
-
-        def item(node: fx.Node) -> Item:
-            if node in self.held or self._is_at_hand(node):
-                return Item((), 0, None)
-            size = None if self.free(node) or len(values(node)) != 1 else self._bytes(node)
-            if not self._is_within(place, node):
-                return Item((), size, None, node in needed and self.places[node] == place)
-            operands = tuple(positions[source] for source in node.all_input_nodes)
-            return Item(operands, size, self._work(node), node in needed)
-
-        return tuple(map(item, nodes))
-
-    # ------------------------------------------------------------ values
-
-    def _is_at_hand(self, node: fx.Node) -> bool:
-        """Parameters, inputs, and parameters that are gathered once for the whole step."""
-        return node.op == "placeholder" or (is_gathered(node, self.parameters) and not self.free(node))
-
-    def _may_again(self, node: fx.Node) -> bool:
-        """Whether the plan lets backward make ``node``."""
-        block, _ = self.places[node]
-        everything = self.program.plan.recompute != "selective" and block != OUTSIDE
-        return not is_random(node.target) and (everything or not _is_costly(node))
-
-    def _bytes(self, node: fx.Node) -> int:
-        """What keeping a value takes on one rank; those that are there anyway take nothing."""
-        if node in self.joint.outputs or self._is_at_hand(node):
-            return 0
-        return sum(math.prod(self._shape(kind)) * kind.dtype.itemsize for kind in values(node))
-
-    def _work(self, node: fx.Node) -> int:
-        """Operations of a call on one rank; what it sends counts as what could be computed in that time."""
-        if node in self.twice:
-            return 0
-        work, name = flops(node, self._shape), comm.moving(node.target)
-        if name is not None:
-            sent = sum(math.prod(self._shape(kind)) * kind.dtype.itemsize for kind in values(node.all_input_nodes[0]))
-            work += round(moved_bytes(name, self.program.mesh.size(str(node.args[1])), sent) * FLOPS / BANDWIDTH)
-        return work
-
-    def _shape(self, kind: Value) -> tuple[int, ...]:
-        return kind.layout.local_shape(self.program.mesh)
-
-
-def _is_costly(node: fx.Node) -> bool:
-    """Whether to make ``node`` again costs more than to walk through memory, or must not come out otherwise."""
-    return is_product(node) or comm.moving(node.target) is not None or (is_operator(node) and packet_of(node) in SORTS)
-
-
-def _places(joint: Joint, parameters: Set[str]) -> dict[fx.Node, Place]:
-    """Where each node of forward belongs, those that are free aside.
-
-    A repeated block is run through again where a product takes a weight for the second time (layers that share their
-    weights); what stands in no repeated block is cut before each product, lest it reach from the first layer to the
-    last.
-    """
-    found: dict[fx.Node, Place] = {}
-    runs: Counter[str] = Counter()
-    used: dict[str, set[fx.Node]] = defaultdict(set)
-    for node in joint.graph.nodes:
-        if node not in joint.forward or node.op != "call_function" or is_free(node):
-            continue
-        block = block_of(node) if is_repeated(block_of(node)) else OUTSIDE
-        if is_product(node):
-            weights = {source for source in node.all_input_nodes if _is_weight(source, parameters)}
-            if block == OUTSIDE or weights & used[block]:
-                runs[block] += 1
-                used[block].clear()
-            used[block] |= weights
-        found[node] = block, runs[block]
-    return found
-
-
-def _is_weight(node: fx.Node, parameters: Set[str]) -> bool:
-    """Whether ``node`` is a parameter, a view of one, or one that is gathered."""
-    while len(node.all_input_nodes) == 1 and (is_free(node) or is_gathered(node, parameters)):
-        (node,) = node.all_input_nodes
-    return node.op == "placeholder" and node.name in parameters

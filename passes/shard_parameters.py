@@ -17,7 +17,6 @@ from dataclasses import replace
 
 from torch import fx
 
-from autopar.analysis.footprint import held
 from autopar.ir import collectives as comm
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.layout import Split
@@ -36,7 +35,7 @@ LARGE = 0.01  # of the bytes of all parameters: what is smaller may stay whole w
 def shard_parameters(program: Program) -> Program:
     axis = shard_axis(program.mesh)
     assert axis is not None
-    total = held(program).whole
+    total = sum(bytes_of(value(node)) for node, _ in program.placeholders(InputKind.PARAMETER))
     for node, entry in program.placeholders(InputKind.PARAMETER):
         dim = shard_dim(value(node), axis, program.mesh)
         if dim is not None and node.users:

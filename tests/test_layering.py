@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("autopar", "passes", "models", "tests", "benchmarks", "examples")
-MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
+MOST_LINES, MOST_LINES_OF_A_PASS, MOST_LINES_OF_A_FUNCTION = 400, 200, 60
+LONGER = {"bucket_collectives", "canonicalize", "recognise_experts", "split_tensors"}  # passes, not yet cut down
 DULL = {"util", "utils", "helper", "helpers", "manager", "common", "core", "misc"}
 
 # Who may stand on whom. A room is a folder of autopar/, or a file of its root; from the ground up. "*" is everything
@@ -30,14 +31,14 @@ STANDS_ON = {
     "codegen": "errors ir mesh operators",
     "exporters": "errors ir mesh plan",
     "frontend": "errors ir mesh operators plan",
-    "autodiff": "errors ir mesh operators",
+    "autodiff": "cost errors ir mesh operators",
     "split": "cost errors ir rules",
     "pipeline": "autodiff cost errors ir mesh plan schedules",
     "analysis": "autodiff ir mesh pipeline schedules",
     "simulator": "autodiff errors ir mesh pipeline schedules",
     "simulate": "ir simulator",
     "runtime": "autodiff codegen errors ir mesh pipeline plan schedules",
-    "passes": "analysis autodiff cost errors frontend ir mesh operators pipeline rules schedules split",
+    "passes": "autodiff errors frontend ir mesh operators pipeline rules schedules split",
     "compiler": "frontend ir mesh passes pipeline plan",
     "module": "compiler errors frontend ir mesh pipeline plan runtime schedules simulate simulator",
     "api": "mesh module plan runtime",
@@ -107,6 +108,19 @@ def test_passes_do_not_import_each_other() -> None:
             continue
         found = sorted(other for other in imports(path) if other.startswith(("autopar.passes", "passes")))
         assert not found, f"{path.name} imports {found}; what two passes share belongs into autopar/"
+
+
+@pytest.mark.parametrize("path", [path for path in sources("passes") if path.stem not in LONGER], ids=lambda p: p.stem)
+def test_a_pass_is_short(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").count("\n")
+    where = "library code belongs into autopar/"
+    assert lines <= MOST_LINES_OF_A_PASS, f"{path.name} has {lines} lines, at most {MOST_LINES_OF_A_PASS}; {where}"
+
+
+def test_passes_that_are_longer_are_listed_only_as_long_as_they_are() -> None:
+    for name in LONGER:
+        lines = (ROOT / "passes" / f"{name}.py").read_text(encoding="utf-8").count("\n")
+        assert lines > MOST_LINES_OF_A_PASS, f"{name} has {lines} lines now; take it out of LONGER"
 
 
 def test_nothing_imports_models() -> None:

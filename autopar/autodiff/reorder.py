@@ -1,0 +1,198 @@
+"""The order in which a rank runs one graph: collectives start early and are waited for late.
+
+Each node is taken in the order of the graph and placed. Gathers of parameters go ahead of it, as far as the limit
+allows; reductions are started when it is their turn, and waited for when their result is used; gradients of weights
+are put off until a sum that backward goes on with has started.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import torch
+from torch import fx
+
+from autopar.ir.collectives import OPS, TARGETS, split_of
+from autopar.ir.layout import Split
+from autopar.ir.node import origin, output_node, set_origin, set_values, value, values
+from autopar.ir.operator_facts import is_view
+from autopar.ir.rewrite import live_nodes
+from autopar.mesh import Mesh
+
+aten = torch.ops.aten
+STARTS = {
+    OPS.all_reduce.default: OPS.start_all_reduce.default,
+    OPS.all_gather.default: OPS.start_all_gather.default,
+    OPS.all_gather_invariant.default: OPS.start_all_gather.default,
+    OPS.reduce_scatter.default: OPS.start_reduce_scatter.default,
+}
+GATHERS = (OPS.all_gather.default, OPS.all_gather_invariant.default)
+
+
+class Reordering:
+    """A new order for the nodes of one graph, with collectives taken apart. ``limit``: bytes that may be under way of
+    gathers, and as many of reductions."""
+
+    def __init__(self, mesh: Mesh, graph: fx.Graph, limit: float, is_backward: bool) -> None:
+        self.mesh, self.graph, self.limit = mesh, graph, limit
+        self.nodes = [node for node in graph.nodes if node.op == "call_function"]
+        self.end = output_node(graph)
+        self.under_way: dict[fx.Node, float] = {}  # collective -> bytes that it holds
+        self.waits: dict[fx.Node, fx.Node] = {}  # collective that has been started -> its wait
+        self.late = self._late()  # what only arranges the result of a reduction for being returned -> the reduction
+        self.delayed: dict[fx.Node, list[fx.Node]] = {}  # reduction under way -> what arranges its result
+        self.ahead = deque(node for node in self.nodes if node.target in GATHERS and self._can_start(node))
+        self.gathers = set(self.ahead)
+        self.done: set[fx.Node] = set()  # brought forward
+        self.hidden = self._hidden() if is_backward else set()
+        needed = live_nodes(self.hidden)
+        self.aside = {node for node in self.nodes if self.hidden and node not in needed}
+        self.put_off: list[fx.Node] = []
+        self.places = {node: place for place, node in enumerate(self.nodes)}
+
+    def run(self) -> None:
+        """Bring the graph, in place, into the new order."""
+        for node in self.nodes:
+            if node in self.aside:
+                self.put_off.append(node)
+                continue
+            self._place(node)
+            if node in self.hidden:
+                self._catch_up()
+        self._catch_up()
+        for node in list(self.under_way):
+            self._arrive(node)
+
+    def _place(self, node: fx.Node) -> None:
+        """The next node of the new order."""
+        if self.late.get(node) in self.under_way:
+            self.delayed[self.late[node]].append(node)
+            return
+        for source in node.all_input_nodes:
+            self._arrive(source)
+        self._prefetch(node)
+        if node in self.waits or node in self.done:
+            return  # a gather under way, waited for before its first use, or what it was made of
+        if _is_reduction(node) and self._can_start(node) and (node in self.hidden or self._pays(node)):
+            self._make_room(node)
+            self._start(node)
+        else:
+            self.end.prepend(node)
+
+    def _catch_up(self) -> None:
+        for node in self.put_off:
+            self._place(node)
+        self.put_off.clear()
+
+    # ------------------------------------------------------------ what may be moved
+
+    def _can_start(self, node: fx.Node) -> bool:
+        """Whether the collective stacks or cuts dim 0 in equal parts, without work before or after."""
+        if self.mesh.size(str(node.args[1])) == 1:
+            return False
+        if node.target is OPS.all_reduce.default:
+            return True
+        length, ways = node.args[6], node.args[2]
+        assert isinstance(length, int) and isinstance(ways, int)
+        return split_of(node.args[1:]) == Split(0) and length % ways == 0
+
+    def _pays(self, node: fx.Node) -> bool:
+        """Whether something else is computed before the first use of a reduction."""
+        if all(user in self.late or user is self.end for user in node.users):
+            return True
+        for place in range(self.places[node] + 1, len(self.nodes)):
+            other = self.nodes[place]
+            if other not in self.late and not is_view(other.target):
+                return node not in other.all_input_nodes
+        return False
+
+    def _late(self) -> dict[fx.Node, fx.Node]:
+        late: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            ends = node.users and all(user in late or user is self.end for user in node.users)
+            if ends and is_view(node.target) and len(node.all_input_nodes) == 1:
+                late.add(node)
+        before = {node: self._reduction_before(node) for node in self.nodes if node in late}
+        return {node: reduction for node, reduction in before.items() if reduction is not None}
+
+    def _hidden(self) -> set[fx.Node]:
+        """Reductions that a backward graph goes on with; what they do not wait for can hide them."""
+        found = {node for node in self.nodes if _is_reduction(node) and self._can_start(node)}
+        return {node for node in found if any(user is not self.end and user not in self.late for user in node.users)}
+
+    def _reduction_before(self, node: fx.Node) -> fx.Node | None:
+        while is_view(node.target) and len(node.all_input_nodes) == 1:
+            (node,) = node.all_input_nodes
+        return node if _is_reduction(node) and self._can_start(node) else None
+
+    # ------------------------------------------------------------ moving it
+
+    def _prefetch(self, node: fx.Node) -> None:
+        """Start the gather that is ``node``, then those after it for which there is room, in their order."""
+        if node in self.gathers and node not in self.waits:
+            self._start(node)
+        while self.ahead:
+            gather = self.ahead[0]
+            if gather in self.waits:
+                self.ahead.popleft()
+                continue
+            held = self._held(gathers=True)
+            if held and held + self._bytes(gather) > self.limit:
+                return
+            if not all(map(self._at_hand, gather.all_input_nodes)):
+                return
+            self._bring(gather.all_input_nodes)
+            self._start(gather)
+
+    def _at_hand(self, node: fx.Node) -> bool:
+        """Whether ``node`` is an input, or only arranges or casts inputs."""
+        arranges = is_view(node.target) or node.target in (aten.cat.default, aten._to_copy.default)
+        return node.op == "placeholder" or (arranges and all(map(self._at_hand, node.all_input_nodes)))
+
+    def _bring(self, nodes: list[fx.Node]) -> None:
+        for node in nodes:
+            if node.op != "placeholder" and node not in self.done:
+                self._bring(node.all_input_nodes)
+                self.done.add(node)
+                self.end.prepend(node)
+
+    def _start(self, node: fx.Node) -> None:
+        with self.graph.inserting_before(self.end):
+            start = STARTS[node.target]  # type: ignore[index]
+            started = self.graph.create_node("call_function", start, node.args, node.kwargs, TARGETS[start])
+            arrived = self.graph.create_node("call_function", OPS.wait.default, (started, node.args[1]), name="wait")
+        for new in (started, arrived):
+            set_values(new, *values(node))
+            set_origin(new, origin(node))
+        self.under_way[node], self.waits[node] = self._bytes(node), arrived
+        self.delayed.setdefault(node, [])
+
+    def _make_room(self, node: fx.Node) -> None:
+        """Wait for the oldest reductions until there is room for one more."""
+        while (held := self._held(gathers=False)) and held + self._bytes(node) > self.limit:
+            self._arrive(next(other for other in self.under_way if _is_reduction(other)))
+
+    def _held(self, gathers: bool) -> float:
+        """Bytes of the gathers, or of the reductions, that are under way."""
+        return sum(size for node, size in self.under_way.items() if _is_reduction(node) != gathers)
+
+    def _arrive(self, node: fx.Node) -> None:
+        """The wait for a collective goes here, and after it what has been put off until then."""
+        if node not in self.under_way:
+            return
+        del self.under_way[node]
+        arrived = self.waits[node]
+        self.end.prepend(arrived)
+        node.replace_all_uses_with(arrived)
+        self.graph.erase_node(node)
+        for later in self.delayed.pop(node, []):
+            self.end.prepend(later)
+
+    def _bytes(self, node: fx.Node) -> float:
+        sizes = [math.prod(value(n).layout.local_shape(self.mesh)) for n in (node, *node.all_input_nodes)]
+        return max(sizes) * value(node).dtype.itemsize
+
+
+def _is_reduction(node: fx.Node) -> bool:
+    return node.target in STARTS and node.target not in GATHERS
