@@ -7,17 +7,19 @@ split that has to do with them, and no other: data parallelism can never split a
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import fx
 
 from autopar.errors import UnknownOperatorError
 from autopar.ir.layout import Partial, Split
-from autopar.ir.node import origin
+from autopar.ir.node import origin, value
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.rules import call_of, rule_for
@@ -50,6 +52,11 @@ class Flow:
     weights: frozenset[fx.Node] = frozenset()  # parameters and what is made of parameters alone
     fixed: frozenset[fx.Node] = frozenset()  # constants and what is made of them: cut at no cost, for each user anew
     further: dict[fx.Node, dict[Part, None]] = field(default_factory=dict)  # parts that only the second spread found
+
+    @cached_property
+    def parameter_elements(self) -> int:
+        """How many elements all parameters of the model have."""
+        return sum(math.prod(value(node).shape) for node, _ in self.program.placeholders(InputKind.PARAMETER))
 
     def tensors(self, call: fx.Node) -> Iterator[tuple[Key, Dims]]:
         """Every operand and output of a call with its factors."""
@@ -143,7 +150,7 @@ class Flow:
 
 def flow_of(program: Program, axis: str) -> Flow:
     """The calls of a program with their factorings. Raises UnknownOperatorError for an operator without a rule."""
-    weights = _weights(program)
+    weights = weights_of(program)
     flow = Flow(program, axis, program.mesh.size(axis), weights=weights, fixed=_fixed(program))
     cache: dict[Any, Factoring] = {}
     for node in program.graph.nodes:
@@ -193,7 +200,8 @@ def opaque(call: Call) -> Factoring:
     return Factoring(inputs, outputs, dict.fromkeys(names, 2), whole=frozenset(names))
 
 
-def _weights(program: Program) -> frozenset[fx.Node]:
+def weights_of(program: Program) -> frozenset[fx.Node]:
+    """Parameters and what is made of parameters alone."""
     found: set[fx.Node] = {node for node, _ in program.placeholders(InputKind.PARAMETER)}
     for node in program.graph.nodes:
         if node.op == "call_function" and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
