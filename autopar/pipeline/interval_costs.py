@@ -235,7 +235,7 @@ def in_cutting_order(program: Program, remade: frozenset[fx.Node]) -> tuple[fx.N
         sources = [source for source in node.all_input_nodes if source in trace]
         if all(source in light and len(source.users) == 1 for source in sources):
             light.add(node)
-    when = {node: float(position) for node, position in trace.items()}
+    when = dict(trace)
     for node in reversed(calls):
         users = [when[user] for user in node.users if user in when]
         if node in light and users:
@@ -243,5 +243,10 @@ def in_cutting_order(program: Program, remade: frozenset[fx.Node]) -> tuple[fx.N
     for node in calls:
         if node.target is operator.getitem:
             when[node] = when[node.all_input_nodes[0]]
-    tuples = {node: trace[node.all_input_nodes[0]] for node in calls if node.target is operator.getitem}
-    return tuple(sorted(calls, key=lambda node: (when[node], tuples.get(node, trace[node]), trace[node])))
+
+    def place(node: fx.Node) -> tuple[int, int, int]:
+        """When it runs; of those that run at one time the order of the trace, where a part stands by its tuple."""
+        behind = node.all_input_nodes[0] if node.target is operator.getitem else node
+        return when[node], trace[behind], trace[node]
+
+    return tuple(sorted(calls, key=place))

@@ -68,7 +68,9 @@ class Strategy:
 class Emit(Protocol):
     """Adds nodes to the graph under construction, where a split of a factor needs other code."""
 
-    def __call__(self, target: Any, args: tuple[Any, ...], *types: Value) -> fx.Node:
+    def __call__(
+        self, target: Any, args: tuple[Any, ...], *types: Value, kwargs: Mapping[str, Any] | None = None
+    ) -> fx.Node:
         """A call with outputs of the given types."""
 
     def axis_index(self, axis: str) -> fx.Node:

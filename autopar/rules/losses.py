@@ -112,8 +112,8 @@ def _share_of_counted_mean(emit: Emit, node: Node, axis: str, ways: int) -> Node
     scores, target, ignored = given["self"], given["target"], given.get("ignore_index", -100)
     assert isinstance(scores, Node) and isinstance(target, Node)
     part = emit.partial(value(node), axis)
-    total = emit(node.target, (scores, target, None, SUM, ignored, *node.args[5:]), part)
-    total.kwargs = {name: setting for name, setting in node.kwargs.items() if name == "label_smoothing"}
+    smoothing = {name: setting for name, setting in node.kwargs.items() if name == "label_smoothing"}
+    total = emit(node.target, (scores, target, None, SUM, ignored, *node.args[5:]), part, kwargs=smoothing)
     counted = emit(aten.ne.Scalar, (target, ignored), Value(torch.bool, value(target).layout))
     here = Value(torch.int64, part.layout)
     count = emit.all_reduce(emit(aten.sum.default, (counted,), here), axis)

@@ -74,8 +74,7 @@ def mean_dims(call: Call) -> Factoring:
 def share_of_mean(emit: Emit, node: Node, axis: str, ways: int) -> Node:
     here = value(node)
     part = emit.partial(here, axis)
-    own = emit(node.target, node.args, part)
-    own.kwargs = node.kwargs
+    own = emit(node.target, node.args, part, kwargs=node.kwargs)
     return emit(aten.div.Scalar, (own, ways), part)
 
 
@@ -106,8 +105,7 @@ def of_results(position: int | None, again: Any) -> Any:
 
     def finish(emit: Emit, node: Node, axis: str, ways: int) -> Node:
         whole = value(node)
-        own = emit(node.target, node.args, whole)
-        own.kwargs = node.kwargs
+        own = emit(node.target, node.args, whole, kwargs=node.kwargs)
         row = replace(whole, layout=Layout(((Factor(ways, (axis,)),), *whole.layout.dims)))
         rows = replace(whole, layout=Layout(((Factor(ways),), *whole.layout.dims)))
         lifted = emit(aten.unsqueeze.default, (own, 0), row)
@@ -124,10 +122,9 @@ def flags(op: str) -> Any:
 
     def finish(emit: Emit, node: Node, axis: str, ways: int) -> Node:
         whole = value(node)
-        own = emit(node.target, node.args, whole)
-        own.kwargs = node.kwargs
-        number = emit(aten._to_copy.default, (own,), emit.partial(replace(whole, dtype=torch.uint8), axis, op))
-        number.kwargs = {"dtype": torch.uint8}
+        own = emit(node.target, node.args, whole, kwargs=node.kwargs)
+        part = emit.partial(replace(whole, dtype=torch.uint8), axis, op)
+        number = emit(aten._to_copy.default, (own,), part, kwargs={"dtype": torch.uint8})
         return emit(aten.ne.Scalar, (emit.all_reduce(number, axis, op), 0), whole)
 
     return _finished(1, finish)

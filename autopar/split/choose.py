@@ -59,6 +59,16 @@ class Choice:
     decisions: Mapping[str, Decision]
 
 
+@dataclass(frozen=True)
+class Edge:
+    """What the cost of going from one placement of a value to another depends on, beside the placements."""
+
+    size: int  # bytes
+    gradient: bool
+    ways: int
+    pinned: bool  # where it is split it must be used so: never gathered
+
+
 @dataclass
 class _Variable:
     """One variable of the cost model, as its neighbours see it: what it offers and what it asks for."""
@@ -143,20 +153,19 @@ class _Chooser:
         """Tables for the collectives between the producer of a value and its consumers."""
         producer = self.variables[key[0]]
         value = self.types[key]
-        size, gradient, ways = _bytes(self.flow, value), value.requires_grad, self.flow.ways
-        if not self.policy.may_gather(self.flow, key):
-            ways = -ways
-        offers = [normalised(placements[key[1]], gradient) for placements in producer.offers]
-        if set(offers) == {INVARIANT} and not gradient:
+        pinned = not self.policy.may_gather(self.flow, key)
+        edge = Edge(_bytes(self.flow, value), value.requires_grad, self.flow.ways, pinned)
+        offers = tuple(normalised(placements[key[1]], edge.gradient) for placements in producer.offers)
+        if set(offers) == {INVARIANT} and not edge.gradient:
             return  # whole and without gradient: every form is free
         if len(consumers) == 1:
             asks = tuple(ask[key] for ask in consumers[0].asks)
-            self.model.add((producer.number, consumers[0].number), _table(tuple(offers), asks, size, gradient, ways))
+            self.model.add((producer.number, consumers[0].number), _table(offers, asks, edge))
             return
         forms = {form for consumer in consumers for ask in consumer.asks for form in ask[key]}
         sets = _form_sets(forms, {ask[key] for consumer in consumers for ask in consumer.asks})
         hub = self.model.variable(len(sets))
-        self.model.add((producer.number, hub), _table(tuple(offers), sets, size, gradient, ways))
+        self.model.add((producer.number, hub), _table(offers, sets, edge))
         for consumer in consumers:
             self.model.add((hub, consumer.number), _covers(sets, tuple(ask[key] for ask in consumer.asks)))
 
@@ -227,15 +236,11 @@ def _form_sets(forms: set[Placement], asked: set[frozenset[Placement]]) -> tuple
 
 
 @lru_cache(maxsize=4096)
-def _table(
-    offers: tuple[Placement, ...], asks: tuple[frozenset[Placement], ...], size: int, gradient: bool, ways: int
-) -> Table:
-    pinned = ways < 0  # a split value that must be used as it lies
-
+def _table(offers: tuple[Placement, ...], asks: tuple[frozenset[Placement], ...], edge: Edge) -> Table:
     def cost(offer: Placement, ask: frozenset[Placement]) -> float:
-        if pinned and isinstance(offer, Split) and ask != {offer}:
+        if edge.pinned and isinstance(offer, Split) and ask != {offer}:
             return BIG
-        return plan_forms(offer, ask, size, gradient, abs(ways))[0]
+        return plan_forms(offer, ask, edge.size, edge.gradient, edge.ways)[0]
 
     return np.array([[cost(offer, ask) for ask in asks] for offer in offers])
 

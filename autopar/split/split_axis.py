@@ -7,10 +7,11 @@ again an ordinary graph for the axes that come after.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from autopar.ir import collectives as comm
@@ -129,11 +130,13 @@ class _Rewriter:
             length = before.layout.local_shape(self.mesh)[split.dim]
             arguments = comm.where(split, self.axis, self.ways, length)
         target = getattr(comm.OPS, step.op).default
-        return self._emit(target, (source, *arguments), self.placed(before, step.target))
+        return self.emit(target, (source, *arguments), self.placed(before, step.target))
 
-    def _emit(self, target: Any, args: tuple[Any, ...], *types: Value) -> fx.Node:
+    def emit(
+        self, target: Any, args: tuple[Any, ...], *types: Value, kwargs: Mapping[str, Any] | None = None
+    ) -> fx.Node:
         name = getattr(target, "_opname", getattr(target, "__name__", None))
-        node = self.graph.create_node("call_function", target, args, {}, name)
+        node = self.graph.create_node("call_function", target, args, dict(kwargs or {}), name)
         set_values(node, *types)
         if self.current is not None and self.current.op != "placeholder":
             set_origin(node, origin(self.current))
@@ -184,7 +187,7 @@ class _Rewriter:
             if (node, index) in self.held:
                 continue
             before, placement = values(node)[index], strategy.outputs[index]
-            item = self._emit(operator.getitem, (new, index), self.placed(before, placement))
+            item = self.emit(operator.getitem, (new, index), self.placed(before, placement))
             self._hold((node, index), item, before, placement)
 
 
@@ -194,16 +197,16 @@ class _Emitter:
     def __init__(self, rewriter: _Rewriter, before: tuple[Value, ...]) -> None:
         self.rewriter, self.before = rewriter, before
 
-    def __call__(self, target: Any, args: tuple[Any, ...], *types: Value) -> fx.Node:
-        return self.rewriter._emit(target, args, *types)
+    def __call__(
+        self, target: Any, args: tuple[Any, ...], *types: Value, kwargs: Mapping[str, Any] | None = None
+    ) -> fx.Node:
+        return self.rewriter.emit(target, args, *types, kwargs=kwargs)
 
     def axis_index(self, axis: str) -> fx.Node:
         rewriter = self.rewriter
         if rewriter.axis_index_node is None:
-            import torch
-
             index = Value(torch.int64, Layout(()))
-            rewriter.axis_index_node = rewriter._emit(comm.OPS.axis_index.default, (axis,), index)
+            rewriter.axis_index_node = rewriter.emit(comm.OPS.axis_index.default, (axis,), index)
         return rewriter.axis_index_node
 
     def partial(self, whole: Value, axis: str, op: str = "sum") -> Value:
