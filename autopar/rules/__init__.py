@@ -1,4 +1,6 @@
-"""The rule table: operator -> how it may be split. One line for most operators, a named function for the irregular.
+"""The rule table: operator -> how it may be split. One line where a line can say it, else a function with a name.
+
+Most of the functions serve many operators: ``broadcast``, ``reduction``, ``along_dims``.
 
 ``rule_for(target)`` finds a rule; ``autopar.register_rule`` adds one for a user's own operator.
 """

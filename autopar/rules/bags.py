@@ -7,14 +7,14 @@ from typing import Any
 
 from autopar.ir.node import Node, value
 from autopar.operators.bags import EMBEDDING_BAGS
-from autopar.rules.factoring import Call, Dims, Emit, Factoring
+from autopar.rules.factoring import ANY_SIZE, Call, Dims, Emit, Factoring
 
 
 def bags(call: Call) -> Factoring:
     """Bags of rows of a table. Split by rows, a rank adds those that it has."""
     _, _, offsets, _, weights, rank, mode, _ = call.args
     width, ragged = call.inputs[0][1], offsets is not None
-    sizes = {"v": call.inputs[0][0], "h": width, "b": call.outputs[0][0], "l": call.inputs[1][-1], "o": 2}
+    sizes = {"v": call.inputs[0][0], "h": width, "b": call.outputs[0][0], "l": call.inputs[1][-1], "o": ANY_SIZE}
     bag: tuple[str, ...] = ("b",) if sizes["b"] != 1 else ()
     rows: Dims = (("l",),) if ragged else (bag, ("l",))
     inputs: list[Dims] = [(("v",), ("h",)), rows, *([(("o",),), (bag,)] if ragged else [])]

@@ -11,7 +11,7 @@ import torch
 from autopar import operators
 from autopar.ir.node import Node, value
 from autopar.operators.experts import EXPERT_LINEAR
-from autopar.rules.factoring import Call, Dims, Emit, Factoring, Shape, dims_of, factoring_of
+from autopar.rules.factoring import ANY_SIZE, Call, Dims, Emit, Factoring, Shape, dims_of, factoring_of
 from autopar.rules.pointwise import broadcast_dims
 
 aten = torch.ops.aten
@@ -148,7 +148,7 @@ def bag(call: Call) -> Factoring:
     names = frozenset(f for tensor in (*inputs, *outputs) for dim in tensor for f in dim) - {"h"}
     if int(call.argument(4, "mode", 0)) == 2:  # of a maximum, the last output tells each column's place
         names |= {"h"}
-    sizes |= dict.fromkeys(names, 2)
+    sizes |= dict.fromkeys(names, ANY_SIZE)
     same = {"h": "whole"}  # the further outputs, where the bags begin, are the same on every rank
     return Factoring(tuple(inputs), tuple(outputs), sizes, reduce=same, whole=names, contraction=True)
 

@@ -19,6 +19,7 @@ from autopar.ir.layout import INVARIANT, PARTIAL, REPLICATED, Partial, Placement
 from autopar.ir.node import Value
 from autopar.rules.lines import Line, read_rule
 
+ANY_SIZE = 2  # of a factor that is never split: nothing asks for its size. Not 1, since a dim of size 1 has no factor
 Shape = tuple[int, ...]
 Dims = tuple[tuple[str, ...], ...]  # for each dim its factors, outermost first; () for a dim of size 1
 
@@ -93,6 +94,7 @@ Localize = Callable[["Call", Strategy, tuple[Shape, ...], int], tuple[tuple[Any,
 class Factoring:
     """The factors of one operator call.
 
+    sizes:    of each factor; ``ANY_SIZE`` for those that must not be split
     reduce:   how a factor that no output has is combined ("sum" if not listed; "whole": the rewrite finishes it)
     whole:    factors that must not be split (softmax's own dim)
     linear:   sets of operands in which the operator is jointly linear, the others held fixed: they may be partial
@@ -203,8 +205,12 @@ def factoring_of(line: str, call: Call) -> Factoring:
 
     Raises ValueError where the line does not fit the shapes.
     """
-    rule = read_rule(line)
-    places = _places(rule, call)
+    return factoring_by(read_rule(line), call)
+
+
+def factoring_by(rule: Line, call: Call) -> Factoring:
+    """The factoring that a line gives, read. Raises ValueError where it does not fit the shapes."""
+    line, places = rule.text, _places(rule, call)
     if len(places) < len(call.inputs):
         raise ValueError(f"rule '{line}' has {len(rule.inputs)} inputs, the call has {len(call.inputs)} tensors")
     if len(rule.outputs) != len(call.outputs):
@@ -212,6 +218,8 @@ def factoring_of(line: str, call: Call) -> Factoring:
     sizes: dict[str, int] = {}
     inputs = [_named(rule.inputs[place], shape, line, sizes) for place, shape in zip(places, call.inputs)]
     outputs = [_named(dims, shape, line, sizes) for dims, shape in zip(rule.outputs, call.outputs)]
+    for factors in (factors for dims in inputs + outputs for factors in dims if len(factors) == 1):
+        sizes.setdefault(factors[0], 1)
     for dims, shape in zip(inputs + outputs, call.inputs + call.outputs):
         _infer(dims, shape, sizes, line)
     numbers = {place: number for number, place in enumerate(places)}
@@ -273,8 +281,6 @@ def _infer(dims: list[list[str]], shape: Shape, sizes: dict[str, int], line: str
         known = math.prod(sizes[f] for f in factors if f in sizes)
         if len(factors) > 1 and len(unknown) == 1 and size % known == 0:
             sizes[unknown[0]] = size // known
-        elif len(factors) == 1 and unknown:
-            sizes[factors[0]] = 1
         elif unknown or (len(factors) > 1 and known != size):
             raise ValueError(f"rule '{line}': cannot tell the sizes of {factors} in a dim of {size}")
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from autopar.rules.factoring import Call, Dims, Factoring, Shape, dims_of
+from autopar.rules.at_dim import at_end
+from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Shape, dims_of
 from autopar.rules.views import FIRST, keeps_other_dims
 
 aten = torch.ops.aten
@@ -54,7 +55,7 @@ def _scattered(call: Call, adds: bool) -> Factoring:
     if not covers:  # the index may be smaller than what is written
         sources = tuple(tuple((f"s{i}",) for i in range(len(shape))) for shape in written)
         names = frozenset(sizes) | {f"s{i}" for i in range(len(source))}
-        return Factoring((rows, picks, *sources), (rows,), dict.fromkeys(names, 2), whole=names, linear=linear)
+        return Factoring((rows, picks, *sources), (rows,), dict.fromkeys(names, ANY_SIZE), whole=names, linear=linear)
     whole = whole if adds else whole | {f"p{dim}"}
     inputs = (rows, picks, *[picks] * len(written))
     return Factoring(inputs, (rows,), sizes, whole=whole, linear=linear, added=frozenset({0}) if adds else frozenset())
@@ -92,7 +93,7 @@ def _indexed(
     dims, sizes = dims_of(source)
     rows = tuple((f"d{i}",) if i in positions else factors for i, factors in enumerate(dims))
     whole = frozenset(f"d{i}" for i in positions)
-    sizes |= {f"i{len(result) - k}": size for k, size in enumerate(result)} | dict.fromkeys(whole, 2)
+    sizes |= {f"i{len(result) - k}": size for k, size in enumerate(result)} | dict.fromkeys(whole, ANY_SIZE)
 
     def of_index(shape: Shape) -> Dims:
         return tuple((f"i{len(shape) - k}",) if size != 1 else () for k, size in enumerate(shape))
@@ -106,7 +107,7 @@ def _indexed(
 def index_select(call: Call) -> Factoring:
     dims, sizes = dims_of(call.inputs[0])
     dim = int(call.argument(1, "dim")) % len(dims)
-    sizes |= {f"d{dim}": 2, "picked": call.outputs[0][dim]}
+    sizes |= {f"d{dim}": ANY_SIZE, "picked": call.outputs[0][dim]}
     picked = (("picked",),) if call.inputs[1] else ()
     rows = (*dims[:dim], (f"d{dim}",), *dims[dim + 1 :])
     target = (*dims[:dim], ("picked",), *dims[dim + 1 :])
@@ -120,7 +121,7 @@ def index_write(call: Call) -> Factoring:
     dim = int(call.argument(1, "dim")) % len(dims)
     rows = (*dims[:dim], (f"d{dim}",), *dims[dim + 1 :])
     adds = call.target is aten.index_add.default
-    sizes |= {f"d{dim}": 2, "picked": picked[0] if picked else 1}
+    sizes |= {f"d{dim}": ANY_SIZE, "picked": picked[0] if picked else 1}
     place = ("picked",)
     inputs = (rows, (place,) if picked else (), *[(*dims[:dim], place, *dims[dim + 1 :])] * len(written))
     inputs += ((),) * (len(call.inputs) - len(inputs))  # what is filled in, a number
@@ -134,11 +135,6 @@ def index_write(call: Call) -> Factoring:
     )
 
 
-def one_hot(call: Call) -> Factoring:
-    dims, sizes = dims_of(call.inputs[0])
-    return Factoring((dims,), ((*dims, ("classes",)),), sizes | {"classes": 2}, whole=frozenset({"classes"}))
-
-
 def looked_up(first: int) -> Any:
     """Rule for ``bucketize, searchsorted, isin``: each element is looked up in a table that stays whole."""
 
@@ -149,7 +145,7 @@ def looked_up(first: int) -> Any:
             return replace(keeps_other_dims(call, {len(table) - 1}), linear=())
         entries = tuple(("entry",) for _ in table)
         inputs = (dims, entries) if first == 0 else (entries, dims)
-        return Factoring(inputs, (dims,), sizes | {"entry": 2}, whole=frozenset({"entry"}))
+        return Factoring(inputs, (dims,), sizes | {"entry": ANY_SIZE}, whole=frozenset({"entry"}))
 
     return rule
 
@@ -161,7 +157,7 @@ def take(call: Call) -> Factoring:
     names = [f"x{i}" for i in range(len(source))]
     whole = frozenset(names)
     rows = tuple((name,) for name in names)
-    return Factoring((rows, dims), (dims,), sizes | dict.fromkeys(names, 2), whole=whole, linear=FIRST)
+    return Factoring((rows, dims), (dims,), sizes | dict.fromkeys(names, ANY_SIZE), whole=whole, linear=FIRST)
 
 
 _WRITES = (
@@ -180,7 +176,7 @@ RULES: dict[Any, Any] = {
     aten.index_select.default: index_select,
     **dict.fromkeys(_WRITES, index_write),
     aten.take.default: take,
-    aten.one_hot.default: one_hot,
+    aten.one_hot.default: at_end(" -> classes"),
     aten.bucketize.Tensor: looked_up(0),
     aten.searchsorted.Tensor: looked_up(1),
     aten.isin.Tensor_Tensor: looked_up(0),

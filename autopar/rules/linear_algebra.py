@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from autopar.rules.factoring import Call, Dims, Factoring, Shape, dims_of
+from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Shape, dims_of
 from autopar.rules.pointwise import broadcast_dims
 from autopar.rules.views import FIRST, along_dims, keeps_other_dims
 
@@ -24,7 +24,7 @@ def matrices(call: Call) -> Factoring:
 
     def dims(tag: str, shape: Shape, lead: Shape) -> Dims:
         own = [f"{tag}_{i}" for i in range(len(shape) - len(lead))]
-        whole.update(dict.fromkeys(own, 2))
+        whole.update(dict.fromkeys(own, ANY_SIZE))
         return (*broadcast_dims(lead), *((name,) for name in own))
 
     inputs = tuple(dims(f"in{k}", shape, lead) for k, (shape, lead) in enumerate(zip(call.inputs, leads)))
@@ -61,7 +61,8 @@ def new_diagonal(call: Call) -> Factoring:
     rest = iter(dims)
     target = tuple((f"new{i}",) if i in at else next(rest) for i in range(rank))
     whole = frozenset({"last", *(f"new{i}" for i in at)})
-    return Factoring(((*dims, ("last",)),), (target,), sizes | dict.fromkeys(whole, 2), whole=whole, linear=FIRST)
+    sizes |= dict.fromkeys(whole, ANY_SIZE)
+    return Factoring(((*dims, ("last",)),), (target,), sizes, whole=whole, linear=FIRST)
 
 
 def write_diagonal(call: Call) -> Factoring:
@@ -72,19 +73,19 @@ def write_diagonal(call: Call) -> Factoring:
     x = factoring.inputs[0]
     new = (*(factors for i, factors in enumerate(x) if i not in at), ("last",))
     whole = factoring.whole | {"last"}
-    return replace(factoring, inputs=(x, new), sizes={**factoring.sizes, "last": 2}, whole=whole)
+    return replace(factoring, inputs=(x, new), sizes={**factoring.sizes, "last": ANY_SIZE}, whole=whole)
 
 
 def spectrogram(call: Call) -> Factoring:
     """``stft``: (batch, samples) -> (batch, frequencies, frames); a window is used whole."""
     batched = len(call.inputs[0]) > 1
-    sizes = {"b": call.inputs[0][0] if batched else 1, "samples": 2, "window": 2}
+    sizes = {"b": call.inputs[0][0] if batched else 1, "samples": ANY_SIZE, "window": ANY_SIZE}
     lead: Dims = ((("b",) if sizes["b"] != 1 else ()),) if batched else ()
     own = [f"out{i}" for i in range(len(call.outputs[0]) - len(lead))]
     inputs = ((*lead, ("samples",)), (("window",),))[: len(call.inputs)]
     whole = frozenset({"samples", "window", *own})
     outputs = ((*lead, *((name,) for name in own)),)
-    return Factoring(inputs, outputs, sizes | dict.fromkeys(own, 2), whole=whole, linear=FIRST)
+    return Factoring(inputs, outputs, sizes | dict.fromkeys(own, ANY_SIZE), whole=whole, linear=FIRST)
 
 
 _MATRICES = (

@@ -10,7 +10,7 @@ import torch
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Factor, Layout, Split
 from autopar.ir.node import Node, value
-from autopar.rules.factoring import Call, Dims, Emit, Factoring, Rewrite, dims_of
+from autopar.rules.factoring import ANY_SIZE, Call, Dims, Emit, Factoring, Rewrite, dims_of
 from autopar.rules.views import FIRST, along_dims
 
 aten = torch.ops.aten
@@ -61,7 +61,7 @@ def histogram(call: Call) -> Factoring:
     source, sizes = dims_of(call.inputs[0])
     low, high = call.argument(2, "min", 0), call.argument(3, "max", 0)
     whole = {"bins"} if low != high else {"bins", *sizes}
-    return Factoring((source,), ((("bins",),),), sizes | {"bins": 2}, whole=frozenset(whole))
+    return Factoring((source,), ((("bins",),),), sizes | {"bins": ANY_SIZE}, whole=frozenset(whole))
 
 
 def mean_dims(call: Call) -> Factoring:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from autopar.ir.layout import Placement, Split
-from autopar.rules.factoring import Call, Dims, Factoring, Part, Shape, Strategy, dims_of
+from autopar.rules.at_dim import at_dim
+from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Part, Shape, Strategy, dims_of
 from autopar.rules.views import FIRST, keeps_other_dims
 
 aten = torch.ops.aten
@@ -186,7 +187,7 @@ def concatenate(call: Call) -> Factoring:
     parts = [shape[dim] if len(shape) == len(call.outputs[0]) else 0 for shape in call.inputs]
     everything = (frozenset(range(len(call.inputs))),)
     if 0 in parts:  # torch lets an empty vector stand beside tensors of any rank
-        lengths = {f"in{i}_{j}": 2 for i, shape in enumerate(call.inputs) for j in range(len(shape))}
+        lengths = {f"in{i}_{j}": ANY_SIZE for i, shape in enumerate(call.inputs) for j in range(len(shape))}
         inputs = tuple(tuple((f"in{i}_{j}",) for j in range(len(shape))) for i, shape in enumerate(call.inputs))
         target, sizes = dims_of(call.outputs[0], "out")
         return Factoring(inputs, (target,), sizes | lengths, whole=frozenset(sizes | lengths))
@@ -200,25 +201,6 @@ def concatenate(call: Call) -> Factoring:
     bounds = _bounds(parts)
     joined, windows, sizes = _windows(call.outputs[0], dim, bounds)
     return Windows(windows, (joined,), sizes, whole=_window_names(bounds), linear=everything, windows=tuple(bounds))
-
-
-def stack(call: Call) -> Factoring:
-    dim = int(call.argument(1, "dim", 0)) % len(call.outputs[0])
-    dims, sizes = dims_of(call.inputs[0])
-    output = (*dims[:dim], ("new",), *dims[dim:])
-    everything = (frozenset(range(len(call.inputs))),)
-    sizes |= {"new": 2}
-    return Factoring((dims,) * len(call.inputs), (output,), sizes, whole=frozenset({"new"}), linear=everything)
-
-
-def select(call: Call) -> Factoring:
-    """``select, unbind``: positions of a dim, which stays whole and disappears."""
-    dims, sizes = dims_of(call.inputs[0])
-    dim = int(call.argument(1, "dim", 0)) % len(dims)
-    source = (*dims[:dim], ("gone",), *dims[dim + 1 :])
-    target = dims[:dim] + dims[dim + 1 :]
-    sizes |= {"gone": 2}
-    return Factoring((source,), (target,) * len(call.outputs), sizes, whole=frozenset({"gone"}), linear=FIRST)
 
 
 def pad(call: Call) -> Factoring:
@@ -243,25 +225,16 @@ def write_position(call: Call) -> Factoring:
     return replace(factoring, inputs=(whole, whole[:dim] + whole[dim + 1 :]))
 
 
-def gated(call: Call) -> Factoring:
-    """``glu``: a dim of two halves becomes one."""
-    dims, sizes = dims_of(call.outputs[0])
-    dim = int(call.argument(1, "dim", -1)) % len(dims)
-    source = (*dims[:dim], ("half", *dims[dim]), *dims[dim + 1 :])
-    return Factoring((source,), (dims,), sizes | {"half": 2}, whole=frozenset({"half"}))
-
-
 RULES: dict[Any, Any] = {
     aten.slice.Tensor: slice_dim,
     aten.split.Tensor: split_dim,
     aten.split_with_sizes.default: split_dim,
     aten.cat.default: concatenate,
-    aten.stack.default: stack,
-    aten.select.int: select,
-    aten.unbind.int: select,
+    aten.stack.default: at_dim("dim", " -> new", linear=True),
+    **dict.fromkeys((aten.select.int, aten.unbind.int), at_dim("dim", "gone -> ; whole gone", linear=True)),
     aten.pad.default: pad,
     aten.constant_pad_nd.default: pad,
     aten.slice_scatter.default: write_slice,
     aten.select_scatter.default: write_position,
-    aten.glu.default: gated,
+    aten.glu.default: at_dim("dim", "(half d) -> d; whole half"),
 }

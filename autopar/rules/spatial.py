@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from autopar.rules.factoring import Call, Dims, Factoring, Shape, Strategy, dims_of
+from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Shape, Strategy, dims_of
 from autopar.rules.views import FIRST
 
 aten = torch.ops.aten
@@ -91,7 +91,7 @@ def resized(linear: bool) -> Any:
         lead, sizes = dims_of(shape[: len(shape) - count])
         before, after = _positions("from", count), _positions("to", len(result) - len(lead))
         whole = frozenset(f for dims in (before, after) for dim in dims for f in dim)
-        sizes |= dict.fromkeys(whole, 2)
+        sizes |= dict.fromkeys(whole, ANY_SIZE)
         outputs = ((*lead, *after),) * len(call.outputs)
         return Factoring(((*lead, *before),), outputs, sizes, whole=whole, linear=FIRST if linear else ())
 
@@ -179,7 +179,7 @@ def from_patches(call: Call) -> Factoring:
 def _patched(image: Shape, columns: Shape, ordered: Any) -> Factoring:
     lead, sizes = dims_of(image[:-3])
     channels = image[-3]
-    sizes |= {"c": channels, "taps": columns[-2] // channels, "positions": 2, "y": 2, "x": 2}
+    sizes |= {"c": channels, "taps": columns[-2] // channels, "positions": ANY_SIZE, "y": ANY_SIZE, "x": ANY_SIZE}
     only = tuple(f for f in ("c", "taps") if sizes[f] != 1)
     pixels: Dims = (*lead, ("c",) if channels != 1 else (), ("y",), ("x",))
     folded: Dims = (*lead, only, ("positions",))
@@ -194,7 +194,7 @@ def sampled(call: Call) -> Factoring:
     before = _positions("from", len(image) - 2)
     whole = frozenset({"coordinate", *(f for dim in before for f in dim)})
     grid = (dims[0], *dims[2:], ("coordinate",))
-    sizes |= dict.fromkeys(whole, 2)
+    sizes |= dict.fromkeys(whole, ANY_SIZE)
     return Factoring(((*dims[:2], *before), grid), (dims,), sizes, whole=whole, linear=FIRST)
 
 
@@ -207,7 +207,7 @@ def grid_of_positions(call: Call) -> Factoring:
     """``affine_grid_generator(theta, [N, C, H, W])``: one grid (H, W, 2) for each matrix."""
     b = ("b",) if call.inputs[0][0] != 1 else ()
     after = _positions("to", len(call.outputs[0]) - 1)
-    names = dict.fromkeys(("row", "column", *(f for dim in after for f in dim)), 2)
+    names = dict.fromkeys(("row", "column", *(f for dim in after for f in dim)), ANY_SIZE)
     sizes = {"b": call.inputs[0][0], **names}
     theta: Dims = (b, ("row",), ("column",))
     return Factoring((theta,), ((b, *after),), sizes, whole=frozenset(names), linear=FIRST, localize=_cut_batch)
@@ -226,7 +226,7 @@ def unpooled(call: Call) -> Factoring:
     lead, sizes = dims_of(call.inputs[0][:-count])
     before, after = _positions("from", count), _positions("to", count)
     whole = frozenset(f for dims in (before, after) for dim in dims for f in dim)
-    sizes |= dict.fromkeys(whole, 2)
+    sizes |= dict.fromkeys(whole, ANY_SIZE)
     return Factoring(((*lead, *before),) * 2, ((*lead, *after),), sizes, whole=whole, linear=FIRST)
 
 

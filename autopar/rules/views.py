@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from autopar.ir.layout import Split
-from autopar.rules.factoring import Call, Dims, Factoring, Part, Shape, Strategy, dims_of
+from autopar.rules.at_dim import at_dim, at_end
+from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Part, Shape, Strategy, dims_of
 from autopar.rules.pointwise import broadcast_dims
 
 aten = torch.ops.aten
@@ -94,7 +95,7 @@ def _opaque_reshape(source: Shape, target: Shape) -> Factoring:
         whole.update(names)
         rest = [(name,) for name in names]
         sides.append((*lead, ("common", *rest[0]), *rest[1:]) if common > 1 else (*lead, *rest))
-    sizes |= dict.fromkeys(whole, 2) | {"common": common}
+    sizes |= dict.fromkeys(whole, ANY_SIZE) | {"common": common}
     kept = frozenset(whole)
     return Factoring((sides[0],), (sides[1],), sizes, whole=kept, linear=FIRST, localize=cut_sizes)
 
@@ -217,7 +218,7 @@ def _cut_interleaved(
 def keeps_other_dims(call: Call, touched: Collection[int], linear: tuple[frozenset[int], ...] = ()) -> Factoring:
     """All tensors have the same rank; the ``touched`` dims stay whole, the others are shared."""
     _, sizes = dims_of(call.outputs[0])
-    sizes |= {f"d{i}": 2 for i in touched}
+    sizes |= {f"d{i}": ANY_SIZE for i in touched}
     whole = frozenset(f"d{i}" for i in touched)
 
     def dims(shape: Shape) -> Dims:
@@ -241,54 +242,15 @@ def along_dims(position: int, name: str, default: Any = None, linear: bool = Fal
     return rule
 
 
-def last_dims(count: int, linear: bool = False) -> Any:
-    """Rule for an operator on the last ``count`` dims: the dims before them are its batch."""
-
-    def rule(call: Call) -> Factoring:
-        lead = max(len(call.inputs[0]) - count, 0)
-        dims, sizes = dims_of(call.inputs[0][:lead])
-
-        def side(tag: str, shapes: tuple[Shape, ...]) -> tuple[Dims, ...]:
-            return tuple((*dims, *[(f"{tag}{k}_{i}",) for i in range(lead, len(s))]) for k, s in enumerate(shapes))
-
-        inputs, outputs = side("in", call.inputs), side("out", call.outputs)
-        whole = frozenset(f for tensor in (*inputs, *outputs) for dim in tensor[lead:] for f in dim)
-        sizes |= dict.fromkeys(whole, 2)
-        return Factoring(inputs, outputs, sizes, whole=whole, linear=FIRST if linear else ())
-
-    return rule
-
-
 def diagonal(call: Call) -> Factoring:
     """Two dims become one, the last."""
     dims, sizes = dims_of(call.inputs[0])
     gone = [int(call.argument(i, f"dim{i - 1}", i - 2)) % len(dims) for i in (2, 3)]
     kept = tuple(dim for i, dim in enumerate(dims) if i not in gone)
     source = tuple((f"d{i}",) if i in gone else dim for i, dim in enumerate(dims))
-    sizes |= {"diagonal": 2} | {f"d{i}": 2 for i in gone}
+    sizes |= {"diagonal": ANY_SIZE} | {f"d{i}": ANY_SIZE for i in gone}
     whole = frozenset({"diagonal", *(f"d{i}" for i in gone)})
     return Factoring((source,), ((*kept, ("diagonal",)),), sizes, whole=whole, linear=FIRST)
-
-
-def unfold(call: Call) -> Factoring:
-    """Windows along one dim: their number takes its place, their elements come last."""
-    dims, sizes = dims_of(call.inputs[0])
-    at = int(call.argument(1, "dimension")) % len(dims)
-    source = (*dims[:at], ("along",), *dims[at + 1 :])
-    target = (*dims[:at], ("windows",), *dims[at + 1 :], ("inside",))
-    whole = frozenset({"along", "windows", "inside"})
-    return Factoring((source,), (target,), sizes | dict.fromkeys(whole, 2), whole=whole, linear=FIRST)
-
-
-def as_complex(call: Call) -> Factoring:
-    """The last dim holds the real and the imaginary part."""
-    dims, sizes = dims_of(call.outputs[0])
-    return Factoring(((*dims, ("parts",)),), (dims,), sizes | {"parts": 2}, whole=frozenset({"parts"}), linear=FIRST)
-
-
-def as_real(call: Call) -> Factoring:
-    dims, sizes = dims_of(call.inputs[0])
-    return Factoring((dims,), ((*dims, ("parts",)),), sizes | {"parts": 2}, whole=frozenset({"parts"}), linear=FIRST)
 
 
 def generated(call: Call) -> Factoring:
@@ -296,7 +258,7 @@ def generated(call: Call) -> Factoring:
     ignored = tuple(tuple((f"in{i}_{j}",) for j in range(len(shape))) for i, shape in enumerate(call.inputs))
     whole = frozenset(name for tensor in ignored for dim in tensor for name in dim)
     target, sizes = dims_of(call.outputs[0])
-    return Factoring(ignored, (target,), sizes | dict.fromkeys(whole, 2), whole=whole, localize=cut_sizes)
+    return Factoring(ignored, (target,), sizes | dict.fromkeys(whole, ANY_SIZE), whole=whole, localize=cut_sizes)
 
 
 def created(call: Call) -> Factoring:
@@ -331,12 +293,12 @@ RULES: dict[Any, Any] = {
     aten.roll.default: along_dims(2, "dims", linear=True),
     aten.cumsum.default: along_dims(1, "dim", linear=True),
     aten.diff.default: along_dims(2, "dim", -1, linear=True),
-    aten.tril.default: last_dims(2, linear=True),
-    aten.triu.default: last_dims(2, linear=True),
+    aten.tril.default: at_end("row column -> row column; whole row column", linear=True),
+    aten.triu.default: at_end("row column -> row column; whole row column", linear=True),
     aten.diagonal.default: diagonal,
-    aten.unfold.default: unfold,
-    aten.view_as_complex.default: as_complex,
-    aten.view_as_real.default: as_real,
+    aten.unfold.default: at_dim("dimension", "along -> windows ... inside; whole along windows inside", linear=True),
+    aten.view_as_complex.default: at_end("parts -> ; whole parts", linear=True),
+    aten.view_as_real.default: at_end(" -> parts", linear=True),
     **dict.fromkeys(
         (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default), generated
     ),

@@ -23,7 +23,7 @@ from autopar.ir.node import origin, value
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.rules import call_of, rule_for
-from autopar.rules.factoring import Call, Dims, Factoring, Part, Strategy
+from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Part, Strategy
 
 Key = tuple[fx.Node, int]  # a value: the node that makes it and which of its outputs
 
@@ -197,7 +197,7 @@ def opaque(call: Call) -> Factoring:
 
     inputs = tuple(dims(f"in{k}", shape) for k, shape in enumerate(call.inputs))
     outputs = tuple(dims(f"out{k}", shape) for k, shape in enumerate(call.outputs))
-    return Factoring(inputs, outputs, dict.fromkeys(names, 2), whole=frozenset(names))
+    return Factoring(inputs, outputs, dict.fromkeys(names, ANY_SIZE), whole=frozenset(names))
 
 
 def weights_of(program: Program) -> frozenset[fx.Node]:
