@@ -19,6 +19,7 @@ from autopar.passes.draw_dropout import draw_dropout
 from autopar.passes.expand_composites import expand_composites
 from autopar.passes.fold_constants import fold_constants
 from autopar.passes.fuse_arithmetic import fuse_arithmetic
+from autopar.passes.lower_row_indexing import lower_row_indexing
 from autopar.passes.overlap_collectives import overlap_collectives
 from autopar.passes.recognise_causal_masks import recognise_causal_masks
 from autopar.passes.recognise_experts import recognise_experts
@@ -39,6 +40,7 @@ COMPILER = (
         "canonical form",
         (
             canonicalize,  # first: every later pass meets one form of each operator
+            lower_row_indexing,  # while the rows that an index counts are an arange, not yet a constant
             fold_constants,  # masks and positions become constants, which any axis may cut
             recognise_causal_masks,  # a mask that is known now may turn out to be plain causality
             recognise_experts,  # rows of a sort over all tokens could not be cut by batch

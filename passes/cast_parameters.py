@@ -18,10 +18,10 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.node import output_node, set_values, value
 from autopar.ir.program import Program
-from autopar.ir.rewrite import insert_before
 from autopar.ir.tables import InputKind, OutputKind
 
 TO = torch.ops.aten._to_copy.default
@@ -43,7 +43,7 @@ def _cast_input(node: fx.Node, passed: torch.dtype, order: dict[fx.Node, int]) -
     computing = value(node)
     if node.users:
         first = min(node.users, key=order.__getitem__)
-        cast = insert_before(first, TO, (node,), {"dtype": computing.dtype}, computing)
+        cast = Builder(before=first)(TO, node, dtype=computing.dtype, like=computing)
         node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
     set_values(node, replace(computing, dtype=passed))
 
@@ -54,5 +54,5 @@ def _cast_outputs(program: Program, dtype: torch.dtype) -> None:
     for position, (entry, node) in enumerate(zip(program.outputs, results)):
         kind = value(node)
         if entry.kind is OutputKind.USER and kind.dtype.is_floating_point and kind.dtype != dtype:
-            results[position] = insert_before(last, TO, (node,), {"dtype": dtype}, replace(kind, dtype=dtype))
+            results[position] = Builder(before=last).cast(node, dtype)
     last.args = (tuple(results),)

@@ -17,12 +17,13 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from autopar.ir.builder import Builder
 from autopar.ir.collectives import OPS
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.node import output_node, set_values, value
 from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
-from autopar.ir.rewrite import insert_before, operand, substitute
+from autopar.ir.rewrite import operand, substitute
 from autopar.ir.tables import InputKind, Role
 
 aten = torch.ops.aten
@@ -67,15 +68,13 @@ def _cast(graph: fx.Graph, reduced: dict[fx.Node, torch.dtype], dtype: torch.dty
     for node in reduced:
         for source in node.all_input_nodes:
             if source not in reduced and value(source).dtype != dtype:
-                kind = replace(value(source), dtype=dtype)
                 if source not in casts:
-                    casts[source] = insert_before(node, TO, (source,), {"dtype": dtype}, kind)
+                    casts[source] = Builder(before=node).cast(source, dtype)
                 node.replace_input_with(source, casts[source])
         set_values(node, replace(value(node), dtype=dtype))
     for node, before in reduced.items():
         if last in node.users and before != dtype:
-            kind = replace(value(node), dtype=before)
-            own = insert_before(last, TO, (node,), {"dtype": before}, kind)
+            own = Builder(before=last).cast(node, before)
             node.replace_all_uses_with(own, delete_user_cb=lambda user: user is last)
     for node in reduced:
         if node.target is TO:

@@ -25,11 +25,12 @@ from torch import fx
 
 from autopar import operators
 from autopar.errors import AutoparError
+from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.layout import Layout
 from autopar.ir.node import Origin, Value, origin, set_values, value
 from autopar.ir.program import Program
-from autopar.ir.rewrite import add_constants, insert_before, substitute
+from autopar.ir.rewrite import add_constants, substitute
 from autopar.ir.tables import Input, InputKind
 
 aten = torch.ops.aten
@@ -74,30 +75,25 @@ def _dropout(node: fx.Node, seed: fx.Node, salt: int, positions: list[fx.Node]) 
     assert isinstance(x, fx.Node) and isinstance(p, float)
     if p >= 1.0:
         raise AutoparError(f"dropout with p={p} at {origin(node).source} is not supported")
-    mask_type = Value(torch.bool, Layout.whole(value(node).shape))
-    keep = insert_before(node, operators.random_keep, (seed, salt, p, *positions), None, mask_type)
-    scaled = insert_before(node, aten.mul.Tensor, (x, 1.0 / (1.0 - p)))
-    substitute(node, insert_before(node, aten.where.ScalarOther, (keep, scaled, 0.0)))
+    op = Builder(before=node)
+    keep = op(operators.random_keep, seed, salt, p, *positions)
+    substitute(node, op(aten.where.ScalarOther, keep, op(aten.mul.Tensor, x, 1.0 / (1.0 - p)), 0.0))
 
 
 def _uniform(node: fx.Node, seed: fx.Node, salt: int, positions: list[fx.Node]) -> None:
     """``uniform(x, low, high)`` or ``rand_like(x)``: of x only the shape and the type."""
     bounds = (*node.args[1:], *(0.0, 1.0)[len(node.args) - 1 :])
-    kind = replace(value(node), requires_grad=False)
-    arguments = (seed, salt, *bounds, kind.dtype, *positions)
-    substitute(node, insert_before(node, operators.random_uniform, arguments, None, kind))
+    op = Builder(before=node)
+    substitute(node, op(operators.random_uniform, seed, salt, *bounds, value(node).dtype, *positions))
 
 
 def _exponential(node: fx.Node, seed: fx.Node, salt: int, positions: list[fx.Node]) -> None:
     """``exponential(x, rate)``: minus the logarithm of uniform numbers, which are neither 0 nor 1, over the rate."""
     rate = float(node.args[1]) if len(node.args) > 1 else 1.0  # type: ignore[arg-type]
-    kind = replace(value(node), requires_grad=False)
-    wide = replace(kind, dtype=torch.float64)
-    uniform = (seed, salt, 2.0**-32, 1.0, torch.float64, *positions)
-    drawn = insert_before(node, operators.random_uniform, uniform, None, wide)
-    logarithm = insert_before(node, aten.log.default, (drawn,), None, wide)
-    found = insert_before(node, aten.mul.Tensor, (logarithm, -1 / rate), None, wide)
-    substitute(node, insert_before(node, aten._to_copy.default, (found,), {"dtype": kind.dtype}, kind))
+    op = Builder(before=node)
+    drawn = op(operators.random_uniform, seed, salt, 2.0**-32, 1.0, torch.float64, *positions)
+    found = op(aten.mul.Tensor, op(aten.log.default, drawn), -1 / rate)
+    substitute(node, op(aten._to_copy.default, found, dtype=value(node).dtype))
 
 
 DRAWN = {
@@ -117,22 +113,18 @@ def _write_out(program: Program, node: fx.Node) -> Program:
         raise AutoparError(f"attention dropout together with enable_gqa at {origin(node).source} is not supported")
     q, k = value(query), value(key)
     scale = given.get("scale") or 1.0 / math.sqrt(q.shape[-1])
-    scores_shape = (*q.shape[:-1], k.shape[-2])
-    scores_type = Value(q.dtype, Layout.whole(scores_shape), q.requires_grad or k.requires_grad)
-    flipped = Value(k.dtype, Layout.whole((*k.shape[:-2], k.shape[-1], k.shape[-2])), k.requires_grad)
     mask = given["attn_mask"]
     if given["is_causal"]:
         lower = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
         program, found = add_constants(program, {f"causal_{node.name}": (lower, origin(node))})
         mask = found[f"causal_{node.name}"]
-    turned = insert_before(node, aten.transpose.int, (key, -2, -1), None, flipped)
-    scaled = insert_before(node, aten.mul.Tensor, (query, scale), None, q)
-    scores = insert_before(node, aten.matmul.default, (scaled, turned), None, scores_type)
+    op = Builder(before=node)
+    turned = op(aten.transpose.int, key, -2, -1)
+    scores = op(aten.matmul.default, op(aten.mul.Tensor, query, scale), turned)
     if mask is not None and value(mask).dtype == torch.bool:
-        scores = insert_before(node, aten.where.ScalarOther, (mask, scores, -math.inf), None, scores_type)
+        scores = op(aten.where.ScalarOther, mask, scores, -math.inf)
     elif mask is not None:
-        scores = insert_before(node, aten.add.Tensor, (scores, mask), None, scores_type)
-    weights = insert_before(node, aten.softmax.int, (scores, -1), None, scores_type)
-    weights = insert_before(node, aten.dropout.default, (weights, float(given["dropout_p"]), True), None, scores_type)
-    substitute(node, insert_before(node, aten.matmul.default, (weights, held)))
+        scores = op(aten.add.Tensor, scores, mask)
+    weights = op(aten.dropout.default, op(aten.softmax.int, scores, -1), float(given["dropout_p"]), True)
+    substitute(node, op(aten.matmul.default, weights, held))
     return program

@@ -27,11 +27,11 @@ from torch import fx
 from autopar.autodiff.recorder import Recorder, fake_mode
 from autopar.errors import InvariantError
 from autopar.frontend.trace import VIEWS
+from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
-from autopar.ir.node import set_values, values
-from autopar.ir.operator_facts import types_of
+from autopar.ir.node import values
 from autopar.ir.program import Program
-from autopar.ir.rewrite import insert_before, remove_unused, substitute
+from autopar.ir.rewrite import remove_unused, substitute
 from autopar.rules import rule_for
 
 aten = torch.ops.aten
@@ -74,6 +74,7 @@ def _taken_apart(node: fx.Node, operands: Sequence[fx.Node]) -> tuple[fx.Graph, 
 
 def _inserted(node: fx.Node, below: fx.Graph, results: list[fx.Node], operands: Sequence[fx.Node]) -> list[fx.Node]:
     """The operators of ``below`` in front of ``node``; returns its results."""
+    op = Builder(before=node)
     copies = dict(zip((each for each in below.nodes if each.op == "placeholder"), operands))
     for each in below.nodes:
         if each.op != "call_function":
@@ -83,9 +84,7 @@ def _inserted(node: fx.Node, below: fx.Graph, results: list[fx.Node], operands: 
         target = each.target
         if target in VIEWS:  # whatever the strides will be
             target, args = aten.reshape.default, (args[0], list(values(each)[0].shape))
-        copies[each] = insert_before(node, target, args, kwargs)
-        shapes = [torch.empty(kind.shape, dtype=kind.dtype, device="meta") for kind in values(each)]
-        set_values(copies[each], *types_of(copies[each], shapes))
+        copies[each] = op(target, *args, **kwargs)
     return [copies[result] for result in results]
 
 

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from autopar.ir.builder import Builder
 from autopar.ir.evaluate import Evaluator
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.invariants import every_value_has_a_layout, placeholders_match_inputs
-from autopar.ir.layout import Layout
-from autopar.ir.node import Value, origin, value, values
+from autopar.ir.node import origin, value, values
 from autopar.ir.operator_facts import is_pointwise, is_pure
 from autopar.ir.program import Program
-from autopar.ir.rewrite import add_constants, drop_unused_constants, insert_before, remove_unused
+from autopar.ir.rewrite import add_constants, drop_unused_constants, remove_unused
 from autopar.ir.tables import InputKind
 
 aten = torch.ops.aten
@@ -112,5 +112,4 @@ def _as_taken(user: fx.Node, node: fx.Node, constant: fx.Node) -> fx.Node:
         shape = (*compact[:-2], *shape[-2:])
     if shape == compact:
         return constant
-    kind = Value(value(node).dtype, Layout.whole(shape))
-    return insert_before(user, aten.expand.default, (constant, list(shape)), {}, kind)
+    return Builder(before=user)(aten.expand.default, constant, list(shape))

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
-from autopar.ir.layout import Layout
-from autopar.ir.node import Value, value
+from autopar.ir.node import value
 from autopar.ir.program import Program
-from autopar.ir.rewrite import insert_before, remove_unused
+from autopar.ir.rewrite import remove_unused
 from autopar.mesh import Mesh
 
 aten = torch.ops.aten
@@ -45,14 +45,15 @@ def _fuse(graph: fx.Graph, mesh: Mesh) -> None:
     places = {node: place for place, node in enumerate(graph.nodes)}
     for node in list(places):
         if node.target is aten.add.Tensor and not node.kwargs:
-            new = _joined(node) or _matrix_sum(node, mesh) or _product_sum(node, mesh, places)
+            op = Builder(before=node, mesh=mesh)
+            new = _joined(op, node) or _matrix_sum(op, node) or _product_sum(op, node, places)
             if new is not None:
                 places[new] = places[node]
                 node.replace_all_uses_with(new)
     remove_unused(graph)
 
 
-def _joined(node: fx.Node) -> fx.Node | None:
+def _joined(op: Builder, node: fx.Node) -> fx.Node | None:
     """zeros with g in the first half + zeros with h in the second half -> cat(g, h)"""
     halves: tuple[Any, ...] = node.args[:2]
     if not all(_only(half, aten.slice_backward.default) for half in halves):
@@ -63,26 +64,23 @@ def _joined(node: fx.Node) -> fx.Node | None:
     (start, middle, step), (after, end, stride) = low_bounds, high_bounds
     if dim != other_dim or start != 0 or after != middle or end < sizes[dim] or (step, stride) != (1, 1):
         return None
-    return insert_before(node, aten.cat.default, ([grad, other], dim))
+    return op(aten.cat.default, [grad, other], dim, like=node)
 
 
-def _matrix_sum(node: fx.Node, mesh: Mesh) -> fx.Node | None:
+def _matrix_sum(op: Builder, node: fx.Node) -> fx.Node | None:
     """mm(a, b) + mm(c, d) -> addmm(mm(a, b), c, d); views of them too"""
     for first, second in _terms(node):
         one, other = (term.all_input_nodes[0] if term.target in VIEWS else term for term in (first, second))
         if one.target not in PRODUCTS or not _only(other, aten.mm.default) or len(second.users) != 1:
             continue
-        if _shape(one, mesh) != _shape(other, mesh) or value(one).dtype != value(other).dtype:
+        if op.shape(one) != op.shape(other) or value(one).dtype != value(other).dtype:
             continue
-        local = Value(value(other).dtype, Layout.whole(_shape(other, mesh)))
-        found = insert_before(node, aten.addmm.default, (one, *other.args), None, local)
-        if _shape(node, mesh) == _shape(other, mesh):
-            return found
-        return insert_before(node, aten.view.default, (found, list(_shape(node, mesh))))
+        found = op(aten.addmm.default, one, *other.args)
+        return found if op.shape(node) == op.shape(other) else op(aten.view.default, found, list(op.shape(node)))
     return None
 
 
-def _product_sum(node: fx.Node, mesh: Mesh, places: dict[fx.Node, int]) -> fx.Node | None:
+def _product_sum(op: Builder, node: fx.Node, places: dict[fx.Node, int]) -> fx.Node | None:
     """a + p * q -> addcmul(a, p, q)
 
     Only in this order: the first term decides how the result lies in memory, of which later views make use.
@@ -92,14 +90,14 @@ def _product_sum(node: fx.Node, mesh: Mesh, places: dict[fx.Node, int]) -> fx.No
     if not isinstance(whole, fx.Node) or not _only(product, aten.mul.Tensor) or places[node] - places[product] > NEAR:
         return None
     factors = product.args[:2]
-    if not all(isinstance(factor, fx.Node) for factor in factors) or _shape(whole, mesh) != _shape(node, mesh):
+    if not all(isinstance(factor, fx.Node) for factor in factors) or op.shape(whole) != op.shape(node):
         return None
     dtype = value(node).dtype
     if not dtype.is_floating_point or any(value(term).dtype != dtype for term in (whole, *factors)):
         return None
     (one, factor), (other, by) = map(_peeled, factors)
-    scale = {} if factor * by == 1 else {"value": factor * by}
-    return insert_before(node, aten.addcmul.default, (whole, one, other), scale)
+    scale: dict[str, Any] = {} if factor * by == 1 else {"value": factor * by}
+    return op(aten.addcmul.default, whole, one, other, like=node, **scale)
 
 
 def _peeled(factor: Any) -> tuple[fx.Node, float]:
@@ -126,7 +124,3 @@ def _terms(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 def _only(node: Any, target: Any) -> bool:
     """Whether ``node`` is a plain call of ``target`` that one other node uses."""
     return isinstance(node, fx.Node) and node.target is target and len(node.users) == 1 and not node.kwargs
-
-
-def _shape(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
-    return value(node).layout.local_shape(mesh)

@@ -18,11 +18,11 @@ from dataclasses import replace
 from torch import fx
 
 from autopar.ir import collectives as comm
+from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.layout import Split
 from autopar.ir.node import Value, set_values, value
 from autopar.ir.program import Program
-from autopar.ir.rewrite import insert_before
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import bytes_of
 from autopar.mesh import Mesh
@@ -85,16 +85,16 @@ def _shard(program: Program, node: fx.Node, axis: str, dim: int) -> None:
     entered = {axes for _, _, axes in uses}
     set_values(node, replace(whole, layout=whole.layout.place(axis, split, program.mesh)))
     where = comm.where(split, axis, program.mesh.size(axis), whole.layout.local_shape(program.mesh)[dim])
-    first = next(iter(node.users))
+    op = Builder(before=next(iter(node.users)))
     if len(entered) == 1 and axis in next(iter(entered)):
         source = node
         for other in sorted(next(iter(entered)) - {axis}):  # reduced last, when the gradient is a part only
-            source = insert_before(first, ENTER, (source, other), None, value(node))
-        full = insert_before(first, comm.OPS.all_gather.default, (source, *where), None, whole)
+            source = op(ENTER, source, other, like=node)
+        full = op(comm.OPS.all_gather.default, source, *where, like=whole)
         for user, held, _ in uses:
             user.replace_input_with(held, full)
     else:  # some of it is computed alike on all ranks
-        full = insert_before(first, comm.OPS.all_gather_invariant.default, (node, *where), None, whole)
+        full = op(comm.OPS.all_gather_invariant.default, node, *where, like=whole)
         node.replace_all_uses_with(full, delete_user_cb=lambda user: user is not full)
 
 

@@ -14,18 +14,17 @@ torch's operator stays: that is known only to all ranks together.
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from autopar.errors import AutoparError
+from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
-from autopar.ir.layout import Layout
-from autopar.ir.node import Value, origin, value, values
+from autopar.ir.node import origin, value, values
 from autopar.ir.program import Program
-from autopar.ir.rewrite import add_constants, drop_unused_constants, insert_before, remove_unused
+from autopar.ir.rewrite import add_constants, drop_unused_constants, operand, remove_unused
 from autopar.ir.tables import InputKind
 from autopar.operators.bags import EMBEDDING_BAGS
 
@@ -65,7 +64,7 @@ def _write(program: Program, node: fx.Node) -> Program:
         where = (given["offsets"], numbers[f"bags_{node.name}"])
     padding = -1 if given["padding_idx"] is None else given["padding_idx"] % value(table).shape[0]
     arguments = (table, ids, *where, weights, None, _MODES[given["mode"] or 0], padding)
-    pooled = insert_before(node, EMBEDDING_BAGS, arguments, None, values(node)[0])
+    pooled = Builder(before=node)(EMBEDDING_BAGS, *arguments)
     for user in users:
         user.replace_all_uses_with(pooled)
     return program
@@ -86,10 +85,9 @@ def _common_length(program: Program, offsets: fx.Node, count: int, total: int) -
 
 def _rows(node: fx.Node, flat: fx.Node, count: int, length: int) -> fx.Node:
     """(count * length) -> (count, length)."""
-    kind: Value = replace(value(flat), layout=Layout.whole((count, length)))
-    if flat.target is aten.reshape.default and value(flat.args[0]).shape == kind.shape:  # type: ignore[arg-type]
-        return flat.args[0]  # type: ignore[return-value]
-    return insert_before(node, aten.reshape.default, (flat, [count, length]), None, kind)
+    if flat.target is aten.reshape.default and value(operand(flat)).shape == (count, length):
+        return operand(flat)
+    return Builder(before=node).reshape(flat, count, length)
 
 
 def _refuse_parts(program: Program, node: fx.Node) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import fx
 
 from autopar import operators
+from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
-from autopar.ir.layout import Layout
-from autopar.ir.node import Value, origin, set_origin, set_values, value
+from autopar.ir.node import value
 from autopar.ir.program import Program
 
 aten = torch.ops.aten
@@ -29,42 +29,27 @@ _MEAN, _SUM = 1, 2
 def write_losses_as_sums(program: Program) -> Program:
     for node in list(program.graph.nodes):
         if node.target is aten.cross_entropy_loss.default:
-            _rewrite(program.graph, node)
+            _rewrite(node)
         elif node.target is aten.mse_loss.default:
-            _rewrite_squares(program.graph, node)
+            _rewrite_squares(node)
     program.graph.eliminate_dead_code()
     return program
 
 
-def _add(graph: fx.Graph, like: fx.Node, target: object, args: tuple[object, ...], *types: Value) -> fx.Node:
-    node = graph.call_function(target, args)  # type: ignore[arg-type]
-    set_values(node, *types)
-    set_origin(node, origin(like))
-    return node
-
-
-def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
+def _rewrite(node: fx.Node) -> None:
     names = ("self", "target", "weight", "reduction", "ignore_index", "label_smoothing")
     defaults = dict(zip(names, (None, None, None, _MEAN, -100, 0.0)))
     given = {**defaults, **dict(zip(names, node.args)), **node.kwargs}
     if given["reduction"] not in (_MEAN, _SUM) or _is_floating(given["target"]):
         return  # one loss per token, or probabilities as targets: these have rules of their own
-    before = value(node)
-    wide = torch.promote_types(before.dtype, torch.float32)
-    scalar = Value(wide, Layout(()), before.requires_grad)
-    count_type = Value(wide, Layout(()), False)
-    arguments = tuple(given[name] for name in ("self", "target", "weight", "ignore_index", "label_smoothing"))
-    with graph.inserting_before(node):
-        sums = _add(graph, node, operators.cross_entropy_sums, arguments, scalar, count_type)
-        total = _add(graph, node, operator.getitem, (sums, 0), scalar)
-        result = total
-        if given["reduction"] == _MEAN:
-            count = _add(graph, node, operator.getitem, (sums, 1), count_type)
-            result = _add(graph, node, aten.div.Tensor, (total, count), scalar)
-        if wide != before.dtype:
-            result = graph.call_function(aten._to_copy.default, (result,), {"dtype": before.dtype})
-            set_values(result, before)
-            set_origin(result, origin(node))
+    op = Builder(before=node)
+    arguments = (given[name] for name in ("self", "target", "weight", "ignore_index", "label_smoothing"))
+    sums = op(operators.cross_entropy_sums, *arguments)
+    result = op(operator.getitem, sums, 0)
+    if given["reduction"] == _MEAN:
+        result = op(aten.div.Tensor, result, op(operator.getitem, sums, 1), name="div_tensor")
+    if value(result).dtype != value(node).dtype:
+        result = op(aten._to_copy.default, result, dtype=value(node).dtype, name="_to_copy_default")
     node.replace_all_uses_with(result)
 
 
@@ -72,17 +57,14 @@ def _is_floating(target: object) -> bool:
     return isinstance(target, fx.Node) and value(target).dtype.is_floating_point
 
 
-def _rewrite_squares(graph: fx.Graph, node: fx.Node) -> None:
+def _rewrite_squares(node: fx.Node) -> None:
     """mse_loss(a, b) -> mean or sum of (a - b)^2, operators that have rules."""
     first, second = node.args[:2]
-    assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
     reduction = node.args[2] if len(node.args) > 2 else node.kwargs.get("reduction", _MEAN)
-    wide = first if value(first).shape else second
-    full = Value(value(node).dtype, value(wide).layout, value(node).requires_grad)
-    with graph.inserting_before(node):
-        difference = _add(graph, node, aten.sub.Tensor, (first, second), full)
-        squares = _add(graph, node, aten.mul.Tensor, (difference, difference), full)
-        if reduction in (_MEAN, _SUM):
-            target = aten.mean.default if reduction == _MEAN else aten.sum.default
-            squares = _add(graph, node, target, (squares,), value(node))
-    node.replace_all_uses_with(squares)
+    op = Builder(before=node)
+    difference = op(aten.sub.Tensor, first, second, name="sub_tensor")
+    result = op(aten.mul.Tensor, difference, difference, name="mul_tensor")
+    if reduction in (_MEAN, _SUM):
+        name = "mean" if reduction == _MEAN else "sum"
+        result = op(getattr(aten, name).default, result, name=f"{name}_default")
+    node.replace_all_uses_with(result)

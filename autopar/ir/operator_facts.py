@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from autopar.ir.layout import Layout
 from autopar.ir.node import Node, Value, values
 from autopar.ir.rewrite import operand
+from autopar.operators import cross_entropy_sums
 
 aten = torch.ops.aten
 
@@ -96,6 +97,7 @@ DIFFERENTIABLE_OUTPUTS = {
     aten._native_batch_norm_legit_functional.default: 1,
     aten._native_batch_norm_legit_no_training.default: 1,
     aten.native_dropout.default: 1,
+    cross_entropy_sums: 1,
 }
 
 
@@ -118,7 +120,6 @@ def _differentiable(node: fx.Node, fake: Any) -> int:
         return int(values(operand(node))[position].requires_grad)
     if not any(value.requires_grad for source in node.all_input_nodes for value in values(source)):
         return 0
-    assert isinstance(node.target, torch._ops.OpOverload), node.format_node()
     if node.target in STOPS_GRADIENT:
         return 0
     return DIFFERENTIABLE_OUTPUTS.get(node.target, sys.maxsize)

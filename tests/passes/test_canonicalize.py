@@ -22,7 +22,7 @@ from autopar.ir.text import operator_name
 from tests.hugging_face import MODELS, build, errors
 
 aten = torch.ops.aten
-PASSES = ("canonicalize", "fold_constants", "recognise_causal_masks")
+PASSES = ("canonicalize", "lower_row_indexing", "fold_constants", "recognise_causal_masks")
 
 
 def rewrite(name: str, program: Program) -> Program:

@@ -1,0 +1,113 @@
+"""Write look-ups of rows by position, and writes under a mask, as operators in which a batch can be split.
+
+An index of two tensors wants all of ``x``, though each row takes only from itself (``gather``), or all rows take the
+same (``index_select``). ``x[mask] = number`` becomes a choice for each element. Other indices stay.
+
+before:
+  x     = input x                              : f32[4,5,3]
+  picks = input picks                          : i64[4]
+  rows  = aten.arange(4)                       : i64[4]
+  index = aten.index.Tensor(x, [rows, picks])  : f32[4,3]
+  return index
+after:
+  x         = input x                             : f32[4,5,3]
+  picks     = input picks                         : i64[4]
+  remainder = aten.remainder.Scalar(picks, 5)     : i64[4]
+  reshape   = aten.reshape(remainder, [4, 1, 1])  : i64[4,1,1]
+  expand    = aten.expand(reshape, [4, 1, 3])     : i64[4,1,3]
+  gather    = aten.gather(x, 1, expand)           : f32[4,1,3]
+  reshape_1 = aten.reshape(gather, [4, 3])        : f32[4,3]
+  return reshape_1
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.ir.builder import Builder
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.node import value
+from autopar.ir.program import Program
+from autopar.ir.rewrite import operand, remove_unused, substitute
+
+aten = torch.ops.aten
+
+
+@graph_pass()
+def lower_row_indexing(program: Program) -> Program:
+    found = [node for node in program.graph.nodes if node.target in LOWERED]
+    for node in found:
+        new = LOWERED[node.target](node)
+        if new is not None:
+            substitute(node, new)
+    if found:
+        remove_unused(program.graph)
+    return program
+
+
+def _index(node: fx.Node) -> fx.Node | None:
+    """``x[arange(n), picks]``, which pairs rows with rows."""
+    source, indices = operand(node), node.args[1]
+    assert isinstance(indices, (list, tuple))
+    rows, picks = indices if len(indices) == 2 else (None, None)
+    if not isinstance(rows, fx.Node) or not isinstance(picks, fx.Node) or value(picks).dtype is torch.bool:
+        return None
+    shape, chosen, counted = value(source).shape, value(picks).shape, value(rows).shape
+    if not _counts_rows(rows, shape[0]):
+        return None
+    if len(counted) == len(chosen) <= 2 and value(node).shape == chosen + shape[2:]:
+        return _gathered(node, source, picks)
+    if math.prod(chosen) == math.prod(value(node).shape[1 : len(counted)]) and chosen[:1] in ((), (1,)):
+        return _selected(node, source, picks)
+    return None
+
+
+def _gathered(node: fx.Node, source: fx.Node, picks: fx.Node) -> fx.Node:
+    """Each row of ``source`` picks its own: ``gather``."""
+    op, shape = Builder(before=node), value(source).shape
+    width, rest = math.prod(value(picks).shape[1:]), shape[2:]
+    counted = op(aten.remainder.Scalar, picks, shape[1])  # from the front: -1 is the last
+    narrow = op(aten.reshape.default, counted, [shape[0], width, *[1] * len(rest)])
+    wide = op(aten.expand.default, narrow, [shape[0], width, *rest])
+    found = op(aten.gather.default, source, 1, wide)
+    return op(aten.reshape.default, found, list(value(node).shape))
+
+
+def _selected(node: fx.Node, source: fx.Node, picks: fx.Node) -> fx.Node:
+    """All rows of ``source`` pick the same: ``index_select``. Hugging Face looks up attention masks in this way."""
+    op, shape, width = Builder(before=node), value(source).shape, math.prod(value(picks).shape)
+    flat = op(aten.reshape.default, op(aten.remainder.Scalar, picks, shape[1]), [width])
+    found = op(aten.index_select.default, source, 1, flat)
+    return op(aten.reshape.default, found, list(value(node).shape))
+
+
+def _counts_rows(node: fx.Node, rows: int) -> bool:
+    """Whether ``node`` is arange(rows), as (rows) or (rows, 1, ...)."""
+    shape = value(node).shape
+    while node.target in (aten.reshape.default, aten.unsqueeze.default):
+        node = operand(node)
+    if shape[:1] != (rows,) or math.prod(shape) != rows:
+        return False
+    return (node.target, node.args) in ((aten.arange.default, (rows,)), (aten.arange.start, (0, rows)))
+
+
+def _index_put(node: fx.Node) -> fx.Node | None:
+    """``x[mask] = number``: element by element, where an index would need all of x."""
+    source, slots = operand(node), node.args[1]
+    assert isinstance(slots, (list, tuple))
+    mask, written = slots[0], operand(node, 2)
+    adds = node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False)
+    if len(slots) != 1 or not isinstance(mask, fx.Node) or value(mask).dtype is not torch.bool:
+        return None
+    if value(written).shape not in ((), (1,)) or adds:
+        return None
+    op, rank = Builder(before=node), len(value(source).shape)
+    mask = op.reshape(mask, *value(mask).shape, *[1] * (rank - len(value(mask).shape)))
+    return op(aten.where.self, mask, op.reshape(written), source)
+
+
+LOWERED: dict[Any, Any] = {aten.index.Tensor: _index, aten.index_put.default: _index_put}
