@@ -1,10 +1,25 @@
 """Gather parameters, and reduce gradients, in a few large buckets instead of one by one.
 
-    g1 = comm.all_reduce(d1, dp)           : f32[4,8]        r1   = aten.reshape(d1, [32])       : f32[32]
-    g2 = comm.all_reduce(d2, dp)           : f32[8]    -->   r2   = aten.reshape(d2, [8])        : f32[8]
-    return g1, g2                                            flat = aten.cat([r1, r2])           : f32[40]
-                                                             sum  = comm.all_reduce(flat, dp)    : f32[40]
-                                                             g1   = sum[0:32] as f32[4,8], g2 = sum[32:40]
+before, on mesh(dp=2):
+  backward:
+    d1 = saved                   : f32[4,8]
+    d2 = saved                   : f32[8]
+    g1 = comm.all_reduce(d1, dp) : f32[4,8]
+    g2 = comm.all_reduce(d2, dp) : f32[8]
+    return v=g1, w=g2
+after:
+  backward:
+    d1         = saved                                    : f32[4,8]
+    d2         = saved                                    : f32[8]
+    reshape    = aten.reshape(d1, [32])                   : f32[32]
+    reshape_1  = aten.reshape(d2, [8])                    : f32[8]
+    cat        = aten.cat([reshape, reshape_1])           : f32[40]
+    all_reduce = comm.all_reduce(cat, dp)                 : f32[40]
+    slice_1    = aten.slice.Tensor(all_reduce, 0, 0, 32)  : f32[32]
+    reshape_2  = aten.reshape(slice_1, [4, 8])            : f32[4,8]
+    slice_2    = aten.slice.Tensor(all_reduce, 0, 32, 40) : f32[8]
+    reshape_3  = aten.reshape(slice_2, [8])               : f32[8]
+    return v=reshape_2, w=reshape_3
 
 Gradients are reduced as soon as the last of a bucket is there, in the order in which backward makes them; those of one
 axis and dtype share buckets of ``Plan.bucket_mb`` megabytes (Li et al. 2020, PyTorch Distributed, section 3.2).

@@ -1,10 +1,18 @@
 """Give parameters and floating inputs the dtype in which they are handed over, and cast them to that of computing.
 
-    w = param w              : bf16[8,4]            w  = param w                         : f32[8,4]
-    x = input                : bf16[2,4]    -->     to = aten._to_copy(w, dtype=bf16)    : bf16[8,4]
-    y = aten.linear(x, w)    : bf16[2,8]            x  = input                           : f32[2,4]
-                                                    t2 = aten._to_copy(x, dtype=bf16)    : bf16[2,4]
-                                                    y  = aten.linear(t2, to)             : bf16[2,8]
+before, on mesh(), Plan(precision=Precision(output='float32')), with w=torch.float32, x=torch.float32:
+  w = param w           : bf16[8,4]
+  x = input             : bf16[2,4]
+  y = aten.linear(x, w) : bf16[2,8]
+  return y
+after:
+  w         = param w                         : f32[8,4]
+  x         = input                           : f32[2,4]
+  to_copy   = aten._to_copy(w, dtype=bf16)    : bf16[8,4]
+  to_copy_1 = aten._to_copy(x, dtype=bf16)    : bf16[2,4]
+  y         = aten.linear(to_copy_1, to_copy) : bf16[2,8]
+  to_copy_2 = aten._to_copy(y, dtype=f32)     : f32[2,8]
+  return to_copy_2
 
 Tracing has seen the model in the dtype of computing, so that all that follows from it is right (``Pins.dtypes`` has
 the other). A parameter is cast where its part comes in: what is gathered is of the dtype of computing, and what arrives

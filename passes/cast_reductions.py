@@ -1,9 +1,24 @@
 """Sum the gradients of parameters over ranks in the dtype that the plan asks for (``Precision.reduce``).
 
-    w = aten.mm(t, x)                    : bf16[8,4]        w  = aten.mm(t, x)                      : bf16[8,4]
-    r = comm.reduce_scatter(w, dp)       : bf16[4,4]  -->   to = aten._to_copy(w, dtype=f32)        : f32[8,4]
-    g = aten._to_copy(r, dtype=f32)      : f32[4,4]         r  = comm.reduce_scatter(to, dp)        : f32[4,4]
-    return g                                                return r
+before, on mesh(dp=2), Plan(precision=Precision(reduce='float32')):
+  forward:
+    p = param w : f32[8@dp,4]
+    return
+  backward:
+    t = saved                             : bf16[8,6]
+    x = saved                             : bf16[6,4]
+    w = aten.mm(t, x)                     : bf16[8,4]
+    r = comm.reduce_scatter(w, dp, dim=0) : bf16[4,4]
+    g = aten._to_copy(r, dtype=f32)       : f32[4,4]
+    return w=g
+after:
+  backward:
+    t       = saved                                   : bf16[8,6]
+    x       = saved                                   : bf16[6,4]
+    w       = aten.mm(t, x)                           : bf16[8,4]
+    to_copy = aten._to_copy(w, dtype=f32)             : f32[8,4]
+    r       = comm.reduce_scatter(to_copy, dp, dim=0) : f32[4,4]
+    return w=r
 
 Differentiation casts a gradient to the dtype of its parameter after it has been reduced. Here that is done before; a
 cast is left where the parameter is of a third dtype. Sums of activations stay in the dtype of computing.

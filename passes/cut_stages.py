@@ -1,8 +1,23 @@
 """Cut the forward graph into pipeline stages of equal cost, at the edges over which the fewest bytes go.
 
-    h = aten.linear(x, u)                 stage 0:  h = aten.linear(x, u)      return send 1.h = h
-    y = aten.linear(h, w)          -->    stage 1:  h = recv 0.h
-    return y                                        y = aten.linear(h, w)      return y
+before, on mesh(pp=2), Plan(microbatches=2):
+  x = input             : f32[6,8]
+  u = param u           : f32[8,8]
+  w = param w           : f32[8,8]
+  h = aten.linear(x, u) : f32[6,8]
+  y = aten.linear(h, w) : f32[6,8]
+  return y
+after:
+  stage 0 of 2 mesh()
+    x = input             : f32[6,8]
+    u = param u           : f32[8,8]
+    h = aten.linear(x, u) : f32[6,8]
+    return send 1.h=h
+  stage 1 of 2 mesh()
+    w = param w           : f32[8,8]
+    h = recv 0.h          : f32[6,8]
+    y = aten.linear(h, w) : f32[6,8]
+    return y
 
 Where to cut, ``stage_assignment`` says; parameters go with their users. A stage is a program of its own on the rest of
 the mesh, and is differentiated by itself. (Huang et al. 2019, GPipe; Narayanan et al. 2021, Megatron-LM.)

@@ -1,15 +1,20 @@
 """Write dropout as a mask drawn from the position of each element, so that any mesh draws the same; noise likewise.
 
-    y = aten.dropout(x, 0.1, True)                                   : f32[8,4]
-      -->
-    seed             = seed                                          : i64[]
-    random_keep      = op.random_keep(seed, 0, 0.1, c_0_to_8, c_0_to_4) : bool[8,4]
-    mul              = aten.mul.Tensor(x, 1.1111111111111112)        : f32[8,4]
-    where            = aten.where.ScalarOther(random_keep, mul, 0.0) : f32[8,4]
-
-    noise = aten.uniform(x, 0.9, 1.1)                                : f32[8,4]
-      -->
-    noise = op.random_uniform(seed, 1, 0.9, 1.1, f32, c_0_to_8, c_0_to_4) : f32[8,4]
+before:
+  x     = input                      : f32[8,4]
+  y     = aten.dropout(x, 0.1, True) : f32[8,4]
+  noise = aten.uniform(x, 0.9, 1.1)  : f32[8,4]
+  return y, noise
+after:
+  c_0_to_4       = const 0_to_4                                                  : i64[4]
+  c_0_to_8       = const 0_to_8                                                  : i64[8]
+  x              = input                                                         : f32[8,4]
+  seed           = seed                                                          : i64[]
+  random_keep    = op.random_keep(seed, 0, 0.1, c_0_to_8, c_0_to_4)              : bool[8,4]
+  mul            = aten.mul.Tensor(x, 1.1111111111111112)                        : f32[8,4]
+  where          = aten.where.ScalarOther(random_keep, mul, 0.0)                 : f32[8,4]
+  random_uniform = op.random_uniform(seed, 1, 0.9, 1.1, f32, c_0_to_8, c_0_to_4) : f32[8,4]
+  return where, random_uniform
 
 Attention with dropout is written out (scores, softmax, dropout, product), since its mask lies inside the kernel.
 """

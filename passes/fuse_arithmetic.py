@@ -1,10 +1,23 @@
 """Rewrites sums of forward and backward graphs to operators that walk through memory less; only rounding may change.
 
-    e  = aten.expand(s, [4,8])            : f32[4,8]
-    d  = aten.div(e, 8)                   : f32[4,8]
-    x2 = aten.mul(x, 2.0)                 : f32[4,8]      -->    y = aten.addcmul(a, s, x, value=0.25)    : f32[4,8]
-    m  = aten.mul(d, x2)                  : f32[4,8]
-    y  = aten.add(a, m)                   : f32[4,8]
+before:
+  backward:
+    a  = saved                   : f32[4,8]
+    s  = saved                   : f32[]
+    x  = saved                   : f32[4,8]
+    e  = aten.expand(s, [4, 8])  : f32[4,8]
+    d  = aten.div.Scalar(e, 8)   : f32[4,8]
+    x2 = aten.mul.Scalar(x, 2.0) : f32[4,8]
+    m  = aten.mul.Tensor(d, x2)  : f32[4,8]
+    y  = aten.add.Tensor(a, m)   : f32[4,8]
+    return w=y
+after:
+  backward:
+    a       = saved                             : f32[4,8]
+    s       = saved                             : f32[]
+    x       = saved                             : f32[4,8]
+    addcmul = aten.addcmul(a, s, x, value=0.25) : f32[4,8]
+    return w=addcmul
 
 What torch derives is written operator by operator: a product is stored before it is added, the gradient of a mean is
 spread out before it is divided, that of a half is a whole of zeros with the half in it.

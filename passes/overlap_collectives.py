@@ -1,9 +1,24 @@
 """Start collectives early and wait for them late, so that the computation between hides them.
 
-    y = aten.mm(a, b)                     : f32[8,8]        w1 = comm.start_all_gather(p, dp, dim=0) : f32[8,4]
-    w = comm.all_gather(p, dp, dim=0)     : f32[8,4]   -->  y  = aten.mm(a, b)                       : f32[8,8]
-    z = aten.mm(y, w)                     : f32[8,4]        w  = comm.wait(w1, dp)                   : f32[8,4]
-                                                            z  = aten.mm(y, w)                       : f32[8,4]
+before, on mesh(dp=2):
+  forward:
+    p = param w                       : f32[8@dp,4]
+    a = input                         : f32[8,6]
+    b = input                         : f32[6,8]
+    y = aten.mm(a, b)                 : f32[8,8]
+    w = comm.all_gather(p, dp, dim=0) : f32[8,4]
+    z = aten.mm(y, w)                 : f32[8,4]
+    return z
+after:
+  forward:
+    p                = param w                             : f32[8@dp,4]
+    a                = input                               : f32[8,6]
+    b                = input                               : f32[6,8]
+    start_all_gather = comm.start_all_gather(p, dp, dim=0) : f32[8,4]
+    y                = aten.mm(a, b)                       : f32[8,8]
+    wait             = comm.wait(start_all_gather, dp)     : f32[8,4]
+    z                = aten.mm(y, wait)                    : f32[8,4]
+    return z
 
 Parameters are gathered ahead of their use: the next one always, more as far as ``Plan.overlap_mb`` allows for what is
 under way. Gradients are waited for in the end, or when their reductions hold more than that. A sum that backward

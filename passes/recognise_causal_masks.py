@@ -3,18 +3,18 @@
 The mask is recognised by its elements (bool: True keeps; float: 0 keeps, -inf or the dtype's smallest number hides),
 however it was made. Windows, blocks and prefixes stay masks.
 
-before:
-  triangle = const triangle                                                                : bool[1,1,16,16]
-  q        = input q                                                                       : f32[2,4,16,8]
-  k        = input k                                                                       : f32[2,4,16,8]
-  v        = input v                                                                       : f32[2,4,16,8]
-  out      = aten.scaled_dot_product_attention(q, k, v, triangle, 0.0, False)              : f32[2,4,16,8]
+before, with triangle=torch.ones(16, 16).tril().bool():
+  triangle = const triangle                                                   : bool[16,16]
+  q        = input                                                            : f32[2,4,16,8]
+  k        = input                                                            : f32[2,4,16,8]
+  v        = input                                                            : f32[2,4,16,8]
+  out      = aten.scaled_dot_product_attention(q, k, v, triangle, 0.0, False) : f32[2,4,16,8]
   return out
 after:
-  q        = input q                                                                       : f32[2,4,16,8]
-  k        = input k                                                                       : f32[2,4,16,8]
-  v        = input v                                                                       : f32[2,4,16,8]
-  out      = aten.scaled_dot_product_attention(q, k, v, None, 0.0, True)                   : f32[2,4,16,8]
+  q   = input                                                       : f32[2,4,16,8]
+  k   = input                                                       : f32[2,4,16,8]
+  v   = input                                                       : f32[2,4,16,8]
+  out = aten.scaled_dot_product_attention(q, k, v, None, 0.0, True) : f32[2,4,16,8]
   return out
 """
 

@@ -1,14 +1,43 @@
 """Let backward make values of forward again, block by block, rather than keep all that it needs of them.
 
-    forward:                                             forward:
-      h = aten.linear(x, u)         : f32[6,8]             h = aten.linear(x, u)         : f32[6,8]
-      g = aten.gelu(h)              : f32[6,8]             g = aten.gelu(h)              : f32[6,8]
-      return ..., saved h, saved g                         return ..., saved h
-    backward:                                     -->    backward:
-      h = saved                     : f32[6,8]             h = saved                     : f32[6,8]
-      g = saved                     : f32[6,8]             g = aten.gelu(h)              : f32[6,8]
-      w = aten.mm(t, g)             : f32[4,8]             w = aten.mm(t, g)             : f32[4,8]
-      d = aten.gelu_backward(m, h)  : f32[6,8]             d = aten.gelu_backward(m, h)  : f32[6,8]
+before, on mesh(), Plan(recompute='selective'):
+  forward:
+    x = input             : f32[6,4]
+    u = param u           : f32[8,4]
+    w = param w           : f32[2,8]
+    h = aten.linear(x, u) : f32[6,8]
+    g = aten.gelu(h)      : f32[6,8]
+    y = aten.linear(g, w) : f32[6,2]
+    return y, saved w, saved h, saved g
+  backward:
+    w = saved                    : f32[2,8]
+    h = saved                    : f32[6,8]
+    g = saved                    : f32[6,8]
+    t = grad at 0                : f32[6,2]
+    m = aten.mm(t, w)            : f32[6,8]
+    d = aten.gelu_backward(m, h) : f32[6,8]
+    s = aten.t(t)                : f32[2,6]
+    e = aten.mm(s, g)            : f32[2,8]
+    return u=d, w=e
+after:
+  forward:
+    x = input             : f32[6,4]
+    u = param u           : f32[8,4]
+    w = param w           : f32[2,8]
+    h = aten.linear(x, u) : f32[6,8]
+    g = aten.gelu(h)      : f32[6,8]
+    y = aten.linear(g, w) : f32[6,2]
+    return y, saved w, saved h
+  backward:
+    w = saved                    : f32[2,8]
+    h = saved                    : f32[6,8]
+    t = grad at 0                : f32[6,2]
+    m = aten.mm(t, w)            : f32[6,8]
+    d = aten.gelu_backward(m, h) : f32[6,8]
+    g = aten.gelu(h)             : f32[6,8]
+    s = aten.t(t)                : f32[2,6]
+    e = aten.mm(s, g)            : f32[2,8]
+    return u=d, w=e
 
 What may be made again, ``Plan.recompute`` says:
 

@@ -1,9 +1,21 @@
 """Give every pipeline rank its instructions: which stage runs when on which microbatch, what is sent and received.
 
-    Plan(schedule="1f1b", microbatches=2), two stages
-    -->
-    rank 0:  F0.0 SEND F0.0 -> 1 F0.1 SEND F0.1 -> 1 RECV B1.0 -> 0 B0.0 RECV B1.1 -> 0 B0.1
-    rank 1:  RECV F0.0 -> 1 F1.0 RECV F0.1 -> 1 B1.0 SEND B1.0 -> 0 F1.1 B1.1 SEND B1.1 -> 0
+before, on mesh(pp=2), Plan(microbatches=2):
+  stage 0 of 2 mesh()
+    w = param w      : f32[6,8]
+    h = aten.relu(w) : f32[6,8]
+    return send 1.h=h
+  backward:
+    grad_h = grad 1.h : f32[6,8]
+    return w=grad_h
+  stage 1 of 2 mesh()
+    h = recv 0.h    : f32[6,8]
+    y = aten.sum(h) : f32[]
+    return y
+after:
+  schedule 1f1b microbatches=2 placement=0,1
+    rank 0: F0.0 SEND F0.0 -> 1 RECV B1.0 -> 0 F0.1 SEND F0.1 -> 1 RECV B1.1 -> 0 B0.0 B0.1
+    rank 1: RECV F0.0 -> 1 F1.0 RECV F0.1 -> 1 B1.0 SEND B1.0 -> 0 F1.1 B1.1 SEND B1.1 -> 0
 
 The schedule is checked before anything runs by it.
 """

@@ -1,8 +1,17 @@
 """Split parameters, and with them their gradients and optimizer states, over the data axis: ZeRO.
 
-    p     = param w                  : f32[8,4]               p    = param w                       : f32[8@dp,4]
-    enter = comm.enter(p, dp)        : f32[8,4]        -->    full = comm.all_gather(p, dp, dim=0) : f32[8,4]
-    y     = aten.linear(x, enter)    : f32[8@dp,8]            y    = aten.linear(x, full)          : f32[8@dp,8]
+before, on mesh(dp=2), Plan(zero=3):
+  p     = param w               : f32[8,4]
+  x     = input                 : f32[8@dp,4]
+  enter = comm.enter(p, dp)     : f32[8,4]
+  y     = aten.linear(x, enter) : f32[8@dp,8]
+  return y
+after:
+  p          = param w                       : f32[8@dp,4]
+  x          = input                         : f32[8@dp,4]
+  all_gather = comm.all_gather(p, dp, dim=0) : f32[8,4]
+  y          = aten.linear(x, all_gather)    : f32[8@dp,8]
+  return y
 
 The dual of the gather is a reduce-scatter of the gradient, in the place of an all-reduce. What ``Plan.zero`` says
 beyond that is when the whole parameters are there: from before use to after it (stage 3), or all the time (1 and 2).

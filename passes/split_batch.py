@@ -1,11 +1,19 @@
 """Split the batch over ``dp``: inputs on their batch dim, everything that follows from them, loss sums reduced.
 
-    x    = input x                    : f32[8,4]        x     = input x                       : f32[8@dp,4]
-    w    = param w                    : f32[2,4]   -->  w     = param w                       : f32[2,4]
-    y    = aten.linear(x, w)          : f32[8,2]        enter = comm.enter(w, dp)             : f32[2,4]
-    loss = aten.sum(y)                : f32[]           y     = aten.linear(x, enter)         : f32[8@dp,2]
-                                                        loss  = aten.sum(y)                   : f32[]{sum:dp}
-                                                        total = comm.all_reduce(loss, dp, sum) : f32[]
+before, on mesh(dp=2):
+  x    = input             : f32[8,4]
+  w    = param w           : f32[2,4]
+  y    = aten.linear(x, w) : f32[8,2]
+  loss = aten.sum(y)       : f32[]
+  return loss
+after:
+  x          = input                     : f32[8@dp,4]
+  w          = param w                   : f32[2,4]
+  enter      = comm.enter(w, dp)         : f32[2,4]
+  y          = aten.linear(x, enter)     : f32[8@dp,2]
+  loss       = aten.sum(y)               : f32[]{sum:dp}
+  all_reduce = comm.all_reduce(loss, dp) : f32[]
+  return all_reduce
 
 The gradient all-reduce of a parameter is the dual of its ``enter``.
 """

@@ -1,12 +1,22 @@
 """Split weights over ``tp``: columns then rows, attention by heads, the vocabulary of embedding, head and loss.
 
-    up    = param up.weight                : f32[32,8]        up    = param up.weight               : f32[32@tp,8]
-    down  = param down.weight              : f32[8,32]        down  = param down.weight             : f32[8,32@tp]
-    h     = aten.linear(x, up)       : f32[4,32]       -->    enter = comm.enter(x, tp)             : f32[4,8]
-    a     = aten.gelu(h)             : f32[4,32]              h     = aten.linear(enter, up)        : f32[4,32@tp]
-    y     = aten.linear(a, down)     : f32[4,8]               a     = aten.gelu(h)                  : f32[4,32@tp]
-                                                              y     = aten.linear(a, down)    : f32[4,8]{sum:tp}
-                                                              sum   = comm.all_reduce(y, tp, sum)   : f32[4,8]
+before, on mesh(tp=2):
+  x    = input                : f32[4,8]
+  up   = param up.weight      : f32[32,8]
+  down = param down.weight    : f32[8,32]
+  h    = aten.linear(x, up)   : f32[4,32]
+  a    = aten.gelu(h)         : f32[4,32]
+  y    = aten.linear(a, down) : f32[4,8]
+  return y
+after:
+  x          = input                  : f32[4,8]
+  up         = param up.weight        : f32[32@tp,8]
+  down       = param down.weight      : f32[8,32@tp]
+  h          = aten.linear(x, up)     : f32[4,32@tp]
+  a          = aten.gelu(h)           : f32[4,32@tp]
+  y          = aten.linear(a, down)   : f32[4,8]{sum:tp}
+  all_reduce = comm.all_reduce(y, tp) : f32[4,8]
+  return all_reduce
 
 With ``Plan(sequence="megatron")`` activations between blocks are split along the sequence instead of held whole.
 (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.)

@@ -1,15 +1,43 @@
 """Write training-mode batch_norm as sums over the whole batch, so that a split batch has the statistics of the whole.
 
-    y, ... = aten._native_batch_norm_legit_functional(x, w, b, mean, var, True, 0.1, 1e-05)
-      -->
-    mean    = aten.mean.dim(x, [0, 2, 3], True)
-    centred = aten.sub.Tensor(x, mean)
-    squares = aten.mul.Tensor(centred, centred)
-    var     = aten.mean.dim(squares, [0, 2, 3], True)
-    y       = centred * rsqrt(var + eps) * w + b, and the new running statistics from mean and var
+before, on mesh(dp=2):
+  x   = input                                                                          : f32[8,3]
+  m   = buffer mean                                                                    : f32[3]
+  v   = buffer var                                                                     : f32[3]
+  n = aten._native_batch_norm_legit_functional(x, None, None, m, v, True, 0.1, 0.01)
+      : (f32[8,3], f32[3], f32[3], f32[3], f32[3])
+  y   = n[0]                                                                           : f32[8,3]
+  new = n[3]                                                                           : f32[3]
+  return y, new
+after:
+  x         = input                                           : f32[8,3]
+  m         = buffer mean                                     : f32[3]
+  v         = buffer var                                      : f32[3]
+  mean      = aten.mean.dim(x, [0], True)                     : f32[1,3]
+  sub       = aten.sub.Tensor(x, mean)                        : f32[8,3]
+  mul       = aten.mul.Tensor(sub, sub)                       : f32[8,3]
+  mean_1    = aten.mean.dim(mul, [0], True)                   : f32[1,3]
+  add       = aten.add.Tensor(mean_1, 0.01)                   : f32[1,3]
+  rsqrt     = aten.rsqrt(add)                                 : f32[1,3]
+  mul_1     = aten.mul.Tensor(sub, rsqrt)                     : f32[8,3]
+  detach    = aten.detach(mean)                               : f32[1,3]
+  reshape   = aten.reshape(detach, [3])                       : f32[3]
+  detach_1  = aten.detach(rsqrt)                              : f32[1,3]
+  reshape_1 = aten.reshape(detach_1, [3])                     : f32[3]
+  detach_2  = aten.detach(mean)                               : f32[1,3]
+  reshape_2 = aten.reshape(detach_2, [3])                     : f32[3]
+  mul_2     = aten.mul.Tensor(reshape_2, 0.1)                 : f32[3]
+  mul_3     = aten.mul.Tensor(m, 0.9)                         : f32[3]
+  add_1     = aten.add.Tensor(mul_3, mul_2)                   : f32[3]
+  detach_3  = aten.detach(mean_1)                             : f32[1,3]
+  reshape_3 = aten.reshape(detach_3, [3])                     : f32[3]
+  mul_4     = aten.mul.Tensor(reshape_3, 0.11428571428571428) : f32[3]
+  mul_5     = aten.mul.Tensor(v, 0.9)                         : f32[3]
+  add_2     = aten.add.Tensor(mul_5, mul_4)                   : f32[3]
+  return mul_1, add_1
 
-Only where some axis splits the batch; otherwise torch's own kernel stays. As that one does, it computes in float32
-where ``x`` is of 16 bits.
+Weight and bias, where there are any, come last. Only where some axis splits the batch; otherwise torch's own kernel
+stays. As that one does, it computes in float32 where ``x`` is of 16 bits.
 """
 
 from __future__ import annotations

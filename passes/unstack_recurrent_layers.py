@@ -1,14 +1,30 @@
 """Write a stack of recurrent layers as one operator for each layer and direction, with the dropout between them.
 
-    lstm = aten.lstm.input(x, [h0, c0], [...], True, 2, 0.1, True, False, False) : (f32[9,8,4], f32[2,8,4], f32[2,8,4])
-    y    = lstm[0]                                                               : f32[9,8,4]
-      -->
-    h       = aten.select.int(h0, 0, 0)                                 : f32[8,4]
-    c       = aten.select.int(c0, 0, 0)                                 : f32[8,4]
-    layer   = autopar.recurrent_layer(x, [h, c], [...], 'lstm')         : (f32[9,8,4], f32[8,4])
-    steps   = layer[0]                                                  : f32[9,8,4]
-    dropout = aten.dropout(steps, 0.1, True)                            : f32[9,8,4]
-    ...                                                                   the same for the second layer
+before:
+  x   = input                                                                      : f32[9,8,4]
+  h   = input                                                                      : f32[2,8,4]
+  u   = param u                                                                    : f32[4,4]
+  v   = param v                                                                    : f32[4,4]
+  w   = param w                                                                    : f32[4,4]
+  z   = param z                                                                    : f32[4,4]
+  rnn = aten.rnn_tanh.input(x, h, [u, v, w, z], False, 2, 0.1, True, False, False) : (f32[9,8,4], f32[2,8,4])
+  y   = rnn[0]                                                                     : f32[9,8,4]
+  return y
+after:
+  x                 = input                                                            : f32[9,8,4]
+  h                 = input                                                            : f32[2,8,4]
+  u                 = param u                                                          : f32[4,4]
+  v                 = param v                                                          : f32[4,4]
+  w                 = param w                                                          : f32[4,4]
+  z                 = param z                                                          : f32[4,4]
+  select            = aten.select.int(h, 0, 0)                                         : f32[8,4]
+  recurrent_layer   = autopar.recurrent_layer(x, [select], [u, v], "rnn_tanh")         : (f32[9,8,4], f32[8,4])
+  getitem           = recurrent_layer[0]                                               : f32[9,8,4]
+  dropout           = aten.dropout(getitem, 0.1, True)                                 : f32[9,8,4]
+  select_1          = aten.select.int(h, 0, 1)                                         : f32[8,4]
+  recurrent_layer_1 = autopar.recurrent_layer(dropout, [select_1], [w, z], "rnn_tanh") : (f32[9,8,4], f32[8,4])
+  getitem_2         = recurrent_layer_1[0]                                             : f32[9,8,4]
+  return getitem_2
 
 Within one operator a dropout would draw other numbers on each mesh, and torch takes the operator apart as the device
 of the moment has it. The backward direction is the forward one on reversed steps.

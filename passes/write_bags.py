@@ -1,11 +1,19 @@
 """Write pooled look-ups with operators that know which bags are wanted, so that bags can be split by batch.
 
-    flat    = aten.reshape(ids, [48])                                                   : i64[48]
-    starts  = aten.arange(0, 48, 4)                                                     : i64[12]
-    bag     = aten.embedding_bag(table, flat, starts, False, 0, False, None, False, -1) : (f32[12,8], ...)
-    pooled  = bag[0]                                                                    : f32[12,8]
-      -->
-    pooled  = autopar.embedding_bags(table, ids, None, None, None, None, 'sum', -1)     : f32[12,8]
+before:
+  w      = param w                                                                       : f32[9,8]
+  ids    = input                                                                         : i64[6,4]
+  flat   = aten.reshape(ids, [24])                                                       : i64[24]
+  at     = aten.arange.start_step(0, 24, 4)                                              : i64[6]
+  bag = aten.embedding_bag.padding_idx(w, flat, at, False, 0, False, None, False, -1)
+      : (f32[6,8], i64[24], i64[6], i64[6])
+  pooled = bag[0]                                                                        : f32[6,8]
+  return pooled
+after:
+  w              = param w                                                          : f32[9,8]
+  ids            = input                                                            : i64[6,4]
+  embedding_bags = autopar.embedding_bags(w, ids, None, None, None, None, "sum", 8) : f32[6,8]
+  return embedding_bags
 
 Bags of other lengths keep their offsets, and are numbered. Where gradients are scaled by how often a row is used,
 torch's operator stays: that is known only to all ranks together.

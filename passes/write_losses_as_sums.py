@@ -1,11 +1,18 @@
 """Write a mean loss as a global sum over a global count, so that splitting tokens cannot turn it into a mean of means.
 
-loss = aten.cross_entropy_loss(logits, target) : f32[]
-  -->
-sums  = op.cross_entropy_sums(logits, target, None, -100, 0.0) : f32[], f32[]
-total = sums[0]                                                : f32[]
-count = sums[1]                                                : f32[]
-loss  = aten.div.Tensor(total, count)                          : f32[]
+before:
+  logits = input                                   : f32[6,9]
+  target = input                                   : i64[6]
+  loss   = aten.cross_entropy_loss(logits, target) : f32[]
+  return loss
+after:
+  logits             = input                                                  : f32[6,9]
+  target             = input                                                  : i64[6]
+  cross_entropy_sums = op.cross_entropy_sums(logits, target, None, -100, 0.0) : (f32[], f32[])
+  getitem            = cross_entropy_sums[0]                                  : f32[]
+  getitem_1          = cross_entropy_sums[1]                                  : f32[]
+  div_tensor         = aten.div.Tensor(getitem, getitem_1)                    : f32[]
+  return div_tensor
 """
 
 from __future__ import annotations

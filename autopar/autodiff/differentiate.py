@@ -4,8 +4,28 @@ The graph is run once on tensors without memory, at the local sizes of one rank,
 that torch does below autograd is recorded, forward and backward, as one joint graph (``recorder``), which is then cut
 in two (``partition``). Every collective of the backward pass is a node, in the order in which all ranks run it.
 
-Before:  up = aten.linear(x, w); y = comm.all_reduce(up, tp)
-After:   forward:  linear(x, w), all_reduce -> y, saved x, w      backward: (x, w, d_y) -> mm(t(d_y), x)
+before:
+  x = input             : f32[6,8]
+  w = param w           : f32[8,8]
+  y = aten.linear(x, w) : f32[6,8]
+  return y
+after:
+  forward:
+    x = input             : f32[6,8]
+    w = param w           : f32[8,8]
+    y = aten.linear(x, w) : f32[6,8]
+    return y, saved x
+  backward:
+    x      = saved          : f32[6,8]
+    grad_y = grad at 0      : f32[6,8]
+    t      = aten.t(grad_y) : f32[8,6]
+    mm     = aten.mm(t, x)  : f32[8,8]
+    return w=mm
+  inference:
+    x = input             : f32[6,8]
+    w = param w           : f32[8,8]
+    y = aten.linear(x, w) : f32[6,8]
+    return y
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Callable
 
 import pytest
@@ -14,18 +12,9 @@ from torch import Tensor, nn
 from autopar.check import TOLERANCE, check
 from autopar.frontend.trace import trace
 from autopar.ir.node import values
-from autopar.ir.parse import parse
 from autopar.mesh import Mesh
 from autopar.passes import expand_composites as expand
 from autopar.rules import rule_for
-
-
-def test_docstring() -> None:
-    text = inspect.getdoc(importlib.import_module("autopar.passes.expand_composites")) or ""
-    before = text.partition("before:\n")[2].partition("after:")[0]
-    after = text.partition("after:\n")[2].partition("\n\n")[0]
-    head = "program mesh()\n"
-    assert str(expand(parse(head + before))) == str(parse(head + after))
 
 
 class Between(nn.Module):

@@ -1,9 +1,7 @@
-"""Layers of experts: the pair in the docstring, the forms in which they come, what is left alone, whole models."""
+"""Layers of experts: the forms in which they come, what is left alone, whole models."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import re
 from collections import Counter
 from typing import Any
@@ -17,23 +15,15 @@ from autopar.analysis.footprint import held, sent
 from autopar.check import TOLERANCE, Report, check
 from autopar.compiler import split_program
 from autopar.frontend.numerics import bind, promote_float32, run_graph
-from autopar.ir.parse import parse
 from autopar.ir.program import Program
 from autopar.ir.text import operator_name
 from autopar.mesh import Mesh
 from autopar.operators.experts import EXPERT_LINEAR
-from autopar.passes.recognise_experts import recognise_experts
 from autopar.plan import Plan
 from autopar.zoo.named import named_model
 
 TOKENS, CHOICES, EXPERTS, WIDTH, INNER = 12, 2, 4, 8, 16
 SORTING = {"aten.sort", "aten.argsort", "aten.histc", "aten.index_put", "aten._grouped_mm", "aten.floor_divide"}
-
-
-def test_the_pair_in_the_docstring() -> None:
-    text = inspect.getdoc(importlib.import_module("autopar.passes.recognise_experts")) or ""
-    before, after = (parse("program mesh()\n" + part) for part in text.split("before:\n")[1].split("after:\n"))
-    assert str(recognise_experts(before)) == str(after)
 
 
 class Layer(nn.Module):

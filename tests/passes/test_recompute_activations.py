@@ -49,7 +49,7 @@ program mesh(dp=1)
 """
 
 
-def test_the_pair_in_the_docstring(golden: Golden) -> None:
+def test_forward_keeps_less_and_backward_recomputes_it(golden: Golden) -> None:
     program = differentiate(parse(TEXT, Plan(recompute="selective")))
     golden("recompute_activations", recompute_activations(program))
 

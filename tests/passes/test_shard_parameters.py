@@ -13,29 +13,14 @@ from autopar.autodiff.hoist import GATHERING
 from autopar.check import TOLERANCE, Reference, check
 from autopar.compiler import compile_program
 from autopar.ir.node import value
-from autopar.ir.parse import parse
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
-from autopar.passes.shard_parameters import shard_parameters
 from autopar.plan import Plan
 from autopar.zoo.named import named_model
-from tests.conftest import Golden
 
-TEXT = """
-program mesh(dp=2)
-  p     = param w                : f32[8,4]
-  x     = input                  : f32[8@dp,4] nograd
-  enter = comm.enter(p, dp)      : f32[8,4]
-  y     = aten.linear(x, enter)  : f32[8@dp,8]
-  return y
-"""
 STAGES = (1, 2, 3)
 MESHES = ("dp=1", "dp=2", "dp=3", "dp=4", "dp=2,tp=2", "dp=3,tp=2", "dp_replicate=2,dp_shard=2")
-
-
-def test_the_pair_in_the_docstring(golden: Golden) -> None:
-    golden("shard_parameters", shard_parameters(parse(TEXT, Plan(zero=3))))
 
 
 class Odd(nn.Module):

@@ -12,26 +12,10 @@ from autopar.compiler import compile_program, split_program
 from autopar.errors import IndivisibleError
 from autopar.ir import collectives as comm
 from autopar.ir.node import value
-from autopar.ir.parse import parse
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
-from autopar.passes.split_batch import split_batch
 from autopar.plan import Plan
 from models import transformer
-from tests.conftest import Golden
-
-TEXT = """
-program mesh(dp=2)
-  w    = param w               : f32[2,4]
-  x    = input                 : f32[8,4] nograd
-  y    = aten.linear(x, w)     : f32[8,2]
-  loss = aten.sum(y)           : f32[]
-  return loss
-"""
-
-
-def test_the_pair_in_the_docstring(golden: Golden) -> None:
-    golden("split_batch", split_batch(parse(TEXT)))
 
 
 class Contrast(nn.Module):
