@@ -2,6 +2,7 @@
 
 before, on mesh(pp=2), Plan(microbatches=2):
   stage 0 of 2 mesh()
+  forward:
     w = param w      : f32[6,8]
     h = aten.relu(w) : f32[6,8]
     return send 1.h=h
@@ -9,6 +10,7 @@ before, on mesh(pp=2), Plan(microbatches=2):
     grad_h = grad 1.h : f32[6,8]
     return w=grad_h
   stage 1 of 2 mesh()
+  forward:
     h = recv 0.h    : f32[6,8]
     y = aten.sum(h) : f32[]
     return y

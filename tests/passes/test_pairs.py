@@ -26,6 +26,7 @@ import torch
 from autopar.ir.graph_pass import Pass
 from autopar.ir.parse import parse
 from autopar.ir.program import Program
+from autopar.ir.tables import Pins
 from autopar.passes import COMPILER
 from autopar.plan import Plan
 from autopar.precision import Precision
@@ -92,7 +93,8 @@ def programs(step: Pass) -> tuple[Program, Program]:
     after = {**before, **sections(pair["after"])}
     constants = {name: entry for name, entry in given.items() if isinstance(entry, torch.Tensor)}
     program = parse(whole_text(mesh, before), plan, constants)
-    program = replace(program, given={name: entry for name, entry in given.items() if isinstance(entry, torch.dtype)})
+    dtypes = {name: entry for name, entry in given.items() if isinstance(entry, torch.dtype)}
+    program = replace(program, pins=Pins(dtypes=dtypes))
     return program, parse(whole_text(mesh, after), plan)
 
 
