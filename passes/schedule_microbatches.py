@@ -14,6 +14,10 @@ before, on mesh(pp=2), Plan(microbatches=2):
     h = recv 0.h    : f32[6,8]
     y = aten.sum(h) : f32[]
     return y
+  backward:
+    grad_y = grad at 0                    : f32[]
+    expand = aten.expand(grad_y, [6, 8])  : f32[6,8]
+    return 0.h=expand
 after:
   schedule 1f1b microbatches=2 placement=0,1
     rank 0: F0.0 SEND F0.0 -> 1 RECV B1.0 -> 0 F0.1 SEND F0.1 -> 1 RECV B1.1 -> 0 B0.0 B0.1
