@@ -33,7 +33,7 @@ import torch
 from torch import fx
 
 from autopar.ir.builder import Builder
-from autopar.ir.collectives import OPS
+from autopar.ir.collectives import CUTS, REDUCTIONS
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.node import output_node, set_values, value
 from autopar.ir.operator_facts import is_view
@@ -43,9 +43,8 @@ from autopar.ir.tables import InputKind, Role
 
 aten = torch.ops.aten
 TO = aten._to_copy.default
-SUMS = (OPS.all_reduce.default, OPS.reduce_scatter.default)
 PASSING_ON = (  # what may stand between a sum over ranks and a gradient, and gives the dtype that it takes
-    *SUMS, OPS.split.default, OPS.split_replicated.default, aten.add.Tensor, aten.clone.default,
+    *REDUCTIONS, *CUTS, aten.add.Tensor, aten.clone.default,
 )  # fmt: skip
 
 
@@ -72,7 +71,7 @@ def _reduced(role: Role, graph: fx.Graph, parameters: Set[str]) -> dict[fx.Node,
             ends.add(node)
     found: dict[fx.Node, torch.dtype] = {}
     for node in graph.nodes:
-        if node in ends and (node.target in SUMS or any(source in found for source in node.all_input_nodes)):
+        if node in ends and (node.target in REDUCTIONS or any(source in found for source in node.all_input_nodes)):
             found[node] = value(node).dtype if node is not last else torch.float32
     found.pop(last, None)
     return found

@@ -11,7 +11,7 @@ from torch import fx
 from autopar.autodiff.halves import backward_steps
 from autopar.autodiff.hoist import without_gathers
 from autopar.ir import collectives as comm
-from autopar.ir.node import Node, value
+from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import Transfer, bytes_of, moved_bytes
@@ -116,19 +116,10 @@ def _transfers(graph: fx.Graph, mesh: Mesh, phase: str) -> tuple[Transfer, ...]:
         name = comm.moving(node.target)
         if name is None:
             continue
-        source, axis = _operand(node)
-        ways = mesh.size(axis)
-        if ways == 1:
+        if comm.is_idle(node, mesh):
             continue
+        source, axis, *_ = comm.arguments_of(node).values()
         operations, moved = found.get((axis, name), (0, 0))
         size = bytes_of(value(source), mesh)
-        found[axis, name] = operations + 1, moved + moved_bytes(name, ways, size)
+        found[axis, name] = operations + 1, moved + moved_bytes(name, mesh.size(axis), size)
     return tuple(Transfer(phase, axis, name, *counts) for (axis, name), counts in found.items())
-
-
-def _operand(node: Node) -> tuple[Node, str]:
-    """The tensor and the axis of a collective, given by position or by name."""
-    source = node.args[0] if node.args else node.kwargs["x"]
-    axis = node.args[1] if len(node.args) > 1 else node.kwargs["axis"]
-    assert isinstance(source, Node) and isinstance(axis, str)
-    return source, axis

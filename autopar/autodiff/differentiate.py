@@ -39,9 +39,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopar.autodiff.derivatives import DERIVATIVES, unrepeated_heads
-from autopar.autodiff.partition import LATE, Joint, Remake, partition
-from autopar.autodiff.recorder import IDENTITIES, Recorder, does_nothing, fake_mode
+from autopar.autodiff.partition import Joint, Remake, partition
+from autopar.autodiff.recorder import IDENTITIES, Recorder, fake_mode
 from autopar.errors import AutoparError, InvariantError
+from autopar.ir import collectives as comm
 from autopar.ir.node import Node, origin, set_origin, set_values, value, values
 from autopar.ir.operator_facts import is_free
 from autopar.ir.program import Program
@@ -88,7 +89,7 @@ def made_again(program: Program) -> Remake:
 
 def is_gathered(node: Node, parameters: Set[str]) -> bool:
     """Whether ``node`` gathers a parameter, or a cast of one."""
-    if node.target not in LATE:
+    if node.target not in comm.GATHERS:
         return False
     (source,) = node.all_input_nodes
     while source.op != "placeholder" and is_free(source):
@@ -117,7 +118,7 @@ def inference_graph(program: Program) -> fx.Graph:
     live = live_nodes(results)
     for node in program.graph.nodes:
         if node.op == "placeholder" or node in live:
-            if node.target in IDENTITIES or does_nothing(node.target, node.args, program.mesh):
+            if node.target in IDENTITIES or comm.does_nothing(node.target, node.args, program.mesh):
                 copies[node] = copies[node.all_input_nodes[0]]
                 continue
             copies[node] = copy.node_copy(node, copies.__getitem__)

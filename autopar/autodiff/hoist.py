@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from autopar.autodiff.partition import LATE, extract
+from autopar.autodiff.partition import extract
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Split
 from autopar.ir.node import Node, output_node
@@ -29,13 +29,10 @@ from autopar.ir.rewrite import live_nodes
 
 aten = torch.ops.aten
 CAST = aten._to_copy.default
-WAIT, START_GATHER = comm.OPS.wait.default, comm.OPS.start_all_gather.default
-GATHERING = (*LATE, START_GATHER)
+WAIT = comm.OPS.wait.default
+GATHERING = comm.started_too(comm.GATHERS)
 ARRANGING = (aten.cat.default, CAST, aten.constant_pad_nd.default, WAIT)  # beside views
-REDUCING = (
-    comm.OPS.all_reduce.default, comm.OPS.reduce_scatter.default, comm.OPS.start_all_reduce.default,
-    comm.OPS.start_reduce_scatter.default,
-)  # fmt: skip
+REDUCING = comm.started_too(comm.REDUCTIONS)
 
 
 @dataclass(frozen=True)

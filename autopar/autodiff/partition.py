@@ -24,8 +24,6 @@ from autopar.ir.operator_facts import is_free
 from autopar.ir.rewrite import live_nodes
 
 aten = torch.ops.aten
-EARLY = (comm.OPS.all_reduce.default, comm.OPS.reduce_scatter.default)
-LATE = (comm.OPS.all_gather.default, comm.OPS.all_gather_invariant.default)
 
 Remake = Callable[[Node], bool]
 
@@ -109,7 +107,7 @@ def saved_nodes(joint: Joint, remake: Remake) -> tuple[Node, ...]:
 
 
 def is_late(node: Node) -> bool:
-    return is_free(node) or node.target in LATE
+    return is_free(node) or node.target in comm.GATHERS
 
 
 def extract(graph: fx.Graph, sources: Sequence[Node], results: Sequence[Node], late: Remake = is_late) -> fx.Graph:
@@ -121,7 +119,7 @@ def extract(graph: fx.Graph, sources: Sequence[Node], results: Sequence[Node], l
     live = live_nodes(results, stop=sources)
     early: dict[Node, list[Node]] = {}
     for node in graph.nodes:
-        if node in live and node.target in EARLY:
+        if node in live and node.target in comm.REDUCTIONS:
             early.setdefault(_anchor(node.all_input_nodes[0]), []).append(node)
     for node in graph.nodes:
         if node in live and not late(node):

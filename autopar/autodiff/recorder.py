@@ -37,11 +37,8 @@ from autopar.operators.straight_through import STRAIGHT_THROUGH
 aten = torch.ops.aten
 
 IDENTITIES = frozenset(  # below autograd they are their first argument
-    (
-        aten.detach.default, aten.alias.default, aten.lift_fresh.default, comm.OPS.enter.default,
-        comm.OPS.release.default, STRAIGHT_THROUGH,
-    )
-)  # fmt: skip
+    (aten.detach.default, aten.alias.default, aten.lift_fresh.default, STRAIGHT_THROUGH, *comm.IDENTITIES)
+)
 _IN_PLACE_NAMES = {
     "bernoulli_.float": aten.bernoulli.p,
     "normal_.default": aten.normal_functional.default,
@@ -86,12 +83,6 @@ def _can_view(tensor: Tensor, like: Tensor) -> bool:
         return bool(aten.view.default(tensor, like.shape).stride() == like.stride())
     except (RuntimeError, ValueError):
         return False
-
-
-def does_nothing(target: Any, args: Sequence[Any], mesh: Mesh | None) -> bool:
-    """Whether this is a collective on an axis of size 1."""
-    name = comm.TARGETS.get(target)
-    return mesh is not None and name is not None and name != "axis_index" and mesh.size(args[1]) == 1
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -174,7 +165,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
-        if func in IDENTITIES or does_nothing(func, args, self.mesh):
+        if func in IDENTITIES or (self.mesh is not None and comm.does_nothing(func, args, self.mesh)):
             return self._identity(func, args[0])
         if func is aten.pow.Tensor_Scalar and args[1] == 1 and args[0].is_floating_point():
             return self._identity(func, args[0])  # from the derivative of a square

@@ -13,7 +13,7 @@ from collections import deque
 import torch
 from torch import fx
 
-from autopar.ir.collectives import OPS, TARGETS, split_of
+from autopar.ir.collectives import GATHERS, OPS, PART, STARTS, TARGETS, row_of, split_of
 from autopar.ir.layout import Split
 from autopar.ir.node import origin, output_node, set_origin, set_values, value, values
 from autopar.ir.operator_facts import is_view
@@ -21,13 +21,6 @@ from autopar.ir.rewrite import live_nodes
 from autopar.mesh import Mesh
 
 aten = torch.ops.aten
-STARTS = {
-    OPS.all_reduce.default: OPS.start_all_reduce.default,
-    OPS.all_gather.default: OPS.start_all_gather.default,
-    OPS.all_gather_invariant.default: OPS.start_all_gather.default,
-    OPS.reduce_scatter.default: OPS.start_reduce_scatter.default,
-}
-GATHERS = (OPS.all_gather.default, OPS.all_gather_invariant.default)
 
 
 class Reordering:
@@ -91,7 +84,7 @@ class Reordering:
         """Whether the collective stacks or cuts dim 0 in equal parts, without work before or after."""
         if self.mesh.size(str(node.args[1])) == 1:
             return False
-        if node.target is OPS.all_reduce.default:
+        if row_of(TARGETS[node.target]).form is not PART:
             return True
         length, ways = node.args[6], node.args[2]
         assert isinstance(length, int) and isinstance(ways, int)

@@ -44,8 +44,8 @@ FLAT = (
 )  # fmt: skip
 DENSE = (*FLAT, operator.getitem, aten.t.default, aten.transpose.int, aten.permute.default)
 ORDERED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default, aten.embedding.default)
-STARTING = tuple(getattr(comm.OPS, name).default for name in comm.STARTED)
-KEEPING_ORDER = frozenset((*IN_PLACE, *FLAT, aten.cat.default, comm.OPS.all_reduce.default))
+STARTING = comm.targets(comm.STARTED)
+KEEPING_ORDER = frozenset((*IN_PLACE, *FLAT, aten.cat.default, *(comm.ELEMENTWISE & comm.targets(comm.MOVING))))
 
 
 def reused(graph: fx.Graph, mesh: Mesh) -> dict[Node, int]:

@@ -244,7 +244,7 @@ class _Body:
     def collective(self, node: Node) -> str:
         target: Any = node.target
         name: str = comm.TARGETS[target]
-        given = dict(zip([argument.name for argument in target._schema.arguments], node.args)) | dict(node.kwargs)
+        given = comm.arguments_of(node)
         if name == "axis_index" and self.module.coordinates is not None:
             self.module.imports.add("import torch")
             return f"torch.tensor({self.module.coordinates.get(given['axis'], 0)}, device=comm.device)"  # type: ignore[call-overload]

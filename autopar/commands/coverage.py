@@ -21,19 +21,13 @@ from autopar.check import TOLERANCE
 from autopar.commands.options import PlanTexts, read_mesh, read_plan
 from autopar.commands.tables import print_json, stderr, stdout, table
 from autopar.ir.batch import data_ways
+from autopar.ir.collectives import row_of
 from autopar.verification.coverage import CASES, Case, Coverage, Outcome, cover
 from autopar.zoo.named import OURS, named_model
 
 OWN_FAMILY = "plain torch"
 ROWS = 4  # of a batch; a multiple where a mesh has more data ranks
 WIDTH = 170  # of the table, where it is not printed on a terminal
-SHORT = {
-    "all_reduce": "AR",
-    "all_gather": "AG",
-    "all_gather_invariant": "AG",
-    "reduce_scatter": "RS",
-    "all_to_all": "A2A",
-}
 
 
 def coverage(
@@ -190,7 +184,8 @@ def _collectives(outcome: Outcome) -> str:
     counts: dict[str, dict[str, int]] = {}
     for transfer in outcome.traffic:
         kinds = counts.setdefault(transfer.axis, {})
-        kinds[SHORT[transfer.name]] = kinds.get(SHORT[transfer.name], 0) + transfer.operations
+        short = row_of(transfer.name).short
+        kinds[short] = kinds.get(short, 0) + transfer.operations
     return "  ".join(f"{axis} {' '.join(f'{n} {kind}' for kind, n in kinds.items())}" for axis, kinds in counts.items())
 
 

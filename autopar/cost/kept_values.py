@@ -90,7 +90,7 @@ def _region(node: fx.Node) -> str:
 
 def memory_of(node: fx.Node) -> fx.Node:
     """The value whose memory ``node`` shows: of a view what it is a view of."""
-    while node.op == "call_function" and (_is_view(node) or comm.TARGETS.get(node.target) in ("enter", "release")):
+    while node.op == "call_function" and (_is_view(node) or node.target in comm.IDENTITIES):
         node = node.all_input_nodes[0]
     return node
 

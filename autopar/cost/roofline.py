@@ -35,13 +35,6 @@ TABLES = (aten.embedding, EMBEDDING_BAGS.overloadpacket, embedding_rows)  # of w
 PICKS = (aten.index, aten.index_select, aten.gather, aten.slice, aten.select, aten.narrow)
 PASSES_OVER_SCORES = 10  # of attention by parts: mask, softmax and their copies, each read and written
 ATTENTION_BACKWARD = 2.5  # five products for two: the scores once more (Dao et al. 2022)
-DUALS = {
-    "enter": "all_reduce",
-    "all_gather": "reduce_scatter",
-    "reduce_scatter": "all_gather",
-    "split": "all_gather",
-    "all_to_all": "all_to_all",
-}  # collective -> what its backward pass sends; the others send nothing there
 
 
 @dataclass(frozen=True)
@@ -70,8 +63,8 @@ class Costs:
         if not any(kind.requires_grad for kind in values(node)) or node.target is operator.getitem:
             return once
         if node.target in comm.TARGETS:
-            name = DUALS.get(comm.TARGETS[node.target], "")
-            return once + self._collective(name, node, self.bytes([node]))
+            dual = comm.COLLECTIVES[comm.TARGETS[node.target]].dual
+            return once + self._collective(dual, node, self.bytes([node]))
         return once * (1 + self._share_made_again(node)) + self._backward(node, once)
 
     def flops(self, node: fx.Node) -> int:
@@ -114,8 +107,9 @@ class Costs:
         return 2 * once
 
     def _collective(self, name: str, node: fx.Node, size: int) -> float:
-        axis = node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else "")
-        moved = moved_bytes(name, self.mesh.size(str(axis)), size) if name else 0
+        if name not in comm.MOVING or comm.is_idle(node, self.mesh):
+            return 0.0
+        moved = moved_bytes(name, self.mesh.size(comm.arguments_of(node)["axis"]), size)
         return self.machine.latency + moved / self.machine.link if moved else 0.0
 
     def _share_made_again(self, node: fx.Node) -> float:

@@ -1,54 +1,153 @@
-"""The collectives that appear in graphs, each with the collective of its backward pass (its dual).
+"""The collectives that appear in graphs: one table, from which everything that is known of them follows.
+
+A row says how the operand and the result lie on the axis (I, R, S or P, see ``layout.py``), which collective is the
+backward pass (the dual), which arguments follow the tensor, and what one rank sends. Shape functions, autograd
+formulas, moved bytes, costs of both directions, what is started early and what contracts believe come from it. A new
+collective is a row here, a kernel in the simulator, and a method of the runtime's communicator.
 
 They are torch operators in the namespace ``autopar`` with a shape function and an autograd formula, but no kernel: a
 graph is traced with them for any mesh without a process group; the runtime (real processes) and the simulator (ranks
-in lock-step) execute them. On one axis a value is I, R, S or P (see ``layout.py``):
+in lock-step) execute them.
 
-    forward               name                  backward
-    I -> R  (no-op)       enter                 all-reduce P -> I
-    R -> I  (no-op)       release               keep on the first rank, I -> P
-    P -> I                all_reduce            no-op
-    S -> R                all_gather            reduce-scatter P -> S
-    S -> I                all_gather_invariant  split I -> S
-    P -> S                reduce_scatter        all-gather S -> whole
-    I -> S                split                 all-gather S -> whole
-    R -> S                split_replicated      pad with zeros S -> P
-    S -> P                pad                   split
-    I -> P                keep_first            no-op
-    S(i) -> S(j)          all_to_all            all-to-all S(j) -> S(i)
-
-``start_all_reduce``, ``start_all_gather`` and ``start_reduce_scatter`` do the same, but their result is there only when
-``wait`` has given it on; they have no dual, since ``overlap_collectives`` makes them of the others in the end.
+A ``start_...`` does the same as the collective it starts, but its result is there only when ``wait`` has given it on.
+It has no dual, since ``overlap_collectives`` makes it of the others in the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from autopar.ir.layout import Split
+from autopar.ir.layout import Partial, Placement, Split, Whole
+from autopar.mesh import Mesh
 
-_WHERE = "str axis, int ways, int dim, int outer, int[] ratio, int length"
+Held = Literal["I", "R", "S", "P"]  # how a value lies on one axis
+Arguments = dict[str, Any]  # those after the tensor, by name
+WHOLE: tuple[Held, ...] = ("I", "R")
+
+
+@dataclass(frozen=True)
+class Form:
+    """The arguments after the tensor. ``turned``: those of the dual, where they are not the same; ``idle``: whether
+    nobody sends anything, given such arguments on an axis of more than one rank."""
+
+    schema: str
+    turned: Callable[[Arguments], Arguments] = dict
+    idle: Callable[[Arguments], bool] = lambda given: False
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(argument.split()[1] for argument in self.schema.split(", "))
+
+
+AXIS = Form("str axis")
+REDUCTION = Form("str axis, str op")
+# one dim of `length` elements in all, cut as Split(dim, outer, ratio) says
+PART = Form("str axis, int ways, int dim, int outer, int[] ratio, int length")
+# source and target are (dim, outer, *ratio) of the two splits
+ENDS = Form(
+    "str axis, int ways, int[] source, int[] target",
+    lambda given: {**given, "source": given["target"], "target": given["source"]},
+)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """``sends``: (ranks of the axis, bytes of the operand) -> bytes that one rank sends; it is linear in the bytes and
+    0 on an axis of one rank. ``starts``: the collective that does this one early. ``short``: its column in tables."""
+
+    before: Held
+    after: Held
+    dual: str
+    does: str  # for people; {dim} where the words need one
+    form: Form = AXIS
+    sends: Callable[[int, int], int] = lambda ways, size: 0
+    starts: str = ""
+    short: str = ""
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether the result is the operand, and only the gradient differs."""
+        return self.before in WHOLE and self.after in WHOLE
+
+    @property
+    def grows(self) -> bool:
+        """Whether a part becomes a whole: ``length`` is the size of the result, else that of the operand."""
+        return self.form is PART and self.before == "S"
+
+    @property
+    def shrinks(self) -> bool:
+        return self.form is PART and self.after == "S"
+
+
+# Bytes by the usual accounting of ring algorithms (Thakur et al. 2005).
+COLLECTIVES: dict[str, Collective] = {
+    "enter": Collective("I", "R", dual="all_reduce", does="nothing"),
+    "release": Collective("R", "I", dual="keep_first", does="nothing"),
+    "keep_first": Collective("I", "P", dual="release", does="zeros on all ranks but the first: a bias is added once"),
+    "all_reduce": Collective(
+        "P", "I", dual="enter", does="sum (or `op=max`, `op=min`) over the ranks", form=REDUCTION,
+        sends=lambda ways, size: 2 * (ways - 1) * size // ways, starts="start_all_reduce", short="AR",
+    ),
+    "all_gather": Collective(
+        "S", "R", dual="reduce_scatter", does="joins the parts", form=PART,
+        sends=lambda ways, size: (ways - 1) * size, starts="start_all_gather", short="AG",
+    ),
+    "all_gather_invariant": Collective(
+        "S", "I", dual="split", does="joins the parts, used alike by all ranks", form=PART,
+        sends=lambda ways, size: (ways - 1) * size, starts="start_all_gather", short="AG",
+    ),
+    "pad": Collective("S", "P", dual="split_replicated", does="zeros around each rank's part", form=PART),
+    "reduce_scatter": Collective(
+        "P", "S", dual="all_gather", does="sums, each rank keeps its part", form=PART,
+        sends=lambda ways, size: (ways - 1) * size // ways, starts="start_reduce_scatter", short="RS",
+    ),
+    "split": Collective("I", "S", dual="all_gather_invariant", does="each rank takes its part", form=PART),
+    "split_replicated": Collective("R", "S", dual="pad", does="each rank takes its part", form=PART),
+    "all_to_all": Collective(
+        "S", "S", dual="all_to_all", does="from parts of one dim to parts of another", form=ENDS,
+        sends=lambda ways, size: (ways - 1) * size // ways, short="A2A",
+    ),
+}  # fmt: skip
+
+STARTED: dict[str, str] = {}  # a collective that is started early -> what it does
+for _name, _row in COLLECTIVES.items():
+    if _row.starts:
+        STARTED.setdefault(_row.starts, _name)
+NAMES = (*COLLECTIVES, "axis_index", *STARTED, "wait")
+MOVING = tuple(name for name, row in COLLECTIVES.items() if row.sends(2, 2)) + tuple(STARTED)  # send data
+
+
+def row_of(name: str) -> Collective:
+    """The row of a collective, or of what is started under that name."""
+    return COLLECTIVES[STARTED.get(name, name)]
+
+
+# ---------------------------------------------------------------- the operators
+
 _LIBRARY: Any = torch.library.Library("autopar", "DEF")  # type: ignore[no-untyped-call]
 OPS = torch.ops.autopar
 
 
-def _define(name: str, arguments: str, shape: Callable[..., Tensor]) -> None:
-    _LIBRARY.define(f"{name}({arguments}) -> Tensor")
+def _define(name: str, form: Form, shape: Callable[..., Tensor]) -> None:
+    _LIBRARY.define(f"{name}(Tensor x, {form.schema}) -> Tensor")
     torch.library.register_fake(f"autopar::{name}", shape, lib=_LIBRARY)
 
 
-def _dual(name: str, backward: Callable[..., Tensor]) -> None:
-    """``backward(grad, *arguments after the tensor)`` gives the gradient of the operator's tensor argument."""
+def _differentiable(name: str) -> None:
+    """Its gradient is the dual of the gradient of its result."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.arguments = inputs[1:]
 
     def formula(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return (backward(grad, *ctx.arguments), *[None] * len(ctx.arguments))
+        dual, arguments = dual_of(name, ctx.arguments)
+        given = grad if COLLECTIVES[dual].does_nothing else getattr(OPS, dual)(grad, *arguments)
+        return (given, *[None] * len(ctx.arguments))
 
     torch.library.register_autograd(f"autopar::{name}", formula, setup_context=setup_context, lib=_LIBRARY)
 
@@ -75,54 +174,49 @@ def _swapped(x: Tensor, axis: str, ways: int, source: Sequence[int], target: Seq
     )
 
 
-for _name in ("enter", "release", "keep_first"):
-    _define(_name, "Tensor x, str axis", _same)
-_define("all_reduce", "Tensor x, str axis, str op", _same)
-for _name in ("all_gather", "all_gather_invariant", "pad"):
-    _define(_name, f"Tensor x, {_WHERE}", _grown)
-for _name in ("reduce_scatter", "split", "split_replicated"):
-    _define(_name, f"Tensor x, {_WHERE}", _cut)
-_define("start_all_reduce", "Tensor x, str axis, str op", _same)
-_define("start_all_gather", f"Tensor x, {_WHERE}", _grown)
-_define("start_reduce_scatter", f"Tensor x, {_WHERE}", _cut)
-_define("wait", "Tensor x, str axis", _same)
-# source and target are (dim, outer, *ratio) of the two splits
-_define("all_to_all", "Tensor x, str axis, int ways, int[] source, int[] target", _swapped)
+def _shape(row: Collective) -> Callable[..., Tensor]:
+    return _grown if row.grows else _cut if row.shrinks else _swapped if row.form is ENDS else _same
+
+
+for _name, _row in COLLECTIVES.items():
+    _define(_name, _row.form, _shape(_row))
+    _differentiable(_name)
+for _name in STARTED:
+    _define(_name, row_of(_name).form, _shape(row_of(_name)))
+_define("wait", AXIS, _same)
 _LIBRARY.define("axis_index(str axis) -> Tensor")
 torch.library.register_fake("autopar::axis_index", lambda axis: torch.empty((), dtype=torch.int64), lib=_LIBRARY)
-_dual("enter", lambda grad, axis: OPS.all_reduce(grad, axis, "sum"))
-_dual("release", lambda grad, axis: OPS.keep_first(grad, axis))
-_dual("keep_first", lambda grad, axis: grad)
-_dual("all_reduce", lambda grad, axis, op: grad)
-_dual("all_gather", lambda grad, *where: OPS.reduce_scatter(grad, *where))
-_dual("all_gather_invariant", lambda grad, *where: OPS.split(grad, *where))
-_dual("reduce_scatter", lambda grad, *where: OPS.all_gather(grad, *where))
-_dual("split", lambda grad, *where: OPS.all_gather_invariant(grad, *where))
-_dual("split_replicated", lambda grad, *where: OPS.pad(grad, *where))
-_dual("pad", lambda grad, *where: OPS.split_replicated(grad, *where))
-_dual("all_to_all", lambda grad, axis, ways, source, target: OPS.all_to_all(grad, axis, ways, target, source))
 
-NAMES = (
-    "enter",
-    "release",
-    "keep_first",
-    "all_reduce",
-    "all_gather",
-    "all_gather_invariant",
-    "pad",
-    "reduce_scatter",
-    "split",
-    "split_replicated",
-    "all_to_all",
-    "axis_index",
-    "start_all_reduce",
-    "start_all_gather",
-    "start_reduce_scatter",
-    "wait",
-)
 TARGETS = {getattr(OPS, name).default: name for name in NAMES}  # operator -> its name
-STARTED = {"start_all_reduce": "all_reduce", "start_all_gather": "all_gather", "start_reduce_scatter": "reduce_scatter"}
-MOVING = ("all_reduce", "all_gather", "all_gather_invariant", "reduce_scatter", "all_to_all", *STARTED)  # send data
+
+# ---------------------------------------------------------------- sets of operators that follow from the table
+
+
+def targets(names: Iterable[str]) -> frozenset[Any]:
+    return frozenset(getattr(OPS, name).default for name in names)
+
+
+def _those(fits: Callable[[Collective], bool]) -> frozenset[Any]:
+    return targets(name for name, row in COLLECTIVES.items() if fits(row))
+
+
+def started_too(operators: Iterable[Any]) -> frozenset[Any]:
+    """``operators`` and those that do the same early."""
+    operators = frozenset(operators)
+    return operators | {STARTS[target] for target in operators if target in STARTS}
+
+
+STARTS = {
+    getattr(OPS, name).default: getattr(OPS, row.starts).default for name, row in COLLECTIVES.items() if row.starts
+}  # operator -> the one that does the same early
+IDENTITIES = _those(lambda row: row.does_nothing)
+REDUCTIONS = _those(lambda row: row.before == "P")  # sums over ranks
+GATHERS = _those(lambda row: row.before == "S" and row.after in WHOLE)
+CUTS = _those(lambda row: row.before in WHOLE and row.after == "S")
+ELEMENTWISE = _those(lambda row: row.form not in (PART, ENDS))  # each element stays in its place
+CONVERSIONS: dict[tuple[Held, Held], str] = {}  # how a value lies and is to lie -> the collective that does it
+for _name, _row in COLLECTIVES.items():
+    CONVERSIONS.setdefault((_row.before, _row.after), _name)
 
 
 def moving(target: Any) -> str | None:
@@ -130,6 +224,50 @@ def moving(target: Any) -> str | None:
     None for everything else."""
     name = TARGETS.get(target)
     return STARTED.get(name, name) if name in MOVING else None  # type: ignore[arg-type]
+
+
+def held(placement: Placement) -> Held:
+    """The letter of a placement on its axis."""
+    if isinstance(placement, Whole):
+        return "I" if placement.invariant else "R"
+    assert isinstance(placement, Split | Partial)
+    return "S" if isinstance(placement, Split) else "P"
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def arguments_of(node: fx.Node) -> Arguments:
+    """The arguments of a collective by name, ``x`` first, in the order of its schema, however they are given."""
+    given = {**dict(zip(parameters_of(node.target), node.args)), **node.kwargs}
+    return {name: given[name] for name in parameters_of(node.target) if name in given}
+
+
+def parameters_of(target: Any) -> list[str]:
+    return [argument.name for argument in target._schema.arguments]
+
+
+def dual_of(name: str, arguments: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
+    """The collective of the backward pass of ``name`` and its arguments, both lists without the tensor."""
+    row = COLLECTIVES[name]
+    given = {"op": "sum", **row.form.turned(dict(zip(row.form.parameters, arguments)))}
+    return row.dual, tuple(given[parameter] for parameter in COLLECTIVES[row.dual].form.parameters)
+
+
+def does_nothing(target: Any, args: Sequence[Any], mesh: Mesh) -> bool:
+    """Whether this is a collective that leaves every rank what it has: its axis has size 1, or its form is idle."""
+    name = TARGETS.get(target)
+    if name is None or name == "axis_index":
+        return False
+    if mesh.size(args[1]) == 1:
+        return True
+    form = AXIS if name == "wait" else row_of(name).form
+    return form.idle(dict(zip(form.parameters, args[1:])))
+
+
+def is_idle(node: fx.Node, mesh: Mesh) -> bool:
+    """As :func:`does_nothing`, of a collective in a graph."""
+    return does_nothing(node.target, tuple(arguments_of(node).values()), mesh)
 
 
 def where(split: Split, axis: str, ways: int, length: int) -> tuple[str, int, int, int, list[int], int]:

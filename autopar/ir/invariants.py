@@ -20,18 +20,9 @@ from autopar.ir.tables import InputKind, OutputKind
 Contract = Callable[[Program], None]
 
 WHOLE, SPLIT, PARTIAL = "whole", "split", "partial"
+STATES = {"I": WHOLE, "R": WHOLE, "S": SPLIT, "P": PARTIAL}
 CHANGES = {  # collective -> the state of its operand and of its result on its axis
-    "enter": (WHOLE, WHOLE),
-    "release": (WHOLE, WHOLE),
-    "keep_first": (WHOLE, PARTIAL),
-    "all_reduce": (PARTIAL, WHOLE),
-    "all_gather": (SPLIT, WHOLE),
-    "all_gather_invariant": (SPLIT, WHOLE),
-    "pad": (SPLIT, PARTIAL),
-    "reduce_scatter": (PARTIAL, SPLIT),
-    "split": (WHOLE, SPLIT),
-    "split_replicated": (WHOLE, SPLIT),
-    "all_to_all": (SPLIT, SPLIT),
+    name: (STATES[row.before], STATES[row.after]) for name, row in comm.COLLECTIVES.items()
 }
 
 
@@ -173,8 +164,7 @@ def no_dead_collectives(program: Program) -> None:
 def collectives_fit_the_mesh(program: Program) -> None:
     """Each collective is over an axis of the mesh, with that axis' number of ways."""
     for node, name in collectives(program):
-        parameters = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-        given = {**dict(zip(parameters, node.args)), **node.kwargs}
+        given = comm.arguments_of(node)
         axis = str(given["axis"])
         if axis not in program.mesh.names:
             raise broken(node, f"comm.{name} is over axis '{axis}', {program.mesh} has none", "use an axis of the mesh")

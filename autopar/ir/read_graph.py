@@ -164,7 +164,7 @@ class GraphReader:
     def _collective(self, cursor: Cursor, target: Any, name: str) -> Node:
         """``comm.all_gather(x, tp, dim=1)``; what the line leaves out follows from the mesh and the type."""
         start = cursor.at
-        parameters = text.comm_parameters(target)
+        parameters = comm.parameters_of(target)
         positions = iter(parameters)
         given: dict[str, Any] = {}
         cursor.expect_sign("(")

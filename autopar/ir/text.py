@@ -52,8 +52,6 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-GROWING = ("all_gather", "all_gather_invariant", "start_all_gather", "pad")  # `length` is the size of their output
-SHRINKING = ("reduce_scatter", "start_reduce_scatter", "split", "split_replicated")  # ... of their input
 NAME_WIDTH, LINE_WIDTH = 28, 104  # columns are aligned up to these widths
 
 GradRule = Callable[[InputKind | None, Node, Value, int], bool]
@@ -253,7 +251,7 @@ def argument_text(value: Any, names: frozenset[str] = frozenset()) -> str:
 
 def comm_arguments(node: Node, mesh: Mesh, names: frozenset[str]) -> list[str]:
     """Arguments of a collective, without those that the mesh and the type of the value imply."""
-    given: dict[str, Any] = {**dict(zip(comm_parameters(node.target), node.args)), **node.kwargs}
+    given = comm.arguments_of(node)
     layouts = [value.layout for value in values(node)]
     implied = implied_arguments(comm.TARGETS[node.target], given, mesh, layouts)
     texts = []
@@ -271,19 +269,15 @@ def comm_arguments(node: Node, mesh: Mesh, names: frozenset[str]) -> list[str]:
     return texts
 
 
-def comm_parameters(target: Any) -> list[str]:
-    return [argument.name for argument in target._schema.arguments]
-
-
 def implied_arguments(name: str, given: Mapping[str, Any], mesh: Mesh, layouts: Sequence[Layout]) -> dict[str, Any]:
     """What the arguments of collective ``name`` are where its line does not say: op, ways, outer, ratio, length.
 
     ``layouts`` are those of its result, empty if its line has no type; then there is no ``length``.
     """
     implied: dict[str, Any] = {"op": "sum", "ways": mesh.size(given["axis"]), "outer": 1, "ratio": [1]}
-    if name in GROWING + SHRINKING and layouts and "dim" in given:
+    if layouts and "dim" in given:
         local, dim = layouts[0].local_shape(mesh), given["dim"]
         if -len(local) <= dim < len(local):
             ways = given.get("ways", implied["ways"])
-            implied["length"] = local[dim] if name in GROWING else local[dim] * ways
+            implied["length"] = local[dim] if comm.row_of(name).grows else local[dim] * ways
     return implied

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from autopar.ir.collectives import row_of
 from autopar.ir.node import Value
 from autopar.mesh import Mesh
 
@@ -15,15 +16,8 @@ def bytes_of(kind: Value, mesh: Mesh | None = None) -> int:
 
 
 def moved_bytes(name: str, ways: int, sent: int) -> int:
-    """Bytes that one rank sends in ``comm.<name>`` over ``ways`` ranks, by the usual accounting of ring algorithms;
-    ``name`` as :func:`comm.moving` gives it, ``sent``: the size of its argument. (Thakur et al. 2005)"""
-    if name == "all_reduce":
-        return 2 * (ways - 1) * sent // ways
-    if name in ("all_gather", "all_gather_invariant"):
-        return (ways - 1) * sent
-    if name in ("reduce_scatter", "all_to_all"):
-        return (ways - 1) * sent // ways
-    return 0
+    """Bytes that one rank sends in the collective ``name`` over ``ways`` ranks; ``sent``: the size of its argument."""
+    return row_of(name).sends(ways, sent)
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,7 @@ aten = torch.ops.aten
 
 FORMS = (  # of a parameter, whatever it costs: gathered parameters never travel
     aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.contiguous.default, aten.reshape.default,
-    comm.OPS.enter.default, comm.OPS.release.default, comm.OPS.all_gather.default,
-    comm.OPS.all_gather_invariant.default, comm.OPS.split.default, comm.OPS.split_replicated.default,
-    operator.getitem,
+    operator.getitem, *comm.IDENTITIES, *comm.GATHERS, *comm.CUTS,
 )  # fmt: skip
 
 

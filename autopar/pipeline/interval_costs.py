@@ -162,7 +162,7 @@ class StageGraph:
     def _gathered(self, node: fx.Node) -> int:
         """Elements of a parameter that is gathered over a data axis before its use; 0 for others."""
         for user in node.users:
-            if user in self.remade and comm.TARGETS.get(user.target, "").startswith("all_gather"):
+            if user in self.remade and user.target in comm.GATHERS:
                 return self.elements(user) if user.args[1] in DATA_AXES else 0
             if user in self.remade and self._is_parameter(user):
                 found = self._gathered(user)

@@ -25,7 +25,7 @@ from autopar.plan import Plan
 
 aten = torch.ops.aten
 PASSING = (aten._to_copy.default, comm.OPS.wait.default)
-REDUCING = (comm.OPS.all_reduce.default, comm.OPS.start_all_reduce.default)
+REDUCING = comm.started_too(comm.REDUCTIONS)
 SCALING = (aten.div.Scalar, aten.mul.Scalar, aten.neg.default)
 MEANS = (aten.mean.default, aten.mean.dim)
 

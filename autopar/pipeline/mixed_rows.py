@@ -18,6 +18,7 @@ from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 
 SHOWN = 3
+GATHERS = comm.started_too(comm.GATHERS)
 AXIS = "dp"
 
 
@@ -54,10 +55,9 @@ def _rows(program: Program) -> int:
 def _places(program: Program) -> Iterator[str]:
     """Where activations are gathered or, other than scalars, summed over the rows."""
     for node in program.graph.nodes:
-        name = comm.moving(node.target)
-        if name is None or node.args[1] != AXIS or not value(node).dtype.is_floating_point:
+        if comm.moving(node.target) is None or node.args[1] != AXIS or not value(node).dtype.is_floating_point:
             continue
-        if name.startswith("all_gather") or value(node).shape:
+        if node.target in GATHERS or value(node).shape:
             yield origin(node).module or node.name
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.ir.collectives import OPS
+from autopar.ir.collectives import IDENTITIES
 from autopar.ir.node import values
 from autopar.mesh import Mesh
 from autopar.rules import (
@@ -103,7 +103,7 @@ def call_of(node: fx.Node, mesh: Mesh, parameters: frozenset[fx.Node] = frozense
 
 _KEEPS_ZEROS = {
     torch.ops.aten._to_copy.default, torch.ops.aten.transpose.int, torch.ops.aten.t.default,
-    torch.ops.aten.permute.default, torch.ops.aten.clone.default, OPS.enter.default,
+    torch.ops.aten.permute.default, torch.ops.aten.clone.default, *IDENTITIES,
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from autopar.ir.collectives import OPS
+from autopar.ir.collectives import AXIS, COLLECTIVES, ENDS, OPS, PART, REDUCTION
 from autopar.rules.factoring import Call, Factoring
 from autopar.rules.pointwise import broadcast
 from autopar.rules.views import FIRST, keeps_other_dims
@@ -35,11 +35,8 @@ def position(call: Call) -> Factoring:
     return Factoring((), ((),), {})
 
 
+BY_FORM = {AXIS: elementwise, REDUCTION: reduced, PART: joined, ENDS: exchanged}
 RULES: dict[Any, Any] = {
     OPS.axis_index.default: position,
-    **dict.fromkeys((OPS.enter.default, OPS.release.default, OPS.keep_first.default), elementwise),
-    OPS.all_reduce.default: reduced,
-    **dict.fromkeys((OPS.all_gather.default, OPS.all_gather_invariant.default, OPS.pad.default), joined),
-    **dict.fromkeys((OPS.reduce_scatter.default, OPS.split.default, OPS.split_replicated.default), joined),
-    OPS.all_to_all.default: exchanged,
+    **{getattr(OPS, name).default: BY_FORM[row.form] for name, row in COLLECTIVES.items()},
 }

@@ -30,8 +30,7 @@ Ranks = list[Any]  # one value per rank
 
 def collective(name: str, parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
     """What each member of a group gets when they run ``comm.<name>(part, *arguments)``; ``parts`` in axis order."""
-    assert name in RULES, name
-    return RULES[name](parts, arguments)
+    return RULES[comm.STARTED.get(name, name)](parts, arguments)
 
 
 def join(parts: Sequence[Tensor], split: Split, length: int) -> Tensor:
@@ -127,9 +126,6 @@ RULES: dict[str, Callable[[Sequence[Tensor], Sequence[Any]], list[Tensor]]] = {
     "split": _split,
     "split_replicated": _split,
     "all_to_all": _all_to_all,
-    "start_all_reduce": _all_reduce,
-    "start_all_gather": _all_gather,
-    "start_reduce_scatter": _reduce_scatter,
     "wait": _same,
 }
 
@@ -170,13 +166,6 @@ def _tensors(value: Any) -> list[Tensor]:
 # ---------------------------------------------------------------- graphs
 
 
-DUALS = {
-    "enter": "all_reduce", "release": "keep_first", "keep_first": "release", "all_reduce": "release",
-    "all_gather": "reduce_scatter", "all_gather_invariant": "split", "reduce_scatter": "all_gather",
-    "split": "all_gather", "split_replicated": "pad", "pad": "split_replicated", "all_to_all": "all_to_all",
-}  # fmt: skip
-
-
 class _Differentiable(torch.autograd.Function):
     """A collective over the parts of one group; its backward is the dual collective."""
 
@@ -187,11 +176,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        name, arguments = DUALS[ctx.name], ctx.arguments
-        if name == "all_reduce":
-            arguments = (*arguments, "sum")
-        if name == "all_to_all":
-            arguments = (*arguments[:2], arguments[3], arguments[2])
+        name, arguments = comm.dual_of(ctx.name, ctx.arguments)
         return (None, None, *(part.clone() for part in collective(name, grads, arguments)))
 
 
@@ -264,13 +249,12 @@ class Lockstep:
         return results
 
     def _communicate(self, name: str, node: Node, known: dict[Node, Ranks], phase: str) -> Ranks:
-        source, axis, *rest = _bound(node)
+        source, axis, *rest = comm.arguments_of(node).values()
         parts = known[source]
-        ways = self.mesh.size(axis)
         moving = comm.moving(node.target)
-        if moving is not None and ways > 1:
+        if moving is not None and not comm.is_idle(node, self.mesh):
             size = parts[0].numel() * parts[0].element_size()
-            self.count(phase, axis, moving, 1, moved_bytes(moving, ways, size))
+            self.count(phase, axis, moving, 1, moved_bytes(moving, self.mesh.size(axis), size))
         results: Ranks = [None] * self.mesh.world_size
         for group in self.groups.get(axis) or tuple((rank,) for rank in range(self.mesh.world_size)):
             own = [parts[rank] for rank in group]
@@ -281,12 +265,6 @@ class Lockstep:
             for rank, result in zip(group, members):
                 results[rank] = result
         return results
-
-
-def _bound(node: Node) -> tuple[Any, ...]:
-    """The arguments of a communication node in the order of its schema, also where some are given by name."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    return tuple(node.args[i] if i < len(node.args) else node.kwargs[name] for i, name in enumerate(names))
 
 
 def _last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from autopar.cost.machine import BANDWIDTH, LATENCY
+from autopar.ir import collectives as comm
 from autopar.ir.layout import INVARIANT, REPLICATED, Partial, Placement, Split, Whole
 
 ELEMENTWISE = 1e-16  # seconds per element: breaks ties only
@@ -25,67 +26,32 @@ class Step:
     target: Placement
 
 
-_BETWEEN_WHOLE = {(True, False): "enter", (False, True): "release"}
-
-
 @cache
 def route(source: Placement, target: Placement) -> tuple[Step, ...]:
-    """The collectives that turn ``source`` into ``target`` (see the table in ``comm.py``), shortest first."""
+    """The collectives that turn ``source`` into ``target``, shortest first."""
     if source == target:
         return ()
-    if isinstance(source, Whole):
-        return _from_whole(source, target)
-    if isinstance(source, Partial):
-        if isinstance(target, Split) and source.op == "sum":
-            return (Step("reduce_scatter", source, target),)
-        return (Step("all_reduce", source, INVARIANT), *route(INVARIANT, target))
-    assert isinstance(source, Split)
-    if target == INVARIANT:
-        return (Step("all_gather_invariant", source, target),)
-    if target == REPLICATED:
-        return (Step("all_gather", source, target),)
-    if isinstance(target, Partial):
-        return (Step("pad", source, target),)
-    assert isinstance(target, Split)
-    if source.dim != target.dim:
-        return (Step("all_to_all", source, target),)
-    return (*route(source, REPLICATED), *route(REPLICATED, target))
+    if isinstance(source, Whole) and isinstance(target, Partial):
+        return (*route(source, INVARIANT), _step(INVARIANT, target))
+    if isinstance(source, Partial) and not (isinstance(target, Split) and source.op == "sum"):
+        return (_step(source, INVARIANT), *route(INVARIANT, target))
+    if isinstance(source, Split) and isinstance(target, Split) and source.dim == target.dim:
+        return (*route(source, REPLICATED), *route(REPLICATED, target))
+    return (_step(source, target),)
 
 
-def _from_whole(source: Whole, target: Placement) -> tuple[Step, ...]:
-    if isinstance(target, Whole):
-        return (Step(_BETWEEN_WHOLE[source.invariant, target.invariant], source, target),)
-    if isinstance(target, Split):
-        return (Step("split" if source.invariant else "split_replicated", source, target),)
-    assert isinstance(target, Partial)
-    return (*route(source, INVARIANT), Step("keep_first", INVARIANT, target))
-
-
-# operator -> how much of the whole tensor moves in forward and in backward, in units of (n-1)/n of its bytes
-_MOVED = {
-    "enter": (0, 2),
-    "release": (0, 0),
-    "keep_first": (0, 0),
-    "split": (0, 1),
-    "split_replicated": (0, 0),
-    "pad": (0, 0),
-    "all_reduce": (2, 0),
-    "all_gather": (1, 1),
-    "all_gather_invariant": (1, 0),
-    "reduce_scatter": (1, 1),
-}
+def _step(source: Placement, target: Placement) -> Step:
+    return Step(comm.CONVERSIONS[comm.held(source), comm.held(target)], source, target)
 
 
 def step_cost(step: Step, size: int, gradient: bool, ways: int) -> float:
     """Seconds for one collective on a whole tensor of ``size`` bytes, with that of its backward pass."""
-    if step.op == "all_to_all":
-        moved = (1 / ways, 1 / ways)
-    else:
-        moved = _MOVED[step.op]
+    row = comm.COLLECTIVES[step.op]
     total = 0.0
-    for share in moved if gradient else moved[:1]:
-        if share:
-            total += LATENCY + share * (ways - 1) / ways * size / BANDWIDTH
+    for name, operand in ((step.op, row.before), (row.dual, row.after)) if gradient else ((step.op, row.before),):
+        moved = comm.COLLECTIVES[name].sends(ways, size * ways) / ways  # linear: nothing is lost to whole bytes
+        if moved:
+            total += LATENCY + (moved / ways if operand == "S" else moved) / BANDWIDTH
     return total + 1e-9  # fewer nodes before more
 
 

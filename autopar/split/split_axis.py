@@ -120,13 +120,15 @@ class _Rewriter:
     def _convert(self, source: fx.Node, step: Step, before: Value) -> fx.Node:
         arguments: tuple[Any, ...] = (self.axis,)
         split = step.target if isinstance(step.target, Split) else step.source
-        if step.op == "all_reduce":
+        form = comm.COLLECTIVES[step.op].form
+        if form is comm.REDUCTION:
             assert isinstance(step.source, Partial)
             arguments = (self.axis, step.source.op)
-        elif step.op == "all_to_all":
+        elif form is comm.ENDS:
             ends = [[s.dim, s.outer, *s.ratio] for s in (step.source, step.target) if isinstance(s, Split)]
             arguments = (self.axis, self.ways, *ends)
-        elif isinstance(split, Split):
+        elif form is comm.PART:
+            assert isinstance(split, Split)
             length = before.layout.local_shape(self.mesh)[split.dim]
             arguments = comm.where(split, self.axis, self.ways, length)
         target = getattr(comm.OPS, step.op).default

@@ -248,7 +248,7 @@ def _gathered_weights(program: Program, axis: str) -> Iterator[fx.Node]:
             continue
         if all(source in weights for source in node.all_input_nodes):
             weights.add(node)
-            if comm.TARGETS.get(node.target, "").startswith("all_gather") and axis in node.args:
+            if node.target in comm.GATHERS and axis in node.args:
                 yield node
 
 

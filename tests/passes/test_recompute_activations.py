@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from autopar.api import parallelize
 from autopar.autodiff.differentiate import differentiate
-from autopar.autodiff.partition import LATE, joined, partition
+from autopar.autodiff.partition import joined, partition
 from autopar.check import TOLERANCE, Reference
 from autopar.commands.options import read_plan
 from autopar.compiler import compile_program, finish_program, place
@@ -247,17 +247,17 @@ def test_parameters_are_gathered_once_more_at_most() -> None:
     for choice in ("selective", "full"):
         program = _program(choice, "dp=2", zero=3)
         role, backward = _role(program)
-        gathered = Counter(node.all_input_nodes[0].name for node in backward.nodes if node.target in LATE)
+        gathered = Counter(node.all_input_nodes[0].name for node in backward.nodes if node.target in comm.GATHERS)
         names = {node.name for node, _ in program.placeholders(InputKind.PARAMETER)}
         assert set(gathered) <= names and set(gathered.values()) == {1}
-        forward = sum(node.target in LATE for node in role.forward.nodes)
+        forward = sum(node.target in comm.GATHERS for node in role.forward.nodes)
         assert len(gathered) <= forward
         assert _step(choice, "dp=2", zero=3).peak_bytes[0] < _step("none", "dp=2", zero=3).peak_bytes[0]
 
 
 def test_whole_parameters_stay_with_zero_1() -> None:
     _, backward = _role(_program("full", "dp=2", zero=1))
-    assert not [node for node in backward.nodes if node.target in LATE]
+    assert not [node for node in backward.nodes if node.target in comm.GATHERS]
     assert [node for node in backward.nodes if node.target is LINEAR]
     assert not [node for node in backward.nodes if node.target is comm.OPS.enter.default]
 
@@ -319,7 +319,7 @@ def test_products_outside_of_blocks_are_kept() -> None:
 def test_joined_is_the_inverse_of_partition(mesh: str, zero: int) -> None:
     role, backward = _role(_program("none", mesh, zero))
     joint = joined(role.forward, backward, role.saved)
-    free = (lambda node: is_free(node) or node.target in LATE) if zero else is_free
+    free = (lambda node: is_free(node) or node.target in comm.GATHERS) if zero else is_free
     forward, again, saved = partition(joint, free)
     assert len(saved) == role.saved
     assert _calls(forward) == _calls(role.forward)

@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch.testing import assert_close as close
 
 from autopar.autodiff.differentiate import role_of
 from autopar.ir import collectives as comm
-from autopar.ir.layout import Layout, Split
+from autopar.ir.layout import Layout, Split, owned_indices
 from autopar.ir.node import Value, set_values
 from autopar.ir.program import Program
 from autopar.ir.tables import Input, InputKind, Output, OutputKind
 from autopar.ir.traffic import moved_bytes
 from autopar.mesh import Mesh
 from autopar.plan import Plan
-from autopar.simulator.lockstep import Lockstep, collective, join, take
+from autopar.simulator.lockstep import Lockstep, collective
 
 SPLITS = {
     "even": (Split(0), 12),
@@ -29,46 +30,9 @@ SPLITS = {
 }
 WAYS = (1, 2, 3, 4)
 
-# operator -> kind of its argument and of its result: Invariant, Replicated, Split, Partial
-KINDS = {
-    "enter": "I R",
-    "release": "R I",
-    "keep_first": "I P",
-    "all_reduce": "P I",
-    "all_gather": "S R",
-    "all_gather_invariant": "S I",
-    "reduce_scatter": "P S",
-    "split": "I S",
-    "split_replicated": "R S",
-    "pad": "S P",
-}
-PLAIN = ("enter", "release", "keep_first", "all_reduce")
-
 
 def _shape(split: Split, length: int) -> list[int]:
     return [length if dim == split.dim else 5 for dim in range(2)]
-
-
-def _values(kind: str, split: Split, length: int, ways: int) -> list[Tensor]:
-    """One value of ``kind``, as the ranks hold it."""
-    whole = torch.randn(_shape(split, length), dtype=torch.float64)
-    if kind in "IR":
-        return [whole] * ways
-    if kind == "S":
-        return [take(whole, split, position, ways) for position in range(ways)]
-    return [torch.randn_like(whole) for _ in range(ways)]
-
-
-def _gradients(kind: str, values: list[Tensor]) -> list[Tensor]:
-    """A gradient for a value of ``kind``: that of I and P is whole and alike, of R a part on each rank."""
-    if kind in "IP":
-        return [torch.randn_like(values[0])] * len(values)
-    return [torch.randn_like(value) for value in values]
-
-
-def _pairing(kind: str, values: list[Tensor], gradients: list[Tensor]) -> float:
-    terms = [float((value * gradient).sum()) for value, gradient in zip(values, gradients, strict=True)]
-    return terms[0] if kind == "I" else sum(terms)
 
 
 def _program(target: Any, arguments: tuple[Any, ...], mesh: Mesh, example: Tensor) -> Program:
@@ -81,47 +45,97 @@ def _program(target: Any, arguments: tuple[Any, ...], mesh: Mesh, example: Tenso
 
 
 def _forward_and_backward(
-    target: Any, arguments: tuple[Any, ...], kind: str, x: list[Tensor]
+    name: str, arguments: tuple[Any, ...], x: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Results, a random gradient for them, and the gradient of ``x`` that the registered derivative gives."""
+    """Results, a gradient for each of them, and the gradient of ``x`` that the registered derivative gives."""
     mesh = Mesh(tp=len(x))
-    role = role_of(_program(target, arguments, mesh, x[0]))
+    role = role_of(_program(getattr(comm.OPS, name).default, arguments, mesh, x[0]))
     lockstep = Lockstep(mesh)
-    results, *saved = lockstep.run(role.forward, [x])
-    given = _gradients(kind, results)
+    results, *saved = lockstep.run(role.forward, [list(x)])
+    alike = comm.COLLECTIVES[name].after in "IP"  # the gradient of such a value is one, and every rank has it
+    same = torch.randn_like(results[0])
+    given = [same if alike else torch.randn_like(part) for part in results]
     assert role.backward is not None
-    (found,) = lockstep.run(role.backward, [*saved, given])
+    (found,) = lockstep.run(role.backward, [*saved, list(given)])
     return results, given, found
+
+
+def _equal(found: Any, expected: Any) -> None:
+    close(found, expected, rtol=0, atol=1e-12)
+
+
+# What the ranks hold, by how it lies on the axis: independent of the kernels, as a matrix on the flat whole value.
+
+
+def _parts(name: str, form: str) -> tuple[Split, Split, int]:
+    """The splits of a value that is split before and after collective ``name``, and the length of its dim."""
+    if comm.COLLECTIVES[name].form is comm.ENDS:
+        return Split(0, outer=2), Split(1), 24
+    split, length = SPLITS[form]
+    return split, split, length
+
+
+def _owned(split: Split, shape: list[int], position: int, ways: int) -> Tensor:
+    """(elements of a part, elements of the whole): the part of ``position`` as a matrix; padding is rows of zeros."""
+    numbers = torch.arange(shape[0] * shape[1]).reshape(shape)
+    own = numbers.index_select(split.dim, owned_indices(shape[split.dim], split, position, ways))
+    missing = -(-shape[split.dim] // ways) - own.shape[split.dim]
+    padding = [0, 0] * (1 - split.dim) + [0, missing]
+    own = torch.nn.functional.pad(own, padding, value=-1).flatten()
+    return (own[:, None] == torch.arange(numbers.numel())).double()
+
+
+def _laid_out(kind: str, split: Split, whole: Tensor, ways: int) -> list[Tensor]:
+    """``whole`` as the ranks hold it, a function that autograd sees through; of P the summands are free."""
+    if kind in "IR":
+        return [whole] * ways
+    assert kind == "S"
+    shape = list(whole.shape)
+    part = [-(-size // ways) if dim == split.dim else size for dim, size in enumerate(shape)]
+    return [(_owned(split, shape, position, ways) @ whole.flatten()).view(part) for position in range(ways)]
+
+
+def _used(kind: str, split: Split, whole: Tensor, gradients: list[Tensor]) -> Tensor:
+    """The loss of which ``gradients`` are the gradients of what the ranks hold of ``whole``."""
+    if kind in "IP":
+        return (whole * gradients[0]).sum()
+    terms = [(part * g).sum() for part, g in zip(_laid_out(kind, split, whole, len(gradients)), gradients)]
+    return torch.stack(terms).sum()
 
 
 @pytest.mark.parametrize("ways", WAYS)
 @pytest.mark.parametrize("form", SPLITS)
-@pytest.mark.parametrize("name", KINDS)
-def test_the_backward_of_each_operator_is_its_dual(name: str, form: str, ways: int) -> None:
-    split, length = SPLITS[form]
-    before, after = KINDS[name].split()
+@pytest.mark.parametrize("name", comm.COLLECTIVES)
+def test_every_collective_and_its_gradient_are_the_map_that_the_table_says(name: str, form: str, ways: int) -> None:
+    """A collective changes how a value lies and not the value, so that its rows say what autograd has to give."""
+    row = comm.COLLECTIVES[name]
+    before, after, length = _parts(name, form)
     torch.manual_seed(0)
-    x = _values(before, split, length, ways)
-    arguments: tuple[Any, ...] = ("tp", "sum") if name == "all_reduce" else ("tp",)
-    if name not in PLAIN:
-        arguments = comm.where(split, "tp", ways, length)
-    results, given, found = _forward_and_backward(getattr(comm.OPS, name).default, arguments, after, x)
-    assert [part.shape for part in found] == [part.shape for part in x]
-    assert abs(_pairing(after, results, given) - _pairing(before, x, found)) < 1e-10
-    if before in "IP":
-        assert all(torch.equal(part, found[0]) for part in found)
-
-
-@pytest.mark.parametrize("ways", WAYS)
-def test_the_backward_of_all_to_all_is_its_dual(ways: int) -> None:
-    torch.manual_seed(0)
-    whole = torch.randn(24, 12, dtype=torch.float64)
-    source, target = Split(0, outer=2), Split(1)
-    x = [take(whole, source, position, ways) for position in range(ways)]
-    arguments = ("tp", ways, [0, 2, 1], [1, 1, 1])
-    results, given, found = _forward_and_backward(comm.OPS.all_to_all.default, arguments, "S", x)
-    assert torch.equal(join(results, target, 12), whole)
-    assert abs(_pairing("S", results, given) - _pairing("S", x, found)) < 1e-10
+    shape = [24, 12] if row.form is comm.ENDS else _shape(before, length)
+    if row.before == "P":
+        leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(ways)]
+        whole = torch.stack(leaves).sum(0)
+        x = [leaf.detach() for leaf in leaves]
+    else:
+        leaves = [whole := torch.randn(shape, dtype=torch.float64, requires_grad=True)]
+        x = [part.detach() for part in _laid_out(row.before, before, whole, ways)]
+    known = {
+        "axis": "tp", "ways": ways, "op": "sum", "dim": before.dim, "outer": before.outer, "ratio": [*before.ratio],
+        "length": length, "source": [before.dim, before.outer, *before.ratio],
+        "target": [after.dim, after.outer, *after.ratio],
+    }  # fmt: skip
+    results, given, found = _forward_and_backward(name, tuple(known[p] for p in row.form.parameters), x)
+    if row.after == "P":
+        _equal(torch.stack(results).sum(0), whole)
+    else:
+        _equal(results, _laid_out(row.after, after, whole, ways))
+    expected = torch.autograd.grad(_used(row.after, after, whole, given), leaves)
+    if row.before == "R":
+        _equal(torch.stack(found).sum(0), expected[0])
+    elif row.before == "S":
+        _equal(found, _laid_out("S", before, expected[0], ways))
+    else:
+        _equal(found, [expected[0]] * ways)  # one gradient, on every rank
 
 
 @pytest.mark.parametrize("ways", WAYS)
