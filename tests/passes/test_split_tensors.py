@@ -155,6 +155,24 @@ def test_the_way_out_of_an_attention_that_does_not_divide_is_one() -> None:
     assert sum("@tp" in layout for layout in layouts.values()) > 4, "the rest is split"
 
 
+PROJECTED = """
+program mesh(tp=2)
+  w = param w                    : f32[3,8]
+  b = param b                    : f32[8]
+  x = input                      : f32[5,3] nograd
+  y = aten.addmm(b, x, w)        : f32[5,8]
+  return y
+"""
+
+
+def test_a_form_that_does_not_divide_names_the_shape_of_the_weight() -> None:
+    """Of an ``addmm`` that is the last operand, behind the bias and the rows."""
+    program = parse(PROJECTED)
+    asked = replace(program, plan=replace(program.plan, tensor={"w": "row"}))
+    with pytest.raises(IndivisibleError, match=r"asks for 'row' at y .*its weight \(3, 8\)"):
+        split_tensors(asked)
+
+
 class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
