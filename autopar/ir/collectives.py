@@ -54,6 +54,13 @@ ENDS = Form(
     lambda given: {**given, "source": given["target"], "target": given["source"]},
 )
 
+# by: so many ranks further on the axis, which is a ring
+STEPS = Form(
+    "str axis, int ways, int by",
+    turned=lambda given: {**given, "by": -given["by"]},
+    idle=lambda given: given["by"] % given["ways"] == 0,
+)
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -111,6 +118,10 @@ COLLECTIVES: dict[str, Collective] = {
     "all_to_all": Collective(
         "S", "S", dual="all_to_all", does="from parts of one dim to parts of another", form=ENDS,
         sends=lambda ways, size: (ways - 1) * size // ways, short="A2A",
+    ),
+    "shift": Collective(
+        "S", "S", dual="shift", does="each rank has the part of the rank `by` before it", form=STEPS,
+        sends=lambda ways, size: size if ways > 1 else 0, starts="start_shift", short="SH",
     ),
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from autopar.ir.collectives import AXIS, COLLECTIVES, ENDS, OPS, PART, REDUCTION
+from autopar.ir.collectives import AXIS, COLLECTIVES, ENDS, OPS, PART, REDUCTION, STEPS
 from autopar.rules.factoring import Call, Factoring
 from autopar.rules.pointwise import broadcast
 from autopar.rules.views import FIRST, keeps_other_dims
@@ -35,7 +35,7 @@ def position(call: Call) -> Factoring:
     return Factoring((), ((),), {})
 
 
-BY_FORM = {AXIS: elementwise, REDUCTION: reduced, PART: joined, ENDS: exchanged}
+BY_FORM = {AXIS: elementwise, REDUCTION: reduced, PART: joined, ENDS: exchanged, STEPS: elementwise}
 RULES: dict[Any, Any] = {
     OPS.axis_index.default: position,
     **{getattr(OPS, name).default: BY_FORM[row.form] for name, row in COLLECTIVES.items()},

@@ -113,6 +113,16 @@ class Communicator:
         received = self._send("all_to_all", axis, parts.flatten(0, 1), torch_collectives.all_to_all)
         return together(received.view(parts.shape), before, parts.shape[1 + before.dim] * ways)
 
+    def shift(self, x: Tensor, axis: str, ways: int, by: int) -> Tensor:
+        """``x`` to the rank ``by`` further on the axis, in exchange for that of the rank ``by`` before; all at once."""
+        return self.wait(self.start_shift(x, axis, ways, by), axis)
+
+    def start_shift(self, x: Tensor, axis: str, ways: int, by: int) -> Tensor:
+        """As :meth:`shift`; see :meth:`start_all_reduce`."""
+        if axis not in self._groups or by % ways == 0:
+            return x.clone(memory_format=torch.contiguous_format)
+        return self._start("shift", axis, x.unsqueeze(0), torch_collectives.start_shift, by).squeeze(0)
+
     def start_all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
         """As :meth:`all_reduce`, but the result is there only after :meth:`wait`; until then ``x`` must not change."""
         if axis not in self._groups:

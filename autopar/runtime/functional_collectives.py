@@ -66,6 +66,14 @@ def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     return result
 
 
+def start_shift(x: Tensor, group: ProcessGroup, by: int) -> Tensor:
+    """(1, ...) of this rank to the one that is ``by`` further, in exchange for that of the one ``by`` before."""
+    ranks, rank = group.size(), group.rank()
+    sent, received = ([int((rank + step - other) % ranks == 0) for other in range(ranks)] for step in (by, -by))
+    result: Tensor = _all_to_all(x, received, sent, group.group_name)
+    return result
+
+
 def all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Tensor:
     return wait(start_all_reduce(x, group, op))
 

@@ -108,6 +108,10 @@ def _all_to_all(parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tenso
     return [take(whole, target, position, len(parts)) for position in range(len(parts))]
 
 
+def _shift(parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+    return [parts[(position - arguments[2]) % len(parts)] for position in range(len(parts))]
+
+
 REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.add,
     "max": torch.maximum,
@@ -126,6 +130,7 @@ RULES: dict[str, Callable[[Sequence[Tensor], Sequence[Any]], list[Tensor]]] = {
     "split": _split,
     "split_replicated": _split,
     "all_to_all": _all_to_all,
+    "shift": _shift,
     "wait": _same,
 }
 

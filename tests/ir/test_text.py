@@ -188,6 +188,7 @@ def test_inputs_alone_need_no_word_about_gradients() -> None:
         ("comm.split(x, tp, dim=0, ratio=[2, 1, 1]) : f32[4+2+2@tp]", "split", ("tp", 2, 0, 1, [2, 1, 1], 8)),
         ("comm.reduce_scatter(x, tp, ways=4, dim=0) : f32[4@tp]", "reduce_scatter", ("tp", 4, 0, 1, [1], 8)),
         ("comm.all_to_all(x, tp, source=0, target=1) : f32[4,2]", "all_to_all", ("tp", 2, [0, 1, 1], [1, 1, 1])),
+        ("comm.shift(x, tp, by=-1) : f32[8]", "shift", ("tp", 2, -1)),
         (
             "comm.all_to_all(x, tp, source=[0, 3, 1], target=[1, 1, 2, 1]) : f32[4,2]",
             "all_to_all",

@@ -38,6 +38,7 @@ def cases() -> list[Case]:
             found += [(name, part, where) for name in ("all_gather", "all_gather_invariant", "pad")]
             found += [(name, whole, where) for name in ("reduce_scatter", "split", "split_replicated")]
     ends = ([0, 1, 1], [1, 1, 1]), ([1, 3, 1], [0, 1, 2, 1, 1])
+    found += [("shift", (2, 3), (2, by)) for by in (1, -1, 3)]
     return [*found, *(("all_to_all", (8, 6), (2, *end)) for end in ends)]
 
 
@@ -75,6 +76,17 @@ def test_collectives_equal_the_simulators() -> None:
                 count = moved_bytes(name, 2, parts[0].numel() * 8)
                 if arguments[-1:] != (7,):  # padding travels too
                     assert sent == ([(axis, name, 1, count)] if count else []), name
+
+
+def run_shifts() -> tuple[list[float], int]:
+    comm = connect(Mesh(tp=3), 60.0, CPU).comm
+    found = [float(comm.shift(torch.tensor(float(comm.rank)), "tp", 3, by)) for by in (1, -1, 2, 3, 0, -5)]
+    return found, sum(transfer.operations for transfer in comm.traffic)
+
+
+def test_shifts_around_a_ring_of_three() -> None:
+    for rank, (found, operations) in enumerate(run_ranks(run_shifts, 3)):
+        assert found == [(rank - by) % 3 for by in (1, -1, 2, 3, 0, -5)] and operations == 4  # 3 and 0 send nothing
 
 
 def run_dtypes() -> list[bool]:

@@ -27,6 +27,7 @@ STARTS: dict[str, Start] = {
     ),
     "all_reduce": lambda x, group: torch_collectives.start_all_reduce(x, group, "sum"),
     "reduce_scatter": torch_collectives.start_reduce_scatter,
+    "shift": lambda x, group: torch_collectives.start_shift(x.unsqueeze(0), group, 1).squeeze(0),
 }
 
 
@@ -39,6 +40,8 @@ def expected(name: str, number: int, turn: int, rank: int, ranks: int) -> Tensor
     each = [float(number + turn + 1000 * r) for r in range(ranks)]
     if name.startswith("all_gather"):
         return torch.cat([torch.full((rows(number), WIDTH), x) for x in each])
+    if name == "shift":
+        return torch.full((rows(number), WIDTH), each[rank - 1])
     return torch.full((rows(number) // (ranks if name == "reduce_scatter" else 1), WIDTH), sum(each))
 
 

@@ -29,6 +29,7 @@ SPLITS = {
     "ratio": (Split(1, ratio=(2, 1)), 36),
 }
 WAYS = (1, 2, 3, 4)
+STEPS = dict(zip(SPLITS, (1, -1, 2, -5, 4, 0)))  # of a shift
 
 
 def _shape(split: Split, length: int) -> list[int]:
@@ -71,7 +72,7 @@ def _parts(name: str, form: str) -> tuple[Split, Split, int]:
     """The splits of a value that is split before and after collective ``name``, and the length of its dim."""
     if comm.COLLECTIVES[name].form is comm.ENDS:
         return Split(0, outer=2), Split(1), 24
-    split, length = SPLITS[form]
+    split, length = (Split(0), 12) if comm.COLLECTIVES[name].form is comm.STEPS else SPLITS[form]
     return split, split, length
 
 
@@ -122,9 +123,11 @@ def test_every_collective_and_its_gradient_are_the_map_that_the_table_says(name:
     known = {
         "axis": "tp", "ways": ways, "op": "sum", "dim": before.dim, "outer": before.outer, "ratio": [*before.ratio],
         "length": length, "source": [before.dim, before.outer, *before.ratio],
-        "target": [after.dim, after.outer, *after.ratio],
+        "target": [after.dim, after.outer, *after.ratio], "by": STEPS[form],
     }  # fmt: skip
     results, given, found = _forward_and_backward(name, tuple(known[p] for p in row.form.parameters), x)
+    if row.form is comm.STEPS:
+        whole = whole.roll(STEPS[form] * (length // ways), 0)  # the one that changes the value, not how it lies
     if row.after == "P":
         _equal(torch.stack(results).sum(0), whole)
     else:
