@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from autopar.frontend.trace import trace
 from autopar.ir.program import Program
@@ -55,3 +55,9 @@ class Function(nn.Module):
 
 def body(program: Program) -> list[str]:
     return [line.strip() for line in str(canonical(program)).splitlines()[1:]]
+
+
+def collectives(graph: fx.Graph) -> list[str]:
+    """The names of the collectives of a graph, in order."""
+    names = [operator_name(node.target) for node in graph.nodes if node.op == "call_function"]
+    return [name.removeprefix("comm.") for name in names if name.startswith("comm.")]

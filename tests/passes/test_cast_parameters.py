@@ -21,9 +21,7 @@ from autopar.ir.program import Program
 from autopar.ir.tables import InputKind, Pins
 from autopar.ir.traffic import Transfer
 from autopar.mesh import Mesh
-from autopar.passes.bucket_collectives import bucket_collectives
 from autopar.passes.cast_parameters import cast_parameters
-from autopar.passes.cast_reductions import cast_reductions
 from autopar.plan import Plan
 from autopar.precision import Precision
 from autopar.simulate import simulate
@@ -41,41 +39,6 @@ program mesh(dp=2)
   y = aten.linear(x, g)        : bf16[8@dp,8]
   return y
 """
-BACKWARD = """
-program mesh(dp=2 tp=2)
-  w = param w                  : f32[8@dp,4]
-  v = param v                  : f32[4]
-  s = param s                  : bf16[4]
-  x = input                    : f32[8@dp,4]
-  return out=x
-
-forward:
-  w = param w                  : f32[8@dp,4]
-  v = param v                  : f32[4]
-  s = param s                  : bf16[4]
-  x = input                    : f32[8@dp,4]
-  return out=x
-
-backward:
-  a = grad out                 : bf16[8,4]
-  b = aten.sum.dim_IntList(a, [0]) : bf16[4]
-  e = comm.all_reduce(a, tp)   : bf16[8,4]
-  f = aten.mul.Tensor(e, e)    : bf16[8,4]
-  r = comm.reduce_scatter(f, dp, dim=0) : bf16[8@dp,4]
-  t = aten._to_copy(r, dtype=f32) : f32[8@dp,4]
-  h = comm.all_reduce(b, tp)   : bf16[4]
-  i = comm.all_reduce(h, dp)   : bf16[4]
-  j = aten._to_copy(i, dtype=f32) : f32[4]
-  k = comm.all_reduce(b, dp)   : bf16[4]
-  return w=t, v=j, s=k
-
-inference:
-  w = param w                  : f32[8@dp,4]
-  v = param v                  : f32[4]
-  s = param s                  : bf16[4]
-  x = input                    : f32[8@dp,4]
-  return out=x
-"""
 MESHES = {
     "odd": ("dp=1", "dp=3", "tp=2", "dp=2,tp=2"),
     "gpt": ("dp=1", "dp=3", "dp_replicate=2,dp_shard=2"),
@@ -92,23 +55,6 @@ def test_parameters_and_inputs(golden: Golden) -> None:
     after = cast_parameters(program)
     assert not after.pins.dtypes
     golden("cast_parameters", after)
-
-
-def test_reductions(golden: Golden) -> None:
-    """Those of gradients are in float32, that of an activation is not."""
-    golden("cast_reductions", cast_reductions(parse(BACKWARD, Plan(precision=Precision(reduce="f32")))))
-
-
-def test_a_cast_after_a_reduction_goes_into_the_bucket() -> None:
-    text = BACKWARD.replace("s=k", "s=l").replace(
-        "  return w", "  l = aten._to_copy(k, dtype=f32) : f32[4]\n  return w"
-    )
-    text = text.replace("comm.all_reduce(h, dp)", "comm.all_reduce(b, dp)").replace("  h =", "#  h =")
-    backward = bucket_collectives(parse(text)).required_role.backward
-    assert backward is not None
-    counts = [str(node.target) for node in backward.nodes if node.op == "call_function"]
-    assert counts.count("autopar.all_reduce.default") == 2, "of the activation, and both vectors together"
-    assert counts.count("aten._to_copy.default") == 2
 
 
 class Odd(nn.Module):

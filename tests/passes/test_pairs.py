@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from autopar.passes import COMPILER
 from autopar.plan import Plan
 from autopar.precision import Precision
 
+ROOT = Path(__file__).parent.parent.parent
 PASSES = [step for phase in COMPILER for step in phase.passes]
 PAIR = re.compile(
     r"^before(?:, on (?P<mesh>mesh\([^)]*\)))?(?:, (?P<plan>Plan\(.*?\)))?(?:, with (?P<given>.+))?:\n"
@@ -104,3 +106,11 @@ def test_the_pair_on_top(step: Pass) -> None:
     before, after = programs(step)
     assert str(before) != str(after)
     assert str(step(before)) == str(after)
+
+
+@pytest.mark.parametrize("step", PASSES, ids=lambda step: step.name)
+def test_every_pass_has_a_test_file(step: Pass) -> None:
+    module = inspect.getmodule(step.rewrite)
+    assert module is not None and module.__file__ is not None
+    room = "passes" if module.__name__.startswith("autopar.passes") else module.__name__.split(".")[1]
+    assert (ROOT / "tests" / room / f"test_{step.name}.py").exists()

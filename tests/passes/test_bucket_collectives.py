@@ -1,0 +1,141 @@
+"""Buckets: what shares one and what does not, and the same numbers on every rank, uneven parts and all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from autopar.ir.parse import parse
+from autopar.ir.program import Program
+from autopar.ir.tables import Role
+from autopar.mesh import Mesh
+from autopar.passes.bucket_collectives import bucket_collectives
+from autopar.plan import Plan
+from autopar.simulator.lockstep import Lockstep
+from tests.passes.canonical import collectives
+
+EMPTY = "  return\n\n"
+REDUCED = """
+  a = saved : f64[4,6]
+  b = saved : f64[5]
+  c = saved : f64[3,7]
+  p = comm.all_reduce(a, dp) : f64[4,6]
+  q = comm.all_reduce(b, dp) : f64[5]
+  r = comm.all_reduce(c, dp) : f64[3,7]
+  return u=p, v=q, w=r
+"""
+SCATTERED = """
+  a = saved : f64[4,6]
+  b = saved : f64[5]
+  c = saved : f64[3,7]
+  p = comm.reduce_scatter(a, dp, dim=1) : f64[4,6@dp]
+  q = comm.reduce_scatter(b, dp, dim=0) : f64[5@dp]
+  r = comm.reduce_scatter(c, dp, dim=1) : f64[3,7@dp]
+  return u=p, v=q, w=r
+"""
+GATHERED = """
+  a = param a : f64[4,6@dp]
+  b = param b : f64[5@dp]
+  p = comm.all_gather(a, dp, dim=1) : f64[4,6]
+  q = comm.all_gather(b, dp, dim=0) : f64[5]
+  y = aten.mul.Tensor(p, 2.0) : f64[4,6]
+  z = aten.mul.Tensor(q, 3.0) : f64[5]
+  return one=y, two=z
+"""
+
+
+def backward(lines: str, **plan: object) -> Program:
+    text = f"program mesh(dp=2)\n{EMPTY}forward:\n{EMPTY}backward:{lines}\ninference:\n{EMPTY}"
+    return parse(text, Plan(**plan))  # type: ignore[arg-type]
+
+
+def forward(lines: str, **plan: object) -> Program:
+    text = f"program mesh(dp=2){lines}\nforward:{lines}\ninference:{lines}"
+    return parse(text, Plan(**plan))  # type: ignore[arg-type]
+
+
+def role(program: Program) -> Role:
+    assert program.role is not None
+    return program.role
+
+
+def backward_of(program: Program) -> fx.Graph:
+    graph = role(program).backward
+    assert graph is not None
+    return graph
+
+
+def on_all_ranks(graph: fx.Graph, parts: list[list[Tensor]]) -> list[list[Tensor]]:
+    return Lockstep(Mesh(dp=2)).run(graph, [list(each) for each in parts])
+
+
+def equal(before: fx.Graph, after: fx.Graph, *shapes: tuple[int, ...]) -> bool:
+    """Whether each of two ranks gets the same numbers, bit for bit."""
+    parts = [[torch.randn(shape, dtype=torch.float64) for _ in range(2)] for shape in shapes]
+    pairs = zip(on_all_ranks(before, parts), on_all_ranks(after, parts))
+    return all(torch.equal(a, b) for first, second in pairs for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("lines, name", [(REDUCED, "all_reduce"), (SCATTERED, "reduce_scatter")])
+def test_gradients_share_a_bucket_and_keep_their_numbers(lines: str, name: str) -> None:
+    before = backward(lines)
+    after = bucket_collectives(before)
+    assert collectives(backward_of(after)) == [name]
+    assert equal(backward_of(before), backward_of(after), (4, 6), (5,), (3, 7))
+
+
+def test_parameters_are_gathered_together() -> None:
+    before = forward(GATHERED, zero=3)
+    after = bucket_collectives(before)
+    assert collectives(role(after).forward) == ["all_gather"]
+    assert equal(role(before).forward, role(after).forward, (4, 3), (3,))
+
+
+def test_a_bucket_is_no_larger_than_the_plan_says() -> None:
+    limited = bucket_collectives(backward(REDUCED, bucket_mb=240e-6))  # the first two have 232 bytes, all three 400
+    assert collectives(backward_of(limited)) == ["all_reduce", "all_reduce"]
+    without = backward(REDUCED, bucket_mb=0)
+    assert str(bucket_collectives(without)) == str(without)
+
+
+@pytest.mark.parametrize(
+    "old, new, left",
+    [
+        ("c = saved : f64[3,7]", "c = saved : f32[3,7]", 2),  # another dtype
+        ("comm.all_reduce(c, dp)", "comm.all_reduce(c, dp, max)", 2),  # not a sum
+        ("return u=p", "s = aten.mul.Tensor(p, 2.0) : f64[4,6]\n  return s=s, u=p", 2),  # backward goes on with it
+    ],
+    ids=["dtype", "maximum", "used"],
+)
+def test_what_does_not_fit_keeps_its_own_collective(old: str, new: str, left: int) -> None:
+    assert old in REDUCED
+    text = REDUCED.replace(old, new)
+    if "f32" in new:
+        text = text.replace("comm.all_reduce(c, dp) : f64", "comm.all_reduce(c, dp) : f32")
+    assert collectives(backward_of(bucket_collectives(backward(text)))) == ["all_reduce"] * left
+
+
+@pytest.mark.parametrize("dim, left", [(0, 2), (1, 1)])
+def test_what_is_large_stays_alone_where_that_needs_no_copies(dim: int, left: int) -> None:
+    split = ("400@dp,600", "400,600@dp")[dim]
+    lines = f"""
+  a = param a : f64[{split}]
+  b = param b : f64[{split}]
+  p = comm.all_gather(a, dp, dim={dim}) : f64[400,600]
+  q = comm.all_gather(b, dp, dim={dim}) : f64[400,600]
+  return one=p, two=q
+"""
+    assert collectives(role(bucket_collectives(forward(lines, zero=3))).forward) == ["all_gather"] * left
+
+
+@pytest.mark.parametrize("zero, left", [(1, 1), (2, 2)])
+def test_where_whole_gradients_must_not_pile_up_a_bucket_is_of_one_block(zero: int, left: int) -> None:
+    lines = SCATTERED.splitlines()
+    for number, line in enumerate(lines):
+        if "comm." in line:
+            lines[number] += f"  # layers.{int(line.startswith('  p'))}; a.py:1"
+    text = "\n".join(lines)
+    text = f"program mesh(dp=2)\n{EMPTY}forward:\n{EMPTY}backward:{text}\n\ninference:\n{EMPTY}"
+    program = bucket_collectives(parse(text, Plan(zero=zero), origins=True))
+    assert collectives(backward_of(program)) == ["reduce_scatter"] * left
