@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from autopar.checkpoint.checkpoints import Checkpoints, Resumed
     from autopar.checkpoint.weights import LoadedWeights, load_safetensors, save_safetensors
     from autopar.compiler import compile_program
-    from autopar.ir.program import Program
+    from autopar.ir.program import PipelinedProgram, Program
     from autopar.module import ParallelModule
     from autopar.verification.register_rule import register_rule
 
@@ -45,6 +45,7 @@ _LAZY = {
     "load_safetensors": "checkpoint.weights",
     "parallelize": "api",
     "ParallelModule": "module",
+    "PipelinedProgram": "ir.program",
     "Program": "ir.program",
     "Resumed": "checkpoint.checkpoints",
     "register_rule": "verification.register_rule",
@@ -71,6 +72,7 @@ __all__ = [
     "Mesh",
     "NumericsError",
     "ParallelModule",
+    "PipelinedProgram",
     "Plan",
     "Precision",
     "Program",

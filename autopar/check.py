@@ -16,7 +16,7 @@ from autopar.compiler import finish_program, pipelined, place
 from autopar.frontend.numerics import gradient_error, promote_float32
 from autopar.frontend.trace import trace
 from autopar.ir.loss import loss_of
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram, Program
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.precision import Precision
@@ -31,7 +31,7 @@ class Report:
     """Errors of the parallel program against the model: loss and outputs relative to their largest element,
     gradients as :func:`autopar.frontend.numerics.gradient_error` measures them."""
 
-    program: Program
+    program: AnyProgram
     step: Step
     loss: float
     outputs: Mapping[str, float]
@@ -71,7 +71,7 @@ class Reference:
         self.state = {name: parameter.detach() for name, parameter in parameters.items()}
         self.state |= dict(self.model.named_buffers(remove_duplicate=False)) | buffers  # as they were before that step
 
-    def program(self, mesh: Mesh, plan: Plan | None = None) -> Program:
+    def program(self, mesh: Mesh, plan: Plan | None = None) -> AnyProgram:
         """The program for ``mesh``, in float64 whatever ``plan.precision`` is. Raises what compiling raises."""
         plan = replace(plan or Plan(), precision=Precision())
         with promote_float32():

@@ -11,7 +11,7 @@ from torch import nn
 from autopar.frontend.trace import trace
 from autopar.ir.graph_pass import run_phases, steps_of
 from autopar.ir.layout import Layout
-from autopar.ir.program import Program, weight_layouts
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program, weight_layouts
 from autopar.mesh import Mesh
 from autopar.passes import COMPILER, differentiate
 from autopar.passes.cut_stages import cut_stages
@@ -29,7 +29,7 @@ def compile_program(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     layouts: Mapping[str, Layout] | None = None,
-) -> Program:
+) -> AnyProgram:
     """The differentiated program of ``model(*args, **kwargs)`` on ``mesh``; needs no process group.
 
     ``layouts``: parameter layouts that are pinned, since the parameters are held so already.
@@ -48,7 +48,7 @@ def pipelined(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     layouts: Mapping[str, Layout] | None = None,
-) -> Program:
+) -> PipelinedProgram:
     """The program of one microbatch of the whole batch in ``kwargs``, with that of a smaller last microbatch.
 
     ``traced`` gives the program of one microbatch before any pass. Raises what :func:`compile_program` raises.
@@ -57,17 +57,23 @@ def pipelined(
     first, last = batches[0], batches[-1]
     one = traced(first)
     warn_of_mixed_rows(replace(one, plan=plan), _with_split_batch)
-    program = finish_program(place(pinned(one, layouts), mesh, plan))
+    program = _finished_pipeline(pinned(one, layouts), mesh, plan)
     if microbatches.rows(first, [first], plan) == microbatches.rows(first, [last], plan):
         return program
     small = pinned(traced(last), {**(layouts or {}), **weight_layouts(program)}, stages_of_nodes(program))
-    remainder = finish_program(place(small, mesh, plan))
-    check_same_parameters(program, remainder)
-    return replace(program, remainder=remainder)
+    tail = _finished_pipeline(small, mesh, plan)
+    check_same_parameters(program, tail)
+    return replace(program, tail=tail)
 
 
-def _with_split_batch(traced: Program, mesh: Mesh) -> Program:
-    program = replace(traced, mesh=mesh, plan=replace(traced.plan, zero=0, on_unknown="replicate"))
+def _finished_pipeline(traced: Program, mesh: Mesh, plan: Plan) -> PipelinedProgram:
+    program = finish_program(place(traced, mesh, plan))
+    assert isinstance(program, PipelinedProgram), f"{mesh} has an axis pp"
+    return program
+
+
+def _with_split_batch(traced: Program, mesh: Mesh) -> AnyProgram:
+    program: AnyProgram = replace(traced, mesh=mesh, plan=replace(traced.plan, zero=0, on_unknown="replicate"))
     for phase, step in steps_of(COMPILER, until=split_batch.name):
         program = phase.run(step, program)  # not run_phases: a failure leaves no evidence here, it ends the question
     return program
@@ -82,7 +88,7 @@ def split_program(
     layouts: Mapping[str, Layout] | None = None,
     *,
     after: str | None = None,
-) -> Program:
+) -> AnyProgram:
     """The forward program, split over all axes and cut into stages; or as it is after the pass called ``after``, which
     may be a later one too (``"trace"``: before any).
 
@@ -100,7 +106,7 @@ def pinned(traced: Program, layouts: Mapping[str, Layout] | None, stages: Mappin
     return replace(traced, pins=replace(traced.pins, layouts=dict(layouts or {}), stages=dict(stages or {})))
 
 
-def place(traced: Program, mesh: Mesh, plan: Plan) -> Program:
+def place(traced: Program, mesh: Mesh, plan: Plan) -> AnyProgram:
     """A traced program, whole on every axis, split over ``mesh``; one trace serves many meshes and plans.
 
     Raises ValueError for a plan that computes in another precision than the trace.
@@ -110,7 +116,7 @@ def place(traced: Program, mesh: Mesh, plan: Plan) -> Program:
     return run_phases(replace(traced, mesh=mesh, plan=plan), COMPILER, until=cut_stages.name)
 
 
-def finish_program(program: Program, *, after: str | None = None) -> Program:
+def finish_program(program: AnyProgram, *, after: str | None = None) -> AnyProgram:
     """A split program with its backward pass, optimised; or as it is after the pass called ``after``.
 
     Raises ValueError for an unknown pass, or one from before ``differentiate``.

@@ -17,7 +17,7 @@ from autopar.errors import InvariantError
 from autopar.frontend.torch_layers import packs_padding
 from autopar.ir.loss import loss_of
 from autopar.ir.node import value
-from autopar.ir.program import Program, weight_layouts
+from autopar.ir.program import AnyProgram, PipelinedProgram, weight_layouts
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import Transfer
 from autopar.mesh import Mesh
@@ -64,7 +64,7 @@ class ParallelModule(nn.Module):
         object.__setattr__(self, "plan", plan)
         self._connection = connection
         self._signature = Signature(model.forward)
-        self._programs: OrderedDict[Hashable, Program] = OrderedDict()  # the latest used last
+        self._programs: OrderedDict[Hashable, AnyProgram] = OrderedDict()  # the latest used last
         self._executables: dict[Hashable, Executable | PipelineExecutable] = {}
         self._packs_padding = packs_padding(model)
         self._steps = 0
@@ -169,7 +169,7 @@ class ParallelModule(nn.Module):
     # ------------------------------------------------------------ looking
 
     @property
-    def program(self) -> Program:
+    def program(self) -> AnyProgram:
         """The program of the latest kind of call. Raises InvariantError before there is one."""
         if not self._programs:
             raise InvariantError(
@@ -194,7 +194,7 @@ class ParallelModule(nn.Module):
             raise InvariantError("there is no timeline: the latest program has not run, or is not on a mesh with pp")
         return executable.timeline()
 
-    def prepare(self, *args: Any, **kwargs: Any) -> Program:
+    def prepare(self, *args: Any, **kwargs: Any) -> AnyProgram:
         """Make the program of this call without running it; the tensors may be meta tensors."""
         call = self._signature.call(args, kwargs)
         return self._program(self._key(call), global_call(call, self.mesh, self.plan))
@@ -237,7 +237,7 @@ class ParallelModule(nn.Module):
         return first is None or self._connection is None or first == self._connection.comm.coordinates["pp"]
 
     def _first_ranks(self) -> dict[str, int]:
-        return first_ranks(self.program) if self._programs and self.program.stages else {}
+        return first_ranks(self.program) if self._programs else {}
 
     def _over_stages(self, name: str, whole: Tensor | None) -> Tensor:
         """A tensor that its first pipeline stage has, on all ranks."""
@@ -303,12 +303,12 @@ class ParallelModule(nn.Module):
             self._executables[key] = found
         return found
 
-    def _bound(self, program: Program, connection: Connection) -> Executable | PipelineExecutable:
-        if program.stages:
+    def _bound(self, program: AnyProgram, connection: Connection) -> Executable | PipelineExecutable:
+        if isinstance(program, PipelinedProgram):
             return PipelineExecutable(program, self, connection)
         return Executable(program, self, connection, self._accumulation)
 
-    def _program(self, key: Hashable, call: Call) -> Program:
+    def _program(self, key: Hashable, call: Call) -> AnyProgram:
         """The program of ``key``, compiled from the whole ``call`` if there is none; the oldest makes room."""
         if key in self._programs:
             return self._programs[key]
@@ -326,13 +326,13 @@ class ParallelModule(nn.Module):
             self._lay_out(self._weights, program)
         return program
 
-    def _elsewhere(self, program: Program) -> frozenset[str]:
+    def _elsewhere(self, program: AnyProgram) -> frozenset[str]:
         """Names of parameters and buffers that only other pipeline stages than those of this rank use."""
-        if self._connection is None or not program.stages:
+        if self._connection is None:
             return frozenset()
-        return held_elsewhere(program, self._connection.comm.coordinates["pp"])
+        return held_elsewhere(program, self._connection.comm.coordinates.get("pp", 0))
 
-    def _lay_out(self, weights: Weights, program: Program) -> None:
+    def _lay_out(self, weights: Weights, program: AnyProgram) -> None:
         """Hold the parameters as the first program wants them; later programs have to want the same."""
         layouts = weight_layouts(program)
         if weights.layouts is None:
@@ -354,7 +354,7 @@ def cast_to() -> tuple[torch.dtype | None, ...]:
     return tuple([torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds])
 
 
-def _check_parts(program: Program, call: Call) -> None:
+def _check_parts(program: AnyProgram, call: Call) -> None:
     if program.plan.inputs != "local":
         return
     nodes = [(node, entry) for node, entry in program.placeholders(InputKind.INPUT)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autopar.ir.node import value
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.signature import restore_output
 from autopar.ir.tables import InputKind, OutputKind, Role
 from autopar.simulator.lockstep import Lockstep, Ranks
@@ -18,7 +18,7 @@ from autopar.simulator.parts import Step, gathered_once, joined, parts, rank_inp
 
 
 def simulate(
-    program: Program,
+    program: AnyProgram,
     parameters: Mapping[str, Tensor],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -39,7 +39,7 @@ def simulate(
     Raises InvariantError where ranks that should hold the same value do not, KeyError or ValueError for a tensor that
     is missing or of another shape.
     """
-    if program.stages:
+    if isinstance(program, PipelinedProgram):
         from autopar.simulator.pipelined import simulate_pipeline
 
         return simulate_pipeline(program, parameters, args, kwargs or {}, backward=backward, seed=seed)

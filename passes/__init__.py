@@ -9,7 +9,8 @@ for), and the optimising passes see each stage by itself.
 from __future__ import annotations
 
 from autopar.autodiff import differentiate as autodiff
-from autopar.ir.graph_pass import Phase, graph_pass
+from autopar.ir.graph_pass import Pass, Phase, graph_pass
+from autopar.ir.program import AnyProgram
 from autopar.passes.bucket_collectives import bucket_collectives
 from autopar.passes.canonicalize import canonicalize
 from autopar.passes.cast_parameters import cast_parameters
@@ -33,7 +34,7 @@ from autopar.passes.unstack_recurrent_layers import unstack_recurrent_layers
 from autopar.passes.write_bags import write_bags
 from autopar.passes.write_losses_as_sums import write_losses_as_sums
 
-differentiate = graph_pass(copies=False)(autodiff.differentiate)
+differentiate: Pass[AnyProgram, AnyProgram] = graph_pass(copies=False)(autodiff.differentiate)
 
 COMPILER = (
     Phase(

@@ -29,24 +29,23 @@ import warnings
 from dataclasses import replace
 
 from autopar.ir.graph_pass import graph_pass
-from autopar.ir.program import Program
+from autopar.ir.program import PipelinedProgram, Program
 from autopar.ir.tables import Decision, OutputKind
+from autopar.mesh import PIPELINE
 from autopar.pipeline.assignment import assign_stages
 from autopar.pipeline.planned_schedule import most_in_flight, planned_schedule
 from autopar.pipeline.stages import Assignment, stage_programs
 
 
-@graph_pass()
-def cut_stages(program: Program) -> Program:
-    if not program.mesh.is_pipelined:
-        return program
+@graph_pass(when=lambda program: program.mesh.is_pipelined)
+def cut_stages(program: Program) -> PipelinedProgram:
     schedule = planned_schedule(program.plan, program.mesh)
     count = len(schedule.placement)
     assignment = _pinned(program) or assign_stages(program, count, most_in_flight(schedule))
     stages = stage_programs(program, assignment, count)
     _warn_of_statistics(program)
     named = {node.name: Decision(f"stage {stage}", stage=stage) for node, stage in assignment.stage_of.items()}
-    return replace(program, stages=stages, decisions={**program.decisions, "pp": named})
+    return replace(program, decisions={**program.decisions, PIPELINE: named}).cut_into(stages)
 
 
 def _warn_of_statistics(program: Program) -> None:

@@ -32,7 +32,7 @@ import warnings
 from dataclasses import replace
 
 from autopar.ir.graph_pass import graph_pass
-from autopar.ir.program import Program
+from autopar.ir.program import PipelinedProgram
 from autopar.pipeline.links import links_of
 from autopar.pipeline.planned_schedule import planned_schedule
 from autopar.schedules.check import check_schedule
@@ -40,10 +40,8 @@ from autopar.schedules.messages import with_messages
 from autopar.schedules.timing import timeline
 
 
-@graph_pass()
-def schedule_microbatches(program: Program) -> Program:
-    if not program.stages:
-        return program
+@graph_pass(when=lambda program: isinstance(program, PipelinedProgram), copies=False)
+def schedule_microbatches(program: PipelinedProgram) -> PipelinedProgram:
     schedule, links = planned_schedule(program.plan, program.mesh), links_of(program)
     if not schedule.has_messages:
         schedule = with_messages(schedule, links)

@@ -8,11 +8,11 @@ from torch import fx
 
 from autopar.ir.collectives import TARGETS, moving
 from autopar.ir.node import origin, value, values
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram
 from autopar.ir.tables import Decision
 
 
-def explain(program: Program, name: str) -> str:
+def explain(program: AnyProgram, name: str) -> str:
     """A few lines on the node or parameter ``name``. Raises ValueError for a name that the program does not have."""
     node = _find(program, name)
     where = origin(node)
@@ -27,7 +27,7 @@ def explain(program: Program, name: str) -> str:
     return "\n".join(lines)
 
 
-def _find(program: Program, name: str) -> fx.Node:
+def _find(program: AnyProgram, name: str) -> fx.Node:
     by_target = {alias: e.node for e in program.inputs for alias in (e.target, *e.aliases)}
     wanted = by_target.get(name, name)
     for node in program.graph.nodes:

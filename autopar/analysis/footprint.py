@@ -12,7 +12,7 @@ from autopar.autodiff.halves import backward_steps
 from autopar.autodiff.hoist import without_gathers
 from autopar.ir import collectives as comm
 from autopar.ir.node import value
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import Transfer, bytes_of, moved_bytes
 from autopar.mesh import Mesh
@@ -34,11 +34,12 @@ class Holdings:
     split: Mapping[str, int]
 
 
-def held(program: Program) -> Holdings:
+def held(program: AnyProgram) -> Holdings:
     """The parameters of one rank; where a split is uneven, those of the rank that has most."""
     whole = 0
     split = {axis: 0 for axis, size in program.mesh.axes if size > 1}
-    owners = holders(program) if program.schedule is not None else {}
+    unscheduled = isinstance(program, PipelinedProgram) and program.schedule is None
+    owners = {} if unscheduled else holders(program)
     places = range(program.mesh.size("pp"))
     ranks = [0 for _ in places]
     for node, entry in program.placeholders(InputKind.PARAMETER):
@@ -55,25 +56,25 @@ def held(program: Program) -> Holdings:
     return Holdings(whole, max(ranks), split)
 
 
-def sent(program: Program, rank: int = 0) -> tuple[Transfer, ...]:
+def sent(program: AnyProgram, rank: int = 0) -> tuple[Transfer, ...]:
     """What ``rank`` sends in one step, by phase, axis and collective; before ``differentiate`` forward only.
 
     Of a pipeline all microbatches count as the first, which is as large as any.
     """
-    if program.schedule is not None:
-        return _sent_by_stages(program, program.schedule, program.mesh.coordinates(rank)["pp"])
-    program.mesh.coordinates(rank)
-    role = program.role
+    place = program.mesh.coordinates(rank).get("pp", 0)
+    if isinstance(program, PipelinedProgram) and program.schedule is not None:
+        return _sent_by_stages(program, program.schedule, place)
+    role = program.role if isinstance(program, Program) else None
     if role is None:
         return _transfers(program.graph, program.mesh, "forward")
     backward = () if role.backward is None else _transfers(role.backward, program.mesh, "backward")
     return (*_transfers(role.forward, program.mesh, "forward"), *backward)
 
 
-def _sent_by_stages(program: Program, schedule: Schedule, place: int) -> tuple[Transfer, ...]:
+def _sent_by_stages(program: PipelinedProgram, schedule: Schedule, place: int) -> tuple[Transfer, ...]:
     """What a rank of the pipeline sends: its stages' collectives, some once and some for each microbatch; messages."""
     found: list[Transfer] = []
-    for stage in (stage for stage, rank in zip(program.stages, schedule.placement) if rank == place):
+    for stage in program.stages_on(place).values():
         for phase, graph, times in _graphs(stage, schedule.microbatches):
             found += [
                 replace(one, operations=times * one.operations, bytes=times * one.bytes)

@@ -45,20 +45,20 @@ from autopar.errors import AutoparError, InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.node import Node, origin, set_origin, set_values, value, values
 from autopar.ir.operator_facts import is_free
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram, Program
 from autopar.ir.rewrite import live_nodes, remove_unused
 from autopar.ir.tables import InputKind, OutputKind, Role
 
 aten = torch.ops.aten
 
 
-def differentiate(program: Program) -> Program:
-    """``program`` with its one role: forward, backward and inference graphs on local sizes; or with one in each stage.
+def differentiate(program: AnyProgram) -> AnyProgram:
+    """``program`` with its role: forward, backward and inference graphs on local sizes; or with one in each stage.
 
     A program of which nothing requires a gradient gets a role without a backward graph.
     Raises InvariantError, naming the node, where the graph cannot run at the sizes of its layouts.
     """
-    if not program.stages:
+    if isinstance(program, Program):
         return replace(program, role=role_of(program, remake=made_again(program)))
     stages: list[Program] = []  # from the last: what a stage gets gradients for, the ones after it say
     reached: set[str] = set()

@@ -33,7 +33,7 @@ from autopar.codegen.torch_bindings import BINDINGS
 from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.node import Node, last_uses, origin, output_node, values
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import Role
 from autopar.ir.text import type_text
 from autopar.operators.registry import REGISTRY
@@ -56,7 +56,7 @@ DEFAULTS = {"outer": 1, "ratio": [1]}  # arguments of collectives that are left 
 class RankProgram:
     """What one rank of a program runs; ``print(program.rank(3).code)``."""
 
-    program: Program
+    program: AnyProgram
     rank: int
 
     @property
@@ -65,27 +65,25 @@ class RankProgram:
 
     @property
     def stages(self) -> Mapping[int, RankProgram]:
-        """Of a pipelined program what the rank runs of each of its stages."""
-        schedule = self.program.schedule
-        if schedule is None:
+        """Of a pipelined program what the rank runs of each of its stages, once it has a schedule."""
+        if isinstance(self.program, Program):
             return {}
         here = self.coordinates
         place = {axis: position for axis, position in here.items() if axis != "pp"}
-        mine = [number for number, rank in enumerate(schedule.placement) if rank == here["pp"]]
-        stages = self.program.stages
-        return {number: RankProgram(stages[number], stages[number].mesh.rank(place)) for number in mine}
+        mine = self.program.stages_on(here["pp"])
+        return {number: RankProgram(stage, stage.mesh.rank(place)) for number, stage in mine.items()}
 
     @property
     def instructions(self) -> str:
         """Of a pipelined program in which order the rank runs its stages, sends and receives; one a line."""
-        schedule = self.program.schedule
+        schedule = self.program.schedule if isinstance(self.program, PipelinedProgram) else None
         steps = schedule.ranks[self.coordinates["pp"]] if schedule is not None else ()
         return "".join(f"{step}\n" for step in steps)
 
     @property
     def role(self) -> Role | None:
         """None before ``differentiate``, and for a pipelined program, whose ``stages`` have one each."""
-        return self.program.role
+        return self.program.role if isinstance(self.program, Program) else None
 
     @property
     def graphs(self) -> dict[str, fx.Graph]:
@@ -99,20 +97,20 @@ class RankProgram:
     @property
     def code(self) -> str:
         """Python source of ``forward`` and ``backward``, with this rank's numbers in it."""
-        if self.program.schedule is not None:
+        if self.stages:
             parts = [f"# stage {number}\n{stage.code}" for number, stage in self.stages.items()]
             return "\n\n".join([*parts, f"# schedule\n{indent(self.instructions, '# ')}"])
         return emit(self.graphs, self.program, self.coordinates)
 
     @property
     def inference_code(self) -> str:
-        if self.program.schedule is not None:
+        if self.stages:
             return "\n\n".join(f"# stage {number}\n{s.inference_code}" for number, s in self.stages.items())
         role = self.role
         return emit({"inference": role.inference if role else self.program.graph}, self.program, self.coordinates)
 
 
-def emit(graphs: Mapping[str, fx.Graph], program: Program, coordinates: Mapping[str, int] | None = None) -> str:
+def emit(graphs: Mapping[str, fx.Graph], program: AnyProgram, coordinates: Mapping[str, int] | None = None) -> str:
     """One Python module with a function ``name(comm, inputs: list) -> tuple`` for each of ``graphs``.
 
     With ``coordinates`` of a rank its constants are folded; without, the source is that of all ranks of the role.
@@ -136,7 +134,7 @@ def compile_source(source: str, name: str) -> RankFunction:
 class _Module:
     """The bindings at the top of an emitted module, filled while its functions are written."""
 
-    def __init__(self, program: Program, coordinates: Mapping[str, int] | None) -> None:
+    def __init__(self, program: AnyProgram, coordinates: Mapping[str, int] | None) -> None:
         self.program, self.coordinates = program, coordinates
         self.bindings: dict[str, str] = {}  # short name -> torch.ops expression
         self.imports: set[str] = set()

@@ -27,7 +27,7 @@ from autopar.commands.tables import held_json, print_json, size_text, stderr, tr
 from autopar.compiler import compile_program
 from autopar.exporters.program_file import save
 from autopar.ir.batch import data_ways
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.zoo.named import named_model
 
 
@@ -62,9 +62,9 @@ def compile_command(
     print(f"to run it: autopar run {output}")
 
 
-def _to_read(program: Program) -> Iterator[tuple[str, str]]:
+def _to_read(program: AnyProgram) -> Iterator[tuple[str, str]]:
     """Files for people: relative path and content."""
-    for number, stage in enumerate(program.stages or (program,)):
+    for number, stage in enumerate(program.stages if isinstance(program, PipelinedProgram) else (program,)):
         yield f"stage{number}/rank.py", emit(stage.rank(0).graphs, stage)
-    for place, rank in enumerate(program.mesh.group(0, "pp") if program.stages else ()):
+    for place, rank in enumerate(program.mesh.group(0, "pp") if isinstance(program, PipelinedProgram) else ()):
         yield f"schedule/rank{place:03}.txt", program.rank(rank).instructions

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram, Program
 from autopar.pipeline.links import links_of
 from autopar.pipeline.planned_schedule import most_in_flight
 from autopar.pipeline.stage_table import StageTable, describe_stages
@@ -58,13 +58,13 @@ class Pipeline:
         }
 
 
-def pipeline_of(program: Program) -> Pipeline | None:
+def pipeline_of(program: AnyProgram) -> Pipeline | None:
     """None for a program that is not pipelined, or not finished."""
-    if program.schedule is None:
+    if isinstance(program, Program) or program.schedule is None:
         return None
     names = stages_of_nodes(program)
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     stage_of = {node: names[node.name] for node in calls if node.name in names}
     assignment = Assignment(stage_of, frozenset(node for node in calls if node not in stage_of))
-    table = describe_stages(program, assignment, most_in_flight(program.schedule))
+    table = describe_stages(program.whole, assignment, most_in_flight(program.schedule))
     return Pipeline(table, program.schedule, timeline(program.schedule, links=links_of(program)))

@@ -23,7 +23,7 @@ from autopar.commands.tables import print_json, stdout, table, traffic_json, tra
 from autopar.errors import ProgramFileError
 from autopar.exporters.program_file import load
 from autopar.ir.node import Value, value
-from autopar.ir.program import Program, weight_layouts
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program, weight_layouts
 from autopar.ir.tables import InputKind
 from autopar.pipeline import microbatches
 from autopar.pipeline.stages import held_elsewhere
@@ -77,13 +77,13 @@ def run(
 
 
 def _forward(
-    program: Program, connection: Connection, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], seed: int
+    program: AnyProgram, connection: Connection, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], seed: int
 ) -> tuple[dict[str, Tensor], float]:
     """Whole outputs by name, and the seconds of the last run (the first compiles)."""
     generator = torch.Generator().manual_seed(seed)
     root = module_of(program, weights, generator)
-    forward = _pipeline if program.stages else _executable
-    run = forward(program, root, connection, inputs, generator, seed)
+    given = (root, connection, inputs, generator, seed)
+    run = _pipeline(program, *given) if isinstance(program, PipelinedProgram) else _executable(program, *given)
     with torch.no_grad():
         for _ in range(RUNS):
             start = time.perf_counter()
@@ -91,7 +91,7 @@ def _forward(
             seconds = time.perf_counter() - start
     leaves = [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(result)[0]]
     found = {name.strip(".[]'"): _whole(leaf) if isinstance(leaf, Tensor) else None for name, leaf in leaves}
-    if program.stages:
+    if isinstance(program, PipelinedProgram):
         found = _from_all_stages(found, connection)
     return {name: tensor for name, tensor in found.items() if tensor is not None}, seconds
 
@@ -111,7 +111,7 @@ def _executable(
 
 
 def _pipeline(
-    program: Program,
+    program: PipelinedProgram,
     root: nn.Module,
     connection: Connection,
     inputs: Mapping[str, Tensor],
@@ -132,7 +132,7 @@ def _pipeline(
     return lambda: executable.run(batches, rows, seed)
 
 
-def _inputs(program: Program, given: Mapping[str, Tensor], generator: torch.Generator) -> list[Tensor]:
+def _inputs(program: AnyProgram, given: Mapping[str, Tensor], generator: torch.Generator) -> list[Tensor]:
     below = _least_rows(program)
     entries = program.placeholders(InputKind.INPUT)
     return [_tensor(entry.target, value(node), given, generator, below) for node, entry in entries]
@@ -150,7 +150,7 @@ def _from_all_stages(found: dict[str, Tensor | None], connection: Connection) ->
     return found
 
 
-def module_of(program: Program, weights: Mapping[str, Tensor], generator: torch.Generator) -> nn.Module:
+def module_of(program: AnyProgram, weights: Mapping[str, Tensor], generator: torch.Generator) -> nn.Module:
     """Modules that hold the program's parameters and buffers under their names; they compute nothing themselves."""
     root = nn.Module()
     for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
@@ -200,7 +200,7 @@ def _tensor(name: str, kind: Value, given: Mapping[str, Tensor], generator: torc
     return torch.randint(below, kind.shape, generator=generator).to(kind.dtype)
 
 
-def _least_rows(program: Program) -> int:
+def _least_rows(program: AnyProgram) -> int:
     """The rows of the smallest table: a whole number below it is an index into any of them."""
     shapes = [value(node).shape for node, _ in program.placeholders(InputKind.PARAMETER)]
     return min((shape[0] for shape in shapes if len(shape) == 2), default=2)

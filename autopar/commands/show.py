@@ -36,7 +36,7 @@ from autopar.commands.tables import (
 from autopar.compiler import finish_program, split_program
 from autopar.ir.batch import data_ways
 from autopar.ir.graph_pass import Phase, steps_of
-from autopar.ir.program import Program, format_program
+from autopar.ir.program import AnyProgram, format_program
 from autopar.mesh import Mesh
 from autopar.passes import COMPILER
 from autopar.zoo.named import named_model
@@ -131,14 +131,14 @@ def _sentences(phase: Phase) -> dict[str, str]:
     return {step.name: step.summary for step in phase.passes}
 
 
-def _text(shown: Program, whole: Program, rank: int | None, inference: bool, origins: bool) -> str:
+def _text(shown: AnyProgram, whole: AnyProgram, rank: int | None, inference: bool, origins: bool) -> str:
     if rank is None:
         return format_program(shown, origins=origins)
     runs = whole.rank(rank)
     return runs.inference_code if inference else runs.code
 
 
-def _document(model: str, program: Program, text: str, rank: int | None) -> dict[str, Any]:
+def _document(model: str, program: AnyProgram, text: str, rank: int | None) -> dict[str, Any]:
     return {
         "model": model,
         "mesh": dict(program.mesh.axes),

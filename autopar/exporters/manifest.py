@@ -19,14 +19,14 @@ from autopar.exporters.structures import structure_to_json
 from autopar.ir import text
 from autopar.ir.layout import Factor, Layout
 from autopar.ir.node import Node, values
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 
 FORMAT, VERSION = "autopar program", 1
 
 
-def describe(program: Program) -> dict[str, Any]:
+def describe(program: AnyProgram) -> dict[str, Any]:
     """The manifest without its files and checksum. Raises ValueError where a structure cannot be written."""
     mesh = program.mesh
     return {
@@ -54,17 +54,16 @@ def describe(program: Program) -> dict[str, Any]:
     }
 
 
-def _ranks(program: Program) -> Iterator[dict[str, Any]]:
+def _ranks(program: AnyProgram) -> Iterator[dict[str, Any]]:
     """``role``: the position on the pipeline, whose ranks run the same graphs; with it the stages there."""
-    placement = program.schedule.placement if program.schedule is not None else ()
     for rank in range(program.mesh.world_size):
         here = program.mesh.coordinates(rank)
         role = here.get("pp", 0)
-        stages = [number for number, place in enumerate(placement) if place == role]
-        yield {"rank": rank, "role": role, "coordinates": here, **({"stages": stages} if program.stages else {})}
+        stages = {"stages": [*program.stages_on(role)]} if isinstance(program, PipelinedProgram) else {}
+        yield {"rank": rank, "role": role, "coordinates": here, **stages}
 
 
-def _tensors(program: Program, *kinds: InputKind) -> Iterator[dict[str, Any]]:
+def _tensors(program: AnyProgram, *kinds: InputKind) -> Iterator[dict[str, Any]]:
     for node, entry in program.placeholders(*kinds):
         row: dict[str, Any] = {"name": entry.target}
         if entry.aliases:

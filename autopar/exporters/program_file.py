@@ -28,8 +28,8 @@ from autopar.errors import ProgramFileError
 from autopar.exporters.manifest import FORMAT, VERSION, describe
 from autopar.exporters.structures import structure_from_json
 from autopar.ir.node import value
-from autopar.ir.parse import REMAINDER, parse
-from autopar.ir.program import Program, format_program
+from autopar.ir.parse import TAILS, is_of_tail, parse
+from autopar.ir.program import AnyProgram, PipelinedProgram, format_program
 from autopar.ir.read_graph import parse_argument
 from autopar.ir.tables import InputKind
 from autopar.plan import Plan
@@ -39,7 +39,7 @@ MANIFEST, TEXT, CONSTANTS = "manifest.json", "program.txt", "constants.safetenso
 # ---------------------------------------------------------------- writing
 
 
-def save(program: Program, directory: str | Path, *, extra_files: Mapping[str, str] | None = None) -> Path:
+def save(program: AnyProgram, directory: str | Path, *, extra_files: Mapping[str, str] | None = None) -> Path:
     """Writes ``program`` to ``directory``, all of it or nothing; a program that is there already is replaced.
 
     ``extra_files``: relative path -> content of files to be read by people, e.g. generated Python; ``load`` ignores
@@ -64,7 +64,7 @@ def save(program: Program, directory: str | Path, *, extra_files: Mapping[str, s
     return Path(directory)
 
 
-def _text(program: Program) -> str:
+def _text(program: AnyProgram) -> str:
     """The text form, after trying that it reads back."""
     source = format_program(program, origins=True)
     try:
@@ -79,13 +79,14 @@ def _text(program: Program) -> str:
     return source + "\n"
 
 
-def _all_constants(program: Program) -> dict[str, Tensor]:
-    """Those of the remainder too, marked as such: they may have other sizes."""
-    rest = _all_constants(program.remainder) if program.remainder is not None else {}
-    return {**program.constants, **{f"{REMAINDER}{name}": tensor for name, tensor in rest.items()}}
+def _all_constants(program: AnyProgram) -> dict[str, Tensor]:
+    """Those of the tail too, marked as such: they may have other sizes."""
+    tail = program.tail if isinstance(program, PipelinedProgram) else None
+    rest = _all_constants(tail) if tail is not None else {}
+    return {**program.constants, **{f"{TAILS[0]}/{name}": tensor for name, tensor in rest.items()}}
 
 
-def _constants(program: Program) -> bytes:
+def _constants(program: AnyProgram) -> bytes:
     constants = _all_constants(program)
     for name, tensor in constants.items():
         if isinstance(tensor, FakeTensor) or tensor.is_meta:
@@ -181,7 +182,7 @@ def _laid_out(manifest: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def load(directory: str | Path) -> Program:
+def load(directory: str | Path) -> AnyProgram:
     """The program that :func:`save` wrote to ``directory``; its operators are the registered ones of this process.
 
     Output classes that are unknown here become dicts or tuples, with a warning. Raises ProgramFileError if files are
@@ -208,7 +209,7 @@ def load(directory: str | Path) -> Program:
         in_spec=structures["inputs"],
         out_spec=structures["outputs"],
         passes=tuple(manifest["passes"]),
-        constants={name: tensor for name, tensor in constants.items() if not name.startswith(REMAINDER)},
+        constants={name: tensor for name, tensor in constants.items() if not is_of_tail(name)},
         static_inputs=static["static_inputs"],
         static_outputs=static["static_outputs"],
     )
@@ -261,7 +262,7 @@ def _statics(table: Any) -> tuple[tuple[int, Any], ...]:
     return tuple((int(position), parse_argument(argument)) for position, argument in table)
 
 
-def _check_constants(program: Program, constants: Mapping[str, Tensor], directory: Path) -> None:
+def _check_constants(program: AnyProgram, constants: Mapping[str, Tensor], directory: Path) -> None:
     for node, entry in program.placeholders(InputKind.CONSTANT):
         expected, found = value(node), constants.get(entry.target)
         if found is None:

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
 
 from torch import fx
 
 from autopar.errors import AutoparError, InvariantError, ProgramFileError
-from autopar.ir.invariants import Contract
 from autopar.ir.parse import parse
-from autopar.ir.program import Program, format_program
+from autopar.ir.program import AnyProgram, Program, format_program
 from autopar.ir.text import operator_name
 from autopar.plan import Plan
 
@@ -34,15 +34,22 @@ DUMP = "AUTOPAR_DUMP"
 TRACE = "trace"  # what stands in front of all passes
 _PLAN = "# plan: "
 
-Rewrite = Callable[[Program], Program]
-Condition = Callable[[Program], bool]
+Before = TypeVar("Before", bound=AnyProgram)
+After = TypeVar("After", bound=AnyProgram)
+Rewrite = Callable[[Before], After]
+Contract = Callable[[Any], None]  # of the kind of program that the pass takes, or gives
+Condition = Callable[[AnyProgram], bool]
 
 
 @dataclass(frozen=True)
-class Pass:
-    """A named step of the compiler. Calling it runs it on a copy and checks its contracts."""
+class Pass(Generic[Before, After]):
+    """A named step of the compiler. Calling it runs it on a copy and checks its contracts.
 
-    rewrite: Rewrite
+    Nearly all take a program and give one. ``cut_stages`` makes a pipelined one of it, ``differentiate`` takes either,
+    ``schedule_microbatches`` takes pipelined ones.
+    """
+
+    rewrite: Rewrite[Before, After]
     requires: tuple[Contract, ...] = ()
     ensures: tuple[Contract, ...] = ()
     when: Condition = lambda program: True
@@ -61,7 +68,7 @@ class Pass:
         text = " ".join((sys.modules[self.rewrite.__module__].__doc__ or "").split("\n\n")[0].split())
         return text.partition(". ")[0].rstrip(".:")
 
-    def __call__(self, program: Program) -> Program:
+    def __call__(self, program: Before) -> Before | After:
         """The program after this pass; ``program`` itself is left as it is, and not copied if the pass is not needed.
 
         Raises InvariantError for a broken contract, and whatever the pass itself raises.
@@ -70,14 +77,15 @@ class Pass:
             return replace(program, passes=(*program.passes, self.name))
         for contract in self.requires:
             contract(program)
-        result = self.rewrite(program.clone() if self.copies else program)
-        if not isinstance(result, Program):
+        own: Any = program.clone() if self.copies else program
+        result: Any = self.rewrite(own)
+        if not isinstance(result, AnyProgram):
             raise InvariantError(f"pass {self.name} returned {type(result).__name__}\nLikely fix: return the program")
-        for graph in graphs_of(result).values():
+        for graph in result.graphs.values():
             _lint(graph)
         for contract in self.ensures:
             contract(result)
-        return replace(result, passes=(*program.passes, self.name))
+        return cast(After, replace(result, passes=(*program.passes, self.name)))
 
 
 def graph_pass(
@@ -86,14 +94,14 @@ def graph_pass(
     ensures: Sequence[Contract] = (),
     when: Condition = lambda program: True,
     copies: bool = True,
-) -> Callable[[Rewrite], Pass]:
+) -> Callable[[Rewrite[Before, After]], Pass[Before, After]]:
     """Makes a function ``Program -> Program`` a pass. ``requires`` hold before it, ``ensures`` after it.
 
     ``when``: what asks for it, in the plan or the mesh; without that the program stays as it is (a copy takes time).
     ``copies``: whether it rewrites the graphs that it is given, so that it has to be given copies.
     """
 
-    def decorate(rewrite: Rewrite) -> Pass:
+    def decorate(rewrite: Rewrite[Before, After]) -> Pass[Before, After]:
         return Pass(rewrite, tuple(requires), tuple(ensures), when, copies)
 
     return decorate
@@ -104,20 +112,22 @@ class Phase:
     """Passes that run one after another. ``each_stage``: on the stages of a pipeline, on each by itself."""
 
     name: str
-    passes: tuple[Pass, ...]
+    passes: tuple[Pass[Any, Any], ...]
     each_stage: bool = False
 
-    def run(self, step: Pass, program: Program) -> Program:
+    def run(self, step: Pass[Any, Any], program: AnyProgram) -> AnyProgram:
         """``program`` after ``step`` of this phase. Raises what the pass raises."""
-        if not self.each_stage or not program.stages:
-            return step(program)
+        after: AnyProgram
+        if not self.each_stage or isinstance(program, Program):
+            after = step(program)
+            return after
         stages = tuple(step(stage) for stage in program.stages)
         return replace(program, stages=stages, passes=(*program.passes, step.name))
 
 
 def steps_of(
     phases: Sequence[Phase], since: str | None = None, until: str | None = None
-) -> tuple[tuple[Phase, Pass], ...]:
+) -> tuple[tuple[Phase, Pass[Any, Any]], ...]:
     """The passes from ``since`` to ``until``, these included, with their phases; ``until="trace"``: none.
 
     Raises ValueError for an unknown pass.
@@ -131,8 +141,8 @@ def steps_of(
 
 
 def run_phases(
-    program: Program, phases: Sequence[Phase], since: str | None = None, until: str | None = None
-) -> Program:
+    program: AnyProgram, phases: Sequence[Phase], since: str | None = None, until: str | None = None
+) -> AnyProgram:
     """``program`` after the passes of ``phases``, in order; only after those from ``since`` to ``until``.
 
     Errors of autopar and ValueErrors keep their type and get a note that says which pass failed, where the program
@@ -155,21 +165,12 @@ def run_phases(
     return program
 
 
-def run_passes(program: Program, passes: Iterable[Pass]) -> Program:
+def run_passes(program: AnyProgram, passes: Iterable[Pass[Any, Any]]) -> AnyProgram:
     """``program`` after ``passes``, in order, as :func:`run_phases` runs them."""
     return run_phases(program, (Phase("", tuple(passes)),))
 
 
 # ---------------------------------------------------------------- checks
-
-
-def graphs_of(program: Program) -> dict[str, fx.Graph]:
-    """All graphs of the program: ``""`` for its own, ``forward``, ``backward``, ``inference`` for those of its role; on
-    a pipeline those of its stages too, ``stage 0``, ``stage 0 forward``, ..."""
-    found = {"": program.graph, **(program.role.graphs if program.role is not None else {})}
-    for position, stage in enumerate(program.stages):
-        found |= {f"stage {position} {title}".rstrip(): graph for title, graph in graphs_of(stage).items()}
-    return found
 
 
 def _lint(graph: fx.Graph) -> None:
@@ -195,9 +196,9 @@ def _dumped(phases: Sequence[Phase]) -> frozenset[str]:
     return frozenset(wanted)
 
 
-def count_difference(before: Program, after: Program) -> str:
+def count_difference(before: AnyProgram, after: AnyProgram) -> str:
     """What a pass did to the numbers of operators: ``all_reduce 0 -> 4, aten.add.Tensor 6 -> 2``."""
-    old, new = graphs_of(before), graphs_of(after)
+    old, new = before.graphs, after.graphs
     texts = []
     for title, graph in new.items():
         first, second = _counts(old.get(title)), _counts(graph)
@@ -217,7 +218,7 @@ def _counts(graph: fx.Graph | None) -> Counter[str]:
 # ---------------------------------------------------------------- failures
 
 
-def _keep_evidence(program: Program, step: Pass) -> str:
+def _keep_evidence(program: AnyProgram, step: Pass[Any, Any]) -> str:
     """Writes the program before the pass that failed; says where, and how to run the pass on it again."""
     path = Path(f"autopar-failed-{step.name}.txt")
     heading = f"# the program before pass {step.name} failed (constants read back as zeros)\n"
@@ -235,7 +236,7 @@ def _keep_evidence(program: Program, step: Pass) -> str:
     return f"In pass {step.name}; the program before it is in {path}. To run the pass on it again:\n  {command}"
 
 
-def read_replay(path: str | Path) -> Program:
+def read_replay(path: str | Path) -> AnyProgram:
     """The program in a file that a failed pass left, with its plan; constants are zeros.
 
     Raises ProgramFileError.

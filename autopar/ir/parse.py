@@ -17,7 +17,7 @@ from autopar.errors import ProgramFileError, ScheduleError
 from autopar.ir import text
 from autopar.ir.cursor import Cursor
 from autopar.ir.node import values
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.read_graph import SAVED, GraphReader, Section
 from autopar.ir.tables import InputKind, Output, OutputKind, Role
 from autopar.mesh import Mesh
@@ -28,16 +28,16 @@ from autopar.schedules.text import parse_schedule
 HEADER = re.compile(r"program mesh\(([^()]*)\)( nograd)?\s*(#.*)?")
 RETURN = re.compile(r"\s*return\b")  # goes on in the next line if it ends in a comma
 SECTION = re.compile(r"(forward|backward|inference):\s*(#.*)?")
-PART = re.compile(r"(stage|remainder|schedule)\b")  # begins a part of a pipelined program
+PART = re.compile(r"(stage|schedule|tail|remainder)\b")  # begins a part of a pipelined program
 STAGE = re.compile(r"stage \d+ of \d+")
-REMAINDER = "remainder/"  # before the names of constants of the remainder
+TAILS = ("tail", "remainder")  # what the program of smaller last microbatches is called, now and in older files
 
 Lines = list[tuple[int, str]]
 
 
 def parse(
     source: str, plan: Plan | None = None, constants: Mapping[str, Tensor] | None = None, *, origins: bool = False
-) -> Program:
+) -> AnyProgram:
     """The program that ``source`` (a text form) describes.
 
     ``plan``: not in the text; the default plan unless given. ``constants``: values by name, zeros for those not given.
@@ -47,24 +47,36 @@ def parse(
     given = dict(constants or {})
     (_, whole), *others = _programs(source)
     program = _program(whole, plan, given, origins)
+    if not others:
+        return program
     stages: list[Program] = []
+    schedule: Schedule | None = None
+    tail: PipelinedProgram | None = None
     for position, (kind, lines) in enumerate(others):
-        if kind == "remainder":
-            last = {name[len(REMAINDER) :]: tensor for name, tensor in given.items() if name.startswith(REMAINDER)}
+        if kind in TAILS:
+            last = {name.removeprefix(f"{kind}/"): tensor for name, tensor in given.items() if is_of_tail(name)}
             rest = _padded([line for _, chunk in others[position:] for line in chunk])
-            remainder = parse(rest.replace("remainder", "program", 1), plan, last, origins=origins)
-            return replace(program, stages=tuple(stages), remainder=remainder)
+            found = parse(rest.replace(kind, "program", 1), plan, last, origins=origins)
+            if not isinstance(found, PipelinedProgram):
+                raise ProgramFileError(f"line {lines[0][0]}: expected stages of the {kind}")
+            tail = found
+            break
         if kind == "schedule":
-            program = replace(program, schedule=_schedule(lines))
+            schedule = _schedule(lines)
         else:
             number, heading = lines[0]
             lines[0] = number, STAGE.sub("program", heading)
             stages.append(_program(lines, plan, given, origins))
-    return replace(program, stages=tuple(stages))
+    return replace(program.cut_into(stages), schedule=schedule, tail=tail)
+
+
+def is_of_tail(name: str) -> bool:
+    """Whether a constant of this name is one of the tail: they have the names of its heading in front."""
+    return name.startswith(tuple(f"{word}/" for word in TAILS))
 
 
 def _programs(source: str) -> list[tuple[str, Lines]]:
-    """The parts of a pipelined program: its own graph, stages, schedule, remainder, with their numbered lines."""
+    """The parts of a pipelined program: its own graph, stages, schedule, tail, with their numbered lines."""
     parts: list[tuple[str, Lines]] = [("program", [])]
     for number, line in enumerate(source.splitlines(), 1):
         found = PART.match(line)

@@ -1,4 +1,4 @@
-"""The program: a frozen value that says everything about one parallel model, and its text form.
+"""The program: a frozen value that says everything about one parallel model, pipelined or not, and its text form.
 
 A program is an ``fx.Graph`` at the level of ``torch.export`` (linear, attention, cross-entropy whole), the mesh, the
 plan, and tables of inputs and outputs. Parameters are placeholders, so a program holds no weights and copies cheaply.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,19 +39,9 @@ if TYPE_CHECKING:
     from autopar.codegen.python import RankProgram
 
 
-def weight_layouts(program: Program) -> dict[str, Layout]:
-    """Parameter and buffer names, aliases too, with their layouts."""
-    return {
-        name: value(node).layout
-        for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.BUFFER)
-        for name in (entry.target, *entry.aliases)
-    }
-
-
 @dataclass(frozen=True)
-class Program:
-    """One parallel model. With an axis ``pp`` it is of one microbatch, and cut into ``stages``: each a program on the
-    rest of the mesh, with its own role. ``remainder`` is that of the last microbatches, where these are smaller."""
+class _Program:
+    """What programs of both kinds are and do: a graph on a mesh, its plan, its tables, and what users ask of it."""
 
     graph: fx.Graph
     mesh: Mesh
@@ -63,22 +53,11 @@ class Program:
     out_spec: pytree.TreeSpec | None = None
     static_inputs: tuple[tuple[int, Any], ...] = ()  # flat positions of inputs that are not tensors, and their values
     static_outputs: tuple[tuple[int, Any], ...] = ()  # the same for outputs (None, numbers)
-    role: Role | None = None  # what ranks run, once the program is differentiated
     decisions: Mapping[str, Mapping[str, Decision]] = field(default_factory=dict)  # axis -> node name -> what
     pins: Pins = field(default_factory=Pins)  # what the passes have to keep
     passes: tuple[str, ...] = ()  # names of the passes that made this program
-    stages: tuple[Program, ...] = ()  # in the order of the model
-    schedule: Schedule | None = None  # in which order pipeline ranks run their stages
-    remainder: Program | None = None
 
-    def clone(self) -> Program:
-        """The same program around copies of its graphs, which a pass may then rewrite."""
-        return replace(
-            self,
-            graph=copy.deepcopy(self.graph),
-            role=self.role.clone() if self.role is not None else None,
-            stages=tuple(stage.clone() for stage in self.stages),
-        )
+    # ------------------------------------------------------------ asking
 
     def input_of(self, node: Node) -> Input:
         return next(entry for entry in self.inputs if entry.node == node.name)
@@ -104,31 +83,13 @@ class Program:
         ]
         return loss_position([out.target for out in self.outputs], candidates)
 
-    def loss_in(self, stage: Program) -> int | None:
-        """The position of the whole program's loss among the outputs of a stage; None where another one makes it."""
-        if self.loss is None:
-            return None
-        wanted = self.outputs[self.loss]
-        return next((position for position, out in enumerate(stage.outputs) if out == wanted), None)
-
-    def of_rows(self, first: bool) -> Program:
-        """The program of a microbatch that has as many rows as the first one, or fewer."""
-        return self if first or self.remainder is None else self.remainder
-
-    @property
-    def required_role(self) -> Role:
-        """The role, where there has to be one. Raises InvariantError before the program is differentiated."""
-        if self.role is None:
-            raise InvariantError(
-                "the program has no role: it is not differentiated\n"
-                "Way out: autopar.compiler.compile_program(...), which makes all of it."
-            )
-        return self.role
+    # ------------------------------------------------------------ what users call; done by rooms above
 
     def rank(self, rank: int) -> RankProgram:
         """What one rank runs: ``program.rank(3).code``. Raises ValueError for a rank that is not on the mesh."""
         from autopar.codegen.python import RankProgram  # stands above, as in the three below (tests/test_layering.py)
 
+        assert isinstance(self, AnyProgram)
         self.mesh.coordinates(rank)
         return RankProgram(self, rank)
 
@@ -136,11 +97,15 @@ class Program:
         """Write this program to ``directory``, whole or not at all (DESIGN section 7). Holds no weights."""
         from autopar.exporters.program_file import save
 
+        assert isinstance(self, AnyProgram)
         save(self, directory)
 
-    @classmethod
-    def load(cls, directory: str | Path) -> Program:
-        """The program in ``directory``; runs no code found there. Raises ProgramFileError for a damaged one."""
+    @staticmethod
+    def load(directory: str | Path) -> AnyProgram:
+        """The program in ``directory``, pipelined or not; runs no code found there.
+
+        Raises ProgramFileError for a damaged one.
+        """
         from autopar.exporters.program_file import load
 
         return load(directory)
@@ -152,32 +117,142 @@ class Program:
         """
         from autopar.analysis.explain import explain
 
+        assert isinstance(self, AnyProgram)
         return explain(self, name)
 
     def __str__(self) -> str:
+        assert isinstance(self, AnyProgram)
         return format_program(self)
+
+
+@dataclass(frozen=True)
+class Program(_Program):
+    """One parallel model; or one stage of a pipelined one, on the mesh without ``pp``."""
+
+    role: Role | None = None  # what ranks run, once the program is differentiated
+
+    @property
+    def required_role(self) -> Role:
+        """The role, where there has to be one. Raises InvariantError before the program is differentiated."""
+        if self.role is None:
+            raise InvariantError(
+                "the program has no role: it is not differentiated\n"
+                "Way out: autopar.compiler.compile_program(...), which makes all of it."
+            )
+        return self.role
+
+    @property
+    def graphs(self) -> dict[str, fx.Graph]:
+        """``""``: its own graph; ``forward``, ``backward``, ``inference``: those of its role."""
+        return {"": self.graph, **(self.role.graphs if self.role is not None else {})}
+
+    def clone(self) -> Program:
+        """The same program around copies of its graphs, which a pass may then rewrite."""
+        role = self.role.clone() if self.role is not None else None
+        return replace(self, graph=copy.deepcopy(self.graph), role=role)
+
+    def cut_into(self, stages: Sequence[Program]) -> PipelinedProgram:
+        """This program, of one microbatch as a whole, and its stages."""
+        return PipelinedProgram(**_shared(self), stages=tuple(stages))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelinedProgram(_Program):
+    """A parallel model on a mesh with ``pp``. Graph and tables are those of one microbatch as a whole, forward only.
+
+    Attributes:
+        stages: in the order of the model; each a program on the mesh of one stage, with its own role.
+        schedule: in which order pipeline ranks run their stages; None before ``schedule_microbatches``.
+        tail: the same for the last microbatches, where these have fewer rows than the first.
+    """
+
+    stages: tuple[Program, ...]
+    schedule: Schedule | None = None
+    tail: PipelinedProgram | None = None
+
+    @property
+    def whole(self) -> Program:
+        """The program that was cut: of one microbatch, on all of the mesh."""
+        return Program(**_shared(self))
+
+    @property
+    def required_schedule(self) -> Schedule:
+        """The schedule, where there has to be one. Raises InvariantError before ``schedule_microbatches``."""
+        if self.schedule is None:
+            raise InvariantError(
+                "the program has no schedule: it was not finished\n"
+                "Way out: autopar.compiler.compile_program(...), which makes all of it."
+            )
+        return self.schedule
+
+    @property
+    def graphs(self) -> dict[str, fx.Graph]:
+        """``""``: that of the whole; ``stage 0``, ``stage 0 forward``, ...: those of the stages."""
+        found = {"": self.graph}
+        for number, stage in enumerate(self.stages):
+            found |= {f"stage {number} {name}".rstrip(): graph for name, graph in stage.graphs.items()}
+        return found
+
+    def clone(self) -> PipelinedProgram:
+        """The same program around copies of its graphs, which a pass may then rewrite."""
+        stages = tuple(stage.clone() for stage in self.stages)
+        return replace(self, graph=copy.deepcopy(self.graph), stages=stages)
+
+    def loss_in(self, stage: Program) -> int | None:
+        """The position of the whole program's loss among the outputs of a stage; None where another one makes it."""
+        if self.loss is None:
+            return None
+        wanted = self.outputs[self.loss]
+        return next((position for position, out in enumerate(stage.outputs) if out == wanted), None)
+
+    def stages_on(self, place: int) -> dict[int, Program]:
+        """Number -> stage of those that the pipeline rank ``place`` runs; none before there is a schedule."""
+        placement = self.schedule.placement if self.schedule is not None else ()
+        return {number: self.stages[number] for number, rank in enumerate(placement) if rank == place}
+
+    def of_rows(self, first: bool) -> PipelinedProgram:
+        """The program of a microbatch that has as many rows as the first one, or fewer."""
+        return self if first or self.tail is None else self.tail
+
+
+AnyProgram = Program | PipelinedProgram
+
+
+def _shared(program: _Program) -> dict[str, Any]:
+    """What programs of both kinds have, by field."""
+    return {entry.name: getattr(program, entry.name) for entry in fields(_Program)}
+
+
+def weight_layouts(program: AnyProgram) -> dict[str, Layout]:
+    """Parameter and buffer names, aliases too, with their layouts."""
+    return {
+        name: value(node).layout
+        for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.BUFFER)
+        for name in (entry.target, *entry.aliases)
+    }
 
 
 # ---------------------------------------------------------------- programs
 
 
-def format_program(program: Program, *, origins: bool = False) -> str:
+def format_program(program: AnyProgram, *, origins: bool = False) -> str:
     """The text form of ``program``; ``origins`` ends each line with the module path and source line it comes from.
 
     Values of constants, the plan, input and output structures are not part of it: see
     :mod:`autopar.exporters.program_file`.
     """
     sections = list(_program_sections(program, "program", origins))
-    for number, stage in enumerate(program.stages):
-        sections += _program_sections(stage, f"stage {number} of {len(program.stages)}", origins)
-    if program.schedule is not None:
-        sections.append(format_schedule(program.schedule).rstrip())
-    if program.remainder is not None:
-        sections.append(format_program(program.remainder, origins=origins).replace("program", "remainder", 1))
+    if isinstance(program, PipelinedProgram):
+        for number, stage in enumerate(program.stages):
+            sections += _program_sections(stage, f"stage {number} of {len(program.stages)}", origins)
+        if program.schedule is not None:
+            sections.append(format_schedule(program.schedule).rstrip())
+        if program.tail is not None:
+            sections.append(format_program(program.tail, origins=origins).replace("program", "tail", 1))
     return "\n\n".join(sections)
 
 
-def _program_sections(program: Program, title: str, origins: bool) -> Iterator[str]:
+def _program_sections(program: AnyProgram, title: str, origins: bool) -> Iterator[str]:
     """The graph of one program, and those of its role."""
     table = {entry.node: entry for entry in program.inputs}
     inputs = [table.get(node.name) for node in placeholders(program.graph)]
@@ -185,11 +260,11 @@ def _program_sections(program: Program, title: str, origins: bool) -> Iterator[s
     lines = Lines(program.mesh, gradients, origins)
     heading = f"{title} {program.mesh}" + (" nograd" if gradients is no_grad_by_default else "")
     yield lines.section(heading, program.graph, inputs, [output_label(entry) for entry in program.outputs])
-    if program.role is not None:
+    if isinstance(program, Program) and program.role is not None:
         yield from _role_sections(program.role, program, inputs, Lines(program.mesh, None, origins))
 
 
-def _role_sections(role: Role, program: Program, inputs: Sequence[Input | None], lines: Lines) -> Iterator[str]:
+def _role_sections(role: Role, program: AnyProgram, inputs: Sequence[Input | None], lines: Lines) -> Iterator[str]:
     outputs = [output_label(entry) for entry in program.outputs]
     yield lines.section("forward:", role.forward, inputs, [*outputs, *["saved "] * role.saved])
     if role.backward is not None:

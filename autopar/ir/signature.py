@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopar.errors import TraceError
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram
 
 
-def user_tensors(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def user_tensors(program: AnyProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors of a call in the order of the program's ``INPUT`` entries; checks the arguments that are static."""
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     if spec != program.in_spec:
@@ -27,7 +27,7 @@ def user_tensors(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, A
     return [leaf for position, leaf in enumerate(leaves) if position not in static]
 
 
-def restore_output(program: Program, tensors: Sequence[Any]) -> Any:
+def restore_output(program: AnyProgram, tensors: Sequence[Any]) -> Any:
     """The model's own output structure around the user outputs among ``tensors`` (in the order of ``outputs``)."""
     assert program.out_spec is not None
     values = iter(tensors)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from autopar.ir.program import Program
+from autopar.ir.program import PipelinedProgram
 from autopar.pipeline.links import links_of
 from autopar.pipeline.stages import crossings
 from autopar.schedules.instructions import Compute, Flow, Kind, Message, Schedule, Send
@@ -61,7 +61,7 @@ class Event:
 class Routes:
     """What goes between the stages of a program, the same in every step."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: PipelinedProgram) -> None:
         self.flow = Flow(len(program.stages), links_of(program))
         self._names: dict[tuple[Kind, int, int], tuple[str, ...]] = {}
         for crossing in crossings(program):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autopar.ir.program import Program
+from autopar.ir.program import PipelinedProgram
 from autopar.pipeline.planned_schedule import forward_only
 from autopar.pipeline.stages import crossings, types_of
 from autopar.schedules.instructions import Compute, Kind, Link, Schedule
 from autopar.schedules.messages import with_messages
 
 
-def links_of(program: Program) -> tuple[Link, ...]:
+def links_of(program: PipelinedProgram) -> tuple[Link, ...]:
     """What the stages of a differentiated program send each other, as schedules see it."""
     found = []
     for crossing in crossings(program):
@@ -21,17 +21,15 @@ def links_of(program: Program) -> tuple[Link, ...]:
     return tuple(found)
 
 
-def inference_schedule(program: Program) -> Schedule:
+def inference_schedule(program: PipelinedProgram) -> Schedule:
     """Forward only, with its messages."""
-    assert program.schedule is not None
-    return with_messages(forward_only(program.schedule), links_of(program))
+    return with_messages(forward_only(program.required_schedule), links_of(program))
 
 
-def backward_schedule(program: Program) -> Schedule:
+def backward_schedule(program: PipelinedProgram) -> Schedule:
     """The backward passes that follow when all forward ones are done: in their order backwards, with messages."""
-    assert program.schedule is not None
-    forward = forward_only(program.schedule)
+    forward = forward_only(program.required_schedule)
     orders = [reversed(list(forward.computes(rank))) for rank in range(len(forward.ranks))]
     ranks = [[Compute(Kind.B, step.stage, step.microbatch) for step in order] for order in orders]
-    backward = replace(forward, name=f"{program.schedule.name} backward", ranks=tuple(map(tuple, ranks)))
+    backward = replace(forward, name=f"{program.required_schedule.name} backward", ranks=tuple(map(tuple, ranks)))
     return with_messages(backward, links_of(program))

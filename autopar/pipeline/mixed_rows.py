@@ -13,7 +13,7 @@ from autopar.errors import AutoparError
 from autopar.ir import collectives as comm
 from autopar.ir.batch import batch_dims
 from autopar.ir.node import origin, value
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram, Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 
@@ -22,7 +22,7 @@ GATHERS = comm.started_too(comm.GATHERS)
 AXIS = "dp"
 
 
-def warn_of_mixed_rows(traced: Program, split: Callable[[Program, Mesh], Program]) -> None:
+def warn_of_mixed_rows(traced: Program, split: Callable[[Program, Mesh], AnyProgram]) -> None:
     """Warn, with the places, of a program that mixes rows and is to run on ``traced.plan.microbatches``.
 
     ``split`` splits the batch of a program over a mesh. A microbatch of one row tells nothing, and passes.
@@ -52,7 +52,7 @@ def _rows(program: Program) -> int:
     return next((shape[dim] for (_, shape), dim in zip(shapes, dims) if dim is not None), 1)
 
 
-def _places(program: Program) -> Iterator[str]:
+def _places(program: AnyProgram) -> Iterator[str]:
     """Where activations are gathered or, other than scalars, summed over the rows."""
     for node in program.graph.nodes:
         if comm.moving(node.target) is None or node.args[1] != AXIS or not value(node).dtype.is_floating_point:

@@ -20,7 +20,7 @@ from torch import fx
 
 from autopar.errors import InvariantError
 from autopar.ir.node import Node, origin, set_origin, set_values, value, values
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import Input, InputKind, Output, OutputKind
 from autopar.mesh import PIPELINE
 
@@ -142,7 +142,7 @@ class _Stage:
         return self.assignment.stage_of.get(node, self.number) != self.number
 
 
-def stages_of_nodes(program: Program) -> dict[str, int]:
+def stages_of_nodes(program: AnyProgram) -> dict[str, int]:
     """Node name -> stage, as ``cut_stages`` has decided."""
     return {
         name: decision.stage
@@ -151,7 +151,7 @@ def stages_of_nodes(program: Program) -> dict[str, int]:
     }
 
 
-def users_of(program: Program) -> dict[str, tuple[int, ...]]:
+def users_of(program: PipelinedProgram) -> dict[str, tuple[int, ...]]:
     """Parameter or buffer name -> the stages that hold it, in order."""
     found: dict[str, tuple[int, ...]] = {}
     for number, stage in enumerate(program.stages):
@@ -160,10 +160,12 @@ def users_of(program: Program) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def holders(program: Program) -> dict[str, tuple[int, ...]]:
-    """Parameter or buffer name, aliases too -> the pipeline ranks that hold it, in order."""
-    assert program.schedule is not None
-    placement, used = program.schedule.placement, users_of(program)
+def holders(program: AnyProgram) -> dict[str, tuple[int, ...]]:
+    """Parameter or buffer name, aliases too -> the pipeline ranks that hold it, in order; {} where there is no pipeline
+    and so every rank holds all."""
+    if isinstance(program, Program):
+        return {}
+    placement, used = program.required_schedule.placement, users_of(program)
     entries = [entry for _, entry in program.placeholders(InputKind.PARAMETER, InputKind.BUFFER)]
     return {
         name: tuple(sorted({placement[number] for number in used[entry.target]}))
@@ -173,17 +175,17 @@ def holders(program: Program) -> dict[str, tuple[int, ...]]:
     }
 
 
-def held_elsewhere(program: Program, rank: int) -> frozenset[str]:
+def held_elsewhere(program: AnyProgram, rank: int) -> frozenset[str]:
     """Names of parameters and buffers that only other pipeline ranks than ``rank`` hold."""
     return frozenset(name for name, ranks in holders(program).items() if rank not in ranks)
 
 
-def first_ranks(program: Program) -> dict[str, int]:
+def first_ranks(program: AnyProgram) -> dict[str, int]:
     """Parameter or buffer name, aliases too -> the first pipeline rank that holds it."""
     return {name: ranks[0] for name, ranks in holders(program).items()}
 
 
-def check_same_parameters(program: Program, other: Program) -> None:
+def check_same_parameters(program: PipelinedProgram, other: PipelinedProgram) -> None:
     """Raises InvariantError unless each parameter is in the same stages of both programs."""
     first, second = users_of(program), users_of(other)
     for name, stages in first.items():
@@ -210,7 +212,7 @@ class Crossing:
 Type = tuple[tuple[int, ...], torch.dtype]
 
 
-def crossings(program: Program) -> Iterator[Crossing]:
+def crossings(program: PipelinedProgram) -> Iterator[Crossing]:
     """What the stages of a differentiated program send each other."""
     for source, stage in enumerate(program.stages):
         names: dict[int, list[str]] = {}
@@ -228,7 +230,7 @@ def gradients_of(stage: Program) -> frozenset[str]:
     return frozenset(received.intersection(stage.required_role.grads))
 
 
-def types_of(program: Program, crossing: Crossing) -> Mapping[str, Type]:
+def types_of(program: PipelinedProgram, crossing: Crossing) -> Mapping[str, Type]:
     """Name -> (local shape, dtype) of what crosses."""
     stage = program.stages[crossing.target]
     nodes = {entry.target: node for node, entry in stage.placeholders(InputKind.RECEIVED)}

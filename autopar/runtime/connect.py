@@ -20,7 +20,7 @@ from torch.distributed import HashStore, PrefixStore, rendezvous  # type: ignore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar.errors import LaunchError, RankFailedError
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram
 from autopar.mesh import ALIASES, PIPELINE, Mesh
 from autopar.runtime import functional_collectives as torch_collectives
 from autopar.runtime.channels import group_back
@@ -50,7 +50,7 @@ class Connection:
         names = tuple(name for name in self.device_mesh.mesh_dim_names or () if name != PIPELINE)
         return Connection(rest, self.device_mesh[names if len(names) > 1 else names[0]], self.comm)
 
-    def agree(self, program: Program) -> None:
+    def agree(self, program: AnyProgram) -> None:
         """Raises LaunchError unless all ranks have come to the same program; each is to call this at the same time."""
         digest = hashlib.sha256(str(program).encode()).digest()
         mine = torch.frombuffer(bytearray(digest[:8]), dtype=torch.int64).to(self.comm.device)

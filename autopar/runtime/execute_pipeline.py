@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autopar.errors import InvariantError
 from autopar.ir.node import value
-from autopar.ir.program import Program
+from autopar.ir.program import PipelinedProgram
 from autopar.ir.signature import restore_output
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.pipeline import microbatches
@@ -36,30 +36,27 @@ class PipelineExecutable:
     Raises InvariantError where the program and the module do not fit together.
     """
 
-    def __init__(self, program: Program, root: nn.Module, connection: Connection) -> None:
-        assert program.schedule is not None
+    def __init__(self, program: PipelinedProgram, root: nn.Module, connection: Connection) -> None:
         self.program, self.comm = program, connection.comm
         self.rank = self.comm.coordinates["pp"]
         self.events: list[Event] = []  # of the latest step
         self.in_flight = 0  # microbatches, of each stage, that were held for a backward pass at a time in that step
-        self._played = program.schedule
+        self._played = program.required_schedule
         inputs = [entry.target for _, entry in program.placeholders(InputKind.INPUT)]
-        placement = program.schedule.placement
-        mine = [number for number, rank in enumerate(placement) if rank == self.rank]
-        programs = [program] if program.remainder is None else [program, program.remainder]
+        mine = program.stages_on(self.rank)
+        programs = [program] if program.tail is None else [program, program.tail]
         own = connection.of_stage()
         self.stages = {n: [BoundStage(whole.stages[n], root, own, inputs) for whole in programs] for n in mine}
         self._routes = Routes(program)
         self._types = [_types(whole) for whole in programs]
-        self._loss = next((n for n in mine if program.loss_in(program.stages[n]) is not None), None)
-        self._ties = _ties(program, placement, self.rank)
+        self._loss = next((n for n, stage in mine.items() if program.loss_in(stage) is not None), None)
+        self._ties = _ties(program, self.rank)
 
     # ------------------------------------------------------------ running
 
     def train(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int], seed: int) -> Tensor:
         """Forward and backward of all microbatches; gradients are added to ``.grad``. The loss of the whole batch, on
         every rank. Raises InvariantError for a model without a loss."""
-        assert self.program.schedule is not None
         if self.program.loss is None:
             raise InvariantError(
                 "train_step needs a model that returns its loss, a scalar with a gradient; this one returns none\n"
@@ -69,7 +66,7 @@ class PipelineExecutable:
         wanted = frozenset({self.program.outputs[self.program.loss].target})
         run = self._steps(batches, rows, shares, seed, True, wanted)
         with torch.no_grad():
-            self._play_and_give(self.program.schedule, run)
+            self._play_and_give(self.program.required_schedule, run)
             return self._total_loss(run, shares)
 
     def run(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int], seed: int) -> Any:
@@ -277,7 +274,7 @@ def _epoch() -> float:
     return there - (before + after) / 2
 
 
-def _types(program: Program) -> dict[tuple[Kind, int, int], Types]:
+def _types(program: PipelinedProgram) -> dict[tuple[Kind, int, int], Types]:
     found: dict[tuple[Kind, int, int], Types] = {}
     for link in links_of(program):
         found[Kind.F, link.source, link.target] = link.values
@@ -285,13 +282,14 @@ def _types(program: Program) -> dict[tuple[Kind, int, int], Types]:
     return found
 
 
-def _ties(program: Program, placement: Sequence[int], rank: int) -> dict[str, tuple[int, ...]]:
+def _ties(program: PipelinedProgram, rank: int) -> dict[str, tuple[int, ...]]:
     """Trained parameter -> the pipeline ranks that have a copy, where these are several and ``rank`` is of them."""
+    placement = program.required_schedule.placement
     trained = {target for stage in program.stages for target in stage.required_role.grads}
     ranks = {name: tuple(sorted({placement[n] for n in stages})) for name, stages in users_of(program).items()}
     return {name: of for name, of in ranks.items() if name in trained and len(of) > 1 and rank in of}
 
 
-def _dtype_of_loss(program: Program) -> torch.dtype:
+def _dtype_of_loss(program: PipelinedProgram) -> torch.dtype:
     assert program.loss is not None
     return value(program.returned[program.loss]).dtype

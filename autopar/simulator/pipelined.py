@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autopar.errors import InvariantError
 from autopar.ir.node import value
-from autopar.ir.program import Program
+from autopar.ir.program import PipelinedProgram, Program
 from autopar.ir.signature import restore_output
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.ir.traffic import Transfer
@@ -27,7 +27,7 @@ from autopar.simulator.stage import Microbatch, SimulatedStage
 
 
 def simulate_pipeline(
-    program: Program,
+    program: PipelinedProgram,
     tensors: Mapping[str, Tensor],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -40,9 +40,8 @@ def simulate_pipeline(
     See :func:`autopar.simulate.simulate`. ``traffic`` has for each kind the most that a rank sends. Raises
     InvariantError also where the pipeline ranks wait for each other.
     """
-    assert program.schedule is not None, "the program has no schedule: it was not finished"
     with torch.no_grad():
-        run = _Run(program, program.schedule if backward else inference_schedule(program))
+        run = _Run(program, program.required_schedule if backward else inference_schedule(program))
         run.load(tensors, args, kwargs, backward, seed)
         run.play()
         return run.step(backward)
@@ -51,7 +50,7 @@ def simulate_pipeline(
 class _Run:
     """One step on all ranks."""
 
-    def __init__(self, program: Program, schedule: Schedule) -> None:
+    def __init__(self, program: PipelinedProgram, schedule: Schedule) -> None:
         self.program, self.schedule, self.mesh = program, schedule, program.mesh.of_stage
         self.lockstep = [Lockstep(self.mesh) for _ in schedule.ranks]
         self.stages: list[SimulatedStage] = []
@@ -69,7 +68,7 @@ class _Run:
         batches = microbatches.parts(args, kwargs, self.program.mesh, plan)
         rows = microbatches.rows(kwargs, batches, plan)
         programs = [self.program.of_rows(count == rows[0]) for count in rows]
-        flat = [replace(program, mesh=self.mesh) for program in programs]
+        flat = [replace(program.whole, mesh=self.mesh) for program in programs]
         given = []
         for number, (program, batch) in enumerate(zip(flat, batches)):
             kinds = (InputKind.INPUT, InputKind.SEED)

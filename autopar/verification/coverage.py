@@ -24,7 +24,7 @@ from autopar.cost.flops import flops, is_product
 from autopar.errors import AutoparError, IndivisibleError
 from autopar.ir import collectives as comm
 from autopar.ir.node import origin, value, values
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import Transfer
 from autopar.mesh import DATA_AXES, PIPELINE, Mesh
@@ -112,20 +112,21 @@ def cover(name: str, family: str, model: nn.Module, batch: Mapping[str, Any], ca
     return Coverage(name, family, count, unknown=unknown_operators(single), outcomes=outcomes)
 
 
-def unknown_operators(program: Program) -> tuple[str, ...]:
+def unknown_operators(program: AnyProgram) -> tuple[str, ...]:
     """Operators of a program that have no splitting rule."""
     targets = (node.target for node in program.graph.nodes if node.op == "call_function")
     operators = (target for target in targets if isinstance(target, torch._ops.OpOverload))
     return tuple(sorted({str(target) for target in operators if rule_for(target) is None}))
 
 
-def operations(program: Program) -> int:
+def operations(program: AnyProgram) -> int:
     """Operations that one rank does in a step, forward and backward; of a pipeline the rank that does most, where each
     microbatch counts as the first."""
-    if program.schedule is not None:
-        ranks = [0] * len(program.schedule.ranks)
-        for stage, place in zip(program.stages, program.schedule.placement):
-            ranks[place] += program.schedule.microbatches * operations(stage)
+    if isinstance(program, PipelinedProgram):
+        schedule = program.required_schedule
+        ranks = [0] * len(schedule.ranks)
+        for stage, place in zip(program.stages, schedule.placement):
+            ranks[place] += schedule.microbatches * operations(stage)
         return max(ranks)
     role = program.required_role
     graphs = [graph for graph in (role.forward, role.backward) if graph is not None]
@@ -173,7 +174,7 @@ def _measured(
 # ---------------------------------------------------------------- what is split, and what is not
 
 
-def compute_share(program: Program, axis: str) -> float:
+def compute_share(program: AnyProgram, axis: str) -> float:
     """The share of the forward pass's operations that ``axis`` splits; on data axes of those that see the batch.
     Pipeline stages split all of them."""
     if axis == PIPELINE:
@@ -184,7 +185,7 @@ def compute_share(program: Program, axis: str) -> float:
     return sum(count for node, count in done.items() if _splits(node, axis)) / total if total else 1.0
 
 
-def remarks(program: Program, axis: str, normalised: frozenset[str] = frozenset()) -> list[str]:
+def remarks(program: AnyProgram, axis: str, normalised: frozenset[str] = frozenset()) -> list[str]:
     """What keeps ``axis`` from passing. ``normalised``: modules that normalise by statistics of the whole batch."""
     if axis in DATA_AXES:
         seen = _after(program, InputKind.INPUT)
@@ -200,7 +201,7 @@ def remarks(program: Program, axis: str, normalised: frozenset[str] = frozenset(
     return []
 
 
-def _after(program: Program, kind: InputKind) -> set[fx.Node]:
+def _after(program: AnyProgram, kind: InputKind) -> set[fx.Node]:
     """Everything that depends on a placeholder of that kind."""
     found = {node for node, _ in program.placeholders(kind)}
     for node in program.graph.nodes:
@@ -214,9 +215,10 @@ def _splits(node: fx.Node, axis: str) -> bool:
     return any(axis in kind.layout.axes for near in (node, *node.all_input_nodes) for kind in values(near))
 
 
-def _irregular(program: Program, axis: str, normalised: frozenset[str]) -> Iterator[str]:
+def _irregular(program: AnyProgram, axis: str, normalised: frozenset[str]) -> Iterator[str]:
     """Collectives on a data axis that are no reduction of the loss or of gradients: some product follows on them."""
-    roles = [part.required_role for part in program.stages or (program,)]
+    parts = program.stages if isinstance(program, PipelinedProgram) else (program,)
+    roles = [part.required_role for part in parts]
     for graph in (graph for role in roles for graph in (role.forward, role.backward)):
         for node in graph.nodes if graph is not None else ():
             name = comm.moving(node.target)
@@ -241,7 +243,7 @@ def _feeds_a_product(node: fx.Node) -> bool:
     return False
 
 
-def _gathered_weights(program: Program, axis: str) -> Iterator[fx.Node]:
+def _gathered_weights(program: AnyProgram, axis: str) -> Iterator[fx.Node]:
     weights = {node for node, _ in program.placeholders(InputKind.PARAMETER)}
     for node in program.graph.nodes:
         if node.op != "call_function" or not node.all_input_nodes:
@@ -252,7 +254,7 @@ def _gathered_weights(program: Program, axis: str) -> Iterator[fx.Node]:
                 yield node
 
 
-def _whole_weights(program: Program, axis: str) -> Iterator[str]:
+def _whole_weights(program: AnyProgram, axis: str) -> Iterator[str]:
     total = held(program).whole
     for node, entry in program.placeholders(InputKind.PARAMETER):
         kind = value(node)

@@ -26,7 +26,7 @@ import torch
 
 from autopar.ir.graph_pass import Pass
 from autopar.ir.parse import parse
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram
 from autopar.ir.tables import Pins
 from autopar.passes import COMPILER
 from autopar.plan import Plan
@@ -45,7 +45,7 @@ ROLE = ("forward:", "backward:", "inference:")
 KNOWN = {"torch": torch, "Plan": Plan, "Precision": Precision}
 
 
-def pair_of(step: Pass) -> re.Match[str]:
+def pair_of(step: Pass[Any, Any]) -> re.Match[str]:
     module = inspect.getmodule(step.rewrite)
     found = PAIR.search(inspect.getdoc(module) or "")
     assert found, f"{step.name} has no pair on top: 'before:' and 'after:', each with a program in text form below"
@@ -86,7 +86,7 @@ def whole_text(mesh: str, found: dict[tuple[str, str], str]) -> str:
     return text
 
 
-def programs(step: Pass) -> tuple[Program, Program]:
+def programs(step: Pass[Any, Any]) -> tuple[AnyProgram, AnyProgram]:
     """The program before the pass, and that which is to come out."""
     pair = pair_of(step)
     mesh, plan = pair["mesh"] or "mesh()", eval(pair["plan"] or "Plan()", KNOWN)
@@ -102,7 +102,7 @@ def programs(step: Pass) -> tuple[Program, Program]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("step", PASSES, ids=lambda step: step.name)
-def test_the_pair_on_top(step: Pass) -> None:
+def test_the_pair_on_top(step: Pass[Any, Any]) -> None:
     before, after = programs(step)
     assert str(before) != str(after)
     assert str(step(before)) == str(after)

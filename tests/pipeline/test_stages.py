@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ from torch import Tensor
 
 from autopar.autodiff.halves import backward_steps
 from autopar.compiler import finish_program
-from autopar.errors import ProgramFileError
+from autopar.errors import InvariantError, ProgramFileError
 from autopar.ir.node import value
 from autopar.ir.parse import parse
-from autopar.ir.program import Program
+from autopar.ir.program import PipelinedProgram, Program
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.mesh import Mesh
 from autopar.pipeline.stages import Assignment, Crossing, crossings, first_ranks, stage_programs, users_of
@@ -44,14 +46,14 @@ program mesh(pp=3)
 STAGES = {"ids": 0, "first": 0, "h": 1, "g": 1, "both": 2, "logits": 2, "column": 2, "picked": 2, "loss": 2}
 
 
-def cut(schedule: str = "1f1b") -> Program:
+def cut(schedule: str = "1f1b", text: str = TEXT, constants: Mapping[str, Tensor] | None = None) -> PipelinedProgram:
     plan = Plan(microbatches=2, schedule=schedule, batch_dims={"x": 0})
-    program = parse(TEXT, plan)
+    program = parse(text, plan, constants)
     names = {node.name: node for node in program.graph.nodes}
     assignment = Assignment({names[name]: stage for name, stage in STAGES.items()}, frozenset())
-    stages = stage_programs(program, assignment, 3)
-    whole = parse(TEXT, plan)
-    return finish_program(Program(**{**vars(whole), "stages": stages}))
+    found = finish_program(program.cut_into(stage_programs(program, assignment, 3)))
+    assert isinstance(found, PipelinedProgram)
+    return found
 
 
 def state() -> dict[str, Tensor]:
@@ -138,6 +140,51 @@ def test_files_read_back(tmp_path: Path) -> None:
     assert str(Program.load(tmp_path / "out")) == str(program)
     ranks = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["ranks"]
     assert [row["stages"] for row in ranks] == [[0], [1], [2]]
+
+
+def test_the_tail_reads_back_also_by_its_older_name(tmp_path: Path) -> None:
+    """Files of before call the program of smaller last microbatches ``remainder``, and so their constants' names."""
+    program, last = (scaled(factor) for factor in (1.0, 2.0))
+    program = replace(program, tail=last)
+    program.save(tmp_path / "out")
+    again = Program.load(tmp_path / "out")
+    assert isinstance(again, PipelinedProgram) and again.tail is not None and str(again) == str(program)
+    older = str(program).replace("\ntail mesh", "\nremainder mesh")
+    assert older != str(program)
+    constants = {"c": torch.tensor(1.0).double(), "remainder/c": torch.tensor(2.0).double()}
+    read = parse(older, program.plan, constants)
+    assert isinstance(read, PipelinedProgram) and read.tail is not None and str(read) == str(program)
+    for found in (again, read):
+        assert found.tail is not None
+        assert [float(one.constants["c"]) for one in (found, found.tail)] == [1.0, 2.0]
+        assert [float(one.stages[1].constants["c"]) for one in (found, found.tail)] == [1.0, 2.0]
+    with pytest.raises(ProgramFileError, match="expected stages of the tail"):
+        parse(str(program.whole) + "\n\ntail mesh(pp=3)\n  return\n")
+
+
+def scaled(factor: float) -> PipelinedProgram:
+    """The program in which stage 1 multiplies by a constant ``c``."""
+    text = TEXT.replace("  x      = input", "  c      = const c                        : f64[]\n  x      = input")
+    text = text.replace("aten.gelu(h)                   : f64[6,4]", "aten.mul.Tensor(h, c)          : f64[6,4]")
+    return cut(text=text, constants={"c": torch.tensor(factor).double()})
+
+
+def test_the_whole_is_what_was_cut() -> None:
+    traced = parse(TEXT)
+    program = traced.cut_into(cut().stages)
+    assert isinstance(program, PipelinedProgram) and program.whole == traced
+    assert list(program.stages_on(0)) == [], "nobody runs anything before there is a schedule"
+    done = finish_program(program)
+    assert isinstance(done, PipelinedProgram)
+    assert [list(done.stages_on(place)) for place in range(3)] == [[0], [1], [2]]
+
+
+def test_what_is_not_finished_says_so() -> None:
+    program = parse(TEXT)
+    with pytest.raises(InvariantError, match="no role: it is not differentiated\nWay out"):
+        simulate(program, state(), (), {"x": torch.arange(6)})
+    with pytest.raises(InvariantError, match="no schedule: it was not finished\nWay out"):
+        simulate(program.cut_into(cut().stages), state(), (), {"x": torch.arange(12)})
 
 
 def test_a_damaged_schedule_names_its_line() -> None:
