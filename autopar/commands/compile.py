@@ -64,7 +64,7 @@ def compile_command(
 
 def _to_read(program: AnyProgram) -> Iterator[tuple[str, str]]:
     """Files for people: relative path and content."""
-    for number, stage in enumerate(program.stages if isinstance(program, PipelinedProgram) else (program,)):
+    for number, stage in enumerate(program.parts):
         yield f"stage{number}/rank.py", emit(stage.rank(0).graphs, stage)
     for place, rank in enumerate(program.mesh.group(0, "pp") if isinstance(program, PipelinedProgram) else ()):
         yield f"schedule/rank{place:03}.txt", program.rank(rank).instructions

@@ -142,6 +142,11 @@ class Program(_Program):
         return self.role
 
     @property
+    def parts(self) -> tuple[Program, ...]:
+        """The programs that have roles: this one."""
+        return (self,)
+
+    @property
     def graphs(self) -> dict[str, fx.Graph]:
         """``""``: its own graph; ``forward``, ``backward``, ``inference``: those of its role."""
         return {"": self.graph, **(self.role.graphs if self.role is not None else {})}
@@ -174,6 +179,11 @@ class PipelinedProgram(_Program):
     def whole(self) -> Program:
         """The program that was cut: of one microbatch, on all of the mesh."""
         return Program(**_shared(self))
+
+    @property
+    def parts(self) -> tuple[Program, ...]:
+        """The programs that have roles: the stages."""
+        return self.stages
 
     @property
     def required_schedule(self) -> Schedule:

@@ -217,8 +217,7 @@ def _splits(node: fx.Node, axis: str) -> bool:
 
 def _irregular(program: AnyProgram, axis: str, normalised: frozenset[str]) -> Iterator[str]:
     """Collectives on a data axis that are no reduction of the loss or of gradients: some product follows on them."""
-    parts = program.stages if isinstance(program, PipelinedProgram) else (program,)
-    roles = [part.required_role for part in parts]
+    roles = [part.required_role for part in program.parts]
     for graph in (graph for role in roles for graph in (role.forward, role.backward)):
         for node in graph.nodes if graph is not None else ():
             name = comm.moving(node.target)

@@ -71,7 +71,8 @@ def test_pins_of_other_nodes_pin_nothing() -> None:
 
 def test_without_pipeline_ranks_nothing_is_cut() -> None:
     before = program(TEXT.replace("pp=2", "dp=2"))
-    assert cut_stages(before).stages == ()
+    after = cut_stages(before)
+    assert isinstance(after, Program) and str(after) == str(before)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
