@@ -30,7 +30,7 @@ Sharded parameters are gathered before the first use of a bucket. Where whole gr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +38,15 @@ import torch
 from torch import fx
 
 from autopar.autodiff.differentiate import is_gathered
+from autopar.ir import shards
 from autopar.ir.blocks import block_of
+from autopar.ir.builder import Builder
 from autopar.ir.collectives import OPS, split_of, where
 from autopar.ir.graph_pass import graph_pass
-from autopar.ir.layout import Layout, Split
-from autopar.ir.node import Value, output_node, value
+from autopar.ir.layout import Split
+from autopar.ir.node import output_node, value
 from autopar.ir.program import Program
-from autopar.ir.rewrite import insert_before
+from autopar.ir.rewrite import operand
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 
@@ -85,10 +87,9 @@ class _Buckets:
             _gather_together(self.program.mesh, [node for (node,) in bucket])
 
     def reduce(self) -> None:
-        by_block = self.program.plan.zero > 1
         chains = list(self._chains())
         kinds = [tuple((link.target, *link.args[1:2], value(link).dtype) for link in chain) for chain in chains]
-        blocks = [block_of(chain[0]) if by_block else "" for chain in chains]
+        blocks = [block_of(chain[0]) if self.program.plan.zero > 1 else "" for chain in chains]
         for bucket in self._filled(chains, list(zip(kinds, blocks))):
             _reduce_together(self.program.mesh, bucket)
 
@@ -135,61 +136,11 @@ def _is_sum(node: fx.Node) -> bool:
 def _chain(node: fx.Node) -> Chain:
     links = [node]
     while links[0].target is REDUCE:
-        source = links[0].args[0]
-        assert isinstance(source, fx.Node)
+        source = operand(links[0])
         if not _is_sum(source) or set(source.users) != {links[0]}:
             break
         links.insert(0, source)
     return tuple(links)
-
-
-class _Writer:
-    """Writes operators on local tensors in front of a node."""
-
-    def __init__(self, before: fx.Node, mesh: Mesh, dtype: torch.dtype | None = None) -> None:
-        self.before, self.mesh, self.dtype = before, mesh, dtype or value(before).dtype
-
-    def shape(self, node: fx.Node) -> tuple[int, ...]:
-        return value(node).layout.local_shape(self.mesh)
-
-    def __call__(
-        self, target: Any, args: tuple[Any, ...], shape: Sequence[int], kwargs: Mapping[str, Any] | None = None
-    ) -> fx.Node:
-        return insert_before(self.before, target, args, kwargs, Value(self.dtype, Layout.whole(shape)))
-
-    def reshape(self, node: fx.Node, shape: Sequence[int]) -> fx.Node:
-        return self(aten.reshape.default, (node, list(shape)), shape)
-
-    def narrow(self, node: fx.Node, dim: int, start: int, stop: int) -> fx.Node:
-        shape = [stop - start if d == dim else size for d, size in enumerate(self.shape(node))]
-        return self(aten.slice.Tensor, (node, dim, start, stop), shape)
-
-    def permute(self, node: fx.Node, order: Sequence[int]) -> fx.Node:
-        shape = self.shape(node)
-        return self(aten.permute.default, (node, list(order)), [shape[dim] for dim in order])
-
-    def apart(self, node: fx.Node, dim: int, ways: int) -> fx.Node:
-        """(ways, n): the part of each rank in a row, that of the last padded with zeros."""
-        shape = list(self.shape(node))
-        part = -(-shape[dim] // ways)
-        if missing := part * ways - shape[dim]:
-            shape[dim] += missing
-            padding = [0, 0] * (len(shape) - 1 - dim) + [0, missing]
-            node = self(aten.constant_pad_nd.default, (node, padding, 0.0), shape)
-        if dim:
-            node = self.reshape(node, (*shape[:dim], ways, part, *shape[dim + 1 :]))
-            node = self.permute(node, (dim, *(d for d in range(len(shape) + 1) if d != dim)))
-        return self.reshape(node, (ways, math.prod(shape) // ways))
-
-    def together(self, node: fx.Node, dim: int, ways: int, shape: Sequence[int]) -> fx.Node:
-        """The inverse of :meth:`apart`."""
-        part = -(-shape[dim] // ways)
-        padded = [part * ways if d == dim else size for d, size in enumerate(shape)]
-        if dim:
-            node = self.reshape(node, (ways, *(part if d == dim else size for d, size in enumerate(shape))))
-            node = self.permute(node, (*range(1, dim + 1), 0, *range(dim + 1, len(shape) + 1)))
-        node = self.reshape(node, padded)
-        return node if padded[dim] == shape[dim] else self.narrow(node, dim, 0, shape[dim])
 
 
 def _gather_together(mesh: Mesh, bucket: Sequence[fx.Node]) -> None:
@@ -197,18 +148,18 @@ def _gather_together(mesh: Mesh, bucket: Sequence[fx.Node]) -> None:
     assert isinstance(axis, str) and isinstance(ways, int)
     for node in bucket[1:]:
         _hoist(node.all_input_nodes[0], first)
-    write = _Writer(first, mesh)
-    lengths = [math.prod(write.shape(node.all_input_nodes[0])) for node in bucket]
-    flat = [write.reshape(node.all_input_nodes[0], (length,)) for node, length in zip(bucket, lengths)]
+    op = Builder(before=first, mesh=mesh)
+    sources = [node.all_input_nodes[0] for node in bucket]
+    lengths = [math.prod(op.shape(source)) for source in sources]
     total = sum(lengths)
-    own = write(aten.cat.default, (flat,), (total,))
-    gathered = write(first.target, (own, *where(FIRST, axis, ways, ways * total)), (ways * total,))
-    rows = write.reshape(gathered, (ways, total))
+    own = op(aten.cat.default, [op(aten.reshape.default, source, [length]) for source, length in zip(sources, lengths)])
+    gathered = op(first.target, own, *where(FIRST, axis, ways, ways * total))
+    rows = op(aten.reshape.default, gathered, [ways, total])
     start = 0
     for node, length in zip(bucket, lengths):
-        write = _Writer(node, mesh)  # unpacked where it was gathered: just before its use
-        piece = write.narrow(rows, 1, start, start + length)
-        node.replace_all_uses_with(write.together(piece, split_of(node.args[1:]).dim, ways, write.shape(node)))
+        op = Builder(before=node, mesh=mesh)  # unpacked where it was gathered: just before its use
+        piece = op(aten.slice.Tensor, rows, 1, start, start + length)
+        node.replace_all_uses_with(shards.together(op, piece, op.shape(node), split_of(node.args[1:]).dim, ways))
         start += length
     for node in bucket:
         node.graph.erase_node(node)
@@ -224,27 +175,26 @@ def _hoist(node: fx.Node, before: fx.Node) -> None:
 
 def _reduce_together(mesh: Mesh, bucket: list[Chain]) -> None:
     last, links = bucket[-1][-1], bucket[-1]  # where all arguments are there
-    write = _Writer(last, mesh, value(links[0]).dtype)
-    results = [chain[-1] for chain in bucket]
-    lengths = [math.prod(write.shape(node)) for node in results]
+    op = Builder(before=last, mesh=mesh)
+    results, given = [chain[-1] for chain in bucket], [chain[0].all_input_nodes[0] for chain in bucket]
+    lengths = [math.prod(op.shape(node)) for node in results]
     scatters, total = links[0].target is SCATTER, sum(lengths)
-    given = [chain[0].all_input_nodes[0] for chain in bucket]
     if scatters:
         axis, ways = links[0].args[1], links[0].args[2]
         assert isinstance(axis, str) and isinstance(ways, int)
-        rows = [write.apart(node, split_of(chain[0].args[1:]).dim, ways) for node, chain in zip(given, bucket)]
-        flat = write.reshape(write(aten.cat.default, (rows, 1), (ways, total)), (ways * total,))
-        flat = write(SCATTER, (flat, *where(FIRST, axis, ways, ways * total)), (total,))
+        dims = [split_of(chain[0].args[1:]).dim for chain in bucket]
+        rows = [shards.apart(op, node, op.shape(node), dim, ways) for node, dim in zip(given, dims)]
+        flat = op(aten.reshape.default, op(aten.cat.default, rows, 1), [ways * total])
+        flat = op(SCATTER, flat, *where(FIRST, axis, ways, ways * total))
     else:
-        rows = [write.reshape(node, (length,)) for node, length in zip(given, lengths)]
-        flat = write(aten.cat.default, (rows,), (total,))
+        flat = op(aten.cat.default, [op(aten.reshape.default, node, [length]) for node, length in zip(given, lengths)])
     for link in links[scatters:]:
-        write.dtype = value(link).dtype
-        flat = write(link.target, (flat, *link.args[1:]), (total,), link.kwargs)
+        settings: dict[str, Any] = dict(link.kwargs)
+        flat = op(link.target, flat, *link.args[1:], **settings)
     start = 0
     for node, length in zip(results, lengths):
-        piece = write.narrow(flat, 0, start, start + length)
-        node.replace_all_uses_with(write.reshape(piece, write.shape(node)))
+        piece = op(aten.slice.Tensor, flat, 0, start, start + length)
+        node.replace_all_uses_with(op(aten.reshape.default, piece, list(op.shape(node))))
         start += length
     for chain in bucket:
         for link in reversed(chain):

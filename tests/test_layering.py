@@ -13,7 +13,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("autopar", "passes", "models", "tests", "benchmarks", "examples")
 MOST_LINES, MOST_LINES_OF_A_PASS, MOST_LINES_OF_A_FUNCTION = 400, 200, 60
-LONGER = {"bucket_collectives"}  # passes, not yet cut down
 DULL = {"util", "utils", "helper", "helpers", "manager", "common", "core", "misc"}
 
 # Who may stand on whom. A room is a folder of autopar/, or a file of its root; from the ground up. "*" is everything
@@ -112,17 +111,11 @@ def test_passes_do_not_import_each_other() -> None:
         assert not found, f"{path.name} imports {found}; what two passes share belongs into autopar/"
 
 
-@pytest.mark.parametrize("path", [path for path in sources("passes") if path.stem not in LONGER], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sources("passes"), ids=lambda p: p.stem)
 def test_a_pass_is_short(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").count("\n")
     where = "library code belongs into autopar/"
     assert lines <= MOST_LINES_OF_A_PASS, f"{path.name} has {lines} lines, at most {MOST_LINES_OF_A_PASS}; {where}"
-
-
-def test_passes_that_are_longer_are_listed_only_as_long_as_they_are() -> None:
-    for name in LONGER:
-        lines = (ROOT / "passes" / f"{name}.py").read_text(encoding="utf-8").count("\n")
-        assert lines > MOST_LINES_OF_A_PASS, f"{name} has {lines} lines now; take it out of LONGER"
 
 
 def test_nothing_imports_models() -> None:

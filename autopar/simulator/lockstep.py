@@ -2,6 +2,9 @@
 
 ``collective`` says what every communication operator computes, over the parts that the members of one group hold;
 ``Lockstep`` runs whole graphs. Ranks that hold the very same tensor share the work on it.
+
+Parts are cut and joined by the indices that their owners have, plainly, and not by the faster code of the runtime
+(:mod:`autopar.runtime.pieces`), on purpose: the simulator is what the runtime is tested against.
 """
 
 from __future__ import annotations
