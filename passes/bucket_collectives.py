@@ -69,7 +69,6 @@ def bucket_collectives(program: Program) -> Program:
         _Buckets(program, graph, limit).gather([node for node in graph.nodes if is_gathered(node, parameters)])
     if role.backward is not None:
         _Buckets(program, role.backward, limit).reduce()
-        role.backward.lint()
     return program
 
 
