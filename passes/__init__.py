@@ -1,4 +1,5 @@
 """The compiler: one list of phases, each an ordered list of passes. ``autopar show --passes`` prints it.
+After each pass the contracts of its phase's level are checked (``levels.py``).
 
 Each file of this folder holds one pass; nothing in it imports another pass. A traced program goes in; out come the
 forward and backward graphs that a rank runs. On a mesh with ``pp`` the passes up to the cut see the whole model,
@@ -11,6 +12,8 @@ from __future__ import annotations
 from autopar.autodiff import differentiate as autodiff
 from autopar.ir.graph_pass import Pass, Phase, graph_pass
 from autopar.ir.program import AnyProgram
+from autopar.ir.role_invariants import is_not_differentiated
+from autopar.levels import DIFFERENTIATED, SCHEDULED, SPLIT, TRACED
 from autopar.passes.bucket_collectives import bucket_collectives
 from autopar.passes.canonicalize import canonicalize
 from autopar.passes.cast_parameters import cast_parameters
@@ -34,7 +37,9 @@ from autopar.passes.unstack_recurrent_layers import unstack_recurrent_layers
 from autopar.passes.write_bags import write_bags
 from autopar.passes.write_losses_as_sums import write_losses_as_sums
 
-differentiate: Pass[AnyProgram, AnyProgram] = graph_pass(copies=False)(autodiff.differentiate)
+differentiate: Pass[AnyProgram, AnyProgram] = graph_pass(requires=(is_not_differentiated,), copies=False)(
+    autodiff.differentiate
+)
 
 COMPILER = (
     Phase(
@@ -52,6 +57,7 @@ COMPILER = (
             synchronise_batch_norm,  # statistics of the whole batch, before the batch is split
             write_losses_as_sums,  # a mean must stay a mean over all tokens once tokens are split
         ),
+        TRACED,
     ),
     Phase(
         "split",
@@ -61,18 +67,21 @@ COMPILER = (
             shard_parameters,  # last of the axes: what the others have made of a parameter is what is gathered
             cast_parameters,  # in front of all that happens to a parameter: its cast is gathered, and half the bytes
         ),
+        SPLIT,
     ),
     Phase(
         "cut",
         (
             cut_stages,  # once everything that a stage will compute is there to be counted
         ),
+        SPLIT,
     ),
     Phase(
         "differentiate",
         (
             differentiate,  # last of all that only looks at the forward pass
         ),
+        DIFFERENTIATED,
     ),
     Phase(
         "optimise",  # forward and backward graphs; numbers stay the same, up to rounding
@@ -83,6 +92,7 @@ COMPILER = (
             bucket_collectives,
             overlap_collectives,  # last: the order that it makes is the order that ranks run
         ),
+        DIFFERENTIATED,
         each_stage=True,
     ),
     Phase(
@@ -90,5 +100,6 @@ COMPILER = (
         (
             schedule_microbatches,  # once each stage is what it will be, and with it what the stages send each other
         ),
+        SCHEDULED,
     ),
 )

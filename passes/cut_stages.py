@@ -34,10 +34,11 @@ from autopar.ir.tables import Decision, OutputKind
 from autopar.mesh import PIPELINE
 from autopar.pipeline.assignment import assign_stages
 from autopar.pipeline.planned_schedule import most_in_flight, planned_schedule
+from autopar.pipeline.stage_invariants import is_not_cut
 from autopar.pipeline.stages import Assignment, stage_programs
 
 
-@graph_pass(when=lambda program: program.mesh.is_pipelined)
+@graph_pass(requires=(is_not_cut,), when=lambda program: program.mesh.is_pipelined)
 def cut_stages(program: Program) -> PipelinedProgram:
     schedule = planned_schedule(program.plan, program.mesh)
     count = len(schedule.placement)

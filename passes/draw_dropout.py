@@ -32,6 +32,7 @@ from autopar import operators
 from autopar.errors import AutoparError
 from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
+from autopar.ir.invariants import nothing_is_placed
 from autopar.ir.layout import Layout
 from autopar.ir.node import Origin, Value, origin, set_values, value
 from autopar.ir.program import Program
@@ -41,7 +42,7 @@ from autopar.ir.tables import Input, InputKind
 aten = torch.ops.aten
 
 
-@graph_pass()
+@graph_pass(requires=(nothing_is_placed,))
 def draw_dropout(program: Program) -> Program:
     graph = program.graph
     attentions = [n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default and _p(n) > 0]

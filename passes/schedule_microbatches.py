@@ -35,12 +35,13 @@ from autopar.ir.graph_pass import graph_pass
 from autopar.ir.program import PipelinedProgram
 from autopar.pipeline.links import links_of
 from autopar.pipeline.planned_schedule import planned_schedule
+from autopar.pipeline.stage_invariants import is_not_scheduled
 from autopar.schedules.check import check_schedule
 from autopar.schedules.messages import with_messages
 from autopar.schedules.timing import timeline
 
 
-@graph_pass(when=lambda program: isinstance(program, PipelinedProgram), copies=False)
+@graph_pass(requires=(is_not_scheduled,), when=lambda program: isinstance(program, PipelinedProgram), copies=False)
 def schedule_microbatches(program: PipelinedProgram) -> PipelinedProgram:
     schedule, links = planned_schedule(program.plan, program.mesh), links_of(program)
     if not schedule.has_messages:

@@ -29,18 +29,22 @@ from torch import fx
 from autopar.ir import collectives as comm
 from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
+from autopar.ir.invariants import parameters_whole_on
 from autopar.ir.layout import Split
 from autopar.ir.node import Value, set_values, value
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import bytes_of
-from autopar.mesh import Mesh
+from autopar.mesh import DATA_AXES, Mesh
 
 ENTER = comm.OPS.enter.default
 LARGE = 0.01  # of the bytes of all parameters: what is smaller may stay whole without a word
 
 
-@graph_pass(when=lambda program: bool(program.plan.zero) and shard_axis(program.mesh) is not None)
+@graph_pass(
+    requires=tuple(parameters_whole_on(axis) for axis in DATA_AXES),
+    when=lambda program: bool(program.plan.zero) and shard_axis(program.mesh) is not None,
+)
 def shard_parameters(program: Program) -> Program:
     axis = shard_axis(program.mesh)
     assert axis is not None

@@ -28,6 +28,7 @@ from torch import fx
 from autopar.errors import IndivisibleError
 from autopar.ir.batch import batch_dims
 from autopar.ir.graph_pass import graph_pass
+from autopar.ir.invariants import nothing_is_placed
 from autopar.ir.layout import INVARIANT, Placement, Split
 from autopar.ir.node import value
 from autopar.ir.program import Program
@@ -38,7 +39,10 @@ from autopar.split.flow import Flow, Key
 from autopar.split.split_axis import split_axis
 
 
-@graph_pass(when=lambda program: any(program.mesh.size(axis) > 1 for axis in DATA_AXES))
+@graph_pass(
+    requires=(nothing_is_placed,),  # it is the first: axes that split what is split already would cut other rows
+    when=lambda program: any(program.mesh.size(axis) > 1 for axis in DATA_AXES),
+)
 def split_batch(program: Program) -> Program:
     for axis in DATA_AXES:
         if program.mesh.size(axis) > 1:

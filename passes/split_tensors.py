@@ -25,6 +25,7 @@ With ``Plan(sequence="megatron")`` activations between blocks are split along th
 from __future__ import annotations
 
 from autopar.ir.graph_pass import graph_pass
+from autopar.ir.invariants import whole_on
 from autopar.ir.program import Program
 from autopar.split.choose import Choice
 from autopar.split.flow import Flow
@@ -33,7 +34,7 @@ from autopar.split.split_axis import split_axis
 from autopar.split.tensor_policy import TensorPolicy
 
 
-@graph_pass()
+@graph_pass(requires=(whole_on("tp"),))
 def split_tensors(program: Program) -> Program:
     policy = TensorPolicy(program.plan.tensor)
 

@@ -50,6 +50,7 @@ from torch import fx
 
 from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
+from autopar.ir.invariants import nothing_is_placed
 from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.rewrite import substitute
@@ -58,7 +59,10 @@ from autopar.mesh import BATCH_AXES
 aten = torch.ops.aten
 
 
-@graph_pass(when=lambda program: any(program.mesh.size(axis) > 1 for axis in BATCH_AXES))
+@graph_pass(
+    requires=(nothing_is_placed,),
+    when=lambda program: any(program.mesh.size(axis) > 1 for axis in BATCH_AXES),
+)
 def synchronise_batch_norm(program: Program) -> Program:
     for node in list(program.graph.nodes):
         if node.target is aten._native_batch_norm_legit_functional.default and node.args[5]:

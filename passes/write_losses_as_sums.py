@@ -25,6 +25,7 @@ from torch import fx
 from autopar import operators
 from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
+from autopar.ir.invariants import nothing_is_placed
 from autopar.ir.node import value
 from autopar.ir.program import Program
 
@@ -32,7 +33,7 @@ aten = torch.ops.aten
 _MEAN, _SUM = 1, 2
 
 
-@graph_pass()
+@graph_pass(requires=(nothing_is_placed,))
 def write_losses_as_sums(program: Program) -> Program:
     for node in list(program.graph.nodes):
         if node.target is aten.cross_entropy_loss.default:

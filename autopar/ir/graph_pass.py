@@ -26,7 +26,7 @@ from torch import fx
 
 from autopar.errors import AutoparError, InvariantError, ProgramFileError
 from autopar.ir.parse import parse
-from autopar.ir.program import AnyProgram, Program, format_program
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program, format_program
 from autopar.ir.text import operator_name
 from autopar.plan import Plan
 
@@ -75,16 +75,14 @@ class Pass(Generic[Before, After]):
         """
         if not self.when(program):
             return replace(program, passes=(*program.passes, self.name))
-        for contract in self.requires:
-            contract(program)
+        _hold(self.requires, program, f"required by pass {self.name}")
         own: Any = program.clone() if self.copies else program
         result: Any = self.rewrite(own)
         if not isinstance(result, AnyProgram):
             raise InvariantError(f"pass {self.name} returned {type(result).__name__}\nLikely fix: return the program")
         for graph in result.graphs.values():
             _lint(graph)
-        for contract in self.ensures:
-            contract(result)
+        _hold(self.ensures, result, f"broken by pass {self.name}")
         return cast(After, replace(result, passes=(*program.passes, self.name)))
 
 
@@ -108,21 +106,58 @@ def graph_pass(
 
 
 @dataclass(frozen=True)
+class Level:
+    """What holds between passes: ``contracts`` of a program, or of each stage of a pipeline by itself; ``of_stages``
+    of all stages together."""
+
+    name: str
+    contracts: tuple[Contract, ...] = ()
+    of_stages: tuple[Contract, ...] = ()
+
+    def check(self, program: AnyProgram, step: str) -> None:
+        """Raises InvariantError that names the broken contract, the stage, and ``step`` as what broke it."""
+        said = f"of a {self.name} program, broken by {step}"
+        if isinstance(program, Program):
+            _hold(self.contracts, program, said)
+            return
+        for number, stage in enumerate(program.stages):
+            _hold(self.contracts, stage, f"of stage {number} {said}")
+        _hold(self.of_stages, program, said)
+
+
+def _hold(contracts: Iterable[Contract], program: AnyProgram, said: str) -> None:
+    for contract in contracts:
+        try:
+            contract(program)
+        except InvariantError as error:
+            raise InvariantError(f"{error}\nContract {getattr(contract, '__name__', contract)}, {said}") from None
+
+
+UNCHECKED = Level("unchecked")
+
+
+@dataclass(frozen=True)
 class Phase:
-    """Passes that run one after another. ``each_stage``: on the stages of a pipeline, on each by itself."""
+    """Passes that run one after another; after each the contracts of ``level`` hold. ``each_stage``: on the stages of a
+    pipeline, on each by itself."""
 
     name: str
     passes: tuple[Pass[Any, Any], ...]
+    level: Level = UNCHECKED
     each_stage: bool = False
 
     def run(self, step: Pass[Any, Any], program: AnyProgram) -> AnyProgram:
-        """``program`` after ``step`` of this phase. Raises what the pass raises."""
-        after: AnyProgram
-        if not self.each_stage or isinstance(program, Program):
+        """``program`` after ``step`` of this phase. Raises what the pass raises, InvariantError for contracts."""
+        parts: tuple[AnyProgram, ...] = (program,)
+        if self.each_stage and isinstance(program, PipelinedProgram):
+            parts = program.stages
+            stages = tuple(step(stage) for stage in program.stages)
+            after: AnyProgram = replace(program, stages=stages, passes=(*program.passes, step.name))
+        else:
             after = step(program)
-            return after
-        stages = tuple(step(stage) for stage in program.stages)
-        return replace(program, stages=stages, passes=(*program.passes, step.name))
+        if any(step.when(part) for part in parts):
+            self.level.check(after, f"pass {step.name}")
+        return after
 
 
 def steps_of(
@@ -150,6 +185,8 @@ def run_phases(
     Raises ValueError for an unknown pass.
     """
     steps, dumped = steps_of(phases, since, until), _dumped(phases)
+    if since is None and phases:
+        phases[0].level.check(program, TRACE)
     for phase, step in steps:
         try:
             after = phase.run(step, program)

@@ -1,6 +1,8 @@
 """Contracts that passes state about programs. Each raises InvariantError that names the node and the likely fix.
 
-A contract is a function ``(program) -> None``; passes list them as ``requires`` and ``ensures`` (see ``pipeline.py``).
+A contract is a function ``(program) -> None``. The levels of the compiler list them (``levels.py``), and passes may add
+their own as ``requires`` and ``ensures`` (``graph_pass.py``). Each walks through a graph at most once. Those here are
+about the program's own graph; ``role_invariants.py`` has those about what is differentiated.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Layout
-from autopar.ir.node import Node, origin, output_node, values
+from autopar.ir.node import Node, origin, output_node, value, values
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind, OutputKind
 
@@ -81,6 +83,18 @@ def placeholders_match_inputs(program: Program) -> None:
         raise InvariantError(f"{twice[0][0].value} '{twice[0][1]}' is there twice\nLikely fix: merge the placeholders")
 
 
+def constants_are_there(program: Program) -> None:
+    """Every constant that the graph takes has its tensor in the program, of the shape and dtype that the node says."""
+    for node, entry in program.placeholders(InputKind.CONSTANT):
+        tensor = program.constants.get(entry.target)
+        if tensor is None:
+            raise broken(node, f"there is no constant '{entry.target}'", "add its tensor to program.constants")
+        for kind in values(node):
+            if tuple(tensor.shape) != kind.shape or tensor.dtype != kind.dtype:
+                problem = f"constant '{entry.target}' is {tensor.dtype} {tuple(tensor.shape)}, the node says otherwise"
+                raise broken(node, problem, "change program.constants and the node together")
+
+
 def results_match_outputs(program: Program) -> None:
     """Every returned value is a node, and program.outputs has one entry for each."""
     end = output_node(program.graph)
@@ -104,37 +118,49 @@ def every_value_has_a_layout(program: Program) -> None:
 def layouts_fit_the_mesh(program: Program) -> None:
     """Layouts speak of axes of the mesh, and of each axis at most once."""
     for node in program.graph.nodes:
-        for value in values(node):
-            owners = [axis for dim in value.layout.dims for factor in dim for axis in factor.axes]
-            for axis, count in Counter([*owners, *(axis for axis, _ in value.layout.partial)]).items():
+        for kind in values(node):
+            owners = [axis for dim in kind.layout.dims for factor in dim for axis in factor.axes]
+            for axis, count in Counter([*owners, *(axis for axis, _ in kind.layout.partial)]).items():
                 if axis not in program.mesh.names:
                     fix = "place values only on axes of program.mesh"
-                    raise broken(node, f"{value.layout} speaks of axis '{axis}', {program.mesh} has none", fix)
+                    raise broken(node, f"{kind.layout} speaks of axis '{axis}', {program.mesh} has none", fix)
                 if count > 1:
                     fix = "take the value off the axis (Layout.without) before placing it again"
-                    raise broken(node, f"{value.layout} has axis '{axis}' {count} times", fix)
+                    raise broken(node, f"{kind.layout} has axis '{axis}' {count} times", fix)
 
 
 def no_partial_value_escapes(program: Program) -> None:
-    """No output and no buffer update is a pending reduction."""
+    """No output and no buffer update is a pending reduction. What a stage sends may be one."""
     for node, entry in zip(program.returned, program.outputs):
-        for value in values(node):
-            for axis, op in value.layout.partial:
+        for kind in values(node) if entry.kind is not OutputKind.SENT else ():
+            for axis, op in kind.layout.partial:
                 name = f"'{entry.target}'" if entry.target else "result"
-                problem = f"{entry.kind.value} {name} is a pending {op} over axis '{axis}' ({value.layout})"
+                problem = f"{entry.kind.value} {name} is a pending {op} over axis '{axis}' ({kind.layout})"
                 raise broken(node, problem, f"insert comm.all_reduce(..., {axis}) before it is returned")
 
 
 def loss_is_invariant(program: Program) -> None:
     """Scalar outputs are whole on every axis: all ranks compute the same loss."""
     for node, entry in zip(program.returned, program.outputs):
-        for value in values(node):
-            scalar = entry.kind is OutputKind.USER and not value.shape
-            pending = dict(value.layout.partial)
+        for kind in values(node):
+            scalar = entry.kind is OutputKind.USER and not kind.shape
+            pending = dict(kind.layout.partial)
             if scalar and pending:
                 axis, op = next(iter(pending.items()))
                 problem = f"the scalar output '{entry.target}' is still a {op} over axis '{axis}'"
                 raise broken(node, problem, f"all-reduce it over {axis}: the loss is that of the whole batch")
+
+
+def nothing_is_placed(program: Program) -> None:
+    """No value is split or partial on any axis, and nothing is sent: the splitting passes are yet to come."""
+    for node in program.graph.nodes:
+        if node.target in comm.TARGETS:
+            fix = "leave collectives to the splitting passes, or run this pass before them"
+            raise broken(node, f"comm.{comm.TARGETS[node.target]} before anything is split", fix)
+        for kind in values(node):
+            if kind.layout.axes or kind.layout.partial:
+                fix = "leave placing values to the splitting passes, or run this pass before them"
+                raise broken(node, f"{kind.layout} is placed on the mesh already", fix)
 
 
 def whole_on(axis: str) -> Contract:
@@ -142,12 +168,25 @@ def whole_on(axis: str) -> Contract:
 
     def contract(program: Program) -> None:
         for node in program.graph.nodes:
-            for value in values(node):
-                if state(value.layout, axis) != WHOLE:
+            for kind in values(node):
+                if state(kind.layout, axis) != WHOLE:
                     fix = f"run one pass for axis '{axis}', once"
-                    raise broken(node, f"{value.layout} is already placed on axis '{axis}'", fix)
+                    raise broken(node, f"{kind.layout} is already placed on axis '{axis}'", fix)
 
     contract.__name__ = f"whole_on({axis})"
+    return contract
+
+
+def parameters_whole_on(axis: str) -> Contract:
+    """The contract that no parameter is split on ``axis`` yet: what the pass requires that splits them over it."""
+
+    def contract(program: Program) -> None:
+        for node, entry in program.placeholders(InputKind.PARAMETER):
+            if axis in value(node).layout.axes:
+                problem = f"parameter '{entry.target}' is {value(node).layout}, split on axis '{axis}' already"
+                raise broken(node, problem, f"split parameters over '{axis}' in one pass, once")
+
+    contract.__name__ = f"parameters_whole_on({axis})"
     return contract
 
 
@@ -181,64 +220,7 @@ def collectives_match_layouts(program: Program) -> None:
         operand, axis = node.args[0], str(node.args[1])
         assert isinstance(operand, Node)
         for what, holder, expected in zip(("operand", "result"), (operand, node), CHANGES[name]):
-            for value in values(holder)[:1]:
-                if state(value.layout, axis) != expected:
-                    problem = f"the {what} of comm.{name} is {value.layout}; it should be {expected} on axis '{axis}'"
+            for kind in values(holder)[:1]:
+                if state(kind.layout, axis) != expected:
+                    problem = f"the {what} of comm.{name} is {kind.layout}; it should be {expected} on axis '{axis}'"
                     raise broken(node, problem, "give it the layout, or choose the collective, that fits")
-
-
-# ---------------------------------------------------------------- roles
-
-
-def roles_are_complete(program: Program) -> None:
-    """The role returns what its tables say, and its graphs take what the others hand them."""
-    for name, graph, takes, gives in _signatures(program):
-        nodes = [node for node in graph.nodes if node.op == "placeholder"]
-        results = output_node(graph).args[0]
-        assert isinstance(results, (tuple, list))
-        if len(nodes) != takes or len(results) != gives:
-            raise InvariantError(
-                f"the {name} graph takes {len(nodes)} and returns {len(results)} values; its role says "
-                f"{takes} and {gives}\nLikely fix: change saved, differentiable and grads with the graphs"
-            )
-
-
-def _signatures(program: Program) -> Iterator[tuple[str, torch.fx.Graph, int, int]]:
-    """(name, graph, how many values it has to take, how many to return)"""
-    role, inputs, outputs = program.role, len(program.inputs), len(program.outputs)
-    if role is None:
-        return
-    yield "forward", role.forward, inputs, outputs + role.saved
-    yield "inference", role.inference, inputs, outputs
-    if role.backward is not None:
-        yield "backward", role.backward, role.saved + len(role.differentiable), len(role.grads)
-
-
-def gradients_match_parameters(program: Program) -> None:
-    """The gradient of a parameter has the parameter's local shape and is no pending reduction."""
-    placed = {entry.target: node for node, entry in program.placeholders(InputKind.PARAMETER)}
-    role = program.role
-    if role is None or role.backward is None:
-        return
-    results = output_node(role.backward).args[0]
-    assert isinstance(results, (tuple, list))
-    for target, node in zip(role.grads, results):
-        if target not in placed or not isinstance(node, Node):
-            continue
-        for grad, parameter in zip(values(node), values(placed[target])):
-            if grad.layout.partial:
-                fix = "the parameter must enter each axis on which it is used differently (comm.enter)"
-                raise broken(node, f"the gradient of '{target}' is a pending sum: {grad.layout}", fix)
-            sizes = grad.layout.local_shape(program.mesh), parameter.layout.local_shape(program.mesh)
-            if sizes[0] != sizes[1]:
-                fix = "the rule of the operator that uses the parameter, or a collective's dual, is wrong"
-                raise broken(node, f"the gradient of '{target}' is {sizes[0]}, the parameter {sizes[1]}", fix)
-
-
-GRAPH_CONTRACTS: tuple[Contract, ...] = (is_flat, placeholders_match_inputs, results_match_outputs)
-LAYOUT_CONTRACTS: tuple[Contract, ...] = (
-    every_value_has_a_layout,
-    layouts_fit_the_mesh,
-    collectives_fit_the_mesh,
-    collectives_match_layouts,
-)

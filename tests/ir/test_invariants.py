@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autopar.errors import InvariantError
-from autopar.ir import invariants
+from autopar.ir import invariants, role_invariants
 from autopar.ir.invariants import Contract
 from autopar.ir.node import Origin, output_node, set_origin
 from autopar.ir.parse import parse
@@ -28,8 +28,8 @@ ALL: list[Contract] = [
     invariants.no_dead_collectives,
     invariants.collectives_fit_the_mesh,
     invariants.collectives_match_layouts,
-    invariants.roles_are_complete,
-    invariants.gradients_match_parameters,
+    role_invariants.roles_are_complete,
+    role_invariants.gradients_match_parameters,
     invariants.whole_on("sp"),
 ]
 
@@ -166,7 +166,7 @@ def test_functional_and_flat_graphs() -> None:
 
 def test_roles() -> None:
     program = parse(RIGHT_ROLES)
-    role, contract = program.required_role, invariants.roles_are_complete
+    role, contract = program.required_role, role_invariants.roles_are_complete
     wrong = replace(program, role=replace(role, saved=2))
     breaks(contract, wrong, "the forward graph takes 2 and returns 3 values; its role says 2 and 4")
     wrong = replace(program, role=replace(role, grads=()))
@@ -174,7 +174,7 @@ def test_roles() -> None:
 
 
 def test_gradients_and_parameters() -> None:
-    contract = invariants.gradients_match_parameters
+    contract = role_invariants.gradients_match_parameters
     other = parse(ROLES.replace("f32[2,2]", "f32[4,2]"))
     breaks(contract, other, "mm: the gradient of 'w' is (4, 2), the parameter (2, 2)")
     partial = parse(RIGHT_ROLES.replace("aten.mm(t, x) : f32[4@tp,2]", "aten.mm(t, x) : f32[4,2]{sum:tp}"))

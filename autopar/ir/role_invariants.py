@@ -1,0 +1,167 @@
+"""Contracts about the role of a differentiated program: its forward, backward and inference graphs; see
+``invariants.py``. Of a program without a role only the first two say something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import fx
+
+from autopar.errors import InvariantError
+from autopar.ir import collectives as comm
+from autopar.ir.invariants import broken
+from autopar.ir.node import Node, output_node, values
+from autopar.ir.program import AnyProgram, Program
+from autopar.ir.tables import InputKind
+from autopar.mesh import Mesh
+
+Type = tuple[tuple[int, ...], torch.dtype]
+
+
+def is_not_differentiated(program: AnyProgram) -> None:
+    """There is no role yet: what rewrites the program's own graph then would leave it behind."""
+    parts = (program,) if isinstance(program, Program) else program.stages
+    if any(part.role is not None for part in parts):
+        raise InvariantError(
+            "the program has forward and backward graphs already\nLikely fix: run this pass before differentiate, once"
+        )
+
+
+def is_differentiated(program: Program) -> None:
+    """There is a role, whose graphs ranks run."""
+    if program.role is None:
+        raise InvariantError("there is no role any more\nLikely fix: return the program with the role that it had")
+
+
+def roles_are_complete(program: Program) -> None:
+    """The role returns what its tables say, and its graphs take what the others hand them."""
+    for name, graph, takes, gives in _signatures(program):
+        nodes, results = _placeholders(graph), _results(graph)
+        if len(nodes) != takes or len(results) != gives:
+            raise InvariantError(
+                f"the {name} graph takes {len(nodes)} and returns {len(results)} values; its role says "
+                f"{takes} and {gives}\nLikely fix: change saved, differentiable and grads with the graphs"
+            )
+
+
+def _signatures(program: Program) -> Iterator[tuple[str, fx.Graph, int, int]]:
+    """(name, graph, how many values it has to take, how many to return)"""
+    role, inputs, outputs = program.role, len(program.inputs), len(program.outputs)
+    if role is None:
+        return
+    yield "forward", role.forward, inputs, outputs + role.saved
+    yield "inference", role.inference, inputs, outputs
+    if role.backward is not None:
+        yield "backward", role.backward, role.saved + len(role.differentiable), len(role.grads)
+
+
+def roles_take_the_inputs(program: Program) -> None:
+    """The forward and inference graphs take the program's inputs, in order, at the same local sizes and dtypes."""
+    wanted = _placeholders(program.graph)
+    for name, graph in _forward_graphs(program):
+        _alike(_placeholders(graph), wanted, program.mesh, f"the {name} graph takes", "the program's input")
+
+
+def roles_return_the_outputs(program: Program) -> None:
+    """The forward and inference graphs return the program's outputs, in order, at the same local sizes and dtypes."""
+    wanted = program.returned
+    for name, graph in _forward_graphs(program):
+        _alike(_results(graph), wanted, program.mesh, f"the {name} graph returns", "the program's output")
+
+
+def _forward_graphs(program: Program) -> tuple[tuple[str, fx.Graph], ...]:
+    role = program.role
+    return (("forward", role.forward), ("inference", role.inference)) if role is not None else ()
+
+
+def backward_takes_what_forward_saves(program: Program) -> None:
+    """Each saved value, then the gradient of each differentiable output, has the local sizes and dtype that it has in
+    the forward graph."""
+    role, count = program.role, len(program.outputs)
+    if role is None or role.backward is None:
+        return
+    if any(position not in range(count) for position in role.differentiable):
+        raise InvariantError(
+            f"differentiable outputs {list(role.differentiable)} of {count}\n"
+            "Likely fix: role.differentiable has positions among program.outputs"
+        )
+    results = _results(role.forward)
+    wanted = [*results[count:], *(results[position] for position in role.differentiable)]
+    _alike(_placeholders(role.backward), wanted, program.mesh, "backward takes", "what forward has saved as")
+
+
+def _alike(found: Sequence[Node], wanted: Sequence[Node], mesh: Mesh, what: str, other: str) -> None:
+    for node, like in zip(found, wanted):
+        if isinstance(node, Node) and isinstance(like, Node) and _type(node, mesh) != _type(like, mesh):
+            problem = f"{what} {_text(node, mesh)}, {other} {like.name} is {_text(like, mesh)}"
+            raise broken(node, problem, "change both graphs together, in the same order")
+
+
+def _type(node: Node, mesh: Mesh) -> tuple[Type, ...]:
+    return tuple([(kind.layout.local_shape(mesh), kind.dtype) for kind in values(node)])
+
+
+def _text(node: Node, mesh: Mesh) -> str:
+    return ", ".join(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for shape, dtype in _type(node, mesh))
+
+
+def gradients_match_parameters(program: Program) -> None:
+    """The gradient of a parameter has the parameter's local shape and is no pending reduction."""
+    placed = {entry.target: node for node, entry in program.placeholders(InputKind.PARAMETER)}
+    role = program.role
+    if role is None or role.backward is None:
+        return
+    for target, node in zip(role.grads, _results(role.backward)):
+        if target not in placed or not isinstance(node, Node):
+            continue
+        for grad, parameter in zip(values(node), values(placed[target])):
+            if grad.layout.partial:
+                fix = "the parameter must enter each axis on which it is used differently (comm.enter)"
+                raise broken(node, f"the gradient of '{target}' is a pending sum: {grad.layout}", fix)
+            sizes = grad.layout.local_shape(program.mesh), parameter.layout.local_shape(program.mesh)
+            if sizes[0] != sizes[1]:
+                fix = "the rule of the operator that uses the parameter, or a collective's dual, is wrong"
+                raise broken(node, f"the gradient of '{target}' is {sizes[0]}, the parameter {sizes[1]}", fix)
+
+
+def role_graphs_are_sound(program: Program) -> None:
+    """In each graph of the role: only placeholders and functions that write into nothing, each used value with its
+    type, each collective with a user and over an axis of the mesh, each that is started waited for."""
+    role = program.role
+    for graph in (role.forward, role.backward, role.inference) if role is not None else ():
+        for node in graph.nodes if graph is not None else ():
+            if node.op == "call_function":
+                _check_call(node, program.mesh)
+            elif node.op not in ("placeholder", "output"):
+                raise broken(node, f"a {node.op} node ({node.target})", "write a function in its place")
+
+
+def _check_call(node: Node, mesh: Mesh) -> None:
+    if node.users and not values(node):
+        raise broken(node, f"{node.target} has no layout", "call set_values on every node that the pass creates")
+    name = comm.TARGETS.get(node.target)
+    if name is None:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise broken(
+                node, f"{node.target} writes into its argument", "leave writing in place to codegen/in_place.py"
+            )
+        return
+    if not node.users:
+        raise broken(node, f"nothing uses the result of comm.{name}", "erase the node with the value it was for")
+    axis = node.args[0] if name == "axis_index" else node.args[1]
+    if axis not in mesh.names:
+        raise broken(node, f"comm.{name} is over axis '{axis}', {mesh} has none", "use an axis of the mesh")
+    if name in comm.STARTED and any(comm.TARGETS.get(user.target) != "wait" for user in node.users):
+        user = next(user for user in node.users if comm.TARGETS.get(user.target) != "wait")
+        raise broken(node, f"{user.name} uses comm.{name}, which nothing has waited for", "put comm.wait between them")
+
+
+def _placeholders(graph: fx.Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _results(graph: fx.Graph) -> tuple[Node, ...]:
+    results = output_node(graph).args[0]
+    assert isinstance(results, (tuple, list))
+    return tuple(results)
