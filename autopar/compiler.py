@@ -74,8 +74,8 @@ def _finished_pipeline(traced: Program, mesh: Mesh, plan: Plan) -> PipelinedProg
 
 def _with_split_batch(traced: Program, mesh: Mesh) -> AnyProgram:
     program: AnyProgram = replace(traced, mesh=mesh, plan=replace(traced.plan, zero=0, on_unknown="replicate"))
-    for phase, step in steps_of(COMPILER, until=split_batch.name):
-        program = phase.run(step, program)  # not run_phases: a failure leaves no evidence here, it ends the question
+    for _, step in steps_of(COMPILER, until=split_batch.name):
+        program = step(program)  # not run_phases: a failure leaves no evidence behind, it only ends the question
     return program
 
 
