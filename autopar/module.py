@@ -20,7 +20,7 @@ from autopar.ir.node import value
 from autopar.ir.program import AnyProgram, PipelinedProgram, weight_layouts
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import Transfer
-from autopar.mesh import Mesh
+from autopar.mesh import PIPELINE, Mesh
 from autopar.pipeline import microbatches
 from autopar.pipeline.stages import first_ranks, held_elsewhere
 from autopar.plan import Plan
@@ -234,7 +234,7 @@ class ParallelModule(nn.Module):
     def _is_first(self, name: str) -> bool:
         """Whether this rank's pipeline stage is the first of those that hold parameter ``name``."""
         first = self._first_ranks().get(name)
-        return first is None or self._connection is None or first == self._connection.comm.coordinates["pp"]
+        return first is None or self._connection is None or first == self._connection.comm.coordinates[PIPELINE]
 
     def _first_ranks(self) -> dict[str, int]:
         return first_ranks(self.program) if self._programs else {}
@@ -247,7 +247,7 @@ class ParallelModule(nn.Module):
         if whole is None or not self._is_first(name):
             like = self._away[name] if whole is None else whole
             whole = torch.zeros(like.shape, dtype=like.dtype, device=self._connection.comm.device)
-        return self._connection.comm.all_reduce(whole, "pp")
+        return self._connection.comm.all_reduce(whole, PIPELINE)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -330,7 +330,7 @@ class ParallelModule(nn.Module):
         """Names of parameters and buffers that only other pipeline stages than those of this rank use."""
         if self._connection is None:
             return frozenset()
-        return held_elsewhere(program, self._connection.comm.coordinates.get("pp", 0))
+        return held_elsewhere(program, self._connection.comm.coordinates.get(PIPELINE, 0))
 
     def _lay_out(self, weights: Weights, program: AnyProgram) -> None:
         """Hold the parameters as the first program wants them; later programs have to want the same."""

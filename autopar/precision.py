@@ -47,12 +47,17 @@ class Precision:
         for name, given in (("param", param), ("reduce", reduce), ("output", output)):
             object.__setattr__(self, name, _name_of(name, given))
 
-    def dtype(self, choice: str) -> torch.dtype | None:
-        """The torch dtype of ``"param"``, ``"reduce"`` or ``"output"``."""
-        import torch
+    @property
+    def param_dtype(self) -> torch.dtype | None:
+        return _dtype(self.param)
 
-        name = getattr(self, choice)
-        return None if name is None else getattr(torch, name)  # type: ignore[no-any-return]
+    @property
+    def reduce_dtype(self) -> torch.dtype | None:
+        return _dtype(self.reduce)
+
+    @property
+    def output_dtype(self) -> torch.dtype | None:
+        return _dtype(self.output)
 
     def to_json(self) -> dict[str, str | None]:
         return asdict(self)
@@ -65,6 +70,12 @@ class Precision:
             if name not in known:
                 raise ValueError(f"Precision has no choice '{name}'; there are {', '.join(known)}")
         return cls(**choices)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if name is None else getattr(torch, name)  # type: ignore[no-any-return]
 
 
 def _name_of(choice: str, given: torch.dtype | str | None) -> str | None:

@@ -49,10 +49,9 @@ def simulate(
     trains = backward and role.backward is not None
     with torch.no_grad():
         graph, inputs = gathered_once(program, role.forward if trains else role.inference, lockstep, inputs)
-        resident = _resident(lockstep, inputs)
-        if not trains:
-            step = _step(program, lockstep, lockstep.run(graph, inputs))
-        else:
+        with lockstep.holding(inputs):
+            if not trains:
+                return _step(program, lockstep, lockstep.run(graph, inputs))
             assert role.backward is not None
             saved = lockstep.run(graph, inputs)
             returned = saved[: len(program.outputs)]
@@ -61,30 +60,7 @@ def simulate(
             lockstep.drop(saved)  # from now on the backward graph holds them
             saved += _tangents(program, role, returned, tangents)
             grads = _gradients(program, role, lockstep.run(role.backward, saved, "backward"))
-            step = replace(step, grads=grads, traffic=lockstep.traffic, peak_bytes=_peaks(lockstep))
-    del resident
-    return step
-
-
-def _resident(lockstep: Lockstep, inputs: list[Ranks]) -> list[Ranks]:
-    """Parameters and inputs stay in memory for the whole step: the caller holds on to what this returns."""
-    lockstep.hold(inputs)
-    return inputs.copy()
-
-
-def run_forward(
-    program: Program,
-    parameters: Mapping[str, Tensor],
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    seed: int = 0,
-) -> Step:
-    """``program.graph`` itself on all ranks, before differentiation: for looking at what a pass has made."""
-    lockstep = Lockstep(program.mesh)
-    inputs = rank_inputs(program, parameters, args, kwargs or {}, seed)
-    with torch.no_grad():
-        return _step(program, lockstep, lockstep.run(program.graph, inputs))
+    return replace(step, grads=grads, traffic=lockstep.traffic, peak_bytes=_peaks(lockstep))
 
 
 def _tangents(program: Program, role: Role, returned: list[Ranks], tangents: Sequence[Tensor] | None) -> list[Ranks]:

@@ -27,6 +27,7 @@ from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.invariants import every_value_has_a_layout, is_flat, is_functional, placeholders_match_inputs
 from autopar.ir.node import value
+from autopar.ir.operator_facts import bare_name
 from autopar.ir.program import Program
 from autopar.ir.rewrite import drop_unused_constants, operand, remove_unused, substitute
 
@@ -52,8 +53,7 @@ def canonicalize(program: Program) -> Program:
 
 
 def _is_assertion(node: fx.Node) -> bool:
-    name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
-    return name.startswith(("aten::_assert", "aten::sym_constrain")) and not node.users
+    return bare_name(node.target).startswith(("_assert", "sym_constrain")) and not node.users
 
 
 def nothing(node: fx.Node) -> fx.Node:

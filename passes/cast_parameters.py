@@ -35,13 +35,13 @@ from autopar.ir.tables import InputKind, OutputKind
 TO = torch.ops.aten._to_copy.default
 
 
-@graph_pass(when=lambda program: bool(program.pins.dtypes) or program.plan.precision.dtype("output") is not None)
+@graph_pass(when=lambda program: bool(program.pins.dtypes) or program.plan.precision.output_dtype is not None)
 def cast_parameters(program: Program) -> Program:
     order = {node: position for position, node in enumerate(program.graph.nodes)}
     for node, _ in program.placeholders(InputKind.PARAMETER, InputKind.INPUT):
         if node.name in program.pins.dtypes:
             _cast_input(node, program.pins.dtypes[node.name], order)
-    dtype = program.plan.precision.dtype("output")
+    dtype = program.plan.precision.output_dtype
     if dtype is not None:
         _cast_outputs(program, dtype)
     return replace(program, pins=replace(program.pins, dtypes={}))

@@ -48,9 +48,9 @@ PASSING_ON = (  # what may stand between a sum over ranks and a gradient, and gi
 )  # fmt: skip
 
 
-@graph_pass(when=lambda program: program.plan.precision.dtype("reduce") is not None)
+@graph_pass(when=lambda program: program.plan.precision.reduce_dtype is not None)
 def cast_reductions(program: Program) -> Program:
-    dtype = program.plan.precision.dtype("reduce")
+    dtype = program.plan.precision.reduce_dtype
     assert dtype is not None
     parameters = {entry.target for _, entry in program.placeholders(InputKind.PARAMETER)}
     role = program.required_role

@@ -30,6 +30,7 @@ from autopar.frontend.trace import VIEWS
 from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.node import values
+from autopar.ir.operator_facts import is_composite, writes
 from autopar.ir.program import Program
 from autopar.ir.rewrite import remove_unused, substitute
 from autopar.rules import rule_for
@@ -39,7 +40,7 @@ aten = torch.ops.aten
 
 @graph_pass()
 def expand_composites(program: Program) -> Program:
-    found = [node for node in program.graph.nodes if _is_composite(node.target) and rule_for(node.target) is None]
+    found = [node for node in program.graph.nodes if _is_unknown_composite(node.target)]
     for node in found:
         below = _taken_apart(node, node.all_input_nodes)
         if below is not None:
@@ -49,10 +50,8 @@ def expand_composites(program: Program) -> Program:
     return program
 
 
-def _is_composite(target: Any) -> bool:
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-        return False
-    return target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+def _is_unknown_composite(target: Any) -> bool:
+    return is_composite(target) and not writes(target) and rule_for(target) is None
 
 
 def _taken_apart(node: fx.Node, operands: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node]] | None:

@@ -67,7 +67,11 @@ def _known(program: Program) -> dict[fx.Node, Tensor | None]:
         if not isinstance(program.constants[entry.target], FakeTensor):
             known[node] = program.constants[entry.target]
     for node in program.graph.nodes:
-        if node.op == "call_function" and is_pure(node) and all(source in known for source in node.all_input_nodes):
+        if (
+            node.op == "call_function"
+            and is_pure(node.target)
+            and all(source in known for source in node.all_input_nodes)
+        ):
             known[node] = None
     return known
 
@@ -104,7 +108,7 @@ def _content(tensor: Tensor) -> str:
 def _as_taken(user: fx.Node, node: fx.Node, constant: fx.Node) -> fx.Node:
     """The compact ``constant`` in the shape in which ``user`` takes it in the place of ``node``."""
     shape, compact = value(node).shape, value(constant).shape
-    if is_pointwise(user):
+    if is_pointwise(user.target):
         others = [value(other).shape for other in user.all_input_nodes if other is not node]
         if torch.broadcast_shapes(compact, *others) == value(user).shape:  # type: ignore[no-untyped-call]
             return constant

@@ -45,6 +45,7 @@ from autopar.ir.graph_pass import graph_pass
 from autopar.ir.invariants import every_value_has_a_layout, placeholders_match_inputs
 from autopar.ir.layout import Layout
 from autopar.ir.node import Value, value
+from autopar.ir.operator_facts import bare_name
 from autopar.ir.program import Program
 from autopar.ir.rewrite import drop_unused_constants, insert_before, operand, remove_unused, substitute
 from autopar.operators.experts import EXPERT_LINEAR
@@ -55,7 +56,7 @@ from autopar.split.flow import weights_of
 
 aten = torch.ops.aten
 
-GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+GROUPED = ("_grouped_mm", "transformers::grouped_mm_fallback")
 REPEAT = aten.repeat_interleave.self_int
 VIEWS = {aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default}
 
@@ -104,8 +105,9 @@ def _from_grouped(program: Program, node: fx.Node) -> fx.Node | None:
             return None
         known = sorted_ids(program, operand(ids), *value(ids).shape)
         return None if known is None else insert_before(node, EXPERT_LINEAR, (*node.args[:2], known))
-    name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
-    if name not in GROUPED or len(node.args) != 3 or any(given is not None for given in node.kwargs.values()):
+    if bare_name(node.target) not in GROUPED or len(node.args) != 3:
+        return None
+    if any(given is not None for given in node.kwargs.values()):
         return None
     rows, weight, ends = (operand(node, i) for i in range(3))
     if len(value(rows).shape) != 2 or len(value(weight).shape) != 3 or value(rows).dtype != value(weight).dtype:

@@ -34,6 +34,7 @@ from autopar.ir.node import origin, value, values
 from autopar.ir.program import Program
 from autopar.ir.rewrite import add_constants, drop_unused_constants, operand, remove_unused
 from autopar.ir.tables import InputKind
+from autopar.mesh import DATA_AXES
 from autopar.operators.bags import EMBEDDING_BAGS
 
 aten = torch.ops.aten
@@ -99,7 +100,7 @@ def _rows(node: fx.Node, flat: fx.Node, count: int, length: int) -> fx.Node:
 
 
 def _refuse_parts(program: Program, node: fx.Node) -> None:
-    if program.plan.inputs == "local" and any(program.mesh.size(a) > 1 for a in ("dp", "dp_replicate", "dp_shard")):
+    if program.plan.inputs == "local" and any(program.mesh.size(a) > 1 for a in DATA_AXES):
         raise AutoparError(
             f"the bags of {origin(node).module or node.name} have lengths of their own, so the parts of a batch differ "
             'in size from rank to rank.\nWay out: hand every rank the whole batch, Plan(inputs="global"), or pad the '

@@ -45,7 +45,7 @@ STANDS_ON = {
     "api": "mesh module plan runtime",
     "check": "compiler frontend ir mesh plan precision simulate simulator",
     "verification": "analysis check cost errors ir mesh pipeline plan rules simulator split",
-    "checkpoint": "errors module runtime",
+    "checkpoint": "errors ir mesh module runtime",
     "training": "api checkpoint ir mesh module plan runtime",
     "autopar": "*",  # the package itself: its names are imported at first use
     "commands": "*",

@@ -15,7 +15,7 @@ from autopar.ir.node import value
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import Transfer, bytes_of, moved_bytes
-from autopar.mesh import Mesh
+from autopar.mesh import PIPELINE, Mesh
 from autopar.pipeline.links import links_of
 from autopar.pipeline.stages import holders
 from autopar.schedules.instructions import Kind, Schedule, Send
@@ -40,7 +40,7 @@ def held(program: AnyProgram) -> Holdings:
     split = {axis: 0 for axis, size in program.mesh.axes if size > 1}
     unscheduled = isinstance(program, PipelinedProgram) and program.schedule is None
     owners = {} if unscheduled else holders(program)
-    places = range(program.mesh.size("pp"))
+    places = range(program.mesh.size(PIPELINE))
     ranks = [0 for _ in places]
     for node, entry in program.placeholders(InputKind.PARAMETER):
         kind = value(node)
@@ -52,7 +52,7 @@ def held(program: AnyProgram) -> Holdings:
         for axis in kind.layout.axes:
             split[axis] = split.get(axis, 0) + bytes_of(kind)
         if len(here) < len(places):
-            split["pp"] += bytes_of(kind)
+            split[PIPELINE] += bytes_of(kind)
     return Holdings(whole, max(ranks), split)
 
 
@@ -61,7 +61,7 @@ def sent(program: AnyProgram, rank: int = 0) -> tuple[Transfer, ...]:
 
     Of a pipeline all microbatches count as the first, which is as large as any.
     """
-    place = program.mesh.coordinates(rank).get("pp", 0)
+    place = program.mesh.coordinates(rank).get(PIPELINE, 0)
     if isinstance(program, PipelinedProgram) and program.schedule is not None:
         return _sent_by_stages(program, program.schedule, place)
     role = program.role if isinstance(program, Program) else None
@@ -88,7 +88,7 @@ def _sent_by_stages(program: PipelinedProgram, schedule: Schedule, place: int) -
             tensors = link.values if forward else link.grads
             size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
             pieces = len(together(tensors))
-            found.append(Transfer("forward" if forward else "backward", "pp", "send", pieces, size))
+            found.append(Transfer("forward" if forward else "backward", PIPELINE, "send", pieces, size))
     total: dict[tuple[str, str, str], Transfer] = {}
     for one in found:
         key = one.phase, one.axis, one.name

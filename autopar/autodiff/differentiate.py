@@ -46,7 +46,8 @@ from autopar.ir import collectives as comm
 from autopar.ir.node import Node, origin, set_origin, set_values, value, values
 from autopar.ir.operator_facts import is_free
 from autopar.ir.program import AnyProgram, Program
-from autopar.ir.rewrite import live_nodes, remove_unused
+from autopar.ir.reach import ancestors
+from autopar.ir.rewrite import remove_unused
 from autopar.ir.tables import InputKind, OutputKind, Role
 
 aten = torch.ops.aten
@@ -115,7 +116,7 @@ def inference_graph(program: Program) -> fx.Graph:
     """A copy of the forward graph without dead nodes and without what only matters to a backward pass."""
     copy, copies = fx.Graph(), dict[Node, Node]()
     results = program.returned
-    live = live_nodes(results)
+    live = ancestors(results)
     for node in program.graph.nodes:
         if node.op == "placeholder" or node in live:
             if node.target in IDENTITIES or comm.does_nothing(node.target, node.args, program.mesh):

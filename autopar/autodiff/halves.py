@@ -24,7 +24,7 @@ from autopar.autodiff.partition import extract
 from autopar.ir.node import Node, output_node
 from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
-from autopar.ir.rewrite import live_nodes
+from autopar.ir.reach import ancestors
 from autopar.ir.tables import InputKind
 from autopar.mesh import DATA_AXES
 
@@ -65,8 +65,8 @@ def halves(graph: fx.Graph, at_once: int) -> tuple[fx.Graph, fx.Graph]:
     given = [node for node in graph.nodes if node.op == "placeholder"]
     results: tuple[Node, ...] = output_node(graph).args[0]  # type: ignore[assignment]
     now, later = results[:at_once], results[at_once:]
-    early = live_nodes([*now, *(source for node in later for source in _factors(node))])
-    needed = live_nodes(later)
+    early = ancestors([*now, *(source for node in later for source in _factors(node))])
+    needed = ancestors(later)
     late = [node for node in graph.nodes if node in needed and node not in early and node.op != "placeholder"]
     sources = [*(source for node in late for source in node.all_input_nodes), *later]
     kept = list(dict.fromkeys(node for node in sources if node in early or node.op == "placeholder"))

@@ -25,7 +25,7 @@ from autopar.ir import collectives as comm
 from autopar.ir.layout import Split
 from autopar.ir.node import Node, output_node
 from autopar.ir.operator_facts import is_view
-from autopar.ir.rewrite import live_nodes
+from autopar.ir.reach import ancestors
 
 aten = torch.ops.aten
 CAST = aten._to_copy.default
@@ -138,7 +138,7 @@ def _reduced_later(node: Node, ends: Set[Node], axes: Set[str]) -> bool:
 def _taken(returned: Iterable[object], last: Set[Node]) -> list[Node]:
     """What the reductions, and what is returned without one, take from before."""
     results = [node for node in returned if isinstance(node, fx.Node)]
-    inside = live_nodes([node for node in results if node in last])
+    inside = ancestors([node for node in results if node in last])
     found = [source for node in inside if node in last for source in node.all_input_nodes if source not in last]
     order = {node: position for position, node in enumerate(results[0].graph.nodes)} if results else {}
     return sorted([*found, *(node for node in results if node not in last)], key=order.__getitem__)

@@ -21,7 +21,7 @@ from torch import fx
 from autopar.ir import collectives as comm
 from autopar.ir.node import Node, origin, output_node, set_origin, set_values, values
 from autopar.ir.operator_facts import is_free
-from autopar.ir.rewrite import live_nodes
+from autopar.ir.reach import ancestors
 
 aten = torch.ops.aten
 
@@ -90,20 +90,12 @@ def _call(node: Node, copies: dict[Node, Node]) -> str:
 
 def saved_nodes(joint: Joint, remake: Remake) -> tuple[Node, ...]:
     """The forward nodes that must be kept, in the order of the graph."""
-    backward = live_nodes(joint.gradients, stop=joint.forward)
+    backward = ancestors(joint.gradients, stop=joint.forward)
     wanted = [source for node in backward for source in node.all_input_nodes if source in joint.forward]
     wanted += [node for node in joint.gradients if node in joint.forward]
-    saved, remade = set[Node](), set[Node]()
-    while wanted:
-        node = wanted.pop()
-        if node in saved or node in remade:
-            continue
-        if node.op != "placeholder" and remake(node):
-            remade.add(node)
-            wanted += node.all_input_nodes
-        else:
-            saved.add(node)
-    return tuple(node for node in joint.graph.nodes if node in saved)
+    again: Remake = lambda node: node.op != "placeholder" and remake(node)  # noqa: E731
+    needed = ancestors(wanted, through=again)
+    return tuple(node for node in joint.graph.nodes if node in needed and not again(node))
 
 
 def is_late(node: Node) -> bool:
@@ -116,7 +108,7 @@ def extract(graph: fx.Graph, sources: Sequence[Node], results: Sequence[Node], l
     for node in sources:
         part.copies[node] = part.graph.placeholder(node.name)
         _describe(part.copies[node], node)
-    live = live_nodes(results, stop=sources)
+    live = ancestors(results, stop=sources)
     early: dict[Node, list[Node]] = {}
     for node in graph.nodes:
         if node in live and node.target in comm.REDUCTIONS:

@@ -30,7 +30,7 @@ from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Layout
 from autopar.ir.node import Node, Origin, Value, set_origin, set_values
-from autopar.ir.operator_facts import VIEWS, is_factory, is_random, is_view
+from autopar.ir.operator_facts import VIEWS, is_factory, is_random, is_view, writes
 from autopar.mesh import Mesh
 from autopar.operators.straight_through import STRAIGHT_THROUGH
 
@@ -169,7 +169,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._identity(func, args[0])
         if func is aten.pow.Tensor_Scalar and args[1] == 1 and args[0].is_floating_point():
             return self._identity(func, args[0])  # from the derivative of a square
-        if func._schema.is_mutable:
+        if writes(func):
             return self._in_place(func, args, kwargs)
         result = func(*args, **kwargs)
         self.record(func, args, kwargs, result)

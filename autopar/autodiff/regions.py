@@ -18,14 +18,14 @@ from torch import fx
 from autopar.autodiff.differentiate import is_gathered
 from autopar.autodiff.min_cut import Choice, Item, Region, fewest_bytes, frontier
 from autopar.autodiff.partition import Joint, Remake, saved_nodes
-from autopar.cost.flops import flops, is_product
+from autopar.cost.flops import flops
 from autopar.cost.machine import BANDWIDTH, FLOPS
 from autopar.ir import collectives as comm
 from autopar.ir.blocks import block_of, is_repeated
 from autopar.ir.node import Value, values
-from autopar.ir.operator_facts import is_free, is_operator, is_random, packet_of
+from autopar.ir.operator_facts import is_free, is_operator, is_product, is_random, packet_of
 from autopar.ir.program import Program
-from autopar.ir.rewrite import live_nodes
+from autopar.ir.reach import ancestors
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import moved_bytes
 
@@ -44,7 +44,7 @@ class Regions:
         self.order = {node: position for position, node in enumerate(joint.graph.nodes)}
         self.places = places_of(joint, self.parameters)
         self.saved = saved_nodes(joint, free)
-        self.twice = live_nodes(joint.gradients, stop=self.saved)  # what backward makes now
+        self.twice = ancestors(joint.gradients, stop=self.saved)  # what backward makes now
         self.held = {node for node in self.saved if self._stays(node)}
         found: dict[Place, list[fx.Node]] = defaultdict(list)
         for node in self.saved:
@@ -96,13 +96,7 @@ class Regions:
 
     def _made_of(self, place: Place, needed: Sequence[fx.Node]) -> list[fx.Node]:
         """``needed`` and all that they can be made of, in order, from what other regions make on."""
-        found: set[fx.Node] = set()
-        wanted = list(needed)
-        while wanted:
-            node = wanted.pop()
-            if node not in found:
-                found.add(node)
-                wanted += node.all_input_nodes if self._is_within(place, node) else []
+        found = ancestors(needed, through=lambda node: self._is_within(place, node))
         return sorted(found, key=self.order.__getitem__)
 
     def _is_within(self, place: Place, node: fx.Node) -> bool:
@@ -160,7 +154,8 @@ class Regions:
 
 def _is_costly(node: fx.Node) -> bool:
     """Whether to make ``node`` again costs more than to walk through memory, or must not come out otherwise."""
-    return is_product(node) or comm.moving(node.target) is not None or (is_operator(node) and packet_of(node) in SORTS)
+    sends = comm.moving(node.target) is not None
+    return is_product(node.target) or sends or (is_operator(node) and packet_of(node) in SORTS)
 
 
 def places_of(joint: Joint, parameters: Set[str]) -> dict[fx.Node, Place]:
@@ -177,7 +172,7 @@ def places_of(joint: Joint, parameters: Set[str]) -> dict[fx.Node, Place]:
         if node not in joint.forward or node.op != "call_function" or is_free(node):
             continue
         block = block_of(node) if is_repeated(block_of(node)) else OUTSIDE
-        if is_product(node):
+        if is_product(node.target):
             weights = {source for source in node.all_input_nodes if _is_weight(source, parameters)}
             if block == OUTSIDE or weights & used[block]:
                 runs[block] += 1

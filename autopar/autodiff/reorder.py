@@ -17,7 +17,7 @@ from autopar.ir.collectives import GATHERS, OPS, PART, STARTS, TARGETS, row_of, 
 from autopar.ir.layout import Split
 from autopar.ir.node import origin, output_node, set_origin, set_values, value, values
 from autopar.ir.operator_facts import is_view
-from autopar.ir.rewrite import live_nodes
+from autopar.ir.reach import ancestors
 from autopar.mesh import Mesh
 
 aten = torch.ops.aten
@@ -39,7 +39,7 @@ class Reordering:
         self.gathers = set(self.ahead)
         self.done: set[fx.Node] = set()  # brought forward
         self.hidden = self._hidden() if is_backward else set()
-        needed = live_nodes(self.hidden)
+        needed = ancestors(self.hidden)
         self.aside = {node for node in self.nodes if self.hidden and node not in needed}
         self.put_off: list[fx.Node] = []
         self.places = {node: place for place, node in enumerate(self.nodes)}

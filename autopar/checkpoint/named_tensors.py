@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autopar.checkpoint.slices import Slices, slices_of
+from autopar.mesh import PIPELINE
 from autopar.module import ParallelModule
 from autopar.runtime.dtensor import dtensor, local_of
 from autopar.runtime.parameters import Stored, Table
@@ -101,9 +102,9 @@ def _is_first(model: ParallelModule, name: str, tensor: Tensor) -> bool:
     if connection is None:
         return True
     here = connection.comm.coordinates
-    if here["pp"] != model._first_ranks().get(name, 0):
+    if here[PIPELINE] != model._first_ranks().get(name, 0):
         return False
-    return isinstance(tensor, DTensor) or not any(place for axis, place in here.items() if axis != "pp")
+    return isinstance(tensor, DTensor) or not any(place for axis, place in here.items() if axis != PIPELINE)
 
 
 def settled(model: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
+from autopar.ir.layout import runs
 from autopar.runtime.dtensor import blocks_of, local_of
 from autopar.runtime.parameters import Stored, owned_positions
 
@@ -47,11 +48,11 @@ class Slices:
 
     def pieces(self) -> Iterator[tuple[Offsets, Tensor]]:
         """(offsets in the whole, the view of ``local`` that belongs there), one rectangle after the other."""
-        for runs in itertools.product(*self.runs):
+        for rectangle in itertools.product(*self.runs):
             view = self.local
-            for dim, run in enumerate(runs):
+            for dim, run in enumerate(rectangle):
                 view = view.narrow(dim, run.local, run.length)
-            yield tuple(run.start for run in runs), view
+            yield tuple(run.start for run in rectangle), view
 
     def size(self) -> torch.Size:
         return self.shape
@@ -93,15 +94,15 @@ def slices_of(tensor: Tensor, form: Stored | None = None) -> Slices:
     ``form`` may be that of a parameter and ``tensor`` one of its optimizer states.
     """
     orders = dict(form.orders) if form is not None and tensor.dim() else {}
-    runs = []
+    found = []
     for dim, size in enumerate(tensor.shape):
         owned, order = _positions(tensor, dim), orders.get(dim)
         if order is not None:
             owned = order if owned is None else order[owned]
-        runs.append((Run(0, 0, size),) if owned is None else tuple(_runs(owned)))
+        found.append((Run(0, 0, size),) if owned is None else tuple(_runs(owned)))
     local = local_of(tensor).detach()
-    assert tuple(local.shape) == tuple(sum(run.length for run in dim) for dim in runs), (tensor.shape, local.shape)
-    return Slices(local, tensor.shape, tuple(runs), _is_first(tensor))
+    assert tuple(local.shape) == tuple(sum(run.length for run in dim) for dim in found), (tensor.shape, local.shape)
+    return Slices(local, tensor.shape, tuple(found), _is_first(tensor))
 
 
 def _positions(tensor: Tensor, dim: int) -> Tensor | None:
@@ -127,8 +128,7 @@ def _is_first(tensor: Tensor) -> bool:
 
 def _runs(owned: Tensor) -> Iterator[Run]:
     """``owned`` (int64, 1-D, in local order) as runs of neighbours."""
-    if not len(owned):
-        return
-    breaks = [0, *((owned.diff() != 1).nonzero().flatten() + 1).tolist(), len(owned)]
-    for local, end in itertools.pairwise(breaks):
-        yield Run(int(owned[local]), local, end - local)
+    local = 0
+    for first, length in runs(owned):
+        yield Run(first, local, length)
+        local += length

@@ -9,7 +9,6 @@ a pointwise operator itself: large blocks come from the system page by page, eac
 from __future__ import annotations
 
 import operator
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import fx
 
 from autopar.ir import collectives as comm
 from autopar.ir.node import Node, values
-from autopar.ir.operator_facts import is_view
+from autopar.ir.operator_facts import is_composite, is_overload, is_view
 from autopar.mesh import Mesh
 
 aten = torch.ops.aten
@@ -117,11 +116,6 @@ class _Memory:
         return True
 
 
-@cache
 def _allocates(target: Any) -> bool:
     """Whether ``target`` is sure to return memory of its own: not so for what torch composes of other operators."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    name: str = target.name()  # type: ignore[no-untyped-call]
-    composed = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
-    return not composed or target is aten.linear.default
+    return is_overload(target) and (not is_composite(target, in_python=False) or target is aten.linear.default)

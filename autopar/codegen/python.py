@@ -36,6 +36,7 @@ from autopar.ir.node import Node, last_uses, origin, output_node, values
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import Role
 from autopar.ir.text import type_text
+from autopar.mesh import PIPELINE
 from autopar.operators.registry import REGISTRY
 
 RankFunction = Callable[[Any, list[Any]], tuple[Any, ...]]  # (comm, inputs) -> results
@@ -69,15 +70,15 @@ class RankProgram:
         if isinstance(self.program, Program):
             return {}
         here = self.coordinates
-        place = {axis: position for axis, position in here.items() if axis != "pp"}
-        mine = self.program.stages_on(here["pp"])
+        place = {axis: position for axis, position in here.items() if axis != PIPELINE}
+        mine = self.program.stages_on(here[PIPELINE])
         return {number: RankProgram(stage, stage.mesh.rank(place)) for number, stage in mine.items()}
 
     @property
     def instructions(self) -> str:
         """Of a pipelined program in which order the rank runs its stages, sends and receives; one a line."""
         schedule = self.program.schedule if isinstance(self.program, PipelinedProgram) else None
-        steps = schedule.ranks[self.coordinates["pp"]] if schedule is not None else ()
+        steps = schedule.ranks[self.coordinates[PIPELINE]] if schedule is not None else ()
         return "".join(f"{step}\n" for step in steps)
 
     @property

@@ -26,7 +26,6 @@ from autopar.commands.tables import (
     held_json,
     held_table,
     print_json,
-    size_text,
     stderr,
     stdout,
     table,
@@ -34,6 +33,7 @@ from autopar.commands.tables import (
     traffic_table,
 )
 from autopar.ir.batch import data_ways
+from autopar.ir.traffic import size_text
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.zoo.named import named_model

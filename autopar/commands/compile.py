@@ -23,11 +23,13 @@ from autopar.commands.options import (
     read_mesh,
     read_plan,
 )
-from autopar.commands.tables import held_json, print_json, size_text, stderr, traffic_json
+from autopar.commands.tables import held_json, print_json, stderr, traffic_json
 from autopar.compiler import compile_program
 from autopar.exporters.program_file import save
 from autopar.ir.batch import data_ways
 from autopar.ir.program import AnyProgram, PipelinedProgram
+from autopar.ir.traffic import size_text
+from autopar.mesh import PIPELINE
 from autopar.zoo.named import named_model
 
 
@@ -66,5 +68,5 @@ def _to_read(program: AnyProgram) -> Iterator[tuple[str, str]]:
     """Files for people: relative path and content."""
     for number, stage in enumerate(program.parts):
         yield f"stage{number}/rank.py", emit(stage.rank(0).graphs, stage)
-    for place, rank in enumerate(program.mesh.group(0, "pp") if isinstance(program, PipelinedProgram) else ()):
+    for place, rank in enumerate(program.mesh.group(0, PIPELINE) if isinstance(program, PipelinedProgram) else ()):
         yield f"schedule/rank{place:03}.txt", program.rank(rank).instructions

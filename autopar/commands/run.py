@@ -25,6 +25,7 @@ from autopar.exporters.program_file import load
 from autopar.ir.node import Value, value
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program, weight_layouts
 from autopar.ir.tables import InputKind
+from autopar.mesh import PIPELINE
 from autopar.pipeline import microbatches
 from autopar.pipeline.stages import held_elsewhere
 from autopar.runtime.connect import Connection, connect
@@ -126,7 +127,7 @@ def _pipeline(
         parts = microbatches.parts((), inputs, program.mesh, plan)
         rows = microbatches.rows(inputs, parts, plan)
     batches = [_inputs(program.of_rows(n == rows[0]), part, generator) for n, part in zip(rows, parts)]
-    here = connection.comm.coordinates["pp"]
+    here = connection.comm.coordinates[PIPELINE]
     Weights(root, connection.of_stage()).split(weight_layouts(program), held_elsewhere(program, here))
     executable = PipelineExecutable(program, root, connection)
     return lambda: executable.run(batches, rows, seed)
@@ -143,7 +144,7 @@ def _from_all_stages(found: dict[str, Tensor | None], connection: Connection) ->
     stages: list[dict[str, Tensor | None]] | None = None
     if connection.mesh.world_size > 1:
         stages = [{} for _ in range(connection.mesh.world_size)] if is_first() else None
-        first = not any(place for axis, place in connection.comm.coordinates.items() if axis != "pp")
+        first = not any(place for axis, place in connection.comm.coordinates.items() if axis != PIPELINE)
         dist.gather_object(found if first else {}, stages)
     for other in stages or ():
         found |= {name: tensor for name, tensor in other.items() if tensor is not None}

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autopar.analysis.footprint import Holdings
-from autopar.ir.traffic import Transfer
+from autopar.ir.traffic import Transfer, size_text
 
 WIDTH_OF_A_PIPE = 110  # rich would take 80 where there is no terminal
 
@@ -77,14 +77,6 @@ def held_table(holdings: Holdings) -> Group:
 
 def held_json(holdings: Holdings) -> dict[str, Any]:
     return {"whole_bytes": holdings.whole, "rank_bytes": holdings.rank, "split_bytes": dict(holdings.split)}
-
-
-def size_text(size: float) -> str:
-    """Bytes as people read them: ``0``, ``812 B``, ``1.44 MB``, ``35.3 GB``."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size:.0f} B" if size else "0"
 
 
 def _number(count: float) -> str:

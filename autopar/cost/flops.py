@@ -15,7 +15,7 @@ from torch import fx
 
 from autopar.ir import collectives as comm
 from autopar.ir.node import Value, values
-from autopar.ir.operator_facts import is_operator, packet_of
+from autopar.ir.operator_facts import is_operator, only_moves, packet_of
 from autopar.operators.attention import ATTENTION, ATTENTION_BACKWARD
 from autopar.operators.experts import EXPERT_LINEAR, EXPERT_OUTER
 from autopar.operators.recurrent import RECURRENT_LAYER
@@ -31,7 +31,7 @@ def flops(node: fx.Node, shape_of: Callable[[Value], Shape]) -> int:
     if not is_operator(node):
         return 0
     outputs = values(node)
-    count = PRODUCTS.get(packet_of(node))
+    count = FORMULAS.get(packet_of(node))
     if count is None and _only_moves(node):
         return 0
     if count is None:
@@ -41,23 +41,10 @@ def flops(node: fx.Node, shape_of: Callable[[Value], Shape]) -> int:
     return count([shape_of(values(x)[0]) for x in operands], [shape_of(out) for out in outputs], node)
 
 
-def is_product(node: fx.Node) -> bool:
-    """Whether the call is a product of matrices, a convolution or an attention: what training spends its time on."""
-    return is_operator(node) and packet_of(node) in PRODUCTS
-
-
 def _only_moves(node: fx.Node) -> bool:
     """Views, copies, constants and collectives."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    views = any(result.alias_info is not None for result in node.target._schema.returns)
-    return views or not node.all_input_nodes or packet_of(node) in MOVES or node.target in comm.TARGETS
+    return only_moves(node.target) or not node.all_input_nodes or node.target in comm.TARGETS
 
-
-MOVES = {
-    aten.reshape, aten.clone, aten.contiguous, aten.cat, aten.stack, aten.pad, aten.constant_pad_nd, aten.roll,
-    aten.flip, aten.repeat, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.new_zeros,
-    aten.new_ones, aten.new_full, aten.new_empty, aten.embedding, aten.index, aten.index_select, aten.gather,
-}  # fmt: skip
 
 # ---------------------------------------------------------------- formulas
 
@@ -124,7 +111,7 @@ def _expert_outer(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.No
     return 2 * ids[0] * left[1] * right[1]
 
 
-PRODUCTS: dict[Any, Count] = {
+FORMULAS: dict[Any, Count] = {
     aten.linear: _product(0),
     aten.mm: _product(0),
     aten.bmm: _product(0),

@@ -8,29 +8,19 @@ in; views, sums and collectives keep nothing.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 
 import torch
 from torch import fx
 
-from autopar.cost.flops import is_product
 from autopar.cost.roofline import Costs, by_parts
 from autopar.ir import collectives as comm
 from autopar.ir.blocks import block_of, is_repeated
 from autopar.ir.node import values
-from autopar.ir.operator_facts import is_operator, is_view, packet_of
-from autopar.operators.attention import ATTENTION
+from autopar.ir.operator_facts import Kept, facts_of, is_operator, is_product, is_view, packet_of
 
 aten = torch.ops.aten
 
-NOTHING = {
-    aten.add, aten.sub, aten.neg, aten.sum, aten.mean, aten.cat, aten.stack, aten.clone, aten._to_copy, aten.to,
-    aten.repeat, aten.pad, aten.embedding, aten.index, aten.index_select, aten.gather, aten.scatter, aten.roll,
-    aten.flip, aten.contiguous, aten.cumsum,
-}  # fmt: skip
-RESULT = {aten.relu, aten.sigmoid, aten.tanh, aten.exp, aten.sqrt, aten.rsqrt, aten.softmax, aten._softmax}
-CONDITION = {aten.where, aten.masked_fill}
-ATTENTIONS = (aten.scaled_dot_product_attention, ATTENTION.overloadpacket)
 PERMUTATIONS = (aten.transpose, aten.permute, aten.expand, aten.movedim, aten.swapaxes)
 
 
@@ -45,7 +35,7 @@ class SavedValues:
         """The values that backward of ``node`` needs, without parameters and what is free to make."""
         if not any(kind.requires_grad for kind in values(node)):
             return frozenset()
-        found = (memory_of(value) for value in _operands_kept(node))
+        found = (memory_of(value) for value in operands_kept(node))
         there = (value for value in found if value.op != "placeholder" and value not in self.apart)
         return frozenset(stays for value in there for stays in self._made_from(value))
 
@@ -79,7 +69,7 @@ class SavedValues:
             return True
         if any(_region(user) != _region(node) for user in node.users):
             return True
-        return self.how == "selective" and (is_product(node) or node.target in comm.TARGETS)
+        return self.how == "selective" and (is_product(node.target) or node.target in comm.TARGETS)
 
 
 def _region(node: fx.Node) -> str:
@@ -111,23 +101,34 @@ def _is_view(node: fx.Node) -> bool:
     return is_view(node.target)
 
 
-def _operands_kept(node: fx.Node) -> list[fx.Node]:
+def operands_kept(node: fx.Node) -> list[fx.Node]:
+    """What torch's backward of ``node`` takes from forward, by the table of ``operator_facts``."""
     sources = node.all_input_nodes
-    if node.target is operator.getitem or is_view(node.target) and _is_view(node) or node.target in comm.TARGETS:
+    if node.target is operator.getitem or node.target in comm.TARGETS or is_view(node.target):
         return []
     if not is_operator(node):  # losses keep what they normalise
         return [source for source in sources if any(kind.requires_grad for kind in values(source))]
-    packet = packet_of(node)
-    if packet in NOTHING or is_view(node.target):
-        return []
-    if packet in ATTENTIONS:
-        return [*map(_unrepeated, sources[:3]), *sources[3:], *(() if by_parts(node) else (node,))]
-    if packet in RESULT:
-        return [node]
-    if packet in CONDITION:
-        return [source for source in sources if not values(source)[0].dtype.is_floating_point]
-    if packet in (aten.mul, aten.div) and len(sources) == 1:
-        return []
-    if packet is aten.mul:  # each operand for the gradient of the other
-        return [a for a in sources if any(values(b)[0].requires_grad for b in sources if b is not a)]
-    return sources
+    return KEPT[facts_of(node.target).kept](node, sources)
+
+
+def _by_attention(node: fx.Node, sources: Sequence[fx.Node]) -> list[fx.Node]:
+    return [*map(_unrepeated, sources[:3]), *sources[3:], *(() if by_parts(node) else (node,))]
+
+
+def _by_condition(node: fx.Node, sources: Sequence[fx.Node]) -> list[fx.Node]:
+    return [source for source in sources if not values(source)[0].dtype.is_floating_point]
+
+
+def _by_factors(node: fx.Node, sources: Sequence[fx.Node]) -> list[fx.Node]:
+    return [a for a in sources if any(values(b)[0].requires_grad for b in sources if b is not a)]
+
+
+KEPT: dict[Kept, Callable[[fx.Node, Sequence[fx.Node]], list[fx.Node]]] = {
+    Kept.OPERANDS: lambda node, sources: list(sources),
+    Kept.QUOTIENT: lambda node, sources: list(sources) if len(sources) > 1 else [],
+    Kept.FACTORS: _by_factors,
+    Kept.CONDITION: _by_condition,
+    Kept.RESULT: lambda node, sources: [node],
+    Kept.ATTENTION: _by_attention,
+    Kept.NOTHING: lambda node, sources: [],
+}

@@ -23,4 +23,3 @@ class Machine:
 
 
 ACCELERATOR = Machine()
-PROCESSOR = Machine(flops=5e10, memory=1e10, link=1e9, latency=5e-5)  # one core, processes of one host

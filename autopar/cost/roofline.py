@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.cost.flops import flops, is_product
+from autopar.cost.flops import flops
 from autopar.cost.machine import ACCELERATOR, Machine
 from autopar.ir import collectives as comm
 from autopar.ir.blocks import block_of, is_repeated
 from autopar.ir.node import Value, values
-from autopar.ir.operator_facts import is_operator, is_view, packet_of
+from autopar.ir.operator_facts import is_operator, is_product, is_view, packet_of
 from autopar.ir.program import Program
 from autopar.ir.traffic import moved_bytes
 from autopar.mesh import Mesh
@@ -101,7 +101,7 @@ class Costs:
             return once + self.bytes(node.all_input_nodes[:1]) / self.machine.memory  # zeros, most of them
         if packet in (aten.scaled_dot_product_attention, ATTENTION.overloadpacket):
             return once * ATTENTION_BACKWARD
-        if is_product(node):
+        if is_product(node.target):
             kinds = [kind for source in node.all_input_nodes for kind in values(source)]
             return once * sum(kind.requires_grad and len(kind.shape) > 1 for kind in kinds)
         return 2 * once
@@ -114,7 +114,7 @@ class Costs:
 
     def _share_made_again(self, node: fx.Node) -> float:
         """How much of forward runs a second time (``Plan.recompute``)."""
-        how, product = self.program.plan.recompute, is_product(node)
+        how, product = self.program.plan.recompute, is_product(node.target)
         if how == "none" or how == "selective" and product:
             return 0.0
         if how == "selective":

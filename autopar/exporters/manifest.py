@@ -13,15 +13,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from autopar.exporters.structures import structure_to_json
 from autopar.ir import text
-from autopar.ir.layout import Factor, Layout
+from autopar.ir.layout import Factor, Layout, runs
 from autopar.ir.node import Node, values
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.tables import InputKind
-from autopar.mesh import Mesh
+from autopar.mesh import PIPELINE, Mesh
 
 FORMAT, VERSION = "autopar program", 1
 
@@ -58,7 +57,7 @@ def _ranks(program: AnyProgram) -> Iterator[dict[str, Any]]:
     """``role``: the position on the pipeline, whose ranks run the same graphs; with it the stages there."""
     for rank in range(program.mesh.world_size):
         here = program.mesh.coordinates(rank)
-        role = here.get("pp", 0)
+        role = here.get(PIPELINE, 0)
         stages = {"stages": [*program.stages_on(role)]} if isinstance(program, PipelinedProgram) else {}
         yield {"rank": rank, "role": role, "coordinates": here, **stages}
 
@@ -101,15 +100,5 @@ def _pieces(factors: tuple[Factor, ...], axes: tuple[str, ...], mesh: Mesh) -> l
     for positions in itertools.product(*(range(mesh.size(axis)) for axis in axes)):
         owned = layout.indices(0, dict(zip(axes, positions)), mesh)
         assert owned is not None
-        found.append(ranges(owned))
+        found.append([[first, first + length] for first, length in runs(owned)])
     return found
-
-
-def ranges(indices: Tensor) -> list[list[int]]:
-    """``[start, stop)`` of each run of neighbouring indices: ``0 1 2 6 7 -> [[0, 3], [6, 8]]``."""
-    if not len(indices):
-        return []
-    ends = (indices.diff() != 1).nonzero().flatten()
-    starts = torch.cat([indices[:1], indices[ends + 1]])
-    stops = torch.cat([indices[ends], indices[-1:]]) + 1
-    return [[int(start), int(stop)] for start, stop in zip(starts, stops)]

@@ -19,6 +19,7 @@ from autopar.errors import NumericsError
 from autopar.frontend.capture import plain_output, without_checkpointing
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.torch_layers import packs_padding
+from autopar.ir.operator_facts import is_random
 from autopar.ir.program import Program
 from autopar.ir.signature import restore_output, user_tensors
 from autopar.ir.tables import InputKind
@@ -132,7 +133,7 @@ def check_numerics(program: Program, model: nn.Module, args: tuple[Any, ...], kw
     worst = max(errors, key=lambda name: errors[name], default=None)
     if worst is None or errors[worst] <= allowed:
         return []
-    if any(_is_random(node) for node in program.graph.nodes):
+    if any(is_random(node.target) for node in program.graph.nodes):
         return ["the numerics check was skipped: the model draws random numbers in another order than its graph"]
     raise NumericsError(
         f"the traced graph of {type(model).__name__} disagrees with the model: {worst} differs by {errors[worst]:.3g} "
@@ -146,10 +147,6 @@ def check_numerics(program: Program, model: nn.Module, args: tuple[Any, ...], kw
 
 def _is_floating(item: Any) -> bool:
     return isinstance(item, Tensor) and item.dtype.is_floating_point
-
-
-def _is_random(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _output_errors(found: Any, expected: Any) -> dict[str, float]:

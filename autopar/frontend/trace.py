@@ -41,7 +41,7 @@ from autopar.frontend.recast import recast, recast_call
 from autopar.frontend.torch_layers import without_fast_paths
 from autopar.ir.loss import inner_paths, joined_path, leaf_paths
 from autopar.ir.node import clear_meta, output_node, set_origin, set_values, traced_origin, traced_value, value
-from autopar.ir.operator_facts import types_of
+from autopar.ir.operator_facts import is_composite, is_overload, types_of, writes
 from autopar.ir.program import Program
 from autopar.ir.rewrite import operand
 from autopar.ir.signature import user_tensors
@@ -83,7 +83,7 @@ def trace(
     Raises TraceError when the model is no single graph, NumericsError when the graph computes something else.
     """
     mesh, plan = mesh or Mesh(), plan or Plan()
-    dtype, given = plan.precision.dtype("param"), (tuple(args), dict(kwargs or {}))
+    dtype, given = plan.precision.param_dtype, (tuple(args), dict(kwargs or {}))
     with recast(model, dtype) as dtypes:
         call: tuple[tuple[Any, ...], dict[str, Any]] = recast_call(given, dtype)
         fakes = needs_fakes(model, pytree.tree_leaves(call))
@@ -139,10 +139,9 @@ def _is_plain(node: fx.Node) -> bool:
     """Whether ``node`` writes into nothing, holds no graph and is no composite but those that programs keep whole."""
     if node.op != "call_function" or node.target is operator.getitem:
         return node.op != "get_attr" or not node.users
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+    if not is_overload(node.target) or writes(node.target):
         return False
-    composite = node.target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-    return node.target in WHOLE or not composite
+    return node.target in WHOLE or not is_composite(node.target)
 
 
 def _distinct(leaves: list[Any]) -> list[Any]:

@@ -148,11 +148,3 @@ def take_layout(cursor: Cursor, mesh: Mesh) -> Layout:
         return take_axis(cursor, mesh), op
 
     return Layout(dims, tuple(listed(cursor, "}", pending)) if cursor.sign("{") else ())
-
-
-def parse_layout(source: str, mesh: Mesh) -> Layout:
-    """The inverse of ``str(layout)``. Raises ProgramFileError."""
-    cursor = Cursor(1, source)
-    layout = take_layout(cursor, mesh)
-    cursor.comment()
-    return layout

@@ -65,7 +65,7 @@ class Evaluator:
             kind = value(node)
             return torch.full([1] * len(kind.shape), _FILLED[node.target](node), dtype=kind.dtype)
         assert callable(node.target)
-        fetch = self._compact if is_pointwise(node) else self._full
+        fetch = self._compact if is_pointwise(node.target) else self._full
         args, kwargs = fx.map_arg(node.args, fetch), fx.map_arg(node.kwargs, fetch)
         result = node.target(*args, **kwargs)
         if isinstance(result, (list, tuple)):

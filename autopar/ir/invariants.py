@@ -16,6 +16,7 @@ from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Layout
 from autopar.ir.node import Node, origin, output_node, value, values
+from autopar.ir.operator_facts import writes
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind, OutputKind
 
@@ -62,7 +63,7 @@ def is_flat(program: Program) -> None:
 def is_functional(program: Program) -> None:
     """No operator writes into its arguments."""
     for node in program.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        if writes(node.target):
             raise broken(
                 node, f"{node.target} writes into its argument", "functionalise in-place operators when tracing"
             )

@@ -10,6 +10,7 @@ The kinds of placement on one axis are those of ``spmd_types`` and of JAX's ``sh
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -169,14 +170,6 @@ class Layout:
                 outer *= factor.local(mesh)
         return INVARIANT
 
-    def without(self, axis: str, mesh: Mesh) -> Layout:
-        """This layout after gathering or reducing over ``axis``: ``16@dp@tp`` without dp (of 2) is ``(2 8@tp)``.
-
-        Raises ValueError where the result has no layout (a ratio or an uneven split below ``axis``).
-        """
-        dims = tuple(_merged(tuple(part for f in dim for part in _gathered(f, axis, mesh))) for dim in self.dims)
-        return Layout(dims, tuple((name, op) for name, op in self.partial if name != axis))
-
     def indices(self, dim: int, coordinates: Coordinates, mesh: Mesh) -> Tensor | None:
         """Global indices along ``dim`` that the rank at ``coordinates`` owns, in local order; None for all."""
         factors = self.dims[dim]
@@ -246,29 +239,13 @@ def _own(rest: tuple[Factor, ...], ratio: tuple[int, ...], axis: str, mesh: Mesh
     return (Factor(first.size, (*first.axes, axis), ratio), *others)
 
 
-def _gathered(factor: Factor, axis: str, mesh: Mesh) -> tuple[Factor, ...]:
-    """``factor`` after its parts on ``axis`` were joined."""
-    if axis not in factor.axes:
-        return (factor,)
-    place = factor.axes.index(axis)
-    before, after = factor.axes[:place], factor.axes[place + 1 :]
-    if not after:
-        return (Factor(factor.size, before, factor.ratio if before else (1,)),)
-    parts = math.prod(mesh.size(name) for name in (*before, axis))
-    if factor.ratio != (1,) or factor.size % parts:
-        raise ValueError(f"[{factor}] gathered over '{axis}' has no layout; gather over '{after[-1]}' first")
-    return (Factor(parts, before), Factor(factor.size // parts, after))
-
-
-def _merged(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
-    """Neighbouring factors that no axis owns become one."""
-    kept: list[Factor] = []
-    for factor in factors:
-        if kept and not kept[-1].axes and not factor.axes:
-            kept[-1] = Factor(kept[-1].size * factor.size)
-        else:
-            kept.append(factor)
-    return tuple(kept)
+def runs(indices: Tensor) -> list[tuple[int, int]]:
+    """(first, length) of each run of neighbouring indices, in their order: ``0 1 2 6 7 -> (0, 3), (6, 2)``."""
+    if not len(indices):
+        return []
+    breaks = [0, *((indices.diff() != 1).nonzero().flatten() + 1).tolist(), len(indices)]
+    lengths = (end - start for start, end in itertools.pairwise(breaks))
+    return list(zip(indices[breaks[:-1]].tolist(), lengths))
 
 
 def shard(tensor: Tensor, layout: Layout, mesh: Mesh, coordinates: Coordinates) -> Tensor:
@@ -277,9 +254,9 @@ def shard(tensor: Tensor, layout: Layout, mesh: Mesh, coordinates: Coordinates) 
         owned = layout.indices(dim, coordinates, mesh)
         if owned is None:
             continue
-        first, count = (int(owned[0]), len(owned)) if len(owned) else (0, 0)
-        if count == 0 or int(owned[-1]) - first == count - 1 and bool((owned.diff() == 1).all()):
-            tensor = tensor.narrow(dim, first, count)
+        found = runs(owned) or [(0, 0)]
+        if len(found) == 1:
+            tensor = tensor.narrow(dim, *found[0])
         else:
             tensor = tensor.index_select(dim, owned.to(tensor.device))
     return tensor

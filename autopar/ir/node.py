@@ -12,11 +12,11 @@ from autopar.ir.layout import Layout
 
 
 def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
-    """Node -> the values that nothing needs once it has run (itself, if nothing uses it)."""
+    """Node -> the values that nothing needs once it is there (itself, if nothing uses it)."""
     seen = set(output_node(graph).all_input_nodes)
     dying: dict[Node, list[Node]] = {}
     for node in reversed(graph.nodes):
-        if node.op in ("output", "placeholder"):
+        if node.op == "output":
             continue
         for value in (*node.all_input_nodes, node):
             if value not in seen:

@@ -1,11 +1,19 @@
-"""What is known of an operator apart from how it is split: views, randomness, purity, types of results."""
+"""Facts about operators, apart from how they are split: one row for each, and one small function for each question.
+
+What torch says of an operator (its schema, its tags, its kernels) is asked of torch. The rest stands in ``FACTS``, by
+the name of the operator without its overload; it is written down one fact at a time, below. An operator that is not
+listed has the values that ``Facts`` begins with.
+"""
 
 from __future__ import annotations
 
+import enum
 import functools
 import operator
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,41 +21,249 @@ from torch import Tensor, fx
 
 from autopar.ir.layout import Layout
 from autopar.ir.node import Node, Value, values
-from autopar.ir.rewrite import operand
-from autopar.operators import cross_entropy_sums
+from autopar.operators.registry import REGISTRY
 
 aten = torch.ops.aten
 
+Groups = tuple[frozenset[int], ...]  # sets of argument positions
+
+
+class Kept(enum.Enum):
+    """What the backward pass of an operator needs of the forward pass."""
+
+    OPERANDS = "all that it takes"
+    FACTORS = "each operand for the gradient of the other"
+    QUOTIENT = "both operands; nothing of what is divided by a number"
+    CONDITION = "the operands that are no floating-point numbers"
+    RESULT = "what it returns"
+    ATTENTION = "queries, keys, values and mask, and the result where it is computed whole"
+    NOTHING = "nothing"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What torch has no word for.
+
+    Attributes:
+        product: a product of matrices, a convolution or an attention: what training spends its time on.
+        moves: moves or makes elements, and computes nothing.
+        linear: the sets of argument positions in which it is jointly linear, the other arguments held fixed.
+        kept: what backward needs of forward.
+        differentiable: through how many of its results, from the first, gradients flow.
+    """
+
+    product: bool = False
+    moves: bool = False
+    linear: Groups = ()
+    kept: Kept = Kept.OPERANDS
+    differentiable: int = sys.maxsize
+
+
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
+_FIRST: Groups = (frozenset({0}),)
+
+_PRODUCTS = _names("""
+    linear mm bmm matmul mv dot addmm addmv baddbmm bilinear einsum
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution convolution_backward
+    scaled_dot_product_attention lstm gru rnn_tanh rnn_relu
+    autopar::recurrent_layer autopar::attention autopar::attention_backward
+    autopar::expert_linear autopar::expert_outer
+""")
+_MOVES = _names("""
+    reshape clone contiguous cat stack pad constant_pad_nd roll flip repeat zeros_like ones_like full_like empty_like
+    new_zeros new_ones new_full new_empty embedding index index_select gather
+""")
+_LINEAR: dict[Groups, list[str]] = {
+    _FIRST: _names("""
+        neg div divide true_divide clone _to_copy cat stack sum mean cumsum flip roll gather index index_select take
+        repeat tril triu trace diag_embed embedding _conj _conj_physical _fft_r2c _fft_c2c _fft_c2r im2col col2im
+        avg_pool2d _adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d reflection_pad2d replication_pad2d
+        pixel_shuffle pixel_unshuffle _reshape_copy lift_fresh_copy
+    """),
+    (frozenset({1}),): ["copy"],
+    (frozenset({0}), frozenset({1})): _names("mul multiply mm bmm mv dot matmul"),
+    (frozenset({0, 1}),): _names("""
+        add sub subtract rsub slice_scatter select_scatter diagonal_scatter complex lerp addcdiv
+        autopar::straight_through
+    """),
+    (frozenset({0, 2}),): _names("masked_fill masked_scatter index_put constant_pad_nd"),
+    (frozenset({0, 3}),): _names("scatter scatter_add index_add index_copy index_fill"),
+    (frozenset({1, 2}),): ["where"],
+    (frozenset({0, 1}), frozenset({0, 2})): _names("addmm addmv baddbmm addcmul"),
+    (frozenset({0, 2}), frozenset({1, 2})): ["convolution"],
+}
+_KEPT = {
+    Kept.NOTHING: _names("""
+        add sub neg sum mean cat stack clone _to_copy to repeat pad embedding index index_select gather scatter roll
+        flip contiguous cumsum
+    """),
+    Kept.RESULT: _names("relu sigmoid tanh exp sqrt rsqrt softmax _softmax"),
+    Kept.CONDITION: _names("where masked_fill"),
+    Kept.FACTORS: ["mul"],
+    Kept.QUOTIENT: ["div"],
+    Kept.ATTENTION: _names("scaled_dot_product_attention autopar::attention"),
+}
+_DIFFERENTIABLE = {
+    0: _names("""
+        detach zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty
+        bernoulli
+    """),
+    1: _names("""
+        _native_batch_norm_legit_functional _native_batch_norm_legit_no_training native_dropout op.cross_entropy_sums
+    """),
+}
+
+
+def _table() -> dict[str, Facts]:
+    rows: dict[str, Facts] = defaultdict(Facts)
+    columns: list[tuple[str, Any, list[str]]] = [("product", True, _PRODUCTS), ("moves", True, _MOVES)]
+    columns += [("linear", groups, names) for groups, names in _LINEAR.items()]
+    columns += [("kept", kept, names) for kept, names in _KEPT.items()]
+    columns += [("differentiable", count, names) for count, names in _DIFFERENTIABLE.items()]
+    for fact, found, names in columns:
+        for name in names:
+            rows[name] = replace(rows[name], **{fact: found})
+    return dict(rows)
+
+
+FACTS = _table()
+_ROUNDING = (aten.div.Tensor_mode, aten.div.Scalar_mode)
 # torch has no tag for these
 _ALSO_POINTWISE = {
     aten._to_copy.default, aten.masked_fill.Tensor, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
 }  # fmt: skip
+VIEWS = frozenset((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default))  # other sizes only
+CASTS = (aten._to_copy.default,)
 
 
-def is_pointwise(node: fx.Node) -> bool:
-    """Whether each element of the result depends on the corresponding elements of the (broadcast) operands only."""
-    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
-    return torch.Tag.pointwise in tags or node.target in _ALSO_POINTWISE
+# ---------------------------------------------------------------- names
 
 
-def is_pure(node: fx.Node) -> bool:
-    """Whether ``node`` gives the same result for the same operands, at each step."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target is operator.getitem
-    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+def is_overload(target: Any) -> bool:
+    """Whether ``target`` is an operator of torch, and not a function of Python such as ``getitem``."""
+    return isinstance(target, torch._ops.OpOverload)
 
 
 def is_operator(node: fx.Node) -> bool:
-    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    return node.op == "call_function" and is_overload(node.target)
 
 
 def packet_of(node: fx.Node) -> Any:
     """The operator without its overload."""
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, torch._ops.OpOverload), node.format_node()
     return node.target.overloadpacket
 
 
-CASTS = (aten._to_copy.default,)
+def argument_names(target: Any) -> tuple[str, ...]:
+    """The names of what an operator takes, in their order."""
+    return tuple(argument.name for argument in target._schema.arguments)
+
+
+@functools.cache
+def bare_name(target: Any) -> str:
+    """``mm`` of ``aten.mm.default``, ``mylib::op`` of an operator that is none of torch's, ``op.loss`` of a function of
+    ``autopar.operators``, and ``""`` of any other function."""
+    if not is_overload(target):
+        name = getattr(target, "__name__", "")
+        return f"op.{name}" if name and REGISTRY.get(name) is target else ""
+    namespace, name = target._schema.name.split("::")
+    return name if namespace in ("aten", "prims") else f"{namespace}::{name}"
+
+
+def facts_of(target: Any) -> Facts:
+    return FACTS.get(bare_name(target), _UNKNOWN)
+
+
+_UNKNOWN = Facts()
+
+# ---------------------------------------------------------------- what torch says
+
+
+@functools.cache
+def is_view(target: Any) -> bool:
+    """Whether ``target`` returns its first argument's memory under other sizes and strides."""
+    if target is aten._unsafe_view.default:
+        return True
+    if not is_overload(target) or writes(target):
+        return False
+    return any(result.alias_info is not None for result in target._schema.returns)
+
+
+@functools.cache
+def is_random(target: Any) -> bool:
+    return is_overload(target) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+@functools.cache
+def is_factory(target: Any) -> bool:
+    """Whether ``target`` makes a tensor out of numbers alone (full, arange, axis_index, ...)."""
+    if not is_overload(target) or is_random(target):
+        return False
+    return not any("Tensor" in str(argument.type) for argument in target._schema.arguments)
+
+
+def writes(target: Any) -> bool:
+    """Whether ``target`` changes one of its arguments."""
+    return is_overload(target) and bool(target._schema.is_mutable)
+
+
+def is_pure(target: Any) -> bool:
+    """Whether ``target`` gives the same result for the same operands, at each step."""
+    if not is_overload(target):
+        return target is operator.getitem
+    return not writes(target) and not is_random(target)
+
+
+@functools.cache
+def is_pointwise(target: Any) -> bool:
+    """Whether each element of the result depends on the corresponding elements of the (broadcast) operands only."""
+    if target in _ALSO_POINTWISE:
+        return True
+    tags = target.tags if is_overload(target) else ()
+    return torch.Tag.pointwise in tags and torch.Tag.data_dependent_output not in tags  # aten.equal gives a bool
+
+
+@functools.cache
+def is_composite(target: Any, *, in_python: bool = True) -> bool:
+    """Whether torch makes ``target`` of other operators above its kernels (``CompositeImplicitAutograd``).
+
+    ``in_python``: tracing does so with some operators that have a kernel when they run (``upsample_nearest2d``).
+    """
+    if not is_overload(target):
+        return False
+    if in_python:
+        return bool(target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd"))
+
+
+# ---------------------------------------------------------------- what the table says
+
+
+def is_product(target: Any) -> bool:
+    """Whether ``target`` is a product of matrices, a convolution or an attention: what training spends its time on."""
+    return facts_of(target).product
+
+
+def only_moves(target: Any) -> bool:
+    """Whether ``target`` is a view, or moves and makes elements without computing."""
+    return is_view(target) or facts_of(target).moves
+
+
+@functools.cache
+def linear_in(target: Any) -> Groups:
+    """The sets of argument positions in which ``target`` is jointly linear, the other arguments held fixed.
+
+    What is no tensor among the arguments of a set has to be zero: ``x + 1`` is not linear in x.
+    """
+    if not is_overload(target) or target in _ROUNDING:
+        return ()
+    formula = target.namespace in ("aten", "prims") and bare_name(target).endswith(("_backward", "_backward_data"))
+    if is_view(target) or formula:  # torch's own formulas are linear in their first argument, the gradient
+        return _FIRST
+    return facts_of(target).linear
 
 
 def is_free(node: Node) -> bool:
@@ -61,44 +277,7 @@ def is_free(node: Node) -> bool:
     return is_view(node.target) or is_factory(node.target)
 
 
-VIEWS = frozenset((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default))  # other sizes only
-
-
-@functools.cache
-def is_view(target: Any) -> bool:
-    """Whether ``target`` returns its first argument's memory under other sizes and strides."""
-    if target is aten._unsafe_view.default:
-        return True
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-        return False
-    return any(result.alias_info is not None for result in target._schema.returns)
-
-
-@functools.cache
-def is_random(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
-
-
-@functools.cache
-def is_factory(target: Any) -> bool:
-    """Whether ``target`` makes a tensor out of numbers alone (full, arange, axis_index, ...)."""
-    if not isinstance(target, torch._ops.OpOverload) or is_random(target):
-        return False
-    return not any("Tensor" in str(argument.type) for argument in target._schema.arguments)
-
-
-STOPS_GRADIENT = {
-    aten.detach.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
-    aten.empty_like.default, aten.rand_like.default, aten.randn_like.default, aten.new_zeros.default,
-    aten.new_ones.default, aten.new_full.default, aten.new_empty.default, aten.bernoulli.default, aten.bernoulli.p,
-}  # fmt: skip
-# operators of which only the first outputs are differentiable
-DIFFERENTIABLE_OUTPUTS = {
-    aten._native_batch_norm_legit_functional.default: 1,
-    aten._native_batch_norm_legit_no_training.default: 1,
-    aten.native_dropout.default: 1,
-    cross_entropy_sums: 1,
-}
+# ---------------------------------------------------------------- types of results
 
 
 def types_of(node: fx.Node, fake: Any) -> Iterator[Value]:
@@ -117,9 +296,7 @@ def _differentiable(node: fx.Node, fake: Any) -> int:
     if node.target is operator.getitem:
         position = node.args[1]
         assert isinstance(position, int)
-        return int(values(operand(node))[position].requires_grad)
+        return int(values(node.all_input_nodes[0])[position].requires_grad)
     if not any(value.requires_grad for source in node.all_input_nodes for value in values(source)):
         return 0
-    if node.target in STOPS_GRADIENT:
-        return 0
-    return DIFFERENTIABLE_OUTPUTS.get(node.target, sys.maxsize)
+    return facts_of(node.target).differentiable

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
 
 from autopar.ir.layout import Layout
-from autopar.ir.node import Node, Origin, Value, origin, set_origin, set_values, values
+from autopar.ir.node import Origin, Value, origin, set_origin, set_values, values
 from autopar.ir.program import Program
 from autopar.ir.tables import Input, InputKind
-
-
-def live_nodes(roots: Iterable[Node], stop: Iterable[Node] = ()) -> set[Node]:
-    """All nodes that ``roots`` are made of, without those in ``stop``."""
-    found: set[Node] = set()
-    wanted, stop = list(roots), frozenset(stop)
-    while wanted:
-        node = wanted.pop()
-        if node not in found and node not in stop:
-            found.add(node)
-            wanted += node.all_input_nodes
-    return found
 
 
 def insert_before(

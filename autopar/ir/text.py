@@ -57,11 +57,6 @@ NAME_WIDTH, LINE_WIDTH = 28, 104  # columns are aligned up to these widths
 GradRule = Callable[[InputKind | None, Node, Value, int], bool]
 
 
-def format_graph(graph: fx.Graph, mesh: Mesh | None = None, *, origins: bool = False) -> str:
-    """One graph without tables, for looking at: its placeholders read ``input``."""
-    return Lines(mesh or Mesh(), None, origins).section("graph", graph, [], [])
-
-
 def _input_text(entry: Input | str | None, node: Node) -> str:
     if entry is None or isinstance(entry, str):
         return entry or "input"

@@ -32,3 +32,16 @@ class Transfer:
 
     def __str__(self) -> str:
         return f"{self.phase:<8} {self.axis:<4} {self.name:<20} {self.operations:>6} x {self.bytes:>15,} bytes"
+
+
+def count_text(number: float) -> str:
+    """``812``, ``1.44 M``, ``35.3 G``."""
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def size_text(size: float) -> str:
+    """Bytes as people read them: ``0``, ``812 B``, ``1.44 MB``, ``35.3 GB``."""
+    return f"{count_text(size)}B" if size >= 1e3 else f"{size:.0f} B" if size else "0"

@@ -18,7 +18,7 @@ from autopar.ir import collectives as comm
 from autopar.ir.batch import batch_dims, data_ways
 from autopar.ir.node import Node, output_node
 from autopar.ir.program import Program
-from autopar.ir.rewrite import live_nodes
+from autopar.ir.reach import ancestors
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 from autopar.plan import Plan
@@ -94,7 +94,7 @@ def counting(program: Program) -> fx.Graph | None:
     node = _behind(returned[program.loss], (*PASSING,))
     if node.target is aten.div.Tensor and isinstance(node.args[1], fx.Node):
         count = node.args[1]
-        found = live_nodes([count])
+        found = ancestors([count])
         sources = [source for source in role.forward.nodes if source in found and source.op == "placeholder"]
         learned = {source.name for source, _ in program.placeholders(InputKind.PARAMETER, InputKind.RECEIVED)}
         if learned.isdisjoint(source.name for source in sources):

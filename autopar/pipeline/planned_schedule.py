@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autopar.mesh import Mesh
+from autopar.mesh import PIPELINE, Mesh
 from autopar.plan import Plan
 from autopar.schedules.instructions import Kind, Schedule
 from autopar.schedules.named import make_schedule
@@ -16,7 +16,7 @@ def planned_schedule(plan: Plan, mesh: Mesh) -> Schedule:
 
     Raises ValueError for one that does not go with the mesh, ScheduleError for one that is written down wrongly.
     """
-    ranks = mesh.size("pp")
+    ranks = mesh.size(PIPELINE)
     if ":" not in plan.schedule:
         return make_schedule(plan.schedule, ranks, plan.microbatches, plan.virtual_stages)
     written = parse_schedule(plan.schedule)

@@ -13,6 +13,7 @@ from autopar.cost.machine import ACCELERATOR, Machine
 from autopar.ir.node import origin
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
+from autopar.ir.traffic import count_text, size_text
 from autopar.pipeline.interval_costs import StageGraph
 from autopar.pipeline.stages import Assignment
 
@@ -62,7 +63,7 @@ class StageTable:
         """Of each stage what a person reads, by ``COLUMNS``."""
         return [
             (
-                str(one.stage), one.first or "(model)", one.last or "(model)", _count(one.parameters),
+                str(one.stage), one.first or "(model)", one.last or "(model)", count_text(one.parameters),
                 f"{one.flops_share:.1%}", f"{one.time_share:.1%}", _size(one.state_bytes),
                 _size(one.activation_bytes), _size(one.memory_bytes), _size(one.sent_bytes),
             )
@@ -136,12 +137,5 @@ def _parameters(graph: StageGraph, begin: int, end: int) -> int:
     return sum(graph.elements(node) for node, _ in table if any(begin <= use < end for use in graph.uses[node]))
 
 
-def _count(number: float) -> str:
-    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number:.0f}"
-
-
-def _size(number: float) -> str:
-    return f"{_count(number)}B" if number >= 1e3 else f"{number:.0f} B"
+def _size(number: int) -> str:
+    return size_text(number) if number else "0 B"

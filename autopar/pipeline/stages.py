@@ -21,6 +21,7 @@ from torch import fx
 from autopar.errors import InvariantError
 from autopar.ir.node import Node, origin, set_origin, set_values, value, values
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
+from autopar.ir.reach import ancestors
 from autopar.ir.tables import Input, InputKind, Output, OutputKind
 from autopar.mesh import PIPELINE
 
@@ -130,12 +131,8 @@ class _Stage:
     def _needed(self) -> list[Node]:
         """What this stage computes, and what it is made of, in the order of the whole program."""
         own = [node for node, stage in self.assignment.stage_of.items() if stage == self.number]
-        wanted, found = [*own, *(node for node, _ in self.outputs)], set[Node]()
-        while wanted:
-            node = wanted.pop()
-            if node not in found:
-                found.add(node)
-                wanted += () if self._is_elsewhere(node) else node.all_input_nodes
+        wanted = [*own, *(node for node, _ in self.outputs)]
+        found = ancestors(wanted, through=lambda node: not self._is_elsewhere(node))
         return [node for node in self.whole.graph.nodes if node in found]
 
     def _is_elsewhere(self, node: Node) -> bool:

@@ -15,6 +15,7 @@ from torch import fx
 
 from autopar.ir.collectives import IDENTITIES
 from autopar.ir.node import values
+from autopar.ir.operator_facts import is_pointwise
 from autopar.mesh import Mesh
 from autopar.rules import (
     bags,
@@ -78,10 +79,7 @@ def rule_for(target: Any) -> Rule | None:
     """The rule of an operator; operators that torch tags as pointwise need no line of their own."""
     if target in RULES:
         return RULES[target]
-    tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
-    if torch.Tag.pointwise in tags and torch.Tag.data_dependent_output not in tags:  # aten.equal gives a bool
-        return pointwise.broadcast
-    return None
+    return pointwise.broadcast if is_pointwise(target) else None
 
 
 def call_of(node: fx.Node, mesh: Mesh, parameters: frozenset[fx.Node] = frozenset()) -> Call:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import fx
 
 from autopar.ir.layout import INVARIANT, PARTIAL, REPLICATED, Partial, Placement, Split
 from autopar.ir.node import Value
+from autopar.ir.operator_facts import argument_names, is_overload
 from autopar.rules.lines import Line, read_rule
 
 ANY_SIZE = 2  # of a factor that is never split: nothing asks for its size. Not 1, since a dim of size 1 has no factor
@@ -243,15 +243,14 @@ def _places(rule: Line, call: Call) -> list[int]:
     names = tensor_arguments(call.target)
     if names is None or len(names) != len(rule.inputs):
         return list(range(min(len(rule.inputs), len(call.inputs))))
-    arguments = [argument.name for argument in call.target._schema.arguments]
-    given = [*zip(arguments, call.args), *call.kwargs.items()]
+    given = [*zip(argument_names(call.target), call.args), *call.kwargs.items()]
     found = [names.index(name) for name, value in given if name in names and value is not None]
     return found if len(found) == len(call.inputs) else list(range(min(len(rule.inputs), len(call.inputs))))
 
 
 def tensor_arguments(target: Any) -> list[str] | None:
     """The names of the tensor arguments of an operator; None where they are not known, or lists of any length."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not is_overload(target):
         return None
     kinds = {argument.name: str(argument.type) for argument in target._schema.arguments}
     if any("Tensor" in kind and kind not in ("Tensor", "Optional[Tensor]") for kind in kinds.values()):

@@ -6,26 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import fx
 
+from autopar.ir.operator_facts import linear_in
 from autopar.operators.straight_through import STRAIGHT_THROUGH
 from autopar.rules.factoring import Call, Dims, Factoring, Shape
 
 aten = torch.ops.aten
-
-# operands in which an operator is jointly linear, so that a pending sum may pass through it
-_ADDING = (aten.add.Tensor, aten.sub.Tensor, aten.subtract.Tensor, aten.rsub.Tensor)
-_LINEAR: dict[Any, tuple[frozenset[int], ...]] = {
-    **dict.fromkeys(_ADDING, (frozenset({0, 1}),)),
-    aten.mul.Tensor: (frozenset({0}), frozenset({1})),
-    aten.div.Tensor: (frozenset({0}),),
-    aten.multiply.Tensor: (frozenset({0}), frozenset({1})),
-    **dict.fromkeys((aten.divide.Tensor, aten.true_divide.Tensor), (frozenset({0}),)),
-    **{op: (frozenset({0}),) for op in (aten.neg.default, aten.clone.default, aten.mul.Scalar, aten.div.Scalar)},
-    **{op: (frozenset({0}),) for op in (aten.detach.default, aten.positive.default, aten.real.default)},
-    aten.imag.default: (frozenset({0}),),
-    aten.where.self: (frozenset({1, 2}),),
-    STRAIGHT_THROUGH: (frozenset({0, 1}),),
-}
 
 # Padding holds whatever the operators before made of it. These operators keep it finite, and so are their slopes: what
 # is computed from it stays in the padding. The square root of a zero would send a NaN back into the weights.
@@ -77,16 +64,20 @@ def _padded(call: Call, inputs: tuple[Dims, ...], sizes: dict[str, int]) -> froz
 
 
 def _linear(call: Call) -> tuple[frozenset[int], ...]:
-    if call.target is aten.where.ScalarOther:
-        return (frozenset({1}),) if call.args[2] == 0 else ()
-    if call.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        return (frozenset({0}),) if call.args[2] == 0 else ()
-    count = len(call.inputs)
-    if call.target is aten._to_copy.default:
-        return (frozenset({0}),) if call.kwargs.get("dtype", torch.float32).is_floating_point else ()
-    if (call.target in _ADDING and count < 2) or (call.target is aten.where.self and count < 3):
-        return ()  # x + 1.0 is not linear in x
-    return tuple(group for group in _LINEAR.get(call.target, ()) if max(group) < count)
+    """The operands that may be pending sums together: those of a set of arguments in which the operator is jointly
+    linear, where no other of the set is a number but zero (``x + 1.0`` is not linear in x)."""
+    if call.target is aten._to_copy.default and not call.kwargs.get("dtype", torch.float32).is_floating_point:
+        return ()
+    if any(isinstance(given, fx.Node) for given in call.kwargs.values()):
+        return ()
+    operands: dict[int, int] = {}  # position among the arguments -> number of the operand
+    for position, given in enumerate(call.args):
+        if isinstance(given, fx.Node):
+            operands[position] = len(operands)
+    groups = [[position for position in group if position < len(call.args)] for group in linear_in(call.target)]
+    fitting = [group for group in groups if all(place in operands or call.args[place] == 0 for place in group)]
+    found = (frozenset(operands[place] for place in group if place in operands) for group in fitting)
+    return tuple(group for group in found if group)
 
 
 def _like(call: Call) -> Factoring:

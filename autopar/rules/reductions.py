@@ -10,6 +10,7 @@ import torch
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Factor, Layout, Split
 from autopar.ir.node import Node, value
+from autopar.ir.operator_facts import argument_names
 from autopar.rules.factoring import ANY_SIZE, Call, Dims, Emit, Factoring, Rewrite, dims_of
 from autopar.rules.views import FIRST, along_dims
 
@@ -134,7 +135,7 @@ def _finished(position: int | None, finish: Rewrite) -> Any:
     """Rule for a reduction that ``finish`` makes of parts; the result is the same on every rank."""
 
     def rule(call: Call) -> Factoring:
-        over_all = position is None or "dim" not in {argument.name for argument in call.target._schema.arguments}
+        over_all = position is None or "dim" not in argument_names(call.target)
         factoring = _all(call) if over_all else reduction(call, position or 1)
         gone = _gone(factoring)
         return replace(factoring, reduce=dict.fromkeys(gone, "whole"), rewrites=dict.fromkeys(gone, finish))

@@ -47,7 +47,7 @@ def sorted_ids(program: Program, ends: fx.Node, count: int) -> fx.Node | None:
 def same_call(a: fx.Node, b: fx.Node) -> bool:
     """Whether both are the same call, written twice."""
     alike = a.op == b.op == "call_function" and (a.target, a.args, a.kwargs) == (b.target, b.args, b.kwargs)
-    return a is b or (alike and is_pure(a))
+    return a is b or (alike and is_pure(a.target))
 
 
 def _below_casts(node: fx.Node) -> fx.Node:

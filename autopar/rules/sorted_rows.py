@@ -16,6 +16,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from autopar.ir.node import Value, value, values
+from autopar.ir.operator_facts import argument_names
 from autopar.ir.program import Program
 from autopar.ir.rewrite import insert_before, operand, substitute
 from autopar.ir.tables import InputKind
@@ -243,8 +244,7 @@ def _only_index(node: fx.Node) -> fx.Node | None:
 
 def descending(node: fx.Node) -> bool:
     """Whether a sort or argsort puts the largest first."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    return bool(dict(zip(names, node.args), **node.kwargs).get("descending", False))
+    return bool(dict(zip(argument_names(node.target), node.args), **node.kwargs).get("descending", False))
 
 
 def is_arange(program: Program, node: fx.Node, length: int) -> bool:

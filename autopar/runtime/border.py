@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from autopar.errors import IndivisibleError, InvariantError
-from autopar.ir.layout import Layout, shard
+from autopar.ir.layout import Layout, runs, shard
 from autopar.ir.node import Value
 from autopar.runtime.communicator import Communicator
 from autopar.runtime.connect import Connection
@@ -33,9 +33,8 @@ def part_of(layout: Layout, comm: Communicator, *, is_local: bool = False) -> Pa
         owned = layout.indices(dim, comm.coordinates, comm.mesh)
         if owned is None or is_local:
             continue
-        start = int(owned[0]) if len(owned) else 0
-        contiguous = torch.equal(owned, torch.arange(start, start + len(owned)))
-        cuts.append((dim, start, len(owned)) if contiguous else (dim, owned.to(comm.device)))
+        pieces = runs(owned) or [(0, 0)]
+        cuts.append((dim, *pieces[0]) if len(pieces) == 1 else (dim, owned.to(comm.device)))
 
     def part(tensor: Tensor) -> Tensor:
         x = tensor.detach()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from autopar.mesh import Mesh
+from autopar.mesh import PIPELINE, Mesh
 from autopar.runtime.communicator import Communicator
 from autopar.schedules.instructions import Kind, Message
 from autopar.schedules.packing import Types, together
@@ -27,7 +27,7 @@ def group_back(mesh: Mesh, group: ProcessGroup, timeout: float) -> ProcessGroup 
     """The group of messages to lower pipeline ranks; collective. None where ``group``, that of axis ``pp``, does."""
     if dist.get_backend(group) != "nccl":
         return None
-    members = [list(ranks) for ranks in mesh.groups("pp")]
+    members = [list(ranks) for ranks in mesh.groups(PIPELINE)]
     back: ProcessGroup
     back, _ = dist.new_subgroups_by_enumeration(members, timeout=timedelta(seconds=timeout))  # type: ignore[no-untyped-call]
     return back

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from autopar.mesh import PIPELINE
 from autopar.runtime.communicator import Communicator
 from autopar.runtime.dtensor import local_of, spec_of
 
@@ -66,7 +67,7 @@ def _norm(grads: list[Tensor], order: float, comm: Communicator) -> Tensor:
 
 def _is_counted(grad: Tensor, comm: Communicator) -> bool:
     """Whether this rank is the first of those that hold the same part."""
-    names = [axis for axis in comm.mesh.names if axis != "pp"]
+    names = [axis for axis in comm.mesh.names if axis != PIPELINE]
     whole = [True] * len(names)
     if isinstance(grad, DTensor):
         whole = [placement.is_replicate() for placement in spec_of(grad).placements]

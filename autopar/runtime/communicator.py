@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from autopar.errors import RankFailedError
 from autopar.ir.layout import Split
 from autopar.ir.traffic import Transfer, moved_bytes
-from autopar.mesh import Mesh
+from autopar.mesh import PIPELINE, Mesh
 from autopar.runtime import functional_collectives as torch_collectives
 from autopar.runtime.pieces import apart, put, take, together
 
@@ -46,7 +46,7 @@ class Communicator:
         self.phase = "forward"
         self._back = back
         self._groups = {axis: groups[axis] for axis, size in mesh.axes if size > 1}
-        self._stages = mesh.group(rank, "pp") if "pp" in mesh.names else ()  # of the same place within each
+        self._stages = mesh.group(rank, PIPELINE) if PIPELINE in mesh.names else ()  # of the same place within each
         self._positions = {axis: torch.tensor(i, device=device) for axis, i in self.coordinates.items()}
         self._started: dict[int, str] = {}  # where the result of one under way lies -> what it is
         self._sent: dict[tuple[str, str, str], list[int]] = {}  # (phase, axis, name) -> [operations, bytes]
@@ -183,18 +183,18 @@ class Communicator:
 
     def send(self, x: Tensor, position: int) -> dist.Work:
         """Start sending ``x``, which must not change until it has left, to a position on axis ``pp``."""
-        counts = self._sent.setdefault((self.phase, "pp", "send"), [0, 0])
+        counts = self._sent.setdefault((self.phase, PIPELINE, "send"), [0, 0])
         counts[0] += 1
         counts[1] += x.numel() * x.element_size()
-        return self._message(dist.isend, x, position, position > self.coordinates["pp"])
+        return self._message(dist.isend, x, position, position > self.coordinates[PIPELINE])
 
     def receive(self, x: Tensor, position: int) -> dist.Work:
         """Start receiving into ``x`` what a position on axis ``pp`` sends."""
-        return self._message(dist.irecv, x, position, position < self.coordinates["pp"])
+        return self._message(dist.irecv, x, position, position < self.coordinates[PIPELINE])
 
     def _message(self, start: Callable[..., dist.Work | None], x: Tensor, position: int, upwards: bool) -> dist.Work:
         peer = self._stages[position]
-        group = self._groups["pp"] if upwards or self._back is None else self._back
+        group = self._groups[PIPELINE] if upwards or self._back is None else self._back
         try:
             work = start(x, peer, group=group)
         except RuntimeError as problem:
@@ -222,9 +222,6 @@ class Communicator:
     def traffic(self) -> tuple[Transfer, ...]:
         """Operations and bytes that this rank sent, by phase, axis and collective."""
         return tuple(Transfer(*key, *counts) for key, counts in self._sent.items())
-
-    def reset_traffic(self) -> None:
-        self._sent.clear()
 
 
 def peer_failed(what: str, rank: int, peers: Sequence[int], timeout: float, problem: Exception) -> RankFailedError:

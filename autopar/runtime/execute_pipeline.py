@@ -16,6 +16,7 @@ from autopar.ir.node import value
 from autopar.ir.program import PipelinedProgram
 from autopar.ir.signature import restore_output
 from autopar.ir.tables import InputKind, OutputKind
+from autopar.mesh import PIPELINE
 from autopar.pipeline import microbatches
 from autopar.pipeline.interpreter import Event, Interpreter, Routes
 from autopar.pipeline.links import backward_schedule, inference_schedule, links_of
@@ -38,7 +39,7 @@ class PipelineExecutable:
 
     def __init__(self, program: PipelinedProgram, root: nn.Module, connection: Connection) -> None:
         self.program, self.comm = program, connection.comm
-        self.rank = self.comm.coordinates["pp"]
+        self.rank = self.comm.coordinates[PIPELINE]
         self.events: list[Event] = []  # of the latest step
         self.in_flight = 0  # microbatches, of each stage, that were held for a backward pass at a time in that step
         self._played = program.required_schedule
@@ -167,7 +168,7 @@ class PipelineExecutable:
         times = torch.zeros(max(map(len, computes)), 2, dtype=torch.float64)
         own = torch.tensor([(event.start, event.end) for event in self.events], dtype=torch.float64)
         times[: len(own)] = own + _epoch()
-        everyone = self.comm.exchange(times.to(self.comm.device), "pp").tolist()
+        everyone = self.comm.exchange(times.to(self.comm.device), PIPELINE).tolist()
         return Timeline.of_events(
             timing.Event(rank, step.kind, step.stage, step.microbatch, start, end)
             for rank, steps in enumerate(computes)
@@ -194,7 +195,7 @@ class PipelineExecutable:
             total = torch.stack([part * share for part, share in zip(parts, shares)]).sum(0)
         else:
             total = total.to(_dtype_of_loss(self.program))
-        return self.comm.all_reduce(total, "pp")
+        return self.comm.all_reduce(total, PIPELINE)
 
     # ------------------------------------------------------------ gradients
 

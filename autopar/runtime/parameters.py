@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from autopar.errors import IndivisibleError
-from autopar.ir.layout import Factor, Layout, shard
+from autopar.ir.layout import Factor, Layout, runs, shard
 from autopar.mesh import Mesh
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import contiguous, dtensor, local_of, strided
@@ -77,8 +77,8 @@ def _dim_form(factors: tuple[Factor, ...], mesh: Mesh) -> tuple[tuple[tuple[str,
     places = list(itertools.product(*map(range, ways)))
     found = [layout.indices(0, dict(zip(owning, place)), mesh) for place in places]
     owned = [own for own in found if own is not None]
-    runs = int((owned[0].diff() != 1).sum()) + 1
-    counts = {1, runs, *ways, *(runs * way for way in ways)}
+    pieces = max(1, len(runs(owned[0])))
+    counts = {1, pieces, *ways, *(pieces * way for way in ways)}
     for blocks in itertools.product(sorted(counts), repeat=len(owning)):
         given = [owned_positions(layout.shape[0], place, ways, blocks) for place in places]
         if all(map(torch.equal, owned, given)):

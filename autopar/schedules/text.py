@@ -83,13 +83,6 @@ def parse_schedule(text: str) -> Schedule:
     return _finished(reading)
 
 
-def parse_instructions(text: str) -> tuple[Instruction, ...]:
-    """The instructions of one rank, without ``rank 0:``. Raises ScheduleError."""
-    numbered = enumerate(text.splitlines(), 1)
-    words = [Word(word, number) for number, line in numbered for word in line.partition("#")[0].split()]
-    return tuple(step for step, _ in _instructions(words))
-
-
 def _read_header(line: str, number: int, reading: Reading) -> None:
     name, *pairs = line.split()[1:]
     reading.name = name

@@ -114,13 +114,3 @@ def peak_in_flight(steps: Iterable[Compute | Event]) -> int:
             held -= 1
             freed += 1
     return most if freed else 0
-
-
-def in_flight_by_stage(schedule: Schedule) -> tuple[int, ...]:
-    """Of each stage the most microbatches whose activations are held at a time. Stages of one rank peak at different
-    times: their sum may be more than :func:`peak_in_flight` of the rank."""
-    of_stage: list[list[Compute]] = [[] for _ in schedule.placement]
-    for rank in range(len(schedule.ranks)):
-        for step in schedule.computes(rank):
-            of_stage[step.stage].append(step)
-    return tuple(peak_in_flight(steps) for steps in of_stage)

@@ -10,7 +10,8 @@ Parts are cut and joined by the indices that their owners have, plainly, and not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 from autopar.errors import AutoparError, InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Split, owned_indices
-from autopar.ir.node import Node, origin, output_node
+from autopar.ir.node import Node, last_uses, origin
 from autopar.ir.operator_facts import is_random
 from autopar.ir.traffic import Transfer, moved_bytes
 from autopar.mesh import Mesh
@@ -212,13 +213,13 @@ class Lockstep:
         known: dict[Node, Ranks] = {}
         waiting = inputs[::-1]
         inputs.clear()
-        dying = _last_uses(graph)
+        dying = last_uses(graph)
         for node in graph.nodes:
             if node.op == "output":
                 return [known[result] for result in node.args[0]]
             known[node] = waiting.pop() if node.op == "placeholder" else self._step(node, known, phase)
             self.hold([known[node]])
-            for dead in dying[node]:
+            for dead in dying.get(node, ()):
                 self.drop([known.pop(dead)])
         raise AssertionError("a graph ends with its output")
 
@@ -227,6 +228,14 @@ class Lockstep:
         for ranks in values:
             for memory, value in zip(self.memory, ranks):
                 memory.hold(value)
+
+    @contextmanager
+    def holding(self, values: Iterable[Ranks]) -> Iterator[None]:
+        """Within it ``values`` stay in memory, as parameters and inputs do for a whole step."""
+        kept = list(values)
+        self.hold(kept)
+        yield
+        self.drop(kept)
 
     def drop(self, values: Iterable[Ranks]) -> None:
         for ranks in values:
@@ -273,18 +282,6 @@ class Lockstep:
             for rank, result in zip(group, members):
                 results[rank] = result
         return results
-
-
-def _last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
-    """For each node, what is not needed any more once it has run."""
-    dying: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
-    seen: set[Node] = set(output_node(graph).all_input_nodes)
-    for node in reversed(graph.nodes):
-        for source in (node, *node.all_input_nodes):
-            if source not in seen:
-                seen.add(source)
-                dying[node].append(source)
-    return dying
 
 
 def _call(node: Node, here: dict[Node, Any], rank: int) -> Any:

@@ -16,6 +16,7 @@ from autopar.ir.program import PipelinedProgram, Program
 from autopar.ir.signature import restore_output
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.ir.traffic import Transfer
+from autopar.mesh import PIPELINE
 from autopar.pipeline import microbatches
 from autopar.pipeline.interpreter import Interpreter, Routes
 from autopar.pipeline.links import inference_schedule
@@ -178,7 +179,7 @@ class _Box:
         phase = "forward" if message.kind == "F" else "backward"
         pieces = len(together([(tuple(ranks[0].shape), ranks[0].dtype) for ranks in values]))
         sizes = [ranks[0].numel() * ranks[0].element_size() for ranks in values]
-        self.post_office.lockstep[self.rank].count(phase, "pp", "send", pieces, sum(sizes))
+        self.post_office.lockstep[self.rank].count(phase, PIPELINE, "send", pieces, sum(sizes))
         self.post_office.under_way[self.rank, rank].append((message, values))
         self.post_office.match((self.rank, rank))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -86,7 +85,3 @@ def _order(placement: Placement) -> tuple[int, str]:
 def normalised(placement: Placement, gradient: bool) -> Placement:
     """Without gradients there is no difference between invariant and replicated."""
     return INVARIANT if placement == REPLICATED and not gradient else placement
-
-
-def forms_text(forms: Iterable[Placement]) -> str:
-    return " and ".join(str(form) for form in sorted(forms, key=_order))

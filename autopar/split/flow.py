@@ -21,6 +21,7 @@ from autopar.errors import UnknownOperatorError
 from autopar.ir.layout import Partial, Split
 from autopar.ir.node import origin, value
 from autopar.ir.program import Program
+from autopar.ir.reach import made_only_of
 from autopar.ir.tables import InputKind
 from autopar.rules import call_of, rule_for
 from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Part, Strategy
@@ -202,20 +203,14 @@ def opaque(call: Call) -> Factoring:
 
 def weights_of(program: Program) -> frozenset[fx.Node]:
     """Parameters and what is made of parameters alone."""
-    found: set[fx.Node] = {node for node, _ in program.placeholders(InputKind.PARAMETER)}
-    for node in program.graph.nodes:
-        if node.op == "call_function" and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return frozenset(found)
+    parameters = (node for node, _ in program.placeholders(InputKind.PARAMETER))
+    return frozenset(made_only_of(program.graph, parameters))
 
 
 def _fixed(program: Program) -> frozenset[fx.Node]:
     """What follows from no input, parameter or buffer. One constant may count batches here and heads there."""
-    found: set[fx.Node] = {node for node, _ in program.placeholders(InputKind.CONSTANT, InputKind.SEED)}
-    for node in program.graph.nodes:
-        if node.op == "call_function" and all(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return frozenset(found)
+    constants = (node for node, _ in program.placeholders(InputKind.CONSTANT, InputKind.SEED))
+    return frozenset(made_only_of(program.graph, constants, factories=True))
 
 
 def ends_partial(strategy: Strategy) -> bool:

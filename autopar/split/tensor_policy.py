@@ -15,6 +15,7 @@ from torch import fx
 
 from autopar.ir.layout import INVARIANT, Placement, Split
 from autopar.ir.node import value, values
+from autopar.ir.reach import ancestors
 from autopar.ir.tables import Input, InputKind
 from autopar.operators.bags import EMBEDDING_BAGS
 from autopar.rules.factoring import Part, Strategy
@@ -174,12 +175,4 @@ def _looks_up_tokens(flow: Flow, call: fx.Node) -> bool:
     if call.target is not aten.embedding.default:
         return False
     inputs = {node for node, _ in flow.program.placeholders(InputKind.INPUT)}
-    queue, seen = [flow.calls[call].operands[1]], set[fx.Node]()
-    while queue:
-        node = queue.pop()
-        if node in inputs:
-            return True
-        if node not in seen:
-            seen.add(node)
-            queue += node.all_input_nodes
-    return False
+    return not inputs.isdisjoint(ancestors([flow.calls[call].operands[1]]))

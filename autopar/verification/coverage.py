@@ -15,16 +15,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from autopar.analysis.footprint import held
 from autopar.check import TOLERANCE, Reference, Report
-from autopar.cost.flops import flops, is_product
+from autopar.cost.flops import flops
 from autopar.errors import AutoparError, IndivisibleError
 from autopar.ir import collectives as comm
 from autopar.ir.node import origin, value, values
+from autopar.ir.operator_facts import is_operator, is_product
 from autopar.ir.program import AnyProgram, PipelinedProgram
+from autopar.ir.reach import descendants, made_only_of
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import Transfer
 from autopar.mesh import DATA_AXES, PIPELINE, Mesh
@@ -114,8 +115,7 @@ def cover(name: str, family: str, model: nn.Module, batch: Mapping[str, Any], ca
 
 def unknown_operators(program: AnyProgram) -> tuple[str, ...]:
     """Operators of a program that have no splitting rule."""
-    targets = (node.target for node in program.graph.nodes if node.op == "call_function")
-    operators = (target for target in targets if isinstance(target, torch._ops.OpOverload))
+    operators = (node.target for node in program.graph.nodes if is_operator(node))
     return tuple(sorted({str(target) for target in operators if rule_for(target) is None}))
 
 
@@ -189,7 +189,7 @@ def remarks(program: AnyProgram, axis: str, normalised: frozenset[str] = frozens
     """What keeps ``axis`` from passing. ``normalised``: modules that normalise by statistics of the whole batch."""
     if axis in DATA_AXES:
         seen = _after(program, InputKind.INPUT)
-        whole = [node for node in program.graph.nodes if node in seen and is_product(node)]
+        whole = [node for node in program.graph.nodes if node in seen and is_product(node.target)]
         found = [f"not split by {axis}: {node.name} at {_place(node)}" for node in whole if not _splits(node, axis)]
         return _few(found) + _few(_irregular(program, axis, normalised))
     if axis == TENSOR_AXIS:
@@ -230,27 +230,14 @@ def _irregular(program: AnyProgram, axis: str, normalised: frozenset[str]) -> It
 
 
 def _feeds_a_product(node: fx.Node) -> bool:
-    queue, seen = list(node.users), set[fx.Node]()
-    while queue:
-        user = queue.pop()
-        if user in seen:
-            continue
-        if is_product(user):
-            return True
-        seen.add(user)
-        queue += user.users
-    return False
+    return any(is_product(user.target) for user in descendants([node]))
 
 
 def _gathered_weights(program: AnyProgram, axis: str) -> Iterator[fx.Node]:
-    weights = {node for node, _ in program.placeholders(InputKind.PARAMETER)}
+    weights = made_only_of(program.graph, (node for node, _ in program.placeholders(InputKind.PARAMETER)))
     for node in program.graph.nodes:
-        if node.op != "call_function" or not node.all_input_nodes:
-            continue
-        if all(source in weights for source in node.all_input_nodes):
-            weights.add(node)
-            if node.target in comm.GATHERS and axis in node.args:
-                yield node
+        if node in weights and node.target in comm.GATHERS and axis in node.args:
+            yield node
 
 
 def _whole_weights(program: AnyProgram, axis: str) -> Iterator[str]:

@@ -156,7 +156,7 @@ def test_unused_values_are_deleted() -> None:
     a, b = graph.placeholder("a"), graph.placeholder("b")
     unused = graph.call_function(aten.neg.default, (a,))
     graph.output((a,))
-    assert last_uses(graph) == {unused: [unused]}
+    assert last_uses(graph) == {unused: [unused], b: [b]}
     source = emit({"f": graph}, program_of(graph))
     assert "del b\n" in source and f"{unused.name} = aten_neg(a); del {unused.name}" in source
     assert b.name == "b"

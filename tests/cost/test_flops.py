@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from autopar.compiler import compile_program
-from autopar.cost.flops import flops, is_product
+from autopar.cost.flops import flops
+from autopar.ir.operator_facts import is_product
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.zoo.named import named_model
@@ -22,7 +23,9 @@ def counted(model: nn.Module, batch: dict[str, torch.Tensor], mesh: Mesh) -> tup
     assert role.backward is not None
 
     def total(graph: torch.fx.Graph) -> int:
-        return sum(flops(node, lambda kind: kind.layout.local_shape(mesh)) for node in graph.nodes if is_product(node))
+        return sum(
+            flops(node, lambda kind: kind.layout.local_shape(mesh)) for node in graph.nodes if is_product(node.target)
+        )
 
     return total(role.forward), total(role.backward)
 

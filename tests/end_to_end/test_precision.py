@@ -28,7 +28,7 @@ def test_dtypes_by_name_and_by_type() -> None:
     precision = Precision(torch.bfloat16, "fp32", torch.half)
     assert precision == Precision("bf16", torch.float32, "float16") and hash(precision)
     assert precision.to_json() == {"param": "bfloat16", "reduce": "float32", "output": "float16"}
-    assert precision.dtype("param") is torch.bfloat16 and Precision().dtype("param") is None
+    assert precision.param_dtype is torch.bfloat16 and Precision().param_dtype is None
     plan = Plan(precision=precision)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan == pickle.loads(pickle.dumps(plan))
     assert read_plan(["precision.param=bf16", "precision.reduce=none"]) == Plan(precision=Precision("bfloat16"))
@@ -77,7 +77,7 @@ def train(family: str, mesh: Mesh, plan: Plan, optimizer: str) -> dict[str, Any]
     """Three steps, the second of two batches, of the parallel model and of the plain loop beside it."""
     torch.manual_seed(0)
     model = FAMILIES[family].build()
-    plain = Plain(copy.deepcopy(model), plan.precision.dtype("param") or torch.float32)
+    plain = Plain(copy.deepcopy(model), plan.precision.param_dtype or torch.float32)
     parallel = autopar.parallelize(model, mesh, plan)
     batches = [FAMILIES[family].example_batch(FAMILIES[family].PRESETS["tiny"], 4, 8, seed) for seed in range(4)]
     kinds = {"sgd": lambda p: torch.optim.SGD(p, lr=0.1), "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3)}

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import ProgramFileError
 from autopar.exporters import program_file
-from autopar.exporters.manifest import ranges, split_of
+from autopar.exporters.manifest import split_of
 from autopar.exporters.program_file import load, save
 from autopar.ir.layout import Layout, Split
 from autopar.ir.node import Origin, origin, set_origin
@@ -170,11 +170,6 @@ def test_pieces_of_splits_that_are_not_contiguous() -> None:
     uneven = Layout.whole([3]).place("tp", Split(0), mesh).place("dp", Split(0), mesh)
     assert split_of(uneven, mesh)["0"]["pieces"] == [[[0, 1]], [[1, 2]], [[2, 3]], []]
     assert split_of(Layout.whole([3]), mesh) == {}
-
-
-def test_ranges() -> None:
-    assert ranges(torch.tensor([0, 1, 2, 6, 7, 5])) == [[0, 3], [6, 8], [5, 6]]
-    assert ranges(torch.tensor([], dtype=torch.int64)) == []
 
 
 # ---------------------------------------------------------------- extra files

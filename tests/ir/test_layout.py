@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from autopar.ir.cursor import parse_layout
+from autopar.ir.cursor import Cursor, take_layout
 from autopar.ir.layout import (
     INVARIANT,
     PARTIAL,
@@ -21,6 +21,7 @@ from autopar.ir.layout import (
     Partial,
     Split,
     owned_indices,
+    runs,
     shard,
     unshard,
 )
@@ -181,32 +182,9 @@ def test_uneven_splits_nest_as_programs_pad_them() -> None:
     assert unshard(parts(layout, numbered(5)), layout, MESH).tolist() == [0, 1, 2, 3, 4]
 
 
-# ---------------------------------------------------------------- gathering
-
-
-def test_without_the_last_axis_is_as_before_it_was_placed() -> None:
-    before = Layout.whole([8, 4]).place("dp", Split(0), MESH)
-    assert before.place("tp", Split(0), MESH).without("tp", MESH) == before
-    assert before.place("tp", Split(1, outer=2), MESH).without("tp", MESH) == before
-    assert before.place("tp", PARTIAL, MESH).without("tp", MESH) == before
-    assert before.without("sp", MESH) == before
-
-
-def test_without_an_earlier_axis_leaves_its_parts_in_front() -> None:
-    layout = Layout.whole([16]).place("dp", Split(0), MESH).place("tp", Split(0), MESH)
-    assert str(layout.without("dp", MESH)) == "[(2 8@tp)]"
-    joined = torch.cat([shard(torch.arange(16), layout, MESH, {"dp": dp, "tp": 1}) for dp in (0, 1)])
-    assert torch.equal(joined, shard(torch.arange(16), layout.without("dp", MESH), MESH, {"tp": 1}))
-
-
-def test_without_an_earlier_axis_of_a_ratio() -> None:
-    layout = (
-        Layout.whole([16]).place("dp", Split(0, ratio=(2, 1, 1)), MESH).place("tp", Split(0, ratio=(2, 1, 1)), MESH)
-    )
-    assert str(layout) == "[8+4+4@dp@tp]"
-    assert str(layout.without("tp", MESH)) == "[8+4+4@dp]"
-    with pytest.raises(ValueError, match="gather over 'tp' first"):
-        layout.without("dp", MESH)
+def test_runs_of_neighbouring_indices() -> None:
+    assert runs(torch.tensor([0, 1, 2, 6, 7, 5])) == [(0, 3), (6, 2), (5, 1)]
+    assert runs(torch.tensor([], dtype=torch.int64)) == []
 
 
 # ---------------------------------------------------------------- unshard
@@ -315,30 +293,6 @@ def test_placement_is_the_inverse_of_place(given_: Any) -> None:
         layout = placed
 
 
-@given(placements(), st.sampled_from(AXES))
-@settings(max_examples=200, deadline=None)
-def test_without_is_what_joining_the_parts_gives(given_: Any, axis: str) -> None:
-    """If the axis was placed last; or before others by a plain split."""
-    shape, steps = given_
-    layout, whole = Layout.whole(shape), numbered(*shape)
-    for name, split in steps:
-        layout = layout.place(name, split, MESH)
-    if axis not in layout.axes or any(split != Split(split.dim) for name, split in steps if name == axis):
-        return
-    try:
-        gathered = layout.without(axis, MESH)
-    except ValueError as error:
-        assert "first" in str(error)
-        return
-    dim = next(split.dim for name, split in steps if name == axis)
-    for rank in range(MESH.world_size):
-        here = MESH.coordinates(rank)
-        pieces = [shard(whole, layout, MESH, {**here, axis: i}) for i in range(MESH.size(axis))]
-        held = shard(whole, gathered, MESH, here)
-        assert held.shape == torch.cat(pieces, dim).shape
-        assert torch.equal(held.flatten().sort().values, torch.cat(pieces, dim).flatten().sort().values)
-
-
 @given(st.lists(st.integers(0, 13), min_size=1, max_size=2), st.permutations(AXES), st.integers(0, 3))
 @settings(max_examples=200, deadline=None)
 def test_uneven_contiguous_splits(shape: list[int], axes: list[str], count: int) -> None:
@@ -369,4 +323,5 @@ def test_layouts_read_back(given_: Any, pending: set[str]) -> None:
         layout = layout.place(axis, split, MESH)
     for axis in sorted(pending - layout.axes):
         layout = layout.place(axis, Partial("max" if axis == "sp" else "sum"), MESH)
-    assert parse_layout(str(layout), MESH) == layout
+    cursor = Cursor(1, str(layout))
+    assert take_layout(cursor, MESH) == layout and not cursor.more()

@@ -17,7 +17,6 @@ from autopar.ir.node import Origin, Value, origin, set_origin, set_values, value
 from autopar.ir.parse import parse
 from autopar.ir.program import Program, format_program
 from autopar.ir.tables import Input, InputKind, Output, OutputKind
-from autopar.ir.text import format_graph
 from autopar.mesh import Mesh
 from autopar.operators.registry import REGISTRY
 from autopar.plan import Plan
@@ -129,14 +128,6 @@ def test_what_cannot_be_read_back_still_prints() -> None:
     assert "return max_1, None" in str(program)
     with pytest.raises(ProgramFileError, match="line 3, column"):
         parse(str(program))
-
-
-def test_graphs_print_alone() -> None:
-    graph = parse(MLP).graph
-    assert format_graph(graph, Mesh(dp=2, tp=2)).splitlines()[1:3] == [
-        "  p_up_weight   = input                            : f32[32@tp,8]",
-        "  p_down_weight = input                            : f32[8,32@tp]",
-    ]
 
 
 # ---------------------------------------------------------------- gradients

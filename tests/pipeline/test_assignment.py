@@ -12,7 +12,7 @@ import pytest
 from torch import fx
 
 from autopar.compiler import split_program
-from autopar.cost.machine import PROCESSOR
+from autopar.cost.machine import Machine
 from autopar.errors import StageError
 from autopar.ir import collectives as comm
 from autopar.ir.blocks import block_of, is_repeated
@@ -146,8 +146,9 @@ def test_heads_count() -> None:
 
 def test_another_machine_another_balance() -> None:
     program = program_of("llama", sizes=WORDY)
-    quick = replace(PROCESSOR, memory=1e12)
-    assert assign_stages(program, 4, machine=PROCESSOR).stage_of != assign_stages(program, 4, machine=quick).stage_of
+    core = Machine(flops=5e10, memory=1e10, link=1e9, latency=5e-5)  # processes of one host
+    quick = replace(core, memory=1e12)
+    assert assign_stages(program, 4, machine=core).stage_of != assign_stages(program, 4, machine=quick).stage_of
 
 
 def test_more_stages_than_work() -> None:

@@ -20,6 +20,7 @@ from autopar.runtime import functional_collectives as torch_collectives
 from autopar.runtime.connect import Connection, connect
 from autopar.simulator.lockstep import collective
 from tests.launch import run_ranks, try_ranks
+from tests.traffic import sent_since
 
 MESH = Mesh(dp=2, tp=2)
 CPU = torch.device("cpu")
@@ -54,9 +55,9 @@ def run_cases() -> list[Any]:
         for name, shape, arguments in cases():
             # a tensor that is not contiguous, as a transpose in a graph gives
             x = part(shape, connection.rank).t().contiguous().t()
-            comm.reset_traffic()
+            before = comm.traffic
             result = getattr(comm, name)(x, axis, *arguments)
-            sent = [(t.axis, t.name, t.operations, t.bytes) for t in comm.traffic]
+            sent = [(t.axis, t.name, t.operations, t.bytes) for t in sent_since(before, comm.traffic)]
             found.append((result, result.is_contiguous(), sent))
     return found
 

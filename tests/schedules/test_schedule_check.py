@@ -13,7 +13,7 @@ from autopar.schedules.check import check_computes, check_schedule
 from autopar.schedules.instructions import Compute, Instruction, Link, Schedule, Values, chain
 from autopar.schedules.messages import with_messages
 from autopar.schedules.named import make_schedule
-from autopar.schedules.text import parse_instructions, parse_schedule
+from autopar.schedules.text import parse_schedule
 
 HALF: Values = (((4, 8), torch.float16), ((4,), torch.int64))
 GRADS: Values = (((4, 8), torch.float16),)
@@ -29,7 +29,7 @@ def whole(name: str = "1f1b") -> Schedule:
 
 
 def one(text: str) -> Instruction:
-    (step,) = parse_instructions(text)
+    _, step = parse_schedule(f"schedule one placement=0\nrank 0: F0.0 {text}").ranks[0]
     return step
 
 

@@ -1,0 +1,46 @@
+"""Which nodes of a graph are made of which: what stands before some nodes, and what stands behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import fx
+
+from autopar.ir.node import Node
+
+
+def ancestors(
+    nodes: Iterable[Node], *, stop: Iterable[Node] = (), through: Callable[[Node], bool] = lambda node: True
+) -> set[Node]:
+    """``nodes`` and all that they are made of, without those in ``stop``; what a node is made of counts where the walk
+    may go ``through`` that node."""
+    found: set[Node] = set()
+    wanted, stop = list(nodes), frozenset(stop)
+    while wanted:
+        node = wanted.pop()
+        if node not in found and node not in stop:
+            found.add(node)
+            wanted += node.all_input_nodes if through(node) else ()
+    return found
+
+
+def descendants(nodes: Iterable[Node]) -> set[Node]:
+    """All that is made of one of ``nodes``, without these."""
+    found: set[Node] = set()
+    wanted = [user for node in nodes for user in node.users]
+    while wanted:
+        node = wanted.pop()
+        if node not in found:
+            found.add(node)
+            wanted += node.users
+    return found
+
+
+def made_only_of(graph: fx.Graph, sources: Iterable[Node], *, factories: bool = False) -> set[Node]:
+    """``sources`` and every call that takes nothing else; with ``factories`` those too that take no tensor at all."""
+    found = set(sources)
+    for node in graph.nodes:
+        takes = node.all_input_nodes or factories
+        if node.op == "call_function" and takes and all(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
