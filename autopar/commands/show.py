@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from autopar.analysis.folded_text import folded
 from autopar.analysis.footprint import held, sent
 from autopar.commands.options import (
     Batch,
@@ -49,6 +50,7 @@ def show(
     after: Annotated[str | None, typer.Option(help="a pass, or trace; default: the last before differentiate")] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="print what this rank runs, as Python")] = None,
     inference: Annotated[bool, typer.Option("--inference", help="with --rank: without a backward pass")] = False,
+    full: Annotated[bool, typer.Option("--full", help="every line: repeated blocks are not folded")] = False,
     origins: Annotated[bool, typer.Option("--origins", help="end lines with the module and source line")] = False,
     explain: Annotated[
         str | None, typer.Option(metavar="NAME", help="why this node or parameter lies as it does, and what else costs")
@@ -67,6 +69,8 @@ def show(
 ) -> None:
     """Print the program of MODEL on a mesh: the text form, or with --rank what that rank runs.
 
+    Repeated blocks are printed once, with what differs; --full prints every line, as --json does.
+
     Nothing is launched, and no weights are needed: models.llama:llama_70b on dp=8,tp=8 works on a laptop.
     """
     if passes:
@@ -80,7 +84,12 @@ def show(
     with stderr().status(f"making the program of {model} on {on}"):
         split = split_program(example.model, on, read_plan(plan), (), example.batch, after=after)
         whole = split if after is not None else finish_program(split)
-    text = split.explain(explain) if explain is not None else _text(split, whole, rank, inference, origins)
+    if explain is not None:
+        text = split.explain(explain)
+    elif rank is not None:
+        text = _code(whole, rank, inference)
+    else:
+        text = (format_program if full or as_json else folded)(split, origins=origins)
     pipeline = pipeline_of(whole)
     if picture is not None and pipeline is not None:
         pipeline.write(picture)
@@ -131,9 +140,7 @@ def _sentences(phase: Phase) -> dict[str, str]:
     return {step.name: step.summary for step in phase.passes}
 
 
-def _text(shown: AnyProgram, whole: AnyProgram, rank: int | None, inference: bool, origins: bool) -> str:
-    if rank is None:
-        return format_program(shown, origins=origins)
+def _code(whole: AnyProgram, rank: int, inference: bool) -> str:
     runs = whole.rank(rank)
     return runs.inference_code if inference else runs.code
 

@@ -7,7 +7,7 @@ plan, and tables of inputs and outputs. Parameters are placeholders, so a progra
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -245,33 +245,35 @@ def weight_layouts(program: AnyProgram) -> dict[str, Layout]:
 # ---------------------------------------------------------------- programs
 
 
-def format_program(program: AnyProgram, *, origins: bool = False) -> str:
+def format_program(program: AnyProgram, *, origins: bool = False, form: Callable[..., Lines] = Lines) -> str:
     """The text form of ``program``; ``origins`` ends each line with the module path and source line it comes from.
+
+    ``form`` makes what formats its graphs, from mesh, gradients and ``origins`` as :class:`autopar.ir.text.Lines` is.
 
     Values of constants, the plan, input and output structures are not part of it: see
     :mod:`autopar.exporters.program_file`.
     """
-    sections = list(_program_sections(program, "program", origins))
+    sections = list(_program_sections(program, "program", origins, form))
     if isinstance(program, PipelinedProgram):
         for number, stage in enumerate(program.stages):
-            sections += _program_sections(stage, f"stage {number} of {len(program.stages)}", origins)
+            sections += _program_sections(stage, f"stage {number} of {len(program.stages)}", origins, form)
         if program.schedule is not None:
             sections.append(format_schedule(program.schedule).rstrip())
         if program.tail is not None:
-            sections.append(format_program(program.tail, origins=origins).replace("program", "tail", 1))
+            sections.append(format_program(program.tail, origins=origins, form=form).replace("program", "tail", 1))
     return "\n\n".join(sections)
 
 
-def _program_sections(program: AnyProgram, title: str, origins: bool) -> Iterator[str]:
+def _program_sections(program: AnyProgram, title: str, origins: bool, form: Callable[..., Lines]) -> Iterator[str]:
     """The graph of one program, and those of its role."""
     table = {entry.node: entry for entry in program.inputs}
     inputs = [table.get(node.name) for node in placeholders(program.graph)]
     gradients = grad_by_default if needs_gradients(program.graph, inputs) else no_grad_by_default
-    lines = Lines(program.mesh, gradients, origins)
+    lines = form(program.mesh, gradients, origins)
     heading = f"{title} {program.mesh}" + (" nograd" if gradients is no_grad_by_default else "")
     yield lines.section(heading, program.graph, inputs, [output_label(entry) for entry in program.outputs])
     if isinstance(program, Program) and program.role is not None:
-        yield from _role_sections(program.role, program, inputs, Lines(program.mesh, None, origins))
+        yield from _role_sections(program.role, program, inputs, form(program.mesh, None, origins))
 
 
 def _role_sections(role: Role, program: AnyProgram, inputs: Sequence[Input | None], lines: Lines) -> Iterator[str]:

@@ -57,7 +57,7 @@ NAME_WIDTH, LINE_WIDTH = 28, 104  # columns are aligned up to these widths
 GradRule = Callable[[InputKind | None, Node, Value, int], bool]
 
 
-def _input_text(entry: Input | str | None, node: Node) -> str:
+def input_text(entry: Input | str | None, node: Node) -> str:
     if entry is None or isinstance(entry, str):
         return entry or "input"
     unnamed = entry.kind in (InputKind.INPUT, InputKind.SEED) and entry.target == node.name
@@ -145,9 +145,9 @@ class Lines:
                 continue
             entry = next(given) if node.op == "placeholder" else None
             kind = entry.kind if isinstance(entry, Input) else None
-            text = _input_text(entry, node) if node.op == "placeholder" else self.expression(node, names)
-            rows.append((node.name, text, self.types(node, kind), _origin_text(node) if self.origins else ""))
-        return "\n".join([heading, *_aligned(rows), f"  {last}"])
+            text = input_text(entry, node) if node.op == "placeholder" else self.expression(node, names)
+            rows.append((node.name, text, self.types(node, kind), origin_text(node) if self.origins else ""))
+        return "\n".join([heading, *aligned(rows), f"  {last}"])
 
     def expression(self, node: Node, names: frozenset[str]) -> str:
         if node.op == "get_attr":
@@ -183,7 +183,7 @@ def _return_text(node: Node, labels: Sequence[str], names: frozenset[str]) -> st
     return "\n".join(lines)
 
 
-def _aligned(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
     """``name = expression : type  # origin``; the few longest lines may stick out of their columns."""
     widest = max((len(name) for name, *_ in rows if len(name) <= NAME_WIDTH), default=0)
     lines = [f"  {name:<{widest}} = {text}" for name, text, *_ in rows]
@@ -195,7 +195,7 @@ def _aligned(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
     ]
 
 
-def _origin_text(node: Node) -> str:
+def origin_text(node: Node) -> str:
     where = origin(node)
     text = f"{where.module or '-'}  {where.source}".rstrip() if where.module or where.source else ""
     return " ".join(text.splitlines()).encode("ascii", "backslashreplace").decode()
