@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 
 from autopar.__main__ import main
+from autopar.ir.tables import InputKind, OutputKind
+from autopar.plan import Plan
 from autopar.rules import RULES
 from tests.launch import run_ranks
+from tests.test_layering import STANDS_ON
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -131,3 +134,36 @@ def test_paths_in_pages() -> None:
         for name in re.findall(r"`((?:autopar|passes|models|tests|docs)/[\w./]*)`", page.read_text(encoding="utf-8")):
             example = "cut_stages" in name
             assert example or (ROOT / name).exists(), f"{page.name} names {name}, which is not there"
+
+
+def test_the_page_of_the_plan_has_every_choice() -> None:
+    """Each choice has its paragraph, and an example that sets it."""
+    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    examples = "".join(block.text for block, _ in blocks(ROOT / "docs" / "plan.md", "python"))
+    for entry in fields(Plan):
+        assert f"**`{entry.name}`**" in page, f"docs/plan.md says nothing about {entry.name}"
+        assert f"{entry.name}=" in examples, f"docs/plan.md has no example of {entry.name}"
+    assert "Plan.from_tp_plan(" in examples
+
+
+def test_the_map_has_every_room() -> None:
+    page = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8").partition("## The map")[2]
+    for room in STANDS_ON.keys() - {"autopar", "__main__", "passes"}:
+        assert f"`autopar/{room}/`" in page or f"`autopar/{room}.py`" in page, f"{room} is not on the map"
+
+
+def test_the_answers_to_ten_questions_are_where_it_says() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Ten questions")[2].partition("\n## ")[0]
+    answers = re.findall(r"^\| .*\? \| `(.*)` \| `(.*)` \|$", page, re.M)
+    assert len(answers) == 10
+    for file, words in answers:
+        assert words in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {words}"
+
+
+def test_the_words_of_the_text_form_are_explained() -> None:
+    """Every kind of input and output, and every collective, stands on the page."""
+    page = (ROOT / "docs" / "text_form.md").read_text(encoding="utf-8")
+    for kind in [*InputKind, *OutputKind]:
+        assert kind is OutputKind.USER or re.search(rf"`{kind.value}\b", page), f"{kind.value} is not explained"
+    for word in ("also", "nograd", "grad", "saved", "start_all_reduce", "wait", "return"):
+        assert re.search(rf"`(comm\.)?{word}\b", page), f"{word} is not explained"

@@ -163,7 +163,7 @@ def another_line(program: AnyProgram) -> str:
     with program.graph.inserting_after(node):
         more = program.graph.call_function(torch.ops.aten.neg.default, (node,))
     set_values(more, value(node))
-    return r"neg_\d+ += aten\.neg\(silu_5\)"
+    return r"neg\w* += aten\.neg\(silu_5\)"
 
 
 @pytest.mark.parametrize(
