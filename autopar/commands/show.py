@@ -84,12 +84,9 @@ def show(
     with stderr().status(f"making the program of {model} on {on}"):
         split = split_program(example.model, on, read_plan(plan), (), example.batch, after=after)
         whole = split if after is not None else finish_program(split)
-    if explain is not None:
-        text = split.explain(explain)
-    elif rank is not None:
-        text = _code(whole, rank, inference)
-    else:
-        text = (format_program if full or as_json else folded)(split, origins=origins)
+    written = format_program if full or as_json else folded
+    text = _code(whole, rank, inference) if rank is not None else written(split, origins=origins)
+    text = split.explain(explain) if explain is not None else text
     pipeline = pipeline_of(whole)
     if picture is not None and pipeline is not None:
         pipeline.write(picture)
