@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,9 +70,7 @@ def show(
 ) -> None:
     """Print the program of MODEL on a mesh: the text form, or with --rank what that rank runs.
 
-    Repeated blocks are printed once, with what differs; --full prints every line, as --json does.
-
-    Nothing is launched, and no weights are needed: models.llama:llama_70b on dp=8,tp=8 works on a laptop.
+    Repeated blocks are printed once, with what differs; --full prints every line, as --json does. Nothing is launched, and no weights are needed: models.llama:llama_70b on dp=8,tp=8 works on a laptop.
     """
     if passes:
         _print_compiler(as_json)
@@ -84,9 +83,8 @@ def show(
     with stderr().status(f"making the program of {model} on {on}"):
         split = split_program(example.model, on, read_plan(plan), (), example.batch, after=after)
         whole = split if after is not None else finish_program(split)
-    written = format_program if full or as_json else folded
-    text = _code(whole, rank, inference) if rank is not None else written(split, origins=origins)
-    text = split.explain(explain) if explain is not None else text
+    written = partial(format_program if full or as_json else folded, split, origins=origins)
+    text = split.explain(explain) if explain else _code(whole, rank, inference) if rank is not None else written()
     pipeline = pipeline_of(whole)
     if picture is not None and pipeline is not None:
         pipeline.write(picture)
