@@ -70,7 +70,8 @@ def show(
 ) -> None:
     """Print the program of MODEL on a mesh: the text form, or with --rank what that rank runs.
 
-    Repeated blocks are printed once, with what differs; --full prints every line, as --json does. Nothing is launched, and no weights are needed: models.llama:llama_70b on dp=8,tp=8 works on a laptop.
+    Repeated blocks are printed once, with what differs; --full prints every line, as --json does.
+    Nothing is launched, and no weights are needed: models.llama:llama_70b on dp=8,tp=8 works on a laptop.
     """
     if passes:
         _print_compiler(as_json)
