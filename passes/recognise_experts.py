@@ -36,18 +36,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Set
-from dataclasses import replace
 
 import torch
 from torch import fx
 
+from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.invariants import every_value_has_a_layout, placeholders_match_inputs
-from autopar.ir.layout import Layout
-from autopar.ir.node import Value, value
+from autopar.ir.node import value
 from autopar.ir.operator_facts import bare_name
 from autopar.ir.program import Program
-from autopar.ir.rewrite import drop_unused_constants, insert_before, operand, remove_unused, substitute
+from autopar.ir.rewrite import drop_unused_constants, operand, remove_unused, substitute
 from autopar.operators.experts import EXPERT_LINEAR
 from autopar.rules.gathered_products import GatheredProduct, gathered_product
 from autopar.rules.sorted_ids import same_call, sorted_ids
@@ -104,7 +103,7 @@ def _from_grouped(program: Program, node: fx.Node) -> fx.Node | None:
         if not is_arange(program, operand(ids, 1), value(ids).shape[0]):
             return None
         known = sorted_ids(program, operand(ids), *value(ids).shape)
-        return None if known is None else insert_before(node, EXPERT_LINEAR, (*node.args[:2], known))
+        return None if known is None else Builder(before=node)(EXPERT_LINEAR, *node.args[:2], known)
     if bare_name(node.target) not in GROUPED or len(node.args) != 3:
         return None
     if any(given is not None for given in node.kwargs.values()):
@@ -112,17 +111,14 @@ def _from_grouped(program: Program, node: fx.Node) -> fx.Node | None:
     rows, weight, ends = (operand(node, i) for i in range(3))
     if len(value(rows).shape) != 2 or len(value(weight).shape) != 3 or value(rows).dtype != value(weight).dtype:
         return None
-    (count, _), kind = value(rows).shape, value(ends)
-    ids = sorted_ids(program, ends, count) or _searched(node, ends, Value(kind.dtype, Layout.whole([count])))
-    return insert_before(node, EXPERT_LINEAR, (rows, weight, ids))
+    op, count = Builder(before=node), value(rows).shape[0]
+    return op(EXPERT_LINEAR, rows, weight, sorted_ids(program, ends, count) or _searched(op, ends, count))
 
 
-def _searched(node: fx.Node, ends: fx.Node, kind: Value) -> fx.Node:
-    """The expert of each row, from where each expert's rows end."""
-    count = kind.shape[0]
-    rows = insert_before(node, aten.arange.default, (count,), {"dtype": kind.dtype}, kind)
-    ids = Value(torch.int64, kind.layout)
-    return insert_before(node, aten.searchsorted.Tensor, (ends, rows), {"right": True}, ids)
+def _searched(op: Builder, ends: fx.Node, count: int) -> fx.Node:
+    """The expert of each of ``count`` rows, from where each expert's rows end."""
+    rows = op(aten.arange.default, count, dtype=value(ends).dtype)
+    return op(aten.searchsorted.Tensor, ends, rows, right=True)
 
 
 # ---------------------------------------------------------------- gathered weights
@@ -135,27 +131,21 @@ def _from_gathered(program: Program, node: fx.Node, weights: Set[fx.Node]) -> fx
 
 
 def _multiplied(node: fx.Node, product: GatheredProduct) -> fx.Node:
-    weight, ids = product.weight, product.ids
+    op, weight, ids = Builder(before=node), product.weight, product.ids
     if product.turned:
-        experts, outer, inner = value(weight).shape
-        turned = replace(value(weight), layout=Layout.whole([experts, inner, outer]))
-        weight = insert_before(node, aten.transpose.int, (weight, 1, 2), {}, turned)
+        weight = op(aten.transpose.int, weight, 1, 2)
     count = math.prod(value(ids).shape)
-    arguments = (_in_shape(node, product.rows, product.tokens, product.inner), weight, _in_shape(node, ids, count))
-    plain = replace(value(node), layout=Layout.whole([count, product.outer]))
-    found = insert_before(node, EXPERT_LINEAR, arguments, {}, plain)
+    rows = _in_shape(op, product.rows, product.tokens, product.inner)
+    found = op(EXPERT_LINEAR, rows, weight, _in_shape(op, ids, count))
     for user in list(node.users):
-        if user.target in VIEWS and value(user).shape == plain.shape:
+        if user.target in VIEWS and value(user).shape == value(found).shape:
             substitute(user, found)
-    return _in_shape(node, found, *value(node).shape)
+    return _in_shape(op, found, *value(node).shape)
 
 
-def _in_shape(node: fx.Node, source: fx.Node, *shape: int) -> fx.Node:
-    """``source`` in another shape in front of ``node``; what it was made of, if that has the shape already."""
+def _in_shape(op: Builder, source: fx.Node, *shape: int) -> fx.Node:
+    """``source`` in another shape; what it was made of, if that has the shape already."""
     below = source
     while below.target in VIEWS and value(below).shape != shape:
         below = operand(below)
-    if value(below).shape == shape:
-        return below
-    kind = replace(value(source), layout=Layout.whole(shape))
-    return insert_before(node, aten.reshape.default, (source, list(shape)), {}, kind)
+    return below if value(below).shape == shape else op.reshape(source, *shape)

@@ -1,30 +1,16 @@
-"""Changing a graph in place: new nodes carry their type and where they come from, as every node of a program must."""
+"""Changing a graph in place: what stands for what, what nothing uses, further constants (operators: ``builder``)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, fx
 
 from autopar.ir.layout import Layout
-from autopar.ir.node import Origin, Value, origin, set_origin, set_values, values
+from autopar.ir.node import Origin, Value, set_origin, set_values
 from autopar.ir.program import Program
 from autopar.ir.tables import Input, InputKind
-
-
-def insert_before(
-    node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *types: Value
-) -> fx.Node:
-    """A new operator in front of ``node``, from the same line of the model; ``types`` default to those of ``node``."""
-    schema = getattr(target, "_schema", None)
-    name = schema.name.partition("::")[2].strip("_") if schema else target.__name__
-    with node.graph.inserting_before(node):
-        new = node.graph.create_node("call_function", target, args, dict(kwargs or {}), name)
-    set_values(new, *(types or values(node)))
-    set_origin(new, origin(node))
-    return new
 
 
 def operand(node: fx.Node, position: int = 0) -> fx.Node:

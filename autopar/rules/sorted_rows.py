@@ -15,10 +15,11 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from autopar.ir.builder import Builder
 from autopar.ir.node import Value, value, values
 from autopar.ir.operator_facts import argument_names
 from autopar.ir.program import Program
-from autopar.ir.rewrite import insert_before, operand, substitute
+from autopar.ir.rewrite import operand, substitute
 from autopar.ir.tables import InputKind
 from autopar.rules import call_of, rule_for
 from autopar.rules.factoring import Dims
@@ -187,7 +188,7 @@ def _picked(region: SortedRows, node: fx.Node, rows: fx.Node, place: fx.Node) ->
 
 def _repeated(node: fx.Node, k: int) -> fx.Node:
     """Each row of the operand k times."""
-    return operand(node) if k == 1 else insert_before(node, aten.repeat_interleave.self_int, (operand(node), k, 0))
+    return operand(node) if k == 1 else Builder(before=node)(aten.repeat_interleave.self_int, operand(node), k, 0)
 
 
 def _put(region: SortedRows, node: fx.Node) -> bool:
@@ -224,12 +225,10 @@ def _added(region: SortedRows, node: fx.Node, base: fx.Node, place: fx.Node, row
     position = node.all_input_nodes.index(rows)
 
     def total(found: fx.Node) -> fx.Node:
-        parts, kind = found.all_input_nodes[position], value(found)
+        parts, op = found.all_input_nodes[position], Builder(before=found)
         if k > 1:
-            grouped = Value(kind.dtype, type(kind.layout).whole([count // k, k, *rest]), kind.requires_grad)
-            parts = insert_before(found, aten.reshape.default, (parts, list(grouped.shape)), {}, grouped)
-            parts = insert_before(found, aten.sum.dim_IntList, (parts, [1]))
-        return insert_before(found, aten.add.Tensor, (operand(found), parts))
+            parts = op(aten.sum.dim_IntList, op(aten.reshape.default, parts, [count // k, k, *rest]), [1])
+        return op(aten.add.Tensor, operand(found), parts)
 
     return region._restored(node, total)
 
