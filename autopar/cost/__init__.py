@@ -1,1 +1,1 @@
-"""What a machine takes for an operator: operations, bytes, seconds, and the values kept for backward."""
+"""The cost of an operator on a machine: operations, bytes, seconds, and the values kept for backward."""

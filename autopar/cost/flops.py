@@ -1,7 +1,7 @@
-"""How much an operator computes, from shapes alone: a multiplication and an addition are two operations.
+"""Floating-point operations of an operator, from shapes alone: a multiplication and an addition are two operations.
 
-Products of matrices, convolutions and attention are counted as the textbooks do (a causal mask halves nothing). What
-only moves data counts nothing, any other operator one operation for each floating element that it makes.
+Products of matrices, convolutions and attention are counted as textbooks do (a causal mask halves nothing). Operators
+that only move data count zero, any other operator one operation for each floating element of its outputs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from autopar.operators.recurrent import RECURRENT_LAYER
 aten = torch.ops.aten
 
 Shape = tuple[int, ...]
-Count = Callable[[Sequence[Shape], Sequence[Shape], fx.Node], int]  # shapes of operands, of outputs, the call
+Count = Callable[[Sequence[Shape], Sequence[Shape], fx.Node], int]  # shapes of operands, shapes of outputs, the call
 
 
 def flops(node: fx.Node, shape_of: Callable[[Value], Shape]) -> int:
-    """Floating-point operations of a call, with the sizes that ``shape_of`` gives (of the whole, or of one rank)."""
+    """Floating-point operations of a call, for the sizes that ``shape_of`` gives (of whole tensors or of one rank)."""
     if not is_operator(node):
         return 0
     outputs = values(node)
@@ -50,7 +50,7 @@ def _only_moves(node: fx.Node) -> bool:
 
 
 def _product(left: int) -> Count:
-    """Two for each output and each element of the last dim of operand ``left``."""
+    """Two operations for each output and each element of the last dim of operand ``left``."""
     return lambda inputs, outputs, _: 2 * math.prod(outputs[0]) * inputs[left][-1]
 
 
@@ -69,7 +69,7 @@ def _either_convolution(inputs: Sequence[Shape], outputs: Sequence[Shape], node:
 
 
 def _convolution_backward(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
-    """The gradients of input and weight cost as much as the convolution, those that are asked for."""
+    """The gradients of input and weight each cost as much as the convolution; only those that are required count."""
     mask, transposed = node.args[10], node.args[7]
     assert isinstance(mask, (list, tuple))
     outside = inputs[1] if transposed else inputs[0]
@@ -77,19 +77,19 @@ def _convolution_backward(inputs: Sequence[Shape], outputs: Sequence[Shape], nod
 
 
 def _attention(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
-    """Scores, and the values weighted by them."""
+    """The scores, and the values weighted by them."""
     q, k, v = inputs[:3]
     return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
 def _attention_backward(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
-    """Scores again, then the gradients of weights, values, queries and keys."""
+    """The scores again, then the gradients of weights, values, queries and keys."""
     q, k, v = inputs[1:4]
     return 2 * math.prod(q[:-1]) * k[-2] * (3 * q[-1] + 2 * v[-1])
 
 
 def _einsum(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
-    """Two for each combination of all letters."""
+    """Two operations for each combination of all letters."""
     terms = str(node.args[0]).replace(" ", "").replace(".", "").partition("->")[0].split(",")
     sizes = {letter: size for term, shape in zip(terms, inputs) for letter, size in zip(term[::-1], shape[::-1])}
     return 2 * math.prod(sizes.values())

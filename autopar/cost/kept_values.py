@@ -1,8 +1,8 @@
-"""What backward keeps of forward, estimated on the forward program, before there is a backward pass.
+"""The values that backward keeps from forward, estimated on the forward program before there is a backward pass.
 
-An estimate, for choosing where to cut: what ``differentiate`` and ``recompute_activations`` then keep, they decide on
-the real graphs. Products keep their operands, norms their input, other functions the value their derivative is written
-in; views, sums and collectives keep nothing.
+The estimate serves the choice of stages. ``differentiate`` and ``recompute_activations`` later decide on the real
+graphs. Products keep their operands, norms their input, other functions the value in which their derivative is
+written; views, sums and collectives keep nothing.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PERMUTATIONS = (aten.transpose, aten.permute, aten.expand, aten.movedim, aten.sw
 
 
 class SavedValues:
-    """Which values the backward passes of which calls keep; ``apart``: parameters that were cast or gathered."""
+    """The values that the backward passes of calls keep. ``apart``: parameters that were cast or gathered."""
 
     def __init__(self, costs: Costs, apart: Set[fx.Node]) -> None:
         self.costs, self.apart = costs, apart
         self.how = costs.program.plan.recompute
 
     def kept_by(self, node: fx.Node) -> frozenset[fx.Node]:
-        """The values that backward of ``node`` needs, without parameters and what is free to make."""
+        """The values that backward of ``node`` needs, except parameters and values that are free to recompute."""
         if not any(kind.requires_grad for kind in values(node)):
             return frozenset()
         found = (memory_of(value) for value in operands_kept(node))
@@ -40,19 +40,21 @@ class SavedValues:
         return frozenset(stays for value in there for stays in self._made_from(value))
 
     def inner_bytes(self, node: fx.Node) -> int:
-        """Bytes that backward of ``node`` keeps of what is no value of this graph: scores as softmax has left them,
-        and without the rows that see nothing."""
+        """Bytes that backward of ``node`` keeps beyond the values of this graph.
+
+        These are the scores of an attention after softmax, and the marks of rows that see nothing.
+        """
         if not by_parts(node) or self.how == "full" and _region(node):
             return 0
         return self.costs.scores(node) * (1 if self.how == "selective" else 2)
 
     @property
     def share(self) -> float:
-        """Of the bytes of these values, how many the plan lets be kept."""
+        """The share of the bytes of these values that the plan lets backward keep."""
         return 1.0 if isinstance(self.how, str) else float(self.how)
 
     def _made_from(self, value: fx.Node) -> Iterator[fx.Node]:
-        """``value``, or what backward makes it from."""
+        """``value`` itself, or the kept values from which backward recomputes it."""
         wanted, seen = [value], set[fx.Node]()
         while wanted:
             node = wanted.pop()
@@ -73,20 +75,20 @@ class SavedValues:
 
 
 def _region(node: fx.Node) -> str:
-    """The repeated block that ``node`` is in, or what is outside of all."""
+    """The repeated block that contains ``node``; nodes outside all blocks share one region."""
     block = block_of(node)
     return block if is_repeated(block) else ""
 
 
 def memory_of(node: fx.Node) -> fx.Node:
-    """The value whose memory ``node`` shows: of a view what it is a view of."""
+    """The value whose memory ``node`` shows: for a view, the value it views."""
     while node.op == "call_function" and (_is_view(node) or node.target in comm.IDENTITIES):
         node = node.all_input_nodes[0]
     return node
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:
-    """The fewer heads that are repeated in ``node`` (``derivatives.unrepeated_heads``)."""
+    """The heads before their repetition in ``node`` (``derivatives.unrepeated_heads``)."""
     source = node.all_input_nodes[0] if node.all_input_nodes else node
     repeats = is_operator(node) and packet_of(node) is aten.reshape
     return source if repeats and is_operator(source) and packet_of(source) is aten.expand else node

@@ -1,8 +1,8 @@
-"""How long an operator takes on one rank, from local shapes alone: a roofline (Williams et al. 2009).
+"""The time of an operator on one rank, from local shapes alone: a roofline (Williams et al. 2009).
 
-A call takes as long as its arithmetic or its memory traffic takes, whichever is more; a collective as long as its bytes
-take over a link. Backward of a product is one product more for each operand that gets a gradient, backward of anything
-else moves about as much as forward did, twice.
+A call takes as long as its arithmetic or its memory traffic, whichever is longer; a collective as long as its bytes
+need over a link. The backward of a product is one more product for each operand that gets a gradient. The backward of
+any other operator moves about twice the bytes of its forward.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from autopar.operators.embedding import embedding_rows
 
 aten = torch.ops.aten
 
-TABLES = (aten.embedding, EMBEDDING_BAGS.overloadpacket, embedding_rows)  # of which a few rows are read
+TABLES = (aten.embedding, EMBEDDING_BAGS.overloadpacket, embedding_rows)  # tables of which a few rows are read
 PICKS = (aten.index, aten.index_select, aten.gather, aten.slice, aten.select, aten.narrow)
 PASSES_OVER_SCORES = 10  # of attention by parts: mask, softmax and their copies, each read and written
 ATTENTION_BACKWARD = 2.5  # five products for two: the scores once more (Dao et al. 2022)
@@ -49,7 +49,7 @@ class Costs:
         return self.program.mesh
 
     def forward(self, node: fx.Node) -> float:
-        """Seconds of one run."""
+        """Seconds of one run of forward."""
         if node.op != "call_function" or node.target is operator.getitem or is_view(node.target):
             return 0.0
         name = comm.TARGETS.get(node.target)
@@ -58,21 +58,21 @@ class Costs:
         return max(self.flops(node) / self.machine.flops, self._traffic(node) / self.machine.memory)
 
     def both(self, node: fx.Node) -> float:
-        """Seconds of forward and backward, with what the plan makes again in between."""
+        """Seconds of forward and backward, including the values that the plan recomputes in between."""
         once = self.forward(node)
         if not any(kind.requires_grad for kind in values(node)) or node.target is operator.getitem:
             return once
         if node.target in comm.TARGETS:
             dual = comm.COLLECTIVES[comm.TARGETS[node.target]].dual
             return once + self._collective(dual, node, self.bytes([node]))
-        return once * (1 + self._share_made_again(node)) + self._backward(node, once)
+        return once * (1 + self._share_recomputed(node)) + self._backward(node, once)
 
     def flops(self, node: fx.Node) -> int:
-        """Operations of one forward run."""
+        """Operations of one run of forward."""
         return flops(node, self._local)
 
     def bytes(self, nodes: Iterable[fx.Node]) -> int:
-        """Bytes of what ``nodes`` return, as one rank holds it."""
+        """Bytes of the outputs of ``nodes``, as one rank holds them."""
         return sum(math.prod(self._local(kind)) * kind.dtype.itemsize for node in nodes for kind in values(node))
 
     def scores(self, node: fx.Node) -> int:
@@ -112,7 +112,7 @@ class Costs:
         moved = moved_bytes(name, self.mesh.size(comm.arguments_of(node)["axis"]), size)
         return self.machine.latency + moved / self.machine.link if moved else 0.0
 
-    def _share_made_again(self, node: fx.Node) -> float:
+    def _share_recomputed(self, node: fx.Node) -> float:
         """How much of forward runs a second time (``Plan.recompute``)."""
         how, product = self.program.plan.recompute, is_product(node.target)
         if how == "none" or how == "selective" and product:
@@ -128,7 +128,7 @@ def _kind(node: fx.Node) -> Any:
 
 
 def by_parts(node: fx.Node) -> bool:
-    """Whether ``node`` is an attention of which the scores are written down (``operators/attention.py``)."""
+    """Whether ``node`` is an attention that materialises its scores (:mod:`autopar.operators.attention`)."""
     if not is_operator(node) or packet_of(node) is not aten.scaled_dot_product_attention:
         return False
     arguments = dict(zip(("attn_mask", "dropout_p"), node.args[3:])) | node.kwargs

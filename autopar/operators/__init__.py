@@ -1,6 +1,6 @@
 """Operators of our own that are plain Python functions in a graph; ``REGISTRY`` finds them by name.
 
-Those of torch's registry (``autopar::attention``, ``autopar::straight_through``) are known once this is imported.
+The operators in torch's registry (``autopar::attention``, ``autopar::straight_through``) are registered by this import.
 """
 
 from __future__ import annotations

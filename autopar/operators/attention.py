@@ -7,9 +7,9 @@
     mask bool (True takes part) or float (added), broadcastable to (..., H, Sq, Sk); causal is aligned top left
     logsumexp (..., H, Sq), of the scaled and masked scores, natural logarithm
 
-The kernels call torch's fused ones where those apply (this is the one file that knows their names) and a plain
-computation where none does. A row that may attend to nothing gives zeros, as in torch. Where dropout is asked for or
-the mask needs a gradient, ``attention_by_parts`` is used instead.
+The kernels call torch's fused ones where those apply (only this file knows their names) and a plain computation
+elsewhere. A row that may attend to nothing gives zeros, as in torch. With dropout, or with a mask that needs a
+gradient, ``attention_by_parts`` is used instead.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention`` by way of the operators of this file."""
+    """``torch.nn.functional.scaled_dot_product_attention``, by the operators of this file."""
     if dropout_p > 0.0 or (attn_mask is not None and attn_mask.requires_grad):
         return attention_by_parts(q, k, v, attn_mask, dropout_p, is_causal, scale)
     leading = torch.broadcast_shapes(*(x.shape[: -3 if q.dim() > 3 else -2] for x in (q, k, v)))  # type: ignore[no-untyped-call]
@@ -63,7 +63,7 @@ def attend(
 def attention_by_parts(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, scale: float | None
 ) -> Tensor:
-    """Attention out of matmul, softmax and matmul, differentiated by torch (mask included)."""
+    """Attention from matmul, softmax and matmul, differentiated by torch (the mask too)."""
     if q.dim() > 3:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     scores = torch.matmul(q, k.transpose(-2, -1)) * _scale(q, scale)
@@ -102,7 +102,7 @@ def _later(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _heads_inside(x: Tensor) -> Tensor:
-    """The same tensor, (..., S, H, D) in memory: what fused kernels write, and what merging the heads wants."""
+    """The same tensor, laid out as (..., S, H, D): fused kernels write this, and merging the heads is free then."""
     return x.transpose(-3, -2).contiguous().transpose(-3, -2) if x.dim() > 3 else x.contiguous()
 
 
@@ -165,7 +165,7 @@ torch.library.register_autograd("autopar::attention", _derivative, setup_context
 
 
 def _four(x: Tensor) -> Tensor:
-    """(B, H, S, D) with the last dim dense, whatever dims lead."""
+    """(B, H, S, D) with the last dim dense, whatever the leading dims."""
     x = x.unsqueeze(1) if x.dim() == 3 else x.flatten(0, -4)
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -181,12 +181,12 @@ def _rows(logsumexp: Tensor) -> Tensor:
 
 
 def _widened(x: Tensor, width: int) -> Tensor:
-    """``x`` with zeros behind its last dim, which change no score and no output that is kept."""
+    """``x`` with zeros after its last dim; they change no score, and no output that is kept."""
     return x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1]))
 
 
 def _bias(mask: Tensor | None, q: Tensor, k: Tensor, is_causal: bool) -> Tensor | None:
-    """What is added to the scores, (B or 1, H or 1, Sq or 1, Sk or 1) in q's dtype; causal is merged into a mask."""
+    """The bias of the scores, (B or 1, H or 1, Sq or 1, Sk or 1) in q's dtype; causal is merged into a mask."""
     if mask is None:
         return None
     mask = mask[(None,) * (q.dim() - mask.dim())]
@@ -293,7 +293,7 @@ def _cpu_backward(
 
 
 def _cuda_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> str:
-    """Which of torch's kernels takes these: flash is the fastest and the narrowest."""
+    """The kernel of torch that takes these operands: flash is the fastest and accepts the fewest."""
     if q.numel() == 0 or k.numel() == 0 or q.dtype not in (torch.float32, *HALVES):
         return "plain"
     same_width, aligned = q.shape[-1] == v.shape[-1] <= 256, not is_causal or q.shape[-2] == k.shape[-2]
@@ -328,7 +328,7 @@ def _cuda_backward(
         return _plain_backward(grad, q, k, v, mask, out, logsumexp, is_causal, scale)
     rows = _rows(logsumexp).contiguous()
     if kernel == "flash":
-        nothing = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is not there
+        nothing = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is not used
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
             _four(grad), _four(q), _four(k), _four(v), _four(out), rows,
             None, None, q.shape[-2], k.shape[-2], 0.0, is_causal, nothing, nothing[0], scale=factor,

@@ -6,10 +6,10 @@
     table (V, H)   mode "sum", "mean" or "max"; rows that are padding_idx (-1: none) do not count
     ids (B, L), with offsets and bags None: B bags of as many rows each; weights (B, L) or None
     ids (N), the rows of all bags one after the other, with offsets (all bags, or one more), where each begins, and
-        bags (B), the numbers of those that are wanted, without gaps; weights (N) or None
+        bags (B), the numbers of those that are required, without gaps; weights (N) or None
     rank: the table is rows rank * V and following of a larger one, rows that are elsewhere count zero; or None
 
-Only the rows of the bags that are wanted are read. The weights are for "sum"; dweights is empty without them.
+Only the rows of the required bags are read. The weights are for "sum"; dweights is empty without them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ EMBEDDING_BAGS_BACKWARD = torch.ops.autopar.embedding_bags_backward.default
 
 @dataclass(frozen=True)
 class _Reads:
-    """What is read from the table, one entry for each row of a bag: n in all, of ids from ``first`` on."""
+    """The rows that are read from the table, one entry for each row of a bag: n in all, for ids from ``first`` on."""
 
     first: int
-    rows: Tensor  # (n), of the table that is here
-    owner: Tensor  # (n), the bag that it belongs to, ascending
-    begins: Tensor  # (B), where each bag begins
-    factor: Tensor  # (n), what it counts
+    rows: Tensor  # (n), the row of this rank's table
+    owner: Tensor  # (n), the bag to which it belongs, ascending
+    begins: Tensor  # (B), the first entry of each bag
+    factor: Tensor  # (n), its weight in the sum
     counts: Tensor  # (n), whether it counts at all
 
 
@@ -106,7 +106,7 @@ def _pooled_backward(grad: Tensor, table: Tensor, ids: Tensor, *rest: Any) -> tu
 
 
 def _picked(table: Tensor, reads: _Reads) -> Tensor:
-    """(n, H), True at the first of the largest in each bag."""
+    """(n, H), True at the first of the largest entries in each bag."""
     found = table[reads.rows]
     at_top = (found == _maxima(found, reads)[reads.owner]) & reads.counts[:, None]
     count = len(reads.rows)

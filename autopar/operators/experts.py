@@ -1,4 +1,4 @@
-"""Layers of experts: each row is multiplied with the matrix of the expert that it was sent to.
+"""Layers of experts: each row is multiplied with the matrix of the expert to which it was sent.
 
     expert_linear(rows, weight, ids) -> out           out[j] = rows[j // k] @ weight[ids[j]]
     expert_outer(left, right, ids, experts) -> sums   sums[e] = sum over ids[j] == e of left[j // k]^T right[j // m]
@@ -11,7 +11,7 @@ go. k, the number of experts that a token is sent to, follows from the shapes. A
 its result is zero, and so is its gradient. An expert that no row was sent to gets a gradient of zeros.
 
 The kernels sort the ids inside and multiply the rows of each expert at once (Gale et al. 2023, MegaBlocks, section 5):
-on CUDA by torch's grouped product where it takes the type and the widths, else expert by expert.
+on CUDA by torch's grouped product where it accepts the dtype and the widths, else expert by expert.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         if weight.is_contiguous():
             to_weight = EXPERT_OUTER(rows, grad, ids, len(weight))
-        else:  # a transposed view: so is its gradient, and that of what lies below needs no copy
+        else:  # a transposed view has a transposed gradient, and the gradient of the tensor it views needs no copy
             to_weight = EXPERT_OUTER(grad, rows, ids, len(weight)).transpose(1, 2)
     return to_rows, to_weight, None
 
@@ -88,14 +88,14 @@ torch.library.register_autograd("autopar::expert_linear", _derivative, setup_con
 
 
 def _by_expert(ids: Tensor, experts: int) -> list[Tensor]:
-    """For each expert the positions of its ids, in order; and last, those that belong to none."""
+    """For each expert the positions of its ids, in order; the last entry has those that belong to no expert."""
     ordered, order = ids.sort(stable=True)
     ends = torch.searchsorted(ordered, torch.arange(1, experts + 1, dtype=ids.dtype, device=ids.device)).tolist()
     return [order[start:stop] for start, stop in pairwise([0, *ends, len(ids)])]
 
 
 def _pick(x: Tensor, places: Tensor, count: int) -> Tensor:
-    """The rows at ``places`` of the ``count`` that ``x`` stands for, each of its rows for equally many."""
+    """The rows at ``places`` of a tensor of ``count`` rows; each row of ``x`` stands for equally many of them."""
     return x.index_select(0, places if len(x) == count else places // (count // len(x)))
 
 
@@ -116,12 +116,12 @@ def _outer(left: Tensor, right: Tensor, ids: Tensor, experts: int) -> Tensor:
 
 
 def _takes_grouped(*matrices: Tensor) -> bool:
-    """Whether torch's grouped product takes these: bfloat16, rows that begin at multiples of 16 bytes."""
+    """Whether torch's grouped product accepts these: bfloat16, rows that begin at multiples of 16 bytes."""
     return all(x.dtype is torch.bfloat16 and x.numel() > 0 and x.shape[-1] % 8 == 0 for x in matrices)
 
 
 def _offsets(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ids in order, where each of them was, and where the rows of each expert end (int32), without a wait."""
+    """The ids in order, their first positions, and the ends of each expert's rows (int32), without a wait."""
     ordered, order = ids.sort(stable=True)
     ends = torch.arange(1, experts + 1, dtype=ids.dtype, device=ids.device)
     return ordered, order, torch.searchsorted(ordered, ends, out_int32=True)
@@ -132,7 +132,7 @@ def _grouped_linear(rows: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         return _linear(rows, weight, ids)
     ordered, order, ends = _offsets(ids, len(weight))
     found = aten._grouped_mm(_pick(rows, order, len(ids)), weight, ends)
-    found.masked_fill_((ordered >= len(weight)).unsqueeze(1), 0)  # rows behind the last end hold anything
+    found.masked_fill_((ordered >= len(weight)).unsqueeze(1), 0)  # rows after the last end are arbitrary
     return torch.empty_like(found).index_copy_(0, order, found)
 
 

@@ -1,6 +1,6 @@
 """Cross-entropy as a sum over a count, so that a mean over tokens stays a mean over *all* tokens of all ranks.
 
-``vocabulary_*`` and ``cross_entropy_from_parts`` are the pieces of the loss when each rank has some of the classes
+``vocabulary_*`` and ``cross_entropy_from_parts`` compute the loss in steps when each rank has some of the classes
 (vocabulary-parallel cross-entropy: Shoeybi et al. 2019, section 3): maximum, sum of exponentials and the target's
 logit are reduced over the ranks; no rank ever holds all logits.
 """
@@ -18,7 +18,8 @@ from autopar.operators.registry import operator
 def cross_entropy_sums(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """(sum of the losses, what a mean divides by), float32 for logits of 16 bits, in which many losses have no room.
+    """(sum of the losses, divisor of a mean); float32 for logits of 16 bits, which are too narrow for a sum of many
+    losses.
 
     logits (C), (N, C) or (N, C, d1, ...); target without C.
     """
@@ -43,7 +44,7 @@ def _count(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torc
 
 
 def _mine(width: int, rank: Tensor, classes: int) -> Tensor:
-    """Which of this rank's columns are classes, not padding: bool (width)."""
+    """Which of this rank's columns are classes and not padding: bool (width)."""
     return torch.arange(width, device=rank.device) + rank * width < classes
 
 
@@ -70,7 +71,7 @@ def vocabulary_maximum(logits: Tensor, target: Tensor, rank: Tensor, classes: in
 def vocabulary_sums(
     logits: Tensor, maximum: Tensor, target: Tensor, rank: Tensor, classes: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's part of sum(exp(logit - maximum)), of the target's logit and, for smoothing, of the sum of logits."""
+    """This rank's part of three sums: exp(logit - maximum), the target's logit and, for smoothing, all logits."""
     dim = _class_dim(logits, target)
     width = logits.shape[dim]
     rank = rank.to(logits.device)
@@ -98,8 +99,10 @@ def cross_entropy_from_parts(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of the losses, count) from reduced parts of :func:`vocabulary_sums`; the maximum cancels out. Of the same
-    dtypes as those of :func:`cross_entropy_sums`."""
+    """(sum of the losses, count) from reduced parts of :func:`vocabulary_sums`; the maximum cancels out.
+
+    The dtypes are those of :func:`cross_entropy_sums`.
+    """
     wide = _wide(exponentials.dtype)
     log_total = exponentials.log()
     losses = log_total - picked

@@ -1,7 +1,7 @@
 """Random masks and numbers that depend on the position of an element in the whole tensor, never on the mesh.
 
 A counter-based generator (Salmon et al. 2011): the value at a position is a hash of (seed, salt, position), so a rank
-that holds a part of a tensor draws exactly the numbers that the single device draws there.
+that holds a part of a tensor draws exactly the numbers that a single device draws there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def _wrapped(number: int) -> int:
-    """``number`` as int64 arithmetic would have it."""
+    """``number`` wrapped around as in int64 arithmetic."""
     return (number + 2**63) % 2**64 - 2**63
 
 

@@ -8,9 +8,9 @@
     w_hr (P, H) of an LSTM with a projection; G is 4 for "lstm", 3 for "gru", 1 for "rnn_tanh" and "rnn_relu"
     last: c (B, H) after the last step for "lstm", h (B, P) for the others
 
-Torch takes such a layer apart differently on each device, and where it has no fused kernel into a dozen operators for
-each step. One node keeps the graph the same everywhere, and small; its kernels call torch's best. The backward keeps
-nothing of the forward but its arguments, and runs it once more.
+Torch decomposes such a layer differently on each device; without a fused kernel it becomes a dozen operators for each
+step. One node keeps the graph small and the same everywhere. Its kernels call torch's best. The backward keeps only
+the arguments of the forward, and runs it once more.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _layer_backward(
 
 @contextmanager
 def _autograd() -> Iterator[None]:
-    """Autograd within a kernel, which runs below it."""
+    """Autograd within a kernel, where torch has it turned off."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _AUTOGRAD_KEYS:
         excluded = excluded.remove(getattr(torch._C.DispatchKey, key))

@@ -1,4 +1,4 @@
-"""The look-up of our own operators by name, used when a program is printed and read, and those in torch's registry."""
+"""The look-up of our own operators by name, for printing and reading programs, and those in torch's registry."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def operator(function: _F) -> _F:
 
 
 def library(*schemas: str) -> torch.library.Library:
-    """A part of torch's registry that knows the operators ``autopar::...`` of ``schemas``; they live as long as it."""
+    """A part of torch's registry with the operators ``autopar::...`` of ``schemas``; they exist as long as it."""
     found = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
     for schema in schemas:
         found.define(schema)  # type: ignore[no-untyped-call]

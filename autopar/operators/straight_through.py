@@ -1,10 +1,10 @@
-"""A value whose gradient goes elsewhere: what a hand-written backward pass is in a graph of ordinary operators.
+"""A value with the gradient of another one: the form of a hand-written backward pass in a graph of ordinary operators.
 
     autopar::straight_through(value, surrogate) -> value
 
-Both have one shape and dtype. The result is ``value``, to which no gradient flows; the whole gradient of the result
-is the gradient of ``surrogate``, whose numbers are never looked at: what computes them is dead code once the backward
-pass is derived. (The straight-through estimator of Bengio et al. 2013, with any surrogate in the identity's place.)
+Both have one shape and dtype. The result is ``value``, to which no gradient flows. The whole gradient of the result is
+the gradient of ``surrogate``, whose numbers are never used: the nodes that compute them are dead code once the backward
+pass is derived. (The straight-through estimator of Bengio et al. 2013, with any surrogate in place of the identity.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rule table: operator -> how it may be split. One line where a line can say it, else a function with a name.
+"""The rule table: operator -> how it may be split, as one line where a line can say it, else as a named function.
 
 Most of the functions serve many operators: ``broadcast``, ``reduction``, ``along_dims``.
 
@@ -50,7 +50,7 @@ Rule = Callable[[Call], Factoring]
 
 
 def from_line(line: str) -> Rule:
-    """The rule that a line such as ``"b m k, b k n -> b m n"`` says."""
+    """The rule that a line such as ``"b m k, b k n -> b m n"`` states."""
     return lambda call: factoring_of(line, call)
 
 
@@ -83,7 +83,7 @@ def rule_for(target: Any) -> Rule | None:
 
 
 def call_of(node: fx.Node, mesh: Mesh, parameters: frozenset[fx.Node] = frozenset()) -> Call:
-    """The call that ``node`` makes, with the sizes that its operands have on one rank of the mesh so far."""
+    """The call that ``node`` makes, with the sizes of its operands on one rank after the axes that are split so far."""
     operands: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), operands.append)
     types = [values(operand)[0] for operand in operands]
@@ -106,7 +106,7 @@ _KEEPS_ZEROS = {
 
 
 def _is_parameter(node: fx.Node, parameters: frozenset[fx.Node]) -> bool:
-    """Whether ``node`` is a parameter, or a cast or transposition of one: the zeros of its padding are still zeros."""
+    """Whether ``node`` is a parameter, or a cast or transposition of one, which keeps zeros in its padding."""
     while node.op == "call_function" and node.target in _KEEPS_ZEROS:
         (node,) = node.all_input_nodes
     return node.op == "placeholder" and node in parameters

@@ -1,7 +1,7 @@
-"""Rule lines that stand at one dim of a tensor, in place of the whole of it: ``at_dim("dim", "gone -> ; whole gone")``.
+"""Rule lines for one dim of a tensor in place of all dims: ``at_dim("dim", "gone -> ; whole gone")``.
 
-A side of such a line says what stands at the dim; nothing, where a tensor lacks it. ``... inside`` says what stands
-behind all other dims. Those are the same in all tensors, and are split freely.
+Each side of such a line gives the factors at that dim; nothing, where a tensor lacks the dim. ``... inside`` gives the
+factors after all other dims. The other dims are the same in all tensors, and are split freely.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from autopar.rules.lines import Term, read_rule
 
 
 def at_dim(argument: str, line: str, linear: bool = False) -> Callable[[Call], Factoring]:
-    """The rule that ``line`` says at the dim which the operator's argument of this name tells.
+    """The rule that ``line`` states at the dim which the operator's argument ``name`` gives.
 
     All operands have the left side, all outputs the right side. ``linear``: all operands may be pending sums together.
     """
@@ -22,12 +22,12 @@ def at_dim(argument: str, line: str, linear: bool = False) -> Callable[[Call], F
 
 
 def at_end(line: str, linear: bool = False) -> Callable[[Call], Factoring]:
-    """The rule that ``line`` says of the last dims."""
+    """The rule that ``line`` states for the last dims."""
     return lambda call: _factoring(line, linear, call, None)
 
 
 def _number(call: Call, name: str) -> int:
-    """The dim that the argument tells, which may be negative."""
+    """The dim that the argument gives; it may be negative."""
     arguments = call.target._schema.arguments
     position = [argument.name for argument in arguments].index(name)
     return int(call.argument(position, name, arguments[position].default_value))
@@ -52,6 +52,6 @@ def _factoring(line: str, linear: bool, call: Call, dim: int | None) -> Factorin
 
 
 def _sides(term: Term) -> tuple[Term, Term]:
-    """What stands at the dim, and what stands behind all others."""
+    """The factors at the dim, and the factors after all others."""
     middle = term.index(["..."]) if ["..."] in term else len(term)
     return term[:middle], term[middle + 1 :]

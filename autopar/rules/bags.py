@@ -11,7 +11,7 @@ from autopar.rules.factoring import ANY_SIZE, Call, Dims, Emit, Factoring
 
 
 def bags(call: Call) -> Factoring:
-    """Bags of rows of a table. Split by rows, a rank adds those that it has."""
+    """Bags of rows of a table. Split by rows, each rank adds the rows that it has."""
     _, _, offsets, _, weights, rank, mode, _ = call.args
     width, ragged = call.inputs[0][1], offsets is not None
     sizes = {"v": call.inputs[0][0], "h": width, "b": call.outputs[0][0], "l": call.inputs[1][-1], "o": ANY_SIZE}

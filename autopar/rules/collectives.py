@@ -1,4 +1,4 @@
-"""Collectives of axes that were split earlier: for the axis at hand they are ordinary operators."""
+"""Collectives of axes that were split earlier: for the present axis they are ordinary operators."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def reduced(call: Call) -> Factoring:
 
 
 def joined(call: Call) -> Factoring:
-    """The dim that the other axis splits stays whole here."""
+    """The dim that the other axis splits stays whole on this axis."""
     return keeps_other_dims(call, {int(call.args[3])}, FIRST)
 
 
@@ -31,7 +31,7 @@ def exchanged(call: Call) -> Factoring:
 
 
 def position(call: Call) -> Factoring:
-    """A rank's position on another axis: a number, nothing to split."""
+    """A rank's position on another axis: a number, with nothing to split."""
     return Factoring((), ((),), {})
 
 

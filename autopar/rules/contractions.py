@@ -20,19 +20,19 @@ aten = torch.ops.aten
 def linear(call: Call) -> Factoring:
     line = "... k, n k, n -> ... n; linear 0 2, 1 2; added 2; uneven n k; contraction"
     factoring = factoring_of(line, call)
-    # padding is zeros in a parameter and anything elsewhere: zeros times anything count nothing
+    # padding is zero in a parameter and arbitrary elsewhere: zero times any finite number adds nothing
     return factoring if call.parameters[1:2] == (True,) else replace(factoring, uneven=frozenset())
 
 
 def experts(call: Call) -> Factoring:
-    """Rows times the matrix of the expert that each was sent to; a row may be sent to several (``k``)."""
+    """Rows times the matrix of the expert to which each was sent; a row may be sent to several experts (``k``)."""
     factoring = factoring_of("t i, e i o, (t k) -> (t k) o; whole e; linear 0, 1; uneven i o; contraction", call)
     work = call.inputs[2][0] * math.prod(call.inputs[1][1:])
     return replace(factoring, work=work, uneven=factoring.uneven if call.parameters[1] else frozenset())
 
 
 def matmul(call: Call) -> Factoring:
-    """``a @ b`` with broadcasting of the leading dims; vectors as torch.matmul takes them."""
+    """``a @ b`` with broadcasting of the leading dims; vectors are treated as in torch.matmul."""
     a, b = call.inputs
     out = call.outputs[0]
     sizes: dict[str, int] = {"k": a[-1]}
@@ -139,7 +139,7 @@ def _look_up_own_rows(emit: Emit, node: Node, axis: str, ways: int) -> Node:
 
 
 def bag(call: Call) -> Factoring:
-    """``embedding_bag``: columns of the table; where a bag begins is known to no rank alone."""
+    """``embedding_bag``: the columns of the table may be split; no rank alone knows where a bag begins."""
     sizes = {"h": call.inputs[0][1]}
     inputs: list[Dims] = [(("rows",), ("h",))]
     inputs += [tuple((f"in{k}_{i}",) for i in range(len(s))) for k, s in enumerate(call.inputs[1:])]

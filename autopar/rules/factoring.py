@@ -1,4 +1,4 @@
-"""What a splitting rule says: the named factors of each tensor of an operator, and the strategies that follow.
+"""The content of a splitting rule: the named factors of each tensor of an operator, and the strategies that follow.
 
 A rule is one line, ``"b m k, b k n -> b m n"``: every dim is a factor or a product of factors ``(h d)``. Splitting a
 factor splits every tensor dim that has it; a factor missing from the output is summed, so splitting it leaves the
@@ -19,14 +19,14 @@ from autopar.ir.node import Value
 from autopar.ir.operator_facts import argument_names, is_overload
 from autopar.rules.lines import Line, read_rule
 
-ANY_SIZE = 2  # of a factor that is never split: nothing asks for its size. Not 1, since a dim of size 1 has no factor
+ANY_SIZE = 2  # of a factor that is never split: its size does not matter. Not 1, since a dim of size 1 has no factor
 Shape = tuple[int, ...]
 Dims = tuple[tuple[str, ...], ...]  # for each dim its factors, outermost first; () for a dim of size 1
 
 
 @dataclass(frozen=True)
 class Call:
-    """One operator call as rules see it: sizes are those of the graph at hand, already cut by earlier axes."""
+    """One operator call as rules see it. The sizes are those of the present graph, already cut by earlier axes."""
 
     target: Any
     args: tuple[Any, ...]
@@ -44,7 +44,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of an operator is split: a factor, cut inside as a ``Split`` is (``outer`` blocks, ``ratio``)."""
+    """The part of an operator that is split: a factor, cut inside as a ``Split`` is (``outer`` blocks, ``ratio``)."""
 
     factor: str
     outer: int = 1
@@ -57,7 +57,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to run an operator on an axis: the placements it needs of its operands and gives to its outputs."""
+    """One way to run an operator on an axis: the placements of its operands and of its outputs."""
 
     label: str
     inputs: tuple[Placement, ...]
@@ -125,7 +125,7 @@ class Factoring:
         return tuple(f for f in seen if f not in self.whole and self.sizes[f] > 1)
 
     def splits(self, part: Part, tensor: Dims) -> list[Split]:
-        """The splits of one tensor that go with ``part`` (none: the tensor lacks the factor)."""
+        """The splits of one tensor that go with ``part``; none where the tensor lacks the factor."""
         found = []
         for dim, factors in enumerate(tensor):
             if part.factor in factors:
@@ -134,7 +134,7 @@ class Factoring:
         return found
 
     def part_of(self, tensor: Dims, split: Split, ways: int) -> Part | None:
-        """The part of the operator that a split of one of its tensors belongs to, if the rule can carry it."""
+        """The part of the operator to which a split of one of its tensors belongs; None where no rule carries it."""
         remaining = split.outer
         for factor in tensor[split.dim]:
             size = self.sizes[factor]
@@ -209,7 +209,7 @@ def factoring_of(line: str, call: Call) -> Factoring:
 
 
 def factoring_by(rule: Line, call: Call) -> Factoring:
-    """The factoring that a line gives, read. Raises ValueError where it does not fit the shapes."""
+    """The factoring that a line gives, once it is read. Raises ValueError where the line does not fit the shapes."""
     line, places = rule.text, _places(rule, call)
     if len(places) < len(call.inputs):
         raise ValueError(f"rule '{line}' has {len(rule.inputs)} inputs, the call has {len(call.inputs)} tensors")
@@ -239,7 +239,7 @@ def factoring_by(rule: Line, call: Call) -> Factoring:
 
 
 def _places(rule: Line, call: Call) -> list[int]:
-    """Which input of the line each tensor of the call is; optional ones (a mask, a bias) may be missing."""
+    """For each tensor of the call, its input in the line; optional ones (a mask, a bias) may be missing."""
     names = tensor_arguments(call.target)
     if names is None or len(names) != len(rule.inputs):
         return list(range(min(len(rule.inputs), len(call.inputs))))
@@ -249,7 +249,7 @@ def _places(rule: Line, call: Call) -> list[int]:
 
 
 def tensor_arguments(target: Any) -> list[str] | None:
-    """The names of the tensor arguments of an operator; None where they are not known, or lists of any length."""
+    """The names of the tensor arguments of an operator; None where they are unknown, or are lists of any length."""
     if not is_overload(target):
         return None
     kinds = {argument.name: str(argument.type) for argument in target._schema.arguments}

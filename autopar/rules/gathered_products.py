@@ -1,6 +1,6 @@
 """Products of rows with matrices that are picked for each row: ``weight[ids]``, one matrix of a stack for each id.
 
-Which dims of a product are tokens, inner and outer is read off its splitting rule, so that every way to write such a
+The splitting rule of a product tells which of its dims are tokens, inner and outer, so every way to write such a
 product (``bmm``, ``matmul``, ``einsum``) is found.
 """
 
@@ -36,7 +36,7 @@ class GatheredProduct:
 
 
 def gathered_product(node: fx.Node, mesh: Mesh, weights: Set[fx.Node]) -> GatheredProduct | None:
-    """The product with picked matrices of one of ``weights`` that ``node`` is; None if it is none."""
+    """The product with picked matrices of one of ``weights`` that ``node`` computes; None if it computes none."""
     rule = rule_for(node.target)
     if rule is None or len(node.all_input_nodes) != 2 or not any(map(_gather, node.all_input_nodes)):
         return None
@@ -59,7 +59,7 @@ def gathered_product(node: fx.Node, mesh: Mesh, weights: Set[fx.Node]) -> Gather
 
 
 def _gather(node: fx.Node) -> fx.Node | None:
-    """``weight[ids]``, perhaps below a transposition of its matrices."""
+    """The operands of ``weight[ids]``, perhaps below a transposition of its matrices."""
     rank = len(value(node).shape)
     if node.target is aten.transpose.int and {int(d) % rank for d in node.args[1:]} == {rank - 2, rank - 1}:  # type: ignore[arg-type]
         node = operand(node)
@@ -72,7 +72,7 @@ def _gather(node: fx.Node) -> fx.Node | None:
 
 
 def _sizes(factoring: Factoring, matrices: int, rows: int) -> tuple[int, int, int, bool] | None:
-    """Tokens, I, O and whether O stands before I in the matrices; None for a product of another form."""
+    """Tokens, I, O and whether O is before I in the matrices; None for a product of another form."""
     dims = factoring.inputs[matrices]
     own, others, result = (_flat(side) for side in (dims, factoring.inputs[rows], factoring.outputs[0]))
     if any(len(factors) != 1 for factors in dims) or not others or not result:

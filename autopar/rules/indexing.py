@@ -23,7 +23,7 @@ def gather(call: Call) -> Factoring:
 
 
 def _aligned(source: Shape, index: Shape, dim: int) -> tuple[Dims, Dims, dict[str, int], frozenset[str]]:
-    """Dims of a tensor and of an index into its ``dim``; dims that the index covers in part only stay whole."""
+    """The dims of a tensor and of an index into its ``dim``; dims that the index covers only in part stay whole."""
     shared = [i != dim and source[i] == index[i] for i in range(len(source))]
     rows = tuple((f"d{i}",) if size != 1 or not shared[i] else () for i, size in enumerate(source))
     picks = tuple(rows[i] if shared[i] else (f"p{i}",) for i in range(len(index)))
@@ -35,12 +35,12 @@ def _aligned(source: Shape, index: Shape, dim: int) -> tuple[Dims, Dims, dict[st
 
 
 def scatter(call: Call) -> Factoring:
-    """``x.scatter(dim, index, src)``: of several writes to one place one counts, so what is written stays together."""
+    """``x.scatter(dim, index, src)``: of several writes to one place one counts, so the written values stay whole."""
     return _scattered(call, adds=False)
 
 
 def scatter_add(call: Call) -> Factoring:
-    """Writes that are added: split, each rank adds up its own."""
+    """Writes that are added: when split, each rank adds up its own."""
     return _scattered(call, adds=True)
 
 
@@ -87,7 +87,7 @@ def index_put(call: Call) -> Factoring:
 def _indexed(
     source: Shape, slots: Any, shapes: tuple[Shape, ...]
 ) -> tuple[Dims, tuple[Dims, ...], Dims, dict[str, int], frozenset[str]]:
-    """Dims of the tensor, of each index and of ``x[indices]``; the sizes; what stays whole."""
+    """The dims of the tensor, of each index and of ``x[indices]``; all sizes; the factors that stay whole."""
     positions = [i for i, slot in enumerate(slots) if slot is not None]
     result = tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
     dims, sizes = dims_of(source)

@@ -1,4 +1,4 @@
-"""Matrices by their batch, diagonals, Fourier transforms."""
+"""Operators on matrices (split by their batch), on diagonals, and Fourier transforms."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def matrices(call: Call) -> Factoring:
 
     inputs = tuple(dims(f"in{k}", shape, lead) for k, (shape, lead) in enumerate(zip(call.inputs, leads)))
     outputs = []
-    for k, shape in enumerate(call.outputs):  # factors of a matrix that is shared; none where nobody asked for any
+    for k, shape in enumerate(call.outputs):  # factors of a shared matrix; none where they are not requested
         lead = next((lead for lead in (batch, leads[0]) if shape[: len(lead)] == lead), ())
         outputs.append(dims(f"out{k}", shape, lead))
     same = dict.fromkeys(sizes, "whole")
@@ -45,7 +45,7 @@ _NUMBERS = {aten.linalg_pinv.atol_rtol_tensor: {1, 2}}  # tolerances, one for ea
 
 
 def _own_rank(call: Call, position: int) -> int:
-    """How many dims of an operand belong to one matrix (or vector, or number) of the batch."""
+    """The number of dims of an operand that belong to one matrix (or vector, or number) of the batch."""
     first, shape = call.inputs[0], call.inputs[position]
     if position in _NUMBERS.get(call.target, ()):
         return 0

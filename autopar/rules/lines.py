@@ -1,4 +1,7 @@
-"""Reading a rule line: ``"b m k, b k n -> b m n; whole k; linear 0, 1"``. docs/rules.md explains every clause."""
+"""A rule line and its reader: ``"b m k, b k n -> b m n; whole k; linear 0, 1"``.
+
+docs/rules.md explains every clause.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ CLAUSES = {
 
 @dataclass(frozen=True)
 class Line:
-    """A rule line, read. Operands are numbered from 0 in the order of ``inputs``."""
+    """A rule line that has been read. Operands are numbered from 0 in the order of ``inputs``."""
 
     text: str
     inputs: tuple[Term, ...]
@@ -35,13 +38,13 @@ class Line:
 
     @property
     def only_outputs(self) -> frozenset[str]:
-        """Factors that no input has: nothing says how the operator would make a part of them."""
+        """Factors that no input has: no rule says how the operator would compute a part of them."""
         return _names(self.outputs) - _names(self.inputs)
 
 
 @cache
 def read_rule(text: str) -> Line:
-    """Raises ValueError for a line that cannot be read, and says why."""
+    """The rule of a line. Raises ValueError for a line that cannot be read, with the reason."""
     rule, *clauses = (piece.strip() for piece in text.split(";"))
     if rule.count("->") != 1:
         raise ValueError(f"rule '{text}': expected 'inputs -> outputs', e.g. 'b m k, b k n -> b m n'")

@@ -19,7 +19,7 @@ NONE, MEAN, SUM = range(3)  # torch's numbers for ``reduction``
 
 
 def cross_entropy_sums(call: Call) -> Factoring:
-    """logits (N, C, d...), target (N, d...) -> two scalars, summed over everything; C by parts of the vocabulary."""
+    """logits (N, C, d...), target (N, d...) -> two scalars, sums over all; C may be split as a vocabulary."""
     logits = call.inputs[0]
     names = [f"t{i}" for i in range(len(logits))]
     class_dim = 0 if len(logits) == 1 else 1
@@ -77,7 +77,7 @@ def elementwise(position: int) -> Any:
 
 
 def _aligned(shapes: tuple[Shape, ...]) -> list[list[int]]:
-    """The sizes that broadcasting brings together, for each dim of the result."""
+    """For each dim of the result, the sizes that broadcasting aligns."""
     rank = max(map(len, shapes))
     return [[shape[i - rank] for shape in shapes if i - rank + len(shape) >= 0] for i in range(rank)]
 
@@ -106,7 +106,7 @@ def class_loss(position: int) -> Any:
 
 
 def _share_of_counted_mean(emit: Emit, node: Node, axis: str, ways: int) -> Node:
-    """The sum of this rank's losses over the number of targets that count on all ranks."""
+    """The sum of this rank's losses, over the number of targets that count on all ranks."""
     names = ("self", "target", "weight", "reduction", "ignore_index", "label_smoothing")
     given = {**dict(zip(names, node.args)), **node.kwargs}
     scores, target, ignored = given["self"], given["target"], given.get("ignore_index", -100)

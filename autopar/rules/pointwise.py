@@ -14,7 +14,7 @@ from autopar.rules.factoring import Call, Dims, Factoring, Shape
 
 aten = torch.ops.aten
 
-# Padding holds whatever the operators before made of it. These operators keep it finite, and so are their slopes: what
+# Padding holds whatever earlier operators computed from it. These operators keep it finite, and their slopes too: what
 # is computed from it stays in the padding. The square root of a zero would send a NaN back into the weights.
 _TAME = {
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.mul.Tensor,
@@ -54,7 +54,7 @@ def broadcast(call: Call) -> Factoring:
 
 
 def _padded(call: Call, inputs: tuple[Dims, ...], sizes: dict[str, int]) -> frozenset[str]:
-    """Factors that may have padding: dividing by it is not tame."""
+    """The factors that may have padding; those of a divisor may not."""
     if call.target in _TAME:
         return frozenset(sizes)
     if call.target is aten.div.Tensor and call.args:

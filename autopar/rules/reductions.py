@@ -30,7 +30,7 @@ def reduction(call: Call, position: int = 1, default: int | None = None) -> Fact
 
 
 def _gone(factoring: Factoring) -> frozenset[str]:
-    """The factors that are combined."""
+    """The factors that are reduced."""
     return frozenset(f for f in factoring.sizes if all((f,) != dim for dim in factoring.outputs[0]))
 
 
@@ -53,12 +53,12 @@ def _all(call: Call) -> Factoring:
 
 
 def counted(call: Call) -> Factoring:
-    """``count_nonzero, nansum``: parts add up, but not the results of parts of a value."""
+    """``count_nonzero, nansum``: the counts of parts add up, but a pending sum may not pass through."""
     return reduction(call)
 
 
 def histogram(call: Call) -> Factoring:
-    """Counts of all elements add up, where the bounds do not follow from them."""
+    """Counts of all elements add up, where the bounds do not depend on the elements."""
     source, sizes = dims_of(call.inputs[0])
     low, high = call.argument(2, "min", 0), call.argument(3, "max", 0)
     whole = {"bins"} if low != high else {"bins", *sizes}
@@ -66,7 +66,7 @@ def histogram(call: Call) -> Factoring:
 
 
 def mean_dims(call: Call) -> Factoring:
-    """Split along a dim that is averaged, each rank's mean counts 1/n."""
+    """A mean: when an averaged dim is split, each rank's mean has the weight 1/n."""
     factoring = reduction(call) if call.target is aten.mean.dim else _all(call)
     shares = dict.fromkeys(_gone(factoring), share_of_mean)
     return replace(factoring, linear=FIRST, rewrites=shares, uneven=_kept(factoring))
@@ -89,7 +89,7 @@ def extremum(call: Call) -> Factoring:
 
 
 def combined(position: int | None = 1, default: int | None = None) -> Any:
-    """Rule for a reduction that cannot be finished from parts (var, argmax, median): its dims stay whole."""
+    """Rule for a reduction that cannot be completed from parts (var, argmax, median): its dims stay whole."""
 
     def rule(call: Call) -> Factoring:
         factoring = _all(call) if position is None else reduction(call, position, default)
@@ -99,7 +99,7 @@ def combined(position: int | None = 1, default: int | None = None) -> Any:
 
 
 def of_results(position: int | None, again: Any) -> Any:
-    """Rule for a reduction of which the results of parts are parts again: a norm of norms, a product of products.
+    """Rule for a reduction whose results can be reduced again: a norm of norms, a product of products.
 
     ``again(node)`` gives the operator that combines them along dim 0, and its arguments after the tensor.
     """
@@ -119,7 +119,7 @@ def of_results(position: int | None, again: Any) -> Any:
 
 
 def flags(op: str) -> Any:
-    """Rule for ``any`` and ``all``: the largest, the smallest of the ranks' flags."""
+    """Rule for ``any`` and ``all``: the largest, or the smallest, of the ranks' flags."""
 
     def finish(emit: Emit, node: Node, axis: str, ways: int) -> Node:
         whole = value(node)
@@ -132,7 +132,7 @@ def flags(op: str) -> Any:
 
 
 def _finished(position: int | None, finish: Rewrite) -> Any:
-    """Rule for a reduction that ``finish`` makes of parts; the result is the same on every rank."""
+    """Rule for a reduction that ``finish`` computes from parts; the result is the same on every rank."""
 
     def rule(call: Call) -> Factoring:
         over_all = position is None or "dim" not in argument_names(call.target)
@@ -144,7 +144,7 @@ def _finished(position: int | None, finish: Rewrite) -> Any:
 
 
 def norm(position: int | None) -> Any:
-    """Rule for vector norms; a count of what is not zero (the 0-norm) is a sum."""
+    """Rule for vector norms; a count of nonzero elements (the 0-norm) is a sum."""
     joined = of_results(position, lambda node: (aten.linalg_vector_norm.default, (_order(node.args), [0])))
 
     def rule(call: Call) -> Factoring:
@@ -160,7 +160,7 @@ def _order(args: tuple[Any, ...]) -> Any:
 
 
 def compared(position: int, default: int) -> Any:
-    """Rule for two tensors that are combined along a dim (cosine_similarity): it stays whole and vanishes."""
+    """Rule for two tensors that are combined along a dim (cosine_similarity): the dim stays whole and vanishes."""
 
     def rule(call: Call) -> Factoring:
         rank = max(map(len, call.inputs))
@@ -200,7 +200,7 @@ def _name(call: Call) -> str:
 
 
 def normalised(call: Call) -> Factoring:
-    """layer_norm, rms_norm: the last dims are normalised together, weight and bias lie along them."""
+    """layer_norm, rms_norm: the last dims are normalised together; weight and bias have these dims."""
     lead = len(call.inputs[0]) - len(call.argument(1, "normalized_shape"))
     dims, sizes = dims_of(call.inputs[0])
     inputs = (dims, *[dims[lead:]] * (len(call.inputs) - 1))

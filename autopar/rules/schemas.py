@@ -1,4 +1,4 @@
-"""Which operator a user means, and whether a rule line fits its schema."""
+"""The schema of an operator: which operator a user means, and whether a rule line fits it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _only_overload(packet: Any) -> Any:
 
 
 def refuse_aliases(target: Any) -> None:
-    """Raises ValueError for an operator that writes into its arguments, or returns one of them or a view of it."""
+    """Raise ValueError for an operator that writes into its arguments, or returns one of them or a view of it."""
     if not isinstance(target, torch._ops.OpOverload):
         return
     schema = target._schema
@@ -73,7 +73,7 @@ def refuse_aliases(target: Any) -> None:
 
 
 def check_fits(line: Line, target: Any) -> None:
-    """Raises ValueError where a line has more or fewer inputs or outputs than the operator can have."""
+    """Raise ValueError where a line has more or fewer inputs or outputs than the operator can have."""
     names = tensor_arguments(target)
     if names is not None:
         kinds = {argument.name: argument for argument in target._schema.arguments}

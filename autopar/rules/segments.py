@@ -1,4 +1,4 @@
-"""Operators that cut a dim into pieces or join pieces: slice, split, cat, stack, select, pad."""
+"""Operators that cut a dim into segments or join segments: slice, split, cat, stack, select, pad."""
 
 from __future__ import annotations
 
@@ -103,12 +103,12 @@ def _window_names(bounds: list[tuple[int, int]]) -> frozenset[str]:
 
 
 def _others(dims: Dims, dim: int) -> frozenset[str]:
-    """Factors of the other dims, which may be padded: nothing is computed from them."""
+    """The factors of the other dims, which may be padded: nothing is computed from them."""
     return frozenset(f for i, factors in enumerate(dims) if i != dim for f in factors)
 
 
 def slice_dim(call: Call) -> Factoring:
-    """``x[a:b]`` is a window; ``x[a::n]`` takes one element of each group of n; else the dim stays whole."""
+    """``x[a:b]`` is a window; ``x[a::n]`` takes one element of each group of n; otherwise the dim stays whole."""
     shape = call.inputs[0]
     dim = int(call.argument(1, "dim", 0)) % len(shape)
     bounds = slice(call.argument(2, "start"), call.argument(3, "end"))
@@ -186,7 +186,7 @@ def concatenate(call: Call) -> Factoring:
     dim = int(call.argument(1, "dim", 0)) % len(call.outputs[0])
     parts = [shape[dim] if len(shape) == len(call.outputs[0]) else 0 for shape in call.inputs]
     everything = (frozenset(range(len(call.inputs))),)
-    if 0 in parts:  # torch lets an empty vector stand beside tensors of any rank
+    if 0 in parts:  # torch allows an empty vector beside tensors of any rank
         lengths = {f"in{i}_{j}": ANY_SIZE for i, shape in enumerate(call.inputs) for j in range(len(shape))}
         inputs = tuple(tuple((f"in{i}_{j}",) for j in range(len(shape))) for i, shape in enumerate(call.inputs))
         target, sizes = dims_of(call.outputs[0], "out")
@@ -204,7 +204,7 @@ def concatenate(call: Call) -> Factoring:
 
 
 def pad(call: Call) -> Factoring:
-    """Padding: dims that grow stay whole. A pending sum may pass where no constant is added."""
+    """Padding: dims that grow stay whole. A pending sum may pass through where no constant is added."""
     amounts, rank = call.argument(1, "pad"), len(call.inputs[0])
     touched = {rank - 1 - i // 2 for i, amount in enumerate(amounts) if amount}
     value = call.argument(3, "value", 0) if call.target is aten.pad.default else call.argument(2, "value", 0)

@@ -1,4 +1,4 @@
-"""Ids in sorted order, and where the rows of each id end: what grouped products are given."""
+"""Ids in sorted order, and the ends of the rows of each id: the operands of grouped products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def sorted_ids(program: Program, ends: fx.Node, count: int) -> fx.Node | None:
-    """The sorted ids, if ``ends`` is the running sum of how often each occurs."""
+    """The sorted ids, if ``ends`` is the running sum of how often each id occurs."""
     total = _below_casts(ends)
     if total.target is not aten.cumsum.default:
         return None

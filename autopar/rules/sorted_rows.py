@@ -1,7 +1,8 @@
-"""Rows that are put in another order, computed on and put back: where each row is treated alone, order is of no matter.
+"""Rows that are permuted, computed on and put back: where each row is treated alone, their order does not matter.
 
-``SortedRows`` follows a permutation (what ``sort`` or ``argsort`` of a vector gives) through the graph. Whether an
-operator treats each row alone is read off its splitting rule: a dim that may be cut anywhere has independent rows.
+``SortedRows`` follows a permutation (the result of ``sort`` or ``argsort`` of a vector) through the graph. The
+splitting rule of an operator tells whether it treats each row alone: a dim that may be cut anywhere has independent
+rows.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ _SHAPE_ONLY = {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.
 
 
 class Kind(enum.Enum):
-    """What a value has to do with the permutation."""
+    """The relation of a value to the permutation."""
 
-    SOURCE = enum.auto()  # for each sorted row, which it was (``order``), or whose part it was (``order // k``)
-    INVERSE = enum.auto()  # where each row has gone
+    SOURCE = enum.auto()  # for each sorted row, its first position (``order``), or its whole row (``order // k``)
+    INVERSE = enum.auto()  # the new position of each row
     ROWS = enum.auto()  # dim 0 is in the sorted order
     RESTORED = enum.auto()  # it is in the first order again
 
 
 class SortedRows:
-    """The part of a graph between one permutation and its inverse. ``closed`` tells whether it may go."""
+    """The part of a graph between one permutation and its inverse. ``closed`` says whether it may be removed."""
 
     def __init__(self, program: Program, permutation: fx.Node) -> None:
         self.program, self.permutation = program, permutation
@@ -52,18 +53,18 @@ class SortedRows:
 
     @classmethod
     def made_by(cls, program: Program, node: fx.Node) -> SortedRows | None:
-        """The rows that ``node``, a sort or argsort of a vector, puts in another order; None for any other node."""
+        """The rows that ``node``, a sort or argsort of a vector, permutes; None for any other node."""
         if node.target not in {*SORTS, aten.argsort.default} or len(value_of_operand(node).shape) != 1:
             return None
         return cls(program, node)
 
     def remove(self) -> None:
-        """Compute the rows in their first order. What lies between stays as it is; what is unused stays too."""
+        """Compute the rows in their first order. The nodes between stay as they are; unused ones stay too."""
         for node, replacement in self.replaced.items():
             substitute(node, replacement(node))
 
     def _follow(self) -> bool:
-        """Find the kind of everything that follows from the permutation; False if some of it has none."""
+        """Find the kind of every value that depends on the permutation; False if some value has none."""
         started = False
         for node in self.program.graph.nodes:
             if node is self.permutation:
@@ -102,7 +103,7 @@ class SortedRows:
         return True
 
     def _treats_rows_alone(self, node: fx.Node) -> bool:
-        """Whether the same is done with each row, whatever the others are: then a row may stand anywhere."""
+        """Whether the operator treats each row alike, whatever the others are: then a row may be at any position."""
         if node.target is operator.getitem:
             return self._row(node)
         rule = rule_for(node.target)
@@ -145,7 +146,7 @@ def _cast(region: SortedRows, node: fx.Node) -> bool:
 
 
 def _divided(region: SortedRows, node: fx.Node) -> bool:
-    """order // k."""
+    """``order // k``: for each sorted row, the row of which it is one of k parts."""
     source, k = node.args[:2]
     floor = node.target is aten.floor_divide.default or node.kwargs.get("rounding_mode") in ("floor", "trunc")
     if region.divisors.get(source) != 1 or not isinstance(k, int) or k < 1 or region.length % k or not floor:  # type: ignore[arg-type]
@@ -154,7 +155,7 @@ def _divided(region: SortedRows, node: fx.Node) -> bool:
 
 
 def _unread(region: SortedRows, node: fx.Node) -> bool:
-    """Only the shape is taken."""
+    """An operator that uses only the shape of its operand."""
     return region.kinds[operand(node)] is not Kind.ROWS
 
 
@@ -187,7 +188,7 @@ def _picked(region: SortedRows, node: fx.Node, rows: fx.Node, place: fx.Node) ->
 
 
 def _repeated(node: fx.Node, k: int) -> fx.Node:
-    """Each row of the operand k times."""
+    """A node with each row of the operand of ``node`` k times."""
     return operand(node) if k == 1 else Builder(before=node)(aten.repeat_interleave.self_int, operand(node), k, 0)
 
 
@@ -216,7 +217,7 @@ def _index_add(region: SortedRows, node: fx.Node) -> bool:
 
 
 def _added(region: SortedRows, node: fx.Node, base: fx.Node, place: fx.Node, rows: fx.Node) -> bool:
-    """Rows added to those that they are parts of: ``base + rows.reshape(T, k, ...).sum(1)``."""
+    """Rows added to the rows of which they are parts: ``base + rows.reshape(T, k, ...).sum(1)``."""
     k = region.divisors.get(place, 0)
     shape, (count, *rest) = list(value(base).shape), value(rows).shape
     fits = count == region.length and shape == [count // k, *rest] if k else False
@@ -234,7 +235,7 @@ def _added(region: SortedRows, node: fx.Node, base: fx.Node, place: fx.Node, row
 
 
 def _only_index(node: fx.Node) -> fx.Node | None:
-    """i of ``x[i]`` or ``x[i, :, ...]``."""
+    """The index i of ``x[i]`` or ``x[i, :, ...]``; None for other indexing."""
     slots = node.args[1]
     assert isinstance(slots, (list, tuple))
     found = slots[0] if all(slot is None for slot in slots[1:]) else None

@@ -18,7 +18,7 @@ def _positions(tag: str, count: int) -> Dims:
 
 
 def _lengths(names: Dims, shape: Shape) -> dict[str, int]:
-    """Sizes of the last dims of a tensor (1 where only their names matter): what the work of a convolution is."""
+    """Sizes of the last dims of a tensor (1 where only their names matter), for the work of a convolution."""
     last = shape[len(shape) - len(names) :] if shape else (1,) * len(names)
     return {name: size for (name,), size in zip(names, last)}
 
@@ -29,7 +29,7 @@ def convolution(call: Call) -> Factoring:
 
 
 def transposed_convolution(call: Call) -> Factoring:
-    """The same with weight (groups C, O, ...)."""
+    """As ``convolution``, with weight (groups C, O, ...)."""
     return _convolved(call, int(call.argument(6, "groups", 1)), True, _cut_groups(6))
 
 
@@ -99,7 +99,7 @@ def resized(linear: bool) -> Any:
 
 
 def group_norm(call: Call) -> Factoring:
-    """(N, groups C, ...): whole groups go together."""
+    """(N, groups C, ...): a group is never cut."""
     dims, sizes = dims_of(call.inputs[0])
     groups = int(call.argument(1, "num_groups"))
     sizes |= {"g": groups, "c": call.inputs[0][1] // groups}
@@ -129,7 +129,7 @@ def channel_norm(call: Call) -> Factoring:
 
 
 def fixed_norm(call: Call) -> Factoring:
-    """batch_norm in evaluation: the statistics are given, every dim is independent."""
+    """batch_norm in evaluation: the statistics are given, so every dim is independent."""
     factoring = channel_norm(call)
     empty: Dims = ((),)
     outputs = tuple(dims if shape != (0,) else empty for dims, shape in zip(factoring.outputs, call.outputs))
@@ -137,7 +137,7 @@ def fixed_norm(call: Call) -> Factoring:
 
 
 def instance_norm(call: Call) -> Factoring:
-    """Statistics of each channel of each image; running ones are those of all images."""
+    """Statistics of each channel of each image; the running ones are those of all images."""
     factoring = channel_norm(call)
     running = call.argument(3, "running_mean") is not None
     return factoring if running else replace(factoring, whole=factoring.whole - {"d0"})
@@ -231,7 +231,7 @@ def unpooled(call: Call) -> Factoring:
 
 
 def renormalised(call: Call) -> Factoring:
-    """``renorm(x, p, dim, most)``: the norm of each slice of a dim is over all the others."""
+    """``renorm(x, p, dim, most)``: the norm of each slice of a dim is taken over all other dims."""
     dims, sizes = dims_of(call.inputs[0])
     return Factoring((dims,), (dims,), sizes, whole=frozenset(sizes) - {f"d{int(call.args[2]) % len(dims)}"})
 

@@ -1,4 +1,4 @@
-"""Operators that rearrange elements: reshape, transpose, expand, repeat; and those that work along some dims."""
+"""Operators that rearrange elements (reshape, transpose, expand, repeat), and those that work along some dims."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _numbered(dims: list[list[int]], sizes: dict[str, int]) -> Dims:
 
 
 def _opaque_reshape(source: Shape, target: Shape) -> Factoring:
-    """Equal leading dims may be split, and of the next ones a common divisor: (6, 4) and (4, 6) are both (2 ...)."""
+    """Equal leading dims may be split, and a common divisor of the next ones: (6, 4) and (4, 6) are both (2 ...)."""
     same = 0
     while same < min(len(source), len(target)) and source[same] == target[same]:
         same += 1
@@ -118,12 +118,12 @@ def permute(call: Call) -> Factoring:
 
 
 def swap_two(call: Call) -> Factoring:
-    """``aten.t``: the two dims of a matrix change places."""
+    """``aten.t``: swaps the two dims of a matrix."""
     return _permuted(call, list(range(len(call.inputs[0])))[::-1])
 
 
 def _ones(call: Call) -> tuple[tuple[Dims, Dims], dict[str, int]]:
-    """Dims of size 1 come or go; the others keep their order."""
+    """Dims of size 1 appear or vanish; the others keep their order."""
     source, target = call.inputs[0], call.outputs[0]
     kept = [size for size in source if size != 1]
     assert kept == [size for size in target if size != 1], (source, target)
@@ -224,7 +224,7 @@ def keeps_other_dims(call: Call, touched: Collection[int], linear: tuple[frozens
     def dims(shape: Shape) -> Dims:
         return tuple((f"d{i}",) if size != 1 or i in touched else () for i, size in enumerate(shape))
 
-    uneven = frozenset(sizes) - whole if linear else frozenset()  # what only moves elements leaves padding as it is
+    uneven = frozenset(sizes) - whole if linear else frozenset()  # moving elements leaves padding as it is
     sides = (tuple(map(dims, call.inputs)), tuple(map(dims, call.outputs)))
     return Factoring(*sides, sizes, whole=whole, linear=linear, uneven=uneven)
 
@@ -254,7 +254,7 @@ def diagonal(call: Call) -> Factoring:
 
 
 def generated(call: Call) -> Factoring:
-    """``new_zeros(x, sizes)``: the output's dims belong to no input."""
+    """``new_zeros(x, sizes)``: the dims of the output belong to no input."""
     ignored = tuple(tuple((f"in{i}_{j}",) for j in range(len(shape))) for i, shape in enumerate(call.inputs))
     whole = frozenset(name for tensor in ignored for dim in tensor for name in dim)
     target, sizes = dims_of(call.outputs[0])
@@ -262,7 +262,7 @@ def generated(call: Call) -> Factoring:
 
 
 def created(call: Call) -> Factoring:
-    """``full(sizes, value)``: made of nothing."""
+    """``full(sizes, value)``: computed from no tensor."""
     target, sizes = dims_of(call.outputs[0])
     return Factoring((), (target,), sizes, localize=_cut_created)
 

@@ -1,4 +1,4 @@
-"""Pipeline schedules: the door to what a schedule is, how one is made by name, and how messages are inserted."""
+"""Pipeline schedules: instruction lists for the ranks, made by name or written by hand, with and without messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refuse a schedule that would go wrong, before anything runs: what is computed, what crosses, who waits for whom."""
+"""Refuse a schedule that would go wrong, before anything runs: its computes, its messages, and who waits for whom."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autopar.schedules.instructions import Compute, Flow, Kind, Link, Schedule
 from autopar.schedules.timing import peak_in_flight
 from autopar.schedules.walk import Stuck, walk
 
-MOST_RANKS_OF_A_CYCLE = 8  # that are printed, a line each
+MOST_RANKS_OF_A_CYCLE = 8  # printed, one line each
 
 
 def check_schedule(
@@ -19,12 +19,14 @@ def check_schedule(
     links: Sequence[Link] | Sequence[Sequence[Link]],
     in_flight_limit: int | Sequence[int] | None = None,
 ) -> None:
-    """Every forward and backward runs exactly once on the rank of its stage, after what it needs; every send has its
-    receive, of the same shapes and dtypes and in the same order; no timing makes ranks wait for each other for ever.
+    """Check a schedule. Every forward and backward runs exactly once, on the rank of its stage, after its operands.
 
-    ``links``: for all ranks, or one sequence per rank where each rank has made them for itself. ``in_flight_limit``:
-    of (stage, microbatch) activations held at a time, by every rank or one number per rank.
-    Raises ScheduleError, which names the instruction.
+    Every send has its receive, of the same shapes and dtypes and in the same order. No timing makes ranks wait for each
+    other for ever.
+
+    ``links``: one sequence for all ranks, or one per rank where each rank has derived them for itself.
+    ``in_flight_limit``: the number of (stage, microbatch) activations that a rank may hold at a time; one number for
+    all ranks, or one per rank. Raises ScheduleError, which names the instruction.
     """
     ranks = len(schedule.ranks)
     seen: list[Sequence[Link]] = (
@@ -43,7 +45,10 @@ def check_schedule(
 
 
 def check_computes(schedule: Schedule) -> None:
-    """What :func:`check_schedule` says of computes, of a schedule with or without messages. Raises ScheduleError."""
+    """Check the computes of a schedule with or without messages, as :func:`check_schedule` does.
+
+    Raises ScheduleError.
+    """
     _check_sizes(schedule)
     where = _positions(schedule)
     backward = any(step.kind is not Kind.F for step in where)
@@ -91,7 +96,7 @@ def _check_sizes(schedule: Schedule) -> None:
 
 
 def _positions(schedule: Schedule) -> dict[Compute, int]:
-    """Where each compute stands in its rank's list."""
+    """The position of each compute in the list of its rank."""
     where: dict[Compute, int] = {}
     for rank, steps in enumerate(schedule.ranks):
         for position, step in enumerate(steps):
@@ -131,7 +136,7 @@ def _check_progress(schedule: Schedule, links: Sequence[Sequence[Link]]) -> None
 
 
 def _circle(schedule: Schedule, stuck: Stuck) -> str:
-    """Who waits for whom."""
+    """The message that says which rank waits for which."""
     rank, path = next(iter(stuck)), list[int]()
     while rank not in path:
         path.append(rank)
@@ -166,6 +171,6 @@ def _check_in_flight(schedule: Schedule, limits: Sequence[int]) -> None:
 
 
 def _opening(schedule: Schedule, rank: int) -> str:
-    """The first runs of kinds of a rank: ``4 F, 1 B, 1 F``."""
+    """The first runs of equal kinds on a rank: ``4 F, 1 B, 1 F``."""
     runs = [(kind, len(list(run))) for kind, run in groupby(step.kind for step in schedule.computes(rank))]
     return ", ".join(f"{count} {kind.value}" for kind, count in runs[:3])

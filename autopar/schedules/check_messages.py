@@ -1,4 +1,4 @@
-"""The messages of a schedule: each send has its one receive, between the right ranks, alike on both sides, in order."""
+"""The check of messages: each send has its one receive, between the right ranks, alike on both sides, in order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ Places = dict[Message, tuple[int, int]]  # (rank, position in its list)
 
 
 def check_messages(schedule: Schedule, links: Sequence[Sequence[Link]]) -> None:
-    """``links``: those that each rank knows. Raises ScheduleError for the first message that is not as it should be."""
+    """Check all messages of a schedule. Raises ScheduleError for the first that is wrong.
+
+    ``links``: one sequence per rank, the links that this rank knows.
+    """
     flows = [Flow(len(schedule.placement), own) for own in links]
     sends, receives = _places(schedule, Send), _places(schedule, Receive)
     _check_sends(schedule, flows, sends)
@@ -33,7 +36,7 @@ def check_messages(schedule: Schedule, links: Sequence[Sequence[Link]]) -> None:
 
 
 def _places(schedule: Schedule, which: type[Send] | type[Receive]) -> Places:
-    """Where each message is sent, or received."""
+    """The place at which each message is sent, or received."""
     places: Places = {}
     verb = "sends" if which is Send else "receives"
     for rank, steps in enumerate(schedule.ranks):
@@ -58,7 +61,7 @@ def _places(schedule: Schedule, which: type[Send] | type[Receive]) -> Places:
 
 
 def _check_sends(schedule: Schedule, flows: Sequence[Flow], sends: Places) -> None:
-    """Each rank sends what it makes for other ranks, behind the compute that makes it, and nothing else."""
+    """Each rank sends what its computes produce for other ranks, after the compute, and nothing else."""
     due = _crossing(schedule, flows, Flow.makes)
     for message, (rank, position) in due.items():
         maker = schedule.ranks[rank][position]
@@ -76,7 +79,7 @@ def _check_sends(schedule: Schedule, flows: Sequence[Flow], sends: Places) -> No
 
 
 def _check_receives(schedule: Schedule, flows: Sequence[Flow], receives: Places) -> None:
-    """Each rank receives what it needs from other ranks, posted before the compute that needs it, and nothing else."""
+    """Each rank receives what its computes need from other ranks, posted before the compute, and nothing else."""
     due = _crossing(schedule, flows, Flow.needs)
     for message, (rank, position) in due.items():
         user = schedule.ranks[rank][position]
@@ -100,7 +103,7 @@ def _check_receives(schedule: Schedule, flows: Sequence[Flow], receives: Places)
 def _crossing(
     schedule: Schedule, flows: Sequence[Flow], messages: Callable[[Flow, Compute], Iterable[Message]]
 ) -> Places:
-    """The messages between ranks that the computes make, or need, and where that compute stands."""
+    """The messages between ranks that the computes make, or need, and the place of that compute."""
     placement = schedule.placement
     return {
         message: (rank, position)
@@ -120,7 +123,7 @@ def _partners(message: Message, stage: int, verb: str, peers: Sequence[int]) -> 
 
 
 def _check_types(schedule: Schedule, links: Sequence[Sequence[Link]], sends: Places) -> None:
-    """Both ends of a link mean the same tensors."""
+    """Both ends of a link expect the same tensors."""
     tables = [{(link.source, link.target): link for link in own} for own in links]
     checked: set[tuple[Kind, int, int]] = set()
     for message, (rank, _) in sends.items():
@@ -155,7 +158,7 @@ def _type(value: tuple[tuple[int, ...], object]) -> str:
 
 
 def _check_order(schedule: Schedule, sends: Places, receives: Places) -> None:
-    """Messages from one rank to another arrive in the order of the sends, so receives have to be posted in it."""
+    """Messages between two ranks arrive in the order of the sends, so the receives must be posted in that order."""
     posted = _channels(schedule, receives)
     for (rank, to), sent in _channels(schedule, sends).items():
         for number, (a, b) in enumerate(zip(sent, posted[rank, to])):
@@ -167,7 +170,7 @@ def _check_order(schedule: Schedule, sends: Places, receives: Places) -> None:
 
 
 def _channels(schedule: Schedule, places: Places) -> dict[Channel, list[Message]]:
-    """The messages of each pair of ranks in the order of the list that sends, or receives, them (``places`` has it)."""
+    """The messages of each pair of ranks, in the order in which ``places`` has their sends, or their receives."""
     channels: dict[Channel, list[Message]] = defaultdict(list)
     for message in places:
         channels[schedule.placement[message.source], schedule.placement[message.target]].append(message)

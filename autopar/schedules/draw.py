@@ -20,7 +20,7 @@ from autopar.schedules.timing import Event, Timeline
 
 MOST_COLUMNS = 20_000
 IDLE = "·"
-COLOURS = {  # of the first stage of a rank, then of its others, lighter and lighter
+COLOURS = {  # of the first stage of a rank, then of its other stages, each lighter
     Kind.F: ("#74a5e0", "#a5c6ee", "#c3daf5", "#dbe9fa"),
     Kind.B: ("#74b976", "#a4d3a5", "#c3e3c4", "#dcf0dc"),
     Kind.I: ("#56b9b5", "#93d3d0", "#b8e3e1", "#d6f0ee"),
@@ -31,7 +31,7 @@ WORDS = {Kind.F: "forward", Kind.B: "backward", Kind.I: "input gradients", Kind.
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of a box that lies on one band: columns [start, stop) of it. ``label`` may be empty."""
+    """The columns [start, stop) of a box that are on one band. ``label`` may be empty."""
 
     event: Event
     start: int
@@ -50,16 +50,17 @@ class Bands:
 
 
 def fold(timeline: Timeline, columns: int) -> Bands:
-    """``timeline`` in bands of at most ``columns`` columns, each box as wide as its time, a typical one as its label.
+    """``timeline`` in bands of at most ``columns`` columns: box widths follow time, a typical box has room for its
+    label.
 
-    A label stands on the first piece that has room for it, with a column free; a box too narrow has none.
+    A label is on the first piece that has room for it and one free column; a box too narrow for it has no label.
     """
     events = [event for events in timeline.ranks for event in events]
     several = any(len({event.stage for event in own}) > 1 for own in timeline.ranks)
     room = max(len(label(event, several)) for event in events) + 1
     unit = _usual(events, timeline.measured)
     per_second = min(room / unit, MOST_COLUMNS / timeline.seconds)
-    columns = max(room, columns // room * room)  # whole units, so that no box of one unit is torn apart
+    columns = max(room, columns // room * room)  # whole units, so that no box of one unit is divided
     spans = [_spans(own, per_second) for own in timeline.ranks]
     whole = max(1, round(timeline.seconds * per_second), *(stop for own in spans for _, stop in own))
     count = math.ceil(whole / columns)
@@ -77,12 +78,12 @@ def fold(timeline: Timeline, columns: int) -> Bands:
 
 
 def label(event: Event, several: bool) -> str:
-    """``F3``, and ``F1.3`` with the stage where ranks hold several."""
+    """``F3``; ``F1.3``, with the stage, where a rank holds several."""
     return f"{event.kind}{event.stage}.{event.microbatch}" if several else f"{event.kind}{event.microbatch}"
 
 
 def draw(timeline: Timeline, width: int) -> Group:
-    """A rich renderable of at most ``width`` columns, from some 20 on. Raises ValueError for an empty timeline."""
+    """A rich renderable of at most ``width`` columns (at least about 20). Raises ValueError for an empty timeline."""
     if not any(timeline.ranks):
         raise ValueError("there is nothing to draw: no rank computes anything")
     margin = len(f"rank {len(timeline.ranks) - 1}  ")
@@ -98,7 +99,7 @@ def draw(timeline: Timeline, width: int) -> Group:
 
 
 def span_text(timeline: Timeline, bands: Bands, number: int) -> str:
-    """From when to when a band goes: ``12 .. 24``, or ``3.1 .. 6.2 ms``."""
+    """The time span of a band: ``12 .. 24``, or ``3.1 .. 6.2 ms``."""
     start = number * bands.columns / bands.per_second
     stop = min(timeline.seconds, start + bands.columns / bands.per_second)
     if timeline.measured:
@@ -116,13 +117,13 @@ def shades_of(timeline: Timeline) -> dict[tuple[Kind, int], str]:
 
 
 def _usual(events: Sequence[Event], measured: bool) -> float:
-    """The time that is given the room of a label: the shortest compute, or of measured ones the median."""
+    """The time that gets the room of one label: the shortest compute; in a measured timeline the median."""
     times = [event.end_s - event.start_s for event in events if event.end_s > event.start_s]
     return (median(times) if measured else min(times)) if times else 1.0
 
 
 def _spans(events: Sequence[Event], per_second: float) -> list[tuple[int, int]]:
-    """The columns of each compute of a rank: at least one, however short it was, so that none is missing."""
+    """The columns of each compute of a rank: at least one for each, so that a very short compute is visible."""
     found, free = [], 0
     for event in events:
         start = max(free, round(event.start_s * per_second))

@@ -1,5 +1,7 @@
-"""Forwards only, for inference and evaluation: groups of p microbatches, or a few more, go through all stages of a
-rank. It idles only in the p - 1 steps until the last rank starts: bubble (p-1)/(v m) for m >= p."""
+"""Forwards only, for inference and evaluation: groups of p or slightly more microbatches pass all stages of a rank.
+
+A rank idles only in the p - 1 steps until the last rank starts: bubble (p-1)/(v m) for m >= p.
+"""
 
 from __future__ import annotations
 

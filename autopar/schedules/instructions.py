@@ -1,10 +1,10 @@
-"""What a pipeline rank does, as data: computes, sends and receives, in order, one list per rank.
+"""The instructions of pipeline ranks, as data: computes, sends and receives, in order, one list per rank.
 
     rank 0: F0.0  SEND F0.0 -> 1  RECV B1.0 -> 0  F0.1  SEND F0.1 -> 1  RECV B1.1 -> 0  B0.0  B0.1
     rank 1: RECV F0.0 -> 1  F1.0  RECV F0.1 -> 1  B1.0  SEND B1.0 -> 0  F1.1  B1.1  SEND B1.1 -> 0
 
-A stage is a piece of the model; ``p`` pipeline ranks hold ``v`` of them each. ``F2.5`` is the forward of stage 2 on
-microbatch 5. Sends and receives never block: a compute waits for what it needs. All values that go from one stage to
+A stage is a part of the model; each of ``p`` pipeline ranks holds ``v`` stages. ``F2.5`` is the forward of stage 2 on
+microbatch 5. Sends and receives never block: a compute waits for its operands. All values that go from one stage to
 another for one microbatch are one message, and the messages from one rank to another arrive in the order of the sends.
 """
 
@@ -20,18 +20,18 @@ Values = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape and dtype of e
 
 
 class Kind(enum.StrEnum):
-    """What is computed for one stage and microbatch. Papers on zero-bubble schedules call ``I`` "B"."""
+    """The kind of a compute of one stage and microbatch. Papers on zero-bubble schedules call ``I`` "B"."""
 
     F = "F"  # forward
     B = "B"  # whole backward
     I = "I"  # gradients of the inputs only  # noqa: E741
     W = "W"  # gradients of the weights only
 
-    __hash__ = str.__hash__  # that of enum is written in Python: a third of the time of a check
+    __hash__ = str.__hash__  # enum's own hash is written in Python and would take a third of the time of a check
 
 
-BACKWARD = (Kind.B, Kind.I)  # what makes the gradients that the stages before wait for
-FREES = (Kind.B, Kind.W)  # what ends the life of a stage's activations
+BACKWARD = (Kind.B, Kind.I)  # the kinds that produce the gradients for the stages before
+FREES = (Kind.B, Kind.W)  # the kinds after which a stage's activations are freed
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,11 @@ Instruction = Compute | Send | Receive
 
 @dataclass(frozen=True)
 class Link:
-    """Stage ``source`` makes what stage ``target`` uses: the shapes and dtypes, of one microbatch, that cross forward
-    (``values``), and of the gradients that come back (``grads``; none for integers)."""
+    """Stage ``source`` makes values that stage ``target`` uses.
+
+    ``values``: the shapes and dtypes, of one microbatch, that cross forward. ``grads``: those of the gradients that
+    come back; none for integers.
+    """
 
     source: int
     target: int
@@ -129,12 +132,12 @@ class Schedule:
 
 
 def chain(stages: int, values: Values = (((1,), torch.float32),)) -> tuple[Link, ...]:
-    """The links of a plain pipeline: each stage hands ``values`` to the next and gets their gradients back."""
+    """The links of a plain pipeline: each stage passes ``values`` to the next and gets their gradients back."""
     return tuple(Link(stage, stage + 1, values, values) for stage in range(stages - 1))
 
 
 class Flow:
-    """Which messages a compute needs, and which it makes, for given links."""
+    """The messages that a compute needs, and those that it makes, for given links."""
 
     def __init__(self, stages: int, links: Sequence[Link]) -> None:
         self.before: tuple[list[int], ...] = tuple([] for _ in range(stages))  # stages whose activations a stage uses
@@ -149,7 +152,7 @@ class Flow:
                 self.returned[link.target].append(link.source)
 
     def needs(self, step: Compute) -> list[Message]:
-        """The messages that ``step`` uses; those between stages of one rank too."""
+        """The messages that ``step`` uses, including those between stages of one rank."""
         if step.kind is Kind.F:
             return [Message(Kind.F, other, step.stage, step.microbatch) for other in self.before[step.stage]]
         if step.kind is Kind.W:
@@ -157,7 +160,7 @@ class Flow:
         return [Message(Kind.B, other, step.stage, step.microbatch) for other in self.returns[step.stage]]
 
     def makes(self, step: Compute) -> list[Message]:
-        """The messages that ``step`` makes; those between stages of one rank too."""
+        """The messages that ``step`` makes, including those between stages of one rank."""
         if step.kind is Kind.F:
             return [Message(Kind.F, step.stage, other, step.microbatch) for other in self.after[step.stage]]
         if step.kind is Kind.W:

@@ -1,9 +1,9 @@
 """Interleaved 1F1B: every rank holds v stages, p apart, which cuts the bubble to (p-1)/(v m) for m >= p.
 
 Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", section 2.2.
-Microbatches go in groups: all of a group through the rank's first stage, then through its second, and so on. The paper
-takes groups of p, and m a multiple of p. A group below p would idle, but one above p does not, it only holds more: so
-any m is cut into groups of p or a few more, as even as can be.
+Microbatches go in groups: all of a group through the rank's first stage, then all through its second, and so on. The
+paper takes groups of p, and m a multiple of p. A group below p would idle; a group above p does not, it only holds
+more activations. So any m is cut into groups of p or slightly more, as even as possible.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _backwards(rank: int, p: int, m: int, v: int) -> Iterator[Compute]:
 
 def _rank(rank: int, p: int, m: int, v: int) -> list[Compute]:
     there, back = list(forwards(rank, p, m, v)), list(_backwards(rank, p, m, v))
-    # the last stage's first backward has to wait for v - 1 groups; that of each rank before it two steps longer
+    # the first backward of the last stage waits for v - 1 groups; on each earlier rank it comes two steps later
     warm = min((v - 1) * len(groups(p, m)[0]) + 2 * (p - 1 - rank), m * v)
     if v == 1:
         warm = min(p - 1 - rank, m)  # 1F1B: one step is enough where no group waits for another

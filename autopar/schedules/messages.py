@@ -3,9 +3,9 @@
     rank 0: F0.0 B0.0    -->    RECV B1.0 -> 0 F0.0 SEND F0.0 -> 1 B0.0
     rank 1: F1.0 B1.0    -->    RECV F0.0 -> 1 F1.0 B1.0 SEND B1.0 -> 0
 
-A send stands right behind the compute that makes its message. A receive is posted one compute ahead of its use, or
-earlier where the sender sends it before something that is used earlier: receives of one channel (all that one rank
-sends to another) are posted in the order of the sends.
+A send follows immediately after the compute that makes its message. A receive is posted one compute ahead of its use.
+It is posted earlier where the sender sends it before a message that is used earlier: receives of one channel (all that
+one rank sends to another) are posted in the order of the sends.
 """
 
 from __future__ import annotations

@@ -21,14 +21,16 @@ def bounce(rank: int, turn: int, p: int) -> int:
 
 
 def first_microbatches(lists: Sequence[Sequence[Compute]], m: int) -> Lists:
-    """``lists`` without the microbatches from m on. Nothing else depends on those, so what was right stays right."""
+    """``lists`` without the microbatches from m on. No other compute depends on those, so the lists stay valid."""
     return [[step for step in steps if step.microbatch < m] for steps in lists]
 
 
 class Writer:
-    """One rank's list, written in phases: ``write("F0 I1", 3)`` is three times the next forward of the rank's first
-    stage, then the next input gradient of its second. Microbatches count themselves. ``W`` alone is the weight
-    gradient that has waited longest, or nothing where none waits."""
+    """One rank's list, written in phases. Microbatches are numbered automatically.
+
+    ``write("F0 I1", 3)`` writes three times: the next forward of the rank's first stage, then the next input gradient
+    of its second. ``W`` alone is the weight gradient that has waited longest, or nothing where none waits.
+    """
 
     def __init__(self, stages: Sequence[int]) -> None:
         self.stages = stages
@@ -50,7 +52,7 @@ class Writer:
                 self._late.append((turn, microbatch))
 
     def finish(self) -> list[Compute]:
-        """The list, with the weight gradients that have not been written yet."""
+        """The list, completed with the weight gradients that have not been written yet."""
         self.write("W", len(self._late))
         return self.steps
 

@@ -12,7 +12,7 @@ from autopar.schedules.timing import Event, Timeline
 COLUMNS = 150
 COLUMN = 7  # pixels; a letter of 11 px monospace takes 6.6, so that labels fit their boxes
 FONT = 11
-ROW, GAP = 20, 3  # height of a row, and what lies between two
+ROW, GAP = 20, 3  # height of a row, and the space between two
 BAND_GAP = 16
 MARGIN = 10
 HEAD = 34  # title
@@ -20,7 +20,7 @@ SWATCH = 14
 
 
 def svg(timeline: Timeline, title: str, columns: int = COLUMNS) -> str:
-    """The picture, folded to ``columns`` columns, with ``title`` above it and what the colours mean below.
+    """The picture, folded to ``columns`` columns, with ``title`` above it and a legend of colours below.
 
     Raises ValueError for an empty timeline.
     """
@@ -81,7 +81,7 @@ def _tip(event: Event, measured: bool) -> str:
 
 
 def _legend(timeline: Timeline) -> list[tuple[str, str]]:
-    """Colours and words."""
+    """Each colour with its words."""
     present = {event.kind for own in timeline.ranks for event in own}
     kinds = [(COLOURS[kind][0], f"{kind} {WORDS[kind]}") for kind in Kind if kind in present]
     return [*kinds, ("#eee", "idle")]

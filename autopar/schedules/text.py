@@ -5,8 +5,9 @@
     rank 1: RECV F0.0 -> 1 F1.0 RECV F0.1 -> 1 B1.0 SEND B1.0 -> 0 F1.1 B1.1 SEND B1.1 -> 0
 
 ``F0.3`` is the forward of stage 0 on microbatch 3; ``B`` a whole backward, ``I`` its gradients of the inputs, ``W``
-those of the weights. Instructions go on on the lines below, a ``#`` starts a comment. People may leave out the first
-line, where the computes say it all, and all sends and receives, which :func:`autopar.schedules.with_messages` inserts.
+those of the weights. Instructions may continue on the next lines; a ``#`` starts a comment. A user may leave out the
+first line where the computes determine it, and all sends and receives: :func:`autopar.schedules.with_messages` inserts
+those.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Word:
 
 @dataclass
 class Reading:
-    """What has been read so far. ``heads``: the line on which each rank starts."""
+    """The part of a text that has been read so far. ``heads``: the line on which each rank starts."""
 
     name: str = "custom"
     microbatches: int | None = None
@@ -60,7 +61,7 @@ def format_schedule(schedule: Schedule, width: int = WIDTH) -> str:
 def parse_schedule(text: str) -> Schedule:
     """The schedule of ``text``, with or without messages. Raises ScheduleError, which names the line and the word.
 
-    Nothing but the form is checked: ``check_schedule`` does the rest.
+    Only the form is checked; ``check_schedule`` does the rest.
     """
     reading = Reading()
     rank = None
@@ -119,7 +120,7 @@ def _finished(reading: Reading) -> Schedule:
 
 
 def _placement(computes: Sequence[tuple[int, Compute, int]]) -> tuple[int, ...]:
-    """The rank of each stage: that which computes it."""
+    """The rank of each stage: the rank that computes it."""
     homes: dict[int, tuple[int, int]] = {}
     for rank, step, line in computes:
         home, there = homes.setdefault(step.stage, (rank, line))
@@ -135,7 +136,7 @@ def _placement(computes: Sequence[tuple[int, Compute, int]]) -> tuple[int, ...]:
 
 
 def _instructions(words: Sequence[Word]) -> Iterator[tuple[Instruction, int]]:
-    """Each instruction with its line."""
+    """Each instruction with the number of its line."""
     position = 0
     while position < len(words):
         word = words[position]
@@ -151,7 +152,7 @@ def _instructions(words: Sequence[Word]) -> Iterator[tuple[Instruction, int]]:
 
 
 def _message(words: Sequence[Word]) -> Instruction:
-    """Of ``SEND F0.3 -> 1`` or ``RECV F0.3 -> 1``, in four words."""
+    """The instruction ``SEND F0.3 -> 1`` or ``RECV F0.3 -> 1``, given as four words."""
     texts = [word.text for word in words]
     name = NAME.fullmatch(texts[1]) if len(texts) == 4 else None
     if name is None or name[1] not in "FB" or texts[2] != "->" or not texts[3].isdigit():

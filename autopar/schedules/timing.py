@@ -1,4 +1,4 @@
-"""When each compute of a schedule starts and ends, how long ranks idle, and how many activations they hold."""
+"""The times of a schedule: when each compute starts and ends, how long ranks idle, how many activations they hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNITS = {Kind.F: 1.0, Kind.B: 2.0, Kind.I: 1.0, Kind.W: 1.0}
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One compute of one rank, from ``start_s`` to ``end_s``: seconds, or times of one forward."""
+    """One compute of one rank, from ``start_s`` to ``end_s``, in seconds or in units of one forward."""
 
     rank: int
     kind: Kind
@@ -26,14 +26,17 @@ class Event:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The computes of all ranks in time; each rank's in the order of their starts."""
+    """The computes of all ranks in time; those of each rank in the order of their starts."""
 
     ranks: tuple[tuple[Event, ...], ...]
     measured: bool = False  # in seconds, by a clock
 
     @classmethod
     def of_events(cls, events: Iterable[Event]) -> Timeline:
-        """Measured events, of any clock that all ranks share. Raises ValueError where there are none."""
+        """The timeline of measured events, by any clock that all ranks share.
+
+        Raises ValueError where there are none.
+        """
         ordered = sorted(events, key=lambda event: (event.rank, event.start_s, event.end_s))
         if not ordered:
             raise ValueError("a timeline needs at least one event")
@@ -45,7 +48,7 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """From the first start to the last end of any rank."""
+        """The time from the first start to the last end on any rank."""
         return max((events[-1].end_s for events in self.ranks if events), default=0.0)
 
     def busy(self, rank: int) -> float:
@@ -53,14 +56,17 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Idle over computing time, all ranks together, where a step starts and ends for all of them at once."""
+        """Idle time over computing time of all ranks together, where a step starts and ends for all of them at once."""
         busy = sum(self.busy(rank) for rank in range(len(self.ranks)))
         return (len(self.ranks) * self.seconds - busy) / busy
 
     @property
     def inner_bubble(self) -> float:
-        """Idle over computing time of the worst rank between its own first start and last end: what stays idle where
-        ranks need not wait for each other between steps. The zero in "zero bubble" (Qi et al. 2023, section 4)."""
+        """Idle time over computing time of the worst rank, between its own first start and last end.
+
+        This is the idle time that is left where ranks need not wait for each other between steps: the zero in "zero
+        bubble" (Qi et al. 2023, section 4).
+        """
         spans = [(events[-1].end_s - events[0].start_s, self.busy(r)) for r, events in enumerate(self.ranks) if events]
         return max((span - busy) / busy for span, busy in spans)
 
@@ -71,11 +77,11 @@ def timeline(
     message_time: float = 0.0,
     links: Sequence[Link] | None = None,
 ) -> Timeline:
-    """Each compute starts when the one before it on its rank has ended and its messages are there.
+    """Each compute starts when the one before it on its rank has ended and its messages have arrived.
 
-    ``durations`` by (kind, stage); what is missing takes F=1, B=2, I=1, W=1. A message between ranks takes
-    ``message_time`` from its send, or where the schedule has no sends from the end of the compute that makes it.
-    ``links``: those of a plain pipeline where None.
+    ``durations`` by (kind, stage); missing ones are F=1, B=2, I=1, W=1. A message between ranks takes ``message_time``
+    from its send; where the schedule has no sends, from the end of the compute that makes it.
+    ``links``: None stands for those of a plain pipeline.
     Raises ScheduleError where the schedule waits for ever (``check_schedule`` says why).
     """
     stages, placement = len(schedule.placement), schedule.placement
@@ -103,7 +109,7 @@ def timeline(
 def peak_in_flight(steps: Iterable[Compute | Event]) -> int:
     """The most (stage, microbatch) pairs of one rank whose activations are held: from F to the end of B, or of W.
 
-    0 without any backward: nothing is kept for one.
+    It is 0 without any backward: nothing is kept then.
     """
     held = most = freed = 0
     for step in steps:

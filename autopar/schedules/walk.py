@@ -1,8 +1,8 @@
-"""Let every rank of a schedule go as far as it can: an order of all instructions, or who waits for whom for ever.
+"""Let every rank of a schedule advance as far as it can: an order of all instructions, or who waits for whom for ever.
 
-That is the search for a cycle in the graph of program order and messages, from the ready end (Kahn 1962). A compute
-needs its messages; one from another rank is there once its send has been reached. Messages between two ranks arrive in
-the order of the program that sends them, so that arrival adds nothing to what the program order of the sender says.
+This is a search for a cycle in the graph of program order and messages, from the ready end (Kahn 1962). A compute
+needs its messages. A message from another rank is available once its send has been reached. Messages between two ranks
+arrive in the order of the program that sends them, so arrival adds nothing to the program order of the sender.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from autopar.schedules.instructions import Compute, Flow, Instruction, Message, Receive, Schedule
 
 Order = list[tuple[int, Instruction]]  # rank and instruction
-Stuck = dict[int, tuple[Compute, Message]]  # rank -> the compute it stands at, and a message that it misses
+Stuck = dict[int, tuple[Compute, Message]]  # rank -> the compute at which it stops, and a message that it misses
 
 
 def walk(schedule: Schedule, flows: Sequence[Flow]) -> tuple[Order, Stuck]:
-    """All instructions that are reached, each behind what it needs, and the ranks that stop short, none if all is well.
+    """All instructions that are reached, each after what it needs, and the ranks that stop early (none if all is well).
 
-    ``flows``: by rank. Without messages in the schedule, what a compute makes is sent at once.
+    ``flows``: one per rank. In a schedule without messages, each compute sends its results at once.
     """
     placement, at_once = schedule.placement, not schedule.has_messages
     position = [0] * len(schedule.ranks)

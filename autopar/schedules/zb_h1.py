@@ -1,7 +1,7 @@
-"""ZB-H1: 1F1B whose backward is split in two, the gradients of the weights put where ranks would idle.
+"""ZB-H1: 1F1B whose backward is split in two; weight gradients are computed where ranks would idle.
 
-Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 3.1: the memory of 1F1B's first rank, p microbatches, on
-every rank, and a third of its bubble where F, I and W take equally long: (p-1)(F+I-W) instead of (p-1)(F+I+W).
+Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 3.1. Every rank holds p microbatches, as the first rank of
+1F1B does. The bubble is a third of that of 1F1B where F, I and W take equally long: (p-1)(F+I-W), not (p-1)(F+I+W).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from autopar.schedules.parts import Lists
 
 
 def zb_h1(p: int, m: int, v: int) -> Lists:
-    """As 1F1B, but ``rank`` is that many microbatches late with its W, which it catches up at the end.
+    """1F1B in which ``rank`` is that many microbatches late with its W, and catches up at the end.
 
-    Being early with I without being early with W is what the later ranks have memory for: rank r warms up with
-    p - 1 - r forwards, so that with r late W it holds p activations, as rank 0 does.
+    The later ranks have memory to be early with I and late with W: rank r warms up with p - 1 - r forwards, and with r
+    late W it holds p activations, as rank 0 does.
     """
     lists: Lists = []
     for rank in range(p):

@@ -11,13 +11,13 @@ from autopar.schedules.parts import Lists, Writer, bounce, first_microbatches
 
 
 def zb_v(p: int, m: int, v: int) -> Lists:
-    """Below 2p microbatches: the schedule of 2p, less the microbatches beyond m."""
+    """The schedule for m microbatches; below 2p, the schedule of 2p without the microbatches beyond m."""
     return first_microbatches([_rank(rank, p, max(m, 2 * p)) for rank in range(p)], m)
 
 
 def _rank(rank: int, p: int, m: int) -> list[Compute]:
     writer = Writer([bounce(rank, turn, p) for turn in (0, 1)])
-    early = 2 * (p - rank) - 1  # forwards on the way down until the first comes up again
+    early = 2 * (p - rank) - 1  # forwards on the way down, until the first microbatch comes up again
     writer.write("F0", early)
     writer.write("F1 F0", rank)
     writer.write("F1 I1 W1", p - rank)

@@ -1,7 +1,8 @@
-"""Choosing a layout for every value on one axis: a cost model over strategies, solved exactly.
+"""The choice of a layout for every value on one axis: a cost model over strategies, solved exactly.
 
-One variable per call (its strategy), per placeholder (its placement) and per value with several consumers (the forms
-in which it is held). Tables between them say what the collectives cost that two placements need.
+The model has one variable per call (its strategy), per placeholder (its placement) and per value with several
+consumers (the set of placements in which it is held). A table between two variables holds the cost of the collectives
+that lead from the placement one produces to the placement the other requires.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from autopar.ir.layout import INVARIANT, PARTIAL, Partial, Placement, Split
 from autopar.ir.node import Value, values
 from autopar.ir.tables import Decision, Input, InputKind, OutputKind
 from autopar.rules.factoring import Call, Factoring, Strategy
-from autopar.split.conversions import BIG, ELEMENTWISE, PENDING, WHOLE_PARAMETER, normalised, plan_forms
+from autopar.split.conversions import BIG, ELEMENTWISE, PENDING, WHOLE_PARAMETER, normalised, plan_placements
 from autopar.split.flow import Flow, Key, key_of
 from autopar.split.solve import CostModel, Table, minimise
 
 
 class Policy(Protocol):
-    """What one axis is for: which splits it may use, as hard constraints."""
+    """The purpose of one axis: the splits it may use, as hard constraints."""
 
     @property
     def axis(self) -> str:
         """The mesh axis."""
 
     def seeds(self, flow: Flow) -> Iterable[tuple[Key, Split]]:
-        """The splits that everything else on this axis follows from."""
+        """The splits from which all others on this axis follow."""
 
     def further_seeds(self, flow: Flow) -> Iterable[tuple[Key, Split]]:
-        """Splits to look for after those; ``Flow.further`` tells what they added."""
+        """Splits to spread after the seeds; ``Flow.further`` lists what they added."""
 
     def placements(self, flow: Flow, node: fx.Node, entry: Input) -> list[Placement]:
         """The placements that a placeholder may have."""
@@ -46,12 +47,12 @@ class Policy(Protocol):
         """Whether a value that is split may be gathered again."""
 
     def allowed(self, flow: Flow, call: fx.Node, strategies: list[Strategy]) -> list[Strategy]:
-        """The strategies that a call may use, of all that the rules offer."""
+        """The strategies that a call may use, among all that its rule allows."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome: a strategy per call, a placement per placeholder and per returned value."""
+    """The result: a strategy per call, a placement per placeholder and per returned value."""
 
     strategies: Mapping[fx.Node, Strategy]
     placeholders: Mapping[fx.Node, Placement]
@@ -61,21 +62,21 @@ class Choice:
 
 @dataclass(frozen=True)
 class Edge:
-    """What the cost of going from one placement of a value to another depends on, beside the placements."""
+    """What determines the cost of converting a value, apart from its two placements."""
 
     size: int  # bytes
     gradient: bool
     ways: int
-    pinned: bool  # where it is split it must be used so: never gathered
+    pinned: bool  # a split value must be used as it is split: it is never gathered
 
 
 @dataclass
 class _Variable:
-    """One variable of the cost model, as its neighbours see it: what it offers and what it asks for."""
+    """One variable of the cost model, as its neighbours see it: the placements it produces and those it requires."""
 
     number: int
-    offers: list[tuple[Placement, ...]]  # per choice, the placement of each output
-    asks: list[dict[Key, frozenset[Placement]]]  # per choice, the forms needed of each operand
+    produced: list[tuple[Placement, ...]]  # per choice, the placement of each output
+    required: list[dict[Key, frozenset[Placement]]]  # per choice, the placements required of each operand
 
 
 def choose(flow: Flow, policy: Policy) -> Choice:
@@ -111,13 +112,13 @@ class _Chooser:
     def _register(self, owner: Any, domain: list[Strategy], operands: Iterable[fx.Node], costs: list[float]) -> None:
         keys = [key_of(node) for node in operands]
         gradient = [values(node)[0].requires_grad for node in operands]
-        asks = []
+        required = []
         for strategy in domain:
             wanted: dict[Key, frozenset[Placement]] = {}
             for key, placement, flows in zip(keys, strategy.inputs, gradient):
                 wanted[key] = wanted.get(key, frozenset()) | {normalised(placement, flows)}
-            asks.append(wanted)
-        variable = _Variable(self.model.variable(len(domain)), [s.outputs for s in domain], asks)
+            required.append(wanted)
+        variable = _Variable(self.model.variable(len(domain)), [s.outputs for s in domain], required)
         self.variables[owner], self.domains[owner] = variable, domain
         self.model.add([variable.number], costs)
         for key in dict.fromkeys(keys):
@@ -134,8 +135,8 @@ class _Chooser:
         factoring, types = self.flow.factorings[call], values(call)
         for index, value in enumerate(types):
             self.types[call, index] = value
-        offered = distinct([*factoring.unsplit(self.flow.calls[call]), *self.flow.parts.get(call, {}).values()], types)
-        domain = self.policy.allowed(self.flow, call, offered)
+        possible = distinct([*factoring.unsplit(self.flow.calls[call]), *self.flow.parts.get(call, {}).values()], types)
+        domain = self.policy.allowed(self.flow, call, possible)
         work = work_of(factoring, self.flow.calls[call])
         costs = [work * s.share + 1e-12 * i + PENDING * (s.label == "partial") for i, s in enumerate(domain)]
         self._register(call, domain, self.flow.calls[call].operands, costs)
@@ -143,34 +144,34 @@ class _Chooser:
     def _add_returned(self, index: int, node: fx.Node) -> None:
         output = self.flow.program.outputs[index]
         full = output.kind is not OutputKind.USER or self.flow.program.plan.outputs == "full"
-        forms: list[Placement] = [INVARIANT]
+        placements: list[Placement] = [INVARIANT]
         if not full and values(node)[0].shape:
-            forms += self.flow.splits.get(key_of(node), {})
-        costs = [0.0] * len(forms)
-        self._register(("returned", index), [Strategy(str(f), (f,), ()) for f in forms], (node,), costs)
+            placements += self.flow.splits.get(key_of(node), {})
+        costs = [0.0] * len(placements)
+        self._register(("returned", index), [Strategy(str(f), (f,), ()) for f in placements], (node,), costs)
 
     def _connect(self, key: Key, consumers: list[_Variable]) -> None:
-        """Tables for the collectives between the producer of a value and its consumers."""
+        """Add the tables for the collectives between the producer of a value and its consumers."""
         producer = self.variables[key[0]]
         value = self.types[key]
         pinned = not self.policy.may_gather(self.flow, key)
         edge = Edge(_bytes(self.flow, value), value.requires_grad, self.flow.ways, pinned)
-        offers = tuple(normalised(placements[key[1]], edge.gradient) for placements in producer.offers)
-        if set(offers) == {INVARIANT} and not edge.gradient:
-            return  # whole and without gradient: every form is free
+        produced = tuple(normalised(placements[key[1]], edge.gradient) for placements in producer.produced)
+        if set(produced) == {INVARIANT} and not edge.gradient:
+            return  # whole and without gradient: every conversion is free
         if len(consumers) == 1:
-            asks = tuple(ask[key] for ask in consumers[0].asks)
-            self.model.add((producer.number, consumers[0].number), _table(offers, asks, edge))
+            required = tuple(needed[key] for needed in consumers[0].required)
+            self.model.add((producer.number, consumers[0].number), _table(produced, required, edge))
             return
-        forms = {form for consumer in consumers for ask in consumer.asks for form in ask[key]}
-        sets = _form_sets(forms, {ask[key] for consumer in consumers for ask in consumer.asks})
+        placements = {placement for consumer in consumers for needed in consumer.required for placement in needed[key]}
+        sets = _placement_sets(placements, {needed[key] for consumer in consumers for needed in consumer.required})
         hub = self.model.variable(len(sets))
-        self.model.add((producer.number, hub), _table(offers, sets, edge))
+        self.model.add((producer.number, hub), _table(produced, sets, edge))
         for consumer in consumers:
-            self.model.add((hub, consumer.number), _covers(sets, tuple(ask[key] for ask in consumer.asks)))
+            self.model.add((hub, consumer.number), _covers(sets, tuple(needed[key] for needed in consumer.required)))
 
     def _decisions(self, picked: list[int]) -> dict[str, Decision]:
-        """For each call: what was chosen and what each alternative would cost with all else as it is."""
+        """For each call, the choice and the extra cost of each alternative while all else stays as chosen."""
         touching: dict[int, list[tuple[tuple[int, ...], Table]]] = {}
         for scope, table in self.model.tables:
             for number in scope:
@@ -200,7 +201,7 @@ def _label(strategy: Strategy) -> str:
 
 
 def distinct(strategies: list[Strategy], types: tuple[Value, ...]) -> list[Strategy]:
-    """Without a gradient in the outputs, replicated is the same as invariant."""
+    """The strategies without those that are equal: without a gradient, replicated is the same as invariant."""
     if not any(value.requires_grad for value in types):
         strategies = [s for s in strategies if s.label != "replicated"]
     floating = all(value.dtype.is_floating_point or value.dtype.is_complex for value in types)
@@ -212,7 +213,7 @@ def distinct(strategies: list[Strategy], types: tuple[Value, ...]) -> list[Strat
 
 
 def work_of(factoring: Factoring, call: Call) -> float:
-    """Seconds for the whole operator: multiply-adds of a contraction (forward and backward), else next to nothing."""
+    """Seconds for the whole operator: the multiply-adds of a contraction, forward and backward; else almost nothing."""
     if factoring.contraction:
         work = math.prod(factoring.sizes.values()) if factoring.work is None else factoring.work
         return 6.0 * work / FLOPS
@@ -223,28 +224,30 @@ def _bytes(flow: Flow, value: Value) -> int:
     return math.prod(value.layout.local_shape(flow.program.mesh)) * value.dtype.itemsize
 
 
-def _form_sets(forms: set[Placement], asked: set[frozenset[Placement]]) -> tuple[frozenset[Placement], ...]:
-    """The sets of forms in which a value may be held: those asked for, and unions of two or three of them."""
-    largest = 3 if len(asked) <= 6 else 2
+def _placement_sets(
+    placements: set[Placement], required: set[frozenset[Placement]]
+) -> tuple[frozenset[Placement], ...]:
+    """The sets of placements in which a value may be held: those required, and unions of two or three of them."""
+    largest = 3 if len(required) <= 6 else 2
     sets: dict[frozenset[Placement], None] = {}
     for count in range(1, largest + 1):
-        for group in itertools.combinations(sorted(asked, key=lambda s: (len(s), sorted(map(str, s)))), count):
+        for group in itertools.combinations(sorted(required, key=lambda s: (len(s), sorted(map(str, s)))), count):
             sets[frozenset().union(*group)] = None
-    if len(forms) <= 4:
-        sets[frozenset(forms)] = None
+    if len(placements) <= 4:
+        sets[frozenset(placements)] = None
     return tuple(sets)
 
 
 @lru_cache(maxsize=4096)
-def _table(offers: tuple[Placement, ...], asks: tuple[frozenset[Placement], ...], edge: Edge) -> Table:
-    def cost(offer: Placement, ask: frozenset[Placement]) -> float:
-        if edge.pinned and isinstance(offer, Split) and ask != {offer}:
+def _table(produced: tuple[Placement, ...], required: tuple[frozenset[Placement], ...], edge: Edge) -> Table:
+    def cost(source: Placement, needed: frozenset[Placement]) -> float:
+        if edge.pinned and isinstance(source, Split) and needed != {source}:
             return BIG
-        return plan_forms(offer, ask, edge.size, edge.gradient, edge.ways)[0]
+        return plan_placements(source, needed, edge.size, edge.gradient, edge.ways)[0]
 
-    return np.array([[cost(offer, ask) for ask in asks] for offer in offers])
+    return np.array([[cost(source, needed) for needed in required] for source in produced])
 
 
 @lru_cache(maxsize=4096)
-def _covers(sets: tuple[frozenset[Placement], ...], asks: tuple[frozenset[Placement], ...]) -> Table:
-    return np.array([[0.0 if ask <= have else BIG for ask in asks] for have in sets])
+def _covers(sets: tuple[frozenset[Placement], ...], required: tuple[frozenset[Placement], ...]) -> Table:
+    return np.array([[0.0 if needed <= have else BIG for needed in required] for have in sets])

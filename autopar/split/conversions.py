@@ -1,4 +1,4 @@
-"""Getting a value from one placement on an axis to another: which collectives that takes, and what they cost."""
+"""Conversions of a value from one placement on an axis to another: the collectives they take, and their cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ELEMENTWISE = 1e-16  # seconds per element: breaks ties only
 WHOLE_PARAMETER = 1e-12  # seconds per byte of a parameter that is left whole on the axis
 PENDING = 1e-7  # seconds for keeping a sum pending through one more operator: reduce it where it arises
 
-BIG = 1e6  # the cost of what must not be
+BIG = 1e6  # the cost of a choice that is not allowed
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _step(source: Placement, target: Placement) -> Step:
 
 
 def step_cost(step: Step, size: int, gradient: bool, ways: int) -> float:
-    """Seconds for one collective on a whole tensor of ``size`` bytes, with that of its backward pass."""
+    """Seconds for one collective on a whole tensor of ``size`` bytes, and with ``gradient`` for its dual too."""
     row = comm.COLLECTIVES[step.op]
     total = 0.0
     for name, operand in ((step.op, row.before), (row.dual, row.after)) if gradient else ((step.op, row.before),):
@@ -55,22 +55,22 @@ def step_cost(step: Step, size: int, gradient: bool, ways: int) -> float:
 
 
 @cache
-def plan_forms(
-    source: Placement, forms: frozenset[Placement], size: int, gradient: bool, ways: int
+def plan_placements(
+    source: Placement, placements: frozenset[Placement], size: int, gradient: bool, ways: int
 ) -> tuple[float, tuple[tuple[Placement, Step | None], ...]]:
-    """The cheapest way to hold a value in every one of ``forms``, given it in ``source``.
+    """The cheapest way to hold a value in every one of ``placements`` when it is produced in ``source``.
 
-    Returns (cost, ((form, last step into it), ...)): a form may be made from another one (an all-reduced sum is
-    entered once, not reduced twice). Forms that are only passed through are listed too.
+    Returns (cost, ((placement, last step into it), ...)). One placement may be reached through another one (an
+    all-reduced sum is entered once, not reduced twice). Placements that are only passed through are listed too.
     """
     made: dict[Placement, Step | None] = {source: None}
     total = 0.0
-    for form in sorted(forms, key=_order):
-        if form in made:
+    for placement in sorted(placements, key=_order):
+        if placement in made:
             continue
-        ways_in = [(sum(step_cost(s, size, gradient, ways) for s in route(have, form)), have) for have in made]
+        ways_in = [(sum(step_cost(s, size, gradient, ways) for s in route(have, placement)), have) for have in made]
         cost, best = min(ways_in, key=lambda pair: (pair[0], _order(pair[1])))
-        for step in route(best, form):
+        for step in route(best, placement):
             if step.target not in made:
                 made[step.target] = step
                 total += step_cost(step, size, gradient, ways)
@@ -83,5 +83,5 @@ def _order(placement: Placement) -> tuple[int, str]:
 
 
 def normalised(placement: Placement, gradient: bool) -> Placement:
-    """Without gradients there is no difference between invariant and replicated."""
+    """``placement``, or INVARIANT for REPLICATED without a gradient: the two differ only in the backward pass."""
     return INVARIANT if placement == REPLICATED and not gradient else placement

@@ -1,8 +1,8 @@
-"""Which splits are possible where: spread from seeds along the factors that operators share.
+"""The flow of splits through a program: they spread from seeds along the factors that operators share.
 
-A split of one tensor of an operator belongs to a factor of its rule, and so implies splits of its other tensors. From
-the seeds that a policy gives (the batch dim of the inputs; the dims of weights), following this to the end finds every
-split that has to do with them, and no other: data parallelism can never split a weight, nor tensor parallelism a batch.
+A split of one tensor of an operator belongs to a factor of its rule, and so implies splits of its other tensors. A
+policy gives the seeds (the batch dim of the inputs, or the dims of weights). Spreading them to the end finds every
+split that is related to them, and no other: data parallelism never splits a weight, tensor parallelism never a batch.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from autopar.ir.tables import InputKind
 from autopar.rules import call_of, rule_for
 from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Part, Strategy
 
-Key = tuple[fx.Node, int]  # a value: the node that makes it and which of its outputs
+Key = tuple[fx.Node, int]  # a value: the node that produces it and the index among its outputs
 
 
 def key_of(node: fx.Node) -> Key:
-    """The value that a node stands for; ``getitem`` stands for an output of the node before it."""
+    """The value that a node produces; a ``getitem`` is an output of the node it reads."""
     if node.target is operator.getitem:
         source, index = node.args
         assert isinstance(source, fx.Node) and isinstance(index, int)
@@ -50,7 +50,7 @@ class Flow:
     uses: dict[Key, list[tuple[fx.Node, int]]] = field(default_factory=dict)  # value -> (call, operand number)
     splits: dict[Key, dict[Split, None]] = field(default_factory=dict)
     parts: dict[fx.Node, dict[Part, Strategy]] = field(default_factory=dict)
-    weights: frozenset[fx.Node] = frozenset()  # parameters and what is made of parameters alone
+    weights: frozenset[fx.Node] = frozenset()  # parameters and values computed from parameters alone
     fixed: frozenset[fx.Node] = frozenset()  # constants and what is made of them: cut at no cost, for each user anew
     further: dict[fx.Node, dict[Part, None]] = field(default_factory=dict)  # parts that only the second spread found
 
@@ -91,7 +91,7 @@ class Flow:
                 queue.extend(self._implied(call, strategy))
 
     def spread_further(self, seeds: Iterable[tuple[Key, Split]]) -> None:
-        """As :meth:`spread`, noting in ``further`` what was not there before."""
+        """Spread as :meth:`spread` does, and note in ``further`` the parts that are new."""
         before = {call: set(parts) for call, parts in self.parts.items()}
         self.spread(seeds)
         for call, parts in self.parts.items():
@@ -106,7 +106,7 @@ class Flow:
                 yield key, placement
 
     def carried(self, key: Key, split: Split, seen: dict[tuple[Key, Split], bool]) -> bool:
-        """Whether some consumer goes on computing with this split, up to a contraction or the program's end."""
+        """Whether some consumer keeps computing with this split, up to a contraction or the end of the program."""
         if (key, split) in seen:
             return seen[key, split]
         seen[key, split] = False
@@ -189,7 +189,7 @@ def _unknown(node: fx.Node) -> str:
 
 
 def opaque(call: Call) -> Factoring:
-    """An operator that can only be run whole."""
+    """The factoring of an operator that can only be run whole."""
     names: list[str] = []
 
     def dims(tag: str, shape: tuple[int, ...]) -> Dims:
@@ -202,13 +202,13 @@ def opaque(call: Call) -> Factoring:
 
 
 def weights_of(program: Program) -> frozenset[fx.Node]:
-    """Parameters and what is made of parameters alone."""
+    """Parameters and values computed from parameters alone."""
     parameters = (node for node, _ in program.placeholders(InputKind.PARAMETER))
     return frozenset(made_only_of(program.graph, parameters))
 
 
 def _fixed(program: Program) -> frozenset[fx.Node]:
-    """What follows from no input, parameter or buffer. One constant may count batches here and heads there."""
+    """Values that depend on no input, parameter or buffer. One constant may count batches here and heads there."""
     constants = (node for node, _ in program.placeholders(InputKind.CONSTANT, InputKind.SEED))
     return frozenset(made_only_of(program.graph, constants, factories=True))
 

@@ -1,7 +1,7 @@
-"""What is refused because a dim does not divide: weights and attentions that stayed whole, forms that were asked for.
+"""Refusals because a dim does not divide: a weight or an attention that stayed whole, a form the plan asks for.
 
-With ``Plan(on_indivisible="replicate")`` what stayed whole is a warning. Each message names the thing, the sizes and
-the way out.
+With ``Plan(on_indivisible="replicate")`` a weight or attention that stayed whole is a warning. Each message names the
+thing, the sizes and the way out.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from autopar.split.obstacles import (
     parameter_names,
 )
 
-Form = Callable[[Iterable[str]], str | None]  # what the plan asks of a parameter that goes by these names
+Form = Callable[[Iterable[str]], str | None]  # the names of a parameter -> the form that the plan asks for
 
 
 def refuse_form(flow: Flow, call: fx.Node, form: str, shape: tuple[int, ...]) -> NoReturn:
-    """``shape``: of the weight of ``call``, which has no dim that can be split in the form that the plan asks for."""
+    """Raise IndivisibleError: the weight of ``call``, of this ``shape``, has no dim that can be split in ``form``."""
     raise IndivisibleError(
         f"Plan(tensor=...) asks for '{form}' at {call.name} ({origin(call).module or call.target}), but no dim of "
         f"its weight {tuple(shape)} can be split that way over {flow.axis}={flow.ways}; "
@@ -39,9 +39,9 @@ def refuse_form(flow: Flow, call: fx.Node, form: str, shape: tuple[int, ...]) ->
 
 
 def refuse_whole_weights(flow: Flow, choice: Choice, form: Form) -> None:
-    """Refuse a choice in which a weight of some size, or an attention, stayed whole because a dim does not divide.
+    """Refuse a choice in which a large weight, or an attention, stayed whole because a dim does not divide.
 
-    Raises IndivisibleError, or warns.
+    Raises IndivisibleError, or warns with ``Plan(on_indivisible="replicate")``.
     """
     for call, strategy in choice.strategies.items():
         if strategy.part or not flow.factorings[call].contraction:
@@ -67,7 +67,7 @@ def _refuse_attention(flow: Flow, call: fx.Node, form: Form) -> None:
     projections = [(entry.target, *entry.aliases) for entry in entries if entry.target.startswith(f"{module}.")]
     asked = any(form(names) == "replicate" for names in projections)
     if heads % flow.ways == 0 or asked:
-        return  # its projections are kept whole on purpose
+        return  # the plan keeps its projections whole on purpose
     _refuse(
         flow,
         f"attention at {module or call.name} has {heads} heads, which {flow.axis}={flow.ways} does not divide",
@@ -107,7 +107,7 @@ def _refuse_weight(flow: Flow, call: fx.Node, weight: fx.Node) -> None:
 
 
 def _refuse(flow: Flow, reason: str, way_out: str) -> None:
-    """Raise, or with ``Plan(on_indivisible="replicate")`` warn, since it stayed whole on every rank."""
+    """Raise IndivisibleError, or warn with ``Plan(on_indivisible="replicate")``."""
     if flow.program.plan.on_indivisible == "error":
         raise IndivisibleError(f"{reason}.\n{way_out}")
     warnings.warn(f"{reason}; every rank does it whole", stacklevel=2)

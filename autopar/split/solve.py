@@ -20,7 +20,7 @@ LARGEST_TABLE = 20_000_000  # entries; beyond it variables are fixed one by one 
 
 @dataclass
 class CostModel:
-    """Variables with finite domains and cost tables over one or more of them; their sum is to be least."""
+    """Variables with finite domains, and cost tables over one or more of them; the sum of the tables is minimised."""
 
     sizes: list[int] = field(default_factory=list)
     tables: list[tuple[tuple[int, ...], Table]] = field(default_factory=list)
@@ -41,7 +41,7 @@ class CostModel:
 
 
 def minimise(model: CostModel) -> list[int]:
-    """The assignment of least total cost; among equals, the one with the smallest values in elimination order."""
+    """The assignment of least total cost. Among equals, the one with the smallest values in elimination order."""
     buckets: list[dict[int, tuple[tuple[int, ...], Table]]] = [{} for _ in model.sizes]
     alive: dict[int, tuple[tuple[int, ...], Table]] = {}
     for key, entry in enumerate(model.tables):

@@ -1,7 +1,7 @@
-"""Splitting a program over one axis: choose a layout for every value, cut shapes, insert the collectives between.
+"""The split of a program over one axis: layouts are chosen for all values, shapes are cut, collectives are inserted.
 
-Input: a graph that is ordinary with respect to the axis. Output: one that each rank of the axis runs on its own part,
-again an ordinary graph for the axes that come after.
+The input is a graph without this axis. The output is the graph that each rank of the axis runs on its own part; the
+axes that are split later see it as an ordinary graph.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from autopar.ir.node import Value, origin, set_origin, set_values, value, values
 from autopar.ir.program import Program
 from autopar.rules.factoring import Strategy
 from autopar.split.choose import Choice, Policy, choose
-from autopar.split.conversions import Step, normalised, plan_forms
+from autopar.split.conversions import Step, normalised, plan_placements
 from autopar.split.flow import Flow, Key, flow_of, key_of
 
 
 def split_axis(program: Program, policy: Policy, check: Callable[[Flow, Choice], None] | None = None) -> Program:
-    """The program split over ``policy.axis``; unchanged if the mesh has only one rank on it.
+    """The program split over ``policy.axis``; unchanged if this axis has only one rank.
 
     ``check`` may raise on the chosen layouts before anything is rewritten.
     """
@@ -43,16 +43,16 @@ def split_axis(program: Program, policy: Policy, check: Callable[[Flow, Choice],
 
 
 def rewritten(flow: Flow, choice: Choice) -> fx.Graph:
-    """The graph that each rank of the axis runs when everything lies as chosen."""
+    """The graph that each rank of the axis runs with the chosen layouts."""
     return _Rewriter(flow, choice).run()
 
 
 @dataclass
 class _Held:
-    """One value in the new graph: the node that made it, and how to get it in each form that is asked for."""
+    """One value in the new graph: its node in each placement so far, and the step into each required placement."""
 
     whole_type: Value  # its type in the graph before this axis
-    forms: dict[Placement, fx.Node]
+    placements: dict[Placement, fx.Node]
     steps: dict[Placement, Step | None] = field(default_factory=dict)
 
 
@@ -63,12 +63,12 @@ class _Rewriter:
         self.axis, self.ways = flow.axis, flow.ways
         self.graph = fx.Graph()
         self.held: dict[Key, _Held] = {}
-        self.asked: dict[Key, set[Placement]] = {}
+        self.required: dict[Key, set[Placement]] = {}
         self.axis_index_node: fx.Node | None = None
         self.current: fx.Node | None = None
 
     def run(self) -> fx.Graph:
-        self._note_demands()
+        self._note_required()
         for node in self.program.graph.nodes:
             self.current = node
             if node.op == "placeholder":
@@ -76,13 +76,13 @@ class _Rewriter:
             elif node.op == "call_function" and node.target is not operator.getitem:
                 self._call(node)
             elif node.op == "output":
-                result = tuple(map(self._form, self.program.returned, self.choice.returned))
+                result = tuple(map(self._in_placement, self.program.returned, self.choice.returned))
                 self.graph.output(result)
         self.graph.eliminate_dead_code()
         self.graph.lint()
         return self.graph
 
-    def _note_demands(self) -> None:
+    def _note_required(self) -> None:
         for call, strategy in self.choice.strategies.items():
             for operand, placement in zip(self.flow.calls[call].operands, strategy.inputs):
                 self._note(operand, placement)
@@ -91,31 +91,31 @@ class _Rewriter:
 
     def _note(self, operand: fx.Node, placement: Placement) -> None:
         flows = values(operand)[0].requires_grad
-        self.asked.setdefault(key_of(operand), set()).add(normalised(placement, flows))
+        self.required.setdefault(key_of(operand), set()).add(normalised(placement, flows))
 
     def placed(self, before: Value, placement: Placement) -> Value:
         return replace(before, layout=before.layout.place(self.axis, placement, self.mesh))
 
-    def _hold(self, key: Key, node: fx.Node, before: Value, offered: Placement) -> None:
-        offered = normalised(offered, before.requires_grad)
+    def _hold(self, key: Key, node: fx.Node, before: Value, produced: Placement) -> None:
+        produced = normalised(produced, before.requires_grad)
         size = before.dtype.itemsize
         for length in before.layout.local_shape(self.mesh):
             size *= length
-        forms = frozenset(self.asked.get(key, ()))
-        _, steps = plan_forms(offered, forms, size, before.requires_grad, self.ways)
-        self.held[key] = _Held(before, {offered: node}, dict(steps))
+        placements = frozenset(self.required.get(key, ()))
+        _, steps = plan_placements(produced, placements, size, before.requires_grad, self.ways)
+        self.held[key] = _Held(before, {produced: node}, dict(steps))
 
-    def _form(self, operand: fx.Node, placement: Placement) -> fx.Node:
-        """The value of ``operand`` (a node of the old graph) in a form, made by a collective if it must be."""
+    def _in_placement(self, operand: fx.Node, placement: Placement) -> fx.Node:
+        """The value of ``operand`` (a node of the old graph) in ``placement``, by a collective if necessary."""
         key = key_of(operand)
         held = self.held[key]
         placement = normalised(placement, held.whole_type.requires_grad)
-        if placement not in held.forms:
+        if placement not in held.placements:
             step = held.steps[placement]
             assert step is not None, (operand, placement)
-            source = self._form(operand, step.source)
-            held.forms[placement] = self._convert(source, step, held.whole_type)
-        return held.forms[placement]
+            source = self._in_placement(operand, step.source)
+            held.placements[placement] = self._convert(source, step, held.whole_type)
+        return held.placements[placement]
 
     def _convert(self, source: fx.Node, step: Step, before: Value) -> fx.Node:
         arguments: tuple[Any, ...] = (self.axis,)
@@ -158,8 +158,8 @@ class _Rewriter:
         if factoring.localize and strategy.part:
             shapes = tuple(t.layout.local_shape(self.mesh) for t in types)
             args, kwargs = factoring.localize(call, strategy, shapes, self.ways)
-        forms = iter([self._form(operand, p) for operand, p in zip(call.operands, strategy.inputs)])
-        args, kwargs = fx.node.map_arg((args, kwargs), lambda n: next(forms))
+        placements = iter([self._in_placement(operand, p) for operand, p in zip(call.operands, strategy.inputs)])
+        args, kwargs = fx.node.map_arg((args, kwargs), lambda n: next(placements))
         new = self.graph.create_node("call_function", node.target, args, kwargs, node.name)  # type: ignore[arg-type]
         set_values(new, *types)
         set_origin(new, origin(node))
@@ -194,7 +194,7 @@ class _Rewriter:
 
 
 class _Emitter:
-    """What a rule's rewrite uses to add nodes (the ``Emit`` protocol of ``rules.factoring``)."""
+    """Adds nodes for the rewrite of a rule (the ``Emit`` protocol of :mod:`autopar.rules.factoring`)."""
 
     def __init__(self, rewriter: _Rewriter, before: tuple[Value, ...]) -> None:
         self.rewriter, self.before = rewriter, before

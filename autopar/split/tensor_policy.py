@@ -1,7 +1,7 @@
-"""The policy of tensor parallelism: which splits of weights an axis may use, and what ``Plan(tensor=...)`` asks for.
+"""The policy of tensor parallelism: which splits of weights an axis may use, and the forms of ``Plan(tensor=...)``.
 
-A contraction with a weight is split by columns where later operators carry the split on, by rows where they sum it
-up. Everything else follows from that by the rules. (Shoeybi et al. 2019, section 3.)
+A contraction with a weight is split by columns where later operators carry the split on, and by rows where they sum
+over it. Everything else follows from that by the rules. (Shoeybi et al. 2019, section 3.)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TABLES = (aten.embedding.default, EMBEDDING_BAGS)  # their weight is a table of 
 
 @dataclass(frozen=True)
 class TensorPolicy:
-    """``overrides``: patterns of parameter names, and the form that the plan asks for. The first that fits counts."""
+    """``overrides``: pattern of parameter names -> the form that the plan asks for; the first match counts."""
 
     overrides: Mapping[str, str]
     axis: str = "tp"
@@ -67,22 +67,25 @@ class TensorPolicy:
         return [INVARIANT, *flow.splits.get((node, 0), {})]
 
     def may_gather(self, flow: Flow, key: Key) -> bool:
-        """Weights are used as they lie: gathering them would be ZeRO-3 in disguise."""
+        """Not for weights: they are used as they are laid out. Gathering them would be ZeRO-3 in disguise."""
         return key[0] not in flow.weights
 
     def allowed(self, flow: Flow, call: fx.Node, strategies: list[Strategy]) -> list[Strategy]:
-        """Of a contraction with a weight: what the plan asks for, else what suits it. Of all other calls: everything,
-        but for those along the sequence."""
+        """The strategies that ``call`` may use.
+
+        For a contraction with a weight, those in the form that the plan asks for, else the suitable ones. For other
+        calls, all of them; where a split along the sequence is possible, only splits.
+        """
         position = _position_of_weight(flow, call)
         if position is None:
             return _along_the_sequence(flow, call, strategies)
         weight = flow.calls[call].operands[position]
-        offered = _Offered.of(strategies, position)
+        possible = _Strategies.of(strategies, position)
         form = self.form(parameter_names(flow.program, weight))
-        return _in_form(form, offered, flow, call, position) if form else _suitable(offered, flow, call, weight)
+        return _in_form(form, possible, flow, call, position) if form else _suitable(possible, flow, call, weight)
 
     def form(self, names: Iterable[str]) -> str | None:
-        """What ``Plan(tensor=...)`` asks of a parameter that goes by these names."""
+        """The form that ``Plan(tensor=...)`` asks for, of a parameter with these names; None where it asks for none."""
         names = list(names)
         for pattern, form in self.overrides.items():
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
@@ -91,21 +94,21 @@ class TensorPolicy:
 
 
 @dataclass(frozen=True)
-class _Offered:
-    """The strategies of a contraction, by what they do with its weight."""
+class _Strategies:
+    """The strategies of a contraction, sorted by what they do with its weight."""
 
     unsplit: list[Strategy]
     splits: list[Strategy]
 
     @classmethod
-    def of(cls, strategies: list[Strategy], position: int) -> _Offered:
-        """``position``: of the weight among the operands. Splits that leave the weight whole are not offered."""
+    def of(cls, strategies: list[Strategy], position: int) -> _Strategies:
+        """``position``: that of the weight among the operands. Splits that leave the weight whole are left out."""
         splits = [s for s in strategies if s.part and isinstance(s.inputs[position], Split)]
         return cls([s for s in strategies if not s.part], splits)
 
     @property
     def rows(self) -> list[Strategy]:
-        """Those along the summed dim."""
+        """The splits along the summed dim."""
         return [s for s in self.splits if ends_partial(s)]
 
     @property
@@ -123,42 +126,42 @@ def _position_of_weight(flow: Flow, call: fx.Node) -> int | None:
 
 
 def _along_the_sequence(flow: Flow, call: fx.Node, strategies: list[Strategy]) -> list[Strategy]:
-    """What a call without a weight may do: it must be split where it can be along the sequence."""
+    """The strategies that a call without a weight may use: where it can be split along the sequence, it must be."""
     along = any(s.part in flow.further.get(call, ()) for s in strategies)
     if along and any(kind.requires_grad for kind in values(call)):
         return [s for s in strategies if s.part]
     return strategies
 
 
-def _in_form(form: str, offered: _Offered, flow: Flow, call: fx.Node, position: int) -> list[Strategy]:
-    """The strategies in the form that the plan asks for. Raises IndivisibleError where there is none."""
+def _in_form(form: str, possible: _Strategies, flow: Flow, call: fx.Node, position: int) -> list[Strategy]:
+    """The strategies in ``form``. Raises IndivisibleError where there is none."""
     picked = {
-        "replicate": offered.unsplit,
-        "column": offered.columns,
-        "row": offered.rows,
-        "vocabulary": offered.rows if call.target in TABLES else offered.columns,
+        "replicate": possible.unsplit,
+        "column": possible.columns,
+        "row": possible.rows,
+        "vocabulary": possible.rows if call.target in TABLES else possible.columns,
     }[form]
     if not picked:
         refuse_form(flow, call, form, flow.calls[call].inputs[position])
     return picked
 
 
-def _suitable(offered: _Offered, flow: Flow, call: fx.Node, weight: fx.Node) -> list[Strategy]:
-    """Without a wish of the user: a vocabulary by rows, else the splits that later operators carry on.
+def _suitable(possible: _Strategies, flow: Flow, call: fx.Node, weight: fx.Node) -> list[Strategy]:
+    """The strategies where the plan asks for no form: a vocabulary by rows, else the splits that later operators carry.
 
-    A weight that only rows can split, and that is small or has fewer heads than ranks, may stay whole.
+    A weight that can only be split by rows, and that is small or has fewer heads than ranks, may stay whole.
     """
-    if offered.rows and _looks_up_tokens(flow, call):
-        return offered.rows
-    carried = _carried_on(offered.splits, flow, call)
+    if possible.rows and _looks_up_tokens(flow, call):
+        return possible.rows
+    carried = _carried_on(possible.splits, flow, call)
     by_rows_at_most = all(map(ends_partial, carried))
     if by_rows_at_most and (has_fewer_heads_than_ranks(flow, call) or is_small(flow, weight)):
-        return [*carried, *offered.unsplit]
-    return carried or offered.splits or offered.unsplit
+        return [*carried, *possible.unsplit]
+    return carried or possible.splits or possible.unsplit
 
 
 def _carried_on(splits: list[Strategy], flow: Flow, call: fx.Node) -> list[Strategy]:
-    """Those whose result is whole or summed, or is computed with as it is split."""
+    """The splits whose result is whole, or a pending sum, or is split as later operators can carry it."""
     seen: dict[tuple[Key, Split], bool] = {}
 
     def carried(strategy: Strategy) -> bool:
@@ -171,7 +174,7 @@ def _carried_on(splits: list[Strategy], flow: Flow, call: fx.Node) -> list[Strat
 
 
 def _looks_up_tokens(flow: Flow, call: fx.Node) -> bool:
-    """Whether this is an embedding of a user's input (a vocabulary), not of positions or buckets."""
+    """Whether ``call`` is an embedding of a user's input (a vocabulary), not of positions or buckets."""
     if call.target is not aten.embedding.default:
         return False
     inputs = {node for node, _ in flow.program.placeholders(InputKind.INPUT)}

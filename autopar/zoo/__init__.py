@@ -22,7 +22,7 @@ FAMILIES: tuple[str, ...] = tuple(dict.fromkeys(entry.family for entry in ARCHIT
 
 
 def architecture(name: str) -> Architecture:
-    """The architecture called ``name``. Raises ValueError, with the names that there are, for another."""
+    """The architecture called ``name``. Raises ValueError for an unknown one, with the known names."""
     if name not in ARCHITECTURES:
         there = ", ".join(f"hf:{known}" for known in ARCHITECTURES)
         raise ValueError(f"there is no preset 'hf:{name}'; there are {there}")

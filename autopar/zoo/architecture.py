@@ -1,4 +1,4 @@
-"""What the zoo knows of one architecture, and how that becomes a small model with random weights and a batch."""
+"""One architecture of the zoo, and how it becomes a small model with random weights and a batch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ MakeBatch = Callable[[Any, int, int, torch.Generator], Batch]
 
 @dataclass(frozen=True)
 class Architecture:
-    """Class names in ``transformers``, the fields of the config, and how a batch looks. A field that is a mapping is
-    the config of a part of the model (CLIP's text and vision towers). ``draws``: the model draws random numbers in
-    training even without dropout, which no other program can repeat: it is built in evaluation mode."""
+    """Class names in ``transformers``, the fields of the config, and the form of a batch.
+
+    A field that is a mapping is the config of a part of the model (CLIP's text and vision towers). ``draws``: the model
+    draws random numbers in training even without dropout, which no other program can repeat, so it is built in
+    evaluation mode.
+    """
 
     family: str
     config: str
@@ -52,7 +55,7 @@ class Architecture:
         return config
 
     def build(self, config: Any) -> nn.Module:
-        """The model for ``config``, in training mode (but see ``draws``)."""
+        """The model for ``config``, in training mode (in evaluation mode with ``draws``)."""
         model: nn.Module = getattr(_transformers(), self.model)(config)
         return model.train(not self.draws)
 
@@ -64,7 +67,7 @@ class Architecture:
 
 
 def _calm(config: Any, overrides: Mapping[str, Any]) -> None:
-    """Without dropout and jitter, and without a cache in the output, which is of no use in training."""
+    """``config`` without dropout, without jitter, and without a cache in the output, which training does not use."""
     for key, value in vars(config).items():
         if ("drop" in key or "jitter" in key) and isinstance(value, float) and key not in overrides:
             setattr(config, key, 0.0)

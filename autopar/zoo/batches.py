@@ -1,4 +1,4 @@
-"""Random batches for Hugging Face models, as training takes them: rows of tokens count unequally many labels."""
+"""Random batches of the form that Hugging Face models train on; the rows of tokens count unequal numbers of labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoders of text, and encoder-decoders of text and of sound."""
+"""Encoders of text, and encoder-decoders of text and of speech."""
 
 from __future__ import annotations
 

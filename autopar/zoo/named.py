@@ -1,9 +1,9 @@
 """Models by name, as the command line takes them.
 
 package.module:factory     a callable that returns a model, or (model, batch); of this or another package
-models.llama, llama        a model of our models/, its tiny preset
+models.llama, llama        a model in the folder models/, its tiny preset
 models.llama:llama_70b     another preset of it
-hf:llama                   a small Hugging Face model with random weights (see zoo/)
+hf:llama                   a small Hugging Face model with random weights (:mod:`autopar.zoo`)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LARGE = 2 << 30  # bytes of parameters; presets above are built on the meta devi
 
 @dataclass(frozen=True)
 class Example:
-    """A model with the keyword arguments of one call of it. ``model`` may be on the meta device."""
+    """A model with the keyword arguments of one call. ``model`` may be on the meta device."""
 
     name: str
     model: nn.Module
@@ -48,10 +48,12 @@ def named_model(
     seed: int = 0,
     ways: int = 1,
 ) -> Example:
-    """The model called ``name`` and an example batch. ``config`` overrides fields of its config; ``seed`` is that of
-    the weights and of the batch; the rows of a preset's batch divide by ``ways`` unless ``batch`` says how many.
+    """The model called ``name`` and an example batch.
 
-    Raises ValueError, which says what is known, for a name that leads to no model or sizes that do not fit it.
+    ``config`` overrides fields of its config. ``seed`` is that of the weights and of the batch. The number of rows of a
+    preset's batch is a multiple of ``ways`` unless ``batch`` gives it.
+
+    Raises ValueError, with what is known, for a name that leads to no model or sizes that do not fit it.
     """
     overrides = dict(config or {})
     rows = batch or rows_for(ways)
@@ -70,7 +72,7 @@ def named_model(
 
 
 def rows_for(ways: int) -> int:
-    """The usual rows of a batch, or the next number that divides by ``ways``."""
+    """The usual number of rows of a batch, or the next number that divides by ``ways``."""
     return -(-ROWS // ways) * ways
 
 
@@ -103,7 +105,7 @@ def _preset(
 
 
 def _made(name: str, module: ModuleType, target: str, wanted: dict[str, Any], seed: int) -> Example:
-    """What the user's own factory makes; ``wanted`` are arguments for it, as far as it takes them."""
+    """The result of the user's own factory. ``wanted``: arguments for it, as far as it takes them."""
     factory = getattr(module, target, None)
     if not callable(factory):
         have = sorted(getattr(module, "PRESETS", {})) or sorted(n for n in vars(module) if not n.startswith("_"))
@@ -127,7 +129,7 @@ def _made(name: str, module: ModuleType, target: str, wanted: dict[str, Any], se
 
 
 def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """The model, without weights if they are many."""
+    """The model; a model with many weights is built without them, on the meta device."""
     with torch.device("meta"):
         outline = build()
     if sum(parameter.numel() * parameter.element_size() for parameter in outline.parameters()) > LARGE:
@@ -139,7 +141,7 @@ def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 def _imported(path: str, name: str) -> ModuleType:
     here = os.getcwd()
     if here not in sys.path:
-        sys.path.append(here)  # last, so that a folder of the user's never hides an installed package
+        sys.path.append(here)  # last, so that a folder of the user never hides an installed package
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:

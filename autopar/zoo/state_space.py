@@ -1,4 +1,4 @@
-"""State-space models: a recurrent scan in the place of attention."""
+"""State-space models: a recurrent scan in place of attention."""
 
 from __future__ import annotations
 

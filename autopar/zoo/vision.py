@@ -22,7 +22,7 @@ SEGFORMER: dict[str, Any] = {
     "image_size": 64,
     "hidden_sizes": [24, 48, 96, 192],
     "depths": [1, 1, 1, 1],
-    "num_attention_heads": [1, 2, 4, 8],  # as in the released ones, few in the first stages
+    "num_attention_heads": [1, 2, 4, 8],  # as in the released models, few in the first stages
     "decoder_hidden_size": 48,
 }
 STAGES = {"hidden_sizes": [24, 48, 96, 192], "num_labels": 12}
