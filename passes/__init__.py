@@ -1,10 +1,10 @@
 """The compiler: one list of phases, each an ordered list of passes. ``autopar show --passes`` prints it.
 After each pass the contracts of its phase's level are checked (``levels.py``).
 
-Each file of this folder holds one pass; nothing in it imports another pass. A traced program goes in; out come the
+Each file of this folder holds one pass; no pass imports another. The input is a traced program; the output is the
 forward and backward graphs that a rank runs. On a mesh with ``pp`` the passes up to the cut see the whole model,
-``differentiate`` goes through the stages from the last to the first (later ones say what earlier ones get gradients
-for), and the optimising passes see each stage by itself.
+``differentiate`` goes through the stages from the last to the first (a later stage determines which values of an
+earlier one get gradients), and the optimising passes see each stage by itself.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ COMPILER = (
     Phase(
         "canonical form",
         (
-            canonicalize,  # first: every later pass meets one form of each operator
+            canonicalize,  # first: every later pass sees one form of each operator
             lower_row_indexing,  # while the rows that an index counts are an arange, not yet a constant
             fold_constants,  # masks and positions become constants, which any axis may cut
             recognise_causal_masks,  # a mask that is known now may turn out to be plain causality
             recognise_experts,  # rows of a sort over all tokens could not be cut by batch
-            write_bags,  # where a bag begins must be known before bags are split
-            unstack_recurrent_layers,  # the dropout between layers comes into the open
-            expand_composites,  # what no pass and no rule knows, as operators that have rules
+            write_bags,  # the beginnings of bags must be known before bags are split
+            unstack_recurrent_layers,  # the dropout between layers becomes a node
+            expand_composites,  # operators that no pass and no rule knows become ones that have rules
             draw_dropout,  # masks from positions, so that they do not depend on the mesh
             synchronise_batch_norm,  # statistics of the whole batch, before the batch is split
             write_losses_as_sums,  # a mean must stay a mean over all tokens once tokens are split
@@ -64,33 +64,33 @@ COMPILER = (
         (
             split_batch,  # outermost data axis first: every later axis sees the local batch
             split_tensors,
-            shard_parameters,  # last of the axes: what the others have made of a parameter is what is gathered
-            cast_parameters,  # in front of all that happens to a parameter: its cast is gathered, and half the bytes
+            shard_parameters,  # last of the axes: it gathers the part of a parameter that the others leave
+            cast_parameters,  # before all else that happens to a parameter: its cast is gathered, half the bytes
         ),
         SPLIT,
     ),
     Phase(
         "cut",
         (
-            cut_stages,  # once everything that a stage will compute is there to be counted
+            cut_stages,  # once everything that a stage will compute can be counted
         ),
         SPLIT,
     ),
     Phase(
         "differentiate",
         (
-            differentiate,  # last of all that only looks at the forward pass
+            differentiate,  # after all passes that see only the forward pass
         ),
         DIFFERENTIATED,
     ),
     Phase(
         "optimise",  # forward and backward graphs; numbers stay the same, up to rounding
         (
-            fuse_arithmetic,  # less memory is walked through; first, while sums are still next to their terms
-            recompute_activations,  # once operators are what they will be: those made again are then the same
+            fuse_arithmetic,  # less memory is read and written; first, while sums are still next to their terms
+            recompute_activations,  # once operators are final: a recomputed operator is then the same
             cast_reductions,  # before buckets, which are of one dtype
             bucket_collectives,
-            overlap_collectives,  # last: the order that it makes is the order that ranks run
+            overlap_collectives,  # last: ranks run the order that it makes
         ),
         DIFFERENTIATED,
         each_stage=True,
@@ -98,7 +98,7 @@ COMPILER = (
     Phase(
         "schedule",
         (
-            schedule_microbatches,  # once each stage is what it will be, and with it what the stages send each other
+            schedule_microbatches,  # once each stage is final, and with it the values that stages send each other
         ),
         SCHEDULED,
     ),

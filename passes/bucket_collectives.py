@@ -21,10 +21,11 @@ after:
     reshape_3  = aten.reshape(slice_2, [8])               : f32[8]
     return v=reshape_2, w=reshape_3
 
-Gradients are reduced as soon as the last of a bucket is there, in the order in which backward makes them; those of one
-axis and dtype share buckets of ``Plan.bucket_mb`` megabytes (Li et al. 2020, PyTorch Distributed, section 3.2).
-Sharded parameters are gathered before the first use of a bucket. Where whole gradients (``Plan(zero=2)``) or parameters
-(3) must not pile up, a bucket is of one block only. What is large keeps its own collective, without copies.
+A bucket of gradients is reduced as soon as its last gradient is available, in the order in which backward makes them.
+Gradients of one axis and dtype share buckets of ``Plan.bucket_mb`` megabytes (Li et al. 2020, PyTorch Distributed,
+section 3.2). A bucket of sharded parameters is gathered before its first use. Where whole gradients (``Plan(zero=2)``)
+or parameters (3) must not accumulate, a bucket holds one block only. A large tensor keeps its own collective, without
+copies.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ aten = torch.ops.aten
 TO = aten._to_copy.default
 REDUCE, SCATTER = OPS.all_reduce.default, OPS.reduce_scatter.default
 FIRST = Split(0)
-ALONE = 0.25e6  # bytes: above, copies into a bucket and out of it cost more than a collective of its own
+ALONE = 0.25e6  # bytes: above, the copies into and out of a bucket cost more than a separate collective
 
 Chain = tuple[fx.Node, ...]  # reductions of one gradient over one axis after another, a cast; the last is returned
 
@@ -104,7 +105,7 @@ class _Buckets:
                     yield chain
 
     def _filled(self, chains: Sequence[Chain], keys: Sequence[tuple[Any, ...]]) -> list[list[Chain]]:
-        """Those with equal keys together, in order, none larger than the limit; without those that are alone."""
+        """Chains with equal keys in buckets, in order, none larger than the limit; without chains that stay alone."""
         filling: dict[tuple[Any, ...], list[Chain]] = {}
         full: list[list[Chain]] = []
         for chain, key in zip(chains, keys):
@@ -116,7 +117,7 @@ class _Buckets:
         return [bucket for bucket in (*full, *filling.values()) if len(bucket) > 1]
 
     def _fills(self, node: fx.Node) -> bool:
-        """Whether ``node`` is large, and lies so that it needs no copies by itself."""
+        """Whether ``node`` is large, and laid out so that it needs no copies by itself."""
         whole = node if node.target is not SCATTER else node.all_input_nodes[0]
         return split_of(node.args[1:]) == FIRST and self._bytes(whole) > ALONE
 
@@ -165,7 +166,7 @@ def _gather_together(mesh: Mesh, bucket: Sequence[fx.Node]) -> None:
 
 
 def _hoist(node: fx.Node, before: fx.Node) -> None:
-    """Move a cast or view of a parameter, and what it is made of, to where it is needed earlier."""
+    """Move a cast or view of a parameter, and the nodes it is computed from, to an earlier place where it is needed."""
     if node.op != "placeholder":
         for source in node.all_input_nodes:
             _hoist(source, before)
@@ -173,7 +174,7 @@ def _hoist(node: fx.Node, before: fx.Node) -> None:
 
 
 def _reduce_together(mesh: Mesh, bucket: list[Chain]) -> None:
-    last, links = bucket[-1][-1], bucket[-1]  # where all arguments are there
+    last, links = bucket[-1][-1], bucket[-1]  # where all arguments are available
     op = Builder(before=last, mesh=mesh)
     results, given = [chain[-1] for chain in bucket], [chain[0].all_input_nodes[0] for chain in bucket]
     lengths = [math.prod(op.shape(node)) for node in results]

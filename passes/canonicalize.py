@@ -1,4 +1,4 @@
-"""Rewrites every operator to one form and drops those that do nothing, so that later passes meet fewer cases.
+"""Rewrite every operator to one form and drop those that do nothing, so that later passes see fewer cases.
 
 before:
   x      = input x                                                        : f32[4,16,8]
@@ -33,7 +33,7 @@ from autopar.ir.rewrite import drop_unused_constants, operand, remove_unused, su
 
 aten = torch.ops.aten
 
-Rewrite = Callable[[fx.Node], fx.Node | None]  # None: it is in its form already
+Rewrite = Callable[[fx.Node], fx.Node | None]  # None: it is in canonical form already
 
 
 @graph_pass(ensures=(is_flat, is_functional, every_value_has_a_layout, placeholders_match_inputs))
@@ -90,7 +90,7 @@ def cast(node: fx.Node) -> fx.Node | None:
 
 
 def neutral(number: float) -> Rewrite:
-    """x + 0, x * 1: nothing, where it does not promote the type."""
+    """x + 0, x * 1: nothing, where it does not promote the dtype."""
 
     def drop(node: fx.Node) -> fx.Node | None:
         source, other = node.args[:2]
@@ -125,7 +125,7 @@ def dense_gradient(node: fx.Node) -> None:
 
 
 def created(fill: float | None) -> Rewrite:
-    """``x.new_zeros(shape)`` takes only its dtype from x, so it must not wait for x, nor want it whole."""
+    """``x.new_zeros(shape)`` takes only its dtype from x, so it must not wait for x, nor require it whole."""
 
     def rewrite(node: fx.Node) -> fx.Node:
         number = node.args[2] if fill is None else fill

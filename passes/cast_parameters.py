@@ -1,4 +1,4 @@
-"""Give parameters and floating inputs the dtype in which they are handed over, and cast them to that of computing.
+"""Give parameters and floating inputs their dtype at the border, and cast them to the dtype of computing.
 
 before, on mesh(), Plan(precision=Precision(output='float32')), with w=torch.float32, x=torch.float32:
   w = param w           : bf16[8,4]
@@ -14,9 +14,9 @@ after:
   to_copy_2 = aten._to_copy(y, dtype=f32)     : f32[2,8]
   return to_copy_2
 
-Tracing has seen the model in the dtype of computing, so that all that follows from it is right (``Pins.dtypes`` has
-the other). A parameter is cast where its part comes in: what is gathered is of the dtype of computing, and what arrives
-as its gradient is of its own. Floating outputs are cast last (``Precision.output``).
+Tracing has seen the model in the dtype of computing, so all operators are right already; ``Pins.dtypes`` holds the
+dtypes at the border. Each rank casts its part of a parameter: the cast is gathered in the dtype of computing, and the
+gradient arrives in the parameter's own. Floating outputs are cast last (``Precision.output``).
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ after:
     r       = comm.reduce_scatter(to_copy, dp, dim=0) : f32[4,4]
     return w=r
 
-Differentiation casts a gradient to the dtype of its parameter after it has been reduced. Here that is done before; a
-cast is left where the parameter is of a third dtype. Sums of activations stay in the dtype of computing.
+Differentiation casts a gradient to the dtype of its parameter after its reduction. This pass casts it before; a cast
+remains where the parameter has a third dtype. Sums of activations stay in the dtype of computing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def cast_reductions(program: Program) -> Program:
 
 
 def _reduced(role: Role, graph: fx.Graph, parameters: Set[str]) -> dict[fx.Node, torch.dtype]:
-    """The sums over ranks of what only gradients of parameters are made of, and everything after them; their dtypes."""
+    """The sums over ranks of values that only gradients of parameters use, and everything after them; their dtypes."""
     last = output_node(graph)
     returned: tuple[fx.Node, ...] = last.args[0]  # type: ignore[assignment]
     others = {node for node, target in zip(returned, role.grads) if target not in parameters}

@@ -19,8 +19,9 @@ after:
     y = aten.linear(h, w) : f32[6,8]
     return y
 
-Where to cut, ``stage_assignment`` says; parameters go with their users. A stage is a program of its own on the rest of
-the mesh, and is differentiated by itself. (Huang et al. 2019, GPipe; Narayanan et al. 2021, Megatron-LM.)
+:mod:`autopar.pipeline.assignment` chooses the cut points; parameters go with their users. A stage is a program of its
+own on the rest of the mesh, and is differentiated by itself. (Huang et al. 2019, GPipe; Narayanan et al. 2021,
+Megatron-LM.)
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def cut_stages(program: Program) -> PipelinedProgram:
 
 
 def _warn_of_statistics(program: Program) -> None:
-    """What is learned of a batch is learned of each microbatch: no split of one batch into several can hide that."""
+    """Statistics of a batch are those of each microbatch: no split of one batch into several can hide that."""
     count = program.plan.microbatches
     updated = [entry.target for entry in program.outputs if entry.kind is OutputKind.BUFFER_UPDATE]
     means = [name for name in updated if name.endswith("running_mean")]
@@ -65,7 +66,7 @@ def _warn_of_statistics(program: Program) -> None:
 
 
 def _pinned(program: Program) -> Assignment | None:
-    """The cut that is pinned: that of a program of the same nodes, whose parameters are where it put them."""
+    """The pinned cut: that of a program of the same nodes, whose parameters are where it put them."""
     names = {node.name: node for node in program.graph.nodes if node.op == "call_function"}
     pinned = program.pins.stages
     if not pinned or not names.keys() >= pinned.keys():

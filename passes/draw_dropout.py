@@ -16,7 +16,7 @@ after:
   random_uniform = op.random_uniform(seed, 1, 0.9, 1.1, f32, c_0_to_8, c_0_to_4) : f32[8,4]
   return where, random_uniform
 
-Attention with dropout is written out (scores, softmax, dropout, product), since its mask lies inside the kernel.
+Attention with dropout is written out (scores, softmax, dropout, product), since its mask is inside the kernel.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _dropout(node: fx.Node, seed: fx.Node, salt: int, positions: list[fx.Node]) 
 
 
 def _uniform(node: fx.Node, seed: fx.Node, salt: int, positions: list[fx.Node]) -> None:
-    """``uniform(x, low, high)`` or ``rand_like(x)``: of x only the shape and the type."""
+    """``uniform(x, low, high)`` or ``rand_like(x)``, which use only the shape and the dtype of x."""
     bounds = (*node.args[1:], *(0.0, 1.0)[len(node.args) - 1 :])
     op = Builder(before=node)
     substitute(node, op(operators.random_uniform, seed, salt, *bounds, value(node).dtype, *positions))

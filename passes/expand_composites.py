@@ -1,4 +1,4 @@
-"""Write composite operators that have no rule as the operators that torch makes of them.
+"""Write composite operators that have no rule as the operators into which torch decomposes them.
 
 before:
   x         = input x                                                  : f32[4,6]
@@ -11,8 +11,8 @@ after:
   mm = aten.mm(x, y)         : f32[4,3]
   return mm
 
-Composite is what torch takes apart above its kernels (``CompositeImplicitAutograd``), in a user's library too. Others
-without a rule stay: to split them is an error that names them.
+An operator is composite if torch decomposes it above its kernels (``CompositeImplicitAutograd``), in a user's library
+too. Other operators without a rule stay: splitting one is an error that names it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _is_unknown_composite(target: Any) -> bool:
 
 
 def _taken_apart(node: fx.Node, operands: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node]] | None:
-    """A graph of (operands) -> results, and these; None where torch cannot tell it from the shapes alone."""
+    """A graph of (operands) -> results, and the operands; None where torch cannot derive it from the shapes alone."""
     recorder = Recorder(fx.Graph())
     with fake_mode(), torch.no_grad():
         fakes = [torch.empty(values(each)[0].shape, dtype=values(each)[0].dtype) for each in operands]
@@ -72,7 +72,7 @@ def _taken_apart(node: fx.Node, operands: Sequence[fx.Node]) -> tuple[fx.Graph, 
 
 
 def _inserted(node: fx.Node, below: fx.Graph, results: list[fx.Node], operands: Sequence[fx.Node]) -> list[fx.Node]:
-    """The operators of ``below`` in front of ``node``; returns its results."""
+    """Put the operators of ``below`` in front of ``node``; returns its results."""
     op = Builder(before=node)
     copies = dict(zip((each for each in below.nodes if each.op == "placeholder"), operands))
     for each in below.nodes:
@@ -81,7 +81,7 @@ def _inserted(node: fx.Node, below: fx.Graph, results: list[fx.Node], operands: 
         args, kwargs = fx.map_arg((each.args, each.kwargs), copies.__getitem__)
         kwargs = {name: setting for name, setting in kwargs.items() if name not in ("device", "layout", "pin_memory")}
         target = each.target
-        if target in VIEWS:  # whatever the strides will be
+        if target in VIEWS:  # valid for any strides
             target, args = aten.reshape.default, (args[0], list(values(each)[0].shape))
         copies[each] = op(target, *args, **kwargs)
     return [copies[result] for result in results]

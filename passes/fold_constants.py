@@ -1,4 +1,4 @@
-"""Evaluates what depends on no parameter, buffer or input, once, and makes a constant of it.
+"""Evaluate nodes that depend on no parameter, buffer or input, once, and replace them by constants.
 
 A dim along which all slices are equal is cut to size 1 (a mask that is the same for every row of the batch), so that a
 split of that dim leaves the constant alone; users that do not broadcast get an ``expand``.
@@ -38,8 +38,12 @@ from autopar.ir.tables import InputKind
 
 aten = torch.ops.aten
 
-LARGEST = 256 * 2**20  # bytes of one constant; what is larger stays computed
-SPREADING = {aten.expand.default, aten.reshape.default, aten.repeat.default}  # these may make large from small
+LARGEST = 256 * 2**20  # bytes of one constant; a larger one stays computed
+SPREADING = {
+    aten.expand.default,
+    aten.reshape.default,
+    aten.repeat.default,
+}  # a large tensor from a small one
 MASK = 3  # position of the mask among the arguments of attention
 
 
@@ -47,7 +51,7 @@ MASK = 3  # position of the mask among the arguments of attention
 def fold_constants(program: Program) -> Program:
     known = _known(program)
     folded = _evaluate(program, known)
-    owners: dict[str, fx.Node] = {}  # content -> the first node that has it
+    owners: dict[str, fx.Node] = {}  # content -> the first node with it
     merged = {node: owners.setdefault(_content(tensor), node) for node, tensor in folded.items()}
     new = {owner.name.removeprefix("c_"): (folded[owner], origin(owner)) for owner in owners.values()}
     program, constants = add_constants(program, new)
@@ -77,7 +81,7 @@ def _known(program: Program) -> dict[fx.Node, Tensor | None]:
 
 
 def _evaluate(program: Program, known: Mapping[fx.Node, Tensor | None]) -> dict[fx.Node, Tensor]:
-    """The nodes to make constants of, with their compact values."""
+    """The nodes to replace by constants, with their compact values."""
     edge = [node for node in known if len(values(node)) == 1 and any(user not in known for user in node.users)]
     keep = {link for node in edge for link in _chain(node, known)}
     evaluator = Evaluator(known, keep)
@@ -92,7 +96,7 @@ def _evaluate(program: Program, known: Mapping[fx.Node, Tensor | None]) -> dict[
 
 
 def _chain(node: fx.Node, known: Mapping[fx.Node, Tensor | None]) -> list[fx.Node]:
-    """``node`` and what it only repeats or rearranges, back to where that was computed."""
+    """``node`` and the nodes that only repeat or rearrange, back to the node that computes the value."""
     chain = [node]
     while chain[-1].target in SPREADING and chain[-1].args[0] in known:
         chain.append(chain[-1].args[0])  # type: ignore[arg-type]
@@ -106,7 +110,7 @@ def _content(tensor: Tensor) -> str:
 
 
 def _as_taken(user: fx.Node, node: fx.Node, constant: fx.Node) -> fx.Node:
-    """The compact ``constant`` in the shape in which ``user`` takes it in the place of ``node``."""
+    """The compact ``constant`` in the shape in which ``user`` takes it in place of ``node``."""
     shape, compact = value(node).shape, value(constant).shape
     if is_pointwise(user.target):
         others = [value(other).shape for other in user.all_input_nodes if other is not node]

@@ -1,4 +1,4 @@
-"""Rewrites sums of forward and backward graphs to operators that walk through memory less; only rounding may change.
+"""Rewrite sums of forward and backward graphs to operators that move fewer bytes; only rounding may change.
 
 before:
   backward:
@@ -19,8 +19,8 @@ after:
     addcmul = aten.addcmul(a, s, x, value=0.25) : f32[4,8]
     return w=addcmul
 
-What torch derives is written operator by operator: a product is stored before it is added, the gradient of a mean is
-spread out before it is divided, that of a half is a whole of zeros with the half in it.
+Torch writes derivatives operator by operator: a product is stored before it is added, the gradient of a mean is
+expanded before it is divided, the gradient of a half is a whole tensor of zeros that contains the half.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _matrix_sum(op: Builder, node: fx.Node) -> fx.Node | None:
 def _product_sum(op: Builder, node: fx.Node, places: dict[fx.Node, int]) -> fx.Node | None:
     """a + p * q -> addcmul(a, p, q)
 
-    Only in this order: the first term decides how the result lies in memory, of which later views make use.
+    Only in this order: the layout of the first term in memory is that of the result, and later views rely on it.
     """
     terms: tuple[Any, ...] = node.args[:2]
     whole, product = terms

@@ -1,6 +1,6 @@
 """Write look-ups of rows by position, and writes under a mask, as operators in which a batch can be split.
 
-An index of two tensors wants all of ``x``, though each row takes only from itself (``gather``), or all rows take the
+An index of two tensors requires all of ``x``, although each row reads only itself (``gather``), or all rows read the
 same (``index_select``). ``x[mask] = number`` becomes a choice for each element. Other indices stay.
 
 before:
@@ -67,7 +67,7 @@ def _index(node: fx.Node) -> fx.Node | None:
 
 
 def _gathered(node: fx.Node, source: fx.Node, picks: fx.Node) -> fx.Node:
-    """Each row of ``source`` picks its own: ``gather``."""
+    """``gather``: each row of ``source`` picks its own columns."""
     op, shape = Builder(before=node), value(source).shape
     width, rest = math.prod(value(picks).shape[1:]), shape[2:]
     counted = op(aten.remainder.Scalar, picks, shape[1])  # from the front: -1 is the last
@@ -78,7 +78,7 @@ def _gathered(node: fx.Node, source: fx.Node, picks: fx.Node) -> fx.Node:
 
 
 def _selected(node: fx.Node, source: fx.Node, picks: fx.Node) -> fx.Node:
-    """All rows of ``source`` pick the same: ``index_select``. Hugging Face looks up attention masks in this way."""
+    """``index_select``: all rows of ``source`` pick the same. Hugging Face looks up attention masks in this way."""
     op, shape, width = Builder(before=node), value(source).shape, math.prod(value(picks).shape)
     flat = op(aten.reshape.default, op(aten.remainder.Scalar, picks, shape[1]), [width])
     found = op(aten.index_select.default, source, 1, flat)
@@ -96,7 +96,7 @@ def _counts_rows(node: fx.Node, rows: int) -> bool:
 
 
 def _index_put(node: fx.Node) -> fx.Node | None:
-    """``x[mask] = number``: element by element, where an index would need all of x."""
+    """``x[mask] = number``: element by element, where an index would require all of x."""
     source, slots = operand(node), node.args[1]
     assert isinstance(slots, (list, tuple))
     mask, written = slots[0], operand(node, 2)

@@ -20,10 +20,10 @@ after:
     z                = aten.mm(y, wait)                    : f32[8,4]
     return z
 
-Parameters are gathered ahead of their use: the next one always, more as far as ``Plan.overlap_mb`` allows for what is
-under way. Gradients are waited for in the end, or when their reductions hold more than that. A sum that backward
-goes on with (tensor parallelism) is hidden by gradients of weights, which are put off until it has started. The order
-is the same on all ranks, the numbers are the same bit for bit. (Li et al. 2020, PyTorch Distributed; Zhao et al. 2023,
+Parameters are gathered ahead of their use: the next one always, more as far as ``Plan.overlap_mb`` limits the bytes
+under way. Reductions of gradients are waited for at the end, or when they hold more than that. A sum that backward
+needs next (tensor parallelism) is hidden by gradients of weights, which are delayed until it has started. The order is
+the same on all ranks, and the numbers are the same bit for bit. (Li et al. 2020, PyTorch Distributed; Zhao et al. 2023,
 PyTorch FSDP, section 3.3; Narayanan et al. 2021, Megatron-LM.)
 """
 

@@ -1,7 +1,7 @@
-"""Rewrites attention with a constant mask that hides nothing, or just the future, to attention without a mask.
+"""Rewrite attention with a constant mask that hides nothing, or just the future, to attention without a mask.
 
 The mask is recognised by its elements (bool: True keeps; float: 0 keeps, -inf or the dtype's smallest number hides),
-however it was made. Windows, blocks and prefixes stay masks.
+whatever computed it. Windows, blocks and prefixes stay masks.
 
 before, with triangle=torch.ones(16, 16).tril().bool():
   triangle = const triangle                                                   : bool[16,16]

@@ -1,8 +1,8 @@
-"""Rewrites layers of experts so that rows stay in the order of the tokens, each multiplied with its expert's matrix.
+"""Rewrite layers of experts so that rows stay in the order of the tokens, each multiplied with its expert's matrix.
 
-Grouped products (rows sorted by expert, and where each expert's rows end) and products with gathered weights
+Grouped products (rows sorted by expert, and the ends of each expert's rows) and products with gathered weights
 (``weight[ids]``, one matrix for each row) become ``autopar.expert_linear``. Sorting and its inverse vanish where each
-row between them is treated alone: the batch can then be cut anywhere. A row that several experts get is not repeated.
+row between them is treated alone: the batch can then be cut anywhere. A row for several experts is not repeated.
 
 before:
   w        = param w                                          : f32[4,8,6]
@@ -85,7 +85,7 @@ def recognise_experts(program: Program) -> Program:
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:
-    """The rows of an expert_linear; without their repetition, which the operator does itself."""
+    """The rows of an expert_linear, without their repetition: the operator repeats them itself."""
     rows, ids = operand(node), operand(node, 2)
     repeated = rows.target is REPEAT and rows.args[2:] == (0,) and value(rows).shape[0] == value(ids).shape[0]
     return operand(rows) if repeated else rows
@@ -95,7 +95,7 @@ def _unrepeated(node: fx.Node) -> fx.Node:
 
 
 def _from_grouped(program: Program, node: fx.Node) -> fx.Node | None:
-    """``grouped_mm(rows, weight, ends)``: row j belongs to the first expert whose rows end behind j."""
+    """``grouped_mm(rows, weight, ends)``: row j belongs to the first expert whose rows end after j."""
     if node.target is EXPERT_LINEAR:
         ids = operand(node, 2)
         if ids.target is not aten.searchsorted.Tensor or not ids.kwargs.get("right"):
@@ -116,7 +116,7 @@ def _from_grouped(program: Program, node: fx.Node) -> fx.Node | None:
 
 
 def _searched(op: Builder, ends: fx.Node, count: int) -> fx.Node:
-    """The expert of each of ``count`` rows, from where each expert's rows end."""
+    """The expert of each row, from the ends of each expert's rows."""
     rows = op(aten.arange.default, count, dtype=value(ends).dtype)
     return op(aten.searchsorted.Tensor, ends, rows, right=True)
 
@@ -144,7 +144,7 @@ def _multiplied(node: fx.Node, product: GatheredProduct) -> fx.Node:
 
 
 def _in_shape(op: Builder, source: fx.Node, *shape: int) -> fx.Node:
-    """``source`` in another shape; what it was made of, if that has the shape already."""
+    """``source`` in another shape in front of ``node``, or the tensor it was reshaped from, if that has the shape."""
     below = source
     while below.target in VIEWS and value(below).shape != shape:
         below = operand(below)

@@ -1,4 +1,4 @@
-"""Let backward make values of forward again, block by block, rather than keep all that it needs of them.
+"""Let backward recompute values of forward, block by block, rather than keep all that it needs.
 
 before, on mesh(), Plan(recompute='selective'):
   forward:
@@ -39,20 +39,21 @@ after:
     e = aten.mm(s, g)            : f32[2,8]
     return u=d, w=e
 
-What may be made again, ``Plan.recompute`` says:
+``Plan.recompute`` says which values may be recomputed:
 
-selective  elementwise operators, norms, softmax, casts; kept are results of matrix products, convolutions, attention,
-           collectives and sorts, of which they are made (Korthikanti et al. 2022, section 5, for any operator)
+selective  elementwise operators, norms, softmax, casts; the results of matrix products, convolutions, attention,
+           collectives and sorts are kept, and the others recomputed from them (Korthikanti et al. 2022, section 5,
+           for any operator)
 full       in repeated blocks everything, from the inputs of the block, as ``torch.utils.checkpoint`` around each layer
            does; collectives of ``tp`` and ``ep`` within the block run again, as in Megatron's full recompute
-0.0 .. 1.0 between those: at most this fraction of the bytes that "none" keeps, with the least work made twice (a byte
+0.0 .. 1.0 between those: at most this fraction of the bytes that "none" keeps, with the least repeated work (a byte
            that a collective sends counts as 3000 operations); 0.0 is full
 
-Which choice is best at which price, minimum cuts say (``autodiff/regions.py``), once for each block of equal
-structure. The first blocks are the first to keep less: what the last one keeps, backward frees at once. Values that
-other blocks compute with are kept if backward needs them, so that making values again never leads from one block into
-the next; a value is made just before its first use and freed after its last. Operators and their order are those of
-forward: the gradients are the same bit for bit, random masks too (positions and the seed decide them).
+Minimum cuts find the best choice at each price (:mod:`autopar.autodiff.regions`), once for each block of equal
+structure. The first blocks are the first to keep less, since backward frees the values of the last block at once.
+Values that other blocks use are kept if backward needs them, so recomputation never leads from one block into the
+next. A value is recomputed just before its first use and freed after its last. Operators and their order are those of
+forward: the gradients are the same bit for bit, and so are random masks (positions and the seed determine them).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Give every pipeline rank its instructions: which stage runs when on which microbatch, what is sent and received.
+"""Give every pipeline rank its instructions: which stage runs when on which microbatch, and which messages it sends.
 
 before, on mesh(pp=2), Plan(microbatches=2):
   stage 0 of 2 mesh()
@@ -23,7 +23,7 @@ after:
     rank 0: F0.0 SEND F0.0 -> 1 RECV B1.0 -> 0 F0.1 SEND F0.1 -> 1 RECV B1.1 -> 0 B0.0 B0.1
     rank 1: RECV F0.0 -> 1 F1.0 RECV F0.1 -> 1 B1.0 SEND B1.0 -> 0 F1.1 B1.1 SEND B1.1 -> 0
 
-The schedule is checked before anything runs by it.
+The schedule is checked before any rank runs it.
 """
 
 from __future__ import annotations

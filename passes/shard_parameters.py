@@ -13,8 +13,8 @@ after:
   y          = aten.linear(x, all_gather)    : f32[8@dp,8]
   return y
 
-The dual of the gather is a reduce-scatter of the gradient, in the place of an all-reduce. What ``Plan.zero`` says
-beyond that is when the whole parameters are there: from before use to after it (stage 3), or all the time (1 and 2).
+The dual of the gather is a reduce-scatter of the gradient, in place of an all-reduce. ``Plan.zero`` also determines
+when the whole parameters are available: from before use to after it (stage 3), or all the time (1 and 2).
 (Rajbhandari et al. 2020, ZeRO, section 5; the dims are cut as torch's ``fully_shard`` cuts them, one by one.)
 """
 
@@ -38,7 +38,7 @@ from autopar.ir.traffic import bytes_of
 from autopar.mesh import DATA_AXES, Mesh
 
 ENTER = comm.OPS.enter.default
-LARGE = 0.01  # of the bytes of all parameters: what is smaller may stay whole without a word
+LARGE = 0.01  # of the bytes of all parameters: a smaller one may stay whole without a warning
 
 
 @graph_pass(
@@ -72,12 +72,12 @@ def _warn(program: Program, name: str, kind: Value, axis: str, share: float) -> 
 
 
 def shard_axis(mesh: Mesh) -> str | None:
-    """The axis that parameters are split over: ``dp``, or of the two that it may consist of ``dp_shard``."""
+    """The axis that parameters are split over: ``dp``, or ``dp_shard`` where ``dp`` consists of two axes."""
     return next((axis for axis in ("dp_shard", "dp") if mesh.size(axis) > 1), None)
 
 
 def shard_dim(kind: Value, axis: str, mesh: Mesh) -> int | None:
-    """The dim to split: the first that divides, best one that no other axis splits; else the longest, unevenly.
+    """The dim to split: the first that divides, preferably one that no other axis splits; else the longest, unevenly.
 
     None for a parameter that would leave most ranks with nothing.
     """
@@ -101,18 +101,18 @@ def _shard(program: Program, node: fx.Node, axis: str, dim: int) -> None:
     op = Builder(before=next(iter(node.users)))
     if len(entered) == 1 and axis in next(iter(entered)):
         source = node
-        for other in sorted(next(iter(entered)) - {axis}):  # reduced last, when the gradient is a part only
+        for other in sorted(next(iter(entered)) - {axis}):  # reduced last, when the gradient is only a part
             source = op(ENTER, source, other, like=node)
         full = op(comm.OPS.all_gather.default, source, *where, like=whole)
         for user, held, _ in uses:
             user.replace_input_with(held, full)
-    else:  # some of it is computed alike on all ranks
+    else:  # part of it is computed alike on all ranks
         full = op(comm.OPS.all_gather_invariant.default, node, *where, like=whole)
         node.replace_all_uses_with(full, delete_user_cb=lambda user: user is not full)
 
 
 def _uses(node: fx.Node, axes: frozenset[str]) -> Iterator[tuple[fx.Node, fx.Node, frozenset[str]]]:
-    """(user, the form of the parameter that it takes, the axes that this form has entered)."""
+    """(user, the node that it takes, the axes that this node has entered) for every user of a parameter."""
     for user in node.users:
         if user.target is ENTER:
             yield from _uses(user, axes | {str(user.args[1])})

@@ -1,4 +1,4 @@
-"""Split the batch over ``dp``: inputs on their batch dim, everything that follows from them, loss sums reduced.
+"""Split the batch over ``dp``: inputs on their batch dim, and all values that depend on them; loss sums are reduced.
 
 before, on mesh(dp=2):
   x    = input             : f32[8,4]
@@ -40,7 +40,7 @@ from autopar.split.split_axis import split_axis
 
 
 @graph_pass(
-    requires=(nothing_is_placed,),  # it is the first: axes that split what is split already would cut other rows
+    requires=(nothing_is_placed,),  # it is the first: axes that split a split dim again would cut other rows
     when=lambda program: any(program.mesh.size(axis) > 1 for axis in DATA_AXES),
 )
 def split_batch(program: Program) -> Program:
@@ -93,7 +93,7 @@ class _BatchPolicy:
         return [Split(self.dims[node.name])]
 
     def _is_wanted_whole(self, flow: Flow, node: fx.Node, entry: Input) -> bool:
-        """Whether no user can take a part of this input, of which every rank is handed the whole (offsets of bags)."""
+        """Whether no user can take a part of this input, which every rank gets whole (offsets of bags)."""
         if flow.program.plan.inputs != "global" or entry.target in flow.program.plan.batch_dims:
             return False
         split = Split(self.dims[node.name])
@@ -102,5 +102,5 @@ class _BatchPolicy:
         return bool(uses) and not taken
 
     def allowed(self, flow: Flow, call: fx.Node, strategies: list[Strategy]) -> list[Strategy]:
-        """What can be split by batch is."""
+        """Every call that can be split by batch is split."""
         return [s for s in strategies if s.part] or strategies

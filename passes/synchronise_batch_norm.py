@@ -36,8 +36,8 @@ after:
   add_2     = aten.add.Tensor(mul_5, mul_4)                   : f32[3]
   return mul_1, add_1
 
-Weight and bias, where there are any, come last. Only where some axis splits the batch; otherwise torch's own kernel
-stays. As that one does, it computes in float32 where ``x`` is of 16 bits.
+Weight and bias, where there are any, come last. The pass applies only where some axis splits the batch; otherwise
+torch's own kernel stays. Like that kernel, the sums are computed in float32 where ``x`` has 16 bits.
 """
 
 from __future__ import annotations

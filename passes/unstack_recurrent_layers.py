@@ -26,8 +26,8 @@ after:
   getitem_2         = recurrent_layer_1[0]                                             : f32[9,8,4]
   return getitem_2
 
-Within one operator a dropout would draw other numbers on each mesh, and torch takes the operator apart as the device
-of the moment has it. The backward direction is the forward one on reversed steps.
+Within one operator a dropout would draw other numbers on each mesh, and torch decomposes the operator differently on
+each device. The backward direction is the forward one on reversed steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write pooled look-ups with operators that know which bags are wanted, so that bags can be split by batch.
+"""Write pooled look-ups with operators that know which bags are required, so that bags can be split by batch.
 
 before:
   w      = param w                                                                       : f32[9,8]
@@ -15,8 +15,8 @@ after:
   embedding_bags = autopar.embedding_bags(w, ids, None, None, None, None, "sum", 8) : f32[6,8]
   return embedding_bags
 
-Bags of other lengths keep their offsets, and are numbered. Where gradients are scaled by how often a row is used,
-torch's operator stays: that is known only to all ranks together.
+Bags of other lengths keep their offsets, and are numbered. Where gradients are scaled by the number of uses of a row,
+torch's operator stays: that number is known only to all ranks together.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _write(program: Program, node: fx.Node) -> Program:
 
 
 def _common_length(program: Program, offsets: fx.Node, count: int, total: int) -> int | None:
-    """How many rows each bag has, where the offsets are known and say that all have as many."""
+    """The common number of rows of all bags; None where the offsets are unknown or the numbers differ."""
     if count == 0 or total % count:
         return None
     length = total // count

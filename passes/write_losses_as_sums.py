@@ -66,7 +66,7 @@ def _is_floating(target: object) -> bool:
 
 
 def _rewrite_squares(node: fx.Node) -> None:
-    """mse_loss(a, b) -> mean or sum of (a - b)^2, operators that have rules."""
+    """mse_loss(a, b) -> mean or sum of (a - b)^2, which are operators that have rules."""
     first, second = node.args[:2]
     reduction = node.args[2] if len(node.args) > 2 else node.kwargs.get("reduction", _MEAN)
     op = Builder(before=node)

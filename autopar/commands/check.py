@@ -78,7 +78,7 @@ def check_command(
 
 
 def _checked(reference: Reference, name: str, mesh: Mesh, plan: Plan) -> tuple[Report, float]:
-    """The report and the seconds that it took, tracing aside."""
+    """The report, and the seconds it took without tracing."""
     start = time.perf_counter()
     with stderr().status(f"checking {name} on {mesh}"):
         report = reference.check(mesh, plan)

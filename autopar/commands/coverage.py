@@ -1,4 +1,4 @@
-"""``autopar coverage``: which architectures are exact and really split, in a table that says what is not and why."""
+"""``autopar coverage``: which architectures are exact and really split, in a table, with the reasons for the rest."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def coverage(
 
 
 def _chosen(names: Sequence[str], families: Sequence[str]) -> dict[str, str]:
-    """Name -> family of what is asked for. Raises ValueError for one that is not known."""
+    """Name -> family of the architectures that were named. Raises ValueError for an unknown name."""
     known = {name: entry.family for name, entry in zoo.ARCHITECTURES.items()}
     known |= {f"models.{name}": OWN_FAMILY for name in OURS}
     for given, there in ((names, known), (families, (*zoo.FAMILIES, OWN_FAMILY))):
@@ -83,7 +83,7 @@ def _cases(meshes: Sequence[str], plan: list[str] | None) -> tuple[Case, ...]:
 
 
 def _covered(chosen: dict[str, str], cases: Sequence[Case], jobs: int) -> Iterator[tuple[str, Coverage]]:
-    """Several at a time, each in one of ``jobs`` processes."""
+    """The rows of several architectures at a time, each in one of ``jobs`` processes."""
     context = multiprocessing.get_context("spawn")
     with (
         Progress(console=stderr(), transient=True) as progress,
@@ -155,7 +155,7 @@ def _cells(row: Coverage, titles: Sequence[str], notes: list[str]) -> list[str]:
 
 
 def _verdict(row: Coverage, outcome: Outcome, notes: list[str]) -> str:
-    """``pass``, or what else and the number of a note."""
+    """``pass``; otherwise the verdict and the number of a note."""
     reasons = [*([outcome.failure] if outcome.failure else []), *outcome.remarks]
     if outcome.passed:
         return "pass"

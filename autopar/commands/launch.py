@@ -19,8 +19,8 @@ from torch.distributed.run import parse_args, run
 
 from autopar.training.stopping import StopFile
 
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun reads from it why a rank failed
-FOLLOWS = "RankFailedError"  # a rank that says this saw another one fail
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun reads the reason of a rank's failure from it
+FOLLOWS = "RankFailedError"  # a rank that reports this saw another one fail
 NOT_SIGTERM = "SIGINT,SIGHUP,SIGQUIT"
 
 
@@ -30,12 +30,12 @@ def is_rank() -> bool:
 
 
 def relaunch(ranks: int, arguments: Sequence[str], restarts: int = 0, stops: bool = False) -> None:
-    """``autopar *arguments`` once per rank, by torchrun on this machine. Raises typer.Exit with what it ended in.
+    """``autopar *arguments`` once per rank, by torchrun on this machine. Raises typer.Exit with the final exit code.
 
-    When a rank fails, all start again, at most ``restarts`` times. ``stops``: the ranks heed a ``StopSignal``; SIGTERM
-    asks them to stop and waits until they have. (torchrun would end them, without success, after 30 seconds.)
+    When a rank fails, all start again, at most ``restarts`` times. ``stops``: the ranks handle a ``StopSignal``;
+    SIGTERM asks them to stop and waits until they have. (torchrun would end them, without success, after 30 seconds.)
 
-    It is ``python -m torch.distributed.run --standalone --nproc-per-node RANKS -m autopar ...``, without the
+    This is ``python -m torch.distributed.run --standalone --nproc-per-node RANKS -m autopar ...``, without the
     traceback of its own that torchrun adds to a rank's.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default too, but it warns about it
@@ -58,7 +58,7 @@ def relaunch(ranks: int, arguments: Sequence[str], restarts: int = 0, stops: boo
 
 
 def note_failure(error: Exception, text: str) -> bool:
-    """Under torchrun: leave the reason where it looks for it. False elsewhere."""
+    """Under torchrun, leave the reason of the failure where torchrun looks for it; False elsewhere."""
     path = os.environ.get(ERROR_FILE)
     if path is None:
         return False
@@ -69,7 +69,7 @@ def note_failure(error: Exception, text: str) -> bool:
 
 
 def report_failures(failures: dict[int, ProcessFailure], ranks: int) -> int:
-    """Say what the first of ``ranks`` failed of, and which others did of the same; gives the exit code."""
+    """Report why the first of ``ranks`` failed, and which others failed for the same reason; gives the exit code."""
     first = min(failures.values(), key=lambda failure: (_follows(failure), failure.timestamp, failure.local_rank))
     if first.exitcode == 1 and not first.error_file_data.get("message"):
         return 1  # a check failed, and the rank has said so itself
@@ -85,5 +85,5 @@ def report_failures(failures: dict[int, ProcessFailure], ranks: int) -> int:
 
 
 def _follows(failure: ProcessFailure) -> bool:
-    """Whether it ended because another rank did: it says so, or torchrun has ended it."""
+    """Whether a rank ended because another rank did: it reports so, or torchrun has ended it."""
     return failure.error_file_data.get("kind") == FOLLOWS or failure.exitcode == -signal.SIGTERM

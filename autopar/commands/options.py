@@ -41,7 +41,8 @@ def read_config(texts: Iterable[str] | None) -> dict[str, Any]:
 
 
 def read_plan(texts: Iterable[str] | None) -> Plan:
-    """The plan of ``["sequence=megatron", "tensor.*.o.weight=row"]``: choices that are tables take KEY.ENTRY=VALUE.
+    """The plan of ``["sequence=megatron", "tensor.*.o.weight=row"]``; choices that are tables have the form
+    KEY.ENTRY=VALUE.
 
     Raises ValueError for a choice or a value that a plan does not have.
     """

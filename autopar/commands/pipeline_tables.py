@@ -1,4 +1,4 @@
-"""What a pipelined program is made of, for people: its stages as a table, its schedule as a picture."""
+"""The content of a pipelined program, for people: its stages as a table, its schedule as a picture."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Pipeline:
 
 
 def pipeline_of(program: AnyProgram) -> Pipeline | None:
-    """None for a program that is not pipelined, or not finished."""
+    """The stages and schedule of a program; None for a program that is not pipelined, or not finished."""
     if isinstance(program, Program) or program.schedule is None:
         return None
     names = stages_of_nodes(program)

@@ -119,7 +119,7 @@ def _pipeline(
     generator: torch.Generator,
     seed: int,
 ) -> Callable[[], Any]:
-    """All microbatches: of the inputs that were given, else random ones, as large as the first each."""
+    """All microbatches: from the given inputs, else random ones, each as large as the first."""
     plan = replace(program.plan, inputs="global")
     parts: Sequence[Mapping[str, Tensor]] = [{}] * plan.microbatches
     rows = [1] * plan.microbatches
@@ -140,7 +140,7 @@ def _inputs(program: AnyProgram, given: Mapping[str, Tensor], generator: torch.G
 
 
 def _from_all_stages(found: dict[str, Tensor | None], connection: Connection) -> dict[str, Tensor | None]:
-    """On rank 0 what any stage has returned."""
+    """On rank 0, the values that any stage has returned."""
     stages: list[dict[str, Tensor | None]] | None = None
     if connection.mesh.world_size > 1:
         stages = [{} for _ in range(connection.mesh.world_size)] if is_first() else None
@@ -186,7 +186,7 @@ def _put(module: nn.Module, key: str, tensor: Tensor) -> None:
 
 
 def _tensor(name: str, kind: Value, given: Mapping[str, Tensor], generator: torch.Generator, below: int) -> Tensor:
-    """The tensor that was given, or a random one; whole numbers are below ``below``."""
+    """The given tensor, or a random one; whole numbers are below ``below``."""
     found = given.get(name)
     if found is not None:
         if (found.dtype, tuple(found.shape)) != (kind.dtype, kind.shape):
@@ -202,7 +202,7 @@ def _tensor(name: str, kind: Value, given: Mapping[str, Tensor], generator: torc
 
 
 def _least_rows(program: AnyProgram) -> int:
-    """The rows of the smallest table: a whole number below it is an index into any of them."""
+    """The number of rows of the smallest table: whole numbers below it are valid indices into any table."""
     shapes = [value(node).shape for node, _ in program.placeholders(InputKind.PARAMETER)]
     return min((shape[0] for shape in shapes if len(shape) == 2), default=2)
 

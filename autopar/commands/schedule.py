@@ -24,8 +24,11 @@ from autopar.schedules.timing import Timeline, peak_in_flight, timeline
 
 @dataclass(frozen=True)
 class Shown:
-    """A checked schedule with what there is to say of it. ``formula``: the bubble of one that is made by name, as text,
-    and its value where there are microbatches enough for it."""
+    """A checked schedule with its figures.
+
+    ``formula``: the bubble of a schedule that is made by name, as text, and its value where there are enough
+    microbatches.
+    """
 
     schedule: Schedule
     drawn: Timeline

@@ -106,7 +106,7 @@ def show(
 
 
 def _refuse(mesh: Mesh, after: str | None, rank: int | None, schedule: bool) -> None:
-    """Say before the work what cannot be shown. Raises ValueError."""
+    """Refuse before the work what cannot be shown. Raises ValueError."""
     if rank is not None:
         mesh.coordinates(rank)  # a rank off the mesh
     steps_of(COMPILER, until=after)  # an unknown pass

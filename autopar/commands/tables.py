@@ -1,4 +1,4 @@
-"""What commands print: tables on a terminal, or one JSON document."""
+"""The output of commands: tables on a terminal, or one JSON document."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def print_json(document: Any) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Group:
-    """The first column to the left, the others (numbers) to the right."""
+    """A table: the first column is aligned left, the others (numbers) right."""
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for position, name in enumerate(columns):
         made.add_column(name, justify="left" if position == 0 else "right")

@@ -108,7 +108,7 @@ def train_command(
 
 
 def _plan(texts: list[str], shorthands: Mapping[str, object], mesh: Mesh, rows: int, accumulate: int) -> Plan:
-    """The plan of options; a pipeline gets two microbatches for each rank of it, if there are as many rows."""
+    """The plan of the options; a pipeline gets two microbatches for each of its ranks, if there are enough rows."""
     texts += [f"{key}={choice}" for key, choice in shorthands.items() if choice is not None]
     if mesh.is_pipelined and not any(text.startswith("microbatches=") for text in texts):
         texts.append(f"microbatches={max(1, min(2 * mesh.size('pp'), rows // data_ways(mesh)))}")

@@ -1,4 +1,4 @@
-"""What ``autopar train`` says in the end: one JSON document, or tables and curves."""
+"""The final report of ``autopar train``: one JSON document, or tables and curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOLERANCES = {None: 1e-4, "float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bf
 
 
 def tolerance_of(settings: Settings) -> float:
-    """How far the losses may be apart: the parallel model computes in the plan's dtypes, the other one in its own."""
+    """The allowed difference of the losses: the parallel model computes in the plan's dtypes, the other in its own."""
     precision = settings.plan.precision
     return max(TOLERANCES[dtype] for dtype in (precision.param, precision.reduce, precision.output))
 

@@ -1,1 +1,1 @@
-"""From an unmodified model to a traced program: torch.export, and what has to be undone or caught on the way."""
+"""From an unmodified model to a traced program: torch.export, and the changes that make its graph exact."""

@@ -1,15 +1,16 @@
-"""Hand-written ``torch.autograd.Function``s, while a model is traced: forward and backward become ordinary operators.
+"""Hand-written ``torch.autograd.Function``s in a traced model: forward and backward become ordinary operators.
 
 Export would record the forward pass and differentiate *that*. Instead the backward pass B, which is linear in the
-incoming gradient for almost every Function, is traced on its own and transposed, and what stands in the graph is
+incoming gradient for almost every Function, is traced on its own and transposed. The graph then contains
 
     y = forward(x)                            without gradient
     t = transpose(B)(x)                       its derivative is B, whatever its value
     straight_through(y, t)                    the value of y, the gradient of t
 
-so that the derivative of the graph is exactly the hand-written one, and every pass sees operators that it can split.
-(A linear map is transposed by differentiating it: Radul et al. 2023, "You only linearize once".) That B is linear is
-proven operator by operator (``linearity``), on tensors without data; what is not, is refused by name.
+so the derivative of the graph is exactly the hand-written one, and every pass sees operators that it can split.
+(A linear map is transposed by differentiating it: Radul et al. 2023, "You only linearize once".) The linearity of B is
+proven operator by operator (:mod:`autopar.frontend.linearity`), on tensors without data; a Function whose backward pass
+is not proven linear is refused by name.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ _LOOKS_AT_VALUES = ("DataDependentOutputException", "GuardOnDataDependentSymNode
 
 @contextmanager
 def handwritten_gradients_kept() -> Iterator[None]:
-    """Within it, applying a Function gives its value, and the gradient that its backward pass defines.
+    """Within this context, a Function gives its value, and the gradient that its backward pass defines.
 
-    Raises TraceError, naming the class, the line and the reason, for a Function of which that cannot be had.
+    Raises TraceError, with the class, the line and the reason, for a Function whose gradient cannot be written so.
     """
     before = _APPLY.__code__
     _APPLY.__code__ = _Hook.apply.__code__
@@ -63,8 +64,8 @@ def handwritten_gradients_kept() -> Iterator[None]:
         _APPLY.__code__ = before
 
 
-# Models keep bound methods (``gelu = GeLUFunction.apply``), for which another function in the place of ``apply`` would
-# come too late: the code inside of it is exchanged.
+# Models keep bound methods (``gelu = GeLUFunction.apply``). Replacing ``apply`` would come too late for those, so the
+# code of the function is replaced.
 _APPLY: Any = Function.apply.__func__  # type: ignore[attr-defined]
 _ORIGINAL = FunctionType(_APPLY.__code__, _APPLY.__globals__, "apply", _APPLY.__defaults__, _APPLY.__closure__)
 
@@ -78,7 +79,7 @@ class _Hook:
 
 
 def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """``cls.apply(*args, **kwargs)`` as operators; as it is where no gradient flows."""
+    """``cls.apply(*args, **kwargs)`` as operators; unchanged where no gradient flows."""
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     control_flow = cls.__module__.startswith("torch._higher_order_ops")
@@ -96,7 +97,7 @@ def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Context:
-    """What forward and backward are given as ``ctx``."""
+    """The ``ctx`` of forward and backward."""
 
     def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
         self.needs_input_grad = needs_input_grad
@@ -121,12 +122,12 @@ class _Context:
         self.dirty = True
 
     def tensors(self) -> list[Tensor]:
-        """All tensors that backward can find here, in a fixed order."""
+        """All tensors that backward can find in this context, in a fixed order."""
         leaves = [leaf for leaf in pytree.tree_leaves(vars(self)) if isinstance(leaf, Tensor)]
         return list({id(leaf): leaf for leaf in leaves}.values())
 
     def with_tensors(self, new: Sequence[Tensor]) -> _Context:
-        """A copy that has ``new`` where this has its :meth:`tensors`."""
+        """A copy of this context with ``new`` in place of its :meth:`tensors`."""
         table = {id(old): tensor for old, tensor in zip(self.tensors(), new)}
         twin = copy.copy(self)
         vars(twin).update(pytree.tree_map_only(Tensor, lambda leaf: table[id(leaf)], vars(self)))
@@ -167,7 +168,7 @@ def _as_operators(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _forward(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Context, tuple[Any, ...], Any]:
-    """The context after the forward pass, all arguments by position, and what forward returned."""
+    """The context after the forward pass, all arguments by position, and the result of forward."""
     apart = cls.setup_context is not Function.setup_context  # forward(x), setup_context(ctx, inputs, output)
     if apart:
         bound = inspect.signature(cls.forward).bind(*args, **kwargs)
@@ -240,7 +241,7 @@ class _Transpose:
         return graph
 
     def _gradients(self, ctx: _Context, grads: Iterator[Tensor]) -> tuple[Any, ...]:
-        """What backward returns, one for each argument."""
+        """The results of backward, one for each argument."""
         incoming = [next(grads) if flows else self._no_gradient(y) for y, flows in zip(self.outputs, self.flowing)]
         own = self.cls.backward is not Function.backward
         found = (self.cls.backward if own else self.cls.vjp)(ctx, *incoming)
@@ -258,7 +259,7 @@ class _Transpose:
         return torch.zeros(output.shape, dtype=output.dtype) if materialized else None
 
     def _as_autograd_takes(self, grad: Tensor | None, x: Tensor) -> Tensor | None:
-        """In the shape and dtype of the argument, as torch's engine makes it."""
+        """The gradient in the shape and dtype of the argument, as torch's engine converts it."""
         if grad is None:
             return None
         return (grad if grad.shape == x.shape else grad.sum_to_size(x.shape)).to(x.dtype)
@@ -276,7 +277,7 @@ def _not_traced(error: Exception) -> _Refusal:
 def _transposed(
     backward: fx.GraphModule, fixed: Sequence[Tensor], grads: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> fx.GraphModule:
-    """``(fixed, cotangents) -> transpose(backward)(cotangents)``, None for a gradient that nothing depends on."""
+    """``(fixed, cotangents) -> transpose(backward)(cotangents)``; None for a gradient on which nothing depends."""
     count, ends = len(fixed), len(fixed) + len(grads)
 
     def run(*tensors: Tensor) -> Any:
@@ -309,17 +310,17 @@ _DECOMPOSED = {
 
 
 class _Replay(fx.Interpreter):
-    """Runs a traced graph as if the user had written its operators."""
+    """Run a traced graph as if the user had written its operators."""
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A constant; a fake one (of a number in the user's code) is made again from the number."""
+        """A constant; a fake one (of a number in the user's code) is created anew from the number."""
         tensor = super().get_attr(target, args, kwargs)
         return torch.tensor(tensor.tolist(), dtype=tensor.dtype) if isinstance(tensor, FakeTensor) else tensor
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is aten.copy.default:  # the one functional operator without a derivative
             return args[1].to(args[0].dtype).expand(args[0].shape)
-        if target is aten.detach.default:  # nothing stops what backward passes on
+        if target is aten.detach.default:  # nothing stops the gradients that backward passes on
             return args[0]
         return super().call_function(target, args, kwargs)
 
@@ -334,7 +335,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _apart_from_export() -> Iterator[None]:
-    """The export under way sees nothing of what runs within, on fake tensors; modes that are not torch's stay on."""
+    """Hide the operators within from the export under way; fake tensors, and modes of others, stay on."""
     modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     kept = [mode for mode in modes if not type(mode).__module__.startswith("torch.")]
 

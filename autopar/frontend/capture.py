@@ -1,9 +1,9 @@
-"""What has to hold while ``torch.export`` runs a model, so that the graph means what the model means.
+"""The conditions under which ``torch.export`` runs a model, so that the graph means the same as the model.
 
 Export records the forward pass only, so everything that changes the backward pass without being an operator would be
 lost silently: ``torch.no_grad`` (a ``detach`` is put where a value that needs a gradient enters the region), ``.data``
-(likewise), a hand-written ``autograd.Function`` (see ``handwritten_gradients``), activation checkpointing (noticed, and
-left to us).
+(likewise), a hand-written ``autograd.Function`` (:mod:`autopar.frontend.autograd_functions`), and activation
+checkpointing (which is noted; the plan decides instead).
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class _GradientBoundaries(TorchFunctionMode):
 
 @contextmanager
 def gradients_kept() -> Iterator[list[str]]:
-    """Guards one export; gives the list of notes (activation checkpointing) that it fills.
+    """Guard one export; gives the list of notes (activation checkpointing) that it fills.
 
-    Raises TraceError, naming the class and the line, when the model applies a hand-written ``autograd.Function`` of
-    which the backward pass cannot be had as operators.
+    Raises TraceError, with the class and the line, when the model applies a hand-written ``autograd.Function`` whose
+    backward pass cannot be written as operators.
     """
     notes: list[str] = []
     with handwritten_gradients_kept(), without_checkpointing(notes), torch.enable_grad(), _GradientBoundaries():
@@ -72,7 +72,7 @@ def gradients_kept() -> Iterator[list[str]]:
 
 @contextmanager
 def without_checkpointing(notes: list[str]) -> Iterator[None]:
-    """Calls of ``torch.utils.checkpoint`` just call the function, and are noted."""
+    """Make calls of ``torch.utils.checkpoint`` plain calls of the function, and note them."""
     note = (
         "the model asks for activation checkpointing (torch.utils.checkpoint); autopar decides itself what to "
         "recompute, so those calls are traced through and have no effect"
@@ -99,7 +99,7 @@ _LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_sha
 
 @contextmanager
 def explained(model: nn.Module) -> Iterator[None]:
-    """Turns what torch raises (and prints) while it traces into one short TraceError that names the user's line."""
+    """Turn the errors that torch raises (and prints) while it traces into one short TraceError with the user's line."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [logger.disabled for logger in loggers]
     printed = io.StringIO()
@@ -143,16 +143,16 @@ def _explanation(error: Exception, model: nn.Module) -> TraceError:
 
 
 def inline_no_grad(module: fx.GraphModule) -> None:
-    """Put the operators of ``torch.no_grad`` regions in the place of their calls: the detaches are there already.
+    """Put the operators of ``torch.no_grad`` regions in place of their calls; the detaches are in place already.
 
-    Decomposing would do it too, but forgets which line of the model they come from.
+    A decomposition would do so too, but it loses the line of the model from which each operator comes.
     """
     for node in list(module.graph.nodes):
         if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
             continue
         inner: fx.Graph = getattr(module, node.args[1].target).graph
         if any(part.op == "get_attr" for part in inner.nodes):
-            continue  # a region within, such as autocast
+            continue  # a nested region, such as autocast
         values = dict(zip((part for part in inner.nodes if part.op == "placeholder"), node.args[2:]))
         with module.graph.inserting_before(node):
             results: Any = module.graph.graph_copy(inner, values)
@@ -176,7 +176,7 @@ def plain_output(output: Any) -> tuple[Any, list[str]]:
 
 @contextmanager
 def only_plain_outputs(model: nn.Module, notes: list[str]) -> Iterator[None]:
-    """The model, until it ends, with None for outputs that are no tensors, numbers or strings (noted)."""
+    """Within this context, the model returns None for outputs that are no tensors, numbers or strings (noted)."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         output, dropped = plain_output(output)
@@ -192,14 +192,14 @@ def only_plain_outputs(model: nn.Module, notes: list[str]) -> Iterator[None]:
 
 
 def needs_fakes(model: nn.Module, leaves: list[Any]) -> bool:
-    """Whether the model cannot run here as it is: weights or inputs without data, or on another device."""
+    """Whether the model cannot run on this machine as it is: weights or inputs without data, or on another device."""
     tensors = [*model.parameters(), *model.buffers(), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
     return any(isinstance(tensor, FakeTensor) or tensor.device.type != "cpu" for tensor in tensors)
 
 
 @contextmanager
 def faked(model: nn.Module) -> Iterator[FakeTensorMode]:
-    """The model with fake CPU tensors for weights (meta tensors lose gradients under AOTAutograd), until it ends."""
+    """Within this context, the model has fake CPU tensors as weights (meta tensors lose gradients in AOTAutograd)."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     made: dict[int, Tensor] = {}
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []

@@ -12,7 +12,7 @@ from autopar.operators.experts import EXPERT_LINEAR
 
 
 class GroupedProducts(TorchFunctionMode):
-    """Within it, grouped products of rows with one matrix a group run in float64, and can be traced in any type."""
+    """Within this context, grouped products (rows with one matrix a group) run in float64, and any dtype is traced."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -40,7 +40,7 @@ def _traced(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 
 
 def _looped(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """One product after the other, of torch's operators alone: what ours is compared with."""
+    """The products one after the other, by torch's operators alone; the reference for ours."""
     ends = offs.tolist()
     parts = [rows[start:end] @ matrix for matrix, start, end in zip(weight, [0, *ends], ends)]
     return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-1], weight.shape[2])])

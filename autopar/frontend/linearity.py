@@ -1,8 +1,8 @@
-"""Whether a graph is linear in some of its inputs, told operator by operator; what cannot be told is not linear.
+"""Whether a graph is linear in some of its inputs, decided operator by operator; in doubt it is not linear.
 
 Each value is *fixed* (it depends on none of those inputs), *zero* (fixed, and known to be zeros) or *linear* in them.
-``operator_facts`` says in which arguments an operator is jointly linear: the linear arguments must all be among those,
-and what else is among them must be zero (``x + 1`` is affine, ``where(m, x, 0)`` is linear).
+A table lists the arguments in which an operator is jointly linear: the linear arguments must all be among those, and
+the others among them must be zero (``x + 1`` is affine, ``where(m, x, 0)`` is linear).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FILLED: dict[str, Any] = {
 
 
 def not_linear(graph: fx.GraphModule, inputs: Sequence[fx.Node]) -> str | None:
-    """What makes the outputs of ``graph`` other than linear in ``inputs``, in words; None where they are linear."""
+    """The reason why the outputs of ``graph`` are not linear in ``inputs``, in words; None where they are linear."""
     kinds: dict[fx.Node, Kind] = dict.fromkeys(inputs, Kind.LINEAR)
     for node in graph.graph.nodes:
         if node.op == "placeholder":
@@ -65,17 +65,17 @@ def is_zero(tensor: Tensor) -> bool:
 
 
 def _kind(node: fx.Node, kinds: dict[fx.Node, Kind]) -> Kind | None:
-    """The kind of what ``node`` returns; None: not even affine, or nothing is known about its operator."""
+    """The kind of the result of ``node``; None where it is not even affine, or the operator is unknown."""
     given = [_kind_of(argument, kinds) for argument in (*node.args, *node.kwargs.values())]
     linear = {position for position, kind in enumerate(given) if kind >= Kind.LINEAR}
-    if not is_overload(node.target):  # getitem of what a split returns
+    if not is_overload(node.target):  # getitem of the result of a split
         return given[0]
     name = bare_name(node.target)
     if name in _FILLED:
         filling = _FILLED[name]
         kind = filling if isinstance(filling, Kind) else given[filling]
         return kind if kind < Kind.LINEAR else None
-    if name == "copy":  # what is written over does not matter
+    if name == "copy":  # the values that are overwritten do not matter
         given[0], linear = Kind.ZERO, linear - {0}
     groups = linear_in(node.target)
     if not linear:
@@ -93,7 +93,7 @@ def _keeps_zero(groups: Groups, given: Sequence[Kind]) -> bool:
 
 
 def _is_continuous(node: fx.Node) -> bool:
-    """Whether the results are numbers that can carry a gradient: a cast to integers is not linear."""
+    """Whether the results can carry a gradient: a cast to integers is not linear."""
     tensors = [leaf for leaf in pytree.tree_leaves(traced_value(node)) if isinstance(leaf, Tensor)]
     return all(tensor.dtype.is_floating_point or tensor.dtype.is_complex for tensor in tensors)
 

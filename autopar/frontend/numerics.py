@@ -1,7 +1,7 @@
-"""Comparing a traced graph with its model: bind tensors to a program's inputs, run its graph, measure the errors.
+"""A traced graph compared with its model: tensors for the program's inputs, a run of its graph, the errors.
 
-Hugging Face code casts to float32 inside norms, rotary tables and softmax, so that a float64 model still rounds to
-float32 there; :func:`promote_float32` lifts those casts, on the reference as well as while tracing.
+Hugging Face code casts to float32 inside norms, rotary tables and softmax, so a float64 model still rounds to float32
+there. :func:`promote_float32` lifts those casts, for the reference and for tracing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOISE_FLOOR = 1e-6  # of the model's largest gradient: below it, a gradient that
 
 
 class _PromoteFloat32(GroupedProducts):
-    """Every float32 that is asked for becomes a float64: as a dtype argument, or by the method ``float``."""
+    """Each request for float32 becomes one for float64: as a dtype argument, or by the method ``float``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.float:
@@ -42,7 +42,7 @@ class _PromoteFloat32(GroupedProducts):
 
 @contextmanager
 def promote_float32() -> Iterator[None]:
-    """Within it, casts to float32 are casts to float64 and the default dtype is float64.
+    """Within this context, casts to float32 are casts to float64 and the default dtype is float64.
 
     Use it around the reference run of a float64 model **and** around :func:`autopar.frontend.trace.trace`.
     """
@@ -79,7 +79,7 @@ def _largest(tensor: Tensor | None) -> float:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The gradient of an embedding may be sparse."""
+    """The gradient as a dense tensor; that of an embedding may be sparse."""
     return tensor.to_dense() if tensor.is_sparse else tensor  # type: ignore[no-any-return]
 
 
@@ -116,7 +116,7 @@ def check_numerics(program: Program, model: nn.Module, args: tuple[Any, ...], kw
     names = [entry.target for entry in program.inputs if entry.kind is InputKind.PARAMETER]
     table = dict(model.named_parameters(remove_duplicate=False))
     trainable = {name: table[name] for name in names if table[name].requires_grad}
-    packs = packs_padding(model)  # then the caller's mode matters, and a mode that sees each call would change it
+    packs = packs_padding(model)  # then the caller's mode matters; a mode that sees each call would change it
     with (
         torch.set_grad_enabled(torch.is_grad_enabled() or not packs), torch.random.fork_rng(devices=[]),
         without_checkpointing([]), nullcontext() if packs else GroupedProducts(),
@@ -163,7 +163,7 @@ def _output_errors(found: Any, expected: Any) -> dict[str, float]:
 
 
 def _gradients(output: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Of the loss, or of a weighted sum of all outputs where there is no scalar among them."""
+    """The gradients of the loss, or of a weighted sum of all outputs where no output is a scalar."""
     leaves = [leaf for leaf in pytree.tree_leaves(output) if _is_floating(leaf) and leaf.requires_grad]
     scalars = [leaf for leaf in leaves if leaf.ndim == 0]
     if not leaves or not parameters:

@@ -1,4 +1,4 @@
-"""A model and its arguments in the dtype in which it is to compute, while it is traced (``Precision.param``)."""
+"""A model and its arguments in the dtype in which it computes, while it is traced (``Precision.param``)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 @contextmanager
 def recast(model: nn.Module, dtype: torch.dtype | None) -> Iterator[dict[str, torch.dtype]]:
-    """``model`` with stand-ins of ``dtype`` for its floating parameters (none: as it is), until it ends.
+    """Within this context, ``model`` has stand-ins of ``dtype`` for its floating parameters (None: no stand-ins).
 
     Gives name -> own dtype of the parameters that have one, under each of their names. Tied ones stay tied. Batch norm
     keeps its parameters beside its running statistics, which are buffers: torch takes no mixture of these.
@@ -56,6 +56,6 @@ def _differs(tensor: Tensor, dtype: torch.dtype | None) -> bool:
 
 def _put(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
     module._parameters[key] = parameter
-    if isinstance(module, nn.RNNBase):  # which computes with a list of its own
+    if isinstance(module, nn.RNNBase):  # it computes with a list of its own
         names = module._flat_weights_names
         module._flat_weights = [getattr(module, name, None) for name in names]

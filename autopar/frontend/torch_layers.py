@@ -1,12 +1,12 @@
-"""What torch's own Transformer layers decide while they run, decided for a graph.
+"""Choices that torch's own Transformer layers make while they run, made once for a graph.
 
 * A mask is compared with the causal one by value. A graph serves every mask, so it keeps the mask; a constant one is
   recognised later, by a pass.
 * Without gradients, ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` call one fused kernel for the whole
   layer, which no rule could split: the graph has their ordinary operators.
-* ``nn.LSTM`` and its kin keep a list of their parameters, which export takes for something that the model assigns.
+* ``nn.LSTM`` and its kin keep a list of their parameters, which export mistakes for an assignment of the model.
 * Without gradients, and with padding at the end of each row, ``nn.TransformerEncoder`` packs the rows into a nested
-  tensor. Of that only one thing is to be seen outside: the padding comes out as zeros. The graph writes them.
+  tensor. Only one effect of it is visible outside: the padding comes out as zeros. The graph writes them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from torch.overrides import has_torch_function
 
 
 def packs_padding(model: nn.Module) -> bool:
-    """Whether some layer of ``model`` gives other values at padding when no gradients are wanted."""
+    """Whether some layer of ``model`` gives other values at padding when no gradients are required."""
     return any(isinstance(m, nn.TransformerEncoder) and getattr(m, "use_nested_tensor", False) for m in model.modules())
 
 
 @contextmanager
 def without_fast_paths() -> Iterator[None]:
-    """Torch's Transformer layers run their ordinary operators, with the results that the caller's mode would give."""
+    """Make torch's Transformer layers run ordinary operators, with the results that the caller's mode would give."""
     enabled = torch.backends.mha.get_fastpath_enabled()
-    fast = enabled and not has_torch_function((torch.empty(0),))  # a mode that sees each call keeps torch off it
+    fast = enabled and not has_torch_function((torch.empty(0),))  # a mode that sees each call keeps torch from using it
     gradients = torch.is_grad_enabled()
     forward = nn.TransformerEncoder.forward
 
@@ -70,7 +70,7 @@ def without_fast_paths() -> Iterator[None]:
 
 
 def _packs(encoder: nn.TransformerEncoder, src: Tensor, gradients: bool) -> bool:
-    """The conditions of ``nn.TransformerEncoder.forward`` that need no values."""
+    """The conditions of ``nn.TransformerEncoder.forward`` that do not depend on values."""
     first = encoder.layers[0]
     if not getattr(encoder, "use_nested_tensor", False) or first.training or src.dim() != 3:
         return False

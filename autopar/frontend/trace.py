@@ -1,7 +1,7 @@
 """Tracing: an unmodified ``nn.Module`` and one call of it become a :class:`Program`, by ``torch.export``.
 
 The graph is functional (no in-place operators), keeps ``linear``, ``scaled_dot_product_attention``, ``layer_norm`` and
-``cross_entropy_loss`` whole, and takes parameters, buffers, lifted constants and user inputs as placeholders.
+``cross_entropy_loss`` whole, and has placeholders for parameters, buffers, lifted constants and user inputs.
 """
 
 from __future__ import annotations
@@ -110,7 +110,10 @@ def _passed_dtypes(program: Program, parameters: Mapping[str, torch.dtype], call
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Tracing makes millions of small objects and hardly any garbage: collecting costs a quarter of its time."""
+    """Turn garbage collection off: tracing makes millions of small objects and hardly any garbage.
+
+    Collection would take a quarter of the time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -131,12 +134,12 @@ def _export(
         exported = torch.export.export(model, args, kwargs, strict=False)
     inline_no_grad(exported.graph_module)
     if all(_is_plain(node) for node in exported.graph.nodes):
-        return exported, notes  # nothing to decompose: half of the time saved
+        return exported, notes  # nothing to decompose, which saves half of the time
     return exported.run_decompositions({}), notes
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """Whether ``node`` writes into nothing, holds no graph and is no composite but those that programs keep whole."""
+    """Whether ``node`` writes into nothing, holds no graph, and is no composite except those programs keep whole."""
     if node.op != "call_function" or node.target is operator.getitem:
         return node.op != "get_attr" or not node.users
     if not is_overload(node.target) or writes(node.target):
@@ -182,7 +185,7 @@ def _program(exported: ExportedProgram, model: nn.Module, mesh: Mesh, plan: Plan
 
 
 def _inputs(exported: ExportedProgram, paths: list[str]) -> tuple[dict[Input, fx.Node], tuple[tuple[int, Any], ...]]:
-    """The table of tensor inputs, in a program's order, and flat positions and values of those that are no tensors."""
+    """The table of tensor inputs in the program's order; flat positions and values of those that are no tensors."""
     nodes = [node for node in exported.graph.nodes if node.op == "placeholder"]
     found: list[tuple[Input, fx.Node]] = []
     static: list[tuple[int, Any]] = []
@@ -204,7 +207,7 @@ def _inputs(exported: ExportedProgram, paths: list[str]) -> tuple[dict[Input, fx
 
 
 def _merge_tied(entries: dict[Input, fx.Node], model: nn.Module) -> dict[Input, list[fx.Node]]:
-    """One input, with aliases, for the placeholders of a parameter or buffer that has several names."""
+    """One input, with aliases, in place of the placeholders of a parameter or buffer that has several names."""
     owners: dict[int, Input] = {}
     names: dict[Input, list[str]] = {}
     nodes: dict[Input, list[fx.Node]] = {}
@@ -264,7 +267,7 @@ def _copied(source: fx.Graph, placeholders: Sequence[Sequence[fx.Node]], returne
 
 
 def _copy_operator(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """``node`` in ``graph``; operators that autograd, or other strides than the fake ones, would refuse: replaced."""
+    """``node`` in ``graph``; an operator that autograd, or strides other than the fake ones, refuse is replaced."""
     shape = list(getattr(traced_value(node), "shape", ()))
     if any(not isinstance(size, int) for size in shape):
         raise TraceError(
@@ -296,7 +299,7 @@ def _describe(copy: fx.Node, node: fx.Node) -> None:
 
 
 def _input_paths(model: nn.Module, in_spec: pytree.TreeSpec) -> list[str]:
-    """For each flat user input the path that a user would call it by: ``labels``, ``images.0``."""
+    """For each flat user input, the path by which a user would call it: ``labels``, ``images.0``."""
     positional, keyword = in_spec.children()
     names = [
         name

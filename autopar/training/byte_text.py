@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BYTES = 256  # the least vocabulary of a model that reads them
+BYTES = 256  # the smallest vocabulary of a model that reads them
 
 
 class ByteText:
-    """Batches of a text. Row b of step s is what follows row b of step s - 1: B readers at B places of the text.
+    """Batches of a text. Row b of step s continues row b of step s - 1: B readers at B places of the text.
 
     Raises ValueError for a text that is shorter than one batch.
     """
@@ -33,13 +33,15 @@ class ByteText:
         return {"input_ids": tokens, "labels": tokens.clone()}
 
     def place(self, batches: int) -> dict[str, int]:
-        """Where a run is after so many batches, for its checkpoints."""
+        """The position of a run after so many batches, for its checkpoints."""
         sizes = {"batch": self.batch, "length": self.length}
         return {"batches": batches, **sizes, "bytes": len(self._tokens), "checksum": self._checksum}
 
     def batches_before(self, place: Any) -> int:
-        """The batches that were read when ``place`` was saved. Raises ValueError if it is none in this text and its
-        batches."""
+        """The number of batches that were read when ``place`` was saved.
+
+        Raises ValueError if ``place`` is none of this text and its batches.
+        """
         if not isinstance(place, dict) or place.keys() != self.place(0).keys():
             raise ValueError("the checkpoint has no place in a text: it is not one of autopar train")
         here = self.place(place["batches"])

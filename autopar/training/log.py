@@ -1,4 +1,4 @@
-"""The log of ``autopar train``: one JSON object a line, of every step and of what else happened to the run."""
+"""The log of ``autopar train``: one JSON object a line, for every step and every other event of the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autopar.ir.traffic import Transfer
 
 
 class Log(AbstractContextManager["Log"]):
-    """Writes to ``path``; without one, nothing. ``append``: behind what a run before has written."""
+    """Writes to ``path``; without one, nothing. ``append``: after the lines of an earlier run."""
 
     def __init__(self, path: Path | None, append: bool) -> None:
         self._stream = None
@@ -28,7 +28,7 @@ class Log(AbstractContextManager["Log"]):
                 raise ValueError(f"--log {path}: {error.strerror}") from error
 
     def write(self, **record: Any) -> None:
-        """One line; what is None is left out."""
+        """One line; entries that are None are left out."""
         if self._stream is not None:
             self._stream.write(json.dumps({key: value for key, value in record.items() if value is not None}) + "\n")
 
@@ -38,11 +38,11 @@ class Log(AbstractContextManager["Log"]):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch has held on a CUDA device, elsewhere the most that this process has had resident."""
+    """Bytes: the most that torch has held on a CUDA device; elsewhere the largest resident size of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # on Linux ru_maxrss starts with what the process that started this one had
+    if status.exists():  # on Linux ru_maxrss starts with that of the parent process
         most = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
         if most is not None:
             return int(most.split()[1]) * 1024
@@ -51,7 +51,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def bytes_by_axis(traffic: tuple[Transfer, ...]) -> dict[str, int]:
-    """What one rank has sent over each axis."""
+    """Bytes that one rank has sent over each axis."""
     found: Counter[str] = Counter()
     for entry in traffic:
         found[entry.axis] += entry.bytes
@@ -59,7 +59,7 @@ def bytes_by_axis(traffic: tuple[Transfer, ...]) -> dict[str, int]:
 
 
 def since(before: tuple[Transfer, ...], now: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
-    """What was sent between two counts."""
+    """The transfers between two counts."""
     known = {(entry.phase, entry.axis, entry.name): entry for entry in before}
     found = []
     for entry in now:

@@ -32,13 +32,13 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is made of.
+    """The settings of a run.
 
     Attributes:
-        steps: of the whole run, those before a resumed checkpoint included.
-        compare: train the unmodified model too, unless the run goes on from a checkpoint.
+        steps: of the whole run, including those before a resumed checkpoint.
+        compare: train the unmodified model too, unless the run resumes a checkpoint.
         accumulate: batches in a step, whose gradients are averaged.
-        clip: the most that the norm of all gradients may be; 0: anything.
+        clip: the largest norm of all gradients that is left as it is; 0: no limit.
         log: a file for one JSON line per step.
     """
 
@@ -64,14 +64,16 @@ class Curve:
 
     @property
     def step_seconds(self) -> float | None:
-        """The usual step: the median without the first, which makes the program. None without a step."""
+        """The usual time of a step: the median without the first, which compiles the program. None without a step."""
         return statistics.median(self.seconds[1:] or self.seconds) if self.seconds else None
 
 
 @dataclass(frozen=True)
 class Run:
-    """What rank 0 knows in the end. ``traffic`` is that of ``counted`` steps; ``stopped``: by SIGTERM, before its end;
-    ``saved``: the last checkpoint."""
+    """The result of a run on rank 0. ``traffic`` is that of ``counted`` steps; ``stopped``: by SIGTERM, before its end.
+
+    ``saved``: the last checkpoint.
+    """
 
     parallel: Curve
     reference: Curve | None
@@ -83,12 +85,12 @@ class Run:
 
     @property
     def done(self) -> int:
-        """Steps, those before the start included."""
+        """The number of steps, including those before the start."""
         return self.start.step + len(self.parallel.losses)
 
     @property
     def difference(self) -> float | None:
-        """The largest difference of the two losses at any step; not a number if one of them is not."""
+        """The largest difference of the two losses at any step; NaN if one of them is."""
         if self.reference is None:
             return None
         found = [abs(a - b) for a, b in zip(self.parallel.losses, self.reference.losses)]
@@ -117,7 +119,7 @@ def train(
     beside = None if reference is None else _Stepper(reference, settings)
     saver, start = None, Start()
     if saving is not None:
-        if saving.resume:  # how parameters are split has to be known before their states are loaded
+        if saving.resume:  # the layout of parameters must be known before their states are loaded
             parallel.prepare(**_batches(text, 0, settings)[0])
         saver = Saver(saving, text, parallel, step.optimizer)
         start = saver.start()
@@ -138,12 +140,12 @@ def train(
 
 
 def is_first() -> bool:
-    """Whether this is rank 0, or the only process; known before the process group is."""
+    """Whether this is rank 0, or the only process; known before the process group exists."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 class _Loop:
-    """Steps of the parallel model and of the other, if there is one, until all are done or SIGTERM was noted."""
+    """Steps of the parallel model and of the unmodified one, if there is one, until all are done or SIGTERM came."""
 
     def __init__(
         self,
@@ -181,7 +183,7 @@ class _Loop:
             self._beside(batches)
         self.place += len(batches)
         peak = peak_memory(settings.device)
-        # at the end of a step all ranks wait: rank 0 comes late, from the other model
+        # all ranks wait at the end of a step: rank 0 is late, since it runs the other model too
         stop, most = most_of_ranks([self._stop.noted, peak], settings.device, settings.plan.timeout)
         self.stopped = bool(stop)
         curve = self._step.curve

@@ -1,4 +1,4 @@
-"""Checkpoints of ``autopar train``: where it saves, from where it goes on, and its place in the text."""
+"""Checkpoints of ``autopar train``: where it saves, where it resumes, and its place in the text."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from autopar.training.byte_text import ByteText
 
 @dataclass(frozen=True)
 class Saving:
-    """A directory that all ranks see; a checkpoint every so many steps, of which the latest ``keep`` stay.
+    """A directory that all ranks see; a checkpoint every so many steps, of which the latest ``keep`` are kept.
 
-    ``resume``: go on from the latest one, if there is one. Raises ValueError where there are some and it is not asked
-    for: their steps would be done, and saved, again.
+    ``resume``: continue from the latest one, if there is one. Raises ValueError where there are some and ``resume`` is
+    not set: their steps would be done, and saved, again.
     """
 
     directory: Path
@@ -42,7 +42,7 @@ class Saving:
 
 @dataclass(frozen=True)
 class Start:
-    """Steps and batches of the text that were done before; the checkpoint that says so, if there is one."""
+    """Steps and batches of the text that were done before, and the checkpoint that records this, if there is one."""
 
     step: int = 0
     batches: int = 0
@@ -58,7 +58,7 @@ class Saver:
         self._saved: int | None = None
 
     def start(self) -> Start:
-        """Load the latest checkpoint if that is asked for and there is one. The model has to have its program.
+        """Load the latest checkpoint if ``resume`` is set and there is one. The model must have its program.
 
         Raises CheckpointError, and ValueError for a checkpoint that was made on another text or other batches.
         """
@@ -69,12 +69,12 @@ class Saver:
         return Start(resumed.step, self._text.batches_before(resumed.data), resumed.path)
 
     def after(self, step: int, batches: int) -> None:
-        """Save, if it is time, while training goes on."""
+        """Save, if it is time, while training continues."""
         if step % self._saving.every == 0:
             self._save(step, batches, wait=False)
 
     def finish(self, step: int, batches: int) -> Path:
-        """Save what is not saved yet, and wait until it is; gives the checkpoint."""
+        """Save the steps that are not saved yet, and wait until that is done; gives the checkpoint."""
         if step != self._saved:
             self._save(step, batches, wait=True)
         self._checkpoints.wait()

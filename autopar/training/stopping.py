@@ -15,11 +15,11 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from autopar.runtime.communicator import peer_failed
 
-STOP_FILE = "AUTOPAR_STOP_FILE"  # there once the process that started the ranks was asked to stop
+STOP_FILE = "AUTOPAR_STOP_FILE"  # exists once the process that started the ranks was asked to stop
 
 
 class StopSignal:
-    """While it is entered, SIGTERM to this process is noted, as is one to the process that started the ranks."""
+    """Within this context, a SIGTERM to this process, or to the process that started the ranks, is noted."""
 
     def __init__(self) -> None:
         self._noted = False
