@@ -21,11 +21,10 @@ after:
     reshape_3  = aten.reshape(slice_2, [8])               : f32[8]
     return v=reshape_2, w=reshape_3
 
-A bucket of gradients is reduced as soon as its last gradient is available, in the order in which backward makes them.
-Gradients of one axis and dtype share buckets of ``Plan.bucket_mb`` megabytes (Li et al. 2020, PyTorch Distributed,
-section 3.2). A bucket of sharded parameters is gathered before its first use. Where whole gradients (``Plan(zero=2)``)
-or parameters (3) must not accumulate, a bucket holds one block only. A large tensor keeps its own collective, without
-copies.
+A bucket of gradients is reduced once its last gradient is available, in the order in which backward makes them. One
+bucket holds ``Plan.bucket_mb`` megabytes of one axis and dtype (Li et al. 2020, PyTorch Distributed, section 3.2).
+A bucket of sharded parameters is gathered before its first use. Where whole gradients (``Plan(zero=2)``) or parameters
+(3) must not accumulate, a bucket holds one block only. A large tensor keeps its own collective, without copies.
 """
 
 from __future__ import annotations
