@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from autopar.compiler import compile_program
 from autopar.errors import InvariantError
 from autopar.frontend.torch_layers import packs_padding
+from autopar.ir.layout import Layout
 from autopar.ir.loss import loss_of
-from autopar.ir.node import value
-from autopar.ir.program import AnyProgram, PipelinedProgram, weight_layouts
+from autopar.ir.program import AnyProgram
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import Transfer
 from autopar.mesh import PIPELINE, Mesh
 from autopar.pipeline import microbatches
-from autopar.pipeline.stages import first_ranks, held_elsewhere
+from autopar.pipeline.stages import first_ranks
 from autopar.plan import Plan
 from autopar.runtime.accumulate import Accumulation
-from autopar.runtime.calls import Call, Signature, global_call, shapes
+from autopar.runtime.calls import Call, Signature
 from autopar.runtime.clipping import clip_gradients
 from autopar.runtime.connect import Connection, not_launched
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
-from autopar.runtime.parameters import Weights, tables, traceable
+from autopar.runtime.parameters import Weights
+from autopar.runtime.program_cache import ProgramCache
+from autopar.runtime.whole_tensors import full_grads, full_state_dict
 from autopar.schedules.timing import Timeline
 from autopar.simulate import simulate
 from autopar.simulator.parts import Step
 
-PROGRAMS_KEPT = 8
 SEED_STRIDE = 1_000_003  # seeds of runs with neighbouring plan.seed do not overlap for that many steps
-
-logger = logging.getLogger("autopar")
 
 
 class ParallelModule(nn.Module):
@@ -50,27 +47,30 @@ class ParallelModule(nn.Module):
 
     mesh: Mesh
     plan: Plan
+    _held: Holding
+    _connection: Connection | None
+    _programs: ProgramCache
+    _signature: Signature
+    _accumulation: Accumulation
 
     def __init__(self, model: nn.Module, mesh: Mesh, plan: Plan, connection: Connection | None) -> None:
         super().__init__()
-        object.__setattr__(self, "_model", model)  # not as a submodule: that would put a prefix before all names
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[shared] = model.__dict__[shared]
         for hooks in ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
             self.__dict__[hooks] = model.__dict__[hooks]
         self.training = model.training
-        # past nn.Module, which would take offence at a submodule of the model's that is called "plan"
-        object.__setattr__(self, "mesh", mesh)
-        object.__setattr__(self, "plan", plan)
-        self._connection = connection
-        self._signature = Signature(model.forward)
-        self._programs: OrderedDict[Hashable, AnyProgram] = OrderedDict()  # the latest used last
-        self._executables: dict[Hashable, Executable | PipelineExecutable] = {}
-        self._packs_padding = packs_padding(model)
-        self._steps = 0
-        self._accumulation = Accumulation()
-        self._weights = Weights(self, connection.of_stage()) if connection else None
-        self._slots = [(table, key) for module, table, key, _ in tables(self) if table is module._parameters]
+        held = Holding(model, Weights(self, connection))
+        accumulation = Accumulation()
+
+        def compiled(call: Call, layouts: Mapping[str, Layout] | None) -> AnyProgram:
+            return compile_program(model, mesh, plan, call.args, call.kwargs, layouts)
+
+        programs = ProgramCache(compiled, mesh, plan, held.weights, accumulation, packs_padding(model))
+        # past nn.Module, which would take offence at a submodule or buffer of the model's that is called "plan", and
+        # would put the model itself as a submodule, with a prefix before all names
+        self.__dict__.update(mesh=mesh, plan=plan, _held=held, _connection=connection, _programs=programs)
+        self.__dict__.update(_signature=Signature(model.forward), _accumulation=accumulation)
 
     # ------------------------------------------------------------ calling
 
@@ -83,8 +83,8 @@ class ParallelModule(nn.Module):
             return self._pipelined(call, trains=False)
         executable = self._executable(call)
         if self.training and torch.is_grad_enabled():
-            self._steps += 1
-        return executable.run(call.tensors, self.plan.seed * SEED_STRIDE + self._steps)
+            self._held.calls += 1
+        return executable.run(call.tensors, self.plan.seed * SEED_STRIDE + self._held.calls)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one batch; gradients are added to ``.grad``. Returns the (detached) loss.
@@ -106,13 +106,13 @@ class ParallelModule(nn.Module):
         if self._connection is None:
             raise not_launched(self.mesh)
         batches = microbatches.parts(call.args, call.kwargs, self.mesh, self.plan)
-        executable = self._made(call)
+        executable = self._programs.bound(call, self.training)
         assert isinstance(executable, PipelineExecutable)
         tensors = [self._signature.call((), batch).tensors for batch in batches]
         rows = microbatches.rows(call.kwargs, batches, self.plan)
         learns = trains or (self.training and torch.is_grad_enabled())
-        seed = self.plan.seed * SEED_STRIDE + self._steps + learns
-        self._steps += len(batches) * learns
+        seed = self.plan.seed * SEED_STRIDE + self._held.calls + learns
+        self._held.calls += len(batches) * learns
         return executable.train(tensors, rows, seed) if trains else executable.run(tensors, rows, seed)
 
     def _train_in_parts(self, call: Call) -> Tensor:
@@ -152,17 +152,18 @@ class ParallelModule(nn.Module):
             raise not_launched(self.mesh)
         self._connection.comm.phase = "clipping"
         pairs = [(name, parameter.grad) for name, parameter in self.named_parameters()]
-        grads = [(grad, self._is_first(name)) for name, grad in pairs if grad is not None]
+        first, here = self._first_users(), self._connection.comm.coordinates.get(PIPELINE)
+        grads = [(grad, first.get(name, here) == here) for name, grad in pairs if grad is not None]
         return clip_gradients(grads, max_norm, norm_type, self._connection.comm, error_if_nonfinite)
 
     def simulate(self, *args: Any, **kwargs: Any) -> Step:
         """One step of all ranks in this process: output, loss, whole gradients, traffic. Takes whole batches."""
         call = self._signature.call(args, kwargs)
-        program = self._program((self._key(call), "whole"), call)
-        with torch.no_grad():
-            tensors = _named_tensors(self)
-            if self._weights is not None:  # a state dict would lack buffers that are not persistent
-                tensors = {name: self._weights.whole(name, tensor) for name, tensor in tensors.items()}
+        program = self._programs.of_whole(call, self.training)
+        with torch.no_grad():  # a state dict would lack buffers that are not persistent
+            held: dict[str, Tensor] = dict(self.named_buffers(remove_duplicate=False))
+            held.update(self.named_parameters(remove_duplicate=False))
+            tensors = {name: self._held.weights.whole(name, tensor) for name, tensor in held.items()}
         seed = self.plan.seed * SEED_STRIDE
         return simulate(program, tensors, call.args, call.kwargs, backward=torch.is_grad_enabled(), seed=seed)
 
@@ -171,12 +172,13 @@ class ParallelModule(nn.Module):
     @property
     def program(self) -> AnyProgram:
         """The program of the latest kind of call. Raises InvariantError before there is one."""
-        if not self._programs:
+        latest = self._programs.latest
+        if latest is None:
             raise InvariantError(
                 "there is no program yet: it is made at the first call\n"
                 "Way out: autopar.parallelize(model, mesh, example_inputs=batch), or call the model once."
             )
-        return next(reversed(self._programs.values()))
+        return latest
 
     @property
     def traffic(self) -> tuple[Transfer, ...]:
@@ -189,7 +191,7 @@ class ParallelModule(nn.Module):
 
         Raises InvariantError where no step of a pipeline has run.
         """
-        executable = self._executables.get(next(reversed(self._programs), None))
+        executable = self._programs.latest_bound
         if not isinstance(executable, PipelineExecutable):
             raise InvariantError("there is no timeline: the latest program has not run, or is not on a mesh with pp")
         return executable.timeline()
@@ -197,65 +199,36 @@ class ParallelModule(nn.Module):
     def prepare(self, *args: Any, **kwargs: Any) -> AnyProgram:
         """Make the program of this call without running it; the tensors may be meta tensors."""
         call = self._signature.call(args, kwargs)
-        return self._program(self._key(call), global_call(call, self.mesh, self.plan))
+        return self._programs.prepared(call, self.training)
 
     def full_state_dict(self, *, device: str = "cpu", rank0_only: bool = False) -> dict[str, Tensor]:
         """Copies of the whole tensors under the model's names, on every rank or only on rank 0 (empty elsewhere).
 
         Collective; one tensor after the other is gathered.
         """
-        keep = self._connection is None or self._connection.rank == 0 or not rank0_only
-        found: dict[str, Tensor] = {}
-        held = self.state_dict()
-        for name in sorted({*held, *self._away}) if self._away or self.mesh.is_pipelined else held:
-            tensor = held.get(name)
-            gathered = isinstance(tensor, DTensor) and not all(p.is_replicate() for p in tensor.placements)
-            whole = self._over_stages(name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
-            if keep:
-                found[name] = whole.detach().to(device, copy=not gathered)
-        return found
+        return full_state_dict(self._held.weights, self.state_dict(), device, rank0_only)
 
     def full_grads(self) -> dict[str, Tensor]:
         """The whole gradients by parameter name, those that there are; collective."""
-        found = {name: parameter.grad for name, parameter in self.named_parameters() if parameter.grad is not None}
-        if self.mesh.is_pipelined and self._weights is not None:
-            trained = {entry.target for _, entry in self.program.placeholders(InputKind.PARAMETER)}
-            names = [name for name in sorted(trained) if name in found or name in self._away]
-        else:
-            names = list(found)
-        wholes = {name: self._weights.whole(name, grad) if self._weights else grad for name, grad in found.items()}
-        return {name: self._over_stages(name, wholes.get(name)) for name in names}
+        grads = {name: parameter.grad for name, parameter in self.named_parameters() if parameter.grad is not None}
+        trained, first = frozenset[str](), self._first_users()
+        if first:
+            trained = frozenset(entry.target for _, entry in self.program.placeholders(InputKind.PARAMETER))
+        return full_grads(self._held.weights, grads, trained, first)
 
-    @property
-    def _away(self) -> dict[str, Tensor]:
-        """Outlines of what only other pipeline stages hold, by name."""
-        return {missing.name: missing.outline for missing in self._weights.absent} if self._weights else {}
-
-    def _is_first(self, name: str) -> bool:
-        """Whether this rank's pipeline stage is the first of those that hold parameter ``name``."""
-        first = self._first_ranks().get(name)
-        return first is None or self._connection is None or first == self._connection.comm.coordinates[PIPELINE]
-
-    def _first_ranks(self) -> dict[str, int]:
-        return first_ranks(self.program) if self._programs else {}
-
-    def _over_stages(self, name: str, whole: Tensor | None) -> Tensor:
-        """A tensor that its first pipeline stage has, on all ranks."""
-        if self._connection is None or name not in self._first_ranks():
-            assert whole is not None
-            return whole
-        if whole is None or not self._is_first(name):
-            like = self._away[name] if whole is None else whole
-            whole = torch.zeros(like.shape, dtype=like.dtype, device=self._connection.comm.device)
-        return self._connection.comm.all_reduce(whole, PIPELINE)
+    def _first_users(self) -> dict[str, int]:
+        """Of a pipeline: parameter name -> the first pipeline rank that uses it in the latest program, and so has the
+        gradient; empty without a pipeline."""
+        program = self._programs.latest
+        return first_ranks(program) if program is not None and self._connection is not None else {}
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "_model" not in self.__dict__:
+            if name.startswith("_") or "_held" not in self.__dict__:
                 raise
-        model = self.__dict__["_model"]
+        model = self._held.model
         found = getattr(model, name)
         if callable(found):
             raise AttributeError(
@@ -268,104 +241,39 @@ class ParallelModule(nn.Module):
 
     def train(self, mode: bool = True) -> ParallelModule:
         super().train(mode)
-        self._model.training = mode
+        self._held.model.training = mode
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> ParallelModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._programs.clear()  # dtypes may have changed
-        self._executables.clear()
         return self
 
-    # ------------------------------------------------------------ programs
-
-    def _key(self, call: Call) -> Hashable:
-        gradients = tuple([table[key].requires_grad for table, key in self._slots])
-        packs = self._packs_padding and not torch.is_grad_enabled()
-        return self.training, cast_to(), gradients, packs, call.key
-
     def _executable(self, call: Call) -> Executable:
-        found = self._made(call)
+        found = self._programs.bound(call, self.training)
         assert isinstance(found, Executable)
         return found
 
-    def _made(self, call: Call) -> Executable | PipelineExecutable:
-        key = self._key(call)
-        found = self._executables.get(key)
-        if found is not None:
-            self._programs.move_to_end(key)
-        else:
-            assert self._connection is not None
-            program = self._program(key, global_call(call, self.mesh, self.plan))
-            _check_parts(program, call)
-            self._connection.agree(program)
-            found = self._bound(program, self._connection)
-            self._executables[key] = found
-        return found
 
-    def _bound(self, program: AnyProgram, connection: Connection) -> Executable | PipelineExecutable:
-        if isinstance(program, PipelinedProgram):
-            return PipelineExecutable(program, self, connection)
-        return Executable(program, self, connection, self._accumulation)
+@dataclass
+class Holding:
+    """What this process holds of a model, beside the tensors of its state dict.
 
-    def _program(self, key: Hashable, call: Call) -> AnyProgram:
-        """The program of ``key``, compiled from the whole ``call`` if there is none; the oldest makes room."""
-        if key in self._programs:
-            return self._programs[key]
-        if self._programs and (self._connection is None or self._connection.rank == 0):
-            kind = "training" if self.training else "evaluation"
-            logger.warning("a new kind of call (%s, inputs %s): making another program", kind, shapes(call.tensors))
-        while len(self._programs) >= PROGRAMS_KEPT:
-            oldest, _ = self._programs.popitem(last=False)
-            self._executables.pop(oldest, None)
-        layouts = self._weights.layouts if self._weights else None
-        with traceable(self, self._weights.absent if self._weights else ()):
-            program = compile_program(self._model, self.mesh, self.plan, call.args, call.kwargs, layouts)
-        self._programs[key] = program
-        if self._weights is not None:
-            self._lay_out(self._weights, program)
-        return program
+    Attributes:
+        model: the unmodified model.
+        weights: its parameters and buffers, and how they are held.
+        calls: how many training calls there were; the seeds of dropout go on from there.
+    """
 
-    def _elsewhere(self, program: AnyProgram) -> frozenset[str]:
-        """Names of parameters and buffers that only other pipeline stages than those of this rank use."""
-        if self._connection is None:
-            return frozenset()
-        return held_elsewhere(program, self._connection.comm.coordinates.get(PIPELINE, 0))
-
-    def _lay_out(self, weights: Weights, program: AnyProgram) -> None:
-        """Hold the parameters as the first program wants them; later programs have to want the same."""
-        layouts = weight_layouts(program)
-        if weights.layouts is None:
-            weights.split(layouts, self._elsewhere(program))
-            outlines = {(id(missing.table), missing.key): {missing.key: missing.outline} for missing in weights.absent}
-            self._slots = [(outlines.get((id(table), key), table), key) for table, key in self._slots]
-        for name, layout in layouts.items():
-            held = weights.layouts.get(name, layout) if weights.layouts is not None else layout
-            if layout != held:
-                raise InvariantError(
-                    f"this call wants parameter '{name}' as {layout}, and it is held as {held} since the first call\n"
-                    "Way out: say how it is split, e.g. Plan(tensor={'" + name + "': 'column'})."
-                )
+    model: nn.Module
+    weights: Weights
+    calls: int = 0
 
 
-def cast_to() -> tuple[torch.dtype | None, ...]:
-    """What autocast is asked to compute in; a traced program has its casts as nodes."""
-    kinds = ("cpu", "cuda")
-    return tuple([torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds])
+def held_by(model: nn.Module) -> Holding:
+    """What checkpoints, and others that stand above, need of a model, parallel or not.
 
-
-def _check_parts(program: AnyProgram, call: Call) -> None:
-    if program.plan.inputs != "local":
-        return
-    nodes = [(node, entry) for node, entry in program.placeholders(InputKind.INPUT)]
-    for (node, entry), tensor in zip(nodes, call.tensors):
-        expected = value(node).layout.local_shape(program.mesh)
-        if tuple(tensor.shape) != expected:
-            raise InvariantError(
-                f"input '{entry.target}': this rank's part is {list(tensor.shape)}, it has to be {list(expected)}\n"
-                f"Way out: say which dim is the batch, Plan(batch_dims={{'{entry.target}': ...}}), None for none."
-            )
-
-
-def _named_tensors(root: nn.Module) -> dict[str, Tensor]:
-    return dict(root.named_parameters(remove_duplicate=False)) | dict(root.named_buffers(remove_duplicate=False))
+    A function and no attribute: a parallel module has the names of the user's model, so any attribute might be one of
+    its submodules. Of an ordinary module the answer is made anew each time: all is held whole, no calls are counted.
+    """
+    return model._held if isinstance(model, ParallelModule) else Holding(model, Weights(model))

@@ -9,6 +9,9 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("autopar", "passes", "models", "tests", "benchmarks", "examples")
@@ -222,6 +225,73 @@ def test_only_node_touches_meta() -> None:
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Attribute) and node.attr == "meta":
                 raise AssertionError(f"{path}:{node.lineno} touches .meta; ir/node.py has functions for it")
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def private_names(tree: ast.Module) -> set[str]:
+    """What a file defines with an underscore: functions, classes, constants, methods, attributes of its objects."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found |= {node.attr} if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") else set()
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return {name for name in found if is_private(name)}
+
+
+def private_reads(tree: ast.Module, elsewhere: set[str]) -> list[tuple[int, str]]:
+    """(line, name) of private names of ours that a file imports, or reads of an object, and does not define itself."""
+    found = [
+        (node.lineno, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "autopar"
+        for alias in node.names
+        if is_private(alias.name)
+    ]
+    strangers = elsewhere - private_names(tree)
+    found += [
+        (node.lineno, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr in strangers
+    ]
+    return sorted(found)
+
+
+def check_private_names(modules: Mapping[str, Path]) -> None:
+    trees = {name: tree_of(path) for name, path in modules.items()}
+    ours = set().union(*map(private_names, trees.values())) - TORCHS_OWN
+    for name, tree in trees.items():
+        for line, read in private_reads(tree, ours):
+            raise AssertionError(f"{modules[name]}:{line} reads '{read}', which is private to another file")
+
+
+# names that torch's own objects have too: of such a read the text does not say whose it is
+TORCHS_OWN = {name for one in (nn.Module(), torch.Tensor(), DTensor, torch.ops.aten.add.Tensor) for name in dir(one)}
+
+
+def test_no_file_reads_private_names_of_another() -> None:
+    check_private_names(OURS)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from autopar.ir.text import _Lines\n",
+        "def f(model):\n    return model._held\n",
+        "def f(model):\n    model._held.calls = 1\n",
+        "class A:\n    def f(self):\n        return self._programs\n",
+    ],
+)
+def test_a_planted_private_read_is_found(line: str, tmp_path: Path) -> None:
+    planted = tmp_path / "layout.py"
+    planted.write_text(OURS["autopar.ir.layout"].read_text(encoding="utf-8") + line, encoding="utf-8")
+    with pytest.raises(AssertionError, match="is private to another file"):
+        check_private_names({**OURS, "autopar.ir.layout": planted})
 
 
 @pytest.mark.parametrize("path", sources(*FOLDERS), ids=lambda path: str(path.relative_to(ROOT)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 import autopar
 from autopar import Mesh, Plan
 from autopar.errors import InvariantError, LaunchError
+from autopar.ir.layout import Layout
 from autopar.ir.loss import loss_of
+from autopar.module import held_by
+from autopar.runtime.program_cache import PROGRAMS_KEPT
 from models import gpt
 from tests.against_one_process import Tiny, compare_gradients, difference, float64, tiny_batch, whole, worst
 from tests.launch import run_ranks
@@ -80,7 +84,7 @@ def test_kinds_of_call() -> None:
         assert results["traffic"] > 0
 
 
-def call_many_shapes() -> tuple[int, int, list[str]]:
+def call_many_shapes() -> tuple[int, list[str]]:
     messages: list[str] = []
 
     class Listener(logging.Handler):
@@ -91,7 +95,7 @@ def call_many_shapes() -> tuple[int, int, list[str]]:
     model = autopar.parallelize(float64(Scale), Mesh(dp=1))
     for size in range(1, 12):
         assert torch.equal(model(torch.ones(size)), torch.tensor(2.0 * size))
-    return len(model._programs), len(model._executables), messages
+    return len(model._programs), messages
 
 
 class Scale(nn.Module):
@@ -104,8 +108,8 @@ class Scale(nn.Module):
 
 
 def test_the_cache_of_programs_is_bounded_and_says_so() -> None:
-    programs, executables, messages = run_ranks(call_many_shapes, 1)[0]
-    assert programs == executables == 8
+    programs, messages = run_ranks(call_many_shapes, 1)[0]
+    assert programs == PROGRAMS_KEPT
     assert len(messages) == 10 and "inputs [2]" in messages[0] and "\n" not in messages[0]
 
 
@@ -115,7 +119,9 @@ def hand_in_parts() -> tuple[float, float]:
     batch = gpt.example_batch(model, 4, 8)
     mesh = Mesh(dp=2, tp=2)
     parallel = autopar.parallelize(model, mesh, Plan(inputs="local", check_numerics=False))
-    part = parallel._connection.comm.coordinates["dp"]
+    connection = held_by(parallel).weights.connection
+    assert connection is not None
+    part = connection.comm.coordinates["dp"]
     loss = parallel(**{key: value.chunk(2)[part] for key, value in batch.items()})["loss"]
     loss.backward()
     expected = reference(**batch)["loss"]
@@ -169,8 +175,8 @@ def draw_masks() -> tuple[list[float], list[float], list[float]]:
     model = autopar.parallelize(Tiny(dropout=0.5), Mesh(dp=2, tp=2), Plan(seed=3, check_numerics=False))
     batch = tiny_batch()
     first = [float(model(**batch)["loss"].detach()) for _ in range(3)]
-    assert model._steps == 3
-    model._steps = 0
+    assert held_by(model).calls == 3
+    held_by(model).calls = 0
     second = [float(model(**batch)["loss"].detach()) for _ in range(3)]
     model.eval()
     return first, second, [float(model(**batch)["loss"].detach()) for _ in range(2)]
@@ -292,26 +298,69 @@ def test_a_model_is_parallelized_once() -> None:
     assert "and that once" in run_ranks(parallelize_twice, 1)[0]
 
 
-class Plan2D(nn.Module):
+class OurNames(nn.Module):
     """A model whose parts are called as things of ours are."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.plan, self.mesh = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.plan, self.mesh, self.program = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self._held, self._programs, self.weights = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self._signature = nn.Parameter(torch.ones(4))
+        self.register_buffer("_connection", torch.arange(4.0))
+        self.register_buffer("calls", torch.arange(4.0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mesh(torch.tanh(self.plan(x))).sum()
+        y = self._held(torch.tanh(self.program(self.mesh(torch.tanh(self.plan(x))))))
+        y = self._programs(self.weights(y)) * self._signature
+        return (y * self._connection + self.calls).square().mean()  # type: ignore[operator]
 
 
-def name_clash() -> bool:
-    model = float64(Plan2D)
+def clash(directory: Path) -> dict[str, bool]:
+    model = float64(OurNames)
     reference = copy.deepcopy(model)
-    parallel = autopar.parallelize(model, Mesh())
+    parallel = autopar.parallelize(model, Mesh(dp=2), Plan(zero=3, check_numerics=False))
     x = torch.randn(2, 4)
     names = [name for name, _ in reference.named_parameters()]
-    assert [name for name, _ in parallel.named_parameters()] == names and list(parallel.state_dict()) == names
-    return torch.equal(parallel(x), reference(x))
+    loss, expected = parallel(x), reference(x)
+    loss.backward()
+    expected.backward()
+    grads, state = parallel.full_grads(), parallel.full_state_dict()
+    checkpoints = autopar.Checkpoints(directory)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    checkpoints.save(1, parallel, optimizer)
+    optimizer.step()
+    checkpoints.load(parallel, optimizer)
+    return {
+        "names": [name for name, _ in parallel.named_parameters()] == names,
+        "loss": difference(loss, expected) < TOLERANCE,
+        "gradients": all(difference(grads[name], p.grad) < TOLERANCE for name, p in reference.named_parameters()),
+        "state": list(state) == list(reference.state_dict()),
+        "loaded": all(torch.equal(parallel.full_state_dict()[name], state[name]) for name in state),
+        "ours": held_by(parallel).calls == 1 and parallel.mesh == Mesh(dp=2) and parallel.program is not None,
+    }
 
 
-def test_submodules_may_have_our_names() -> None:
-    assert run_ranks(name_clash, 1)[0]
+def test_parts_of_the_model_may_have_our_names(tmp_path: Path) -> None:
+    for results in run_ranks(clash, 2, tmp_path):
+        assert all(results.values()), results
+
+
+def ask_for_another_layout() -> list[str]:
+    parallel = autopar.parallelize(float64(Tiny), Mesh(tp=2), Plan(check_numerics=False))
+    batch = tiny_batch()
+    parallel(**batch)
+    weights, said = held_by(parallel).weights, []
+    assert weights.layouts is not None
+    name = next(name for name, layout in weights.layouts.items() if layout.axes)
+    weights.layouts[name] = Layout.whole(weights.layouts[name].shape)
+    parallel.eval()
+    for _ in range(2):  # the second time too: a program that was refused is not kept
+        with pytest.raises(InvariantError, match="since the first call") as refused:
+            parallel(**batch)
+        said.append(str(refused.value))
+    return said
+
+
+def test_a_program_that_wants_parameters_otherwise_never_runs() -> None:
+    for first, second in run_ranks(ask_for_another_layout, 2):
+        assert first == second

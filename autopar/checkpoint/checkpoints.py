@@ -29,12 +29,12 @@ from torch.optim import Optimizer
 
 from autopar.checkpoint import files
 from autopar.checkpoint.initialise import initialise
-from autopar.checkpoint.named_tensors import Named, every_tensor, materialise, named_tensors, settled
+from autopar.checkpoint.named_tensors import Named, every_tensor, materialise, named_tensors
 from autopar.checkpoint.peers import Peers
 from autopar.checkpoint.slices import Slices
 from autopar.checkpoint.training_state import Gather, NewState, Owners, packed, random_state, set_random_state, unpacked
 from autopar.errors import AutoparError, CheckpointError
-from autopar.module import ParallelModule
+from autopar.module import ParallelModule, held_by
 from autopar.runtime.dtensor import local_of
 
 NAMES_SHOWN = 3
@@ -166,8 +166,7 @@ class Checkpoints:
             news.put()
         if scheduler is not None:
             scheduler.load_state_dict(unpacked(targets["scheduler"]))
-        if isinstance(model, ParallelModule):
-            model._steps = manifest["calls"]  # the seeds of dropout go on from there
+        held_by(model).calls = manifest["calls"]
         initialise(model, [entry for entry in named_tensors(model) if local_of(entry.tensor).is_meta])
         set_random_state(targets[f"random.{rank}"])
         return Resumed(step, unpacked(targets[f"data.{rank}"]), path)
@@ -233,7 +232,7 @@ def _manifest(step: int, model: nn.Module, owners: Owners, peers: Peers) -> dict
     parallel = model if isinstance(model, ParallelModule) else None
     return {
         "step": step,
-        "calls": parallel._steps if parallel else 0,
+        "calls": held_by(model).calls,
         "ranks": peers.size,
         "mesh": dict(parallel.mesh.axes) if parallel else {},
         "zero": parallel.plan.zero if parallel else 0,
@@ -270,7 +269,7 @@ def _check_optimizers(path: Path, model: nn.Module, owners: Owners, manifest: di
             f"'{path}' has {sizes[0]} parameters in its optimizer, and here there are {sizes[1]}, or others\n"
             "Way out: give the optimizer the parameters in the same groups."
         )
-    if not settled(model):
+    if not held_by(model).weights.settled:
         raise CheckpointError(
             "how the parameters are split is not known yet, so their optimizer states cannot be loaded\n"
             "Way out: first model.prepare(**batch), or parallelize(..., example_inputs=batch)."

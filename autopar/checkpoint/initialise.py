@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from autopar.checkpoint.named_tensors import Named, every_tensor, materialise
 from autopar.errors import CheckpointError
-from autopar.module import ParallelModule
+from autopar.module import held_by
 from autopar.runtime.parameters import Table
 
 
@@ -80,7 +80,7 @@ def _copy_on_meta(model: nn.Module) -> nn.Module:
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-    found: nn.Module = copy.deepcopy(model._model if isinstance(model, ParallelModule) else model, memo)
+    found: nn.Module = copy.deepcopy(held_by(model).model, memo)
     for entry in entries:
         for name in () if entry.held else entry.names:  # of other pipeline stages
             module = found.get_submodule(name.rpartition(".")[0])
@@ -103,7 +103,7 @@ def _was_filled(tensor: Tensor) -> bool:
 
 
 def _no_init(name: str, model: nn.Module, owner: str) -> str:
-    kind = type(model.get_submodule(owner)).__name__
+    kind = type(held_by(model).model.get_submodule(owner)).__name__
     return (
         f"'{name}' has no data and no initialisation: {kind} has no reset_parameters, and no module around it an\n"
         "_init_weights, that fills it\n"

@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from autopar.checkpoint.slices import Slices, slices_of
 from autopar.mesh import PIPELINE
-from autopar.module import ParallelModule
+from autopar.module import held_by
 from autopar.runtime.dtensor import dtensor, local_of
-from autopar.runtime.parameters import Stored, Table
+from autopar.runtime.parameters import Table, Weights
+from autopar.runtime.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,8 @@ def named_tensors(model: nn.Module) -> list[Named]:
 
 def every_tensor(model: nn.Module) -> list[Named]:
     """Every parameter and buffer of the model once, in the order of the state dict."""
-    weights = model._weights if isinstance(model, ParallelModule) else None
-    absent = {(id(one.table), one.key): one.outline for one in weights.absent} if weights else {}
-    pipeline = model if isinstance(model, ParallelModule) and model.mesh.is_pipelined else None
+    weights = held_by(model).weights
+    absent = {(id(one.table), one.key): one.outline for one in weights.absent}
     found: dict[int, Named] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for table in (module._parameters, module._buffers):
@@ -80,41 +80,35 @@ def every_tensor(model: nn.Module) -> list[Named]:
                 keeps = table is module._parameters or key not in module._non_persistent_buffers_set
                 found[id(tensor)] = Named(
                     (*before.names, name) if before else (name,),
-                    weights.form(name) if weights and outline is None else None,
+                    weights.form(name) if outline is None else None,
                     keeps or bool(before and before.persistent),
                     (*before.places, (table, key)) if before else ((table, key),),
                     outline,
-                    _is_first(pipeline, name, tensor) if pipeline and outline is None else None,
+                    _is_first(weights, name, tensor) if outline is None else None,
                 )
     return list(found.values())
 
 
 def emptied(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names, and what an optimizer made before the stages were cut has in place of parameters of other ranks."""
-    weights = model._weights if isinstance(model, ParallelModule) else None
-    for missing in weights.absent if weights else ():
+    for missing in held_by(model).weights.absent:
         if missing.emptied is not None:
             yield missing.name, missing.emptied
 
 
-def _is_first(model: ParallelModule, name: str, tensor: Tensor) -> bool:
-    connection = model._connection
-    if connection is None:
-        return True
-    here = connection.comm.coordinates
-    if here[PIPELINE] != model._first_ranks().get(name, 0):
+def _is_first(weights: Weights, name: str, tensor: Tensor) -> bool | None:
+    """See :attr:`Named.first`."""
+    if weights.connection is None or not weights.connection.mesh.is_pipelined:
+        return None
+    here = weights.connection.comm.coordinates
+    if here[PIPELINE] != weights.first.get(name, 0):
         return False
     return isinstance(tensor, DTensor) or not any(place for axis, place in here.items() if axis != PIPELINE)
 
 
-def settled(model: nn.Module) -> bool:
-    """Whether it is known what part of each parameter this rank holds."""
-    return not isinstance(model, ParallelModule) or model._weights is None or model._weights.layouts is not None
-
-
 def materialise(model: nn.Module, entries: list[Named]) -> None:
     """Memory, with nothing in it yet, for those of ``entries`` that are on the meta device."""
-    connection = model._connection if isinstance(model, ParallelModule) else None
+    connection = held_by(model).weights.connection
     device = connection.comm.device if connection else torch.device("cpu")
     for entry in entries:
         tensor = entry.tensor

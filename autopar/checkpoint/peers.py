@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from autopar.errors import AutoparError, CheckpointError
-from autopar.module import ParallelModule
+from autopar.module import held_by
 from autopar.runtime.communicator import peer_failed
 
 TIMEOUT = 1800.0  # seconds; gloo's own. A peer that ends is noticed at once, one that writes slowly is waited for.
@@ -24,7 +24,7 @@ class Peers:
         self.rank, self.size = 0, 1
         if not dist.is_initialized():
             return
-        connection = model._connection if isinstance(model, ParallelModule) else None
+        connection = held_by(model).weights.connection
         ranks = connection.device_mesh.mesh.flatten().tolist() if connection else list(range(dist.get_world_size()))
         self.group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         self.rank, self.size = dist.get_rank(self.group), len(ranks)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.ir.layout import runs
 from autopar.runtime.dtensor import blocks_of, local_of
-from autopar.runtime.parameters import Stored, owned_positions
+from autopar.runtime.stored import Stored, owned_positions
 
 Offsets = tuple[int, ...]
 

@@ -22,10 +22,11 @@ from torch import nn
 
 from autopar.checkpoint.files import sync_directory
 from autopar.checkpoint.initialise import initialise
-from autopar.checkpoint.named_tensors import Named, every_tensor, materialise, settled
+from autopar.checkpoint.named_tensors import Named, every_tensor, materialise
 from autopar.checkpoint.peers import Peers
 from autopar.checkpoint.safetensors_file import SafetensorsFile, create
 from autopar.errors import AutoparError, CheckpointError
+from autopar.module import held_by
 from autopar.runtime.dtensor import local_of
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -61,7 +62,7 @@ def load_safetensors(
 
     Raises CheckpointError, and nothing has changed then, for files that are damaged or those of another model.
     """
-    if not settled(model):
+    if not held_by(model).weights.settled:
         raise CheckpointError(
             "how the parameters are split is not known yet\n"
             "Way out: first model.prepare(**batch), or parallelize(..., example_inputs=batch)."

@@ -23,11 +23,10 @@ from autopar.commands.tables import print_json, stdout, table, traffic_json, tra
 from autopar.errors import ProgramFileError
 from autopar.exporters.program_file import load
 from autopar.ir.node import Value, value
-from autopar.ir.program import AnyProgram, PipelinedProgram, Program, weight_layouts
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import PIPELINE
 from autopar.pipeline import microbatches
-from autopar.pipeline.stages import held_elsewhere
 from autopar.runtime.connect import Connection, connect
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
@@ -106,7 +105,7 @@ def _executable(
     seed: int,
 ) -> Callable[[], Any]:
     given = _inputs(program, inputs, generator)
-    Weights(root, connection).split(weight_layouts(program))
+    Weights(root, connection).lay_out(program)
     executable = Executable(program, root, connection)
     return lambda: executable.run(given, seed)
 
@@ -127,8 +126,7 @@ def _pipeline(
         parts = microbatches.parts((), inputs, program.mesh, plan)
         rows = microbatches.rows(inputs, parts, plan)
     batches = [_inputs(program.of_rows(n == rows[0]), part, generator) for n, part in zip(rows, parts)]
-    here = connection.comm.coordinates[PIPELINE]
-    Weights(root, connection.of_stage()).split(weight_layouts(program), held_elsewhere(program, here))
+    Weights(root, connection).lay_out(program)
     executable = PipelineExecutable(program, root, connection)
     return lambda: executable.run(batches, rows, seed)
 

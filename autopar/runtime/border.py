@@ -16,8 +16,8 @@ from autopar.ir.node import Value
 from autopar.runtime.communicator import Communicator
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import dtensor, local_of, of_local, spec_of
-from autopar.runtime.parameters import stored
 from autopar.runtime.pieces import padded
+from autopar.runtime.stored import stored
 
 Part = Callable[[Tensor], Tensor]
 

@@ -22,7 +22,7 @@ from autopar import CheckpointError, Checkpoints, Mesh, Plan
 from autopar.checkpoint import files as checkpoint_files
 from autopar.errors import RankFailedError
 from autopar.ir.loss import loss_of
-from autopar.module import ParallelModule
+from autopar.module import ParallelModule, held_by
 from tests.against_one_process import GroupedHeads, Tiny, float64, tiny_batch
 from tests.launch import run_ranks, try_ranks
 
@@ -51,7 +51,7 @@ def everything(model: Any, optimizer: torch.optim.Optimizer) -> State:
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             held = parallel and value.shape == parameter.shape
-            whole = model._weights.whole(name, value) if held else value
+            whole = held_by(model).weights.whole(name, value) if held else value
             found[f"{name}.{key}"] = whole.detach().clone() if isinstance(whole, Tensor) else whole
     return found
 

@@ -20,6 +20,7 @@ import autopar
 from autopar import CheckpointError, Mesh, Plan
 from autopar.checkpoint import safetensors_file
 from autopar.checkpoint.safetensors_file import SafetensorsFile, create
+from autopar.module import held_by
 from autopar.runtime.dtensor import local_of
 from models import gpt
 from tests.against_one_process import GroupedHeads, Tiny, tiny_batch
@@ -79,7 +80,7 @@ def visit(build: Callable[[], nn.Module], mesh: str, zero: int, source: Path, ta
         "state": model.full_state_dict(),
         "found": found,
         "held": sum(local_of(parameter).numel() * parameter.itemsize for parameter in parameters),
-        "tied": not isinstance(model._model, Tiny) or model.head.weight is model.tokens.weight,
+        "tied": not isinstance(held_by(model).model, Tiny) or model.head.weight is model.tokens.weight,
     }
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar import Checkpoints, Mesh, Plan
-from autopar.module import ParallelModule
+from autopar.module import ParallelModule, held_by
 from models import gpt
 from tests.launch import run_ranks
 
@@ -70,7 +70,7 @@ def held(model: Any, optimizer: torch.optim.Optimizer) -> State:
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             like = isinstance(model, ParallelModule) and value.shape == parameter.shape
-            found[f"{name}.{key}"] = model._weights.whole(name, value) if like else value
+            found[f"{name}.{key}"] = held_by(model).weights.whole(name, value) if like else value
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 

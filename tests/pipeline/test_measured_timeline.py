@@ -38,7 +38,7 @@ def steps() -> dict[str, tuple[Timeline, int]]:
             parallel.timeline()
         for _ in range(2):
             parallel.train_step(**batch)
-        executable: Any = next(iter(parallel._executables.values()))
+        executable: Any = parallel._programs.latest_bound
         found[name] = parallel.timeline(), executable.in_flight
     return found
 

@@ -14,7 +14,7 @@ from autopar import Mesh, Plan
 from autopar.errors import IndivisibleError
 from autopar.ir.layout import Factor, Layout, Split, shard
 from autopar.runtime.connect import connect
-from autopar.runtime.parameters import cut, in_model_order, in_stored_order, stored
+from autopar.runtime.stored import cut, in_model_order, in_stored_order, stored
 from models import gpt
 from tests.against_one_process import difference, float64, whole
 from tests.launch import run_ranks
@@ -101,7 +101,7 @@ def keep_state() -> dict[str, Any]:
         "tied": parallel.head.weight is parallel.tokens.weight,
         "DTensors": all(type(parameter) is DTensor for parameter in parallel.parameters()),
         "child": torch.equal(whole(child), expected["blocks.0.attn.qkv.weight"]),
-        "only rank 0": bool(parallel.full_state_dict(rank0_only=True)) == (parallel._connection.rank == 0),
+        "only rank 0": bool(parallel.full_state_dict(rank0_only=True)) == (torch.distributed.get_rank() == 0),
     }
     parallel.load_state_dict({name: value + 1 for name, value in saved.items()})
     results["loads DTensors"] = all(torch.equal(v, full[n] + 1) for n, v in parallel.full_state_dict().items())

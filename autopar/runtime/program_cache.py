@@ -1,0 +1,131 @@
+"""The programs of one parallel module, by kind of call: compiled, agreed on by the ranks, bound; the oldest goes."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+
+import torch
+
+from autopar.errors import InvariantError
+from autopar.ir.layout import Layout
+from autopar.ir.node import value
+from autopar.ir.program import AnyProgram, PipelinedProgram
+from autopar.ir.tables import InputKind
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+from autopar.runtime.accumulate import Accumulation
+from autopar.runtime.calls import Call, global_call, shapes
+from autopar.runtime.execute import Executable
+from autopar.runtime.execute_pipeline import PipelineExecutable
+from autopar.runtime.parameters import Weights
+
+PROGRAMS_KEPT = 8
+
+Compile = Callable[[Call, Mapping[str, Layout] | None], AnyProgram]  # (whole call, layouts of weights) ->
+Bound = Executable | PipelineExecutable
+
+logger = logging.getLogger("autopar")
+
+
+class ProgramCache:
+    """``weights`` are laid out by the first program; ``packs_padding``: whether the model has layers that compute
+    otherwise where no gradient is wanted."""
+
+    def __init__(
+        self,
+        compiled: Compile,
+        mesh: Mesh,
+        plan: Plan,
+        weights: Weights,
+        accumulation: Accumulation,
+        packs_padding: bool = False,
+    ) -> None:
+        self._compiled, self._mesh, self._plan = compiled, mesh, plan
+        self._weights, self._connection = weights, weights.connection
+        self._accumulation, self._packs_padding = accumulation, packs_padding
+        self._programs: OrderedDict[Hashable, AnyProgram] = OrderedDict()  # the latest used last
+        self._bound: dict[Hashable, Bound] = {}
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    @property
+    def latest(self) -> AnyProgram | None:
+        """The program of the latest kind of call."""
+        return next(reversed(self._programs.values()), None)
+
+    @property
+    def latest_bound(self) -> Bound | None:
+        """What runs :attr:`latest`; None before it has run."""
+        return self._bound.get(next(reversed(self._programs), None))
+
+    def clear(self) -> None:
+        self._programs.clear()
+        self._bound.clear()
+
+    def prepared(self, call: Call, training: bool) -> AnyProgram:
+        """The program of a call as this rank makes it, compiled if there is none."""
+        return self._program(self._kind(call, training), global_call(call, self._mesh, self._plan), training)
+
+    def of_whole(self, call: Call, training: bool) -> AnyProgram:
+        """The program of a call that has the whole batch, whatever ``plan.inputs`` says."""
+        return self._program((self._kind(call, training), "whole"), call, training)
+
+    def bound(self, call: Call, training: bool) -> Bound:
+        """What runs this call on this rank. Collective where it is a new kind of call; raises what compiling raises,
+        and LaunchError where ranks come to different programs."""
+        kind = self._kind(call, training)
+        found = self._bound.get(kind)
+        if found is not None:
+            self._programs.move_to_end(kind)
+            return found
+        connection = self._connection
+        assert connection is not None
+        program = self._program(kind, global_call(call, self._mesh, self._plan), training)
+        _check_parts(program, call)
+        connection.agree(program)
+        if isinstance(program, PipelinedProgram):
+            found = PipelineExecutable(program, self._weights.root, connection)
+        else:
+            found = Executable(program, self._weights.root, connection, self._accumulation)
+        self._bound[kind] = found
+        return found
+
+    def _kind(self, call: Call, training: bool) -> Hashable:
+        packs = self._packs_padding and not torch.is_grad_enabled()
+        return training, cast_to(), self._weights.requires_grad(), packs, call.key
+
+    def _program(self, kind: Hashable, call: Call, training: bool) -> AnyProgram:
+        if kind in self._programs:
+            return self._programs[kind]
+        if self._programs and (self._connection is None or self._connection.rank == 0):
+            name = "training" if training else "evaluation"
+            logger.warning("a new kind of call (%s, inputs %s): making another program", name, shapes(call.tensors))
+        while len(self._programs) >= PROGRAMS_KEPT:
+            oldest, _ = self._programs.popitem(last=False)
+            self._bound.pop(oldest, None)
+        with self._weights.traceable():
+            program = self._compiled(call, self._weights.layouts)
+        self._weights.lay_out(program)  # before it is kept: a program that wants them otherwise never runs
+        self._programs[kind] = program
+        return program
+
+
+def cast_to() -> tuple[torch.dtype | None, ...]:
+    """What autocast is asked to compute in; a traced program has its casts as nodes."""
+    kinds = ("cpu", "cuda")
+    return tuple([torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds])
+
+
+def _check_parts(program: AnyProgram, call: Call) -> None:
+    if program.plan.inputs != "local":
+        return
+    for (node, entry), tensor in zip(program.placeholders(InputKind.INPUT), call.tensors):
+        expected = value(node).layout.local_shape(program.mesh)
+        if tuple(tensor.shape) != expected:
+            raise InvariantError(
+                f"input '{entry.target}': this rank's part is {list(tensor.shape)}, it has to be {list(expected)}\n"
+                f"Way out: say which dim is the batch, Plan(batch_dims={{'{entry.target}': ...}}), None for none."
+            )

@@ -1,0 +1,124 @@
+"""How a tensor of some layout is stored on the ranks: as which DTensor, and in which order along its dims.
+
+A part that is contiguous is DTensor's ``Shard(dim)``. The rank's heads of a fused QKV weight are not: three equal parts
+are a strided shard, others (grouped-query heads) are stored as ``Shard(dim)`` of a *permuted* tensor. State dicts have
+contiguous parts of the model's own order in either case.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
+
+from autopar.errors import IndivisibleError
+from autopar.ir.layout import Factor, Layout, runs, shard
+from autopar.mesh import Mesh
+from autopar.runtime.connect import Connection
+from autopar.runtime.dtensor import contiguous, dtensor, strided
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a tensor of some layout is held: as DTensor ``placements`` of a tensor permuted along some dims.
+
+    ``orders``: dim -> for each stored position its index in the model's own order.
+    """
+
+    layout: Layout
+    placements: tuple[Placement, ...]
+    orders: tuple[tuple[int, Tensor], ...] = ()
+
+    def to_model(self, whole: Tensor) -> Tensor:
+        for dim, order in self.orders:
+            whole = whole.index_select(dim, order.argsort().to(whole.device))
+        return whole
+
+    def to_stored(self, whole: Tensor) -> Tensor:
+        for dim, order in self.orders:
+            whole = whole.index_select(dim, order.to(whole.device))
+        return whole
+
+
+def stored(layout: Layout, mesh: Mesh, name: str) -> Stored:
+    """How ranks hold a tensor of ``layout``. Raises IndivisibleError where DTensor has no such uneven parts."""
+    placements: list[Placement] = [Replicate() for _ in mesh.axes] or [Replicate()]
+    orders: list[tuple[int, Tensor]] = []
+    for dim, factors in enumerate(layout.dims):
+        try:
+            blocks, order = _dim_form(factors, mesh)
+        except IndivisibleError as problem:
+            raise IndivisibleError(f"'{name}' as {layout} on {mesh}: {problem}") from None
+        for axis, count in blocks:
+            placements[mesh.names.index(axis)] = strided(dim, count)
+        if order is not None:
+            orders.append((dim, order))
+    return Stored(layout, tuple(placements), tuple(orders))
+
+
+@lru_cache(maxsize=1024)
+def _dim_form(factors: tuple[Factor, ...], mesh: Mesh) -> tuple[tuple[tuple[str, int], ...], Tensor | None]:
+    """(axis, blocks) of the placements that give every rank its part of a dim, and the stored order (None: its own)."""
+    owning = [axis for axis in mesh.names if any(axis in factor.axes for factor in factors)]
+    if not owning or len(factors) == 1 and factors[0].axes == tuple(owning) and factors[0].ratio == (1,):
+        return tuple((axis, 1) for axis in owning), None
+    layout = Layout((factors,))
+    ways = [mesh.size(axis) for axis in owning]
+    places = list(itertools.product(*map(range, ways)))
+    found = [layout.indices(0, dict(zip(owning, place)), mesh) for place in places]
+    owned = [own for own in found if own is not None]
+    pieces = max(1, len(runs(owned[0])))
+    counts = {1, pieces, *ways, *(pieces * way for way in ways)}
+    for blocks in itertools.product(sorted(counts), repeat=len(owning)):
+        given = [owned_positions(layout.shape[0], place, ways, blocks) for place in places]
+        if all(map(torch.equal, owned, given)):
+            return tuple(zip(owning, blocks)), None
+    one = [1] * len(owning)
+    if [len(own) for own in owned] != [len(owned_positions(layout.shape[0], place, ways, one)) for place in places]:
+        raise IndivisibleError(
+            f"{layout.shape[0]} elements give the ranks uneven parts; in a DTensor only the last ranks have fewer\n"
+            f"Way out: a mesh whose {' x '.join(owning)} divides {layout.shape[0]}."
+        )
+    return tuple((axis, 1) for axis in owning), torch.cat(owned)
+
+
+def owned_positions(size: int, place: Sequence[int], ways: Sequence[int], blocks: Sequence[int]) -> Tensor:
+    """The indices that DTensor gives to ``place``: one axis after the other cuts what the ones before it left."""
+    own = torch.arange(size)
+    for position, way, count in zip(place, ways, blocks):
+        pieces = own.split(max(1, -(-len(own) // (way * count))))  # type: ignore[no-untyped-call]
+        own = torch.cat([own[:0], *pieces[position::way]])
+    return own
+
+
+def cut(whole: Tensor, form: Stored, connection: Connection) -> DTensor:
+    """The DTensor of this rank's part of ``whole`` (model order); a meta tensor stays meta."""
+    comm = connection.comm
+    local = shard(whole.detach(), form.layout, connection.mesh, comm.coordinates)
+    if local.shape != whole.shape or not local.is_contiguous():
+        local = local.clone(memory_format=torch.contiguous_format)  # do not keep the whole tensor alive
+    return dtensor(local, connection.device_mesh, form.placements, whole.shape)
+
+
+def in_model_order(tensor: DTensor, form: Stored) -> DTensor:
+    """For state dicts: contiguous parts of the model's order on the same axes; collective where that differs."""
+    placements = tuple(map(contiguous, form.placements))
+    if not form.orders and placements == form.placements:
+        return tensor
+    whole = form.to_model(tensor.full_tensor())
+    return distribute_tensor(whole, tensor.device_mesh, placements, src_data_rank=None)
+
+
+def in_stored_order(value: Tensor, like: DTensor, form: Stored) -> DTensor:
+    """From a state dict: a whole tensor, or a DTensor of the model's order on any placements, as ``like`` is held."""
+    if isinstance(value, DTensor) and not form.orders and value.device_mesh == like.device_mesh:
+        return value.redistribute(placements=like.placements)
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    whole = form.to_stored(whole.to(like.device))
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

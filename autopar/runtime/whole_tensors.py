@@ -1,0 +1,67 @@
+"""Whole tensors under the model's names, gathered from the ranks that hold their parts, pipeline stages included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from autopar.mesh import PIPELINE
+from autopar.runtime.connect import Connection
+from autopar.runtime.parameters import Weights
+
+
+def full_state_dict(weights: Weights, held: Mapping[str, Any], device: str, rank0_only: bool) -> dict[str, Tensor]:
+    """Copies on ``device`` of the whole tensors of a state dict, of which this rank has ``held``; collective, one
+    tensor after the other. Empty but on rank 0 with ``rank0_only``."""
+    connection = weights.connection
+    keeps = connection is None or connection.rank == 0 or not rank0_only
+    outlines = _outlines(weights)
+    names = sorted({*held, *outlines}) if connection is not None and connection.mesh.is_pipelined else held
+    found: dict[str, Tensor] = {}
+    for name in names:
+        tensor = held.get(name)
+        gathered = isinstance(tensor, DTensor) and not all(p.is_replicate() for p in tensor.placements)
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = _over_stages(connection, full, weights.first.get(name), outlines.get(name))
+        if keeps:
+            found[name] = whole.detach().to(device, copy=not gathered)
+    return found
+
+
+def full_grads(
+    weights: Weights, grads: Mapping[str, Tensor], trained: Set[str], first: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """The whole gradients, of which this rank has ``grads``, by parameter name; collective.
+
+    Of a pipeline ``trained`` are the parameters of all stages, and ``first`` the first pipeline rank that uses each.
+    """
+    outlines = _outlines(weights)
+    names = [name for name in sorted(trained) if name in grads or name in outlines] if first else list(grads)
+    wholes = {name: weights.whole(name, grad) for name, grad in grads.items()}
+    return {
+        name: _over_stages(weights.connection, wholes.get(name), first.get(name), outlines.get(name)) for name in names
+    }
+
+
+def _outlines(weights: Weights) -> dict[str, Tensor]:
+    """Of what only other pipeline stages hold, by name."""
+    return {missing.name: missing.outline for missing in weights.absent}
+
+
+def _over_stages(
+    connection: Connection | None, whole: Tensor | None, first: int | None, outline: Tensor | None
+) -> Tensor:
+    """On all ranks the tensor that pipeline rank ``first`` has; one without such a rank, all have."""
+    if connection is None or first is None:
+        assert whole is not None
+        return whole
+    comm = connection.comm
+    if whole is None or first != comm.coordinates[PIPELINE]:
+        like = outline if whole is None else whole
+        assert like is not None
+        whole = torch.zeros(like.shape, dtype=like.dtype, device=comm.device)
+    return comm.all_reduce(whole, PIPELINE)
