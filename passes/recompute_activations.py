@@ -60,7 +60,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autopar.autodiff.differentiate import made_again
+from autopar.autodiff.differentiate import always_recomputed
 from autopar.autodiff.partition import joined, partition
 from autopar.autodiff.regions import Regions
 from autopar.ir.graph_pass import graph_pass
@@ -77,7 +77,7 @@ def _recomputed(program: Program, role: Role) -> Role:
     if role.backward is None:
         return role
     joint = joined(role.forward, role.backward, role.saved)
-    free = made_again(program)
+    free = always_recomputed(program)
     again = Regions(program, joint, free).recomputed()
     forward, backward, saved = partition(joint, lambda node: free(node) or node in again)
     return replace(role, forward=forward, backward=backward, saved=len(saved))

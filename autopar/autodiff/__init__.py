@@ -1,1 +1,1 @@
-"""From a forward graph to forward and backward: recording, cutting in two, halves, what is kept between them."""
+"""From a forward graph to forward and backward: recording, partition, halves of backward, recomputation."""

@@ -1,7 +1,7 @@
-"""Operators that are differentiated in our own way, so that graphs stay short and fit for any device.
+"""Derivatives of our own for some operators, so that graphs stay short and suit every device.
 
-linear     stays one operator in forward (torch breaks it into t, view, mm, view); backward is two matrix products
-attention  our operator, which is the same on every device (``operators/attention.py``)
+linear     stays one operator in forward (torch decomposes it into t, view, mm, view); backward is two matrix products
+attention  our operator, which is the same on every device (:mod:`autopar.operators.attention`)
 copy       the functional form of ``copy_``, for which torch has no derivative
 """
 
@@ -71,9 +71,9 @@ RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 def unrepeated_heads(keys: Node, values: Node, tensors: Mapping[Node, Tensor]) -> tuple[Node, Node]:
     """The keys and values (B, Hkv, S, D) whose heads these (B, H, S, D) repeat one by one, or else these themselves.
 
-    Models write grouped-query attention as unsqueeze, expand, reshape; our attention takes the fewer heads as they
-    are, so that the repeated ones are neither made nor saved. It wants as many of the keys as of the values: where one
-    of the two has been moved on its way (a gather of repeated heads), both stay repeated.
+    Models write grouped-query attention as unsqueeze, expand, reshape. Our attention takes the fewer heads directly, so
+    the repeated ones are neither computed nor saved. It requires as many heads of keys as of values: where one of the
+    two has been converted in between (a gather of repeated heads), both stay repeated.
     """
     fewer = _unrepeated(keys, tensors), _unrepeated(values, tensors)
     heads = [tensors[source].shape[1:2] for source in fewer]

@@ -39,7 +39,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopar.autodiff.derivatives import DERIVATIVES, unrepeated_heads
-from autopar.autodiff.partition import Joint, Remake, partition
+from autopar.autodiff.partition import Joint, Recompute, partition
 from autopar.autodiff.recorder import IDENTITIES, Recorder, fake_mode
 from autopar.errors import AutoparError, InvariantError
 from autopar.ir import collectives as comm
@@ -60,8 +60,8 @@ def differentiate(program: AnyProgram) -> AnyProgram:
     Raises InvariantError, naming the node, where the graph cannot run at the sizes of its layouts.
     """
     if isinstance(program, Program):
-        return replace(program, role=role_of(program, remake=made_again(program)))
-    stages: list[Program] = []  # from the last: what a stage gets gradients for, the ones after it say
+        return replace(program, role=role_of(program, recompute=always_recomputed(program)))
+    stages: list[Program] = []  # from the last: later stages determine which values of a stage get gradients
     reached: set[str] = set()
     for number in reversed(range(len(program.stages))):
         stage = program.stages[number]
@@ -71,7 +71,7 @@ def differentiate(program: AnyProgram) -> AnyProgram:
             for position, entry in enumerate(stage.outputs)
             if position == loss or (entry.kind is OutputKind.SENT and f"{number}.{entry.target}" in reached)
         )
-        role = role_of(stage, wanted, made_again(stage))
+        role = role_of(stage, wanted, always_recomputed(stage))
         received = {entry.target for entry in stage.inputs if entry.kind is InputKind.RECEIVED}
         for target in received.intersection(role.grads):
             source, _, name = target.partition(".")
@@ -80,8 +80,8 @@ def differentiate(program: AnyProgram) -> AnyProgram:
     return replace(program, stages=tuple(stages))
 
 
-def made_again(program: Program) -> Remake:
-    """What backward makes again: what is free, and with ``Plan(zero=3)`` the parameters that are gathered."""
+def always_recomputed(program: Program) -> Recompute:
+    """The predicate of nodes that backward always recomputes: free ones, and with ``Plan(zero=3)`` gathered ones."""
     if program.plan.zero < 3 or not program.plan.reshard_after_forward:
         return is_free
     parameters = {node.name for node, _ in program.placeholders(InputKind.PARAMETER)}
@@ -98,22 +98,23 @@ def is_gathered(node: Node, parameters: Set[str]) -> bool:
     return source.op == "placeholder" and source.name in parameters
 
 
-def role_of(program: Program, differentiable: tuple[int, ...] | None = None, remake: Remake = is_free) -> Role:
+def role_of(program: Program, differentiable: tuple[int, ...] | None = None, recompute: Recompute = is_free) -> Role:
     """The graphs of one role; a pipeline stage is a program of its own here.
 
     ``differentiable``: positions of the outputs that get a gradient; by default the loss alone, or else all user
-    outputs that need one. ``remake``: which forward nodes backward makes again rather than gets (``partition``).
+    outputs that need one. ``recompute``: the forward nodes that backward recomputes
+    (:mod:`autopar.autodiff.partition`).
     """
     inference = inference_graph(program)
     joint, differentiable, grads = joint_graph(program, differentiable)
     if not grads:
         return Role(inference, None, inference)
-    forward, backward, saved = partition(joint, remake)
+    forward, backward, saved = partition(joint, recompute)
     return Role(forward, backward, inference, len(saved), differentiable, grads)
 
 
 def inference_graph(program: Program) -> fx.Graph:
-    """A copy of the forward graph without dead nodes and without what only matters to a backward pass."""
+    """A copy of the forward graph without dead nodes and without nodes that only matter to a backward pass."""
     copy, copies = fx.Graph(), dict[Node, Node]()
     results = program.returned
     live = ancestors(results)
@@ -126,7 +127,7 @@ def inference_graph(program: Program) -> fx.Graph:
             set_values(copies[node], *values(node))
             set_origin(copies[node], origin(node))
     copy.output(tuple(copies[node] for node in results))
-    remove_unused(copy)  # what only a straight_through had a use for
+    remove_unused(copy)  # nodes that only a straight_through used
     return copy
 
 
@@ -191,7 +192,7 @@ class _Forward:
     def __init__(self, program: Program, recorder: Recorder) -> None:
         self.program, self.recorder = program, recorder
         self.tensors: dict[Node, Any] = {}
-        self.named: dict[Any, None] = {}  # nodes of autograd's graph that already know where they come from
+        self.named: dict[Any, None] = {}  # nodes of autograd's graph that have their origin already
         self.inputs = tuple(self._input(node) for node in program.graph.nodes if node.op == "placeholder")
 
     def _input(self, node: Node) -> Node:
@@ -206,7 +207,7 @@ class _Forward:
         return placed
 
     def leaves(self) -> dict[str, Tensor]:
-        """What gradients are wanted of: parameters, then inputs and what is received, by their names."""
+        """The tensors whose gradients are required: parameters, then inputs and received values, by their names."""
         kinds = (InputKind.PARAMETER, InputKind.INPUT, InputKind.RECEIVED)
         found = [(entry, self.tensors[node]) for node, entry in self.program.placeholders(*kinds)]
         found.sort(key=lambda pair: pair[0].kind is not InputKind.PARAMETER)
@@ -239,7 +240,7 @@ class _Forward:
             raise InvariantError(_failure(node, args, kwargs, problem)) from problem
 
     def _keep_layout(self, node: Node) -> None:
-        """What is recorded under the node's own name is the node's value: it lies on the mesh as that does."""
+        """The recorded node of the same name holds the node's value, so it gets its layout."""
         types, tensor = values(node), self.tensors[node]
         if len(types) == 1 and isinstance(tensor, Tensor):
             recorded = self.recorder.node_of(tensor)
@@ -247,7 +248,7 @@ class _Forward:
                 set_values(recorded, replace(types[0], requires_grad=False))
 
     def _name_gradients(self, node: Node) -> None:
-        """Let the backward nodes that torch derives from ``node`` carry its origin."""
+        """Give the origin of ``node`` to the backward nodes that torch derives from it."""
         tensors = [item for item in pytree.tree_leaves(self.tensors[node]) if isinstance(item, Tensor)]
         wanted = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
         where, recorder = origin(node), self.recorder

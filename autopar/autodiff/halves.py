@@ -2,12 +2,12 @@
 
     backward (*saved, *tangents) -> gradients
     -->
-    B       (*saved, *tangents) -> (*gradients of what was received, *partial)
-    I       (*saved, *tangents) -> (*gradients of what was received, *kept)        W   (*kept) -> partial
+    B       (*saved, *tangents) -> (*gradients of received values, *partial)
+    I       (*saved, *tangents) -> (*gradients of received values, *kept)        W   (*kept) -> partial
     reduce  (*partial) -> gradients of parameters, once a step, when ``partial`` is the sum over all microbatches
 
-``partial`` is what the data axes reduce. I and W are B in two halves: W makes products that nothing but gradients of
-parameters waits for, and has time until the end of the step. (Qi et al. 2023, Zero Bubble Pipeline Parallelism, which
+``partial`` is reduced over the data axes. I and W are the two halves of B: W computes products for which only gradients
+of parameters wait, and has time until the end of the step. (Qi et al. 2023, Zero Bubble Pipeline Parallelism, which
 calls I "B".)
 """
 
@@ -31,8 +31,11 @@ from autopar.mesh import DATA_AXES
 
 @dataclass(frozen=True)
 class BackwardSteps:
-    """``at_once``: targets of the gradients that B and I return first; ``later``: parameters, as ``reduce`` returns
-    their gradients."""
+    """The graphs of the steps.
+
+    ``at_once``: targets of the gradients that B and I return first. ``later``: parameters, in the order in which
+    ``reduce`` returns their gradients.
+    """
 
     whole: fx.Graph
     inputs: fx.Graph
@@ -74,7 +77,7 @@ def halves(graph: fx.Graph, at_once: int) -> tuple[fx.Graph, fx.Graph]:
 
 
 def _factors(gradient: Node) -> list[Node]:
-    """What the products whose sum is ``gradient`` are made of; what an operator makes beside other results itself."""
+    """The factors of the products whose sum is ``gradient``; one of several results of an operator counts as it is."""
     found, wanted = list[Node](), [gradient]
     while wanted:
         node = wanted.pop()

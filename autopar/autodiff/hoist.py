@@ -1,4 +1,4 @@
-"""What a step does once, however many batches it has: gathering the parameters before, reducing the gradients after.
+"""The work that a step does once for all its batches: gathering parameters before, reducing gradients after.
 
     forward  (p: f32[8@dp,4], x) : g = comm.all_gather(p, dp); y = linear(x, g)
     -->
@@ -8,8 +8,8 @@
     -->
     backward (x, d) : w = mm(t(d), x); return w      reducing (w) : r = comm.reduce_scatter(w, dp); return r
 
-The first is for ``Plan(zero=1)`` and ``2``, where whole parameters stay (Rajbhandari et al. 2020, section 5.1); the
-second for gradient accumulation without communication.
+The first is for ``Plan(zero=1)`` and ``2``, where whole parameters stay in memory (Rajbhandari et al. 2020, section
+5.1); the second for gradient accumulation without communication.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ REDUCING = comm.started_too(comm.REDUCTIONS)
 @dataclass(frozen=True)
 class Gathering:
     """``graph``: (parameters called ``parameters``) -> whole ones; ``rest``: (*inputs of before, *whole ones) -> as
-    before. ``owners``: for each whole one the parameter of which it is made by stacking the parts of an axis, and that
-    axis; None for those made in another way."""
+    before.
+
+    ``owners``: for each whole one, the parameter from which it is made by stacking the parts of an axis, and that axis;
+    None for those made in another way.
+    """
 
     graph: fx.Graph
     rest: fx.Graph
@@ -48,7 +51,7 @@ class Gathering:
 
 
 def without_gathers(graph: fx.Graph, parameters: Set[str]) -> Gathering | None:
-    """``graph`` with the parameters that it gathers taken whole; None where it gathers none."""
+    """``graph`` with the parameters that it gathers as whole inputs; None where it gathers none."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     made = {node: frozenset({node.name}) for node in inputs if node.name in parameters}
     gathered: set[Node] = set()
@@ -87,21 +90,24 @@ def _leaves(node: Node, gathered: Set[Node]) -> bool:
 
 @dataclass(frozen=True)
 class Reducing:
-    """``rest``: the backward graph up to the sums over ``axes`` that only gradients wait for; ``graph``: (what it
-    returns) -> gradients. Gradients that are wanted at once ``rest`` returns first, and ``graph`` has no part in."""
+    """``rest``: the backward graph up to the sums over ``axes`` for which only gradients wait.
+
+    ``graph``: (results of ``rest``) -> gradients. Gradients that are required at once are the first results of
+    ``rest``, and ``graph`` does not take them.
+    """
 
     rest: fx.Graph
     graph: fx.Graph
 
 
 def without_reductions(graph: fx.Graph, axes: Iterable[str], at_once: Set[int] = frozenset()) -> Reducing:
-    """A backward graph cut before the reductions over ``axes`` of gradients that are nothing but returned.
+    """A backward graph cut before the reductions over ``axes`` of gradients that are only returned.
 
     ``at_once``: positions of gradients that cannot wait.
     """
     axes = frozenset(axes)
     ends = {output_node(graph)}
-    last: set[Node] = set()  # everything from a reduction on to the end
+    last: set[Node] = set()  # everything from a reduction to the end
     for node in reversed(list(graph.nodes)):
         if node.op != "call_function" or not node.users or not all(user in ends for user in node.users):
             continue
@@ -124,7 +130,10 @@ def without_reductions(graph: fx.Graph, axes: Iterable[str], at_once: Set[int] =
 
 
 def _reduced_later(node: Node, ends: Set[Node], axes: Set[str]) -> bool:
-    """Whether ``node`` only arranges what a reduction then takes; a cast does more: sums are to be of its dtype."""
+    """Whether ``node`` only rearranges the operand of a later reduction.
+
+    A cast does more: it sets the dtype of the sum.
+    """
     queue = list(node.users) if node.target is not CAST else []
     while queue:
         user = queue.pop()
@@ -136,7 +145,7 @@ def _reduced_later(node: Node, ends: Set[Node], axes: Set[str]) -> bool:
 
 
 def _taken(returned: Iterable[object], last: Set[Node]) -> list[Node]:
-    """What the reductions, and what is returned without one, take from before."""
+    """The values before the cut that the reductions, and the gradients without one, take."""
     results = [node for node in returned if isinstance(node, fx.Node)]
     inside = ancestors([node for node in results if node in last])
     found = [source for node in inside if node in last for source in node.all_input_nodes if source not in last]

@@ -1,17 +1,17 @@
-"""What of a region backward keeps and what it makes again, at which price: minimum cuts.
+"""The values of a region that backward keeps and those it recomputes, at which price: minimum cuts.
 
 Each value is two points, ``made`` and ``there``. A cut between the source (forward) and the sink (backward) that goes
 
     made -> there      keeps the value             capacity: its bytes
-    source -> made     makes the value again       capacity: its work
+    source -> made     recomputes the value        capacity: its work
 
-and since ``there`` of an operand leads to ``made`` of what is computed from it without limit, what is made again finds
-all that it needs. With prices for both, the cheapest cut is the best choice at that exchange rate; all rates together
-give the choices that no mixture of others beats. (Min-cut rematerialisation, as in torch's
+An edge without limit leads from ``there`` of an operand to ``made`` of each value computed from it, so every recomputed
+value has its operands. With prices for both, the cheapest cut is the best choice at that exchange rate; all rates
+together give the choices that no mixture of others beats. (Min-cut rematerialisation, as in torch's
 ``min_cut_rematerialization_partition``, whose cut knows bytes only: the work is a second capacity here, and takes the
-place of its knapsack. That partitioner itself wants a whole AOTAutograd joint graph with its metadata, decides for all
-layers at once rather than for one of them, knows neither our operators nor their cost, and never makes a collective
-again.)
+place of its knapsack. That partitioner itself requires a whole AOTAutograd joint graph with its metadata, decides for
+all layers at once rather than for one of them, knows neither our operators nor their cost, and never recomputes a
+collective.)
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ SOURCE, SINK = -1, -2
 
 @dataclass(frozen=True)
 class Item:
-    """One value of a region: the positions of its operands, before it; the bytes that keeping it takes, and the
-    operations that making it again takes (None: impossible); whether backward itself needs it."""
+    """One value of a region.
+
+    It has the positions of its operands, which are before it; the bytes that keeping it takes; the operations that
+    recomputing it takes (None: impossible); and whether backward itself needs it.
+    """
 
     operands: tuple[int, ...]
     bytes: int | None
@@ -40,22 +43,22 @@ Region = tuple[Item, ...]  # equal regions, those of repeated blocks, are solved
 
 @dataclass(frozen=True)
 class Choice:
-    """Positions of the values that are kept and that are made again, the bytes and the operations of that."""
+    """The positions of the values that are kept and of those that are recomputed; the bytes and operations of that."""
 
     kept: frozenset[int]
-    remade: frozenset[int]
+    recomputed: frozenset[int]
     bytes: int
     work: int
 
 
 def fewest_bytes(region: Region) -> Choice:
-    """Of the choices that keep the fewest bytes the one with the least work."""
+    """The choice with the least work among those that keep the fewest bytes."""
     total = sum(item.work or 0 for item in region)
     return _cheapest(region, total + 1, 1)
 
 
 def least_work(region: Region) -> Choice:
-    """Of the choices with the least work the one that keeps the fewest bytes."""
+    """The choice that keeps the fewest bytes among those with the least work."""
     total = sum(item.bytes or 0 for item in region)
     return _cheapest(region, 1, total + 1)
 
@@ -68,7 +71,7 @@ def frontier(region: Region) -> tuple[Choice, ...]:
 
 
 def _between(region: Region, heavy: Choice, light: Choice) -> tuple[Choice, ...]:
-    """Those strictly below the line from ``heavy`` (more bytes) to ``light`` (more work)."""
+    """The choices strictly below the line from ``heavy`` (more bytes) to ``light`` (more work)."""
     byte, operation = light.work - heavy.work, heavy.bytes - light.bytes
     found = _cheapest(region, byte, operation)
     if byte * found.bytes + operation * found.work >= byte * heavy.bytes + operation * heavy.work:
@@ -91,13 +94,15 @@ def _cheapest(region: Region, byte: int, operation: int) -> Choice:
         if item.needed:
             _connect(graph, there, SINK, None)
     _, (_, late) = nx.minimum_cut(graph, SOURCE, SINK)
-    remade = frozenset(i for i in range(len(region)) if 2 * i in late)
-    kept = frozenset(i for i in range(len(region)) if 2 * i + 1 in late) - remade
-    return Choice(kept, remade, sum(region[i].bytes or 0 for i in kept), sum(region[i].work or 0 for i in remade))
+    recomputed = frozenset(i for i in range(len(region)) if 2 * i in late)
+    kept = frozenset(i for i in range(len(region)) if 2 * i + 1 in late) - recomputed
+    return Choice(
+        kept, recomputed, sum(region[i].bytes or 0 for i in kept), sum(region[i].work or 0 for i in recomputed)
+    )
 
 
 def _connect(graph: nx.DiGraph, start: int, end: int, capacity: int | None) -> None:
-    """An edge; None is no limit."""
+    """Add an edge; None is no limit."""
     if capacity is None:
         graph.add_edge(start, end)
     else:

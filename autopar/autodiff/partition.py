@@ -1,13 +1,14 @@
-"""Split a joint graph into forward and backward, so that little is kept in between.
+"""Split a joint graph into forward and backward, so that few bytes are kept in between.
 
     joint:     t = aten.t(w); y = aten.mm(x, t); ...; d_x = aten.mm(d_y, w)
 
-What backward needs of forward is *saved*, except for what costs nothing to make again (views, tensors made out of
-numbers, casts of parameters) or is named by the caller (gathers of parameters, recomputed activations): that is made
-again in backward, just before its first use.
+Backward gets the forward values that it needs as *saved* values. It recomputes, just before their first use, those that
+cost nothing (views, tensors made from numbers, casts of parameters) and those that the caller names (gathers of
+parameters, recomputed activations).
 
-Order is that of the joint graph, with three exceptions, the same on all ranks: reductions run as soon as their
-argument is there (its memory is freed, other work can hide them); free nodes and gathers run just before their use.
+The order is that of the joint graph, with three exceptions that are the same on all ranks: a reduction runs as soon as
+its operand is available (its memory is freed, other work can hide it); free nodes and gathers run just before their
+use.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from autopar.ir.reach import ancestors
 
 aten = torch.ops.aten
 
-Remake = Callable[[Node], bool]
+Recompute = Callable[[Node], bool]
 
 
 @dataclass(frozen=True)
 class Joint:
-    """Forward and backward of one role as one graph. Placeholders: ``inputs``, then ``tangents`` (the gradients of
-    the differentiable outputs). ``forward`` holds the nodes that ran before backward began."""
+    """Forward and backward of one role as one graph. Placeholders: ``inputs``, then ``tangents``.
+
+    ``tangents`` are the gradients of the differentiable outputs. ``forward`` holds the nodes that ran before backward.
+    """
 
     graph: fx.Graph
     inputs: tuple[Node, ...]
@@ -41,19 +44,23 @@ class Joint:
     forward: frozenset[Node]
 
 
-def partition(joint: Joint, remake: Remake = is_free) -> tuple[fx.Graph, fx.Graph, tuple[Node, ...]]:
-    """Forward graph ``(inputs) -> (*outputs, *saved)``, backward graph ``(*saved, *tangents) -> gradients``, and the
-    saved nodes of the joint graph. ``remake`` says which forward nodes backward makes again rather than gets."""
-    saved = saved_nodes(joint, remake)
-    late: Remake = lambda node: node in joint.forward or is_late(node)  # noqa: E731
+def partition(joint: Joint, recompute: Recompute = is_free) -> tuple[fx.Graph, fx.Graph, tuple[Node, ...]]:
+    """Forward graph ``(inputs) -> (*outputs, *saved)``, backward graph ``(*saved, *tangents) -> gradients``.
+
+    The third result is the saved nodes of the joint graph. ``recompute``: whether backward recomputes a forward node.
+    """
+    saved = saved_nodes(joint, recompute)
+    late: Recompute = lambda node: node in joint.forward or is_late(node)  # noqa: E731
     forward = extract(joint.graph, joint.inputs, (*joint.outputs, *saved))
     backward = extract(joint.graph, (*saved, *joint.tangents), joint.gradients, late)
     return forward, backward, saved
 
 
 def joined(forward: fx.Graph, backward: fx.Graph, saved: int) -> Joint:
-    """The inverse of :func:`partition`: what backward makes again is the node of forward once more. ``saved``: how many
-    values forward returns behind its outputs, and backward takes before the tangents."""
+    """The inverse of :func:`partition`: a node that backward recomputes is the node of forward again.
+
+    ``saved``: the number of values that forward returns after its outputs, and that backward takes before the tangents.
+    """
     graph, copies = fx.Graph(), dict[Node, Node]()
     inputs = [_copied(node, graph, copies) for node in forward.nodes if node.op == "placeholder"]
     known = {_call(node, copies): _copied(node, graph, copies) for node in forward.nodes if node.op == "call_function"}
@@ -84,16 +91,16 @@ def _copied(node: Node, graph: fx.Graph, copies: dict[Node, Node]) -> Node:
 
 
 def _call(node: Node, copies: dict[Node, Node]) -> str:
-    """What ``node`` calls, and on what: equal for equal calls."""
+    """The target and operands of ``node``: equal for equal calls."""
     return repr((node.target, *fx.map_arg((node.args, node.kwargs), copies.__getitem__)))
 
 
-def saved_nodes(joint: Joint, remake: Remake) -> tuple[Node, ...]:
+def saved_nodes(joint: Joint, recompute: Recompute) -> tuple[Node, ...]:
     """The forward nodes that must be kept, in the order of the graph."""
     backward = ancestors(joint.gradients, stop=joint.forward)
     wanted = [source for node in backward for source in node.all_input_nodes if source in joint.forward]
     wanted += [node for node in joint.gradients if node in joint.forward]
-    again: Remake = lambda node: node.op != "placeholder" and remake(node)  # noqa: E731
+    again: Recompute = lambda node: node.op != "placeholder" and recompute(node)  # noqa: E731
     needed = ancestors(wanted, through=again)
     return tuple(node for node in joint.graph.nodes if node in needed and not again(node))
 
@@ -102,8 +109,8 @@ def is_late(node: Node) -> bool:
     return is_free(node) or node.target in comm.GATHERS
 
 
-def extract(graph: fx.Graph, sources: Sequence[Node], results: Sequence[Node], late: Remake = is_late) -> fx.Graph:
-    """The part of ``graph`` that makes ``results`` out of ``sources``; ``late`` nodes wait for their first use."""
+def extract(graph: fx.Graph, sources: Sequence[Node], results: Sequence[Node], late: Recompute = is_late) -> fx.Graph:
+    """The part of ``graph`` that computes ``results`` from ``sources``; ``late`` nodes wait for their first use."""
     part = _Part()
     for node in sources:
         part.copies[node] = part.graph.placeholder(node.name)
@@ -126,7 +133,7 @@ def extract(graph: fx.Graph, sources: Sequence[Node], results: Sequence[Node], l
 
 
 def _anchor(node: Node) -> Node:
-    """What ``node`` is a view of: once that is there, so is ``node``."""
+    """The node that ``node`` is a view of: once that is available, so is ``node``."""
     while is_free(node) and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     return node
@@ -137,7 +144,7 @@ class _Part:
         self.graph, self.copies = fx.Graph(), dict[Node, Node]()
 
     def copy(self, node: Node) -> None:
-        """Copy ``node`` and what it needs that is not there yet."""
+        """Copy ``node`` and the operands that are not copied yet."""
         pending = [node]
         while pending:
             last = pending[-1]

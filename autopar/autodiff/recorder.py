@@ -3,10 +3,10 @@
 A ``Recorder`` sits below autograd and above a ``FakeTensorMode``: every operator that reaches a kernel becomes a node,
 nothing is computed and nothing is allocated. While recording it
 
-* drops what only matters to autograd (detach, alias, our ``enter``, ``release`` and ``straight_through``),
-* knows each view by its memory: ``t(t(x))`` is ``x``, a view that exists already is not made again,
-* shares equal pure operators (backward shares with forward only what costs nothing to make again),
-* turns in-place operators into their functional forms; views of the changed memory are remade.
+* drops operators that only matter to autograd (detach, alias, our ``enter``, ``release`` and ``straight_through``),
+* knows each view by its memory: ``t(t(x))`` is ``x``, and no view is recorded twice,
+* shares equal pure operators (backward shares with forward only those that cost nothing to recompute),
+* turns in-place operators into their functional forms; views of the changed memory get new nodes.
 
 This is the one file that needs torch's ``FakeTensorMode`` and ``TorchDispatchMode`` for differentiation.
 """
@@ -76,7 +76,7 @@ def _frozen(item: Any) -> Any:
 
 
 def _can_view(tensor: Tensor, like: Tensor) -> bool:
-    """Whether ``tensor.view(like.shape)`` is possible and lies in memory as ``like`` does."""
+    """Whether ``tensor.view(like.shape)`` is possible and has the strides of ``like``."""
     if tensor.is_contiguous():
         return like.is_contiguous()
     try:
@@ -88,8 +88,8 @@ def _can_view(tensor: Tensor, like: Tensor) -> bool:
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes every operator that runs under it into ``graph``; see the top of this file.
 
-    ``origin`` is given to the nodes recorded from now on. ``expected`` is an operator and the name of its node, should
-    it be recorded; ``reserved`` names are given to no other node. Collectives on axes of size 1 are dropped.
+    ``origin`` is given to the nodes recorded from now on. ``expected`` is an operator and the name of its node, in case
+    it is recorded; ``reserved`` names are given to no other node. Collectives on axes of size 1 are dropped.
     ``backward()`` starts the backward phase: ``forward_nodes`` are those recorded before.
     """
 
@@ -108,7 +108,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._below: dict[int, Tensor] = {}  # id(result of a reshape) -> what was reshaped
         self._first: dict[int, Tensor] = {}  # storage -> the first tensor on it
         self._equal: dict[Any, Node] = {}
-        self._free: dict[Any, Node] = {}  # of _equal, those that cost nothing to make again
+        self._free: dict[Any, Node] = {}  # of _equal, those that cost nothing to recompute
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -116,7 +116,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing is recorded within."""
+        """Within this context, nothing is recorded."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -183,14 +183,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bind(result, known or self._node(func, args, kwargs, result))
             return
         if not isinstance(result, (tuple, list)):
-            return  # a size or a flag that torch asked for
+            return  # a size or a flag that torch reads
         node = self._node(func, args, kwargs, result)
         for position, item in enumerate(result):
             if isinstance(item, Tensor):
                 self._bind(item, self._part(node, position, item))
 
     def _plainest(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Tensor) -> Any:
-        """The same operator with as little in it as possible: views of views are views of what lies below."""
+        """The same operator in its simplest form: a view of a view is a view of the first tensor."""
         if func in VIEWS:
             source = args[0]
             while (below := self._below.get(id(source))) is not None and _can_view(below, result):
@@ -281,10 +281,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             base = self._call(aten.as_strided_scatter.default, (self.node_of(first), node, *where), {}, first)
         self._views = {key: view for key, view in self._views.items() if key[0] != memory}
         for tensor in [tensor for tensor in self._alive if self._memory(tensor) == memory]:
-            self._nodes[id(tensor)] = self._remade(tensor, first, base, changed, node)
+            self._nodes[id(tensor)] = self._after_change(tensor, first, base, changed, node)
         return changed
 
-    def _remade(self, tensor: Tensor, first: Tensor, base: Node, changed: Tensor, node: Node) -> Node:
+    def _after_change(self, tensor: Tensor, first: Tensor, base: Node, changed: Tensor, node: Node) -> Node:
         """The node of a tensor whose memory has changed: ``base`` is the new value of the ``first`` tensor on it."""
         geometry = self._geometry(tensor)
         if geometry == self._geometry(changed):

@@ -1,7 +1,7 @@
 """The regions of a forward graph in which backward may recompute values, and the cheapest choice in each of them.
 
-A region is one run through a repeated block, or what lies between two products outside of all blocks. Values that
-another region computes with are kept if backward needs them, so recomputing never leads from one region into the next.
+A region is one run through a repeated block, or the nodes between two products outside of all blocks. Values that
+another region uses are kept if backward needs them, so recomputation never leads from one region into the next.
 Each region is solved by itself (``min_cut``); regions of equal structure are solved once.
 """
 
@@ -17,7 +17,7 @@ from torch import fx
 
 from autopar.autodiff.differentiate import is_gathered
 from autopar.autodiff.min_cut import Choice, Item, Region, fewest_bytes, frontier
-from autopar.autodiff.partition import Joint, Remake, saved_nodes
+from autopar.autodiff.partition import Joint, Recompute, saved_nodes
 from autopar.cost.flops import flops
 from autopar.cost.machine import BANDWIDTH, FLOPS
 from autopar.ir import collectives as comm
@@ -30,21 +30,21 @@ from autopar.ir.tables import InputKind
 from autopar.ir.traffic import moved_bytes
 
 aten = torch.ops.aten
-SORTS = (aten.sort, aten.argsort, aten.topk)  # choices of rows: whoever makes one again must choose the same
+SORTS = (aten.sort, aten.argsort, aten.topk)  # choices of rows: a recomputed one must choose the same
 OUTSIDE = ""  # of all repeated blocks
 Place = tuple[str, int]  # a repeated block, or OUTSIDE, and the number of the run through it
 
 
 class Regions:
-    """The values of one forward graph that backward needs, by the regions in which they may be made again."""
+    """The values of one forward graph that backward needs, by the regions in which they may be recomputed."""
 
-    def __init__(self, program: Program, joint: Joint, free: Remake) -> None:
+    def __init__(self, program: Program, joint: Joint, free: Recompute) -> None:
         self.program, self.joint, self.free = program, joint, free
         self.parameters = {node.name for node, _ in program.placeholders(InputKind.PARAMETER)}
         self.order = {node: position for position, node in enumerate(joint.graph.nodes)}
         self.places = places_of(joint, self.parameters)
         self.saved = saved_nodes(joint, free)
-        self.twice = ancestors(joint.gradients, stop=self.saved)  # what backward makes now
+        self.twice = ancestors(joint.gradients, stop=self.saved)  # the nodes that backward computes now
         self.held = {node for node in self.saved if self._stays(node)}
         found: dict[Place, list[fx.Node]] = defaultdict(list)
         for node in self.saved:
@@ -54,15 +54,15 @@ class Regions:
         self.regions = [self._region(place, nodes) for place, nodes in zip(found, self.nodes)]
 
     def recomputed(self) -> set[fx.Node]:
-        """What backward is to compute again rather than get."""
+        """The nodes that backward is to recompute."""
         budget = self.program.plan.recompute
         found = list(map(fewest_bytes, self.regions)) if isinstance(budget, str) else self._within(Fraction(budget))
         pairs = list(zip(self.nodes, found))
         kept = {nodes[position] for nodes, choice in pairs for position in choice.kept}
-        return {nodes[position] for nodes, choice in pairs for position in choice.remade} - kept
+        return {nodes[position] for nodes, choice in pairs for position in choice.recomputed} - kept
 
     def _within(self, share: Fraction) -> list[Choice]:
-        """Step by step, those that save most bytes for their work first, until no more than ``share`` is kept."""
+        """Step by step, the choices that save most bytes for their work first, until no more than ``share`` is kept."""
         frontiers = list(map(frontier, self.regions))
         steps = [
             (Fraction(after.work - before.work, before.bytes - after.bytes), number, position + 1)
@@ -83,24 +83,24 @@ class Regions:
     # ------------------------------------------------------------ regions
 
     def _stays(self, node: fx.Node) -> bool:
-        """Whether a value that backward needs is kept whatever the choice: another region computes with it."""
+        """Whether a value that backward needs is kept in every choice: another region uses it."""
         if node in self.joint.outputs or self._is_at_hand(node):
             return True
         return any(self._may_again(user) for user in self._consumers(node) if self.places[user] != self.places[node])
 
     def _consumers(self, node: fx.Node) -> Iterator[fx.Node]:
-        """What forward computes from ``node``, or from a view of it."""
+        """The nodes that forward computes from ``node``, or from a view of it."""
         for user in node.users:
             if user in self.joint.forward:
                 yield from self._consumers(user) if is_free(user) else (user,)
 
     def _made_of(self, place: Place, needed: Sequence[fx.Node]) -> list[fx.Node]:
-        """``needed`` and all that they can be made of, in order, from what other regions make on."""
+        """``needed`` and all values that they can be computed from, in order, from those of other regions on."""
         found = ancestors(needed, through=lambda node: self._is_within(place, node))
         return sorted(found, key=self.order.__getitem__)
 
     def _is_within(self, place: Place, node: fx.Node) -> bool:
-        """Whether ``node`` may be made again in the region of ``place``."""
+        """Whether ``node`` may be recomputed in the region of ``place``."""
         if node in self.held or self._is_at_hand(node):
             return False
         return self.free(node) or (self.places[node] == place and self._may_again(node))
@@ -123,23 +123,23 @@ class Regions:
     # ------------------------------------------------------------ values
 
     def _is_at_hand(self, node: fx.Node) -> bool:
-        """Parameters, inputs, and parameters that are gathered once for the whole step."""
+        """Whether ``node`` is a parameter, an input, or a parameter that is gathered once for the whole step."""
         return node.op == "placeholder" or (is_gathered(node, self.parameters) and not self.free(node))
 
     def _may_again(self, node: fx.Node) -> bool:
-        """Whether the plan lets backward make ``node``."""
+        """Whether the plan lets backward recompute ``node``."""
         block, _ = self.places[node]
         everything = self.program.plan.recompute != "selective" and block != OUTSIDE
         return not is_random(node.target) and (everything or not _is_costly(node))
 
     def _bytes(self, node: fx.Node) -> int:
-        """What keeping a value takes on one rank; those that are there anyway take nothing."""
+        """The bytes that keeping a value takes on one rank; none for a value that is available anyway."""
         if node in self.joint.outputs or self._is_at_hand(node):
             return 0
         return sum(math.prod(self._shape(kind)) * kind.dtype.itemsize for kind in values(node))
 
     def _work(self, node: fx.Node) -> int:
-        """Operations of a call on one rank; what it sends counts as what could be computed in that time."""
+        """Operations of a call on one rank; bytes that it sends count as the operations possible in that time."""
         if node in self.twice:
             return 0
         work, name = flops(node, self._shape), comm.moving(node.target)
@@ -153,17 +153,17 @@ class Regions:
 
 
 def _is_costly(node: fx.Node) -> bool:
-    """Whether to make ``node`` again costs more than to walk through memory, or must not come out otherwise."""
+    """Whether recomputing ``node`` costs more than one walk through memory, or could give another result."""
     sends = comm.moving(node.target) is not None
     return is_product(node.target) or sends or (is_operator(node) and packet_of(node) in SORTS)
 
 
 def places_of(joint: Joint, parameters: Set[str]) -> dict[fx.Node, Place]:
-    """The region of each node of forward, those that are free aside.
+    """The region of each node of forward, except free ones.
 
     A repeated block is run through again where a product takes a weight for the second time (layers that share their
-    weights); what stands in no repeated block is cut before each product, lest it reach from the first layer to the
-    last.
+    weights). Outside of repeated blocks, a region ends before each product, so that it cannot reach from the first
+    layer to the last.
     """
     found: dict[fx.Node, Place] = {}
     runs: Counter[str] = Counter()
@@ -183,7 +183,7 @@ def places_of(joint: Joint, parameters: Set[str]) -> dict[fx.Node, Place]:
 
 
 def _is_weight(node: fx.Node, parameters: Set[str]) -> bool:
-    """Whether ``node`` is a parameter, a view of one, or one that is gathered."""
+    """Whether ``node`` is a parameter, a view of one, or a gathered one."""
     while len(node.all_input_nodes) == 1 and (is_free(node) or is_gathered(node, parameters)):
         (node,) = node.all_input_nodes
     return node.op == "placeholder" and node.name in parameters

@@ -1,8 +1,8 @@
 """The order in which a rank runs one graph: collectives start early and are waited for late.
 
-Each node is taken in the order of the graph and placed. Gathers of parameters go ahead of it, as far as the limit
-allows; reductions are started when it is their turn, and waited for when their result is used; gradients of weights
-are put off until a sum that backward goes on with has started.
+The nodes are placed one by one in the order of the graph. Gathers of parameters are placed before a node as far as the
+limit allows. Reductions start at their turn, and are waited for when their result is used. Gradients of weights are
+delayed until a sum that backward needs next has started.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ aten = torch.ops.aten
 
 
 class Reordering:
-    """A new order for the nodes of one graph, with collectives taken apart. ``limit``: bytes that may be under way of
-    gathers, and as many of reductions."""
+    """A new order for the nodes of one graph, in which collectives are split into start and wait.
+
+    ``limit``: bytes of gathers that may be under way, and as many of reductions.
+    """
 
     def __init__(self, mesh: Mesh, graph: fx.Graph, limit: float, is_backward: bool) -> None:
         self.mesh, self.graph, self.limit = mesh, graph, limit
@@ -33,8 +35,8 @@ class Reordering:
         self.end = output_node(graph)
         self.under_way: dict[fx.Node, float] = {}  # collective -> bytes that it holds
         self.waits: dict[fx.Node, fx.Node] = {}  # collective that has been started -> its wait
-        self.late = self._late()  # what only arranges the result of a reduction for being returned -> the reduction
-        self.delayed: dict[fx.Node, list[fx.Node]] = {}  # reduction under way -> what arranges its result
+        self.late = self._late()  # a node that only arranges a reduction's result to return it -> the reduction
+        self.delayed: dict[fx.Node, list[fx.Node]] = {}  # reduction under way -> the nodes that arrange its result
         self.ahead = deque(node for node in self.nodes if node.target in GATHERS and self._can_start(node))
         self.gathers = set(self.ahead)
         self.done: set[fx.Node] = set()  # brought forward
@@ -45,7 +47,7 @@ class Reordering:
         self.places = {node: place for place, node in enumerate(self.nodes)}
 
     def run(self) -> None:
-        """Bring the graph, in place, into the new order."""
+        """Put the graph, in place, into the new order."""
         for node in self.nodes:
             if node in self.aside:
                 self.put_off.append(node)
@@ -58,7 +60,7 @@ class Reordering:
             self._arrive(node)
 
     def _place(self, node: fx.Node) -> None:
-        """The next node of the new order."""
+        """Place the next node of the new order."""
         if self.late.get(node) in self.under_way:
             self.delayed[self.late[node]].append(node)
             return
@@ -66,7 +68,7 @@ class Reordering:
             self._arrive(source)
         self._prefetch(node)
         if node in self.waits or node in self.done:
-            return  # a gather under way, waited for before its first use, or what it was made of
+            return  # a gather under way, waited for before its first use, or its operands
         if _is_reduction(node) and self._can_start(node) and (node in self.hidden or self._pays(node)):
             self._make_room(node)
             self._start(node)
@@ -110,7 +112,7 @@ class Reordering:
         return {node: reduction for node, reduction in before.items() if reduction is not None}
 
     def _hidden(self) -> set[fx.Node]:
-        """Reductions that a backward graph goes on with; what they do not wait for can hide them."""
+        """Reductions whose result backward uses; nodes that do not depend on them can hide them."""
         found = {node for node in self.nodes if _is_reduction(node) and self._can_start(node)}
         return {node for node in found if any(user is not self.end and user not in self.late for user in node.users)}
 
@@ -122,7 +124,7 @@ class Reordering:
     # ------------------------------------------------------------ moving it
 
     def _prefetch(self, node: fx.Node) -> None:
-        """Start the gather that is ``node``, then those after it for which there is room, in their order."""
+        """Start the gather ``node``, then those after it for which there is room, in their order."""
         if node in self.gathers and node not in self.waits:
             self._start(node)
         while self.ahead:
@@ -171,7 +173,7 @@ class Reordering:
         return sum(size for node, size in self.under_way.items() if _is_reduction(node) != gathers)
 
     def _arrive(self, node: fx.Node) -> None:
-        """The wait for a collective goes here, and after it what has been put off until then."""
+        """Place the wait for a collective, and after it the nodes that were delayed until then."""
         if node not in self.under_way:
             return
         del self.under_way[node]

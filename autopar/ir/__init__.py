@@ -1,1 +1,1 @@
-"""The program and what it is made of: layouts, collectives, nodes and their types, tables, the text form, contracts."""
+"""The program and its parts: layouts, collectives, nodes and their types, tables, the text form, contracts."""

@@ -9,7 +9,7 @@ from autopar.mesh import BATCH_AXES, Mesh
 
 
 def data_ways(mesh: Mesh) -> int:
-    """Into how many parts the batch is cut."""
+    """The number of parts into which the batch is split over ranks."""
     ways = 1
     for axis in BATCH_AXES:
         ways *= mesh.size(axis)
@@ -17,8 +17,10 @@ def data_ways(mesh: Mesh) -> int:
 
 
 def batch_dims(shapes: Sequence[tuple[str, Sequence[int]]], given: Mapping[str, int | None]) -> list[int | None]:
-    """The batch dim of each input (name, shape): the ``given`` one, else dim 0 if it is as long as that of most others;
-    None for an input without."""
+    """The batch dim of each input (name, shape); None for an input without one.
+
+    It is the ``given`` one, else dim 0 if that is as long as the dim 0 of most other inputs.
+    """
     lengths = Counter(shape[0] for name, shape in shapes if len(shape) and name not in given)
     usual = lengths.most_common(1)[0][0] if lengths else None
     return [given[name] if name in given else 0 if len(shape) and shape[0] == usual else None for name, shape in shapes]

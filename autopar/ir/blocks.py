@@ -6,8 +6,10 @@ from autopar.ir.node import Node, origin
 
 
 def block_of(node: Node) -> str:
-    """The block that ``node`` belongs to: its module path up to the first number, ``model.layers.3``; what stands
-    outside of numbered modules (embeddings, heads) is a block for each module."""
+    """The block of ``node``: its module path up to the first number, ``model.layers.3``.
+
+    Outside of numbered modules (embeddings, heads), each module is a block.
+    """
     parts = origin(node).module.split(".")
     for position, part in enumerate(parts):
         if part.isdigit():

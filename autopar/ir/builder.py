@@ -1,11 +1,11 @@
-"""A builder: inserts operators into a graph next to a node, and knows the types of what they return.
+"""A builder: inserts operators into a graph next to a node, and knows the types of their results.
 
     op = Builder(before=node)
     scores = op(aten.matmul.default, op(aten.mul.Tensor, query, scale), op(aten.transpose.int, key, -2, -1))
     substitute(node, op(aten.softmax.int, scores, -1))
 
 The types come from running the operator on tensors that have sizes and a dtype but no elements (torch's ``meta``
-device). New nodes come from the same line of the user's model as the node that they are next to.
+device). New nodes have the origin of the node that they are next to.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ META = torch.device("meta")
 
 
 class Builder:
-    """Inserts operators in front of one node, or behind it, each behind the one inserted before.
+    """Inserts operators in front of one node, or after it, each after the one inserted before.
 
-    What it can know of layouts depends on the graph:
+    Its knowledge of layouts depends on the graph:
 
-    * The graph of a program (no ``mesh``): layouts speak of whole tensors. Where all operands are whole, the result is
-      whole, and its sizes are those that the operator makes of theirs. Where one is split or a pending sum, a rule
-      would have to say what the result is; and a collective moves between the two. The builder knows neither: both
-      raise InvariantError unless ``like`` says the type.
+    * The graph of a program (no ``mesh``): layouts describe whole tensors. Where all operands are whole, the result is
+      whole, and its sizes follow from theirs. Where one is split or a pending sum, only a rule could tell the layout of
+      the result; and a collective converts between layouts. The builder knows neither: both raise InvariantError unless
+      ``like`` gives the type.
     * The graph that a rank runs (``mesh`` given): backward is written out, and sizes in arguments are local. Each
-      operand counts with its local size on ``mesh``, and the result is said to be whole at the local size that comes
-      out: what a rank holds is known, what it is a part of is not. Where a node takes the place of another, ``like``
-      hands on that layout. No gradient flows through new nodes. Collectives are operators as any other.
+      operand counts with its local size on ``mesh``, and the result is declared whole at the resulting local size: the
+      part that a rank holds is known, the tensor it is a part of is not. Where a node replaces another, ``like`` keeps
+      that node's layout. No gradient flows through new nodes. Collectives are operators like any other.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Builder:
         )
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """The sizes of ``node`` in this graph: local ones in that of a rank."""
+        """The sizes of ``node`` in this graph; local ones in the graph of a rank."""
         layout = value(node).layout
         return layout.local_shape(self._mesh) if self._mesh is not None else layout.shape
 
@@ -120,7 +120,7 @@ class Builder:
         return types if self._mesh is None else tuple(replace(kind, requires_grad=False) for kind in types)
 
     def _run(self, node: fx.Node) -> Any:
-        """What the operator returns, without elements."""
+        """The result of the operator, without elements."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._tensor)
         schema = getattr(node.target, "_schema", None)
         if schema is not None and any(argument.name == "device" for argument in schema.arguments):
@@ -155,7 +155,7 @@ def _types(like: fx.Node | Value | Sequence[Value]) -> tuple[Value, ...]:
 
 
 def _check_whole(node: fx.Node) -> None:
-    """Raises InvariantError where the layout of the result does not follow from whole operands."""
+    """Raise InvariantError where the layout of the result does not follow from whole operands."""
     if node.target in comm.TARGETS:
         raise InvariantError(
             f"{node.name}: what {operator_name(node.target)} returns lies otherwise than its operand\n"

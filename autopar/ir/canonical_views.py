@@ -1,7 +1,7 @@
 """Canonical forms of operators that only rearrange: all sizes written out, bounds from the front, nothing undone.
 
-Each function takes a node and returns what it is in canonical form: another node, a new one in front of it, or None
-where it is in that form already.
+Each function takes a node and returns its canonical form: another node, a new one in front of it, or None where the
+node is canonical already.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def expand(node: fx.Node) -> fx.Node | None:
 
 
 def keeps_shape(node: fx.Node) -> fx.Node | None:
-    """Operators that do nothing if the shape stays."""
+    """Operators that do nothing if the shape stays the same."""
     return operand(node) if same_type(node, operand(node)) else None
 
 
@@ -89,7 +89,7 @@ def transpose(node: fx.Node) -> fx.Node | None:
 
 
 def pieces(node: fx.Node) -> fx.Node | None:
-    """``cat`` without pieces that hold nothing; of one piece it is that piece."""
+    """``cat`` without empty pieces; the ``cat`` of one piece is that piece."""
     given, dim = node.args[0], argument(node, 1, "dim", 0)
     assert isinstance(given, (list, tuple))
     filled = [piece for piece in given if isinstance(piece, fx.Node) and 0 not in value(piece).shape]

@@ -1,16 +1,16 @@
-"""The collectives that appear in graphs: one table, from which everything that is known of them follows.
+"""The collectives that appear in graphs: one table, from which all other facts about them follow.
 
-A row says how the operand and the result lie on the axis (I, R, S or P, see ``layout.py``), which collective is the
-backward pass (the dual), which arguments follow the tensor, and what one rank sends. Shape functions, autograd
-formulas, moved bytes, costs of both directions, what is started early and what contracts believe come from it. A new
+A row gives the placements of the operand and of the result on the axis (I, R, S or P, see ``layout.py``), the dual
+(the collective of the backward pass), the arguments after the tensor, and the bytes that one rank sends. Shape
+functions, autograd formulas, moved bytes, costs of both directions, early starts and contracts follow from it. A new
 collective is a row here, a kernel in the simulator, and a method of the runtime's communicator.
 
 They are torch operators in the namespace ``autopar`` with a shape function and an autograd formula, but no kernel: a
 graph is traced with them for any mesh without a process group; the runtime (real processes) and the simulator (ranks
 in lock-step) execute them.
 
-A ``start_...`` does the same as the collective it starts, but its result is there only when ``wait`` has given it on.
-It has no dual, since ``overlap_collectives`` makes it of the others in the end.
+A ``start_...`` does the same as the collective it starts, but its result is available only from ``wait``. It has no
+dual, since ``overlap_collectives`` writes it after differentiation.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from torch import Tensor, fx
 from autopar.ir.layout import Partial, Placement, Split, Whole
 from autopar.mesh import Mesh
 
-Held = Literal["I", "R", "S", "P"]  # how a value lies on one axis
+Held = Literal["I", "R", "S", "P"]  # the placement of a value on one axis
 Arguments = dict[str, Any]  # those after the tensor, by name
 WHOLE: tuple[Held, ...] = ("I", "R")
 
 
 @dataclass(frozen=True)
 class Form:
-    """The arguments after the tensor. ``turned``: those of the dual, where they are not the same; ``idle``: whether
-    nobody sends anything, given such arguments on an axis of more than one rank."""
+    """The arguments after the tensor.
+
+    ``turned``: the arguments of the dual, where they are not the same. ``idle``: whether no rank sends anything, for
+    such arguments on an axis of more than one rank.
+    """
 
     schema: str
     turned: Callable[[Arguments], Arguments] = dict
@@ -46,7 +49,7 @@ class Form:
 
 AXIS = Form("str axis")
 REDUCTION = Form("str axis, str op")
-# one dim of `length` elements in all, cut as Split(dim, outer, ratio) says
+# one dim of `length` elements in all, cut as by Split(dim, outer, ratio)
 PART = Form("str axis, int ways, int dim, int outer, int[] ratio, int length")
 # source and target are (dim, outer, *ratio) of the two splits
 ENDS = Form(
@@ -54,7 +57,7 @@ ENDS = Form(
     lambda given: {**given, "source": given["target"], "target": given["source"]},
 )
 
-# by: so many ranks further on the axis, which is a ring
+# by: the number of ranks further on the axis, which is a ring
 STEPS = Form(
     "str axis, int ways, int by",
     turned=lambda given: {**given, "by": -given["by"]},
@@ -64,8 +67,11 @@ STEPS = Form(
 
 @dataclass(frozen=True)
 class Collective:
-    """``sends``: (ranks of the axis, bytes of the operand) -> bytes that one rank sends; it is linear in the bytes and
-    0 on an axis of one rank. ``starts``: the collective that does this one early. ``short``: its column in tables."""
+    """A row of the table.
+
+    ``sends``: (ranks of the axis, bytes of the operand) -> bytes that one rank sends; it is linear in the bytes, and 0
+    on an axis of one rank. ``starts``: the collective that starts this one early. ``short``: its column in tables.
+    """
 
     before: Held
     after: Held
@@ -83,7 +89,7 @@ class Collective:
 
     @property
     def grows(self) -> bool:
-        """Whether a part becomes a whole: ``length`` is the size of the result, else that of the operand."""
+        """Whether a part becomes a whole: ``length`` is then the size of the result, else that of the operand."""
         return self.form is PART and self.before == "S"
 
     @property
@@ -134,7 +140,7 @@ MOVING = tuple(name for name, row in COLLECTIVES.items() if row.sends(2, 2)) + t
 
 
 def row_of(name: str) -> Collective:
-    """The row of a collective, or of what is started under that name."""
+    """The row of a collective, or of the collective that is started under that name."""
     return COLLECTIVES[STARTED.get(name, name)]
 
 
@@ -150,7 +156,7 @@ def _define(name: str, form: Form, shape: Callable[..., Tensor]) -> None:
 
 
 def _differentiable(name: str) -> None:
-    """Its gradient is the dual of the gradient of its result."""
+    """Give the collective its gradient: the dual, applied to the gradient of its result."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.arguments = inputs[1:]
@@ -212,7 +218,7 @@ def _those(fits: Callable[[Collective], bool]) -> frozenset[Any]:
 
 
 def started_too(operators: Iterable[Any]) -> frozenset[Any]:
-    """``operators`` and those that do the same early."""
+    """``operators``, and the operators that start them early."""
     operators = frozenset(operators)
     return operators | {STARTS[target] for target in operators if target in STARTS}
 
@@ -225,14 +231,13 @@ REDUCTIONS = _those(lambda row: row.before == "P")  # sums over ranks
 GATHERS = _those(lambda row: row.before == "S" and row.after in WHOLE)
 CUTS = _those(lambda row: row.before in WHOLE and row.after == "S")
 ELEMENTWISE = _those(lambda row: row.form not in (PART, ENDS))  # each element stays in its place
-CONVERSIONS: dict[tuple[Held, Held], str] = {}  # how a value lies and is to lie -> the collective that does it
+CONVERSIONS: dict[tuple[Held, Held], str] = {}  # (placement now, placement required) -> the collective that converts
 for _name, _row in COLLECTIVES.items():
     CONVERSIONS.setdefault((_row.before, _row.after), _name)
 
 
 def moving(target: Any) -> str | None:
-    """The collective that sends data in a node with this target, by the name that it has when it is not started early;
-    None for everything else."""
+    """The collective that sends data in a node with this target, by its name when not started early; else None."""
     name = TARGETS.get(target)
     return STARTED.get(name, name) if name in MOVING else None  # type: ignore[arg-type]
 
@@ -249,7 +254,7 @@ def held(placement: Placement) -> Held:
 
 
 def arguments_of(node: fx.Node) -> Arguments:
-    """The arguments of a collective by name, ``x`` first, in the order of its schema, however they are given."""
+    """The arguments of a collective by name, ``x`` first, in the order of its schema, positional or not."""
     given = {**dict(zip(parameters_of(node.target), node.args)), **node.kwargs}
     return {name: given[name] for name in parameters_of(node.target) if name in given}
 
@@ -259,7 +264,7 @@ def parameters_of(target: Any) -> list[str]:
 
 
 def dual_of(name: str, arguments: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
-    """The collective of the backward pass of ``name`` and its arguments, both lists without the tensor."""
+    """The dual of ``name`` and its arguments; both lists of arguments are without the tensor."""
     row = COLLECTIVES[name]
     given = {"op": "sum", **row.form.turned(dict(zip(row.form.parameters, arguments)))}
     return row.dual, tuple(given[parameter] for parameter in COLLECTIVES[row.dual].form.parameters)
@@ -277,12 +282,12 @@ def does_nothing(target: Any, args: Sequence[Any], mesh: Mesh) -> bool:
 
 
 def is_idle(node: fx.Node, mesh: Mesh) -> bool:
-    """As :func:`does_nothing`, of a collective in a graph."""
+    """As :func:`does_nothing`, for a collective in a graph."""
     return does_nothing(node.target, tuple(arguments_of(node).values()), mesh)
 
 
 def where(split: Split, axis: str, ways: int, length: int) -> tuple[str, int, int, int, list[int], int]:
-    """The arguments behind the tensor of an operator that splits or joins a dim of ``length`` elements."""
+    """The arguments after the tensor, for an operator that splits or joins a dim of ``length`` elements."""
     return (axis, ways, split.dim, split.outer, list(split.ratio), length)
 
 

@@ -1,4 +1,4 @@
-"""A place in a line of the text form, and the parts of a line that need no graph: names, strings, sizes, layouts."""
+"""A position in a line of the text form, and readers of parts of a line that need no graph: names, sizes, layouts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Cursor:
             self.at += 1
 
     def take(self, pattern: re.Pattern[str]) -> str | None:
-        """The text that ``pattern`` matches here, which is then behind the cursor; None if it does not match."""
+        """The text that ``pattern`` matches at the cursor, which moves past it; None if it does not match."""
         found = pattern.match(self.line, self.at)
         if not found or not found[0]:
             return None
@@ -79,17 +79,17 @@ class Cursor:
         return self.line.startswith(characters, self.at)
 
     def more(self) -> bool:
-        """Whether the line goes on here; a comment does not count."""
+        """Whether the line continues at the cursor; a comment does not count."""
         return self.at < len(self.line) and self.line[self.at] != "#"
 
     def comment(self) -> str:
-        """What stands behind the ``#`` that must be here, or ``""`` at the end of the line."""
+        """The text after the ``#`` that must follow, or ``""`` at the end of the line."""
         if self.more():
             self.fail("the end of the line")
         return self.line[self.at + 1 :].strip()
 
     def fail(self, expected: str, found: str | None = None, at: int | None = None) -> NoReturn:
-        """``found``: what stands at column ``at`` instead; by default the next word."""
+        """Raise ProgramFileError. ``found``: the text at column ``at``; by default the next word."""
         rest = self.line[self.at :].split()
         what = f"'{found}'" if found else f"'{rest[0]}'" if rest else "the end of the line"
         column = (self.at if at is None else at) + 1

@@ -1,7 +1,8 @@
-"""Evaluating the part of a graph that depends on nothing, without ever holding what only repeats itself.
+"""The value of the part of a graph that depends on no input, without ever holding repeated elements.
 
 A value is kept *compact*: a dim along which all slices are equal has size 1. Masks that Hugging Face code builds for
-each row of the batch are the same for each row, so a mask of f32[8,1,4096,4096] is made and held as f32[1,1,4096,4096].
+each row of the batch are the same for each row, so a mask of f32[8,1,4096,4096] is computed and held as
+f32[1,1,4096,4096].
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _FILLED: dict[Any, Callable[[fx.Node], Any]] = {
 
 
 class Evaluator:
-    """Computes nodes in graph order; a value is dropped after its last use (``keep`` holds those wanted later).
+    """Computes nodes in graph order; a value is dropped after its last use (``keep`` holds those needed later).
 
     ``known``: every node that will be computed, and constants with their tensors.
     """

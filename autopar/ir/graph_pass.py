@@ -31,13 +31,13 @@ from autopar.ir.text import operator_name
 from autopar.plan import Plan
 
 DUMP = "AUTOPAR_DUMP"
-TRACE = "trace"  # what stands in front of all passes
+TRACE = "trace"  # the step before all passes
 _PLAN = "# plan: "
 
 Before = TypeVar("Before", bound=AnyProgram)
 After = TypeVar("After", bound=AnyProgram)
 Rewrite = Callable[[Before], After]
-Contract = Callable[[Any], None]  # of the kind of program that the pass takes, or gives
+Contract = Callable[[Any], None]  # for the kind of program that the pass takes, or gives
 Condition = Callable[[AnyProgram], bool]
 
 
@@ -45,8 +45,8 @@ Condition = Callable[[AnyProgram], bool]
 class Pass(Generic[Before, After]):
     """A named step of the compiler. Calling it runs it on a copy and checks its contracts.
 
-    Nearly all take a program and give one. ``cut_stages`` makes a pipelined one of it, ``differentiate`` takes either,
-    ``schedule_microbatches`` takes pipelined ones.
+    Nearly all passes take a program and give one. ``cut_stages`` turns it into a pipelined one, ``differentiate`` takes
+    either, ``schedule_microbatches`` takes pipelined ones.
     """
 
     rewrite: Rewrite[Before, After]
@@ -93,10 +93,10 @@ def graph_pass(
     when: Condition = lambda program: True,
     copies: bool = True,
 ) -> Callable[[Rewrite[Before, After]], Pass[Before, After]]:
-    """Makes a function ``Program -> Program`` a pass. ``requires`` hold before it, ``ensures`` after it.
+    """Make a function ``Program -> Program`` a pass. ``requires`` hold before it, ``ensures`` after it.
 
-    ``when``: what asks for it, in the plan or the mesh; without that the program stays as it is (a copy takes time).
-    ``copies``: whether it rewrites the graphs that it is given, so that it has to be given copies.
+    ``when``: the choice in the plan or the mesh that needs it; without that the program stays as it is (a copy takes
+    time). ``copies``: whether it rewrites the graphs of its argument, so that it must get copies.
     """
 
     def decorate(rewrite: Rewrite[Before, After]) -> Pass[Before, After]:
@@ -107,15 +107,17 @@ def graph_pass(
 
 @dataclass(frozen=True)
 class Level:
-    """What holds between passes: ``contracts`` of a program, or of each stage of a pipeline by itself; ``of_stages``
-    of all stages together."""
+    """The contracts between passes: ``contracts`` of a program, or of each stage of a pipeline by itself.
+
+    ``of_stages``: contracts of all stages together.
+    """
 
     name: str
     contracts: tuple[Contract, ...] = ()
     of_stages: tuple[Contract, ...] = ()
 
     def check(self, program: AnyProgram, step: str) -> None:
-        """Raises InvariantError that names the broken contract, the stage, and ``step`` as what broke it."""
+        """Check all contracts. Raises InvariantError with the broken contract, the stage, and ``step`` as the cause."""
         said = f"of a {self.name} program, broken by {step}"
         if isinstance(program, Program):
             _hold(self.contracts, program, said)
@@ -138,8 +140,10 @@ UNCHECKED = Level("unchecked")
 
 @dataclass(frozen=True)
 class Phase:
-    """Passes that run one after another; after each the contracts of ``level`` hold. ``each_stage``: on the stages of a
-    pipeline, on each by itself."""
+    """Passes that run one after another; after each the contracts of ``level`` hold.
+
+    ``each_stage``: on a pipelined program, the passes run on each stage by itself.
+    """
 
     name: str
     passes: tuple[Pass[Any, Any], ...]
@@ -147,7 +151,7 @@ class Phase:
     each_stage: bool = False
 
     def run(self, step: Pass[Any, Any], program: AnyProgram) -> AnyProgram:
-        """``program`` after ``step`` of this phase. Raises what the pass raises, InvariantError for contracts."""
+        """``program`` after ``step`` of this phase. Raises the errors of the pass, and InvariantError for contracts."""
         parts: tuple[AnyProgram, ...] = (program,)
         if self.each_stage and isinstance(program, PipelinedProgram):
             parts = program.stages
@@ -163,7 +167,7 @@ class Phase:
 def steps_of(
     phases: Sequence[Phase], since: str | None = None, until: str | None = None
 ) -> tuple[tuple[Phase, Pass[Any, Any]], ...]:
-    """The passes from ``since`` to ``until``, these included, with their phases; ``until="trace"``: none.
+    """The passes from ``since`` to ``until``, both included, with their phases; none for ``until="trace"``.
 
     Raises ValueError for an unknown pass.
     """
@@ -222,7 +226,7 @@ def _lint(graph: fx.Graph) -> None:
 
 
 def _dumped(phases: Sequence[Phase]) -> frozenset[str]:
-    """The passes after which to print the program."""
+    """The passes after which the program is printed."""
     wanted = [name.strip() for name in os.environ.get(DUMP, "").split(",") if name.strip()]
     names = [step.name for phase in phases for step in phase.passes]
     if "all" in wanted:
@@ -234,7 +238,7 @@ def _dumped(phases: Sequence[Phase]) -> frozenset[str]:
 
 
 def count_difference(before: AnyProgram, after: AnyProgram) -> str:
-    """What a pass did to the numbers of operators: ``all_reduce 0 -> 4, aten.add.Tensor 6 -> 2``."""
+    """The change in the numbers of operators: ``all_reduce 0 -> 4, aten.add.Tensor 6 -> 2``."""
     old, new = before.graphs, after.graphs
     texts = []
     for title, graph in new.items():
@@ -256,7 +260,7 @@ def _counts(graph: fx.Graph | None) -> Counter[str]:
 
 
 def _keep_evidence(program: AnyProgram, step: Pass[Any, Any]) -> str:
-    """Writes the program before the pass that failed; says where, and how to run the pass on it again."""
+    """Write the program before the pass that failed; gives where it is, and how to run the pass on it again."""
     path = Path(f"autopar-failed-{step.name}.txt")
     heading = f"# the program before pass {step.name} failed (constants read back as zeros)\n"
     heading += f"# it went through: {', '.join(program.passes) or 'no pass'}\n"

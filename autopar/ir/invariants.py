@@ -1,8 +1,8 @@
-"""Contracts that passes state about programs. Each raises InvariantError that names the node and the likely fix.
+"""Contracts about programs. Each raises InvariantError with the node and the likely fix.
 
 A contract is a function ``(program) -> None``. The levels of the compiler list them (``levels.py``), and passes may add
-their own as ``requires`` and ``ensures`` (``graph_pass.py``). Each walks through a graph at most once. Those here are
-about the program's own graph; ``role_invariants.py`` has those about what is differentiated.
+their own as ``requires`` and ``ensures`` (``graph_pass.py``). Each reads a graph at most once. The contracts of this
+file are about the program's own graph; ``role_invariants.py`` has those about the differentiated graphs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def collectives(program: Program) -> Iterator[tuple[Node, str]]:
 
 
 def state(layout: Layout, axis: str) -> str:
-    """``whole``, ``split`` or ``partial``: what ``layout`` says about ``axis``."""
+    """``whole``, ``split`` or ``partial``: the state of ``layout`` on ``axis``."""
     return SPLIT if axis in layout.axes else PARTIAL if axis in dict(layout.partial) else WHOLE
 
 
@@ -85,7 +85,7 @@ def placeholders_match_inputs(program: Program) -> None:
 
 
 def constants_are_there(program: Program) -> None:
-    """Every constant that the graph takes has its tensor in the program, of the shape and dtype that the node says."""
+    """Every constant that the graph takes has its tensor in the program, of the node's shape and dtype."""
     for node, entry in program.placeholders(InputKind.CONSTANT):
         tensor = program.constants.get(entry.target)
         if tensor is None:
@@ -117,18 +117,18 @@ def every_value_has_a_layout(program: Program) -> None:
 
 
 def _owners(layout: Layout) -> list[str]:
-    """The axes that split a value, as often as they do."""
+    """The axes that split a value, as many times as they do."""
     return [axis for dim in layout.dims for factor in dim if factor.axes for axis in factor.axes]
 
 
 def layouts_fit_the_mesh(program: Program) -> None:
-    """Layouts speak of axes of the mesh, and of each axis at most once."""
+    """Layouts name axes of the mesh, and each axis at most once."""
     names = frozenset(program.mesh.names)
     for node in program.graph.nodes:
         for kind in values(node):
             used = [*_owners(kind.layout), *(axis for axis, _ in kind.layout.partial)]
             if len(names.intersection(used)) == len(used):
-                continue  # quickly past what is right, which is nearly all
+                continue  # a fast path for correct layouts, which are nearly all
             for axis, count in Counter(used).items():
                 if axis not in program.mesh.names:
                     fix = "place values only on axes of program.mesh"
@@ -139,7 +139,7 @@ def layouts_fit_the_mesh(program: Program) -> None:
 
 
 def no_partial_value_escapes(program: Program) -> None:
-    """No output and no buffer update is a pending reduction. What a stage sends may be one."""
+    """No output and no buffer update is a pending reduction. A value that a stage sends may be one."""
     for node, entry in zip(program.returned, program.outputs):
         for kind in values(node) if entry.kind is not OutputKind.SENT else ():
             for axis, op in kind.layout.partial:
@@ -173,7 +173,7 @@ def nothing_is_placed(program: Program) -> None:
 
 
 def whole_on(axis: str) -> Contract:
-    """The contract that no value is split or partial on ``axis`` yet: what the pass that owns the axis requires."""
+    """The contract that no value is split or partial on ``axis`` yet, required by the pass that owns the axis."""
 
     def contract(program: Program) -> None:
         for node in program.graph.nodes:
@@ -187,7 +187,7 @@ def whole_on(axis: str) -> Contract:
 
 
 def parameters_whole_on(axis: str) -> Contract:
-    """The contract that no parameter is split on ``axis`` yet: what the pass requires that splits them over it."""
+    """The contract that no parameter is split on ``axis`` yet, required by the pass that splits them over it."""
 
     def contract(program: Program) -> None:
         for node, entry in program.placeholders(InputKind.PARAMETER):
@@ -222,7 +222,7 @@ def collectives_fit_the_mesh(program: Program) -> None:
 
 
 def collectives_match_layouts(program: Program) -> None:
-    """A reduction reduces a partial value, a gather joins a split one, ..."""
+    """A reduction reduces a partial value, a gather joins a split one, and so on."""
     for node, name in collectives(program):
         if name not in CHANGES:
             continue

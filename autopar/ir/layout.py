@@ -1,4 +1,4 @@
-"""How one tensor lies on the mesh: a ``Placement`` says it for one axis, a ``Layout`` for all of them.
+"""The layout of one tensor on the mesh: a ``Placement`` describes it on one axis, a ``Layout`` on all of them.
 
 The kinds of placement on one axis are those of ``spmd_types`` and of JAX's ``shard_map`` types:
 
@@ -36,9 +36,11 @@ class Whole(Placement):
 
 @dataclass(frozen=True)
 class Split(Placement):
-    """Dim ``dim`` is cut into ``outer`` equal blocks; each block into segments with sizes in proportion ``ratio``;
-    each segment is divided evenly over the axis. A plain split is ``Split(dim)``; a fused QKV weight of three equal
-    parts is ``Split(0, outer=3)``, one with 4 query heads and 2 K and V heads ``Split(0, ratio=(4, 2, 2))``."""
+    """Dim ``dim`` is cut into ``outer`` equal blocks, each block into segments with sizes in proportion ``ratio``.
+
+    Each segment is divided evenly over the axis. A plain split is ``Split(dim)``. A fused QKV weight of three equal
+    parts is ``Split(0, outer=3)``; one with 4 query heads and 2 K and V heads is ``Split(0, ratio=(4, 2, 2))``.
+    """
 
     dim: int
     outer: int = 1
@@ -85,7 +87,7 @@ def owned_indices(size: int, split: Split, position: int, ways: int) -> Tensor:
     """Global indices along a dim of ``size`` that ``position`` of ``ways`` owns, in local order (int64, 1-D).
 
     A contiguous split need not divide: parts have ceil(size / ways) elements and the last ones are shorter. Any other
-    must: ValueError.
+    split must divide. Raises ValueError.
     """
     if split.contiguous:
         part = -(-size // ways)
@@ -148,7 +150,7 @@ class Layout:
         return frozenset(axis for dim in self.dims for factor in dim for axis in factor.axes)
 
     def place(self, axis: str, placement: Placement, mesh: Mesh) -> Layout:
-        """This layout, whole on ``axis`` until now, with ``placement`` on it; dims of a Split are local ones."""
+        """This layout, so far whole on ``axis``, with ``placement`` on it; the dim of a Split is a local one."""
         if isinstance(placement, Partial):
             return replace(self, partial=(*self.partial, (axis, placement.op)))
         if isinstance(placement, Split):
@@ -199,14 +201,14 @@ def _owned(factor: Factor, coordinates: Coordinates, mesh: Mesh) -> Tensor:
 
 
 def _cut(factors: tuple[Factor, ...], split: Split, axis: str, mesh: Mesh) -> tuple[Factor, ...]:
-    """Let ``axis`` own the part of a dim that lies behind ``split.outer`` local elements of outer factors."""
+    """Let ``axis`` own the part of a dim after ``split.outer`` local elements of outer factors."""
     size = math.prod(factor.local(mesh) for factor in factors)
     if not split.contiguous and not split.divides(size, mesh.size(axis)):
         raise ValueError(f"{split} over '{axis}' ({mesh.size(axis)} ways) does not divide {size} local elements")
     passed = 1
     done: list[Factor] = []
     for position, factor in enumerate(factors):
-        if passed == split.outer:  # own what remains: the first factor that can carry the axis
+        if passed == split.outer:  # own the rest: the first factor that can carry the axis
             rest = factors[position:]
             return (*done, *_own(rest, split.ratio, axis, mesh))
         local = factor.local(mesh)
@@ -214,7 +216,7 @@ def _cut(factors: tuple[Factor, ...], split: Split, axis: str, mesh: Mesh) -> tu
             done.append(factor)
             passed *= local
             continue
-        front = split.outer // passed  # the cut lies inside this factor
+        front = split.outer // passed  # the cut is inside this factor
         ways = math.prod(mesh.size(name) for name in factor.axes)
         if local % front or local * ways != factor.size or (factor.axes and factor.ratio != (1,)):
             raise ValueError(f"{split} over '{axis}' cuts {Layout((factors,))} where no layout can say so")

@@ -1,4 +1,4 @@
-"""What a model returns, by paths: where each tensor of an output stands, and which of them is the loss."""
+"""The output of a model, by paths: the place of each tensor in it, and which of them is the loss."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ NAME, FIRST = "loss", "0"  # the paths of a loss: in a mapping or a named tuple,
 
 
 def loss_position(paths: Sequence[str], is_candidate: Sequence[bool]) -> int | None:
-    """Which of the values at ``paths`` of a model's output is its loss; None where none is.
+    """The position of the loss among the values at ``paths`` of a model's output; None where there is none.
 
     Candidates are scalars with a gradient. Of several it is the one called ``loss``, else the first of a tuple
-    (``(loss, logits)``, the convention of Hugging Face); where neither is there, none: a guess would train on it.
+    (``(loss, logits)``, the convention of Hugging Face). Where neither exists, there is none: a guess would be trained
+    on.
     """
     found = [position for position, candidate in enumerate(is_candidate) if candidate]
     if len(found) <= 1:
@@ -26,10 +27,10 @@ def loss_position(paths: Sequence[str], is_candidate: Sequence[bool]) -> int | N
 
 
 def loss_of(output: Any) -> Tensor:
-    """The loss in what a model has returned, by the rule of :func:`loss_position`.
+    """The loss in the output of a model, by the rule of :func:`loss_position`.
 
     Without gradients (in evaluation) any floating-point scalar is a candidate. Raises InvariantError where there is
-    none, or no telling which.
+    none, or where the choice is ambiguous.
     """
     leaves, spec = pytree.tree_flatten(output)
     scalars = [isinstance(leaf, Tensor) and leaf.dim() == 0 and leaf.is_floating_point() for leaf in leaves]
@@ -52,7 +53,7 @@ def leaf_paths(spec: pytree.TreeSpec) -> list[str]:
 
 
 def inner_paths(spec: pytree.TreeSpec) -> list[str]:
-    """As :func:`leaf_paths`, but a lone leaf has the empty path: what to put behind a name."""
+    """As :func:`leaf_paths`, but a lone leaf has the empty path: the suffix to a name."""
     if spec.is_leaf():
         return [""]
     children = spec.children()

@@ -1,4 +1,4 @@
-"""Nodes of a graph and what is known of them; the only door to ``node.meta``."""
+"""Nodes of a graph and their types and origins; the only door to ``node.meta``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autopar.ir.layout import Layout
 
 
 def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
-    """Node -> the values that nothing needs once it is there (itself, if nothing uses it)."""
+    """Node -> the values that no later node needs (the node itself, if nothing uses it)."""
     seen = set(output_node(graph).all_input_nodes)
     dying: dict[Node, list[Node]] = {}
     for node in reversed(graph.nodes):
@@ -88,7 +88,7 @@ def clear_meta(node: Node) -> None:
 
 
 def traced_value(node: Node) -> Any:
-    """What torch's tracer recorded as the (fake) value of ``node``: a tensor, a tuple of tensors, or None."""
+    """The (fake) value that torch's tracer recorded for ``node``: a tensor, a tuple of tensors, or None."""
     return node.meta.get("val")
 
 

@@ -1,8 +1,8 @@
 """Facts about operators, apart from how they are split: one row for each, and one small function for each question.
 
-What torch says of an operator (its schema, its tags, its kernels) is asked of torch. The rest stands in ``FACTS``, by
-the name of the operator without its overload; it is written down one fact at a time, below. An operator that is not
-listed has the values that ``Facts`` begins with.
+Torch itself answers some questions (by an operator's schema, its tags, its kernels). The other facts are in ``FACTS``,
+by the name of the operator without its overload, one kind of fact at a time. An operator that is not listed has the
+default values of ``Facts``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Groups = tuple[frozenset[int], ...]  # sets of argument positions
 
 
 class Kept(enum.Enum):
-    """What the backward pass of an operator needs of the forward pass."""
+    """The values that the backward pass of an operator needs from the forward pass."""
 
     OPERANDS = "all that it takes"
     FACTORS = "each operand for the gradient of the other"
@@ -42,14 +42,14 @@ class Kept(enum.Enum):
 
 @dataclass(frozen=True)
 class Facts:
-    """What torch has no word for.
+    """Facts that torch does not record.
 
     Attributes:
-        product: a product of matrices, a convolution or an attention: what training spends its time on.
+        product: a product of matrices, a convolution or an attention: these dominate training time.
         moves: moves or makes elements, and computes nothing.
         linear: the sets of argument positions in which it is jointly linear, the other arguments held fixed.
-        kept: what backward needs of forward.
-        differentiable: through how many of its results, from the first, gradients flow.
+        kept: the values that backward needs from forward.
+        differentiable: the number of its results, from the first, through which gradients flow.
     """
 
     product: bool = False
@@ -158,14 +158,16 @@ def packet_of(node: fx.Node) -> Any:
 
 
 def argument_names(target: Any) -> tuple[str, ...]:
-    """The names of what an operator takes, in their order."""
+    """The names of the arguments of an operator, in their order."""
     return tuple(argument.name for argument in target._schema.arguments)
 
 
 @functools.cache
 def bare_name(target: Any) -> str:
-    """``mm`` of ``aten.mm.default``, ``mylib::op`` of an operator that is none of torch's, ``op.loss`` of a function of
-    ``autopar.operators``, and ``""`` of any other function."""
+    """``mm`` for ``aten.mm.default``, ``mylib::op`` for an operator outside torch, ``op.loss`` for one of ours.
+
+    It is ``""`` for any other function. Ours are functions of :mod:`autopar.operators`.
+    """
     if not is_overload(target):
         name = getattr(target, "__name__", "")
         return f"op.{name}" if name and REGISTRY.get(name) is target else ""
@@ -228,7 +230,7 @@ def is_pointwise(target: Any) -> bool:
 
 @functools.cache
 def is_composite(target: Any, *, in_python: bool = True) -> bool:
-    """Whether torch makes ``target`` of other operators above its kernels (``CompositeImplicitAutograd``).
+    """Whether torch decomposes ``target`` above its kernels (``CompositeImplicitAutograd``).
 
     ``in_python``: tracing does so with some operators that have a kernel when they run (``upsample_nearest2d``).
     """
@@ -243,7 +245,7 @@ def is_composite(target: Any, *, in_python: bool = True) -> bool:
 
 
 def is_product(target: Any) -> bool:
-    """Whether ``target`` is a product of matrices, a convolution or an attention: what training spends its time on."""
+    """Whether ``target`` is a product of matrices, a convolution or an attention: these dominate training time."""
     return facts_of(target).product
 
 
@@ -256,7 +258,7 @@ def only_moves(target: Any) -> bool:
 def linear_in(target: Any) -> Groups:
     """The sets of argument positions in which ``target`` is jointly linear, the other arguments held fixed.
 
-    What is no tensor among the arguments of a set has to be zero: ``x + 1`` is not linear in x.
+    Arguments of a set that are no tensors must be zero: ``x + 1`` is not linear in x.
     """
     if not is_overload(target) or target in _ROUNDING:
         return ()
@@ -267,7 +269,7 @@ def linear_in(target: Any) -> Groups:
 
 
 def is_free(node: Node) -> bool:
-    """Whether ``node`` costs nothing to make again: views, numbers, casts of an input (the parameter is at hand)."""
+    """Whether ``node`` costs nothing to recompute: views, numbers, casts of an input (the parameter is available)."""
     if node.op != "call_function":
         return False
     if node.target is operator.getitem:
@@ -281,7 +283,7 @@ def is_free(node: Node) -> bool:
 
 
 def types_of(node: fx.Node, fake: Any) -> Iterator[Value]:
-    """The types of what ``node`` returns, of which ``fake`` has the shapes; its inputs have theirs already."""
+    """The types of the results of ``node``, with the shapes of ``fake``; its inputs have their types already."""
     differentiable = _differentiable(node, fake)
     tensors = [item for item in (fake if isinstance(fake, (tuple, list)) else [fake]) if isinstance(item, Tensor)]
     for position, tensor in enumerate(tensors):
@@ -290,7 +292,7 @@ def types_of(node: fx.Node, fake: Any) -> Iterator[Value]:
 
 
 def _differentiable(node: fx.Node, fake: Any) -> int:
-    """How many of the results, from the first, gradients flow through (if they are floating)."""
+    """The number of results, from the first, through which gradients flow (if they are floating)."""
     if node.op == "placeholder":
         return int(fake.requires_grad)
     if node.target is operator.getitem:

@@ -1,4 +1,4 @@
-"""Reads the text form back: ``parse(str(program))`` is a program that prints the same.
+"""The reader of the text form: ``parse(str(program))`` is a program that prints the same.
 
 Nothing in the text is executed: operators are looked up among the registered ones, everything else is data. Comments
 (``# ...``), blank lines and the alignment of columns mean nothing.
@@ -26,11 +26,11 @@ from autopar.schedules.instructions import Schedule
 from autopar.schedules.text import parse_schedule
 
 HEADER = re.compile(r"program mesh\(([^()]*)\)( nograd)?\s*(#.*)?")
-RETURN = re.compile(r"\s*return\b")  # goes on in the next line if it ends in a comma
+RETURN = re.compile(r"\s*return\b")  # continues in the next line if it ends in a comma
 SECTION = re.compile(r"(forward|backward|inference):\s*(#.*)?")
-PART = re.compile(r"(stage|schedule|tail|remainder)\b")  # begins a part of a pipelined program
+PART = re.compile(r"(stage|schedule|tail|remainder)\b")  # begins a section of a pipelined program
 STAGE = re.compile(r"stage \d+ of \d+")
-TAILS = ("tail", "remainder")  # what the program of smaller last microbatches is called, now and in older files
+TAILS = ("tail", "remainder")  # the name of the program of smaller last microbatches, now and in older files
 
 Lines = list[tuple[int, str]]
 
@@ -71,12 +71,12 @@ def parse(
 
 
 def is_of_tail(name: str) -> bool:
-    """Whether a constant of this name is one of the tail: they have the names of its heading in front."""
+    """Whether a constant belongs to the tail: its name then begins with the heading of the tail."""
     return name.startswith(tuple(f"{word}/" for word in TAILS))
 
 
 def _programs(source: str) -> list[tuple[str, Lines]]:
-    """The parts of a pipelined program: its own graph, stages, schedule, tail, with their numbered lines."""
+    """The sections of a pipelined program: its own graph, stages, schedule, tail, with their numbered lines."""
     parts: list[tuple[str, Lines]] = [("program", [])]
     for number, line in enumerate(source.splitlines(), 1):
         found = PART.match(line)

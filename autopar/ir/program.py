@@ -1,4 +1,4 @@
-"""The program: a frozen value that says everything about one parallel model, pipelined or not, and its text form.
+"""The program: a frozen value that describes one parallel model, pipelined or not, and its text form.
 
 A program is an ``fx.Graph`` at the level of ``torch.export`` (linear, attention, cross-entropy whole), the mesh, the
 plan, and tables of inputs and outputs. Parameters are placeholders, so a program holds no weights and copies cheaply.
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Program:
-    """What programs of both kinds are and do: a graph on a mesh, its plan, its tables, and what users ask of it."""
+    """The common part of both kinds of program: a graph on a mesh, its plan, its tables, and the methods for users."""
 
     graph: fx.Graph
     mesh: Mesh
@@ -53,8 +53,8 @@ class _Program:
     out_spec: pytree.TreeSpec | None = None
     static_inputs: tuple[tuple[int, Any], ...] = ()  # flat positions of inputs that are not tensors, and their values
     static_outputs: tuple[tuple[int, Any], ...] = ()  # the same for outputs (None, numbers)
-    decisions: Mapping[str, Mapping[str, Decision]] = field(default_factory=dict)  # axis -> node name -> what
-    pins: Pins = field(default_factory=Pins)  # what the passes have to keep
+    decisions: Mapping[str, Mapping[str, Decision]] = field(default_factory=dict)  # axis -> node name -> decision
+    pins: Pins = field(default_factory=Pins)  # decisions that the passes must keep
     passes: tuple[str, ...] = ()  # names of the passes that made this program
 
     # ------------------------------------------------------------ asking
@@ -86,15 +86,17 @@ class _Program:
     # ------------------------------------------------------------ what users call; done by rooms above
 
     def rank(self, rank: int) -> RankProgram:
-        """What one rank runs: ``program.rank(3).code``. Raises ValueError for a rank that is not on the mesh."""
-        from autopar.codegen.python import RankProgram  # stands above, as in the three below (tests/test_layering.py)
+        """The program of one rank: ``program.rank(3).code``. Raises ValueError for a rank that is not on the mesh."""
+        from autopar.codegen.python import (
+            RankProgram,  # from above, as in the three below (tests/test_layering.py)
+        )
 
         assert isinstance(self, AnyProgram)
         self.mesh.coordinates(rank)
         return RankProgram(self, rank)
 
     def save(self, directory: str | Path) -> None:
-        """Write this program to ``directory``, whole or not at all (DESIGN section 7). Holds no weights."""
+        """Write this program to ``directory``, whole or not at all (DESIGN section 7). It holds no weights."""
         from autopar.exporters.program_file import save
 
         assert isinstance(self, AnyProgram)
@@ -102,7 +104,7 @@ class _Program:
 
     @staticmethod
     def load(directory: str | Path) -> AnyProgram:
-        """The program in ``directory``, pipelined or not; runs no code found there.
+        """The program in ``directory``, pipelined or not; no code found there is run.
 
         Raises ProgramFileError for a damaged one.
         """
@@ -111,7 +113,7 @@ class _Program:
         return load(directory)
 
     def explain(self, name: str) -> str:
-        """Why a node or a parameter (by its name in the model) lies as it does, and what the alternatives cost.
+        """Why a node or a parameter (by its name in the model) is laid out as it is, and the cost of the alternatives.
 
         Raises ValueError for a name that is neither.
         """
@@ -133,7 +135,7 @@ class Program(_Program):
 
     @property
     def required_role(self) -> Role:
-        """The role, where there has to be one. Raises InvariantError before the program is differentiated."""
+        """The role, which must exist. Raises InvariantError before the program is differentiated."""
         if self.role is None:
             raise InvariantError(
                 "the program has no role: it is not differentiated\n"
@@ -157,7 +159,7 @@ class Program(_Program):
         return replace(self, graph=copy.deepcopy(self.graph), role=role)
 
     def cut_into(self, stages: Sequence[Program]) -> PipelinedProgram:
-        """This program, of one microbatch as a whole, and its stages."""
+        """The pipelined program of this program, which describes one microbatch, and its stages."""
         return PipelinedProgram(**_shared(self), stages=tuple(stages))
 
 
@@ -177,7 +179,7 @@ class PipelinedProgram(_Program):
 
     @property
     def whole(self) -> Program:
-        """The program that was cut: of one microbatch, on all of the mesh."""
+        """The program that was cut: of one microbatch, on the whole mesh."""
         return Program(**_shared(self))
 
     @property
@@ -187,7 +189,7 @@ class PipelinedProgram(_Program):
 
     @property
     def required_schedule(self) -> Schedule:
-        """The schedule, where there has to be one. Raises InvariantError before ``schedule_microbatches``."""
+        """The schedule, which must exist. Raises InvariantError before ``schedule_microbatches``."""
         if self.schedule is None:
             raise InvariantError(
                 "the program has no schedule: it was not finished\n"
@@ -209,19 +211,19 @@ class PipelinedProgram(_Program):
         return replace(self, graph=copy.deepcopy(self.graph), stages=stages)
 
     def loss_in(self, stage: Program) -> int | None:
-        """The position of the whole program's loss among the outputs of a stage; None where another one makes it."""
+        """The position of the whole program's loss among the outputs of a stage; None where another stage makes it."""
         if self.loss is None:
             return None
         wanted = self.outputs[self.loss]
         return next((position for position, out in enumerate(stage.outputs) if out == wanted), None)
 
     def stages_on(self, place: int) -> dict[int, Program]:
-        """Number -> stage of those that the pipeline rank ``place`` runs; none before there is a schedule."""
+        """Number -> stage, for the stages of the pipeline rank ``place``; none before there is a schedule."""
         placement = self.schedule.placement if self.schedule is not None else ()
         return {number: self.stages[number] for number, rank in enumerate(placement) if rank == place}
 
     def of_rows(self, first: bool) -> PipelinedProgram:
-        """The program of a microbatch that has as many rows as the first one, or fewer."""
+        """The program of a microbatch with ``rows`` rows: as many as the first one has, or fewer."""
         return self if first or self.tail is None else self.tail
 
 
@@ -229,7 +231,7 @@ AnyProgram = Program | PipelinedProgram
 
 
 def _shared(program: _Program) -> dict[str, Any]:
-    """What programs of both kinds have, by field."""
+    """The fields that programs of both kinds have."""
     return {entry.name: getattr(program, entry.name) for entry in fields(_Program)}
 
 

@@ -1,4 +1,4 @@
-"""Which nodes of a graph are made of which: what stands before some nodes, and what stands behind them."""
+"""Reachability in a graph: the nodes from which some nodes are computed, and the nodes computed from them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from autopar.ir.node import Node
 def ancestors(
     nodes: Iterable[Node], *, stop: Iterable[Node] = (), through: Callable[[Node], bool] = lambda node: True
 ) -> set[Node]:
-    """``nodes`` and all that they are made of, without those in ``stop``; what a node is made of counts where the walk
-    may go ``through`` that node."""
+    """``nodes`` and all that they are computed from, without the nodes in ``stop``.
+
+    The walk continues from a node to its operands only where it may go ``through`` that node.
+    """
     found: set[Node] = set()
     wanted, stop = list(nodes), frozenset(stop)
     while wanted:
@@ -25,7 +27,7 @@ def ancestors(
 
 
 def descendants(nodes: Iterable[Node]) -> set[Node]:
-    """All that is made of one of ``nodes``, without these."""
+    """All nodes that are computed from one of ``nodes``, without these."""
     found: set[Node] = set()
     wanted = [user for node in nodes for user in node.users]
     while wanted:
@@ -37,7 +39,7 @@ def descendants(nodes: Iterable[Node]) -> set[Node]:
 
 
 def made_only_of(graph: fx.Graph, sources: Iterable[Node], *, factories: bool = False) -> set[Node]:
-    """``sources`` and every call that takes nothing else; with ``factories`` those too that take no tensor at all."""
+    """``sources`` and every call that takes nothing else; with ``factories`` also calls that take no tensor at all."""
     found = set(sources)
     for node in graph.nodes:
         takes = node.all_input_nodes or factories

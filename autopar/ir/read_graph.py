@@ -1,4 +1,4 @@
-"""Reads one graph of the text form: lines ``name = expression : type`` up to ``return ...``."""
+"""The reader of one graph of the text form: lines ``name = expression : type`` up to ``return ...``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IN_TORCH = re.compile(r"torch\.\w+", re.ASCII)
 KEYWORD = re.compile(r"[A-Za-z_]\w*(?=\s*=)", re.ASCII)
 RETURN = re.compile(r"return\b(?!\s*=)")
 LABEL = re.compile(rf"(?:[A-Za-z0-9_.]+|{STRING.pattern})(?=\s*=)", re.ASCII)
-MARKED = {  # what stands before the name of an output that is not the user's
+MARKED = {  # the word before the name of an output that is not the user's
     OutputKind.BUFFER_UPDATE: re.compile(r"update\s+(?=[^\s=,])"),
     OutputKind.SENT: re.compile(r"send\s+(?=[^\s=,])"),
 }
@@ -47,7 +47,7 @@ Marked = tuple[torch.dtype, Layout, str]  # the last: "", " grad" or " nograd"
 
 @dataclass
 class Section:
-    """What one section of the text says."""
+    """The content of one section of the text."""
 
     graph: fx.Graph = field(default_factory=fx.Graph)
     nodes: dict[str, Node] = field(default_factory=dict)
@@ -57,8 +57,11 @@ class Section:
 
 
 class GraphReader:
-    """``gradients``: whether parameters, and what is computed from them, require gradients unless marked otherwise;
-    ``role``: whether this is a section of a role, where inputs may be ``saved`` values and gradients."""
+    """Reads one section.
+
+    ``gradients``: whether parameters, and values computed from them, require gradients unless marked otherwise.
+    ``role``: whether this is a section of a role, where inputs may be ``saved`` values and gradients.
+    """
 
     def __init__(self, mesh: Mesh, *, gradients: bool, role: bool, origins: bool) -> None:
         self.mesh, self.gradients, self.role, self.origins = mesh, gradients, role, origins
@@ -162,7 +165,7 @@ class GraphReader:
         return self._typed(cursor, node, kind)
 
     def _collective(self, cursor: Cursor, target: Any, name: str) -> Node:
-        """``comm.all_gather(x, tp, dim=1)``; what the line leaves out follows from the mesh and the type."""
+        """``comm.all_gather(x, tp, dim=1)``; arguments that the line leaves out follow from the mesh and the type."""
         start = cursor.at
         parameters = comm.parameters_of(target)
         positions = iter(parameters)
@@ -299,7 +302,7 @@ def parse_argument(source: str) -> Any:
 
 
 def _operator(cursor: Cursor, name: str, start: int) -> Any:
-    """The registered operator called ``name``: the text can call nothing else."""
+    """The registered operator called ``name``; the text can call nothing else."""
     namespace, _, rest = name.partition(".")
     if namespace == "comm":
         if rest not in comm.NAMES:

@@ -1,4 +1,4 @@
-"""Changing a graph in place: what stands for what, what nothing uses, further constants (operators: ``builder``)."""
+"""Changes of a graph in place: replacing nodes, removing unused ones, adding constants (operators: ``builder``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autopar.ir.tables import Input, InputKind
 
 
 def operand(node: fx.Node, position: int = 0) -> fx.Node:
-    """The argument at ``position``, which has to be a node."""
+    """The argument at ``position``, which must be a node."""
     found = node.args[position]
     assert isinstance(found, fx.Node), node.format_node()
     return found

@@ -1,5 +1,7 @@
-"""Contracts about the role of a differentiated program: its forward, backward and inference graphs; see
-``invariants.py``. Of a program without a role only the first two say something."""
+"""Contracts about the role of a differentiated program: its forward, backward and inference graphs.
+
+See ``invariants.py`` for the others. For a program without a role, only the first two can fail.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ Type = tuple[tuple[int, ...], torch.dtype]
 
 
 def is_not_differentiated(program: AnyProgram) -> None:
-    """There is no role yet: what rewrites the program's own graph then would leave it behind."""
+    """There is no role yet: a pass that rewrites the program's own graph would not change the role."""
     parts = (program,) if isinstance(program, Program) else program.stages
     if any(part.role is not None for part in parts):
         raise InvariantError(
@@ -29,13 +31,13 @@ def is_not_differentiated(program: AnyProgram) -> None:
 
 
 def is_differentiated(program: Program) -> None:
-    """There is a role, whose graphs ranks run."""
+    """There is a role; ranks run its graphs."""
     if program.role is None:
         raise InvariantError("there is no role any more\nLikely fix: return the program with the role that it had")
 
 
 def roles_are_complete(program: Program) -> None:
-    """The role returns what its tables say, and its graphs take what the others hand them."""
+    """The results of the role's graphs match its tables, and its graphs take what the others return."""
     for name, graph, takes, gives in _signatures(program):
         nodes, results = _placeholders(graph), _results(graph)
         if len(nodes) != takes or len(results) != gives:
@@ -76,8 +78,7 @@ def _forward_graphs(program: Program) -> tuple[tuple[str, fx.Graph], ...]:
 
 
 def backward_takes_what_forward_saves(program: Program) -> None:
-    """Each saved value, then the gradient of each differentiable output, has the local sizes and dtype that it has in
-    the forward graph."""
+    """Each saved value, then each gradient, has the local sizes and dtype that it has in the forward graph."""
     role, count = program.role, len(program.outputs)
     if role is None or role.backward is None:
         return
@@ -126,8 +127,10 @@ def gradients_match_parameters(program: Program) -> None:
 
 
 def role_graphs_are_sound(program: Program) -> None:
-    """In each graph of the role: only placeholders and functions that write into nothing, each used value with its
-    type, each collective with a user and over an axis of the mesh, each that is started waited for."""
+    """In each graph of the role: only placeholders and functional calls, and every used value has its type.
+
+    Each collective has a user and is over an axis of the mesh; each one that is started is waited for.
+    """
     role = program.role
     for graph in (role.forward, role.backward, role.inference) if role is not None else ():
         for node in graph.nodes if graph is not None else ():

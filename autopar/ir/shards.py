@@ -1,7 +1,8 @@
 """The parts of a tensor along one dim as rows of a matrix, so that the parts of several tensors fit into one buffer.
 
-Written once as a list of views: ``op`` puts them into a graph (a :class:`~autopar.ir.builder.Builder`) or runs them on
-tensors (:func:`run`). Only for contiguous parts; :mod:`autopar.runtime.pieces` cuts any split for one collective.
+It is written once as a list of views: ``op`` puts them into a graph (a :class:`~autopar.ir.builder.Builder`) or runs
+them on tensors (:func:`run`). Only for contiguous parts; :mod:`autopar.runtime.pieces` cuts any split for one
+collective.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def run(target: Any, *args: Any) -> Any:
 
 
 def apart(op: Op, whole: Any, shape: Sequence[int], dim: int, ways: int) -> Any:
-    """(ways, n): the part of each rank along ``dim`` in a row, that of the last padded with zeros."""
+    """(ways, n): the part of each rank along ``dim`` in a row; the last is padded with zeros."""
     sizes = list(shape)
     part = -(-sizes[dim] // ways)
     if missing := part * ways - sizes[dim]:

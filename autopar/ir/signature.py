@@ -1,4 +1,4 @@
-"""A call of the model against the traced one: its tensors in order, and its output in the model's structure."""
+"""The signature of the traced call: the tensors of another call in its order, and outputs in the model's structure."""
 
 from __future__ import annotations
 

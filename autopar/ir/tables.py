@@ -1,4 +1,4 @@
-"""The tables of a program: what its placeholders and results are, its role, what was decided and what is pinned."""
+"""The tables of a program: its placeholders and results, its role, the decisions made and the pinned ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class InputKind(enum.Enum):
     CONSTANT = "const"
     INPUT = "input"
     SEED = "seed"  # int64 scalar from which dropout masks are drawn, a new one each step
-    RECEIVED = "recv"  # of a pipeline stage: made by another one
+    RECEIVED = "recv"  # of a pipeline stage: a value of another one
 
 
 class OutputKind(enum.Enum):
@@ -30,8 +30,11 @@ class OutputKind(enum.Enum):
 
 @dataclass(frozen=True)
 class Input:
-    """One placeholder. ``target``: parameter, buffer or constant name, the path of a user input (``labels``), or for
-    what is received the stage that makes it and the name there (``0.add_3``)."""
+    """One placeholder.
+
+    ``target``: parameter, buffer or constant name, or the path of a user input (``labels``); for a received value, the
+    stage that makes it and its name there (``0.add_3``).
+    """
 
     node: str
     kind: InputKind
@@ -41,8 +44,11 @@ class Input:
 
 @dataclass(frozen=True)
 class Output:
-    """One returned value. ``target``: the buffer's name, the path in the model's output (``loss``), or for what is
-    sent the stage that takes it and the name (``1.add_3``)."""
+    """One returned value.
+
+    ``target``: the buffer's name, or the path in the model's output (``loss``); for a sent value, the stage that takes
+    it and its name (``1.add_3``).
+    """
 
     kind: OutputKind
     target: str
@@ -50,8 +56,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided of one node on one axis. ``alternatives``: what each would cost more, in seconds a step, or why
-    it was not possible. ``stage``: on the axis ``pp``, which pipeline stage computes the node."""
+    """The decision for one node on one axis.
+
+    ``alternatives``: the extra cost of each, in seconds a step, or why it was not possible. ``stage``: on the axis
+    ``pp``, the pipeline stage that computes the node.
+    """
 
     chosen: str
     alternatives: Mapping[str, float | str] = field(default_factory=dict)
@@ -60,11 +69,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Pins:
-    """What the passes have to keep, since it was decided before them.
+    """Decisions that the passes must keep, since they were made earlier.
 
     Attributes:
         layouts: of parameters and buffers by name, aliases too: the ranks hold them so already.
-        dtypes: node name -> dtype in which a parameter or an input is passed, where the graph takes another.
+        dtypes: node name -> dtype at the border of a parameter or an input, where the graph computes in another.
         stages: node name -> pipeline stage, so that parameters stay where another program has put them.
     """
 
@@ -90,7 +99,7 @@ class Role:
 
     @property
     def graphs(self) -> dict[str, fx.Graph]:
-        """By their names, those that there are."""
+        """The existing graphs by name."""
         found = {"forward": self.forward, "backward": self.backward, "inference": self.inference}
         return {name: graph for name, graph in found.items() if graph is not None}
 

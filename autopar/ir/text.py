@@ -73,7 +73,7 @@ def output_label(entry: Output) -> str:
 
 
 def grad_name(outputs: Sequence[Output], position: int) -> str:
-    """How the gradient of output ``position`` is called: by its target, or by position where that is not unique."""
+    """The name of the gradient of output ``position``: its target, or the position where the target is not unique."""
     target = outputs[position].target
     unique = target and sum(entry.target == target for entry in outputs) == 1
     return quoted(target) if unique else f"at {position}"
@@ -101,7 +101,7 @@ def no_grad_by_default(kind: InputKind | None, node: Node, value: Value, positio
 def grad_by_default(kind: InputKind | None, node: Node, value: Value, position: int) -> bool:
     """Whether value number ``position`` of ``node`` requires a gradient if its line says nothing.
 
-    Parameters (``kind`` is that of a placeholder) do, and what is computed from values that do.
+    Parameters (``kind`` is that of a placeholder) do, and so do values computed from values that do.
     """
     if not _floating(value.dtype):
         return False
@@ -134,7 +134,10 @@ class Lines:
     def section(
         self, heading: str, graph: fx.Graph, inputs: Sequence[Input | str | None], labels: Sequence[str]
     ) -> str:
-        """``inputs``: an entry or a text for each placeholder; ``labels``: what stands before each returned value."""
+        """The lines of one section.
+
+        ``inputs``: an entry or a text for each placeholder; ``labels``: the word before each returned value.
+        """
         names = frozenset(node.name for node in graph.nodes)
         given = iter([*inputs, *[None] * len(names)])
         rows: list[tuple[str, str, str, str]] = []
@@ -171,7 +174,7 @@ class Lines:
 
 
 def _return_text(node: Node, labels: Sequence[str], names: frozenset[str]) -> str:
-    """``return loss=a, saved b``; where that is long, over several lines of which all but the last end in a comma."""
+    """``return loss=a, saved b``; a long one is spread over several lines, each but the last ending in a comma."""
     returned = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
     padded = [*labels, *[""] * (len(returned) - len(labels))]
     lines = ["return"]
@@ -265,7 +268,7 @@ def comm_arguments(node: Node, mesh: Mesh, names: frozenset[str]) -> list[str]:
 
 
 def implied_arguments(name: str, given: Mapping[str, Any], mesh: Mesh, layouts: Sequence[Layout]) -> dict[str, Any]:
-    """What the arguments of collective ``name`` are where its line does not say: op, ways, outer, ratio, length.
+    """The arguments of collective ``name`` that its line leaves out: op, ways, outer, ratio, length.
 
     ``layouts`` are those of its result, empty if its line has no type; then there is no ``length``.
     """

@@ -1,4 +1,4 @@
-"""What one rank sends in a collective, in bytes."""
+"""The bytes that one rank sends in a collective."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autopar.mesh import Mesh
 
 
 def bytes_of(kind: Value, mesh: Mesh | None = None) -> int:
-    """Bytes of one tensor: of the whole, or of what a rank of ``mesh`` holds of it."""
+    """Bytes of one tensor: of the whole, or of the part that a rank of ``mesh`` holds."""
     return math.prod(kind.shape if mesh is None else kind.layout.local_shape(mesh)) * kind.dtype.itemsize
 
 

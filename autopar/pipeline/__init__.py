@@ -1,1 +1,1 @@
-"""Pipeline parallelism: where stages are cut, what they share, how their instructions are interpreted."""
+"""Pipeline parallelism: the cut into stages, values that stages duplicate, the interpreter of their instructions."""

@@ -1,13 +1,13 @@
-"""Which pipeline stage runs which call: intervals of the trace, cut where the slowest stage is fastest.
+"""The assignment of calls to pipeline stages: intervals of the trace, cut where the slowest stage is fastest.
 
     add_7  blocks.1      ]  stage 0        cut where only the residual stream crosses, if that balances as well
     norm   blocks.2.norm ]  stage 1
 
-What is least is the time of the slowest stage for one microbatch, of its calls or of its messages, whichever takes
-longer: messages run beside computing. Among all cuts within ``SLACK`` of that optimum those are taken over which the
-fewest bytes go. Both are found exactly, by dynamic programming over the places where cutting is cheap; if these leave
-the slowest stage more than ``BALANCE`` above what all places allow, over more places. (Balanced partitions of chains:
-Narayanan et al. 2019, PipeDream, section 3.1, without replicated stages.)
+The time of the slowest stage for one microbatch is minimised: that of its calls or of its messages, whichever is
+longer, since messages run beside computing. Among all cuts within ``SLACK`` of that optimum, the one over which the
+fewest bytes go is taken. Both are found exactly, by dynamic programming over the places where cutting is cheap; if
+these leave the slowest stage more than ``BALANCE`` above the optimum of all places, over more places. (Balanced
+partitions of chains: Narayanan et al. 2019, PipeDream, section 3.1, without replicated stages.)
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from autopar.pipeline.interval_costs import StageGraph, Tables
 from autopar.pipeline.intervals import Table, best_bounds, least_worst
 from autopar.pipeline.stages import Assignment
 
-SLACK = 1.01  # as good as the optimum: then fewer bytes decide
-BALANCE = 1.03  # from here on a better balance is worth a dearer cut
+SLACK = 1.01  # times the optimum: within it, fewer bytes decide
+BALANCE = 1.03  # above it, a better balance is worth a dearer cut
 CHEAP = (2.0, 8.0)  # times the fewest bytes around
 SHOWN = 8  # stages in an error
-AROUND = 4  # of an even share of the program a part in this many: how far "around" reaches, to either side
+AROUND = 4  # "around" reaches, to either side, an even share of the program divided by this
 
 
 def assign_stages(
@@ -40,8 +40,8 @@ def assign_stages(
 ) -> Assignment:
     """The ``count`` stages of a split forward program of one microbatch.
 
-    ``in_flight``: for each stage the most microbatches whose activations it holds at once, by which
-    ``Plan.stage_memory_gb`` is kept; None: one. Raises StageError for more stages than there is work for, for stages
+    ``in_flight``: for each stage, the most microbatches whose activations it holds at once, for
+    ``Plan.stage_memory_gb``; None: one. Raises StageError for more stages than there is work for, for stages
     that do not fit into memory, and for ``Plan.cuts`` that name no module, are too many or few, or out of order.
     """
     graph = StageGraph(program, machine=machine)
@@ -53,7 +53,7 @@ def assign_stages(
     stage_of: dict[fx.Node, int] = {}
     for position, node in enumerate(graph.nodes):
         stage_of[node] = sum(cut <= position for cut in cuts) if count > 1 else 0
-    return Assignment(stage_of, graph.remade)
+    return Assignment(stage_of, graph.duplicated)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Search:
         return self._cuts(every, costs, widest, optimum)
 
     def cheap_places(self, times: float) -> list[int]:
-        """Places over which at most ``times`` the fewest bytes go that go over a place around."""
+        """Places over which at most ``times`` as many bytes go as over the cheapest place around."""
         every = self.graph.places_to_cut
         reach = len(self.graph) // (AROUND * len(self.flights)) + 1
         bytes_at = np.array([self.graph.crossing[place] for place in every])
@@ -99,7 +99,7 @@ class Search:
         return self.graph.tables([0, *places, len(self.graph)])
 
     def _costs(self, places: Sequence[int], tables: Tables, limited: bool = True) -> list[Table]:
-        """For each stage its time, inf where it may not be: without work, too large, or without the loss."""
+        """For each stage its time; inf where it is not allowed: without work, too large, or without the loss."""
         limit = self._limit
         found, memo = [], dict[int, Table]()
         for flight in self.flights:
@@ -118,7 +118,7 @@ class Search:
         return self.graph.program.plan.stage_memory_gb
 
     def _impossible(self, every: Sequence[int], tables: Tables) -> StageError:
-        """Why there is no cut: too little work, or too little memory."""
+        """The reason why there is no cut: too little work, or too little memory."""
         free = self._costs(every, tables, limited=False)
         worst = least_worst(free)
         if np.isinf(worst):
@@ -136,7 +136,7 @@ class Search:
         return [tables.state + flight * tables.saved for flight in self.flights]
 
     def _too_large(self, bounds: Sequence[int], tables: Tables, least: float | None = None) -> StageError:
-        """The numbers of the largest of the stages between ``bounds``."""
+        """The figures of the largest of the stages between ``bounds``."""
         sizes = [float(table[a, b]) for table, a, b in zip(self._memory(tables), bounds, bounds[1:])]
         largest = sorted(sorted(range(len(sizes)), key=lambda stage: -sizes[stage])[:SHOWN])
         lines = [

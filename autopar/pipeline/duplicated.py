@@ -1,7 +1,7 @@
-"""Values that each pipeline stage makes for itself, since that takes less time than to get them from another stage.
+"""Values that each pipeline stage computes for itself, where that takes less time than receiving them.
 
-What stands before a parameter's use (its cast, its gather, views of it) always is. So are values of inputs and
-constants alone, and values of those and of small parameters, where making them is cheaper than sending them:
+A parameter's cast, gather and views are always duplicated. So are values of inputs and constants alone, and values of
+those and of small parameters, where computing them is cheaper than sending them:
 
     c_mask, labels                    masks, rotary tables, shifted labels
     embedding(p_bias, c_buckets)      t5's bias of relative positions: the table is smaller than the bias
@@ -32,9 +32,12 @@ FORMS = (  # of a parameter, whatever it costs: gathered parameters never travel
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a value is made of, if that leads back to placeholders only: calls and parameters, and whether inputs are
-    among it; ``form`` if it is a parameter, cast or gathered."""
+class Derived:
+    """The derivation of a value that depends on placeholders only: calls, parameters, and whether inputs are among
+    them.
+
+    ``form``: whether the value is a parameter, cast or gathered.
+    """
 
     nodes: frozenset[fx.Node] = frozenset()
     parameters: frozenset[fx.Node] = frozenset()
@@ -46,11 +49,11 @@ class Made:
 class _Search:
     program: Program
     costs: Costs
-    made: dict[fx.Node, Made] = field(default_factory=dict)
+    made: dict[fx.Node, Derived] = field(default_factory=dict)
     chosen: set[fx.Node] = field(default_factory=set)
 
     def start(self) -> None:
-        """Placeholders; of the buffers those that no step changes."""
+        """Enter the placeholders; of the buffers, those that no step changes."""
         updated = {entry.target for entry in self.program.outputs if entry.kind is OutputKind.BUFFER_UPDATE}
         table = {entry.node: entry for entry in self.program.inputs}
         for node in self.program.graph.nodes:
@@ -58,9 +61,9 @@ class _Search:
                 continue
             entry = table[node.name]
             if entry.kind is InputKind.PARAMETER:
-                self.made[node] = Made(parameters=frozenset((node,)), form=True)
+                self.made[node] = Derived(parameters=frozenset((node,)), form=True)
             elif not (entry.kind is InputKind.BUFFER and entry.target in updated):
-                self.made[node] = Made(inputs=entry.kind is InputKind.INPUT)
+                self.made[node] = Derived(inputs=entry.kind is InputKind.INPUT)
 
     def visit(self, node: fx.Node) -> None:
         found = self._made(node)
@@ -69,10 +72,10 @@ class _Search:
         if found.form or self._pays(node, found):
             self.made[node] = found
             self.chosen |= found.nodes
-        elif not found.parameters:  # what follows from it may be small again: a count of labels
+        elif not found.parameters:  # a value computed from it may be small again: a count of labels
             self.made[node] = found
 
-    def _made(self, node: fx.Node) -> Made | None:
+    def _made(self, node: fx.Node) -> Derived | None:
         sources = [self.made.get(source) for source in node.all_input_nodes]
         known = [source for source in sources if source is not None]
         if len(known) < len(sources) or is_random(node.target):
@@ -83,9 +86,9 @@ class _Search:
         form = bool(known) and known[0].form and len(known) == 1 and (node.target in FORMS or is_view(node.target))
         if inputs and any(source.form for source in known):
             return None  # a look-up, a projection of inputs
-        return Made(nodes, parameters, inputs, form)
+        return Derived(nodes, parameters, inputs, form)
 
-    def _pays(self, node: fx.Node, found: Made) -> bool:
+    def _pays(self, node: fx.Node, found: Derived) -> bool:
         size = self.costs.bytes([node])
         if found.parameters and self.costs.bytes(found.parameters) > size:
             return False
@@ -93,8 +96,8 @@ class _Search:
         return sum(map(self.costs.both, found.nodes)) <= ways * self.costs.sending(size)
 
 
-def remade_nodes(program: Program, costs: Costs) -> frozenset[fx.Node]:
-    """The calls that every stage makes again that needs them; with a call all that it is made of."""
+def duplicated_nodes(program: Program, costs: Costs) -> frozenset[fx.Node]:
+    """The calls that every stage computes for itself if it needs them; with a call, all that it is computed from."""
     search = _Search(program, costs)
     search.start()
     for node in program.graph.nodes:

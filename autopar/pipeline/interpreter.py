@@ -1,7 +1,7 @@
-"""Run the instruction list of one pipeline rank: computes of its stages, sends and receives that never block.
+"""The interpreter of the instruction list of one pipeline rank: computes of its stages, sends and receives.
 
-The same interpreter runs a rank of a real job and, one beside the other, all ranks of a simulation: what a compute
-does (``Work``) and how messages travel (``Mail``) it is given.
+Sends and receives never block. The same interpreter runs a rank of a real job and, one beside the other, all ranks of a
+simulation: it takes the meaning of a compute (``Work``) and the transport of messages (``Mail``) as arguments.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class Work(Protocol):
     """One stage on one rank."""
 
     def forward(self, microbatch: int, received: Values) -> Values:
-        """What the stage sends."""
+        """The values that the stage sends."""
 
     def backward(self, microbatch: int, grads: Values) -> Values:
-        """From the gradients of what was sent those of what was received; gradients of parameters are added up."""
+        """The gradients of received values, from those of sent values; gradients of parameters are added up."""
 
     def input_gradients(self, microbatch: int, grads: Values) -> Values:
         """As ``backward``, without gradients of parameters."""
 
     def weight_gradients(self, microbatch: int) -> None:
-        """What ``input_gradients`` left out."""
+        """Add up the gradients of parameters that ``input_gradients`` left out."""
 
 
 class Mail(Protocol):
@@ -41,7 +41,7 @@ class Mail(Protocol):
     def send(self, message: Message, values: list[Any], rank: int) -> None: ...
 
     def post(self, message: Message, rank: int) -> None:
-        """Be ready to receive ``message`` from ``rank``; in the order of the sends."""
+        """Get ready to receive ``message`` from ``rank``; called in the order of the sends."""
 
     def arrived(self, message: Message) -> bool: ...
 
@@ -51,7 +51,7 @@ class Mail(Protocol):
 
 @dataclass(frozen=True)
 class Event:
-    """A compute and when it ran: seconds of this process's clock (``time.perf_counter``)."""
+    """A compute and its time: seconds of this process's clock (``time.perf_counter``)."""
 
     compute: Compute
     start: float
@@ -59,7 +59,7 @@ class Event:
 
 
 class Routes:
-    """What goes between the stages of a program, the same in every step."""
+    """The values that go between the stages of a program, the same in every step."""
 
     def __init__(self, program: PipelinedProgram) -> None:
         self.flow = Flow(len(program.stages), links_of(program))
@@ -69,12 +69,12 @@ class Routes:
             self._names[Kind.B, crossing.target, crossing.source] = crossing.grads
 
     def names(self, message: Message) -> tuple[str, ...]:
-        """The values of a message, as the stage that makes them forward calls them."""
+        """The values of a message, by the names in the stage that makes them in forward."""
         return self._names[message.kind, message.source, message.target]
 
 
 class Interpreter:
-    """One pipeline rank. ``works`` has its stages; ``after`` is called with its number behind each compute."""
+    """One pipeline rank. ``works`` has its stages; ``after`` is called with its number after each compute."""
 
     def __init__(
         self,
@@ -88,10 +88,10 @@ class Interpreter:
         self.schedule, self.rank, self.works, self.mail, self.after = schedule, rank, works, mail, after
         self.routes, self.flow = routes, routes.flow
         self.events: list[Event] = []
-        self._ready: dict[Message, list[Any]] = {}  # made here: for another stage of this rank, or yet to be sent
+        self._ready: dict[Message, list[Any]] = {}  # made by this rank: for another of its stages, or yet to be sent
 
     def run(self) -> Iterator[None]:
-        """Yields where it would have to wait for another rank."""
+        """Run all instructions; yields where it would have to wait for another rank."""
         for step in self.schedule.ranks[self.rank]:
             if isinstance(step, Compute):
                 needs = self.flow.needs(step)

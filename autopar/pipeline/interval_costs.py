@@ -1,9 +1,9 @@
-"""A forward program as a sequence that can be cut into pipeline stages, and what each interval of it would cost.
+"""A forward program as a sequence that can be cut into pipeline stages, and the cost of each interval of it.
 
-The sequence holds the calls in the order of the trace, but what leads back to placeholders alone (the decoder's
-embedding of an encoder-decoder) stands just before its first use, so that its result does not travel through the stages
-in between. Values that stages make for themselves (``remade``) belong to no place of it; they cost each stage that
-uses them. A message goes straight from the stage that makes a value to each stage that uses it.
+The sequence holds the calls in the order of the trace, except that calls that depend on placeholders alone (the
+decoder's embedding of an encoder-decoder) are just before their first use, so that their result does not travel through
+the stages in between. Values that stages duplicate belong to no place in it; they cost each stage that uses them. A
+message goes directly from the stage that makes a value to each stage that uses it.
 """
 
 from __future__ import annotations
@@ -26,38 +26,40 @@ from autopar.ir.node import value, values
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import DATA_AXES
-from autopar.pipeline.duplicated import remade_nodes
+from autopar.pipeline.duplicated import duplicated_nodes
 from autopar.pipeline.intervals import Event, Table, events_of, totals
 
 ADAM_STATES = 2  # moments of each parameter, in its dtype
 
 
 class StageGraph:
-    """``nodes`` in the order in which they are cut, ``remade`` those that stages make for themselves; both are found
-    unless they are given."""
+    """``nodes`` in the order in which they are cut, and the ``duplicated`` ones; both are found unless given."""
 
     def __init__(
         self,
         program: Program,
-        remade: frozenset[fx.Node] | None = None,
+        duplicated: frozenset[fx.Node] | None = None,
         nodes: Sequence[fx.Node] | None = None,
         machine: Machine = ACCELERATOR,
     ) -> None:
         self.program, self.costs = program, Costs(program, machine)
-        self.remade = remade_nodes(program, self.costs) if remade is None else remade
+        self.duplicated = duplicated_nodes(program, self.costs) if duplicated is None else duplicated
         self._parameters = {node for node, _ in program.placeholders(InputKind.PARAMETER)}
-        self.nodes = tuple(nodes) if nodes is not None else in_cutting_order(program, self.remade)
+        self.nodes = tuple(nodes) if nodes is not None else in_cutting_order(program, self.duplicated)
         self.place = {node: position for position, node in enumerate(self.nodes)}
         self.uses = self._uses()
-        self.seconds = {node: self._seconds(node) for node in (*self.nodes, *self.remade)}
+        self.seconds = {node: self._seconds(node) for node in (*self.nodes, *self.duplicated)}
 
     def __len__(self) -> int:
         return len(self.nodes)
 
     @cached_property
     def loss(self) -> int:
-        """The place of the loss, which the last stage makes with the sums and counts that it is a quotient of (each
-        microbatch is weighed by them); of a program without a loss that of the last output."""
+        """The place of the loss; without a loss, that of the last output.
+
+        The last stage makes the loss, with the sums and counts of which it is the quotient (they are the weights of the
+        microbatches).
+        """
         results = self.program.returned
         wanted = results if self.program.loss is None else results[self.program.loss : self.program.loss + 1]
         if self.program.loss is None:
@@ -72,12 +74,12 @@ class StageGraph:
 
     @property
     def most_stages(self) -> int:
-        """One for each call that computes something, up to the loss."""
+        """The number of calls that compute something, up to the loss: one for each stage."""
         return sum(map(self.works, self.nodes[: self.loss + 1]))
 
     @cached_property
     def crossing(self) -> list[int]:
-        """For each place the bytes of the values made before it and used from there on, each once."""
+        """For each place, the bytes of the values made before it and used after it, each counted once."""
         steps = [0] * (len(self) + 1)
         for node in self.nodes:
             last = max(self.uses[node], default=0)
@@ -91,7 +93,7 @@ class StageGraph:
 
     @cached_property
     def places_to_cut(self) -> list[int]:
-        """Of places between which nothing is computed the one that fewest bytes cross; never within a tuple."""
+        """Among cut points with no computation between them, the one fewest bytes cross. Never splits a tuple."""
         best: dict[int, int] = {}
         computed = 0
         for position, node in enumerate(self.nodes):
@@ -107,7 +109,7 @@ class StageGraph:
 
     @cached_property
     def states(self) -> Mapping[fx.Node, int]:
-        """Bytes that a rank holds for each parameter (``Plan.zero`` says of what only a part), and of each buffer."""
+        """Bytes that a rank holds for each parameter (``Plan.zero`` splits some of them), and for each buffer."""
         found: dict[fx.Node, int] = {}
         for node, entry in self.program.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
             part = self.costs.bytes([node])
@@ -130,13 +132,13 @@ class StageGraph:
 
     @cached_property
     def saved_values(self) -> SavedValues:
-        return SavedValues(self.costs, {node for node in self.remade if self._is_parameter(node)})
+        return SavedValues(self.costs, {node for node in self.duplicated if self._is_parameter(node)})
 
     def _uses(self) -> dict[fx.Node, list[int]]:
-        """Where each value is used: by a call in the sequence, if need be through some that are made again."""
+        """The places where each value is used: by a call in the sequence, possibly through duplicated ones."""
         found: dict[fx.Node, set[int]] = defaultdict(set)
         for node in self.program.returned:
-            if node in self.remade:
+            if node in self.duplicated:
                 found[node].add(len(self.nodes) - 1)  # the last stage returns it
         for node in reversed(self.program.graph.nodes):
             if node.op != "output":
@@ -145,13 +147,13 @@ class StageGraph:
         return {node: sorted(places) for node, places in found.items()}
 
     def _seconds(self, node: fx.Node) -> float:
-        """What happens to parameters once a step is shared by its microbatches."""
-        once = node in self.remade and self._is_parameter(node) and self.program.plan.zero < 3
+        """The seconds of a call; work on parameters once a step is shared by its microbatches."""
+        once = node in self.duplicated and self._is_parameter(node) and self.program.plan.zero < 3
         return self.costs.both(node) / (self.program.plan.microbatches if once else 1)
 
     def _is_parameter(self, node: fx.Node) -> bool:
-        """Whether ``node`` is a parameter, or one that was cast or gathered."""
-        while node in self.remade and len(node.all_input_nodes) == 1:
+        """Whether ``node`` is a parameter, or a cast or gathered one."""
+        while node in self.duplicated and len(node.all_input_nodes) == 1:
             node = node.all_input_nodes[0]
         return node in self._parameters
 
@@ -162,9 +164,9 @@ class StageGraph:
     def _gathered(self, node: fx.Node) -> int:
         """Elements of a parameter that is gathered over a data axis before its use; 0 for others."""
         for user in node.users:
-            if user in self.remade and user.target in comm.GATHERS:
+            if user in self.duplicated and user.target in comm.GATHERS:
                 return self.elements(user) if user.args[1] in DATA_AXES else 0
-            if user in self.remade and self._is_parameter(user):
+            if user in self.duplicated and self._is_parameter(user):
                 found = self._gathered(user)
                 if found:
                     return found
@@ -176,24 +178,24 @@ class StageGraph:
 
 
 class Tables:
-    """For positions a < b of ``bounds``, what the calls from ``bounds[a]`` up to ``bounds[b]`` cost as a stage."""
+    """For positions a < b of ``bounds``, the costs of the calls from ``bounds[a]`` to ``bounds[b]`` as a stage."""
 
     def __init__(self, graph: StageGraph, bounds: Sequence[int]) -> None:
         self.graph, self.bounds = graph, bounds
 
     @cached_property
     def seconds(self) -> Table:
-        """Of one microbatch, forward and backward: of its calls or of its messages, whichever takes longer."""
+        """Seconds of one microbatch, forward and backward: of its calls or of its messages, whichever is longer."""
         graph = self.graph
         events = [(-1, graph.place[node], graph.seconds[node]) for node in graph.nodes]
-        for node in graph.remade:
+        for node in graph.duplicated:
             events += events_of(graph.uses[node], graph.seconds[node])
         found = totals(events, self.bounds)
         return np.maximum(found, self.received / graph.costs.machine.link, out=found)
 
     @cached_property
     def received(self) -> Table:
-        """Bytes, with the gradients that are sent back."""
+        """Bytes received, with those of the gradients that are sent back."""
         graph, events = self.graph, list[Event]()
         for node in graph.nodes:
             here = graph.place[node]
@@ -226,9 +228,9 @@ class Tables:
         return totals(events, self.bounds)
 
 
-def in_cutting_order(program: Program, remade: frozenset[fx.Node]) -> tuple[fx.Node, ...]:
-    """The calls that are not ``remade``, each behind those that it uses; parts of a tuple just behind it."""
-    calls = [node for node in program.graph.nodes if node.op == "call_function" and node not in remade]
+def in_cutting_order(program: Program, duplicated: frozenset[fx.Node]) -> tuple[fx.Node, ...]:
+    """The calls that are not ``duplicated``, each after its operands; the parts of a tuple directly after it."""
+    calls = [node for node in program.graph.nodes if node.op == "call_function" and node not in duplicated]
     trace = {node: position for position, node in enumerate(calls)}
     light: set[fx.Node] = set()  # one chain from placeholders to one use
     for node in calls:
@@ -245,7 +247,7 @@ def in_cutting_order(program: Program, remade: frozenset[fx.Node]) -> tuple[fx.N
             when[node] = when[node.all_input_nodes[0]]
 
     def place(node: fx.Node) -> tuple[int, int, int]:
-        """When it runs; of those that run at one time the order of the trace, where a part stands by its tuple."""
+        """The time at which it runs; calls of one time keep the order of the trace, parts of a tuple stay with it."""
         behind = node.all_input_nodes[0] if node.target is operator.getitem else node
         return when[node], trace[behind], trace[node]
 

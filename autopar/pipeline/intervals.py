@@ -1,7 +1,7 @@
 """Cutting a sequence into intervals so that the worst of them is best: dynamic programming over tables.
 
-What an interval costs may depend on all of it: something that several of its members use counts once. An ``Event`` says
-so with one number: the use at ``at`` counts in an interval that begins after ``since``, where the same was used before.
+The cost of an interval may depend on all of it: a value that several of its members use counts once. An ``Event``
+expresses this: the use at ``at`` counts in an interval that begins after ``since``, the place of the use before.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ Event = tuple[int, int, float]  # (since, at, weight): counts in positions i .. 
 
 
 def events_of(uses: Iterable[int], weight: float, since: int = -1) -> list[Event]:
-    """Something used at the positions ``uses``: once in each interval that begins behind ``since`` and has a use. What
-    is made at ``since`` is thus counted where it is received, and with -1 everywhere."""
+    """The events of a value used at the positions ``uses``: it counts once in each interval after ``since`` with a use.
+
+    A value that is made at ``since`` is thus counted where it is received; with -1, everywhere.
+    """
     found = []
     for at in sorted(set(uses)):
         found.append((since, at, weight))
@@ -36,8 +38,8 @@ def totals(events: Sequence[Event], bounds: Sequence[int]) -> Table:
         array = np.asarray(events, dtype=np.float64)
         since, at, weight = array[:, 0], array[:, 1], array[:, 2]
         edges = np.asarray(bounds)
-        first = np.searchsorted(edges, since, side="right")  # the first begin behind ``since``
-        last = np.searchsorted(edges, at, side="right")  # the first begin, or end, behind ``at``
+        first = np.searchsorted(edges, since, side="right")  # the first begin after ``since``
+        last = np.searchsorted(edges, at, side="right")  # the first begin, or end, after ``at``
         some = first < last
         np.add.at(steps, (first[some], last[some]), weight[some])
         np.add.at(steps, (last[some], last[some]), -weight[some])
@@ -46,8 +48,10 @@ def totals(events: Sequence[Event], bounds: Sequence[int]) -> Table:
 
 
 def least_worst(tables: Sequence[Table]) -> float:
-    """The least that the worst interval can cost, of ``len(tables)`` intervals from the first bound to the last, the
-    n-th of which costs ``tables[n][a, b]``; inf where none is allowed."""
+    """The least cost of the worst interval, over all ways to cut from the first bound to the last.
+
+    There are ``len(tables)`` intervals; the n-th costs ``tables[n][a, b]``, inf where it is not allowed.
+    """
     worst = tables[0][0]
     for table in tables[1:]:
         worst = np.maximum(worst[:, None], table).min(axis=0)
@@ -55,8 +59,11 @@ def least_worst(tables: Sequence[Table]) -> float:
 
 
 def best_bounds(tables: Sequence[Table], limit: float, weights: Table) -> list[int]:
-    """The bounds (positions among those of the tables) of the intervals of least total weight of which none costs more
-    than ``limit``; of those the ones whose worst is best. There must be some."""
+    """The bounds (positions among those of the tables) of least total weight in which no interval costs more than
+    ``limit``.
+
+    Among equals, those whose worst interval is best. There must be some.
+    """
     total, worst = np.where(tables[0][0] <= limit, weights[0], np.inf), tables[0][0]
     trail = []
     for table in tables[1:]:

@@ -1,4 +1,4 @@
-"""The schedules of one program that are not its plan's: forward only, backward only; which stages are linked."""
+"""The schedules of a program beside that of its plan: forward only, backward only; and the links between its stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autopar.schedules.messages import with_messages
 
 
 def links_of(program: PipelinedProgram) -> tuple[Link, ...]:
-    """What the stages of a differentiated program send each other, as schedules see it."""
+    """The values that the stages of a differentiated program send each other, as schedules see them."""
     found = []
     for crossing in crossings(program):
         types = types_of(program, crossing)
@@ -27,7 +27,7 @@ def inference_schedule(program: PipelinedProgram) -> Schedule:
 
 
 def backward_schedule(program: PipelinedProgram) -> Schedule:
-    """The backward passes that follow when all forward ones are done: in their order backwards, with messages."""
+    """The backward passes after all forward ones: in reverse order of these, with messages."""
     forward = forward_only(program.required_schedule)
     orders = [reversed(list(forward.computes(rank))) for rank in range(len(forward.ranks))]
     ranks = [[Compute(Kind.B, step.stage, step.microbatch) for step in order] for order in orders]

@@ -1,6 +1,6 @@
-"""One batch in several parts that run one after the other: how it is cut, and what each part counts for.
+"""One batch in several parts that run one after the other: the cut, and the weight of each part.
 
-A mean over all tokens is no mean of means where parts have unequally many: part i counts for its share of the tokens,
+A mean over all tokens is not a mean of means where parts have different numbers of tokens: part i has the weight
 count_i / (count_1 + ... + count_m), which is known before any backward pass, since counts depend on labels alone.
 """
 
@@ -31,8 +31,7 @@ MEANS = (aten.mean.default, aten.mean.dim)
 
 
 def parts(args: Sequence[Any], kwargs: Mapping[str, Any], mesh: Mesh, plan: Plan) -> list[dict[str, Any]]:
-    """The keyword arguments of each of ``plan.microbatches`` calls: neighbouring rows, equally many, or in the last
-    ones fewer by as few as possible.
+    """The keyword arguments of each of ``plan.microbatches`` calls: neighbouring rows, as evenly as possible.
 
     Raises IndivisibleError where there are too few rows, or the data axes do not divide them; InvariantError for
     arguments without names.
@@ -63,18 +62,18 @@ def cut_dims(kwargs: Mapping[str, Any], plan: Plan) -> dict[str, int]:
 
 
 def rows(kwargs: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], plan: Plan) -> list[int]:
-    """How many rows each of the parts of ``kwargs`` has."""
+    """The number of rows of each part of ``kwargs``."""
     name, dim = next(iter(cut_dims(kwargs, plan).items()), ("", 0))
     return [batch[name].shape[dim] if name else 1 for batch in batches]
 
 
 def together(parts: Sequence[Tensor]) -> Tensor:
-    """One output of all microbatches: rows behind each other; of what has no rows the last."""
+    """One output of all microbatches: their rows joined; an output without rows is that of the last."""
     return torch.cat(list(parts)) if parts[0].dim() else parts[-1]
 
 
 def shares(counts: Sequence[Tensor | None], rows: Sequence[int]) -> list[Tensor | float]:
-    """What the loss of each part counts for in the loss of all: by the counts it is divided by, else by its rows."""
+    """The weight of each part's loss in the loss of all: by the counts that divide it, else by its rows."""
     known = [count for count in counts if count is not None]
     if len(known) < len(counts):
         return [part / sum(rows) for part in rows]
@@ -83,10 +82,10 @@ def shares(counts: Sequence[Tensor | None], rows: Sequence[int]) -> list[Tensor 
 
 
 def counting(program: Program) -> fx.Graph | None:
-    """The graph (those inputs of the program that it needs) -> (the count that the loss is divided by); None where the
-    loss is a mean of equally many elements in each part. Of a pipeline ``program`` is the stage that has the loss.
+    """The graph (the inputs it needs) -> (the count that divides the loss).
 
-    Raises InvariantError for a loss that is neither: parts of it cannot be weighed.
+    It is None where the loss is a mean over equally many elements in each part. For a pipeline, ``program`` is the
+    stage that has the loss. Raises InvariantError for a loss that is neither: its parts have no weights.
     """
     role = program.required_role
     returned = output_node(role.forward).args[0]

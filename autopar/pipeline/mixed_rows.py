@@ -1,7 +1,7 @@
-"""Whether a model computes with several rows of its batch at once: then a batch in microbatches is another computation.
+"""Whether a model computes across rows of its batch: then a batch in microbatches is another computation.
 
-Contrastive losses compare all rows, load-balancing losses of experts multiply means over them. Splitting the batch
-over ranks shows it: what the ranks would have to gather, or to sum beside the loss and its counts, mixes rows.
+Contrastive losses compare all rows, load-balancing losses of experts multiply means over them. A split of the batch
+over ranks shows it: values that the ranks would have to gather, or to sum beside the loss and its counts, mix rows.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ AXIS = "dp"
 
 
 def warn_of_mixed_rows(traced: Program, split: Callable[[Program, Mesh], AnyProgram]) -> None:
-    """Warn, with the places, of a program that mixes rows and is to run on ``traced.plan.microbatches``.
+    """Warn, with the places, if a program mixes rows and runs on ``traced.plan.microbatches``.
 
-    ``split`` splits the batch of a program over a mesh. A microbatch of one row tells nothing, and passes.
+    ``split`` splits the batch of a program over a mesh. A microbatch of one row shows nothing, and passes.
     """
     count, rows = traced.plan.microbatches, _rows(traced)
     ways = next((ways for ways in range(2, rows + 1) if rows % ways == 0), 1)
     if count == 1 or ways == 1:
         return
     try:
-        known = normalised(traced)  # of these ``cut_stages`` warns
+        known = normalised(traced)  # ``cut_stages`` warns of these
         places = [place for place in dict.fromkeys(_places(split(traced, Mesh(dp=ways)))) if place not in known]
     except (AutoparError, ValueError):
-        return  # what is wrong with the model, compiling it for its own mesh says
+        return  # compiling the model for its own mesh reports the error
     if places:
         more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
         warnings.warn(
@@ -53,7 +53,7 @@ def _rows(program: Program) -> int:
 
 
 def _places(program: AnyProgram) -> Iterator[str]:
-    """Where activations are gathered or, other than scalars, summed over the rows."""
+    """The places where activations are gathered or, except scalars, summed over the rows."""
     for node in program.graph.nodes:
         if comm.moving(node.target) is None or node.args[1] != AXIS or not value(node).dtype.is_floating_point:
             continue

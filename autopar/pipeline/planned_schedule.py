@@ -1,4 +1,4 @@
-"""From the plan to the schedule of the pipeline, without messages: these need the program's stages."""
+"""The schedule of a plan, without messages: these need the program's stages."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from autopar.schedules.text import parse_schedule
 
 
 def planned_schedule(plan: Plan, mesh: Mesh) -> Schedule:
-    """The schedule that ``plan`` asks for on the pipeline ranks of ``mesh``.
+    """The schedule that ``plan`` names, on the pipeline ranks of ``mesh``.
 
-    Raises ValueError for one that does not go with the mesh, ScheduleError for one that is written down wrongly.
+    Raises ValueError for one that does not fit the mesh, ScheduleError for a written one with mistakes.
     """
     ranks = mesh.size(PIPELINE)
     if ":" not in plan.schedule:
@@ -30,13 +30,13 @@ def planned_schedule(plan: Plan, mesh: Mesh) -> Schedule:
 
 
 def forward_only(schedule: Schedule) -> Schedule:
-    """The forward computes of ``schedule``, without messages: for inference."""
+    """The forward computes of ``schedule``, without messages, for inference."""
     forward = [[step for step in schedule.computes(rank) if step.kind is Kind.F] for rank in range(len(schedule.ranks))]
     return replace(schedule, name=f"{schedule.name} forward", ranks=tuple(map(tuple, forward)))
 
 
 def most_in_flight(schedule: Schedule) -> list[int]:
-    """For each stage the most microbatches whose activations it holds at once."""
+    """For each stage, the most microbatches whose activations it holds at once."""
     held, most = [0] * len(schedule.placement), [0] * len(schedule.placement)
     for rank in range(len(schedule.ranks)):
         for step in schedule.computes(rank):

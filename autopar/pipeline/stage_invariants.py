@@ -35,8 +35,10 @@ def stages_are_of_the_mesh(program: PipelinedProgram) -> None:
 
 
 def what_is_sent_is_received(program: PipelinedProgram) -> None:
-    """Each value that a stage sends is received by the stage that it names, once, as the type that it has; nothing is
-    received that no stage sends."""
+    """Each value that a stage sends is received once, with the same type, by the stage that it names.
+
+    No stage receives a value that no stage sends.
+    """
     sent: dict[tuple[int, int, str], Node] = {}
     together = "change the output of one stage and the input of the other together"
     for number, stage in enumerate(program.stages):
@@ -95,7 +97,7 @@ def stages_return_the_outputs(program: PipelinedProgram) -> None:
 
 
 def gradients_are_sent_back(program: PipelinedProgram) -> None:
-    """Where the backward pass of a stage has a gradient of what it received, that of the sender takes one."""
+    """Where a stage's backward pass has a gradient of a received value, that of the sender takes one."""
     reached = [gradients_of(stage) for stage in program.stages]
     for number, stage in enumerate(program.stages):
         taken = set(stage.role.differentiable) if stage.role is not None else set()
@@ -110,7 +112,7 @@ def gradients_are_sent_back(program: PipelinedProgram) -> None:
 
 
 def schedule_fits_the_stages(program: PipelinedProgram) -> None:
-    """There is a schedule of these stages, and its messages are what the stages send each other, in one order."""
+    """There is a schedule of these stages, and its messages are those of the stages, in one order."""
     if program.schedule is None or len(program.schedule.placement) != len(program.stages):
         count = "no schedule" if program.schedule is None else f"a schedule of {len(program.schedule.placement)} stages"
         raise InvariantError(f"{len(program.stages)} stages and {count}\nLikely fix: schedule the stages after the cut")

@@ -1,4 +1,4 @@
-"""What each pipeline stage of an assignment holds, computes and sends: as data, and as a table to read."""
+"""The figures of each pipeline stage of an assignment (memory, computing, messages), as data and as a table."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Stage:
     """One stage on one rank.
 
     Attributes:
-        first, last: the modules of its first and of its last call ("" for what the model itself calls).
+        first, last: the modules of its first and of its last call ("" for calls of the model itself).
         parameters: elements of its parameters, as its rank holds them between steps.
         flops: operations of one forward microbatch.
-        seconds: of one microbatch, forward and backward, by the roofline model (``operator_cost``).
+        seconds: of one microbatch, forward and backward, by the roofline model (:mod:`autopar.cost.roofline`).
         flops_share, time_share: of those of all stages.
         state_bytes: parameters, gradients and AdamW states.
-        activation_bytes: what one microbatch keeps for its backward pass (an estimate).
+        activation_bytes: bytes that one microbatch keeps for its backward pass (an estimate).
         memory_bytes: states, and activations of all microbatches in flight.
         sent_bytes: of one microbatch, forward, to all later stages together.
         received_bytes: of one microbatch, forward, from all earlier stages together.
@@ -60,7 +60,7 @@ class StageTable:
     balance: float
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Of each stage what a person reads, by ``COLUMNS``."""
+        """The cells of each stage, by ``COLUMNS``."""
         return [
             (
                 str(one.stage), one.first or "(model)", one.last or "(model)", count_text(one.parameters),
@@ -88,10 +88,12 @@ def describe_stages(
     *,
     machine: Machine = ACCELERATOR,
 ) -> StageTable:
-    """The stages of ``assignment``, which is one of ``program``. ``in_flight``: for each stage the most microbatches
-    whose activations it holds at once; None: one."""
+    """The stages of ``assignment``, which belongs to ``program``.
+
+    ``in_flight``: for each stage, the most microbatches whose activations it holds at once; None: one.
+    """
     calls = [node for node in program.graph.nodes if node in assignment.stage_of]
-    graph = StageGraph(program, assignment.remade, sorted(calls, key=assignment.stage_of.__getitem__), machine)
+    graph = StageGraph(program, assignment.duplicated, sorted(calls, key=assignment.stage_of.__getitem__), machine)
     counts = [0] * (1 + max(assignment.stage_of.values(), default=0))
     for node in calls:
         counts[assignment.stage_of[node]] += 1

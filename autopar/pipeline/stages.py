@@ -4,9 +4,9 @@
     y = aten.linear(h, w)          -->    stage 1:  h = recv 0.h
     return y                                        y = aten.linear(h, w)      return y
 
-A value goes from the stage that makes it straight to each stage that uses it. What an assignment calls *remade* each
-stage that needs it computes for itself, from placeholders, of which it has its own; so a parameter that two stages use
-(an embedding that is the output head too) is a parameter of both.
+A value goes directly from the stage that makes it to each stage that uses it. A *duplicated* value is computed by each
+stage that needs it, from the stage's own placeholders; so a parameter that two stages use (an embedding that is also
+the output head) is a parameter of both.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ from autopar.mesh import PIPELINE
 
 @dataclass(frozen=True)
 class Assignment:
-    """``stage_of``: every call that is not ``remade`` -> its stage, which never decreases along an edge of the graph.
-    ``remade``: calls that each stage makes for itself that needs their value, directly or for another of them; all
-    their inputs are placeholders or remade. One that the program returns is for the last stage to return."""
+    """The stage of each call.
+
+    ``stage_of``: every call that is not ``duplicated`` -> its stage, which never decreases along an edge of the graph.
+    ``duplicated``: calls that each stage computes for itself if it needs their value, directly or for another of them;
+    all their inputs are placeholders or duplicated. If the program returns one, the last stage returns it.
+    """
 
     stage_of: Mapping[fx.Node, int]
-    remade: frozenset[fx.Node]
+    duplicated: frozenset[fx.Node]
 
 
 def peer_of(entry: Input | Output) -> int:
@@ -42,7 +45,7 @@ def peer_of(entry: Input | Output) -> int:
 
 
 def name_of(entry: Input | Output) -> str:
-    """What the value is called in the stage that makes it."""
+    """The name of the value in the stage that makes it."""
     return entry.target.partition(".")[2]
 
 
@@ -60,19 +63,22 @@ def stage_programs(program: Program, assignment: Assignment, count: int) -> tupl
 
 
 def _with_parts(assignment: Assignment) -> Assignment:
-    """Results of one operator that makes several are where it is."""
-    stage_of, remade = dict(assignment.stage_of), set(assignment.remade)
-    for node in [*stage_of, *remade]:
+    """The results of an operator with several results are in the stage of the operator."""
+    stage_of, duplicated = dict(assignment.stage_of), set(assignment.duplicated)
+    for node in [*stage_of, *duplicated]:
         if node.target is operator.getitem:
             source = node.all_input_nodes[0]
             if source in stage_of:
                 stage_of[node] = stage_of[source]
-                remade.discard(node)
-    return Assignment(stage_of, frozenset(remade))
+                duplicated.discard(node)
+    return Assignment(stage_of, frozenset(duplicated))
 
 
 def _stage_of_output(node: Node, assignment: Assignment, count: int) -> int:
-    """What is remade could be returned by any stage: by that of its module (counters of batch norm), or by the last."""
+    """The stage that returns an output. A duplicated one is returned by the stage of its module, or by the last.
+
+    Counters of batch norm are such outputs.
+    """
     if node in assignment.stage_of:
         return assignment.stage_of[node]
     module = origin(node).module
@@ -91,7 +97,7 @@ class _Stage:
         self.outputs.append((node, entry))
 
     def received(self) -> list[Node]:
-        """What other stages make, in the order of the whole program."""
+        """The values that other stages make, in the order of the whole program."""
         return [node for node in self._needed() if self._is_elsewhere(node)]
 
     def program(self, received: Sequence[Node]) -> Program:
@@ -129,7 +135,7 @@ class _Stage:
         )
 
     def _needed(self) -> list[Node]:
-        """What this stage computes, and what it is made of, in the order of the whole program."""
+        """The nodes that this stage computes, and all that they depend on, in the order of the whole program."""
         own = [node for node, stage in self.assignment.stage_of.items() if stage == self.number]
         wanted = [*own, *(node for node, _ in self.outputs)]
         found = ancestors(wanted, through=lambda node: not self._is_elsewhere(node))
@@ -140,7 +146,7 @@ class _Stage:
 
 
 def stages_of_nodes(program: AnyProgram) -> dict[str, int]:
-    """Node name -> stage, as ``cut_stages`` has decided."""
+    """Node name -> stage, as decided by ``cut_stages``."""
     return {
         name: decision.stage
         for name, decision in program.decisions.get(PIPELINE, {}).items()
@@ -158,8 +164,10 @@ def users_of(program: PipelinedProgram) -> dict[str, tuple[int, ...]]:
 
 
 def holders(program: AnyProgram) -> dict[str, tuple[int, ...]]:
-    """Parameter or buffer name, aliases too -> the pipeline ranks that hold it, in order; {} where there is no pipeline
-    and so every rank holds all."""
+    """Parameter or buffer name, aliases too -> the pipeline ranks that hold it, in order.
+
+    It is {} without a pipeline, where every rank holds all.
+    """
     if isinstance(program, Program):
         return {}
     placement, used = program.required_schedule.placement, users_of(program)
@@ -173,7 +181,7 @@ def holders(program: AnyProgram) -> dict[str, tuple[int, ...]]:
 
 
 def held_elsewhere(program: AnyProgram, rank: int) -> frozenset[str]:
-    """Names of parameters and buffers that only other pipeline ranks than ``rank`` hold."""
+    """Names of parameters and buffers that only pipeline ranks other than ``rank`` hold."""
     return frozenset(name for name, ranks in holders(program).items() if rank not in ranks)
 
 
@@ -183,7 +191,7 @@ def first_ranks(program: AnyProgram) -> dict[str, int]:
 
 
 def check_same_parameters(program: PipelinedProgram, other: PipelinedProgram) -> None:
-    """Raises InvariantError unless each parameter is in the same stages of both programs."""
+    """Raise InvariantError unless each parameter is in the same stages of both programs."""
     first, second = users_of(program), users_of(other)
     for name, stages in first.items():
         if second.get(name, ()) != stages:
@@ -198,7 +206,7 @@ def check_same_parameters(program: PipelinedProgram, other: PipelinedProgram) ->
 
 @dataclass(frozen=True)
 class Crossing:
-    """What goes from stage ``source`` to stage ``target``: names in the source, in order; ``grads`` come back."""
+    """The values that go from stage ``source`` to stage ``target``: names in the source, in order; ``grads`` go back."""
 
     source: int
     target: int
@@ -210,7 +218,7 @@ Type = tuple[tuple[int, ...], torch.dtype]
 
 
 def crossings(program: PipelinedProgram) -> Iterator[Crossing]:
-    """What the stages of a differentiated program send each other."""
+    """The values that the stages of a differentiated program send each other."""
     for source, stage in enumerate(program.stages):
         names: dict[int, list[str]] = {}
         for entry in stage.outputs:
@@ -228,7 +236,7 @@ def gradients_of(stage: Program) -> frozenset[str]:
 
 
 def types_of(program: PipelinedProgram, crossing: Crossing) -> Mapping[str, Type]:
-    """Name -> (local shape, dtype) of what crosses."""
+    """Name -> (local shape, dtype) of the values that cross."""
     stage = program.stages[crossing.target]
     nodes = {entry.target: node for node, entry in stage.placeholders(InputKind.RECEIVED)}
     found = {name: value(nodes[f"{crossing.source}.{name}"]) for name in crossing.names}

@@ -206,7 +206,7 @@ program mesh(dp=2)
     gather, scatter = comm.OPS.all_gather.default, comm.OPS.reduce_scatter.default
     kept = role_of(program)
     assert targets(backward_of(kept)).count(gather) == 0
-    role = role_of(program, remake=lambda node: is_free(node) or node.target is gather)
+    role = role_of(program, recompute=lambda node: is_free(node) or node.target is gather)
     order = targets(backward_of(role))
     assert order.count(gather) == 2 and order.count(scatter) == 2
     tanh = order.index(torch.ops.aten.tanh_backward.default)

@@ -50,12 +50,12 @@ def first_calls(program: Program, found: Assignment, count: int) -> list[fx.Node
 
 def check(program: Program, found: Assignment, count: int) -> None:
     calls = {node for node in program.graph.nodes if node.op == "call_function"}
-    assert set(found.stage_of) | found.remade == calls and not set(found.stage_of) & found.remade
+    assert set(found.stage_of) | found.duplicated == calls and not set(found.stage_of) & found.duplicated
     assert set(found.stage_of.values()) == set(range(count))
     for node in calls:
         for source in node.all_input_nodes:
-            if node in found.remade:
-                assert source.op == "placeholder" or source in found.remade
+            if node in found.duplicated:
+                assert source.op == "placeholder" or source in found.duplicated
             elif source in found.stage_of:
                 assert found.stage_of[source] <= found.stage_of[node]
                 assert node.target is not operator.getitem or found.stage_of[source] == found.stage_of[node]
@@ -79,20 +79,20 @@ def test_on_a_mesh(name: str, zero: int) -> None:
     parameters = {node for node, _ in program.placeholders(InputKind.PARAMETER)}
     used = {user for node in parameters for user in node.users}
     forms = [node for node in used if len(node.all_input_nodes) == 1]
-    assert forms and found.remade.issuperset(forms), "gathered parameters do not travel"
+    assert forms and found.duplicated.issuperset(forms), "gathered parameters do not travel"
     moving = [node for node in found.stage_of if comm.TARGETS.get(node.target) == "all_reduce"]
     assert moving, "sums over tp belong to the computation"
 
 
 def test_values_that_every_stage_makes() -> None:
-    remade = {origin(node).module for node in assign_stages(program_of("t5"), 2).remade}
-    assert {"encoder.bias", "decoder.bias"} <= remade, "tables of relative positions are smaller than the biases"
+    duplicated = {origin(node).module for node in assign_stages(program_of("t5"), 2).duplicated}
+    assert {"encoder.bias", "decoder.bias"} <= duplicated, "tables of relative positions are smaller than the biases"
     for name in ("t5", "llama", "gpt"):
         program = program_of(name)
         tokens = {node for node, entry in program.placeholders(InputKind.PARAMETER) if entry.target == "tokens.weight"}
-        assert not {user for node in tokens for user in node.users} & assign_stages(program, 2).remade
+        assert not {user for node in tokens for user in node.users} & assign_stages(program, 2).duplicated
     labels = next(node for node, entry in program_of("llama").placeholders(InputKind.INPUT) if entry.target == "labels")
-    assert set(labels.users) <= assign_stages(program_of("llama"), 2).remade, "labels are at hand everywhere"
+    assert set(labels.users) <= assign_stages(program_of("llama"), 2).duplicated, "labels are at hand everywhere"
 
 
 def test_a_decoder_embeds_its_tokens_itself() -> None:
