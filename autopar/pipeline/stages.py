@@ -206,7 +206,7 @@ def check_same_parameters(program: PipelinedProgram, other: PipelinedProgram) ->
 
 @dataclass(frozen=True)
 class Crossing:
-    """The values that go from stage ``source`` to stage ``target``: names in the source, in order; ``grads`` go back."""
+    """The values that go from stage ``source`` to stage ``target``: names in the source, in order; ``grads`` return."""
 
     source: int
     target: int
