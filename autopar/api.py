@@ -34,9 +34,9 @@ def parallelize(
     Raises LaunchError when the processes do not fit the mesh; what :func:`autopar.compile_program` raises.
     """
     plan = plan or Plan()
-    named = Mesh.from_device_mesh(mesh) if isinstance(mesh, DeviceMesh) else mesh
-    connection = _connection(model, mesh, plan)
-    module = ParallelModule(model, named, plan, connection)
+    device_mesh = mesh if isinstance(mesh, DeviceMesh) else None
+    mesh = Mesh.from_device_mesh(mesh) if isinstance(mesh, DeviceMesh) else mesh
+    module = ParallelModule(model, mesh, plan, _connection(model, mesh, plan, device_mesh))
     if isinstance(example_inputs, Mapping):
         module.prepare(**example_inputs)
     elif example_inputs is not None:
@@ -44,18 +44,17 @@ def parallelize(
     return module
 
 
-def _connection(model: nn.Module, mesh: Mesh | DeviceMesh, plan: Plan) -> Connection | None:
-    world_size = mesh.size() if isinstance(mesh, DeviceMesh) else mesh.world_size
-    if not launched() and world_size != 1:
+def _connection(model: nn.Module, mesh: Mesh, plan: Plan, device_mesh: DeviceMesh | None) -> Connection | None:
+    if not launched() and mesh.world_size != 1:
         return None
-    return connect(mesh, plan.timeout, _device(model, mesh))
+    return connect(mesh, plan.timeout, _device(model, device_mesh), device_mesh)
 
 
-def _device(model: nn.Module, mesh: Mesh | DeviceMesh) -> torch.device:
+def _device(model: nn.Module, device_mesh: DeviceMesh | None) -> torch.device:
     """Where this rank computes: where the parameters are; for a model on meta, the accelerator if there is one."""
     here = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if isinstance(mesh, DeviceMesh) and here.type != mesh.device_type:
-        here = torch.device(mesh.device_type)
+    if device_mesh is not None and here.type != device_mesh.device_type:
+        here = torch.device(device_mesh.device_type)
     if here.type == "meta":
         here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if here.type == "cuda":

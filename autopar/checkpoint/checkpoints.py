@@ -38,8 +38,7 @@ from autopar.module import ParallelModule, held_by
 from autopar.runtime.dtensor import local_of
 
 NAMES_SHOWN = 3
-# torch says so at each save of a single process, in whatever thread
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+ONE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"  # torch says so at each save and load
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,11 @@ class Checkpoints:
         how: dict[str, Any] = {"storage_writer": writer, "planner": files.SavePlanner()}
         how |= {"process_group": peers.group, "no_dist": peers.group is None}
         if wait:
-            with _failures(peers):
+            with _failures(peers), _no_word_of_one_process():
                 save(state, **how)
         else:
+            # it comes from torch's thread then, whenever that gets there; filters are those of all threads anyway
+            warnings.filterwarnings("ignore", message=ONE_PROCESS)
             self._saving = async_save(state, async_stager=_HostCopies(), **how)  # type: ignore[assignment]
 
     def wait(self) -> None:
@@ -158,7 +159,7 @@ class Checkpoints:
         blobs = [f"random.{rank}", f"data.{rank}", *(["scheduler"] if scheduler is not None else [])]
         targets: dict[str, Any] = {f"model.{entry.name}": entry.slices for entry in _saved(model)}
         targets |= dict.fromkeys(blobs) | (news.targets if news else {})
-        with _failures(peers):
+        with _failures(peers), _no_word_of_one_process():
             how: dict[str, Any] = {"process_group": peers.group, "no_dist": peers.group is None}
             load(targets, storage_reader=FileSystemReader(path), planner=files.LoadPlanner(), **how)
         if news is not None:
@@ -296,6 +297,13 @@ def _agreed(peers: Peers, what: str) -> Iterator[None]:
     except (AutoparError, OSError) as problem:
         peers.agree(what, problem if isinstance(problem, AutoparError) else CheckpointError(str(problem)))
     peers.agree(what)
+
+
+@contextmanager
+def _no_word_of_one_process() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=ONE_PROCESS)
+        yield
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import os
 import sys
@@ -10,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,12 +16,13 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autopar.errors import LaunchError, RankFailedError
+from autopar.errors import LaunchError
 from autopar.ir.program import AnyProgram
 from autopar.mesh import ALIASES, PIPELINE, Mesh
 from autopar.runtime import functional_collectives as torch_collectives
 from autopar.runtime.channels import group_back
 from autopar.runtime.communicator import Communicator, peer_failed
+from autopar.runtime.process_end import end_shortly
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 MOST_PEERS_NAMED = 16
@@ -67,24 +65,21 @@ def launched() -> bool:
     return dist.is_initialized() or ("RANK" in os.environ and "WORLD_SIZE" in os.environ)
 
 
-def connect(mesh: Mesh | DeviceMesh, timeout: float, device: torch.device) -> Connection:
+def connect(mesh: Mesh, timeout: float, device: torch.device, device_mesh: DeviceMesh | None = None) -> Connection:
     """Join the other ranks of ``mesh``; the process group is made if there is none.
 
     ``timeout`` (seconds) is from then on that of all groups of the mesh. A mesh of one rank needs no launcher.
+    ``device_mesh``: one that was made already and has the axes of ``mesh``, in the same order.
     Raises LaunchError when this process is not one of ``mesh.world_size`` launched ones, RankFailedError when the
     others do not come.
     """
-    _say_failures_shortly()
-    if isinstance(mesh, DeviceMesh):
-        named = Mesh.from_device_mesh(mesh)
-        if named.is_pipelined and not named.of_stage.axes:
-            mesh = _device_mesh(named, timeout, device)
-        return Connection(named, mesh, _communicator(named, mesh, timeout, device))
-    if not dist.is_initialized():
+    end_shortly()
+    if device_mesh is None and not dist.is_initialized():
         _join(mesh, timeout, device)
-    elif dist.get_world_size() != mesh.world_size:
+    elif device_mesh is None and dist.get_world_size() != mesh.world_size:
         raise LaunchError(_sizes(mesh, dist.get_world_size(), "the process group has"))
-    device_mesh = _device_mesh(mesh, timeout, device)
+    if device_mesh is None or (mesh.is_pipelined and not mesh.of_stage.axes):  # then it has no axis to hold DTensors
+        device_mesh = _device_mesh(mesh, timeout, device)
     return Connection(mesh, device_mesh, _communicator(mesh, device_mesh, timeout, device))
 
 
@@ -173,31 +168,3 @@ def _sizes(mesh: Mesh, processes: int, who: str) -> str:
 def _command(mesh: Mesh) -> str:
     script = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] not in ("", "-c") else "train.py"
     return f"torchrun --nproc-per-node {mesh.world_size} {script}"
-
-
-_uncaught: list[BaseException] = []  # the RankFailedError that ends this process
-
-
-@cache
-def _say_failures_shortly() -> None:
-    """What is no bug of the script but of its launch, or of a peer: the message alone tells more than the traceback."""
-    usual = sys.excepthook
-
-    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, RankFailedError):
-            _uncaught.append(error)
-        if issubclass(kind, (RankFailedError, LaunchError)):
-            print(f"{kind.__module__}.{kind.__qualname__}: {error}", file=sys.stderr, flush=True)
-        else:
-            usual(kind, error, trace)
-
-    sys.excepthook = excepthook
-
-
-@atexit.register
-def _leave_lost_peers() -> None:
-    """Threads of a broken process group would hold up the end of this process, or abort it with a core dump."""
-    if _uncaught:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)

@@ -226,7 +226,7 @@ def bring_a_device_mesh() -> tuple[dict[str, int], torch.Tensor]:
     from torch.distributed.device_mesh import init_device_mesh
 
     device_mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
-    connection: Connection = connect(device_mesh, 60.0, CPU)
+    connection: Connection = connect(Mesh.from_device_mesh(device_mesh), 60.0, CPU, device_mesh)
     assert connection.mesh == Mesh(dp=2, sp=2) and connection.device_mesh is device_mesh
     return connection.comm.coordinates, connection.comm.all_reduce(torch.tensor(float(connection.rank)), "sp")
 
