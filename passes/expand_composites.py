@@ -28,7 +28,7 @@ from autopar.autodiff.recorder import Recorder, fake_mode
 from autopar.errors import InvariantError
 from autopar.frontend.trace import VIEWS
 from autopar.ir.builder import Builder
-from autopar.ir.graph_pass import graph_pass
+from autopar.ir.graph_pass import calls, graph_pass
 from autopar.ir.node import values
 from autopar.ir.operator_facts import is_composite, writes
 from autopar.ir.program import Program
@@ -38,20 +38,19 @@ from autopar.rules import rule_for
 aten = torch.ops.aten
 
 
-@graph_pass()
+def _is_unknown_composite(target: Any) -> bool:
+    return is_composite(target) and not writes(target) and rule_for(target) is None
+
+
+@graph_pass(when=calls(_is_unknown_composite))
 def expand_composites(program: Program) -> Program:
     found = [node for node in program.graph.nodes if _is_unknown_composite(node.target)]
     for node in found:
         below = _taken_apart(node, node.all_input_nodes)
         if below is not None:
             _replace(node, _inserted(node, *below, node.all_input_nodes))
-    if found:
-        remove_unused(program.graph)
+    remove_unused(program.graph)
     return program
-
-
-def _is_unknown_composite(target: Any) -> bool:
-    return is_composite(target) and not writes(target) and rule_for(target) is None
 
 
 def _taken_apart(node: fx.Node, operands: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node]] | None:

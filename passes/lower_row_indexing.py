@@ -29,7 +29,7 @@ import torch
 from torch import fx
 
 from autopar.ir.builder import Builder
-from autopar.ir.graph_pass import graph_pass
+from autopar.ir.graph_pass import calls, graph_pass
 from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.rewrite import operand, remove_unused, substitute
@@ -37,15 +37,14 @@ from autopar.ir.rewrite import operand, remove_unused, substitute
 aten = torch.ops.aten
 
 
-@graph_pass()
+@graph_pass(when=calls(lambda target: target in LOWERED))
 def lower_row_indexing(program: Program) -> Program:
     found = [node for node in program.graph.nodes if node.target in LOWERED]
     for node in found:
         new = LOWERED[node.target](node)
         if new is not None:
             substitute(node, new)
-    if found:
-        remove_unused(program.graph)
+    remove_unused(program.graph)
     return program
 
 

@@ -39,7 +39,7 @@ import torch
 from torch import fx
 
 from autopar.ir.builder import Builder
-from autopar.ir.graph_pass import graph_pass
+from autopar.ir.graph_pass import calls, graph_pass
 from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.rewrite import remove_unused, substitute
@@ -55,13 +55,12 @@ CELLS = {
 }
 
 
-@graph_pass()
+@graph_pass(when=calls(lambda target: target in CELLS))
 def unstack_recurrent_layers(program: Program) -> Program:
     stacks = [node for node in program.graph.nodes if node.target in CELLS]
     for node in stacks:
         _unstack(node)
-    if stacks:
-        remove_unused(program.graph)
+    remove_unused(program.graph)
     return program
 
 

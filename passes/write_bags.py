@@ -29,7 +29,7 @@ from torch import fx
 
 from autopar.errors import AutoparError
 from autopar.ir.builder import Builder
-from autopar.ir.graph_pass import graph_pass
+from autopar.ir.graph_pass import calls, graph_pass
 from autopar.ir.node import origin, value, values
 from autopar.ir.program import Program
 from autopar.ir.rewrite import add_constants, drop_unused_constants, operand, remove_unused
@@ -45,13 +45,11 @@ _NAMES = (
 )  # fmt: skip
 
 
-@graph_pass()
+@graph_pass(when=calls(lambda target: target is aten.embedding_bag.padding_idx))
 def write_bags(program: Program) -> Program:
     found = [node for node in program.graph.nodes if node.target is aten.embedding_bag.padding_idx]
     for node in found:
         program = _write(program, node)
-    if not found:
-        return program
     remove_unused(program.graph)
     return drop_unused_constants(program)
 

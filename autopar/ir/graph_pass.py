@@ -95,14 +95,20 @@ def graph_pass(
 ) -> Callable[[Rewrite[Before, After]], Pass[Before, After]]:
     """Make a function ``Program -> Program`` a pass. ``requires`` hold before it, ``ensures`` after it.
 
-    ``when``: the choice in the plan or the mesh that needs it; without that the program stays as it is (a copy takes
-    time). ``copies``: whether it rewrites the graphs of its argument, so that it must get copies.
+    ``when``: the choice in the plan or the mesh, or the operator in the graph (:func:`calls`), that needs it; without
+    that the program stays as it is, neither copied nor checked (both take time). ``copies``: whether it rewrites the
+    graphs of its argument, so that it must get copies.
     """
 
     def decorate(rewrite: Rewrite[Before, After]) -> Pass[Before, After]:
         return Pass(rewrite, tuple(requires), tuple(ensures), when, copies)
 
     return decorate
+
+
+def calls(wanted: Callable[[Any], bool]) -> Condition:
+    """Whether the graph calls an operator for which ``wanted(target)`` is true."""
+    return lambda program: any(node.op == "call_function" and wanted(node.target) for node in program.graph.nodes)
 
 
 @dataclass(frozen=True)
