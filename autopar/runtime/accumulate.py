@@ -1,7 +1,7 @@
 """Gradient accumulation without communication: inside ``no_sync`` gradients are added up on their rank, and the next
 backward pass outside of it reduces the sum of all.
 
-What the data axes would reduce is left out of the backward pass then (``once.without_reductions``); sums over other
+What the data axes would reduce is left out of the backward pass then (``hoist.without_reductions``); sums over other
 axes belong to the computation and stay.
 """
 
@@ -13,18 +13,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from autopar.autodiff.hoist import Reducing, without_reductions
-from autopar.ir.tables import Role
-from autopar.mesh import DATA_AXES, Mesh
-from autopar.plan import Plan
-
 
 class Steps(Protocol):
     """One program's backward pass on this rank, whole and in two parts."""
 
     @property
     def defers(self) -> bool:
-        """Whether it has two parts; they are made when this is first asked."""
+        """Whether it has two parts."""
 
     def whole(self, saved: list[Any]) -> Sequence[Tensor]:
         """Gradients."""
@@ -70,12 +65,3 @@ class Accumulation:
             other, waiting = self._held.popitem()
             other.give(other.reduced(waiting))
         return steps.reduced(found)
-
-
-def deferred(role: Role, mesh: Mesh, plan: Plan, parameters: frozenset[str]) -> Reducing | None:
-    """The backward pass in two parts; None where there is nothing to put off: no data axis, gradients of inputs, or
-    sharded gradients, of which a rank has no room for whole ones (``Plan(zero=2)``)."""
-    axes = [axis for axis in DATA_AXES if mesh.size(axis) > 1]
-    if role.backward is None or plan.zero > 1 or not axes or not parameters.issuperset(role.grads):
-        return None
-    return without_reductions(role.backward, axes)

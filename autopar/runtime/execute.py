@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.signature import restore_output
 from autopar.ir.tables import OutputKind
-from autopar.runtime.accumulate import Accumulation, deferred
+from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.autograd import accumulating, below_autograd, take_saved
 from autopar.runtime.border import Result
 from autopar.runtime.connect import Connection
+from autopar.runtime.rank_graphs import BACKWARD, FORWARD, INFERENCE, PARTIAL, REDUCED, model_graphs
 from autopar.runtime.rank_program import BoundProgram, Fetch, Step
 
 
@@ -27,7 +27,7 @@ class Executable(BoundProgram):
     def __init__(
         self, program: Program, root: nn.Module, connection: Connection, accumulation: Accumulation | None = None
     ) -> None:
-        super().__init__(program, root, connection)
+        super().__init__(program, model_graphs(program), root, connection)
         self._accumulation = accumulation or Accumulation()
         self._leaves = [self._leaf(target) for target in self.role.grads]
         self._gives = [self.giver(target) for target in self.role.grads]
@@ -46,7 +46,7 @@ class Executable(BoundProgram):
             given = dict(zip(self.role.differentiable, found))
         else:
             with torch.no_grad():
-                self.call("inference", step)
+                self.call(INFERENCE, step)
             given = {}
         outputs = [
             given[position] if position in given else result.give(step.returned[position])
@@ -57,7 +57,7 @@ class Executable(BoundProgram):
 
     def forward(self, step: Step) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(differentiable outputs, values saved for backward)."""
-        saved = self.call("forward", step)
+        saved = self.call(FORWARD, step)
         outputs = []
         for position in self.role.differentiable:
             result = self._results[position]
@@ -86,21 +86,18 @@ class Executable(BoundProgram):
             return [None] * len(self._gives)
         return [give(grad, wanted) for give, grad, wanted in zip(self._gives, found, accumulate)]
 
-    @cached_property
+    @property
     def defers(self) -> bool:
-        found = deferred(self.role, self.program.mesh, self.program.plan, frozenset(self.slots))
-        if found is not None:
-            self.graphs |= {"partial": found.rest, "reduced": found.graph}
-        return found is not None
+        return PARTIAL in self.graphs.rare
 
     def whole(self, saved: list[Any]) -> list[Tensor]:
-        return self.own("backward", saved)
+        return self.own(BACKWARD, saved)
 
     def partial(self, saved: list[Any]) -> list[Tensor]:
-        return self.own("partial", saved)
+        return self.own(PARTIAL, saved)
 
     def reduced(self, partial: list[Tensor]) -> list[Tensor]:
-        return self.own("reduced", partial)
+        return self.own(REDUCED, partial)
 
     def give(self, grads: Sequence[Tensor]) -> None:
         for give, grad in zip(self._gives, grads):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from autopar.autodiff.hoist import without_gathers
+from autopar.autodiff.hoist import Gathering
 from autopar.codegen.python import RankFunction, compile_source, emit
 from autopar.errors import AutoparError, InvariantError
 from autopar.ir import collectives as comm
@@ -27,6 +27,7 @@ from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import local_of, of_local, spec_of
 from autopar.runtime.parameters import Table, tables
 from autopar.runtime.pieces import padded
+from autopar.runtime.rank_graphs import RankGraphs
 from autopar.runtime.resident_parameters import Gathered
 
 
@@ -46,57 +47,56 @@ _NOTHING = nullcontext()
 
 
 class BoundProgram:
-    """A program compiled for this rank and bound to the tensors of a module.
+    """A program compiled for this rank and bound to the tensors of a module; ``graphs`` are what runs of it.
 
-    Raises InvariantError where the program and the module do not fit together.
+    Raises InvariantError where the program and the module do not fit together, or a graph cannot be written as Python.
     """
 
-    def __init__(self, program: Program, root: nn.Module, connection: Connection) -> None:
-        self.program, self.comm = program, connection.comm
+    def __init__(self, program: Program, graphs: RankGraphs, root: nn.Module, connection: Connection) -> None:
+        self.program, self.graphs, self.comm = program, graphs, connection.comm
         self.role = program.required_role
         self.slots: dict[str, tuple[Table, str]] = {name: (table, key) for _, table, key, name in tables(root)}
         self.entries = list(program.placeholders(*InputKind))
         self.users = [entry.target for _, entry in self.entries if entry.kind is InputKind.INPUT]
-        self.graphs: dict[str, fx.Graph] = {}  # those that are not as in the role
-        self._functions: dict[str, RankFunction] = {}
+        self._functions = {name: _compiled(name, graph, program) for name, graph in graphs.usual.items()}
         self._updates = [
             (position, *self.slots[entry.target])
             for position, entry in enumerate(program.outputs)
             if entry.kind is OutputKind.BUFFER_UPDATE
         ]
         self._fetch = [self._fetcher(node, entry) for node, entry in self.entries]
-        self._gathered: dict[str, Gathered] = {}
-        for name in ("forward", "inference") if program.plan.zero in (1, 2) else ():
-            self._gather_once(name)
+        self._gathered = {name: self._gather(gathering) for name, gathering in graphs.gathered.items()}
         self._shared: dict[str, list[int]] = {}  # results that share memory, known after the first backward
 
     # ------------------------------------------------------------ running
 
     def count(self, tensors: Sequence[Tensor]) -> Tensor | None:
         """What the loss of these inputs is divided by; None where that is the same for all. See ``microbatches``."""
-        if self._counted is None:
+        if self._counting is None:
             return None
+        function, fetch = self._counting
         self.comm.phase = "forward"
         step = Step(tensors, 0)
         with torch.no_grad(), below_autograd():
-            result: Tensor = self.function("count")(self.comm, [fetch(step) for fetch in self._counted])[0]
+            result: Tensor = function(self.comm, [find(step) for find in fetch])[0]
         return result
 
     @cached_property
-    def _counted(self) -> list[Fetch] | None:
-        """What the count is made of."""
-        found = counting(self.program)
-        if found is None:
+    def _counting(self) -> tuple[RankFunction, list[Fetch]] | None:
+        """What counts, and what it takes. Made when a batch comes in parts, not before: only then is a loss that has no
+        count a mistake."""
+        graph = counting(self.program)
+        if graph is None:
             return None
-        self.graphs["count"] = found
-        needed = {node.name for node in found.nodes if node.op == "placeholder"}
-        return [fetch for (node, _), fetch in zip(self.entries, self._fetch) if node.name in needed]
+        needed = {node.name for node in graph.nodes if node.op == "placeholder"}
+        fetch = [fetch for (node, _), fetch in zip(self.entries, self._fetch) if node.name in needed]
+        return _compiled("count", graph, self.program), fetch
 
     def own(self, name: str, given: list[Any]) -> list[Tensor]:
         """What the function ``name`` returns, each tensor in memory of its own."""
         found = list(self.function(name)(self.comm, given))
         if name not in self._shared:
-            self._shared[name] = sharing(self.graph(name), found)
+            self._shared[name] = sharing(self.graphs[name], found)
         for position in self._shared[name]:
             found[position] = found[position].clone()
         return found
@@ -118,23 +118,9 @@ class BoundProgram:
         return found[count:]
 
     def function(self, name: str) -> RankFunction:
-        """``forward``, ``backward`` or ``inference``, compiled at first use."""
-        if name not in self._functions:
-            self._functions[name] = compile_source(emit({name: self.graph(name)}, self.program), name)
+        if name not in self._functions:  # a rare one, see RankGraphs
+            self._functions[name] = _compiled(name, self.graphs[name], self.program)
         return self._functions[name]
-
-    def graph(self, name: str) -> fx.Graph:
-        graph: fx.Graph = self.graphs[name] if name in self.graphs else getattr(self.role, name)
-        return graph
-
-    def _gather_once(self, name: str) -> None:
-        """Let ``name`` take the whole parameters, which stay, rather than gather them."""
-        entries = {entry.node: entry.target for _, entry in self.entries if entry.kind is InputKind.PARAMETER}
-        gathering = without_gathers(getattr(self.role, name), entries.keys())
-        if gathering is not None:
-            finds = [partial(dict.__getitem__, *self.slots[entries[node]]) for node in gathering.parameters]
-            self.graphs[name] = gathering.rest
-            self._gathered[name] = Gathered(gathering, finds, self.comm)
 
     # ------------------------------------------------------------ binding
 
@@ -164,6 +150,11 @@ class BoundProgram:
         if any(updated is table and name == key for _, updated, name in self._updates):
             return lambda step: local_of(table[key]).clone()  # forward may save it, and then it is written to
         return lambda step: local_of(table[key])
+
+    def _gather(self, gathering: Gathering) -> Gathered:
+        targets = {entry.node: entry.target for _, entry in self.entries if entry.kind is InputKind.PARAMETER}
+        finds = [partial(dict.__getitem__, *self.slots[targets[node]]) for node in gathering.parameters]
+        return Gathered(gathering, finds, self.comm)
 
     def _slot(self, target: str) -> tuple[Table, str]:
         if target not in self.slots:
@@ -195,6 +186,10 @@ class BoundProgram:
             return None
 
         return give
+
+
+def _compiled(name: str, graph: fx.Graph, program: Program) -> RankFunction:
+    return compile_source(emit({name: graph}, program), name)
 
 
 def sharing(graph: fx.Graph, found: Sequence[Tensor]) -> list[int]:

@@ -18,23 +18,20 @@ from autopar.runtime.autograd import below_autograd
 from autopar.runtime.border import joined
 from autopar.runtime.channels import Channels
 from autopar.runtime.connect import Connection
+from autopar.runtime.rank_graphs import FORWARD, INFERENCE, INPUTS, REDUCE, WEIGHTS, WHOLE, stage_graphs
 from autopar.runtime.rank_program import BoundProgram, Step
-
-WHOLE, INPUTS, WEIGHTS, REDUCE = "backward_whole", "backward_inputs", "backward_weights", "reduce_gradients"
 
 
 class BoundStage(BoundProgram):
     """The program of one stage, for microbatches of one size. ``inputs``: targets of the whole model's inputs."""
 
     def __init__(self, program: Program, root: nn.Module, connection: Connection, inputs: Sequence[str]) -> None:
-        super().__init__(program, root, connection)
+        steps = backward_steps(program)
+        super().__init__(program, stage_graphs(program, steps), root, connection)
         self._places = [inputs.index(target) for target in self.users]
         self.parameters = {entry.target: node for node, entry in program.placeholders(InputKind.PARAMETER)}
-        steps = backward_steps(program)
         self.at_once, self.later = (steps.at_once, steps.later) if steps else ((), ())
         self.trains = steps is not None
-        if steps is not None:
-            self.graphs |= {WHOLE: steps.whole, INPUTS: steps.inputs, WEIGHTS: steps.weights, REDUCE: steps.reduce}
         self.gives = {target: self.giver(target) for target in self.later}
         self._partial: list[Tensor] | None = None  # gradients of all microbatches until now, not yet reduced
 
@@ -114,7 +111,7 @@ class StageStep:
         batch = self.batches[number]
         stage = batch.stage
         step = Step(stage.inputs(batch.tensors), batch.seed, received)
-        saved = stage.call("forward" if self.trains else "inference", step)
+        saved = stage.call(FORWARD if self.trains else INFERENCE, step)
         if self.trains and stage.trains:
             batch.saved = list(saved)
             self.in_flight += 1
