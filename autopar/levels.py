@@ -50,6 +50,7 @@ DIFFERENTIATED = Level(
         roles.backward_takes_what_forward_saves,
         roles.gradients_match_parameters,
         roles.role_graphs_are_sound,
+        roles.collectives_resize_as_they_say,
     ),
     (*_STAGES, stages.gradients_are_sent_back),
 )

@@ -200,6 +200,15 @@ def start_without_waiting(graph: fx.Graph, node: fx.Node) -> None:
     insert(graph, started, aten.neg.default)
 
 
+def cut_without_saying(program: Program) -> Program:
+    graph = program.required_role.forward
+    node = next(n for n in calls(graph) if len(value(n).shape) == 2)
+    size = value(node).layout.local_shape(program.mesh)[0]
+    cut = insert(graph, node, comm.OPS.split.default, "tp", 2, 0, 1, [1], size)  # with the type of the whole
+    insert(graph, cut, aten.neg.default)
+    return program
+
+
 # ---------------------------------------------------------------- faults of stages
 
 
@@ -286,6 +295,7 @@ FAULTS: dict[str, list[tuple[Fault, str]]] = {  # contract -> passes that break 
         (differentiate_nothing, "differentiable outputs [99] of 2"),
     ],
     "gradients_match_parameters": [(transpose_a_gradient, "the gradient of 'up.weight' is (8, 3), the parameter")],
+    "collectives_resize_as_they_say": [(cut_without_saying, "comm.split of [")],
     "role_graphs_are_sound": [
         (in_backward(get_in_backward), "a get_attr node (submodule)"),
         (in_backward(lambda graph, node: set_values(node)), "has no layout\nLikely fix: call set_values"),

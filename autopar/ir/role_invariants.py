@@ -160,6 +160,25 @@ def _check_call(node: Node, mesh: Mesh) -> None:
         raise broken(node, f"{user.name} uses comm.{name}, which nothing has waited for", "put comm.wait between them")
 
 
+def collectives_resize_as_they_say(program: Program) -> None:
+    """In each graph of the role, a collective's result has the local sizes that its operand and arguments give."""
+    role = program.role
+    for graph in role.graphs.values() if role is not None else ():
+        for node in graph.nodes:
+            if node.target in comm.TARGETS and node.all_input_nodes:
+                _check_sizes(node, program.mesh)
+
+
+def _check_sizes(node: Node, mesh: Mesh) -> None:
+    """Run the operator's shape function on its local operand."""
+    ((shape, dtype),), arguments = _type(node.all_input_nodes[0], mesh), comm.arguments_of(node)
+    given = {**arguments, "x": torch.empty(shape, dtype=dtype, device="meta")}
+    result = tuple(node.target(*given.values()).shape)  # type: ignore[operator]
+    if result != _type(node, mesh)[0][0]:
+        problem = f"comm.{comm.TARGETS[node.target]} of {list(shape)} gives {list(result)}, not {_text(node, mesh)}"
+        raise broken(node, problem, "give ways, dim and length that fit the operand, or the result its type")
+
+
 def _placeholders(graph: fx.Graph) -> list[Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
