@@ -1,7 +1,9 @@
 """The interpreter of the instruction list of one pipeline rank: computes of its stages, sends and receives.
 
-Sends and receives never block. The same interpreter runs a rank of a real job and, one beside the other, all ranks of a
-simulation: it takes the meaning of a compute (``Work``) and the transport of messages (``Mail``) as arguments.
+In a step the :class:`Interpreter` goes through the list: it asks ``Work`` for each compute, hands what that sends to
+``Mail``, and takes from there what the next one receives. Sends and receives never block. The same interpreter runs a
+rank of a real job and, one beside the other, all ranks of a simulation: it takes the meaning of a compute (``Work``)
+and the transport of messages (``Mail``) as arguments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""One rank's compiled program at work: ``autograd`` around forward and backward, outputs as the model's."""
+"""One rank's compiled program at work: ``autograd`` around forward and backward, outputs as the model's.
+
+In a step :class:`Executable` has :class:`BoundProgram` run the forward graph, and the backward graph when autograd
+arrives there; it returns what the model would return, and gives each parameter its gradient.
+"""
 
 from __future__ import annotations
 

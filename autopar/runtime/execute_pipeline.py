@@ -1,4 +1,9 @@
-"""A pipelined program at work on one rank: its stages by its instruction list, and one gradient for each parameter."""
+"""A pipelined program at work on one rank: its stages by its instruction list, and one gradient for each parameter.
+
+In a step :class:`PipelineExecutable` gives the microbatches to the rank's stages (:mod:`rank_stage`), lets the
+:class:`Interpreter` run these in the order of the schedule, and then sums the loss, and gradients of parameters that
+several stages use, over the pipeline ranks.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A rank's program compiled, and bound to the tensors of a module: local tensors in, local tensors out."""
+"""A rank's program compiled, and bound to the tensors of a module: local tensors in, local tensors out.
+
+In a step :class:`BoundProgram` fetches the local tensors of inputs and parameters, calls the Python of the graph that
+is asked for (:mod:`rank_graphs` has them), and writes new values of buffers back.
+"""
 
 from __future__ import annotations
 
