@@ -51,7 +51,7 @@ def _connection(model: nn.Module, mesh: Mesh, plan: Plan, device_mesh: DeviceMes
 
 
 def _device(model: nn.Module, device_mesh: DeviceMesh | None) -> torch.device:
-    """Where this rank computes: where the parameters are; for a model on meta, the accelerator if there is one."""
+    """The device on which this rank computes: that of the parameters; for a model on meta, the accelerator if any."""
     here = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if device_mesh is not None and here.type != device_mesh.device_type:
         here = torch.device(device_mesh.device_type)

@@ -28,8 +28,10 @@ TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Report:
-    """Errors of the parallel program against the model: loss and outputs relative to their largest element,
-    gradients as :func:`autopar.frontend.numerics.gradient_error` measures them."""
+    """Errors of the parallel program against the model: loss and outputs relative to their largest element.
+
+    Gradients are measured as in :func:`autopar.frontend.numerics.gradient_error`.
+    """
 
     program: AnyProgram
     step: Step
@@ -72,7 +74,7 @@ class Reference:
         self.state |= dict(self.model.named_buffers(remove_duplicate=False)) | buffers  # as they were before that step
 
     def program(self, mesh: Mesh, plan: Plan | None = None) -> AnyProgram:
-        """The program for ``mesh``, in float64 whatever ``plan.precision`` is. Raises what compiling raises."""
+        """The program for ``mesh``, in float64 whatever ``plan.precision`` is. Raises the errors of the compiler."""
         plan = replace(plan or Plan(), precision=Precision())
         with promote_float32():
             if mesh.is_pipelined:

@@ -89,10 +89,10 @@ def split_program(
     *,
     after: str | None = None,
 ) -> AnyProgram:
-    """The forward program, split over all axes and cut into stages; or as it is after the pass called ``after``, which
-    may be a later one too (``"trace"``: before any).
+    """The forward program, split over all axes and cut into stages; or as it is after the pass called ``after``.
 
-    Raises ValueError for an unknown pass, and what :func:`compile_program` raises.
+    That may be a later pass too (``"trace"``: before any). Raises ValueError for an unknown pass, and the errors of
+    :func:`compile_program`.
     """
     after = after or cut_stages.name
     steps_of(COMPILER, until=after)  # an unknown pass: say so before the work
@@ -102,7 +102,7 @@ def split_program(
 
 
 def pinned(traced: Program, layouts: Mapping[str, Layout] | None, stages: Mapping[str, int] | None = None) -> Program:
-    """``traced`` with what the passes have to keep, see :class:`autopar.ir.tables.Pins`."""
+    """``traced`` with the decisions that the passes must keep, see :class:`autopar.ir.tables.Pins`."""
     return replace(traced, pins=replace(traced.pins, layouts=dict(layouts or {}), stages=dict(stages or {})))
 
 

@@ -16,7 +16,7 @@ class UnknownOperatorError(AutoparError):
 
 
 class WrongRuleError(AutoparError):
-    """A splitting rule does not do what its operator does."""
+    """A splitting rule does not agree with its operator."""
 
 
 class IndivisibleError(AutoparError):
@@ -24,11 +24,11 @@ class IndivisibleError(AutoparError):
 
 
 class StageError(AutoparError):
-    """The model cannot be cut into the pipeline stages that are wanted."""
+    """The model cannot be cut into the required pipeline stages."""
 
 
 class InvariantError(AutoparError):
-    """A pass was handed, or left behind, a program that breaks a contract."""
+    """A pass got, or returned, a program that breaks a contract."""
 
 
 class NumericsError(AutoparError):
@@ -44,7 +44,7 @@ class ProgramFileError(AutoparError):
 
 
 class CheckpointError(AutoparError):
-    """A checkpoint, or weights on disk, are damaged, incomplete or those of another model."""
+    """A checkpoint, or weights on disk, are damaged, incomplete, or belong to another model."""
 
 
 class ScheduleError(AutoparError):

@@ -1,7 +1,7 @@
-"""The levels of the compiler: what holds of a program before the split, after it, with gradients, with a schedule.
+"""The levels of the compiler: the contracts of a program before the split, after it, with gradients, with a schedule.
 
-The runner checks the contracts of a phase's level after each of its passes (``passes/__init__.py``). Those that a pass
-gives up on purpose are not in its level: a later level is no extension of an earlier one, but most of it is the same.
+The runner checks the contracts of a phase's level after each of its passes (``passes/__init__.py``). Contracts that a
+pass gives up on purpose are not in its level: a later level has most contracts of an earlier one, but not all.
 """
 
 from __future__ import annotations

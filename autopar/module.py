@@ -39,7 +39,7 @@ SEED_STRIDE = 1_000_003  # seeds of runs with neighbouring plan.seed do not over
 
 
 class ParallelModule(nn.Module):
-    """What ``autopar.parallelize`` returns. Its submodules are the model's own, so all names are the model's too.
+    """The result of ``autopar.parallelize``. Its submodules are the model's own, so all names are the model's too.
 
     Under torch.distributed the parameters are DTensors, each rank holding its part, and calling the module runs this
     rank's program. Without (``connection`` is None) there are :attr:`program` and :meth:`simulate`.
@@ -102,7 +102,7 @@ class ParallelModule(nn.Module):
         return loss.detach()
 
     def _pipelined(self, call: Call, trains: bool) -> Any:
-        """A step of the pipeline: the loss, or what the model returns."""
+        """A step of the pipeline: the loss, or the model's output."""
         if self._connection is None:
             raise not_launched(self.mesh)
         batches = microbatches.parts(call.args, call.kwargs, self.mesh, self.plan)
@@ -138,9 +138,11 @@ class ParallelModule(nn.Module):
         return microbatches.shares(counts, microbatches.rows(whole.kwargs, batches, self.plan))
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Inside, gradients are added up without communication over the data axes; the next backward pass outside
-        reduces the sum and puts it into ``.grad``. With ``Plan(zero=2)`` and ``3`` they are reduced each time, and
-        added up in their sharded form, since whole ones have no room."""
+        """Inside this context, gradients are added up without communication over the data axes.
+
+        The next backward pass outside reduces the sum and puts it into ``.grad``. With ``Plan(zero=2)`` and ``3`` they
+        are reduced each time, and added up in their sharded form, since whole ones have no room.
+        """
         return self._accumulation.no_sync()
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -182,14 +184,14 @@ class ParallelModule(nn.Module):
 
     @property
     def traffic(self) -> tuple[Transfer, ...]:
-        """What this rank has sent until now, by phase, axis and collective."""
+        """The transfers of this rank so far, by phase, axis and collective."""
         return self._connection.comm.traffic if self._connection else ()
 
     def timeline(self) -> Timeline:
-        """When each pipeline rank computed what in the latest step, on every rank; collective. Draw it with
-        :func:`autopar.schedules.draw.draw` or :func:`autopar.schedules.svg.svg`.
+        """The computes of each pipeline rank in the latest step, on every rank; collective.
 
-        Raises InvariantError where no step of a pipeline has run.
+        Draw it with :func:`autopar.schedules.draw.draw` or :func:`autopar.schedules.svg.svg`. Raises InvariantError
+        where no step of a pipeline has run.
         """
         executable = self._programs.latest_bound
         if not isinstance(executable, PipelineExecutable):
@@ -217,8 +219,10 @@ class ParallelModule(nn.Module):
         return full_grads(self._held.weights, grads, trained, first)
 
     def _first_users(self) -> dict[str, int]:
-        """Of a pipeline: parameter name -> the first pipeline rank that uses it in the latest program, and so has the
-        gradient; empty without a pipeline."""
+        """On a pipeline: parameter name -> the first pipeline rank that uses it in the latest program.
+
+        That rank has its gradient. Empty without a pipeline.
+        """
         program = self._programs.latest
         return first_ranks(program) if program is not None and self._connection is not None else {}
 
@@ -257,12 +261,12 @@ class ParallelModule(nn.Module):
 
 @dataclass
 class Holding:
-    """What this process holds of a model, beside the tensors of its state dict.
+    """The tensors of a model in this process, beside those of its state dict.
 
     Attributes:
         model: the unmodified model.
         weights: its parameters and buffers, and how they are held.
-        calls: how many training calls there were; the seeds of dropout go on from there.
+        calls: the number of training calls so far; the seeds of dropout continue from there.
     """
 
     model: nn.Module
@@ -271,9 +275,10 @@ class Holding:
 
 
 def held_by(model: nn.Module) -> Holding:
-    """What checkpoints, and others that stand above, need of a model, parallel or not.
+    """The public face of a model, parallel or not, for checkpoints and other files above.
 
-    A function and no attribute: a parallel module has the names of the user's model, so any attribute might be one of
-    its submodules. Of an ordinary module the answer is made anew each time: all is held whole, no calls are counted.
+    It is a function and no attribute: a parallel module has the names of the user's model, so any attribute might be
+    one of its submodules. For an ordinary module the answer is computed anew each time: all is held whole, no calls are
+    counted.
     """
     return model._held if isinstance(model, ParallelModule) else Holding(model, Weights(model))

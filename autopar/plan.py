@@ -35,23 +35,23 @@ class Plan:
     Attributes:
         sequence: ``"megatron"`` splits the sequence between transformer blocks over ``tp``
             (reduce-scatter and all-gather instead of all-reduce; Korthikanti et al. 2022).
-        zero: what ranks of the data axis share out (Rajbhandari et al. 2020): 1 the optimizer states, 2 the gradients
-            too, 3 the parameters too, which are then gathered before use; 0 nothing.
-        reshard_after_forward: with ``zero=3``, let gathered parameters go after their use in the forward pass and
+        zero: what is split over the data axis (Rajbhandari et al. 2020): 1 the optimizer states, 2 the gradients too,
+            3 the parameters too, which are then gathered before use; 0 nothing.
+        reshard_after_forward: with ``zero=3``, free gathered parameters after their use in the forward pass and
             gather them again in the backward pass; False keeps them.
         precision: dtypes of computing, of reducing gradients, and of outputs, beside that of the parameters.
-        recompute: what backward makes again rather than keeps (pass ``recompute_activations``): ``"none"``;
-            ``"selective"``: norms, activations, softmax, not the products that they are made of; ``"full"``: in
+        recompute: what backward recomputes rather than keeps (pass ``recompute_activations``): ``"none"``;
+            ``"selective"``: norms, activations, softmax, but not the products before them; ``"full"``: in
             repeated blocks everything, from the inputs of the block; a number from 0 to 1: at most this fraction of
             the bytes that ``"none"`` keeps, with the fewest operations for that (0 is full).
-        microbatches: into how many parts ``train_step`` cuts a batch; they run one after the other, loss and gradients
-            are those of the whole. With an axis ``pp`` they are what goes through the pipeline.
+        microbatches: the number of parts into which ``train_step`` cuts a batch; they run one after the other, loss
+            and gradients are those of the whole. With an axis ``pp`` they go through the pipeline.
         schedule: in which order pipeline ranks run their stages: ``"gpipe"``, ``"1f1b"``, ``"interleaved"``,
             ``"zb-h1"``, ``"zb-v"``, ``"dualpipe-v"``, or one that is written down (docs/pipeline.md).
         virtual_stages: stages on each pipeline rank; by default what the schedule usually has.
         tensor: parameter-name pattern (``fnmatch``) -> ``"column" | "row" | "replicate" | "vocabulary"``;
             the first pattern that matches wins.
-        inputs: ``"global"``: every rank is handed the whole batch; ``"local"``: each passes its own part.
+        inputs: ``"global"``: every rank passes the whole batch; ``"local"``: each passes its own part.
         batch_dims: input name -> its batch dim (None: it has none), where the guess is wrong.
         outputs: ``"sharded"``: outputs other than the loss are DTensors, gathered by ``full_tensor()``;
             ``"full"``: they are gathered in the program.

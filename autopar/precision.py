@@ -1,4 +1,4 @@
-"""Precision: the dtypes of computing, of reducing gradients and of outputs, where they are not those of the model."""
+"""Precision: the dtypes of computing, of reducing gradients and of outputs, where they differ from the model's."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Precision:
 
     @classmethod
     def from_json(cls, choices: Mapping[str, str | None]) -> Precision:
-        """The inverse of :meth:`to_json`. Raises ValueError for a choice that there is not."""
+        """The inverse of :meth:`to_json`. Raises ValueError for an unknown choice."""
         known = cls().to_json()
         for name in choices:
             if name not in known:

@@ -1,4 +1,4 @@
-"""Run all ranks of a program in this one process, collectives for real: a user's laptop check and the tests' basis."""
+"""Run all ranks of a program in this one process, with real collectives: a user's laptop check, the tests' basis."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _tangents(program: Program, role: Role, returned: list[Ranks], tangents: Seq
 
 
 def _gradients(program: Program, role: Role, found: list[Ranks]) -> dict[str, Tensor]:
-    """Whole gradients by name; a gradient lies as its parameter does."""
+    """Whole gradients by name; a gradient is laid out as its parameter."""
     table = {entry.target: node for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.INPUT)}
     return {
         name: joined(f"gradient of {name}", ranks, value(table[name]).layout, program.mesh)

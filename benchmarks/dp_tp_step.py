@@ -5,7 +5,7 @@
     python -m benchmarks.dp_tp_step --json > rows.json
 
 Both start from the same weights, see the same batches, live in the same processes and take their steps in turns; a
-step is forward, backward and AdamW. What the peer is made of is told in ``torch_parallel``; in the row of one process
+step is forward, backward and AdamW. ``torch_parallel`` describes the peer; in the row of one process
 it is the unmodified model itself.
 """
 

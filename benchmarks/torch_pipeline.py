@@ -88,7 +88,7 @@ class TorchPipeline(Contender):
 
 
 def _stage(model: Any, number: int, count: int, tokens: Tensor) -> PipelineStage:
-    """``tokens``: those of one microbatch. Shapes are told, so that ranks need not ask each other for them."""
+    """``tokens``: those of one microbatch. Shapes are given, so that ranks need not ask each other for them."""
     layers, width = len(model.model.layers), model.config.hidden_size
     module = LlamaStage(model, number * layers // count, (number + 1) * layers // count)
     hidden = torch.zeros(*tokens.shape, width, requires_grad=True)  # gradients cross where this says so

@@ -1,4 +1,4 @@
-"""Why a value lies as it does: the choice of each axis, what the alternatives would cost, the collectives nearby."""
+"""Why a value is laid out as it is: the choice on each axis, the cost of the alternatives, the collectives nearby."""
 
 from __future__ import annotations
 

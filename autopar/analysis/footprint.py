@@ -1,4 +1,4 @@
-"""What a rank of a program holds and sends, read off its graphs: nothing is run, so any mesh and size will do."""
+"""The bytes that a rank of a program holds and sends, from its graphs: nothing is run, so any mesh and size will do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from autopar.schedules.packing import together
 class Holdings:
     """Bytes of parameters: those of the model, those of one rank, and those that each axis splits (of the model's).
 
-    Of a pipeline ``rank`` is a rank of the stages that have most, and ``pp`` splits what not every rank holds.
+    On a pipeline, ``rank`` is a rank of the stages that have most, and ``pp`` splits the parameters that not every rank
+    has.
     """
 
     whole: int
@@ -57,9 +58,9 @@ def held(program: AnyProgram) -> Holdings:
 
 
 def sent(program: AnyProgram, rank: int = 0) -> tuple[Transfer, ...]:
-    """What ``rank`` sends in one step, by phase, axis and collective; before ``differentiate`` forward only.
+    """The bytes that ``rank`` sends in one step, by phase, axis and collective; before ``differentiate`` forward only.
 
-    Of a pipeline all microbatches count as the first, which is as large as any.
+    On a pipeline, all microbatches count as the first, which is as large as any.
     """
     place = program.mesh.coordinates(rank).get(PIPELINE, 0)
     if isinstance(program, PipelinedProgram) and program.schedule is not None:
@@ -72,7 +73,7 @@ def sent(program: AnyProgram, rank: int = 0) -> tuple[Transfer, ...]:
 
 
 def _sent_by_stages(program: PipelinedProgram, schedule: Schedule, place: int) -> tuple[Transfer, ...]:
-    """What a rank of the pipeline sends: its stages' collectives, some once and some for each microbatch; messages."""
+    """The bytes of a rank of the pipeline: its stages' collectives (once, or for each microbatch) and messages."""
     found: list[Transfer] = []
     for stage in program.stages_on(place).values():
         for phase, graph, times in _graphs(stage, schedule.microbatches):

@@ -1,6 +1,6 @@
 """The rows of a graph in print: one for each node, and one for each item that it returns, as the fold compares them.
 
-What is a row's own (operator, constants, types) is told apart from names and from numbers in the paths of modules. A
+A row's own content (operator, constants, types) is separated from names and from numbers in the paths of modules. A
 parameter that only enters an axis, or is only gathered, and the parts of a tuple have no rows of their own.
 """
 

@@ -43,7 +43,7 @@ ONE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"  # t
 
 @dataclass(frozen=True)
 class Resumed:
-    """What was loaded: the number of the step, the ``data`` that were saved with it, and where."""
+    """The loaded checkpoint: the number of the step, the ``data`` that were saved with it, and its path."""
 
     step: int
     data: Any
@@ -179,7 +179,7 @@ class Checkpoints:
 
 
 class _HostCopies(AsyncStager):
-    """Copies what a rank holds, so that training may go on."""
+    """Copies of the values that a rank holds, so that training may continue."""
 
     _synchronize_after_execute = False
 
@@ -187,7 +187,7 @@ class _HostCopies(AsyncStager):
         return {key: _copied(value) for key, value in state_dict.items()}
 
     def synchronize_staging(self) -> None:
-        """Nothing goes on in the background."""
+        """Nothing runs in the background."""
 
     def close(self) -> None:
         """Nothing is held."""
@@ -204,12 +204,12 @@ def _copied(value: Any) -> Any:
 
 
 def _persistent(model: nn.Module) -> list[Named]:
-    """What a checkpoint has of the whole model."""
+    """The items of a checkpoint, for the whole model."""
     return [entry for entry in every_tensor(model) if entry.persistent]
 
 
 def _saved(model: nn.Module) -> list[Named]:
-    """What this rank saves of it."""
+    """The items that this rank saves."""
     return [entry for entry in _persistent(model) if entry.held]
 
 
@@ -270,7 +270,7 @@ def _check_optimizers(path: Path, model: nn.Module, owners: Owners, manifest: di
             f"'{path}' has {sizes[0]} parameters in its optimizer, and here there are {sizes[1]}, or others\n"
             "Way out: give the optimizer the parameters in the same groups."
         )
-    if not held_by(model).weights.settled:
+    if not held_by(model).weights.is_laid_out:
         raise CheckpointError(
             "how the parameters are split is not known yet, so their optimizer states cannot be loaded\n"
             "Way out: first model.prepare(**batch), or parallelize(..., example_inputs=batch)."
@@ -308,7 +308,7 @@ def _no_word_of_one_process() -> Iterator[None]:
 
 @contextmanager
 def _failures(peers: Peers) -> Iterator[None]:
-    """What torch raises, in the words of autopar."""
+    """Raise torch's errors in the words of autopar."""
     try:
         yield
     except CheckpointException as problem:

@@ -56,7 +56,7 @@ def remove(path: Path) -> None:
 
 
 def clean(directory: Path) -> None:
-    """Delete what killed processes have left behind."""
+    """Delete the leftovers of killed processes."""
     for kind in ("partial", "removed"):
         for path in directory.glob(f".step-*.{kind}"):
             shutil.rmtree(path)
@@ -101,7 +101,7 @@ class Writer(FileSystemWriter):
 
 
 def sync_directory(path: Path) -> None:
-    """Make what was created, or renamed, in a directory survive a crash of the machine."""
+    """Make files that were created, or renamed, in a directory survive a crash of the machine."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -116,7 +116,7 @@ class SavePlanner(DefaultSavePlanner):
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """For a flat state dict of :class:`Slices`; anything else in it is replaced by what is in the checkpoint."""
+    """For a flat state dict of :class:`Slices`; any other item is replaced by that of the checkpoint."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False)
@@ -133,7 +133,7 @@ class LoadPlanner(DefaultLoadPlanner):
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Of the checkpoint at ``path``, of which every file is there in its full size. Raises CheckpointError."""
+    """The manifest of the checkpoint at ``path``, whose files must all have their full size. Raises CheckpointError."""
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, files = manifest["format"], manifest["files"]

@@ -57,7 +57,7 @@ def initialise(model: nn.Module, entries: Sequence[Named], seed: int = 0) -> Non
 
 
 def _steps(root: nn.Module, owner: str) -> Iterator[Callable[[], Any]]:
-    """What to call, in order, so that the tensors of module ``owner`` are initialised."""
+    """The functions to call, in order, so that the tensors of module ``owner`` are initialised."""
     names = owner.split(".") if owner else []
     around = [root.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
     for depth in reversed(range(len(around))):
@@ -89,7 +89,7 @@ def _copy_on_meta(model: nn.Module) -> nn.Module:
 
 
 def _blank(tensor: Tensor) -> Tensor:
-    """A whole tensor as ``tensor``, on the CPU, in which one sees what was not written to."""
+    """A whole tensor like ``tensor``, on the CPU, filled so that elements that stay unwritten are seen."""
     blank = torch.zeros(tensor.shape, dtype=tensor.dtype)
     if blank.is_floating_point():
         blank.fill_(torch.nan)

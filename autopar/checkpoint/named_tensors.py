@@ -1,6 +1,6 @@
-"""The tensors of a model under the names that its state dict has, as the slices that this rank holds.
+"""The tensors of a model under the names of its state dict, as the slices that this rank holds.
 
-Of a pipeline a rank holds the tensors of its stages; of the others it has names, shapes and dtypes.
+On a pipeline, a rank holds the tensors of its stages, and knows names, shapes and dtypes of the others.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from autopar.runtime.stored import Stored
 
 @dataclass(frozen=True)
 class Named:
-    """A parameter or buffer: its first name, all its names (tied ones have several), and where it is held.
+    """A parameter or buffer: its first name, all its names (tied ones have several), and the tensor or its outline.
 
     Attributes:
-        outline: a meta tensor like one that only other pipeline ranks hold; None for one that is held here.
+        outline: a meta tensor like one that only other pipeline ranks hold; None for one that this rank holds.
         first: of an ordinary tensor on a rank of a pipeline, and whether it is on the first rank that holds it; of a
             DTensor, whether it is on the first pipeline rank that does. None where there is no pipeline.
     """

@@ -1,4 +1,4 @@
-"""The processes that hold one model, where they have to come to the same result: all of them go on, or none does."""
+"""The processes that hold one model, where they must reach the same result: all of them continue, or none does."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ class Peers:
         self.rank, self.size = dist.get_rank(self.group), len(ranks)
 
     def of_first(self, value: int | None) -> int | None:
-        """What rank 0 gives."""
+        """The value of rank 0."""
         shared = [value]
         if self.group is not None:
             dist.broadcast_object_list(shared, group=self.group, group_src=0)
         return shared[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank gives, in rank order."""
+        """The value of every rank, in rank order."""
         found: list[Any] = [value] * self.size
         if self.group is not None and self.size > 1:
             dist.all_gather_object(found, value, group=self.group)
         return found
 
     def agree(self, what: str, problem: AutoparError | None = None) -> None:
-        """Wait for all; raises ``problem`` where there is one, and a CheckpointError that tells of it elsewhere."""
+        """Wait for all; raises ``problem`` where there is one, and a CheckpointError about it on other ranks."""
         said: list[str | None] = [str(problem) if problem else None] * self.size
         if self.group is not None and self.size > 1:
             try:

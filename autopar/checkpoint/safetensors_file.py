@@ -53,8 +53,10 @@ class Entry:
 
 
 class SafetensorsFile:
-    """A file that is there already, for reading, or, of :func:`create`, for writing. Raises CheckpointError for a file
-    that is damaged or no safetensors file."""
+    """An existing file, for reading, or one of :func:`create`, for writing.
+
+    Raises CheckpointError for a file that is damaged or no safetensors file.
+    """
 
     def __init__(self, path: Path, *, writable: bool = False) -> None:
         self.path = path

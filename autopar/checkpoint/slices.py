@@ -1,7 +1,7 @@
-"""What this rank holds of a whole tensor: rectangles of it, in the model's own order, without padding.
+"""The slices of a whole tensor that this rank holds: rectangles, in the model's own order, without padding.
 
-A part of a fused QKV weight is three of them, a contiguous part is one. That is all that files need to know: whatever
-was split in one way is written, and read, as rectangles that any other split can find its own ones in.
+A part of a fused QKV weight is three of them, a contiguous part is one. Files need to know no more: a tensor that was
+split in one way is written, and read, as rectangles in which any other split can find its own.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Slices:
-    """``local``, of which ``runs`` says for each dim where it lies in the whole tensor of shape ``shape``.
+    """``local``, whose place in the whole tensor of shape ``shape`` ``runs`` gives, for each dim.
 
-    ``first``: no rank before this one holds the same. The methods with underscores are what torch's distributed
-    checkpoint asks a tensor for.
+    ``first``: no rank before this one holds the same. Torch's distributed checkpoint calls the methods with
+    underscores.
     """
 
     local: Tensor
@@ -89,7 +89,7 @@ class Slices:
 
 
 def slices_of(tensor: Tensor, form: Stored | None = None) -> Slices:
-    """Of a DTensor, of which ``form`` says in what order its dims are stored; of any other tensor it is the whole.
+    """The slices of a DTensor whose dims are stored in the order of ``form``; any other tensor is the whole.
 
     ``form`` may be that of a parameter and ``tensor`` one of its optimizer states.
     """

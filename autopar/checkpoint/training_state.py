@@ -27,12 +27,13 @@ from autopar.errors import CheckpointError
 from autopar.runtime.dtensor import dtensor, local_of
 
 Nested = dict[str, Any]
-Gather = Callable[[Any], list[Any]]  # what each rank gives
+Gather = Callable[[Any], list[Any]]  # the value of each rank
 
 
 class Owners:
-    """Which parameter of the model each parameter of an optimizer is. Of a pipeline every rank's optimizer has the
-    parameters of its stages; ``gather`` then gives what all ranks say of theirs.
+    """The parameter of the model for each parameter of an optimizer.
+
+    On a pipeline, every rank's optimizer has the parameters of its stages; ``gather`` collects the names of all ranks.
 
     Raises CheckpointError for a parameter of another model, and for an optimizer whose state is not one tensor or
     number per parameter.
@@ -108,7 +109,7 @@ def _held(value: Any, parameter: Tensor, form: Any, what: str) -> Any:
 
 
 class NewState:
-    """Optimizer state that has the memory to be loaded, and is put into the optimizers when it was."""
+    """Optimizer state with memory to load into; it is put into the optimizers once it is loaded."""
 
     def __init__(self, owners: Owners, metadata: Metadata) -> None:
         self._owners = owners
@@ -139,7 +140,7 @@ class NewState:
         self.targets[flat] = slices_of(into[key], self._owners.entry(parameter).form)
 
     def put(self) -> None:
-        """Into the optimizers, from :attr:`targets`."""
+        """Put the values into the optimizers, from :attr:`targets`."""
         for flat, into, key in self._places:
             if not isinstance(self.targets[flat], Slices):
                 into[key] = self.targets[flat]
@@ -157,7 +158,7 @@ class NewState:
 
 
 def _empty_state(key: str, shape: torch.Size, dtype: torch.dtype, group: Nested, parameter: Tensor) -> Tensor:
-    """As torch's ``Optimizer.load_state_dict`` places it: like the parameter, but for the step count."""
+    """Memory placed as in torch's ``Optimizer.load_state_dict``: like the parameter, except for the step count."""
     device = local_of(parameter).device
     if key == "step":
         on_device = group.get("capturable") or group.get("fused")
@@ -169,7 +170,7 @@ def _empty_state(key: str, shape: torch.Size, dtype: torch.dtype, group: Nested,
 
 
 def random_state() -> bytes:
-    """Of the generators of this process: torch's, also of the CUDA device that it uses, numpy's and Python's."""
+    """The state of this process's generators: torch's, also of its CUDA device, numpy's and Python's."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     return packed(
         {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy.random.get_state(), "python": random.getstate()}
@@ -186,7 +187,7 @@ def set_random_state(state: bytes) -> None:
 
 
 def packed(value: Any) -> bytes:
-    """As one item of a checkpoint, whatever is in it."""
+    """One item of a checkpoint, from any value."""
     stream = io.BytesIO()
     torch.save(value, stream)
     return stream.getvalue()

@@ -37,9 +37,11 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """Names of the model's tensors: from the files (``loaded``), by the model's own initialisation (``initialised``);
-    names in the files that the model does not have (``unused``). ``bytes_read``: of data, by this rank. Of a pipeline
-    each rank reads what its stages hold, and knows of the parameters of all."""
+    """Names of the model's tensors: from the files (``loaded``), by the model's initialisation (``initialised``).
+
+    ``unused``: names in the files that the model does not have. ``bytes_read``: of data, by this rank. On a pipeline,
+    each rank reads the tensors of its stages, and knows of the parameters of all.
+    """
 
     loaded: tuple[str, ...]
     initialised: tuple[str, ...]
@@ -62,7 +64,7 @@ def load_safetensors(
 
     Raises CheckpointError, and nothing has changed then, for files that are damaged or those of another model.
     """
-    if not held_by(model).weights.settled:
+    if not held_by(model).weights.is_laid_out:
         raise CheckpointError(
             "how the parameters are split is not known yet\n"
             "Way out: first model.prepare(**batch), or parallelize(..., example_inputs=batch)."
@@ -95,10 +97,11 @@ def load_safetensors(
 
 
 def save_safetensors(model: nn.Module, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
-    """Write the parameters and buffers of ``model``'s state dict, tied ones once under their first name, as
-    ``model.safetensors`` or as several files with an index; with the ``config`` of a Hugging Face model beside them.
+    """Write the parameters and buffers of ``model``'s state dict, tied ones once under their first name.
 
-    Collective: each rank writes its own slices. ``directory``, which all ranks see, has them when all are complete.
+    They are written as ``model.safetensors`` or as several files with an index, with the ``config`` of a Hugging Face
+    model beside them. Collective: each rank writes its own slices. ``directory``, which all ranks see, has the files
+    when all are complete.
 
     Args:
         max_shard_size: of one file, in bytes or as ``"5GB"`` (powers of 1000).
@@ -126,7 +129,7 @@ def save_safetensors(model: nn.Module, directory: str | Path, *, max_shard_size:
         problem = CheckpointError(f"'{partial}': {error}")
     peers.agree("saving weights", problem)
     if peers.rank == 0:
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == INDEX):  # the index last: then all is there
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == INDEX):  # the index comes last
             path.replace(directory / path.name)
         partial.rmdir()
         sync_directory(directory)
@@ -195,7 +198,7 @@ def _bytes(size: int | str) -> int:
 
 
 def _shards(entries: Sequence[Named], largest: int) -> dict[str, list[Named]]:
-    """File name -> what is in it, in the order of the model."""
+    """File name -> its content, in the order of the model."""
     groups: list[list[Named]] = [[]]
     filled = 0
     for entry in entries:

@@ -1,6 +1,6 @@
-"""Which operators of a rank graph may write their result over an argument that dies there.
+"""Which operators of a rank graph may write their result over an argument whose last use they are.
 
-    add = aten.add(mm, x)     -->     add = aten.add_(mm, x)      where nothing needs the memory of mm any more
+    add = aten.add(mm, x)     -->     add = aten.add_(mm, x)      where no later node needs the memory of mm
 
 The graph itself stays functional; only the Python emitted from it writes in place. On a CPU new memory costs more than
 a pointwise operator itself: large blocks come from the system page by page, each filled with zeros first.
@@ -36,7 +36,7 @@ IN_PLACE: dict[Any, Any] = {
     aten.sqrt.default: aten.sqrt_.default,
     aten.sub.Tensor: aten.sub_.Tensor,
 }
-SYMMETRIC = (aten.add.Tensor, aten.mul.Tensor)  # the second argument's memory will do as well
+SYMMETRIC = (aten.add.Tensor, aten.mul.Tensor)  # the second argument's memory serves as well
 
 FLAT = (
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim,
@@ -60,14 +60,14 @@ def reused(graph: fx.Graph, mesh: Mesh) -> dict[Node, int]:
 
 
 class _Memory:
-    """Who allocated each value of a graph, and who reads that last."""
+    """The node that allocated each value of a graph, and the last reader of that memory."""
 
     def __init__(self, graph: fx.Graph, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.base: dict[Node, Node] = {}  # value -> the node whose memory it lies in
+        self.base: dict[Node, Node] = {}  # value -> the node whose memory it is in
         self.shared: set[Node] = set()  # bases whose memory is not, or may not be, the graph's own to the end
         self.last: dict[Node, Node] = {}  # base -> the last node that reads it
-        self.ordered: set[Node] = set()  # values that lie row by row, without gaps
+        self.ordered: set[Node] = set()  # values that are stored row by row, without gaps
         for node in graph.nodes:
             if node.op == "output":
                 self.shared.update(self.base[source] for source in node.all_input_nodes)
@@ -89,7 +89,7 @@ class _Memory:
             self.ordered.add(node)
 
     def is_ordered(self, node: Node) -> bool:
-        """Whether all that ``node`` reads lies row by row."""
+        """Whether all operands of ``node`` are stored row by row."""
         return self.ordered.issuperset(node.all_input_nodes)
 
     def is_free(self, node: Node, position: int) -> bool:
@@ -108,7 +108,7 @@ class _Memory:
         return kind.dtype, kind.layout.local_shape(self.mesh)
 
     def _is_dense(self, node: Node) -> bool:
-        """Whether the memory that ``node`` lies in holds each of its elements once, and nothing else."""
+        """Whether the memory of ``node`` holds each of its elements once, and nothing else."""
         while node is not self.base[node]:
             if node.target not in DENSE and node.target not in comm.TARGETS:
                 return False
@@ -117,5 +117,5 @@ class _Memory:
 
 
 def _allocates(target: Any) -> bool:
-    """Whether ``target`` is sure to return memory of its own: not so for what torch composes of other operators."""
+    """Whether ``target`` certainly returns memory of its own; operators that torch composes of others may not."""
     return is_overload(target) and (not is_composite(target, in_python=False) or target is aten.linear.default)

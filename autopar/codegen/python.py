@@ -1,4 +1,4 @@
-"""Emit: the graphs of a role as readable Python, one line per node, which is what a rank then runs.
+"""The graphs of a role as readable Python, one line per node; a rank runs this code.
 
     aten_linear = torch.nn.functional.linear
 
@@ -11,7 +11,8 @@
         return (all_reduce, p_down_weight)
 
 A function takes its inputs in a list and empties it, so that ``del`` at the last use really frees a saved activation.
-Where an argument dies and has the size of the result, the result takes its memory: ``aten_add_`` (``reuse``).
+Where an argument is used for the last time and has the size of the result, the result takes its memory:
+``aten_add_`` (:mod:`autopar.codegen.in_place`).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ DEFAULTS = {"outer": 1, "ratio": [1]}  # arguments of collectives that are left 
 
 @dataclass(frozen=True)
 class RankProgram:
-    """What one rank of a program runs; ``print(program.rank(3).code)``."""
+    """The program of one rank; ``print(program.rank(3).code)``."""
 
     program: AnyProgram
     rank: int
@@ -66,7 +67,7 @@ class RankProgram:
 
     @property
     def stages(self) -> Mapping[int, RankProgram]:
-        """Of a pipelined program what the rank runs of each of its stages, once it has a schedule."""
+        """For a pipelined program, the program of each of the rank's stages, once it has a schedule."""
         if isinstance(self.program, Program):
             return {}
         here = self.coordinates
@@ -76,7 +77,7 @@ class RankProgram:
 
     @property
     def instructions(self) -> str:
-        """Of a pipelined program in which order the rank runs its stages, sends and receives; one a line."""
+        """For a pipelined program, the order of the rank's stages, sends and receives; one a line."""
         schedule = self.program.schedule if isinstance(self.program, PipelinedProgram) else None
         steps = schedule.ranks[self.coordinates[PIPELINE]] if schedule is not None else ()
         return "".join(f"{step}\n" for step in steps)
@@ -164,7 +165,7 @@ class _Module:
         return [*head, f"    return {body.text(tuple(output_node(graph).args[0]))}"]  # type: ignore[arg-type]
 
     def _labels(self, graph: fx.Graph) -> dict[str, str]:
-        """For each placeholder what it is: ``param up.weight f32[32@tp,8]``."""
+        """For each placeholder its kind, name and type: ``param up.weight f32[32@tp,8]``."""
         table = {entry.node: entry for entry in self.program.inputs}
         labels = {}
         for node in graph.nodes:
@@ -174,7 +175,7 @@ class _Module:
         return labels
 
     def bind(self, target: Any, node: Node) -> str:
-        """How a line calls ``target``."""
+        """The expression by which a line calls ``target``."""
         if isinstance(target, torch._ops.OpOverload):
             namespace, name = target._schema.name.split("::")
             overload = target._overloadname

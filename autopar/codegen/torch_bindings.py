@@ -1,6 +1,6 @@
-"""Operators that torch also binds as a Python function with the same arguments, which is about 1 us faster to call.
+"""Operators for which torch has a Python function with the same arguments, which is about 1 us faster to call.
 
-A rank program calls ``torch.mm(a, b)`` for ``aten.mm``; what reaches the dispatcher is the same operator (tested).
+A rank program calls ``torch.mm(a, b)`` for ``aten.mm``; the dispatcher gets the same operator (tested).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The manifest of a program on disk: what another tool needs to know to place tensors and start ranks.
+"""The manifest of a program on disk: all that another tool needs to place tensors and start ranks.
 
-How a split dim lies on the ranks is said by ``{"axes": ["dp", "tp"], "pieces": [...]}``: ``pieces`` has one entry for
-each combination of positions on ``axes`` (row-major, the last axis varies fastest), and each entry lists the
-``[start, stop)`` ranges of the dim that such a rank holds, in the order in which they lie in its memory.
+A split dim is described by ``{"axes": ["dp", "tp"], "pieces": [...]}``: ``pieces`` has one entry for each combination
+of positions on ``axes`` (row-major, the last axis varies fastest). Each entry lists the ``[start, stop)`` ranges of the
+dim that such a rank holds, in the order of its memory.
 """
 
 from __future__ import annotations

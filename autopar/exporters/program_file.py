@@ -40,7 +40,7 @@ MANIFEST, TEXT, CONSTANTS = "manifest.json", "program.txt", "constants.safetenso
 
 
 def save(program: AnyProgram, directory: str | Path, *, extra_files: Mapping[str, str] | None = None) -> Path:
-    """Writes ``program`` to ``directory``, all of it or nothing; a program that is there already is replaced.
+    """Write ``program`` to ``directory``, all of it or nothing; an existing program is replaced.
 
     ``extra_files``: relative path -> content of files to be read by people, e.g. generated Python; ``load`` ignores
     them. Not kept: ``program.decisions``. Raises ProgramFileError, with nothing written, if the program cannot be
@@ -65,7 +65,7 @@ def save(program: AnyProgram, directory: str | Path, *, extra_files: Mapping[str
 
 
 def _text(program: AnyProgram) -> str:
-    """The text form, after trying that it reads back."""
+    """The text form, after a check that it reads back."""
     source = format_program(program, origins=True)
     try:
         again = format_program(parse(source, program.plan, _all_constants(program), origins=True), origins=True)
@@ -80,7 +80,7 @@ def _text(program: AnyProgram) -> str:
 
 
 def _all_constants(program: AnyProgram) -> dict[str, Tensor]:
-    """Those of the tail too, marked as such: they may have other sizes."""
+    """The constants, with those of the tail under marked names: they may have other sizes."""
     tail = program.tail if isinstance(program, PipelinedProgram) else None
     rest = _all_constants(tail) if tail is not None else {}
     return {**program.constants, **{f"{TAILS[0]}/{name}": tensor for name, tensor in rest.items()}}
@@ -118,7 +118,7 @@ def _checked_names(files: Mapping[str, str]) -> dict[str, str]:
 
 
 def _refuse_strangers(target: Path) -> None:
-    """Raises unless ``target`` is missing, empty, or holds a program and nothing else."""
+    """Raise ProgramFileError unless ``target`` is missing, empty, or holds a program and nothing else."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -137,7 +137,7 @@ def _refuse_strangers(target: Path) -> None:
 
 
 def _write(contents: Mapping[str, bytes], target: Path) -> None:
-    """Everything goes to a directory beside ``target``, which then takes its place."""
+    """Write everything to a directory beside ``target``, which then takes its place."""
     draft = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
     old = draft.with_name(f"{draft.name}.old")
     try:
@@ -185,8 +185,8 @@ def _laid_out(manifest: Mapping[str, Any]) -> str:
 def load(directory: str | Path) -> AnyProgram:
     """The program that :func:`save` wrote to ``directory``; its operators are the registered ones of this process.
 
-    Output classes that are unknown here become dicts or tuples, with a warning. Raises ProgramFileError if files are
-    missing, damaged, of another format version, or name operators that are not registered.
+    Unknown output classes become dicts or tuples, with a warning. Raises ProgramFileError if files are missing,
+    damaged, of another format version, or name operators that are not registered.
     """
     directory = Path(directory)
     manifest = _manifest(directory)

@@ -1,7 +1,8 @@
-"""Nested structures of inputs and outputs (pytrees) as JSON and back, without importing what the JSON names.
+"""Nested structures of inputs and outputs (pytrees) as JSON and back, without importing the classes that the JSON
+names.
 
-The form is that of ``torch.utils._pytree.treespec_dumps``. A class that is not known where it is read, such as a
-model's own output class, becomes a dict or a tuple; only classes of an installed ``transformers`` are imported.
+The form is that of ``torch.utils._pytree.treespec_dumps``. A class that is unknown to the reader, such as a model's own
+output class, becomes a dict or a tuple; only classes of an installed ``transformers`` are imported.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _stand_in(context: Any, children: int) -> tuple[type, Any]:
 
 
 def _known(tree: Any, unknown: list[str]) -> dict[str, Any]:
-    """The JSON of a structure with everything that is not known here, or would import by name, replaced."""
+    """The JSON of a structure in which everything that is unknown, or would be imported by name, is replaced."""
     children = [_known(child, unknown) for child in tree["children_spec"]]
     name, context = tree["type"], tree["context"]
     if name is None:

@@ -22,20 +22,20 @@ class Steps(Protocol):
         """Whether it has two parts."""
 
     def whole(self, saved: list[Any]) -> Sequence[Tensor]:
-        """Gradients."""
+        """The whole backward pass; gives gradients."""
 
     def partial(self, saved: list[Any]) -> list[Tensor]:
-        """What the reductions would take, in memory of its own."""
+        """The backward pass without reductions; gives their operands, in memory of its own."""
 
     def reduced(self, partial: list[Tensor]) -> Sequence[Tensor]:
-        """Gradients."""
+        """The reductions; gives gradients."""
 
     def give(self, grads: Sequence[Tensor]) -> None:
         """Add gradients to those of the parameters."""
 
 
 class Accumulation:
-    """The state of one parallel module: whether it is inside ``no_sync``, and what its programs have added up."""
+    """The state of one parallel module: whether it is inside ``no_sync``, and the sums of its programs so far."""
 
     def __init__(self) -> None:
         self.active = False

@@ -23,9 +23,10 @@ Part = Callable[[Tensor], Tensor]
 
 
 def part_of(layout: Layout, comm: Communicator, *, is_local: bool = False) -> Part:
-    """What takes this rank's part out of a user's tensor: whole, or, with ``is_local``, the part already.
+    """A function that takes this rank's part out of a user's tensor: a whole one or, with ``is_local``, the part
+    itself.
 
-    Parts of uneven splits are padded with zeros to the sizes that the program works on.
+    Parts of uneven splits are padded with zeros to the sizes on which the program works.
     """
     shape = layout.local_shape(comm.mesh)
     cuts: list[tuple[int, int, int] | tuple[int, Tensor]] = []
@@ -73,7 +74,7 @@ def trimmed(x: Tensor, shape: torch.Size) -> Tensor:
 
 @dataclass
 class Result:
-    """How one output reaches the user, and its gradient the program.
+    """How one output is passed to the user, and its gradient to the program.
 
     Whole values are plain tensors, parts are DTensors; parts that DTensor cannot express are joined.
     """
@@ -101,13 +102,13 @@ class Result:
         self._spec = spec_of(dtensor(local, self.connection.device_mesh, form.placements, layout.shape))
 
     def give(self, local: Tensor) -> Tensor:
-        """What the user gets for the program's ``local``."""
+        """The user's value for the program's ``local``."""
         if self._join:
             return joined(local, self.value.layout, self.connection.comm)
         return local if self._spec is None else of_local(trimmed(local, self._shape), self._spec)
 
     def take(self, grad: Tensor | None) -> Tensor:
-        """The program's part of the gradient of what the user got; zeros where there is none."""
+        """The program's part of the gradient of the user's value; zeros where there is none."""
         comm, layout = self.connection.comm, self.value.layout
         if grad is None:
             return torch.zeros(layout.local_shape(comm.mesh), dtype=self.value.dtype, device=comm.device)

@@ -1,4 +1,4 @@
-"""One call of a model: its arguments in one order, and what makes two calls run the same program."""
+"""One call of a model: its arguments in one order, and the key that is equal for calls that run the same program."""
 
 from __future__ import annotations
 
@@ -82,8 +82,10 @@ def _kind(leaf: Any) -> Hashable:
 
 
 def global_call(call: Call, mesh: Mesh, plan: Plan) -> Call:
-    """The call of the unmodified model. With ``Plan(inputs="local")`` ``call`` has one rank's part of its batch dims,
-    which are ``data_ways`` times as long."""
+    """The call of the unmodified model.
+
+    With ``Plan(inputs="local")`` ``call`` has one rank's part of its batch dims, which are ``data_ways`` times as long.
+    """
     if plan.inputs != "local":
         return call
     ways = data_ways(mesh)

@@ -1,8 +1,8 @@
-"""Messages between pipeline ranks, on torch.distributed: sends and receives that go on beside the computation.
+"""Messages between pipeline ranks, on torch.distributed: sends and receives that run beside the computation.
 
-All that one rank sends to another is a channel, first in, first out, and shapes are known on both sides; small values
-of one message travel in one piece. With NCCL
-each direction has a communicator of its own: two ranks that send to each other at once would else wait for each other.
+A channel holds all messages from one rank to another, first in, first out. Shapes are known on both sides; small values
+of one message travel in one piece. With NCCL each direction has a communicator of its own: otherwise two ranks that
+send to each other at once would wait for each other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from autopar.schedules.packing import Types, together
 
 
 def group_back(mesh: Mesh, group: ProcessGroup, timeout: float) -> ProcessGroup | None:
-    """The group of messages to lower pipeline ranks; collective. None where ``group``, that of axis ``pp``, does."""
+    """The group of messages to lower pipeline ranks; collective.
+
+    None where ``group``, that of axis ``pp``, serves both.
+    """
     if dist.get_backend(group) != "nccl":
         return None
     members = [list(ranks) for ranks in mesh.groups(PIPELINE)]
@@ -34,8 +37,11 @@ def group_back(mesh: Mesh, group: ProcessGroup, timeout: float) -> ProcessGroup 
 
 
 class Channels:
-    """The messages of one rank in one step. ``types``: for each microbatch what a message holds, by its kind, the stage
-    that makes it and the one that takes it."""
+    """The messages of one rank in one step.
+
+    ``types``: for each microbatch, the content of a message, by its kind, the stage that makes it and the one that
+    takes it.
+    """
 
     def __init__(self, comm: Communicator, types: Sequence[Mapping[tuple[Kind, int, int], Types]]) -> None:
         self.comm, self.types = comm, types
@@ -61,7 +67,7 @@ class Channels:
         self._coming[message] = works
 
     def arrived(self, message: Message) -> bool:
-        """Always: :meth:`take` waits."""
+        """Always True: :meth:`take` waits."""
         return True
 
     def take(self, message: Message) -> list[Any]:
@@ -77,12 +83,12 @@ class Channels:
         return self.types[message.microbatch][message.kind, message.source, message.target]
 
     def sent(self, stage: int, microbatch: int) -> None:
-        """Wait until what ``stage`` sent for ``microbatch`` has left: its memory may be written to from now on."""
+        """Wait until the message of ``stage`` for ``microbatch`` has left: its memory may be written to afterwards."""
         for message in [m for m in self._going if (m.source, m.microbatch) == (stage, microbatch)]:
             self._finished(self._going.pop(message), f"sending {message}")
 
     def end(self) -> None:
-        """Wait for everything that is still on its way."""
+        """Wait for all messages that are still on their way."""
         for message in list(self._going):
             self._finished(self._going.pop(message), f"sending {message}")
 

@@ -50,7 +50,7 @@ def clip_gradients(
 
 
 def _norm(grads: list[Tensor], order: float, comm: Communicator) -> Tensor:
-    """Sums are in float64, in which the squares have room. What several ranks hold is counted by the first of them."""
+    """Sums are in float64, which has room for the squares. A part on several ranks is counted by the first of them."""
     mine = [grad for grad in grads if _is_counted(grad, comm) and local_of(grad).numel()]
     parts = [norm for group in _by_dtype(mine).values() for norm in torch._foreach_norm(group, order)]
     total = torch.zeros((), dtype=torch.float64, device=comm.device)

@@ -1,4 +1,4 @@
-"""The collectives of a rank program, on torch.distributed: what ``comm`` is in an emitted ``forward(comm, inputs)``.
+"""The collectives of a rank program, on torch.distributed: the ``comm`` of an emitted ``forward(comm, inputs)``.
 
 Every method stands for the operator of the same name in :mod:`autopar.ir.collectives`. A peer that dies or does not
 come within the timeout ends the program with a RankFailedError that names the collective, the axis and the ranks.
@@ -28,8 +28,8 @@ PLAIN = (1,)
 class Communicator:
     """The collectives of one rank. ``groups`` has a process group for every axis of more than one rank.
 
-    ``device`` is where the rank computes, ``back`` the group of messages to lower pipeline ranks. ``phase`` names
-    what it is doing, for :attr:`traffic`.
+    ``device`` is where the rank computes, ``back`` the group of messages to lower pipeline ranks. ``phase`` names the
+    present phase, for :attr:`traffic`.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Communicator:
         self.phase = "forward"
         self._back = back
         self._groups = {axis: groups[axis] for axis, size in mesh.axes if size > 1}
-        self._stages = mesh.group(rank, PIPELINE) if PIPELINE in mesh.names else ()  # of the same place within each
+        self._stages = mesh.group(rank, PIPELINE) if PIPELINE in mesh.names else ()  # of the same position within each
         self._positions = {axis: torch.tensor(i, device=device) for axis, i in self.coordinates.items()}
         self._started: dict[int, str] = {}  # where the result of one under way lies -> what it is
         self._sent: dict[tuple[str, str, str], list[int]] = {}  # (phase, axis, name) -> [operations, bytes]
@@ -114,7 +114,7 @@ class Communicator:
         return together(received.view(parts.shape), before, parts.shape[1 + before.dim] * ways)
 
     def shift(self, x: Tensor, axis: str, ways: int, by: int) -> Tensor:
-        """``x`` to the rank ``by`` further on the axis, in exchange for that of the rank ``by`` before; all at once."""
+        """``x`` to the rank ``by`` further on the axis, in exchange for the tensor of the rank ``by`` before."""
         return self.wait(self.start_shift(x, axis, ways, by), axis)
 
     def start_shift(self, x: Tensor, axis: str, ways: int, by: int) -> Tensor:
@@ -124,7 +124,7 @@ class Communicator:
         return self._start("shift", axis, x.unsqueeze(0), torch_collectives.start_shift, by).squeeze(0)
 
     def start_all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
-        """As :meth:`all_reduce`, but the result is there only after :meth:`wait`; until then ``x`` must not change."""
+        """As :meth:`all_reduce`, but the result is available only after :meth:`wait`; ``x`` must not change before."""
         if axis not in self._groups:
             return x
         return self._start("all_reduce", axis, x, torch_collectives.start_all_reduce, op)
@@ -189,7 +189,7 @@ class Communicator:
         return self._message(dist.isend, x, position, position > self.coordinates[PIPELINE])
 
     def receive(self, x: Tensor, position: int) -> dist.Work:
-        """Start receiving into ``x`` what a position on axis ``pp`` sends."""
+        """Start receiving into ``x`` the tensor that a position on axis ``pp`` sends."""
         return self._message(dist.irecv, x, position, position < self.coordinates[PIPELINE])
 
     def _message(self, start: Callable[..., dist.Work | None], x: Tensor, position: int, upwards: bool) -> dist.Work:
@@ -211,7 +211,7 @@ class Communicator:
             raise peer_failed(what, self.rank, peers, self.timeout, problem) from None
 
     def exchange(self, x: Tensor, axis: str) -> Tensor:
-        """What every rank of ``axis`` has for ``x``: (ways, ...). Between programs; not counted as traffic."""
+        """The ``x`` of every rank of ``axis``: (ways, ...). Used between programs; not counted as traffic."""
         if axis not in self._groups:
             return x.unsqueeze(0)
         return self._guarded("exchange", axis, x.unsqueeze(0), torch_collectives.all_gather, self._groups[axis])

@@ -41,7 +41,7 @@ class Connection:
         return self.comm.rank
 
     def of_stage(self) -> Connection:
-        """Among the ranks of this one's pipeline stage: the mesh without ``pp``, on which parameters lie."""
+        """The ranks of this one's pipeline stage: the mesh without ``pp``, on which parameters are laid out."""
         if not self.mesh.is_pipelined:
             return self
         rest = self.mesh.of_stage
@@ -49,7 +49,7 @@ class Connection:
         return Connection(rest, self.device_mesh[names if len(names) > 1 else names[0]], self.comm)
 
     def agree(self, program: AnyProgram) -> None:
-        """Raises LaunchError unless all ranks have come to the same program; each is to call this at the same time."""
+        """Raise LaunchError unless all ranks have the same program; every rank calls this at the same time."""
         digest = hashlib.sha256(str(program).encode()).digest()
         mine = torch.frombuffer(bytearray(digest[:8]), dtype=torch.int64).to(self.comm.device)
         for axis in self.mesh.names:
@@ -84,7 +84,7 @@ def connect(mesh: Mesh, timeout: float, device: torch.device, device_mesh: Devic
 
 
 def not_launched(mesh: Mesh) -> LaunchError:
-    """What a user reads who calls a parallel module in a process without peers."""
+    """The message for a user who calls a parallel module in a process without peers."""
     return LaunchError(
         f"{mesh} needs {mesh.world_size} processes and this is a single one, not started by torchrun.\n"
         f"Way out: {_command(mesh)}\n"
@@ -112,7 +112,7 @@ def _join(mesh: Mesh, timeout: float, device: torch.device) -> None:
 
 
 def _store(timeout: timedelta) -> Any:
-    """torchrun's, without what an attempt before this one has left in it.
+    """torchrun's store, without the entries of an earlier attempt.
 
     torchrun (2.13) keeps one store for all its restarts, where ranks then find the addresses of dead ones and wait for
     them. On several machines the numbers of attempts may differ, so that nothing can be done here.

@@ -1,4 +1,4 @@
-"""The one door to what torch keeps private of DTensor, for the sake of speed.
+"""The one door to the private parts of DTensor, for the sake of speed.
 
 ``DTensor.from_local`` and ``to_local`` go through autograd and cost 10 to 50 us a call; a step needs two per parameter.
 """
@@ -23,7 +23,7 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def keep_within(tensor: Tensor, place: Tensor) -> None:
-    """Let ``place``, which holds the same numbers, be the memory of this rank's part of ``tensor``."""
+    """Make ``place``, which holds the same numbers, the memory of this rank's part of ``tensor``."""
     assert isinstance(tensor, DTensor) and place.shape == tensor._local_tensor.shape
     tensor._local_tensor = place
 

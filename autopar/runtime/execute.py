@@ -26,7 +26,7 @@ from autopar.runtime.rank_program import BoundProgram, Fetch, Step
 
 
 class Executable(BoundProgram):
-    """A bound program that takes and returns what the model does, with a place in autograd's graph."""
+    """A bound program that takes and returns what the model does, with a node in autograd's graph."""
 
     def __init__(
         self, program: Program, root: nn.Module, connection: Connection, accumulation: Accumulation | None = None
@@ -43,7 +43,7 @@ class Executable(BoundProgram):
     # ------------------------------------------------------------ running
 
     def run(self, tensors: Sequence[Tensor], seed: int) -> Any:
-        """What the model returns for the user's ``tensors``; with a gradient where gradients are enabled."""
+        """The model's output for the user's ``tensors``; with a gradient where gradients are enabled."""
         step = Step(tensors, seed)
         if self.role.backward is not None and torch.is_grad_enabled():
             found = _Differentiable.apply(self, step, *(leaf(step) for leaf in self._leaves))  # type: ignore[no-untyped-call]
@@ -74,10 +74,10 @@ class Executable(BoundProgram):
     def backward(
         self, saved: list[Any], tangents: Sequence[Tensor | None], accumulate: Sequence[bool]
     ) -> list[Tensor | None]:
-        """The gradients of the leaves, None for a parameter whose gradient could be put, or added, to its ``.grad``.
+        """The gradients of the leaves; None for a parameter whose gradient could be put, or added, to its ``.grad``.
 
-        ``accumulate`` says for which leaves that is wanted. ``saved`` is emptied, so that each value dies at its last
-        use.
+        ``accumulate`` says for which leaves that is allowed. ``saved`` is emptied, so that each value is freed at its
+        last use.
         """
         self.comm.phase = "backward"
         for position, tangent in zip(self.role.differentiable, tangents):
@@ -110,7 +110,7 @@ class Executable(BoundProgram):
     # ------------------------------------------------------------ binding
 
     def _leaf(self, target: str) -> Fetch:
-        """What finds the tensor of the user that gets gradient ``target``: a parameter or an input."""
+        """A function that finds the user's tensor for gradient ``target``: a parameter or an input."""
         if target in self.slots:
             table, key = self.slots[target]
             return lambda step: table[key]  # type: ignore[no-any-return]
@@ -119,7 +119,7 @@ class Executable(BoundProgram):
 
 
 class _Differentiable(torch.autograd.Function):
-    """The place of a rank program in autograd's graph. Leaves: the parameters and inputs that get gradients."""
+    """The node of a rank program in autograd's graph. Leaves: the parameters and inputs that get gradients."""
 
     @staticmethod
     def forward(ctx: Any, executable: Executable, step: Step, *leaves: Tensor) -> tuple[Tensor, ...]:

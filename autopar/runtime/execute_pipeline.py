@@ -61,8 +61,10 @@ class PipelineExecutable:
     # ------------------------------------------------------------ running
 
     def train(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int], seed: int) -> Tensor:
-        """Forward and backward of all microbatches; gradients are added to ``.grad``. The loss of the whole batch, on
-        every rank. Raises InvariantError for a model without a loss."""
+        """Forward and backward of all microbatches; gradients are added to ``.grad``.
+
+        Gives the loss of the whole batch, on every rank. Raises InvariantError for a model without a loss.
+        """
         if self.program.loss is None:
             raise InvariantError(
                 "train_step needs a model that returns its loss, a scalar with a gradient; this one returns none\n"
@@ -76,9 +78,12 @@ class PipelineExecutable:
             return self._total_loss(run, shares)
 
     def run(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int], seed: int) -> Any:
-        """What the model returns for the whole batch: the loss on every rank; other outputs, whole, on the ranks of
-        the stage that makes them, None on others. Where gradients are enabled, ``loss.backward()`` on every rank runs
-        the backward passes of all microbatches: the order is that of GPipe, whatever the plan's schedule."""
+        """The model's output for the whole batch.
+
+        The loss is given on every rank; other outputs, whole, on the ranks of the stage that makes them, None on
+        others. Where gradients are enabled, ``loss.backward()`` on every rank runs the backward passes of all
+        microbatches: the order is that of GPipe, whatever the plan's schedule.
+        """
         if torch.is_grad_enabled() and self.program.loss is not None:
             given = torch.zeros((), device=self.comm.device, requires_grad=True)  # each rank has a backward pass by it
             step = _Forward(self, batches, rows, seed)
@@ -91,7 +96,7 @@ class PipelineExecutable:
             return self._output(run, self._total_loss(run, shares) if self.program.loss is not None else None)
 
     def forward(self, step: _Forward) -> Tensor:
-        """All forward passes, which keep what backward needs; the loss."""
+        """All forward passes, which keep the values that backward needs; gives the loss."""
         shares = self._shares(step.batches, step.rows)
         step.steps = self._steps(step.batches, step.rows, shares, step.seed, True, self._users)
         self._play(self._forward_only, step.steps)
@@ -145,7 +150,7 @@ class PipelineExecutable:
         return steps
 
     def _size(self, rows: Sequence[int], number: int) -> int:
-        """Which of the programs microbatch ``number`` takes."""
+        """The index of the program that microbatch ``number`` takes."""
         return int(rows[number] != rows[0])
 
     def _play(self, schedule: Schedule, steps: dict[int, StageStep]) -> None:
@@ -162,10 +167,10 @@ class PipelineExecutable:
         self.events, self._played = interpreter.events, schedule
 
     def timeline(self) -> Timeline:
-        """The latest step of all pipeline ranks, on each of them; collective. Where computes are launched on a device,
-        it is the launching that takes these times. Clocks of several machines agree as far as they are set alike.
+        """The latest step of all pipeline ranks, on each of them; collective.
 
-        Raises InvariantError where there was no step.
+        On a device, where computes are launched asynchronously, the times are those of the launches. Clocks of several
+        machines agree as far as they are synchronised. Raises InvariantError where there was no step.
         """
         if not self.events:
             raise InvariantError("there is no timeline before the first step\nWay out: train_step(...) first.")
@@ -181,7 +186,7 @@ class PipelineExecutable:
         )
 
     def _shares(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int]) -> list[Tensor | float]:
-        """What the loss of each microbatch counts for; only the ranks that have the loss need to know."""
+        """The weight of the loss of each microbatch; only the ranks that have the loss need to know it."""
         if self._loss is None:
             return [1.0] * len(batches)
         stages = self.stages[self._loss]
@@ -214,7 +219,7 @@ class PipelineExecutable:
             raise
 
     def _give(self) -> None:
-        """Reduce the gradients of all stages, sum those of parameters that several have, hand them to the module."""
+        """Reduce the gradients of all stages, sum those of parameters that several have, give them to the module."""
         self.comm.phase = "backward"
         found: dict[str, Tensor] = {}
         gives: dict[str, Give] = {}
@@ -231,7 +236,7 @@ class PipelineExecutable:
             gives[target](grad, True)
 
     def _over(self, ranks: Iterable[int], grad: Tensor) -> Tensor:
-        """The sum of the gradients that the pipeline ``ranks`` have, in the same order and so the same on each."""
+        """The sum of the gradients of the pipeline ``ranks``, in the same order and so the same on each."""
         parts, works = {}, []
         grad = grad.contiguous()
         for rank in ranks:
@@ -248,7 +253,7 @@ class PipelineExecutable:
 
 @dataclass
 class _Forward:
-    """A forward pass of all microbatches, and what its backward pass goes on with."""
+    """A forward pass of all microbatches, and the values that its backward pass takes."""
 
     executable: PipelineExecutable
     batches: Sequence[Sequence[Tensor]]
@@ -258,7 +263,7 @@ class _Forward:
 
 
 class _Differentiable(torch.autograd.Function):
-    """The place of a pipeline in autograd's graph; gradients of parameters it adds itself."""
+    """The node of a pipeline in autograd's graph; it adds gradients of parameters itself."""
 
     @staticmethod
     def forward(ctx: Any, given: Tensor, step: _Forward) -> Tensor:
@@ -274,7 +279,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _epoch() -> float:
-    """Seconds from the zero of this process's clock back to that of the machine's, which other processes read too."""
+    """Seconds from the zero of this process's clock back to that of the machine's clock, which all processes share."""
     pairs = [(time.perf_counter(), time.time(), time.perf_counter()) for _ in range(9)]
     before, there, after = min(pairs, key=lambda pair: pair[2] - pair[0])
     return there - (before + after) / 2
@@ -289,7 +294,7 @@ def _types(program: PipelinedProgram) -> dict[tuple[Kind, int, int], Types]:
 
 
 def _ties(program: PipelinedProgram, rank: int) -> dict[str, tuple[int, ...]]:
-    """Trained parameter -> the pipeline ranks that have a copy, where these are several and ``rank`` is of them."""
+    """Trained parameter -> the pipeline ranks that have a copy, where there are several and ``rank`` is one."""
     placement = program.required_schedule.placement
     trained = {target for stage in program.stages for target in stage.required_role.grads}
     ranks = {name: tuple(sorted({placement[n] for n in stages})) for name, stages in users_of(program).items()}

@@ -1,13 +1,13 @@
 """The one door to torch's functional collectives, whose names torch is about to change (``*_tensor`` to ``*_single``).
 
-Each returns a new tensor (but for ``..._into``), works along dim 0 and, but for those called ``start_...``, has ended
+Each returns a new tensor (except ``..._into``), works along dim 0 and, except those called ``start_...``, has ended
 when it returns. They are ordinary operators, so ``torch.distributed.tensor.debug.CommDebugMode`` and c10d's hooks see
 them.
 
-An all-gather is ``torch.distributed``'s own, which is given the tensor that it writes. The functional
-``all_gather_into_tensor``, which makes its own, corrupts the heap on gloo when more than about two of its results are
-under way (torch 2.13.0 on CPU, in plain torch too: two processes, fifty gathers ahead of their use, a crash in five of
-six runs); its form ``_out`` does not, but CommDebugMode does not see that. The functional ``reduce_scatter_tensor``,
+An all-gather is ``torch.distributed``'s own, which takes the tensor that it writes. The functional
+``all_gather_into_tensor``, which allocates its own, corrupts the heap on gloo when more than about two of its results
+are under way (torch 2.13.0 on CPU, in plain torch too: two processes, fifty gathers ahead of their use, a crash in five
+of six runs). Its form ``_out`` does not, but CommDebugMode does not see that. The functional ``reduce_scatter_tensor``,
 ``all_reduce`` and ``all_to_all_single`` are safe. ``tests/runtime/test_functional_collectives.py`` has fifty of each
 under way.
 """
@@ -41,7 +41,7 @@ _all_gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", None) 
 
 
 def wait(x: Tensor) -> Tensor:
-    """``x``, which one of the functions ``start_...`` has returned, now that it is there."""
+    """``x``, a result of one of the functions ``start_...``, once it is available."""
     result: Tensor = _wait(x)
     return result
 
@@ -67,7 +67,7 @@ def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def start_shift(x: Tensor, group: ProcessGroup, by: int) -> Tensor:
-    """(1, ...) of this rank to the one that is ``by`` further, in exchange for that of the one ``by`` before."""
+    """(1, ...) of this rank to the rank ``by`` further, in exchange for that of the rank ``by`` before."""
     ranks, rank = group.size(), group.rank()
     sent, received = ([int((rank + step - other) % ranks == 0) for other in range(ranks)] for step in (by, -by))
     result: Tensor = _all_to_all(x, received, sent, group.group_name)
@@ -97,7 +97,7 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def options(backend: str, seconds: float) -> Any:
-    """What a new group of ``backend`` is told so that making it, and using it, fails after ``seconds``."""
+    """The options of a new group of ``backend``, so that making it, and using it, fails after ``seconds``."""
     makers: dict[str, Callable[[], Any]] = {
         "gloo": lambda: dist.ProcessGroupGloo._Options(),  # type: ignore[attr-defined]
         "nccl": lambda: dist.ProcessGroupNCCL.Options(),

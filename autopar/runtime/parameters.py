@@ -1,7 +1,7 @@
 """The weights of a model on one rank: parameters and buffers under their own names, as DTensors in place of whole ones.
 
-They are whole on every rank until the first program says how they are laid out; then each rank keeps its part, and of a
-pipeline the ranks of a stage keep what that stage uses. How one tensor is stored is said in :mod:`stored`.
+They are whole on every rank until the first program lays them out. Then each rank keeps its part; on a pipeline, the
+ranks of a stage keep the tensors that the stage uses. :mod:`autopar.runtime.stored` describes how one tensor is stored.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ Table = dict[str, Any]  # the parameters, or the buffers, of one module
 
 @dataclass(frozen=True)
 class Absent:
-    """A parameter or buffer that only other pipeline stages hold; ``outline`` is a meta tensor like it. ``emptied``:
-    what it was, of which an optimizer made before the cut still has the (now empty) parameter."""
+    """A parameter or buffer that only other pipeline stages hold; ``outline`` is a meta tensor like it.
+
+    ``emptied``: the parameter itself, now empty, which an optimizer made before the cut still has.
+    """
 
     table: Table
     key: str
@@ -47,12 +49,12 @@ def _skip(key: str, module: nn.Module, state: dict[str, Any], prefix: str, *rest
 class Weights:
     """The parameters (and split buffers) of a module tree as DTensors, in place, under their own names.
 
-    ``layouts`` is None until :meth:`lay_out` has said how they lie; until then every rank holds them whole, uncopied.
+    ``layouts`` is None until :meth:`lay_out` has been called; until then every rank holds them whole, uncopied.
     Without a ``connection`` (an ordinary module, or a process that was not launched) they stay as they are.
 
     Attributes:
-        absent: what only other pipeline stages hold.
-        first: of a pipeline, parameter or buffer name -> the first pipeline rank that holds it.
+        absent: the tensors that only other pipeline stages hold.
+        first: on a pipeline, parameter or buffer name -> the first pipeline rank that holds it.
     """
 
     def __init__(self, root: nn.Module, connection: Connection | None = None) -> None:
@@ -69,7 +71,7 @@ class Weights:
         self._place(connection.of_stage(), {})
 
     @property
-    def settled(self) -> bool:
+    def is_laid_out(self) -> bool:
         """Whether it is known what part of each tensor this rank holds."""
         return self.connection is None or self.layouts is not None
 
@@ -78,11 +80,11 @@ class Weights:
         return tuple([table[key].requires_grad for table, key in self._trained])
 
     def lay_out(self, program: AnyProgram) -> None:
-        """Each rank keeps its part, as the first program wants it; later programs have to want the same.
+        """Keep this rank's part of each tensor, as the first program requires; later programs must require the same.
 
-        A parameter that is a DTensor stays the same object, so an optimizer keeps it. What only other pipeline stages
-        hold the module has no more, and an optimizer skips it. Raises InvariantError for a program that wants a tensor
-        in another way than it is held.
+        A parameter that is a DTensor stays the same object, so an optimizer keeps it. The module loses the tensors that
+        only other pipeline stages hold, and an optimizer skips them. Raises InvariantError for a program that requires
+        another layout than the present one.
         """
         if self.connection is None:
             return
@@ -109,7 +111,7 @@ class Weights:
             tensor, table[key] = table[key], None
             if id(tensor) not in outlines:
                 outlines[id(tensor)] = outline(tensor)
-                if isinstance(tensor, DTensor):  # whoever still has it, an optimizer, holds no memory by it
+                if isinstance(tensor, DTensor):  # an optimizer that still has it holds no memory by it
                     nothing = cut(local_of(tensor).new_empty(0), stored(Layout.whole([0]), own.mesh, name), own)
                     held = nn.Parameter(nothing, requires_grad=tensor.requires_grad)
                     torch.utils.swap_tensors(tensor, held)  # type: ignore[no-untyped-call]
@@ -120,8 +122,10 @@ class Weights:
         self._trained = [(away.get((id(table), key), table), key) for table, key in self._trained]
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
-        """The whole, in the model's order, of a tensor that is held as parameter ``name`` is (its gradient, a moment of
-        the optimizer); collective."""
+        """The whole, in the model's order, of a tensor that is held as parameter ``name`` is; collective.
+
+        The tensor may be the parameter's gradient, or a moment of the optimizer.
+        """
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         form = self.form(name)
         return form.to_model(full) if form else full
@@ -136,8 +140,7 @@ class Weights:
 
     @contextmanager
     def traceable(self) -> Iterator[None]:
-        """Ordinary tensors in place of DTensors: the data of those that are whole here, meta tensors for the others,
-        and for those that are absent."""
+        """Ordinary tensors in place of DTensors: the data of those that are whole on this rank, else meta tensors."""
         replaced: list[tuple[Table, str, Tensor | None]] = []
         made: dict[int, Tensor] = {}
         for _, table, key, _ in tables(self.root):
@@ -180,7 +183,7 @@ class Weights:
 
 
 def _translate_state(module: nn.Module, forms: dict[str, Stored]) -> None:
-    """Let state dicts of ``module`` have the model's order; ``forms`` are those of its own tensors."""
+    """Make state dicts of ``module`` have the model's order; ``forms`` are those of its own tensors."""
 
     def saving(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         for key, form in forms.items():

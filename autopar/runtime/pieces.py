@@ -1,8 +1,8 @@
-"""The parts of a tensor on one axis: cut one out, lay all side by side for a collective along dim 0, join them again.
+"""The pieces of a tensor on one axis: cut one out, put all side by side for a collective along dim 0, join them again.
 
 The results are contiguous, as the shape functions in :mod:`autopar.ir.collectives` promise. Nothing is copied for a
 plain split of dim 0. The simulator cuts and joins by index in code of its own (:mod:`autopar.simulator.lockstep`), on
-purpose: it is what this file is tested against.
+purpose: this file is tested against it.
 """
 
 from __future__ import annotations

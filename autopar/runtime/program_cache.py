@@ -30,8 +30,11 @@ logger = logging.getLogger("autopar")
 
 
 class ProgramCache:
-    """``weights`` are laid out by the first program; ``packs_padding``: whether the model has layers that compute
-    otherwise where no gradient is wanted."""
+    """The cache.
+
+    ``weights`` are laid out by the first program. ``packs_padding``: whether the model has layers that compute
+    otherwise where no gradient is required.
+    """
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class ProgramCache:
 
     @property
     def latest_bound(self) -> Bound | None:
-        """What runs :attr:`latest`; None before it has run."""
+        """The bound program of :attr:`latest`; None before it has run."""
         return self._bound.get(next(reversed(self._programs), None))
 
     def clear(self) -> None:
@@ -66,7 +69,7 @@ class ProgramCache:
         self._bound.clear()
 
     def prepared(self, call: Call, training: bool) -> AnyProgram:
-        """The program of a call as this rank makes it, compiled if there is none."""
+        """The program of a call on this rank; it is compiled if there is none."""
         return self._program(self._kind(call, training), global_call(call, self._mesh, self._plan), training)
 
     def of_whole(self, call: Call, training: bool) -> AnyProgram:
@@ -74,8 +77,11 @@ class ProgramCache:
         return self._program((self._kind(call, training), "whole"), call, training)
 
     def bound(self, call: Call, training: bool) -> Bound:
-        """What runs this call on this rank. Collective where it is a new kind of call; raises what compiling raises,
-        and LaunchError where ranks come to different programs."""
+        """The bound program of this call on this rank.
+
+        Collective for a new kind of call. Raises the errors of the compiler, and LaunchError where ranks have different
+        programs.
+        """
         kind = self._kind(call, training)
         found = self._bound.get(kind)
         if found is not None:
@@ -108,13 +114,13 @@ class ProgramCache:
             self._bound.pop(oldest, None)
         with self._weights.traceable():
             program = self._compiled(call, self._weights.layouts)
-        self._weights.lay_out(program)  # before it is kept: a program that wants them otherwise never runs
+        self._weights.lay_out(program)  # before it is kept: a program that requires other layouts never runs
         self._programs[kind] = program
         return program
 
 
 def cast_to() -> tuple[torch.dtype | None, ...]:
-    """What autocast is asked to compute in; a traced program has its casts as nodes."""
+    """The dtype in which autocast computes; a traced program has its casts as nodes."""
     kinds = ("cpu", "cuda")
     return tuple([torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds])
 

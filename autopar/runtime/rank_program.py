@@ -37,7 +37,7 @@ from autopar.runtime.resident_parameters import Gathered
 
 @dataclass
 class Step:
-    """One call: the user's tensors, the seed, what other pipeline stages sent, and what the program returned."""
+    """One call: the user's tensors, the seed, the values sent by other pipeline stages, and the program's results."""
 
     tensors: Sequence[Tensor]
     seed: int
@@ -75,7 +75,10 @@ class BoundProgram:
     # ------------------------------------------------------------ running
 
     def count(self, tensors: Sequence[Tensor]) -> Tensor | None:
-        """What the loss of these inputs is divided by; None where that is the same for all. See ``microbatches``."""
+        """The divisor of the loss for these inputs; None where it is the same for all.
+
+        See :mod:`autopar.pipeline.microbatches`.
+        """
         if self._counting is None:
             return None
         function, fetch = self._counting
@@ -97,7 +100,7 @@ class BoundProgram:
         return _compiled("count", graph, self.program), fetch
 
     def own(self, name: str, given: list[Any]) -> list[Tensor]:
-        """What the function ``name`` returns, each tensor in memory of its own."""
+        """The results of the function ``name``, each tensor in memory of its own."""
         found = list(self.function(name)(self.comm, given))
         if name not in self._shared:
             self._shared[name] = sharing(self.graphs[name], found)
@@ -106,7 +109,7 @@ class BoundProgram:
         return found
 
     def call(self, name: str, step: Step) -> tuple[Any, ...]:
-        """Run ``name``, keep its outputs in ``step``, write buffer updates back; gives what follows the outputs."""
+        """Run ``name``, keep its outputs in ``step``, write buffer updates back; gives the results after outputs."""
         self.comm.phase = name
         inputs = [fetch(step) for fetch in self._fetch]
         if name in self._gathered:
@@ -129,7 +132,7 @@ class BoundProgram:
     # ------------------------------------------------------------ binding
 
     def _fetcher(self, node: Node, entry: Input) -> Fetch:
-        """What finds the local tensor of one placeholder."""
+        """A function that finds the local tensor of one placeholder."""
         layout, comm = value(node).layout, self.comm
         if entry.kind is InputKind.SEED:
             return lambda step: torch.tensor(step.seed, device=comm.device)
@@ -166,7 +169,7 @@ class BoundProgram:
         return self.slots[target]
 
     def giver(self, target: str) -> Give:
-        """What makes the local gradient ``target`` one of that tensor."""
+        """A function that makes a local gradient the gradient of the tensor ``target``."""
         if target not in self.slots:
             layout = next(value(node).layout for node, entry in self.entries if entry.target == target)
             is_local = self.program.plan.inputs == "local"
@@ -197,9 +200,11 @@ def _compiled(name: str, graph: fx.Graph, program: Program) -> RankFunction:
 
 
 def sharing(graph: fx.Graph, found: Sequence[Tensor]) -> list[int]:
-    """Positions of results of ``graph`` that share memory with an input or with another result (``found``: all of
-    them). As gradients they need memory of their own: they are scaled and added to in place. Slices of one bucket
-    do not overlap and may stay."""
+    """Positions of results of ``graph`` that share memory with an input or with another result.
+
+    ``found``: the results. As gradients they need memory of their own: they are scaled and added to in place. Slices of
+    one bucket do not overlap and may stay.
+    """
     returned: tuple[Node, ...] = output_node(graph).args[0]  # type: ignore[assignment]
     shared = {position for position, node in enumerate(returned) if _base(node).op == "placeholder"}
     last: dict[int, tuple[int, int]] = {}  # storage -> (end, position) of the result before, in order of memory
@@ -212,7 +217,7 @@ def sharing(graph: fx.Graph, found: Sequence[Tensor]) -> list[int]:
 
 
 def _span(tensor: Tensor, position: int) -> tuple[int, int, int, int]:
-    """(storage, first byte, byte behind the last, position)."""
+    """(storage, first byte, byte after the last, position)."""
     start = int(tensor.storage_offset()) * tensor.element_size()
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
     end = start + (reach * tensor.element_size() if tensor.numel() else 0)
@@ -220,7 +225,7 @@ def _span(tensor: Tensor, position: int) -> tuple[int, int, int, int]:
 
 
 def _base(node: Node) -> Node:
-    """The node that allocated what ``node`` is a view of."""
+    """The node that allocated the memory of which ``node`` is a view."""
     while node.op == "call_function":
         passes_on = node.target in comm.TARGETS and comm.moving(node.target) is None
         if not (is_view(node.target) or node.target is operator.getitem or passes_on):

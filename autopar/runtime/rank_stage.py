@@ -40,14 +40,14 @@ class BoundStage(BoundProgram):
         self._partial: list[Tensor] | None = None  # gradients of all microbatches until now, not yet reduced
 
     def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Of all inputs of the model those of this stage."""
+        """The inputs of this stage, among all inputs of the model."""
         return [tensors[place] for place in self._places]
 
     def whole_output(self, position: int, local: Tensor) -> Tensor:
         return joined(local, value(self.program.returned[position]).layout, self.comm)
 
     def tangents(self, grads: Values, share: Tensor | float) -> list[Tensor]:
-        """The gradients of what the stage returns: of what it sent, and of the loss, which counts for ``share``."""
+        """The gradients of the stage's results: of sent values, and of the loss, which has the weight ``share``."""
         found = []
         for position in self.role.differentiable:
             entry, kind = self.program.outputs[position], value(self.program.returned[position])
@@ -58,7 +58,7 @@ class BoundStage(BoundProgram):
         return found
 
     def step(self, name: str, given: list[Any]) -> list[Tensor]:
-        """What a step of backward returns; what others are then added to, in memory of its own."""
+        """The results of a step of backward in memory of their own, to which those of others are then added."""
         is_added_to = self._partial is None and name != INPUTS
         with below_autograd():
             return self.own(name, given) if is_added_to else list(self.function(name)(self.comm, given))
@@ -82,14 +82,16 @@ class BoundStage(BoundProgram):
         return torch.zeros(kind.layout.local_shape(self.comm.mesh), dtype=kind.dtype, device=self.comm.device)
 
     def forget(self) -> None:
-        """After a step that failed: nothing of it is added to the next."""
+        """Drop the state of a step that failed, so that nothing of it is added to the next."""
         self._partial = None
 
 
 @dataclass
 class Microbatch:
-    """One microbatch on its way through a stage. ``tensors``: all inputs of the model; ``share``: what its loss counts
-    for in that of the batch."""
+    """One microbatch on its way through a stage.
+
+    ``tensors``: all inputs of the model; ``share``: the weight of its loss in that of the batch.
+    """
 
     stage: BoundStage
     tensors: Sequence[Tensor]
@@ -101,15 +103,17 @@ class Microbatch:
 
 
 class StageStep:
-    """What one stage does in one step, for the interpreter. ``trains``: forward keeps what backward needs;
-    ``outputs``: which of its outputs are to be kept, whole."""
+    """The work of one stage in one step, for the interpreter.
+
+    ``trains``: forward keeps the values that backward needs. ``outputs``: the outputs that are to be kept, whole.
+    """
 
     def __init__(
         self, number: int, batches: Sequence[Microbatch], channels: Channels, trains: bool, outputs: frozenset[str]
     ) -> None:
         self.number, self.batches, self.channels = number, batches, channels
         self.trains, self.wanted = trains, outputs
-        self.in_flight = 0  # microbatches of which something is held for a backward pass
+        self.in_flight = 0  # microbatches with values held for a backward pass
 
     def forward(self, number: int, received: Values) -> Values:
         batch = self.batches[number]
@@ -154,7 +158,7 @@ class StageStep:
     def _backward(self, batch: Microbatch, number: int, name: str, grads: Values) -> list[Tensor]:
         assert batch.saved is not None, "backward before forward"
         given, batch.saved = batch.saved, None
-        self.channels.sent(self.number, number)  # what backward writes into may be what was sent
+        self.channels.sent(self.number, number)  # backward may write into a value that was sent
         given += batch.stage.tangents(grads, batch.share)
         batch.stage.comm.phase = "backward"
         return batch.stage.step(name, given)

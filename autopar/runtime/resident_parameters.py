@@ -1,7 +1,7 @@
 """Whole parameters that stay on every rank between optimizer steps (``Plan(zero=1)`` and ``2``).
 
-They are gathered when an optimizer has changed the parts of this rank, each of which then lies inside the whole one, so
-that nothing is held twice; from then on they are gathered in place.
+They are gathered when an optimizer has changed the parts of this rank. Each part then becomes memory of the whole
+parameter, so that nothing is held twice; from then on they are gathered in place.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Gathered:
         return self._held
 
     def _now(self) -> list[tuple[int, ...]]:
-        """What changes when a part is written to: through the DTensor the first number, past it the others."""
+        """A state that changes when a part is written to: the first number through the DTensor, the others past it."""
         parameters = [find() for find in self._parameters.values()]
         parts = [local_of(parameter) for parameter in parameters]
         return [(whole._version, part._version, part.data_ptr()) for whole, part in zip(parameters, parts)]
 
     def _gather(self) -> None:
-        """One after the other: what was held is written to, or goes as soon as the new one is there."""
+        """Gather one after the other: an earlier whole one is written to, or freed once the new one is available."""
         graph = self.gathering.graph
         results = output_node(graph).all_input_nodes
         owners, old = dict(zip(results, self.gathering.owners)), dict(zip(results, self._held))
@@ -66,7 +66,7 @@ class Gathered:
         self._held = [held[node] for node in results]
 
     def _result(self, node: Node, held: dict[Node, Tensor], place: Tensor | None) -> Tensor:
-        """What ``node`` returns: ``place``, written to, if that is given."""
+        """The result of ``node``, written to ``place`` if that is given."""
         if node.op == "placeholder":
             part = local_of(self._parameters[node.name]())
             return padded(part, value(node).layout.local_shape(self.comm.mesh))
@@ -82,19 +82,19 @@ class Gathered:
         return result
 
     def _put_within(self, owner: tuple[str, str] | None, whole: Tensor) -> None:
-        """Let this rank's part be memory of ``whole``, where it is a piece of it."""
+        """Make this rank's part memory of ``whole``, where it is a piece of it."""
         if owner is not None and (place := self._place(owner, whole)) is not None:
             keep_within(self._parameters[owner[0]](), place)
 
     def _lies_within(self, owner: tuple[str, str] | None, whole: Tensor | None) -> bool:
-        """Whether :meth:`_put_within` has been there, and nobody has given the parameter other memory since."""
+        """Whether :meth:`_put_within` has been called, and the parameter has had no other memory since."""
         if owner is None or whole is None:
             return False
         part, place = local_of(self._parameters[owner[0]]()), self._place(owner, whole)
         return place is not None and part.data_ptr() == place.data_ptr() and part.stride() == place.stride()
 
     def _place(self, owner: tuple[str, str], whole: Tensor) -> Tensor | None:
-        """Where the part of this rank lies in ``whole``; None where parts are uneven."""
+        """The position of this rank's part in ``whole``; None where parts are uneven."""
         name, axis = owner
         rows = local_of(self._parameters[name]()).shape[0]
         if rows * self.comm.mesh.size(axis) != whole.shape[0]:
@@ -103,5 +103,5 @@ class Gathered:
 
 
 def _gather_of(node: Node) -> Node:
-    """The gather that makes ``node``, itself or what it waits for."""
+    """The gather that makes ``node``: the node itself, or the one for which it waits."""
     return node if node.target is not comm.OPS.wait.default else node.all_input_nodes[0]

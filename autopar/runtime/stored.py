@@ -89,7 +89,7 @@ def _dim_form(factors: tuple[Factor, ...], mesh: Mesh) -> tuple[tuple[tuple[str,
 
 
 def owned_positions(size: int, place: Sequence[int], ways: Sequence[int], blocks: Sequence[int]) -> Tensor:
-    """The indices that DTensor gives to ``place``: one axis after the other cuts what the ones before it left."""
+    """The indices that DTensor gives to ``place``: each axis cuts the indices that the ones before it left."""
     own = torch.arange(size)
     for position, way, count in zip(place, ways, blocks):
         pieces = own.split(max(1, -(-len(own) // (way * count))))  # type: ignore[no-untyped-call]

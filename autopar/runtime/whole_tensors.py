@@ -15,8 +15,10 @@ from autopar.runtime.parameters import Weights
 
 
 def full_state_dict(weights: Weights, held: Mapping[str, Any], device: str, rank0_only: bool) -> dict[str, Tensor]:
-    """Copies on ``device`` of the whole tensors of a state dict, of which this rank has ``held``; collective, one
-    tensor after the other. Empty but on rank 0 with ``rank0_only``."""
+    """Copies on ``device`` of the whole tensors of a state dict, of which this rank has ``held``.
+
+    Collective, one tensor after the other. Empty except on rank 0 with ``rank0_only``.
+    """
     connection = weights.connection
     keeps = connection is None or connection.rank == 0 or not rank0_only
     outlines = _outlines(weights)
@@ -37,7 +39,7 @@ def full_grads(
 ) -> dict[str, Tensor]:
     """The whole gradients, of which this rank has ``grads``, by parameter name; collective.
 
-    Of a pipeline ``trained`` are the parameters of all stages, and ``first`` the first pipeline rank that uses each.
+    On a pipeline, ``trained`` are the parameters of all stages, and ``first`` the first pipeline rank that uses each.
     """
     outlines = _outlines(weights)
     names = [name for name in sorted(trained) if name in grads or name in outlines] if first else list(grads)
@@ -48,14 +50,14 @@ def full_grads(
 
 
 def _outlines(weights: Weights) -> dict[str, Tensor]:
-    """Of what only other pipeline stages hold, by name."""
+    """Outlines of the tensors that only other pipeline stages hold, by name."""
     return {missing.name: missing.outline for missing in weights.absent}
 
 
 def _over_stages(
     connection: Connection | None, whole: Tensor | None, first: int | None, outline: Tensor | None
 ) -> Tensor:
-    """On all ranks the tensor that pipeline rank ``first`` has; one without such a rank, all have."""
+    """On all ranks, the tensor of pipeline rank ``first``; without such a rank, all have it already."""
     if connection is None or first is None:
         assert whole is not None
         return whole

@@ -1,10 +1,10 @@
 """All ranks of a mesh in one process, node by node: each value is a list with one tensor per rank.
 
-``collective`` says what every communication operator computes, over the parts that the members of one group hold;
-``Lockstep`` runs whole graphs. Ranks that hold the very same tensor share the work on it.
+``collective`` computes every communication operator over the parts that the members of one group hold; ``Lockstep``
+runs whole graphs. Ranks that hold the very same tensor share the work on it.
 
 Parts are cut and joined by the indices that their owners have, plainly, and not by the faster code of the runtime
-(:mod:`autopar.runtime.pieces`), on purpose: the simulator is what the runtime is tested against.
+(:mod:`autopar.runtime.pieces`), on purpose: the runtime is tested against the simulator.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Ranks = list[Any]  # one value per rank
 
 
 def collective(name: str, parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
-    """What each member of a group gets when they run ``comm.<name>(part, *arguments)``; ``parts`` in axis order."""
+    """The result of ``comm.<name>(part, *arguments)`` on each member of a group; ``parts`` in axis order."""
     return RULES[comm.STARTED.get(name, name)](parts, arguments)
 
 
@@ -143,7 +143,7 @@ RULES: dict[str, Callable[[Sequence[Tensor], Sequence[Any]], list[Tensor]]] = {
 
 @dataclass
 class Memory:
-    """Bytes of distinct live storage that one rank refers to, counted as its values come and go."""
+    """Bytes of distinct live storage to which one rank refers, counted as its values come and go."""
 
     users: Counter[int] = field(default_factory=Counter)
     live: int = 0
@@ -190,9 +190,9 @@ class _Differentiable(torch.autograd.Function):
 
 
 class Lockstep:
-    """Runs graphs on all ranks of ``mesh`` at once and counts what they send and hold.
+    """Runs graphs on all ranks of ``mesh`` at once and counts the bytes that they send and hold.
 
-    ``gradients``: torch's autograd may go backward through what was run, collectives as their duals.
+    ``gradients``: torch's autograd may go backward through the run, with collectives as their duals.
     """
 
     def __init__(self, mesh: Mesh, *, gradients: bool = False) -> None:
@@ -224,14 +224,14 @@ class Lockstep:
         raise AssertionError("a graph ends with its output")
 
     def hold(self, values: Iterable[Ranks]) -> None:
-        """Count values as alive until they are dropped; what :meth:`run` returns is."""
+        """Count values as alive until they are dropped; the results of :meth:`run` are counted so."""
         for ranks in values:
             for memory, value in zip(self.memory, ranks):
                 memory.hold(value)
 
     @contextmanager
     def holding(self, values: Iterable[Ranks]) -> Iterator[None]:
-        """Within it ``values`` stay in memory, as parameters and inputs do for a whole step."""
+        """Within this context, ``values`` stay in memory, as parameters and inputs do for a whole step."""
         kept = list(values)
         self.hold(kept)
         yield

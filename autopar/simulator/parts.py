@@ -1,4 +1,4 @@
-"""What simulated steps share: inputs of each rank, whole values from the parts that ranks hold."""
+"""The common parts of simulated steps: inputs of each rank, whole values from the parts that ranks hold."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from autopar.ir.traffic import Transfer
 from autopar.mesh import Mesh
 from autopar.simulator.lockstep import Lockstep, Ranks
 
-# How far ranks that must hold the same may differ, relative to the largest element.
+# The difference allowed between ranks that must hold the same, relative to the largest element.
 AGREEMENT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of all ranks gave. Tensors are whole: the parts of the ranks are joined.
+    """The results of one step of all ranks. Tensors are whole: the parts of the ranks are joined.
 
     Attributes:
-        output: what the model returns, in its own structure (a tuple of tensors where the program knows none).
+        output: the model's output, in its own structure (a tuple of tensors where the program knows none).
         loss: of ``program.loss``, None where there is none.
         grads: parameter (or differentiable input) name -> gradient; {} without a backward pass.
         buffers: buffer name -> its new value.
         traffic: operations and bytes sent by one rank, per phase, axis and collective.
-        peak_bytes: for each rank the most bytes of tensors alive at once: parameters, inputs, activations, gradients.
-        in_flight: for each pipeline rank the most microbatches of a stage whose activations it held at once.
+        peak_bytes: for each rank, the most bytes of tensors alive at once: parameters, inputs, activations, gradients.
+        in_flight: for each pipeline rank, the most microbatches of a stage whose activations it held at once.
     """
 
     output: Any
@@ -50,8 +50,10 @@ class Step:
 def gathered_once(
     program: Program, graph: fx.Graph, lockstep: Lockstep, inputs: list[Ranks]
 ) -> tuple[fx.Graph, list[Ranks]]:
-    """With ``Plan(zero=1)`` and ``2``: the graph that takes whole parameters, and these, as a runtime holds them: the
-    parts lie within (``gathered``)."""
+    """With ``Plan(zero=1)`` and ``2``: the graph that takes whole parameters, and these, as a runtime holds them.
+
+    The parts are memory of the whole ones (:mod:`autopar.runtime.resident_parameters`).
+    """
     names = {node.name for node, _ in program.placeholders(InputKind.PARAMETER)}
     found = without_gathers(graph, names) if program.plan.zero in (1, 2) else None
     if found is None:
@@ -78,8 +80,7 @@ def rank_inputs(
     seed: int = 0,
     kinds: Sequence[InputKind] = tuple(InputKind),
 ) -> list[Ranks]:
-    """For each placeholder of ``kinds`` the parts of all ranks; those of uneven splits are padded with zeros to equal
-    sizes."""
+    """For each placeholder of ``kinds``, the parts of all ranks; those of uneven splits are padded with zeros."""
     given = iter(_call_tensors(program, args, kwargs or {}) if InputKind.INPUT in kinds else ())
     found = []
     for node, entry in program.placeholders(*kinds):
@@ -99,7 +100,7 @@ def rank_inputs(
 
 
 def parts(whole: Tensor, layout: Layout, mesh: Mesh) -> Ranks:
-    """What each rank holds of ``whole``; ranks with equal parts share one tensor. Pending sums count as whole."""
+    """The part of ``whole`` on each rank; ranks with equal parts share one tensor. Pending sums count as whole."""
     made: dict[tuple[int, ...], Tensor] = {}
     found: Ranks = []
     local = layout.local_shape(mesh)
@@ -117,7 +118,7 @@ def parts(whole: Tensor, layout: Layout, mesh: Mesh) -> Ranks:
 
 
 def joined(name: str, ranks: Ranks, layout: Layout, mesh: Mesh) -> Tensor:
-    """The whole tensor out of the parts of all ranks.
+    """The whole tensor from the parts of all ranks.
 
     Raises InvariantError, naming ``name``, where ranks that should hold the same part do not.
     """

@@ -1,4 +1,4 @@
-"""Run a pipelined program in this one process: every pipeline rank by its own instructions, messages for real."""
+"""A pipelined program run in this one process: every pipeline rank by its own instructions, with real messages."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class _Run:
             self.stages.append(SimulatedStage(parts, self.lockstep[rank], tensors, backward))
 
     def play(self) -> None:
-        """All ranks in turn, each as far as it comes."""
+        """Run all ranks in turn, each as far as it can advance."""
         post, routes = _Post(self.lockstep), Routes(self.program)
         players: dict[int, Iterator[None]] = {}
         for rank in range(len(self.schedule.ranks)):
@@ -115,7 +115,7 @@ class _Run:
         return Step(output, loss, grads, buffers, traffic, peaks, tuple(self.in_flight))
 
     def _outputs(self) -> tuple[list[Tensor], Tensor | None]:
-        """What the model returns for the whole batch, and its loss."""
+        """The model's output for the whole batch, and its loss."""
         found: list[Tensor] = []
         loss: Tensor | None = None
         for position, entry in enumerate(self.program.outputs):
@@ -129,7 +129,7 @@ class _Run:
         return found, loss
 
     def _grads(self) -> dict[str, Tensor]:
-        """Whole gradients; of a parameter that several stages have, the sum."""
+        """Whole gradients; for a parameter that several stages have, the sum."""
         total: dict[str, Tensor] = {}
         for stage in self.stages:
             layouts = {entry.target: value(node).layout for node, entry in stage.program.placeholders(*InputKind)}
@@ -140,7 +140,7 @@ class _Run:
 
 
 def _shares(stages: Sequence[Program], inputs: Sequence[Mapping[str, Ranks]], rows: Sequence[int]) -> list[float]:
-    """What the loss of each microbatch counts for; ``stages``: for each the stage that has the loss."""
+    """The weight of the loss of each microbatch; ``stages``: for each, the stage that has the loss."""
     counts: list[Tensor | None] = []
     for stage, given in zip(stages, inputs):
         graph = microbatches.counting(stage)
@@ -169,7 +169,7 @@ class _Post:
 
 
 class _Box:
-    """What one rank sees of the post."""
+    """The post as one rank sees it."""
 
     def __init__(self, post: _Post, rank: int) -> None:
         self.post_office, self.rank = post, rank

@@ -21,8 +21,10 @@ FIXED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT)
 
 @dataclass
 class Microbatch:
-    """``program``: the stage as it is for this microbatch; ``inputs``: what the user passes, by target; ``share``: what
-    the loss of it counts for in that of the batch."""
+    """``program``: the stage for this microbatch; ``inputs``: the user's tensors, by target.
+
+    ``share``: the weight of its loss in that of the batch.
+    """
 
     program: Program
     inputs: Mapping[str, Ranks]
@@ -100,7 +102,7 @@ class SimulatedStage:
     # ------------------------------------------------------------ pieces
 
     def _graph(self, program: Program) -> tuple[fx.Graph, list[Ranks]]:
-        """The forward graph, and the whole parameters that it takes behind its inputs (``Plan(zero=1)``)."""
+        """The forward graph, and the whole parameters that it takes after its inputs (``Plan(zero=1)``)."""
         if id(program) not in self._graphs:
             role = program.required_role
             held = [self._held.get(entry.target, []) for entry in program.inputs]
@@ -118,7 +120,7 @@ class SimulatedStage:
         return self._steps[id(program)]
 
     def _given(self, batch: Microbatch, grads: Values) -> list[Ranks]:
-        """What the backward graph takes; it holds it from then on."""
+        """The operands of the backward graph, which holds them from then on."""
         assert batch.saved is not None, "backward before forward"
         saved, batch.saved = batch.saved, None
         self.lockstep.drop(saved)
@@ -156,6 +158,6 @@ class SimulatedStage:
         return self._handed_on(sent)
 
     def _handed_on(self, values: Values) -> Values:
-        """As messages are: contiguous, as the stage that takes them expects; and from then on it holds them."""
+        """Values as messages: contiguous, as the stage that takes them expects; it holds them from then on."""
         self.lockstep.drop(values.values())
         return {name: [part.contiguous() for part in ranks] for name, ranks in values.items()}

@@ -1,9 +1,9 @@
-"""How well one model is covered: exact on each mesh, and really split there.
+"""The coverage of one model: exact on each mesh, and really split there.
 
 A model that ended replicated is exact too, so exactness alone proves nothing. A mesh with data axes passes if every
 product that depends on the batch is split by it, and the only floating collectives on those axes reduce the loss and
 gradients. One with a tensor axis passes if nine tenths of the bytes of the parameters are split on it and stay so while
-computing. What keeps a mesh from passing is said in ``remarks``.
+computing. ``remarks`` give the reasons why a mesh does not pass.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ REMARKS = 4  # of one kind, before "and n more"
 
 @dataclass(frozen=True)
 class Case:
-    """A mesh with a plan to try, and what the table calls it."""
+    """A mesh with a plan to try, and its name in the table."""
 
     title: str
     mesh: Mesh
@@ -120,8 +120,10 @@ def unknown_operators(program: AnyProgram) -> tuple[str, ...]:
 
 
 def operations(program: AnyProgram) -> int:
-    """Operations that one rank does in a step, forward and backward; of a pipeline the rank that does most, where each
-    microbatch counts as the first."""
+    """Operations that one rank does in a step, forward and backward.
+
+    On a pipeline, those of the rank that does most; each microbatch counts as the first.
+    """
     if isinstance(program, PipelinedProgram):
         schedule = program.required_schedule
         ranks = [0] * len(schedule.ranks)
@@ -175,8 +177,10 @@ def _measured(
 
 
 def compute_share(program: AnyProgram, axis: str) -> float:
-    """The share of the forward pass's operations that ``axis`` splits; on data axes of those that see the batch.
-    Pipeline stages split all of them."""
+    """The share of the forward pass's operations that ``axis`` splits; on data axes, of those that see the batch.
+
+    Pipeline stages split all of them.
+    """
     if axis == PIPELINE:
         return 1.0
     seen = _after(program, InputKind.INPUT) if axis in DATA_AXES else None
@@ -186,7 +190,7 @@ def compute_share(program: AnyProgram, axis: str) -> float:
 
 
 def remarks(program: AnyProgram, axis: str, normalised: frozenset[str] = frozenset()) -> list[str]:
-    """What keeps ``axis`` from passing. ``normalised``: modules that normalise by statistics of the whole batch."""
+    """The reasons why ``axis`` does not pass. ``normalised``: modules that normalise by statistics of the batch."""
     if axis in DATA_AXES:
         seen = _after(program, InputKind.INPUT)
         whole = [node for node in program.graph.nodes if node in seen and is_product(node.target)]
@@ -202,7 +206,7 @@ def remarks(program: AnyProgram, axis: str, normalised: frozenset[str] = frozens
 
 
 def _after(program: AnyProgram, kind: InputKind) -> set[fx.Node]:
-    """Everything that depends on a placeholder of that kind."""
+    """All nodes that depend on a placeholder of that kind."""
     found = {node for node, _ in program.placeholders(kind)}
     for node in program.graph.nodes:
         if any(source in found for source in node.all_input_nodes):

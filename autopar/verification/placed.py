@@ -1,4 +1,4 @@
-"""What the ranks of an axis hold of a tensor, as its placement says: cut out, and compared with the whole again."""
+"""The pieces of a tensor on the ranks of an axis, by its placement: cut out, and compared with the whole again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.complex64: 1e-4, torch.float16: 3e-2, to
 def pieces(
     whole: Sequence[Tensor], placement: Placement, mesh: Mesh, fill: Callable[..., Tensor], summands: bool = False
 ) -> Ranks:
-    """What each rank holds; ``fill`` makes padding. R counts as summands where ``summands`` says so (cotangents)."""
+    """The piece of each rank; ``fill`` makes padding. R counts as summands where ``summands`` says so (cotangents)."""
     found: Ranks = [None] * mesh.world_size
     for group in mesh.groups(AXIS):
         tensor = whole[mesh.coordinates(group[0])[OUTER]].detach()
@@ -54,7 +54,7 @@ def _part(whole: Tensor, split: Split, position: int, ways: int, fill: Callable[
 
 
 def garbage(like: Tensor, shape: list[int]) -> Tensor:
-    """What padding may hold: any finite numbers, zero among them."""
+    """Possible contents of padding: any finite numbers, zero among them."""
     values = torch.tensor([0.0, -1.3, 0.7] if like.dtype.is_floating_point else [0.0], dtype=torch.float64)
     count = math.prod(shape)
     return values.repeat(count)[:count].reshape(shape).to(like.dtype)

@@ -1,7 +1,8 @@
-"""Checks a rule against the operator itself: every strategy is run on pieces and compared with the unsplit call.
+"""The check of a rule against its operator: every strategy is run on pieces and compared with the unsplit call.
 
-``check`` builds a program of one node, lets ``split.py`` rewrite it with the strategy forced, runs it on all ranks in
-lock-step with autograd through the collectives, and joins outputs and input gradients as the placements say:
+``check`` builds a program of one node, lets :mod:`autopar.split.split_axis` rewrite it with the strategy forced, runs
+it on all ranks in lock-step with autograd through the collectives, and joins outputs and input gradients by their
+placements:
 
     outputs    S: the parts joined,  P: the sum (maximum),  I and R: the same on every rank
     cotangent  S: its slice,         P and I: the whole,    R: summands
@@ -241,7 +242,7 @@ def _outputs(result: Any) -> Iterator[Tensor]:
 
 
 def _forced(setting: Setting, call: Call, factoring: Factoring, strategy: Strategy) -> fx.Graph:
-    """The graph of one rank when the node runs with ``strategy`` and everything comes and goes as it says."""
+    """The graph of one rank when the node runs with ``strategy``, with its operands and results in these placements."""
     program, node = setting.program, setting.node
     flow = Flow(program, AXIS, program.mesh.size(AXIS), {node: call}, {node: factoring})
     for position, operand in enumerate(call.operands):
@@ -252,7 +253,7 @@ def _forced(setting: Setting, call: Call, factoring: Factoring, strategy: Strate
 
 
 def _given(setting: Setting, call: Call, strategy: Strategy) -> dict[fx.Node, Placement]:
-    """The placement of each placeholder: as its (first) use wants it."""
+    """The placement of each placeholder, as required by its (first) use."""
     wanted: dict[fx.Node, Placement] = {}
     for operand, placement in zip(call.operands, strategy.inputs):
         wanted.setdefault(operand, placement)

@@ -11,7 +11,7 @@ from autopar.autodiff.min_cut import Item, Region, fewest_bytes, frontier, least
 
 
 def _random_region(seed: int) -> Region:
-    """Eight values; some cannot be kept, some not be made again, every needed one can be had somehow."""
+    """Eight values; some cannot be kept, some not be recomputed, every needed one can be had somehow."""
     draw = random.Random(seed)
     items = [Item((), draw.choice((0, 3)), None)]
     for position in range(1, 8):

@@ -27,7 +27,7 @@ from tests.frontend.test_trace_gradients import gradients
 
 
 class Amplified(Function):
-    """The toy of RULES_OF_THUMB.md: differentiating the forward pass gives 0.5."""
+    """A toy: differentiating the forward pass gives 0.5."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]

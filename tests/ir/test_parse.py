@@ -1,4 +1,4 @@
-"""Reading the text form: arguments, and what a wrong text is told."""
+"""Reading the text form: arguments, and the messages for a wrong text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text form: what programs print, that they read back, and what a wrong text is told."""
+"""The text form: programs as they print, reading them back, and the messages for a wrong text."""
 
 from __future__ import annotations
 

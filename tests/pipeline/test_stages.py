@@ -143,7 +143,7 @@ def test_files_read_back(tmp_path: Path) -> None:
 
 
 def test_the_tail_reads_back_also_by_its_older_name(tmp_path: Path) -> None:
-    """Files of before call the program of smaller last microbatches ``remainder``, and so their constants' names."""
+    """Older files call the tail ``remainder``, in the names of its constants too."""
     program, last = (scaled(factor) for factor in (1.0, 2.0))
     program = replace(program, tail=last)
     program.save(tmp_path / "out")
