@@ -149,7 +149,8 @@ def _journeys(graph: fx.Graph) -> dict[Node, list[Node]]:
         node, journey = first, []
         while first.op == "placeholder" and len(node.users) == 1:
             (user,) = node.users
-            if comm.TARGETS.get(user.target) not in ("enter", "all_gather") or user.args[0] is not node:
+            row = comm.COLLECTIVES.get(comm.TARGETS.get(user.target, ""))
+            if row is None or row.after != "R" or user.args[0] is not node:
                 break
             node = user
             journey.append(node)
