@@ -77,7 +77,7 @@ class FoldedLines(Lines):
     def section(
         self, heading: str, graph: fx.Graph, inputs: Sequence[Input | str | None], labels: Sequence[str]
     ) -> str:
-        """The section as one text; that of a later stage may be a sentence: which earlier one it is like."""
+        """The section as one text. For a later stage it may be a sentence that names the earlier stage it equals."""
         section = _Section(self, graph, inputs, labels)
         word = heading.partition(" ")[0]
         if word == "program":
@@ -113,8 +113,10 @@ class _Section:
     # ------------------------------------------------------------ stages that are alike
 
     def changes_from(self, other: _Section) -> list[str] | None:
-        """What is to be put in place of what in ``other`` to have this section, names of values aside; None if it is
-        not like it: a line more or less, another operator, constant or type, another line referred to."""
+        """The replacements that turn ``other`` into this section, apart from names of values; None if there are none.
+
+        That is where a line is missing or added, or has another operator, constant or type, or refers to another line.
+        """
         if self.form.mesh != other.form.mesh or len(self.rows) != len(other.rows):
             return None
         numbers: dict[tuple[str, int], int] = {}
@@ -174,7 +176,7 @@ class _Section:
     # ------------------------------------------------------------ sentences
 
     def _sentences(self, fold: Fold, wanted: Sequence[int]) -> list[str]:
-        """What the copies of ``fold`` are: which, what they take in place of what, and how each of them differs."""
+        """The description of the copies of ``fold``: which they are, their replacements, and how each of them differs."""
         series = self.series[id(fold)]
         which = ", ".join(entry.text(fold.copies) for entry in series)
         which = which or f"{fold.copies - 1} more times" + (" the same" if fold.length == 1 else "")
@@ -216,7 +218,7 @@ class _Section:
         return [*([f"each takes from the one before {', '.join(took)}"] if took else []), *notes]
 
     def _could_move(self, old: int, own: set[str]) -> bool:
-        """Whether a reader could take a line that stays for one that goes along with the number of the block."""
+        """Whether a reader could expect a line that stays to move along with the number of the block."""
         for other in self.folds:
             if other.start <= old < other.stop:
                 paths = {entry.path for entry in self.series[id(other)]}
@@ -225,7 +227,7 @@ class _Section:
         return False
 
     def _names(self, fold: Fold, lines: Sequence[int]) -> list[str]:
-        """How lines of copies are called, which lines in print refer to."""
+        """The names of lines of copies, to which printed lines refer."""
         called: dict[int, list[str]] = {}
         for line in lines:
             copy, place = fold.place(line)
@@ -235,7 +237,7 @@ class _Section:
         return [f"in {self._copy_name(fold, copy)} {', '.join(names)}" for copy, names in called.items()]
 
     def _says_which(self, line: int) -> bool:
-        """Whether the name of a row says itself which it is: that of a parameter."""
+        """Whether the name of a row identifies it: that of a parameter does."""
         row = self.rows[line]
         return row.node is None or row.paths > 0 or row.node.name in self.form.paths
 
@@ -256,7 +258,7 @@ class _Section:
     # ------------------------------------------------------------ which blocks
 
     def _series_of(self, fold: Fold) -> tuple[Series, ...]:
-        """The numbers of modules that go along with the copies: in the rows, in those referred to, or by origin."""
+        """The numbers of modules that change with the copies: in the rows, in those referred to, or by origin."""
         found: dict[Series, None] = {}
         for (place, number), step in fold.growth.items():
             row = self.rows[fold.start + place]
@@ -325,5 +327,5 @@ def _renumbered(numbers: dict[tuple[str, int], int]) -> list[str]:
 
 
 def _due(sentences: dict[int, list[str]], line: int) -> list[str]:
-    """Takes out the sentences about what ends before ``line``."""
+    """Take out the sentences about folds that end before ``line``."""
     return [text for end in sorted(end for end in sentences if end <= line) for text in sentences.pop(end)]

@@ -2,7 +2,7 @@
 
 step-00000040/              its name once everything in it is written and synced
     checkpoint.json         step, mesh, names of the optimizers, size of every other file
-    .metadata               torch's: which rectangle of which tensor lies where (a pickle)
+    .metadata               torch's: the place of each rectangle of each tensor (a pickle)
     __0_0.distcp ...        the rectangles, one file per rank that wrote any
 .step-00000060.partial/     being written, or left behind by a process that was killed
 """

@@ -55,7 +55,7 @@ def reused(graph: fx.Graph, mesh: Mesh) -> dict[Node, int]:
         if node.target in IN_PLACE and memory.is_free(node, 0):
             found[node] = 0
         elif node.target in SYMMETRIC and not node.kwargs and memory.is_free(node, 1) and memory.is_ordered(node):
-            found[node] = 1  # with the first argument's memory it lies like that one, as it would in new memory
+            found[node] = 1  # in the first argument's memory it has that one's strides, as it would in new memory
     return found
 
 

@@ -138,7 +138,7 @@ def _cut_slice(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways:
     start = slice(call.argument(2, "start"), None).indices(call.inputs[0][dim])[0]
     assert strategy.part is not None
     if strategy.part.factor == "joined":
-        start //= ways  # whole segments lie before it, and each divides
+        start //= ways  # whole segments are before it, and each divides
     return (call.args[0], dim, start, start + outputs[0][dim]), {}
 
 

@@ -1,8 +1,8 @@
-"""Gradient accumulation without communication: inside ``no_sync`` gradients are added up on their rank, and the next
-backward pass outside of it reduces the sum of all.
+"""Gradient accumulation without communication: inside ``no_sync``, gradients are added up on their rank.
 
-What the data axes would reduce is left out of the backward pass then (``hoist.without_reductions``); sums over other
-axes belong to the computation and stay.
+The next backward pass outside of it reduces the sum of all. Inside, the backward pass leaves out the reductions over
+the data axes (:func:`autopar.autodiff.hoist.without_reductions`); sums over other axes belong to the computation and
+stay.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Communicator:
         self._groups = {axis: groups[axis] for axis, size in mesh.axes if size > 1}
         self._stages = mesh.group(rank, PIPELINE) if PIPELINE in mesh.names else ()  # of the same position within each
         self._positions = {axis: torch.tensor(i, device=device) for axis, i in self.coordinates.items()}
-        self._started: dict[int, str] = {}  # where the result of one under way lies -> what it is
+        self._started: dict[int, str] = {}  # address of the result of one under way -> its name
         self._sent: dict[tuple[str, str, str], list[int]] = {}  # (phase, axis, name) -> [operations, bytes]
 
     # ------------------------------------------------------------ without communication

@@ -134,7 +134,7 @@ def _peers_needed(what: str, rank: int, world_size: int, timeout: float) -> Iter
 
 
 def _device_mesh(mesh: Mesh, timeout: float, device: torch.device) -> DeviceMesh:
-    axes = mesh.axes if mesh.of_stage.axes else (*mesh.axes, ("dp", 1))  # DTensors need an axis to lie on
+    axes = mesh.axes if mesh.of_stage.axes else (*mesh.axes, ("dp", 1))  # DTensors need an axis
     names, shape = tuple(name for name, _ in axes), tuple(size for _, size in axes)
     backend = dist.get_backend()
     smaller = [name for name, size in zip(names, shape) if 1 < size < mesh.world_size]  # the world has its group

@@ -1,4 +1,4 @@
-"""How the process of a rank ends when a peer is lost, or the launch was wrong: with a few words, and at once."""
+"""The end of a rank's process when a peer is lost, or the launch was wrong: with a short message, and at once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _uncaught: list[BaseException] = []  # the RankFailedError that ends this proces
 
 @cache
 def end_shortly() -> None:
-    """From now on, to be called when this process becomes a rank (a second call changes nothing; an import does not).
+    """Set the hooks; called when this process becomes a rank (a second call changes nothing; an import does not).
 
-    The message alone is printed of what is no bug of the script but of its launch, or of a peer: it tells more than the
-    traceback, which every rank would print. A process that has lost its peers is left at once, with exit code 1: the
-    threads of a broken process group would hold up its end, or abort it with a core dump.
+    For a fault of the launch or of a peer, only the message is printed: it tells more than the traceback, which every
+    rank would print. A process that has lost its peers exits at once, with code 1: the threads of a broken process
+    group would delay its end, or abort it with a core dump.
     """
     usual = sys.excepthook
 

@@ -1,4 +1,4 @@
-"""The graphs that a rank runs of a program: those of its role, cut where a step does once what serves all its batches.
+"""The graphs of a program that a rank runs: those of its role, with the work that a step does once cut out.
 
 They are all made when the program is bound to a module.
 """
@@ -26,10 +26,10 @@ class RankGraphs:
     """Graphs by name.
 
     Attributes:
-        usual: those whose Python is compiled when the program is bound, so that what cannot be written as Python fails
-            before the first step.
-        rare: those that few runs need; their Python is compiled at first use.
-        gathered: of a usual graph that takes whole parameters, which stay, how these are gathered.
+        usual: graphs whose Python is compiled when the program is bound, so that a graph that cannot be written as Python
+            fails before the first step.
+        rare: graphs that few runs need; their Python is compiled at first use.
+        gathered: for a usual graph that takes whole, resident parameters, how these are gathered.
     """
 
     usual: Mapping[str, fx.Graph]
@@ -41,7 +41,10 @@ class RankGraphs:
 
 
 def model_graphs(program: Program) -> RankGraphs:
-    """Of a model that no pipeline cuts; the two parts of its backward pass, where it has them, for ``no_sync`` only."""
+    """The graphs of a model without a pipeline.
+
+    The two parts of its backward pass, if any, are for ``no_sync`` only.
+    """
     role, reducing = program.required_role, _deferred(program)
     gathered = _gathered(program)
     usual = role.graphs | {name: gathering.rest for name, gathering in gathered.items()}
@@ -50,8 +53,9 @@ def model_graphs(program: Program) -> RankGraphs:
 
 
 def stage_graphs(program: Program, steps: BackwardSteps | None) -> RankGraphs:
-    """Of a pipeline stage with the backward ``steps``: which of them run is said by schedules, of the plan and of
-    ``loss.backward()``."""
+    """The graphs of a pipeline stage with the backward ``steps``; schedules, and ``loss.backward()``, choose among
+    them.
+    """
     role, gathered = program.required_role, _gathered(program)
     usual = {FORWARD: role.forward, INFERENCE: role.inference}
     usual |= {name: gathering.rest for name, gathering in gathered.items()}
@@ -71,8 +75,11 @@ def _gathered(program: Program) -> dict[str, Gathering]:
 
 
 def _deferred(program: Program) -> Reducing | None:
-    """The backward pass in two parts; None where there is nothing to put off: no data axis, gradients of inputs, or
-    sharded gradients, of which a rank has no room for whole ones (``Plan(zero=2)``)."""
+    """The backward pass in two parts; None where nothing can be deferred.
+
+    That is: without a data axis, with gradients of inputs, or with sharded gradients, where a rank has no room for
+    whole ones (``Plan(zero=2)``).
+    """
     role = program.required_role
     parameters = {entry.target for _, entry in program.placeholders(InputKind.PARAMETER)}
     axes = [axis for axis in DATA_AXES if program.mesh.size(axis) > 1]

@@ -51,7 +51,7 @@ _NOTHING = nullcontext()
 
 
 class BoundProgram:
-    """A program compiled for this rank and bound to the tensors of a module; ``graphs`` are what runs of it.
+    """A program compiled for this rank and bound to the tensors of a module; a rank runs its ``graphs``.
 
     Raises InvariantError where the program and the module do not fit together, or a graph cannot be written as Python.
     """
@@ -90,8 +90,10 @@ class BoundProgram:
 
     @cached_property
     def _counting(self) -> tuple[RankFunction, list[Fetch]] | None:
-        """What counts, and what it takes. Made when a batch comes in parts, not before: only then is a loss that has no
-        count a mistake."""
+        """The graph of the count, and its inputs.
+
+        It is made when a batch comes in parts, not before: only then is a loss without a count a mistake.
+        """
         graph = counting(self.program)
         if graph is None:
             return None

@@ -1,8 +1,4 @@
-"""One pipeline stage on one rank, bound to the tensors of a module, and what it does in one step.
-
-In a step :class:`StageStep` does each compute that the interpreter asks for, and holds what a microbatch needs later;
-:class:`BoundStage` runs the graphs, adds up gradients over the microbatches, and reduces them once at the end.
-"""
+"""One pipeline stage on one rank, bound to the tensors of a module, and its work in one step."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Bubble:
 
 @dataclass(frozen=True)
 class Maker:
-    """How a schedule is made: the computes from (p, m, v), where stages lie, and which v it takes."""
+    """How a schedule is made: the computes from (p, m, v), the rank of each stage, and the v that it takes."""
 
     lists: Callable[[int, int, int], Lists]
     bubble: Bubble

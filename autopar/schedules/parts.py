@@ -1,4 +1,4 @@
-"""What the schedules are made of: where stages lie, how a rank's list is written, and one microbatch fewer."""
+"""Common parts of the schedules: the rank of each stage, the writer of a rank's list, fewer microbatches."""
 
 from __future__ import annotations
 
