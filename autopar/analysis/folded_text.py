@@ -176,7 +176,7 @@ class _Section:
     # ------------------------------------------------------------ sentences
 
     def _sentences(self, fold: Fold, wanted: Sequence[int]) -> list[str]:
-        """The description of the copies of ``fold``: which they are, their replacements, and how each of them differs."""
+        """The description of the copies of ``fold``: which they are, their replacements, and how each differs."""
         series = self.series[id(fold)]
         which = ", ".join(entry.text(fold.copies) for entry in series)
         which = which or f"{fold.copies - 1} more times" + (" the same" if fold.length == 1 else "")

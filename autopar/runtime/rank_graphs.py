@@ -26,7 +26,7 @@ class RankGraphs:
     """Graphs by name.
 
     Attributes:
-        usual: graphs whose Python is compiled when the program is bound, so that a graph that cannot be written as Python
+        usual: graphs whose Python is compiled when the program is bound: one that cannot be written as Python
             fails before the first step.
         rare: graphs that few runs need; their Python is compiled at first use.
         gathered: for a usual graph that takes whole, resident parameters, how these are gathered.
@@ -53,9 +53,7 @@ def model_graphs(program: Program) -> RankGraphs:
 
 
 def stage_graphs(program: Program, steps: BackwardSteps | None) -> RankGraphs:
-    """The graphs of a pipeline stage with the backward ``steps``; schedules, and ``loss.backward()``, choose among
-    them.
-    """
+    """The graphs of a pipeline stage with the backward ``steps``; schedules and ``loss.backward()`` choose one."""
     role, gathered = program.required_role, _gathered(program)
     usual = {FORWARD: role.forward, INFERENCE: role.inference}
     usual |= {name: gathering.rest for name, gathering in gathered.items()}
