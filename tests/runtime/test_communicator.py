@@ -200,6 +200,29 @@ def test_what_a_user_sees_of_it() -> None:
     assert "RankFailedError" in stderr and "Traceback" not in stderr
 
 
+LEFT = """
+import sys, time
+comm = connect(autopar.Mesh(dp=2), 3.0, torch.device("cpu")).comm
+comm.all_reduce(torch.ones(2), "dp")
+if comm.rank == 1:
+    time.sleep(1000)
+comm.start_all_reduce(torch.ones(1000), "dp")
+comm.start_all_gather(torch.ones(1000), "dp", 2, 0)
+sys.exit(3)
+"""
+
+
+def test_a_script_that_ends_amid_collectives_does_not_wait_for_a_peer_beyond_the_timeout() -> None:
+    ranks = [start(LEFT, rank, 29735) for rank in "01"]
+    try:
+        _, stderr = ranks[0].communicate(timeout=100)
+        assert ranks[1].poll() is None, "the peer neither ends nor joins"
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate(timeout=100)
+    assert ranks[0].returncode == 3 and "terminate called" not in stderr, stderr
+
+
 # ---------------------------------------------------------------- launching
 
 
