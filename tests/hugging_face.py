@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar.frontend.numerics import bind, gradient_error, promote_float32, run_graph
+from autopar.frontend.numerics import gradient_error, input_tensors, promote_float32, run_graph
 from autopar.ir.program import Program
 from autopar.ir.signature import restore_output
 
@@ -75,7 +75,7 @@ def errors(program: Program, model: nn.Module, batch: Batch) -> tuple[float, flo
     parameters = dict(model.named_parameters())
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with promote_float32():
-        found = restore_output(program, run_graph(program.graph, bind(program, model, (), batch)))
+        found = restore_output(program, run_graph(program.graph, input_tensors(program, model, (), batch)))
         expected = torch.func.functional_call(model, buffers, (), batch)
     assert type(found) is type(expected) and list(found) == list(expected)
 

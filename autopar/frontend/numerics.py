@@ -83,7 +83,7 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.to_dense() if tensor.is_sparse else tensor  # type: ignore[no-any-return]
 
 
-def bind(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def input_tensors(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors for the program's placeholders, in their order, from an unmodified model and one call of it.
 
     Raises TraceError when the call does not have the structure, or the non-tensor arguments, of the traced one.
@@ -125,7 +125,7 @@ def check_numerics(program: Program, model: nn.Module, args: tuple[Any, ...], kw
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         expected, _ = plain_output(functional_call(model, buffers, args, dict(kwargs)))
         torch.set_rng_state(state)
-        found = restore_output(program, run_graph(program.graph, bind(program, model, args, kwargs)))
+        found = restore_output(program, run_graph(program.graph, input_tensors(program, model, args, kwargs)))
         errors = _output_errors(found, expected)
         errors |= gradient_error(_gradients(found, trainable), _gradients(expected, trainable))
     coarse = [tensor.dtype for tensor in (*table.values(), *pytree.tree_leaves(expected)) if _is_floating(tensor)]

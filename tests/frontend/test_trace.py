@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.errors import NumericsError, TraceError
-from autopar.frontend.numerics import bind, gradient_error, promote_float32, run_graph
+from autopar.frontend.numerics import gradient_error, input_tensors, promote_float32, run_graph
 from autopar.frontend.trace import trace
 from autopar.ir.node import value
 from autopar.ir.program import Program
@@ -36,7 +36,7 @@ class Base(nn.Module):
 
 
 def run(program: Program, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return restore_output(program, run_graph(program.graph, bind(program, model, args, kwargs)))
+    return restore_output(program, run_graph(program.graph, input_tensors(program, model, args, kwargs)))
 
 
 def names(program: Program, kind: InputKind) -> list[str]:
@@ -77,9 +77,9 @@ def test_calls_of_another_form_are_refused() -> None:
     model, x = Scaled(), torch.randn(2, 4)
     program = trace(model, (x,), {"scale": 2.0})
     with pytest.raises(TraceError, match=r"argument 1 was 2.0 when the model was traced and is 3.0 now"):
-        bind(program, model, (x,), {"scale": 3.0})
+        input_tensors(program, model, (x,), {"scale": 3.0})
     with pytest.raises(TraceError, match="other arguments"):
-        bind(program, model, (x,), {})
+        input_tensors(program, model, (x,), {})
 
 
 def test_one_tensor_passed_twice_stays_two_inputs() -> None:
@@ -133,7 +133,7 @@ def test_buffer_updates_are_outputs_and_tracing_leaves_the_model_alone() -> None
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(0)
-    outputs = run_graph(program.graph, bind(program, model, (x,), {}))
+    outputs = run_graph(program.graph, input_tensors(program, model, (x,), {}))
     torch.manual_seed(0)
     assert torch.equal(outputs[0], model(x))
     torch.testing.assert_close(outputs[1], model[1].running_mean)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autopar.frontend.numerics import bind, run_graph
+from autopar.frontend.numerics import input_tensors, run_graph
 from tests.passes.canonical import Function, canonical, counts, traced
 
 
@@ -27,7 +27,7 @@ def test_users_that_do_not_broadcast_get_an_expand() -> None:
     x = torch.randn(16, 8)
     program = canonical(traced(Function(embedded), x))
     assert [tuple(tensor.shape) for tensor in program.constants.values()] == [(1, 16)]
-    (found,) = run_graph(program.graph, bind(program, Function(embedded), (x,), {}))
+    (found,) = run_graph(program.graph, input_tensors(program, Function(embedded), (x,), {}))
     assert torch.equal(found, embedded(x))
 
 

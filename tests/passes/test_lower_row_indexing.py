@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from autopar.frontend.numerics import bind, run_graph
+from autopar.frontend.numerics import input_tensors, run_graph
 from tests.passes.canonical import Function, canonical, counts, traced
 
 aten = torch.ops.aten
@@ -22,7 +22,7 @@ def test_writing_a_number_under_a_mask_is_a_choice_for_each_element() -> None:
     x, rows, number = torch.randn(4, 3), torch.tensor([True, False, True, False]), torch.tensor([5.0])
     program = canonical(traced(Function(masked), x, rows, number))
     assert counts(program)["aten.where.self"] == 3 and not counts(program)["aten.index_put"]
-    (found,) = run_graph(program.graph, bind(program, Function(masked), (x, rows, number), {}))
+    (found,) = run_graph(program.graph, input_tensors(program, Function(masked), (x, rows, number), {}))
     assert torch.equal(found, masked(x, rows, number))
 
 
@@ -53,7 +53,7 @@ def test_rows_that_all_pick_the_same_are_selected() -> None:
     x = torch.randn(4, 6) > 0
     program = canonical(traced(Function(masked), x))
     assert counts(program)["aten.index_select"] == 1 and not counts(program)["aten.index.Tensor"]
-    (found,) = run_graph(program.graph, bind(program, nn.Identity(), (x,), {}))
+    (found,) = run_graph(program.graph, input_tensors(program, nn.Identity(), (x,), {}))
     assert torch.equal(found, masked(x))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from autopar.frontend.numerics import bind, promote_float32, run_graph
+from autopar.frontend.numerics import input_tensors, promote_float32, run_graph
 from autopar.frontend.trace import trace
 from autopar.ir.node import value
 from autopar.ir.program import Program
@@ -22,7 +22,7 @@ def attend(mask: torch.Tensor | None) -> Program:
     queries, keys = mask.shape[-2:] if mask is not None else (8, 8)
     q, k, v = torch.randn(2, 4, queries, 16), torch.randn(2, 4, keys, 16), torch.randn(2, 4, keys, 16)
     program = canonical(traced(Function(attention), q, k, v))
-    (found,) = run_graph(program.graph, bind(program, Function(attention), (q, k, v), {}))
+    (found,) = run_graph(program.graph, input_tensors(program, Function(attention), (q, k, v), {}))
     torch.testing.assert_close(found, attention(q, k, v))
     return program
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autopar.analysis.footprint import held, sent
 from autopar.check import TOLERANCE, Report, check
 from autopar.compiler import split_program
-from autopar.frontend.numerics import bind, promote_float32, run_graph
+from autopar.frontend.numerics import input_tensors, promote_float32, run_graph
 from autopar.ir.program import Program
 from autopar.ir.text import operator_name
 from autopar.mesh import Mesh
@@ -116,7 +116,7 @@ def test_forms_become_expert_linear(form: type[nn.Module]) -> None:
     calls = [node for node in program.graph.nodes if node.target is EXPERT_LINEAR]
     assert len(calls) == 2 and calls[0].args[2] is calls[1].args[2] and not SORTING & set(counts), counts
     assert not {"aten.repeat_interleave.self_int", "aten.bmm", "aten.matmul"} & set(counts), counts
-    (found,) = run_graph(program.graph, bind(program, model, (), batch))
+    (found,) = run_graph(program.graph, input_tensors(program, model, (), batch))
     torch.testing.assert_close(found, model(**batch))
 
 
@@ -186,7 +186,7 @@ def test_where_order_counts_it_is_kept(form: type[nn.Module]) -> None:
     counts = _counts(program)
     assert counts["autopar.expert_linear"] and not counts["aten._grouped_mm"]
     assert counts["aten.sort"] == (form is not Fixed)
-    (found,) = run_graph(program.graph, bind(program, model, (), batch))
+    (found,) = run_graph(program.graph, input_tensors(program, model, (), batch))
     torch.testing.assert_close(found, model(**batch))
     assert check(model, batch, Mesh(dp=2, tp=2)).worst <= TOLERANCE
 

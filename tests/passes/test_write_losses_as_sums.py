@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autopar.frontend.numerics import bind, run_graph
+from autopar.frontend.numerics import input_tensors, run_graph
 from autopar.frontend.trace import trace
 from autopar.ir.node import value
 from autopar.ir.parse import parse
@@ -36,7 +36,7 @@ def test_cross_entropy_is_the_same_number(reduction: str, options: dict[str, Any
     program = rewritten(model, LOGITS, target)
     assert counts(program)["op.cross_entropy_sums"] == 1 and not counts(program)["aten.cross_entropy_loss"]
     assert counts(program)["aten.div.Tensor"] == (reduction == "mean")
-    (found,) = run_graph(program.graph, bind(program, model, (LOGITS, target), {}))
+    (found,) = run_graph(program.graph, input_tensors(program, model, (LOGITS, target), {}))
     assert abs(found - model(LOGITS, target)) < 1e-13
 
 
