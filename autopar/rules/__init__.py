@@ -41,8 +41,10 @@ __all__ = [
     "Rule",
     "Strategy",
     "RULES",
+    "add",
     "call_of",
     "from_line",
+    "has_own",
     "rule_for",
 ]
 
@@ -73,6 +75,16 @@ RULES: dict[Any, Rule] = {
     **_read(random.RULES),
     **_read(collectives.RULES),
 }
+
+
+def has_own(target: Any) -> bool:
+    """Whether the table has an entry for the operator."""
+    return target in RULES
+
+
+def add(target: Any, rule: Rule) -> None:
+    """Enter a rule, in place of what the operator has. ``autopar.register_rule`` checks it first."""
+    RULES[target] = rule
 
 
 def rule_for(target: Any) -> Rule | None:

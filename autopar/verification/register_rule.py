@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from autopar.rules import RULES, Rule, from_line
+from autopar.rules import Rule, add, from_line, has_own
 from autopar.rules.lines import read_rule
 from autopar.rules.schemas import check_fits, operator_named, refuse_aliases
 from autopar.verification.rule_check import check_examples
@@ -25,11 +25,11 @@ def register_rule(operator: str | Any, rule: str | Rule, check: Sequence[tuple[A
     be read or does not fit it, and for a factor that no example can split; WrongRuleError if the numbers differ.
     """
     target = operator_named(operator)
-    if target not in RULES:
+    if not has_own(target):
         refuse_aliases(target)
     if isinstance(rule, str):
         check_fits(read_rule(rule), target)
     found = from_line(rule) if isinstance(rule, str) else rule
     if check:
         check_examples(target, found, check)
-    RULES[target] = found
+    add(target, found)

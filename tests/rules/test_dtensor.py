@@ -44,7 +44,11 @@ LISTED = {
             max_unpool2d.default max_unpool3d.default masked_fill.Scalar matmul.default mean.default mean.dim
             pixel_shuffle.default pixel_unshuffle.default repeat_interleave.self_int scatter.src scatter.value
             scatter_add.default select_scatter.default slice_scatter.default tril.default triu.default
-            where.ScalarOther where.self""",
+            where.ScalarOther where.self lerp.Scalar lerp.Tensor addcdiv.default addcmul.default _conj.default
+            masked_fill.Tensor""",
+        "DTensor adds up a pending gradient first, in which the backward pass is linear": """gelu_backward.default
+            logit_backward.default native_dropout_backward.default sigmoid_backward.default silu_backward.default
+            tanh_backward.default threshold_backward.default""",
     },
     "split": {
         "DTensor splits convolutions by batch and by input channels only, never a single image": CONVOLUTIONS,
