@@ -26,7 +26,7 @@ GRAPHS = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "plan", "rare", "gathered"), GRAPHS, ids=lambda case: str(case))
+@pytest.mark.parametrize(("mesh", "plan", "rare", "gathered"), GRAPHS, ids=["tp", "dp", "zero1", "zero2", "zero3"])
 def test_the_graphs_of_a_model(mesh: Mesh, plan: Plan, rare: set[str], gathered: set[str]) -> None:
     program = compile_program(float64(Tiny), mesh, plan, (), tiny_batch())
     assert isinstance(program, Program)
