@@ -44,3 +44,11 @@ def no_process_group_is_left() -> Iterator[None]:
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def default_dtype_is_kept() -> Iterator[None]:
+    """Tests that compute in float64 set the default dtype; the next test starts with torch's own."""
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +93,6 @@ def leg(build: Callable[[], nn.Module], mesh: str, zero: int, directory: Path) -
         steps(model, optimizer, scheduler, BATCHES[:1])
         checkpoints.wait()
     return before, after, losses
-
-
-@pytest.fixture(autouse=True)
-def default_dtype() -> Iterator[None]:
-    """What ``float64`` changes, as it was."""
-    before = torch.get_default_dtype()
-    yield
-    torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("build", list(JOURNEYS))

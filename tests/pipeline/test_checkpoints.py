@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,6 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 State = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def default_dtype() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    yield
-    torch.set_default_dtype(before)
 
 
 def built(mesh: str) -> Any:

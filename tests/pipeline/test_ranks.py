@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,13 +30,6 @@ MORE_RUNS: list[tuple[str, str, dict[str, Any], str]] = [
     ("llama", "pp=2,dp=2,tp=2", {"zero": 1, "schedule": "zb-v"}, "AdamW"),
     ("llama", "pp=2,dp=2,tp=2", {"zero": 3, "schedule": "interleaved"}, "SGD"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def default_dtype() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    yield
-    torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize(("name", "mesh", "plan", "optimizer"), RUNS)
