@@ -38,8 +38,6 @@ from autopar.ir.program import Program
 def overlap_collectives(program: Program) -> Program:
     limit = program.plan.overlap_mb * 1e6
     role = program.required_role
-    graphs = (role.forward, role.backward, role.inference)
-    for graph in {id(graph): graph for graph in graphs if graph is not None}.values():
+    for graph in {id(graph): graph for graph in role.graphs.values()}.values():
         Reordering(program.mesh, graph, limit, graph is role.backward).run()
-        graph.lint()
     return program

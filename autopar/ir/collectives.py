@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from autopar.ir.layout import Partial, Placement, Split, Whole
+from autopar.ir.operator_facts import argument_names
 from autopar.mesh import Mesh
 
 Held = Literal["I", "R", "S", "P"]  # the placement of a value on one axis
@@ -255,12 +256,8 @@ def held(placement: Placement) -> Held:
 
 def arguments_of(node: fx.Node) -> Arguments:
     """The arguments of a collective by name, ``x`` first, in the order of its schema, positional or not."""
-    given = {**dict(zip(parameters_of(node.target), node.args)), **node.kwargs}
-    return {name: given[name] for name in parameters_of(node.target) if name in given}
-
-
-def parameters_of(target: Any) -> list[str]:
-    return [argument.name for argument in target._schema.arguments]
+    given = {**dict(zip(argument_names(node.target), node.args)), **node.kwargs}
+    return {name: given[name] for name in argument_names(node.target) if name in given}
 
 
 def dual_of(name: str, arguments: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:

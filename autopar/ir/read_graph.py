@@ -18,6 +18,7 @@ from autopar.ir import text
 from autopar.ir.cursor import STRING, WORD, Cursor, listed, take_axis, take_layout
 from autopar.ir.layout import Layout
 from autopar.ir.node import Node, Origin, Value, set_origin, set_values
+from autopar.ir.operator_facts import argument_names
 from autopar.ir.tables import Input, InputKind, OutputKind
 from autopar.mesh import Mesh
 from autopar.operators.registry import REGISTRY
@@ -167,7 +168,7 @@ class GraphReader:
     def _collective(self, cursor: Cursor, target: Any, name: str) -> Node:
         """``comm.all_gather(x, tp, dim=1)``; arguments that the line leaves out follow from the mesh and the type."""
         start = cursor.at
-        parameters = comm.parameters_of(target)
+        parameters = argument_names(target)
         positions = iter(parameters)
         given: dict[str, Any] = {}
         cursor.expect_sign("(")
