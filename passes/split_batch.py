@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -34,7 +35,9 @@ from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.tables import Input, InputKind
 from autopar.mesh import DATA_AXES
+from autopar.rules import Rule
 from autopar.rules.factoring import Strategy
+from autopar.split.choose import NO_RULES
 from autopar.split.flow import Flow, Key
 from autopar.split.split_axis import split_axis
 
@@ -75,6 +78,7 @@ def _batch_dims(program: Program, axis: str) -> dict[str, int]:
 class _BatchPolicy:
     axis: str
     dims: Mapping[str, int]
+    rules: ClassVar[Mapping[Any, Rule]] = NO_RULES
 
     def seeds(self, flow: Flow) -> Iterable[tuple[Key, Split]]:
         for node, _ in flow.program.placeholders(InputKind.INPUT):

@@ -50,7 +50,7 @@ class Form:
 
 AXIS = Form("str axis")
 REDUCTION = Form("str axis, str op")
-# one dim of `length` elements in all, cut as by Split(dim, outer, ratio)
+# one dim of `length` elements in all, cut as by Split.of(dim, outer, ratio)
 PART = Form("str axis, int ways, int dim, int outer, int[] ratio, int length")
 # source and target are (dim, outer, *ratio) of the two splits
 ENDS = Form(
@@ -285,14 +285,14 @@ def is_idle(node: fx.Node, mesh: Mesh) -> bool:
 
 def where(split: Split, axis: str, ways: int, length: int) -> tuple[str, int, int, int, list[int], int]:
     """The arguments after the tensor, for an operator that splits or joins a dim of ``length`` elements."""
-    return (axis, ways, split.dim, split.outer, list(split.ratio), length)
+    return (axis, ways, split.dim, split.signed_outer, list(split.ratio), length)
 
 
 def split_of(arguments: Sequence[Any]) -> Split:
     """The split in the ``where`` arguments (axis, ways, dim, outer, ratio, length) of a node."""
-    return Split(arguments[2], arguments[3], tuple(arguments[4]))
+    return Split.of(arguments[2], arguments[3], arguments[4])
 
 
 def end_of(numbers: Sequence[int]) -> Split:
     """The split in ``source`` or ``target`` of an all_to_all."""
-    return Split(numbers[0], numbers[1], tuple(numbers[2:]))
+    return Split.of(numbers[0], numbers[1], numbers[2:])

@@ -114,11 +114,14 @@ def _factor(cursor: Cursor, mesh: Mesh) -> Factor:
     sizes = [cursor.expect_number("a size")]
     while cursor.sign("+"):
         sizes.append(cursor.expect_number("a size"))
-    axes = []
+    axes, mirrored = [], ""
     while cursor.sign("@"):
         axes.append(take_axis(cursor, mesh))
+        if cursor.sign("~"):
+            mirrored = axes[-1]
     unit = math.gcd(*sizes) or 1
-    return Factor(sum(sizes), tuple(axes), tuple(size // unit for size in sizes) if len(sizes) > 1 else (1,))
+    ratio = tuple(size // unit for size in sizes) if len(sizes) > 1 else (1,)
+    return Factor(sum(sizes), tuple(axes), ratio, mirrored)
 
 
 def take_axis(cursor: Cursor, mesh: Mesh) -> str:

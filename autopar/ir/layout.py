@@ -40,19 +40,35 @@ class Split(Placement):
 
     Each segment is divided evenly over the axis. A plain split is ``Split(dim)``. A fused QKV weight of three equal
     parts is ``Split(0, outer=3)``; one with 4 query heads and 2 K and V heads is ``Split(0, ratio=(4, 2, 2))``.
+
+    ``mirrored``: every second block is dealt out from the last rank to the first. ``Split(1, outer=2, mirrored=True)``
+    over n ranks gives rank r the chunks r and 2n-1-r of 2n: the zig-zag order of a sequence under a causal mask.
     """
 
     dim: int
     outer: int = 1
     ratio: tuple[int, ...] = (1,)
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
+        if self.mirrored and (self.outer % 2 or self.ratio != (1,)):
+            raise ValueError(f"a mirrored split has an even number of blocks and no ratio, not {self}")
         if len(set(self.ratio)) == 1:  # (2, 2, 2) is three blocks of (1,)
             object.__setattr__(self, "outer", self.outer * len(self.ratio))
             object.__setattr__(self, "ratio", (1,))
         else:
             common = math.gcd(*self.ratio)
             object.__setattr__(self, "ratio", tuple(part // common for part in self.ratio))
+
+    @classmethod
+    def of(cls, dim: int, outer: int, ratio: Sequence[int] = (1,)) -> Split:
+        """The split that the arguments of a collective say: ``outer`` is negative for a mirrored one."""
+        return cls(dim, abs(outer), tuple(ratio), outer < 0)
+
+    @property
+    def signed_outer(self) -> int:
+        """``outer``, negative for a mirrored split."""
+        return -self.outer if self.mirrored else self.outer
 
     @property
     def contiguous(self) -> bool:
@@ -66,6 +82,7 @@ class Split(Placement):
 
     def __str__(self) -> str:
         extra = f",outer={self.outer}" if self.outer > 1 else ""
+        extra += ",mirrored" if self.mirrored else ""
         extra += f",ratio={'+'.join(map(str, self.ratio))}" if self.ratio != (1,) else ""
         return f"S({self.dim}{extra})"
 
@@ -96,21 +113,27 @@ def owned_indices(size: int, split: Split, position: int, ways: int) -> Tensor:
         raise ValueError(f"{split} over {ways} ranks does not divide a dim of {size} elements")
     unit = size // split.outer // sum(split.ratio)
     pieces, start = [], 0
-    for _ in range(split.outer):
+    for block in range(split.outer):
+        turn = ways - 1 - position if split.mirrored and block % 2 else position
         for share in split.ratio:
             part = share * unit // ways
-            pieces.append(torch.arange(start + position * part, start + (position + 1) * part))
+            pieces.append(torch.arange(start + turn * part, start + (turn + 1) * part))
             start += share * unit
     return torch.cat(pieces)
 
 
 @dataclass(frozen=True)
 class Factor:
-    """One factor of a dim: ``size`` is its global size, ``axes`` own it in the order in which they split it."""
+    """One factor of a dim: ``size`` is its global size, ``axes`` own it in the order in which they split it.
+
+    ``mirrored``: the one of ``axes``, if any, whose ranks are counted from the last behind each odd index of the
+    factors in front of this one.
+    """
 
     size: int
     axes: tuple[str, ...] = ()
     ratio: tuple[int, ...] = (1,)
+    mirrored: str = ""
 
     def local(self, mesh: Mesh) -> int:
         size = self.size
@@ -120,7 +143,7 @@ class Factor:
 
     def __str__(self) -> str:
         if self.ratio == (1,):
-            return str(self.size) + "".join(f"@{axis}" for axis in self.axes)
+            return str(self.size) + "".join(f"@{axis}" + "~" * (axis == self.mirrored) for axis in self.axes)
         unit = self.size // sum(self.ratio)
         return "+".join(str(part * unit) for part in self.ratio) + "".join(f"@{axis}" for axis in self.axes)
 
@@ -168,7 +191,7 @@ class Layout:
             outer = 1
             for factor in factors:
                 if axis in factor.axes:
-                    return Split(dim, outer, factor.ratio)
+                    return Split(dim, outer, factor.ratio, factor.mirrored == axis)
                 outer *= factor.local(mesh)
         return INVARIANT
 
@@ -179,8 +202,12 @@ class Layout:
             return None
         owned = torch.zeros(1, dtype=torch.int64)
         for factor in factors:
-            own = _owned(factor, coordinates, mesh)
-            owned = (owned[:, None] * factor.size + own[None, :]).flatten()
+            own = _owned(factor, coordinates, mesh)[None, :]
+            if factor.mirrored:
+                last = mesh.size(factor.mirrored) - 1 - coordinates.get(factor.mirrored, 0)
+                turned = _owned(factor, {**coordinates, factor.mirrored: last}, mesh)[None, :]
+                own = torch.where(owned[:, None] % 2 == 1, turned, own)
+            owned = (owned[:, None] * factor.size + own).flatten()
         return owned
 
     def __str__(self) -> str:
@@ -210,7 +237,11 @@ def _cut(factors: tuple[Factor, ...], split: Split, axis: str, mesh: Mesh) -> tu
     for position, factor in enumerate(factors):
         if passed == split.outer:  # own the rest: the first factor that can carry the axis
             rest = factors[position:]
-            return (*done, *_own(rest, split.ratio, axis, mesh))
+            if split.mirrored and done[-1].local(mesh) % 2 and any(front.axes for front in done):
+                raise ValueError(
+                    f"{split} over '{axis}': which blocks are odd, no layout of {Layout((factors,))} can say"
+                )
+            return (*done, *_own(rest, split, axis, mesh))
         local = factor.local(mesh)
         if split.outer % (passed * local) == 0:
             done.append(factor)
@@ -218,27 +249,29 @@ def _cut(factors: tuple[Factor, ...], split: Split, axis: str, mesh: Mesh) -> tu
             continue
         front = split.outer // passed  # the cut is inside this factor
         ways = math.prod(mesh.size(name) for name in factor.axes)
-        if local % front or local * ways != factor.size or (factor.axes and factor.ratio != (1,)):
+        plain = not factor.axes or (factor.ratio == (1,) and not factor.mirrored)
+        if local % front or local * ways != factor.size or not plain or (split.mirrored and front % 2):
             raise ValueError(f"{split} over '{axis}' cuts {Layout((factors,))} where no layout can say so")
         done.append(Factor(front * ways, factor.axes))
         rest = (Factor(local // front), *factors[position + 1 :])
-        return (*done, *_own(rest, split.ratio, axis, mesh))
+        return (*done, *_own(rest, split, axis, mesh))
     assert passed == split.outer, (factors, split)
     return (*done, Factor(1, (axis,)))
 
 
-def _own(rest: tuple[Factor, ...], ratio: tuple[int, ...], axis: str, mesh: Mesh) -> tuple[Factor, ...]:
-    """Let ``axis`` own ``rest``, split in proportion ``ratio``: its first factor, or several whole ones merged."""
-    ways, split = mesh.size(axis), Split(0, ratio=ratio)
+def _own(rest: tuple[Factor, ...], split: Split, axis: str, mesh: Mesh) -> tuple[Factor, ...]:
+    """Let ``axis`` own ``rest``, in the ratio of ``split``: its first factor, or several whole ones merged."""
+    ways, inner = mesh.size(axis), Split(0, ratio=split.ratio)
     first, *others = rest
     if others and first.axes and first.local(mesh) == 1:  # nothing of it is left to split
-        return (first, *_own(tuple(others), ratio, axis, mesh))
-    while others and not split.divides(first.local(mesh), ways) and not first.axes and not others[0].axes:
+        return (first, *_own(tuple(others), split, axis, mesh))
+    while others and not inner.divides(first.local(mesh), ways) and not first.axes and not others[0].axes:
         first = Factor(first.size * others.pop(0).size)
-    fits = split.divides(first.local(mesh), ways) or (not others and ratio == (1,))
-    if not fits or (first.axes and first.ratio != ratio):
+    fits = inner.divides(first.local(mesh), ways) or (not others and split.ratio == (1,))
+    if not fits or (first.axes and first.ratio != split.ratio) or (split.mirrored and first.mirrored):
         raise ValueError(f"{split} over '{axis}' ({ways} ways) of {Layout((rest,))} is a split that no layout can say")
-    return (Factor(first.size, (*first.axes, axis), ratio), *others)
+    mirrored = axis if split.mirrored else first.mirrored
+    return (Factor(first.size, (*first.axes, axis), split.ratio, mirrored), *others)
 
 
 def runs(indices: Tensor) -> list[tuple[int, int]]:

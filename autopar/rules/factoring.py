@@ -49,9 +49,10 @@ class Part:
     factor: str
     outer: int = 1
     ratio: tuple[int, ...] = (1,)
+    mirrored: bool = False
 
     def __str__(self) -> str:
-        text = self.factor + (f"/{self.outer}" if self.outer > 1 else "")
+        text = self.factor + (f"/{self.outer}" if self.outer > 1 else "") + "~" * self.mirrored
         return text + (f":{'+'.join(map(str, self.ratio))}" if self.ratio != (1,) else "")
 
 
@@ -130,7 +131,7 @@ class Factoring:
         for dim, factors in enumerate(tensor):
             if part.factor in factors:
                 before = math.prod(self.sizes[f] for f in factors[: factors.index(part.factor)])
-                found.append(Split(dim, before * part.outer, part.ratio))
+                found.append(Split(dim, before * part.outer, part.ratio, part.mirrored))
         return found
 
     def part_of(self, tensor: Dims, split: Split, ways: int) -> Part | None:
@@ -143,7 +144,9 @@ class Factoring:
             if remaining % size == 0 and remaining >= size:
                 remaining //= size
                 continue
-            part = Part(factor, remaining, split.ratio)
+            if split.mirrored and remaining % 2:  # which blocks are odd, another factor says
+                return None
+            part = Part(factor, remaining, split.ratio, split.mirrored)
             return part if self.allows(part, ways) else None
         return None
 

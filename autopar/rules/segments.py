@@ -54,6 +54,8 @@ class Windows(Factoring):
     def part_of(self, tensor: Dims, split: Split, ways: int) -> Part | None:
         factors = tensor[split.dim]
         part: Part | None
+        if split.mirrored and factors and (factors == ("joined",) or factors[0].startswith("window")):
+            return None
         if factors == ("joined",):
             part = Part("joined", split.outer, split.ratio)
         elif factors and factors[0].startswith("window"):

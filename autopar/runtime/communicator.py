@@ -69,14 +69,14 @@ class Communicator:
     def split(
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
     ) -> Tensor:
-        return take(x, Split(dim, outer, tuple(ratio)), self.coordinates.get(axis, 0), ways)
+        return take(x, Split.of(dim, outer, ratio), self.coordinates.get(axis, 0), ways)
 
     split_replicated = split
 
     def pad(
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
     ) -> Tensor:
-        return put(x, Split(dim, outer, tuple(ratio)), self.coordinates.get(axis, 0), ways, length)
+        return put(x, Split.of(dim, outer, ratio), self.coordinates.get(axis, 0), ways, length)
 
     # ------------------------------------------------------------ with communication
 
@@ -88,19 +88,19 @@ class Communicator:
     def all_gather(
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
     ) -> Tensor:
-        return self._gather("all_gather", x, axis, Split(dim, outer, tuple(ratio)), length)
+        return self._gather("all_gather", x, axis, Split.of(dim, outer, ratio), length)
 
     def all_gather_invariant(
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
     ) -> Tensor:
-        return self._gather("all_gather_invariant", x, axis, Split(dim, outer, tuple(ratio)), length)
+        return self._gather("all_gather_invariant", x, axis, Split.of(dim, outer, ratio), length)
 
     def reduce_scatter(
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
     ) -> Tensor:
         if axis not in self._groups:
             return x
-        parts = apart(x, Split(dim, outer, tuple(ratio)), ways)
+        parts = apart(x, Split.of(dim, outer, ratio), ways)
         own = self._send("reduce_scatter", axis, parts.flatten(0, 1), torch_collectives.reduce_scatter)
         return own.view(parts.shape[1:])
 
@@ -108,7 +108,7 @@ class Communicator:
         """From split by ``source`` to split by ``target``, each (dim, outer, *ratio)."""
         if axis not in self._groups:
             return x
-        before, after = (Split(end[0], end[1], tuple(end[2:])) for end in (source, target))
+        before, after = (Split.of(end[0], end[1], end[2:]) for end in (source, target))
         parts = apart(x, after, ways)
         received = self._send("all_to_all", axis, parts.flatten(0, 1), torch_collectives.all_to_all)
         return together(received.view(parts.shape), before, parts.shape[1 + before.dim] * ways)

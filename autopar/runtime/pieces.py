@@ -41,6 +41,8 @@ def apart(whole: Tensor, split: Split, ways: int) -> Tensor:
     if split.contiguous:
         size = -(-length // ways)
         return _unflat(grown(whole, dim, size * ways), dim, ways, size).movedim(dim, 0).contiguous()
+    if split.mirrored:
+        return torch.stack([take(whole, split, position, ways) for position in range(ways)])
     blocks = _unflat(whole, dim, split.outer, -1)
     unit = blocks.shape[dim + 1] // sum(split.ratio)
     segments = torch.split(blocks, [share * unit for share in split.ratio], dim + 1)
@@ -54,6 +56,9 @@ def together(parts: Tensor, split: Split, length: int) -> Tensor:
     if split.contiguous:
         whole = parts.movedim(0, dim).flatten(dim, dim + 1)
         return whole if whole.shape[dim] == length else whole.narrow(dim, 0, length).contiguous()
+    if split.mirrored:
+        owned = torch.cat([owned_indices(length, split, position, ways) for position in range(ways)])
+        return parts.movedim(0, dim).flatten(dim, dim + 1).index_select(dim, owned.argsort().to(parts.device))
     unit = length // split.outer // sum(split.ratio) // ways
     blocks = _unflat(parts, dim + 1, split.outer, -1)
     segments = torch.split(blocks, [share * unit for share in split.ratio], dim + 2)

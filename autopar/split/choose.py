@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,10 +22,13 @@ from autopar.cost.machine import FLOPS
 from autopar.ir.layout import INVARIANT, PARTIAL, Partial, Placement, Split
 from autopar.ir.node import Value, values
 from autopar.ir.tables import Decision, Input, InputKind, OutputKind
+from autopar.rules import Rule
 from autopar.rules.factoring import Call, Factoring, Strategy
 from autopar.split.conversions import BIG, ELEMENTWISE, PENDING, WHOLE_PARAMETER, normalised, plan_placements
 from autopar.split.flow import Flow, Key, key_of
 from autopar.split.solve import CostModel, Table, minimise
+
+NO_RULES: Mapping[Any, Rule] = MappingProxyType({})
 
 
 class Policy(Protocol):
@@ -33,6 +37,10 @@ class Policy(Protocol):
     @property
     def axis(self) -> str:
         """The mesh axis."""
+
+    @property
+    def rules(self) -> Mapping[Any, Rule]:
+        """Rules of this axis alone, by operator, in place of the usual ones."""
 
     def seeds(self, flow: Flow) -> Iterable[tuple[Key, Split]]:
         """The splits from which all others on this axis follow."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ from autopar.ir.node import origin, value
 from autopar.ir.program import Program
 from autopar.ir.reach import made_only_of
 from autopar.ir.tables import InputKind
-from autopar.rules import call_of, rule_for
+from autopar.rules import Rule, call_of, rule_for
 from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Part, Strategy
 
 Key = tuple[fx.Node, int]  # a value: the node that produces it and the index among its outputs
@@ -149,8 +149,12 @@ class Flow:
         return None
 
 
-def flow_of(program: Program, axis: str) -> Flow:
-    """The calls of a program with their factorings. Raises UnknownOperatorError for an operator without a rule."""
+def flow_of(program: Program, axis: str, rules: Mapping[Any, Rule] | None = None) -> Flow:
+    """The calls of a program with their factorings.
+
+    ``rules``: of this axis alone, by operator, in place of the usual ones.
+    Raises UnknownOperatorError for an operator without a rule.
+    """
     weights = weights_of(program)
     flow = Flow(program, axis, program.mesh.size(axis), weights=weights, fixed=_fixed(program))
     cache: dict[Any, Factoring] = {}
@@ -159,17 +163,19 @@ def flow_of(program: Program, axis: str) -> Flow:
             continue
         call = call_of(node, program.mesh, weights)
         flow.calls[node] = call
-        flow.factorings[node] = _factoring(program, node, call, cache)
+        flow.factorings[node] = _factoring(program, node, call, rules or {}, cache)
         for position, operand in enumerate(call.operands):
             flow.uses.setdefault(key_of(operand), []).append((node, position))
     return flow
 
 
-def _factoring(program: Program, node: fx.Node, call: Call, cache: dict[Any, Factoring]) -> Factoring:
+def _factoring(
+    program: Program, node: fx.Node, call: Call, rules: Mapping[Any, Rule], cache: dict[Any, Factoring]
+) -> Factoring:
     plain = fx.node.map_arg((call.args, dict(call.kwargs)), lambda n: None)
     key = (call.target, repr(plain), call.inputs, call.outputs, call.diff_inputs, call.parameters)
     if key not in cache:
-        rule = rule_for(call.target)
+        rule = rules.get(call.target) or rule_for(call.target)
         if rule is None and program.plan.on_unknown != "replicate":
             raise UnknownOperatorError(_unknown(node))
         cache[key] = opaque(call) if rule is None else rule(call)

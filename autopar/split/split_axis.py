@@ -31,7 +31,7 @@ def split_axis(program: Program, policy: Policy, check: Callable[[Flow, Choice],
     """
     if program.mesh.size(policy.axis) == 1:
         return program
-    flow = flow_of(program, policy.axis)
+    flow = flow_of(program, policy.axis, policy.rules)
     flow.spread(policy.seeds(flow))
     flow.spread_further(policy.further_seeds(flow))
     choice = choose(flow, policy)
@@ -125,7 +125,7 @@ class _Rewriter:
             assert isinstance(step.source, Partial)
             arguments = (self.axis, step.source.op)
         elif form is comm.ENDS:
-            ends = [[s.dim, s.outer, *s.ratio] for s in (step.source, step.target) if isinstance(s, Split)]
+            ends = [[s.dim, s.signed_outer, *s.ratio] for s in (step.source, step.target) if isinstance(s, Split)]
             arguments = (self.axis, self.ways, *ends)
         elif form is comm.PART:
             assert isinstance(split, Split)
@@ -164,15 +164,12 @@ class _Rewriter:
         set_values(new, *types)
         set_origin(new, origin(node))
         rewrite = factoring.rewrites.get(strategy.part.factor) if strategy.part else None
-        if rewrite and self._reduces(strategy):
+        if rewrite:
             rewritten = self._rewritten(new, rewrite, values(node))
             self.graph.erase_node(new)
             new = rewritten
             set_values(new, *types)
         self._hold_outputs(node, new, strategy)
-
-    def _reduces(self, strategy: Strategy) -> bool:
-        return not any(isinstance(placement, Split) for placement in strategy.outputs)
 
     def _rewritten(self, new: fx.Node, rewrite: Any, before: tuple[Value, ...]) -> fx.Node:
         found: fx.Node = rewrite(_Emitter(self, before), new, self.axis, self.ways)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -18,7 +19,9 @@ from autopar.ir.node import value, values
 from autopar.ir.reach import ancestors
 from autopar.ir.tables import Input, InputKind
 from autopar.operators.bags import EMBEDDING_BAGS
+from autopar.rules import Rule
 from autopar.rules.factoring import Part, Strategy
+from autopar.split.choose import NO_RULES
 from autopar.split.flow import Flow, Key, ends_partial, key_of
 from autopar.split.obstacles import ATTENTION, has_fewer_heads_than_ranks, is_small, parameter_names
 from autopar.split.refusals import refuse_form
@@ -33,6 +36,7 @@ class TensorPolicy:
 
     overrides: Mapping[str, str]
     axis: str = "tp"
+    rules: ClassVar[Mapping[Any, Rule]] = NO_RULES
 
     def seeds(self, flow: Flow) -> Iterable[tuple[Key, Split]]:
         """Every dim of a weight that a contraction uses."""

@@ -53,6 +53,16 @@ def test_plain_split() -> None:
     assert [owned_indices(6, Split(0), i, 3).tolist() for i in range(3)] == [[0, 1], [2, 3], [4, 5]]
 
 
+def test_a_mirrored_split_deals_every_second_block_out_backwards() -> None:
+    split = Split(0, outer=2, mirrored=True)
+    assert [owned_indices(12, split, i, 3).tolist() for i in range(3)] == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
+    assert str(Layout.whole([12]).place("sp", split, MESH)) == "[(2 6@sp~)]"
+    assert Split.of(0, split.signed_outer, split.ratio) == split
+    for odd in ({"outer": 3}, {"outer": 1}, {"outer": 2, "ratio": (2, 1)}):
+        with pytest.raises(ValueError, match="even number of blocks"):
+            Split(0, **odd, mirrored=True)  # type: ignore[arg-type]
+
+
 def test_uneven_split_has_shorter_and_empty_last_parts() -> None:
     assert [owned_indices(5, Split(0), i, 3).tolist() for i in range(3)] == [[0, 1], [2, 3], [4]]
     assert [owned_indices(3, Split(0), i, 4).tolist() for i in range(4)] == [[0], [1], [2], []]
@@ -235,7 +245,7 @@ def placements(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[str, Split]
         dim = draw(st.integers(0, len(shape) - 1))
         outer = draw(st.sampled_from([1, 1, 2, 3, 4]))
         ratio = draw(st.sampled_from([(1,), (1,), (2, 1, 1), (4, 2, 2)]))
-        split = Split(dim, outer, ratio)
+        split = Split(dim, outer, ratio, outer % 2 == 0 and ratio == (1,) and draw(st.booleans()))
         if split.divides(layout.local_shape(MESH)[dim], MESH.size(axis)):
             try:
                 layout = layout.place(axis, split, MESH)

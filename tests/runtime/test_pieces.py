@@ -10,7 +10,10 @@ from autopar.runtime import pieces
 
 WAYS = 2
 FORMS = ((1, (1,), 8), (1, (1,), 7), (1, (1,), 1), (3, (1,), 12), (1, (4, 2, 2), 16), (2, (2, 1), 12))
-SPLITS = [(Split(dim, outer, ratio), length) for dim in (0, 1, 2) for outer, ratio, length in FORMS]
+SPLITS = [
+    *((Split(dim, outer, ratio), length) for dim in (0, 1, 2) for outer, ratio, length in FORMS),
+    *((Split(dim, outer, mirrored=True), 8) for dim in (0, 1, 2) for outer in (2, 4)),
+]
 
 
 def whole_of(split: Split, length: int) -> torch.Tensor:

@@ -27,9 +27,10 @@ SPLITS = {
     "fewer than ranks": (Split(1), 2),
     "blocks": (Split(0, outer=2), 24),
     "ratio": (Split(1, ratio=(2, 1)), 36),
+    "mirrored": (Split(0, outer=2, mirrored=True), 24),
 }
 WAYS = (1, 2, 3, 4)
-STEPS = dict(zip(SPLITS, (1, -1, 2, -5, 4, 0)))  # of a shift
+STEPS = dict(zip(SPLITS, (1, -1, 2, -5, 4, 0, 3)))  # of a shift
 
 
 def _shape(split: Split, length: int) -> list[int]:
@@ -121,9 +122,9 @@ def test_every_collective_and_its_gradient_are_the_map_that_the_table_says(name:
         leaves = [whole := torch.randn(shape, dtype=torch.float64, requires_grad=True)]
         x = [part.detach() for part in _laid_out(row.before, before, whole, ways)]
     known = {
-        "axis": "tp", "ways": ways, "op": "sum", "dim": before.dim, "outer": before.outer, "ratio": [*before.ratio],
-        "length": length, "source": [before.dim, before.outer, *before.ratio],
-        "target": [after.dim, after.outer, *after.ratio], "by": STEPS[form],
+        "axis": "tp", "ways": ways, "op": "sum", "dim": before.dim, "outer": before.signed_outer,
+        "ratio": [*before.ratio], "length": length, "source": [before.dim, before.signed_outer, *before.ratio],
+        "target": [after.dim, after.signed_outer, *after.ratio], "by": STEPS[form],
     }  # fmt: skip
     results, given, found = _forward_and_backward(name, tuple(known[p] for p in row.form.parameters), x)
     if row.form is comm.STEPS:
