@@ -49,6 +49,7 @@ from autopar.ir.program import AnyProgram, Program
 from autopar.ir.reach import ancestors
 from autopar.ir.rewrite import remove_unused
 from autopar.ir.tables import InputKind, OutputKind, Role
+from autopar.operators import ATTENTIONS
 
 aten = torch.ops.aten
 
@@ -226,7 +227,7 @@ class _Forward:
         if node.op != "call_function":
             raise InvariantError(f"{node.name} is a {node.op} node; a program has only functions and placeholders")
         given = node.args
-        if node.target is aten.scaled_dot_product_attention.default:
+        if node.target in ATTENTIONS:
             fewer = unrepeated_heads(given[1], given[2], self.tensors)  # type: ignore[arg-type]
             given = (given[0], *fewer, *given[3:])
         args, kwargs = fx.map_arg((given, node.kwargs), self.tensors.__getitem__)

@@ -1,7 +1,8 @@
 """Floating-point operations of an operator, from shapes alone: a multiplication and an addition are two operations.
 
-Products of matrices, convolutions and attention are counted as textbooks do (a causal mask halves nothing). Operators
-that only move data count zero, any other operator one operation for each floating element of its outputs.
+Products of matrices, convolutions and attention are counted as textbooks do (a causal mask halves nothing; where a
+formula over positions is the mask, the scores that it leaves are counted). Operators that only move data count zero,
+any other operator one operation for each floating element of its outputs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import fx
 from autopar.ir import collectives as comm
 from autopar.ir.node import Value, values
 from autopar.ir.operator_facts import is_operator, only_moves, packet_of
+from autopar.operators import TILE, TILE_BACKWARD, masked_attention
 from autopar.operators.attention import ATTENTION, ATTENTION_BACKWARD
+from autopar.operators.attention_blocks import tile_pairs
 from autopar.operators.experts import EXPERT_LINEAR, EXPERT_OUTER
 from autopar.operators.recurrent import RECURRENT_LAYER
 
@@ -28,10 +31,10 @@ Count = Callable[[Sequence[Shape], Sequence[Shape], fx.Node], int]  # shapes of 
 
 def flops(node: fx.Node, shape_of: Callable[[Value], Shape]) -> int:
     """Floating-point operations of a call, for the sizes that ``shape_of`` gives (of whole tensors or of one rank)."""
-    if not is_operator(node):
+    if not is_operator(node) and node.target not in FORMULAS:
         return 0
     outputs = values(node)
-    count = FORMULAS.get(packet_of(node))
+    count = FORMULAS.get(packet_of(node) if is_operator(node) else node.target)
     if count is None and _only_moves(node):
         return 0
     if count is None:
@@ -88,6 +91,29 @@ def _attention_backward(inputs: Sequence[Shape], outputs: Sequence[Shape], node:
     return 2 * math.prod(q[:-1]) * k[-2] * (3 * q[-1] + 2 * v[-1])
 
 
+def _masked_attention(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    """As :func:`_attention`, for the scores that the formula leaves."""
+    q, k, v = inputs[:3]
+    return 2 * math.prod(q[:-2]) * tile_pairs(str(node.args[5]), 0, 0, 1, False, q[-2], k[-2]) * (q[-1] + v[-1])
+
+
+def _tile(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    q, k, v = inputs[:3]
+    return 2 * math.prod(q[:-2]) * _most_pairs(q, k, node.args[6:10]) * (q[-1] + v[-1])
+
+
+def _tile_backward(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    q, k, v = inputs[1:4]
+    return 2 * math.prod(q[:-2]) * _most_pairs(q, k, node.args[9:13]) * (3 * q[-1] + 2 * v[-1])
+
+
+def _most_pairs(q: Shape, k: Shape, tile: Sequence[Any]) -> int:
+    """The scores of the slowest rank, for which the others wait."""
+    where, step, ways, mirrored = tile
+    lengths = q[-2] * ways, k[-2] * (ways if step >= 0 else 1)
+    return max(tile_pairs(where, rank, step, ways, mirrored, *lengths) for rank in range(ways))
+
+
 def _einsum(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
     """Two operations for each combination of all letters."""
     terms = str(node.args[0]).replace(" ", "").replace(".", "").partition("->")[0].split(",")
@@ -139,6 +165,9 @@ FORMULAS: dict[Any, Count] = {
     RECURRENT_LAYER.overloadpacket: _recurrent,
     ATTENTION.overloadpacket: _attention,
     ATTENTION_BACKWARD.overloadpacket: _attention_backward,
+    masked_attention: _masked_attention,
+    TILE.overloadpacket: _tile,
+    TILE_BACKWARD.overloadpacket: _tile_backward,
     EXPERT_LINEAR.overloadpacket: _product(0),
     EXPERT_OUTER.overloadpacket: _expert_outer,
 }

@@ -108,7 +108,7 @@ def operands_kept(node: fx.Node) -> list[fx.Node]:
     sources = node.all_input_nodes
     if node.target is operator.getitem or node.target in comm.TARGETS or is_view(node.target):
         return []
-    if not is_operator(node):  # losses keep what they normalise
+    if not is_operator(node) and not is_product(node.target):  # losses keep what they normalise
         return [source for source in sources if any(kind.requires_grad for kind in values(source))]
     return KEPT[facts_of(node.target).kept](node, sources)
 

@@ -25,7 +25,7 @@ from autopar.ir.operator_facts import is_operator, is_product, is_view, packet_o
 from autopar.ir.program import Program
 from autopar.ir.traffic import moved_bytes
 from autopar.mesh import Mesh
-from autopar.operators.attention import ATTENTION
+from autopar.operators import ATTENTION, TILE, masked_attention
 from autopar.operators.bags import EMBEDDING_BAGS
 from autopar.operators.embedding import embedding_rows
 
@@ -33,6 +33,7 @@ aten = torch.ops.aten
 
 TABLES = (aten.embedding, EMBEDDING_BAGS.overloadpacket, embedding_rows)  # tables of which a few rows are read
 PICKS = (aten.index, aten.index_select, aten.gather, aten.slice, aten.select, aten.narrow)
+ATTENTIONS = (aten.scaled_dot_product_attention, masked_attention, ATTENTION.overloadpacket, TILE.overloadpacket)
 PASSES_OVER_SCORES = 10  # of attention by parts: mask, softmax and their copies, each read and written
 ATTENTION_BACKWARD = 2.5  # five products for two: the scores once more (Dao et al. 2022)
 
@@ -99,7 +100,7 @@ class Costs:
         packet = _kind(node)
         if packet in TABLES:
             return once + self.bytes(node.all_input_nodes[:1]) / self.machine.memory  # zeros, most of them
-        if packet in (aten.scaled_dot_product_attention, ATTENTION.overloadpacket):
+        if packet in ATTENTIONS:
             return once * ATTENTION_BACKWARD
         if is_product(node.target):
             kinds = [kind for source in node.all_input_nodes for kind in values(source)]

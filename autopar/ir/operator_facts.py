@@ -70,6 +70,7 @@ _PRODUCTS = _names("""
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution convolution_backward
     scaled_dot_product_attention lstm gru rnn_tanh rnn_relu
     autopar::recurrent_layer autopar::attention autopar::attention_backward
+    autopar::attention_tile autopar::attention_tile_backward op.masked_attention
     autopar::expert_linear autopar::expert_outer
 """)
 _MOVES = _names("""
@@ -104,7 +105,9 @@ _KEPT = {
     Kept.CONDITION: _names("where masked_fill"),
     Kept.FACTORS: ["mul"],
     Kept.QUOTIENT: ["div"],
-    Kept.ATTENTION: _names("scaled_dot_product_attention autopar::attention"),
+    Kept.ATTENTION: _names("""
+        scaled_dot_product_attention autopar::attention autopar::attention_tile op.masked_attention
+    """),
 }
 _DIFFERENTIABLE = {
     0: _names("""

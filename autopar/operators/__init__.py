@@ -6,19 +6,26 @@ The operators in torch's registry (``autopar::attention``, ``autopar::straight_t
 from __future__ import annotations
 
 from autopar.operators.attention import ATTENTION
+from autopar.operators.attention_tile import MERGE, TILE, TILE_BACKWARD
 from autopar.operators.embedding import embedding_rows
 from autopar.operators.losses import cross_entropy_from_parts, cross_entropy_sums, vocabulary_maximum, vocabulary_sums
+from autopar.operators.masked_attention import ATTENTIONS, masked_attention
 from autopar.operators.random import random_keep, random_uniform
 from autopar.operators.registry import REGISTRY, operator
 from autopar.operators.straight_through import STRAIGHT_THROUGH
 
 __all__ = [
     "ATTENTION",
+    "ATTENTIONS",
+    "MERGE",
     "REGISTRY",
     "STRAIGHT_THROUGH",
+    "TILE",
+    "TILE_BACKWARD",
     "cross_entropy_from_parts",
     "cross_entropy_sums",
     "embedding_rows",
+    "masked_attention",
     "operator",
     "random_keep",
     "random_uniform",

@@ -181,6 +181,20 @@ def attention(call: Call) -> Factoring:
     return Factoring(tuple(inputs), ((*full, ("s",), ("f",)),), sizes, whole=whole, contraction=True, work=work)
 
 
+def masked_attention(call: Call) -> Factoring:
+    """Attention under a formula: its vectors (..., positions) are split with the batch, never along the positions."""
+    operands = 3 if call.args[3] is None else 4
+    found = attention(replace(call, inputs=call.inputs[:operands]))
+    lead = found.outputs[0][:-2]
+    batch = lead[:-1] if len(lead) > 1 else lead
+    vectors = [
+        (*(factors if size != 1 else () for factors, size in zip(batch[len(batch) - len(shape) + 1 :], shape)), ("p",))
+        for shape in call.inputs[operands:]
+    ]
+    sizes, whole = {**found.sizes, "p": ANY_SIZE}, found.whole | {"p"}
+    return replace(found, inputs=(*found.inputs, *vectors), sizes=sizes, whole=whole)
+
+
 def _mask_dims(mask: Shape, lead: Dims) -> Dims:
     """The mask is (..., queries, keys); its leading dims are those of the query, or 1."""
     aligned = lead[len(lead) - (len(mask) - 2) :] if len(mask) > 2 else ()
@@ -208,4 +222,5 @@ RULES: dict[Any, Any] = {
     aten.embedding.default: embedding,
     aten.embedding_bag.padding_idx: bag,
     aten.scaled_dot_product_attention.default: attention,
+    operators.masked_attention: masked_attention,
 }

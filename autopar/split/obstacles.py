@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import fx
 
 from autopar.ir.layout import Split
@@ -15,7 +14,6 @@ from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.split.flow import Flow
 
-ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default,)
 SMALL = 0.01  # a weight with less than this share of all parameter elements may stay whole without an error
 
 

@@ -15,10 +15,10 @@ from torch import fx
 from autopar.errors import IndivisibleError
 from autopar.ir.node import origin, value
 from autopar.ir.tables import InputKind
+from autopar.operators import ATTENTIONS
 from autopar.split.choose import Choice
 from autopar.split.flow import Flow
 from autopar.split.obstacles import (
-    ATTENTION,
     blocked,
     has_fewer_heads_than_ranks,
     is_small,
@@ -46,7 +46,7 @@ def refuse_whole_weights(flow: Flow, choice: Choice, form: Form) -> None:
     for call, strategy in choice.strategies.items():
         if strategy.part or not flow.factorings[call].contraction:
             continue
-        if call.target in ATTENTION:
+        if call.target in ATTENTIONS:
             _refuse_attention(flow, call, form)
         for operand in flow.calls[call].operands:
             if operand not in flow.weights or is_small(flow, operand):

@@ -18,12 +18,13 @@ from autopar.ir.layout import INVARIANT, Placement, Split
 from autopar.ir.node import value, values
 from autopar.ir.reach import ancestors
 from autopar.ir.tables import Input, InputKind
+from autopar.operators import ATTENTIONS
 from autopar.operators.bags import EMBEDDING_BAGS
 from autopar.rules import Rule
 from autopar.rules.factoring import Part, Strategy
 from autopar.split.choose import NO_RULES
 from autopar.split.flow import Flow, Key, ends_partial, key_of
-from autopar.split.obstacles import ATTENTION, has_fewer_heads_than_ranks, is_small, parameter_names
+from autopar.split.obstacles import has_fewer_heads_than_ranks, is_small, parameter_names
 from autopar.split.refusals import refuse_form
 
 aten = torch.ops.aten
@@ -58,7 +59,7 @@ class TensorPolicy:
             if len(shape) in (2, 3) and shape[1] > 1 and not (len(shape) == 2 and value(node).dtype.is_floating_point):
                 yield (node, 0), Split(1)
         for call in flow.calls:
-            if call.target in ATTENTION:
+            if call.target in ATTENTIONS:
                 query = flow.calls[call].operands[0]
                 yield key_of(query), Split(len(value(query).shape) - 2)
 

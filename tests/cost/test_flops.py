@@ -10,8 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autopar.compiler import compile_program
 from autopar.cost.flops import flops
+from autopar.ir.layout import Layout
+from autopar.ir.node import Value, set_values, value
 from autopar.ir.operator_facts import is_product
 from autopar.mesh import Mesh
+from autopar.operators import TILE, masked_attention
 from autopar.plan import Plan
 from autopar.zoo.named import named_model
 
@@ -28,6 +31,21 @@ def counted(model: nn.Module, batch: dict[str, torch.Tensor], mesh: Mesh) -> tup
         )
 
     return total(role.forward), total(role.backward)
+
+
+def test_scores_that_a_formula_leaves() -> None:
+    """Of 64 queries and keys, 2 heads of 8: a window of 4 in one block; a ring's second step where half is hidden."""
+    graph = torch.fx.Graph()
+    q, k, v = (graph.placeholder(name) for name in "qkv")
+    for node in (q, k, v):
+        set_values(node, Value(torch.float32, Layout.whole((1, 2, 64, 8))))
+    causal = graph.call_function(masked_attention, (q, k, v, None, [], "j<=i"))
+    far = graph.call_function(TILE, (q, k, v, None, [], None, "j<=i & i-j<4", 2, 4, False, None))
+    near = graph.call_function(TILE, (q, k, v, None, [], None, "j<=i", 1, 4, True, None))
+    for node in (causal, far, near):
+        set_values(node, value(q))
+    found = [flops(node, lambda kind: kind.shape) for node in (causal, far, near)]
+    assert found == [2 * 2 * pairs * (8 + 8) for pairs in (64 * 65 // 2, 0, 64 * 64 // 2)]
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "gpt", "llama", "t5"])

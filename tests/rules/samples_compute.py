@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from autopar.operators import masked_attention
 from autopar.operators.bags import EMBEDDING_BAGS
 from autopar.operators.experts import EXPERT_LINEAR
 from autopar.operators.recurrent import RECURRENT_LAYER
@@ -109,6 +110,14 @@ CONTRACTIONS: dict[Any, list[Sample]] = {
         call(x(3, 2), x(4, 2), x(4, 2)),
         call(x(2, 6, 3, 4, 2), x(2, 6, 3, 4, 2), x(2, 6, 3, 4, 2)),
         call(x(1, 1, 3, 2), x(1, 1, 3, 2), x(1, 1, 3, 2)),
+    ],
+    masked_attention: [
+        call(x(6, 2, 5, 4), x(6, 2, 5, 4), x(6, 2, 5, 4), None, [], "j<=i & i-j<2"),
+        call(x(6, 2, 5, 4), x(6, 2, 5, 4), x(6, 2, 5, 4), None, [flags(6, 5), ints(3, 5)], "v0[j] & v1[i]==v1[j]", 0.3),
+        call(x(2, 12, 5, 2), x(2, 6, 5, 2), x(2, 6, 5, 2), x(12, 5, 5), [ints(2, 2, 5)], "v0[i]<=v0[j]"),
+        call(x(4, 6, 3, 2), x(4, 6, 4, 2), x(4, 6, 4, 2), x(4, 1, 1, 4), [flags(1, 4)], "v0[j] | j<2"),
+        call(x(6, 3, 2), x(6, 4, 2), x(6, 4, 2), None, [flags(6, 4)], "v0[j] | j<2"),
+        call(x(2, 6, 3, 4, 2), x(2, 6, 3, 4, 2), x(2, 6, 3, 4, 2), None, [flags(6, 4)], "v0[j] & j<=i"),
     ],
 }
 
