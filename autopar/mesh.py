@@ -1,11 +1,23 @@
-"""The mesh: named axes of devices, outermost first. Abstract: it needs no process group and may have any size."""
+"""The mesh: named axes of devices, outermost first. Abstract: it needs no process group and may have any size.
+
+Collectives run over groups of ranks, and a group has a name wherever an axis has one:
+
+    sp          the ranks that differ on axis sp only
+    dp+sp       those that differ on dp or sp; the axes stand in mesh order, and positions are row-major
+    sp:inner2   2 neighbours on sp
+    sp:outer4   4 ranks of sp as far apart as possible: on sp=8 those at a distance of 2
+
+``inner2`` and ``outer4`` together are an axis of 8: a rank at position p is at p % 2 in the one, p // 2 in the other.
+They may be merged too (``dp+sp:inner2``). A name in normal form (:meth:`Mesh.merged`) has no part of one rank.
+"""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 # Outermost first: neighbours on a later axis are closer together (tp inside a node, pp across nodes).
@@ -13,9 +25,50 @@ AXIS_ORDER = ("pp", "dp", "dp_replicate", "dp_shard", "ep", "sp", "tp")
 ALIASES = {"cp": "sp"}
 DATA_AXES = ("dp", "dp_replicate", "dp_shard")
 BATCH_AXES = (*DATA_AXES, "ep")  # ranks along these get different rows of the batch
+REPLICA_AXES = (*DATA_AXES, "sp")  # along these, ranks use the same weights on other data: a gradient is a sum
 PIPELINE = "pp"  # ranks along this one run different stages of the model
 
+GROUP = re.compile(r"(\w+)(?::(inner|outer)(\d+))?")  # a part of the name of a group
+
 Coordinates = Mapping[str, int]
+
+
+@lru_cache(maxsize=1024)
+def axes_of(group: str) -> tuple[str, ...]:
+    """The axes in the name of a group: ``dp``, ``sp`` of ``dp+sp:inner2``."""
+    return tuple(part.partition(":")[0] for part in group.split("+"))
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether two axes, or parts of one (``sp:inner2``, ``sp:outer4``), are the same or have a part in common."""
+    (axis, _, part), (other_axis, _, other_part) = one.partition(":"), other.partition(":")
+    return axis == other_axis and {part[:5], other_part[:5]} != {"inner", "outer"}
+
+
+def inner(axis: str, ranks: int) -> str:
+    """The name of the groups of ``ranks`` neighbours on ``axis``."""
+    return f"{axis}:inner{ranks}"
+
+
+def outer(axis: str, ranks: int) -> str:
+    """The name of the groups of ``ranks`` ranks of ``axis`` that are as far apart as possible."""
+    return f"{axis}:outer{ranks}"
+
+
+@dataclass(frozen=True)
+class Digit:
+    """Ranks of a group differ by this part of their position on ``axis``: ``position // stride % size``."""
+
+    axis: str
+    stride: int
+    size: int
+
+    def of(self, position: int) -> int:
+        return position // self.stride % self.size
+
+    def put(self, position: int, digit: int) -> int:
+        """``position`` with another digit."""
+        return position + (digit - self.of(position)) * self.stride
 
 
 @dataclass(frozen=True, init=False)
@@ -85,8 +138,23 @@ class Mesh:
         return Mesh(**{axis: size for axis, size in self.axes if axis != PIPELINE})
 
     def size(self, axis: str) -> int:
-        """Size of ``axis``; 1 for an axis that this mesh does not have."""
-        return dict(self.axes).get(axis, 1)
+        """Ranks in a group of ``axis``, which may be several (see above); 1 for an axis that is not on this mesh."""
+        return math.prod(digit.size for digit in _digits(self, axis))
+
+    def merged(self, groups: Iterable[str]) -> str:
+        """The name, in normal form, of the groups over all of ``groups`` (names of axes or groups, in any order).
+
+        Where each of them has one rank, the first. Raises ValueError for an axis that is given twice.
+        """
+        parts = [part for group in groups for part in group.split("+")]
+        ordered = sorted(parts, key=lambda part: _place(axes_of(part)[0], part))
+        digits = _digits(self, "+".join(ordered))
+        names = [
+            digit.axis if digit.size == self.size(digit.axis) else part
+            for part, digit in zip(ordered, digits)
+            if digit.size > 1
+        ]
+        return "+".join(names) or parts[0]
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Axis name -> position of ``rank`` on it. Raises ValueError outside 0..world_size-1."""
@@ -96,6 +164,13 @@ class Mesh:
         for name, size in reversed(self.axes):
             rank, found[name] = divmod(rank, size)
         return {name: found[name] for name in self.names}
+
+    def position(self, axis: str, coordinates: Coordinates) -> int:
+        """The position of the rank at ``coordinates`` in its group of ``axis``; 0 on axes that are not given."""
+        found = 0
+        for digit in _digits(self, axis):
+            found = found * digit.size + digit.of(coordinates.get(digit.axis, 0))
+        return found
 
     def rank(self, coordinates: Coordinates) -> int:
         """The inverse of :meth:`coordinates`; axes that are not given count as 0. Raises ValueError off the mesh."""
@@ -108,17 +183,50 @@ class Mesh:
         return rank
 
     def group(self, rank: int, axis: str) -> tuple[int, ...]:
-        """The ranks that differ from ``rank`` only on ``axis``, in axis order."""
-        here = self.coordinates(rank)
-        return tuple(self.rank({**here, axis: i}) for i in range(self.size(axis)))
+        """The ranks that differ from ``rank`` only on ``axis``, in the order of their positions."""
+        found = [self.coordinates(rank)]
+        for digit in _digits(self, axis):
+            found = [
+                {**here, digit.axis: digit.put(here.get(digit.axis, 0), i)} for here in found for i in range(digit.size)
+            ]
+        return tuple(map(self.rank, found))
 
     def groups(self, axis: str) -> Iterator[tuple[int, ...]]:
         """All groups of ``axis``: together they hold every rank once."""
-        others = [[(name, i) for i in range(size)] for name, size in self.axes if name != axis]
-        for fixed in itertools.product(*others):
-            yield tuple(self.rank({**dict(fixed), axis: i}) for i in range(self.size(axis)))
+        for rank in range(self.world_size):
+            if self.position(axis, self.coordinates(rank)) == 0:
+                yield self.group(rank, axis)
 
     def __str__(self) -> str:
         return f"mesh({' '.join(f'{name}={size}' for name, size in self.axes)})"
 
     __repr__ = __str__
+
+
+def _place(axis: str, group: str) -> int:
+    if axis not in AXIS_ORDER:
+        raise ValueError(f"'{group}' is over an axis '{axis}' that there is not; the axes are {', '.join(AXIS_ORDER)}")
+    return AXIS_ORDER.index(axis)
+
+
+@lru_cache(maxsize=4096)
+def _digits(mesh: Mesh, group: str) -> tuple[Digit, ...]:
+    """What distinguishes the ranks of a group, outermost first. Raises ValueError for a name that is none."""
+    sizes = dict(mesh.axes)
+    if group in sizes:
+        return (Digit(group, 1, sizes[group]),)
+    places, found = list[int](), list[Digit]()
+    for part in group.split("+"):
+        match = GROUP.fullmatch(part)
+        if match is None:
+            raise ValueError(f"'{part}' in '{group}' is neither an axis nor a part of one, like sp:inner2 or sp:outer4")
+        axis, kind, ranks = match[1], match[2], int(match[3] or 0)
+        size = sizes.get(axis, 1)
+        places.append(_place(axis, group))
+        if kind and (ranks < 1 or size % ranks):
+            raise ValueError(f"'{part}' on {mesh}: groups of {ranks} do not divide {axis}={size}")
+        found.append(Digit(axis, size // ranks if kind == "outer" else 1, ranks if kind else size))
+    if places != sorted(set(places)):
+        order = "+".join(sorted(set(axes_of(group)), key=AXIS_ORDER.index))
+        raise ValueError(f"'{group}': the axes of a group stand in mesh order, each once: {order}")
+    return tuple(found)

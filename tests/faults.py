@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from autopar.ir import collectives as comm
-from autopar.ir.layout import PARTIAL, Layout, Split
+from autopar.ir.layout import PARTIAL, Factor, Layout, Split
 from autopar.ir.node import output_node, set_values, value, values
 from autopar.ir.program import PipelinedProgram, Program
 from autopar.ir.tables import InputKind, OutputKind, Role
@@ -117,6 +117,28 @@ def reduce_for_nobody(program: Program) -> Program:
 def reduce_over_another_axis(program: Program) -> Program:
     first_collective(program, "enter").update_arg(1, "sp")
     return program
+
+
+def over(*axes: str, size: int) -> Fault:
+    """On a mesh with ``sp`` too, the first enter is over ``axes`` as they are written here."""
+
+    def enter_over(program: Program) -> Program:
+        first_collective(program, "enter").update_arg(1, "+".join(axes))
+        return replace(program, mesh=Mesh(**{**dict(program.mesh.axes), "sp": size}))
+
+    return enter_over
+
+
+def place_over_several(*groups: str) -> Fault:
+    """On a mesh with ``sp=4`` too, the first value is split over each of ``groups``, as they are written here."""
+
+    def place_all(program: Program) -> Program:
+        node = calls(program.graph)[0]
+        dims = ((Factor(64, groups),), *value(node).layout.dims[1:])
+        set_values(node, replace(value(node), layout=Layout(dims)))
+        return replace(program, mesh=Mesh(**{**dict(program.mesh.axes), "sp": 4}))
+
+    return place_all
 
 
 def enter_with_a_sum(program: Program) -> Program:
@@ -279,11 +301,24 @@ FAULTS: dict[str, list[tuple[Fault, str]]] = {  # contract -> passes that break 
         (place_early, "is placed on the mesh already\nLikely fix: leave placing"),
         (reduce_early, "comm.all_reduce before anything is split"),
     ],
-    "layouts_fit_the_mesh": [(place_on_another_axis, "speaks of axis 'sp', mesh(dp=2 tp=2) has none")],
+    "layouts_fit_the_mesh": [
+        (place_on_another_axis, "speaks of axis 'sp', mesh(dp=2 tp=2) has none"),
+        (place_over_several("dp+ep"), "speaks of axis 'ep', mesh(dp=2 sp=4 tp=2) has none"),
+        (
+            place_over_several("sp:inner3"),
+            "groups of 3 do not divide sp=4\nLikely fix: take the name from program.mesh",
+        ),
+        (place_over_several("dp+sp", "sp:inner2"), "has axis 'sp' 2 times"),
+        (place_over_several("sp:inner4"), "speaks of 'sp:inner4', which is 'sp' on mesh(dp=2 sp=4 tp=2)"),
+    ],
     "loss_is_invariant": [(leave_a_sum(0), "the scalar output 'loss' is still a sum over axis 'tp'")],
     "no_partial_value_escapes": [(leave_a_sum(1), "output 'logits' is a pending sum over axis 'tp'")],
     "no_dead_collectives": [(reduce_for_nobody, "nothing uses the result of comm.all_reduce")],
-    "collectives_fit_the_mesh": [(reduce_over_another_axis, "comm.enter is over axis 'sp', mesh(dp=2 tp=2) has none")],
+    "collectives_fit_the_mesh": [
+        (reduce_over_another_axis, "comm.enter is over axis 'sp', mesh(dp=2 tp=2) has none"),
+        (over("sp", "dp", size=2), "comm.enter is over 'sp+dp', which is 'dp+sp' on mesh(dp=2 sp=2 tp=2)"),
+        (over("dp", "sp", size=1), "is over 'dp+sp', which is 'dp' on mesh(dp=2 sp=1 tp=2)"),
+    ],
     "collectives_match_layouts": [(enter_with_a_sum, "the result of comm.enter is [")],
     "is_not_differentiated": [(differentiate_early, "has forward and backward graphs already")],
     "is_differentiated": [(lose_the_role, "there is no role any more")],

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autopar.mesh import AXIS_ORDER, Mesh
+from autopar.mesh import AXIS_ORDER, Mesh, axes_of, inner, outer, overlap
 
 PLAIN_AXES = ("pp", "dp", "ep", "sp", "tp")
 meshes = st.dictionaries(st.sampled_from(PLAIN_AXES), st.integers(1, 4), max_size=4).map(lambda sizes: Mesh(**sizes))
@@ -65,6 +65,85 @@ def test_groups_hold_every_rank_once_and_agree_with_group(mesh: Mesh, axis: str)
         assert len(group) == mesh.size(axis)
         assert all(mesh.group(rank, axis) == group for rank in group)
         assert [mesh.coordinates(rank).get(axis, 0) for rank in group] == list(range(mesh.size(axis)))
+
+
+# ---------------------------------------------------------------- groups over several axes, and over a part of one
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> tuple[Mesh, str]:
+    """A mesh and the name of groups on it, not always in normal form."""
+    mesh = Mesh(**{axis: draw(st.sampled_from((1, 2, 3, 4, 6))) for axis in PLAIN_AXES[:3]})
+    parts = []
+    for axis in draw(st.lists(st.sampled_from(mesh.names), min_size=1, unique=True)):
+        ranks = draw(st.sampled_from([size for size in range(1, 7) if mesh.size(axis) % size == 0]))
+        parts.append(draw(st.sampled_from((axis, inner(axis, ranks), outer(axis, ranks)))))
+    return mesh, "+".join(sorted(parts, key=lambda part: AXIS_ORDER.index(axes_of(part)[0])))
+
+
+@given(groups())
+def test_groups_of_any_name_hold_every_rank_once_in_the_order_of_their_positions(given_: tuple[Mesh, str]) -> None:
+    mesh, name = given_
+    found = list(mesh.groups(name))
+    assert sorted(rank for group in found for rank in group) == list(range(mesh.world_size))
+    for group in found:
+        assert len(group) == mesh.size(name) and list(group) == sorted(group)
+        assert [mesh.position(name, mesh.coordinates(rank)) for rank in group] == list(range(len(group)))
+        assert all(mesh.group(rank, name) == group for rank in group)
+        stays = [[mesh.coordinates(rank)[axis] for axis in mesh.names if axis not in axes_of(name)] for rank in group]
+        assert all(place == stays[0] for place in stays), "other axes stay the same"
+
+
+@given(groups())
+def test_the_normal_form_names_the_same_groups(given_: tuple[Mesh, str]) -> None:
+    mesh, name = given_
+    normal = mesh.merged([name])
+    assert set(mesh.groups(normal)) == set(mesh.groups(name)) and mesh.merged([normal]) == normal
+    assert mesh.merged(reversed(name.split("+"))) == normal or mesh.size(name) == 1
+    assert mesh.size(name) == 1 or all(mesh.size(part) > 1 for part in normal.split("+"))
+
+
+@pytest.mark.parametrize(("axis", "ranks"), [("sp", 1), ("sp", 2), ("sp", 3), ("sp", 6), ("dp", 2)])
+def test_neighbours_and_the_ranks_at_their_distance_make_up_the_axis(axis: str, ranks: int) -> None:
+    mesh = Mesh(dp=4, sp=6, tp=2)
+    near, far = inner(axis, ranks), outer(axis, mesh.size(axis) // ranks)
+    for group in mesh.groups(axis):
+        on_axis = [mesh.coordinates(rank)[axis] for rank in mesh.group(group[0], near)]
+        assert on_axis == list(range(ranks)), "neighbours"
+        places = [(mesh.position(far, here), mesh.position(near, here)) for here in map(mesh.coordinates, group)]
+        assert places == [divmod(place, ranks) for place in range(len(group))]
+    assert not overlap(near, far) and overlap(near, axis) and not overlap(axis, "tp")
+
+
+def test_merged_names() -> None:
+    mesh = Mesh(dp=2, sp=1, tp=3)
+    assert mesh.merged(["tp", "dp"]) == "dp+tp" and mesh.size("dp+tp") == 6
+    assert mesh.merged(["dp", "sp"]) == mesh.merged(["dp+sp"]) == "dp" and mesh.merged(["sp", "ep"]) == "sp"
+    assert mesh.group(4, "dp+tp") == tuple(range(6)) and mesh.group(4, "dp+sp") == (1, 4)
+    assert Mesh(dp=2, sp=2, tp=2).group(1, "dp+sp") == (1, 3, 5, 7)
+    assert Mesh(sp=8).merged([outer("sp", 8)]) == "sp" and Mesh(sp=8).group(3, "sp:outer4") == (1, 3, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sp+dp", r"'sp\+dp': the axes of a group stand in mesh order, each once: dp\+sp"),
+        ("dp+dp", "each once: dp$"),
+        ("sp:inner2+sp:outer2", "each once: sp$"),
+        ("dp+xy", "over an axis 'xy' that there is not; the axes are pp, dp"),
+        ("xy", "over an axis 'xy' that there is not"),
+        ("dp+", "'' in 'dp\\+' is neither an axis nor a part of one"),
+        ("sp:half2", "'sp:half2' in 'sp:half2' is neither"),
+        ("sp:inner3", r"'sp:inner3' on mesh\(dp=2 sp=4\): groups of 3 do not divide sp=4"),
+        ("dp+sp:outer0", "groups of 0 do not divide"),
+        ("tp:inner2", "groups of 2 do not divide tp=1"),
+    ],
+)
+def test_names_that_are_none(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Mesh(dp=2, sp=4).size(name)
+    with pytest.raises(ValueError, match="is over an axis 'xy'"):
+        Mesh(dp=2).merged(["dp", "xy"])
 
 
 @given(meshes)

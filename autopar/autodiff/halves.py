@@ -26,7 +26,7 @@ from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
 from autopar.ir.reach import ancestors
 from autopar.ir.tables import InputKind
-from autopar.mesh import DATA_AXES
+from autopar.mesh import REPLICA_AXES
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def backward_steps(stage: Program) -> BackwardSteps | None:
     if role.backward is None:
         return None
     parameters = {entry.target for _, entry in stage.placeholders(InputKind.PARAMETER)}
-    axes = DATA_AXES if stage.plan.zero < 2 else ()
+    axes = REPLICA_AXES if stage.plan.zero < 2 else ()
     now = frozenset(position for position, target in enumerate(role.grads) if target not in parameters)
     cut = without_reductions(role.backward, axes, now)
     inputs, weights = halves(cut.rest, len(now))

@@ -111,13 +111,13 @@ def without_reductions(graph: fx.Graph, axes: Iterable[str], at_once: Set[int] =
     for node in reversed(list(graph.nodes)):
         if node.op != "call_function" or not node.users or not all(user in ends for user in node.users):
             continue
-        reduces = node.target in REDUCING and node.args[1] in axes
+        reduces = node.target in REDUCING and comm.axes_over(node) <= axes
         arranges = is_view(node.target) or node.target in ARRANGING
         if reduces or arranges:
             ends.add(node)
     for node in graph.nodes:
         if node in ends and node.op == "call_function":
-            reduces = node.target in REDUCING and node.args[1] in axes
+            reduces = node.target in REDUCING and comm.axes_over(node) <= axes
             if reduces or any(source in last for source in node.all_input_nodes) or _reduced_later(node, ends, axes):
                 last.add(node)
     returned = output_node(graph).args[0]
@@ -138,7 +138,7 @@ def _reduced_later(node: Node, ends: Set[Node], axes: Set[str]) -> bool:
     while queue:
         user = queue.pop()
         if user.op == "call_function" and user in ends and user.target is not CAST:
-            if user.target in REDUCING and user.args[1] in axes:
+            if user.target in REDUCING and comm.axes_over(user) <= axes:
                 return True
             queue += user.users
     return False

@@ -247,7 +247,8 @@ class _Body:
         given = comm.arguments_of(node)
         if name == "axis_index" and self.module.coordinates is not None:
             self.module.imports.add("import torch")
-            return f"torch.tensor({self.module.coordinates.get(given['axis'], 0)}, device=comm.device)"  # type: ignore[call-overload]
+            position = self.module.program.mesh.position(str(given["axis"]), self.module.coordinates)
+            return f"torch.tensor({position}, device=comm.device)"
         leading = [self.text(given.pop(key)) for key in ("x", "axis", "op") if key in given]
         shown = [f"{key}={self.text(value)}" for key, value in given.items() if DEFAULTS.get(key) != value]
         return f"comm.{name}({', '.join(leading + shown)})"

@@ -5,6 +5,8 @@ A row gives the placements of the operand and of the result on the axis (I, R, S
 functions, autograd formulas, moved bytes, costs of both directions, early starts and contracts follow from it. A new
 collective is a row here, a kernel in the simulator, and a method of the runtime's communicator.
 
+An axis may be several merged to one, or a part of one (``dp+sp``, ``sp:inner2``, see ``mesh.py``).
+
 They are torch operators in the namespace ``autopar`` with a shape function and an autograd formula, but no kernel: a
 graph is traced with them for any mesh without a process group; the runtime (real processes) and the simulator (ranks
 in lock-step) execute them.
@@ -24,7 +26,7 @@ from torch import Tensor, fx
 
 from autopar.ir.layout import Partial, Placement, Split, Whole
 from autopar.ir.operator_facts import argument_names
-from autopar.mesh import Mesh
+from autopar.mesh import Mesh, axes_of
 
 Held = Literal["I", "R", "S", "P"]  # the placement of a value on one axis
 Arguments = dict[str, Any]  # those after the tensor, by name
@@ -276,6 +278,11 @@ def does_nothing(target: Any, args: Sequence[Any], mesh: Mesh) -> bool:
         return True
     form = AXIS if name == "wait" else row_of(name).form
     return form.idle(dict(zip(form.parameters, args[1:])))
+
+
+def axes_over(node: fx.Node) -> frozenset[str]:
+    """The axes of the mesh over which a collective in a graph runs."""
+    return frozenset(axes_of(str(arguments_of(node)["axis"])))
 
 
 def is_idle(node: fx.Node, mesh: Mesh) -> bool:

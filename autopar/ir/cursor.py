@@ -10,9 +10,10 @@ from typing import NoReturn, TypeVar
 
 from autopar.errors import ProgramFileError
 from autopar.ir.layout import Factor, Layout
-from autopar.mesh import Mesh
+from autopar.mesh import Mesh, axes_of
 
 WORD = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+GROUP = re.compile(r"[A-Za-z_]\w*(:\w+)?(\+[A-Za-z_]\w*(:\w+)?)*", re.ASCII)  # the name of an axis, or of several
 COUNT = re.compile(r"\d+", re.ASCII)
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 PLAIN = re.compile(r"[A-Za-z0-9_.]+")  # targets that need no quotes
@@ -125,11 +126,16 @@ def _factor(cursor: Cursor, mesh: Mesh) -> Factor:
 
 
 def take_axis(cursor: Cursor, mesh: Mesh) -> str:
+    """The name of an axis, or of several merged ones, in normal form."""
     before = cursor.at
-    name = cursor.expect(WORD, "the name of an axis")
-    if name not in mesh.names:
+    name = cursor.expect(GROUP, "the name of an axis")
+    if not set(mesh.names).issuperset(axes_of(name)):
         cursor.fail(f"an axis of {mesh}", name, before)
-    return name
+    try:
+        mesh.size(name)
+    except ValueError as problem:
+        cursor.fail(f"the name of a group of ranks ({problem})", name, before)
+    return mesh.merged([name])
 
 
 def _dim(cursor: Cursor, mesh: Mesh) -> tuple[Factor, ...]:
@@ -150,4 +156,5 @@ def take_layout(cursor: Cursor, mesh: Mesh) -> Layout:
         cursor.expect_sign(":")
         return take_axis(cursor, mesh), op
 
-    return Layout(dims, tuple(listed(cursor, "}", pending)) if cursor.sign("{") else ())
+    reductions = listed(cursor, "}", pending) if cursor.sign("{") else []
+    return Layout(dims, tuple((axis, op) for group, op in reductions for axis in group.split("+")))

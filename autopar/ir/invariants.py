@@ -19,10 +19,11 @@ from autopar.ir.node import Node, origin, output_node, value, values
 from autopar.ir.operator_facts import writes
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind, OutputKind
+from autopar.mesh import Mesh, axes_of, overlap
 
 Contract = Callable[[Program], None]
 
-WHOLE, SPLIT, PARTIAL = "whole", "split", "partial"
+WHOLE, SPLIT, PARTIAL, MIXED = "whole", "split", "partial", "mixed"
 STATES = {"I": WHOLE, "R": WHOLE, "S": SPLIT, "P": PARTIAL}
 CHANGES = {  # collective -> the state of its operand and of its result on its axis
     name: (STATES[row.before], STATES[row.after]) for name, row in comm.COLLECTIVES.items()
@@ -44,8 +45,20 @@ def collectives(program: Program) -> Iterator[tuple[Node, str]]:
 
 
 def state(layout: Layout, axis: str) -> str:
-    """``whole``, ``split`` or ``partial``: the state of ``layout`` on ``axis``."""
-    return SPLIT if axis in layout.axes else PARTIAL if axis in dict(layout.partial) else WHOLE
+    """``whole``, ``split`` or ``partial``: the state of ``layout`` on ``axis``, which may be several merged to one.
+
+    ``mixed`` where it is not the same on all of them, or where they split in several cuts.
+    """
+    wanted, pending = axis.split("+"), [axis for axis, _ in layout.partial]
+    cuts = [[part for group in factor.axes for part in group.split("+")] for dim in layout.dims for factor in dim]
+    found = {
+        SPLIT if any(overlap(part, other) for cut in cuts for other in cut)
+        else PARTIAL if any(overlap(part, other) for other in pending)
+        else WHOLE
+        for part in wanted
+    }  # fmt: skip
+    in_one = any(cut[start : start + len(wanted)] == wanted for cut in cuts for start in range(len(cut)))
+    return found.pop() if len(found) == 1 and (len(wanted) == 1 or in_one or SPLIT not in found) else MIXED
 
 
 # ---------------------------------------------------------------- the graph
@@ -116,26 +129,36 @@ def every_value_has_a_layout(program: Program) -> None:
             raise broken(node, f"{node.target} has no layout", "call set_values on every node that the pass creates")
 
 
-def _owners(layout: Layout) -> list[str]:
-    """The axes that split a value, as many times as they do."""
-    return [axis for dim in layout.dims for factor in dim if factor.axes for axis in factor.axes]
-
-
 def layouts_fit_the_mesh(program: Program) -> None:
     """Layouts name axes of the mesh, and each axis at most once."""
     names = frozenset(program.mesh.names)
     for node in program.graph.nodes:
         for kind in values(node):
-            used = [*_owners(kind.layout), *(axis for axis, _ in kind.layout.partial)]
-            if len(names.intersection(used)) == len(used):
+            groups = [*kind.layout.groups, *(axis for axis, _ in kind.layout.partial)]
+            if len(names.intersection(groups)) == len(groups):
                 continue  # a fast path for correct layouts, which are nearly all
-            for axis, count in Counter(used).items():
-                if axis not in program.mesh.names:
-                    fix = "place values only on axes of program.mesh"
-                    raise broken(node, f"{kind.layout} speaks of axis '{axis}', {program.mesh} has none", fix)
+            for group in groups:
+                fits_the_mesh(node, f"{kind.layout} speaks of", group, program.mesh)
+            used = [part for group in groups for part in group.split("+")]
+            for part in used:
+                count = sum(overlap(part, other) for other in used)
                 if count > 1:
                     fix = "take the value off the axis (Layout.without) before placing it again"
-                    raise broken(node, f"{kind.layout} has axis '{axis}' {count} times", fix)
+                    raise broken(node, f"{kind.layout} has axis '{part}' {count} times", fix)
+
+
+def fits_the_mesh(node: Node, what: str, group: str, mesh: Mesh) -> None:
+    """Raise InvariantError unless ``group`` names, in normal form, an axis of ``mesh`` or several."""
+    missing = next((axis for axis in axes_of(group) if axis not in mesh.names), None)
+    if missing is not None:
+        raise broken(node, f"{what} axis '{missing}', {mesh} has none", "use axes of program.mesh")
+    try:
+        normal = mesh.merged([group])
+    except ValueError as problem:
+        raise broken(node, f"{what} '{group}': {problem}", "take the name from program.mesh.merged(axes)") from None
+    if group != normal:
+        written = f"{what} '{group}', which is '{normal}' on {mesh}"
+        raise broken(node, written, "take the name from program.mesh.merged(axes)")
 
 
 def no_partial_value_escapes(program: Program) -> None:
@@ -167,7 +190,7 @@ def nothing_is_placed(program: Program) -> None:
             fix = "leave collectives to the splitting passes, or run this pass before them"
             raise broken(node, f"comm.{comm.TARGETS[node.target]} before anything is split", fix)
         for kind in values(node):
-            if _owners(kind.layout) or kind.layout.partial:
+            if kind.layout.groups or kind.layout.partial:
                 fix = "leave placing values to the splitting passes, or run this pass before them"
                 raise broken(node, f"{kind.layout} is placed on the mesh already", fix)
 
@@ -214,8 +237,7 @@ def collectives_fit_the_mesh(program: Program) -> None:
     for node, name in collectives(program):
         given = comm.arguments_of(node)
         axis = str(given["axis"])
-        if axis not in program.mesh.names:
-            raise broken(node, f"comm.{name} is over axis '{axis}', {program.mesh} has none", "use an axis of the mesh")
+        fits_the_mesh(node, f"comm.{name} is over", axis, program.mesh)
         if given.get("ways", program.mesh.size(axis)) != program.mesh.size(axis):
             problem = f"comm.{name} is over {given['ways']} ranks, axis '{axis}' has {program.mesh.size(axis)}"
             raise broken(node, problem, "take the number of ways from program.mesh.size(axis)")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from autopar.mesh import Coordinates, Mesh
+from autopar.mesh import Coordinates, Mesh, axes_of
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ def owned_indices(size: int, split: Split, position: int, ways: int) -> Tensor:
 class Factor:
     """One factor of a dim: ``size`` is its global size, ``axes`` own it in the order in which they split it.
 
+    An axis may be several merged to one (``dp+sp``): these cut the factor once, into as many parts as they have ranks.
     ``mirrored``: the one of ``axes``, if any, whose ranks are counted from the last behind each odd index of the
     factors in front of this one.
     """
@@ -150,7 +151,10 @@ class Factor:
 
 @dataclass(frozen=True)
 class Layout:
-    """For each dim its factors, outermost first, and the axes over which the value is a pending reduction."""
+    """For each dim its factors, outermost first, and the axes over which the value is a pending reduction.
+
+    These are single ones: a sum over ``dp+sp`` is one over ``dp`` and one over ``sp``.
+    """
 
     dims: tuple[tuple[Factor, ...], ...]
     partial: tuple[tuple[str, str], ...] = ()
@@ -169,13 +173,23 @@ class Layout:
 
     @property
     def axes(self) -> frozenset[str]:
-        """Axes that split this value (not those over which it is partial)."""
-        return frozenset(axis for dim in self.dims for factor in dim for axis in factor.axes)
+        """Axes of the mesh that split this value (not those over which it is partial)."""
+        return frozenset(axis for group in self.groups for axis in axes_of(group))
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """As :attr:`axes`, with merged ones as they split it: ``dp+sp``."""
+        return tuple([axis for dim in self.dims for factor in dim for axis in factor.axes])
+
+    def part(self, coordinates: Coordinates, mesh: Mesh) -> tuple[int, ...]:
+        """What determines the part of the rank at ``coordinates``: ranks with equal ones hold the same."""
+        groups = (*self.groups, *(axis for axis, _ in self.partial))
+        return tuple([mesh.position(group, coordinates) for group in groups])
 
     def place(self, axis: str, placement: Placement, mesh: Mesh) -> Layout:
         """This layout, so far whole on ``axis``, with ``placement`` on it; the dim of a Split is a local one."""
         if isinstance(placement, Partial):
-            return replace(self, partial=(*self.partial, (axis, placement.op)))
+            return replace(self, partial=(*self.partial, *((part, placement.op) for part in axis.split("+"))))
         if isinstance(placement, Split):
             dims = list(self.dims)
             dims[placement.dim] = _cut(self.dims[placement.dim], placement, axis, mesh)
@@ -185,7 +199,7 @@ class Layout:
     def placement(self, axis: str, mesh: Mesh) -> Placement:
         """The inverse of :meth:`place`, for the axis that was placed last; INVARIANT where the value is whole."""
         for name, op in self.partial:
-            if name == axis:
+            if name in axis.split("+"):
                 return Partial(op)
         for dim, factors in enumerate(self.dims):
             outer = 1
@@ -204,8 +218,8 @@ class Layout:
         for factor in factors:
             own = _owned(factor, coordinates, mesh)[None, :]
             if factor.mirrored:
-                last = mesh.size(factor.mirrored) - 1 - coordinates.get(factor.mirrored, 0)
-                turned = _owned(factor, {**coordinates, factor.mirrored: last}, mesh)[None, :]
+                last = {axis: mesh.size(axis) - 1 - coordinates.get(axis, 0) for axis in axes_of(factor.mirrored)}
+                turned = _owned(factor, {**coordinates, **last}, mesh)[None, :]
                 own = torch.where(owned[:, None] % 2 == 1, turned, own)
             owned = (owned[:, None] * factor.size + own).flatten()
         return owned
@@ -223,7 +237,7 @@ def _owned(factor: Factor, coordinates: Coordinates, mesh: Mesh) -> Tensor:
         ways = mesh.size(axis)
         if factor.ratio == (1,):  # parts of an uneven split are padded before the next axis splits them
             own = torch.nn.functional.pad(own, (0, -len(own) % ways), value=-1)
-        own = own[owned_indices(len(own), Split(0, ratio=factor.ratio), coordinates.get(axis, 0), ways)]
+        own = own[owned_indices(len(own), Split(0, ratio=factor.ratio), mesh.position(axis, coordinates), ways)]
     return own[own >= 0]
 
 
@@ -302,14 +316,14 @@ def unshard(parts: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Tensor:
 
     Where several ranks hold the same part, the first one's is taken. Padding of uneven splits is dropped.
     """
-    reduced = {axis for axis, _ in layout.partial}
     assert all(op == "sum" for _, op in layout.partial), layout
     out = torch.zeros(layout.shape, dtype=parts[0].dtype, device=parts[0].device)
-    counted = layout.axes | reduced
+    counted = set[tuple[int, ...]]()
     for rank, part in enumerate(parts):
         here = mesh.coordinates(rank)
-        if any(position for axis, position in here.items() if axis not in counted):
+        if (which := layout.part(here, mesh)) in counted:
             continue
+        counted.add(which)
         where = []
         for dim, size in enumerate(layout.shape):
             owned = layout.indices(dim, here, mesh)

@@ -25,7 +25,7 @@ from autopar.ir import collectives as comm
 from autopar.ir.node import value, values
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
-from autopar.mesh import DATA_AXES
+from autopar.mesh import REPLICA_AXES
 from autopar.pipeline.duplicated import duplicated_nodes
 from autopar.pipeline.intervals import Event, Table, events_of, totals
 
@@ -165,7 +165,7 @@ class StageGraph:
         """Elements of a parameter that is gathered over a data axis before its use; 0 for others."""
         for user in node.users:
             if user in self.duplicated and user.target in comm.GATHERS:
-                return self.elements(user) if user.args[1] in DATA_AXES else 0
+                return self.elements(user) if comm.axes_over(user).issubset(REPLICA_AXES) else 0
             if user in self.duplicated and self._is_parameter(user):
                 found = self._gathered(user)
                 if found:

@@ -50,8 +50,7 @@ def part_of(layout: Layout, comm: Communicator, *, is_local: bool = False) -> Pa
 
 def joined(local: Tensor, layout: Layout, comm: Communicator) -> Tensor:
     """The whole of a value of any layout, on every rank: each puts its part into zeros, and these are summed."""
-    axes = [axis for axis in comm.mesh.names if axis in layout.axes]
-    if not axes:
+    if not layout.groups:
         return local
     whole = local.new_zeros(layout.shape)
     owned = [layout.indices(dim, comm.coordinates, comm.mesh) for dim in range(local.dim())]
@@ -59,7 +58,7 @@ def joined(local: Tensor, layout: Layout, comm: Communicator) -> Tensor:
         local = local.narrow(dim, 0, local.shape[dim] if indices is None else len(indices))
     where = [torch.arange(size) if own is None else own for size, own in zip(layout.shape, owned)]
     whole[tuple(grid.to(local.device) for grid in torch.meshgrid(*where, indexing="ij"))] = local
-    for axis in axes:
+    for axis in layout.groups:
         whole = comm.all_reduce(whole, axis, "sum")
     return whole
 

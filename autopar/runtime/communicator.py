@@ -6,7 +6,7 @@ come within the timeout ends the program with a RankFailedError that names the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ from autopar.ir.layout import Split
 from autopar.ir.traffic import Transfer, moved_bytes
 from autopar.mesh import PIPELINE, Mesh
 from autopar.runtime import functional_collectives as torch_collectives
+from autopar.runtime.groups import new_group
 from autopar.runtime.pieces import apart, put, take, together
 
 PLAIN = (1,)
@@ -28,8 +29,10 @@ PLAIN = (1,)
 class Communicator:
     """The collectives of one rank. ``groups`` has a process group for every axis of more than one rank.
 
-    ``device`` is where the rank computes, ``back`` the group of messages to lower pipeline ranks. ``phase`` names the
-    present phase, for :attr:`traffic`.
+    Those of merged axes, and of parts of one, are made by :meth:`open`, or at their first use.
+
+    ``device`` is where the rank computes, ``back`` the group of messages to lower pipeline ranks, ``world`` the number
+    in torch's world of each rank of the mesh. ``phase`` names the present phase, for :attr:`traffic`.
     """
 
     def __init__(
@@ -40,22 +43,50 @@ class Communicator:
         timeout: float,
         device: torch.device,
         back: ProcessGroup | None = None,
+        world: Sequence[int] = (),
     ) -> None:
         self.mesh, self.rank, self.timeout, self.device = mesh, rank, timeout, device
         self.coordinates = mesh.coordinates(rank)
         self.phase = "forward"
         self._back = back
-        self._groups = {axis: groups[axis] for axis, size in mesh.axes if size > 1}
+        self._world = world or range(mesh.world_size)
+        self._groups = {axis: groups[axis] if size > 1 else None for axis, size in mesh.axes}
         self._stages = mesh.group(rank, PIPELINE) if PIPELINE in mesh.names else ()  # of the same position within each
-        self._positions = {axis: torch.tensor(i, device=device) for axis, i in self.coordinates.items()}
+        self._positions: dict[str, Tensor] = {}
         self._started: dict[int, str] = {}  # address of the result of one under way -> its name
         self._sent: dict[tuple[str, str, str], list[int]] = {}  # (phase, axis, name) -> [operations, bytes]
+
+    def open(self, axes: Iterable[str]) -> None:
+        """Make the groups of ``axes`` that there are not yet; collective over each of them, in the same order."""
+        for axis in axes:
+            self._group(axis)
+
+    def position(self, axis: str) -> int:
+        """This rank's position on ``axis``."""
+        return self.mesh.position(axis, self.coordinates)
+
+    def _group(self, axis: str) -> ProcessGroup | None:
+        """The process group of ``axis``; None for one rank."""
+        if axis not in self._groups:
+            self._groups[axis] = self._new_group(axis) if self.mesh.size(axis) > 1 else None
+        return self._groups[axis]
+
+    def _new_group(self, axis: str) -> ProcessGroup:
+        members = self.mesh.group(self.rank, axis)
+        try:
+            return new_group([self._world[rank] for rank in members], self.timeout)
+        except RuntimeError as problem:
+            peers = [rank for rank in members if rank != self.rank]
+            what = f"making the process group of axis '{axis}'"
+            raise peer_failed(what, self.rank, peers, self.timeout, problem) from None
 
     # ------------------------------------------------------------ without communication
 
     def axis_index(self, axis: str) -> Tensor:
         """This rank's position on ``axis``, an int64 scalar."""
-        return self._positions[axis] if axis in self._positions else torch.tensor(0, device=self.device)
+        if axis not in self._positions:
+            self._positions[axis] = torch.tensor(self.position(axis), device=self.device)
+        return self._positions[axis]
 
     def enter(self, x: Tensor, axis: str) -> Tensor:
         return x
@@ -64,24 +95,24 @@ class Communicator:
         return x
 
     def keep_first(self, x: Tensor, axis: str) -> Tensor:
-        return x.contiguous() if self.coordinates.get(axis, 0) == 0 else x.new_zeros(x.shape)
+        return x.contiguous() if self.position(axis) == 0 else x.new_zeros(x.shape)
 
     def split(
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
     ) -> Tensor:
-        return take(x, Split.of(dim, outer, ratio), self.coordinates.get(axis, 0), ways)
+        return take(x, Split.of(dim, outer, ratio), self.position(axis), ways)
 
     split_replicated = split
 
     def pad(
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
     ) -> Tensor:
-        return put(x, Split.of(dim, outer, ratio), self.coordinates.get(axis, 0), ways, length)
+        return put(x, Split.of(dim, outer, ratio), self.position(axis), ways, length)
 
     # ------------------------------------------------------------ with communication
 
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
-        if axis not in self._groups:
+        if self._group(axis) is None:
             return x
         return self._send("all_reduce", axis, x, torch_collectives.all_reduce, op)
 
@@ -98,7 +129,7 @@ class Communicator:
     def reduce_scatter(
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
     ) -> Tensor:
-        if axis not in self._groups:
+        if self._group(axis) is None:
             return x
         parts = apart(x, Split.of(dim, outer, ratio), ways)
         own = self._send("reduce_scatter", axis, parts.flatten(0, 1), torch_collectives.reduce_scatter)
@@ -106,7 +137,7 @@ class Communicator:
 
     def all_to_all(self, x: Tensor, axis: str, ways: int, source: Sequence[int], target: Sequence[int]) -> Tensor:
         """From split by ``source`` to split by ``target``, each (dim, outer, *ratio)."""
-        if axis not in self._groups:
+        if self._group(axis) is None:
             return x
         before, after = (Split.of(end[0], end[1], end[2:]) for end in (source, target))
         parts = apart(x, after, ways)
@@ -119,13 +150,13 @@ class Communicator:
 
     def start_shift(self, x: Tensor, axis: str, ways: int, by: int) -> Tensor:
         """As :meth:`shift`; see :meth:`start_all_reduce`."""
-        if axis not in self._groups or by % ways == 0:
+        if self._group(axis) is None or by % ways == 0:
             return x.clone(memory_format=torch.contiguous_format)
         return self._start("shift", axis, x.unsqueeze(0), torch_collectives.start_shift, by).squeeze(0)
 
     def start_all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
         """As :meth:`all_reduce`, but the result is available only after :meth:`wait`; ``x`` must not change before."""
-        if axis not in self._groups:
+        if self._group(axis) is None:
             return x
         return self._start("all_reduce", axis, x, torch_collectives.start_all_reduce, op)
 
@@ -133,7 +164,7 @@ class Communicator:
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
     ) -> Tensor:
         """As :meth:`all_gather` of dim 0 in equal parts; see :meth:`start_all_reduce`."""
-        if axis not in self._groups:
+        if self._group(axis) is None:
             return x
         return self._start("all_gather", axis, x, torch_collectives.start_all_gather)
 
@@ -145,12 +176,12 @@ class Communicator:
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
     ) -> Tensor:
         """As :meth:`reduce_scatter` of dim 0 in equal parts; see :meth:`start_all_reduce`."""
-        if axis not in self._groups:
+        if self._group(axis) is None:
             return x
         return self._start("reduce_scatter", axis, x, torch_collectives.start_reduce_scatter)
 
     def wait(self, x: Tensor, axis: str) -> Tensor:
-        if axis not in self._groups:
+        if self._group(axis) is None:
             return x
         return self._guarded(self._started.pop(x.data_ptr(), "a collective"), axis, x, torch_collectives.wait)
 
@@ -160,13 +191,14 @@ class Communicator:
         return result
 
     def _gather(self, name: str, x: Tensor, axis: str, split: Split, length: int) -> Tensor:
-        if axis not in self._groups:
+        if self._group(axis) is None:
             return x
         gathered = self._send(name, axis, x.contiguous(), torch_collectives.all_gather)
         return together(gathered.view(self.mesh.size(axis), *x.shape), split, length)
 
     def _send(self, name: str, axis: str, x: Tensor, collective: Callable[..., Tensor], *more: Any) -> Tensor:
-        group = self._groups[axis]
+        group = self._group(axis)
+        assert group is not None, axis
         counts = self._sent.setdefault((self.phase, axis, name), [0, 0])
         counts[0] += 1
         counts[1] += moved_bytes(name, group.size(), x.numel() * x.element_size())
@@ -194,7 +226,7 @@ class Communicator:
 
     def _message(self, start: Callable[..., dist.Work | None], x: Tensor, position: int, upwards: bool) -> dist.Work:
         peer = self._stages[position]
-        group = self._groups[PIPELINE] if upwards or self._back is None else self._back
+        group = self._group(PIPELINE) if upwards or self._back is None else self._back
         try:
             work = start(x, peer, group=group)
         except RuntimeError as problem:
@@ -212,9 +244,10 @@ class Communicator:
 
     def exchange(self, x: Tensor, axis: str) -> Tensor:
         """The ``x`` of every rank of ``axis``: (ways, ...). Used between programs; not counted as traffic."""
-        if axis not in self._groups:
+        group = self._group(axis)
+        if group is None:
             return x.unsqueeze(0)
-        return self._guarded("exchange", axis, x.unsqueeze(0), torch_collectives.all_gather, self._groups[axis])
+        return self._guarded("exchange", axis, x.unsqueeze(0), torch_collectives.all_gather, group)
 
     # ------------------------------------------------------------ traffic
 

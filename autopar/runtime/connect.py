@@ -1,4 +1,7 @@
-"""From a mesh to running processes: torchrun's environment, the DeviceMesh, one process group per axis."""
+"""From a mesh to running processes: torchrun's environment, the DeviceMesh, one process group per axis.
+
+Those over several axes at once are made later (``groups.py``).
+"""
 
 from __future__ import annotations
 
@@ -154,7 +157,7 @@ def _communicator(mesh: Mesh, device_mesh: DeviceMesh, timeout: float, device: t
     if coordinate is None:
         raise LaunchError(f"rank {dist.get_rank()} is not on the DeviceMesh that was given ({device_mesh})")
     rank = mesh.rank(dict(zip(mesh.names, coordinate)))
-    return Communicator(mesh, groups, rank, timeout, device, back)
+    return Communicator(mesh, groups, rank, timeout, device, back, device_mesh.mesh.flatten().tolist())
 
 
 def _sizes(mesh: Mesh, processes: int, who: str) -> str:

@@ -14,7 +14,7 @@ from autopar.autodiff.halves import BackwardSteps
 from autopar.autodiff.hoist import Gathering, Reducing, without_gathers, without_reductions
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
-from autopar.mesh import DATA_AXES
+from autopar.mesh import REPLICA_AXES
 
 FORWARD, INFERENCE, BACKWARD = "forward", "inference", "backward"
 PARTIAL, REDUCED = "partial", "reduced"  # the backward pass of a model in two parts
@@ -80,7 +80,7 @@ def _deferred(program: Program) -> Reducing | None:
     """
     role = program.required_role
     parameters = {entry.target for _, entry in program.placeholders(InputKind.PARAMETER)}
-    axes = [axis for axis in DATA_AXES if program.mesh.size(axis) > 1]
+    axes = [axis for axis in REPLICA_AXES if program.mesh.size(axis) > 1]
     if role.backward is None or program.plan.zero > 1 or not axes or not parameters.issuperset(role.grads):
         return None
     return without_reductions(role.backward, axes)

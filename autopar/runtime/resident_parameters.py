@@ -99,7 +99,7 @@ class Gathered:
         rows = local_of(self._parameters[name]()).shape[0]
         if rows * self.comm.mesh.size(axis) != whole.shape[0]:
             return None
-        return whole.narrow(0, self.comm.coordinates[axis] * rows, rows)
+        return whole.narrow(0, self.comm.position(axis) * rows, rows)
 
 
 def _gather_of(node: Node) -> Node:

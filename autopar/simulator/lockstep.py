@@ -198,7 +198,7 @@ class Lockstep:
     def __init__(self, mesh: Mesh, *, gradients: bool = False) -> None:
         self.mesh, self.gradients = mesh, gradients
         self.memory = [Memory() for _ in range(mesh.world_size)]
-        self.groups = {axis: tuple(mesh.groups(axis)) for axis in mesh.names}
+        self._groups: dict[str, tuple[tuple[int, ...], ...]] = {}
         self._sent: dict[tuple[str, str, str], tuple[int, int]] = {}
 
     @property
@@ -242,6 +242,12 @@ class Lockstep:
             for memory, value in zip(self.memory, ranks):
                 memory.release(value)
 
+    def groups(self, axis: str) -> tuple[tuple[int, ...], ...]:
+        """All groups of ranks that communicate over ``axis``."""
+        if axis not in self._groups:
+            self._groups[axis] = tuple(self.mesh.groups(axis))
+        return self._groups[axis]
+
     def count(self, phase: str, axis: str, name: str, operations: int, sent: int) -> None:
         """Add to the traffic of each rank."""
         before = self._sent.get((phase, axis, name), (0, 0))
@@ -251,8 +257,8 @@ class Lockstep:
         assert node.op == "call_function", node.format_node()
         name = comm.TARGETS.get(node.target)  # type: ignore[call-overload]
         if name == "axis_index":
-            positions = [self.mesh.coordinates(rank).get(node.args[0], 0) for rank in range(self.mesh.world_size)]  # type: ignore[arg-type]
-            return [torch.tensor(position) for position in positions]
+            ranks = map(self.mesh.coordinates, range(self.mesh.world_size))
+            return [torch.tensor(self.mesh.position(str(node.args[0]), here)) for here in ranks]
         if name is not None:
             return self._communicate(name, node, known, phase)
         done: dict[Any, Any] = {}
@@ -273,7 +279,7 @@ class Lockstep:
             size = parts[0].numel() * parts[0].element_size()
             self.count(phase, axis, moving, 1, moved_bytes(moving, self.mesh.size(axis), size))
         results: Ranks = [None] * self.mesh.world_size
-        for group in self.groups.get(axis) or tuple((rank,) for rank in range(self.mesh.world_size)):
+        for group in self.groups(axis):
             own = [parts[rank] for rank in group]
             if self.gradients:
                 members = _Differentiable.apply(name, (axis, *rest), *own)  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,7 +67,8 @@ def gathered_once(
         name, axis = owner
         rows = inputs[places[name]][0].shape[0]
         if rows * program.mesh.size(axis) == ranks[0].shape[0]:
-            starts = [program.mesh.coordinates(rank)[axis] * rows for rank in range(len(ranks))]
+            mesh = program.mesh
+            starts = [mesh.position(axis, mesh.coordinates(rank)) * rows for rank in range(len(ranks))]
             inputs[places[name]] = [full.narrow(0, start, rows) for full, start in zip(ranks, starts)]
     return found.rest, [*inputs, *whole]
 
@@ -103,10 +104,10 @@ def parts(whole: Tensor, layout: Layout, mesh: Mesh) -> Ranks:
     """The part of ``whole`` on each rank; ranks with equal parts share one tensor. Pending sums count as whole."""
     made: dict[tuple[int, ...], Tensor] = {}
     found: Ranks = []
-    local = layout.local_shape(mesh)
+    local, pieces = layout.local_shape(mesh), replace(layout, partial=())
     for rank in range(mesh.world_size):
         here = mesh.coordinates(rank)
-        key = tuple(position for axis, position in here.items() if axis in layout.axes)
+        key = pieces.part(here, mesh)
         if key not in made:
             part = shard(whole, layout, mesh, here).contiguous()
             if part.untyped_storage().nbytes() != part.numel() * part.element_size():
@@ -122,14 +123,11 @@ def joined(name: str, ranks: Ranks, layout: Layout, mesh: Mesh) -> Tensor:
 
     Raises InvariantError, naming ``name``, where ranks that should hold the same part do not.
     """
-    reduced = {axis for axis, _ in layout.partial}
     first: dict[tuple[int, ...], int] = {}
     for rank, part in enumerate(ranks):
         if tuple(part.shape) != layout.local_shape(mesh):
             raise InvariantError(f"{name}: rank {rank} holds {list(part.shape)}, its layout {layout} says otherwise")
-        here = mesh.coordinates(rank)
-        key = tuple(position for axis, position in here.items() if axis in layout.axes or axis in reduced)
-        peer = first.setdefault(key, rank)
+        peer = first.setdefault(layout.part(mesh.coordinates(rank), mesh), rank)
         if ranks[peer] is not part and not _agree(ranks[peer], part):
             raise InvariantError(
                 f"{name}: ranks {peer} and {rank} of {mesh} should hold the same value ({layout}) and do not, "

@@ -225,7 +225,7 @@ def _irregular(program: AnyProgram, axis: str, normalised: frozenset[str]) -> It
     for graph in (graph for role in roles for graph in (role.forward, role.backward)):
         for node in graph.nodes if graph is not None else ():
             name = comm.moving(node.target)
-            if name is None or axis not in node.args or not value(node).dtype.is_floating_point:
+            if name is None or axis not in comm.axes_over(node) or not value(node).dtype.is_floating_point:
                 continue
             if name == "all_reduce" and origin(node).module in normalised:
                 yield f"statistics of batch normalisation reduced over {axis}"
@@ -240,7 +240,7 @@ def _feeds_a_product(node: fx.Node) -> bool:
 def _gathered_weights(program: AnyProgram, axis: str) -> Iterator[fx.Node]:
     weights = made_only_of(program.graph, (node for node, _ in program.placeholders(InputKind.PARAMETER)))
     for node in program.graph.nodes:
-        if node in weights and node.target in comm.GATHERS and axis in node.args:
+        if node in weights and node.target in comm.GATHERS and axis in comm.axes_over(node):
             yield node
 
 
