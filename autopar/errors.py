@@ -23,6 +23,14 @@ class IndivisibleError(AutoparError):
     """A dim does not divide by the size of the axis that should split it."""
 
 
+class SequenceError(AutoparError):
+    """An axis cannot split the sequence of the model, or not as the plan asks."""
+
+
+class NothingSplitError(AutoparError):
+    """An axis would leave nearly all of its work whole on every rank."""
+
+
 class StageError(AutoparError):
     """The model cannot be cut into the required pipeline stages."""
 

@@ -11,6 +11,7 @@ from autopar.precision import Precision
 from autopar.schedules.named import NAMES, stages_per_rank
 
 SEQUENCE_FORMS = ("none", "megatron")
+ATTENTION_FORMS = ("auto", "ring", "gather", "ulysses", "hybrid")
 ZERO_STAGES = (0, 1, 2, 3)
 INPUT_FORMS = ("global", "local")
 RECOMPUTE_FORMS = ("none", "selective", "full")
@@ -35,6 +36,10 @@ class Plan:
     Attributes:
         sequence: ``"megatron"`` splits the sequence between transformer blocks over ``tp``
             (reduce-scatter and all-gather instead of all-reduce; Korthikanti et al. 2022).
+        attention: how attention runs on parts of a sequence, with an axis ``sp`` (docs/sequence.md): ``"ring"`` passes
+            keys and values around; ``"gather"`` gathers them; ``"ulysses"`` turns parts of the sequence into parts of
+            the heads and back; ``"hybrid"`` does that among neighbours, with a ring over the groups; ``"auto"``
+            prices the four for each attention.
         zero: what is split over the data axis (Rajbhandari et al. 2020): 1 the optimizer states, 2 the gradients too,
             3 the parameters too, which are then gathered before use; 0 nothing.
         reshard_after_forward: with ``zero=3``, free gathered parameters after their use in the forward pass and
@@ -53,6 +58,8 @@ class Plan:
             the first pattern that matches wins.
         inputs: ``"global"``: every rank passes the whole batch; ``"local"``: each passes its own part.
         batch_dims: input name -> its batch dim (None: it has none), where the guess is wrong.
+        sequence_dims: input name -> its sequence dim (None: it has none), where it is not found: it is needed in a
+            model without attention, and with ``inputs="local"`` on an axis ``sp``.
         outputs: ``"sharded"``: outputs other than the loss are DTensors, gathered by ``full_tensor()``;
             ``"full"``: they are gathered in the program.
         on_unknown: what to do with an operator without a rule: ``"error"`` or ``"replicate"``.
@@ -73,6 +80,7 @@ class Plan:
     """
 
     sequence: str = "none"
+    attention: str = "auto"
     zero: int = 0
     reshard_after_forward: bool = True
     recompute: str | float = "none"
@@ -83,6 +91,7 @@ class Plan:
     tensor: Mapping[str, str] = field(default_factory=dict)
     inputs: str = "global"
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)
+    sequence_dims: Mapping[str, int | None] = field(default_factory=dict)
     outputs: str = "sharded"
     on_unknown: str = "error"
     on_indivisible: str = "error"
@@ -96,6 +105,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         _one_of("sequence", self.sequence, SEQUENCE_FORMS)
+        _one_of("attention", self.attention, ATTENTION_FORMS)
         _one_of("zero", self.zero, ZERO_STAGES)
         _check_recompute(self.recompute)
         _one_of("inputs", self.inputs, INPUT_FORMS)
@@ -118,6 +128,7 @@ class Plan:
         object.__setattr__(self, "tensor", _frozen(self.tensor))
         object.__setattr__(self, "cuts", tuple(self.cuts))
         object.__setattr__(self, "batch_dims", _frozen(self.batch_dims))
+        object.__setattr__(self, "sequence_dims", _frozen(self.sequence_dims))
 
     def to_json(self) -> dict[str, Any]:
         """Every choice by name, in values that JSON knows."""

@@ -31,6 +31,7 @@ from autopar.passes.recompute_activations import recompute_activations
 from autopar.passes.schedule_microbatches import schedule_microbatches
 from autopar.passes.shard_parameters import shard_parameters
 from autopar.passes.split_batch import split_batch
+from autopar.passes.split_sequence import split_sequence
 from autopar.passes.split_tensors import split_tensors
 from autopar.passes.synchronise_batch_norm import synchronise_batch_norm
 from autopar.passes.unstack_recurrent_layers import unstack_recurrent_layers
@@ -63,6 +64,7 @@ COMPILER = (
         "split",
         (
             split_batch,  # outermost data axis first: every later axis sees the local batch
+            split_sequence,  # while heads are whole: how many there are for each rank determines how attention runs
             split_tensors,
             shard_parameters,  # last of the axes: it gathers the part of a parameter that the others leave
             cast_parameters,  # before all else that happens to a parameter: its cast is gathered, half the bytes

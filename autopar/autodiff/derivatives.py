@@ -7,14 +7,13 @@ copy       the functional form of ``copy_``, for which torch has no derivative
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from autopar.autodiff.recorder import Recorder
-from autopar.ir.node import Node
 from autopar.operators.attention import attend
 
 aten = torch.ops.aten
@@ -64,37 +63,3 @@ DERIVATIVES: dict[Any, Callable[..., Any]] = {
     aten.copy.default: _copy,
     aten.scaled_dot_product_attention.default: _attention,
 }
-
-RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
-
-
-def unrepeated_heads(keys: Node, values: Node, tensors: Mapping[Node, Tensor]) -> tuple[Node, Node]:
-    """The keys and values (B, Hkv, S, D) whose heads these (B, H, S, D) repeat one by one, or else these themselves.
-
-    Models write grouped-query attention as unsqueeze, expand, reshape. Our attention takes the fewer heads directly, so
-    the repeated ones are neither computed nor saved. It requires as many heads of keys as of values: where one of the
-    two has been converted in between (a gather of repeated heads), both stay repeated.
-    """
-    fewer = _unrepeated(keys, tensors), _unrepeated(values, tensors)
-    heads = [tensors[source].shape[1:2] for source in fewer]
-    return fewer if heads[0] == heads[1] else (keys, values)
-
-
-def _unrepeated(node: Node, tensors: Mapping[Node, Tensor]) -> Node:
-    if node.target not in RESHAPES:
-        return node
-    expand = node.all_input_nodes[0]
-    if expand.target is aten.clone.default:
-        expand = expand.all_input_nodes[0]
-    unsqueeze = expand.all_input_nodes[0] if expand.target is aten.expand.default else node
-    if unsqueeze.target is not aten.unsqueeze.default:
-        return node
-    source = unsqueeze.all_input_nodes[0]
-    if tensors[source].dim() != 4 or tensors[expand].dim() != 5:
-        return node
-    batch, heads, length, width = tensors[source].shape
-    repeats = tensors[expand].shape[2]
-    wide = tensors[unsqueeze].shape == (batch, heads, 1, length, width)
-    expanded = tensors[expand].shape == (batch, heads, repeats, length, width)
-    merged = tensors[node].shape == (batch, heads * repeats, length, width)
-    return source if wide and expanded and merged else node

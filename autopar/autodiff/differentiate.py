@@ -38,8 +38,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from autopar.autodiff.derivatives import DERIVATIVES, unrepeated_heads
-from autopar.autodiff.partition import Joint, Recompute, partition
+from autopar.autodiff.derivatives import DERIVATIVES
+from autopar.autodiff.partition import Joint, Recompute, extract, partition
 from autopar.autodiff.recorder import IDENTITIES, Recorder, fake_mode
 from autopar.errors import AutoparError, InvariantError
 from autopar.ir import collectives as comm
@@ -47,9 +47,11 @@ from autopar.ir.node import Node, origin, set_origin, set_values, value, values
 from autopar.ir.operator_facts import is_free
 from autopar.ir.program import AnyProgram, Program
 from autopar.ir.reach import ancestors
+from autopar.ir.repeated_heads import unrepeated_heads
 from autopar.ir.rewrite import remove_unused
 from autopar.ir.tables import InputKind, OutputKind, Role
 from autopar.operators import ATTENTIONS
+from autopar.operators.registry import COMPOSITES
 
 aten = torch.ops.aten
 
@@ -115,7 +117,13 @@ def role_of(program: Program, differentiable: tuple[int, ...] | None = None, rec
 
 
 def inference_graph(program: Program) -> fx.Graph:
-    """A copy of the forward graph without dead nodes and without nodes that only matter to a backward pass."""
+    """A copy of the forward graph without dead nodes and without nodes that only matter to a backward pass.
+
+    Composites are written out, as in the graphs of training.
+    """
+    if any(node.target in COMPOSITES for node in program.graph.nodes):
+        joint, _, _ = joint_graph(program, ())
+        return extract(joint.graph, joint.inputs, joint.outputs)
     copy, copies = fx.Graph(), dict[Node, Node]()
     results = program.returned
     live = ancestors(results)
@@ -228,7 +236,7 @@ class _Forward:
             raise InvariantError(f"{node.name} is a {node.op} node; a program has only functions and placeholders")
         given = node.args
         if node.target in ATTENTIONS:
-            fewer = unrepeated_heads(given[1], given[2], self.tensors)  # type: ignore[arg-type]
+            fewer = unrepeated_heads(given[1], given[2], lambda x: self.tensors[x].shape)  # type: ignore[arg-type]
             given = (given[0], *fewer, *given[3:])
         args, kwargs = fx.map_arg((given, node.kwargs), self.tensors.__getitem__)
         try:

@@ -28,8 +28,10 @@ from autopar.ir.program import Program
 from autopar.ir.reach import ancestors
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import moved_bytes
+from autopar.operators import MERGE
 
 aten = torch.ops.aten
+OF_A_RING = {MERGE, comm.OPS.shift.default}  # keys and values pass by twice, not a third time: its results are kept
 SORTS = (aten.sort, aten.argsort, aten.topk)  # choices of rows: a recomputed one must choose the same
 OUTSIDE = ""  # of all repeated blocks
 Place = tuple[str, int]  # a repeated block, or OUTSIDE, and the number of the run through it
@@ -128,6 +130,8 @@ class Regions:
 
     def _may_again(self, node: fx.Node) -> bool:
         """Whether the plan lets backward recompute ``node``."""
+        if node.target in OF_A_RING:
+            return False
         block, _ = self.places[node]
         everything = self.program.plan.recompute != "selective" and block != OUTSIDE
         return not is_random(node.target) and (everything or not _is_costly(node))

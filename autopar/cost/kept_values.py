@@ -88,7 +88,7 @@ def memory_of(node: fx.Node) -> fx.Node:
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:
-    """The heads before their repetition in ``node`` (``derivatives.unrepeated_heads``)."""
+    """The heads before their repetition in ``node`` (``ir.repeated_heads``)."""
     source = node.all_input_nodes[0] if node.all_input_nodes else node
     repeats = is_operator(node) and packet_of(node) is aten.reshape
     return source if repeats and is_operator(source) and packet_of(source) is aten.expand else node

@@ -1,4 +1,4 @@
-"""Which dims of the inputs are the batch, and over how many ranks it is split."""
+"""Which dims of the inputs are the batch and the sequence, and over how many ranks the batch is split."""
 
 from __future__ import annotations
 
@@ -24,3 +24,16 @@ def batch_dims(shapes: Sequence[tuple[str, Sequence[int]]], given: Mapping[str, 
     lengths = Counter(shape[0] for name, shape in shapes if len(shape) and name not in given)
     usual = lengths.most_common(1)[0][0] if lengths else None
     return [given[name] if name in given else 0 if len(shape) and shape[0] == usual else None for name, shape in shapes]
+
+
+def sequence_dims(shapes: Sequence[tuple[str, Sequence[int]]], given: Mapping[str, int | None]) -> list[int | None]:
+    """The sequence dim of each input (name, shape); None for an input without one.
+
+    It is the ``given`` one, else dim 1 of inputs with two dims, and of those with three that are as long there.
+    """
+    lengths = Counter(shape[1] for name, shape in shapes if len(shape) == 2 and name not in given)
+    usual = lengths.most_common(1)[0][0] if lengths else None
+    return [
+        given[name] if name in given else 1 if len(shape) in (2, 3) and shape[1] == usual != 1 else None
+        for name, shape in shapes
+    ]

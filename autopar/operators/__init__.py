@@ -12,6 +12,7 @@ from autopar.operators.losses import cross_entropy_from_parts, cross_entropy_sum
 from autopar.operators.masked_attention import ATTENTIONS, masked_attention
 from autopar.operators.random import random_keep, random_uniform
 from autopar.operators.registry import REGISTRY, operator
+from autopar.operators.sequence import hybrid_attention, ring_attention, rows_attention
 from autopar.operators.straight_through import STRAIGHT_THROUGH
 
 __all__ = [
@@ -25,10 +26,13 @@ __all__ = [
     "cross_entropy_from_parts",
     "cross_entropy_sums",
     "embedding_rows",
+    "hybrid_attention",
     "masked_attention",
     "operator",
     "random_keep",
     "random_uniform",
+    "ring_attention",
+    "rows_attention",
     "vocabulary_maximum",
     "vocabulary_sums",
 ]

@@ -10,6 +10,7 @@ import torch
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 REGISTRY: dict[str, Callable[..., Any]] = {}
+COMPOSITES: set[Callable[..., Any]] = set()
 
 
 def operator(function: _F) -> _F:
@@ -17,6 +18,12 @@ def operator(function: _F) -> _F:
     assert function.__name__ not in REGISTRY, function.__name__
     REGISTRY[function.__name__] = function
     return function
+
+
+def composite(function: _F) -> _F:
+    """Register an operator that is written out, as the operators that it calls, in the graphs that ranks run."""
+    COMPOSITES.add(function)
+    return operator(function)
 
 
 def library(*schemas: str) -> torch.library.Library:

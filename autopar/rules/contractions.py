@@ -183,7 +183,17 @@ def attention(call: Call) -> Factoring:
 
 def masked_attention(call: Call) -> Factoring:
     """Attention under a formula: its vectors (..., positions) are split with the batch, never along the positions."""
-    operands = 3 if call.args[3] is None else 4
+    return _with_vectors(call, 3 if call.args[3] is None else 4)
+
+
+def part_of_attention(call: Call) -> Factoring:
+    """Attention of one part of a sequence: as of the whole, with the rank behind the vectors."""
+    has_bias = call.target is not operators.hybrid_attention and call.args[3] is not None
+    found = _with_vectors(replace(call, inputs=call.inputs[:-1]), 4 if has_bias else 3)
+    return replace(found, inputs=(*found.inputs, ()))
+
+
+def _with_vectors(call: Call, operands: int) -> Factoring:
     found = attention(replace(call, inputs=call.inputs[:operands]))
     lead = found.outputs[0][:-2]
     batch = lead[:-1] if len(lead) > 1 else lead
@@ -223,4 +233,7 @@ RULES: dict[Any, Any] = {
     aten.embedding_bag.padding_idx: bag,
     aten.scaled_dot_product_attention.default: attention,
     operators.masked_attention: masked_attention,
+    **dict.fromkeys(
+        (operators.ring_attention, operators.rows_attention, operators.hybrid_attention), part_of_attention
+    ),
 }

@@ -18,16 +18,19 @@ from autopar.ir import collectives as comm
 from autopar.ir.layout import Layout, Partial, Placement, Split
 from autopar.ir.node import Value, origin, set_origin, set_values, value, values
 from autopar.ir.program import Program
+from autopar.ir.tables import Decision
 from autopar.rules.factoring import Strategy
 from autopar.split.choose import Choice, Policy, choose
 from autopar.split.conversions import Step, normalised, plan_placements
 from autopar.split.flow import Flow, Key, flow_of, key_of
 
+Check = Callable[[Flow, Choice], Mapping[str, Decision] | None]
 
-def split_axis(program: Program, policy: Policy, check: Callable[[Flow, Choice], None] | None = None) -> Program:
+
+def split_axis(program: Program, policy: Policy, check: Check | None = None) -> Program:
     """The program split over ``policy.axis``; unchanged if this axis has only one rank.
 
-    ``check`` may raise on the chosen layouts before anything is rewritten.
+    ``check`` may raise on the chosen layouts before anything is rewritten, or give decisions of its own, by node name.
     """
     if program.mesh.size(policy.axis) == 1:
         return program
@@ -35,11 +38,11 @@ def split_axis(program: Program, policy: Policy, check: Callable[[Flow, Choice],
     flow.spread(policy.seeds(flow))
     flow.spread_further(policy.further_seeds(flow))
     choice = choose(flow, policy)
-    if check:
-        check(flow, choice)
-    graph = rewritten(flow, choice)
-    decisions = {**program.decisions, policy.axis: choice.decisions}
-    return replace(program, graph=graph, decisions=decisions)
+    made = {**choice.decisions, **((check(flow, choice) if check else None) or {})}
+    rewriter = _Rewriter(flow, choice)
+    graph = rewriter.run()
+    made = {rewriter.renamed.get(name, name): decision for name, decision in made.items()}
+    return replace(program, graph=graph, decisions={**program.decisions, policy.axis: made})
 
 
 def rewritten(flow: Flow, choice: Choice) -> fx.Graph:
@@ -64,8 +67,9 @@ class _Rewriter:
         self.graph = fx.Graph()
         self.held: dict[Key, _Held] = {}
         self.required: dict[Key, set[Placement]] = {}
-        self.axis_index_node: fx.Node | None = None
+        self.axis_indices: dict[str, fx.Node] = {}
         self.current: fx.Node | None = None
+        self.renamed: dict[str, str] = {}  # name of a call -> of what a rule has written in its place
 
     def run(self) -> fx.Graph:
         self._note_required()
@@ -169,6 +173,7 @@ class _Rewriter:
             self.graph.erase_node(new)
             new = rewritten
             set_values(new, *types)
+            self.renamed[node.name] = new.name
         self._hold_outputs(node, new, strategy)
 
     def _rewritten(self, new: fx.Node, rewrite: Any, before: tuple[Value, ...]) -> fx.Node:
@@ -202,11 +207,11 @@ class _Emitter:
         return self.rewriter.emit(target, args, *types, kwargs=kwargs)
 
     def axis_index(self, axis: str) -> fx.Node:
-        rewriter = self.rewriter
-        if rewriter.axis_index_node is None:
+        known = self.rewriter.axis_indices
+        if axis not in known:
             index = Value(torch.int64, Layout(()))
-            rewriter.axis_index_node = rewriter.emit(comm.OPS.axis_index.default, (axis,), index)
-        return rewriter.axis_index_node
+            known[axis] = self.rewriter.emit(comm.OPS.axis_index.default, (axis,), index)
+        return known[axis]
 
     def partial(self, whole: Value, axis: str, op: str = "sum") -> Value:
         if any(name == axis for name, _ in whole.layout.partial):

@@ -1,0 +1,44 @@
+"""Split the sequence over ``sp``: attention by ring, gathered keys, all-to-all or both; all else by its rules.
+
+before, on mesh(sp=2), Plan(attention="gather"):
+  q = input                                                         : f32[2,4,16,8]
+  k = input                                                         : f32[2,4,16,8]
+  v = input                                                         : f32[2,4,16,8]
+  y = aten.scaled_dot_product_attention(q, k, v, None, 0.0, False)  : f32[2,4,16,8]
+  return y
+after:
+  q              = input                                                               : f32[2,4,16@sp,8]
+  k              = input                                                               : f32[2,4,16,8]
+  v              = input                                                               : f32[2,4,16,8]
+  return q
+
+The sequence dims are found from the attention operators, never from names: dim -2 of queries, keys and values, spread
+backwards to the inputs and forwards to the loss (a model without attention: from its inputs). Positions, masks and
+labels are whole, and are cut where they are used. Under a causal mask the parts are in zig-zag order, so that all ranks
+have as much to compute. (Liu et al. 2023, Ring Attention; Jacobs et al. 2023, DeepSpeed-Ulysses; docs/sequence.md.)
+"""
+
+from __future__ import annotations
+
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.invariants import whole_on
+from autopar.ir.program import Program
+from autopar.ir.tables import Decision
+from autopar.split.choose import Choice
+from autopar.split.flow import Flow
+from autopar.split.sequence_axis import sequence_policy, warn_of_written_out, with_own_heads
+from autopar.split.shares import refuse_idle_axis
+from autopar.split.split_axis import split_axis
+
+
+@graph_pass(requires=(whole_on("sp"), whole_on("tp")), when=lambda program: program.mesh.size("sp") > 1)
+def split_sequence(program: Program) -> Program:
+    program = with_own_heads(program, "sp")
+    policy = sequence_policy(program, "sp")
+    warn_of_written_out(program)
+
+    def check(flow: Flow, choice: Choice) -> dict[str, Decision]:
+        refuse_idle_axis(flow, choice)
+        return policy.forms.decisions(flow)
+
+    return split_axis(program, policy, check)
