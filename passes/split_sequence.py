@@ -1,16 +1,24 @@
 """Split the sequence over ``sp``: attention by ring, gathered keys, all-to-all or both; all else by its rules.
 
-before, on mesh(sp=2), Plan(attention="gather"):
-  q = input                                                         : f32[2,4,16,8]
-  k = input                                                         : f32[2,4,16,8]
-  v = input                                                         : f32[2,4,16,8]
-  y = aten.scaled_dot_product_attention(q, k, v, None, 0.0, False)  : f32[2,4,16,8]
+before, on mesh(sp=2), Plan(attention="ring"):
+  x = input                                                        : f32[2,16,32]
+  w = param w                                                      : f32[32,32]
+  h = aten.linear(x, w)                                            : f32[2,16,32]
+  r = aten.reshape(h, [2, 16, 4, 8])                               : f32[2,16,4,8]
+  q = aten.transpose.int(r, 1, 2)                                  : f32[2,4,16,8]
+  y = aten.scaled_dot_product_attention(q, q, q, None, 0.0, True)  : f32[2,4,16,8]
   return y
 after:
-  q              = input                                                               : f32[2,4,16@sp,8]
-  k              = input                                                               : f32[2,4,16,8]
-  v              = input                                                               : f32[2,4,16,8]
-  return q
+  x              = input                                       : f32[2,(2 8@sp~),32]
+  w              = param w                                     : f32[32,32]
+  enter          = comm.enter(w, sp)                           : f32[32,32]
+  h              = aten.linear(x, enter)                       : f32[2,(2 8@sp~),32]
+  r              = aten.reshape(h, [2, 8, 4, 8])               : f32[2,(2 8@sp~),4,8]
+  q              = aten.transpose.int(r, 1, 2)                 : f32[2,4,(2 8@sp~),8]
+  axis_index     = comm.axis_index(sp)                         : i64[]
+  ring_attention = op.ring_attention(q, q, q, None, [], axis_index, "sp", 2, True, "j<=i", [1], None)
+                 : f32[2,4,(2 8@sp~),8]
+  return ring_attention
 
 The sequence dims are found from the attention operators, never from names: dim -2 of queries, keys and values, spread
 backwards to the inputs and forwards to the loss (a model without attention: from its inputs). Positions, masks and

@@ -35,7 +35,7 @@ STANDS_ON = {
     "exporters": "errors ir mesh plan",
     "frontend": "errors ir mesh operators plan",
     "autodiff": "cost errors ir mesh operators",
-    "split": "cost errors ir operators rules",
+    "split": "cost errors ir mesh operators rules",
     "pipeline": "autodiff cost errors ir mesh plan schedules",
     "analysis": "autodiff ir mesh pipeline schedules",
     "simulator": "autodiff errors ir mesh pipeline schedules",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autopar.compiler import split_program
 from autopar.errors import InvariantError
 from autopar.ir.graph_pass import Level, Phase, graph_pass, run_phases, steps_of
+from autopar.ir.parse import parse
 from autopar.ir.program import AnyProgram, Program
 from autopar.levels import DIFFERENTIATED, LEVELS, SCHEDULED, SPLIT, TRACED
 from autopar.mesh import Mesh
@@ -135,9 +136,22 @@ def test_parameters_are_sharded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         run_phases(once, COMPILER, since="shard_parameters", until="shard_parameters")
 
 
+@pytest.mark.parametrize("axis", ["sp", "tp"])
+def test_a_sequence_is_split_once_and_before_tensors(
+    axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    placed = parse(
+        f"program mesh(sp=2 tp=2)\n  x = input : f32[4,8@{axis}]\n  y = aten.relu(x) : f32[4,8@{axis}]\n  return y"
+    )
+    with pytest.raises(InvariantError, match=rf"Contract whole_on\({axis}\), required by pass split_sequence"):
+        run_phases(placed, COMPILER, since="split_sequence", until="split_sequence")
+
+
 def test_every_requirement_of_a_pass_is_seen_to_refuse() -> None:
     required = {(step.name, contract.__name__) for _, step in steps_of(COMPILER) for contract in step.requires}
     seen = {(name, contract) for name, _, _, contract in ORDER}
     assert required - seen == {
-        ("shard_parameters", f"parameters_whole_on({axis})") for axis in ("dp", "dp_replicate", "dp_shard")
+        *(("shard_parameters", f"parameters_whole_on({axis})") for axis in ("dp", "dp_replicate", "dp_shard")),
+        *(("split_sequence", f"whole_on({axis})") for axis in ("sp", "tp")),  # seen above
     }

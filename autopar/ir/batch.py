@@ -26,14 +26,14 @@ def batch_dims(shapes: Sequence[tuple[str, Sequence[int]]], given: Mapping[str, 
     return [given[name] if name in given else 0 if len(shape) and shape[0] == usual else None for name, shape in shapes]
 
 
-def sequence_dims(shapes: Sequence[tuple[str, Sequence[int]]], given: Mapping[str, int | None]) -> list[int | None]:
-    """The sequence dim of each input (name, shape); None for an input without one.
+def sequence_dims(
+    tensors: Sequence[tuple[str, Sequence[int], bool]], given: Mapping[str, int | None]
+) -> list[int | None]:
+    """The sequence dim of each input (name, shape, whether it is floating); None for an input without one.
 
-    It is the ``given`` one, else dim 1 of inputs with two dims, and of those with three that are as long there.
+    It is the ``given`` one, else dim 1 of whole numbers (batch, positions) and floats (batch, positions, width).
     """
-    lengths = Counter(shape[1] for name, shape in shapes if len(shape) == 2 and name not in given)
-    usual = lengths.most_common(1)[0][0] if lengths else None
     return [
-        given[name] if name in given else 1 if len(shape) in (2, 3) and shape[1] == usual != 1 else None
-        for name, shape in shapes
+        given[name] if name in given else 1 if len(shape) == (3 if floating else 2) and shape[1] > 1 else None
+        for name, shape, floating in tensors
     ]

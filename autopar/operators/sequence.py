@@ -7,7 +7,7 @@
     q (..., H, S / ways, D)   k, v (..., Hkv, T / ways, D or Dv); of rows_attention k, v (..., Hkv, T, D or Dv)
     bias: bool (True takes part) or float (added), broadcastable to (..., H, S / ways, T)
     vectors (..., T): what ``where`` compares at positions, whole on every rank; ``where``: what a query at i sees of
-    a key at j, as :mod:`autopar.operators.attention_where` writes it
+    a key at j, as :mod:`autopar.operators.predicates` writes it
     rank: this rank's position on the axis; mirrored: the parts are in zig-zag order (``Split.mirrored``)
     steps: the distances on the ring, but 0, at which some rank has a tile that ``where`` does not hide
 

@@ -134,7 +134,7 @@ def _prices(size: Size, ways: int, tensor_ways: int, work: Work, machine: Machin
         yield "ulysses", _ulysses(size, ways, work, machine)
     inner = hybrid_heads(size, ways, tensor_ways)
     if inner == 1:
-        yield "hybrid", f"no part of {ways} ranks, fewer than all, divides {size.key_heads} heads of keys"
+        yield "hybrid", f"no group of neighbours, smaller than {ways} ranks, divides {size.key_heads} heads of keys"
     elif size.has_bias:
         yield "hybrid", "its mask is a tensor, of which each rank has its rows only"
     else:

@@ -84,13 +84,15 @@ def with_own_heads(program: Program, axis: str) -> Program:
     Whatever moves them moves no copies then. Where heads are dealt out, they are repeated as often as the ranks need.
     """
     for node in attentions(program):
-        query, key, held, *rest = node.args
-        fewer = unrepeated_heads(key, held, lambda x: value(x).shape)
-        if fewer != (key, held):
-            node.args = (query, *fewer, *rest)
+        fewer = unrepeated_heads(operand(node, 1), operand(node, 2), lambda x: value(x).shape)
+        node.args = (node.args[0], *fewer, *node.args[3:])
         _repeat_for_ranks(program, node, axis)
-        heads = [value(x).shape[-3] for x in node.args[:2] if len(value(x).shape) > 3]
-        if len(set(heads)) > 1 and node.target is aten.scaled_dot_product_attention.default:
+        shapes = [value(operand(node, place)).shape for place in (0, 1)]
+        if (
+            len(shapes[0]) > 3
+            and shapes[0][-3] != shapes[1][-3]
+            and node.target is aten.scaled_dot_product_attention.default
+        ):
             node.kwargs = {**node.kwargs, "enable_gqa": True}
     remove_unused(program.graph)
     return program

@@ -24,12 +24,12 @@ PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.ei
 
 
 def dims_of_attention(program: Program) -> tuple[tuple[Key, int], ...]:
-    """(value, dim) of the queries, keys and values of every attention, and of the scores of those written out."""
+    """(value, dim) of the operands and the result of every attention, and of the scores of those written out."""
     found: dict[tuple[Key, int], None] = {}
     for node in program.graph.nodes:
         if node.target in ATTENTIONS:
-            for operand in node.args[:3]:
-                found[key_of(operand), len(value(operand).shape) - 2] = None
+            for tensor in (*node.args[:3], node):
+                found[key_of(tensor), len(value(tensor).shape) - 2] = None
     for scores in written_out(program):
         last = len(value(scores).shape) - 1
         found |= {((scores, 0), last - 1): None, ((scores, 0), last): None}
@@ -56,8 +56,9 @@ def written_out(program: Program) -> Iterator[fx.Node]:
 def dims_of_inputs(program: Program) -> tuple[tuple[Key, int], ...]:
     """(value, dim) of the inputs that have a sequence: as the plan says, or by the usual guess."""
     inputs = list(program.placeholders(InputKind.INPUT))
-    shapes = [(entry.target, value(node).layout.shape) for node, entry in inputs]
-    dims = sequence_dims(shapes, program.plan.sequence_dims)
+    kinds = [(entry.target, value(node)) for node, entry in inputs]
+    tensors = [(name, kind.layout.shape, kind.dtype.is_floating_point) for name, kind in kinds]
+    dims = sequence_dims(tensors, program.plan.sequence_dims)
     return tuple(((node, 0), dim) for (node, _), dim in zip(inputs, dims) if dim is not None)
 
 
@@ -71,6 +72,6 @@ def check_divides(program: Program, axis: str, dims: tuple[tuple[Key, int], ...]
             where = origin(node).module or node.name
             raise IndivisibleError(
                 f"the sequence of {length} positions at {where} does not divide by {axis}={ways}\n"
-                f"Way out: pad the inputs by {missing} to {length + missing} positions, masked and without labels, or a "
-                f"size of {axis} that divides {length}."
+                f"Way out: pad the inputs by {missing} to {length + missing} positions, masked and without labels; "
+                f"or a size of {axis} that divides {length}."
             )

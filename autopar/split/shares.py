@@ -10,6 +10,7 @@ from torch import fx
 
 from autopar.errors import NothingSplitError
 from autopar.ir.node import origin
+from autopar.ir.tables import InputKind
 from autopar.operators import ATTENTIONS
 from autopar.split.choose import Choice, work_of
 from autopar.split.flow import Flow
@@ -17,23 +18,33 @@ from autopar.split.flow import Flow
 LEAST = 0.9  # of the work
 
 
-def refuse_idle_axis(flow: Flow, choice: Choice) -> None:
-    """Refuse a choice in which the axis splits no contraction, or less than nine tenths of the attention.
+def refuse_idle_axis(flow: Flow, choice: Choice, least: float = LEAST) -> None:
+    """Refuse a choice in which the axis splits too little: nothing, or less than nine tenths of the attention.
 
+    ``least``: the share of all computation that it must split at least; what depends on no input does not count.
     Raises NothingSplitError.
     """
-    work = {call: work_of(flow.factorings[call], flow.calls[call]) for call in flow.calls if _counts(flow, call)}
+    work = {call: work_of(flow.factorings[call], flow.calls[call]) for call in _counted(flow)}
     attention = {call: seconds for call, seconds in work.items() if call.target in ATTENTIONS}
-    for what, counted, least in (("attention", attention, LEAST), ("computation", work, 0.0)):
+    for what, counted, share in (("attention", attention, LEAST), ("computation", work, least)):
         total = sum(counted.values())
         done = sum(seconds for call, seconds in counted.items() if choice.strategies[call].part)
-        if total and (done < least * total or not done):
-            first = next(call for call in counted if not choice.strategies[call].part)
-            raise NothingSplitError(_message(flow, first, what, done / total))
+        if counted and (not done or done < share * total):
+            whole = [call for call in counted if not choice.strategies[call].part]
+            raise NothingSplitError(_message(flow, max(whole, key=counted.__getitem__), what, done / total))
 
 
-def _counts(flow: Flow, call: fx.Node) -> bool:
-    return flow.factorings[call].contraction and not all(x in flow.weights for x in flow.calls[call].operands)
+def _counted(flow: Flow) -> list[fx.Node]:
+    """The calls that depend on an input, in order."""
+    inputs = {node for node, _ in flow.program.placeholders(InputKind.INPUT, InputKind.RECEIVED)}
+    known = set(inputs)
+    found = []
+    for node in flow.program.graph.nodes:
+        if known.intersection(node.all_input_nodes):
+            known.add(node)
+            if node in flow.calls:
+                found.append(node)
+    return found
 
 
 def _message(flow: Flow, call: fx.Node, what: str, share: float) -> str:
@@ -41,7 +52,7 @@ def _message(flow: Flow, call: fx.Node, what: str, share: float) -> str:
     shapes = " ".join(str(list(shape)) for shape in flow.calls[call].inputs)
     lines = [
         f"{flow.axis}={flow.ways} splits {share:.0%} of the {what} of this model: every rank would do the rest whole",
-        f"  first   {call.name} = {getattr(call.target, '__name__', call.target)} of {shapes}",
+        f"  largest {call.name} = {getattr(call.target, '__name__', call.target)} of {shapes}",
     ]
     lines += [f"  module  {where.module}"] if where.module else []
     lines += [f"  source  {where.source}"] if where.source else []
