@@ -77,7 +77,7 @@ class Subject:
         return {"input_ids": tokens, "labels": tokens.clone()}
 
 
-def hugging_face_llama(width: int, layers: int, vocabulary: int = VOCABULARY) -> nn.Module:
+def hugging_face_llama(width: int, layers: int, vocabulary: int = VOCABULARY, head_width: int = 32) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -85,8 +85,8 @@ def hugging_face_llama(width: int, layers: int, vocabulary: int = VOCABULARY) ->
         hidden_size=width,
         intermediate_size=width * 11 // 4,
         num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 64,
+        num_attention_heads=width // head_width,
+        num_key_value_heads=width // head_width // 2,
         max_position_embeddings=1024,
         use_cache=False,
     )
@@ -125,6 +125,7 @@ SUBJECTS: Mapping[str, Subject] = MappingProxyType(
             Subject("hf-llama-256-8", lambda: hugging_face_llama(256, 8), HF_SITES),
             Subject("hf-llama-512", lambda: hugging_face_llama(512, 4), HF_SITES),
             Subject("hf-llama-32k", lambda: hugging_face_llama(256, 4, 32_000), HF_SITES, 32_000),
+            Subject("hf-llama-long", lambda: hugging_face_llama(512, 2, head_width=64), HF_SITES),
             Subject("our-llama-256", lambda: our_llama(256, 4), OUR_SITES, localised=count_local_heads),
         )
     }
