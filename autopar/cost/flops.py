@@ -17,7 +17,14 @@ from torch import fx
 from autopar.ir import collectives as comm
 from autopar.ir.node import Value, values
 from autopar.ir.operator_facts import is_operator, only_moves, packet_of
-from autopar.operators import TILE, TILE_BACKWARD, masked_attention
+from autopar.operators import (
+    TILE,
+    TILE_BACKWARD,
+    hybrid_attention,
+    masked_attention,
+    ring_attention,
+    rows_attention,
+)
 from autopar.operators.attention import ATTENTION, ATTENTION_BACKWARD
 from autopar.operators.attention_blocks import tile_pairs
 from autopar.operators.experts import EXPERT_LINEAR, EXPERT_OUTER
@@ -26,6 +33,7 @@ from autopar.operators.recurrent import RECURRENT_LAYER
 aten = torch.ops.aten
 
 Shape = tuple[int, ...]
+WHERE: dict[Any, int] = {rows_attention: 8, ring_attention: 9, hybrid_attention: 10}  # position of their formula
 Count = Callable[[Sequence[Shape], Sequence[Shape], fx.Node], int]  # shapes of operands, shapes of outputs, the call
 
 
@@ -107,6 +115,15 @@ def _tile_backward(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.N
     return 2 * math.prod(q[:-2]) * _most_pairs(q, k, node.args[9:13]) * (3 * q[-1] + 2 * v[-1])
 
 
+def _attention_of_part(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
+    """As :func:`_masked_attention`, of the rows that are counted: all of the sequence, or an even share of it."""
+    q, k, v = inputs[:3]
+    queries, keys = (values(source)[0].shape[-2] for source in node.all_input_nodes[:2])
+    where = str(node.args[WHERE[node.target]])
+    pairs = tile_pairs(where, 0, 0, 1, False, queries, keys) * q[-2] // queries
+    return 2 * math.prod(q[:-2]) * pairs * (q[-1] + v[-1])
+
+
 def _most_pairs(q: Shape, k: Shape, tile: Sequence[Any]) -> int:
     """The scores of the slowest rank, for which the others wait."""
     where, step, ways, mirrored = tile
@@ -166,6 +183,7 @@ FORMULAS: dict[Any, Count] = {
     ATTENTION.overloadpacket: _attention,
     ATTENTION_BACKWARD.overloadpacket: _attention_backward,
     masked_attention: _masked_attention,
+    **dict.fromkeys(WHERE, _attention_of_part),
     TILE.overloadpacket: _tile,
     TILE_BACKWARD.overloadpacket: _tile_backward,
     EXPERT_LINEAR.overloadpacket: _product(0),

@@ -71,6 +71,7 @@ _PRODUCTS = _names("""
     scaled_dot_product_attention lstm gru rnn_tanh rnn_relu
     autopar::recurrent_layer autopar::attention autopar::attention_backward
     autopar::attention_tile autopar::attention_tile_backward op.masked_attention
+    op.ring_attention op.rows_attention op.hybrid_attention
     autopar::expert_linear autopar::expert_outer
 """)
 _MOVES = _names("""

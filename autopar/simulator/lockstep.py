@@ -113,7 +113,7 @@ def _all_to_all(parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tenso
 
 
 def _shift(parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
-    return [parts[(position - arguments[2]) % len(parts)] for position in range(len(parts))]
+    return [parts[(position - arguments[2]) % len(parts)].contiguous() for position in range(len(parts))]
 
 
 REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -13,7 +13,7 @@ from torch import fx
 from autopar.errors import SequenceError
 from autopar.ir.builder import Builder
 from autopar.ir.layout import Factor
-from autopar.ir.node import origin, value
+from autopar.ir.node import origin, value, values
 from autopar.ir.program import Program
 from autopar.ir.repeated_heads import unrepeated_heads
 from autopar.ir.rewrite import operand, remove_unused
@@ -75,7 +75,8 @@ def warn_of_written_out(program: Program) -> None:
 def halves_divide(program: Program, axis: str, dims: Sequence[tuple[Key, int]]) -> bool:
     """Whether all sequences divide into two parts for each rank, so that they can be in zig-zag order."""
     parts = 2 * program.mesh.size(axis)
-    return all(value(node).layout.local_shape(program.mesh)[dim] % parts == 0 for (node, _), dim in dims)
+    lengths = (values(node)[index].layout.local_shape(program.mesh)[dim] for (node, index), dim in dims)
+    return all(length % parts == 0 for length in lengths)
 
 
 def with_own_heads(program: Program, axis: str) -> Program:

@@ -10,7 +10,7 @@ from torch import fx
 
 from autopar.errors import IndivisibleError
 from autopar.ir.batch import sequence_dims
-from autopar.ir.node import origin, value
+from autopar.ir.node import origin, value, values
 from autopar.ir.operator_facts import is_pointwise
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
@@ -65,8 +65,8 @@ def dims_of_inputs(program: Program) -> tuple[tuple[Key, int], ...]:
 def check_divides(program: Program, axis: str, dims: tuple[tuple[Key, int], ...]) -> None:
     """Raise IndivisibleError for a sequence that the ranks of the axis do not divide."""
     ways = program.mesh.size(axis)
-    for (node, _), dim in dims:
-        length = value(node).layout.local_shape(program.mesh)[dim]
+    for (node, index), dim in dims:
+        length = values(node)[index].layout.local_shape(program.mesh)[dim]
         if length % ways:
             missing = -length % ways
             where = origin(node).module or node.name

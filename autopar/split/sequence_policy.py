@@ -57,7 +57,7 @@ class SequencePolicy:
         settings = {name: getattr(factoring, name) for name in Factoring.__dataclass_fields__}
         settings["whole"] = factoring.whole - {QUERIES}
         settings["rewrites"] = {QUERIES: _Written(form, self.forms.mirrored)}
-        return _Along(**settings, keys_too=form.kind != "gather")
+        return _Along(**settings, order=self.split(0), keys_too=form.kind != "gather")
 
     def seeds(self, flow: Flow) -> Iterable[tuple[Key, Split]]:
         yield from ((key, self.split(dim)) for key, dim in self.dims)
@@ -91,8 +91,12 @@ class SequencePolicy:
 
 @dataclass(frozen=True)
 class _Along(Factoring):
-    """Attention of which the queries are split along the sequence; ``keys_too``: keys and values as the queries are."""
+    """Attention of which the queries are split along the sequence; ``keys_too``: keys and values as the queries are.
 
+    ``order``: the one way to split them, by which ranks know the positions of their rows.
+    """
+
+    order: Split = Split(0)
     keys_too: bool = False
 
     def part_of(self, tensor: Dims, split: Split, ways: int) -> Part | None:
@@ -102,9 +106,10 @@ class _Along(Factoring):
         return super().part_of(tensor, split, ways)
 
     def allows(self, part: Part, ways: int) -> bool:
-        if part.factor == QUERIES and self.keys_too:
-            split = Split(0, part.outer, part.ratio, part.mirrored)
-            if not split.divides(self.sizes[KEYS], ways):
+        if part.factor == QUERIES:
+            if Split(0, part.outer, part.ratio, part.mirrored) != self.order:
+                return False
+            if self.keys_too and not self.order.divides(self.sizes[KEYS], ways):
                 return False
         return super().allows(part, ways)
 

@@ -51,7 +51,8 @@ def _message(flow: Flow, call: fx.Node, what: str, share: float) -> str:
     where = origin(call)
     shapes = " ".join(str(list(shape)) for shape in flow.calls[call].inputs)
     lines = [
-        f"{flow.axis}={flow.ways} splits {share:.0%} of the {what} of this model: every rank would do the rest whole",
+        f"{flow.axis}={flow.ways} splits {share:.0%} of the {what} of this model: every rank would do the rest whole, "
+        f"most of it at {where.module or call.name}",
         f"  largest {call.name} = {getattr(call.target, '__name__', call.target)} of {shapes}",
     ]
     lines += [f"  module  {where.module}"] if where.module else []

@@ -3,7 +3,8 @@
 A model that ended replicated is exact too, so exactness alone proves nothing. A mesh with data axes passes if every
 product that depends on the batch is split by it, and the only floating collectives on those axes reduce the loss and
 gradients. One with a tensor axis passes if nine tenths of the bytes of the parameters are split on it and stay so while
-computing. ``remarks`` give the reasons why a mesh does not pass.
+computing. One with a sequence axis passes if it splits every attention, and every product that depends on an input.
+``remarks`` give the reasons why a mesh does not pass.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from autopar.pipeline.mixed_rows import normalised
 from autopar.plan import Plan
 from autopar.rules import rule_for
 
-TENSOR_AXIS = "tp"
+TENSOR_AXIS, SEQUENCE_AXIS = "tp", "sp"
 MOST_OF_IT = 0.9  # of the bytes of the parameters
 LARGE = 0.01  # a parameter with less than this share is not worth a remark
 REMARKS = 4  # of one kind, before "and n more"
@@ -54,6 +55,7 @@ CASES: tuple[Case, ...] = (
     Case("dp=2,tp=2", Mesh(dp=2, tp=2)),
     Case("tp=4", Mesh(tp=4)),
     Case("tp=2 megatron", Mesh(tp=2), Plan(sequence="megatron")),
+    Case("sp=2", Mesh(sp=2), Plan(attention="ring")),
 )
 
 
@@ -65,7 +67,7 @@ class Outcome:
         error: the largest error of loss, outputs and gradients in float64; None where there is no program.
         failure: why there is none; or, with an ``error``, why only a program with some parts whole could be made.
         parameters, compute: per axis the share of the parameters' bytes, and of the operations of the forward pass
-            (for data axes: of those that depend on the batch), that is split on it.
+            (for data axes and ``sp``: of those that depend on an input), that is split on it.
         efficiency: operations of the whole model over those that all ranks do together, forward and backward.
     """
 
@@ -177,13 +179,14 @@ def _measured(
 
 
 def compute_share(program: AnyProgram, axis: str) -> float:
-    """The share of the forward pass's operations that ``axis`` splits; on data axes, of those that see the batch.
+    """The share of the forward pass's operations that ``axis`` splits; on data axes and ``sp``, of those that see an
+    input.
 
     Pipeline stages split all of them.
     """
     if axis == PIPELINE:
         return 1.0
-    seen = _after(program, InputKind.INPUT) if axis in DATA_AXES else None
+    seen = _after(program, InputKind.INPUT) if axis in (*DATA_AXES, SEQUENCE_AXIS) else None
     done = {node: flops(node, lambda kind: kind.shape) for node in program.graph.nodes if seen is None or node in seen}
     total = sum(done.values())
     return sum(count for node, count in done.items() if _splits(node, axis)) / total if total else 1.0
@@ -196,6 +199,10 @@ def remarks(program: AnyProgram, axis: str, normalised: frozenset[str] = frozens
         whole = [node for node in program.graph.nodes if node in seen and is_product(node.target)]
         found = [f"not split by {axis}: {node.name} at {_place(node)}" for node in whole if not _splits(node, axis)]
         return _few(found) + _few(_irregular(program, axis, normalised))
+    if axis == SEQUENCE_AXIS:
+        seen = _after(program, InputKind.INPUT)
+        products = [node for node in program.graph.nodes if node in seen and is_product(node.target)]
+        return _few(f"not split by {axis}: {_place(node)}" for node in products if not _splits(node, axis))
     if axis == TENSOR_AXIS:
         share = held(program)
         gathered = [f"weight gathered over {axis}: {_place(node)}" for node in _gathered_weights(program, axis)]

@@ -18,6 +18,7 @@ from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 from autopar.plan import Plan
+from autopar.zoo.named import named_model
 from tests import hugging_face
 
 EXACT = 1e-12
@@ -103,6 +104,22 @@ MESHES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("form", ["ring", "ulysses", "gather"])
 def test_with_all_other_axes(form: str, mesh: str, choices: dict[str, Any]) -> None:
     checked("llama", mesh, attention=form, **choices)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_windows_of_an_image(form: str) -> None:
+    """Swin: the splits of one window's positions reach the next layer's as another order of them."""
+    example = named_model("hf:swin", batch=4)
+    found = Reference(example.model, example.batch).check(Mesh(sp=2), Plan(attention=form))
+    assert found.worst <= EXACT, found
+
+
+@pytest.mark.parametrize("name", ["models.transformer", "hf:deepseek_v2", "hf:gpt_neox", "hf:gemma3", "hf:modernbert"])
+def test_other_architectures(name: str) -> None:
+    example = named_model(name, batch=4)
+    checked_example = Reference(example.model, example.batch)
+    for form in ("ring", "ulysses"):
+        assert checked_example.check(Mesh(sp=2), Plan(attention=form)).worst <= EXACT
 
 
 @pytest.mark.parametrize("ways", [2, 4])
