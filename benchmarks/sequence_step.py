@@ -142,8 +142,13 @@ def _measured(subject: Subject, length: int, options: argparse.Namespace) -> lis
     rounds = _of_rank_0(max(LEAST, round(options.seconds / (time.perf_counter() - start))))
     times, difference = measure(sides, batches, rounds, 0)
     of = dict(zip([*ours, *peers], times))
-    settings = {"ranks": dist.get_world_size(), "length": length, "rounds": rounds}
-    settings |= {"loss_difference": max(before, difference), "load": os.getloadavg()[0]}
+    settings = {
+        "ranks": dist.get_world_size(),
+        "length": length,
+        "rounds": rounds,
+        "loss_difference": max(before, difference),
+        "load": os.getloadavg()[0],
+    }
     return [
         Row(
             side=f"{'autopar' if name in ours else 'peer'} {name.removeprefix(PREFIX)}",

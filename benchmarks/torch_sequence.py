@@ -222,9 +222,12 @@ def _to_heads(x: Tensor) -> Tensor:
 
 def _all_to_all(parts: Tensor) -> Tensor:
     """(n, ...): block i goes to rank i."""
-    sizes = [1] * dist.get_world_size()
-    found = functional_collectives.all_to_all_single_autograd(parts, sizes, sizes, dist.group.WORLD)
-    return functional_collectives.wait_tensor(found)
+    group = dist.group.WORLD
+    assert group is not None
+    sizes = [1] * group.size()
+    found = functional_collectives.all_to_all_single_autograd(parts, sizes, sizes, group)
+    waited: Tensor = functional_collectives.wait_tensor(found)  # type: ignore[no-untyped-call]
+    return waited
 
 
 def has_deepspeed() -> bool:
@@ -233,8 +236,8 @@ def has_deepspeed() -> bool:
 
 def _deepspeed() -> Attention:
     """DeepSpeed's layer, which has heads after the sequence: (B, S, H, D)."""
-    import deepspeed
-    from deepspeed.sequence.layer import DistributedAttention
+    import deepspeed  # type: ignore[import-not-found]
+    from deepspeed.sequence.layer import DistributedAttention  # type: ignore[import-not-found]
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
         False  # an all-reduce of inference, compiled when it starts

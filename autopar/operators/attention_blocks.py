@@ -8,7 +8,7 @@ At ``step`` s >= 0 of a ring a rank holds the keys of rank (rank - s) % ways; at
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -40,6 +40,17 @@ class Span:
     def whole(self) -> slice:
         """The dim of the whole sequence."""
         return slice(self.place, self.place + self.length)
+
+    def is_before(self, other: Span) -> bool:
+        """Whether ``other`` follows in the part."""
+        return self.local + self.length == other.local
+
+    def overlaps(self, other: Span) -> bool:
+        """In the part."""
+        return self.local < other.local + other.length and other.local < self.local + self.length
+
+    def with_next(self, other: Span) -> Span:
+        return replace(self, length=self.length + other.length)
 
     def between(self, start: int, stop: int) -> Span:
         """Those of the positions ``start <= position < stop``."""
@@ -86,6 +97,43 @@ def blocks(
         else:
             for some in _row_blocks(rest, left):
                 yield from _stripe(rest, some, right, vectors)
+
+
+def joined(found: Iterable[Block]) -> list[Block]:
+    """Fewer blocks where neighbours in the part hide nothing, or just what comes later.
+
+    Neighbours in the part need not be so in the whole: only ``here`` means something of the spans that are joined.
+    """
+    done: list[Block] = []
+    for block in found:
+        one: Block | None = block
+        while one:
+            block, one = one, None
+            if done and (one := _side_by_side(done[-1], block)):
+                done.pop()
+            elif len(done) > 1 and (one := _larger_square(done[-2], done[-1], block)):
+                del done[-2:]
+        done.append(block)
+    return done
+
+
+def _side_by_side(block: Block, after: Block) -> Block | None:
+    if block.causal or after.causal or block.rest.clauses or after.rest.clauses:
+        return None
+    if block.rows.here == after.rows.here and block.columns.is_before(after.columns):
+        return replace(block, columns=block.columns.with_next(after.columns))
+    if block.columns.here == after.columns.here and block.rows.is_before(after.rows):
+        return replace(block, rows=block.rows.with_next(after.rows))
+    return None
+
+
+def _larger_square(first: Block, between: Block, last: Block) -> Block | None:
+    """The causal square of two on its diagonal and what is seen between them."""
+    diagonal = first.causal and last.causal and not between.causal and not between.rest.clauses
+    below = between.rows.here == last.rows.here and between.columns.here == first.columns.here
+    if diagonal and below and first.rows.is_before(last.rows) and first.columns.is_before(last.columns):
+        return replace(first, rows=first.rows.with_next(last.rows), columns=first.columns.with_next(last.columns))
+    return None
 
 
 def _is_causal(rest: Formula) -> bool:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from autopar.operators.attention import ATTENTION, ATTENTION_BACKWARD, plain_backward
-from autopar.operators.attention_blocks import Block, blocks, spans
+from autopar.operators.attention_blocks import Block, Span, blocks, joined, spans
 from autopar.operators.attention_operands import accumulated, empty
 from autopar.operators.predicates import Vectors, parse
 from autopar.operators.registry import library
@@ -93,8 +93,9 @@ torch.library.register_autograd("autopar::attention_tile", _derivative, setup_co
 
 
 def _plan(
-    q: Tensor, k: Tensor, vectors: Vectors, rank: Tensor | None, where: str, step: int, ways: int, mirrored: bool
-) -> list[Block]:
+    q: Tensor, k: Tensor, bias: Tensor | None, vectors: Vectors, rank: Tensor | None,
+    where: str, step: int, ways: int, mirrored: bool,
+) -> list[Block]:  # fmt: skip
     here, formula = 0 if rank is None else int(rank), parse(where)
     _check(q, k, vectors, where, step, ways, mirrored)
     rows = spans(q.shape[-2], here, ways, mirrored)
@@ -102,7 +103,8 @@ def _plan(
     readable: Vectors | None = None
     if formula.vectors and (q.device.type == "cpu" or q.shape[-2] * k.shape[-2] >= WORTH_READING):
         readable = [vector.cpu() for vector in vectors]
-    return list(blocks(formula, rows, columns, readable))
+    found = list(blocks(formula, rows, columns, readable))
+    return joined(found) if bias is None else found
 
 
 def _check(q: Tensor, k: Tensor, vectors: Vectors, where: str, step: int, ways: int, mirrored: bool) -> None:
@@ -141,19 +143,23 @@ def _tile(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, vectors: list[Tensor], rank: Tensor | None,
     where: str, step: int, ways: int, mirrored: bool, scale: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    found = _plan(q, k, vectors, rank, where, step, ways, mirrored)
+    found = _plan(q, k, bias, vectors, rank, where, step, ways, mirrored)
     if _is_one(found, q, k):
         whole: tuple[Tensor, Tensor] = ATTENTION(q, k, v, _mask(found[0], q, bias, vectors), found[0].causal, scale)
         return whole
     wide = accumulated(q.dtype)
     out = empty(q, v.shape[-1], wide).zero_()
     logsumexp = q.new_full(q.shape[:-1], -math.inf, dtype=wide)
+    begun: list[Span] = []
     for block in found:
         rows, columns = block.rows.here, block.columns.here
         more = ATTENTION(
             q[..., rows, :], k[..., columns, :], v[..., columns, :], _mask(block, q, bias, vectors), block.causal, scale
         )
-        out[..., rows, :], logsumexp[..., rows] = _merged(out[..., rows, :], logsumexp[..., rows], *more)
+        if any(map(block.rows.overlaps, begun)):
+            more = _merged(out[..., rows, :], logsumexp[..., rows], *more)
+        out[..., rows, :], logsumexp[..., rows] = more
+        begun.append(block.rows)
     return out.to(q.dtype), logsumexp
 
 
@@ -163,7 +169,7 @@ def _tile_backward(
     where: str, step: int, ways: int, mirrored: bool, scale: float | None, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     found, wanted, wide = (
-        _plan(q, k, vectors, rank, where, step, ways, mirrored),
+        _plan(q, k, bias, vectors, rank, where, step, ways, mirrored),
         bias if bias_grad else None,
         accumulated(q.dtype),
     )
@@ -203,11 +209,9 @@ def _add_bias(dbias: Tensor, change: Tensor, block: Block) -> None:
 
 
 def _merged(out: Tensor, logsumexp: Tensor, other: Tensor, other_logsumexp: Tensor) -> tuple[Tensor, Tensor]:
-    total = torch.logaddexp(logsumexp, other_logsumexp)
-    share, other_share = (
-        torch.where(x == -math.inf, 0.0, torch.exp(x - total)).unsqueeze(-1) for x in (logsumexp, other_logsumexp)
-    )
-    return (out * share + other * other_share).to(out.dtype), total
+    total, wide = torch.logaddexp(logsumexp, other_logsumexp), logsumexp.dtype
+    share = torch.exp(other_logsumexp - total).masked_fill(other_logsumexp == -math.inf, 0.0)
+    return torch.lerp(out.to(wide), other.to(wide), share.unsqueeze(-1)).to(out.dtype), total
 
 
 _LIBRARY.impl("attention_tile", _tile, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

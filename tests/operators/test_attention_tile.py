@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autopar.operators import MERGE, TILE, TILE_BACKWARD, attention, masked_attention
-from autopar.operators.attention_blocks import blocks, spans, tile_pairs
+from autopar.operators.attention_blocks import blocks, joined, spans, tile_pairs
 from autopar.operators.predicates import parse
 
 S, B = 24, 2
@@ -359,3 +359,21 @@ def test_what_does_not_fit_is_refused() -> None:
         TILE(q, k, v, None, [torch.ones(12, dtype=torch.bool)], None, "v0[j]", 0, 1, False, None)
     with pytest.raises(ValueError, match="not even"):
         TILE(q[..., :7, :], k[..., :7, :], v[..., :7, :], None, [], torch.tensor(0), "", 0, 2, True, None)
+
+
+@pytest.mark.parametrize("ways", [2, 3, 4])
+def test_a_causal_ring_in_zig_zag_order_is_one_call_a_tile(ways: int) -> None:
+    """Blocks that are neighbours in the part are one, and cover the same scores."""
+    part = 8
+    for rank, step in itertools.product(range(ways), range(ways)):
+        rows, columns = (spans(part, place, ways, True) for place in (rank, (rank - step) % ways))
+        (block,) = joined(blocks(parse("j<=i"), rows, columns))
+        assert block.scores == tile_pairs("j<=i", rank, step, ways, True, part * ways, part * ways)
+        assert block.causal == (step == 0)
+
+
+def test_blocks_that_hide_something_stay_apart() -> None:
+    """A window's corners are masked by position, and positions jump where the part goes on elsewhere."""
+    rows = spans(8, 0, 2, True)
+    found = list(blocks(parse("j<=i & i-j<3"), rows, rows))
+    assert len(found) > 1 and joined(found) == found
