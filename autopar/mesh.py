@@ -137,6 +137,15 @@ class Mesh:
         """The ranks of one pipeline stage: this mesh without ``pp``."""
         return Mesh(**{axis: size for axis, size in self.axes if axis != PIPELINE})
 
+    @property
+    def shard_axis(self) -> str | None:
+        """The axes over which ZeRO splits parameters, merged to one; None where these have one rank.
+
+        They are all along which parameters are the same, but ``dp_replicate``.
+        """
+        axes = [axis for axis in REPLICA_AXES if axis != "dp_replicate" and self.size(axis) > 1]
+        return self.merged(axes) if axes else None
+
     def size(self, axis: str) -> int:
         """Ranks in a group of ``axis``, which may be several (see above); 1 for an axis that is not on this mesh."""
         return math.prod(digit.size for digit in _digits(self, axis))
@@ -181,6 +190,11 @@ class Mesh:
         for name, size in self.axes:
             rank = rank * size + coordinates.get(name, 0)
         return rank
+
+    def place(self, axis: str, position: int) -> dict[str, int]:
+        """The inverse of :meth:`position`: the coordinates on the axes of a group of the rank at ``position`` in it."""
+        here = self.coordinates(self.group(0, axis)[position])
+        return {name: here.get(name, 0) for name in axes_of(axis)}
 
     def group(self, rank: int, axis: str) -> tuple[int, ...]:
         """The ranks that differ from ``rank`` only on ``axis``, in the order of their positions."""

@@ -24,6 +24,7 @@ from autopar.passes.expand_composites import expand_composites
 from autopar.passes.fold_constants import fold_constants
 from autopar.passes.fuse_arithmetic import fuse_arithmetic
 from autopar.passes.lower_row_indexing import lower_row_indexing
+from autopar.passes.merge_reductions import merge_reductions
 from autopar.passes.overlap_collectives import overlap_collectives
 from autopar.passes.recognise_causal_masks import recognise_causal_masks
 from autopar.passes.recognise_experts import recognise_experts
@@ -66,6 +67,7 @@ COMPILER = (
             split_batch,  # outermost data axis first: every later axis sees the local batch
             split_sequence,  # while heads are whole: how many there are for each rank determines how attention runs
             split_tensors,
+            merge_reductions,  # once all axes are split, and before a parameter is split over several at once
             shard_parameters,  # last of the axes: it gathers the part of a parameter that the others leave
             cast_parameters,  # before all else that happens to a parameter: its cast is gathered, half the bytes
         ),

@@ -1,4 +1,4 @@
-"""Split parameters, and with them their gradients and optimizer states, over the data axis: ZeRO.
+"""Split parameters, and with them their gradients and optimizer states, over the data-like axes: ZeRO.
 
 before, on mesh(dp=2), Plan(zero=3):
   p     = param w               : f32[8,4]
@@ -15,6 +15,9 @@ after:
 
 The dual of the gather is a reduce-scatter of the gradient, in place of an all-reduce. ``Plan.zero`` also determines
 when the whole parameters are available: from before use to after it (stage 3), or all the time (1 and 2).
+
+Several axes count as one of as many ranks: on ``mesh(dp=2 sp=2)`` each rank has a fourth, ``f32[8@dp+sp,4]``. A
+parameter that has not entered all of them is gathered for all ranks alike, and enters those that it does after that.
 (Rajbhandari et al. 2020, ZeRO, section 5; the dims are cut as torch's ``fully_shard`` cuts them, one by one.)
 """
 
@@ -35,18 +38,18 @@ from autopar.ir.node import Value, set_values, value
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import bytes_of
-from autopar.mesh import DATA_AXES, Mesh
+from autopar.mesh import REPLICA_AXES, Mesh, axes_of
 
 ENTER = comm.OPS.enter.default
 LARGE = 0.01  # of the bytes of all parameters: a smaller one may stay whole without a warning
 
 
 @graph_pass(
-    requires=tuple(parameters_whole_on(axis) for axis in DATA_AXES),
-    when=lambda program: bool(program.plan.zero) and shard_axis(program.mesh) is not None,
+    requires=tuple(parameters_whole_on(axis) for axis in REPLICA_AXES),
+    when=lambda program: bool(program.plan.zero) and program.mesh.shard_axis is not None,
 )
 def shard_parameters(program: Program) -> Program:
-    axis = shard_axis(program.mesh)
+    axis = program.mesh.shard_axis
     assert axis is not None
     total = sum(bytes_of(value(node)) for node, _ in program.placeholders(InputKind.PARAMETER))
     for node, entry in program.placeholders(InputKind.PARAMETER):
@@ -66,14 +69,9 @@ def _warn(program: Program, name: str, kind: Value, axis: str, share: float) -> 
     warnings.warn(
         f"Plan(zero={program.plan.zero}) leaves '{name}' {kind.layout}, {share:.1%} of all parameter bytes, "
         f"whole on {axis}={ways}: no dim of it divides by {ways}, and none that no other axis splits is that long\n"
-        f"Way out: a smaller {axis}{also}, or a parameter with a dim of at least {ways} elements.",
+        f"Way out: fewer ranks on {axis}{also}, or a parameter with a dim of at least {ways} elements.",
         stacklevel=2,
     )
-
-
-def shard_axis(mesh: Mesh) -> str | None:
-    """The axis that parameters are split over: ``dp``, or ``dp_shard`` where ``dp`` consists of two axes."""
-    return next((axis for axis in ("dp_shard", "dp") if mesh.size(axis) > 1), None)
 
 
 def shard_dim(kind: Value, axis: str, mesh: Mesh) -> int | None:
@@ -95,13 +93,13 @@ def _shard(program: Program, node: fx.Node, axis: str, dim: int) -> None:
     whole = value(node)
     split = Split(dim)
     uses = list(_uses(node, frozenset()))
-    entered = {axes for _, _, axes in uses}
+    entered, axes = {entered for _, _, entered in uses}, frozenset(axes_of(axis))
     set_values(node, replace(whole, layout=whole.layout.place(axis, split, program.mesh)))
     where = comm.where(split, axis, program.mesh.size(axis), whole.layout.local_shape(program.mesh)[dim])
     op = Builder(before=next(iter(node.users)))
-    if len(entered) == 1 and axis in next(iter(entered)):
+    if len(entered) == 1 and axes <= next(iter(entered)):
         source = node
-        for other in sorted(next(iter(entered)) - {axis}):  # reduced last, when the gradient is only a part
+        for other in sorted(next(iter(entered)) - axes):  # reduced last, when the gradient is only a part
             source = op(ENTER, source, other, like=node)
         full = op(comm.OPS.all_gather.default, source, *where, like=whole)
         for user, held, _ in uses:
@@ -115,6 +113,6 @@ def _uses(node: fx.Node, axes: frozenset[str]) -> Iterator[tuple[fx.Node, fx.Nod
     """(user, the node that it takes, the axes that this node has entered) for every user of a parameter."""
     for user in node.users:
         if user.target is ENTER:
-            yield from _uses(user, axes | {str(user.args[1])})
+            yield from _uses(user, axes | comm.axes_over(user))
         else:
             yield user, node, axes

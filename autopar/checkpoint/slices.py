@@ -7,7 +7,7 @@ split in one way is written, and read, as rectangles in which any other split ca
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 
 from autopar.ir.layout import runs
-from autopar.runtime.dtensor import blocks_of, local_of
+from autopar.runtime.dtensor import blocks_of, is_first, local_of
 from autopar.runtime.stored import Stored, owned_positions
 
 Offsets = tuple[int, ...]
@@ -122,8 +122,7 @@ def _positions(tensor: Tensor, dim: int) -> Tensor | None:
 def _is_first(tensor: Tensor) -> bool:
     if not isinstance(tensor, DTensor):
         return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    here: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
-    return not any(at for at, placement in zip(here, tensor.placements) if placement.is_replicate())
+    return is_first(tensor)
 
 
 def _runs(owned: Tensor) -> Iterator[Run]:

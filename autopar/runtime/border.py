@@ -91,7 +91,7 @@ class Result:
         if not layout.axes:
             return
         try:
-            form = stored(layout, comm.mesh, self.name)
+            form = stored(layout, comm.mesh, self.connection.dims, self.name)
         except IndivisibleError:
             self._join = True
             return

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.mesh import PIPELINE
 from autopar.runtime.communicator import Communicator
-from autopar.runtime.dtensor import local_of, spec_of
+from autopar.runtime.dtensor import is_first, local_of
 
 TINY = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
@@ -67,11 +67,9 @@ def _norm(grads: list[Tensor], order: float, comm: Communicator) -> Tensor:
 
 def _is_counted(grad: Tensor, comm: Communicator) -> bool:
     """Whether this rank is the first of those that hold the same part."""
-    names = [axis for axis in comm.mesh.names if axis != PIPELINE]
-    whole = [True] * len(names)
     if isinstance(grad, DTensor):
-        whole = [placement.is_replicate() for placement in spec_of(grad).placements]
-    return not any(held and comm.coordinates[axis] for axis, held in zip(names, whole))
+        return is_first(grad)
+    return not any(position for axis, position in comm.coordinates.items() if axis != PIPELINE)
 
 
 def _by_dtype(grads: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:

@@ -59,14 +59,14 @@ class Communicator:
     def open(self, axes: Iterable[str]) -> None:
         """Make the groups of ``axes`` that there are not yet; collective over each of them, in the same order."""
         for axis in axes:
-            self._group(axis)
+            self.group(axis)
 
     def position(self, axis: str) -> int:
         """This rank's position on ``axis``."""
         return self.mesh.position(axis, self.coordinates)
 
-    def _group(self, axis: str) -> ProcessGroup | None:
-        """The process group of ``axis``; None for one rank."""
+    def group(self, axis: str) -> ProcessGroup | None:
+        """The process group of ``axis``; None for one rank. Where it must be made first, this is collective."""
         if axis not in self._groups:
             self._groups[axis] = self._new_group(axis) if self.mesh.size(axis) > 1 else None
         return self._groups[axis]
@@ -112,7 +112,7 @@ class Communicator:
     # ------------------------------------------------------------ with communication
 
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
-        if self._group(axis) is None:
+        if self.group(axis) is None:
             return x
         return self._send("all_reduce", axis, x, torch_collectives.all_reduce, op)
 
@@ -129,7 +129,7 @@ class Communicator:
     def reduce_scatter(
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
     ) -> Tensor:
-        if self._group(axis) is None:
+        if self.group(axis) is None:
             return x
         parts = apart(x, Split.of(dim, outer, ratio), ways)
         own = self._send("reduce_scatter", axis, parts.flatten(0, 1), torch_collectives.reduce_scatter)
@@ -137,7 +137,7 @@ class Communicator:
 
     def all_to_all(self, x: Tensor, axis: str, ways: int, source: Sequence[int], target: Sequence[int]) -> Tensor:
         """From split by ``source`` to split by ``target``, each (dim, outer, *ratio)."""
-        if self._group(axis) is None:
+        if self.group(axis) is None:
             return x
         before, after = (Split.of(end[0], end[1], end[2:]) for end in (source, target))
         parts = apart(x, after, ways)
@@ -150,13 +150,13 @@ class Communicator:
 
     def start_shift(self, x: Tensor, axis: str, ways: int, by: int) -> Tensor:
         """As :meth:`shift`; see :meth:`start_all_reduce`."""
-        if self._group(axis) is None or by % ways == 0:
+        if self.group(axis) is None or by % ways == 0:
             return x.clone(memory_format=torch.contiguous_format)
         return self._start("shift", axis, x.unsqueeze(0), torch_collectives.start_shift, by).squeeze(0)
 
     def start_all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
         """As :meth:`all_reduce`, but the result is available only after :meth:`wait`; ``x`` must not change before."""
-        if self._group(axis) is None:
+        if self.group(axis) is None:
             return x
         return self._start("all_reduce", axis, x, torch_collectives.start_all_reduce, op)
 
@@ -164,7 +164,7 @@ class Communicator:
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
     ) -> Tensor:
         """As :meth:`all_gather` of dim 0 in equal parts; see :meth:`start_all_reduce`."""
-        if self._group(axis) is None:
+        if self.group(axis) is None:
             return x
         return self._start("all_gather", axis, x, torch_collectives.start_all_gather)
 
@@ -176,12 +176,12 @@ class Communicator:
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
     ) -> Tensor:
         """As :meth:`reduce_scatter` of dim 0 in equal parts; see :meth:`start_all_reduce`."""
-        if self._group(axis) is None:
+        if self.group(axis) is None:
             return x
         return self._start("reduce_scatter", axis, x, torch_collectives.start_reduce_scatter)
 
     def wait(self, x: Tensor, axis: str) -> Tensor:
-        if self._group(axis) is None:
+        if self.group(axis) is None:
             return x
         return self._guarded(self._started.pop(x.data_ptr(), "a collective"), axis, x, torch_collectives.wait)
 
@@ -191,13 +191,13 @@ class Communicator:
         return result
 
     def _gather(self, name: str, x: Tensor, axis: str, split: Split, length: int) -> Tensor:
-        if self._group(axis) is None:
+        if self.group(axis) is None:
             return x
         gathered = self._send(name, axis, x.contiguous(), torch_collectives.all_gather)
         return together(gathered.view(self.mesh.size(axis), *x.shape), split, length)
 
     def _send(self, name: str, axis: str, x: Tensor, collective: Callable[..., Tensor], *more: Any) -> Tensor:
-        group = self._group(axis)
+        group = self.group(axis)
         assert group is not None, axis
         counts = self._sent.setdefault((self.phase, axis, name), [0, 0])
         counts[0] += 1
@@ -226,7 +226,7 @@ class Communicator:
 
     def _message(self, start: Callable[..., dist.Work | None], x: Tensor, position: int, upwards: bool) -> dist.Work:
         peer = self._stages[position]
-        group = self._group(PIPELINE) if upwards or self._back is None else self._back
+        group = self.group(PIPELINE) if upwards or self._back is None else self._back
         try:
             work = start(x, peer, group=group)
         except RuntimeError as problem:
@@ -244,7 +244,7 @@ class Communicator:
 
     def exchange(self, x: Tensor, axis: str) -> Tensor:
         """The ``x`` of every rank of ``axis``: (ways, ...). Used between programs; not counted as traffic."""
-        group = self._group(axis)
+        group = self.group(axis)
         if group is None:
             return x.unsqueeze(0)
         return self._guarded("exchange", axis, x.unsqueeze(0), torch_collectives.all_gather, group)

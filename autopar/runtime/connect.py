@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar.errors import LaunchError
 from autopar.ir.program import AnyProgram
-from autopar.mesh import ALIASES, PIPELINE, Mesh
+from autopar.mesh import ALIASES, PIPELINE, Mesh, axes_of
 from autopar.runtime import functional_collectives as torch_collectives
 from autopar.runtime.channels import group_back
 from autopar.runtime.communicator import Communicator, peer_failed
@@ -39,6 +39,8 @@ class Connection:
     device_mesh: DeviceMesh
     comm: Communicator
 
+    dims: tuple[str, ...]  # the axis, or the merged axes, of each dim of ``device_mesh``
+
     @property
     def rank(self) -> int:
         return self.comm.rank
@@ -49,7 +51,27 @@ class Connection:
             return self
         rest = self.mesh.of_stage
         names = tuple(name for name in self.device_mesh.mesh_dim_names or () if name != PIPELINE)
-        return Connection(rest, self.device_mesh[names if len(names) > 1 else names[0]], self.comm)
+        dims = tuple(axis for axis in self.dims if axis != PIPELINE)
+        return Connection(rest, self.device_mesh[names if len(names) > 1 else names[0]], self.comm, dims)
+
+    def with_merged(self, axis: str) -> Connection:
+        """This one with one dim of the DeviceMesh for several axes, at the place of the first: ``dp_sp`` of ``dp+sp``.
+
+        DTensor can then hold parts that are uneven. Collective over ``axis``, for which a process group is made.
+        """
+        merged = axes_of(axis)
+        if len(merged) == 1:
+            return self
+        rest = [dim for dim in self.dims if dim not in merged]
+        dims = [axis if dim == merged[0] else dim for dim in self.dims if dim == merged[0] or dim in rest]
+        order = [self.dims.index(part) for dim in dims for part in axes_of(dim)]
+        ranks = self.device_mesh.mesh.permute(order).reshape([self.mesh.size(dim) for dim in dims])
+        own = self.comm.group(axis)
+        assert own is not None, "merged axes have several ranks"
+        groups = [own if dim == axis else self.device_mesh.get_group(self.dims.index(dim)) for dim in dims]
+        names = tuple(dim.replace("+", "_") for dim in dims)
+        mesh = DeviceMesh.from_group(groups, self.device_mesh.device_type, ranks, mesh_dim_names=names)
+        return Connection(self.mesh, mesh, self.comm, tuple(dims))
 
     def agree(self, program: AnyProgram) -> None:
         """Raise LaunchError unless all ranks have the same program; every rank calls this at the same time."""
@@ -83,7 +105,8 @@ def connect(mesh: Mesh, timeout: float, device: torch.device, device_mesh: Devic
         raise LaunchError(_sizes(mesh, dist.get_world_size(), "the process group has"))
     if device_mesh is None or (mesh.is_pipelined and not mesh.of_stage.axes):  # then it has no axis to hold DTensors
         device_mesh = _device_mesh(mesh, timeout, device)
-    return Connection(mesh, device_mesh, _communicator(mesh, device_mesh, timeout, device))
+    dims = tuple(ALIASES.get(name, name) for name in device_mesh.mesh_dim_names or ())
+    return Connection(mesh, device_mesh, _communicator(mesh, device_mesh, timeout, device), dims)
 
 
 def not_launched(mesh: Mesh) -> LaunchError:

@@ -28,6 +28,12 @@ def keep_within(tensor: Tensor, place: Tensor) -> None:
     tensor._local_tensor = place
 
 
+def is_first(tensor: DTensor) -> bool:
+    """Whether this rank is the first of those that hold the same part of ``tensor``."""
+    here: Sequence[int] = tensor._spec.mesh.get_coordinate() or ()
+    return not any(at for at, placement in zip(here, tensor._spec.placements) if placement.is_replicate())
+
+
 def spec_of(tensor: DTensor) -> Any:
     """Everything about ``tensor`` but its data; see :func:`of_local`."""
     return tensor._spec

@@ -50,14 +50,15 @@ class Weights:
     """The parameters (and split buffers) of a module tree as DTensors, in place, under their own names.
 
     ``layouts`` is None until :meth:`lay_out` has been called; until then every rank holds them whole, uncopied.
-    Without a ``connection`` (an ordinary module, or a process that was not launched) they stay as they are.
+    Without a ``connection`` (an ordinary module, or a process that was not launched) they stay as they are. ``merged``:
+    axes that count as one dim of the DTensors' mesh.
 
     Attributes:
         absent: the tensors that only other pipeline stages hold.
         first: on a pipeline, parameter or buffer name -> the first pipeline rank that holds it.
     """
 
-    def __init__(self, root: nn.Module, connection: Connection | None = None) -> None:
+    def __init__(self, root: nn.Module, connection: Connection | None = None, merged: str | None = None) -> None:
         self.root, self.connection = root, connection
         self.layouts: dict[str, Layout] | None = None
         self.absent: list[Absent] = []
@@ -68,7 +69,8 @@ class Weights:
             return
         if any(isinstance(table[key], DTensor) for _, table, key, _ in tables(root)):
             raise ValueError("the model has DTensor parameters already: parallelize an ordinary model, and that once")
-        self._place(connection.of_stage(), {})
+        self._own = connection.of_stage().with_merged(merged) if merged else connection.of_stage()
+        self._place(self._own, {})
 
     @property
     def is_laid_out(self) -> bool:
@@ -90,7 +92,7 @@ class Weights:
             return
         layouts = weight_layouts(program)
         if self.layouts is None:
-            own = self.connection.of_stage()
+            own = self._own
             self.first = first_ranks(program)
             self._leave_out(own, held_elsewhere(program, own.comm.coordinates.get(PIPELINE, 0)))
             self._place(own, layouts)
@@ -112,7 +114,9 @@ class Weights:
             if id(tensor) not in outlines:
                 outlines[id(tensor)] = outline(tensor)
                 if isinstance(tensor, DTensor):  # an optimizer that still has it holds no memory by it
-                    nothing = cut(local_of(tensor).new_empty(0), stored(Layout.whole([0]), own.mesh, name), own)
+                    nothing = cut(
+                        local_of(tensor).new_empty(0), stored(Layout.whole([0]), own.mesh, own.dims, name), own
+                    )
                     held = nn.Parameter(nothing, requires_grad=tensor.requires_grad)
                     torch.utils.swap_tensors(tensor, held)  # type: ignore[no-untyped-call]
             emptied = tensor if isinstance(tensor, DTensor) else None
@@ -168,7 +172,7 @@ class Weights:
                 if not tensor.is_meta:
                     table[key] = tensor.to(own.comm.device)  # a whole buffer stays an ordinary tensor
                 continue
-            form = stored(layout, own.mesh, name)
+            form = stored(layout, own.mesh, own.dims, name)
             self._forms_of(module)[key] = form
             if id(tensor) not in placed:
                 result = _placed(tensor, form, own)

@@ -8,6 +8,7 @@ contiguous parts of the model's own order in either case.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from autopar.errors import IndivisibleError
 from autopar.ir.layout import Factor, Layout, runs, shard
-from autopar.mesh import Mesh
+from autopar.mesh import Mesh, axes_of
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import contiguous, dtensor, strided
 
@@ -27,6 +28,8 @@ from autopar.runtime.dtensor import contiguous, dtensor, strided
 @dataclass(frozen=True)
 class Stored:
     """How a tensor of some layout is held: as DTensor ``placements`` of a tensor permuted along some dims.
+
+    There is one placement for each dim of a DeviceMesh, see :attr:`Connection.dims`.
 
     ``orders``: dim -> for each stored position its index in the model's own order.
     """
@@ -46,32 +49,38 @@ class Stored:
         return whole
 
 
-def stored(layout: Layout, mesh: Mesh, name: str) -> Stored:
-    """How ranks hold a tensor of ``layout``. Raises IndivisibleError where DTensor has no such uneven parts."""
-    placements: list[Placement] = [Replicate() for _ in mesh.axes] or [Replicate()]
+def stored(layout: Layout, mesh: Mesh, dims: Sequence[str], name: str) -> Stored:
+    """How ranks hold a tensor of ``layout``; ``dims``: the axis, or merged ones, of each dim of the DeviceMesh.
+
+    Raises IndivisibleError where DTensor has no such uneven parts.
+    """
+    placements: list[Placement] = [Replicate() for _ in dims]
     orders: list[tuple[int, Tensor]] = []
     for dim, factors in enumerate(layout.dims):
         try:
-            blocks, order = _dim_form(factors, mesh)
+            blocks, order = _dim_form(factors, mesh, tuple(dims))
         except IndivisibleError as problem:
             raise IndivisibleError(f"'{name}' as {layout} on {mesh}: {problem}") from None
         for axis, count in blocks:
-            placements[mesh.names.index(axis)] = strided(dim, count)
+            placements[dims.index(axis)] = strided(dim, count)
         if order is not None:
             orders.append((dim, order))
     return Stored(layout, tuple(placements), tuple(orders))
 
 
 @lru_cache(maxsize=1024)
-def _dim_form(factors: tuple[Factor, ...], mesh: Mesh) -> tuple[tuple[tuple[str, int], ...], Tensor | None]:
+def _dim_form(
+    factors: tuple[Factor, ...], mesh: Mesh, dims: tuple[str, ...]
+) -> tuple[tuple[tuple[str, int], ...], Tensor | None]:
     """(axis, blocks) of the placements that give every rank its part of a dim, and the stored order (None: its own)."""
-    owning = [axis for axis in mesh.names if any(axis in factor.axes for factor in factors)]
-    if not owning or len(factors) == 1 and factors[0].axes == tuple(owning) and factors[0].ratio == (1,):
-        return tuple((axis, 1) for axis in owning), None
     layout = Layout((factors,))
+    owning = [axis for axis in dims if layout.axes.intersection(axes_of(axis))]
     ways = [mesh.size(axis) for axis in owning]
+    plain = len(factors) == 1 and factors[0].axes == tuple(owning) and factors[0].ratio == (1,)
+    if not owning or plain and (len(owning) == 1 or factors[0].size % math.prod(ways) == 0):
+        return tuple((axis, 1) for axis in owning), None
     places = list(itertools.product(*map(range, ways)))
-    found = [layout.indices(0, dict(zip(owning, place)), mesh) for place in places]
+    found = [layout.indices(0, _coordinates(mesh, owning, place), mesh) for place in places]
     owned = [own for own in found if own is not None]
     pieces = max(1, len(runs(owned[0])))
     counts = {1, pieces, *ways, *(pieces * way for way in ways)}
@@ -86,6 +95,14 @@ def _dim_form(factors: tuple[Factor, ...], mesh: Mesh) -> tuple[tuple[tuple[str,
             f"Way out: a mesh whose {' x '.join(owning)} divides {layout.shape[0]}."
         )
     return tuple((axis, 1) for axis in owning), torch.cat(owned)
+
+
+def _coordinates(mesh: Mesh, axes: Sequence[str], place: Sequence[int]) -> dict[str, int]:
+    """The coordinates of the rank at position ``place`` on ``axes``."""
+    found: dict[str, int] = {}
+    for axis, position in zip(axes, place):
+        found |= mesh.place(axis, position)
+    return found
 
 
 def owned_positions(size: int, place: Sequence[int], ways: Sequence[int], blocks: Sequence[int]) -> Tensor:

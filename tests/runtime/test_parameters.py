@@ -43,7 +43,7 @@ LAYOUTS = CONTIGUOUS | STRIDED | PERMUTED
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_forms(name: str) -> None:
-    form = stored(LAYOUTS[name], MESH, name)
+    form = stored(LAYOUTS[name], MESH, MESH.names, name)
     kinds = {type(placement).__name__ for placement in form.placements}
     assert ("_StridedShard" in kinds) == (name in STRIDED)
     assert bool(form.orders) == (name in PERMUTED)
@@ -61,7 +61,7 @@ def hold_each() -> dict[str, list[bool]]:
     found = {}
     for name, layout in LAYOUTS.items():
         full = torch.arange(1.0, 1 + torch.Size(layout.shape).numel()).reshape(layout.shape)
-        form = stored(layout, MESH, name)
+        form = stored(layout, MESH, MESH.names, name)
         held = cut(full, form, connection)
         local = shard(full, layout, MESH, connection.comm.coordinates)
         saved = in_model_order(held, form)
