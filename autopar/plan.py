@@ -40,8 +40,8 @@ class Plan:
             keys and values around; ``"gather"`` gathers them; ``"ulysses"`` turns parts of the sequence into parts of
             the heads and back; ``"hybrid"`` does that among neighbours, with a ring over the groups; ``"auto"``
             prices the four for each attention.
-        zero: what is split over the data axis (Rajbhandari et al. 2020): 1 the optimizer states, 2 the gradients too,
-            3 the parameters too, which are then gathered before use; 0 nothing.
+        zero: what is split over the data axes and ``sp`` (Rajbhandari et al. 2020): 1 the optimizer states, 2 the
+            gradients too, 3 the parameters too, which are then gathered before use; 0 nothing.
         reshard_after_forward: with ``zero=3``, free gathered parameters after their use in the forward pass and
             gather them again in the backward pass; False keeps them.
         precision: dtypes of computing, of reducing gradients, and of outputs, beside that of the parameters.

@@ -21,7 +21,8 @@ after:
 
 The dual of ``enter`` is the all-reduce of a gradient. A group of n ranks sends 2 (n-1)/n of the bytes, so that one over
 2 x 4 ranks sends 1.75 times the gradient; two in a row send 1 and 1.5 times. A parameter that does not enter both axes
-before every use keeps its reductions apart, since its gradient is a sum of parts over different ranks.
+before every use keeps its reductions apart, since its gradient is a sum of parts over different ranks. The division of
+a mean, between the sums over two axes, moves in front of both.
 
 With ZeRO the axes that parameters are split over are merged, without ``dp_replicate``: that reduces the parts, after
 they have been scattered.
@@ -29,14 +30,17 @@ they have been scattered.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from dataclasses import replace
 
 from torch import fx
 
 from autopar.ir import collectives as comm
 from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
-from autopar.ir.node import value
+from autopar.ir.layout import PARTIAL
+from autopar.ir.node import set_values, value
+from autopar.ir.operator_facts import linear_in
 from autopar.ir.program import AnyProgram, Program
 from autopar.mesh import REPLICA_AXES, axes_of
 
@@ -60,15 +64,33 @@ def merge_reductions(program: Program) -> Program:
 
 def _merge(program: Program, second: fx.Node, axes: Set[str]) -> None:
     """Merge ``second`` with the same collective in front of it, where both are over ``axes``."""
-    first = second.args[0]
+    between = list(_scaling(second))
+    first = (between or [second])[-1].args[0]
     assert isinstance(first, fx.Node)
     if first.target is not second.target or len(first.users) > 1 or first.args[2:] != second.args[2:]:
         return
     if not comm.axes_over(first) | comm.axes_over(second) <= axes:
         return
+    for node in between:  # of a part of the sum now
+        whole = value(node)
+        set_values(node, replace(whole, layout=whole.layout.place(str(first.args[1]), PARTIAL, program.mesh)))
+    (operand,) = first.all_input_nodes
+    first.replace_all_uses_with(operand)
     axis = program.mesh.merged([str(first.args[1]), str(second.args[1])])
     op = Builder(before=second)
-    merged = op(second.target, first.args[0], axis, *second.args[2:], like=value(second))
-    second.replace_all_uses_with(merged)
+    second.replace_all_uses_with(op(second.target, second.args[0], axis, *second.args[2:], like=value(second)))
     program.graph.erase_node(second)
     program.graph.erase_node(first)
+
+
+def _scaling(sum_of: fx.Node) -> Iterator[fx.Node]:
+    """The operators in front of a sum over ranks, last first, that may as well follow it: a mean's division."""
+    node = sum_of.args[0]
+    while sum_of.args[2:] == ("sum",) and isinstance(node, fx.Node) and node.op == "call_function":
+        alone = len(node.users) == 1 and node.all_input_nodes == [node.args[0]] and not value(node).shape
+        if node.target in comm.TARGETS or not alone or frozenset((0,)) not in linear_in(node.target):
+            return
+        if value(node).dtype != value(node.all_input_nodes[0]).dtype:
+            return  # the sum in front of a cast is in another precision
+        yield node
+        node = node.args[0]

@@ -152,6 +152,6 @@ def test_every_requirement_of_a_pass_is_seen_to_refuse() -> None:
     required = {(step.name, contract.__name__) for _, step in steps_of(COMPILER) for contract in step.requires}
     seen = {(name, contract) for name, _, _, contract in ORDER}
     assert required - seen == {
-        *(("shard_parameters", f"parameters_whole_on({axis})") for axis in ("dp", "dp_replicate", "dp_shard")),
+        *(("shard_parameters", f"parameters_whole_on({axis})") for axis in ("dp", "dp_replicate", "dp_shard", "sp")),
         *(("split_sequence", f"whole_on({axis})") for axis in ("sp", "tp")),  # seen above
     }

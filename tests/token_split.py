@@ -1,4 +1,4 @@
-"""A policy for axis ``sp`` that token-wise models need: dim 1 of all inputs is split, nothing mixes tokens.
+"""Models in which no token meets another, and a pass that splits dim 1 of their inputs over ``sp``, whatever is there.
 
 with tokens_split():
     report = check(TokenWise(), batch, Mesh(dp=2, sp=2), Plan(zero=3))
@@ -21,6 +21,7 @@ from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.passes import COMPILER
 from autopar.passes.split_batch import _BatchPolicy
+from autopar.passes.split_sequence import split_sequence
 from autopar.split.split_axis import split_axis
 
 
@@ -34,7 +35,7 @@ def token_batch(rows: int = 12, tokens: int = 12, seed: int = 0) -> dict[str, Te
 
 @contextmanager
 def tokens_split(*only: str) -> Iterator[None]:
-    """The compiler with a pass behind ``split_batch`` that splits dim 1 of the inputs called so (default: all)."""
+    """The compiler with, for ``split_sequence``, a pass that splits dim 1 of the inputs called so (default: all)."""
 
     @graph_pass()
     def split_tokens(program: Program) -> Program:
@@ -43,11 +44,8 @@ def tokens_split(*only: str) -> Iterator[None]:
 
     phases = []
     for phase in COMPILER:
-        names = [step.name for step in phase.passes]
-        if "split_batch" in names:
-            place = names.index("split_batch") + 1
-            phase = replace(phase, passes=(*phase.passes[:place], split_tokens, *phase.passes[place:]))
-        phases.append(phase)
+        passes = tuple(split_tokens if step is split_sequence else step for step in phase.passes)
+        phases.append(replace(phase, passes=passes))
     with mock.patch.object(compiler, "COMPILER", tuple(phases)):
         yield
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from autopar.exporters.structures import structure_to_json
+from autopar.ir import collectives as comm
 from autopar.ir import text
 from autopar.ir.layout import Factor, Layout, runs
 from autopar.ir.node import Node, values
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.tables import InputKind
-from autopar.mesh import PIPELINE, Mesh
+from autopar.mesh import PIPELINE, Mesh, axes_of
 
 FORMAT, VERSION = "autopar program", 1
 
@@ -48,9 +49,15 @@ def describe(program: AnyProgram) -> dict[str, Any]:
         ],
         "parameters": list(_tensors(program, InputKind.PARAMETER)),
         "buffers": list(_tensors(program, InputKind.BUFFER)),
-        "groups": {axis: [list(group) for group in mesh.groups(axis)] for axis in mesh.names},
+        "groups": {axis: [list(group) for group in mesh.groups(axis)] for axis in _axes(program)},
         "ranks": list(_ranks(program)),
     }
+
+
+def _axes(program: AnyProgram) -> list[str]:
+    """The axes of the mesh, and those that the program has merged, or parts of one."""
+    graphs = (graph for part in program.parts for graph in part.graphs.values())
+    return list(dict.fromkeys((*program.mesh.names, *comm.axes_used(graphs))))
 
 
 def _ranks(program: AnyProgram) -> Iterator[dict[str, Any]]:
@@ -85,7 +92,8 @@ def _type(node: Node, mesh: Mesh) -> dict[str, Any]:
 
 def split_of(layout: Layout, mesh: Mesh) -> dict[str, Any]:
     """Dim (as text) -> ``axes`` and ``pieces``, for the dims that are split."""
-    axes = [tuple(axis for factor in dim for axis in factor.axes) for dim in layout.dims]
+    groups = [(group for factor in dim for group in factor.axes) for dim in layout.dims]
+    axes = [tuple(dict.fromkeys(axis for group in dim for axis in axes_of(group))) for dim in groups]
     return {
         str(dim): {"axes": list(names), "pieces": _pieces(layout.dims[dim], names, mesh)}
         for dim, names in enumerate(axes)

@@ -285,6 +285,12 @@ def axes_over(node: fx.Node) -> frozenset[str]:
     return frozenset(axes_of(str(arguments_of(node)["axis"])))
 
 
+def axes_used(graphs: Iterable[fx.Graph]) -> list[str]:
+    """The axes, single or merged, over which ranks that run ``graphs`` communicate, in the same order on all."""
+    nodes = (node for graph in graphs for node in graph.nodes if moving(node.target) is not None)
+    return sorted({str(arguments_of(node)["axis"]) for node in nodes})
+
+
 def is_idle(node: fx.Node, mesh: Mesh) -> bool:
     """As :func:`does_nothing`, for a collective in a graph."""
     return does_nothing(node.target, tuple(arguments_of(node).values()), mesh)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar.errors import InvariantError
+from autopar.ir import collectives as comm
 from autopar.ir.node import value
 from autopar.ir.program import PipelinedProgram
 from autopar.ir.signature import restore_output
@@ -51,6 +52,9 @@ class PipelineExecutable:
         inputs = [entry.target for _, entry in program.placeholders(InputKind.INPUT)]
         mine = program.stages_on(self.rank)
         programs = [program] if program.tail is None else [program, program.tail]
+        # also those that only other stages need: the names of later groups depend on how many a process has made
+        stages = [stage for whole in programs for stage in whole.stages]
+        self.comm.open(comm.axes_used(graph for stage in stages for graph in stage.graphs.values()))
         own = connection.of_stage()
         self.stages = {n: [BoundStage(whole.stages[n], root, own, inputs) for whole in programs] for n in mine}
         self._routes = Routes(program)

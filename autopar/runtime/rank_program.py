@@ -59,7 +59,7 @@ class BoundProgram:
     def __init__(self, program: Program, graphs: RankGraphs, root: nn.Module, connection: Connection) -> None:
         self.program, self.graphs, self.comm = program, graphs, connection.comm
         self.role = program.required_role
-        self.comm.open(axes_used(program))
+        self.comm.open(comm.axes_used(program.graphs.values()))
         self.slots: dict[str, tuple[Table, str]] = {name: (table, key) for _, table, key, name in tables(root)}
         self.entries = list(program.placeholders(*InputKind))
         self.users = [entry.target for _, entry in self.entries if entry.kind is InputKind.INPUT]
@@ -200,13 +200,6 @@ class BoundProgram:
 
 def _compiled(name: str, graph: fx.Graph, program: Program) -> RankFunction:
     return compile_source(emit({name: graph}, program), name)
-
-
-def axes_used(program: Program) -> list[str]:
-    """The axes over which ranks of a program communicate, in the same order on all of them."""
-    graphs = program.required_role.graphs.values()
-    used = {str(node.args[1]) for graph in graphs for node in graph.nodes if comm.moving(node.target)}
-    return sorted(used)
 
 
 def sharing(graph: fx.Graph, found: Sequence[Tensor]) -> list[int]:

@@ -1,6 +1,6 @@
 """Data-like axes together on real gloo ranks, dp x sp: one reduction of gradients, and ZeRO over all of them.
 
-The axis ``sp`` is split by a pass of the tests (``tests/token_split.py``), for models in which no token meets another.
+Most models are such that no token meets another: ``tests/token_split.py`` has them, and the pass that splits ``sp``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from autopar import Checkpoints, Mesh, Plan
 from autopar.analysis.footprint import held, sent
 from autopar.check import TOLERANCE, Reference
 from autopar.runtime.dtensor import local_of
+from autopar.zoo.named import named_model
 from tests.against_one_process import Errors, float64, worst
 from tests.checkpoint.test_checkpoints import everything, same, steps
-from tests.end_to_end.test_training import train
+from tests.end_to_end.test_training import TRAINED, train
 from tests.launch import run_ranks
 from tests.token_split import OddTokens, TokenWise, token_batch, tokens_split
 from tests.traffic import sent_since
@@ -64,6 +65,24 @@ def test_no_byte_more_than_the_formulas_for_all_ranks_together(mesh: str) -> Non
         assert sum(t.bytes for t in sent(report.program) if t.bytes > 100) == counted, "and said before it runs"
 
 
+@pytest.mark.parametrize("mesh", ["dp=2,sp=2", "dp=1,sp=4", "dp_replicate=2,dp_shard=2,sp=2"])
+def test_a_transformer_sends_what_the_formulas_say_besides_its_keys_and_values(mesh: str) -> None:
+    example, on = named_model("llama", batch=4), Mesh.parse(mesh)
+    reference, size = Reference(example.model, example.batch), 0
+    assert on.shard_axis is not None
+    n, size = on.size(on.shard_axis), sum(parameter.numel() for parameter in reference.model.parameters()) * 8
+    for zero in range(4):
+        report = reference.check(on, Plan(zero=zero, attention="ulysses"))
+        assert report.worst <= TOLERANCE, (zero, report)
+        assert held(report.program).rank * (n if zero else 1) == size
+        whole = [t for t in report.step.traffic if t.phase == "backward" and t.name in ("all_reduce", "reduce_scatter")]
+        counts = {(t.axis, t.name): t.bytes for t in whole}
+        over, rest = on.merged(["dp", "dp_replicate", "dp_shard", "sp"]), on.size("dp_replicate") - 1
+        parts = {(on.shard_axis, "reduce_scatter"): (n - 1) * size // n}
+        parts |= {("dp_replicate", "all_reduce"): size // n} if rest else {}
+        assert counts == (parts if zero else {(over, "all_reduce"): 2 * (on.world_size - 1) * size // on.world_size})
+
+
 # ---------------------------------------------------------------- real ranks
 
 
@@ -71,6 +90,11 @@ def train_stages(name: str, mesh: Mesh, stages: tuple[int, ...], plan: dict[str,
     with tokens_split():
         plans = [Plan(zero=zero, check_numerics=False, on_indivisible="replicate", **plan) for zero in stages]
         return [train(MODELS[name], BATCHES[:4], mesh, one, "adamw") for one in plans]
+
+
+def train_llama(mesh: Mesh, stages: tuple[int, ...], plan: dict[str, Any]) -> list[Errors]:
+    plans = [Plan(zero=zero, check_numerics=False, **plan) for zero in stages]
+    return [train(*TRAINED["llama"], mesh, one, "sgd") for one in plans]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +112,13 @@ def test_training_equals_one_process(name: str, mesh: str, stages: tuple[int, ..
     for rank, rows in enumerate(run_ranks(train_stages, on.world_size, name, on, stages, plan)):
         for zero, errors in zip(stages, rows):
             assert worst(errors) < (TOLERANCE, ""), (rank, zero, worst(errors))
+
+
+@pytest.mark.parametrize(("attention", "stages"), [("ring", (0, 3)), ("ulysses", (1,))])
+def test_training_a_transformer_equals_one_process(attention: str, stages: tuple[int, ...]) -> None:
+    for rows in run_ranks(train_llama, 4, Mesh(dp=2, sp=2), stages, {"attention": attention}):
+        for zero, errors in zip(stages, rows):
+            assert worst(errors) < (TOLERANCE, ""), (zero, worst(errors))
 
 
 def look_at_parameters(zero: int) -> tuple[list[Any], dict[str, int], float]:

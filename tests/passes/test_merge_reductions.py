@@ -107,10 +107,20 @@ APART = {  # why: lines
         "z = comm.all_reduce(b, dp) : f64[8]",
     ),
     "a sum over tp first": ("b = comm.all_reduce(t, tp) : f64[8]{sum:dp}", "z = comm.all_reduce(b, dp) : f64[8]"),
-    "something in between": (
+    "something large in between": (
         "b = comm.all_reduce(s, sp) : f64[8]{sum:dp}",
         "c = aten.neg(b) : f64[8]{sum:dp}",
         "z = comm.all_reduce(c, dp) : f64[8]",
+    ),
+    "a cast in between": (
+        "b = comm.all_reduce(one, sp) : f64[]{sum:dp}",
+        "c = aten._to_copy(b, dtype=bf16) : bf16[]{sum:dp}",
+        "z = comm.all_reduce(c, dp) : bf16[]",
+    ),
+    "something that is not linear in between": (
+        "b = comm.all_reduce(one, sp) : f64[]{sum:dp}",
+        "c = aten.exp(b) : f64[]{sum:dp}",
+        "z = comm.all_reduce(c, dp) : f64[]",
     ),
 }
 INPUTS = """program mesh(dp=2 sp=2 tp=2)
@@ -118,13 +128,45 @@ INPUTS = """program mesh(dp=2 sp=2 tp=2)
   m = input : f64[8]{sum:dp,max:sp}
   t = input : f64[8]{sum:dp,sum:tp}
   s = input : f64[8]{sum:dp,sum:sp}
+  one = input : f64[]{sum:dp,sum:sp}
 """
 
 
 @pytest.mark.parametrize("why", APART)
 def test_what_stays_apart(why: str) -> None:
-    program = parse(INPUTS + "".join(f"  {line}\n" for line in APART[why]) + "  return z, w, m, t, s")
+    program = parse(INPUTS + "".join(f"  {line}\n" for line in APART[why]) + "  return z, w, m, t, s, one")
     assert str(merge_reductions(program)) == str(program), why
+
+
+def test_the_division_of_a_mean_moves_in_front_of_both_sums() -> None:
+    lines = [
+        "a = comm.all_reduce(one, sp) : f64[]{sum:dp}",
+        "b = aten.div.Scalar(a, 2) : f64[]{sum:dp}",
+        "c = aten.neg(b) : f64[]{sum:dp}",
+        "z = comm.all_reduce(c, dp) : f64[]",
+    ]
+    program = merge_reductions(parse(INPUTS + "".join(f"  {line}\n" for line in lines) + "  return z, w, m, t, s"))
+    found = [str(line).split(" = ")[1] for line in str(program).splitlines() if "aten" in line or "comm" in line]
+    assert [" ".join(line.split()) for line in found] == [
+        "aten.div.Scalar(one, 2) : f64[]{sum:dp,sum:sp}",
+        "aten.neg(b) : f64[]{sum:dp,sum:sp}",
+        "comm.all_reduce(c, dp+sp) : f64[]",
+    ]
+
+
+class Mean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x).square().mean()
+
+
+def test_the_loss_of_a_mean_is_reduced_once() -> None:
+    with tokens_split():
+        report = check(Mean(), {"x": torch.randn(6, 6, 8)}, Mesh(dp=2, sp=3))
+    assert report.worst <= TOLERANCE and all(t.axis == "dp+sp" and t.operations == 1 for t in report.step.traffic)
 
 
 def test_chains_of_any_length_and_order() -> None:
