@@ -1,0 +1,53 @@
+"""The bytes that are counted on tensors without memory are those of the simulated ranks, to the byte."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from autopar.analysis.peak import peak
+from autopar.compiler import compile_program
+from autopar.ir.program import Program
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+from autopar.simulate import simulate
+from autopar.zoo.named import named_model
+
+CASES: dict[str, dict[str, Any]] = {
+    "": {},
+    "dp=2": {},
+    "dp=2,tp=2": {"zero": 3},
+    "tp=2": {"sequence": "megatron"},
+    "sp=2": {"attention": "ring"},
+    "sp=4": {"attention": "hybrid", "recompute": "full"},
+}
+
+
+def compiled(mesh: str, model: str = "llama", **choices: Any) -> tuple[Program, Any]:
+    example = named_model(model, {}, ways=Mesh.parse(mesh).world_size)
+    program = compile_program(example.model, Mesh.parse(mesh), Plan(**choices), (), example.batch)
+    assert isinstance(program, Program)
+    return program, example
+
+
+@pytest.mark.parametrize("mesh", CASES)
+def test_peak_is_that_of_the_simulated_ranks(mesh: str) -> None:
+    program, example = compiled(mesh, **CASES[mesh])
+    step = simulate(program, example.model.state_dict(), (), example.batch)
+    assert {peak(program).total} == set(step.peak_bytes)
+
+
+def test_what_forward_keeps_is_held_while_backward_begins() -> None:
+    program, _ = compiled("sp=2", attention="ring")
+    found = peak(program)
+    assert 0 < found.kept < found.forward and found.kept < found.backward
+    assert found.total == found.resident + max(found.forward, found.backward)
+
+
+def test_without_gradients_there_is_no_backward() -> None:
+    program, _ = compiled("sp=2", attention="ring")
+    role = program.required_role
+    found = peak(replace(program, role=replace(role, backward=None)))
+    assert found.backward == 0 and found.activations == found.forward == peak(program).forward
