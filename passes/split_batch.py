@@ -37,8 +37,9 @@ from autopar.ir.tables import Input, InputKind
 from autopar.mesh import DATA_AXES
 from autopar.rules import Rule
 from autopar.rules.factoring import Strategy
-from autopar.split.choose import NO_RULES
+from autopar.split.choose import NO_RULES, Choice
 from autopar.split.flow import Flow, Key
+from autopar.split.shares import refuse_idle_axis
 from autopar.split.split_axis import split_axis
 
 
@@ -49,8 +50,12 @@ from autopar.split.split_axis import split_axis
 def split_batch(program: Program) -> Program:
     for axis in DATA_AXES:
         if program.mesh.size(axis) > 1:
-            program = split_axis(program, _BatchPolicy(axis, _batch_dims(program, axis)))
+            program = split_axis(program, _BatchPolicy(axis, _batch_dims(program, axis)), _refuse_idle_axis)
     return program
+
+
+def _refuse_idle_axis(flow: Flow, choice: Choice) -> None:
+    refuse_idle_axis(flow, choice, least=0.0)
 
 
 def _batch_dims(program: Program, axis: str) -> dict[str, int]:

@@ -30,6 +30,7 @@ from autopar.ir.program import Program
 from autopar.split.choose import Choice
 from autopar.split.flow import Flow
 from autopar.split.refusals import refuse_whole_weights
+from autopar.split.shares import refuse_idle_axis
 from autopar.split.split_axis import split_axis
 from autopar.split.tensor_policy import TensorPolicy
 
@@ -40,5 +41,7 @@ def split_tensors(program: Program) -> Program:
 
     def check(flow: Flow, choice: Choice) -> None:
         refuse_whole_weights(flow, choice, policy.form)
+        if program.plan.on_indivisible == "error" and not program.plan.tensor:  # else as the plan asks
+            refuse_idle_axis(flow, choice, least=0.0)
 
     return split_axis(program, policy, check)

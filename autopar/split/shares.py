@@ -21,7 +21,7 @@ LEAST = 0.9  # of the work
 def refuse_idle_axis(flow: Flow, choice: Choice, least: float = LEAST) -> None:
     """Refuse a choice in which the axis splits too little: nothing, or less than nine tenths of the attention.
 
-    ``least``: the share of all computation that it must split at least; what depends on no input does not count.
+    ``least``: the share of all computation that it must split; 0: any. What depends on no input does not count.
     Raises NothingSplitError.
     """
     work = {call: work_of(flow.factorings[call], flow.calls[call]) for call in _counted(flow)}
