@@ -41,6 +41,13 @@ RUNS: list[Run] = [
         ("pp=2", {"schedule": name, "microbatches": 4})
         for name in ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v")
     ),
+    *(("sp=2", {"attention": form}) for form in ("ring", "gather", "ulysses")),
+    ("sp=3", {"attention": "ring", "overlap_mb": 1000.0}),
+    ("sp=4", {"attention": "hybrid"}),
+    ("dp=2,sp=2", {"attention": "ring", "zero": 3}),
+    ("sp=2,tp=2", {"attention": "ulysses", "zero": 2, "sequence": "megatron"}),
+    ("pp=2,sp=2", {"attention": "ring", "microbatches": 4}),
+    ("dp=2,sp=2,tp=2", {"attention": "ring", "zero": 3, "recompute": "full"}),
     ("pp=2,dp=2", {"zero": 1, "schedule": "zb-v", "microbatches": 4}),
     ("pp=2,dp=2,tp=2", {"zero": 3, "schedule": "1f1b", "microbatches": 2}),
 ]
