@@ -43,6 +43,11 @@ def _step(source: Placement, target: Placement) -> Step:
     return Step(comm.CONVERSIONS[comm.held(source), comm.held(target)], source, target)
 
 
+def through_whole(step: Step) -> tuple[Step, Step]:
+    """The two steps in place of one from split to split: an all-to-all takes only parts of equal size."""
+    return _step(step.source, REPLICATED), _step(REPLICATED, step.target)
+
+
 def step_cost(step: Step, size: int, gradient: bool, ways: int) -> float:
     """Seconds for one collective on a whole tensor of ``size`` bytes, and with ``gradient`` for its dual too."""
     row = comm.COLLECTIVES[step.op]

@@ -21,7 +21,7 @@ from autopar.ir.program import Program
 from autopar.ir.tables import Decision
 from autopar.rules.factoring import Strategy
 from autopar.split.choose import Choice, Policy, choose
-from autopar.split.conversions import Step, normalised, plan_placements
+from autopar.split.conversions import Step, normalised, plan_placements, through_whole
 from autopar.split.flow import Flow, Key, flow_of, key_of
 
 Check = Callable[[Flow, Choice], Mapping[str, Decision] | None]
@@ -122,6 +122,11 @@ class _Rewriter:
         return held.placements[placement]
 
     def _convert(self, source: fx.Node, step: Step, before: Value) -> fx.Node:
+        local = before.layout.local_shape(self.mesh)
+        ends = [split for split in (step.source, step.target) if isinstance(split, Split)]
+        if len(ends) == 2 and not all(split.divides(local[split.dim], self.ways) for split in ends):
+            first, second = through_whole(step)
+            return self._convert(self._convert(source, first, before), second, before)
         arguments: tuple[Any, ...] = (self.axis,)
         split = step.target if isinstance(step.target, Split) else step.source
         form = comm.COLLECTIVES[step.op].form
@@ -129,12 +134,10 @@ class _Rewriter:
             assert isinstance(step.source, Partial)
             arguments = (self.axis, step.source.op)
         elif form is comm.ENDS:
-            ends = [[s.dim, s.signed_outer, *s.ratio] for s in (step.source, step.target) if isinstance(s, Split)]
-            arguments = (self.axis, self.ways, *ends)
+            arguments = (self.axis, self.ways, *([s.dim, s.signed_outer, *s.ratio] for s in ends))
         elif form is comm.PART:
             assert isinstance(split, Split)
-            length = before.layout.local_shape(self.mesh)[split.dim]
-            arguments = comm.where(split, self.axis, self.ways, length)
+            arguments = comm.where(split, self.axis, self.ways, local[split.dim])
         target = getattr(comm.OPS, step.op).default
         return self.emit(target, (source, *arguments), self.placed(before, step.target))
 

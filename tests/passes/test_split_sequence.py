@@ -221,3 +221,16 @@ def test_an_axis_that_splits_nothing_is_refused() -> None:
         NothingSplitError, lambda: compile_program(Recurrent(), Mesh(sp=2), Plan(), (torch.randn(4, 32, 8),))
     )
     assert "of the computation" in text and "recurrent_layer" in text
+
+
+def test_other_axes_that_split_nothing_are_refused_by_the_same_check() -> None:
+    plan = Plan(batch_dims={"x": None})
+    text = refused(NothingSplitError, lambda: compile_program(Mlp(), Mesh(dp=2), plan, (torch.randn(4, 8),)))
+    assert "dp=2 splits 0% of the computation" in text
+
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.softmax(-1).square().sum()
+
+    text = refused(NothingSplitError, lambda: compile_program(Plain(), Mesh(tp=2), Plan(), (torch.randn(4, 8),)))
+    assert "tp=2 splits 0% of the computation" in text

@@ -207,3 +207,25 @@ def test_explain_names_the_choice_and_its_alternatives() -> None:
     assert "chosen: S(1)" in text and "S(0)" in text
     with pytest.raises(ValueError, match=r"near it: .*q_proj"):
         program.explain("model.layers.0.self_attn.q_prj.weight")
+
+
+class OddVocabulary(nn.Module):
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(vocabulary, 8), nn.LayerNorm(8)
+        self.head = nn.Linear(8, vocabulary)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.norm(self.embed(tokens)))
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return loss + logits.logsumexp(-1).square().mean() + logits.mean(-1).square().mean() + logits.square().mean()
+
+
+@pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(tp=3), Mesh(dp=2, tp=2)], ids=str)
+@pytest.mark.parametrize("vocabulary", [5, 7, 8])
+def test_uneven_parts_are_not_exchanged_as_equal_ones(vocabulary: int, mesh: Mesh) -> None:
+    """From parts of the vocabulary to parts of the sequence: an all-to-all would count padding as elements."""
+    torch.manual_seed(0)
+    batch = {name: torch.randint(vocabulary, (4, 6)) for name in ("tokens", "labels")}
+    plan = Plan(sequence="megatron", on_indivisible="replicate")
+    assert check(OddVocabulary(vocabulary), batch, mesh, plan).passed
