@@ -20,7 +20,7 @@ from autopar.analysis.footprint import held, sent
 from autopar.check import TOLERANCE, Reference
 from autopar.runtime.dtensor import local_of
 from autopar.zoo.named import named_model
-from tests.against_one_process import Errors, float64, worst
+from tests.against_one_process import Errors, compare_gradients, float64, worst
 from tests.checkpoint.test_checkpoints import everything, same, steps
 from tests.end_to_end.test_training import TRAINED, train
 from tests.launch import run_ranks
@@ -156,6 +156,24 @@ def test_parameters_are_dtensors_with_one_dim_for_all_data_like_axes() -> None:
     whole = run_ranks(look_at_parameters, 4, 0)
     assert all(names == ("dp", "sp") for rows, _, _ in whole for _, names, _, _ in rows)
     assert all(abs(own / float(norm) - 1) < 1e-12 for _, _, own in whole)
+
+
+def count_reductions(zero: int, microbatches: int) -> dict[tuple[str, str], int]:
+    """Bytes sent in the backward passes of a step in parts, by axis and collective,."""
+    with tokens_split():
+        plan = Plan(zero=zero, microbatches=microbatches, check_numerics=False)
+        model = autopar.parallelize(float64(TokenWise), Mesh(dp=2, sp=2), plan)
+        reference = float64(TokenWise)
+        model.train_step(**BATCHES[0])
+    reference(**BATCHES[0])["loss"].backward()
+    assert worst(compare_gradients(model, reference)) < (TOLERANCE, "")
+    return {(t.axis, t.name): t.bytes for t in model.traffic if t.phase == "backward"}
+
+
+def test_microbatches_are_reduced_once() -> None:
+    for zero in (0, 1):
+        once, thrice = (run_ranks(count_reductions, 4, zero, parts)[0] for parts in (1, 3))
+        assert once == thrice and once.keys() == {("dp+sp", "reduce_scatter" if zero else "all_reduce")}
 
 
 JOURNEY = (("dp=4", 3), ("dp=2,sp=2", 3), ("dp_replicate=2,dp_shard=1,sp=2", 1), ("dp=2,sp=2", 0), ("dp=1,sp=2", 2))

@@ -172,6 +172,23 @@ def test_pieces_of_splits_that_are_not_contiguous() -> None:
     assert split_of(Layout.whole([3]), mesh) == {}
 
 
+def test_the_manifest_of_merged_axes(tmp_path: Path) -> None:
+    """Pieces are of axes of the mesh; a group over several of them is listed beside these."""
+    lines = [
+        "w = param w : f32[5@dp+sp]",
+        "x = input : f32[2]{sum:sp}",
+        "y = comm.all_gather(w, dp+sp, dim=0) : f32[5]",
+    ]
+    lines.append("z = comm.all_reduce(x, sp) : f32[2]")
+    program = parse("\n  ".join(["program mesh(dp=2 sp=2)", *lines, "return y, z"]))
+    assert isinstance(program, Program)
+    found = manifest_of(program, tmp_path)
+    assert found["groups"] == {"dp": [[0, 2], [1, 3]], "sp": [[0, 1], [2, 3]], "dp+sp": [[0, 1, 2, 3]]}
+    pieces = [[[0, 2]], [[2, 4]], [[4, 5]], []]
+    assert found["parameters"][0]["split"] == {"0": {"axes": ["dp", "sp"], "pieces": pieces}}
+    assert str(load(tmp_path / "manifest")) == str(program)
+
+
 # ---------------------------------------------------------------- extra files
 
 

@@ -28,6 +28,7 @@ MORE_RUNS: list[tuple[str, str, dict[str, Any], str]] = [
     ("gpt", "pp=2,dp=2,tp=2", {"zero": 1}, "AdamW"),
     ("llama", "pp=2,dp=2,tp=2", {"zero": 1, "schedule": "zb-v"}, "AdamW"),
     ("llama", "pp=2,dp=2,tp=2", {"zero": 3, "schedule": "interleaved"}, "SGD"),
+    *(("gpt", "pp=2,dp=2,sp=2", {"zero": zero, "schedule": "1f1b"}, "SGD") for zero in (0, 3)),
 ]
 
 

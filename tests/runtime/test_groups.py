@@ -147,6 +147,22 @@ def test_ranks_outside_of_a_group_take_no_part_in_making_it() -> None:
     assert found == [0.0] * 4 + [22.0] * 4
 
 
+def bind_the_world_to_a_device(mesh: Mesh) -> tuple[bool, float]:
+    """As ``init_process_group(device_id=...)`` does: then new groups are split off, which takes all ranks."""
+    comm = connect(mesh, 60.0, CPU).comm
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    world.bound_device_id = torch.device("cuda", 0)
+    comm.open(["sp:inner2"])
+    bound, world.bound_device_id = world.bound_device_id, None
+    return bound == torch.device("cuda", 0), float(comm.all_reduce(torch.tensor(float(comm.rank)), "sp:inner2"))
+
+
+def test_a_group_is_not_split_off_a_world_that_is_bound_to_a_device() -> None:
+    found = run_ranks(bind_the_world_to_a_device, 4, Mesh(sp=4))
+    assert found == [(True, 1.0), (True, 1.0), (True, 5.0), (True, 5.0)]
+
+
 def lose_a_peer(victim: int) -> str:
     comm = connect(Mesh(dp=2, sp=2), 60.0, CPU).comm
     comm.all_reduce(torch.ones(4), "dp+sp")
