@@ -85,17 +85,20 @@ def _apart(layers: int, options: argparse.Namespace) -> Compilation:
 
 
 def _compiled(layers: int, mesh: str, sequence: str) -> Compilation:
+    named, plan = Mesh.parse(mesh), Plan(sequence=sequence)  # type: ignore[arg-type]
+    return compilation(llama_70b(layers), batch_of(ROWS_PER_RANK * named.size("dp"), LENGTH), layers, named, plan)
+
+
+def compilation(model: nn.Module, batch: dict[str, Tensor], layers: int, mesh: Mesh, plan: Plan) -> Compilation:
+    """Compile ``model`` in this process, which has compiled nothing yet, step by step."""
     from autopar.frontend.trace import trace
     from autopar.ir.graph_pass import run_phases, steps_of
     from autopar.passes import COMPILER
 
     warnings.filterwarnings("ignore")
-    sizes = {axis: int(size) for axis, size in (part.split("=") for part in mesh.split(","))}
-    named, plan = Mesh(**sizes), Plan(sequence=sequence)
-    model, batch = llama_70b(layers), batch_of(ROWS_PER_RANK * sizes.get("dp", 1), LENGTH)
-    found = Compilation(layers, mesh, baseline_mb=_peak_mb())
+    found = Compilation(layers, str(mesh), baseline_mb=_peak_mb())
     start = time.perf_counter()
-    program = _timed(found, "trace", lambda: trace(model, (), batch, named, plan))
+    program = _timed(found, "trace", lambda: trace(model, (), batch, mesh, plan))
     for _, step in steps_of(COMPILER):
         program = _timed(found, step.name, partial(run_phases, program, COMPILER, step.name, step.name))
     code = _timed(found, "emit", lambda: _emitted(program))
