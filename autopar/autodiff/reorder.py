@@ -13,7 +13,7 @@ from collections import deque
 import torch
 from torch import fx
 
-from autopar.ir.collectives import GATHERS, OPS, PART, STARTS, TARGETS, row_of, split_of
+from autopar.ir.collectives import GATHERS, OPS, PART, REDUCTIONS, STARTS, TARGETS, row_of, split_of
 from autopar.ir.layout import Split
 from autopar.ir.node import origin, output_node, set_origin, set_values, value, values
 from autopar.ir.operator_facts import is_view
@@ -112,8 +112,11 @@ class Reordering:
         return {node: reduction for node, reduction in before.items() if reduction is not None}
 
     def _hidden(self) -> set[fx.Node]:
-        """Reductions whose result backward uses; nodes that do not depend on them can hide them."""
-        found = {node for node in self.nodes if _is_reduction(node) and self._can_start(node)}
+        """Sums whose result backward uses; nodes that do not depend on them can hide them.
+
+        The messages of a ring are none: a tile is computed beside each, and what is put off holds its activations.
+        """
+        found = {node for node in self.nodes if node.target in REDUCTIONS and self._can_start(node)}
         return {node for node in found if any(user is not self.end and user not in self.late for user in node.users)}
 
     def _reduction_before(self, node: fx.Node) -> fx.Node | None:

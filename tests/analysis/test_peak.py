@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from autopar.analysis.peak import peak
 from autopar.compiler import compile_program
@@ -14,6 +15,7 @@ from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.simulate import simulate
 from autopar.zoo.named import named_model
+from models import llama
 
 CASES: dict[str, dict[str, Any]] = {
     "": {},
@@ -37,6 +39,31 @@ def test_peak_is_that_of_the_simulated_ranks(mesh: str) -> None:
     program, example = compiled(mesh, **CASES[mesh])
     step = simulate(program, example.model.state_dict(), (), example.batch)
     assert {peak(program).total} == set(step.peak_bytes)
+
+
+def activations(ways: int, form: str) -> dict[str, int]:
+    """Bytes of all ranks together, of a sequence far longer than the model is wide."""
+    model = llama.build("tiny", vocab=64, width=64, layers=2, heads=8, kv_heads=4, ff=128)
+    tokens = torch.zeros(1, 1024, dtype=torch.int64)
+    batch = {"input_ids": tokens, "labels": tokens.clone()}
+    program = compile_program(model, Mesh(sp=ways), Plan(attention=form), (), batch)  # type: ignore[arg-type]
+    assert isinstance(program, Program)
+    found = peak(program)
+    return {"forward": ways * found.forward, "backward": ways * found.backward}
+
+
+def test_a_ring_divides_all_activations_by_its_ranks() -> None:
+    one = activations(1, "ring")
+    for ways in (2, 4):
+        found = activations(ways, "ring")
+        for phase, size in found.items():
+            assert size == pytest.approx(one[phase], rel=0.02), (ways, phase, found, one)
+
+
+def test_gathered_keys_are_whole_on_each_rank() -> None:
+    layers, keys_and_values = 2, 2 * 1024 * 4 * 8 * 4  # bytes: tokens, heads, their width
+    more = activations(4, "gather")["forward"] - activations(4, "ring")["forward"]
+    assert more == pytest.approx((4 - 1) * layers * keys_and_values, rel=0.05)
 
 
 def test_what_forward_keeps_is_held_while_backward_begins() -> None:
