@@ -9,21 +9,23 @@ before, on mesh(sp=2), Plan(attention="ring"):
   y = aten.scaled_dot_product_attention(q, q, q, None, 0.0, True)  : f32[2,4,16,8]
   return y
 after:
-  x              = input                                       : f32[2,(2 8@sp~),32]
-  w              = param w                                     : f32[32,32]
-  enter          = comm.enter(w, sp)                           : f32[32,32]
-  h              = aten.linear(x, enter)                       : f32[2,(2 8@sp~),32]
-  r              = aten.reshape(h, [2, 8, 4, 8])               : f32[2,(2 8@sp~),4,8]
-  q              = aten.transpose.int(r, 1, 2)                 : f32[2,4,(2 8@sp~),8]
-  axis_index     = comm.axis_index(sp)                         : i64[]
+  x              = input                                                       : f32[2,(2 8@sp~),32]
+  w              = param w                                                     : f32[32,32]
+  enter          = comm.enter(w, sp)                                           : f32[32,32]
+  h              = aten.linear(x, enter)                                       : f32[2,(2 8@sp~),32]
+  r              = aten.reshape(h, [2, 8, 4, 8])                               : f32[2,(2 8@sp~),4,8]
+  q              = aten.transpose.int(r, 1, 2)                                 : f32[2,4,(2 8@sp~),8]
+  axis_index     = comm.axis_index(sp)                                         : i64[]
   ring_attention = op.ring_attention(q, q, q, None, [], axis_index, "sp", 2, True, "j<=i", [1], None)
                  : f32[2,4,(2 8@sp~),8]
-  return ring_attention
+  reorder        = comm.reorder(ring_attention, sp, source=[2, -2, 1], target=2) : f32[2,4,16@sp,8]
+  return reorder
 
 The sequence dims are found from the attention operators, never from names: dim -2 of queries, keys and values, spread
 backwards to the inputs and forwards to the loss (a model without attention: from its inputs). Positions, masks and
 labels are whole, and are cut where they are used. Under a causal mask the parts are in zig-zag order, so that all ranks
-have as much to compute. (Liu et al. 2023, Ring Attention; Jacobs et al. 2023, DeepSpeed-Ulysses; docs/sequence.md.)
+have as much to compute; what is returned is in plain order again. (Liu et al. 2023, Ring Attention; Jacobs et al. 2023,
+DeepSpeed-Ulysses; docs/sequence.md.)
 """
 
 from __future__ import annotations

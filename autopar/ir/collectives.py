@@ -59,7 +59,8 @@ ENDS = Form(
     "str axis, int ways, int[] source, int[] target",
     lambda given: {**given, "source": given["target"], "target": given["source"]},
 )
-
+# the same, of two splits of one dim
+ORDERS = Form(ENDS.schema, ENDS.turned, idle=lambda given: list(given["source"]) == list(given["target"]))
 # by: the number of ranks further on the axis, which is a ring
 STEPS = Form(
     "str axis, int ways, int by",
@@ -127,6 +128,11 @@ COLLECTIVES: dict[str, Collective] = {
     "all_to_all": Collective(
         "S", "S", dual="all_to_all", does="from parts of one dim to parts of another", form=ENDS,
         sends=lambda ways, size: (ways - 1) * size // ways, short="A2A",
+    ),
+    # in zig-zag order a rank has two chunks of 2n; of two ranks each keeps one, of more some send both
+    "reorder": Collective(
+        "S", "S", dual="reorder", does="from parts in one order of a dim to parts in another", form=ORDERS,
+        sends=lambda ways, size: size // 2 if ways == 2 else size if ways > 2 else 0, short="RO",
     ),
     "shift": Collective(
         "S", "S", dual="shift", does="each rank has the part of the rank `by` before it", form=STEPS,
@@ -233,7 +239,7 @@ IDENTITIES = _those(lambda row: row.does_nothing)
 REDUCTIONS = _those(lambda row: row.before == "P")  # sums over ranks
 GATHERS = _those(lambda row: row.before == "S" and row.after in WHOLE)
 CUTS = _those(lambda row: row.before in WHOLE and row.after == "S")
-ELEMENTWISE = _those(lambda row: row.form not in (PART, ENDS))  # each element stays in its place
+ELEMENTWISE = _those(lambda row: row.form not in (PART, ENDS, ORDERS))  # each element stays in its place
 CONVERSIONS: dict[tuple[Held, Held], str] = {}  # (placement now, placement required) -> the collective that converts
 for _name, _row in COLLECTIVES.items():
     CONVERSIONS.setdefault((_row.before, _row.after), _name)
@@ -307,5 +313,5 @@ def split_of(arguments: Sequence[Any]) -> Split:
 
 
 def end_of(numbers: Sequence[int]) -> Split:
-    """The split in ``source`` or ``target`` of an all_to_all."""
+    """The split in ``source`` or ``target`` of an all_to_all or a reorder."""
     return Split.of(numbers[0], numbers[1], numbers[2:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from autopar.ir.collectives import AXIS, COLLECTIVES, ENDS, OPS, PART, REDUCTION, STEPS
+from autopar.ir.collectives import AXIS, COLLECTIVES, ENDS, OPS, ORDERS, PART, REDUCTION, STEPS
 from autopar.ir.layout import Split
 from autopar.rules.factoring import ANY_SIZE, Call, Factoring, Shape, Strategy, dims_of
 from autopar.rules.pointwise import broadcast
@@ -25,6 +25,11 @@ def reduced(call: Call) -> Factoring:
 def joined(call: Call) -> Factoring:
     """The dim that the other axis splits stays whole on this axis."""
     return keeps_other_dims(call, {int(call.args[3])}, FIRST)
+
+
+def reordered(call: Call) -> Factoring:
+    """As :func:`joined`."""
+    return keeps_other_dims(call, {int(call.args[3][0])}, FIRST)
 
 
 def exchanged(call: Call) -> Factoring:
@@ -64,7 +69,7 @@ def position(call: Call) -> Factoring:
     return Factoring((), ((),), {})
 
 
-BY_FORM = {AXIS: elementwise, REDUCTION: reduced, PART: joined, ENDS: exchanged, STEPS: elementwise}
+BY_FORM = {AXIS: elementwise, REDUCTION: reduced, PART: joined, ENDS: exchanged, ORDERS: reordered, STEPS: elementwise}
 RULES: dict[Any, Any] = {
     OPS.axis_index.default: position,
     **{getattr(OPS, name).default: BY_FORM[row.form] for name, row in COLLECTIVES.items()},

@@ -21,7 +21,7 @@ from autopar.ir.traffic import Transfer, moved_bytes
 from autopar.mesh import PIPELINE, Mesh
 from autopar.runtime import functional_collectives as torch_collectives
 from autopar.runtime.groups import new_group
-from autopar.runtime.pieces import apart, put, take, together
+from autopar.runtime.pieces import apart, crossing, put, take, together
 
 PLAIN = (1,)
 
@@ -143,6 +143,17 @@ class Communicator:
         parts = apart(x, after, ways)
         received = self._send("all_to_all", axis, parts.flatten(0, 1), torch_collectives.all_to_all)
         return together(received.view(parts.shape), before, parts.shape[1 + before.dim] * ways)
+
+    def reorder(self, x: Tensor, axis: str, ways: int, source: Sequence[int], target: Sequence[int]) -> Tensor:
+        """From split by ``source`` to split by ``target``, both of one dim; no rank has more than its part."""
+        if self.group(axis) is None or list(source) == list(target):
+            return x
+        before, after = (Split.of(end[0], end[1], end[2:]) for end in (source, target))
+        dim, length = before.dim, x.shape[before.dim] * ways
+        way, back = (crossing(*ends, length, self.position(axis), ways) for ends in ((before, after), (after, before)))
+        blocks = torch.stack([x.narrow(dim, block * way.size, way.size) for block in way.order])
+        got = self._send("reorder", axis, blocks, torch_collectives.exchange, way.counts, back.counts)
+        return torch.cat([got[back.order.index(block)] for block in range(len(back.order))], dim)
 
     def shift(self, x: Tensor, axis: str, ways: int, by: int) -> Tensor:
         """``x`` to the rank ``by`` further on the axis, in exchange for the tensor of the rank ``by`` before."""

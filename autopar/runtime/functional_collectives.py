@@ -14,7 +14,7 @@ under way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -93,6 +93,12 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
     ranks = group.size()
     sizes = [x.shape[0] // ranks] * ranks
     result: Tensor = _wait(_all_to_all(x, sizes, sizes, group.group_name))
+    return result
+
+
+def exchange(x: Tensor, group: ProcessGroup, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    """As :func:`all_to_all` of blocks of unequal sizes: ``sent[i]`` to rank i, ``received[i]`` from it."""
+    result: Tensor = _wait(_all_to_all(x, list(received), list(sent), group.group_name))
     return result
 
 

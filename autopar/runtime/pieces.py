@@ -7,10 +7,14 @@ purpose: this file is tested against it.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from autopar.ir.layout import Split, owned_indices
+from autopar.ir.layout import Split, owned_indices, runs
 
 
 def take(whole: Tensor, split: Split, position: int, ways: int) -> Tensor:
@@ -64,6 +68,35 @@ def together(parts: Tensor, split: Split, length: int) -> Tensor:
     segments = torch.split(blocks, [share * unit for share in split.ratio], dim + 2)
     moved = [segment.movedim(0, dim + 1).flatten(dim + 1, dim + 2) for segment in segments]
     return torch.cat(moved, dim + 1).flatten(dim, dim + 1)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """The part of one rank in equal blocks of ``size`` elements, as they go to other ranks.
+
+    ``order``: the numbers of its blocks by receiver; ``counts``: how many each receiver gets.
+    """
+
+    size: int
+    order: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def crossing(source: Split, target: Split, length: int, position: int, ways: int) -> Crossing:
+    """Where the blocks of ``position``'s part by ``source`` are by ``target``, a split of the same dim.
+
+    That of ``target`` to ``source`` is what the rank receives: two ranks see the blocks between them in one order,
+    that of the whole. Raises ValueError for a split that does not divide.
+    """
+    owned = [[owned_indices(length, split, rank, ways) for rank in range(ways)] for split in (source, target)]
+    size = math.gcd(*(number for parts in owned for part in parts for run in runs(part) for number in run))
+    before, after = [[part[::size] // size for part in parts] for parts in owned]
+    receiver = torch.cat([torch.full_like(part, rank) for rank, part in enumerate(after)])
+    receivers = receiver[torch.cat(after).argsort()][before[position]]
+    order = torch.argsort(receivers * (length // size) + before[position])
+    counts = receivers.bincount(minlength=ways)
+    return Crossing(size, tuple(order.tolist()), tuple(counts.tolist()))
 
 
 def grown(x: Tensor, dim: int, size: int) -> Tensor:

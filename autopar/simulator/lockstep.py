@@ -134,6 +134,7 @@ RULES: dict[str, Callable[[Sequence[Tensor], Sequence[Any]], list[Tensor]]] = {
     "split": _split,
     "split_replicated": _split,
     "all_to_all": _all_to_all,
+    "reorder": _all_to_all,
     "shift": _shift,
     "wait": _same,
 }

@@ -26,7 +26,7 @@ class Step:
 
 
 @cache
-def route(source: Placement, target: Placement) -> tuple[Step, ...]:
+def route(source: Placement, target: Placement, gradient: bool = True) -> tuple[Step, ...]:
     """The collectives that turn ``source`` into ``target``, shortest first."""
     if source == target:
         return ()
@@ -35,7 +35,10 @@ def route(source: Placement, target: Placement) -> tuple[Step, ...]:
     if isinstance(source, Partial) and not (isinstance(target, Split) and source.op == "sum"):
         return (_step(source, INVARIANT), *route(INVARIANT, target))
     if isinstance(source, Split) and isinstance(target, Split) and source.dim == target.dim:
-        return (*route(source, REPLICATED), *route(REPLICATED, target))
+        if source.mirrored or target.mirrored:
+            return (Step("reorder", source, target),)
+        whole = normalised(REPLICATED, gradient)
+        return (*route(source, whole), *route(whole, target))
     return (_step(source, target),)
 
 
@@ -73,9 +76,9 @@ def plan_placements(
     for placement in sorted(placements, key=_order):
         if placement in made:
             continue
-        ways_in = [(sum(step_cost(s, size, gradient, ways) for s in route(have, placement)), have) for have in made]
-        cost, best = min(ways_in, key=lambda pair: (pair[0], _order(pair[1])))
-        for step in route(best, placement):
+        routes = {have: route(have, placement, gradient) for have in made}
+        costs = {have: sum(step_cost(s, size, gradient, ways) for s in steps) for have, steps in routes.items()}
+        for step in routes[min(made, key=lambda have: (costs[have], _order(have)))]:
             if step.target not in made:
                 made[step.target] = step
                 total += step_cost(step, size, gradient, ways)

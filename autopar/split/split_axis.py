@@ -133,7 +133,7 @@ class _Rewriter:
         if form is comm.REDUCTION:
             assert isinstance(step.source, Partial)
             arguments = (self.axis, step.source.op)
-        elif form is comm.ENDS:
+        elif form in (comm.ENDS, comm.ORDERS):
             arguments = (self.axis, self.ways, *([s.dim, s.signed_outer, *s.ratio] for s in ends))
         elif form is comm.PART:
             assert isinstance(split, Split)

@@ -208,5 +208,9 @@ COLLECTIVES: dict[Any, list[Sample]] = {
         call(x(4, 6, 2), "dp", 2, [0, 1, 1], [2, 1, 1], outer=2),
         call(x(4, 7, 2), "dp", 2, [2, 1, 1], [0, 2, 1], outer=2),
     ],
+    OPS.reorder.default: [
+        call(x(6, 8), "dp", 2, [1, -2, 1], [1, 1, 1], outer=2),
+        call(x(8, 6, 5), "dp", 2, [0, 1, 1], [0, -2, 1], outer=2),
+    ],
     OPS.shift.default: [call(x(6, 5), "dp", 2, 1, outer=2)],
 }

@@ -41,6 +41,8 @@ def cases() -> list[Case]:
             found += [(name, whole, where) for name in ("reduce_scatter", "split", "split_replicated")]
     ends = ([0, 1, 1], [1, 1, 1]), ([1, 3, 1], [0, 1, 2, 1, 1])
     found += [("shift", (2, 3), (2, by)) for by in (1, -1, 3)]
+    orders = ([1, 1, 1], [1, -2, 1]), ([0, -2, 1], [0, 1, 1])
+    found += [("reorder", (8, 4), (2, *of)) for of in orders]
     return [*found, *(("all_to_all", (8, 6), (2, *end)) for end in ends)]
 
 

@@ -41,6 +41,7 @@ def cases(ways: int) -> list[tuple[str, tuple[int, ...], tuple[Any, ...]]]:
     found += [("all_reduce", (3, 2), (op,)) for op in ("sum", "max", "min")]
     found += [(name, (3, 2), ()) for name in ("enter", "release", "keep_first")]
     found += [("shift", (3, 2), (ways, by)) for by in (1, -1)]
+    found += [("reorder", (6, 2), (ways, [0, 1, 1], [0, -2, 1]))]
     return [*found, ("all_to_all", (3, 2 * ways), (ways, [0, 1, 1], [1, 1, 1]))]
 
 

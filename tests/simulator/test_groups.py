@@ -26,6 +26,8 @@ def _arguments(name: str, ways: int) -> tuple[tuple[Any, ...], tuple[int, ...]]:
         return (ways, 0, 1, [1], length), (3 if row.before == "S" else length, 2)
     if row.form is comm.ENDS:
         return (ways, [0, 1, 1], [1, 1, 1]), (3, 2 * ways)
+    if row.form is comm.ORDERS:
+        return (ways, [0, 1, 1], [0, -2, 1]), (6, 2)
     return {comm.AXIS: (), comm.REDUCTION: ("sum",), comm.STEPS: (ways, -1)}[row.form], (3, 2)
 
 

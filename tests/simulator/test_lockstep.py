@@ -73,6 +73,8 @@ def _parts(name: str, form: str) -> tuple[Split, Split, int]:
     """The splits of a value that is split before and after collective ``name``, and the length of its dim."""
     if comm.COLLECTIVES[name].form is comm.ENDS:
         return Split(0, outer=2), Split(1), 24
+    if comm.COLLECTIVES[name].form is comm.ORDERS:
+        return Split(0), Split(0, outer=2, mirrored=True), 24
     split, length = (Split(0), 12) if comm.COLLECTIVES[name].form is comm.STEPS else SPLITS[form]
     return split, split, length
 
