@@ -26,6 +26,7 @@ ALIASES = {"cp": "sp"}
 DATA_AXES = ("dp", "dp_replicate", "dp_shard")
 BATCH_AXES = (*DATA_AXES, "ep")  # ranks along these get different rows of the batch
 REPLICA_AXES = (*DATA_AXES, "sp")  # along these, ranks use the same weights on other data: a gradient is a sum
+SEQUENCE = "sp"  # ranks along this one have parts of the sequence
 PIPELINE = "pp"  # ranks along this one run different stages of the model
 
 GROUP = re.compile(r"(\w+)(?::(inner|outer)(\d+))?")  # a part of the name of a group

@@ -105,7 +105,7 @@ class ParallelModule(nn.Module):
         """A step of the pipeline: the loss, or the model's output."""
         if self._connection is None:
             raise not_launched(self.mesh)
-        batches = microbatches.parts(call.args, call.kwargs, self.mesh, self.plan)
+        batches = self._microbatches(call)
         executable = self._programs.bound(call, self.training)
         assert isinstance(executable, PipelineExecutable)
         tensors = [self._signature.call((), batch).tensors for batch in batches]
@@ -116,7 +116,7 @@ class ParallelModule(nn.Module):
         return executable.train(tensors, rows, seed) if trains else executable.run(tensors, rows, seed)
 
     def _train_in_parts(self, call: Call) -> Tensor:
-        batches = microbatches.parts(call.args, call.kwargs, self.mesh, self.plan)
+        batches = self._microbatches(call)
         shares = self._shares(call, batches)
         total: Tensor | None = None
         for place, (batch, share) in enumerate(zip(batches, shares)):
@@ -127,6 +127,10 @@ class ParallelModule(nn.Module):
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total
+
+    def _microbatches(self, call: Call) -> list[dict[str, Any]]:
+        local = self.plan.inputs == "local"
+        return microbatches.parts(call.args, call.kwargs, self.mesh, self.plan, local=local)
 
     def _shares(self, whole: Call, batches: list[dict[str, Any]]) -> list[Tensor | float]:
         if self._connection is None:

@@ -1,11 +1,38 @@
-"""Which dims of the inputs are the batch and the sequence, and over how many ranks the batch is split."""
+"""Which dims of the inputs are the batch and the sequence, and into how many parts ranks split them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from autopar.mesh import BATCH_AXES, Mesh
+from torch import Tensor
+
+from autopar.mesh import BATCH_AXES, SEQUENCE, Mesh
+from autopar.plan import Plan
+
+
+@dataclass(frozen=True)
+class InputDims:
+    """The batch dim and the sequence dim of an input; None where it has none."""
+
+    batch: int | None
+    sequence: int | None
+
+    def parts(self, mesh: Mesh) -> dict[int, int]:
+        """Dim -> the number of parts in which the ranks have it."""
+        found: dict[int, int] = {}
+        for dim, ways in ((self.batch, data_ways(mesh)), (self.sequence, mesh.size(SEQUENCE))):
+            if dim is not None:
+                found[dim] = found.get(dim, 1) * ways
+        return found
+
+
+def input_dims(tensors: Sequence[tuple[str, Tensor]], plan: Plan) -> list[InputDims]:
+    """The dims of each input (name, tensor) that ranks have in parts, as the plan says or by the usual guess."""
+    batch = batch_dims([(name, tensor.shape) for name, tensor in tensors], plan.batch_dims)
+    kinds = [(name, tensor.shape, tensor.is_floating_point()) for name, tensor in tensors]
+    return list(map(InputDims, batch, sequence_dims(kinds, plan.sequence_dims)))
 
 
 def data_ways(mesh: Mesh) -> int:

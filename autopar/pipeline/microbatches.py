@@ -30,16 +30,19 @@ SCALING = (aten.div.Scalar, aten.mul.Scalar, aten.neg.default)
 MEANS = (aten.mean.default, aten.mean.dim)
 
 
-def parts(args: Sequence[Any], kwargs: Mapping[str, Any], mesh: Mesh, plan: Plan) -> list[dict[str, Any]]:
+def parts(
+    args: Sequence[Any], kwargs: Mapping[str, Any], mesh: Mesh, plan: Plan, *, local: bool = False
+) -> list[dict[str, Any]]:
     """The keyword arguments of each of ``plan.microbatches`` calls: neighbouring rows, as evenly as possible.
 
+    ``local``: the arguments are one rank's part of the batch, not the whole.
     Raises IndivisibleError where there are too few rows, or the data axes do not divide them; InvariantError for
     arguments without names.
     """
     count = plan.microbatches
     if args or any(not isinstance(value, Tensor | int | float | str | None) for value in kwargs.values()):
         raise InvariantError("Plan(microbatches=...) cuts tensors that are passed by name: model.train_step(x=x, y=y)")
-    ways = 1 if plan.inputs == "local" else data_ways(mesh)
+    ways = 1 if local else data_ways(mesh)
     cut: dict[str, tuple[Tensor, ...]] = {}
     for name, dim in cut_dims(kwargs, plan).items():
         tensor: Tensor = kwargs[name]

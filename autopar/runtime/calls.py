@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopar.errors import TraceError
-from autopar.ir.batch import batch_dims, data_ways
+from autopar.ir.batch import input_dims
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 
@@ -31,6 +31,13 @@ class Call:
     @property
     def tensors(self) -> list[Tensor]:
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    @property
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """:attr:`tensors`, each with the name of its argument; that of a positional one is ""."""
+        arguments = [*(("", arg) for arg in self.args), *self.kwargs.items()]
+        leaves = [(name, leaf) for name, arg in arguments for leaf in pytree.tree_leaves(arg)]
+        return [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor)]
 
 
 class Signature:
@@ -84,19 +91,18 @@ def _kind(leaf: Any) -> Hashable:
 def global_call(call: Call, mesh: Mesh, plan: Plan) -> Call:
     """The call of the unmodified model.
 
-    With ``Plan(inputs="local")`` ``call`` has one rank's part of its batch dims, which are ``data_ways`` times as long.
+    With ``Plan(inputs="local")`` ``call`` has one rank's part of its batch and sequence dims, and these are as many
+    times as long as there are parts.
     """
     if plan.inputs != "local":
         return call
-    ways = data_ways(mesh)
-    arguments = [*(("", arg) for arg in call.args), *call.kwargs.items()]
-    leaves = [(name, leaf) for name, arg in arguments for leaf in pytree.tree_leaves(arg)]
-    shapes = [(name, leaf.shape) for name, leaf in leaves if isinstance(leaf, Tensor)]
-    dims = iter(batch_dims(shapes, plan.batch_dims))
+    dims = iter(input_dims(call.named_tensors, plan))
 
     def whole(leaf: Tensor) -> Tensor:
-        dim = next(dims)
-        return leaf if dim is None else torch.cat([leaf.detach()] * ways, dim).requires_grad_(leaf.requires_grad)
+        found = leaf.detach()
+        for dim, ways in next(dims).parts(mesh).items():
+            found = torch.cat([found] * ways, dim)
+        return found.requires_grad_(leaf.requires_grad)
 
     args, kwargs = pytree.tree_map_only(Tensor, whole, (call.args, call.kwargs))
     return Call(args, kwargs, pytree.tree_leaves((args, kwargs)), call.key)

@@ -8,17 +8,15 @@ from collections.abc import Callable, Hashable, Mapping
 
 import torch
 
-from autopar.errors import InvariantError
 from autopar.ir.layout import Layout
-from autopar.ir.node import value
 from autopar.ir.program import AnyProgram, PipelinedProgram
-from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.calls import Call, global_call, shapes
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
+from autopar.runtime.local_parts import check_parts, check_parts_of_ranks, explained
 from autopar.runtime.parameters import Weights
 
 PROGRAMS_KEPT = 8
@@ -70,7 +68,9 @@ class ProgramCache:
 
     def prepared(self, call: Call, training: bool) -> AnyProgram:
         """The program of a call on this rank; it is compiled if there is none."""
-        return self._program(self._kind(call, training), global_call(call, self._mesh, self._plan), training)
+        whole = global_call(call, self._mesh, self._plan)
+        with explained(call, whole, self._mesh, self._plan):
+            return self._program(self._kind(call, training), whole, training)
 
     def of_whole(self, call: Call, training: bool) -> AnyProgram:
         """The program of a call that has the whole batch, whatever ``plan.inputs`` says."""
@@ -89,8 +89,10 @@ class ProgramCache:
             return found
         connection = self._connection
         assert connection is not None
-        program = self._program(kind, global_call(call, self._mesh, self._plan), training)
-        _check_parts(program, call)
+        if self._plan.inputs == "local":
+            check_parts_of_ranks(call, connection, self._plan)
+        program = self.prepared(call, training)
+        check_parts(program, call)
         connection.agree(program)
         if isinstance(program, PipelinedProgram):
             found = PipelineExecutable(program, self._weights.root, connection)
@@ -123,15 +125,3 @@ def cast_to() -> tuple[torch.dtype | None, ...]:
     """The dtype in which autocast computes; a traced program has its casts as nodes."""
     kinds = ("cpu", "cuda")
     return tuple([torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds])
-
-
-def _check_parts(program: AnyProgram, call: Call) -> None:
-    if program.plan.inputs != "local":
-        return
-    for (node, entry), tensor in zip(program.placeholders(InputKind.INPUT), call.tensors):
-        expected = value(node).layout.local_shape(program.mesh)
-        if tuple(tensor.shape) != expected:
-            raise InvariantError(
-                f"input '{entry.target}': this rank's part is {list(tensor.shape)}, it has to be {list(expected)}\n"
-                f"Way out: say which dim is the batch, Plan(batch_dims={{'{entry.target}': ...}}), None for none."
-            )

@@ -65,7 +65,7 @@ class _Run:
         backward: bool,
         seed: int,
     ) -> None:
-        plan = replace(self.program.plan, inputs="global")
+        plan = self.program.plan
         batches = microbatches.parts(args, kwargs, self.program.mesh, plan)
         rows = microbatches.rows(kwargs, batches, plan)
         programs = [self.program.of_rows(count == rows[0]) for count in rows]
