@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from autopar.checkpoint.checkpoints import Checkpoints, Resumed
     from autopar.checkpoint.weights import LoadedWeights, load_safetensors, save_safetensors
     from autopar.compiler import compile_program
+    from autopar.data.parts import BatchesOfRank, part_of_batch
+    from autopar.data.token_file import TokenFile
     from autopar.ir.program import PipelinedProgram, Program
     from autopar.module import ParallelModule
     from autopar.verification.register_rule import register_rule
@@ -41,17 +43,20 @@ __version__ = "0.1.0"
 # name -> module: what needs torch.export or torch.distributed is imported at first use. No name of a submodule
 # here: that would be the module or the function, depending on what was imported first.
 _LAZY = {
+    "BatchesOfRank": "data.parts",
     "Checkpoints": "checkpoint.checkpoints",
     "LoadedWeights": "checkpoint.weights",
     "compile_program": "compiler",
     "load_safetensors": "checkpoint.weights",
     "parallelize": "api",
+    "part_of_batch": "data.parts",
     "ParallelModule": "module",
     "PipelinedProgram": "ir.program",
     "Program": "ir.program",
     "Resumed": "checkpoint.checkpoints",
     "register_rule": "verification.register_rule",
     "save_safetensors": "checkpoint.weights",
+    "TokenFile": "data.token_file",
 }
 
 
@@ -65,6 +70,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "AutoparError",
+    "BatchesOfRank",
     "CheckpointError",
     "Checkpoints",
     "IndivisibleError",
@@ -83,6 +89,7 @@ __all__ = [
     "RankFailedError",
     "Resumed",
     "SequenceError",
+    "TokenFile",
     "TraceError",
     "UnknownOperatorError",
     "WrongRuleError",
@@ -90,6 +97,7 @@ __all__ = [
     "compile_program",
     "load_safetensors",
     "parallelize",
+    "part_of_batch",
     "register_rule",
     "save_safetensors",
 ]

@@ -30,6 +30,7 @@ STANDS_ON = {
     "plan": "precision schedules",
     "ir": "errors mesh operators plan schedules",
     "rules": "ir mesh operators",
+    "data": "errors ir mesh plan",
     "cost": "ir mesh operators",
     "codegen": "errors ir mesh operators",
     "exporters": "errors ir mesh plan",
