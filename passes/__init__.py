@@ -26,8 +26,8 @@ from autopar.passes.fuse_arithmetic import fuse_arithmetic
 from autopar.passes.lower_row_indexing import lower_row_indexing
 from autopar.passes.merge_reductions import merge_reductions
 from autopar.passes.overlap_collectives import overlap_collectives
-from autopar.passes.recognise_causal_masks import recognise_causal_masks
 from autopar.passes.recognise_experts import recognise_experts
+from autopar.passes.recognise_masks import recognise_masks
 from autopar.passes.recompute_activations import recompute_activations
 from autopar.passes.schedule_microbatches import schedule_microbatches
 from autopar.passes.shard_parameters import shard_parameters
@@ -49,8 +49,8 @@ COMPILER = (
         (
             canonicalize,  # first: every later pass sees one form of each operator
             lower_row_indexing,  # while the rows that an index counts are an arange, not yet a constant
-            fold_constants,  # masks and positions become constants, which any axis may cut
-            recognise_causal_masks,  # a mask that is known now may turn out to be plain causality
+            recognise_masks,  # before constants are evaluated: a mask has as many elements as there are scores
+            fold_constants,  # positions and the masks that stay become constants, which any axis may cut
             recognise_experts,  # rows of a sort over all tokens could not be cut by batch
             write_bags,  # the beginnings of bags must be known before bags are split
             unstack_recurrent_layers,  # the dropout between layers becomes a node

@@ -24,21 +24,20 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from autopar.ir.builder import Builder
-from autopar.ir.evaluate import Evaluator
+from autopar.ir.evaluate import Evaluator, known_constants
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.invariants import every_value_has_a_layout, placeholders_match_inputs
 from autopar.ir.node import origin, value, values
 from autopar.ir.operator_facts import is_pointwise, is_pure
 from autopar.ir.program import Program
 from autopar.ir.rewrite import add_constants, drop_unused_constants, remove_unused
-from autopar.ir.tables import InputKind
+from autopar.operators import ATTENTIONS
 
 aten = torch.ops.aten
 
-LARGEST = 256 * 2**20  # bytes of one constant; a larger one stays computed
+LARGEST = 256 * 2**20  # bytes of one constant; a larger one stays computed, and is not evaluated
 SPREADING = {
     aten.expand.default,
     aten.reshape.default,
@@ -50,7 +49,7 @@ MASK = 3  # position of the mask among the arguments of attention
 @graph_pass(ensures=(every_value_has_a_layout, placeholders_match_inputs))
 def fold_constants(program: Program) -> Program:
     known = _known(program)
-    folded = _evaluate(program, known)
+    folded = _evaluate(known)
     owners: dict[str, fx.Node] = {}  # content -> the first node with it
     merged = {node: owners.setdefault(_content(tensor), node) for node, tensor in folded.items()}
     new = {owner.name.removeprefix("c_"): (folded[owner], origin(owner)) for owner in owners.values()}
@@ -66,10 +65,7 @@ def fold_constants(program: Program) -> Program:
 
 def _known(program: Program) -> dict[fx.Node, Tensor | None]:
     """Everything that can be evaluated now, in order: constants with their tensors, and operators on nothing else."""
-    known: dict[fx.Node, Tensor | None] = {}
-    for node, entry in program.placeholders(InputKind.CONSTANT):
-        if not isinstance(program.constants[entry.target], FakeTensor):
-            known[node] = program.constants[entry.target]
+    known: dict[fx.Node, Tensor | None] = {**known_constants(program)}
     for node in program.graph.nodes:
         if (
             node.op == "call_function"
@@ -80,19 +76,24 @@ def _known(program: Program) -> dict[fx.Node, Tensor | None]:
     return known
 
 
-def _evaluate(program: Program, known: Mapping[fx.Node, Tensor | None]) -> dict[fx.Node, Tensor]:
-    """The nodes to replace by constants, with their compact values."""
-    edge = [node for node in known if len(values(node)) == 1 and any(user not in known for user in node.users)]
-    keep = {link for node in edge for link in _chain(node, known)}
-    evaluator = Evaluator(known, keep)
-    for node, tensor in known.items():
-        if tensor is None:
-            evaluator.compute(node)
+def _evaluate(known: dict[fx.Node, Tensor | None]) -> dict[fx.Node, Tensor]:
+    """The nodes to replace by constants, with their compact values; those too large are dropped from ``known``."""
+    keep = {link for node in _edge(known) for link in _chain(node, known)}
+    evaluator = Evaluator(known, keep, LARGEST)
+    for node, tensor in list(known.items()):
+        if tensor is None and not evaluator.compute(node):
+            del known[node]
     chosen: dict[fx.Node, Tensor] = {}
-    for node in edge:
-        smallest = min(_chain(node, known), key=lambda link: evaluator.result(link).numel())
+    for node in _edge(known):
+        links = filter(evaluator.has, _chain(node, known))
+        smallest = min(links, key=lambda link: evaluator.result(link).numel())
         chosen[smallest] = evaluator.result(smallest)
-    return {node: tensor.contiguous() for node, tensor in chosen.items() if tensor.nbytes <= LARGEST}
+    return {node: tensor.contiguous() for node, tensor in chosen.items()}
+
+
+def _edge(known: Mapping[fx.Node, Tensor | None]) -> list[fx.Node]:
+    """The known nodes that something unknown takes."""
+    return [node for node in known if len(values(node)) == 1 and any(user not in known for user in node.users)]
 
 
 def _chain(node: fx.Node, known: Mapping[fx.Node, Tensor | None]) -> list[fx.Node]:
@@ -116,8 +117,9 @@ def _as_taken(user: fx.Node, node: fx.Node, constant: fx.Node) -> fx.Node:
         others = [value(other).shape for other in user.all_input_nodes if other is not node]
         if torch.broadcast_shapes(compact, *others) == value(user).shape:  # type: ignore[no-untyped-call]
             return constant
-    elif user.target is aten.scaled_dot_product_attention.default and node in user.args[MASK:]:
-        shape = (*compact[:-2], *shape[-2:])
+    elif user.target in ATTENTIONS:  # the mask, or a vector of its formula, may lack the batch
+        kept = 2 if node in user.args[MASK:] else 1
+        shape = (*compact[:-kept], *shape[-kept:]) if node not in user.args[:MASK] else shape
     if shape == compact:
         return constant
     return Builder(before=user)(aten.expand.default, constant, list(shape))

@@ -21,7 +21,8 @@ def explain(program: AnyProgram, name: str) -> str:
     lines += [f"  module  {where.module}"] if where.module else []
     lines += [f"  source  {where.source}"] if where.source else []
     for axis, decisions in program.decisions.items():
-        lines += _choice(axis, decisions.get(node.name))
+        if node.name in decisions or axis in program.mesh.names:
+            lines += _choice(axis, decisions.get(node.name))
     lines += [f"  needs   {_collective(source)}" for source in node.all_input_nodes if moving(source.target)]
     lines += [f"  then    {_collective(user)}" for user in node.users if moving(user.target)]
     return "\n".join(lines)

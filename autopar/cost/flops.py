@@ -1,8 +1,8 @@
 """Floating-point operations of an operator, from shapes alone: a multiplication and an addition are two operations.
 
-Products of matrices, convolutions and attention are counted as textbooks do (a causal mask halves nothing; where a
-formula over positions is the mask, the scores that it leaves are counted). Operators that only move data count zero,
-any other operator one operation for each floating element of its outputs.
+Products of matrices, convolutions and attention are counted as textbooks do: a causal mask halves nothing, but a window
+or chunks leave few scores, and so does one tile of a ring. Operators that only move data count zero, any other operator
+one operation for each floating element of its outputs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from autopar.operators import (
 from autopar.operators.attention import ATTENTION, ATTENTION_BACKWARD
 from autopar.operators.attention_blocks import tile_pairs
 from autopar.operators.experts import EXPERT_LINEAR, EXPERT_OUTER
+from autopar.operators.predicates import Chunk, Within, parse
 from autopar.operators.recurrent import RECURRENT_LAYER
 
 aten = torch.ops.aten
@@ -100,9 +101,9 @@ def _attention_backward(inputs: Sequence[Shape], outputs: Sequence[Shape], node:
 
 
 def _masked_attention(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
-    """As :func:`_attention`, for the scores that the formula leaves."""
+    """As :func:`_attention`, for the scores that windows and chunks leave."""
     q, k, v = inputs[:3]
-    return 2 * math.prod(q[:-2]) * tile_pairs(str(node.args[5]), 0, 0, 1, False, q[-2], k[-2]) * (q[-1] + v[-1])
+    return 2 * math.prod(q[:-2]) * _most_pairs(q, k, (node.args[5], 0, 1, False)) * (q[-1] + v[-1])
 
 
 def _tile(inputs: Sequence[Shape], outputs: Sequence[Shape], node: fx.Node) -> int:
@@ -125,8 +126,10 @@ def _attention_of_part(inputs: Sequence[Shape], outputs: Sequence[Shape], node: 
 
 
 def _most_pairs(q: Shape, k: Shape, tile: Sequence[Any]) -> int:
-    """The scores of the slowest rank, for which the others wait."""
+    """The scores of the slowest rank, for which the others wait; of a whole attention, those that a window leaves."""
     where, step, ways, mirrored = tile
+    if ways == 1 and not any(isinstance(term, (Within, Chunk)) for term in parse(where).terms):
+        return q[-2] * k[-2]
     lengths = q[-2] * ways, k[-2] * (ways if step >= 0 else 1)
     return max(tile_pairs(where, rank, step, ways, mirrored, *lengths) for rank in range(ways))
 

@@ -7,19 +7,23 @@ f32[1,1,4096,4096].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from autopar.ir.node import Value, value, values
-from autopar.ir.operator_facts import is_pointwise
+from autopar.ir.operator_facts import is_pointwise, is_view
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
 
 aten = torch.ops.aten
 
 # creation operators -> their fill value, from the node
-_FILLED: dict[Any, Callable[[fx.Node], Any]] = {
+FILLED: dict[Any, Callable[[fx.Node], Any]] = {
     aten.zeros.default: lambda node: 0,
     aten.zeros_like.default: lambda node: 0,
     aten.new_zeros.default: lambda node: 0,
@@ -36,25 +40,50 @@ _FILLED: dict[Any, Callable[[fx.Node], Any]] = {
 }
 
 
+def known_constants(program: Program) -> dict[fx.Node, Tensor]:
+    """The constants that have elements: those of a model without memory have none."""
+    found = {node: program.constants[entry.target] for node, entry in program.placeholders(InputKind.CONSTANT)}
+    return {node: tensor for node, tensor in found.items() if not isinstance(tensor, FakeTensor)}
+
+
 class Evaluator:
     """Computes nodes in graph order; a value is dropped after its last use (``keep`` holds those needed later).
 
-    ``known``: every node that will be computed, and constants with their tensors.
+    ``known``: every node that will be computed, and constants with their tensors. ``largest``: the bytes of a value.
     """
 
-    def __init__(self, known: Mapping[fx.Node, Tensor | None], keep: set[fx.Node]) -> None:
+    def __init__(self, known: Mapping[fx.Node, Tensor | None], keep: set[fx.Node], largest: int) -> None:
         self._found: dict[fx.Node, Any] = {
             node: compact(tensor) for node, tensor in known.items() if tensor is not None
         }
         self._waiting = {node: sum(user in known for user in node.users) for node in known}
-        self._keep = keep
+        self._keep, self._largest = set(keep), largest
 
-    def compute(self, node: fx.Node) -> None:
+    def compute(self, node: fx.Node) -> bool:
+        """Whether ``node`` could be computed; a value too large is not, nor what is computed from it."""
+        if any(source not in self._found for source in node.all_input_nodes):
+            return False
+        if self._bytes(node) > self._largest:
+            self._keep.update(node.all_input_nodes)
+            return False
         self._found[node] = self._run(node)
         for source in node.all_input_nodes:
             self._waiting[source] -= 1
             if self._waiting[source] == 0 and source not in self._keep:
                 del self._found[source]
+        return True
+
+    def _bytes(self, node: fx.Node) -> int:
+        """Of the value, before repeated elements are dropped."""
+        if node.target in FILLED or (is_view(node.target) and node.target is not aten.reshape.default):
+            return 0
+        if is_pointwise(node.target):
+            shapes = [self._found[source].shape for source in node.all_input_nodes]
+            return math.prod(torch.broadcast_shapes(*shapes)) * value(node).dtype.itemsize  # type: ignore[no-untyped-call]
+        return sum(math.prod(kind.shape) * kind.dtype.itemsize for kind in values(node))
+
+    def has(self, node: fx.Node) -> bool:
+        return node in self._found
 
     def result(self, node: fx.Node) -> Tensor:
         """The compact value of a node in ``keep``."""
@@ -62,9 +91,9 @@ class Evaluator:
         return found
 
     def _run(self, node: fx.Node) -> Any:
-        if node.target in _FILLED:
+        if node.target in FILLED:
             kind = value(node)
-            return torch.full([1] * len(kind.shape), _FILLED[node.target](node), dtype=kind.dtype)
+            return torch.full([1] * len(kind.shape), FILLED[node.target](node), dtype=kind.dtype)
         assert callable(node.target)
         fetch = self._compact if is_pointwise(node.target) else self._full
         args, kwargs = fx.map_arg(node.args, fetch), fx.map_arg(node.kwargs, fetch)

@@ -14,7 +14,7 @@ from autopar.ir.program import Program
 from autopar.ir.text import operator_name
 
 aten = torch.ops.aten
-PASSES = ("canonicalize", "lower_row_indexing", "fold_constants", "recognise_causal_masks")
+PASSES = ("canonicalize", "lower_row_indexing", "recognise_masks", "fold_constants")
 
 
 def rewrite(name: str, program: Program) -> Program:
