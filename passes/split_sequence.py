@@ -36,7 +36,8 @@ from autopar.ir.program import Program
 from autopar.ir.tables import Decision
 from autopar.split.choose import Choice
 from autopar.split.flow import Flow
-from autopar.split.sequence_axis import sequence_policy, warn_of_written_out, with_own_heads
+from autopar.split.gathered import decisions_of_gathered, warn_of_gathered
+from autopar.split.sequence_axis import warn_of_written_out, with_even_lengths, with_own_heads
 from autopar.split.shares import refuse_idle_axis
 from autopar.split.split_axis import split_axis
 
@@ -44,11 +45,12 @@ from autopar.split.split_axis import split_axis
 @graph_pass(requires=(whole_on("sp"), whole_on("tp")), when=lambda program: program.mesh.size("sp") > 1)
 def split_sequence(program: Program) -> Program:
     program = with_own_heads(program, "sp")
-    policy = sequence_policy(program, "sp")
+    policy = with_even_lengths(program, "sp")
     warn_of_written_out(program)
 
     def check(flow: Flow, choice: Choice) -> dict[str, Decision]:
         refuse_idle_axis(flow, choice)
-        return policy.forms.decisions(flow)
+        warn_of_gathered(flow, choice)
+        return {**decisions_of_gathered(flow, choice), **policy.forms.decisions(flow)}
 
     return split_axis(program, policy, check)

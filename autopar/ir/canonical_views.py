@@ -101,8 +101,16 @@ def pieces(node: fx.Node) -> fx.Node | None:
 
 
 def item(node: fx.Node) -> fx.Node | None:
-    """The only piece of a split is the whole."""
+    """The only piece of a split is the whole; tensors that are broadcast together are expanded each by itself."""
     parent = operand(node)
+    if parent.target is aten.broadcast_tensors.default:
+        given, shape = parent.args[0], list(value(node).shape)
+        assert isinstance(given, (list, tuple)) and isinstance(node.args[1], int)
+        source = given[node.args[1]]
+        assert isinstance(source, fx.Node)
+        return (
+            source if list(value(source).shape) == shape else Builder(before=node)(aten.expand.default, source, shape)
+        )
     whole = parent.target in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
     return operand(parent) if whole and len(values(parent)) == 1 else None
 

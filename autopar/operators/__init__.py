@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from autopar.operators.attention import ATTENTION
 from autopar.operators.attention_tile import MERGE, TILE, TILE_BACKWARD
+from autopar.operators.convolution import padded_convolution
 from autopar.operators.embedding import embedding_rows
 from autopar.operators.losses import cross_entropy_from_parts, cross_entropy_sums, vocabulary_maximum, vocabulary_sums
 from autopar.operators.masked_attention import ATTENTIONS, masked_attention
@@ -29,6 +30,7 @@ __all__ = [
     "hybrid_attention",
     "masked_attention",
     "operator",
+    "padded_convolution",
     "random_keep",
     "random_uniform",
     "ring_attention",

@@ -137,7 +137,7 @@ def from_parts(call: Call) -> Factoring:
     return Factoring((tokens,) * len(call.inputs), ((),) * len(call.outputs), sizes)
 
 
-_ELEMENTWISE = {
+ELEMENTWISE: dict[Any, int] = {
     aten.binary_cross_entropy_with_logits.default: 4,
     aten.binary_cross_entropy.default: 3,
     aten.poisson_nll_loss.default: 5,
@@ -152,7 +152,7 @@ RULES: dict[Any, Any] = {
     operators.vocabulary_maximum: vocabulary_part,
     operators.vocabulary_sums: vocabulary_part,
     operators.cross_entropy_from_parts: from_parts,
-    **{target: elementwise(position) for target, position in _ELEMENTWISE.items()},
+    **{target: elementwise(position) for target, position in ELEMENTWISE.items()},
     aten.nll_loss_nd.default: class_loss(3),
     aten.cross_entropy_loss.default: class_loss(3),
     aten.multi_margin_loss.default: class_loss(5),

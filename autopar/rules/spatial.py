@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from autopar import operators
 from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Shape, Strategy, dims_of
 from autopar.rules.views import FIRST
 
@@ -31,6 +32,11 @@ def convolution(call: Call) -> Factoring:
 def transposed_convolution(call: Call) -> Factoring:
     """As ``convolution``, with weight (groups C, O, ...)."""
     return _convolved(call, int(call.argument(6, "groups", 1)), True, _cut_groups(6))
+
+
+def padded_convolution(call: Call) -> Factoring:
+    """As ``convolution``, with the groups as its last argument."""
+    return _convolved(call, int(call.args[9]), False, _cut_groups(9))
 
 
 def _convolved(call: Call, groups: int, turned: bool, localize: Any) -> Factoring:
@@ -250,6 +256,7 @@ _MAXIMA = (
 )  # fmt: skip
 
 RULES: dict[Any, Any] = {
+    operators.padded_convolution: padded_convolution,
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), convolution),
     **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding), convolution),
     **dict.fromkeys((aten.conv_transpose1d.default, aten.conv_transpose2d.input), transposed_convolution),

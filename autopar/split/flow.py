@@ -19,12 +19,13 @@ from torch import fx
 
 from autopar.errors import UnknownOperatorError
 from autopar.ir.layout import Partial, Split
-from autopar.ir.node import origin, value
+from autopar.ir.node import origin, value, values
 from autopar.ir.program import Program
 from autopar.ir.reach import made_only_of
 from autopar.ir.tables import InputKind
 from autopar.rules import Rule, call_of, rule_for
 from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Part, Strategy
+from autopar.rules.positions import PICKS
 
 Key = tuple[fx.Node, int]  # a value: the node that produces it and the index among its outputs
 
@@ -58,6 +59,19 @@ class Flow:
     def parameter_elements(self) -> int:
         """How many elements all parameters of the model have."""
         return sum(math.prod(value(node).shape) for node, _ in self.program.placeholders(InputKind.PARAMETER))
+
+    @cached_property
+    def only_used_whole(self) -> frozenset[fx.Node]:
+        """The calls, products and sums aside, whose results nothing splits: all that use them must or may run whole."""
+        returned = {key_of(node)[0] for node in self.program.returned}
+        found: set[fx.Node] = set()
+        for call in reversed(self.calls):
+            users = [user for index in range(len(values(call))) for user, _ in self.uses.get((call, index), ())]
+            whole = (user in found or not self.parts.get(user) or user.target in PICKS for user in users)
+            sums = self.factorings[call].contraction or any(map(ends_partial, self.parts.get(call, {}).values()))
+            if users and call not in returned and not sums and all(whole):
+                found.add(call)
+        return frozenset(found)
 
     def tensors(self, call: fx.Node) -> Iterator[tuple[Key, Dims]]:
         """Every operand and output of a call with its factors."""

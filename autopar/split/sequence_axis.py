@@ -22,8 +22,10 @@ from autopar.mesh import Mesh
 from autopar.rules import call_of
 from autopar.split.attention_forms import Forms, attentions, size_of
 from autopar.split.flow import Key
+from autopar.split.seams import SEAMS, without_seams
 from autopar.split.sequence_dims import check_divides, dims_of_attention, dims_of_inputs, written_out
 from autopar.split.sequence_policy import SequencePolicy
+from autopar.split.split_axis import spread_flow
 
 aten = torch.ops.aten
 
@@ -57,6 +59,16 @@ def sequence_policy(program: Program, axis: str) -> SequencePolicy:
     for node in attentions(program):
         forms.check(node)
     return SequencePolicy(axis, forms, dims, given)
+
+
+def with_even_lengths(program: Program, axis: str) -> SequencePolicy:
+    """Rewrite what shortens or lengthens a sequence (:mod:`autopar.split.seams`); how ``axis`` splits the result."""
+    while True:
+        policy = sequence_policy(program, axis)
+        if not any(node.target in SEAMS for node in program.graph.nodes):
+            return policy
+        if not without_seams(program, spread_flow(program, policy), policy.split(0)):
+            return policy
 
 
 def warn_of_written_out(program: Program) -> None:

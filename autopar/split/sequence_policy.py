@@ -18,7 +18,7 @@ from autopar.ir.node import value
 from autopar.ir.tables import Input, InputKind
 from autopar.mesh import inner, outer
 from autopar.operators import ATTENTIONS, hybrid_attention, ring_attention, rows_attention
-from autopar.rules import Rule, rule_for
+from autopar.rules import Rule, positions, rule_for
 from autopar.rules.factoring import Call, Dims, Emit, Factoring, Part, Strategy
 from autopar.split.attention_call import AttentionCall
 from autopar.split.attention_forms import Form, Forms
@@ -42,7 +42,7 @@ class SequencePolicy:
 
     @property
     def rules(self) -> Mapping[Any, Rule]:
-        return dict.fromkeys(ATTENTIONS, self._rule)
+        return {**positions.rules_along(self.split(0)), **dict.fromkeys(ATTENTIONS, self._rule)}
 
     def split(self, dim: int) -> Split:
         """The split of a sequence dim: plain, or in zig-zag order."""
@@ -86,6 +86,8 @@ class SequencePolicy:
         if call.target in ATTENTIONS and heads:
             return [s for s in strategies if s.part in heads]
         strategies = [s for s in strategies if s.part is None or s.part not in heads]
+        if call.target in positions.PICKS or call in flow.only_used_whole:  # many rows are cheaper of the whole
+            return strategies
         return [s for s in strategies if s.part] or strategies
 
 

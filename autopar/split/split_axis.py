@@ -34,15 +34,21 @@ def split_axis(program: Program, policy: Policy, check: Check | None = None) -> 
     """
     if program.mesh.size(policy.axis) == 1:
         return program
-    flow = flow_of(program, policy.axis, policy.rules)
-    flow.spread(policy.seeds(flow))
-    flow.spread_further(policy.further_seeds(flow))
+    flow = spread_flow(program, policy)
     choice = choose(flow, policy)
     made = {**choice.decisions, **((check(flow, choice) if check else None) or {})}
     rewriter = _Rewriter(flow, choice)
     graph = rewriter.run()
     made = {rewriter.renamed.get(name, name): decision for name, decision in made.items()}
     return replace(program, graph=graph, decisions={**program.decisions, policy.axis: made})
+
+
+def spread_flow(program: Program, policy: Policy) -> Flow:
+    """The flow of all splits that the policy may use."""
+    flow = flow_of(program, policy.axis, policy.rules)
+    flow.spread(policy.seeds(flow))
+    flow.spread_further(policy.further_seeds(flow))
+    return flow
 
 
 def rewritten(flow: Flow, choice: Choice) -> fx.Graph:

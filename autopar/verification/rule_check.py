@@ -178,9 +178,10 @@ def strategies(factoring: Factoring, call: Call, ways: int) -> Iterator[Strategy
         size = factoring.sizes[factor]
         outers = [n for n in range(1, size + 1) if size % n == 0]
         for outer, ratio in itertools.product(outers, ((1,), (2, 1), (1, 2, 1))):
-            found = factoring.strategy(Part(factor, outer, ratio), ways)
-            if found:
-                yield found
+            for mirrored in (False, True)[: 1 + (outer % 2 == 0 and ratio == (1,))]:
+                found = factoring.strategy(Part(factor, outer, ratio, mirrored), ways)
+                if found:
+                    yield found
     for dims in (*factoring.inputs, *factoring.outputs):
         for dim in range(len(dims)):
             part = factoring.part_of(dims, Split(dim), ways)

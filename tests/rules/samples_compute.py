@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from autopar.operators import masked_attention
+from autopar.operators import masked_attention, padded_convolution
 from autopar.operators.bags import EMBEDDING_BAGS
 from autopar.operators.experts import EXPERT_LINEAR
 from autopar.operators.recurrent import RECURRENT_LAYER
@@ -198,6 +198,10 @@ _ADAPTIVE = [call(x(6, 4, 6, 4), [2, 2]), call(x(6, 1, 4, 4), [1, 1])]
 _RESIZE = [call(x(6, 4, 3, 3), None, False, [2.0, 2.0]), call(x(2, 6, 3, 3), [4, 5], True, None)]
 
 SPATIAL: dict[Any, list[Sample]] = {
+    padded_convolution: [
+        call(x(2, 6, 5), x(6, 3, 2), x(6), 2, 1, 0, [1], [0], [1], 2),
+        call(x(6, 4, 5, 3), x(6, 4, 2, 1), None, 3, 0, 2, [1, 1], [1, 0], [1, 2], 1),
+    ],
     aten.conv1d.default: [
         call(x(2, 4, 8), x(6, 4, 3), _BIAS, [1], [1]),
         call(x(4, 8), x(6, 4, 3)),

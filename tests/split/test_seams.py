@@ -1,0 +1,106 @@
+"""What models do along the sequence apart from attention: exact, split, and with the traffic of its kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from autopar.check import Report
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+from tests.split import along
+
+EXACT = 1e-12
+ROW = along.BATCH * along.WIDTH * 8  # bytes of one position of hidden states
+
+
+def checked(name: str, mesh: str, causal: bool = True, **choices: Any) -> Report:
+    found = along.reference(along.ENDS[name], causal).check(Mesh.parse(mesh), Plan(**choices))
+    assert found.worst <= EXACT, found
+    return found
+
+
+def sent(report: Report, phase: str, name: str) -> tuple[int, int]:
+    """(operations, bytes) that a rank sent over sp."""
+    found = [t for t in report.step.traffic if (t.phase, t.axis, t.name) == (phase, "sp", name)]
+    return sum(t.operations for t in found), sum(t.bytes for t in found)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["zigzag", "plain"])
+@pytest.mark.parametrize("name", along.ENDS)
+def test_exact_on_any_number_of_ranks(name: str, causal: bool) -> None:
+    for ways in (1, 2, 3, 4):
+        checked(name, f"sp={ways}", causal)
+
+
+MESHES: list[tuple[str, dict[str, Any]]] = [
+    ("dp=2,sp=2", {"zero": 3}),
+    ("sp=2,tp=2", {}),
+    ("sp=2", {"zero": 3, "recompute": "full"}),
+    ("dp=2,sp=2,tp=2", {"zero": 2, "attention": "ring"}),
+    ("sp=2", {"attention": "ulysses"}),
+]
+
+
+@pytest.mark.parametrize(("mesh", "choices"), MESHES, ids=[f"{mesh}-{i}" for i, (mesh, _) in enumerate(MESHES)])
+@pytest.mark.parametrize("name", along.ENDS)
+def test_with_other_axes(name: str, mesh: str, choices: dict[str, Any]) -> None:
+    checked(name, mesh, **choices)
+
+
+@pytest.mark.parametrize("name", ["shifted", "each_token", "shorter", "shift_by_cat", "causal", "last_token"])
+def test_with_a_pipeline(name: str) -> None:
+    checked(name, "pp=2,sp=2", microbatches=2)
+
+
+ATTENTION = 2 * ROW * along.LENGTH  # bytes of whole keys and values
+
+
+@pytest.mark.parametrize("ways", [2, 4])
+@pytest.mark.parametrize("name", [end.__name__ for end in along.LOSSES[:-1]])
+def test_a_shifted_loss_sends_only_numbers(name: str, ways: int) -> None:
+    found = checked(name, f"sp={ways}", False, attention="gather")
+    assert sent(found, "forward", "all_gather") == (2, (ways - 1) * ATTENTION // ways)
+    assert sent(found, "forward", "all_gather_invariant") == (0, 0)
+    shifts = (1, along.BATCH * 8) if name == "reversed_shift" else (0, 0)
+    assert sent(found, "forward", "shift")[0] <= shifts[0] * 4
+    assert sent(found, "forward", "all_reduce")[1] <= 64
+
+
+# positions beside a chunk that travel forward, for each chunk of a rank
+HALOS = {"causal": 3, "padded_in_front": 3, "centred": 2, "dilated": 4, "two_dims": 2, "shorter": 2, "strided": 1}
+HALOS |= {"twice": 6, "token_shift": 1, "shift_by_cat": 1, "prompt": 3, "turned": 3}
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["zigzag", "plain"])
+@pytest.mark.parametrize("name", HALOS)
+def test_only_the_positions_beside_a_part_travel(name: str, causal: bool) -> None:
+    for ways in (2, 4):
+        found = checked(name, f"sp={ways}", causal, attention="gather")
+        chunks = 2 if causal else 1
+        assert sent(found, "forward", "shift")[1] == chunks * HALOS[name] * ROW
+        assert sent(found, "backward", "shift")[1] == chunks * HALOS[name] * ROW
+        assert sent(found, "forward", "all_gather")[1] == (ways - 1) * ATTENTION // ways
+
+
+def test_halos_longer_than_a_part_take_several_shifts() -> None:
+    """Dilated taps reach 4 positions, a part has 3."""
+    end, ways = along.ENDS["dilated"], 4
+    found = along.reference(end, False, 12).check(Mesh(sp=ways), Plan(attention="gather"))
+    assert found.worst <= EXACT
+    assert sent(found, "forward", "shift")[1] == 4 * ROW
+
+
+@pytest.mark.parametrize("ways", [2, 4])
+def test_scans_gather_the_totals_of_parts(ways: int) -> None:
+    found = checked("scans", f"sp={ways}", False, attention="gather")
+    totals = 3 * (ways - 1) * ROW
+    assert sent(found, "forward", "all_gather") == (5, (ways - 1) * ATTENTION // ways + totals)
+    assert sent(found, "backward", "reduce_scatter") == (5, (ways - 1) * ATTENTION // ways + totals)
+
+
+def test_one_row_comes_from_one_rank() -> None:
+    found = checked("last_token", "sp=4", False, attention="gather")
+    assert sent(found, "forward", "all_reduce")[1] <= 2 * along.BATCH * along.VOCABULARY * 8
+    assert sent(found, "forward", "all_gather_invariant") == (0, 0)
