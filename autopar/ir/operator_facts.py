@@ -73,6 +73,7 @@ _PRODUCTS = _names("""
     autopar::attention_tile autopar::attention_tile_backward op.masked_attention
     op.ring_attention op.rows_attention op.hybrid_attention
     autopar::expert_linear autopar::expert_outer
+    op.padded_convolution
 """)
 _MOVES = _names("""
     reshape clone contiguous cat stack pad constant_pad_nd roll flip repeat zeros_like ones_like full_like empty_like

@@ -63,8 +63,8 @@ def warn_of_gathered(flow: Flow, choice: Choice) -> None:
         return
     total = sum(size for calls in modules.values() for _, size in calls)
     lines = [
-        f"{flow.axis}={flow.ways} cannot split some of what this model does along its sequence: "
-        f"{total:,} bytes are gathered for it in each forward pass, and every rank does that work whole"
+        f"{flow.axis}={flow.ways}: some of what this model does along its sequence runs whole on every rank, "
+        f"of {total:,} bytes that are gathered in each forward pass"
     ]
     for module, calls in list(modules.items())[:MOST_MODULES]:
         names = ", ".join(call.name for call, _ in calls[:3]) + (", ..." if len(calls) > 3 else "")
