@@ -53,7 +53,7 @@ def test_parts_that_no_dtensor_has() -> None:
     mesh = Mesh(dp=2, tp=4)
     layout = Layout(((Factor(9, ("tp", "dp")),),))
     with pytest.raises(IndivisibleError, match="(?s)'w' as .* a mesh whose dp x tp divides 9"):
-        stored(layout, mesh, "w")
+        stored(layout, mesh, mesh.names, "w")
 
 
 def hold_each() -> dict[str, list[bool]]:
