@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from autopar.checkpoint.checkpoints import Checkpoints, Resumed
     from autopar.checkpoint.weights import LoadedWeights, load_safetensors, save_safetensors
     from autopar.compiler import compile_program
+    from autopar.data.padding import PaddedBatch, pad_batch
     from autopar.data.parts import BatchesOfRank, part_of_batch
     from autopar.data.token_file import TokenFile
     from autopar.ir.program import PipelinedProgram, Program
@@ -48,6 +49,8 @@ _LAZY = {
     "LoadedWeights": "checkpoint.weights",
     "compile_program": "compiler",
     "load_safetensors": "checkpoint.weights",
+    "pad_batch": "data.padding",
+    "PaddedBatch": "data.padding",
     "parallelize": "api",
     "part_of_batch": "data.parts",
     "ParallelModule": "module",
@@ -80,6 +83,7 @@ __all__ = [
     "Mesh",
     "NothingSplitError",
     "NumericsError",
+    "PaddedBatch",
     "ParallelModule",
     "PipelinedProgram",
     "Plan",
@@ -96,6 +100,7 @@ __all__ = [
     "__version__",
     "compile_program",
     "load_safetensors",
+    "pad_batch",
     "parallelize",
     "part_of_batch",
     "register_rule",

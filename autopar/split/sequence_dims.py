@@ -72,6 +72,6 @@ def check_divides(program: Program, axis: str, dims: tuple[tuple[Key, int], ...]
             where = origin(node).module or node.name
             raise IndivisibleError(
                 f"the sequence of {length} positions at {where} does not divide by {axis}={ways}\n"
-                f"Way out: pad the inputs by {missing} to {length + missing} positions, masked and without labels; "
-                f"or a size of {axis} that divides {length}."
+                f"Way out: pad the inputs by {missing} to {length + missing} positions, masked and without labels "
+                f"(autopar.pad_batch does that); or a size of {axis} that divides {length}."
             )
