@@ -51,7 +51,7 @@ STANDS_ON = {
     "check": "compiler frontend ir mesh plan precision simulate simulator",
     "verification": "analysis check cost errors ir mesh pipeline plan rules simulator split",
     "checkpoint": "errors ir mesh module runtime",
-    "training": "api checkpoint ir mesh module plan runtime",
+    "training": "api checkpoint data ir mesh module plan runtime",
     "autopar": "*",  # the package itself: its names are imported at first use
     "commands": "*",
     "__main__": "*",

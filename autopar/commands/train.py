@@ -20,7 +20,7 @@ from autopar.commands.options import ConfigTexts, Json, ModelName, PlanTexts, Se
 from autopar.commands.tables import print_json, stderr
 from autopar.commands.train_report import document_of, end_of, print_report, tolerance_of
 from autopar.ir.batch import data_ways
-from autopar.mesh import Mesh
+from autopar.mesh import SEQUENCE, Mesh
 from autopar.plan import Plan
 from autopar.training.byte_text import BYTES, ByteText, read_text
 from autopar.training.loop import CLIP, Run, Settings, is_first, train
@@ -84,6 +84,7 @@ def train_command(
     rows = batch or rows_for(data_ways(on))
     shorthands = {"zero": zero, "precision.param": precision, "recompute": recompute, "schedule": schedule}
     shorthands |= {"microbatches": microbatches, "virtual_stages": virtual_stages}
+    _refuse_uneven_parts(length, on)
     choices = _plan([*(plan or ())], shorthands, on, rows, accumulate)
     stream = ByteText(read_text(text), rows, length)
     where, saving = _device(device, on), _saving(checkpoint, every, keep, resume)
@@ -112,6 +113,8 @@ def _plan(texts: list[str], shorthands: Mapping[str, object], mesh: Mesh, rows: 
     texts += [f"{key}={choice}" for key, choice in shorthands.items() if choice is not None]
     if mesh.is_pipelined and not any(text.startswith("microbatches=") for text in texts):
         texts.append(f"microbatches={max(1, min(2 * mesh.size('pp'), rows // data_ways(mesh)))}")
+    if mesh.size(SEQUENCE) > 1 and not any(text.startswith("inputs=") for text in texts):
+        texts.append("inputs=local")  # a rank makes its part of each batch, and nothing else
     plan = read_plan(texts)
     if accumulate > 1 and (mesh.is_pipelined or plan.microbatches > 1):
         raise ValueError("--accumulate does not go with microbatches\nWay out: a larger --batch, more --microbatches")
@@ -136,6 +139,13 @@ def _train(name: str, model: nn.Module, text: ByteText, settings: Settings, show
             progress.update(task, completed=done, loss=f"loss {loss:.4f}")
 
         return train(model, text, settings, on_start, on_step)
+
+
+def _refuse_uneven_parts(length: int, mesh: Mesh) -> None:
+    ways = mesh.size(SEQUENCE)
+    if length % ways:
+        more = length + -length % (2 * ways)
+        raise ValueError(f"--length {length}: {SEQUENCE}={ways} does not divide it\nWay out: --length {more}")
 
 
 def _saving(directory: Path | None, every: int, keep: int, resume: bool) -> Saving | None:

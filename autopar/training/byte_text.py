@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.data.parts import Share
+
 BYTES = 256  # the smallest vocabulary of a model that reads them
 
 
@@ -25,10 +27,12 @@ class ByteText:
         self._checksum = zlib.crc32(text)
         self.batch, self.length = batch, length
 
-    def __call__(self, step: int) -> dict[str, Tensor]:
-        """``input_ids`` and ``labels`` (batch, length) of a step; the text starts over at its end."""
-        starts = torch.arange(self.batch) * (len(self._tokens) // self.batch) + step * self.length
-        places = (starts[:, None] + torch.arange(self.length)) % len(self._tokens)
+    def __call__(self, step: int, share: Share | None = None) -> dict[str, Tensor]:
+        """``input_ids`` and ``labels`` (batch, length) of a step, or a share; the text starts over at its end."""
+        rows = range(self.batch) if share is None else share.rows(self.batch)
+        positions = range(self.length) if share is None else share.positions(self.length)
+        starts = torch.tensor(rows) * (len(self._tokens) // self.batch) + step * self.length
+        places = (starts[:, None] + torch.tensor(positions)) % len(self._tokens)
         tokens = self._tokens[places]
         return {"input_ids": tokens, "labels": tokens.clone()}
 

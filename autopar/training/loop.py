@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar.api import parallelize
+from autopar.data.parts import Share
 from autopar.ir.traffic import Transfer
 from autopar.mesh import Mesh
 from autopar.module import ParallelModule
@@ -120,7 +121,7 @@ def train(
     saver, start = None, Start()
     if saving is not None:
         if saving.resume:  # the layout of parameters must be known before their states are loaded
-            parallel.prepare(**_batches(text, 0, settings)[0])
+            parallel.prepare(**_batches(text, 0, settings, _share(settings))[0])
         saver = Saver(saving, text, parallel, step.optimizer)
         start = saver.start()
     on_start(start)
@@ -158,6 +159,7 @@ class _Loop:
     ) -> None:
         self._step, self._beside, self._text, self._settings = step, beside, text, settings
         self._log, self._stop = log, stop
+        self._share = _share(settings)
         self.place = 0  # in the text: batches
         self.stopped = False
         self.warm: tuple[Transfer, ...] = ()  # of the first step, which also compares the programs of the ranks
@@ -177,10 +179,10 @@ class _Loop:
 
     def _one(self, number: int) -> None:
         settings, before = self._settings, self._step.traffic
-        batches = _batches(self._text, self.place, settings)
+        batches = _batches(self._text, self.place, settings, self._share)
         self._step(batches)
         if self._beside is not None:
-            self._beside(batches)
+            self._beside(batches if self._share is None else _batches(self._text, self.place, settings))
         self.place += len(batches)
         peak = peak_memory(settings.device)
         # all ranks wait at the end of a step: rank 0 is late, since it runs the other model too
@@ -201,9 +203,15 @@ class _Loop:
         )
 
 
-def _batches(text: ByteText, place: int, settings: Settings) -> list[Batch]:
+def _share(settings: Settings) -> Share | None:
+    """What this rank passes of each batch; None: the whole."""
+    return Share.of(settings.mesh) if settings.plan.inputs == "local" else None
+
+
+def _batches(text: ByteText, place: int, settings: Settings, share: Share | None = None) -> list[Batch]:
     numbers = range(place, place + settings.accumulate)
-    return [{name: tensor.to(settings.device) for name, tensor in text(n).items()} for n in numbers]
+    found = [text(n) if share is None else text(n, share) for n in numbers]
+    return [{name: tensor.to(settings.device) for name, tensor in batch.items()} for batch in found]
 
 
 class _Stepper:

@@ -26,6 +26,7 @@ from autopar.commands.curves import sparkline
 from autopar.commands.launch import report_failures
 from autopar.commands.options import read_config, read_mesh, read_plan
 from autopar.compiler import split_program
+from autopar.data.parts import Share
 from autopar.ir.graph_pass import graph_pass, run_passes
 from autopar.ir.program import Program
 from autopar.mesh import Mesh
@@ -246,6 +247,10 @@ def test_byte_text() -> None:
     assert first[0].tolist() == list(range(10)) and first[1].tolist() == list(range(50, 60))
     assert second[:, 0].tolist() == [10, 60], "each row goes on where it stopped"
     assert last[1].tolist() == list(range(40, 50)), "and starts over at the end of the text"
+    halves = slice(5), slice(5, None)
+    for rank, (rows, positions) in enumerate([(slice(1), halves[0]), (slice(1), halves[1]), (slice(1, 2), halves[0])]):
+        part = text(9, Share.of(Mesh(dp=2, sp=2), rank))["labels"]
+        assert torch.equal(part, text(9)["labels"][rows, positions])
     with pytest.raises(ValueError, match="the text has 3 bytes"):
         ByteText(b"abc", 2, 10)
     assert len(read_text(None)) > 100_000
@@ -282,6 +287,21 @@ def test_train_on_two_ranks(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert [line["loss"] for line in lines] == document["losses"]
+
+
+def test_train_with_the_sequence_split(tmp_path: Path) -> None:
+    """The losses are those of one process, and each rank makes its part of the batches only."""
+    small = ["--config", "vocab=288", "--config", "layers=1", "--length", "16", "--batch", "4", "--steps", "4"]
+    plan = ["--plan", "precision.param=float64", "--plan", "check_numerics=false"]
+    code, out, err = in_processes("train", "llama", "--mesh", "sp=2", *small, *plan, "--json", cwd=tmp_path)
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["mesh"] == {"sp": 2} and document["largest_difference"] <= 1e-5 and len(document["losses"]) == 4
+    ids = 4 * 8 * 8 // 2  # rows x positions x bytes: half of them are another rank's in zig-zag order
+    reorder = [t for t in document["traffic_per_step"] if t["collective"] == "reorder" and t["phase"] == "forward"]
+    assert reorder and reorder[0]["bytes"] >= ids
+    code, _, err = in_processes("train", "llama", "--mesh", "sp=2", "--length", "15", cwd=tmp_path)
+    assert code == 2 and "--length 15: sp=2 does not divide it" in err and "--length 16" in err
 
 
 def test_a_mistake_that_every_rank_sees_is_told_once(tmp_path: Path) -> None:

@@ -130,12 +130,14 @@ def test_stopped_and_resumed_on_other_meshes(tmp_path: Path) -> None:
     assert f"stopped by SIGTERM after 3 of 7 steps; saved {saved}/step-00000003" in stopped[0][2]
     (code, _, err), _ = run_ranks(autopar, 2, *kept, "--mesh", "tp=2", "--steps", "5")
     assert code == 0 and f"resumed from {saved}/step-00000003" in err
+    (code, *_), _ = run_ranks(autopar, 2, *kept, "--mesh", "sp=2", "--steps", "6")
+    assert code == 0
     (code, out, _), _ = run_ranks(autopar, 2, *kept, "--mesh", "dp=2", "--zero", "3", "--json")
     document = json.loads(out)
-    assert code == 0 and document["first_step"] == 5 and document["checkpoint"] == f"{saved}/step-00000007"
+    assert code == 0 and document["first_step"] == 6 and document["checkpoint"] == f"{saved}/step-00000007"
     torch.testing.assert_close(losses(Path(log)), losses(Path(whole)), rtol=0, atol=1e-5)
-    assert document["losses"] == losses(Path(log))[5:]
-    assert [record["event"] for record in records(Path(log)) if "event" in record] == ["stopped", "resumed", "resumed"]
+    assert document["losses"] == losses(Path(log))[6:]
+    assert [record["event"] for record in records(Path(log)) if "event" in record] == ["stopped", *["resumed"] * 3]
     code, out, _ = autopar(*kept, "--mesh", "1")
     assert code == 0 and "has 7 steps already" in out
 
