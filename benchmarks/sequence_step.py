@@ -172,7 +172,7 @@ def _ours(model: nn.Module, batch: Batch, forms: Sequence[str]) -> Iterator[tupl
     ranks = dist.get_world_size()
     possible = [form for form in forms if form != "hybrid" or ranks > 2] if ranks > 1 else ["auto"]
     for form in possible:
-        plan = autopar.Plan(attention=form)  # type: ignore[arg-type]
+        plan = autopar.Plan(attention=form)
         yield PREFIX + form, Autopar(copy.deepcopy(model), autopar.Mesh(sp=ranks), plan, batch, True)
 
 
