@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=SUBJECTS, default="our-llama-long")
+    parser.add_argument("--model", choices=SUBJECTS, default="hf-llama-long")
     parser.add_argument("--form", choices=("ring", "ulysses", "gather", "hybrid", "auto"), default="ring")
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--length", nargs="+", type=int, default=LENGTHS)

@@ -94,8 +94,8 @@ def hugging_face_llama(width: int, layers: int, vocabulary: int = VOCABULARY, he
     return model.train()
 
 
-def our_llama(width: int, layers: int, head_width: int = 32) -> nn.Module:
-    sizes = {"heads": width // head_width, "kv_heads": width // head_width // 2, "ff": width * 11 // 4}
+def our_llama(width: int, layers: int) -> nn.Module:
+    sizes = {"heads": width // 32, "kv_heads": width // 64, "ff": width * 11 // 4}
     return llama.build("tiny", vocab=VOCABULARY, context=LENGTH, width=width, layers=layers, **sizes)
 
 
@@ -126,7 +126,6 @@ SUBJECTS: Mapping[str, Subject] = MappingProxyType(
             Subject("hf-llama-512", lambda: hugging_face_llama(512, 4), HF_SITES),
             Subject("hf-llama-32k", lambda: hugging_face_llama(256, 4, 32_000), HF_SITES, 32_000),
             Subject("hf-llama-long", lambda: hugging_face_llama(512, 2, head_width=64), HF_SITES),
-            Subject("our-llama-long", lambda: our_llama(512, 2, head_width=64), OUR_SITES),
             Subject("our-llama-256", lambda: our_llama(256, 4), OUR_SITES, localised=count_local_heads),
         )
     }
