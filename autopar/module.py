@@ -82,9 +82,13 @@ class ParallelModule(nn.Module):
         if self.mesh.is_pipelined:
             return self._pipelined(call, trains=False)
         executable = self._executable(call)
+        return executable.run(call.tensors, self._seed())
+
+    def _seed(self) -> int:
+        """Of the dropout masks: another one in each call that learns."""
         if self.training and torch.is_grad_enabled():
             self._held.calls += 1
-        return executable.run(call.tensors, self.plan.seed * SEED_STRIDE + self._held.calls)
+        return self.plan.seed * SEED_STRIDE + self._held.calls
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one batch; gradients are added to ``.grad``. Returns the (detached) loss.
@@ -97,9 +101,17 @@ class ParallelModule(nn.Module):
             return loss
         if self.plan.microbatches > 1:
             return self._train_in_parts(self._signature.call(args, kwargs))
-        loss = loss_of(self(*args, **kwargs))
+        loss = self._loss(args, kwargs)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The loss alone: the program makes no other outputs, unless a hook of the user's is to see them."""
+        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
+        if any(hooks) or not torch.is_grad_enabled() or self._connection is None:
+            return loss_of(self(*args, **kwargs))
+        call = self._signature.call(args, kwargs)
+        return self._executable(call).loss(call.tensors, self._seed())
 
     def _pipelined(self, call: Call, trains: bool) -> Any:
         """A step of the pipeline: the loss, or the model's output."""
@@ -122,7 +134,7 @@ class ParallelModule(nn.Module):
         for place, (batch, share) in enumerate(zip(batches, shares)):
             last = place == len(batches) - 1
             with nullcontext() if last else self.no_sync():
-                loss = loss_of(self(**batch)) * share
+                loss = self._loss((), dict(batch)) * share
                 loss.backward()  # type: ignore[no-untyped-call]
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None

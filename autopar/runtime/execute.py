@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar.errors import InvariantError
+from autopar.ir.loss import loss_of
 from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.signature import restore_output
@@ -42,6 +43,18 @@ class Executable(BoundProgram):
 
     # ------------------------------------------------------------ running
 
+    def loss(self, tensors: Sequence[Tensor], seed: int) -> Tensor:
+        """The loss for the user's ``tensors``, to go backward from; other outputs are not made.
+
+        Raises InvariantError for a model without a loss.
+        """
+        if self.program.loss is None or self.role.differentiable != (self.program.loss,):
+            return loss_of(self.run(tensors, seed))
+        step = Step(tensors, seed, learns=True)
+        (found,) = _Differentiable.apply(self, step, *(leaf(step) for leaf in self._leaves))  # type: ignore[no-untyped-call]
+        loss: Tensor = found
+        return loss
+
     def run(self, tensors: Sequence[Tensor], seed: int) -> Any:
         """The model's output for the user's ``tensors``; with a gradient where gradients are enabled."""
         step = Step(tensors, seed)
@@ -61,7 +74,7 @@ class Executable(BoundProgram):
 
     def forward(self, step: Step) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(differentiable outputs, values saved for backward)."""
-        saved = self.call(FORWARD, step)
+        saved = self.call(self.graphs.learning if step.learns else FORWARD, step)
         outputs = []
         for position in self.role.differentiable:
             result = self._results[position]

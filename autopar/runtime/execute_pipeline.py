@@ -56,7 +56,10 @@ class PipelineExecutable:
         stages = [stage for whole in programs for stage in whole.stages]
         self.comm.open(comm.axes_used(graph for stage in stages for graph in stage.graphs.values()))
         own = connection.of_stage()
-        self.stages = {n: [BoundStage(whole.stages[n], root, own, inputs) for whole in programs] for n in mine}
+        self.stages = {
+            n: [BoundStage(whole.stages[n], root, own, inputs, whole.loss_in(whole.stages[n])) for whole in programs]
+            for n in mine
+        }
         self._routes = Routes(program)
         self._types = [_types(whole) for whole in programs]
         self._loss = next((n for n, stage in mine.items() if program.loss_in(stage) is not None), None)
@@ -75,8 +78,7 @@ class PipelineExecutable:
                 "Way out: pass labels, or compute the loss in a small nn.Module around the model."
             )
         shares = self._shares(batches, rows)
-        wanted = frozenset({self.program.outputs[self.program.loss].target})
-        run = self._steps(batches, rows, shares, seed, True, wanted)
+        run = self._steps(batches, rows, shares, seed, True, None)
         with torch.no_grad():
             self._play_and_give(self.program.required_schedule, run)
             return self._total_loss(run, shares)
@@ -141,7 +143,7 @@ class PipelineExecutable:
         shares: Sequence[Tensor | float],
         seed: int,
         trains: bool,
-        outputs: frozenset[str],
+        outputs: frozenset[str] | None,
     ) -> dict[int, StageStep]:
         channels = Channels(self.comm, [self._types[self._size(rows, number)] for number in range(len(rows))])
         steps = {}

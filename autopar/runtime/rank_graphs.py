@@ -12,11 +12,14 @@ from torch import fx
 
 from autopar.autodiff.halves import BackwardSteps
 from autopar.autodiff.hoist import Gathering, Reducing, without_gathers, without_reductions
+from autopar.ir.node import output_node
 from autopar.ir.program import Program
-from autopar.ir.tables import InputKind
+from autopar.ir.rewrite import remove_unused
+from autopar.ir.tables import InputKind, OutputKind
 from autopar.mesh import REPLICA_AXES
 
 FORWARD, INFERENCE, BACKWARD = "forward", "inference", "backward"
+LEARN = "forward_for_loss"  # the forward pass of a training step: of the outputs for users, the loss alone
 PARTIAL, REDUCED = "partial", "reduced"  # the backward pass of a model in two parts
 WHOLE, INPUTS, WEIGHTS, REDUCE = "backward_whole", "backward_inputs", "backward_weights", "reduce_gradients"
 
@@ -36,6 +39,11 @@ class RankGraphs:
     rare: Mapping[str, fx.Graph] = field(default_factory=dict)
     gathered: Mapping[str, Gathering] = field(default_factory=dict)
 
+    @property
+    def learning(self) -> str:
+        """The forward pass of a training step."""
+        return LEARN if LEARN in self.usual else FORWARD
+
     def __getitem__(self, name: str) -> fx.Graph:
         return self.usual[name] if name in self.usual else self.rare[name]
 
@@ -48,15 +56,20 @@ def model_graphs(program: Program) -> RankGraphs:
     role, reducing = program.required_role, _deferred(program)
     gathered = _gathered(program)
     usual = role.graphs | {name: gathering.rest for name, gathering in gathered.items()}
+    usual |= _learning(program, usual[FORWARD], program.loss)
     rare = {} if reducing is None else {PARTIAL: reducing.rest, REDUCED: reducing.graph}
     return RankGraphs(usual, rare, gathered)
 
 
-def stage_graphs(program: Program, steps: BackwardSteps | None) -> RankGraphs:
-    """The graphs of a pipeline stage with the backward ``steps``; schedules and ``loss.backward()`` choose one."""
+def stage_graphs(program: Program, steps: BackwardSteps | None, loss: int | None) -> RankGraphs:
+    """The graphs of a pipeline stage with the backward ``steps``; schedules and ``loss.backward()`` choose one.
+
+    ``loss``: the position of the loss of the whole model among the stage's outputs, if it makes it.
+    """
     role, gathered = program.required_role, _gathered(program)
     usual = {FORWARD: role.forward, INFERENCE: role.inference}
     usual |= {name: gathering.rest for name, gathering in gathered.items()}
+    usual |= _learning(program, usual[FORWARD], loss)
     if steps is not None:
         usual |= {WHOLE: steps.whole, INPUTS: steps.inputs, WEIGHTS: steps.weights, REDUCE: steps.reduce}
     return RankGraphs(usual, gathered=gathered)
@@ -70,6 +83,26 @@ def _gathered(program: Program) -> dict[str, Gathering]:
     role = program.required_role
     found = {name: without_gathers(role.graphs[name], parameters) for name in (FORWARD, INFERENCE)}
     return {name: gathering for name, gathering in found.items() if gathering is not None}
+
+
+def _learning(program: Program, forward: fx.Graph, loss: int | None) -> dict[str, fx.Graph]:
+    """The forward pass without what only the user's other outputs need: logits in another order, or gathered.
+
+    In their places it returns a value that is there anyway. Empty where nothing is saved by that.
+    """
+    kept = [entry.kind is not OutputKind.USER or place == loss for place, entry in enumerate(program.outputs)]
+    if program.required_role.backward is None or all(kept) or not any(kept):
+        return {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(forward, copies)
+    for node, copy in copies.items():
+        copy.meta = dict(node.meta)
+    found: list[fx.Node] = [copies[node] for node in output_node(forward).args[0]]  # type: ignore[union-attr, index]
+    there = found[kept.index(True)]
+    graph.output(tuple(node if place >= len(kept) or kept[place] else there for place, node in enumerate(found)))
+    remove_unused(graph)
+    return {LEARN: graph} if len(graph.nodes) < len(forward.nodes) else {}
 
 
 def _deferred(program: Program) -> Reducing | None:

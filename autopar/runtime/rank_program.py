@@ -31,18 +31,22 @@ from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import local_of, of_local, spec_of
 from autopar.runtime.parameters import Table, tables
 from autopar.runtime.pieces import padded
-from autopar.runtime.rank_graphs import RankGraphs
+from autopar.runtime.rank_graphs import FORWARD, LEARN, RankGraphs
 from autopar.runtime.resident_parameters import Gathered
 
 
 @dataclass
 class Step:
-    """One call: the user's tensors, the seed, the values sent by other pipeline stages, and the program's results."""
+    """One call: the user's tensors, the seed, the values sent by other pipeline stages, and the program's results.
+
+    ``learns``: of the outputs for users, the loss alone is wanted.
+    """
 
     tensors: Sequence[Tensor]
     seed: int
     received: Mapping[str, Tensor] = field(default_factory=dict)
     returned: list[Any] = field(default_factory=list)
+    learns: bool = False
 
 
 Fetch = Callable[[Step], Tensor]
@@ -113,10 +117,11 @@ class BoundProgram:
 
     def call(self, name: str, step: Step) -> tuple[Any, ...]:
         """Run ``name``, keep its outputs in ``step``, write buffer updates back; gives the results after outputs."""
-        self.comm.phase = name
+        self.comm.phase = FORWARD if name == LEARN else name
         inputs = [fetch(step) for fetch in self._fetch]
-        if name in self._gathered:
-            inputs += self._gathered[name].tensors()
+        resident = self._gathered.get(FORWARD if name == LEARN else name)
+        if resident is not None:
+            inputs += resident.tensors()
         autocasting = torch.is_autocast_enabled(self.comm.device.type)
         with torch.autocast(self.comm.device.type, enabled=False) if autocasting else _NOTHING, below_autograd():
             found = self.function(name)(self.comm, inputs)

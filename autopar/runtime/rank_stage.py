@@ -23,11 +23,17 @@ from autopar.runtime.rank_program import BoundProgram, Step
 
 
 class BoundStage(BoundProgram):
-    """The program of one stage, for microbatches of one size. ``inputs``: targets of the whole model's inputs."""
+    """The program of one stage, for microbatches of one size.
 
-    def __init__(self, program: Program, root: nn.Module, connection: Connection, inputs: Sequence[str]) -> None:
+    ``inputs``: targets of the whole model's inputs. ``loss``: the position of its loss among the stage's outputs.
+    """
+
+    def __init__(
+        self, program: Program, root: nn.Module, connection: Connection, inputs: Sequence[str], loss: int | None
+    ) -> None:
         steps = backward_steps(program)
-        super().__init__(program, stage_graphs(program, steps), root, connection)
+        super().__init__(program, stage_graphs(program, steps, loss), root, connection)
+        self.loss = loss
         self._places = [inputs.index(target) for target in self.users]
         self.parameters = {entry.target: node for node, entry in program.placeholders(InputKind.PARAMETER)}
         self.at_once, self.later = (steps.at_once, steps.later) if steps else ((), ())
@@ -101,11 +107,17 @@ class Microbatch:
 class StageStep:
     """The work of one stage in one step, for the interpreter.
 
-    ``trains``: forward keeps the values that backward needs. ``outputs``: the outputs that are to be kept, whole.
+    ``trains``: forward keeps the values that backward needs. ``outputs``: the outputs that are to be kept, whole; None:
+    the loss alone.
     """
 
     def __init__(
-        self, number: int, batches: Sequence[Microbatch], channels: Channels, trains: bool, outputs: frozenset[str]
+        self,
+        number: int,
+        batches: Sequence[Microbatch],
+        channels: Channels,
+        trains: bool,
+        outputs: frozenset[str] | None,
     ) -> None:
         self.number, self.batches, self.channels = number, batches, channels
         self.trains, self.wanted = trains, outputs
@@ -115,15 +127,17 @@ class StageStep:
         batch = self.batches[number]
         stage = batch.stage
         step = Step(stage.inputs(batch.tensors), batch.seed, received)
-        saved = stage.call(FORWARD if self.trains else INFERENCE, step)
+        forward = stage.graphs.learning if self.wanted is None else FORWARD
+        saved = stage.call(forward if self.trains else INFERENCE, step)
         if self.trains and stage.trains:
             batch.saved = list(saved)
             self.in_flight += 1
         sent = Values()
         for position, entry in enumerate(stage.program.outputs):
+            wanted = position == stage.loss if self.wanted is None else entry.target in self.wanted
             if entry.kind is OutputKind.SENT:
                 sent[entry.target] = step.returned[position]
-            elif entry.kind is OutputKind.USER and entry.target in self.wanted:
+            elif entry.kind is OutputKind.USER and wanted:
                 batch.outputs[entry.target] = stage.whole_output(position, step.returned[position])
         return sent
 

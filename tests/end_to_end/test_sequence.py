@@ -67,6 +67,32 @@ def test_real_ranks(mesh: str, choices: dict[str, Any]) -> None:
         assert max(found.values()) <= EXACT, found
 
 
+def steps_and_outputs(mesh: str, plan: Plan) -> tuple[float, list[str], list[str], float]:
+    """A step's loss and its collectives, then those of a call, and how far its logits are from the whole model's."""
+    model: nn.Module = float64(lambda: llama.Llama(SIZES).double())
+    beside: nn.Module = float64(lambda: llama.Llama(SIZES).double())
+    parallel = autopar.parallelize(model, Mesh.parse(mesh), plan)
+    batch = llama.example_batch(SIZES, 4, 48)
+    expected = beside(**batch)
+    error = difference(parallel.train_step(**batch), expected["loss"])
+    names = [entry.name for entry in parallel.traffic]
+    with torch.no_grad():
+        found = parallel(**batch)
+    more = [entry.name for entry in parallel.traffic]
+    logits = found["logits"]
+    return error, names, more, 0.0 if logits is None else difference(whole(logits), expected["logits"])
+
+
+@pytest.mark.parametrize(("mesh", "microbatches"), [("sp=2", 1), ("sp=2", 2), ("pp=2,sp=2", 2)])
+def test_a_training_step_does_not_make_the_other_outputs(mesh: str, microbatches: int) -> None:
+    """Logits in plain order are sent between ranks where the user gets them, and only there."""
+    plan = Plan(check_numerics=False, attention="ring", microbatches=microbatches, zero=0 if "pp" in mesh else 1)
+    for error, names, more, logits in run_ranks(steps_and_outputs, Mesh.parse(mesh).world_size, mesh, plan):
+        assert error <= EXACT and logits <= EXACT
+        assert "shift" in names and "reorder" not in names
+        assert "reorder" in more or "pp" in mesh
+
+
 # ---------------------------------------------------------------- dropout, precision
 
 
