@@ -93,11 +93,8 @@ def _learning(program: Program, forward: fx.Graph, loss: int | None) -> dict[str
     kept = [entry.kind is not OutputKind.USER or place == loss for place, entry in enumerate(program.outputs)]
     if program.required_role.backward is None or all(kept) or not any(kept):
         return {}
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.graph_copy(forward, copies)
-    for node, copy in copies.items():
-        copy.meta = dict(node.meta)
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph.graph_copy(forward, copies)  # with what is known of each node
     found: list[fx.Node] = [copies[node] for node in output_node(forward).args[0]]  # type: ignore[union-attr, index]
     there = found[kept.index(True)]
     graph.output(tuple(node if place >= len(kept) or kept[place] else there for place, node in enumerate(found)))
