@@ -177,7 +177,7 @@ def _tile_backward(
         mask = _mask(found[0], q, bias, vectors)
         grads = ATTENTION_BACKWARD(grad, q, k, v, mask, out, logsumexp, found[0].causal, scale)
         return (*grads, q.new_empty(0))
-    dq, dk, dv = (empty(x, x.shape[-1], wide).zero_() for x in (q, k, v))
+    total: list[Tensor | None] = [None, None, None]
     dbias = torch.zeros_like(wanted, dtype=wide) if wanted is not None else q.new_empty(0)
     for block in found:
         rows, columns = block.rows.here, block.columns.here
@@ -190,10 +190,20 @@ def _tile_backward(
         else:
             *grads, change = plain_backward(*operands)
             _add_bias(dbias, change, block)
-        dq[..., rows, :] += grads[0]
-        dk[..., columns, :] += grads[1]
-        dv[..., columns, :] += grads[2]
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias if wanted is None else dbias.to(wanted.dtype)
+        ends = ((q, block.rows), (k, block.columns), (v, block.columns))
+        total = [_plus(one, more, span, x) for one, more, (x, span) in zip(total, grads, ends)]
+    dq, dk, dv = (empty(x, x.shape[-1]).zero_() if one is None else one.to(x.dtype) for one, x in zip(total, (q, k, v)))
+    return dq, dk, dv, dbias if wanted is None else dbias.to(wanted.dtype)
+
+
+def _plus(total: Tensor | None, more: Tensor, span: Span, x: Tensor) -> Tensor:
+    """The gradient of ``x`` until now with that of a block; the block's own where that is all of ``x``."""
+    wide = accumulated(x.dtype)
+    if total is None and span.length == x.shape[-2]:
+        return more.to(wide)
+    total = empty(x, x.shape[-1], wide).zero_() if total is None else total
+    total[..., span.here, :] += more
+    return total
 
 
 def _is_one(found: list[Block], q: Tensor, k: Tensor) -> bool:
