@@ -58,3 +58,33 @@ def test_padded() -> None:
     x = torch.ones(2, 3)
     assert pieces.padded(x, (2, 3)) is x
     assert pieces.padded(x, (3, 4)).sum() == 6
+
+
+ORDERS = [
+    Split(1),
+    Split(1, outer=2, mirrored=True),
+    Split(1, outer=3),
+    Split(1, ratio=(2, 1)),
+    Split(1, outer=4, mirrored=True),
+]
+
+
+@pytest.mark.parametrize("ways", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("target", ORDERS, ids=str)
+@pytest.mark.parametrize("source", ORDERS, ids=str)
+def test_blocks_that_cross_from_order_to_order(source: Split, target: Split, ways: int) -> None:
+    """What ranks send each other, and the order in which each puts what it gets, make the other order."""
+    length = 36 * ways
+    whole = torch.arange(2 * length).view(2, length)
+    sent: dict[tuple[int, int], torch.Tensor] = {}
+    for rank in range(ways):
+        way = pieces.crossing(source, target, length, rank, ways)
+        part = pieces.take(whole, source, rank, ways)
+        blocks = torch.stack([part.narrow(1, block * way.size, way.size) for block in way.order])
+        sent |= {(rank, peer): piece for peer, piece in enumerate(blocks.split(list(way.counts)))}
+    for rank in range(ways):
+        back = pieces.crossing(target, source, length, rank, ways)
+        assert [len(sent[peer, rank]) for peer in range(ways)] == list(back.counts)
+        got = torch.cat([sent[peer, rank] for peer in range(ways)])
+        found = torch.cat([got[back.order.index(block)] for block in range(len(back.order))], 1)
+        assert torch.equal(found, pieces.take(whole, target, rank, ways))
