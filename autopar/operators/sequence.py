@@ -96,11 +96,15 @@ def hybrid_attention(
     sequence = [-2 if mirrored else 1, 1]
 
     def to_heads(x: Tensor) -> Tensor:
+        if heads == 1:
+            return x
         found: Tensor = OPS.all_to_all(x, inner, heads, [x.dim() - 2, *sequence], [x.dim() - 3, 1, 1])
         return found
 
     q, k, v = map(to_heads, (q, k, v))
     out = ring_attention(q, k, v, None, vectors, rank, outer, ways, mirrored, where, steps, scale)
+    if heads == 1:
+        return out
     found: Tensor = OPS.all_to_all(out, inner, heads, [out.dim() - 3, 1, 1], [out.dim() - 2, *sequence])
     return found
 

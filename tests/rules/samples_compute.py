@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 
-from autopar.operators import masked_attention, padded_convolution
+from autopar.operators import (
+    hybrid_attention,
+    masked_attention,
+    padded_convolution,
+    ring_attention,
+    rows_attention,
+)
 from autopar.operators.bags import EMBEDDING_BAGS
 from autopar.operators.experts import EXPERT_LINEAR
 from autopar.operators.recurrent import RECURRENT_LAYER
@@ -17,6 +23,9 @@ aten = torch.ops.aten
 
 _Q, _K, _V = x(2, 4, 5, 6), x(2, 4, 3, 6), x(2, 4, 3, 2)
 _TABLE = x(12, 6)
+_PARTS = x(6, 2, 4, 4), x(6, 2, 4, 4), x(6, 2, 4, 2)
+_GROUPED = x(2, 12, 4, 2), x(2, 6, 4, 2), x(2, 6, 4, 2)
+_RANK = torch.tensor(0)
 
 CONTRACTIONS: dict[Any, list[Sample]] = {
     aten.linear.default: [
@@ -118,6 +127,19 @@ CONTRACTIONS: dict[Any, list[Sample]] = {
         call(x(4, 6, 3, 2), x(4, 6, 4, 2), x(4, 6, 4, 2), x(4, 1, 1, 4), [flags(1, 4)], "v0[j] | j<2"),
         call(x(6, 3, 2), x(6, 4, 2), x(6, 4, 2), None, [flags(6, 4)], "v0[j] | j<2"),
         call(x(2, 6, 3, 4, 2), x(2, 6, 3, 4, 2), x(2, 6, 3, 4, 2), None, [flags(6, 4)], "v0[j] & j<=i"),
+    ],
+    # on an axis of one rank, which has all positions: what their collectives do is not for rules of other axes
+    ring_attention: [
+        call(*_PARTS, None, [flags(6, 4)], _RANK, "sp", 1, False, "v0[j] & j<=i", [], None),
+        call(*_GROUPED, x(12, 4, 4), [], _RANK, "sp", 1, True, "", [], 0.3),
+    ],
+    rows_attention: [
+        call(*_PARTS, None, [flags(6, 4)], _RANK, 1, False, "v0[j] & j<=i", None),
+        call(*_GROUPED, x(2, 12, 4, 4), [], _RANK, 1, True, "j<=i", 0.3),
+    ],
+    hybrid_attention: [
+        call(*_PARTS, [flags(6, 4)], _RANK, "sp:inner1", "sp:outer1", 1, 1, False, "v0[j] & j<=i", [], None),
+        call(*_GROUPED, [], _RANK, "sp:inner1", "sp:outer1", 1, 1, True, "j<=i", [], 0.3),
     ],
 }
 
