@@ -21,11 +21,15 @@ MOST_MODULES = 6  # in one warning
 
 
 def gathered_for(flow: Flow, choice: Choice) -> dict[fx.Node, int]:
-    """The calls that run whole -> the bytes of the activations gathered for each; what several use counts once."""
+    """The calls that run whole -> the bytes of the activations gathered for each; what several use counts once.
+
+    What the model returns is gathered in any case.
+    """
     found: dict[fx.Node, int] = {}
     counted: set[Key] = set()
+    returned = {key_of(node)[0] for node in flow.program.returned}
     for call, strategy in choice.strategies.items():
-        if strategy.part is not None:
+        if strategy.part is not None or (call in returned and not flow.uses.get((call, 0))):
             continue
         for operand, required in zip(flow.calls[call].operands, strategy.inputs):
             key = key_of(operand)

@@ -22,9 +22,10 @@ from autopar.rules import Rule, positions, rule_for
 from autopar.rules.factoring import Call, Dims, Emit, Factoring, Part, Strategy
 from autopar.split.attention_call import AttentionCall
 from autopar.split.attention_forms import Form, Forms
-from autopar.split.flow import Flow, Key, key_of
+from autopar.split.flow import Flow, Key, ends_partial, key_of
 
 QUERIES, KEYS = "s", "t"  # the factors of the rule for attention
+MANY_ROWS = 4  # of one value, each a sum over all ranks
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,19 @@ class SequencePolicy:
         if call.target in ATTENTIONS and heads:
             return [s for s in strategies if s.part in heads]
         strategies = [s for s in strategies if s.part is None or s.part not in heads]
-        if call.target in positions.PICKS or call in flow.only_used_whole:  # many rows are cheaper of the whole
+        if _picks_many(flow, call):
+            return [s for s in strategies if s.part is None and not ends_partial(s)]
+        if call.target in positions.PICKS or call in flow.only_used_whole:  # the cheaper way
             return strategies
         return [s for s in strategies if s.part] or strategies
+
+
+def _picks_many(flow: Flow, call: fx.Node) -> bool:
+    """Whether ``call`` picks a row of a value of which many are picked (a loop over positions): of the whole, then."""
+    if call.target not in positions.PICKS:
+        return False
+    users = flow.uses[key_of(flow.calls[call].operands[0])]
+    return sum(user.target in positions.PICKS for user, _ in users) > MANY_ROWS
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,17 @@ class Along(nn.Module):
         self.register_buffer("weights", torch.rand(VOCABULARY) + 0.5)
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
-        x = self.table(ids)
+        x = self.embedded(ids)
         q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in self.qkv(self.norm(x)).chunk(3, -1))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.end(self, x + self.out(y.transpose(1, 2).flatten(2)), labels)
+        return self.finished(x + self.out(y.transpose(1, 2).flatten(2)), labels)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.table(ids)
+        return found
+
+    def finished(self, h: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.end(self, h, labels)
 
 
 End = Callable[[Along, Tensor, Tensor], Tensor | tuple[Tensor, ...]]

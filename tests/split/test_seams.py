@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
-from autopar.check import Report
+from autopar.check import Reference, Report
+from autopar.compiler import compile_program
+from autopar.errors import IndivisibleError
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from tests.split import along
@@ -117,3 +121,41 @@ def test_one_row_comes_from_one_rank() -> None:
     found = checked("last_token", "sp=4", False, attention="gather")
     assert sent(found, "forward", "all_reduce")[1] <= 2 * along.BATCH * along.VOCABULARY * 8
     assert sent(found, "forward", "all_gather_invariant") == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["shifted", "shift_by_cat", "causal", "twice", "last_token"])
+def test_a_sequence_as_long_as_other_dims(name: str) -> None:
+    found = along.reference(along.ENDS[name], True, along.WIDTH).check(Mesh(dp=2, sp=2), Plan())
+    assert found.worst <= EXACT
+
+
+class Prefixed(along.Along):
+    """Rows of a prompt in front of the sequence: attention has more positions than the inputs."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(along.shifted, True)
+        self.prompt = nn.Parameter(torch.randn(count, along.WIDTH))
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        return torch.cat([self.prompt.expand(len(ids), -1, -1), super().embedded(ids)], 1)
+
+    def finished(self, h: Tensor, labels: Tensor) -> Tensor:
+        return along.shifted(self, h[:, len(self.prompt) :], labels)
+
+
+def test_a_prompt_makes_the_sequence_longer() -> None:
+    torch.manual_seed(0)
+    reference = Reference(Prefixed(16).double(), along.batch())
+    for ways in (2, 4):
+        found = reference.check(Mesh(sp=ways), Plan(attention="gather"))
+        assert found.worst <= EXACT
+        assert sent(found, "forward", "all_gather_invariant") == (0, 0)
+    with pytest.raises(IndivisibleError, match="49 positions"):
+        compile_program(Prefixed(1), Mesh(sp=2), Plan(), (), along.batch())
+
+
+def test_only_a_window_of_a_window_is_returned_whole() -> None:
+    """The loss uses all positions, and the user gets what the model returns."""
+    found = checked("with_logits", "sp=4")
+    logits = along.BATCH * along.LENGTH * along.VOCABULARY * 8
+    assert sent(found, "forward", "all_gather_invariant")[1] == 3 * logits // 4
