@@ -151,8 +151,9 @@ class Communicator:
         before, after = (Split.of(end[0], end[1], end[2:]) for end in (source, target))
         dim, length = before.dim, x.shape[before.dim] * ways
         way, back = (crossing(*ends, length, self.position(axis), ways) for ends in ((before, after), (after, before)))
-        blocks = torch.stack([x.narrow(dim, block * way.size, way.size) for block in way.order])
-        got = self._send("reorder", axis, blocks, torch_collectives.exchange, way.counts, back.counts)
+        blocks = [x.narrow(dim, block * way.size, way.size) for block in way.order]
+        exchange = (torch_collectives.exchange, way.counts, back.counts)
+        got = self._send("reorder", axis, torch.stack(blocks), *exchange)  # the copy is gone before the next
         return torch.cat([got[back.order.index(block)] for block in range(len(back.order))], dim)
 
     def shift(self, x: Tensor, axis: str, ways: int, by: int) -> Tensor:
