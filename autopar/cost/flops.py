@@ -22,6 +22,7 @@ from autopar.operators import (
     TILE_BACKWARD,
     hybrid_attention,
     masked_attention,
+    padded_convolution,
     ring_attention,
     rows_attention,
 )
@@ -186,6 +187,7 @@ FORMULAS: dict[Any, Count] = {
     ATTENTION.overloadpacket: _attention,
     ATTENTION_BACKWARD.overloadpacket: _attention_backward,
     masked_attention: _masked_attention,
+    padded_convolution: _convolution,
     **dict.fromkeys(WHERE, _attention_of_part),
     TILE.overloadpacket: _tile,
     TILE_BACKWARD.overloadpacket: _tile_backward,

@@ -18,18 +18,19 @@ from autopar.split.flow import Flow
 LEAST = 0.9  # of the work
 
 
-def refuse_idle_axis(flow: Flow, choice: Choice, least: float = LEAST) -> None:
-    """Refuse a choice in which the axis splits too little: nothing, or less than nine tenths of the attention.
+def refuse_idle_axis(flow: Flow, choice: Choice, least: float = LEAST, of_attention: float = LEAST) -> None:
+    """Refuse a choice in which the axis splits too little.
 
-    ``least``: the share of all computation that it must split; 0: any. What depends on no input does not count.
+    ``least``, ``of_attention``: the shares of all computation, and of attention, that it must split; 0: anything at
+    all, and no attention. What depends on no input does not count.
     Raises NothingSplitError.
     """
     work = {call: work_of(flow.factorings[call], flow.calls[call]) for call in _counted(flow)}
     attention = {call: seconds for call, seconds in work.items() if call.target in ATTENTIONS}
-    for what, counted, share in (("attention", attention, LEAST), ("computation", work, least)):
+    for what, counted, share in (("attention", attention, of_attention), ("computation", work, least)):
         total = sum(counted.values())
         done = sum(seconds for call, seconds in counted.items() if choice.strategies[call].part)
-        if counted and (not done or done < share * total):
+        if counted and (done < share * total or (not done and what == "computation")):
             whole = [call for call in counted if not choice.strategies[call].part]
             raise NothingSplitError(_message(flow, max(whole, key=counted.__getitem__), what, done / total))
 

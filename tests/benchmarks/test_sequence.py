@@ -50,7 +50,8 @@ def small() -> Subject:
 def test_activations_grow_with_the_part_of_a_rank() -> None:
     one, two = counted(small(), "ring", 1, 512), counted(small(), "ring", 2, 1024)
     for phase in ("forward", "backward"):
-        sizes = getattr(one, phase), getattr(two, phase)
+        returned = 512 * 64 * 4 if phase == "forward" else 0  # logits in plain order, beside those in zig-zag order
+        sizes = getattr(one, phase), getattr(two, phase) - returned
         assert sizes[1] == pytest.approx(sizes[0], rel=0.02), phase
     assert two.a_token(two.most) == two.most * 2 / 1024
 

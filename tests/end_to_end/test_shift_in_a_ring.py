@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autopar.autodiff.differentiate import differentiate
 from autopar.codegen.python import compile_source, emit
+from autopar.compiler import compile_program
 from autopar.ir import collectives as comm
 from autopar.ir.parse import parse
 from autopar.ir.program import Program
@@ -19,6 +20,7 @@ from autopar.passes.overlap_collectives import overlap_collectives
 from autopar.plan import Plan
 from autopar.runtime.connect import connect
 from autopar.simulator.lockstep import Lockstep
+from models import llama
 from tests.launch import run_ranks
 
 ROWS, WIDTH = 4, 5  # of each rank
@@ -92,7 +94,17 @@ def test_a_step_travels_while_the_tile_before_is_computed() -> None:
     first, second = (i for i, name in enumerate(names) if name == "start_shift")
     waits = [i for i, name in enumerate(names) if name == "wait"]
     assert "mm.default" in names[first : waits[0]] and "mm.default" in names[second : waits[1]], names
-    assert "start_shift" in {comm.TARGETS.get(node.target) for node in role.backward.nodes}
+    assert "shift" in {comm.TARGETS.get(node.target) for node in role.backward.nodes}  # of a gradient that is used next
+
+
+def test_backward_of_attention_sends_while_tiles_are_computed() -> None:
+    batch = {"input_ids": torch.zeros(1, 16, dtype=torch.int64), "labels": torch.zeros(1, 16, dtype=torch.int64)}
+    model = llama.build("tiny", vocab=16, width=16, layers=1, heads=2, kv_heads=2, ff=16)
+    program = compile_program(model, Mesh(sp=2), Plan(attention="ring", check_numerics=False), (), batch)
+    assert isinstance(program, Program) and program.required_role.backward is not None
+    names = [getattr(node.target, "_opname", "") for node in program.required_role.backward.nodes]
+    first = names.index("start_shift")
+    assert "attention_tile_backward" in names[first : names.index("wait", first)]
 
 
 def run(ways: int, by: int) -> tuple[Tensor, list[Tensor]]:
