@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import os
 import statistics
@@ -119,6 +120,7 @@ def _work(options: argparse.Namespace) -> None:
     rows: list[Row] = []
     for length in options.length:
         rows += _measured(SUBJECTS[options.model], length, options)
+        gc.collect()  # the sides go before their groups
         if dist.get_rank() == 0:
             print(f"sp={dist.get_world_size()}, {length}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     if dist.get_rank() == 0:

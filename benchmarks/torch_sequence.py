@@ -165,7 +165,7 @@ class _Ring(torch.autograd.Function):
                 own = _received(leaving)
                 own[0] += dk
                 own[1] += dv
-            leaving = _Exchange(own) if ranks > 1 else None
+            leaving = _Exchange(own, tag=1) if ranks > 1 else None
             here = passing.result() if passing else here
         dk, dv = _received(leaving) if leaving else own
         return dq, dk, dv
@@ -180,12 +180,12 @@ def _merge(out: Tensor, logsumexp: Tensor, other: Tensor, other_logsumexp: Tenso
 class _Exchange:
     """A tensor under way to the next rank, in exchange for that of the one before."""
 
-    def __init__(self, sent: Tensor) -> None:
+    def __init__(self, sent: Tensor, tag: int = 0) -> None:
         ranks, rank = dist.get_world_size(), dist.get_rank()
         self.sent, self.received = sent.contiguous(), torch.empty(sent.shape, dtype=sent.dtype)
         self.works = [
-            dist.isend(self.sent, (rank + 1) % ranks),
-            dist.irecv(self.received, (rank - 1) % ranks),
+            dist.isend(self.sent, (rank + 1) % ranks, tag=tag),
+            dist.irecv(self.received, (rank - 1) % ranks, tag=tag),
         ]
 
     def result(self) -> Tensor:
