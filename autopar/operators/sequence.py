@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.operators.attention_operands import HALVES
 from autopar.operators.attention_tile import MERGE, TILE, TILE_BACKWARD
 from autopar.operators.registry import composite
 
 OPS: Any = torch.ops.autopar  # the collectives among them are those of autopar/ir/collectives.py
-HALVES = (torch.float16, torch.bfloat16)
 WHOLE_KEYS = -1  # the step of a tile of which the keys are those of all ranks
 
 

@@ -63,7 +63,6 @@ class Size:
     itemsize: int
     where: str
     has_bias: bool
-    bias_has_heads: bool
 
     @property
     def key_bytes(self) -> int:
@@ -79,7 +78,6 @@ class Size:
 def size_of(call: Call) -> Size:
     query, key, held = call.inputs[:3]
     attention = AttentionCall.of(call)
-    bias = call.inputs[3] if attention.bias is not None else ()
     return Size(
         heads=query[-3] if len(query) > 2 else 1,
         key_heads=key[-3] if len(key) > 2 else 1,
@@ -91,7 +89,6 @@ def size_of(call: Call) -> Size:
         itemsize=value(call.operands[0]).dtype.itemsize,
         where=attention.where,
         has_bias=attention.bias is not None,
-        bias_has_heads=len(bias) > 2 and bias[-3] > 1,
     )
 
 
