@@ -23,8 +23,7 @@ from typing import Any
 # Outermost first: neighbours on a later axis are closer together (tp inside a node, pp across nodes).
 AXIS_ORDER = ("pp", "dp", "dp_replicate", "dp_shard", "ep", "sp", "tp")
 ALIASES = {"cp": "sp"}
-DATA_AXES = ("dp", "dp_replicate", "dp_shard")
-BATCH_AXES = (*DATA_AXES, "ep")  # ranks along these get different rows of the batch
+DATA_AXES = ("dp", "dp_replicate", "dp_shard", "ep")  # ranks along these get different rows of the batch
 REPLICA_AXES = (*DATA_AXES, "sp")  # along these, ranks use the same weights on other data: a gradient is a sum
 SEQUENCE = "sp"  # ranks along this one have parts of the sequence
 PIPELINE = "pp"  # ranks along this one run different stages of the model

@@ -1,4 +1,4 @@
-"""Split the batch over ``dp``: inputs on their batch dim, and all values that depend on them; loss sums are reduced.
+"""Split the batch over ``dp`` (and ``ep``): inputs on their batch dim, and what depends on them; sums are reduced.
 
 before, on mesh(dp=2):
   x    = input             : f32[8,4]

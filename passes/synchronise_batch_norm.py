@@ -54,14 +54,14 @@ from autopar.ir.invariants import nothing_is_placed
 from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.rewrite import substitute
-from autopar.mesh import BATCH_AXES
+from autopar.mesh import DATA_AXES
 
 aten = torch.ops.aten
 
 
 @graph_pass(
     requires=(nothing_is_placed,),
-    when=lambda program: any(program.mesh.size(axis) > 1 for axis in BATCH_AXES),
+    when=lambda program: any(program.mesh.size(axis) > 1 for axis in DATA_AXES),
 )
 def synchronise_batch_norm(program: Program) -> Program:
     for node in list(program.graph.nodes):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autopar.errors import IndivisibleError, LaunchError
 from autopar.ir.batch import InputDims, input_dims
-from autopar.mesh import BATCH_AXES, SEQUENCE, Mesh
+from autopar.mesh import DATA_AXES, SEQUENCE, Mesh
 from autopar.plan import Plan
 
 
@@ -29,7 +29,7 @@ class Share:
         """That of ``rank``, by default of this process. Raises LaunchError in a process that is no rank of ``mesh``."""
         coordinates = mesh.coordinates(own_rank(mesh) if rank is None else rank)
         parts = []
-        for axes in ([axis for axis in mesh.names if axis in BATCH_AXES], [SEQUENCE]):
+        for axes in ([axis for axis in mesh.names if axis in DATA_AXES], [SEQUENCE]):
             group = mesh.merged(axes) if axes else SEQUENCE
             parts.append((mesh.position(group, coordinates), mesh.size(group)) if axes else (0, 1))
         return cls(*parts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from autopar.mesh import BATCH_AXES, SEQUENCE, Mesh
+from autopar.mesh import DATA_AXES, SEQUENCE, Mesh
 from autopar.plan import Plan
 
 
@@ -38,7 +38,7 @@ def input_dims(tensors: Sequence[tuple[str, Tensor]], plan: Plan) -> list[InputD
 def data_ways(mesh: Mesh) -> int:
     """The number of parts into which the batch is split over ranks."""
     ways = 1
-    for axis in BATCH_AXES:
+    for axis in DATA_AXES:
         ways *= mesh.size(axis)
     return ways
 

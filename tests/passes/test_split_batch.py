@@ -12,6 +12,7 @@ from autopar.compiler import compile_program, split_program
 from autopar.errors import IndivisibleError
 from autopar.ir import collectives as comm
 from autopar.ir.node import value
+from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 from autopar.plan import Plan
@@ -58,6 +59,19 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
     batch = {"x": torch.randn(5, 3), "table": torch.randn(3, 3)}
     with pytest.raises(IndivisibleError, match=r"'x' has 5 rows.*dp=2"):
         compile_program(TwoInputs(), Mesh(dp=2), Plan(batch_dims={"table": None}), (), batch)
+
+
+def test_ranks_of_ep_have_other_rows_as_those_of_dp() -> None:
+    batch = {"x": torch.randn(12, 3), "table": torch.randn(3, 3)}
+    plan = Plan(batch_dims={"table": None}, check_numerics=False)
+
+    def split_over(**axes: int) -> Program:
+        return split_program(TwoInputs(), Mesh(**axes), plan, (), batch, after="split_batch")
+
+    assert str(split_over(ep=3)) == str(split_over(dp=3)).replace("dp", "ep")
+    assert "f32[12@dp@ep,3]" in str(split_over(dp=2, ep=3))
+    with pytest.raises(IndivisibleError, match=r"'x' has 6 rows.*ep=4"):
+        split_over(dp=2, ep=4)
 
 
 def test_an_axis_of_size_one_changes_nothing() -> None:
