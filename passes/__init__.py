@@ -20,6 +20,7 @@ from autopar.passes.cast_parameters import cast_parameters
 from autopar.passes.cast_reductions import cast_reductions
 from autopar.passes.cut_stages import cut_stages
 from autopar.passes.draw_dropout import draw_dropout
+from autopar.passes.enter_parameters import enter_parameters
 from autopar.passes.expand_composites import expand_composites
 from autopar.passes.fold_constants import fold_constants
 from autopar.passes.fuse_arithmetic import fuse_arithmetic
@@ -67,7 +68,8 @@ COMPILER = (
             split_batch,  # outermost data axis first: every later axis sees the local batch
             split_sequence,  # while heads are whole: how many there are for each rank determines how attention runs
             split_tensors,
-            merge_reductions,  # once all axes are split, and before a parameter is split over several at once
+            enter_parameters,  # once all axes are split: reductions of one parameter then stand next to each other
+            merge_reductions,  # before a parameter is split over several at once
             shard_parameters,  # last of the axes: it gathers the part of a parameter that the others leave
             cast_parameters,  # before all else that happens to a parameter: its cast is gathered, half the bytes
         ),

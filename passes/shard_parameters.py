@@ -16,8 +16,9 @@ after:
 The dual of the gather is a reduce-scatter of the gradient, in place of an all-reduce. ``Plan.zero`` also determines
 when the whole parameters are available: from before use to after it (stage 3), or all the time (1 and 2).
 
-Several axes count as one of as many ranks: on ``mesh(dp=2 sp=2)`` each rank has a fourth, ``f32[8@dp+sp,4]``. A
-parameter that has not entered all of them is gathered for all ranks alike, and enters those that it does after that.
+Several axes count as one of as many ranks: on ``mesh(dp=2 sp=2)`` each rank has a fourth, ``f32[8@dp+sp,4]``. A use
+that has not entered all of them takes the gathered parameter by ``release``, whose dual counts a gradient that is alike
+on some ranks once. Where no use has entered any, nothing is reduced, and the parameter is gathered for all ranks alike.
 (Rajbhandari et al. 2020, ZeRO, section 5; the dims are cut as torch's ``fully_shard`` cuts them, one by one.)
 """
 
@@ -40,7 +41,7 @@ from autopar.ir.tables import InputKind
 from autopar.ir.traffic import bytes_of
 from autopar.mesh import REPLICA_AXES, Mesh, axes_of
 
-ENTER = comm.OPS.enter.default
+ENTER, RELEASE = comm.OPS.enter.default, comm.OPS.release.default
 LARGE = 0.01  # of the bytes of all parameters: a smaller one may stay whole without a warning
 
 
@@ -90,23 +91,26 @@ def shard_dim(kind: Value, axis: str, mesh: Mesh) -> int | None:
 
 
 def _shard(program: Program, node: fx.Node, axis: str, dim: int) -> None:
-    whole = value(node)
-    split = Split(dim)
+    mesh, whole = program.mesh, value(node)
     uses = list(_uses(node, frozenset()))
-    entered, axes = {entered for _, _, entered in uses}, frozenset(axes_of(axis))
-    set_values(node, replace(whole, layout=whole.layout.place(axis, split, program.mesh)))
-    where = comm.where(split, axis, program.mesh.size(axis), whole.layout.local_shape(program.mesh)[dim])
+    set_values(node, replace(whole, layout=whole.layout.place(axis, Split(dim), mesh)))
+    where = comm.where(Split(dim), axis, mesh.size(axis), whole.layout.local_shape(mesh)[dim])
     op = Builder(before=next(iter(node.users)))
-    if len(entered) == 1 and axes <= next(iter(entered)):
-        source = node
-        for other in sorted(next(iter(entered)) - axes):  # reduced last, when the gradient is only a part
-            source = op(ENTER, source, other, like=node)
-        full = op(comm.OPS.all_gather.default, source, *where, like=whole)
-        for user, held, _ in uses:
-            user.replace_input_with(held, full)
-    else:  # part of it is computed alike on all ranks
+    axes = frozenset(axes_of(axis))
+    entered = frozenset[str]().union(*(entered for _, _, entered in uses))
+    if entered.isdisjoint(axes):  # all that is computed from it is alike on all ranks
         full = op(comm.OPS.all_gather_invariant.default, node, *where, like=whole)
         node.replace_all_uses_with(full, delete_user_cb=lambda user: user is not full)
+        return
+    source = node
+    for other in sorted(entered - axes):  # reduced last, when the gradient is only a part
+        source = op(ENTER, source, other, like=node)
+    made = {axes | entered: op(comm.OPS.all_gather.default, source, *where, like=whole)}
+    full = made[axes | entered]
+    for user, held, known in uses:
+        if known not in made:  # its gradient, alike on the ranks of other axes, counts once
+            made[known] = op(RELEASE, full, mesh.merged((axes | entered) - known), like=whole)
+        user.replace_input_with(held, made[known])
 
 
 def _uses(node: fx.Node, axes: frozenset[str]) -> Iterator[tuple[fx.Node, fx.Node, frozenset[str]]]:

@@ -12,10 +12,13 @@ from autopar.analysis.footprint import held
 from autopar.autodiff.hoist import GATHERING
 from autopar.check import TOLERANCE, Reference, check
 from autopar.compiler import compile_program
+from autopar.ir import collectives as comm
 from autopar.ir.node import value
+from autopar.ir.parse import parse
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
+from autopar.passes.shard_parameters import shard_parameters
 from autopar.plan import Plan
 from autopar.zoo.named import named_model
 
@@ -134,3 +137,31 @@ def test_a_large_parameter_that_stays_whole_is_named(numbers: int, ways: int, sa
     assert len(texts) == said and (held(program).split["dp"] == held(program).whole) == (ways == 3)
     for text in texts:
         assert "'cube'" in text and "[3,3,3,3]" in text and "91.0%" in text and "dp=4" in text and "Way out" in text
+
+
+PARTLY = """program mesh(dp_replicate=2 dp_shard=2 sp=2)
+  p = param p : f64[8,4]
+  x = input : f64[6@dp_replicate@dp_shard,4]
+  e = comm.enter(p, dp_replicate) : f64[8,4]
+  f = comm.enter(e, dp_shard) : f64[8,4]
+  y = aten.linear(x, f) : f64[6@dp_replicate@dp_shard,8]
+  squares = aten.mul.Tensor(p, p) : f64[8,4]
+  g = comm.enter(p, sp) : f64[8,4]
+  h = aten.mul.Tensor(g, g) : f64[8,4]
+  return y, squares, h"""
+
+
+def test_a_parameter_that_enters_other_axes_for_each_use_is_gathered_once() -> None:
+    program = shard_parameters(parse(PARTLY, Plan(zero=2)))
+    assert isinstance(program, Program)
+    node = {node.name: node for node in program.graph.nodes}
+    gathers = [one for one in program.graph.nodes if one.target in comm.GATHERS]
+    assert [(str(one.args[0]), one.args[1]) for one in gathers] == [("enter", "dp_shard+sp")]
+    assert node["enter"].args == (node["p"], "dp_replicate"), "reduced over the replicas when it is a part"
+    alike = {name: node[name].all_input_nodes[-1] for name in ("y", "squares", "h")}
+    assert all(one.args[0] is gathers[0] for one in alike.values())
+    assert {name: one.args[1] for name, one in alike.items()} == {
+        "y": "sp",
+        "squares": "dp_replicate+dp_shard+sp",
+        "h": "dp_replicate+dp_shard",
+    }
