@@ -1,8 +1,10 @@
 """Rewrite layers of experts so that rows stay in the order of the tokens, each multiplied with its expert's matrix.
 
-Grouped products (rows sorted by expert, and the ends of each expert's rows) and products with gathered weights
-(``weight[ids]``, one matrix for each row) become ``autopar.expert_linear``. Sorting and its inverse vanish where each
-row between them is treated alone: the batch can then be cut anywhere. A row for several experts is not repeated.
+Grouped products (rows sorted by expert, and the ends of each expert's rows), products with gathered weights
+(``weight[ids]``, one matrix for each row) and experts that run for every token, where only what the chosen ones give
+counts (``autopar/experts/``), become ``autopar.expert_linear``. Sorting and its inverse vanish where each row between
+them is treated alone: the batch can then be cut anywhere. A row for several experts is not repeated.
+``decisions["experts"]`` says which layers were found, and why others were not.
 
 before:
   w        = param w                                          : f32[4,8,6]
@@ -35,11 +37,14 @@ after:
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from dataclasses import replace
 
 import torch
 from torch import fx
 
+from autopar.experts.dense import FORM as DENSE
+from autopar.experts.dense import make_sparse
+from autopar.experts.report import EXPERTS, decisions_on_experts
 from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.invariants import every_value_has_a_layout, placeholders_match_inputs
@@ -62,12 +67,19 @@ VIEWS = {aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.sq
 
 @graph_pass(ensures=(every_value_has_a_layout, placeholders_match_inputs))
 def recognise_experts(program: Program) -> Program:
+    outcomes = make_sparse(program)
+    forms = {product: DENSE for outcome in outcomes for product in outcome.products}
     weights = weights_of(program)
     for node in list(program.graph.nodes):
-        if node.op == "call_function":
-            new = _from_grouped(program, node) or _from_gathered(program, node, weights)
-            if new is not None:
-                substitute(node, new)
+        if node.op != "call_function" or node in forms:
+            continue
+        if (new := _from_grouped(program, node)) is not None:
+            forms[new] = "grouped products"
+            substitute(node, new)
+        elif (product := gathered_product(node, program.mesh, weights)) is not None:
+            found, new = _multiplied(node, product)
+            forms[found] = "gathered weights"
+            substitute(node, new)
     remove_unused(program.graph)
     for node in list(program.graph.nodes):
         region = SortedRows.made_by(program, node)
@@ -81,7 +93,9 @@ def recognise_experts(program: Program) -> Program:
             shared = next(other for other in known if same_call(ids, other))
             node.args = (_unrepeated(node), node.args[1], shared)
     remove_unused(program.graph)
-    return drop_unused_constants(program)
+    program = drop_unused_constants(program)
+    decisions = decisions_on_experts(program, forms, outcomes)
+    return replace(program, decisions={**program.decisions, EXPERTS: decisions}) if decisions else program
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:
@@ -124,13 +138,8 @@ def _searched(op: Builder, ends: fx.Node, count: int) -> fx.Node:
 # ---------------------------------------------------------------- gathered weights
 
 
-def _from_gathered(program: Program, node: fx.Node, weights: Set[fx.Node]) -> fx.Node | None:
-    """A product with ``weight[ids]`` by expert_linear, in the shape of ``node``."""
-    product = gathered_product(node, program.mesh, weights)
-    return None if product is None else _multiplied(node, product)
-
-
-def _multiplied(node: fx.Node, product: GatheredProduct) -> fx.Node:
+def _multiplied(node: fx.Node, product: GatheredProduct) -> tuple[fx.Node, fx.Node]:
+    """A product with ``weight[ids]`` by expert_linear; and the same in the shape of ``node``."""
     op, weight, ids = Builder(before=node), product.weight, product.ids
     if product.turned:
         weight = op(aten.transpose.int, weight, 1, 2)
@@ -140,7 +149,7 @@ def _multiplied(node: fx.Node, product: GatheredProduct) -> fx.Node:
     for user in list(node.users):
         if user.target in VIEWS and value(user).shape == value(found).shape:
             substitute(user, found)
-    return _in_shape(op, found, *value(node).shape)
+    return found, _in_shape(op, found, *value(node).shape)
 
 
 def _in_shape(op: Builder, source: fx.Node, *shape: int) -> fx.Node:

@@ -68,6 +68,38 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Routed(Decision):
+    """Experts of which each token chooses some, in ``decisions["experts"]``. ``chosen``: how the model writes them.
+
+    Attributes:
+        module: of the model, as a dotted path.
+        experts: how many there are.
+        choices: how many each token chooses.
+        products: the nodes that multiply rows with the matrices of their experts.
+    """
+
+    module: str = ""
+    experts: int = 0
+    choices: int = 0
+    products: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unrouted(Decision):
+    """Experts that run for every token though each token chooses some; ``alternatives`` say why.
+
+    Attributes:
+        module: of the model, as a dotted path.
+        source: the line of the model that is in the way, or the one that chooses.
+        reason: why it is in the way.
+    """
+
+    module: str = ""
+    source: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Pins:
     """Decisions that the passes must keep, since they were made earlier.
 
