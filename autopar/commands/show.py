@@ -11,6 +11,7 @@ import typer
 
 from autopar.analysis.folded_text import folded
 from autopar.analysis.footprint import held, sent
+from autopar.commands.expert_tables import experts_json, experts_tables
 from autopar.commands.options import (
     Batch,
     ConfigTexts,
@@ -90,7 +91,8 @@ def show(
     if picture is not None and pipeline is not None:
         pipeline.write(picture)
     if as_json:
-        print_json(_document(model, whole, text, rank) | (pipeline.to_json() if pipeline else {}))
+        document = _document(model, whole, text, rank) | {"experts": experts_json(split)}
+        print_json(document | (pipeline.to_json() if pipeline else {}))
         return
     if not summary:
         print(text)
@@ -101,7 +103,7 @@ def show(
         console.print()
     if pipeline is not None:
         pipeline.print(console, schedule)
-    console.print(held_table(held(whole)))
+    console.print(*experts_tables(split), held_table(held(whole)), sep="\n")
     console.print(traffic_table(f"sent by one rank of {on} in a step", sent(whole, rank or 0)))
 
 

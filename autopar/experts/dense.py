@@ -18,6 +18,7 @@ from autopar.experts.choices import Chosen, choices_of
 from autopar.experts.digits import EXPERT, Located, Unaligned, size_of
 from autopar.experts.picked import Picker
 from autopar.experts.tracked import Tracked, off, tracked
+from autopar.experts.unrolled import roll, unroll_the_rest
 from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.reach import ancestors
@@ -41,16 +42,19 @@ class Outcome:
 
 def make_sparse(program: Program) -> list[Outcome]:
     """Rewrite every sum over experts that only the chosen ones add to, and say what became of each."""
+    choices = choices_of(program)
+    rolled = roll(program.graph, {chosen.width for chosen in choices}) if choices else []
     order = {node: position for position, node in enumerate(program.graph.nodes)}
     parameters = frozenset(node for node, _ in program.placeholders(InputKind.PARAMETER))
     results: list[Outcome] = []
-    for chosen in choices_of(program):
+    for chosen in choices:
         found = tracked(program, chosen, order)
         for node, located in found.ends.items():
             result = _rewritten(found, node, located, parameters)
             if result is not None:
                 results.append(result)
         results += [Outcome(chosen, reason=reason, place=node) for node, reason in found.lost.items()]
+    unroll_the_rest(program.graph, rolled)
     return results
 
 

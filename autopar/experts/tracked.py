@@ -34,6 +34,8 @@ _MOVES = {
     aten.reshape.default, aten.repeat.default, aten.repeat_interleave.self_int, aten.split.Tensor,
     aten.split_with_sizes.default, aten.cat.default, operator.getitem,
 }  # fmt: skip
+_PARTS = {aten.select.int, aten.slice.Tensor, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default}
+ONE_BY_ONE = "it takes some of the experts by themselves, and what they do differs in more than their weights"
 SOFTMAX = aten.softmax.int
 
 
@@ -135,7 +137,7 @@ def _follow_values(found: Tracked, node: fx.Node) -> bool:
         located = found.located(node)
         places = tuple(map(located.result, range(len(located.call.outputs))))
     except Unaligned as error:
-        found.lost[node] = str(error)
+        found.lost[node] = ONE_BY_ONE if node.target in _PARTS else error.reason
         return False
     if any(size_of(itertools.chain(*each), TOKEN) != found.chosen.tokens for each in places):
         return False  # a sum over tokens: how often an expert was chosen
@@ -145,7 +147,7 @@ def _follow_values(found: Tracked, node: fx.Node) -> bool:
     if located.factoring.contraction or node.target in SUMS:
         found.ends[node] = located
     else:
-        found.lost[node] = "it takes some of the experts"
+        found.lost[node] = ONE_BY_ONE
     return False
 
 

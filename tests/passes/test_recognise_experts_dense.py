@@ -22,160 +22,7 @@ from autopar.mesh import Mesh
 from autopar.operators.experts import EXPERT_LINEAR
 from autopar.plan import Plan
 from autopar.zoo.named import named_model
-
-TOKENS, CHOICES, EXPERTS, WIDTH, INNER = 12, 2, 4, 8, 16
-
-
-class Layer(nn.Module):
-    """A router and gated experts, some with biases; ``mixed`` is what the spellings below differ in."""
-
-    choices = CHOICES
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.router = nn.Linear(WIDTH, EXPERTS)
-        self.gate = nn.Parameter(torch.randn(EXPERTS, WIDTH, INNER) / 4)
-        self.up = nn.Parameter(torch.randn(EXPERTS, WIDTH, INNER) / 4)
-        self.down = nn.Parameter(torch.randn(EXPERTS, INNER, WIDTH) / 4)
-        self.up_bias = nn.Parameter(torch.randn(EXPERTS, INNER))
-        self.down_bias = nn.Parameter(torch.randn(EXPERTS, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = self.router(x)
-        probabilities = logits.softmax(-1)
-        top, ids = probabilities.topk(self.choices, -1)
-        scattered = torch.zeros_like(probabilities).scatter(-1, ids, top / top.sum(-1, keepdim=True))
-        balance = ((scattered > 0).to(x.dtype).mean(0) * probabilities.mean(0)).sum()  # of all tokens and experts
-        return self.mixed(x, logits, top, ids, scattered).square().mean() + 0.1 * balance.sum()
-
-    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def experts(self, x: Tensor) -> Tensor:
-        """(N, C) -> (E, N, C)"""
-        hidden = F.silu(torch.einsum("nc,ecf->enf", x, self.gate)) * torch.einsum("nc,ecf->enf", x, self.up)
-        return torch.einsum("enf,efc->enc", hidden, self.down)
-
-
-class Einsum(Layer):
-    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
-        return torch.einsum("ne,enc->nc", scattered, self.experts(x))
-
-
-class Expanded(Layer):
-    """gpt_oss as its authors wrote it: tokens repeated for each expert, batched products, biases, columns in pairs."""
-
-    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
-        rows = x.repeat(EXPERTS, 1).view(EXPERTS, -1, WIDTH)
-        both = torch.baddbmm(self.up_bias.repeat(1, 2)[:, None, :], rows, torch.cat([self.gate, self.up], -1))
-        gate, up = both[..., ::2], both[..., 1::2]
-        y = torch.bmm((up.clamp(-1, 1) + 1) * gate * torch.sigmoid(gate), self.down) + self.down_bias[:, None]
-        return (y * scattered.transpose(0, 1)[..., None]).sum(0)
-
-
-class OneHot(Layer):
-    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
-        weights = (F.one_hot(ids, EXPERTS) * top[..., None]).sum(1)
-        return (weights.t()[..., None] * self.experts(x)).sum(0)
-
-
-class OneHotEinsum(Layer):
-    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
-        return torch.einsum("nke,enc,nk->nc", F.one_hot(ids, EXPERTS).to(x.dtype), self.experts(x), top)
-
-
-class Selected(Layer):
-    """The result of each choice by itself, weighted later."""
-
-    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
-        chosen = torch.einsum("nke,enc->nkc", F.one_hot(ids, EXPERTS).to(x.dtype), self.experts(x))
-        return (chosen * top[..., None]).sum(1)
-
-
-class Compared(Layer):
-    """Ids compared with all numbers, ``matmul`` with an implied dim, biases, a norm over the width in an expert."""
-
-    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
-        weights = ((ids[..., None] == torch.arange(EXPERTS)) * top[..., None]).sum(1)
-        hidden = F.layer_norm(F.gelu(x @ self.up + self.up_bias[:, None]), (INNER,))
-        return (weights[:, None, :] @ (hidden @ self.down).transpose(0, 1)).squeeze(1)
-
-
-class Hidden(Layer):
-    """The others at -inf, then a softmax over all experts."""
-
-    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
-        kept, chosen = logits.topk(CHOICES, -1)
-        weights = torch.full_like(logits, float("-inf")).scatter(-1, chosen, kept).softmax(-1)
-        return torch.einsum("ne,enc->nc", weights, self.experts(x))
-
-
-class Masked(Layer):
-    """Probabilities times a mask, and normalised over what remains."""
-
-    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
-        kept = logits.softmax(-1) * torch.zeros_like(logits).scatter(1, ids, 1.0)
-        weights = kept / kept.sum(-1, keepdim=True)
-        hidden = torch.einsum("nc,ecf->nef", x, self.up).relu()
-        return (torch.einsum("nef,efc->nec", hidden, self.down) * weights[..., None]).sum(1)
-
-
-class Filled(Layer):
-    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
-        mask = (ids[..., None] == torch.arange(EXPERTS)).any(1)
-        weights = logits.sigmoid().masked_fill(~mask, 0.0)
-        return torch.einsum("ne,enc->nc", torch.where(mask, weights, 0.0), self.experts(x))
-
-
-class Scored(Layer):
-    """llama4: the score multiplies what an expert takes, and its experts map 0 to 0."""
-
-    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
-        kept, chosen = torch.topk(logits, self.choices, dim=1)
-        scores = torch.full_like(logits, float("-inf")).scatter_(1, chosen, kept).sigmoid()
-        rows = (x.repeat(EXPERTS, 1) * scores.transpose(0, 1).reshape(-1, 1)).view(EXPERTS, -1, WIDTH)
-        gate, up = torch.bmm(rows, torch.cat([self.gate, self.up], -1)).chunk(2, dim=-1)
-        y = torch.bmm(up * F.silu(gate), self.down).view(-1, WIDTH)
-        return x + y.reshape(EXPERTS, -1, WIDTH).sum(dim=0)
-
-
-class Joined(Layer):
-    """One product sums over experts and over their inner width."""
-
-    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
-        hidden = torch.einsum("nc,ecf->nef", x, self.up).relu() * scattered[..., None]
-        return hidden.reshape(-1, EXPERTS * INNER) @ self.down.reshape(EXPERTS * INNER, WIDTH)
-
-
-class Batched(Layer):
-    """Tokens in two dims, and one product of three tensors."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.unflatten(0, (-1, 2)))
-
-    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
-        hidden = torch.einsum("btc,ecf->btef", x, self.up).tanh()
-        return torch.einsum("btef,efc,bte->btc", hidden, self.down, scattered)
-
-
-class Switch(Layer):
-    """One expert for each token, by argmax."""
-
-    choices = 1
-
-    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
-        gates = logits.softmax(-1) * F.one_hot(logits.argmax(-1), EXPERTS)
-        return torch.einsum("ne,enc->nc", gates, self.experts(x))
-
-
-class OneOf(Scored):
-    choices = 1
-
-
-FORMS = (
-    Einsum, Expanded, OneHot, OneHotEinsum, Selected, Compared, Hidden, Masked, Filled, Scored, Joined, Batched, Switch,
-    OneOf,
-)  # fmt: skip
+from tests.passes.dense_experts import EXPERTS, FORMS, TOKENS, WIDTH, Layer, Listed
 
 
 def _model(form: type[nn.Module]) -> nn.Module:
@@ -282,6 +129,31 @@ class Shifted(Layer):
         return torch.einsum("ne,enc->nc", scattered + 1, self.experts(x))
 
 
+class Unequal(Listed):
+    """The experts are of two kinds."""
+
+    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
+        results = [F.relu(F.linear(x, up.t())) @ down for up, down in zip(self.up[:3], self.down[:3])]
+        results.append(F.silu(F.linear(x, self.up[3].t())) @ self.down[3])
+        return sum((scattered[:, i, None] * result for i, result in enumerate(results)), x)
+
+
+class Swapped(Layer):
+    """Two experts have the weights of each other."""
+
+    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
+        order = (1, 0, 2, 3)
+        return sum(scattered[:, i, None] * (x @ self.up[order[i]]).relu() @ self.down[i] for i in range(EXPERTS))
+
+
+class Ensemble(Layer):
+    """All experts with a weight for each: their loop stays a loop."""
+
+    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
+        gates = logits.softmax(-1)
+        return sum(gates[:, i, None] * ((x @ self.up[i]).relu() @ self.down[i]) for i in range(EXPERTS))
+
+
 class Given(Layer):
     """Ids that are no choice: a token may have the same expert twice, and of scattered weights one is kept."""
 
@@ -296,9 +168,12 @@ LEFT = {
     Averaged: "it takes the mean of the experts",
     AcrossTokens: "it works along the tokens",
     AcrossExperts: "a softmax over experts, of which those not chosen are not -inf",
-    Some: "it takes some of the experts",
+    Some: "it takes some of the experts by themselves",
     Weighted: "it is none of the forms that are known",
     Shifted: "what an expert gives for a token that did not choose it is not 0",
+    Unequal: "differs in more than their weights",
+    Swapped: "differs in more than their weights",
+    Ensemble: "it is none of the forms that are known",
     Given: "it is none of the forms that are known",
 }
 
@@ -309,7 +184,7 @@ def test_what_is_no_sum_over_choices_is_left(form: type[nn.Module]) -> None:
     program = _recognised(model, batch)
     assert not routed_regions(program) and not _products(program)["autopar.expert_linear"]
     (left,) = unrecognised(program)
-    assert LEFT[form] in left.reason and "test_recognise_experts_dense.py" in left.source, left
+    assert LEFT[form] in left.reason and "dense_experts.py" in left.source, left
     (found,) = run_graph(program.graph, input_tensors(program, model, (), batch))
     assert torch.equal(found, model(**batch))
     assert Reference(model, batch).check(Mesh(dp=2, tp=2)).worst <= TOLERANCE
