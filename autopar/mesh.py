@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -138,13 +138,13 @@ class Mesh:
         """The ranks of one pipeline stage: this mesh without ``pp``."""
         return Mesh(**{axis: size for axis, size in self.axes if axis != PIPELINE})
 
-    @property
-    def shard_axis(self) -> str | None:
-        """The axes over which ZeRO splits parameters, merged to one; None where these have one rank.
+    def shard_axis(self, taken: Container[str] = ()) -> str | None:
+        """The axes over which ZeRO splits a parameter, merged to one; None where these have one rank.
 
-        They are all along which parameters are the same, but ``dp_replicate``.
+        They are all along which ranks have the same parameter, but ``dp_replicate``: without those that split it
+        already, ``taken`` (experts over ``ep``).
         """
-        axes = [axis for axis in REPLICA_AXES if axis != "dp_replicate" and self.size(axis) > 1]
+        axes = [axis for axis in SHARD_AXES if axis not in taken and self.size(axis) > 1]
         return self.merged(axes) if axes else None
 
     def size(self, axis: str) -> int:

@@ -60,7 +60,7 @@ class ParallelModule(nn.Module):
         for hooks in ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
             self.__dict__[hooks] = model.__dict__[hooks]
         self.training = model.training
-        held = Holding(model, Weights(self, connection, mesh.shard_axis if plan.zero else None))
+        held = Holding(model, Weights(self, connection))
         accumulation = Accumulation()
 
         def compiled(call: Call, layouts: Mapping[str, Layout] | None) -> AnyProgram:

@@ -42,7 +42,7 @@ from autopar.ir.layout import PARTIAL
 from autopar.ir.node import set_values, value
 from autopar.ir.operator_facts import linear_in
 from autopar.ir.program import AnyProgram, Program
-from autopar.mesh import REPLICA_AXES, axes_of
+from autopar.mesh import REPLICA_AXES, SHARD_AXES
 
 ENTER, ALL_REDUCE = comm.OPS.enter.default, comm.OPS.all_reduce.default
 
@@ -53,7 +53,7 @@ def _is_needed(program: AnyProgram) -> bool:
 
 @graph_pass(when=_is_needed)
 def merge_reductions(program: Program) -> Program:
-    data, sharding = frozenset(REPLICA_AXES), frozenset(axes_of(program.mesh.shard_axis or ""))
+    data, sharding = frozenset(REPLICA_AXES), frozenset(SHARD_AXES)
     for node in list(program.graph.nodes):
         if node.target is ALL_REDUCE:
             _merge(program, node, data)

@@ -24,6 +24,7 @@ on some ranks once. Where no use has entered any, nothing is reduced, and the pa
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,31 +34,32 @@ from torch import fx
 from autopar.ir import collectives as comm
 from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
-from autopar.ir.invariants import parameters_whole_on
-from autopar.ir.layout import Split
+from autopar.ir.invariants import no_parameter_is_gathered
+from autopar.ir.layout import Factor, Split
 from autopar.ir.node import Value, set_values, value
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import bytes_of
-from autopar.mesh import REPLICA_AXES, Mesh, axes_of
+from autopar.mesh import Mesh, axes_of
 
 ENTER, RELEASE = comm.OPS.enter.default, comm.OPS.release.default
 LARGE = 0.01  # of the bytes of all parameters: a smaller one may stay whole without a warning
 
 
 @graph_pass(
-    requires=tuple(parameters_whole_on(axis) for axis in REPLICA_AXES),
-    when=lambda program: bool(program.plan.zero) and program.mesh.shard_axis is not None,
+    requires=(no_parameter_is_gathered,),
+    when=lambda program: bool(program.plan.zero) and program.mesh.shard_axis() is not None,
 )
 def shard_parameters(program: Program) -> Program:
-    axis = program.mesh.shard_axis
-    assert axis is not None
     total = sum(bytes_of(value(node)) for node, _ in program.placeholders(InputKind.PARAMETER))
     for node, entry in program.placeholders(InputKind.PARAMETER):
+        axis = program.mesh.shard_axis(taken=value(node).layout.axes)
+        if axis is None or not node.users:
+            continue
         dim = shard_dim(value(node), axis, program.mesh)
-        if dim is not None and node.users:
+        if dim is not None:
             _shard(program, node, axis, dim)
-        elif dim is None and bytes_of(value(node)) >= LARGE * total:
+        elif bytes_of(value(node)) >= LARGE * total:
             _warn(program, entry.target, value(node), axis, bytes_of(value(node)) / total)
     program.graph.eliminate_dead_code()  # once: it walks through the whole graph
     return program
@@ -82,12 +84,18 @@ def shard_dim(kind: Value, axis: str, mesh: Mesh) -> int | None:
     """
     sizes, ways = kind.layout.local_shape(mesh), mesh.size(axis)
     free = [dim for dim, factors in enumerate(kind.layout.dims) if not any(factor.axes for factor in factors)]
-    simple = [dim for dim, factors in enumerate(kind.layout.dims) if len(factors) == 1 and factors[0].ratio == (1,)]
+    simple = [dim for dim, factors in enumerate(kind.layout.dims) if _is_evenly_cut(factors, mesh)]
     for dim in (*free, *simple):
         if sizes[dim] and sizes[dim] % ways == 0:
             return dim
     longest = max(free, key=lambda dim: sizes[dim], default=None)
     return longest if longest is not None and sizes[longest] >= ways else None
+
+
+def _is_evenly_cut(factors: tuple[Factor, ...], mesh: Mesh) -> bool:
+    """Whether the ranks of other axes have parts of one size each, contiguous ones."""
+    (factor, *others) = factors
+    return not others and factor.ratio == (1,) and factor.size % math.prod(map(mesh.size, factor.axes)) == 0
 
 
 def _shard(program: Program, node: fx.Node, axis: str, dim: int) -> None:

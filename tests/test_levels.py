@@ -17,7 +17,7 @@ from autopar.ir.graph_pass import Level, Phase, graph_pass, run_phases, steps_of
 from autopar.ir.parse import parse
 from autopar.ir.program import AnyProgram, Program
 from autopar.levels import DIFFERENTIATED, LEVELS, SCHEDULED, SPLIT, TRACED
-from autopar.mesh import REPLICA_AXES, Mesh
+from autopar.mesh import Mesh
 from autopar.passes import COMPILER
 from autopar.plan import Plan
 from tests.faults import FAULTS, Fault, get_an_attribute
@@ -131,7 +131,7 @@ def test_parameters_are_sharded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     split = replace(right(SPLIT, MESH), plan=Plan(zero=3))
     once = run_phases(split, COMPILER, since="shard_parameters", until="shard_parameters")
-    words = r"parameter 'up.weight' is \[.*split on axis 'dp' already(.|\n)*required by pass shard_parameters"
+    words = r"parameter 'up.weight' is \[.*gathered over 'dp' already(.|\n)*no_parameter_is_gathered, required by pass"
     with pytest.raises(InvariantError, match=words):
         run_phases(once, COMPILER, since="shard_parameters", until="shard_parameters")
 
@@ -152,6 +152,6 @@ def test_every_requirement_of_a_pass_is_seen_to_refuse() -> None:
     required = {(step.name, contract.__name__) for _, step in steps_of(COMPILER) for contract in step.requires}
     seen = {(name, contract) for name, _, _, contract in ORDER}
     assert required - seen == {
-        *(("shard_parameters", f"parameters_whole_on({axis})") for axis in REPLICA_AXES),
+        ("shard_parameters", "no_parameter_is_gathered"),  # seen above
         *(("split_sequence", f"whole_on({axis})") for axis in ("sp", "tp")),  # seen above
     }

@@ -115,6 +115,14 @@ def test_neighbours_and_the_ranks_at_their_distance_make_up_the_axis(axis: str, 
     assert not overlap(near, far) and overlap(near, axis) and not overlap(axis, "tp")
 
 
+def test_zero_splits_over_all_data_like_axes_that_do_not_split_a_parameter_already() -> None:
+    mesh = Mesh(pp=2, dp=2, ep=3, sp=4, tp=2)
+    assert mesh.shard_axis() == "dp+ep+sp" and mesh.shard_axis(taken={"tp"}) == "dp+ep+sp"
+    assert mesh.shard_axis(taken={"ep", "tp"}) == "dp+sp" and mesh.shard_axis(taken={"ep", "sp"}) == "dp"
+    assert Mesh(ep=2).shard_axis(taken={"ep"}) is None and Mesh(dp=1, tp=2).shard_axis() is None
+    assert Mesh(dp_replicate=2, dp_shard=2, ep=2).shard_axis() == "dp_shard+ep"
+
+
 def test_merged_names() -> None:
     mesh = Mesh(dp=2, sp=1, tp=3)
     assert mesh.merged(["tp", "dp"]) == "dp+tp" and mesh.size("dp+tp") == 6

@@ -19,7 +19,7 @@ from autopar.ir.node import Node, origin, output_node, value, values
 from autopar.ir.operator_facts import writes
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind, OutputKind
-from autopar.mesh import Mesh, axes_of, overlap
+from autopar.mesh import REPLICA_AXES, Mesh, axes_of, overlap
 
 Contract = Callable[[Program], None]
 
@@ -209,17 +209,21 @@ def whole_on(axis: str) -> Contract:
     return contract
 
 
-def parameters_whole_on(axis: str) -> Contract:
-    """The contract that no parameter is split on ``axis`` yet, required by the pass that splits them over it."""
+def no_parameter_is_gathered(program: Program) -> None:
+    """No parameter is gathered over a data-like axis: that is left to the pass that splits them over these (ZeRO).
 
-    def contract(program: Program) -> None:
-        for node, entry in program.placeholders(InputKind.PARAMETER):
-            if axis in value(node).layout.axes:
-                problem = f"parameter '{entry.target}' is {value(node).layout}, split on axis '{axis}' already"
-                raise broken(node, problem, f"split parameters over '{axis}' in one pass, once")
-
-    contract.__name__ = f"parameters_whole_on({axis})"
-    return contract
+    One may be split over such an axis already where ranks use their parts of it (experts over ``ep``).
+    """
+    for parameter, entry in program.placeholders(InputKind.PARAMETER):
+        uses = [(parameter, user) for user in parameter.users]
+        while uses:
+            node, user = uses.pop()
+            if user.target is comm.OPS.enter.default:
+                uses += [(user, further) for further in user.users]
+            elif user.target in comm.GATHERS and not comm.axes_over(user).isdisjoint(REPLICA_AXES):
+                over = comm.arguments_of(user)["axis"]
+                problem = f"parameter '{entry.target}' is {value(parameter).layout}, gathered over '{over}' already"
+                raise broken(user, problem, f"split parameters over '{over}' in one pass, once")
 
 
 # ---------------------------------------------------------------- collectives

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, ProcessGroup, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar.errors import LaunchError
@@ -54,24 +54,28 @@ class Connection:
         dims = tuple(axis for axis in self.dims if axis != PIPELINE)
         return Connection(rest, self.device_mesh[names if len(names) > 1 else names[0]], self.comm, dims)
 
-    def with_merged(self, axis: str) -> Connection:
+    def with_merged(self, *groups: str) -> Connection:
         """This one with one dim of the DeviceMesh for several axes, at the place of the first: ``dp_sp`` of ``dp+sp``.
 
-        DTensor can then hold parts that are uneven. Collective over ``axis``, for which a process group is made.
+        DTensor can then hold parts that are uneven. Collective over ``groups``, for which process groups are made.
         """
-        merged = axes_of(axis)
-        if len(merged) == 1:
+        group_of = {axis: group for group in groups for axis in axes_of(group)}
+        dims = tuple(dict.fromkeys(group_of.get(dim, dim) for dim in self.dims))
+        if dims == self.dims:
             return self
-        rest = [dim for dim in self.dims if dim not in merged]
-        dims = [axis if dim == merged[0] else dim for dim in self.dims if dim == merged[0] or dim in rest]
-        order = [self.dims.index(part) for dim in dims for part in axes_of(dim)]
+        order = [self.dims.index(axis) for dim in dims for axis in axes_of(dim)]
         ranks = self.device_mesh.mesh.permute(order).reshape([self.mesh.size(dim) for dim in dims])
-        own = self.comm.group(axis)
-        assert own is not None, "merged axes have several ranks"
-        groups = [own if dim == axis else self.device_mesh.get_group(self.dims.index(dim)) for dim in dims]
         names = tuple(dim.replace("+", "_") for dim in dims)
-        mesh = DeviceMesh.from_group(groups, self.device_mesh.device_type, ranks, mesh_dim_names=names)
-        return Connection(self.mesh, mesh, self.comm, tuple(dims))
+        own = list(map(self._process_group, dims))
+        mesh = DeviceMesh.from_group(own, self.device_mesh.device_type, ranks, mesh_dim_names=names)
+        return Connection(self.mesh, mesh, self.comm, dims)
+
+    def _process_group(self, dim: str) -> ProcessGroup:
+        if dim in self.dims:
+            return self.device_mesh.get_group(self.dims.index(dim))
+        made = self.comm.group(dim)
+        assert made is not None, "merged axes have several ranks"
+        return made
 
     def agree(self, program: AnyProgram) -> None:
         """Raise LaunchError unless all ranks have the same program; every rank calls this at the same time."""

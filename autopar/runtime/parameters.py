@@ -23,7 +23,8 @@ from autopar.mesh import PIPELINE
 from autopar.pipeline.stages import first_ranks, held_elsewhere
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import local_of
-from autopar.runtime.stored import Stored, cut, in_model_order, in_stored_order, stored
+from autopar.runtime.meshes import Meshes
+from autopar.runtime.stored import Stored, cut, in_model_order, in_stored_order
 
 Table = dict[str, Any]  # the parameters, or the buffers, of one module
 
@@ -50,15 +51,14 @@ class Weights:
     """The parameters (and split buffers) of a module tree as DTensors, in place, under their own names.
 
     ``layouts`` is None until :meth:`lay_out` has been called; until then every rank holds them whole, uncopied.
-    Without a ``connection`` (an ordinary module, or a process that was not launched) they stay as they are. ``merged``:
-    axes that count as one dim of the DTensors' mesh.
+    Without a ``connection`` (an ordinary module, or a process that was not launched) they stay as they are.
 
     Attributes:
         absent: the tensors that only other pipeline stages hold.
         first: on a pipeline, parameter or buffer name -> the first pipeline rank that holds it.
     """
 
-    def __init__(self, root: nn.Module, connection: Connection | None = None, merged: str | None = None) -> None:
+    def __init__(self, root: nn.Module, connection: Connection | None = None) -> None:
         self.root, self.connection = root, connection
         self.layouts: dict[str, Layout] | None = None
         self.absent: list[Absent] = []
@@ -69,8 +69,8 @@ class Weights:
             return
         if any(isinstance(table[key], DTensor) for _, table, key, _ in tables(root)):
             raise ValueError("the model has DTensor parameters already: parallelize an ordinary model, and that once")
-        self._own = connection.of_stage().with_merged(merged) if merged else connection.of_stage()
-        self._place(self._own, {})
+        self._meshes = Meshes(connection.of_stage())
+        self._place({})
 
     @property
     def is_laid_out(self) -> bool:
@@ -92,10 +92,9 @@ class Weights:
             return
         layouts = weight_layouts(program)
         if self.layouts is None:
-            own = self._own
             self.first = first_ranks(program)
-            self._leave_out(own, held_elsewhere(program, own.comm.coordinates.get(PIPELINE, 0)))
-            self._place(own, layouts)
+            self._leave_out(held_elsewhere(program, self.connection.comm.coordinates.get(PIPELINE, 0)))
+            self._place(layouts)
             self.layouts = layouts
         for name, layout in layouts.items():
             held = self.layouts.get(name, layout)
@@ -105,7 +104,7 @@ class Weights:
                     "Way out: say how it is split, e.g. Plan(tensor={'" + name + "': 'column'})."
                 )
 
-    def _leave_out(self, own: Connection, names: Set[str]) -> None:
+    def _leave_out(self, names: Set[str]) -> None:
         outlines: dict[int, Tensor] = {}  # tied tensors stay tied
         for module, table, key, name in list(tables(self.root)):
             if name not in names:
@@ -114,9 +113,8 @@ class Weights:
             if id(tensor) not in outlines:
                 outlines[id(tensor)] = outline(tensor)
                 if isinstance(tensor, DTensor):  # an optimizer that still has it holds no memory by it
-                    nothing = cut(
-                        local_of(tensor).new_empty(0), stored(Layout.whole([0]), own.mesh, own.dims, name), own
-                    )
+                    form, own = self._meshes.of(Layout.whole([0]), name)
+                    nothing = cut(local_of(tensor).new_empty(0), form, own)
                     held = nn.Parameter(nothing, requires_grad=tensor.requires_grad)
                     torch.utils.swap_tensors(tensor, held)  # type: ignore[no-untyped-call]
             emptied = tensor if isinstance(tensor, DTensor) else None
@@ -163,16 +161,17 @@ class Weights:
             for table, key, held in replaced:
                 table[key] = held
 
-    def _place(self, own: Connection, layouts: Mapping[str, Layout]) -> None:
+    def _place(self, layouts: Mapping[str, Layout]) -> None:
         placed: dict[int, Tensor] = {}
+        self._meshes.prefer(layouts.values())
         for module, table, key, name in tables(self.root):
             tensor = table[key]
             layout = layouts.get(name, Layout.whole(tensor.shape))
             if not isinstance(tensor, nn.Parameter) and not layout.axes:
                 if not tensor.is_meta:
-                    table[key] = tensor.to(own.comm.device)  # a whole buffer stays an ordinary tensor
+                    table[key] = tensor.to(self._meshes.device)  # a whole buffer stays an ordinary tensor
                 continue
-            form = stored(layout, own.mesh, own.dims, name)
+            form, own = self._meshes.of(layout, name)
             self._forms_of(module)[key] = form
             if id(tensor) not in placed:
                 result = _placed(tensor, form, own)

@@ -76,7 +76,8 @@ def _dim_form(
     layout = Layout((factors,))
     owning = [axis for axis in dims if layout.axes.intersection(axes_of(axis))]
     ways = [mesh.size(axis) for axis in owning]
-    plain = len(factors) == 1 and factors[0].axes == tuple(owning) and factors[0].ratio == (1,)
+    cuts = [part for axis in factors[0].axes for part in ((axis,) if axis in dims else axes_of(axis))]
+    plain = len(factors) == 1 and cuts == owning and factors[0].ratio == (1,)
     if not owning or plain and (len(owning) == 1 or factors[0].size % math.prod(ways) == 0):
         return tuple((axis, 1) for axis in owning), None
     places = list(itertools.product(*map(range, ways)))

@@ -52,8 +52,7 @@ def test_no_byte_more_than_the_formulas_for_all_ranks_together(mesh: str) -> Non
     """Rajbhandari et al. 2020, sections 5 and 7, of n ranks: memory 1/n, traffic 2 or 3 times (n - 1)/n."""
     model, on = TokenWise(width=16, tokens=32), Mesh.parse(mesh)
     reference, size = Reference(model, BATCHES[0]), sum(parameter.numel() for parameter in model.parameters()) * 8
-    assert on.shard_axis is not None
-    n, replicas = on.size(on.shard_axis), on.size("dp_replicate")
+    n, replicas = on.size(on.shard_axis() or "dp"), on.size("dp_replicate")
     share, rest = (n - 1) / n, 2 * (replicas - 1) / replicas / n
     for zero, times in ((1, 2), (2, 2), (3, 3)):
         with tokens_split():
@@ -69,8 +68,9 @@ def test_no_byte_more_than_the_formulas_for_all_ranks_together(mesh: str) -> Non
 def test_a_transformer_sends_what_the_formulas_say_besides_its_keys_and_values(mesh: str) -> None:
     example, on = named_model("llama", batch=4), Mesh.parse(mesh)
     reference, size = Reference(example.model, example.batch), 0
-    assert on.shard_axis is not None
-    n, size = on.size(on.shard_axis), sum(parameter.numel() for parameter in reference.model.parameters()) * 8
+    sharding = on.shard_axis()
+    assert sharding is not None
+    n, size = on.size(sharding), sum(parameter.numel() for parameter in reference.model.parameters()) * 8
     for zero in range(4):
         report = reference.check(on, Plan(zero=zero, attention="ulysses"))
         assert report.worst <= TOLERANCE, (zero, report)
@@ -78,7 +78,7 @@ def test_a_transformer_sends_what_the_formulas_say_besides_its_keys_and_values(m
         whole = [t for t in report.step.traffic if t.phase == "backward" and t.name in ("all_reduce", "reduce_scatter")]
         counts = {(t.axis, t.name): t.bytes for t in whole}
         over, rest = on.merged(["dp", "dp_replicate", "dp_shard", "sp"]), on.size("dp_replicate") - 1
-        parts = {(on.shard_axis, "reduce_scatter"): (n - 1) * size // n}
+        parts = {(sharding, "reduce_scatter"): (n - 1) * size // n}
         parts |= {("dp_replicate", "all_reduce"): size // n} if rest else {}
         assert counts == (parts if zero else {(over, "all_reduce"): 2 * (on.world_size - 1) * size // on.world_size})
 
