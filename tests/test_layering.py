@@ -36,7 +36,7 @@ STANDS_ON = {
     "cost": "ir mesh operators",
     "codegen": "errors ir mesh operators",
     "exporters": "errors ir mesh plan",
-    "frontend": "errors ir mesh operators plan",
+    "frontend": "errors ir mesh operators plan rules",
     "autodiff": "cost errors ir mesh operators",
     "split": "cost errors ir mesh operators rules",
     "pipeline": "autodiff cost errors ir mesh plan schedules",

@@ -38,6 +38,7 @@ from autopar.frontend.capture import (
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.numerics import check_numerics
 from autopar.frontend.recast import recast, recast_call
+from autopar.frontend.selected_rows import SelectedRows
 from autopar.frontend.torch_layers import without_fast_paths
 from autopar.ir.loss import inner_paths, joined_path, leaf_paths
 from autopar.ir.node import clear_meta, output_node, set_origin, set_values, traced_origin, traced_value, value
@@ -256,25 +257,22 @@ def _copied(source: fx.Graph, placeholders: Sequence[Sequence[fx.Node]], returne
     for group in placeholders:
         copies.update(dict.fromkeys(group, graph.node_copy(group[0])))
         _describe(copies[group[0]], group[0])
+    rows = SelectedRows(graph, copies)
     for node in source.nodes:
-        if node.op == "call_function":
+        if node.op == "call_function" and rows.takes(node):
+            rows.copy(node)
+        elif node.op == "call_function":
             copies[node] = _copy_operator(graph, node, copies)
             _describe(copies[node], node)
         elif node.op not in ("placeholder", "output") and node.users:
             raise TraceError(f"the model uses a control-flow operator, which is not supported: {node.format_node()}")
-    graph.output(tuple(copies[node] for node in returned))
+    graph.output(tuple(rows.returned(node) for node in returned))
     return graph
 
 
 def _copy_operator(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
     """``node`` in ``graph``; an operator that autograd, or strides other than the fake ones, refuse is replaced."""
     shape = list(getattr(traced_value(node), "shape", ()))
-    if any(not isinstance(size, int) for size in shape):
-        raise TraceError(
-            f"the size of a tensor depends on the values in another one: {node.name} has shape {shape}\n"
-            f"  at {traced_origin(node).source}\n"
-            "Way out: keep sizes fixed, e.g. torch.where or a mask instead of boolean indexing and nonzero."
-        )
     if node.target in VIEWS:
         return _call(graph, aten.reshape.default, copies[operand(node)], shape)
     if node.target is aten.copy.default:  # copy(x, y) is y in the type of x

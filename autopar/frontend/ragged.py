@@ -1,0 +1,60 @@
+"""Sizes that depend on values, in a traced graph; what is said to a user whose rows cannot be traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.errors import TraceError
+from autopar.ir.node import traced_origin
+from autopar.ir.operator_facts import is_pure
+from autopar.ir.text import operator_name
+
+
+def formula(node: fx.Node, levels: int) -> str:
+    """The calls that make ``node``, down to some level; equal for values that are equal."""
+    if node.op != "call_function" or levels == 0 or not is_pure(node.target):
+        return node.name
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: _Written(formula(source, levels - 1)))
+    return f"{operator_name(node.target)}({args}, {kwargs})"
+
+
+class _Written(str):
+    """Text that is printed without quotes."""
+
+    __repr__ = str.__str__
+
+
+def is_number(fake: Any) -> bool:
+    return isinstance(fake, (int, torch.SymInt, torch.SymBool, type(None)))
+
+
+def ragged_sizes(fake: Any) -> list[torch.SymInt]:
+    """The sizes of a tensor, or of several, that depend on values."""
+    if isinstance(fake, (list, tuple)):
+        return [size for part in fake for size in ragged_sizes(part)]
+    return [size for size in getattr(fake, "shape", ()) if isinstance(size, torch.SymInt)]
+
+
+def ragged_dim(node: fx.Node, fake: Any) -> int:
+    """The one dim of a tensor whose size depends on values. Raises TraceError for none or several."""
+    dims = [dim for dim, size in enumerate(getattr(fake, "shape", ())) if isinstance(size, torch.SymInt)]
+    if len(dims) != 1:
+        raise refusal(node, f"{name_of(node)} does not keep them as rows of its result")
+    return dims[0]
+
+
+def name_of(node: fx.Node) -> str:
+    return operator_name(node.target)
+
+
+def refusal(node: fx.Node, problem: str, way_out: str = "") -> TraceError:
+    way_out = way_out or "torch.where or a mask instead of boolean indexing and nonzero"
+    return TraceError(
+        f"the size of a tensor depends on the values in another one, since rows are selected by a condition. Rows that "
+        f"are each treated alone, and added to a tensor of all rows, can be traced; here {problem}\n"
+        f"  at {traced_origin(node).source}\n"
+        f"Way out: keep sizes fixed, e.g. {way_out}."
+    )
