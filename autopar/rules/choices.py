@@ -65,7 +65,9 @@ def choice_of(condition: fx.Node) -> Choice | None:
         return _chosen(operand(node), places, node.args[1], rank)
     if node.target is not aten.eq.Tensor:
         return None
-    sides = [_behind_views(side, _broadcast(places, side), INDICES) for side in (operand(node, 0), operand(node, 1))]
+    sides = [
+        _behind_views(side, _broadcast(places, node, side), INDICES) for side in (operand(node, 0), operand(node, 1))
+    ]
     for (ids, own), other in (sides, reversed(sides)):
         number = _number(*other)
         if number is not None:
@@ -81,11 +83,12 @@ def _chosen(ids: fx.Node, places: Sequence[Place], number: int, rank: int) -> Ch
     return Choice(ids, dims, number)
 
 
-def _broadcast(places: Sequence[Place], source: fx.Node) -> list[Place]:
-    """The places in an operand that is broadcast to a tensor with ``places``."""
+def _broadcast(places: Sequence[Place], result: fx.Node, source: fx.Node) -> list[Place]:
+    """The places in an operand of those in a result to which it is broadcast."""
     shape = value(source).shape
-    own = places[len(places) - len(shape) :]
-    return [At(0) if size == 1 else place for place, size in zip(own, shape)]
+    skipped = len(places) - len(shape)
+    sizes = zip(places[skipped:], value(result).shape[skipped:], shape)
+    return [At(0) if own == 1 and size != 1 else place for place, size, own in sizes]
 
 
 def _number(node: fx.Node, places: Sequence[Place]) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -100,30 +101,36 @@ def _put_back(term: fx.Node) -> Term | None:
     summed = term.target is aten.sum.dim_IntList and len(term.args) == 2
     parts = operand(term) if summed else term
     kept = operand(parts) if parts.target is aten.reshape.default else parts
-    if kept.target is not aten.masked_fill.Scalar or kept.args[2] != 0:
+    if kept.target is not aten.masked_fill.Scalar or kept.args[2] != 0 or value(kept) != value(operand(kept)):
         return None
     condition, rows = operand(kept, 1), operand(kept)
     if condition.target is not aten.logical_not.default:
         return None
-    count = value(rows).shape[0] if value(rows).shape else 0
+    if summed:
+        return _of_choices(rows, operand(condition), value(parts).shape, term.args[1])
     condition = operand(condition)
     while condition.target is aten.reshape.default:
         condition = operand(condition)
-    if math.prod(value(condition).shape) != count or value(kept).shape != value(rows).shape:
+    if math.prod(value(condition).shape) != value(rows).shape[0]:
         return None
-    if summed:
-        dims = len(value(condition).shape)
-        leading = value(parts).shape[:dims] == value(condition).shape and term.args[1] == [dims - 1]
-        choice = choice_of(condition) if leading else None
-        return None if choice is None or not _is_in_order(choice) else Term(rows, choice, 1)
     if condition.target is aten.any.dim and len(condition.args) == 2:
         inner = operand(condition)
-        choice = choice_of(inner)
-        dims = len(value(inner).shape)
-        last = choice is not None and _is_in_order(choice) and int(condition.args[1]) % dims == dims - 1  # type: ignore[arg-type]
-        if choice is None or not last or not choice.is_exclusive:
-            return None
-        return Term(rows, choice, value(inner).shape[-1])
+        choice, last = choice_of(inner), len(value(inner).shape) - 1
+        exclusive = choice is not None and choice.is_exclusive and condition.args[1] in (-1, last)
+        return Term(rows, choice, value(inner).shape[-1]) if choice and exclusive and _is_in_order(choice) else None
+    choice = choice_of(condition)
+    return None if choice is None or not _is_in_order(choice) else Term(rows, choice, 1)
+
+
+def _of_choices(rows: fx.Node, condition: fx.Node, shape: Sequence[int], summed: Any) -> Term | None:
+    """Rows for each choice, in a tensor of ``shape``, of which the last choice's dim is summed."""
+    if not isinstance(summed, (list, tuple)) or len(summed) != 1:
+        return None
+    leading = tuple(shape[: summed[0] + 1])
+    while condition.target is aten.reshape.default and value(condition).shape != leading:
+        condition = operand(condition)
+    if value(condition).shape != leading or math.prod(leading) != value(rows).shape[0]:
+        return None
     choice = choice_of(condition)
     return None if choice is None or not _is_in_order(choice) else Term(rows, choice, 1)
 
@@ -151,10 +158,15 @@ def _weighted(term: fx.Node) -> Term | None:
 
 
 def chosen_weight(node: fx.Node) -> tuple[fx.Node, Choice] | None:
-    """w (T, k) and the choice, where ``node`` (T) or (T, 1) is ``(w * (chosen == 3)).sum(-1)``."""
-    if node.target is not aten.sum.dim_IntList or node.args[1] not in ([-1], [1]):
+    """w (T, k) and the choice, where ``node`` (T) or (T, 1) is ``(w * (chosen == 3)).sum(-1)``.
+
+    Where a row has one choice, there may be no sum.
+    """
+    product = node
+    if node.target is aten.sum.dim_IntList and node.args[1] in ([-1], [1]):
+        product = operand(node)
+    elif not value(node).shape or value(node).shape[-1] != 1:
         return None
-    product = operand(node)
     if product.target is not aten.mul.Tensor or len(value(product).shape) != 2 or len(product.all_input_nodes) != 2:
         return None
     sides = (operand(product, 0), operand(product, 1))

@@ -66,7 +66,7 @@ class Stacked:
     def _rows(self, nodes: Calls, dim: int) -> fx.Node:
         if self._same(nodes):
             return self.op(REPEAT, nodes[0], self.copies, dim) if self.copies > 1 else nodes[0]
-        weight = self._weight(nodes) if dim == 0 and self.copies > 1 else None
+        weight = self._weight(nodes) if dim == 0 else None
         if weight is not None:
             return self.op.reshape(weight, self.count, *value(nodes[0]).shape[1:])
         if nodes[0].target is operator.getitem:
@@ -82,7 +82,8 @@ class Stacked:
         """The weights (T, k) of all choices, where each call gives those of one expert."""
         found = [pair for pair in map(chosen_weight, nodes) if pair is not None]
         weights = {weight for weight, _ in found}
-        numbers = [choice.number for _, choice in found if choice.ids is self.chosen]
+        whole = value(self.chosen).shape[-1:] == (self.copies,)
+        numbers = [choice.number for _, choice in found if whole and choice.ids is self.chosen]
         return weights.pop() if len(weights) == 1 and numbers == list(range(len(nodes))) else None
 
     def _same(self, nodes: Calls) -> bool:
