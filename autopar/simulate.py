@@ -12,6 +12,7 @@ from torch import Tensor
 from autopar.ir.node import value
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.signature import restore_output
+from autopar.ir.stacked_parameters import by_member
 from autopar.ir.tables import InputKind, OutputKind, Role
 from autopar.simulator.lockstep import Lockstep, Ranks
 from autopar.simulator.parts import Step, gathered_once, joined, parts, rank_inputs
@@ -74,10 +75,11 @@ def _tangents(program: Program, role: Role, returned: list[Ranks], tangents: Seq
 def _gradients(program: Program, role: Role, found: list[Ranks]) -> dict[str, Tensor]:
     """Whole gradients by name; a gradient is laid out as its parameter."""
     table = {entry.target: node for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.INPUT)}
-    return {
+    wholes = {
         name: joined(f"gradient of {name}", ranks, value(table[name]).layout, program.mesh)
         for name, ranks in zip(role.grads, found)
     }
+    return by_member(wholes)
 
 
 def _peaks(lockstep: Lockstep) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ from autopar.passes.split_batch import split_batch
 from autopar.passes.split_sequence import split_sequence
 from autopar.passes.split_tensors import split_tensors
 from autopar.passes.stack_experts import stack_experts
+from autopar.passes.stack_parameters import stack_parameters
 from autopar.passes.synchronise_batch_norm import synchronise_batch_norm
 from autopar.passes.unstack_recurrent_layers import unstack_recurrent_layers
 from autopar.passes.write_bags import write_bags
@@ -51,6 +52,7 @@ COMPILER = (
         (
             canonicalize,  # first: every later pass sees one form of each operator
             stack_experts,  # before anything looks at the rows of experts: all rows of each, until then
+            stack_parameters,  # while the stacks of parameters are the only users of these
             lower_row_indexing,  # while the rows that an index counts are an arange, not yet a constant
             recognise_masks,  # before constants are evaluated: a mask has as many elements as there are scores
             fold_constants,  # positions and the masks that stay become constants, which any axis may cut

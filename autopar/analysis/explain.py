@@ -9,6 +9,7 @@ from torch import fx
 from autopar.ir.collectives import TARGETS, moving
 from autopar.ir.node import origin, value, values
 from autopar.ir.program import AnyProgram
+from autopar.ir.stacked_parameters import names_of_stacks
 from autopar.ir.tables import Decision
 
 
@@ -30,7 +31,8 @@ def explain(program: AnyProgram, name: str) -> str:
 
 def _find(program: AnyProgram, name: str) -> fx.Node:
     by_target = {alias: e.node for e in program.inputs for alias in (e.target, *e.aliases)}
-    wanted = by_target.get(name, name)
+    targets = [target for target in (name, *names_of_stacks(name)) if target in by_target]
+    wanted = by_target[targets[0]] if targets else name
     for node in program.graph.nodes:
         if node.name == wanted:
             found: fx.Node = node

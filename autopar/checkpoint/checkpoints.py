@@ -243,13 +243,14 @@ def _manifest(step: int, model: nn.Module, owners: Owners, peers: Peers) -> dict
 
 
 def _check_model(path: Path, entries: Sequence[Named], metadata: Metadata) -> None:
-    there, prefix = metadata.state_dict_metadata, "model."
-    stored = {name.removeprefix(prefix): kind for name, kind in there.items() if name.startswith(prefix)}
+    items, prefix = metadata.state_dict_metadata, "model."
+    stored = {name.removeprefix(prefix): kind for name, kind in items.items() if name.startswith(prefix)}
     wanted = {name: entry for entry in entries for name in entry.names}
     missing, more = [name for name in wanted if name not in stored], [name for name in stored if name not in wanted]
     problems = [f"it lacks {_listed(missing)}"] if missing else []
     problems += [f"it has {_listed(more)}, which this model does not have"] if more else []
-    kinds = [(name, _kind(stored[name]), _kind(wanted[name].tensor)) for name in wanted if name in stored]
+    there = [(name, entry) for name, entry in wanted.items() if name in stored]
+    kinds = [(name, _kind(stored[name]), _kind(entry.tensor, entry.shape)) for name, entry in there]
     unlike = [f"'{name}' is {one} in it and {other} here" for name, one, other in kinds if one != other]
     problems += unlike[:NAMES_SHOWN]
     if problems:
@@ -277,10 +278,11 @@ def _check_optimizers(path: Path, model: nn.Module, owners: Owners, manifest: di
         )
 
 
-def _kind(tensor: Tensor | TensorStorageMetadata | BytesStorageMetadata) -> str:
+def _kind(tensor: Tensor | TensorStorageMetadata | BytesStorageMetadata, shape: Sequence[int] = ()) -> str:
+    """The dtype and the shape of what a checkpoint has, or of a tensor that is to have ``shape``."""
     if isinstance(tensor, BytesStorageMetadata):
         return "no tensor"
-    properties, shape = (tensor, tensor.shape) if isinstance(tensor, Tensor) else (tensor.properties, tensor.size)
+    properties, shape = (tensor, shape) if isinstance(tensor, Tensor) else (tensor.properties, tensor.size)
     return f"{str(properties.dtype).removeprefix('torch.')}{list(shape)}"
 
 

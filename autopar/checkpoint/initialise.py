@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from autopar.checkpoint.named_tensors import Named, every_tensor, materialise
 from autopar.errors import CheckpointError
+from autopar.ir.stacked_parameters import is_stacked
 from autopar.module import held_by
 from autopar.runtime.parameters import Table
 
@@ -40,7 +41,7 @@ def initialise(model: nn.Module, entries: Sequence[Named], seed: int = 0) -> Non
         members = list(group)
         module = on_meta.get_submodule(owner)
         tables = {entry.name: _table(module, entry.name) for entry in members}
-        blanks = {entry.name: _blank(entry.tensor) for entry in members}
+        blanks = {entry.name: _blank(entry) for entry in members}
         for entry in members:
             tables[entry.name][_key(entry.name)] = blanks[entry.name]
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -75,25 +76,30 @@ def _copy_on_meta(model: nn.Module) -> nn.Module:
     """A copy of the model itself whose tensors are whole ones on the meta device; tied ones stay tied."""
     memo: dict[int, Any] = {}
     entries = every_tensor(model)
+    outlines: dict[str, Tensor] = {}
     for entry in entries:
         tensor = entry.tensor
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        empty = torch.empty(entry.shape, dtype=tensor.dtype, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        outlines[entry.name] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        memo[id(tensor)] = outlines[entry.name]
     found: nn.Module = copy.deepcopy(held_by(model).model, memo)
     for entry in entries:
-        for name in () if entry.held else entry.names:  # of other pipeline stages
+        for name in () if entry.held and entry.member is None else entry.names:  # of other stages, or of a stack
             module = found.get_submodule(name.rpartition(".")[0])
-            _table(module, name)[_key(name)] = memo[id(entry.tensor)]
+            _table(module, name)[_key(name)] = outlines[entry.name]
+    for module in found.modules():
+        for key in [key for key in module._parameters if is_stacked(key)]:
+            del module._parameters[key]
     return found
 
 
-def _blank(tensor: Tensor) -> Tensor:
-    """A whole tensor like ``tensor``, on the CPU, filled so that elements that stay unwritten are seen."""
-    blank = torch.zeros(tensor.shape, dtype=tensor.dtype)
+def _blank(entry: Named) -> Tensor:
+    """A whole tensor like that of ``entry``, on the CPU, filled so that elements that stay unwritten are seen."""
+    blank = torch.zeros(entry.shape, dtype=entry.tensor.dtype)
     if blank.is_floating_point():
         blank.fill_(torch.nan)
-    return nn.Parameter(blank, requires_grad=False) if isinstance(tensor, nn.Parameter) else blank
+    return nn.Parameter(blank, requires_grad=False) if isinstance(entry.tensor, nn.Parameter) else blank
 
 
 def _was_filled(tensor: Tensor) -> bool:

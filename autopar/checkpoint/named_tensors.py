@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autopar.checkpoint.slices import Slices, slices_of
+from autopar.ir.stacked_parameters import is_stacked, member_names
 from autopar.mesh import PIPELINE
 from autopar.module import held_by
 from autopar.runtime.dtensor import dtensor, local_of
@@ -28,6 +29,8 @@ class Named:
         outline: a meta tensor like one that only other pipeline ranks hold; None for one that this rank holds.
         first: of an ordinary tensor on a rank of a pipeline, and whether it is on the first rank that holds it; of a
             DTensor, whether it is on the first pipeline rank that does. None where there is no pipeline.
+        member: the number of a parameter of the model that is held in a stack (``runtime/stacks.py``); ``tensor`` and
+            ``form`` are those of the stack then.
     """
 
     names: tuple[str, ...]
@@ -36,6 +39,15 @@ class Named:
     places: tuple[tuple[Table, str], ...]
     outline: Tensor | None = None
     first: bool | None = None
+    member: int | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape if self.member is None else self.tensor.shape[1:]
+
+    @property
+    def bytes(self) -> int:
+        return self.shape.numel() * self.tensor.itemsize
 
     @property
     def name(self) -> str:
@@ -54,6 +66,7 @@ class Named:
     @property
     def slices(self) -> Slices:
         found = slices_of(self.tensor, self.form)
+        found = found if self.member is None else found.at(self.member)
         if self.first is None:
             return found
         return replace(found, first=self.first and (found.first or not isinstance(self.tensor, DTensor)))
@@ -65,7 +78,16 @@ def named_tensors(model: nn.Module) -> list[Named]:
 
 
 def every_tensor(model: nn.Module) -> list[Named]:
-    """Every parameter and buffer of the model once, in the order of the state dict."""
+    """Every parameter and buffer of the unmodified model once, in the order of the state dict."""
+    found: list[Named] = []
+    for entry in every_held(model):
+        names = member_names(entry.name, entry.tensor.shape[0]) if is_stacked(entry.name) else ()
+        found += [replace(entry, names=(name,), member=number) for number, name in enumerate(names)] or [entry]
+    return found
+
+
+def every_held(model: nn.Module) -> list[Named]:
+    """Every parameter and buffer that the module has once, one for each stack, in the order of the state dict."""
     weights = held_by(model).weights
     absent = {(id(one.table), one.key): one.outline for one in weights.absent}
     found: dict[int, Named] = {}

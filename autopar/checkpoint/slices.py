@@ -54,6 +54,14 @@ class Slices:
                 view = view.narrow(dim, run.local, run.length)
             yield tuple(run.start for run in rectangle), view
 
+    def at(self, index: int) -> Slices:
+        """The slices of the part ``index`` along the first dim, which has one dim less; none if another rank has it."""
+        for run in self.runs[0]:
+            if run.start <= index < run.start + run.length:
+                return Slices(self.local[run.local + index - run.start], self.shape[1:], self.runs[1:], self.first)
+        inner = self.shape[1:] or torch.Size([1])
+        return Slices(self.local.new_empty(0, *inner[1:]), self.shape[1:], ((),) * len(inner), self.first)
+
     def size(self) -> torch.Size:
         return self.shape
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
-from autopar.checkpoint.named_tensors import Named, emptied, every_tensor
+from autopar.checkpoint.named_tensors import Named, emptied, every_held
 from autopar.checkpoint.slices import Slices, slices_of
 from autopar.errors import CheckpointError
 from autopar.runtime.dtensor import dtensor, local_of
@@ -41,7 +41,7 @@ class Owners:
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], gather: Gather | None = None) -> None:
         self.optimizers, self._gather = optimizers, gather
-        entries = every_tensor(model)
+        entries = every_held(model)
         self._order = {entry.name: position for position, entry in enumerate(entries)}
         self._entries = {id(entry.tensor): entry for entry in entries}
         names = {name: entry for entry in entries for name in entry.names}

@@ -178,7 +178,7 @@ def _tell(initialised: Sequence[str], unused: Sequence[str]) -> None:
 def _check_shapes(entries: Sequence[Named], sources: Mapping[str, tuple[SafetensorsFile, str]]) -> None:
     for entry in entries:
         file, name = sources[entry.name]
-        there, here = file.entries[name].shape, tuple(entry.tensor.shape)
+        there, here = file.entries[name].shape, tuple(entry.shape)
         if there != here:
             raise CheckpointError(f"'{name}' in '{file.path}' is {list(there)}, and in this model it is {list(here)}")
 
@@ -202,7 +202,7 @@ def _shards(entries: Sequence[Named], largest: int) -> dict[str, list[Named]]:
     groups: list[list[Named]] = [[]]
     filled = 0
     for entry in entries:
-        size = entry.tensor.numel() * entry.tensor.itemsize
+        size = entry.bytes
         if groups[-1] and filled + size > largest:
             groups.append([])
             filled = 0
@@ -222,9 +222,9 @@ def _prepare(model: nn.Module, directory: Path, shards: Mapping[str, Sequence[Na
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir(parents=True)
     for name, members in shards.items():
-        create(partial / name, {entry.name: (entry.tensor.dtype, entry.tensor.shape) for entry in members})
+        create(partial / name, {entry.name: (entry.tensor.dtype, entry.shape) for entry in members})
     if len(shards) > 1:
-        total = sum(entry.tensor.numel() * entry.tensor.itemsize for members in shards.values() for entry in members)
+        total = sum(entry.bytes for members in shards.values() for entry in members)
         where = {entry.name: name for name, members in shards.items() for entry in members}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ ranks of a stage keep the tensors that the stage uses. :mod:`autopar.runtime.sto
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,12 +18,16 @@ from torch.distributed.tensor import DTensor
 
 from autopar.errors import InvariantError
 from autopar.ir.layout import Layout
+from autopar.ir.node import value
 from autopar.ir.program import AnyProgram, weight_layouts
+from autopar.ir.stacked_parameters import by_member, is_stacked, member_names
+from autopar.ir.tables import InputKind
 from autopar.mesh import PIPELINE
 from autopar.pipeline.stages import first_ranks, held_elsewhere
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import local_of
 from autopar.runtime.meshes import Meshes
+from autopar.runtime.stacks import Stack, mark_replaced, stack
 from autopar.runtime.stored import Stored, cut, in_model_order, in_stored_order
 
 Table = dict[str, Any]  # the parameters, or the buffers, of one module
@@ -56,6 +60,7 @@ class Weights:
     Attributes:
         absent: the tensors that only other pipeline stages hold.
         first: on a pipeline, parameter or buffer name -> the first pipeline rank that holds it.
+        stacks: the parameters that stand for several of the model.
     """
 
     def __init__(self, root: nn.Module, connection: Connection | None = None) -> None:
@@ -63,6 +68,8 @@ class Weights:
         self.layouts: dict[str, Layout] | None = None
         self.absent: list[Absent] = []
         self.first: dict[str, int] = {}
+        self.stacks: list[Stack] = []
+        self._order = {name: place for place, (*_, name) in enumerate(tables(root))}
         self._forms: dict[nn.Module, dict[str, Stored]] = {}  # module -> key in it -> form
         self._trained = [(table, key) for module, table, key, _ in tables(root) if table is module._parameters]
         if connection is None:
@@ -92,6 +99,7 @@ class Weights:
             return
         layouts = weight_layouts(program)
         if self.layouts is None:
+            self._stack(program)
             self.first = first_ranks(program)
             self._leave_out(held_elsewhere(program, self.connection.comm.coordinates.get(PIPELINE, 0)))
             self._place(layouts)
@@ -104,6 +112,20 @@ class Weights:
                     "Way out: say how it is split, e.g. Plan(tensor={'" + name + "': 'column'})."
                 )
 
+    def _stack(self, program: AnyProgram) -> None:
+        """Put one parameter in place of those that the program takes stacked."""
+        places = {name: (table, key) for _, table, key, name in tables(self.root)}
+        for node, entry in program.placeholders(InputKind.PARAMETER):
+            if is_stacked(entry.target):
+                members = [places[name] for name in member_names(entry.target, value(node).shape[0])]
+                parameters = [table[key] for table, key in members]
+                self.stacks.append(stack(self.root, entry.target, members))
+                for parameter in parameters:
+                    self._empty(parameter, entry.target)
+                    mark_replaced(parameter, entry.target)
+        replaced = {(id(table), key): one.place for one in self.stacks for table, key in one.members}
+        self._trained = [replaced.get((id(table), key), (table, key)) for table, key in self._trained]
+
     def _leave_out(self, names: Set[str]) -> None:
         outlines: dict[int, Tensor] = {}  # tied tensors stay tied
         for module, table, key, name in list(tables(self.root)):
@@ -112,16 +134,19 @@ class Weights:
             tensor, table[key] = table[key], None
             if id(tensor) not in outlines:
                 outlines[id(tensor)] = outline(tensor)
-                if isinstance(tensor, DTensor):  # an optimizer that still has it holds no memory by it
-                    form, own = self._meshes.of(Layout.whole([0]), name)
-                    nothing = cut(local_of(tensor).new_empty(0), form, own)
-                    held = nn.Parameter(nothing, requires_grad=tensor.requires_grad)
-                    torch.utils.swap_tensors(tensor, held)  # type: ignore[no-untyped-call]
+                self._empty(tensor, name)
             emptied = tensor if isinstance(tensor, DTensor) else None
             self.absent.append(Absent(table, key, name, outlines[id(tensor)], emptied))
             module.register_load_state_dict_pre_hook(partial(_skip, key))  # type: ignore[no-untyped-call]
         away = {(id(missing.table), missing.key): {missing.key: missing.outline} for missing in self.absent}
         self._trained = [(away.get((id(table), key), table), key) for table, key in self._trained]
+
+    def _empty(self, tensor: Tensor, name: str) -> None:
+        """Let a DTensor have no elements, so that an optimizer that still has it holds no memory by it."""
+        if isinstance(tensor, DTensor):
+            form, own = self._meshes.of(Layout.whole([0]), name)
+            held = nn.Parameter(cut(local_of(tensor).new_empty(0), form, own), requires_grad=tensor.requires_grad)
+            torch.utils.swap_tensors(tensor, held)  # type: ignore[no-untyped-call]
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         """The whole, in the model's order, of a tensor that is held as parameter ``name`` is; collective.
@@ -132,13 +157,20 @@ class Weights:
         form = self.form(name)
         return form.to_model(full) if form else full
 
+    def of_model(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors under the names of the unmodified model, in its order where there are stacks."""
+        if not self.stacks:
+            return dict(tensors)
+        found = by_member(tensors)
+        return {name: found[name] for name in sorted(found, key=lambda name: self._order.get(name, len(self._order)))}
+
     def form(self, name: str) -> Stored | None:
         """How the tensor called ``name`` is held; None for a buffer that is an ordinary tensor."""
-        *path, key = name.split(".")
+        path = name.split(".")
         module = self.root
-        for part in path:  # not get_submodule: a parallel module may have an attribute of that name
-            module = module._modules[part]  # type: ignore[assignment]
-        return self._forms.get(module, {}).get(key)
+        while len(path) > 1 and path[0] in module._modules:  # a parallel module may have an attribute of that name
+            module = module._modules[path.pop(0)]  # type: ignore[assignment]
+        return self._forms.get(module, {}).get(".".join(path))
 
     @contextmanager
     def traceable(self) -> Iterator[None]:
@@ -156,7 +188,10 @@ class Weights:
             replaced.append((missing.table, missing.key, None))
             missing.table[missing.key] = missing.outline
         try:
-            yield
+            with ExitStack() as apart:
+                for one in self.stacks:
+                    apart.enter_context(one.apart())
+                yield
         finally:
             for table, key, held in replaced:
                 table[key] = held

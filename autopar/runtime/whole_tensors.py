@@ -31,7 +31,7 @@ def full_state_dict(weights: Weights, held: Mapping[str, Any], device: str, rank
         whole = _over_stages(connection, full, weights.first.get(name), outlines.get(name))
         if keeps:
             found[name] = whole.detach().to(device, copy=not gathered)
-    return found
+    return weights.of_model(found)
 
 
 def full_grads(
@@ -44,9 +44,10 @@ def full_grads(
     outlines = _outlines(weights)
     names = [name for name in sorted(trained) if name in grads or name in outlines] if first else list(grads)
     wholes = {name: weights.whole(name, grad) for name, grad in grads.items()}
-    return {
+    found = {
         name: _over_stages(weights.connection, wholes.get(name), first.get(name), outlines.get(name)) for name in names
     }
+    return weights.of_model(found)
 
 
 def _outlines(weights: Weights) -> dict[str, Tensor]:

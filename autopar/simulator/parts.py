@@ -15,6 +15,7 @@ from autopar.ir.layout import Layout, shard, unshard
 from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.signature import user_tensors
+from autopar.ir.stacked_parameters import is_stacked, stacked
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import Transfer
 from autopar.mesh import Mesh
@@ -92,7 +93,7 @@ def rank_inputs(
         elif entry.kind is InputKind.CONSTANT and entry.target in program.constants:
             whole = program.constants[entry.target]
         else:
-            whole = _by_name(tensors, (entry.target, *entry.aliases))
+            whole = _by_name(tensors, (entry.target, *entry.aliases), value(node).shape)
         if whole.shape != value(node).shape:
             shapes = f"{list(whole.shape)}, the program was made for {list(value(node).shape)}"
             raise ValueError(f"{entry.kind.value} '{entry.target}' is {shapes}")
@@ -150,10 +151,12 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0.0, atol=AGREEMENT[a.dtype] * largest, equal_nan=True)
 
 
-def _by_name(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+def _by_name(tensors: Mapping[str, Tensor], names: Sequence[str], shape: Sequence[int]) -> Tensor:
     for name in names:
         if name in tensors:
             return tensors[name]
+    if is_stacked(names[0]) and (stack := stacked(names[0], shape[0], tensors)) is not None:
+        return stack
     raise KeyError(f"no tensor was given for '{names[0]}'")
 
 

@@ -14,6 +14,7 @@ from autopar.errors import InvariantError
 from autopar.ir.node import value
 from autopar.ir.program import PipelinedProgram, Program
 from autopar.ir.signature import restore_output
+from autopar.ir.stacked_parameters import by_member
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.ir.traffic import Transfer
 from autopar.mesh import PIPELINE
@@ -136,7 +137,7 @@ class _Run:
             for name, ranks in (entry for found in stage.reduced() for entry in found.items()):
                 whole = joined(f"gradient of {name}", ranks, layouts[name], self.mesh)
                 total[name] = total[name] + whole if name in total else whole
-        return total
+        return by_member(total)
 
 
 def _shares(stages: Sequence[Program], inputs: Sequence[Mapping[str, Ranks]], rows: Sequence[int]) -> list[float]:

@@ -1,0 +1,106 @@
+"""Parameters of a module that a program takes stacked: one for the experts of a list, in place of one for each.
+
+The list's module has the stack under a key such as ``*.up.weight``, so that its full name is that of the program's
+parameter, and its experts have None in place of theirs. ``state_dict`` has the stack; ``load_state_dict`` takes it, or
+the tensors of the unmodified model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from autopar.errors import InvariantError
+from autopar.ir.stacked_parameters import STAR, member_names
+from autopar.runtime.dtensor import local_of
+
+Table = dict[str, Any]  # the parameters of one module
+Place = tuple[Table, str]  # a table and a key in it
+_STACKED = "autopar_stacked_as"  # on a parameter that a stack has replaced, for an optimizer that still has it
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A parameter ``name`` at ``place`` for those that were at ``members``; ``outlines``: meta tensors like these."""
+
+    name: str
+    place: Place
+    members: tuple[Place, ...]
+    outlines: tuple[Tensor, ...]
+
+    @property
+    def parameter(self) -> Tensor:
+        table, key = self.place
+        found: Tensor = table[key]
+        return found
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Within this context, the model has outlines of its own parameters in place of the stack."""
+        table, key = self.place
+        stack = table.pop(key)
+        for (own, name), outline in zip(self.members, self.outlines):
+            own[name] = outline.requires_grad_(False if stack is None else stack.requires_grad)
+        try:
+            yield
+        finally:
+            for own, name in self.members:
+                own[name] = None
+            table[key] = stack
+
+
+def stack(root: nn.Module, name: str, places: Sequence[Place]) -> Stack:
+    """Put one parameter called ``name`` in place of those at ``places``."""
+    parameters: list[Tensor] = [table[key] for table, key in places]
+    before, _, after = name.partition(f"{STAR}.")
+    owner = root.get_submodule(before.rstrip(".")) if before else root
+    whole = nn.Parameter(torch.stack([local_of(p).detach() for p in parameters]), parameters[0].requires_grad)
+    outlines = tuple(nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in parameters)
+    for table, key in places:
+        table[key] = None
+    key = f"{STAR}.{after}"
+    owner._parameters[key] = whole
+    owner.register_load_state_dict_pre_hook(partial(_stack_loaded, key, len(places)))  # type: ignore[no-untyped-call]
+    owner.register_load_state_dict_post_hook(partial(_expected, name))  # type: ignore[no-untyped-call]
+    return Stack(name, (owner._parameters, key), tuple(places), outlines)
+
+
+def _stack_loaded(key: str, count: int, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    names = member_names(prefix + key, count)
+    if all(name in state for name in names):
+        state[prefix + key] = torch.stack([state.pop(name) for name in names])
+
+
+def _expected(name: str, module: nn.Module, incompatible: Any) -> None:
+    """Torch takes the key of a stack, which has dots, for that of a submodule that there is none of."""
+    incompatible.unexpected_keys[:] = [key for key in incompatible.unexpected_keys if not key.endswith(name)]
+
+
+def mark_replaced(parameter: Tensor, name: str) -> None:
+    """Let an optimizer that has ``parameter``, which the stack ``name`` has replaced, raise InvariantError."""
+    setattr(parameter, _STACKED, name)
+    _refuse_optimizers_of_members()
+
+
+@cache
+def _refuse_optimizers_of_members() -> None:
+    register_optimizer_step_pre_hook(_check_optimizer)
+
+
+def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = getattr(parameter, _STACKED, None)
+            if name is not None:
+                raise InvariantError(
+                    f"the optimizer has a parameter of one expert; the parallel module has '{name}' for all of them\n"
+                    "Way out: parallelize(model, mesh, example_inputs=batch), then make an optimizer of its parameters."
+                )
