@@ -113,17 +113,22 @@ def explained(model: nn.Module) -> Iterator[None]:
     except TraceError:
         raise
     except Exception as error:
-        raise _explanation(error, model) from (None if type(error).__name__ in _DATA_DEPENDENT else error)
+        raise _explanation(error, model) from (None if is_data_dependent(error) else error)
     finally:
         for logger, disabled in zip(loggers, before):
             logger.disabled = disabled
+
+
+def is_data_dependent(error: Exception) -> bool:
+    """Whether torch could not trace what depends on the values in a tensor."""
+    return type(error).__name__ in _DATA_DEPENDENT
 
 
 def _explanation(error: Exception, model: nn.Module) -> TraceError:
     kind, where = type(error).__name__, user_line(traceback.extract_tb(error.__traceback__))
     text = " ".join(str(error).split("\n\n")[0].split())[:400]
     name = type(model).__name__
-    if kind in _DATA_DEPENDENT:
+    if is_data_dependent(error):
         return TraceError(
             f"{name} cannot be traced: what it does next depends on the values in a tensor\n  at {where}\n"
             "One graph has to serve every batch, so Python may not branch, loop or index on such values.\n"

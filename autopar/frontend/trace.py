@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import gc
 import inspect
+import io
 import itertools
 import operator
+import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import Any
 
@@ -32,13 +35,16 @@ from autopar.frontend.capture import (
     faked,
     gradients_kept,
     inline_no_grad,
+    is_data_dependent,
     needs_fakes,
     only_plain_outputs,
 )
+from autopar.frontend.empty_selections import Selections, differ_by_selections_only
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.numerics import check_numerics
 from autopar.frontend.recast import recast, recast_call
 from autopar.frontend.selected_rows import SelectedRows
+from autopar.frontend.source_lines import user_line
 from autopar.frontend.torch_layers import without_fast_paths
 from autopar.ir.loss import inner_paths, joined_path, leaf_paths
 from autopar.ir.node import clear_meta, output_node, set_origin, set_values, traced_origin, traced_value, value
@@ -131,7 +137,42 @@ def _export(
     if mode is not None:
         leaves = [fake_like(mode, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(_distinct(leaves), spec)
-    with without_fast_paths(), GroupedProducts(), gradients_kept() as notes, only_plain_outputs(model, notes):
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):  # torch prints the graph so far, and it may only be the first try
+            found = _functional(model, args, kwargs, nullcontext())
+    except Exception as problem:
+        if not is_data_dependent(problem):
+            raise
+        return _without_branches(model, args, kwargs, problem)
+    sys.stderr.write(printed.getvalue())
+    return found
+
+
+def _without_branches(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], problem: Exception
+) -> tuple[ExportedProgram, list[str]]:
+    """The graph of a model that asks whether rows were selected; ``problem`` is raised for one that asks more."""
+    try:
+        some, none = (_functional(model, args, kwargs, Selections(empty=empty)) for empty in (False, True))
+    except Exception as other:
+        raise problem if is_data_dependent(other) else other from None
+    if not differ_by_selections_only(some[0].graph, none[0].graph):
+        raise TraceError(
+            f"{type(model).__name__} cannot be traced: where a condition selects no row, it does more than leave out "
+            f"what it would do with them\n  at {user_line(traceback.extract_tb(problem.__traceback__))}\n"
+            "Way out: where nothing is selected, do nothing; the same code with no rows adds nothing either."
+        )
+    return some
+
+
+def _functional(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], selections: AbstractContextManager[Any]
+) -> tuple[ExportedProgram, list[str]]:
+    """The exported model, without operators that write into their arguments, and notes."""
+    with (
+        without_fast_paths(), GroupedProducts(), gradients_kept() as notes, only_plain_outputs(model, notes), selections
+    ):  # fmt: skip
         exported = torch.export.export(model, args, kwargs, strict=False)
     inline_no_grad(exported.graph_module)
     if all(_is_plain(node) for node in exported.graph.nodes):
