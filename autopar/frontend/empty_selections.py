@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch import _check as assume
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -37,7 +38,7 @@ class Selections(TorchFunctionMode):
             for size in leaf.shape if isinstance(leaf, Tensor) else ():
                 if isinstance(size, torch.SymInt) and str(size) not in self._known:
                     self._known.add(str(size))
-                    torch._check(size == 0 if self._empty else size >= 1)
+                    assume(size == 0 if self._empty else size >= 1)
         return result
 
 
