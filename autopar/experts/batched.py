@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar.experts.tracked import is_elementwise
 from autopar.ir.builder import Builder
 from autopar.ir.node import origin, set_origin, value, values
-from autopar.ir.operator_facts import argument_names, is_operator, is_pointwise, is_random
+from autopar.ir.operator_facts import argument_names, is_operator, is_random
 from autopar.ir.rewrite import operand
 
 aten = torch.ops.aten
@@ -122,7 +123,7 @@ class Batch:
             sources.append([])
             fx.map_arg((node.args, node.kwargs), sources[-1].append)
         sides = [self._side(each) for each in zip(*sources)]
-        batch = BATCHES.get(first.target) or (_pointwise if is_pointwise(first.target) else None)
+        batch = BATCHES.get(first.target) or (_pointwise if is_elementwise(first.target) else None)
         if batch is None and first.target in _SHIFTED:
             batch = _shifted
         found = batch(self.op, first, sides, len(alike)) if batch else None

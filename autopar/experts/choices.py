@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from autopar.experts.digits import CHOICE, EXPERT, TOKEN, Digit, Places, counted, has, joined
-from autopar.ir.evaluate import FILLED, compact, known_constants
+from autopar.ir.evaluate import FILLED, compact
 from autopar.ir.node import value, values
 from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
@@ -26,6 +26,7 @@ from autopar.ir.rewrite import operand
 aten = torch.ops.aten
 
 Number = float | int | bool
+Constants = Mapping[fx.Node, Tensor]  # with their elements
 
 _SORTS = {aten.sort.default, aten.sort.stable}
 _IDS_OF_PAIRS = {aten.topk.default, aten.max.dim, *_SORTS}  # (values, ids)
@@ -114,24 +115,26 @@ class Mark:
     ids_places: Places
 
 
-def mark_of(program: Program, node: fx.Node, ids: dict[fx.Node, Places]) -> Mark | None:
+def mark_of(node: fx.Node, ids: Mapping[fx.Node, Places], constants: Constants) -> Mark | None:
     """The mark that ``node`` makes of one of ``ids``, the same ids in several shapes."""
     if node.target in _SCATTERS and ids.get(operand(node, 2)):
-        return _scattered(program, node, ids[operand(node, 2)])
+        return _scattered(node, ids[operand(node, 2)], constants)
+    if node.target is aten.index_put.default:
+        return _put(node, ids, constants)
     if node.target is aten.one_hot.default and operand(node) in ids:
         places = ids[operand(node)]
         return Mark((*places, (Digit(EXPERT, value(node).shape[-1]),)), 0, 1, places)
     if node.target is aten.eq.Tensor:
         for number, other in ((0, 1), (1, 0)):
             if operand(node, number) in ids:
-                return _compared(program, node, ids[operand(node, number)], operand(node, other))
+                return _compared(node, ids[operand(node, number)], operand(node, other), constants)
     return None
 
 
-def _scattered(program: Program, node: fx.Node, places: Places) -> Mark | None:
+def _scattered(node: fx.Node, places: Places, constants: Constants) -> Mark | None:
     base, dim, index, source = node.args[:4]
     assert isinstance(base, fx.Node) and isinstance(dim, int) and isinstance(index, fx.Node)
-    dim, off = dim % len(places), constant(program, base)
+    dim, off = dim % len(places), constant(base, constants)
     others = [size for i, size in enumerate(value(base).shape) if i != dim]
     fits = others == [size for i, size in enumerate(value(index).shape) if i != dim]
     if off is None or not fits or any(digit.of != CHOICE for digit in places[dim]):
@@ -147,10 +150,28 @@ def _scattered(program: Program, node: fx.Node, places: Places) -> Mark | None:
     return Mark((*places[:dim], experts, *places[dim + 1 :]), off, source, places)
 
 
-def _compared(program: Program, node: fx.Node, ids: Places, other: fx.Node) -> Mark | None:
+def _put(node: fx.Node, ids: Mapping[fx.Node, Places], constants: Constants) -> Mark | None:
+    """``base[arange(tokens)[:, None], ids] = weights``, as a scatter."""
+    base, indices, source = node.args[:3]
+    assert isinstance(base, fx.Node) and isinstance(indices, (list, tuple)) and isinstance(source, fx.Node)
+    if len(indices) != 2 or len(value(base).shape) != 2 or indices[1] not in ids:
+        return None
+    rows, chosen = indices
+    assert isinstance(chosen, fx.Node)
+    tokens, places, off = value(base).shape[0], ids[chosen], constant(base, constants)
+    numbers = constants.get(_below_views(rows)) if isinstance(rows, fx.Node) else None
+    if numbers is None or value(rows).shape != (tokens, 1) or not torch.equal(numbers.flatten(), torch.arange(tokens)):  # type: ignore[arg-type]
+        return None
+    fits = value(source).shape == value(chosen).shape and len(places) == 2
+    if off is None or not fits or (off != 0 and len(node.args) > 3 and node.args[3]):
+        return None
+    return Mark((places[0], (Digit(EXPERT, value(base).shape[1]),)), off, source, places)
+
+
+def _compared(node: fx.Node, ids: Places, other: fx.Node, constants: Constants) -> Mark | None:
     """``ids[..., None] == arange(experts)``: the numbers of all experts along one dim, where the ids have size 1."""
     shape = value(other).shape
-    tensor = known_constants(program).get(_below_views(other))
+    tensor = constants.get(_below_views(other))
     if tensor is None or tensor.numel() < 2 or tensor.numel() != math.prod(shape) or tensor.numel() not in shape:
         return None
     padded = ((),) * (len(value(node).shape) - len(ids)) + tuple(ids)
@@ -160,13 +181,13 @@ def _compared(program: Program, node: fx.Node, ids: Places, other: fx.Node) -> M
     return Mark((*padded[:dim], (Digit(EXPERT, tensor.numel()),), *padded[dim + 1 :]), False, True, padded)
 
 
-def constant(program: Program, node: fx.Node) -> Number | None:
+def constant(node: fx.Node, constants: Constants) -> Number | None:
     """The number that all elements of ``node`` are; None where they differ or depend on something."""
     node = _below_views(node)
     if node.target in FILLED and node.target not in _EMPTY:
         number = FILLED[node.target](node)
         return number if isinstance(number, (int, float)) else None
-    held = known_constants(program).get(node)
+    held = constants.get(node)
     if held is None or compact(held).numel() != 1:
         return None
     return compact(held).item()

@@ -19,6 +19,7 @@ from autopar.experts.digits import EXPERT, Located, Unaligned, size_of
 from autopar.experts.picked import Picker
 from autopar.experts.tracked import Tracked, off, tracked
 from autopar.experts.unrolled import roll, unroll_the_rest
+from autopar.ir.evaluate import known_constants
 from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.reach import ancestors
@@ -44,11 +45,11 @@ def make_sparse(program: Program) -> list[Outcome]:
     """Rewrite every sum over experts that only the chosen ones add to, and say what became of each."""
     choices = choices_of(program)
     rolled = roll(program.graph, {chosen.width for chosen in choices}) if choices else []
-    order = {node: position for position, node in enumerate(program.graph.nodes)}
     parameters = frozenset(node for node, _ in program.placeholders(InputKind.PARAMETER))
+    constants = known_constants(program)
     results: list[Outcome] = []
     for chosen in choices:
-        found = tracked(program, chosen, order)
+        found = tracked(program, constants, chosen)
         for node, located in found.ends.items():
             result = _rewritten(found, node, located, parameters)
             if result is not None:

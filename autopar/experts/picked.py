@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.experts.choices import Mark
+from autopar.experts.choices import Mark, Number, constant
 from autopar.experts.digits import CHOICE, EXPERT, OTHER, TOKEN, Located, Places, Unaligned, has, size_of
 from autopar.experts.products import Operand, multiplied
 from autopar.experts.rows import Arranger, Lead, Rows, further, is_further
-from autopar.experts.tracked import SOFTMAX, Tracked, over_experts
+from autopar.experts.tracked import SOFTMAX, Tracked, is_elementwise, over_experts
 from autopar.ir.node import origin, value
-from autopar.ir.operator_facts import argument_names, is_pointwise, is_random
+from autopar.ir.operator_facts import argument_names, is_random
+from autopar.ir.reach import ancestors
 from autopar.ir.rewrite import operand
 
 aten = torch.ops.aten
@@ -43,7 +44,7 @@ class Picker:
 
     def __init__(self, found: Tracked, experts: int, before: fx.Node) -> None:
         self.found = found
-        self.rows = Arranger(found.program, found.chosen, experts, before)
+        self.rows = Arranger(found.constants, found.chosen, experts, before)
         self.op = self.rows.op
         self.products: list[tuple[fx.Node, fx.Node]] = []
         self._known: dict[tuple[fx.Node, Places], Rows] = {}
@@ -64,13 +65,19 @@ class Picker:
     def _picked(self, node: fx.Node, places: Places) -> Rows:
         if node in self.found.marks:
             return self._mark(node, self.found.marks[node])
+        filled = constant(node, self.found.constants)
+        if filled is not None and has(places, EXPERT) and has(places, TOKEN):
+            return self._filled(node, filled, places)
         if not has(places, EXPERT):
             lead = Lead.PAIR if has(places, CHOICE) else Lead.TOKEN if has(places, TOKEN) else Lead.NOTHING
             return self.rows.rows_of(node, places, lead)
         if not has(places, TOKEN) and not has(places, CHOICE):
             return self.rows.rows_of(node, places, Lead.EXPERT)
         if node not in self.found.places and math.prod(further(places)) == 1 and not has(places, CHOICE):
-            return self._gathered(node, places)
+            return self._number(node, places)
+        return self._computed(node, places)
+
+    def _computed(self, node: fx.Node, places: Places) -> Rows:
         if node.target is operator.getitem:
             parent, number = operand(node), node.args[1]
             assert isinstance(number, int)
@@ -86,7 +93,7 @@ class Picker:
             raise Unaligned("it draws random numbers that are used elsewhere too")
         if node.target is SOFTMAX and has((located.operand(0)[node.args[1]],), EXPERT):  # type: ignore[index]
             return self._hidden_softmax(node, located, places)
-        if is_pointwise(node.target) or node.target is aten.dropout.default:
+        if is_elementwise(node.target):
             return self._pointwise(node, located, places)
         if node.target in _SUMS or located.factoring.contraction:
             if any(digit.of in (TOKEN, EXPERT) for digit in located.gone):
@@ -134,14 +141,23 @@ class Picker:
         """What a mark holds where the expert is chosen."""
         if isinstance(mark.chosen, fx.Node):
             return self._shaped(self.rows.rows_of(mark.chosen, mark.ids_places, Lead.PAIR).node, mark.places)
-        shape = [*self.rows.length(Lead.PAIR), *further(mark.places)]
-        here = torch.device("cpu")  # emitted as the device of the rank
-        return self._shaped(
-            self.op(aten.full.default, shape, mark.chosen, dtype=value(node).dtype, device=here), mark.places
-        )
+        return self._filled(node, mark.chosen, mark.places)
 
-    def _gathered(self, node: fx.Node, places: Places) -> Rows:
-        """A number for each token and expert, such as a probability: those of the chosen experts."""
+    def _filled(self, node: fx.Node, number: Number, places: Places) -> Rows:
+        shape, here = [*self.rows.length(Lead.PAIR), *further(places)], torch.device("cpu")  # emitted as the rank's
+        return self._shaped(self.op(aten.full.default, shape, number, dtype=value(node).dtype, device=here), places)
+
+    def _number(self, node: fx.Node, places: Places) -> Rows:
+        """A number for each token and expert: computed alone where experts compute it, else those of the chosen ones.
+
+        A router computes its probabilities for all experts; the norm of what an expert gives needs this expert alone.
+        """
+        try:
+            rows = self._computed(node, places)
+        except Unaligned:
+            rows = None
+        if rows is not None and not ancestors([rows.node]).isdisjoint(product for product, _ in self.products):
+            return rows
         chosen = self.rows.shaped(self.rows.ids, *self.rows.length(Lead.TOKEN), self.rows.choices)
         return self._shaped(self.op(aten.gather.default, self.rows.table(node, places), 1, chosen), places)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from autopar.experts.digits import Unaligned
 from autopar.experts.rows import Arranger, Lead, Rows
 from autopar.operators.experts import EXPERT_LINEAR
 
@@ -63,6 +64,7 @@ def _by_matrix(
         not left.has_rows
         or right.has_rows
         or not inner
+        or not outer
         or inner != left.names
         or len(inner + outer) != len(right.names)
     ):
@@ -82,6 +84,9 @@ def _by_matrix(
 
 
 def _row_by_row(arranger: Arranger, left: Operand, right: Operand, kept: set[str], sizes: Mapping[str, int]) -> Operand:
+    """Elementwise, then summed. Raises Unaligned rather than pick a matrix for each row."""
+    if any(operand.rows.lead is Lead.EXPERT and len(operand.names) > 1 for operand in (left, right)):
+        raise Unaligned("it multiplies the matrices of experts with something else than rows")
     names = [*left.names, *(name for name in right.names if name not in left.names)]
     pairs = left.rows.lead is not right.rows.lead or left.rows.lead is Lead.EXPERT
     sides = []

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.experts.choices import Chosen, constant
+from autopar.experts.choices import Chosen, Constants, constant
 from autopar.experts.digits import CHOICE, EXPERT, OTHER, TOKEN, Digit, Place, Places, Unaligned, size_of
 from autopar.ir.builder import Builder
 from autopar.ir.node import Origin, origin, set_origin, value
-from autopar.ir.program import Program
 from autopar.ir.rewrite import operand
 
 aten = torch.ops.aten
@@ -69,8 +68,8 @@ class Copier(Builder):
 class Arranger:
     """Puts tensors into rows and back, in front of one node."""
 
-    def __init__(self, program: Program, chosen: Chosen, experts: int, before: fx.Node) -> None:
-        self.op, self.program = Copier(before=before), program
+    def __init__(self, constants: Constants, chosen: Chosen, experts: int, before: fx.Node) -> None:
+        self.op, self.constants = Copier(before=before), constants
         self.op.origin = origin(before)
         self.choices = chosen.choices
         self.counts = {TOKEN: chosen.tokens, CHOICE: chosen.choices, EXPERT: experts}
@@ -131,7 +130,7 @@ class Arranger:
         for ones, other in ((left, right), (right, left)):
             kind = value(other)
             broadcast = torch.broadcast_shapes(value(ones).shape, kind.shape)  # type: ignore[no-untyped-call]
-            if constant(self.program, ones) == 1 and broadcast == kind.shape and kind.dtype.is_floating_point:
+            if constant(ones, self.constants) == 1 and broadcast == kind.shape and kind.dtype.is_floating_point:
                 return other
         return self.op(aten.mul.Tensor, left, right)
 

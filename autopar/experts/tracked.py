@@ -13,11 +13,12 @@ import math
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
 
-from autopar.experts.choices import Chosen, Mark, Number, constant, is_ids, mark_of
+from autopar.experts.choices import Chosen, Constants, Mark, Number, constant, is_ids, mark_of
 from autopar.experts.digits import CHOICE, EXPERT, OTHER, TOKEN, Located, Places, Unaligned, has, size_of
 from autopar.ir.node import value
 from autopar.ir.operator_facts import is_overload, is_pointwise, is_view, linear_in
@@ -52,6 +53,7 @@ class Tracked:
     """
 
     program: Program
+    constants: Constants
     chosen: Chosen
     marks: dict[fx.Node, Mark] = field(default_factory=dict)
     places: dict[fx.Node, tuple[Places, ...]] = field(default_factory=dict)
@@ -83,22 +85,22 @@ class Tracked:
         )
 
 
-def tracked(program: Program, chosen: Chosen, order: dict[fx.Node, int]) -> Tracked:
-    """Everything that is computed from the marks of one choice. ``order``: the nodes of the graph by position."""
-    found = Tracked(program, chosen)
+def tracked(program: Program, constants: Constants, chosen: Chosen) -> Tracked:
+    """Everything that is computed from the marks of one choice."""
+    found = Tracked(program, constants, chosen)
     ids = {chosen.ids: chosen.places}
-    queue: list[tuple[int, fx.Node]] = []
+    queue: list[fx.Node] = []  # nodes compare by their place in the graph
     seen: set[fx.Node] = set()
 
     def follow(node: fx.Node) -> None:
         for user in node.users:
             if user.op == "call_function" and user not in seen:
                 seen.add(user)
-                heapq.heappush(queue, (order[user], user))
+                heapq.heappush(queue, user)
 
     follow(chosen.ids)
     while queue:
-        node = heapq.heappop(queue)[1]
+        node = heapq.heappop(queue)
         if _follow_ids(found, node, ids) or _follow_values(found, node):
             follow(node)
     return found
@@ -108,7 +110,7 @@ def _follow_ids(found: Tracked, node: fx.Node, ids: dict[fx.Node, Places]) -> bo
     """Whether ``node`` is the ids in another shape, or a mark of them."""
     if not any(source in ids for source in node.all_input_nodes):
         return False
-    mark = mark_of(found.program, node, ids)
+    mark = mark_of(node, ids, found.constants)
     if mark is not None:
         found.marks[node], found.places[node], found.offs[node] = mark, (mark.places,), mark.off
         return True
@@ -151,6 +153,11 @@ def _follow_values(found: Tracked, node: fx.Node) -> bool:
     return False
 
 
+def is_elementwise(target: Any) -> bool:
+    """Whether each element of the result depends on the corresponding ones alone; of torch's tags some are missing."""
+    return is_pointwise(target) or rule_for(target) is broadcast
+
+
 # ---------------------------------------------------------------- pairs that were not chosen
 
 
@@ -160,11 +167,11 @@ def off(found: Tracked, node: fx.Node, located: Located) -> Number | None:
     Infinities and NaN that an expert would give for a token that did not choose it do not count.
     """
     known = {source: found.offs[source] for source in _comparable(found, node)}
-    known |= {x: constant(found.program, x) for x in node.all_input_nodes if x not in found.places}
+    known |= {x: constant(x, found.constants) for x in node.all_input_nodes if x not in found.places}
     numbers = [known.get(source) for source in located.call.operands]
     if node.target is SOFTMAX:
         return 0 if numbers == [-math.inf] and over_experts(found, node) else None
-    if is_pointwise(node.target):
+    if is_elementwise(node.target) and node.target is not aten.dropout.default:
         return _pointwise(node, known)
     if is_view(node.target) or node.target in _MOVES:
         return numbers[0] if None not in numbers and len(set(numbers)) == 1 else None

@@ -37,7 +37,7 @@ def roll(graph: fx.Graph, counts: Set[int]) -> list[Rolled]:
     found: list[Rolled] = []
     for node in list(graph.nodes):
         try:
-            if node.target is aten.stack.default and len(node.all_input_nodes) in counts:
+            if node.target in (aten.stack.default, aten.cat.default) and len(node.all_input_nodes) in counts:
                 found.append(_stack(node))
             elif _is_sum(node) and not (len(node.users) == 1 and _is_sum(next(iter(node.users)))):
                 found += _sum(node, list(_terms(node)), counts)
@@ -55,13 +55,19 @@ def unroll_the_rest(graph: fx.Graph, rolled: Sequence[Rolled]) -> None:
 
 
 def _stack(node: fx.Node) -> Rolled:
+    """A stack, or tensors of size 1 that are joined along this dim. Raises Unlike."""
     parts, dim = node.args[0], (*node.args[1:], 0)[0]
     assert isinstance(parts, (list, tuple)) and isinstance(dim, int)
+    shape, op = value(node).shape, Builder(before=node)
+    dim %= len(shape)
+    if shape[dim] != len(parts):
+        raise Unlike(node)
     batch = Batch(node).of(tuple(parts))  # type: ignore[arg-type]
-    rank = len(value(node).shape)
-    order = list(range(1, rank))
-    order.insert(dim % rank, 0)
-    new = batch if dim % rank == 0 else Builder(before=node)(aten.permute.default, batch, order)
+    new = op.reshape(batch, len(parts), *shape[:dim], *shape[dim + 1 :])
+    if dim:
+        order = list(range(1, len(shape)))
+        order.insert(dim, 0)
+        new = op(aten.permute.default, new, order)
     node.replace_all_uses_with(new)
     return Rolled(node, new, batch)
 

@@ -192,6 +192,27 @@ class Listed(Layer):
         return (results * scattered.unsqueeze(-1)).sum(1)
 
 
+class ListedAndJoined(Listed):
+    """Joined along a dim of size 1; weights put at the place of the chosen experts."""
+
+    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
+        weights = torch.zeros(len(x), EXPERTS, dtype=x.dtype)
+        weights[torch.arange(len(x))[:, None], ids] = top
+        results = torch.cat([block(x)[:, None] for block in self.blocks], 1)
+        return torch.bmm(weights[:, None], results)[:, 0]
+
+
+class Normalised(Layer):
+    """A norm in an expert, whose size is one number for each token and expert."""
+
+    def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
+        hidden = torch.einsum("nc,ecf->enf", x, self.up)
+        hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1) + 1e-6).unsqueeze(-1) * self.up_bias[:, None]
+        result = torch.einsum("enf,efc->enc", hidden, self.down)
+        mask = F.one_hot(ids, EXPERTS).sum(1).bool().t()[..., None]
+        return torch.where(mask, result, torch.zeros_like(result)).sum(0)
+
+
 class ListedAndAdded(Listed):
     def mixed(self, x: Tensor, logits: Tensor, top: Tensor, ids: Tensor, scattered: Tensor) -> Tensor:
         return sum((scattered[:, i, None] * block(x) for i, block in enumerate(self.blocks)), x)
@@ -200,4 +221,5 @@ class ListedAndAdded(Listed):
 FORMS = (
     Einsum, Expanded, OneHot, OneHotEinsum, Selected, Compared, Hidden, Masked, Filled, Scored, Joined, Batched, Switch,
     OneOf, Looped, Unbound, Listed, ListedAndAdded,
+    ListedAndJoined, Normalised,
 )  # fmt: skip
