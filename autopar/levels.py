@@ -35,6 +35,7 @@ SPLIT = Level(
         graphs.no_dead_collectives,
         graphs.collectives_fit_the_mesh,
         graphs.collectives_match_layouts,
+        graphs.ragged_sizes_are_free,
         roles.is_not_differentiated,
     ),
     _STAGES,
@@ -51,6 +52,7 @@ DIFFERENTIATED = Level(
         roles.gradients_match_parameters,
         roles.role_graphs_are_sound,
         roles.collectives_resize_as_they_say,
+        graphs.ragged_sizes_are_free,
     ),
     (*_STAGES, stages.gradients_are_sent_back),
 )

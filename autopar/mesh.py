@@ -26,6 +26,7 @@ ALIASES = {"cp": "sp"}
 DATA_AXES = ("dp", "dp_replicate", "dp_shard", "ep")  # ranks along these get different rows of the batch
 REPLICA_AXES = (*DATA_AXES, "sp")  # along these, ranks use the same weights on other data: a gradient is a sum
 SHARD_AXES = tuple(axis for axis in REPLICA_AXES if axis != "dp_replicate")  # ZeRO splits parameters over these
+EXPERTS = "ep"  # ranks along this one have different experts
 SEQUENCE = "sp"  # ranks along this one have parts of the sequence
 PIPELINE = "pp"  # ranks along this one run different stages of the model
 

@@ -30,6 +30,7 @@ from autopar.passes.overlap_collectives import overlap_collectives
 from autopar.passes.recognise_experts import recognise_experts
 from autopar.passes.recognise_masks import recognise_masks
 from autopar.passes.recompute_activations import recompute_activations
+from autopar.passes.route_experts import route_experts
 from autopar.passes.schedule_microbatches import schedule_microbatches
 from autopar.passes.shard_parameters import shard_parameters
 from autopar.passes.split_batch import split_batch
@@ -72,6 +73,7 @@ COMPILER = (
             split_batch,  # outermost data axis first: every later axis sees the local batch
             split_sequence,  # while heads are whole: how many there are for each rank determines how attention runs
             split_tensors,
+            route_experts,  # while nothing but the axes themselves has changed the weights of experts
             enter_parameters,  # once all axes are split: reductions of one parameter then stand next to each other
             merge_reductions,  # before a parameter is split over several at once
             shard_parameters,  # last of the axes: it gathers the part of a parameter that the others leave

@@ -45,8 +45,8 @@ selective  elementwise operators, norms, softmax, casts; the results of matrix p
            collectives and sorts are kept, and the others recomputed from them (Korthikanti et al. 2022, section 5,
            for any operator)
 full       in repeated blocks everything, from the inputs of the block, as ``torch.utils.checkpoint`` around each layer
-           does; collectives of ``tp`` and ``ep`` within the block run again, as in Megatron's full recompute; a ring
-           of attention does not: its result and log-sum-exp are kept
+           does; collectives of ``tp`` within the block run again, as in Megatron's full recompute; a ring of attention
+           does not: its result and log-sum-exp are kept; nor do rows go to their experts again: what arrived is kept
 0.0 .. 1.0 between those: at most this fraction of the bytes that "none" keeps, with the least repeated work (a byte
            that a collective sends counts as 3000 operations); 0.0 is full
 

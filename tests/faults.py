@@ -55,6 +55,15 @@ def swap_inputs(program: Program) -> Program:
     return replace(program, inputs=(second, first, *rest))
 
 
+def say_the_rows(program: Program) -> Program:
+    """A view with the number of rows that there are on the mean."""
+    node = calls(program.graph)[0]
+    with program.graph.inserting_after(node):
+        view = program.graph.call_function(aten.reshape.default, (node, [8]))
+    set_values(view, replace(value(node), layout=Layout(((Factor(8, ragged=True),),))))
+    return program
+
+
 def lose_constants(program: Program) -> Program:
     return replace(program, constants={})
 
@@ -319,6 +328,7 @@ FAULTS: dict[str, list[tuple[Fault, str]]] = {  # contract -> passes that break 
         (over("sp", "dp", size=2), "comm.enter is over 'sp+dp', which is 'dp+sp' on mesh(dp=2 sp=2 tp=2)"),
         (over("dp", "sp", size=1), "is over 'dp+sp', which is 'dp' on mesh(dp=2 sp=1 tp=2)"),
     ],
+    "ragged_sizes_are_free": [(say_the_rows, "it says the size 8 of ragged dim 0 of [8?]")],
     "collectives_match_layouts": [(enter_with_a_sum, "the result of comm.enter is [")],
     "is_not_differentiated": [(differentiate_early, "has forward and backward graphs already")],
     "is_differentiated": [(lose_the_role, "there is no role any more")],

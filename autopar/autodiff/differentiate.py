@@ -40,6 +40,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.autodiff.derivatives import DERIVATIVES
 from autopar.autodiff.partition import Joint, Recompute, extract, partition
+from autopar.autodiff.ragged import free_sizes
 from autopar.autodiff.recorder import IDENTITIES, Recorder, fake_mode
 from autopar.errors import AutoparError, InvariantError
 from autopar.ir import collectives as comm
@@ -156,6 +157,7 @@ def joint_graph(
         tangents, gradients = _backward(recorder, [outputs[i] for i in differentiable], list(wanted.values()))
         reached = {name: grad for name, grad in zip(wanted, gradients) if grad is not None}
         graph.output(())
+        free_sizes(graph, program.mesh)
         joint = Joint(
             graph,
             run.inputs,

@@ -29,9 +29,11 @@ from autopar.ir.reach import ancestors
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import moved_bytes
 from autopar.operators import MERGE
+from autopar.operators.routing import RECEIVED_IDS, ROUTE_ROWS, ROW_SIZES
 
 aten = torch.ops.aten
-OF_A_RING = {MERGE, comm.OPS.shift.default}  # keys and values pass by twice, not a third time: its results are kept
+# what is sent in forward and in backward is not sent a third time: keys and values of a ring, rows of experts
+SENT_TWICE = {MERGE, comm.OPS.shift.default, *comm.ROUTES, ROUTE_ROWS, ROW_SIZES, RECEIVED_IDS}
 SORTS = (aten.sort, aten.argsort, aten.topk)  # choices of rows: a recomputed one must choose the same
 OUTSIDE = ""  # of all repeated blocks
 Place = tuple[str, int]  # a repeated block, or OUTSIDE, and the number of the run through it
@@ -130,7 +132,7 @@ class Regions:
 
     def _may_again(self, node: fx.Node) -> bool:
         """Whether the plan lets backward recompute ``node``."""
-        if node.target in OF_A_RING:
+        if node.target in SENT_TWICE:
             return False
         block, _ = self.places[node]
         everything = self.program.plan.recompute != "selective" and block != OUTSIDE

@@ -67,6 +67,11 @@ STEPS = Form(
     turned=lambda given: {**given, "by": -given["by"]},
     idle=lambda given: given["by"] % given["ways"] == 0,
 )
+# rows of dim 0 for each rank of the axis, and from it: (ways,) whole numbers, known at run time only
+SIZES = Form(
+    "str axis, int ways, Tensor send, Tensor receive",
+    turned=lambda given: {**given, "send": given["receive"], "receive": given["send"]},
+)
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,15 @@ COLLECTIVES: dict[str, Collective] = {
     "shift": Collective(
         "S", "S", dual="shift", does="each rank has the part of the rank `by` before it", form=STEPS,
         sends=lambda ways, size: size if ways > 1 else 0, starts="start_shift", short="SH",
+    ),
+    # the bytes are those of a balanced load
+    "dispatch_rows": Collective(
+        "S", "S", dual="return_rows", does="rows, sorted by rank, to the ranks of their experts", form=SIZES,
+        sends=lambda ways, size: (ways - 1) * size // ways, starts="start_dispatch_rows", short="DR",
+    ),
+    "return_rows": Collective(
+        "S", "S", dual="dispatch_rows", does="rows back to the ranks that dispatched them", form=SIZES,
+        sends=lambda ways, size: (ways - 1) * size // ways, starts="start_return_rows", short="RR",
     ),
 }  # fmt: skip
 
@@ -239,7 +253,8 @@ IDENTITIES = _those(lambda row: row.does_nothing)
 REDUCTIONS = _those(lambda row: row.before == "P")  # sums over ranks
 GATHERS = _those(lambda row: row.before == "S" and row.after in WHOLE)
 CUTS = _those(lambda row: row.before in WHOLE and row.after == "S")
-ELEMENTWISE = _those(lambda row: row.form not in (PART, ENDS, ORDERS))  # each element stays in its place
+ROUTES = _those(lambda row: row.form is SIZES)  # rows to experts and back
+ELEMENTWISE = _those(lambda row: row.form not in (PART, ENDS, ORDERS, SIZES))  # each element stays in its place
 CONVERSIONS: dict[tuple[Held, Held], str] = {}  # (placement now, placement required) -> the collective that converts
 for _name, _row in COLLECTIVES.items():
     CONVERSIONS.setdefault((_row.before, _row.after), _name)

@@ -115,14 +115,14 @@ def _factor(cursor: Cursor, mesh: Mesh) -> Factor:
     sizes = [cursor.expect_number("a size")]
     while cursor.sign("+"):
         sizes.append(cursor.expect_number("a size"))
-    axes, mirrored = [], ""
+    axes, mirrored, ragged = [], "", cursor.sign("?")
     while cursor.sign("@"):
         axes.append(take_axis(cursor, mesh))
         if cursor.sign("~"):
             mirrored = axes[-1]
     unit = math.gcd(*sizes) or 1
     ratio = tuple(size // unit for size in sizes) if len(sizes) > 1 else (1,)
-    return Factor(sum(sizes), tuple(axes), ratio, mirrored)
+    return Factor(sum(sizes), tuple(axes), ratio, mirrored, ragged)
 
 
 def take_axis(cursor: Cursor, mesh: Mesh) -> str:

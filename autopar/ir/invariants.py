@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 
@@ -16,7 +17,7 @@ from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Layout
 from autopar.ir.node import Node, origin, output_node, value, values
-from autopar.ir.operator_facts import writes
+from autopar.ir.operator_facts import argument_names, is_overload, writes
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.mesh import REPLICA_AXES, Mesh, axes_of, overlap
@@ -28,6 +29,8 @@ STATES = {"I": WHOLE, "R": WHOLE, "S": SPLIT, "P": PARTIAL}
 CHANGES = {  # collective -> the state of its operand and of its result on its axis
     name: (STATES[row.before], STATES[row.after]) for name, row in comm.COLLECTIVES.items()
 }
+
+SIZES = ("size", "shape", "sizes", "input_sizes", "self_sizes")  # names of arguments with the sizes of a tensor
 
 
 def broken(node: Node, problem: str, fix: str) -> InvariantError:
@@ -193,6 +196,27 @@ def nothing_is_placed(program: Program) -> None:
             if kind.layout.groups or kind.layout.partial:
                 fix = "leave placing values to the splitting passes, or run this pass before them"
                 raise broken(node, f"{kind.layout} is placed on the mesh already", fix)
+
+
+@cache
+def _place_of_sizes(target: object) -> int | None:
+    """The position of the argument of an operator that has the sizes of its result, or of what it is a gradient of."""
+    names = argument_names(target) if is_overload(target) else ()
+    return next((place for place, name in enumerate(names) if name in SIZES), None)
+
+
+def ragged_sizes_are_free(program: Program) -> None:
+    """No argument says the size of a ragged dim: it is that of a balanced load, and other on each rank at run time."""
+    for graph in program.graphs.values():
+        for node in graph.nodes:
+            place = _place_of_sizes(node.target)
+            if place is None or len(node.args) <= place or not values(node):
+                continue
+            sizes = node.args[place]
+            for dim, factors in enumerate(values(node)[0].layout.dims):
+                if any(factor.ragged for factor in factors) and isinstance(sizes, (list, tuple)) and sizes[dim] != -1:
+                    problem = f"it says the size {sizes[dim]} of ragged dim {dim} of {values(node)[0].layout}"
+                    raise broken(node, problem, "write -1 (autodiff/ragged.py), or an operator without the sizes")
 
 
 def whole_on(axis: str) -> Contract:

@@ -128,13 +128,15 @@ class Factor:
 
     An axis may be several merged to one (``dp+sp``): these cut the factor once, into as many parts as they have ranks.
     ``mirrored``: the one of ``axes``, if any, whose ranks are counted from the last behind each odd index of the
-    factors in front of this one.
+    factors in front of this one. ``ragged``: each rank knows the size of its own part at run time only (rows sent to
+    experts); ``size`` is then what it is on the mean, and no argument of an operator may say it.
     """
 
     size: int
     axes: tuple[str, ...] = ()
     ratio: tuple[int, ...] = (1,)
     mirrored: str = ""
+    ragged: bool = False
 
     def local(self, mesh: Mesh) -> int:
         size = self.size
@@ -144,7 +146,8 @@ class Factor:
 
     def __str__(self) -> str:
         if self.ratio == (1,):
-            return str(self.size) + "".join(f"@{axis}" + "~" * (axis == self.mirrored) for axis in self.axes)
+            owned = "".join(f"@{axis}" + "~" * (axis == self.mirrored) for axis in self.axes)
+            return str(self.size) + "?" * self.ragged + owned
         unit = self.size // sum(self.ratio)
         return "+".join(str(part * unit) for part in self.ratio) + "".join(f"@{axis}" for axis in self.axes)
 
@@ -170,6 +173,11 @@ class Layout:
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
         return tuple(math.prod(factor.local(mesh) for factor in dim) for dim in self.dims)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the ranks have parts of sizes that they know at run time only."""
+        return any(factor.ragged for dim in self.dims for factor in dim)
 
     @property
     def axes(self) -> frozenset[str]:

@@ -170,9 +170,14 @@ def collectives_resize_as_they_say(program: Program) -> None:
 
 def _check_sizes(node: Node, mesh: Mesh) -> None:
     """Run the operator's shape function on its local operand."""
-    ((shape, dtype),), arguments = _type(node.all_input_nodes[0], mesh), comm.arguments_of(node)
-    given = {**arguments, "x": torch.empty(shape, dtype=dtype, device="meta")}
-    result = tuple(node.target(*given.values()).shape)  # type: ignore[operator]
+    ((shape, _),) = _type(node.all_input_nodes[0], mesh)
+
+    def operand(source: Node) -> torch.Tensor:
+        ((sizes, dtype),) = _type(source, mesh)
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    given = fx.map_arg(tuple(comm.arguments_of(node).values()), operand)
+    result = tuple(node.target(*given).shape)  # type: ignore[operator]
     if result != _type(node, mesh)[0][0]:
         problem = f"comm.{comm.TARGETS[node.target]} of {list(shape)} gives {list(result)}, not {_text(node, mesh)}"
         raise broken(node, problem, "give ways, dim and length that fit the operand, or the result its type")

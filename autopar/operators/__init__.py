@@ -13,6 +13,7 @@ from autopar.operators.losses import cross_entropy_from_parts, cross_entropy_sum
 from autopar.operators.masked_attention import ATTENTIONS, masked_attention
 from autopar.operators.random import random_keep, random_uniform
 from autopar.operators.registry import REGISTRY, operator
+from autopar.operators.routing import PERMUTE_ROWS
 from autopar.operators.sequence import hybrid_attention, ring_attention, rows_attention
 from autopar.operators.straight_through import STRAIGHT_THROUGH
 
@@ -20,6 +21,7 @@ __all__ = [
     "ATTENTION",
     "ATTENTIONS",
     "MERGE",
+    "PERMUTE_ROWS",
     "REGISTRY",
     "STRAIGHT_THROUGH",
     "TILE",

@@ -177,6 +177,13 @@ class Search:
                     f"Plan(cuts={tuple(names)!r}): '{name}' {reason}, so that a stage would be empty\n"
                     "Way out: name modules in the order in which they run, the first of them not the model's first."
                 )
+        for name, cut in zip(names, cuts):
+            if cut in graph.within_experts:
+                raise StageError(
+                    f"Plan(cuts={tuple(names)!r}): '{name}' begins while rows are with their experts, of which each "
+                    "rank has as many as arrive: a message between stages has a fixed size\n"
+                    "Way out: name the module that holds the experts, or one behind it."
+                )
         if cuts[-1] > graph.loss:
             raise StageError(f"Plan(cuts={tuple(names)!r}): the loss, which the last stage makes, stands before it")
         tables, bounds = self._tables(cuts), range(count + 1)

@@ -92,12 +92,22 @@ class StageGraph:
         return steps[: len(self)]
 
     @cached_property
+    def within_experts(self) -> frozenset[int]:
+        """The places that values of a ragged size would cross: a message between stages has a fixed size."""
+        ragged = (node for node in self.nodes if any(kind.layout.ragged for kind in values(node)))
+        spans = (range(self.place[node] + 1, max(self.uses[node], default=0) + 1) for node in ragged)
+        return frozenset(itertools.chain.from_iterable(spans))
+
+    @cached_property
     def places_to_cut(self) -> list[int]:
-        """Among cut points with no computation between them, the one fewest bytes cross. Never splits a tuple."""
+        """Among cut points with no computation between them, the one fewest bytes cross.
+
+        Never splits a tuple, nor what a rank does with rows for its experts.
+        """
         best: dict[int, int] = {}
         computed = 0
         for position, node in enumerate(self.nodes):
-            if position and node.target is not operator.getitem:
+            if position and node.target is not operator.getitem and position not in self.within_experts:
                 found = best.setdefault(computed, position)
                 best[computed] = min(found, position, key=lambda place: (self.crossing[place], place))
             computed += self.seconds[node] > 0

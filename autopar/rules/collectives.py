@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from autopar.ir.collectives import AXIS, COLLECTIVES, ENDS, OPS, ORDERS, PART, REDUCTION, STEPS
+from autopar.ir.collectives import AXIS, COLLECTIVES, ENDS, OPS, ORDERS, PART, REDUCTION, SIZES, STEPS
 from autopar.ir.layout import Split
 from autopar.rules.factoring import ANY_SIZE, Call, Factoring, Shape, Strategy, dims_of
 from autopar.rules.pointwise import broadcast
@@ -64,12 +64,24 @@ def _fewer_blocks(
     return (*call.args[:3], *ends), dict(call.kwargs)
 
 
+def routed(call: Call) -> Factoring:
+    """The rows stay whole on this axis, and so do the numbers of rows for each rank."""
+    rows = keeps_other_dims(replace(call, inputs=call.inputs[:1]), {0}, FIRST)
+    counts, sizes = dims_of(call.inputs[1], "ranks")
+    return replace(
+        rows, inputs=(*rows.inputs, counts, counts), sizes={**rows.sizes, **sizes}, whole=rows.whole | frozenset(sizes)
+    )
+
+
 def position(call: Call) -> Factoring:
     """A rank's position on another axis: a number, with nothing to split."""
     return Factoring((), ((),), {})
 
 
-BY_FORM = {AXIS: elementwise, REDUCTION: reduced, PART: joined, ENDS: exchanged, ORDERS: reordered, STEPS: elementwise}
+BY_FORM = {
+    AXIS: elementwise, REDUCTION: reduced, PART: joined, ENDS: exchanged, ORDERS: reordered, STEPS: elementwise,
+    SIZES: routed,
+}  # fmt: skip
 RULES: dict[Any, Any] = {
     OPS.axis_index.default: position,
     **{getattr(OPS, name).default: BY_FORM[row.form] for name, row in COLLECTIVES.items()},

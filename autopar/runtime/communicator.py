@@ -166,6 +166,22 @@ class Communicator:
             return x.clone(memory_format=torch.contiguous_format)
         return self._start("shift", axis, x.unsqueeze(0), torch_collectives.start_shift, by).squeeze(0)
 
+    def dispatch_rows(self, x: Tensor, axis: str, ways: int, send: Tensor, receive: Tensor) -> Tensor:
+        """Rows of ``x``: the first ``send[0]`` to rank 0 of the axis, and so on; ``receive[i]`` come from rank i."""
+        return self.wait(self.start_dispatch_rows(x, axis, ways, send, receive), axis)
+
+    def return_rows(self, x: Tensor, axis: str, ways: int, send: Tensor, receive: Tensor) -> Tensor:
+        """As :meth:`dispatch_rows`, for rows that go back."""
+        return self.wait(self.start_return_rows(x, axis, ways, send, receive), axis)
+
+    def start_dispatch_rows(self, x: Tensor, axis: str, ways: int, send: Tensor, receive: Tensor) -> Tensor:
+        """As :meth:`dispatch_rows`; see :meth:`start_all_reduce`."""
+        return self._start_rows("dispatch_rows", x, axis, send.tolist(), receive.tolist())
+
+    def start_return_rows(self, x: Tensor, axis: str, ways: int, send: Tensor, receive: Tensor) -> Tensor:
+        """As :meth:`return_rows`; see :meth:`start_all_reduce`."""
+        return self._start_rows("return_rows", x, axis, send.tolist(), receive.tolist())
+
     def start_all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
         """As :meth:`all_reduce`, but the result is available only after :meth:`wait`; ``x`` must not change before."""
         if self.group(axis) is None:
@@ -202,6 +218,14 @@ class Communicator:
         self._started[result.data_ptr()] = name
         return result
 
+    def _start_rows(self, name: str, x: Tensor, axis: str, send: list[int], receive: list[int]) -> Tensor:
+        if self.group(axis) is None:
+            return x
+        leaving = (len(x) - send[self.position(axis)]) * x[:1].numel() * x.element_size()
+        result = self._counted(name, axis, leaving, x.contiguous(), torch_collectives.start_exchange, send, receive)
+        self._started[result.data_ptr()] = name
+        return result
+
     def _gather(self, name: str, x: Tensor, axis: str, split: Split, length: int) -> Tensor:
         if self.group(axis) is None:
             return x
@@ -209,11 +233,17 @@ class Communicator:
         return together(gathered.view(self.mesh.size(axis), *x.shape), split, length)
 
     def _send(self, name: str, axis: str, x: Tensor, collective: Callable[..., Tensor], *more: Any) -> Tensor:
+        size = moved_bytes(name, self.mesh.size(axis), x.numel() * x.element_size())
+        return self._counted(name, axis, size, x, collective, *more)
+
+    def _counted(
+        self, name: str, axis: str, size: int, x: Tensor, collective: Callable[..., Tensor], *more: Any
+    ) -> Tensor:
         group = self.group(axis)
         assert group is not None, axis
         counts = self._sent.setdefault((self.phase, axis, name), [0, 0])
         counts[0] += 1
-        counts[1] += moved_bytes(name, group.size(), x.numel() * x.element_size())
+        counts[1] += size
         return self._guarded(name, axis, x, collective, group, *more)
 
     def _guarded(self, name: str, axis: str, x: Tensor, collective: Callable[..., Tensor], *more: Any) -> Tensor:

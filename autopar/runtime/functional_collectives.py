@@ -98,7 +98,11 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def exchange(x: Tensor, group: ProcessGroup, sent: Sequence[int], received: Sequence[int]) -> Tensor:
     """As :func:`all_to_all` of blocks of unequal sizes: ``sent[i]`` to rank i, ``received[i]`` from it."""
-    result: Tensor = _wait(_all_to_all(x, list(received), list(sent), group.group_name))
+    return wait(start_exchange(x, group, sent, received))
+
+
+def start_exchange(x: Tensor, group: ProcessGroup, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    result: Tensor = _all_to_all(x, list(received), list(sent), group.group_name)
     return result
 
 

@@ -116,6 +116,16 @@ def _shift(parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
     return [parts[(position - arguments[2]) % len(parts)].contiguous() for position in range(len(parts))]
 
 
+def _exchange_rows(parts: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+    """``send`` and ``receive`` of the arguments are those of each member."""
+    send, receive = arguments[2:]
+    blocks = [torch.split_with_sizes(part, counts.tolist()) for part, counts in zip(parts, send)]
+    return [
+        torch.cat([own[position].narrow(0, 0, rows) for own, rows in zip(blocks, counts.tolist(), strict=True)])
+        for position, counts in enumerate(receive)
+    ]
+
+
 REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.add,
     "max": torch.maximum,
@@ -136,6 +146,8 @@ RULES: dict[str, Callable[[Sequence[Tensor], Sequence[Any]], list[Tensor]]] = {
     "all_to_all": _all_to_all,
     "reorder": _all_to_all,
     "shift": _shift,
+    "dispatch_rows": _exchange_rows,
+    "return_rows": _exchange_rows,
     "wait": _same,
 }
 
@@ -192,6 +204,8 @@ class _Differentiable(torch.autograd.Function):
 
 class Lockstep:
     """Runs graphs on all ranks of ``mesh`` at once and counts the bytes that they send and hold.
+
+    Rows for experts count as those of the rank that sends most in that exchange; all else is the same on all ranks.
 
     ``gradients``: torch's autograd may go backward through the run, with collectives as their duals.
     """
@@ -278,17 +292,26 @@ class Lockstep:
         moving = comm.moving(node.target)
         if moving is not None and not comm.is_idle(node, self.mesh):
             size = parts[0].numel() * parts[0].element_size()
-            self.count(phase, axis, moving, 1, moved_bytes(moving, self.mesh.size(axis), size))
+            sent = moved_bytes(moving, self.mesh.size(axis), size)
+            if node.target in comm.started_too(comm.ROUTES):
+                sent = max(self._leaving(axis, rank, parts[rank], known[rest[1]][rank]) for rank in range(len(parts)))
+            self.count(phase, axis, moving, 1, sent)
         results: Ranks = [None] * self.mesh.world_size
         for group in self.groups(axis):
             own = [parts[rank] for rank in group]
+            given = (axis, *([known[x][rank] for rank in group] if isinstance(x, Node) else x for x in rest))
             if self.gradients:
-                members = _Differentiable.apply(name, (axis, *rest), *own)  # type: ignore[no-untyped-call]
+                members = _Differentiable.apply(name, given, *own)  # type: ignore[no-untyped-call]
             else:
-                members = collective(name, own, (axis, *rest))
+                members = collective(name, own, given)
             for rank, result in zip(group, members):
                 results[rank] = result
         return results
+
+    def _leaving(self, axis: str, rank: int, rows: Tensor, send: Tensor) -> int:
+        """Bytes of the rows that leave a rank."""
+        kept = int(send[self.mesh.position(axis, self.mesh.coordinates(rank))])
+        return (len(rows) - kept) * rows[:1].numel() * rows.element_size()
 
 
 def _call(node: Node, here: dict[Node, Any], rank: int) -> Any:

@@ -28,6 +28,8 @@ def _arguments(name: str, ways: int) -> tuple[tuple[Any, ...], tuple[int, ...]]:
         return (ways, [0, 1, 1], [1, 1, 1]), (3, 2 * ways)
     if row.form is comm.ORDERS:
         return (ways, [0, 1, 1], [0, -2, 1]), (6, 2)
+    if row.form is comm.SIZES:
+        return (ways,), (ways, 2)  # and what is sent and received, see _sizes
     return {comm.AXIS: (), comm.REDUCTION: ("sum",), comm.STEPS: (ways, -1)}[row.form], (3, 2)
 
 
@@ -36,10 +38,25 @@ def _run(name: str, axis: str, mesh: Mesh, parts: list[Tensor]) -> tuple[list[Te
     graph = fx.Graph()
     x = graph.placeholder("x")
     set_values(x, Value(torch.float64, Layout.whole(parts[0].shape)))
+    inputs = [list(parts)]
+    if comm.COLLECTIVES[name].form is comm.SIZES:
+        counts = [graph.placeholder(side) for side in ("send", "receive")]
+        inputs += _sizes(axis, mesh)
+        arguments = (arguments[0], *counts)
     graph.output((graph.call_function(getattr(comm.OPS, name).default, (x, axis, *arguments)),))
     lockstep = Lockstep(mesh)
-    (results,) = lockstep.run(graph, [list(parts)])
+    (results,) = lockstep.run(graph, inputs)
     return results, lockstep.traffic
+
+
+def _sizes(axis: str, mesh: Mesh) -> list[list[Tensor]]:
+    """What each rank sends to each other, and receives from it: unequal, some nothing; on each rank ``ways`` rows."""
+    ways = mesh.size(axis)
+    table = torch.stack([torch.ones(ways, dtype=torch.int64).roll(shift) for shift in range(ways)])
+    table[:, 0] += table[:, -1]
+    table[:, -1] = 0
+    places = [mesh.position(axis, mesh.coordinates(rank)) for rank in range(mesh.world_size)]
+    return [[table[place] for place in places], [table[:, place] for place in places]]
 
 
 @pytest.mark.parametrize("axis", GROUPS)

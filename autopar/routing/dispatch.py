@@ -1,0 +1,127 @@
+"""The rows of one region on their way: to the ranks of their experts, as many as there are, and back.
+
+Nothing is dropped. A rank knows at run time only how many rows arrive; what is written has the number of a balanced
+load, marked as ragged. (Gale et al. 2023, MegaBlocks; the exchange: Rajbhandari et al. 2022, DeepSpeed-MoE, section 5.)
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.ir import collectives as comm
+from autopar.ir.builder import Builder
+from autopar.ir.layout import Factor, Layout
+from autopar.ir.node import Value, set_values, value, values
+from autopar.mesh import Mesh, axes_of
+from autopar.operators.experts import EXPERT_LINEAR
+from autopar.operators.routing import COLUMNS, PERMUTE_ROWS, RECEIVED_IDS, ROUTE_ROWS, ROW_SIZES, own_experts
+from autopar.routing.regions import RESHAPES, Region
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Dispatch:
+    """The rewriting of one region, whose rows go to the ranks of ``axis``."""
+
+    mesh: Mesh
+    axis: str
+    region: Region
+    sizes: tuple[fx.Node, ...] = ()  # rows that are sent to each rank, and that come from it
+    sent: dict[fx.Node, fx.Node] = field(default_factory=dict)  # a value of the tokens -> what has arrived of it
+
+    def write(self) -> None:
+        """Send the rows of the region to their experts, and the results back, in the graph."""
+        outside = {node: value(node) for node in self.region.given}
+        self._write_route(Builder(before=self.region.inside[0]))
+        self.sent = {source: self._dispatched(source) for source in self.region.taken}
+        for node in self.region.inside:
+            set_values(node, *(self._with_rows(kind, ragged=True) for kind in values(node)))
+            self._write_inside(node)
+        for node, kind in outside.items():
+            self._give_back(node, kind)
+
+    # ------------------------------------------------------------ rows
+
+    @property
+    def _others(self) -> tuple[str, ...]:
+        """The further axes whose ranks have other rows."""
+        own = axes_of(self.axis)
+        return tuple(axis for axis in value(self.region.ids).layout.groups if axis not in own)
+
+    def _rows(self, *, ragged: bool = False) -> tuple[Factor, ...]:
+        """The rows of all ranks: one for each id."""
+        axes = (*self._others, self.axis)
+        count = value(self.region.ids).layout.local_shape(self.mesh)[0]
+        return (Factor(count * math.prod(map(self.mesh.size, axes)), axes, ragged=ragged),)
+
+    def _with_rows(self, kind: Value, *, ragged: bool) -> Value:
+        dims = (self._rows(ragged=ragged), *kind.layout.dims[1:])
+        return replace(kind, layout=replace(kind.layout, dims=dims))
+
+    def _write_route(self, op: Builder) -> None:
+        """The order of the rows, how many go to each rank and come from it, and the ids of those that arrive."""
+        ways, experts = self.mesh.size(self.axis), self.region.experts
+        own = own_experts(experts, ways)
+        numbers = Value(torch.int64, Layout((self._rows(),)))
+        fibres = tuple(Factor(self.mesh.size(axis), (axis,)) for axis in self._others)
+        here, whole, bins = Factor(ways, (self.axis,)), Factor(ways), (Factor(own + 1),)
+        table = Value(torch.int64, Layout(((*fibres, here), (whole,), bins)))
+        swapped = Value(torch.int64, Layout(((*fibres, whole), (here,), bins)))
+        sizes = Value(torch.int64, Layout(((*fibres, here, whole),)))
+        route = op(ROUTE_ROWS, self.region.ids, experts, ways, like=(numbers, numbers, table), name="route")
+        self.order, self.inverse, counts = _items(op, route, "order", "inverse", "counts")
+        swap = (self.axis, ways, [0, 1, 1], [1, 1, 1])
+        received = op(comm.OPS.all_to_all.default, counts, *swap, like=swapped, name="received")
+        both = op(ROW_SIZES, counts, received, like=(sizes, sizes), name="sizes")
+        self.sizes = _items(op, both, "send", "receive")
+        rows = numbers.layout.local_shape(self.mesh)[0]
+        self.ids = op(RECEIVED_IDS, received, rows, like=self._with_rows(numbers, ragged=True))
+
+    def _dispatched(self, source: fx.Node) -> fx.Node:
+        op = Builder(before=self._first_user(source))
+        kind = self._with_rows(value(source), ragged=False)
+        picked = op(PERMUTE_ROWS, source, self.order, self.inverse, like=kind)
+        arrived = self._with_rows(kind, ragged=True)
+        return op(comm.OPS.dispatch_rows.default, picked, *self._ways, *self.sizes, like=arrived)
+
+    def _first_user(self, source: fx.Node) -> fx.Node:
+        return next(node for node in self.region.inside if source in node.all_input_nodes)
+
+    @property
+    def _ways(self) -> tuple[str, int]:
+        return self.axis, self.mesh.size(self.axis)
+
+    def _give_back(self, node: fx.Node, kind: Value) -> None:
+        inside = set(self.region.inside)
+        users = [user for user in node.users if user not in inside]
+        op, rows = Builder(after=node), self._with_rows(kind, ragged=False)
+        home = op(comm.OPS.return_rows.default, node, *self._ways, *reversed(self.sizes), like=rows)
+        found = op(PERMUTE_ROWS, home, self.inverse, self.order, like=kind)
+        for user in users:
+            user.replace_input_with(node, found)
+
+    def _write_inside(self, node: fx.Node) -> None:
+        """Let a node take the rows that have arrived, however many there are."""
+        for source, arrived in self.sent.items():
+            node.replace_input_with(source, arrived)
+        args: Any = node.args
+        if node.target is EXPERT_LINEAR:
+            node.args = (*args[:2], self.ids)
+        elif node in self.region.vectors:
+            node.args = (args[0], [self.ids, *args[1][1:]])
+        elif node.target in RESHAPES:
+            node.args = (args[0], [-1, *args[1][1:]], *args[2:])
+        elif node.target is aten.slice.Tensor:
+            dim, start, end, *step = args[1:]  # in canonical form
+            node.target, node.args = COLUMNS, (args[0], dim, start, end, *(step or [1]))
+
+
+def _items(op: Builder, node: fx.Node, *names: str) -> tuple[fx.Node, ...]:
+    return tuple(op(operator.getitem, node, position, name=name) for position, name in enumerate(names))

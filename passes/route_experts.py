@@ -1,0 +1,89 @@
+"""Deal the experts out over ``ep``: each rank has some of them, rows go to the ranks of their experts and come back.
+
+before, on mesh(ep=2):
+  w       = param w                              : f32[4,8,6]
+  x       = input                                : f32[10@ep,8]
+  ids     = input                                : i64[10@ep]
+  enter   = comm.enter(w, ep)                    : f32[4,8,6]
+  product = autopar.expert_linear(x, enter, ids) : f32[10@ep,6]
+  act     = aten.relu(product)                   : f32[10@ep,6]
+  return act
+after:
+  w = param w : f32[4@ep,8,6]
+  x = input : f32[10@ep,8]
+  ids = input : i64[10@ep]
+  route = autopar.route_rows(ids, 4, 2) : (i64[10@ep], i64[10@ep], i64[2@ep,2,3])
+  order = route[0] : i64[10@ep]
+  inverse = route[1] : i64[10@ep]
+  counts = route[2] : i64[2@ep,2,3]
+  received = comm.all_to_all(counts, ep, source=0, target=1) : i64[2,2@ep,3]
+  sizes = autopar.row_sizes(counts, received) : (i64[(2@ep 2)], i64[(2@ep 2)])
+  send = sizes[0] : i64[(2@ep 2)]
+  receive = sizes[1] : i64[(2@ep 2)]
+  received_ids = autopar.received_ids(received, 5) : i64[10?@ep]
+  permute_rows = autopar.permute_rows(x, order, inverse) : f32[10@ep,8]
+  dispatch_rows = comm.dispatch_rows(permute_rows, ep, send=send, receive=receive) : f32[10?@ep,8]
+  product = autopar.expert_linear(dispatch_rows, w, received_ids) : f32[10?@ep,6]
+  return_rows = comm.return_rows(product, ep, send=receive, receive=send) : f32[10@ep,6]
+  permute_rows_1 = autopar.permute_rows(return_rows, inverse, order) : f32[10@ep,6]
+  act = aten.relu(permute_rows_1) : f32[10@ep,6]
+  return act
+
+Until here ``ep`` is a data axis like ``dp``. What this pass makes of a layer of experts:
+
+* the rows are sorted by rank and expert; how many go where is exchanged once (``all_to_all`` of the counts),
+* ``dispatch_rows`` sends each row to the rank of its expert; that rank runs its products and what lies between on the
+  rows that it has received, as many as there are (``192?@ep``: a number that ranks know at run time only),
+* ``return_rows`` sends the results back, and they are put in the order of the tokens again.
+
+Nothing is dropped. Backward does the same the other way: one exchange of rows for each. The gradient of an expert is
+complete on its rank. (Lepikhin et al. 2020, GShard; Fedus et al. 2021, Switch; Gale et al. 2023, MegaBlocks.)
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import fx
+
+from autopar.errors import NothingSplitError
+from autopar.ir.graph_pass import graph_pass
+from autopar.ir.node import origin
+from autopar.ir.program import Program
+from autopar.mesh import EXPERTS
+from autopar.routing.dispatch import Dispatch
+from autopar.routing.placing import CannotPlace, Placing
+from autopar.routing.regions import regions_of
+
+
+@graph_pass(when=lambda program: program.mesh.size(EXPERTS) > 1)
+def route_experts(program: Program) -> Program:
+    axis = EXPERTS
+    regions, reasons = regions_of(program)
+    dealt = []
+    for region in regions:
+        placing = Placing(program, axis)
+        try:
+            placing.add([region])
+        except CannotPlace as problem:
+            reasons |= dict.fromkeys(region.products, str(problem))
+            continue
+        dealt.append((region, placing))
+    if not dealt:
+        raise NothingSplitError(_nothing_routed(program, reasons))
+    if reasons:
+        node, reason = next(iter(reasons.items()))
+        warnings.warn(f"the experts of {origin(node).module or node.name} stay whole on {axis}: {reason}", stacklevel=2)
+    for region, placing in dealt:
+        placing.write()
+        Dispatch(program.mesh, axis, region).write()
+    return program
+
+
+def _nothing_routed(program: Program, reasons: dict[fx.Node, str]) -> str:
+    ways = program.mesh.size(EXPERTS)
+    why = next(iter(reasons.values()), "no layer of experts was recognised in it")
+    return (
+        f"{EXPERTS}={ways} has no experts to deal out in this model: {why}\n"
+        f"Way out: a mesh without {EXPERTS} (dp={ways} splits the batch alike)."
+    )

@@ -1,0 +1,254 @@
+"""Expert parallelism: exact on every axis, with few exchanges, experts dealt out, and what is refused."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autopar.analysis.footprint import held
+from autopar.check import Reference, Report
+from autopar.compiler import compile_program, split_program
+from autopar.errors import IndivisibleError, NothingSplitError
+from autopar.ir.node import value
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+
+EXACT, TINY = 1e-12, 1e-10  # of all tokens alike, gradients are tiny in places
+EXCHANGES = ("dispatch_rows", "return_rows")
+WIDTH, INNER = 16, 12
+
+
+class Experts(nn.Module):
+    """Sorted rows and grouped products, as transformers has them, behind a router with an auxiliary loss."""
+
+    def __init__(self, experts: int, biased: bool = False, shared: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = experts
+        self.tokens = nn.Embedding(32, WIDTH)
+        self.router = nn.Linear(WIDTH, experts, bias=False)
+        self.up = nn.Parameter(torch.randn(experts, 2 * INNER, WIDTH) / 4)
+        self.down = nn.Parameter(torch.randn(experts, WIDTH, INNER) / 4)
+        self.bias = nn.Parameter(torch.randn(experts, WIDTH) / 4) if biased else None
+        self.shared = nn.Linear(WIDTH, WIDTH) if shared else None
+        self.head = nn.Linear(WIDTH, 32)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.tokens(ids)
+        rows = x.reshape(-1, WIDTH)
+        scores = self.router(rows).softmax(-1)
+        weights, chosen = scores.topk(2, -1)
+        y = self._routed(rows, chosen) * weights.reshape(-1, 1)
+        y = y.reshape(len(rows), 2, WIDTH).sum(1).reshape(x.shape)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        logits = self.head(x + y)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        share = nn.functional.one_hot(chosen, self.experts).to(scores.dtype).mean((0, 1))
+        return {"loss": loss + 0.1 * (share * scores.mean(0)).sum(), "logits": logits}
+
+    def _routed(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        """One row of results for each choice of each token."""
+        ids = chosen.reshape(-1)
+        picked = rows.repeat_interleave(2, 0)
+        gate, up = torch.bmm(self.up[ids], picked.unsqueeze(-1)).squeeze(-1).chunk(2, -1)
+        y = torch.bmm(self.down[ids], (torch.nn.functional.silu(gate) * up).unsqueeze(-1)).squeeze(-1)
+        return y if self.bias is None else y + self.bias[ids]
+
+
+def batch(rows: int = 12, kind: str = "usual") -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(32, (rows, 8), generator=generator)
+    labels = ids.roll(-1, 1)
+    for row in range(rows):
+        labels[row, : row % 6] = -100  # unequal numbers of labels that count
+    return {"ids": torch.full_like(ids, 5) if kind == "alike" else ids, "labels": labels}
+
+
+@cache
+def reference(experts: int, kind: str = "usual", **choices: bool) -> Reference:
+    return Reference(Experts(experts, **choices), batch(kind=kind))
+
+
+def checked(report: Report, limit: float = EXACT) -> Report:
+    assert report.worst <= limit, (report.worst, report.grads)
+    return report
+
+
+def exchanges(report: Report, phase: str) -> list[tuple[str, str, int]]:
+    return [(t.axis, t.name, t.operations) for t in report.step.traffic if t.phase == phase and t.name in EXCHANGES]
+
+
+@pytest.mark.parametrize("kind", ["usual", "alike"])
+@pytest.mark.parametrize("experts", [12, 10, 3])
+@pytest.mark.parametrize("ways", [1, 2, 3, 4, 6])
+def test_exact_for_any_number_of_ranks_and_experts(ways: int, experts: int, kind: str) -> None:
+    """Uneven parts, ranks without an expert, and, where all tokens are alike, ranks without a row."""
+    report = checked(reference(experts, kind).check(Mesh(ep=ways), Plan()), TINY if kind == "alike" else EXACT)
+    expected = [("ep", name, 1) for name in EXCHANGES] if ways > 1 else []
+    assert exchanges(report, "forward") == exchanges(report, "backward") == expected
+    program = report.program
+    assert isinstance(program, Program)
+    own = -(-experts // ways)
+    for node, entry in program.placeholders(InputKind.PARAMETER):
+        if entry.target in ("up", "down"):
+            assert value(node).layout.local_shape(program.mesh)[0] == own
+
+
+@pytest.mark.parametrize("choices", [{}, {"biased": True}, {"shared": True}], ids=["plain", "biased", "shared"])
+@pytest.mark.parametrize(
+    ("mesh", "plan"),
+    [
+        ("dp=2,ep=3", {}), ("ep=2,tp=2", {}), ("dp=2,ep=2,tp=3", {}), ("pp=2,ep=2", {"microbatches": 3}),
+        ("ep=2,sp=2", {"sequence_dims": {"ids": 1, "labels": 1}}), ("ep=2", {"recompute": "full"}),
+        ("ep=3", {"microbatches": 2}), ("ep=2", {"overlap_mb": 0.0}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_exact_with_every_other_axis(mesh: str, plan: dict[str, Any], choices: dict[str, bool]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of statistics of microbatches
+        reference_ = Reference(NoAuxiliary(10, **choices), batch()) if "microbatches" in plan else None
+        report = (reference_ or reference(10, **choices)).check(Mesh.parse(mesh), Plan(**plan))
+    checked(report)
+    times = plan.get("microbatches", 1) if "pp" in mesh else 1
+    assert sum(count for *_, count in exchanges(report, "backward")) == 2 * times, "recomputation sends nothing again"
+
+
+class NoAuxiliary(Experts):
+    """Without the loss of the router, whose statistics are those of a microbatch."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = super().forward(ids, labels)["logits"]
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def test_bytes_are_those_of_the_rows_that_leave_a_rank() -> None:
+    report = reference(12).check(Mesh(ep=2), Plan())
+    model, given = Experts(12).double(), batch()
+    rows = model.tokens(given["ids"]).reshape(-1, WIDTH)
+    chosen = model.router(rows).topk(2, -1)[1].view(2, -1)  # of each rank
+    leaving = max(int((chosen[0] >= 6).sum()), int((chosen[1] < 6).sum()))
+    sent = {(t.phase, t.name): t.bytes for t in report.step.traffic if t.name in EXCHANGES}
+    assert sent["forward", "dispatch_rows"] == sent["backward", "dispatch_rows"] == leaving * WIDTH * 8
+    (counts,) = [t for t in report.step.traffic if t.name == "all_to_all"]
+    assert (counts.phase, counts.operations, counts.bytes) == ("forward", 1, (6 + 1) * 8)
+
+
+@pytest.mark.parametrize("ways", [1, 2, 4])
+def test_parameters_of_a_rank_are_those_shared_and_its_part_of_the_experts(ways: int) -> None:
+    model = Experts(12)
+    program = compile_program(model, Mesh(ep=ways), Plan(check_numerics=False), (), batch())
+    assert isinstance(program, Program)
+    routed = 4 * (model.up.numel() + model.down.numel())
+    whole = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert held(program).rank == whole - routed + routed // ways
+
+
+def test_gradients_are_reduced_once_over_the_ranks_that_share_the_parameter() -> None:
+    report = reference(12).check(Mesh(dp=2, ep=2), Plan(bucket_mb=0))
+    sent = {(t.axis, t.name): (t.operations, t.bytes) for t in report.step.traffic if t.phase == "backward"}
+    model = Experts(12)
+    routed = 8 * (model.up.numel() + model.down.numel()) // 2  # those of a rank
+    shared = 8 * sum(p.numel() for name, p in model.named_parameters() if name not in ("up", "down"))
+    assert sent["dp", "all_reduce"] == (2, 2 * routed // 2)
+    assert sent["dp+ep", "all_reduce"] == (4, 2 * 3 * shared // 4)
+    assert {axis for axis, name in sent if name == "all_reduce"} == {"dp", "dp+ep"}
+
+
+def test_no_argument_says_how_many_rows_there_are() -> None:
+    """Gradients of sums over columns, and of strided slices, have sizes among their arguments in torch."""
+
+    class Odd(Experts):
+        def _routed(self, rows: Tensor, chosen: Tensor) -> Tensor:
+            ids = chosen.reshape(-1)
+            y = torch.bmm(self.up[ids], rows.repeat_interleave(2, 0).unsqueeze(-1)).squeeze(-1)
+            gate, up = y[:, ::2], y[:, 1::2]
+            y = gate * up - gate.mean(-1, keepdim=True) + up.view(-1, 3, INNER // 3).sum(1).repeat_interleave(3, 1)
+            return torch.bmm(self.down[ids], y.unsqueeze(-1)).squeeze(-1)
+
+    report = checked(Reference(Odd(10), batch()).check(Mesh(ep=3), Plan()))
+    assert exchanges(report, "forward") == [("ep", name, 1) for name in EXCHANGES]
+    text = str(report.program)
+    assert re.search(r"f64\[\d+\?@ep,12\]", text) and "columns_backward" in text
+
+
+# ---------------------------------------------------------------- refused
+
+
+def split(model: nn.Module, mesh: str, given: dict[str, Tensor] | None = None, **plan: Any) -> Any:
+    return split_program(model, Mesh.parse(mesh), Plan(check_numerics=False, **plan), (), given or batch())
+
+
+def test_a_model_without_experts_is_refused() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.head = nn.Embedding(32, WIDTH), nn.Linear(WIDTH, 32)
+
+        def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(self.head(self.tokens(ids)).flatten(0, 1), labels.flatten())
+
+    with pytest.raises(NothingSplitError, match="ep=2 has no experts to deal out in this model") as raised:
+        split(Dense(), "ep=2")
+    assert "Way out: a mesh without ep" in str(raised.value) and str(raised.value).count("\n") < 15
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(IndivisibleError, match="has 4 rows \\(dim 0\\), which ep=3 does not divide"):
+        split(Experts(12), "ep=3", batch(4))
+
+
+def test_weights_that_are_used_elsewhere_too_stay_whole() -> None:
+    class Tied(Experts):
+        def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            found = super().forward(ids, labels)
+            return {**found, "loss": found["loss"] + self.down.square().sum()}
+
+    with pytest.raises(NothingSplitError, match="is used by .* too, outside of the experts"):
+        split(Tied(12), "ep=2")
+
+
+def test_rows_that_are_mixed_between_products_are_no_region() -> None:
+    class Mixed(Experts):
+        def _routed(self, rows: Tensor, chosen: Tensor) -> Tensor:
+            ids = chosen.reshape(-1)
+            y = torch.bmm(self.up[ids], rows.repeat_interleave(2, 0).unsqueeze(-1)).squeeze(-1)[:, :INNER]
+            y = y - y.mean(0)
+            return torch.bmm(self.down[ids], y.unsqueeze(-1)).squeeze(-1)
+
+    with pytest.raises(NothingSplitError, match="adds up its rows|does not treat each row alone"):
+        split(Mixed(12), "ep=2")
+
+
+def test_an_operator_without_a_known_way_for_ragged_rows_leaves_them_whole() -> None:
+    class Sorted(Experts):
+        def _routed(self, rows: Tensor, chosen: Tensor) -> Tensor:
+            ids = chosen.reshape(-1)
+            y = torch.bmm(self.up[ids], rows.repeat_interleave(2, 0).unsqueeze(-1)).squeeze(-1)[:, :INNER]
+            return torch.bmm(self.down[ids], y.cumsum(-1).unsqueeze(-1)).squeeze(-1)
+
+    with pytest.raises(NothingSplitError, match="aten.cumsum.default is not known to take a number of rows that"):
+        split(Sorted(12), "ep=2")
+
+
+def test_a_layer_that_stays_whole_is_warned_of() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Experts(12), Experts(12)
+
+        def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            one, two = self.first(ids, labels), self.second(ids, labels)
+            return {"loss": one["loss"] + two["loss"] + self.second.up.square().sum()}
+
+    with pytest.warns(UserWarning, match="stay whole on ep: parameter 'second.up' is used by"):
+        checked(Reference(Two(), batch()).check(Mesh(ep=2), Plan()))
