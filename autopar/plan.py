@@ -12,6 +12,7 @@ from autopar.schedules.named import NAMES, stages_per_rank
 
 SEQUENCE_FORMS = ("none", "megatron")
 ATTENTION_FORMS = ("auto", "ring", "gather", "ulysses", "hybrid")
+EXPERT_AXES = ("auto", "ep", "ep+sp", "ep+tp", "ep+sp+tp", "sp", "tp", "sp+tp")
 ZERO_STAGES = (0, 1, 2, 3)
 INPUT_FORMS = ("global", "local")
 RECOMPUTE_FORMS = ("none", "selective", "full")
@@ -40,6 +41,8 @@ class Plan:
             keys and values around; ``"gather"`` gathers them; ``"ulysses"`` turns parts of the sequence into parts of
             the heads and back; ``"hybrid"`` does that among neighbours, with a ring over the groups; ``"auto"``
             prices the four for each attention.
+        expert_axes: the axes over which whole experts are dealt out (docs/experts.md): ``"ep"``, ``"ep+sp"``,
+            ``"ep+tp"``, ``"ep+sp+tp"``, also without ``ep``; ``"auto"``: ``ep``, and the others where that sends less.
         zero: what is split over the data axes and ``sp`` (Rajbhandari et al. 2020): 1 the optimizer states, 2 the
             gradients too, 3 the parameters too, which are then gathered before use; 0 nothing.
         reshard_after_forward: with ``zero=3``, free gathered parameters after their use in the forward pass and
@@ -81,6 +84,7 @@ class Plan:
 
     sequence: str = "none"
     attention: str = "auto"
+    expert_axes: str = "auto"
     zero: int = 0
     reshard_after_forward: bool = True
     recompute: str | float = "none"
@@ -106,6 +110,7 @@ class Plan:
     def __post_init__(self) -> None:
         _one_of("sequence", self.sequence, SEQUENCE_FORMS)
         _one_of("attention", self.attention, ATTENTION_FORMS)
+        _one_of("expert_axes", self.expert_axes, EXPERT_AXES)
         _one_of("zero", self.zero, ZERO_STAGES)
         _check_recompute(self.recompute)
         _one_of("inputs", self.inputs, INPUT_FORMS)

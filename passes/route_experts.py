@@ -46,23 +46,24 @@ import warnings
 
 from torch import fx
 
+from autopar.analysis.experts import unrecognised
 from autopar.errors import NothingSplitError
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.node import origin
 from autopar.ir.program import Program
 from autopar.mesh import EXPERTS
 from autopar.routing.dispatch import Dispatch
+from autopar.routing.groups import group_of, is_asked_for
 from autopar.routing.placing import CannotPlace, Placing
 from autopar.routing.regions import regions_of
 
 
-@graph_pass(when=lambda program: program.mesh.size(EXPERTS) > 1)
+@graph_pass(when=lambda program: isinstance(program, Program) and is_asked_for(program))
 def route_experts(program: Program) -> Program:
-    axis = EXPERTS
     regions, reasons = regions_of(program)
     dealt = []
     for region in regions:
-        placing = Placing(program, axis)
+        placing = Placing(program, group_of(program, region))
         try:
             placing.add([region])
         except CannotPlace as problem:
@@ -73,16 +74,18 @@ def route_experts(program: Program) -> Program:
         raise NothingSplitError(_nothing_routed(program, reasons))
     if reasons:
         node, reason = next(iter(reasons.items()))
-        warnings.warn(f"the experts of {origin(node).module or node.name} stay whole on {axis}: {reason}", stacklevel=2)
+        where = origin(node).module or node.name
+        warnings.warn(f"the experts of {where} stay whole on {EXPERTS}: {reason}", stacklevel=2)
     for region, placing in dealt:
-        placing.write()
-        Dispatch(program.mesh, axis, region).write()
+        entered = placing.write()
+        Dispatch(program.mesh, placing.axis, region, entered).write()
     return program
 
 
 def _nothing_routed(program: Program, reasons: dict[fx.Node, str]) -> str:
     ways = program.mesh.size(EXPERTS)
-    why = next(iter(reasons.values()), "no layer of experts was recognised in it")
+    left = [f"{each.reason}\n  module  {each.module}\n  source  {each.source}" for each in unrecognised(program)]
+    why = next(iter((*reasons.values(), *left)), "no layer of experts was recognised in it")
     return (
         f"{EXPERTS}={ways} has no experts to deal out in this model: {why}\n"
         f"Way out: a mesh without {EXPERTS} (dp={ways} splits the batch alike)."

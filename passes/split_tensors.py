@@ -27,6 +27,7 @@ from __future__ import annotations
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.invariants import whole_on
 from autopar.ir.program import Program
+from autopar.routing.groups import kept_off_tensor_axis
 from autopar.split.choose import Choice
 from autopar.split.flow import Flow
 from autopar.split.refusals import refuse_whole_weights
@@ -37,7 +38,7 @@ from autopar.split.tensor_policy import TensorPolicy
 
 @graph_pass(requires=(whole_on("tp"),))
 def split_tensors(program: Program) -> Program:
-    policy = TensorPolicy(program.plan.tensor)
+    policy = TensorPolicy(program.plan.tensor, kept_off_tensor_axis(program))
 
     def check(flow: Flow, choice: Choice) -> None:
         refuse_whole_weights(flow, choice, policy.form)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from torch import fx
 
 from autopar.ir import collectives as comm
 from autopar.ir.builder import Builder
-from autopar.ir.layout import Factor, Layout
+from autopar.ir.layout import Factor, Layout, Split
 from autopar.ir.node import Value, set_values, value, values
 from autopar.mesh import Mesh, axes_of
 from autopar.operators.experts import EXPERT_LINEAR
 from autopar.operators.routing import COLUMNS, PERMUTE_ROWS, RECEIVED_IDS, ROUTE_ROWS, ROW_SIZES, own_experts
+from autopar.routing.deferring import defer_gather
 from autopar.routing.regions import RESHAPES, Region
 
 aten = torch.ops.aten
@@ -28,11 +30,16 @@ aten = torch.ops.aten
 
 @dataclass
 class Dispatch:
-    """The rewriting of one region, whose rows go to the ranks of ``axis``."""
+    """The rewriting of one region, whose rows go to the ranks of ``axis``.
+
+    ``entered``: the axes whose ranks used the weights on other data. Where ``axis`` has ``tp``, whose ranks have the
+    same tokens, each of them takes its part, and all get the results of all.
+    """
 
     mesh: Mesh
     axis: str
     region: Region
+    entered: frozenset[str] = frozenset()
     sizes: tuple[fx.Node, ...] = ()  # rows that are sent to each rank, and that come from it
     sent: dict[fx.Node, fx.Node] = field(default_factory=dict)  # a value of the tokens -> what has arrived of it
 
@@ -49,21 +56,44 @@ class Dispatch:
 
     # ------------------------------------------------------------ rows
 
+    @cached_property
+    def _token_axes(self) -> tuple[str, ...]:
+        """The axes whose ranks have other tokens."""
+        return value(self.region.ids).layout.groups
+
+    @cached_property
+    def shared(self) -> str:
+        """The axis of the group whose ranks have the same tokens; empty if there is none."""
+        (*found, last) = ("", *(axis for axis in axes_of(self.axis) if axis not in self._split_axes))
+        assert len(found) < 2, (self.axis, self._token_axes)
+        return last
+
+    @property
+    def _split_axes(self) -> frozenset[str]:
+        return value(self.region.ids).layout.axes
+
     @property
     def _others(self) -> tuple[str, ...]:
         """The further axes whose ranks have other rows."""
-        own = axes_of(self.axis)
-        return tuple(axis for axis in value(self.region.ids).layout.groups if axis not in own)
+        return tuple(axis for axis in self._token_axes if axis not in axes_of(self.axis))
+
+    @property
+    def _count(self) -> int:
+        """The rows of one rank, one for each of its ids, after they are shared out."""
+        return value(self.region.ids).layout.local_shape(self.mesh)[0] // (
+            self.mesh.size(self.shared) if self.shared else 1
+        )
 
     def _rows(self, *, ragged: bool = False) -> tuple[Factor, ...]:
         """The rows of all ranks: one for each id."""
-        axes = (*self._others, self.axis)
-        count = value(self.region.ids).layout.local_shape(self.mesh)[0]
+        return self._of_ranks(self._count, (*self._others, self.axis), ragged=ragged)
+
+    def _of_ranks(self, count: int, axes: tuple[str, ...], *, ragged: bool = False) -> tuple[Factor, ...]:
+        """A dim of which each rank has ``count``."""
         return (Factor(count * math.prod(map(self.mesh.size, axes)), axes, ragged=ragged),)
 
     def _with_rows(self, kind: Value, *, ragged: bool) -> Value:
-        dims = (self._rows(ragged=ragged), *kind.layout.dims[1:])
-        return replace(kind, layout=replace(kind.layout, dims=dims))
+        return _with_first(kind, self._rows(ragged=ragged))
 
     def _write_route(self, op: Builder) -> None:
         """The order of the rows, how many go to each rank and come from it, and the ids of those that arrive."""
@@ -75,7 +105,8 @@ class Dispatch:
         table = Value(torch.int64, Layout(((*fibres, here), (whole,), bins)))
         swapped = Value(torch.int64, Layout(((*fibres, whole), (here,), bins)))
         sizes = Value(torch.int64, Layout(((*fibres, here, whole),)))
-        route = op(ROUTE_ROWS, self.region.ids, experts, ways, like=(numbers, numbers, table), name="route")
+        ids = self._shared_out(op, self.region.ids)
+        route = op(ROUTE_ROWS, ids, experts, ways, like=(numbers, numbers, table), name="route")
         self.order, self.inverse, counts = _items(op, route, "order", "inverse", "counts")
         swap = (self.axis, ways, [0, 1, 1], [1, 1, 1])
         received = op(comm.OPS.all_to_all.default, counts, *swap, like=swapped, name="received")
@@ -87,9 +118,19 @@ class Dispatch:
     def _dispatched(self, source: fx.Node) -> fx.Node:
         op = Builder(before=self._first_user(source))
         kind = self._with_rows(value(source), ragged=False)
-        picked = op(PERMUTE_ROWS, source, self.order, self.inverse, like=kind)
+        picked = op(PERMUTE_ROWS, self._shared_out(op, source), self.order, self.inverse, like=kind)
         arrived = self._with_rows(kind, ragged=True)
         return op(comm.OPS.dispatch_rows.default, picked, *self._ways, *self.sizes, like=arrived)
+
+    def _shared_out(self, op: Builder, source: fx.Node) -> fx.Node:
+        """This rank's part of rows that are the same on all ranks of ``shared``."""
+        if not self.shared:
+            return source
+        kind, ways = value(source), self.mesh.size(self.shared)
+        length = kind.layout.local_shape(self.mesh)[0]
+        part = _with_first(kind, self._of_ranks(length // ways, (*self._token_axes, self.shared)))
+        cut = comm.OPS.split_replicated if self.shared in self.entered else comm.OPS.split
+        return op(cut.default, source, *comm.where(Split(0), self.shared, ways, length), like=part)
 
     def _first_user(self, source: fx.Node) -> fx.Node:
         return next(node for node in self.region.inside if source in node.all_input_nodes)
@@ -103,9 +144,16 @@ class Dispatch:
         users = [user for user in node.users if user not in inside]
         op, rows = Builder(after=node), self._with_rows(kind, ragged=False)
         home = op(comm.OPS.return_rows.default, node, *self._ways, *reversed(self.sizes), like=rows)
-        found = op(PERMUTE_ROWS, home, self.inverse, self.order, like=kind)
+        part = _with_first(kind, self._of_ranks(self._count, (*self._token_axes, self.shared))) if self.shared else kind
+        found = op(PERMUTE_ROWS, home, self.inverse, self.order, like=part)
+        if self.shared:
+            join = comm.OPS.all_gather if self.shared in self.entered else comm.OPS.all_gather_invariant
+            ways = self.mesh.size(self.shared)
+            found = op(join.default, found, *comm.where(Split(0), self.shared, ways, self._count * ways), like=kind)
         for user in users:
             user.replace_input_with(node, found)
+        if self.shared:
+            defer_gather(found, self.mesh)
 
     def _write_inside(self, node: fx.Node) -> None:
         """Let a node take the rows that have arrived, however many there are."""
@@ -121,6 +169,11 @@ class Dispatch:
         elif node.target is aten.slice.Tensor:
             dim, start, end, *step = args[1:]  # in canonical form
             node.target, node.args = COLUMNS, (args[0], dim, start, end, *(step or [1]))
+
+
+def _with_first(kind: Value, rows: tuple[Factor, ...]) -> Value:
+    """``kind`` with another dim 0."""
+    return replace(kind, layout=replace(kind.layout, dims=(rows, *kind.layout.dims[1:])))
 
 
 def _items(op: Builder, node: fx.Node, *names: str) -> tuple[fx.Node, ...]:

@@ -90,8 +90,8 @@ class Placing:
         sizes = list(call.outputs[0])
         raise CannotPlace(f"{node.name} = {node.target} {sizes} cannot be split into {ways} parts along its experts")
 
-    def write(self) -> None:
-        """Split the weights in the graph."""
+    def write(self) -> frozenset[str]:
+        """Split the weights in the graph. Gives the axes of the group that they no longer enter."""
         mesh, ways = self.program.mesh, self.program.mesh.size(self.axis)
         for node, split in self.splits.items():
             kind = value(node)
@@ -101,11 +101,13 @@ class Placing:
                 shape = value(node).layout.local_shape(mesh)
                 args, kwargs = step.factoring.localize(step.call, step.strategy, (shape,), ways)
                 node.args, node.kwargs = args, kwargs
-        own = frozenset(axes_of(self.axis))
+        own, entered = frozenset(axes_of(self.axis)), frozenset[str]()
         for node in self.splits:
             if node.target is ENTER and comm.axes_over(node) <= own:
+                entered |= comm.axes_over(node)
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 node.graph.erase_node(node)
+        return entered
 
 
 def _padded(factoring: Factoring, split: Split) -> Strategy | None:

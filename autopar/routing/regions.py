@@ -29,7 +29,8 @@ aten = torch.ops.aten
 RESHAPES = (aten.reshape.default, aten.view.default, aten.expand.default)  # sizes of the result are an argument
 KNOWN = {  # those that take any number of rows, with derivatives that do (autodiff/ragged.py)
     *RESHAPES, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.cat.default,
-    aten.clone.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.clone.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.squeeze.dims,
     aten.sum.dim_IntList, aten.mean.dim, aten.softmax.int, aten.linear.default, aten._to_copy.default,
     aten.repeat_interleave.self_int,
 }  # fmt: skip

@@ -33,9 +33,13 @@ TABLES = (aten.embedding.default, EMBEDDING_BAGS)  # their weight is a table of 
 
 @dataclass(frozen=True)
 class TensorPolicy:
-    """``overrides``: pattern of parameter names -> the form that the plan asks for; the first match counts."""
+    """``overrides``: pattern of parameter names -> the form that the plan asks for; the first match counts.
+
+    ``whole``: weights that are left whole, since what they belong to is dealt out whole.
+    """
 
     overrides: Mapping[str, str]
+    whole: frozenset[fx.Node] = frozenset()
     axis: str = "tp"
     rules: ClassVar[Mapping[Any, Rule]] = NO_RULES
 
@@ -45,7 +49,7 @@ class TensorPolicy:
             if not factoring.contraction:
                 continue
             for operand, dims in zip(flow.calls[call].operands, factoring.inputs):
-                if operand in flow.weights:
+                if operand in flow.weights and operand not in self.whole:
                     for factor in dict.fromkeys(f for dim in dims for f in dim):  # in this order on all ranks
                         if factoring.allows(Part(factor), flow.ways):
                             yield from ((key_of(operand), split) for split in factoring.splits(Part(factor), dims))
@@ -86,6 +90,9 @@ class TensorPolicy:
             return _along_the_sequence(flow, call, strategies)
         weight = flow.calls[call].operands[position]
         possible = _Strategies.of(strategies, position)
+        if weight in self.whole:
+            kept = [s for s in strategies if not isinstance(s.inputs[position], Split)]
+            return _along_the_sequence(flow, call, kept)
         form = self.form(parameter_names(flow.program, weight))
         return _in_form(form, possible, flow, call, position) if form else _suitable(possible, flow, call, weight)
 

@@ -164,6 +164,54 @@ def test_gradients_are_reduced_once_over_the_ranks_that_share_the_parameter() ->
     assert {axis for axis, name in sent if name == "all_reduce"} == {"dp", "dp+ep"}
 
 
+FOLDED: list[tuple[str, str, dict[str, Any]]] = [
+    ("ep=2,tp=2", "ep+tp", {}), ("ep=2,tp=2", "ep+tp", {"sequence": "megatron"}), ("tp=3", "tp", {}),
+    ("dp=2,ep=3,tp=2", "ep+tp", {}), ("ep=2,sp=2", "ep+sp", {}), ("sp=2", "sp", {}),
+    ("ep=2,sp=2,tp=2", "ep+sp+tp", {}), ("pp=2,ep=2,tp=2", "ep+tp", {"microbatches": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize(("mesh", "axes", "plan"), FOLDED, ids=[f"{m}-{len(p)}" for m, _, p in FOLDED])
+def test_whole_experts_over_several_axes(mesh: str, axes: str, plan: dict[str, Any], biased: bool) -> None:
+    """In place of a split inside experts: fewer rows are sent, and gradients of experts need no sum over the group."""
+    dims = {"ids": 1, "labels": 1} if "sp" in mesh else {}
+    on = Mesh.parse(mesh)
+    given = Reference(NoAuxiliary(12, biased=biased), batch()) if on.is_pipelined else reference(12, biased=biased)
+    report = checked(given.check(on, Plan(expert_axes=axes, sequence_dims=dims, **plan)))
+    routed = {(t.axis, t.name): t.bytes for t in report.step.traffic if t.phase == "forward" and t.name in EXCHANGES}
+    assert {axis for axis, _ in routed} == {axes}
+    parts = [report.program] if isinstance(report.program, Program) else report.program.stages
+    found = {
+        entry.target: value(node).layout
+        for part in parts
+        for node, entry in part.placeholders(InputKind.PARAMETER)
+        if entry.target in ("up", "down", "bias")
+    }
+    assert all(layout.groups == (axes,) for layout in found.values()), found
+    assert len(found) == 2 + biased
+
+
+def test_folded_over_tp_unless_that_is_not_possible_or_not_wanted() -> None:
+    def axes(mesh: str, rows: int = 12, experts: int = 12, **plan: Any) -> set[str]:
+        program = split(Experts(experts), mesh, batch(rows), **plan)
+        return {str(node.args[1]) for node in program.graph.nodes if "dispatch_rows" in node.name}
+
+    assert axes("ep=2,tp=2") == {"ep+tp"}
+    assert axes("ep=2,tp=2", experts=6) == {"ep"}, "6 experts do not divide over 4 ranks"
+    assert axes("ep=2,tp=2", expert_axes="ep") == {"ep"}
+    assert axes("tp=2") == set()
+    assert axes("ep=2,tp=3", rows=2, experts=12) == {"ep"}, "8 tokens of a rank do not divide by 3"
+    with pytest.raises(IndivisibleError, match="tp=3, which does not divide the 8 of a rank"):
+        axes("ep=2,tp=3", rows=2, expert_axes="ep+tp")
+
+
+def test_what_is_gathered_is_the_weighted_sum() -> None:
+    program = split(Experts(12), "ep=2,tp=2")
+    (gather,) = [node for node in program.graph.nodes if "all_gather" in node.name and node.args[3] == 0]
+    assert value(gather).layout.local_shape(program.mesh) == (12 * 8 // 2, WIDTH), "one row for each token, not two"
+
+
 def test_no_argument_says_how_many_rows_there_are() -> None:
     """Gradients of sums over columns, and of strided slices, have sizes among their arguments in torch."""
 
