@@ -46,11 +46,12 @@ import warnings
 
 from torch import fx
 
-from autopar.analysis.experts import unrecognised
 from autopar.errors import NothingSplitError
+from autopar.experts.report import EXPERTS as DECISIONS
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.node import origin
 from autopar.ir.program import Program
+from autopar.ir.tables import Unrouted
 from autopar.mesh import EXPERTS
 from autopar.routing.dispatch import Dispatch
 from autopar.routing.groups import group_of, is_asked_for
@@ -84,7 +85,9 @@ def route_experts(program: Program) -> Program:
 
 def _nothing_routed(program: Program, reasons: dict[fx.Node, str]) -> str:
     ways = program.mesh.size(EXPERTS)
-    left = [f"{each.reason}\n  module  {each.module}\n  source  {each.source}" for each in unrecognised(program)]
+    known = program.decisions.get(DECISIONS, {}).values()
+    unrouted = [each for each in known if isinstance(each, Unrouted)]
+    left = [f"{each.reason}\n  module  {each.module}\n  source  {each.source}" for each in unrouted]
     why = next(iter((*reasons.values(), *left)), "no layer of experts was recognised in it")
     return (
         f"{EXPERTS}={ways} has no experts to deal out in this model: {why}\n"

@@ -46,7 +46,7 @@ STANDS_ON = {
     "simulate": "ir simulator",
     "runtime": "autodiff codegen errors ir mesh pipeline plan schedules",
     "levels": "ir pipeline",
-    "passes": "analysis autodiff errors experts frontend ir levels masks mesh operators pipeline routing rules schedules split",
+    "passes": "autodiff errors experts frontend ir levels masks mesh operators pipeline routing rules schedules split",
     "compiler": "frontend ir mesh passes pipeline plan",
     "module": "compiler errors frontend ir mesh pipeline plan runtime schedules simulate simulator",
     "api": "mesh module plan runtime",
