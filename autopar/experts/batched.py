@@ -123,6 +123,8 @@ class Batch:
             sources.append([])
             fx.map_arg((node.args, node.kwargs), sources[-1].append)
         sides = [self._side(each) for each in zip(*sources)]
+        if not any(stacked for _, stacked in sides):  # one value, written for each
+            raise Unlike(first)
         batch = BATCHES.get(first.target) or (_pointwise if is_elementwise(first.target) else None)
         if batch is None and first.target in _SHIFTED:
             batch = _shifted
