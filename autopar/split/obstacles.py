@@ -12,6 +12,7 @@ from torch import fx
 from autopar.ir.layout import Split
 from autopar.ir.node import value
 from autopar.ir.program import Program
+from autopar.ir.stacked_parameters import is_stacked, member_names
 from autopar.split.flow import Flow
 
 SMALL = 0.01  # a weight with less than this share of all parameter elements may stay whole without an error
@@ -26,6 +27,7 @@ def parameter_names(program: Program, weight: fx.Node) -> list[str]:
         if node.op == "placeholder":
             entry = program.input_of(node)
             names += [entry.target, *entry.aliases]
+            names += member_names(entry.target, value(node).shape[0]) if is_stacked(entry.target) else ()
         queue += node.all_input_nodes
     return names
 

@@ -54,6 +54,13 @@ def test_own_parameters_elsewhere() -> None:
     assert "mixture.experts.0.w1.weight" in other_use and STACKS[2] in other_use and len(other_use) == 7
 
 
+def test_a_plan_may_name_the_experts_own_parameters() -> None:
+    data, mesh = batch(), Mesh(ep=2, tp=2)
+    for pattern in (STACKS[0], "mixture.experts.0.w1.weight", "mixture.experts.3.w1.*"):
+        program = split_program(Net(), mesh, Plan(tensor={pattern: "replicate"}), (), data)
+        assert "tp" not in layouts(program)[STACKS[0]] and "tp" in layouts(program)[STACKS[2]]
+
+
 @pytest.mark.parametrize("mesh", ["ep=2", "ep=3", "dp=2,ep=2", "ep=2,tp=2", "dp=2,ep=2,tp=2"])
 def test_exact_on_meshes(mesh: str) -> None:
     data = {"x": torch.randn(12, 1, WIDTH, generator=torch.Generator().manual_seed(1))}
