@@ -98,8 +98,7 @@ def test_training_and_files(mesh: str, zero: int, tmp_path: Path) -> None:
     for errors, held in run_ranks(train_and_save, 2, mesh, zero, str(tmp_path)):
         assert worst(errors) < (TOLERANCE, "")
         assert not any(".experts.0." in name for name in held)
-        part = EXPERTS // 2 if zero else EXPERTS
-        assert held[f"mixture.{STACK}"][0] == part
+        assert held[f"mixture.{STACK}"][0] == EXPERTS // 2
     names = set(float64(Loss).state_dict())
     assert set(load_file(tmp_path / "files" / "model.safetensors")) == names
     plain = float64(Loss)

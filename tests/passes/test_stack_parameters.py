@@ -50,14 +50,14 @@ def test_one_parameter_for_all_experts_where_experts_are_spread() -> None:
 
 def test_own_parameters_elsewhere() -> None:
     assert len(layouts(split_program(Net(), Mesh(dp=2), Plan(), (), batch()))) == 13
-    other_use = layouts(split_program(Net(first=True), Mesh(ep=2), Plan(), (), batch()))
+    other_use = layouts(split_program(Net(first=True), Mesh(ep=2), Plan(), (), batch(), after="stack_parameters"))
     assert "mixture.experts.0.w1.weight" in other_use and STACKS[2] in other_use and len(other_use) == 7
 
 
 def test_a_plan_may_name_the_experts_own_parameters() -> None:
     data, mesh = batch(), Mesh(ep=2, tp=2)
     for pattern in (STACKS[0], "mixture.experts.0.w1.weight", "mixture.experts.3.w1.*"):
-        program = split_program(Net(), mesh, Plan(tensor={pattern: "replicate"}), (), data)
+        program = split_program(Net(), mesh, Plan(tensor={pattern: "replicate"}), (), data, after="split_tensors")
         assert "tp" not in layouts(program)[STACKS[0]] and "tp" in layouts(program)[STACKS[2]]
 
 
