@@ -10,10 +10,11 @@ from autopar.check import Reference
 from autopar.compiler import split_program
 from autopar.ir.node import value
 from autopar.ir.parse import parse
-from autopar.ir.program import AnyProgram
+from autopar.ir.program import AnyProgram, Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 from autopar.plan import Plan
+from autopar.split.obstacles import parameter_names
 from tests.loops_over_experts import WIDTH, Gated, Mixture, where
 
 STACKS = ["mixture.experts.*.w1.weight", "mixture.experts.*.w3.weight", "mixture.experts.*.w2.weight"]
@@ -55,10 +56,10 @@ def test_own_parameters_elsewhere() -> None:
 
 
 def test_a_plan_may_name_the_experts_own_parameters() -> None:
-    data, mesh = batch(), Mesh(ep=2, tp=2)
-    for pattern in (STACKS[0], "mixture.experts.0.w1.weight", "mixture.experts.3.w1.*"):
-        program = split_program(Net(), mesh, Plan(tensor={pattern: "replicate"}), (), data, after="split_tensors")
-        assert "tp" not in layouts(program)[STACKS[0]] and "tp" in layouts(program)[STACKS[2]]
+    program = split_program(Net(), Mesh(ep=2), Plan(), (), batch(), after="stack_parameters")
+    assert isinstance(program, Program)
+    (weight,) = (node for node, entry in program.placeholders(InputKind.PARAMETER) if entry.target == STACKS[0])
+    assert parameter_names(program, weight) == [STACKS[0], *(f"mixture.experts.{i}.w1.weight" for i in range(4))]
 
 
 @pytest.mark.parametrize("mesh", ["ep=2", "ep=3", "dp=2,ep=2", "ep=2,tp=2", "dp=2,ep=2,tp=2"])
