@@ -8,8 +8,10 @@ autopar.load_safetensors(model, "Llama-2-7b-hf/")
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -25,6 +28,7 @@ from autopar.checkpoint.initialise import initialise
 from autopar.checkpoint.named_tensors import Named, every_tensor, materialise
 from autopar.checkpoint.peers import Peers
 from autopar.checkpoint.safetensors_file import SafetensorsFile, create
+from autopar.checkpoint.stored_names import Rectangle, stored_names
 from autopar.errors import AutoparError, CheckpointError
 from autopar.module import held_by
 from autopar.runtime.dtensor import local_of
@@ -60,7 +64,8 @@ def load_safetensors(
     Args:
         seed: of that initialisation.
         rename: gives the model's name for a name in the files. Without it, names may lack, or have, the prefix of a
-            Hugging Face base model (``transformer.`` of GPT-2), and are the model's own otherwise.
+            Hugging Face base model (``transformer.`` of GPT-2). Otherwise they are the model's own, or those that
+            ``transformers`` converts while it loads (``stored_names.py``: an expert each).
 
     Raises CheckpointError, and nothing has changed then, for files that are damaged or those of another model.
     """
@@ -70,7 +75,8 @@ def load_safetensors(
             "Way out: first model.prepare(**batch), or parallelize(..., example_inputs=batch)."
         )
     entries = every_tensor(model)
-    known = {name for entry in entries for name in entry.names}
+    converted = _stored_names(model, entries)
+    known = {name for entry in entries for name in (*entry.names, *converted[entry.name])}
     naming = rename or _prefixed(model, known)
     with ExitStack() as stack:
         found: dict[str, tuple[SafetensorsFile, str]] = {}
@@ -79,17 +85,12 @@ def load_safetensors(
             stack.callback(file.close)
             for name in file.entries:
                 found[naming(name)] = (file, name)
-        sources = {entry.name: found[name] for entry in entries for name in entry.names[::-1] if name in found}
-        loaded = [entry for entry in entries if entry.name in sources]
-        _check_shapes(loaded, sources)
+        sources = {entry.name: _sources(entry, converted[entry.name], found) for entry in entries}
+        loaded = [entry for entry in entries if sources[entry.name]]
         held = [entry for entry in loaded if entry.held]
         materialise(model, held)
-        count = 0
-        for entry in held:
-            file, name = sources[entry.name]
-            for offsets, view in entry.slices.pieces():
-                count += file.read(name, offsets, view)
-    missing = [entry for entry in entries if entry.name not in sources and _needs_data(entry)]
+        count = sum(_read(entry, sources[entry.name]) for entry in held)
+    missing = [entry for entry in entries if not sources[entry.name] and _needs_data(entry)]
     initialise(model, [entry for entry in missing if entry.held], seed)
     unused = tuple(name for called, (_, name) in found.items() if called not in known)
     _tell([entry.name for entry in missing if isinstance(entry.tensor, nn.Parameter)], unused)
@@ -99,9 +100,9 @@ def load_safetensors(
 def save_safetensors(model: nn.Module, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
     """Write the parameters and buffers of ``model``'s state dict, tied ones once under their first name.
 
-    They are written as ``model.safetensors`` or as several files with an index, with the ``config`` of a Hugging Face
-    model beside them. Collective: each rank writes its own slices. ``directory``, which all ranks see, has the files
-    when all are complete.
+    They are written as ``model.safetensors`` or as several files with an index. Those of a Hugging Face model have the
+    names of its own files, and its ``config`` is written beside them. Collective: each rank writes its own slices.
+    ``directory``, which all ranks see, has the files when all are complete.
 
     Args:
         max_shard_size: of one file, in bytes or as ``"5GB"`` (powers of 1000).
@@ -114,7 +115,9 @@ def save_safetensors(model: nn.Module, directory: str | Path, *, max_shard_size:
     empty = next((entry.name for entry in entries if entry.held and local_of(entry.tensor).is_meta), None)
     if empty is not None:
         raise CheckpointError(f"'{empty}' has no data: the model was built on the meta device")
-    shards = _shards(entries, _bytes(max_shard_size))
+    converted = _stored_names(model, entries)
+    tensors = [Target(name, entry, part) for entry in entries for name, part in converted[entry.name].items()]
+    shards = _shards(tensors, _bytes(max_shard_size))
     problem: AutoparError | None = None
     if peers.rank == 0:
         try:
@@ -175,12 +178,49 @@ def _tell(initialised: Sequence[str], unused: Sequence[str]) -> None:
     logger.warning(text, len(initialised), initialised[0], others)
 
 
-def _check_shapes(entries: Sequence[Named], sources: Mapping[str, tuple[SafetensorsFile, str]]) -> None:
-    for entry in entries:
-        file, name = sources[entry.name]
-        there, here = file.entries[name].shape, tuple(entry.shape)
+@dataclass(frozen=True)
+class Source:
+    """A tensor in a file, which is a rectangle of one of the model."""
+
+    file: SafetensorsFile
+    name: str
+    rectangle: Rectangle
+
+
+def _read(entry: Named, sources: Sequence[Source]) -> int:
+    """Fill what this rank has of ``entry``; gives the bytes read."""
+    total = 0
+    for (offsets, view), source in itertools.product(entry.slices.pieces(), sources):
+        common = source.rectangle.common(offsets, view)
+        total += source.file.read(source.name, *common) if common is not None else 0
+    return total
+
+
+def _sources(
+    entry: Named, converted: Mapping[str, Rectangle], found: Mapping[str, tuple[SafetensorsFile, str]]
+) -> list[Source]:
+    """The tensors in the files that make up ``entry``: it itself, or those that it is converted from; [] for none."""
+    own = next((name for name in entry.names if name in found), None)
+    parts = {own: Rectangle.of_all(entry.shape)} if own is not None else converted
+    lost = [name for name in parts if name not in found]
+    if len(lost) == len(parts):
+        return []
+    if lost:
+        raise CheckpointError(f"'{entry.name}' is {len(parts)} tensors in files, which lack {len(lost)}: '{lost[0]}'")
+    for name, rectangle in parts.items():
+        file, stored = found[name]
+        there, here = file.entries[stored].shape, rectangle.shape
         if there != here:
-            raise CheckpointError(f"'{name}' in '{file.path}' is {list(there)}, and in this model it is {list(here)}")
+            raise CheckpointError(f"'{stored}' in '{file.path}' is {list(there)}, and in this model it is {list(here)}")
+    return [Source(*found[name], rectangle) for name, rectangle in parts.items()]
+
+
+def _stored_names(model: nn.Module, entries: Sequence[Named]) -> dict[str, dict[str, Rectangle]]:
+    """Name of each of ``entries`` -> names in files -> what of it they have."""
+    holding = held_by(model)
+    outlines = {one.name: torch.empty(one.shape, dtype=one.tensor.dtype, device="meta") for one in entries}
+    with holding.weights.traceable():
+        return stored_names(holding.model, outlines)
 
 
 def _needs_data(entry: Named) -> bool:
@@ -197,9 +237,22 @@ def _bytes(size: int | str) -> int:
         raise ValueError(f"max_shard_size={size!r}: bytes, or a number with one of {', '.join(UNITS)}") from None
 
 
-def _shards(entries: Sequence[Named], largest: int) -> dict[str, list[Named]]:
+@dataclass(frozen=True)
+class Target:
+    """A tensor to write: a rectangle of ``entry``, under the name that files have for it."""
+
+    name: str
+    entry: Named
+    rectangle: Rectangle
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.rectangle.shape) * self.entry.tensor.itemsize
+
+
+def _shards(entries: Sequence[Target], largest: int) -> dict[str, list[Target]]:
     """File name -> its content, in the order of the model."""
-    groups: list[list[Named]] = [[]]
+    groups: list[list[Target]] = [[]]
     filled = 0
     for entry in entries:
         size = entry.bytes
@@ -213,7 +266,7 @@ def _shards(entries: Sequence[Named], largest: int) -> dict[str, list[Named]]:
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
-def _prepare(model: nn.Module, directory: Path, shards: Mapping[str, Sequence[Named]]) -> None:
+def _prepare(model: nn.Module, directory: Path, shards: Mapping[str, Sequence[Target]]) -> None:
     """Everything but the data, in the partial directory."""
     there = sorted(path.name for path in directory.glob("model*.safetensors*"))
     if there:
@@ -222,9 +275,9 @@ def _prepare(model: nn.Module, directory: Path, shards: Mapping[str, Sequence[Na
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir(parents=True)
     for name, members in shards.items():
-        create(partial / name, {entry.name: (entry.tensor.dtype, entry.shape) for entry in members})
+        create(partial / name, {one.name: (one.entry.tensor.dtype, one.rectangle.shape) for one in members})
     if len(shards) > 1:
-        total = sum(entry.bytes for members in shards.values() for entry in members)
+        total = sum(one.bytes for members in shards.values() for one in members)
         where = {entry.name: name for name, members in shards.items() for entry in members}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -234,14 +287,18 @@ def _prepare(model: nn.Module, directory: Path, shards: Mapping[str, Sequence[Na
             config.save_pretrained(partial)
 
 
-def _write(path: Path, members: Sequence[Named]) -> None:
+def _write(path: Path, members: Sequence[Target]) -> None:
     file = SafetensorsFile(path, writable=True)
     try:
-        for entry in members:
+        for _, group in itertools.groupby(members, key=lambda one: one.entry.name):
+            of_one = list(group)
+            entry = of_one[0].entry
             part = entry.slices if entry.held else None
             if part is not None and part.first:
-                for offsets, piece in part.pieces():
-                    file.write(entry.name, offsets, piece)
+                for (offsets, piece), one in itertools.product(part.pieces(), of_one):
+                    common = one.rectangle.common(offsets, piece)
+                    if common is not None:
+                        file.write(one.name, *common)
         file.sync()
     finally:
         file.close()
