@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from autopar.data.token_file import TokenFile
     from autopar.ir.program import PipelinedProgram, Program
     from autopar.module import ParallelModule
+    from autopar.routing.placement import balanced_placement
     from autopar.verification.register_rule import register_rule
 
 from autopar.errors import (
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 # name -> module: what needs torch.export or torch.distributed is imported at first use. No name of a submodule
 # here: that would be the module or the function, depending on what was imported first.
 _LAZY = {
+    "balanced_placement": "routing.placement",
     "BatchesOfRank": "data.parts",
     "Checkpoints": "checkpoint.checkpoints",
     "LoadedWeights": "checkpoint.weights",
@@ -98,6 +100,7 @@ __all__ = [
     "UnknownOperatorError",
     "WrongRuleError",
     "__version__",
+    "balanced_placement",
     "compile_program",
     "load_safetensors",
     "pad_batch",

@@ -14,6 +14,7 @@ from autopar.compiler import compile_program
 from autopar.errors import InvariantError
 from autopar.frontend.torch_layers import packs_padding
 from autopar.ir.layout import Layout
+from autopar.ir.load import ExpertLoad
 from autopar.ir.loss import loss_of
 from autopar.ir.program import AnyProgram
 from autopar.ir.tables import InputKind
@@ -28,6 +29,7 @@ from autopar.runtime.clipping import clip_gradients
 from autopar.runtime.connect import Connection, not_launched
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
+from autopar.runtime.expert_loads import gathered_loads
 from autopar.runtime.parameters import Weights
 from autopar.runtime.program_cache import ProgramCache
 from autopar.runtime.whole_tensors import full_grads, full_state_dict
@@ -202,6 +204,17 @@ class ParallelModule(nn.Module):
     def traffic(self) -> tuple[Transfer, ...]:
         """The transfers of this rank so far, by phase, axis and collective."""
         return self._connection.comm.traffic if self._connection else ()
+
+    def expert_load(self) -> dict[str, ExpertLoad]:
+        """The rows of the experts of each layer since the last call, on every rank; collective.
+
+        By the layer's module. Raises InvariantError without ``Plan(record_load=True)``.
+        """
+        if not self.plan.record_load:
+            raise InvariantError("the load of experts is not counted\nWay out: Plan(record_load=True)")
+        if self._connection is None:
+            raise not_launched(self.mesh)
+        return gathered_loads(self._connection.comm, list(self.program.graphs.values()))
 
     def timeline(self) -> Timeline:
         """The computes of each pipeline rank in the latest step, on every rank; collective.

@@ -43,6 +43,9 @@ class Plan:
             prices the four for each attention.
         expert_axes: the axes over which whole experts are dealt out (docs/experts.md): ``"ep"``, ``"ep+sp"``,
             ``"ep+tp"``, ``"ep+sp+tp"``, also without ``ep``; ``"auto"``: ``ep``, and the others where that sends less.
+        expert_placement: module of a layer of experts, or a pattern of such (``fnmatch``) -> its experts in the order
+            in which the ranks get them, as many each (``autopar.balanced_placement``); by default 0, 1, 2, ...
+        record_load: count the rows of each expert in each step (``parallel.expert_load()``, ``autopar train --log``).
         zero: what is split over the data axes and ``sp`` (Rajbhandari et al. 2020): 1 the optimizer states, 2 the
             gradients too, 3 the parameters too, which are then gathered before use; 0 nothing.
         reshard_after_forward: with ``zero=3``, free gathered parameters after their use in the forward pass and
@@ -85,6 +88,8 @@ class Plan:
     sequence: str = "none"
     attention: str = "auto"
     expert_axes: str = "auto"
+    expert_placement: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    record_load: bool = False
     zero: int = 0
     reshard_after_forward: bool = True
     recompute: str | float = "none"
@@ -132,6 +137,8 @@ class Plan:
             raise ValueError(f"Plan(timeout={self.timeout!r}): a number of seconds above 0")
         object.__setattr__(self, "tensor", _frozen(self.tensor))
         object.__setattr__(self, "cuts", tuple(self.cuts))
+        placed = {name: _permutation(name, order) for name, order in self.expert_placement.items()}
+        object.__setattr__(self, "expert_placement", _frozen(placed))
         object.__setattr__(self, "batch_dims", _frozen(self.batch_dims))
         object.__setattr__(self, "sequence_dims", _frozen(self.sequence_dims))
 
@@ -177,6 +184,13 @@ _TP_STYLES = {"colwise": "column", "rowwise": "row"}
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"Plan({name}={value!r}): it is one of {', '.join(map(repr, allowed))}")
+
+
+def _permutation(name: str, order: object) -> tuple[int, ...]:
+    numbers = tuple(order) if isinstance(order, (list, tuple)) else ()
+    if not numbers or sorted(numbers) != list(range(len(numbers))):
+        raise ValueError(f"Plan(expert_placement={{{name!r}: {order!r}}}): each expert's number, from 0, once")
+    return numbers
 
 
 def _check_schedule(schedule: object, virtual_stages: object) -> None:

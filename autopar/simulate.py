@@ -99,4 +99,4 @@ def _step(program: Program, lockstep: Lockstep, returned: list[Ranks]) -> Step:
         outputs.append(whole)
         loss = whole if position == program.loss else loss
     output = restore_output(program, outputs) if program.out_spec is not None else tuple(outputs)
-    return Step(output, loss, {}, buffers, lockstep.traffic, _peaks(lockstep))
+    return Step(output, loss, {}, buffers, lockstep.traffic, _peaks(lockstep), expert_load=lockstep.loads)

@@ -55,6 +55,7 @@ from autopar.ir.tables import Unrouted
 from autopar.mesh import EXPERTS
 from autopar.routing.dispatch import Dispatch
 from autopar.routing.groups import group_of, is_asked_for
+from autopar.routing.placement import orders_of
 from autopar.routing.placing import CannotPlace, Placing
 from autopar.routing.regions import regions_of
 
@@ -62,24 +63,25 @@ from autopar.routing.regions import regions_of
 @graph_pass(when=lambda program: isinstance(program, Program) and is_asked_for(program))
 def route_experts(program: Program) -> Program:
     regions, reasons = regions_of(program)
+    orders = orders_of(regions, program.plan.expert_placement)
     dealt = []
-    for region in regions:
-        placing = Placing(program, group_of(program, region))
+    for region, (layer, order) in zip(regions, orders.items()):
+        placing = Placing(program, group_of(program, region), order)
         try:
             placing.add([region])
         except CannotPlace as problem:
             reasons |= dict.fromkeys(region.products, str(problem))
             continue
-        dealt.append((region, placing))
+        dealt.append((layer, region, placing))
     if not dealt:
         raise NothingSplitError(_nothing_routed(program, reasons))
     if reasons:
         node, reason = next(iter(reasons.items()))
         where = origin(node).module or node.name
         warnings.warn(f"the experts of {where} stay whole on {EXPERTS}: {reason}", stacklevel=2)
-    for region, placing in dealt:
-        entered = placing.write()
-        Dispatch(program.mesh, placing.axis, region, entered).write()
+    for layer, region, placing in dealt:
+        entered, noted = placing.write(), layer if program.plan.record_load else ""
+        Dispatch(program.mesh, placing.axis, region, entered, placing.order, noted).write()
     return program
 
 

@@ -11,6 +11,7 @@ import typer
 
 from autopar.analysis.folded_text import folded
 from autopar.analysis.footprint import held, sent
+from autopar.commands.expert_loads import loads_json, loads_table, read_loads
 from autopar.commands.expert_tables import experts_json, experts_tables
 from autopar.commands.options import (
     Batch,
@@ -62,6 +63,9 @@ def show(
     picture: Annotated[
         Path | None, typer.Option("--schedule-svg", metavar="FILE", help="write that picture to this file")
     ] = None,
+    expert_load: Annotated[
+        Path | None, typer.Option(metavar="LOG", help="the loads of experts that this log of autopar train recorded")
+    ] = None,
     plan: PlanTexts = None,
     config: ConfigTexts = None,
     batch: Batch = None,
@@ -77,7 +81,7 @@ def show(
     if passes:
         _print_compiler(as_json)
         return
-    on = read_mesh(mesh)
+    on, loads = read_mesh(mesh), read_loads(expert_load) if expert_load is not None else {}
     if model is None:
         raise ValueError("of which MODEL? For example: autopar show llama --mesh dp=2,tp=2")
     _refuse(on, after, rank, schedule or picture is not None)
@@ -92,6 +96,7 @@ def show(
         pipeline.write(picture)
     if as_json:
         document = _document(model, whole, text, rank) | {"experts": experts_json(split)}
+        document |= {"expert_load": loads_json(loads)} if loads else {}
         print_json(document | (pipeline.to_json() if pipeline else {}))
         return
     if not summary:
@@ -103,7 +108,7 @@ def show(
         console.print()
     if pipeline is not None:
         pipeline.print(console, schedule)
-    console.print(*experts_tables(split), held_table(held(whole)), sep="\n")
+    console.print(*experts_tables(split), *([loads_table(loads)] if loads else []), held_table(held(whole)), sep="\n")
     console.print(traffic_table(f"sent by one rank of {on} in a step", sent(whole, rank or 0)))
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from autopar.commands.expert_loads import read_loads
 from autopar.commands.launch import is_rank, relaunch
 from autopar.commands.options import ConfigTexts, Json, ModelName, PlanTexts, Seed, read_config, read_mesh, read_plan
 from autopar.commands.tables import print_json, stderr
@@ -22,6 +24,7 @@ from autopar.commands.train_report import document_of, end_of, print_report, tol
 from autopar.ir.batch import data_ways
 from autopar.mesh import SEQUENCE, Mesh
 from autopar.plan import Plan
+from autopar.routing.placement import balanced_placement
 from autopar.training.byte_text import BYTES, ByteText, read_text
 from autopar.training.loop import CLIP, Run, Settings, is_first, train
 from autopar.training.saving import Saving, Start
@@ -43,6 +46,9 @@ Keep = Annotated[int, typer.Option(min=1, help="checkpoints that stay")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the latest checkpoint, saved on whatever mesh")]
 # the longer name is for torchrun's own command line, which takes --log for an unclear option of its own
 LogFile = Annotated[Path | None, typer.Option("--log", "--log-file", help="write one JSON line per step to this file")]
+PlacedBy = Annotated[
+    Path | None, typer.Option("--expert-placement", metavar="LOG", help="place experts by the loads that it recorded")
+]
 Restarts = Annotated[int, typer.Option(min=0, help="how often all ranks start again when one fails")]
 
 
@@ -62,6 +68,7 @@ def train_command(
     schedule: ScheduleName = None,
     microbatches: Microbatches = None,
     virtual_stages: VirtualStages = None,
+    placed_by: PlacedBy = None,
     plan: PlanTexts = None,
     config: ConfigTexts = None,
     accumulate: Accumulate = 1,
@@ -86,6 +93,8 @@ def train_command(
     shorthands |= {"microbatches": microbatches, "virtual_stages": virtual_stages}
     _refuse_uneven_parts(length, on)
     choices = _plan([*(plan or ())], shorthands, on, rows, accumulate)
+    if placed_by is not None:
+        choices = replace(choices, expert_placement=balanced_placement(read_loads(placed_by)))
     stream = ByteText(read_text(text), rows, length)
     where, saving = _device(device, on), _saving(checkpoint, every, keep, resume)
     if on.world_size > 1 and not is_rank():

@@ -72,6 +72,9 @@ SIZES = Form(
     "str axis, int ways, Tensor send, Tensor receive",
     turned=lambda given: {**given, "send": given["receive"], "receive": given["send"]},
 )
+# counts (1, ways, own + 1): rows that this rank sends to each rank of `group`, and to each of its experts;
+# places: the slot of each expert
+NOTE = Form("str axis, Tensor counts, str layer, str group, int[] places")
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,9 @@ COLLECTIVES: dict[str, Collective] = {
     "return_rows": Collective(
         "S", "S", dual="dispatch_rows", does="rows back to the ranks that dispatched them", form=SIZES,
         sends=lambda ways, size: (ways - 1) * size // ways, starts="start_return_rows", short="RR",
+    ),
+    "tally": Collective(
+        "S", "S", dual="tally", does="nothing; each rank notes how many rows it sends to which expert", form=NOTE,
     ),
 }  # fmt: skip
 
@@ -254,7 +260,7 @@ REDUCTIONS = _those(lambda row: row.before == "P")  # sums over ranks
 GATHERS = _those(lambda row: row.before == "S" and row.after in WHOLE)
 CUTS = _those(lambda row: row.before in WHOLE and row.after == "S")
 ROUTES = _those(lambda row: row.form is SIZES)  # rows to experts and back
-ELEMENTWISE = _those(lambda row: row.form not in (PART, ENDS, ORDERS, SIZES))  # each element stays in its place
+ELEMENTWISE = _those(lambda row: row.form not in (PART, ENDS, ORDERS, SIZES, NOTE))  # each element stays in its place
 CONVERSIONS: dict[tuple[Held, Held], str] = {}  # (placement now, placement required) -> the collective that converts
 for _name, _row in COLLECTIVES.items():
     CONVERSIONS.setdefault((_row.before, _row.after), _name)

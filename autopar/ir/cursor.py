@@ -116,13 +116,19 @@ def _factor(cursor: Cursor, mesh: Mesh) -> Factor:
     while cursor.sign("+"):
         sizes.append(cursor.expect_number("a size"))
     axes, mirrored, ragged = [], "", cursor.sign("?")
+    order = []
+    if cursor.sign("<"):
+        while not cursor.sign(">"):
+            order.append(cursor.expect_number("an index"))
+        if sorted(order) != list(range(sum(sizes))):
+            cursor.fail(f"the numbers from 0 to {sum(sizes) - 1} in some order")
     while cursor.sign("@"):
         axes.append(take_axis(cursor, mesh))
         if cursor.sign("~"):
             mirrored = axes[-1]
     unit = math.gcd(*sizes) or 1
     ratio = tuple(size // unit for size in sizes) if len(sizes) > 1 else (1,)
-    return Factor(sum(sizes), tuple(axes), ratio, mirrored, ragged)
+    return Factor(sum(sizes), tuple(axes), ratio, mirrored, ragged, tuple(order))
 
 
 def take_axis(cursor: Cursor, mesh: Mesh) -> str:

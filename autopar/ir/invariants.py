@@ -27,7 +27,9 @@ Contract = Callable[[Program], None]
 WHOLE, SPLIT, PARTIAL, MIXED = "whole", "split", "partial", "mixed"
 STATES = {"I": WHOLE, "R": WHOLE, "S": SPLIT, "P": PARTIAL}
 CHANGES = {  # collective -> the state of its operand and of its result on its axis
-    name: (STATES[row.before], STATES[row.after]) for name, row in comm.COLLECTIVES.items()
+    name: (STATES[row.before], STATES[row.after])
+    for name, row in comm.COLLECTIVES.items()
+    if row.form is not comm.NOTE  # it is over axes that split the rows one by one
 }
 
 SIZES = ("size", "shape", "sizes", "input_sizes", "self_sizes")  # names of arguments with the sizes of a tensor

@@ -129,7 +129,8 @@ class Factor:
     An axis may be several merged to one (``dp+sp``): these cut the factor once, into as many parts as they have ranks.
     ``mirrored``: the one of ``axes``, if any, whose ranks are counted from the last behind each odd index of the
     factors in front of this one. ``ragged``: each rank knows the size of its own part at run time only (rows sent to
-    experts); ``size`` is then what it is on the mean, and no argument of an operator may say it.
+    experts); ``size`` is then what it is on the mean, and no argument of an operator may say it. ``order``: what is cut
+    is not 0, 1, 2, ... but these indices, in this order (experts that are placed by their load).
     """
 
     size: int
@@ -137,6 +138,7 @@ class Factor:
     ratio: tuple[int, ...] = (1,)
     mirrored: str = ""
     ragged: bool = False
+    order: tuple[int, ...] = ()
 
     def local(self, mesh: Mesh) -> int:
         size = self.size
@@ -147,7 +149,8 @@ class Factor:
     def __str__(self) -> str:
         if self.ratio == (1,):
             owned = "".join(f"@{axis}" + "~" * (axis == self.mirrored) for axis in self.axes)
-            return str(self.size) + "?" * self.ragged + owned
+            order = f"<{' '.join(map(str, self.order))}>" if self.order else ""
+            return str(self.size) + "?" * self.ragged + order + owned
         unit = self.size // sum(self.ratio)
         return "+".join(str(part * unit) for part in self.ratio) + "".join(f"@{axis}" for axis in self.axes)
 
@@ -240,7 +243,7 @@ class Layout:
 
 def _owned(factor: Factor, coordinates: Coordinates, mesh: Mesh) -> Tensor:
     """Indices within ``factor`` that the rank at ``coordinates`` owns."""
-    own = torch.arange(factor.size)
+    own = torch.tensor(factor.order) if factor.order else torch.arange(factor.size)
     for axis in factor.axes:
         ways = mesh.size(axis)
         if factor.ratio == (1,):  # parts of an uneven split are padded before the next axis splits them
@@ -293,7 +296,7 @@ def _own(rest: tuple[Factor, ...], split: Split, axis: str, mesh: Mesh) -> tuple
     if not fits or (first.axes and first.ratio != split.ratio) or (split.mirrored and first.mirrored):
         raise ValueError(f"{split} over '{axis}' ({ways} ways) of {Layout((rest,))} is a split that no layout can say")
     mirrored = axis if split.mirrored else first.mirrored
-    return (Factor(first.size, (*first.axes, axis), split.ratio, mirrored), *others)
+    return (replace(first, axes=(*first.axes, axis), ratio=split.ratio, mirrored=mirrored), *others)
 
 
 def runs(indices: Tensor) -> list[tuple[int, int]]:

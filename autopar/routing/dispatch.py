@@ -40,6 +40,8 @@ class Dispatch:
     axis: str
     region: Region
     entered: frozenset[str] = frozenset()
+    order_of_experts: tuple[int, ...] = ()  # as the ranks have them; empty: 0, 1, 2, ...
+    layer: str = ""  # under which the load is noted; empty: it is not
     sizes: tuple[fx.Node, ...] = ()  # rows that are sent to each rank, and that come from it
     sent: dict[fx.Node, fx.Node] = field(default_factory=dict)  # a value of the tokens -> what has arrived of it
 
@@ -106,14 +108,29 @@ class Dispatch:
         swapped = Value(torch.int64, Layout(((*fibres, whole), (here,), bins)))
         sizes = Value(torch.int64, Layout(((*fibres, here, whole),)))
         ids = self._shared_out(op, self.region.ids)
-        route = op(ROUTE_ROWS, ids, experts, ways, like=(numbers, numbers, table), name="route")
+        placed = [self._places] if self.order_of_experts else []
+        route = op(ROUTE_ROWS, ids, experts, ways, *placed, like=(numbers, numbers, table), name="route")
         self.order, self.inverse, counts = _items(op, route, "order", "inverse", "counts")
+        if self.layer:
+            self.order = self._noted(op, counts)
         swap = (self.axis, ways, [0, 1, 1], [1, 1, 1])
         received = op(comm.OPS.all_to_all.default, counts, *swap, like=swapped, name="received")
         both = op(ROW_SIZES, counts, received, like=(sizes, sizes), name="sizes")
         self.sizes = _items(op, both, "send", "receive")
         rows = numbers.layout.local_shape(self.mesh)[0]
         self.ids = op(RECEIVED_IDS, received, rows, like=self._with_rows(numbers, ragged=True))
+
+    def _noted(self, op: Builder, counts: fx.Node) -> fx.Node:
+        """The order, behind what notes the load."""
+        ranks = self.mesh.merged((*self._others, self.axis))
+        given = (ranks, counts, self.layer, self.axis, self._places)
+        return op(comm.OPS.tally.default, self.order, *given, like=self.order)
+
+    @property
+    def _places(self) -> list[int]:
+        """The slot of each expert: the ranks have ``own`` slots each, one after the other."""
+        order = self.order_of_experts or range(self.region.experts)
+        return sorted(range(self.region.experts), key=list(order).__getitem__)
 
     def _dispatched(self, source: fx.Node) -> fx.Node:
         op = Builder(before=self._first_user(source))

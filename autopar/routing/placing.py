@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from autopar.ir import collectives as comm
-from autopar.ir.layout import REPLICATED, Split
+from autopar.ir.layout import REPLICATED, Layout, Split
 from autopar.ir.node import set_values, value
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
@@ -44,6 +44,7 @@ class Placing:
 
     program: Program
     axis: str
+    order: tuple[int, ...] = ()  # of the experts; empty: 0, 1, 2, ...
     splits: dict[fx.Node, Split] = field(default_factory=dict)  # of each value on the way
     steps: dict[fx.Node, _Step] = field(default_factory=dict)
 
@@ -95,7 +96,7 @@ class Placing:
         mesh, ways = self.program.mesh, self.program.mesh.size(self.axis)
         for node, split in self.splits.items():
             kind = value(node)
-            set_values(node, replace(kind, layout=kind.layout.place(self.axis, split, mesh)))
+            set_values(node, replace(kind, layout=self._ordered(kind.layout.place(self.axis, split, mesh), split.dim)))
         for node, step in self.steps.items():
             if step.factoring.localize is not None:
                 shape = value(node).layout.local_shape(mesh)
@@ -108,6 +109,16 @@ class Placing:
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 node.graph.erase_node(node)
         return entered
+
+    def _ordered(self, layout: Layout, dim: int) -> Layout:
+        """The layout whose experts lie in the order of the plan along ``dim``."""
+        if not self.order:
+            return layout
+        (factor,) = layout.dims[dim] if len(layout.dims[dim]) == 1 else (None,)
+        if factor is None or factor.size != len(self.order):
+            raise CannotPlace(f"the experts lie along {layout}, whose order no layout can say")
+        dims = (*layout.dims[:dim], (replace(factor, order=self.order),), *layout.dims[dim + 1 :])
+        return replace(layout, dims=dims)
 
 
 def _padded(factoring: Factoring, split: Split) -> Strategy | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from autopar.ir.collectives import AXIS, COLLECTIVES, ENDS, OPS, ORDERS, PART, REDUCTION, SIZES, STEPS
+from autopar.ir.collectives import AXIS, COLLECTIVES, ENDS, NOTE, OPS, ORDERS, PART, REDUCTION, SIZES, STEPS
 from autopar.ir.layout import Split
 from autopar.rules.factoring import ANY_SIZE, Call, Factoring, Shape, Strategy, dims_of
 from autopar.rules.pointwise import broadcast
@@ -73,6 +73,15 @@ def routed(call: Call) -> Factoring:
     )
 
 
+def noted(call: Call) -> Factoring:
+    """Each element stays; how many rows there are is for the ranks of the other axes to say."""
+    kept = elementwise(replace(call, inputs=call.inputs[:1]))
+    counts, sizes = dims_of(call.inputs[1], "counts")
+    return replace(
+        kept, inputs=(*kept.inputs, counts), sizes={**kept.sizes, **sizes}, whole=frozenset((*kept.sizes, *sizes))
+    )
+
+
 def position(call: Call) -> Factoring:
     """A rank's position on another axis: a number, with nothing to split."""
     return Factoring((), ((),), {})
@@ -80,7 +89,7 @@ def position(call: Call) -> Factoring:
 
 BY_FORM = {
     AXIS: elementwise, REDUCTION: reduced, PART: joined, ENDS: exchanged, ORDERS: reordered, STEPS: elementwise,
-    SIZES: routed,
+    SIZES: routed, NOTE: noted,
 }  # fmt: skip
 RULES: dict[Any, Any] = {
     OPS.axis_index.default: position,

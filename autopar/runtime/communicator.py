@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from autopar.errors import RankFailedError
 from autopar.ir.layout import Split
+from autopar.ir.load import add
 from autopar.ir.traffic import Transfer, moved_bytes
 from autopar.mesh import PIPELINE, Mesh
 from autopar.runtime import functional_collectives as torch_collectives
@@ -55,6 +56,7 @@ class Communicator:
         self._positions: dict[str, Tensor] = {}
         self._started: dict[int, str] = {}  # address of the result of one under way -> its name
         self._sent: dict[tuple[str, str, str], list[int]] = {}  # (phase, axis, name) -> [operations, bytes]
+        self.noted: dict[str, Tensor] = {}  # layer of experts -> rows that this rank has sent to each of them
 
     def open(self, axes: Iterable[str]) -> None:
         """Make the groups of ``axes`` that there are not yet; collective over each of them, in the same order."""
@@ -92,6 +94,12 @@ class Communicator:
         return x
 
     def release(self, x: Tensor, axis: str) -> Tensor:
+        return x
+
+    def tally(self, x: Tensor, axis: str, counts: Tensor, layer: str, group: str, places: Sequence[int]) -> Tensor:
+        """Add ``counts`` to :attr:`noted`."""
+        if self.phase == "forward":
+            self.noted[layer] = add(self.noted, layer, counts)
         return x
 
     def keep_first(self, x: Tensor, axis: str) -> Tensor:

@@ -77,7 +77,7 @@ def _dim_form(
     owning = [axis for axis in dims if layout.axes.intersection(axes_of(axis))]
     ways = [mesh.size(axis) for axis in owning]
     cuts = [part for axis in factors[0].axes for part in ((axis,) if axis in dims else axes_of(axis))]
-    plain = len(factors) == 1 and cuts == owning and factors[0].ratio == (1,)
+    plain = len(factors) == 1 and cuts == owning and factors[0].ratio == (1,) and not factors[0].order
     if not owning or plain and (len(owning) == 1 or factors[0].size % math.prod(ways) == 0):
         return tuple((axis, 1) for axis in owning), None
     places = list(itertools.product(*map(range, ways)))

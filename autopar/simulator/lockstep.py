@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from autopar.errors import AutoparError, InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Split, owned_indices
+from autopar.ir.load import ExpertLoad, Tally
 from autopar.ir.node import Node, last_uses, origin
 from autopar.ir.operator_facts import is_random
 from autopar.ir.traffic import Transfer, moved_bytes
@@ -148,6 +149,7 @@ RULES: dict[str, Callable[[Sequence[Tensor], Sequence[Any]], list[Tensor]]] = {
     "shift": _shift,
     "dispatch_rows": _exchange_rows,
     "return_rows": _exchange_rows,
+    "tally": _same,
     "wait": _same,
 }
 
@@ -215,10 +217,20 @@ class Lockstep:
         self.memory = [Memory() for _ in range(mesh.world_size)]
         self._groups: dict[str, tuple[tuple[int, ...], ...]] = {}
         self._sent: dict[tuple[str, str, str], tuple[int, int]] = {}
+        self._loads: dict[str, tuple[Tally, list[Tensor]]] = {}  # layer -> its tally, and the counts of each rank
 
     @property
     def traffic(self) -> tuple[Transfer, ...]:
         return tuple(Transfer(*key, *counts) for key, counts in self._sent.items())
+
+    @property
+    def loads(self) -> dict[str, ExpertLoad]:
+        """The load of the experts of each layer that was counted."""
+        found = {}
+        for layer, (tally, counts) in self._loads.items():
+            members = self.groups(tally.axis)[0]
+            found[layer] = tally.load(self.mesh, torch.cat([counts[rank] for rank in members]))
+        return found
 
     def run(self, graph: fx.Graph, inputs: list[Ranks], phase: str = "forward") -> list[Ranks]:
         """Run ``graph``; ``inputs`` has one entry per placeholder and is emptied, so that values die at last use.
@@ -289,6 +301,8 @@ class Lockstep:
     def _communicate(self, name: str, node: Node, known: dict[Node, Ranks], phase: str) -> Ranks:
         source, axis, *rest = comm.arguments_of(node).values()
         parts = known[source]
+        if name == "tally":
+            self._note(axis, known[rest[0]], *rest[1:])
         moving = comm.moving(node.target)
         if moving is not None and not comm.is_idle(node, self.mesh):
             size = parts[0].numel() * parts[0].element_size()
@@ -307,6 +321,10 @@ class Lockstep:
             for rank, result in zip(group, members):
                 results[rank] = result
         return results
+
+    def _note(self, axis: str, counts: Ranks, layer: str, group: str, places: Sequence[int]) -> None:
+        before = self._loads[layer][1] if layer in self._loads else [torch.zeros_like(own) for own in counts]
+        self._loads[layer] = Tally(axis, group, tuple(places)), [a + b for a, b in zip(before, counts)]
 
     def _leaving(self, axis: str, rank: int, rows: Tensor, send: Tensor) -> int:
         """Bytes of the rows that leave a rank."""

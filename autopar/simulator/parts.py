@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from autopar.autodiff.hoist import without_gathers
 from autopar.errors import InvariantError
 from autopar.ir.layout import Layout, shard, unshard
+from autopar.ir.load import ExpertLoad
 from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.signature import user_tensors
@@ -36,6 +37,7 @@ class Step:
         buffers: buffer name -> its new value.
         traffic: operations and bytes sent by one rank, per phase, axis and collective.
         peak_bytes: for each rank, the most bytes of tensors alive at once: parameters, inputs, activations, gradients.
+        expert_load: with ``Plan(record_load=True)``, of each layer of experts, by its module, the rows of its experts.
         in_flight: for each pipeline rank, the most microbatches of a stage whose activations it held at once.
     """
 
@@ -46,6 +48,7 @@ class Step:
     traffic: tuple[Transfer, ...]
     peak_bytes: tuple[int, ...]
     in_flight: tuple[int, ...] = ()
+    expert_load: Mapping[str, ExpertLoad] = field(default_factory=dict)
 
 
 def gathered_once(

@@ -113,7 +113,8 @@ class _Run:
         kinds = dict.fromkeys(key[:3] for key in most)
         traffic = tuple(Transfer(*kind, most[*kind, "operations"], most[*kind, "bytes"]) for kind in kinds)
         peaks = tuple(memory.peak for lockstep in self.lockstep for memory in lockstep.memory)
-        return Step(output, loss, grads, buffers, traffic, peaks, tuple(self.in_flight))
+        loads = {layer: load for lockstep in self.lockstep for layer, load in lockstep.loads.items()}
+        return Step(output, loss, grads, buffers, traffic, peaks, tuple(self.in_flight), loads)
 
     def _outputs(self) -> tuple[list[Tensor], Tensor | None]:
         """The model's output for the whole batch, and its loss."""

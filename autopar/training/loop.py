@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autopar.api import parallelize
 from autopar.data.parts import Share
+from autopar.ir.load import ExpertLoad
 from autopar.ir.traffic import Transfer
 from autopar.mesh import Mesh
 from autopar.module import ParallelModule
@@ -73,7 +74,7 @@ class Curve:
 class Run:
     """The result of a run on rank 0. ``traffic`` is that of ``counted`` steps; ``stopped``: by SIGTERM, before its end.
 
-    ``saved``: the last checkpoint.
+    ``saved``: the last checkpoint. ``loads``: of the experts of each layer, of all steps, where the plan counts them.
     """
 
     parallel: Curve
@@ -83,6 +84,7 @@ class Run:
     start: Start = Start()
     stopped: bool = False
     saved: Path | None = None
+    loads: Mapping[str, ExpertLoad] = field(default_factory=dict)
 
     @property
     def done(self) -> int:
@@ -137,7 +139,7 @@ def train(
     steps = done - start.step
     traffic = since(loop.warm, parallel.traffic) if steps > 1 else parallel.traffic
     other = beside.curve if beside else None
-    return Run(step.curve, other, traffic, max(1, steps - 1), start, loop.stopped, saved)
+    return Run(step.curve, other, traffic, max(1, steps - 1), start, loop.stopped, saved, loop.loads)
 
 
 def is_first() -> bool:
@@ -162,6 +164,7 @@ class _Loop:
         self._share = _share(settings)
         self.place = 0  # in the text: batches
         self.stopped = False
+        self.loads: dict[str, ExpertLoad] = {}
         self.warm: tuple[Transfer, ...] = ()  # of the first step, which also compares the programs of the ranks
 
     def run(self, start: Start, saver: Saver | None, on_step: Callable[[int, float], None]) -> int:
@@ -188,6 +191,8 @@ class _Loop:
         # all ranks wait at the end of a step: rank 0 is late, since it runs the other model too
         stop, most = most_of_ranks([self._stop.noted, peak], settings.device, settings.plan.timeout)
         self.stopped = bool(stop)
+        loads = self._step.expert_load()
+        self.loads = {layer: self.loads[layer] + load if layer in self.loads else load for layer, load in loads.items()}
         curve = self._step.curve
         tokens = len(batches) * self._text.batch * self._text.length
         self._log.write(
@@ -200,6 +205,7 @@ class _Loop:
             peak_memory_bytes=peak,
             peak_memory_bytes_most=int(most),
             sent_bytes=bytes_by_axis(since(before, self._step.traffic)),
+            expert_load={layer: load.to_json() for layer, load in loads.items()} or None,
         )
 
 
@@ -226,6 +232,12 @@ class _Stepper:
     @property
     def traffic(self) -> tuple[Transfer, ...]:
         return self.model.traffic if isinstance(self.model, ParallelModule) else ()
+
+    def expert_load(self) -> dict[str, ExpertLoad]:
+        """The load of the experts in the latest step, where the plan counts it."""
+        if isinstance(self.model, ParallelModule) and self.model.plan.record_load:
+            return self.model.expert_load()
+        return {}
 
     def __call__(self, batches: list[Batch]) -> None:
         start = time.perf_counter()

@@ -39,6 +39,9 @@ def train(mesh: str, plan: Plan, alike: bool) -> tuple[dict[str, float], list[tu
     for step in range(3):
         given = batch(step, alike)
         loss = parallel.train_step(**given)
+        load = parallel.expert_load() if plan.record_load else {}
+        assert all(sum(each.experts) == sum(each.ranks) == 2 * given["input_ids"].numel() for each in load.values())
+        assert len(load) == LAYERS * plan.record_load
         traffic = traffic or [(t.phase, t.name, t.operations) for t in parallel.traffic if t.name in ROUTED]
         expected = beside(**given)["loss"]
         expected.backward()
@@ -61,7 +64,8 @@ RUNS: list[tuple[str, dict[str, Any], bool]] = [
     ("ep=2,tp=2", {}, False),
     ("ep=2,tp=2", {"expert_axes": "ep", "zero": 2}, False),
     ("ep=2,sp=2", {"expert_axes": "ep+sp", "zero": 3}, True),
-    ("dp=2,ep=2,sp=2", {"zero": 2}, False),
+    ("dp=2,ep=2", {"zero": 3, "record_load": True, "expert_placement": {"*": tuple(range(11, -1, -1))}}, False),
+    ("dp=2,ep=2,sp=2", {"zero": 2, "record_load": True}, False),
 ]
 
 

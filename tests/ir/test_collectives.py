@@ -28,6 +28,7 @@ def test_the_dual_takes_the_gradient_back(name: str) -> None:
 def test_the_dual_of_the_dual_has_the_first_arguments(name: str) -> None:
     known = {"axis": "tp", "ways": 2, "op": "sum", "dim": 0, "outer": 3, "ratio": [2, 1], "length": 18}
     known |= {"source": [0, 1, 1], "target": [1, 1, 1], "by": 3, "send": "there", "receive": "back"}
+    known |= {"counts": "rows", "layer": "moe", "group": "ep", "places": [1, 0]}
     arguments = tuple(known[parameter] for parameter in comm.COLLECTIVES[name].form.parameters)
     dual, turned = comm.dual_of(name, arguments)
     if comm.COLLECTIVES[dual].form is comm.COLLECTIVES[name].form:
