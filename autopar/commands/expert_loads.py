@@ -36,21 +36,23 @@ def read_loads(path: Path) -> dict[str, ExpertLoad]:
     return found
 
 
-def loads_table(loads: Mapping[str, ExpertLoad]) -> RenderableType:
-    """One row for each layer."""
+def loads_tables(loads: Mapping[str, ExpertLoad]) -> list[RenderableType]:
+    """A table with one row for each layer; nothing where nothing was counted."""
     placed = balanced_placement(loads)
     rows = []
     for layer, load in loads.items():
         after = imbalance(load, placed[layer])
         spread = f"{min(load.experts):,} / {max(load.experts):,}"
         rows.append((layer, f"{sum(load.experts):,}", spread, f"{load.imbalance:.2f}", f"{after:.2f}"))
-    return table("load of the experts", COLUMNS, rows)
+    return [table("load of the experts", COLUMNS, rows)] if rows else []
 
 
 def loads_json(loads: Mapping[str, ExpertLoad]) -> dict[str, Any]:
+    """``expert_load``: layer -> what was counted, and the order that would balance it; nothing if nothing was."""
     placed = balanced_placement(loads)
-    return {
+    found = {
         layer: load.to_json()
         | {"imbalance": load.imbalance, "placement": list(placed[layer]), "placed": imbalance(load, placed[layer])}
         for layer, load in loads.items()
     }
+    return {"expert_load": found} if found else {}

@@ -11,7 +11,7 @@ import typer
 
 from autopar.analysis.folded_text import folded
 from autopar.analysis.footprint import held, sent
-from autopar.commands.expert_loads import loads_json, loads_table, read_loads
+from autopar.commands.expert_loads import loads_json, loads_tables, read_loads
 from autopar.commands.expert_tables import experts_json, experts_tables
 from autopar.commands.options import (
     Batch,
@@ -95,8 +95,7 @@ def show(
     if picture is not None and pipeline is not None:
         pipeline.write(picture)
     if as_json:
-        document = _document(model, whole, text, rank) | {"experts": experts_json(split)}
-        document |= {"expert_load": loads_json(loads)} if loads else {}
+        document = _document(model, whole, text, rank) | {"experts": experts_json(split), **loads_json(loads)}
         print_json(document | (pipeline.to_json() if pipeline else {}))
         return
     if not summary:
@@ -108,7 +107,7 @@ def show(
         console.print()
     if pipeline is not None:
         pipeline.print(console, schedule)
-    console.print(*experts_tables(split), *([loads_table(loads)] if loads else []), held_table(held(whole)), sep="\n")
+    console.print(*experts_tables(split), *loads_tables(loads), held_table(held(whole)), sep="\n")
     console.print(traffic_table(f"sent by one rank of {on} in a step", sent(whole, rank or 0)))
 
 

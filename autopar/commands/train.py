@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -111,10 +111,15 @@ def train_command(
             dist.destroy_process_group()
     if is_first():
         document = document_of(model, run, settings, stream, time.perf_counter() - start)
-        print_json(document) if as_json else print_report(example.model, run, settings, document)
-        stderr().print(end_of(run, settings), soft_wrap=True, markup=False) if run.stopped else None
-        if run.difference is not None and not run.difference <= tolerance_of(settings):
-            raise typer.Exit(1)
+        _report(example.model, run, settings, document, as_json)
+
+
+def _report(model: nn.Module, run: Run, settings: Settings, document: dict[str, Any], as_json: bool) -> None:
+    """Print the result. Ends with code 1 where the losses differ."""
+    print_json(document) if as_json else print_report(model, run, settings, document)
+    stderr().print(end_of(run, settings), soft_wrap=True, markup=False) if run.stopped else None
+    if run.difference is not None and not run.difference <= tolerance_of(settings):
+        raise typer.Exit(1)
 
 
 def _plan(texts: list[str], shorthands: Mapping[str, object], mesh: Mesh, rows: int, accumulate: int) -> Plan:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from autopar.commands.curves import sparkline
-from autopar.commands.expert_loads import loads_json, loads_table
+from autopar.commands.expert_loads import loads_json, loads_tables
 from autopar.commands.tables import stdout, table, traffic_json, traffic_table
 from autopar.training.byte_text import ByteText
 from autopar.training.loop import Curve, Run, Settings
@@ -50,7 +50,7 @@ def document_of(model: str, run: Run, settings: Settings, text: ByteText, second
         "first_step_seconds": round(run.parallel.seconds[0], 2) if run.parallel.seconds else None,
         "seconds": round(seconds, 2),
         "traffic_per_step": traffic_json(run.traffic, run.counted),
-        "expert_load": loads_json(run.loads) if run.loads else None,
+        **loads_json(run.loads),
     }
 
 
@@ -78,8 +78,8 @@ def print_report(model: nn.Module, run: Run, settings: Settings, document: dict[
         f"{settings.device.type} processes, batches of {batches}{document['batch']} x {document['length']} bytes"
     )
     console.print(traffic_table("sent by one rank in a step", run.traffic, run.counted))
-    if run.loads:
-        console.print(loads_table(run.loads))
+    for loads in loads_tables(run.loads):
+        console.print(loads)
     title = f"loss of {len(run.parallel.losses)} steps" + (f" from {run.start.step}" if run.start.step else "")
     console.print(table(title, ("", "curve", "first", "last", "tokens/s"), _curves(run, document)))
     traced = "" if settings.saving and settings.saving.resume else " (tracing and splitting)"

@@ -152,7 +152,9 @@ def test_loads_are_read_from_a_log(tmp_path: Path) -> None:
     lines = [{"step": 0, "expert_load": {layer: load.to_json() for layer, load in loads.items()}}] * 2
     log.write_text("\n".join(map(json.dumps, lines)))
     assert read_loads(log) == {layer: load + load for layer, load in loads.items()}
-    assert loads_json(loads)[LAYER.format(0)]["placement"] == list(balanced_placement(loads)[LAYER.format(0)])
+    assert loads_json(loads)["expert_load"][LAYER.format(0)]["placement"] == list(
+        balanced_placement(loads)[LAYER.format(0)]
+    )
     log.write_text('{"step": 0}\n')
     with pytest.raises(ValueError, match="has no load of experts\nWay out: autopar train"):
         read_loads(log)
