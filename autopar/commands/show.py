@@ -45,6 +45,10 @@ from autopar.mesh import Mesh
 from autopar.passes import COMPILER
 from autopar.zoo.named import named_model
 
+Recorded = Annotated[
+    Path | None, typer.Option(metavar="LOG", help="the loads of experts that this log of autopar train recorded")
+]
+
 
 def show(
     model: OptionalModelName = None,
@@ -63,9 +67,7 @@ def show(
     picture: Annotated[
         Path | None, typer.Option("--schedule-svg", metavar="FILE", help="write that picture to this file")
     ] = None,
-    expert_load: Annotated[
-        Path | None, typer.Option(metavar="LOG", help="the loads of experts that this log of autopar train recorded")
-    ] = None,
+    expert_load: Recorded = None,
     plan: PlanTexts = None,
     config: ConfigTexts = None,
     batch: Batch = None,
@@ -95,16 +97,15 @@ def show(
     if picture is not None and pipeline is not None:
         pipeline.write(picture)
     if as_json:
-        document = _document(model, whole, text, rank) | {"experts": experts_json(split), **loads_json(loads)}
-        print_json(document | (pipeline.to_json() if pipeline else {}))
+        document = _document(model, whole, text, rank) | {"experts": experts_json(split)}
+        print_json(document | loads_json(loads) | (pipeline.to_json() if pipeline else {}))
         return
     if not summary:
         print(text)
     if explain is not None:
         return
     console = stdout()
-    if not summary:
-        console.print()
+    console.print(end="" if summary else "\n")
     if pipeline is not None:
         pipeline.print(console, schedule)
     console.print(*experts_tables(split), *loads_tables(loads), held_table(held(whole)), sep="\n")
