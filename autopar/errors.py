@@ -27,8 +27,16 @@ class SequenceError(AutoparError):
     """An axis cannot split the sequence of the model, or not as the plan asks."""
 
 
+class NoSequenceError(SequenceError):
+    """The model has no sequence that an axis could split."""
+
+
 class NothingSplitError(AutoparError):
     """An axis would leave nearly all of its work whole on every rank."""
+
+
+class NoExpertsError(NothingSplitError):
+    """The model has no experts that an axis could deal out."""
 
 
 class StageError(AutoparError):

@@ -46,7 +46,7 @@ import warnings
 
 from torch import fx
 
-from autopar.errors import NothingSplitError
+from autopar.errors import NoExpertsError, NothingSplitError
 from autopar.experts.report import EXPERTS as DECISIONS
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.node import origin
@@ -74,7 +74,7 @@ def route_experts(program: Program) -> Program:
             continue
         dealt.append((layer, region, placing))
     if not dealt:
-        raise NothingSplitError(_nothing_routed(program, reasons))
+        raise _nothing_routed(program, reasons)
     if reasons:
         node, reason = next(iter(reasons.items()))
         where = origin(node).module or node.name
@@ -85,13 +85,15 @@ def route_experts(program: Program) -> Program:
     return program
 
 
-def _nothing_routed(program: Program, reasons: dict[fx.Node, str]) -> str:
+def _nothing_routed(program: Program, reasons: dict[fx.Node, str]) -> NothingSplitError:
     ways = program.mesh.size(EXPERTS)
     known = program.decisions.get(DECISIONS, {}).values()
     unrouted = [each for each in known if isinstance(each, Unrouted)]
     left = [f"{each.reason}\n  module  {each.module}\n  source  {each.source}" for each in unrouted]
-    why = next(iter((*reasons.values(), *left)), "no layer of experts was recognised in it")
-    return (
-        f"{EXPERTS}={ways} has no experts to deal out in this model: {why}\n"
+    whole = [*reasons.values(), *left]
+    kind = NothingSplitError if whole else NoExpertsError
+    return kind(
+        f"{EXPERTS}={ways} has no experts to deal out in this model: "
+        f"{whole[0] if whole else 'no layer of experts was recognised in it'}\n"
         f"Way out: a mesh without {EXPERTS} (dp={ways} splits the batch alike)."
     )

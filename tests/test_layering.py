@@ -51,7 +51,7 @@ STANDS_ON = {
     "module": "compiler errors frontend ir mesh pipeline plan runtime schedules simulate simulator",
     "api": "mesh module plan runtime",
     "check": "compiler frontend ir mesh plan precision simulate simulator",
-    "verification": "analysis check cost errors ir mesh pipeline plan rules simulator split",
+    "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",
     "checkpoint": "errors ir mesh module runtime",
     "training": "api checkpoint data ir mesh module plan runtime",
     "autopar": "*",  # the package itself: its names are imported at first use

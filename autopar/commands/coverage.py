@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -26,7 +28,7 @@ from autopar.verification.coverage import CASES, Case, Coverage, Outcome, cover
 from autopar.zoo.named import OURS, named_model
 
 OWN_FAMILY = "plain torch"
-ROWS = 4  # of a batch; a multiple where a mesh has more data ranks
+ROWS = 4  # of a batch, at least: the data ranks of each mesh divide them
 WIDTH = 170  # of the table, where it is not printed on a terminal
 
 
@@ -36,7 +38,7 @@ def coverage(
         list[str] | None, typer.Option(help=f"{', '.join((*zoo.FAMILIES, OWN_FAMILY))}; may be given several times")
     ] = None,
     mesh: Annotated[
-        list[str] | None, typer.Option("--mesh", metavar="AXES", help="not the usual five; may be given several times")
+        list[str] | None, typer.Option("--mesh", metavar="AXES", help="not the usual ones; may be given several times")
     ] = None,
     plan: PlanTexts = None,
     jobs: Annotated[int, typer.Option(min=1, help="architectures at a time")] = min(2, os.cpu_count() or 1),
@@ -46,8 +48,8 @@ def coverage(
     """Build small models of many architectures, parallelise each, simulate it in float64, compare and measure.
 
     A mesh passes if the numbers are those of the unmodified model and the work is split: on dp everything that depends
-    on the batch, with no collectives but those of loss and gradients; on tp nine tenths of the parameters. Exit code 1
-    if any number differs or a model cannot be traced.
+    on the batch, with no collectives but those of loss and gradients; on tp nine tenths of the parameters; on sp every
+    attention; on ep every layer of experts. Exit code 1 if any number differs or a model cannot be traced.
     """
     chosen = _chosen(names or [], family or [])
     cases = CASES if mesh is None and not plan else _cases(mesh or [case.title for case in CASES[:4]], plan)
@@ -100,7 +102,8 @@ def measure(name: str, family: str, cases: Sequence[Case]) -> Coverage:
     """One row of the table."""
     torch.set_num_threads(1)
     logging.disable(logging.ERROR)
-    rows = max([ROWS, *(data_ways(case.mesh) for case in cases)])
+    ways = math.lcm(*(data_ways(case.mesh) for case in cases))
+    rows = ways * math.ceil(ROWS / ways)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -155,10 +158,12 @@ def _cells(row: Coverage, titles: Sequence[str], notes: list[str]) -> list[str]:
 
 
 def _verdict(row: Coverage, outcome: Outcome, notes: list[str]) -> str:
-    """``pass``; otherwise the verdict and the number of a note."""
+    """``pass``, or what the model does not have; otherwise the verdict and the number of a note."""
     reasons = [*([outcome.failure] if outcome.failure else []), *outcome.remarks]
     if outcome.passed:
         return "pass"
+    if outcome.absent:
+        return f"no {outcome.absent}"
     if outcome.error is None:
         return _noted("refused", reasons, row.name, notes)
     if not outcome.exact:
@@ -194,7 +199,9 @@ def _summary(rows: Sequence[Coverage], titles: Sequence[str]) -> str:
     parts = []
     for title in titles:
         here = [outcome for outcome in outcomes if outcome.title == title]
-        parts.append(f"{title}: {sum(o.passed for o in here)} pass, {sum(o.exact for o in here)} exact")
+        counts = [f"{sum(outcome.passed for outcome in here)} pass", f"{sum(outcome.exact for outcome in here)} exact"]
+        absent = Counter(f"without {outcome.absent}" for outcome in here if outcome.absent)
+        parts.append(f"{title}: {', '.join([*counts, *(f'{count} {what}' for what, count in absent.items())])}")
     traced = sum(not row.failure for row in rows)
     return f"{traced} of {len(rows)} traced; {'; '.join(parts)}"
 
@@ -212,9 +219,11 @@ def _markdown(rows: Sequence[Coverage], titles: Sequence[str]) -> str:
 EXPLANATION = """\
 - **pass**: loss, outputs and every gradient are those of the unmodified model in float64, and the work is split: on dp
   everything that depends on the batch, with no floating collectives but reductions of loss and gradients; on tp at
-  least 90 % of the bytes of the parameters, which stay split while computing.
+  least 90 % of the bytes of the parameters, which stay split while computing; on sp every attention, and all else that
+  depends on an input; on ep, a data axis too, every layer of experts is dealt out, and rows are sent to them and back.
 - **exact**: the numbers are right, but something was gathered or is done whole: the note says what and where.
 - **in part**: by default an error (the note); with `Plan(on_indivisible="replicate")` exact, some parts whole.
+- **no sequence**, **no experts**: there is nothing of what the axis splits, and the user gets an error that says so.
 - **refused**: an error for the user too, with that reason. **WRONG**: the numbers differ.
 - On the mesh with most axes: the share of the bytes of the **parameters** that tp splits; the shares of the
   **compute** that dp and tp split (in operations, on dp of what depends on the batch); **collectives** in a step,

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from autopar.errors import SequenceError
+from autopar.errors import NoSequenceError
 from autopar.ir.builder import Builder
 from autopar.ir.layout import Factor
 from autopar.ir.node import origin, value, values
@@ -44,14 +44,14 @@ def _no_sequence(program: Program, axis: str) -> str:
 def sequence_policy(program: Program, axis: str) -> SequencePolicy:
     """How ``axis`` splits the program.
 
-    Raises IndivisibleError where the axis does not divide a sequence, SequenceError where there is none, or where an
-    attention cannot run in the form that the plan asks for.
+    Raises IndivisibleError where the axis does not divide a sequence, NoSequenceError where there is none,
+    SequenceError where an attention cannot run in the form that the plan asks for.
     """
     inputs = dims_of_inputs(program)
     dims = dims_of_attention(program) or inputs
     given = {node: dim for (node, _), dim in inputs} if program.plan.inputs == "local" else {}
     if not dims:
-        raise SequenceError(_no_sequence(program, axis))
+        raise NoSequenceError(_no_sequence(program, axis))
     check_divides(program, axis, (*dims, *(((node, 0), dim) for node, dim in given.items())))
     forms = Forms(program, axis, halves_divide(program, axis, dims))
     if not any(map(forms.is_uneven_in_order, attentions(program))):

@@ -4,7 +4,8 @@ A model that ended replicated is exact too, so exactness alone proves nothing. A
 product that depends on the batch is split by it, and the only floating collectives on those axes reduce the loss and
 gradients. One with a tensor axis passes if nine tenths of the bytes of the parameters are split on it and stay so while
 computing. One with a sequence axis passes if it splits every attention, and every product that depends on an input.
-``remarks`` give the reasons why a mesh does not pass.
+One with an axis of experts passes if every layer of experts is dealt out, and as a data axis but for the exchanges of
+rows. ``remarks`` give the reasons why a mesh does not pass.
 """
 
 from __future__ import annotations
@@ -18,23 +19,28 @@ from typing import Any
 
 from torch import fx, nn
 
+from autopar.analysis.experts import unrecognised
 from autopar.analysis.footprint import held
 from autopar.check import TOLERANCE, Reference, Report
 from autopar.cost.flops import flops
-from autopar.errors import AutoparError, IndivisibleError
+from autopar.errors import AutoparError, IndivisibleError, NoExpertsError, NoSequenceError
 from autopar.ir import collectives as comm
 from autopar.ir.node import origin, value, values
 from autopar.ir.operator_facts import is_operator, is_product
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.reach import descendants, made_only_of
+from autopar.ir.rewrite import operand
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import Transfer
-from autopar.mesh import DATA_AXES, PIPELINE, Mesh
+from autopar.mesh import DATA_AXES, EXPERTS, PIPELINE, SEQUENCE, Mesh
+from autopar.operators.experts import EXPERT_LINEAR
 from autopar.pipeline.mixed_rows import normalised
 from autopar.plan import Plan
 from autopar.rules import rule_for
 
-TENSOR_AXIS, SEQUENCE_AXIS = "tp", "sp"
+TENSOR = "tp"
+TO_EXPERTS = ("dispatch_rows", "return_rows")
+ABSENT: Mapping[type[Exception], str] = {NoExpertsError: "experts", NoSequenceError: "sequence"}
 MOST_OF_IT = 0.9  # of the bytes of the parameters
 LARGE = 0.01  # a parameter with less than this share is not worth a remark
 REMARKS = 4  # of one kind, before "and n more"
@@ -56,6 +62,7 @@ CASES: tuple[Case, ...] = (
     Case("tp=4", Mesh(tp=4)),
     Case("tp=2 megatron", Mesh(tp=2), Plan(sequence="megatron")),
     Case("sp=2", Mesh(sp=2), Plan(attention="ring")),
+    Case("ep=2", Mesh(ep=2)),
 )
 
 
@@ -66,6 +73,7 @@ class Outcome:
     Attributes:
         error: the largest error of loss, outputs and gradients in float64; None where there is no program.
         failure: why there is none; or, with an ``error``, why only a program with some parts whole could be made.
+        absent: what the model does not have, though an axis is there to split it; then there is no program.
         parameters, compute: per axis the share of the parameters' bytes, and of the operations of the forward pass
             (for data axes and ``sp``: of those that depend on an input), that is split on it.
         efficiency: operations of the whole model over those that all ranks do together, forward and backward.
@@ -74,6 +82,7 @@ class Outcome:
     title: str
     error: float | None = None
     failure: str = ""
+    absent: str = ""
     parameters: Mapping[str, float] = field(default_factory=dict)
     compute: Mapping[str, float] = field(default_factory=dict)
     efficiency: float = 0.0
@@ -150,7 +159,8 @@ def _outcome(reference: Reference, case: Case, whole: int) -> Outcome:
         except AutoparError:
             return Outcome(case.title, failure=failure, seconds=time.perf_counter() - start)
     except (AutoparError, RuntimeError) as error:
-        return Outcome(case.title, failure=_first_line(error), seconds=time.perf_counter() - start)
+        absent = ABSENT.get(type(error), "")
+        return Outcome(case.title, failure=_first_line(error), absent=absent, seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
     return _measured(case, report, whole, normalised(reference.traced), failure, seconds)
 
@@ -161,12 +171,13 @@ def _measured(
     program = report.program
     axes = [axis for axis, size in program.mesh.axes if size > 1]
     holdings = held(program)
-    split = {axis: holdings.split[axis] / max(1, holdings.whole) for axis in axes if axis not in DATA_AXES}
+    of_parameters = [axis for axis in axes if axis not in DATA_AXES or axis == EXPERTS]
     return Outcome(
         case.title,
         report.worst,
         failure,
-        split,
+        "",
+        {axis: holdings.split[axis] / max(1, holdings.whole) for axis in of_parameters},
         {axis: compute_share(program, axis) for axis in axes},
         whole / max(1, program.mesh.world_size * operations(program)),
         report.step.traffic,
@@ -186,7 +197,7 @@ def compute_share(program: AnyProgram, axis: str) -> float:
     """
     if axis == PIPELINE:
         return 1.0
-    seen = _after(program, InputKind.INPUT) if axis in (*DATA_AXES, SEQUENCE_AXIS) else None
+    seen = _after(program, InputKind.INPUT) if axis in (*DATA_AXES, SEQUENCE) else None
     done = {node: flops(node, lambda kind: kind.shape) for node in program.graph.nodes if seen is None or node in seen}
     total = sum(done.values())
     return sum(count for node, count in done.items() if _splits(node, axis)) / total if total else 1.0
@@ -195,15 +206,12 @@ def compute_share(program: AnyProgram, axis: str) -> float:
 def remarks(program: AnyProgram, axis: str, normalised: frozenset[str] = frozenset()) -> list[str]:
     """The reasons why ``axis`` does not pass. ``normalised``: modules that normalise by statistics of the batch."""
     if axis in DATA_AXES:
-        seen = _after(program, InputKind.INPUT)
-        whole = [node for node in program.graph.nodes if node in seen and is_product(node.target)]
-        found = [f"not split by {axis}: {node.name} at {_place(node)}" for node in whole if not _splits(node, axis)]
-        return _few(found) + _few(_irregular(program, axis, normalised))
-    if axis == SEQUENCE_AXIS:
-        seen = _after(program, InputKind.INPUT)
-        products = [node for node in program.graph.nodes if node in seen and is_product(node.target)]
-        return _few(f"not split by {axis}: {_place(node)}" for node in products if not _splits(node, axis))
-    if axis == TENSOR_AXIS:
+        found = [f"not split by {axis}: {node.name} at {_place(node)}" for node in _whole_products(program, axis)]
+        experts = _few(_whole_experts(program, axis)) if axis == EXPERTS else []
+        return experts + _few(found) + _few(_irregular(program, axis, normalised))
+    if axis == SEQUENCE:
+        return _few(f"not split by {axis}: {_place(node)}" for node in _whole_products(program, axis))
+    if axis == TENSOR:
         share = held(program)
         gathered = [f"weight gathered over {axis}: {_place(node)}" for node in _gathered_weights(program, axis)]
         if share.split[axis] >= MOST_OF_IT * share.whole:
@@ -226,13 +234,34 @@ def _splits(node: fx.Node, axis: str) -> bool:
     return any(axis in kind.layout.axes for near in (node, *node.all_input_nodes) for kind in values(near))
 
 
+def _whole_products(program: AnyProgram, axis: str) -> Iterator[fx.Node]:
+    """Products that depend on an input and that every rank of the axis does whole."""
+    seen = _after(program, InputKind.INPUT)
+    for node in program.graph.nodes:
+        if node in seen and is_product(node.target) and not _splits(node, axis):
+            yield node
+
+
+def _whole_experts(program: AnyProgram, axis: str) -> Iterator[str]:
+    """Layers of which every rank of the axis has all experts."""
+    for node in program.graph.nodes:
+        if node.target is EXPERT_LINEAR and axis not in value(operand(node, 1)).layout.axes:
+            yield f"all experts on each rank of {axis}: {_place(node)}"
+    for layer in unrecognised(program):
+        yield f"all experts on each rank of {axis}: {layer.module}, since {layer.reason}"
+
+
 def _irregular(program: AnyProgram, axis: str, normalised: frozenset[str]) -> Iterator[str]:
-    """Collectives on a data axis that are no reduction of the loss or of gradients: some product follows on them."""
+    """Collectives on a data axis that neither reduce the loss or gradients (some product follows on them) nor send
+    rows to experts.
+    """
     roles = [part.required_role for part in program.parts]
     for graph in (graph for role in roles for graph in (role.forward, role.backward)):
         for node in graph.nodes if graph is not None else ():
             name = comm.moving(node.target)
-            if name is None or axis not in comm.axes_over(node) or not value(node).dtype.is_floating_point:
+            if name is None or name in TO_EXPERTS or axis not in comm.axes_over(node):
+                continue
+            if not value(node).dtype.is_floating_point:
                 continue
             if name == "all_reduce" and origin(node).module in normalised:
                 yield f"statistics of batch normalisation reduced over {axis}"

@@ -17,7 +17,7 @@ from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.verification.coverage import CASES, Case, Coverage, cover
 
-DATA, TENSOR = Case("dp=2", Mesh(dp=2)), Case("tp=2", Mesh(tp=2))
+DATA, TENSOR, EXPERTS = Case("dp=2", Mesh(dp=2)), Case("tp=2", Mesh(tp=2)), Case("ep=2", Mesh(ep=2))
 
 
 class Toy(nn.Module):
@@ -68,6 +68,68 @@ def test_a_model_that_stays_whole_is_exact_but_does_not_pass() -> None:
     assert "up.weight (4" in tensor.remarks[0], tensor.remarks
 
 
+class Mixture(nn.Module):
+    """Each row goes to one of four experts; ``keep``: all ranks need the weights of all of them, beside that."""
+
+    def __init__(self, keep: bool = False) -> None:
+        super().__init__()
+        self.router, self.experts, self.keep = nn.Linear(64, 4), nn.Parameter(torch.randn(4, 64, 64) / 8), keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.router(x).softmax(-1).max(-1)
+        found = torch.bmm(self.experts[chosen], x.unsqueeze(-1)).squeeze(-1) * weight.unsqueeze(-1)
+        return found + self.experts.square().sum() if self.keep else found
+
+
+def test_experts_that_are_dealt_out_pass() -> None:
+    ours, folded = covered(Toy(body=Mixture()), EXPERTS, Case("ep=2,tp=2", Mesh(ep=2, tp=2))).outcomes
+    assert ours.passed and ours.compute["ep"] > 0.999 and 0.9 < ours.parameters["ep"] < 1.0
+    assert folded.passed and folded.parameters["ep"] == ours.parameters["ep"] and folded.parameters["tp"] > 0.9
+
+
+def test_a_layer_whose_experts_are_all_on_each_rank_does_not_pass() -> None:
+    body = nn.Sequential(Mixture(), Mixture(keep=True))
+    with pytest.warns(UserWarning, match="the experts of body.1 stay whole on ep"):
+        (found,) = covered(Toy(body=body), EXPERTS).outcomes
+    assert found.exact and not found.passed and found.parameters["ep"] < 0.5
+    assert found.remarks == ("all experts on each rank of ep: body.1",)
+
+
+class Averaged(nn.Module):
+    """The mean of all experts, though each row chooses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(64, 4), nn.Parameter(torch.randn(4, 64, 64) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, chosen = self.router(x).topk(1)
+        weights = torch.zeros(len(x), 4, dtype=x.dtype).scatter(1, chosen, scores)
+        return (torch.einsum("nc,ecf->nef", x, self.experts) * weights.unsqueeze(-1)).mean(1)
+
+
+def test_a_layer_in_which_no_experts_were_recognised_does_not_pass() -> None:
+    (found,) = covered(Toy(body=nn.Sequential(Mixture(), Averaged())), EXPERTS).outcomes
+    assert found.exact and not found.passed
+    (remark,) = found.remarks
+    assert remark.startswith("all experts on each rank of ep: body.1, since it takes the mean of the experts")
+
+
+def test_what_gathers_the_batch_does_not_pass_on_ep_either() -> None:
+    (found,) = covered(Toy(body=nn.Sequential(Mixture(), MixesRows())), EXPERTS).outcomes
+    assert found.exact and not found.passed
+    assert any("all_gather over ep: body.1" in remark for remark in found.remarks), found.remarks
+    assert not any("rows" in remark for remark in found.remarks), found.remarks
+
+
+def test_what_a_model_does_not_have_is_told_from_what_is_refused() -> None:
+    sequence = Case("sp=2", Mesh(sp=2))
+    absent = [outcome.absent for outcome in covered(Toy(), DATA, sequence, EXPERTS).outcomes]
+    assert absent == ["", "sequence", "experts"]
+    (kept,) = covered(Toy(body=Mixture(keep=True)), EXPERTS).outcomes
+    assert not kept.absent and not kept.exact and "outside of the experts" in kept.failure
+
+
 def test_what_is_refused_says_why_and_what_the_way_out_gives() -> None:
     class Attention(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -105,16 +167,19 @@ def test_a_model_that_cannot_be_traced() -> None:
     assert "cannot be traced" in found.failure and not found.outcomes
 
 
-@pytest.mark.parametrize("name", ["llama", "segformer", "clip"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "segformer", "clip"])
 def test_architectures(name: str) -> None:
     pytest.importorskip("transformers")
     found = measure(name, "any", CASES)
     assert not found.failure and not found.unknown
     by_title = {outcome.title: outcome for outcome in found.outcomes}
-    sequence = by_title.pop("sp=2")
+    sequence, experts = by_title.pop("sp=2"), by_title.pop("ep=2")
+    assert experts.passed if name == "mixtral" else experts.absent == "experts"
     assert all(outcome.exact for outcome in by_title.values()), found
     if name == "llama":
-        assert all(outcome.passed for outcome in found.outcomes) and sequence.compute["sp"] > 0.999
+        assert (
+            all(outcome.passed for outcome in by_title.values()) and sequence.passed and sequence.compute["sp"] > 0.999
+        )
     if name == "segformer":
         assert by_title["dp=2"].passed and "1 heads" in by_title["tp=2"].failure
         assert sequence.exact
@@ -138,6 +203,20 @@ def test_the_command(tmp_path: Any) -> None:
     assert [row["name"] for row in rows] == ["gpt2", "models.mlp"]
     assert all(outcome["passed"] for row in rows for outcome in row["outcomes"])
     assert re.search(r"\| gpt2 \|.*\| pass \| pass \|", page.read_text())
+
+
+def test_the_command_says_what_a_model_does_not_have(tmp_path: Any) -> None:
+    page = tmp_path / "page.md"
+    meshes = ("--mesh", "ep=2", "--mesh", "ep=3", "--mesh", "sp=2")
+    found = run("models.moe", "models.mlp", *meshes, "--jobs", "1", "--json", "--markdown", str(page))
+    assert found.exit_code == 0, found.output
+    moe, mlp = json.loads(found.stdout)["architectures"]
+    assert all(outcome["passed"] for outcome in moe["outcomes"]), "a batch that two and three ranks divide"
+    assert [outcome["absent"] for outcome in mlp["outcomes"]] == ["experts", "experts", "sequence"]
+    text = page.read_text()
+    assert "| pass | pass | pass |" in text and "| no experts | no experts | no sequence |" in text
+    assert "ep=3: 1 pass, 1 exact, 1 without experts; sp=2: 1 pass, 1 exact, 1 without sequence" in text
+    assert "(1)" not in text, "what is said in the table needs no note"
 
 
 def test_names_that_it_does_not_know() -> None:
