@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Table = NDArray[np.float64]
+Entry = tuple[tuple[int, ...], Table]  # a table over these variables
+Choices = NDArray[np.unsignedinteger[Any]]
 LARGEST_TABLE = 20_000_000  # entries; beyond it variables are fixed one by one instead
 
 
@@ -23,7 +25,7 @@ class CostModel:
     """Variables with finite domains, and cost tables over one or more of them; the sum of the tables is minimised."""
 
     sizes: list[int] = field(default_factory=list)
-    tables: list[tuple[tuple[int, ...], Table]] = field(default_factory=list)
+    tables: list[Entry] = field(default_factory=list)
 
     def variable(self, size: int) -> int:
         self.sizes.append(size)
@@ -42,16 +44,14 @@ class CostModel:
 
 def minimise(model: CostModel) -> list[int]:
     """The assignment of least total cost. Among equals, the one with the smallest values in elimination order."""
-    buckets: list[dict[int, tuple[tuple[int, ...], Table]]] = [{} for _ in model.sizes]
-    alive: dict[int, tuple[tuple[int, ...], Table]] = {}
+    buckets: list[dict[int, Entry]] = [{} for _ in model.sizes]
     for key, entry in enumerate(model.tables):
-        alive[key] = entry
         for variable in entry[0]:
             buckets[variable][key] = entry
     queue = [(_weight(model, buckets, v), v) for v in range(len(model.sizes))]
     heapq.heapify(queue)
     done = [False] * len(model.sizes)
-    trail: list[tuple[int, tuple[int, ...], NDArray[np.intp]]] = []
+    trail: list[tuple[int, tuple[int, ...], Choices]] = []
     next_key = len(model.tables)
     while queue:
         weight, variable = heapq.heappop(queue)
@@ -65,18 +65,15 @@ def minimise(model: CostModel) -> list[int]:
             _simplify(model, buckets, variable)
         entries = list(buckets[variable].values())
         others = tuple(sorted({v for scope, _ in entries for v in scope} - {variable}))
-        total = _joined(model, entries, (variable, *others))
-        trail.append((variable, others, total.argmin(axis=0)))
+        least, best = _least(model, entries, variable, others)
+        trail.append((variable, others, best))
         done[variable] = True
-        for key in list(buckets[variable]):
-            scope, _ = buckets[variable][key]
+        for key, (scope, _) in list(buckets[variable].items()):
             for v in scope:
-                if v != variable:
-                    del buckets[v][key]
+                del buckets[v][key]
         if others:
-            message = (others, total.min(axis=0))
             for v in others:
-                buckets[v][next_key] = message
+                buckets[v][next_key] = (others, least)
             next_key += 1
     assignment = [0] * len(model.sizes)
     for variable, others, best in reversed(trail):
@@ -84,7 +81,7 @@ def minimise(model: CostModel) -> list[int]:
     return assignment
 
 
-def _weight(model: CostModel, buckets: list[dict[int, tuple[tuple[int, ...], Table]]], variable: int) -> int:
+def _weight(model: CostModel, buckets: list[dict[int, Entry]], variable: int) -> int:
     scope = {v for entry_scope, _ in buckets[variable].values() for v in entry_scope} | {variable}
     weight = 1
     for v in scope:
@@ -92,19 +89,38 @@ def _weight(model: CostModel, buckets: list[dict[int, tuple[tuple[int, ...], Tab
     return weight
 
 
-def _joined(model: CostModel, entries: Sequence[tuple[tuple[int, ...], Table]], order: tuple[int, ...]) -> Table:
-    position = {v: i for i, v in enumerate(order)}
-    total = np.zeros([model.sizes[v] for v in order])
-    for scope, table in entries:
-        by_position = sorted(range(len(scope)), key=lambda i: position[scope[i]])
-        shape = [1] * len(order)
-        for i in by_position:
-            shape[position[scope[i]]] = table.shape[i]
-        total += table.transpose(by_position).reshape(shape)
+def _least(model: CostModel, entries: Sequence[Entry], variable: int, others: tuple[int, ...]) -> tuple[Table, Choices]:
+    """The least of the sum of ``entries`` over ``variable``, by the values of ``others``, and the first value that has
+    it. The sum is held for one value at a time."""
+    position = {v: i for i, v in enumerate(others)}
+    aligned = [_aligned(scope, table, variable, position) for scope, table in entries]
+    shape = [model.sizes[v] for v in others]
+    least = _sum(aligned, 0, shape)
+    best: Choices = np.zeros(shape, dtype=np.min_scalar_type(model.sizes[variable]))
+    for number in range(1, model.sizes[variable]):
+        total = _sum(aligned, number, shape)
+        np.copyto(best, number, where=total < least)
+        np.minimum(least, total, out=least)
+    return least, best
+
+
+def _aligned(scope: tuple[int, ...], table: Table, variable: int, position: dict[int, int]) -> Table:
+    """``table`` with ``variable`` in front and a dim for each place of ``position``, of size 1 where it has none."""
+    ordered = sorted(range(len(scope)), key=lambda i: position.get(scope[i], -1))
+    shape = [1] * (1 + len(position))
+    for i in ordered:
+        shape[1 + position.get(scope[i], -1)] = table.shape[i]
+    return table.transpose(ordered).reshape(shape)
+
+
+def _sum(aligned: Sequence[Table], number: int, shape: Sequence[int]) -> Table:
+    total = np.zeros(shape)
+    for table in aligned:
+        total += table[number]
     return total
 
 
-def _simplify(model: CostModel, buckets: list[dict[int, tuple[tuple[int, ...], Table]]], variable: int) -> None:
+def _simplify(model: CostModel, buckets: list[dict[int, Entry]], variable: int) -> None:
     """Replace wide tables on ``variable`` by lower bounds on one neighbour each (mini-buckets): no longer exact."""
     for key, (scope, table) in list(buckets[variable].items()):
         if len(scope) <= 2:
