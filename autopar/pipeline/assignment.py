@@ -100,15 +100,13 @@ class Search:
 
     def _costs(self, places: Sequence[int], tables: Tables, limited: bool = True) -> list[Table]:
         """For each stage its time; inf where it is not allowed: without work, too large, or without the loss."""
-        limit = self._limit
-        found, memo = [], dict[int, Table]()
+        limit = self._limit if limited else None
+        plain = np.where(tables.works, tables.seconds, np.inf)
+        memo = {} if limit is not None else dict.fromkeys(self.flights, plain)
         for flight in self.flights:
-            if flight not in memo:
-                table = np.where(tables.works, tables.seconds, np.inf)
-                if limit is not None and limited:
-                    table = np.where(tables.state + flight * tables.saved <= limit * 1e9, table, np.inf)
-                memo[flight] = table
-            found.append(memo[flight])
+            if flight not in memo and limit is not None:
+                memo[flight] = np.where(tables.state + flight * tables.saved <= limit * 1e9, plain, np.inf)
+        found = [memo[flight] for flight in self.flights]
         begins = np.array([0, *places, len(self.graph)])
         found[-1] = np.where((begins <= self.graph.loss)[:, None], found[-1], np.inf)
         return found

@@ -30,6 +30,7 @@ from autopar.pipeline.duplicated import duplicated_nodes
 from autopar.pipeline.intervals import Event, Table, events_of, totals
 
 ADAM_STATES = 2  # moments of each parameter, in its dtype
+MOST_PLACES = 4000  # a table has the square of it
 
 
 class StageGraph:
@@ -100,16 +101,18 @@ class StageGraph:
 
     @cached_property
     def places_to_cut(self) -> list[int]:
-        """Among cut points with no computation between them, the one fewest bytes cross.
+        """Among cut points with no computation between them, the one fewest bytes cross; in a program of more than
+        ``MOST_PLACES`` calls that compute, with few such calls between them.
 
         Never splits a tuple, nor what a rank does with rows for its experts.
         """
         best: dict[int, int] = {}
         computed = 0
+        together = max(1, -(-sum(self.seconds[node] > 0 for node in self.nodes) // MOST_PLACES))
         for position, node in enumerate(self.nodes):
             if position and node.target is not operator.getitem and position not in self.within_experts:
-                found = best.setdefault(computed, position)
-                best[computed] = min(found, position, key=lambda place: (self.crossing[place], place))
+                found = best.setdefault(computed // together, position)
+                best[computed // together] = min(found, position, key=lambda place: (self.crossing[place], place))
             computed += self.seconds[node] > 0
         return sorted(best.values())
 

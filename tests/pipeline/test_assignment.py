@@ -20,6 +20,7 @@ from autopar.ir.node import origin
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
+from autopar.pipeline import interval_costs
 from autopar.pipeline.assignment import BALANCE, SLACK, assign_stages
 from autopar.pipeline.interval_costs import StageGraph
 from autopar.pipeline.stages import Assignment
@@ -61,6 +62,21 @@ def check(program: Program, found: Assignment, count: int) -> None:
                 assert node.target is not operator.getitem or found.stage_of[source] == found.stage_of[node]
     assert program.loss is not None
     assert found.stage_of[program.returned[program.loss]] == count - 1
+
+
+def test_few_places_of_a_long_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, most = program_of("llama", sizes=LLAMA), 40
+    graph = StageGraph(program)
+    every = graph.places_to_cut
+    monkeypatch.setattr(interval_costs, "MOST_PLACES", most)
+    few = StageGraph(program).places_to_cut
+    assert set(few) < set(every) and len(few) <= most
+    computed = [0, *itertools.accumulate(graph.seconds[node] > 0 for node in graph.nodes)]
+    together = -(-computed[-1] // most)
+    for place in every:
+        near = [other for other in few if abs(computed[other] - computed[place]) < together]
+        assert any(graph.crossing[other] <= graph.crossing[place] for other in near)
+    check(program, assign_stages(program, 4), 4)
 
 
 @pytest.mark.parametrize("name", MODELS)
