@@ -51,7 +51,8 @@ def fold_constants(program: Program) -> Program:
     known = _known(program)
     folded = _evaluate(known)
     owners: dict[str, fx.Node] = {}  # content -> the first node with it
-    merged = {node: owners.setdefault(_content(tensor), node) for node, tensor in folded.items()}
+    contents = {id(tensor): _content(tensor) for tensor in {id(each): each for each in folded.values()}.values()}
+    merged = {node: owners.setdefault(contents[id(tensor)], node) for node, tensor in folded.items()}
     new = {owner.name.removeprefix("c_"): (folded[owner], origin(owner)) for owner in owners.values()}
     program, constants = add_constants(program, new)
     for node, owner in merged.items():

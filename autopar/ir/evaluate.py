@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx
@@ -58,6 +59,7 @@ class Evaluator:
         }
         self._waiting = {node: sum(user in known for user in node.users) for node in known}
         self._keep, self._largest = set(keep), largest
+        self._created: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
 
     def compute(self, node: fx.Node) -> bool:
         """Whether ``node`` could be computed; a value too large is not, nor what is computed from it."""
@@ -66,7 +68,7 @@ class Evaluator:
         if self._bytes(node) > self._largest:
             self._keep.update(node.all_input_nodes)
             return False
-        self._found[node] = self._run(node)
+        self._found[node] = self._run(node) if node.all_input_nodes else self._create(node)
         for source in node.all_input_nodes:
             self._waiting[source] -= 1
             if self._waiting[source] == 0 and source not in self._keep:
@@ -88,6 +90,16 @@ class Evaluator:
     def result(self, node: fx.Node) -> Tensor:
         """The compact value of a node in ``keep``."""
         found: Tensor = self._found[node]
+        return found
+
+    def _create(self, node: fx.Node) -> Any:
+        """What ``node`` makes of nothing; where another has made the same (positions, in each layer), that tensor."""
+        written = f"{node.target} {node.args} {node.kwargs}"
+        found = self._created.get(written)
+        if found is None:
+            found = self._run(node)
+            if isinstance(found, Tensor):
+                self._created[written] = found
         return found
 
     def _run(self, node: fx.Node) -> Any:

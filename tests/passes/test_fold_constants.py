@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from autopar.frontend.numerics import input_tensors, run_graph
+from autopar.ir.evaluate import Evaluator
 from tests.passes.canonical import Function, canonical, counts, traced
 
 
@@ -36,6 +37,21 @@ def test_equal_constants_are_one() -> None:
         return x * torch.arange(8) + x.exp() * torch.arange(8)
 
     assert len(canonical(traced(Function(twice), torch.randn(4, 8))).constants) == 1
+
+
+def test_equal_positions_are_held_once() -> None:
+    def layers(x: torch.Tensor) -> torch.Tensor:
+        for scale in range(4):
+            x = x.sin()[torch.arange(8).roll(scale)[: len(x)]] * torch.arange(8)
+        return x
+
+    program = traced(Function(layers), torch.randn(8))
+    known = {node: None for node in program.graph.nodes if node.target is torch.ops.aten.arange.default}
+    assert len(known) > 4
+    evaluator = Evaluator(known, set(known), 2**20)
+    assert all(evaluator.compute(node) for node in known)
+    made = {(str(node.args), id(evaluator.result(node))) for node in known}
+    assert len(made) == len({written for written, _ in made}), "a tensor for each layer"
 
 
 def test_random_numbers_and_buffers_are_not_folded() -> None:
