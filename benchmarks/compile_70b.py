@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from autopar.ir.program import Program
+from autopar.analysis.footprint import held
+from autopar.ir.program import AnyProgram
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 
@@ -38,7 +39,8 @@ ROWS_PER_RANK = 1
 @dataclass
 class Compilation:
     """Of one depth: processor seconds of each step in order (there is one thread), seconds of the clock in all, and the
-    most memory held, MB, of which ``baseline_mb`` before any compiling."""
+    most memory held, MB, of which ``baseline_mb`` before any compiling. Nodes are those of all stages; lines are those
+    of one rank, as is ``parameter_mb``."""
 
     layers: int
     mesh: str
@@ -49,6 +51,7 @@ class Compilation:
     forward_nodes: int = 0
     backward_nodes: int = 0
     emitted_lines: int = 0
+    parameter_mb: float = 0.0
 
     @property
     def total(self) -> float:
@@ -70,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps([asdict(entry) for entry in found], indent=2))
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(_table(found))
+        Console(width=None if sys.stdout.isatty() else 120).print(
+            table_of(found, f"Llama-70B widths, HF LlamaForCausalLM on meta, {found[0].mesh}: processor seconds")
+        )
     return 0
 
 
@@ -103,14 +108,15 @@ def compilation(model: nn.Module, batch: dict[str, Tensor], layers: int, mesh: M
         program = _timed(found, step.name, partial(run_phases, program, COMPILER, step.name, step.name))
     code = _timed(found, "emit", lambda: _emitted(program))
     found.clock_seconds, found.peak_mb = time.perf_counter() - start, _peak_mb()
-    role = program.required_role
-    assert role.backward is not None
-    found.forward_nodes, found.backward_nodes = len(role.forward.nodes), len(role.backward.nodes)
-    found.emitted_lines = code.count("\n")
+    for part in program.parts:
+        assert part.required_role.backward is not None
+        found.forward_nodes += len(part.required_role.forward.nodes)
+        found.backward_nodes += len(part.required_role.backward.nodes)
+    found.emitted_lines, found.parameter_mb = code.count("\n"), held(program).rank / 1e6
     return found
 
 
-def _emitted(program: Program) -> str:
+def _emitted(program: AnyProgram) -> str:
     """The source of the last rank, compiled to bytecode as well: what a rank does before its first step."""
     code = program.rank(program.mesh.world_size - 1).code
     compile(code, "<rank>", "exec")
@@ -153,8 +159,8 @@ def batch_of(rows: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": tokens.clone()}
 
 
-def _table(found: Sequence[Compilation]) -> Table:
-    title = f"Llama-70B widths, HF LlamaForCausalLM on meta, {found[0].mesh}: processor seconds"
+def table_of(found: Sequence[Compilation], title: str) -> Table:
+    """A column for each depth."""
     table = Table("layers", title=title, title_justify="left")
     columns = [str(entry.layers) for entry in found]
     growth = len(found) > 1
@@ -177,6 +183,7 @@ def _table(found: Sequence[Compilation]) -> Table:
     row("forward nodes", [entry.forward_nodes for entry in found], "{:.0f}")
     row("backward nodes", [entry.backward_nodes for entry in found], "{:.0f}")
     row("emitted lines", [entry.emitted_lines for entry in found], "{:.0f}")
+    row("MB of parameters of a rank", [entry.parameter_mb for entry in found], "{:.0f}")
     return table
 
 

@@ -70,19 +70,23 @@ class Comparison:
     peer_phases: dict[str, dict[str, float]]
     loss_difference: float
 
+    @classmethod
+    def of(cls, ours: Times, peer: Times, loss_difference: float) -> Comparison:
+        return cls(
+            ours_ms=1e3 * statistics.median(ours.wall),
+            peer_ms=1e3 * statistics.median(peer.wall),
+            wall=Ratio.of(ours.wall, peer.wall),
+            cpu=Ratio.of(ours.cpu, peer.cpu),
+            ours_phases=ours.phase_ms(),
+            peer_phases=peer.phase_ms(),
+            loss_difference=loss_difference,
+        )
+
 
 def compare(ours: Contender, peer: Contender, batches: Callable[[int], Batch], steps: int, warm_up: int) -> Comparison:
     """Both measured in turns, see :func:`measure`."""
     (mine, theirs), difference = measure((ours, peer), batches, steps, warm_up)
-    return Comparison(
-        ours_ms=1e3 * statistics.median(mine.wall),
-        peer_ms=1e3 * statistics.median(theirs.wall),
-        wall=Ratio.of(mine.wall, theirs.wall),
-        cpu=Ratio.of(mine.cpu, theirs.cpu),
-        ours_phases=mine.phase_ms(),
-        peer_phases=theirs.phase_ms(),
-        loss_difference=difference,
-    )
+    return Comparison.of(mine, theirs, difference)
 
 
 def held_and_peak(

@@ -94,6 +94,25 @@ def hugging_face_llama(width: int, layers: int, vocabulary: int = VOCABULARY, he
     return model.train()
 
 
+def hugging_face_mixtral(width: int, layers: int, experts: int = 8) -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=width * 7 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 64,
+        num_local_experts=experts,
+        num_experts_per_tok=2,
+        max_position_embeddings=1024,
+        use_cache=False,
+    )
+    model: nn.Module = MixtralForCausalLM(config)
+    return model.train()
+
+
 def our_llama(width: int, layers: int) -> nn.Module:
     sizes = {"heads": width // 32, "kv_heads": width // 64, "ff": width * 11 // 4}
     return llama.build("tiny", vocab=VOCABULARY, context=LENGTH, width=width, layers=layers, **sizes)
@@ -126,6 +145,7 @@ SUBJECTS: Mapping[str, Subject] = MappingProxyType(
             Subject("hf-llama-512", lambda: hugging_face_llama(512, 4), HF_SITES),
             Subject("hf-llama-32k", lambda: hugging_face_llama(256, 4, 32_000), HF_SITES, 32_000),
             Subject("hf-llama-long", lambda: hugging_face_llama(512, 2, head_width=64), HF_SITES),
+            Subject("hf-mixtral-256", lambda: hugging_face_mixtral(256, 4), HF_SITES),
             Subject("our-llama-256", lambda: our_llama(256, 4), OUR_SITES, localised=count_local_heads),
         )
     }

@@ -1,0 +1,75 @@
+"""The peer of the expert benchmark computes what the model computes; what the benchmarks count."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.contenders import Contender
+from benchmarks.expert_compile import DENSE_LAYERS, deepseek_v3
+from benchmarks.subjects import SUBJECTS, Batch, hugging_face_mixtral
+from benchmarks.torch_experts import HandWritten
+from tests.launch import run_ranks
+
+EXPERTS, LAYERS, WIDTH, TOKENS = 4, 2, 64, 8 * 16
+EXPERT_WEIGHTS = ".experts."
+
+
+def batches(number: int) -> Batch:
+    return SUBJECTS["hf-mixtral-256"].batch(number, 8, 16)
+
+
+def step_of_peer() -> tuple[tuple[float, dict[str, Tensor]], tuple[float, dict[str, Tensor]], int, int]:
+    """The whole loss and the gradients, by hand and of the model alone; bytes this rank sends, and of what DDP sums."""
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = hugging_face_mixtral(WIDTH, LAYERS, EXPERTS).double()
+    model.set_experts_implementation("eager")  # torch's grouped product takes no doubles
+    alone = Contender(copy.deepcopy(model), False)
+    peer = HandWritten(model, False)
+    found, sent = _step(peer), peer.sent()
+    expected = _step(alone)
+    reduced = peer.reduced
+    del peer, model
+    gc.collect()  # DistributedDataParallel has to go before its group, or the process may never end
+    dist.barrier()
+    dist.destroy_process_group()
+    return found, expected, sent, reduced
+
+
+def _step(side: Contender) -> tuple[float, dict[str, Tensor]]:
+    loss = side.forward(side.part(batches(0)))
+    side.backward(loss)
+    named = side.module.named_parameters()
+    gradients = {name.removeprefix("module."): p.grad.clone() for name, p in named if p.grad is not None}
+    return side.whole_loss(loss.detach().clone()), gradients
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_peer_computes_what_the_model_computes(ranks: int) -> None:
+    results = run_ranks(step_of_peer, ranks)
+    for rank, ((loss, found), (expected_loss, expected), _, _) in enumerate(results):
+        assert abs(loss - expected_loss) < 1e-5  # Hugging Face's norms, tables and loss are float32 within
+        assert found.keys() == expected.keys() and expected
+        for name, gradient in expected.items():
+            own = gradient.chunk(ranks)[rank] if EXPERT_WEIGHTS in name else gradient
+            torch.testing.assert_close(found[name], own, rtol=1e-4, atol=1e-6, msg=name)
+    rows = sum(sent - 2 * reduced * (ranks - 1) // ranks for *_, sent, reduced in results)
+    row = WIDTH * torch.float64.itemsize
+    chosen = 2 * TOKENS * LAYERS  # rows that are sent somewhere, and come back, forward and backward
+    assert rows % row == 0
+    assert 0 < rows < 4 * chosen * row if ranks > 1 else rows == 0
+
+
+def test_the_compiled_model_has_the_published_size() -> None:
+    dense, mixed = (
+        sum(p.numel() for p in deepseek_v3(count).parameters()) for count in (DENSE_LAYERS, DENSE_LAYERS + 1)
+    )
+    assert (dense + 58 * (mixed - dense)) / 1e9 == pytest.approx(671, abs=1)
