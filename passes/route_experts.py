@@ -53,8 +53,8 @@ from autopar.ir.node import origin
 from autopar.ir.program import Program
 from autopar.ir.tables import Unrouted
 from autopar.mesh import EXPERTS
-from autopar.routing.dispatch import Dispatch
-from autopar.routing.groups import group_of, is_asked_for
+from autopar.routing.dispatch import Dispatch, check_tokens
+from autopar.routing.groups import asked_group, group_of, is_asked_for
 from autopar.routing.placement import orders_of
 from autopar.routing.placing import CannotPlace, Placing
 from autopar.routing.regions import regions_of
@@ -68,6 +68,7 @@ def route_experts(program: Program) -> Program:
     for region, (layer, order) in zip(regions, orders.items()):
         placing = Placing(program, group_of(program, region), order)
         try:
+            check_tokens(region, placing.axis)
             placing.add([region])
         except CannotPlace as problem:
             reasons |= dict.fromkeys(region.products, str(problem))
@@ -86,14 +87,16 @@ def route_experts(program: Program) -> Program:
 
 
 def _nothing_routed(program: Program, reasons: dict[fx.Node, str]) -> NothingSplitError:
-    ways = program.mesh.size(EXPERTS)
+    axes = asked_group(program)
     known = program.decisions.get(DECISIONS, {}).values()
     unrouted = [each for each in known if isinstance(each, Unrouted)]
     left = [f"{each.reason}\n  module  {each.module}\n  source  {each.source}" for each in unrouted]
     whole = [*reasons.values(), *left]
+    way = f"a mesh without {EXPERTS} (dp splits the batch alike)"
+    if EXPERTS not in axes.split("+"):
+        way = f'Plan(expert_axes="auto"), without {program.plan.expert_axes!r}'
     kind = NothingSplitError if whole else NoExpertsError
     return kind(
-        f"{EXPERTS}={ways} has no experts to deal out in this model: "
-        f"{whole[0] if whole else 'no layer of experts was recognised in it'}\n"
-        f"Way out: a mesh without {EXPERTS} (dp={ways} splits the batch alike)."
+        f"{axes}={program.mesh.size(axes)} has no experts to deal out in this model: "
+        f"{whole[0] if whole else 'no layer of experts was recognised in it'}\nWay out: {way}."
     )

@@ -1,8 +1,8 @@
 """Take the parameters that are stacked, one for each expert, as one parameter of the program.
 
-On a mesh with ``ep``, a rank then holds the matrices of its experts, and no others. The parameter has the name of the
-model's with ``*`` for the number of the expert (``ir/stacked_parameters.py``). Parameters that anything else uses too,
-or that differ in their dtype at the border, stay as they are.
+Where experts are dealt out, over ``ep`` or as the plan says, a rank then holds the matrices of its experts, and no
+others. The parameter has the model's name with ``*`` for the number of the expert (``ir/stacked_parameters.py``).
+Parameters that anything else uses too, or that differ in their dtype at the border, stay as they are.
 
 before, on mesh(ep=2):
   a             = param experts.0.weight                   : f32[6,6]
@@ -35,14 +35,16 @@ from autopar.ir.program import Program
 from autopar.ir.rewrite import substitute
 from autopar.ir.stacked_parameters import stacked_name
 from autopar.ir.tables import Input, InputKind
+from autopar.routing.groups import is_asked_for
 
 aten = torch.ops.aten
 
 
-@graph_pass(ensures=(every_value_has_a_layout, placeholders_match_inputs))
+@graph_pass(
+    ensures=(every_value_has_a_layout, placeholders_match_inputs),
+    when=lambda program: isinstance(program, Program) and is_asked_for(program),
+)
 def stack_parameters(program: Program) -> Program:
-    if program.mesh.size("ep") == 1:
-        return program
     entries = dict(program.placeholders(InputKind.PARAMETER))
     for node in list(program.graph.nodes):
         name = _name(node, entries, program.pins.dtypes)

@@ -23,9 +23,17 @@ from autopar.mesh import Mesh, axes_of
 from autopar.operators.experts import EXPERT_LINEAR
 from autopar.operators.routing import COLUMNS, PERMUTE_ROWS, RECEIVED_IDS, ROUTE_ROWS, ROW_SIZES, own_experts
 from autopar.routing.deferring import defer_gather
+from autopar.routing.placing import CannotPlace
 from autopar.routing.regions import RESHAPES, Region
 
 aten = torch.ops.aten
+
+
+def check_tokens(region: Region, axis: str) -> None:
+    """Raise CannotPlace where the tokens of a region are the same along more than one axis of the group."""
+    alike = [part for part in axes_of(axis) if part not in value(region.ids).layout.axes]
+    if len(alike) > 1:
+        raise CannotPlace(f"its tokens are the same on all ranks of {' and '.join(alike)}")
 
 
 @dataclass
@@ -66,13 +74,8 @@ class Dispatch:
     @cached_property
     def shared(self) -> str:
         """The axis of the group whose ranks have the same tokens; empty if there is none."""
-        (*found, last) = ("", *(axis for axis in axes_of(self.axis) if axis not in self._split_axes))
-        assert len(found) < 2, (self.axis, self._token_axes)
-        return last
-
-    @property
-    def _split_axes(self) -> frozenset[str]:
-        return value(self.region.ids).layout.axes
+        split = value(self.region.ids).layout.axes
+        return next((axis for axis in axes_of(self.axis) if axis not in split), "")
 
     @property
     def _others(self) -> tuple[str, ...]:
@@ -82,9 +85,8 @@ class Dispatch:
     @property
     def _count(self) -> int:
         """The rows of one rank, one for each of its ids, after they are shared out."""
-        return value(self.region.ids).layout.local_shape(self.mesh)[0] // (
-            self.mesh.size(self.shared) if self.shared else 1
-        )
+        count = value(self.region.ids).layout.local_shape(self.mesh)[0]
+        return count // self.mesh.size(self.shared) if self.shared else count
 
     def _rows(self, *, ragged: bool = False) -> tuple[Factor, ...]:
         """The rows of all ranks: one for each id."""

@@ -28,8 +28,13 @@ AUTO = "auto"
 
 def is_asked_for(program: Program) -> bool:
     """Whether experts are to be dealt out at all."""
+    return program.mesh.size(asked_group(program)) > 1
+
+
+def asked_group(program: Program) -> str:
+    """The axes over which the plan wants experts at least."""
     axes = program.plan.expert_axes
-    return any(program.mesh.size(axis) > 1 for axis in ([EXPERTS] if axes == AUTO else axes.split("+")))
+    return program.mesh.merged([EXPERTS] if axes == AUTO else axes.split("+"))
 
 
 def kept_off_tensor_axis(program: Program) -> frozenset[fx.Node]:

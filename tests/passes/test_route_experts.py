@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import autopar
 from autopar.analysis.footprint import held
 from autopar.check import Reference, Report
 from autopar.compiler import compile_program, split_program
@@ -20,6 +21,8 @@ from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 from autopar.plan import Plan
+from autopar.precision import Precision
+from autopar.simulator.parts import Step
 
 EXACT, TINY = 1e-12, 1e-10  # of all tokens alike, gradients are tiny in places
 EXCHANGES = ("dispatch_rows", "return_rows")
@@ -210,6 +213,47 @@ def test_what_is_gathered_is_the_weighted_sum() -> None:
     program = split(Experts(12), "ep=2,tp=2")
     (gather,) = [node for node in program.graph.nodes if "all_gather" in node.name and node.args[3] == 0]
     assert value(gather).layout.local_shape(program.mesh) == (12 * 8 // 2, WIDTH), "one row for each token, not two"
+
+
+class WithDropout(Experts):
+    def _routed(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        ids = chosen.reshape(-1)
+        gate, up = torch.bmm(self.up[ids], rows.repeat_interleave(2, 0).unsqueeze(-1)).squeeze(-1).chunk(2, -1)
+        y = nn.functional.dropout(nn.functional.silu(gate) * up, 0.3, self.training)
+        return torch.bmm(self.down[ids], y.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "plan"),
+    [("ep=2", {}), ("ep=3", {"recompute": "full"}), ("ep=2,tp=2", {}), ("ep=2,tp=2", {"expert_axes": "ep"})],
+    ids=str,
+)
+def test_dropout_inside_experts_draws_the_same_masks(mesh: str, plan: dict[str, Any]) -> None:
+    """Masks depend on the token, not on the rank that it is sent to; so they go with the rows."""
+
+    def step(on: Mesh, choices: Plan) -> Step:
+        return autopar.parallelize(WithDropout(12).double(), on, choices).simulate(**batch())
+
+    ours, theirs = step(Mesh.parse(mesh), Plan(**plan)), step(Mesh(dp=2), Plan())
+    assert torch.equal(ours.loss, theirs.loss) or abs(float(ours.loss - theirs.loss)) < EXACT
+    for name, grad in theirs.grads.items():
+        torch.testing.assert_close(ours.grads[name], grad, rtol=0, atol=EXACT)
+    without = autopar.parallelize(WithDropout(12).double().eval(), Mesh(ep=2)).simulate(**batch())
+    assert abs(float(without.loss - ours.loss)) > 1e-3, "it is on"
+
+
+def test_inference_and_lower_precision() -> None:
+    parallel = autopar.parallelize(Experts(12).double(), Mesh(ep=2))
+    with torch.no_grad():
+        step = parallel.simulate(**batch())
+    expected = Experts(12).double()(**batch())
+    torch.testing.assert_close(step.output["logits"], expected["logits"], rtol=0, atol=EXACT)
+    assert [t.name for t in step.traffic if t.name in EXCHANGES] == list(EXCHANGES)
+    half = [
+        autopar.parallelize(Experts(12), on, Plan(precision=Precision(param="bfloat16"))).simulate(**batch()).loss
+        for on in (Mesh(dp=2), Mesh(ep=2), Mesh(ep=2, tp=2))
+    ]
+    assert max(abs(float(loss - half[0])) for loss in half) <= 2 * torch.finfo(torch.bfloat16).eps * float(half[0])
 
 
 def test_no_argument_says_how_many_rows_there_are() -> None:
