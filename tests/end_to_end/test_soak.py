@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from autopar.mesh import Mesh
-from tests.end_to_end.soak_rank import model, train
+from models import llama, moe
+from tests.end_to_end.soak_rank import model, sizes_on, train
 
 ROOT = Path(__file__).parents[2]
 STEPS, FEW_STEPS = 300, 12
@@ -48,6 +49,13 @@ RUNS: list[Run] = [
     ("sp=2,tp=2", {"attention": "ulysses", "zero": 2, "sequence": "megatron"}),
     ("pp=2,sp=2", {"attention": "ring", "microbatches": 4}),
     ("dp=2,sp=2,tp=2", {"attention": "ring", "zero": 3, "recompute": "full"}),
+    ("ep=2", {}),
+    ("ep=4", {"zero": 3}),
+    ("dp=2,ep=2", {"zero": 1}),
+    ("ep=2,tp=2", {"expert_axes": "ep+tp"}),
+    ("ep=2,sp=2", {}),
+    ("pp=2,ep=2", {"microbatches": 2}),
+    ("dp=2,ep=2,sp=2", {"zero": 2, "recompute": "full"}),
     ("pp=2,dp=2", {"zero": 1, "schedule": "zb-v", "microbatches": 4}),
     ("pp=2,dp=2,tp=2", {"zero": 3, "schedule": "1f1b", "microbatches": 2}),
 ]
@@ -61,11 +69,11 @@ def named(runs: list[Run]) -> list[Any]:
 
 
 @cache
-def losses_of_one_process(steps: int) -> list[float]:
+def losses_of_one_process(sizes: llama.Config | moe.Config, steps: int) -> list[float]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        return train(model(), steps)
+        return train(model(sizes), steps)
     finally:
         torch.set_default_dtype(before)
 
@@ -106,7 +114,7 @@ def run(mesh: str, plan: dict[str, Any], steps: int, seconds: float) -> list[sub
 
 
 def check(mesh: str, plan: dict[str, Any], steps: int, seconds: float) -> None:
-    expected = losses_of_one_process(steps)
+    expected = losses_of_one_process(sizes_on(mesh), steps)
     for rank, ended in enumerate(run(mesh, plan, steps, seconds)):
         assert ended.returncode == 0, f"rank {rank} ended with {ended.returncode}:\n{ended.stderr[-2000:]}"
         assert "terminate called" not in ended.stderr and "Traceback" not in ended.stderr, ended.stderr[-2000:]
