@@ -208,9 +208,9 @@ class ParallelModule(nn.Module):
     def expert_load(self) -> dict[str, ExpertLoad]:
         """The rows of the experts of each layer since the last call, on every rank; collective.
 
-        By the layer's module. Raises InvariantError without ``Plan(record_load=True)``.
+        By the layer's module. Raises InvariantError without ``Plan(record_load=True)`` or a ``capacity_factor``.
         """
-        if not self.plan.record_load:
+        if not self.plan.counts_load:
             raise InvariantError("the load of experts is not counted\nWay out: Plan(record_load=True)")
         if self._connection is None:
             raise not_launched(self.mesh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -46,6 +47,9 @@ class Plan:
         expert_placement: module of a layer of experts, or a pattern of such (``fnmatch``) -> its experts in the order
             in which the ranks get them, as many each (``autopar.balanced_placement``); by default 0, 1, 2, ...
         record_load: count the rows of each expert in each step (``parallel.expert_load()``, ``autopar train --log``).
+            With ``capacity_factor`` they are counted anyway, and what is dropped.
+        capacity_factor: of the rows of a rank, an expert takes at most this many times its even share, rounded up;
+            the others are dropped (Lepikhin et al. 2020); None: nothing is dropped.
         zero: what is split over the data axes and ``sp`` (Rajbhandari et al. 2020): 1 the optimizer states, 2 the
             gradients too, 3 the parameters too, which are then gathered before use; 0 nothing.
         reshard_after_forward: with ``zero=3``, free gathered parameters after their use in the forward pass and
@@ -90,6 +94,7 @@ class Plan:
     expert_axes: str = "auto"
     expert_placement: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     record_load: bool = False
+    capacity_factor: float | None = None
     zero: int = 0
     reshard_after_forward: bool = True
     recompute: str | float = "none"
@@ -116,6 +121,7 @@ class Plan:
         _one_of("sequence", self.sequence, SEQUENCE_FORMS)
         _one_of("attention", self.attention, ATTENTION_FORMS)
         _one_of("expert_axes", self.expert_axes, EXPERT_AXES)
+        _check_capacity(self.capacity_factor)
         _one_of("zero", self.zero, ZERO_STAGES)
         _check_recompute(self.recompute)
         _one_of("inputs", self.inputs, INPUT_FORMS)
@@ -141,6 +147,11 @@ class Plan:
         object.__setattr__(self, "expert_placement", _frozen(placed))
         object.__setattr__(self, "batch_dims", _frozen(self.batch_dims))
         object.__setattr__(self, "sequence_dims", _frozen(self.sequence_dims))
+
+    @property
+    def counts_load(self) -> bool:
+        """Whether the rows of experts are counted: on demand, and where some are dropped."""
+        return self.record_load or self.capacity_factor is not None
 
     def to_json(self) -> dict[str, Any]:
         """Every choice by name, in values that JSON knows."""
@@ -191,6 +202,15 @@ def _permutation(name: str, order: object) -> tuple[int, ...]:
     if not numbers or sorted(numbers) != list(range(len(numbers))):
         raise ValueError(f"Plan(expert_placement={{{name!r}: {order!r}}}): each expert's number, from 0, once")
     return numbers
+
+
+def _check_capacity(value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value < math.inf):  # type: ignore[operator]
+        raise ValueError(
+            f"Plan(capacity_factor={value!r}): a number above 0 (1: an expert takes as many rows as if all had equally "
+            "many), or None: nothing is dropped"
+        )
 
 
 def _check_schedule(schedule: object, virtual_stages: object) -> None:

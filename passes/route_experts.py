@@ -36,8 +36,10 @@ Until here ``ep`` is a data axis like ``dp``. What this pass makes of a layer of
   rows that it has received, as many as there are (``192?@ep``: a number that ranks know at run time only),
 * ``return_rows`` sends the results back, and they are put in the order of the tokens again.
 
-Nothing is dropped. Backward does the same the other way: one exchange of rows for each. The gradient of an expert is
-complete on its rank. (Lepikhin et al. 2020, GShard; Fedus et al. 2021, Switch; Gale et al. 2023, MegaBlocks.)
+Nothing is dropped, unless ``Plan(capacity_factor=...)`` limits the rows of each expert: then buffers of a fixed size
+are exchanged (``autopar/routing/buffers.py``). Backward does the same the other way: one exchange of rows for each. The
+gradient of an expert is complete on its rank. (Lepikhin et al. 2020, GShard; Fedus et al. 2021, Switch; Gale et al.
+2023, MegaBlocks.)
 """
 
 from __future__ import annotations
@@ -53,20 +55,23 @@ from autopar.ir.node import origin
 from autopar.ir.program import Program
 from autopar.ir.tables import Unrouted
 from autopar.mesh import EXPERTS
-from autopar.routing.dispatch import Dispatch, check_tokens
+from autopar.routing.buffers import Buffers
+from autopar.routing.dispatch import Dispatch
+from autopar.routing.exchange import check_tokens
 from autopar.routing.groups import asked_group, group_of, is_asked_for
 from autopar.routing.placement import orders_of
 from autopar.routing.placing import CannotPlace, Placing
 from autopar.routing.regions import regions_of
 
 
-@graph_pass(when=lambda program: isinstance(program, Program) and is_asked_for(program))
+@graph_pass(when=lambda program: isinstance(program, Program) and _is_needed(program))
 def route_experts(program: Program) -> Program:
     regions, reasons = regions_of(program)
     orders = orders_of(regions, program.plan.expert_placement)
     dealt = []
     for region, (layer, order) in zip(regions, orders.items()):
-        placing = Placing(program, group_of(program, region), order)
+        axis = group_of(program, region)
+        placing = Placing(program, axis, order if program.mesh.size(axis) > 1 else ())
         try:
             check_tokens(region, placing.axis)
             placing.add([region])
@@ -79,15 +84,27 @@ def route_experts(program: Program) -> Program:
     if reasons:
         node, reason = next(iter(reasons.items()))
         where = origin(node).module or node.name
-        warnings.warn(f"the experts of {where} stay whole on {EXPERTS}: {reason}", stacklevel=2)
+        warnings.warn(f"the experts of {where} stay whole on {EXPERTS}{_unlimited(program)}: {reason}", stacklevel=2)
+    factor = program.plan.capacity_factor
     for layer, region, placing in dealt:
-        entered, noted = placing.write(), layer if program.plan.record_load else ""
-        Dispatch(program.mesh, placing.axis, region, entered, placing.order, noted).write()
+        noted = layer if program.plan.counts_load else ""
+        given = program.mesh, placing.axis, region, placing.write(), placing.order, noted
+        exchange = Dispatch(*given) if factor is None else Buffers(*given, factor=factor)
+        exchange.write()
     return program
 
 
+def _is_needed(program: Program) -> bool:
+    return is_asked_for(program) or program.plan.capacity_factor is not None
+
+
+def _unlimited(program: Program) -> str:
+    factor = program.plan.capacity_factor
+    return "" if factor is None else f", and drop nothing (capacity_factor={factor})"
+
+
 def _nothing_routed(program: Program, reasons: dict[fx.Node, str]) -> NothingSplitError:
-    axes = asked_group(program)
+    axes, factor = asked_group(program), program.plan.capacity_factor
     known = program.decisions.get(DECISIONS, {}).values()
     unrouted = [each for each in known if isinstance(each, Unrouted)]
     left = [f"{each.reason}\n  module  {each.module}\n  source  {each.source}" for each in unrouted]
@@ -96,7 +113,9 @@ def _nothing_routed(program: Program, reasons: dict[fx.Node, str]) -> NothingSpl
     if EXPERTS not in axes.split("+"):
         way = f'Plan(expert_axes="auto"), without {program.plan.expert_axes!r}'
     kind = NothingSplitError if whole else NoExpertsError
+    what = f"{axes}={program.mesh.size(axes)} has no experts to deal out"
+    if not is_asked_for(program):
+        what, way = f"Plan(capacity_factor={factor}) has no experts to limit", "Plan(capacity_factor=None)"
     return kind(
-        f"{axes}={program.mesh.size(axes)} has no experts to deal out in this model: "
-        f"{whole[0] if whole else 'no layer of experts was recognised in it'}\nWay out: {way}."
+        f"{what} in this model: {whole[0] if whole else 'no layer of experts was recognised in it'}\nWay out: {way}."
     )

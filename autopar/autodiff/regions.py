@@ -29,11 +29,15 @@ from autopar.ir.reach import ancestors
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import moved_bytes
 from autopar.operators import MERGE
+from autopar.operators.capacity import PICK_ROWS, SEAT_ROWS
 from autopar.operators.routing import RECEIVED_IDS, ROUTE_ROWS, ROW_SIZES
 
 aten = torch.ops.aten
-# what is sent in forward and in backward is not sent a third time: keys and values of a ring, rows of experts
-SENT_TWICE = {MERGE, comm.OPS.shift.default, *comm.ROUTES, ROUTE_ROWS, ROW_SIZES, RECEIVED_IDS}
+# what is sent in forward and in backward is not sent a third time: keys and values of a ring, rows of experts;
+# and the load is counted once
+SENT_TWICE = {
+    MERGE, comm.OPS.shift.default, *comm.ROUTES, ROUTE_ROWS, ROW_SIZES, RECEIVED_IDS, SEAT_ROWS, comm.OPS.tally.default,
+}  # fmt: skip
 SORTS = (aten.sort, aten.argsort, aten.topk)  # choices of rows: a recomputed one must choose the same
 OUTSIDE = ""  # of all repeated blocks
 Place = tuple[str, int]  # a repeated block, or OUTSIDE, and the number of the run through it
@@ -132,11 +136,20 @@ class Regions:
 
     def _may_again(self, node: fx.Node) -> bool:
         """Whether the plan lets backward recompute ``node``."""
-        if node.target in SENT_TWICE:
+        if node.target in SENT_TWICE or self._is_buffer(node):
             return False
         block, _ = self.places[node]
         everything = self.program.plan.recompute != "selective" and block != OUTSIDE
         return not is_random(node.target) and (everything or not _is_costly(node))
+
+    def _is_buffer(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a buffer of rows of experts that has been exchanged."""
+        if node.target is not comm.OPS.all_to_all.default:
+            return False
+        (source,) = node.all_input_nodes
+        while is_free(source):
+            (source,) = source.all_input_nodes
+        return source.target is PICK_ROWS or any(user.target is PICK_ROWS for user in self._consumers(node))
 
     def _bytes(self, node: fx.Node) -> int:
         """The bytes that keeping a value takes on one rank; none for a value that is available anyway."""

@@ -13,7 +13,7 @@ from autopar.commands.tables import table
 from autopar.ir.load import ExpertLoad
 from autopar.routing.placement import balanced_placement, imbalance
 
-COLUMNS = ("layer", "rows", "fewest / most of an expert", "fullest rank / mean", "if placed by load")
+COLUMNS = ("layer", "rows", "dropped", "fewest / most of an expert", "fullest rank / mean", "if placed by load")
 
 
 def read_loads(path: Path) -> dict[str, ExpertLoad]:
@@ -43,7 +43,9 @@ def loads_tables(loads: Mapping[str, ExpertLoad]) -> list[RenderableType]:
     for layer, load in loads.items():
         after = imbalance(load, placed[layer])
         spread = f"{min(load.experts):,} / {max(load.experts):,}"
-        rows.append((layer, f"{sum(load.experts):,}", spread, f"{load.imbalance:.2f}", f"{after:.2f}"))
+        rows.append(
+            (layer, f"{sum(load.experts):,}", f"{load.lost:,}", spread, f"{load.imbalance:.2f}", f"{after:.2f}")
+        )
     return [table("load of the experts", COLUMNS, rows)] if rows else []
 
 

@@ -299,7 +299,7 @@ def dual_of(name: str, arguments: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
 def does_nothing(target: Any, args: Sequence[Any], mesh: Mesh) -> bool:
     """Whether this is a collective that leaves every rank what it has: its axis has size 1, or its form is idle."""
     name = TARGETS.get(target)
-    if name is None or name == "axis_index":
+    if name is None or name in ("axis_index", "tally"):  # a rank alone notes its load too
         return False
     if mesh.size(args[1]) == 1:
         return True

@@ -166,6 +166,13 @@ def fits_the_mesh(node: Node, what: str, group: str, mesh: Mesh) -> None:
         raise broken(node, written, "take the name from program.mesh.merged(axes)")
 
 
+def is_over_the_mesh(node: Node, name: str, mesh: Mesh) -> None:
+    """Raise InvariantError unless a collective is over an axis of ``mesh``. A rank may note its load alone."""
+    axis = str(comm.arguments_of(node)["axis"])
+    if name != "tally" or mesh.size(axis) > 1:
+        fits_the_mesh(node, f"comm.{name} is over", axis, mesh)
+
+
 def no_partial_value_escapes(program: Program) -> None:
     """No output and no buffer update is a pending reduction. A value that a stage sends may be one."""
     for node, entry in zip(program.returned, program.outputs):
@@ -267,7 +274,7 @@ def collectives_fit_the_mesh(program: Program) -> None:
     for node, name in collectives(program):
         given = comm.arguments_of(node)
         axis = str(given["axis"])
-        fits_the_mesh(node, f"comm.{name} is over", axis, program.mesh)
+        is_over_the_mesh(node, name, program.mesh)
         if given.get("ways", program.mesh.size(axis)) != program.mesh.size(axis):
             problem = f"comm.{name} is over {given['ways']} ranks, axis '{axis}' has {program.mesh.size(axis)}"
             raise broken(node, problem, "take the number of ways from program.mesh.size(axis)")

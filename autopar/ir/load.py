@@ -19,10 +19,10 @@ class ExpertLoad:
     """Of one layer, since the counting began.
 
     Attributes:
-        experts: for each expert, the rows that tokens sent to it, over the whole batch.
-        ranks: the rows that each rank of the group computed, for every group of ranks: groups one after the other.
+        experts: for each expert, the rows that tokens sent to it, over the whole batch; those that it dropped too.
+        ranks: the rows of the experts of each rank of the group, for every group of ranks: groups one after the other.
         ways: the ranks of a group.
-        lost: rows that no expert took.
+        lost: rows that no expert took: they are of none, or with a ``capacity_factor``, that were dropped.
     """
 
     experts: tuple[int, ...]
@@ -71,7 +71,7 @@ class Tally:
     def load(self, mesh: Mesh, counts: Tensor) -> ExpertLoad:
         """``counts`` (ranks of ``axis``, ways, own + 1): of each rank the rows that it has sent to each slot.
 
-        The last of ``own + 1`` counts rows of no expert.
+        The last of ``own + 1`` counts rows of no expert, or those that were dropped.
         """
         own = counts.shape[2] - 1
         slots = counts[..., :own].flatten(1).sum(0)

@@ -12,7 +12,7 @@ from torch import fx
 
 from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
-from autopar.ir.invariants import broken, fits_the_mesh
+from autopar.ir.invariants import broken, is_over_the_mesh
 from autopar.ir.node import Node, output_node, values
 from autopar.ir.program import AnyProgram, Program
 from autopar.ir.tables import InputKind
@@ -152,8 +152,7 @@ def _check_call(node: Node, mesh: Mesh) -> None:
         return
     if not node.users:
         raise broken(node, f"nothing uses the result of comm.{name}", "erase the node with the value it was for")
-    axis = node.args[0] if name == "axis_index" else node.args[1]
-    fits_the_mesh(node, f"comm.{name} is over", str(axis), mesh)
+    is_over_the_mesh(node, name, mesh)
     if name in comm.STARTED and any(comm.TARGETS.get(user.target) != "wait" for user in node.users):
         user = next(user for user in node.users if comm.TARGETS.get(user.target) != "wait")
         raise broken(node, f"{user.name} uses comm.{name}, which nothing has waited for", "put comm.wait between them")

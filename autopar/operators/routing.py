@@ -55,35 +55,35 @@ def own_experts(experts: int, ways: int) -> int:
 # ---------------------------------------------------------------- routes
 
 
+def slots_of(ids: Tensor, experts: int, ways: int, places: Sequence[int] | None = None) -> Tensor:
+    """The slot of each id among ``ways * own`` ones, ``own`` of each rank; behind them that of ids of no expert."""
+    slots = torch.arange(experts, device=ids.device) if places is None else torch.tensor(places, device=ids.device)
+    return torch.nn.functional.pad(slots, (0, 1), value=ways * own_experts(experts, ways))[ids.clamp(0, experts)]
+
+
+def check_experts(ids: Tensor, experts: int, places: Sequence[int] | None) -> None:
+    """Raise ValueError unless ``ids`` are a list of whole numbers, and ``places`` has one for each expert."""
+    if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype is torch.bool:
+        raise ValueError(f"experts: ids are a list of whole numbers, not {ids.dtype} {list(ids.shape)}")
+    if places is not None and (len(places) != experts or len(set(places)) != experts):
+        raise ValueError(f"experts: {len(places)} places, {len(set(places))} of them different, for {experts} experts")
+
+
 def _route(ids: Tensor, experts: int, ways: int, places: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     own = own_experts(experts, ways)
-    rank_of, place_of = _table(experts, own, ways, places, ids.device)
-    known = ids.clamp(0, experts)
-    bins = rank_of[known] * (own + 1) + place_of[known]
+    slots = slots_of(ids, experts, ways, places)
+    bins = slots + (slots // own).clamp(max=ways - 1)  # each rank has one more, which only the last one needs
     order = bins.argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), dtype=order.dtype, device=order.device)
     return order, inverse, bins.bincount(minlength=ways * (own + 1)).view(1, ways, own + 1)
 
 
-def _table(
-    experts: int, own: int, ways: int, places: Sequence[int] | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(rank, place on it) of each expert, and, behind them, of rows that belong to none."""
-    slots = torch.arange(experts) if places is None else torch.tensor(places, dtype=torch.int64)
-    nowhere = torch.tensor([ways - 1]), torch.tensor([own])
-    rank, place = torch.cat([slots // own, nowhere[0]]), torch.cat([slots % own, nowhere[1]])
-    return rank.to(device), place.to(device)
-
-
 @torch.library.register_fake("autopar::route_rows", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _route_shape(
     ids: Tensor, experts: int, ways: int, places: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype is torch.bool:
-        raise ValueError(f"experts: ids are a list of whole numbers, not {ids.dtype} {list(ids.shape)}")
-    if places is not None and (len(places) != experts or len(set(places)) != experts):
-        raise ValueError(f"experts: {len(places)} places, {len(set(places))} of them different, for {experts} experts")
+    check_experts(ids, experts, places)
     numbers = ids.new_empty(ids.shape, dtype=torch.int64)
     counts = ids.new_empty((1, ways, own_experts(experts, ways) + 1), dtype=torch.int64)
     return numbers, torch.empty_like(numbers), counts

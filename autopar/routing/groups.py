@@ -49,7 +49,12 @@ def kept_off_tensor_axis(program: Program) -> frozenset[fx.Node]:
 
 
 def group_of(program: Program, region: Region) -> str:
-    """The axes, merged, over which the experts of ``region`` are dealt out, once all axes are split."""
+    """The axes, merged, over which the experts of ``region`` are dealt out, once all axes are split.
+
+    An axis of one rank where they are not.
+    """
+    if not is_asked_for(program):
+        return EXPERTS
     split = {axis for weight in region.weights for axis in value(weight).layout.axes}
     axes = [axis for axis in _axes(program, region) if axis not in split]
     return program.mesh.merged(axes or [EXPERTS])

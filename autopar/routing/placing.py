@@ -49,7 +49,9 @@ class Placing:
     steps: dict[fx.Node, _Step] = field(default_factory=dict)
 
     def add(self, regions: Iterable[Region]) -> None:
-        """Note how the weights of ``regions`` are split. Raises CannotPlace."""
+        """Note how the weights of ``regions`` are split: not at all on an axis of one rank. Raises CannotPlace."""
+        if self.program.mesh.size(self.axis) == 1:
+            return
         weights = weights_of(self.program)
         users: set[fx.Node] = set()
         for region in regions:

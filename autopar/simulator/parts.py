@@ -37,7 +37,7 @@ class Step:
         buffers: buffer name -> its new value.
         traffic: operations and bytes sent by one rank, per phase, axis and collective.
         peak_bytes: for each rank, the most bytes of tensors alive at once: parameters, inputs, activations, gradients.
-        expert_load: with ``Plan(record_load=True)``, of each layer of experts, by its module, the rows of its experts.
+        expert_load: of each layer of experts, by its module, the rows of its experts, where the plan counts them.
         in_flight: for each pipeline rank, the most microbatches of a stage whose activations it held at once.
     """
 

@@ -235,7 +235,7 @@ class _Stepper:
 
     def expert_load(self) -> dict[str, ExpertLoad]:
         """The load of the experts in the latest step, where the plan counts it."""
-        if isinstance(self.model, ParallelModule) and self.model.plan.record_load:
+        if isinstance(self.model, ParallelModule) and self.model.plan.counts_load:
             return self.model.expert_load()
         return {}
 
