@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from autopar.ir.collectives import AXIS, COLLECTIVES, ENDS, NOTE, OPS, ORDERS, PART, REDUCTION, SIZES, STEPS
+from autopar.ir.collectives import AXIS, COLLECTIVES, ENDS, OPS, ORDERS, PART, REDUCTION, STEPS
 from autopar.ir.layout import Split
 from autopar.rules.factoring import ANY_SIZE, Call, Factoring, Shape, Strategy, dims_of
 from autopar.rules.pointwise import broadcast
@@ -64,34 +64,13 @@ def _fewer_blocks(
     return (*call.args[:3], *ends), dict(call.kwargs)
 
 
-def routed(call: Call) -> Factoring:
-    """The rows stay whole on this axis, and so do the numbers of rows for each rank."""
-    rows = keeps_other_dims(replace(call, inputs=call.inputs[:1]), {0}, FIRST)
-    counts, sizes = dims_of(call.inputs[1], "ranks")
-    return replace(
-        rows, inputs=(*rows.inputs, counts, counts), sizes={**rows.sizes, **sizes}, whole=rows.whole | frozenset(sizes)
-    )
-
-
-def noted(call: Call) -> Factoring:
-    """Each element stays; how many rows there are is for the ranks of the other axes to say."""
-    kept = elementwise(replace(call, inputs=call.inputs[:1]))
-    counts, sizes = dims_of(call.inputs[1], "counts")
-    return replace(
-        kept, inputs=(*kept.inputs, counts), sizes={**kept.sizes, **sizes}, whole=frozenset((*kept.sizes, *sizes))
-    )
-
-
 def position(call: Call) -> Factoring:
     """A rank's position on another axis: a number, with nothing to split."""
     return Factoring((), ((),), {})
 
 
-BY_FORM = {
-    AXIS: elementwise, REDUCTION: reduced, PART: joined, ENDS: exchanged, ORDERS: reordered, STEPS: elementwise,
-    SIZES: routed, NOTE: noted,
-}  # fmt: skip
-RULES: dict[Any, Any] = {
+BY_FORM = {AXIS: elementwise, REDUCTION: reduced, PART: joined, ENDS: exchanged, ORDERS: reordered, STEPS: elementwise}
+RULES: dict[Any, Any] = {  # none for what sends rows to experts: every axis is split before that
     OPS.axis_index.default: position,
-    **{getattr(OPS, name).default: BY_FORM[row.form] for name, row in COLLECTIVES.items()},
+    **{getattr(OPS, name).default: BY_FORM[row.form] for name, row in COLLECTIVES.items() if row.form in BY_FORM},
 }
