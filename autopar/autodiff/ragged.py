@@ -7,7 +7,6 @@ some operators (views, sums). Where they are those of ragged rows they become -1
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import fx
 
 from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
-from autopar.ir.layout import Factor
 from autopar.ir.node import Node, origin, set_values, values
 from autopar.ir.operator_facts import is_pointwise
 from autopar.mesh import Mesh
@@ -25,10 +23,10 @@ from autopar.operators.routing import COLUMNS, COLUMNS_BACKWARD, RECEIVED_IDS
 
 aten = torch.ops.aten
 
-DISPATCH, RETURN = (frozenset(comm.targets([name, f"start_{name}"])) for name in ("dispatch_rows", "return_rows"))
-BEGIN = DISPATCH | {RECEIVED_IDS}
+DISPATCH, RETURN = comm.OPS.dispatch_rows.default, comm.OPS.return_rows.default  # none is started early yet
+BEGIN = {DISPATCH, RECEIVED_IDS}
 MADE = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
-END = RETURN | MADE | {EXPERT_OUTER, aten.index_put.default}  # what they return has its own rows
+END = {RETURN, *MADE, EXPERT_OUTER, aten.index_put.default}  # what they return has its own rows
 SIZED = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default}
 TURNED = {aten.t.default, aten.transpose.int, aten.permute.default}
 SAME = {
@@ -46,7 +44,7 @@ def free_sizes(graph: fx.Graph, mesh: Mesh) -> None:
 
     Raises InvariantError for an operator whose result has, or may have, a ragged dim elsewhere.
     """
-    if not any(node.target in DISPATCH for node in graph.nodes):
+    if not any(node.target is DISPATCH for node in graph.nodes):
         return
     found: dict[Node, int] = {}
     for node in graph.nodes:
@@ -69,14 +67,9 @@ def _mark(node: Node, dim: int) -> None:
     for kind in values(node):
         dims, mine = list(kind.layout.dims), kind.layout.dims[dim]
         if not any(factor.ragged for factor in mine):
-            dims[dim] = (replace(mine[0], ragged=True), *mine[1:]) if len(mine) == 1 else _one(mine)
+            dims[dim] = (replace(mine[0], ragged=True), *mine[1:])
         kinds.append(replace(kind, layout=replace(kind.layout, dims=tuple(dims))))
     set_values(node, *kinds)
-
-
-def _one(factors: Sequence[Factor]) -> tuple[Factor, ...]:
-    first, *rest = factors
-    return (replace(first, ragged=True), *rest)
 
 
 class _Call:

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.operators.experts import added_copies
 from autopar.operators.registry import library
-from autopar.operators.routing import check_experts, own_experts, slots_of
+from autopar.operators.routing import check_experts, own_experts, remember_rows, slots_of
 
 _LIBRARY = library(
     "seat_rows(Tensor ids, int experts, int ways, int capacity, int choices, int[]? places=None)"
@@ -89,21 +90,12 @@ def _pick_shape(x: Tensor, picks: Tensor, back: Tensor) -> Tensor:
     return x.new_empty((len(picks), *x.shape[1:]))
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    x, picks, back = inputs
-    ctx.rows = len(x)
-    ctx.save_for_backward(picks, back)
-
-
 def _pick_derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     picks, back = ctx.saved_tensors
-    found = PICK_ROWS(grad, back, picks)
-    if len(back) != ctx.rows:
-        found = found.reshape(ctx.rows, len(back) // ctx.rows, *grad.shape[1:]).sum(1)
-    return found, None, None
+    return added_copies(PICK_ROWS(grad, back, picks), ctx.rows), None, None
 
 
-torch.library.register_autograd("autopar::pick_rows", _pick_derivative, setup_context=_remember, lib=_LIBRARY)
+torch.library.register_autograd("autopar::pick_rows", _pick_derivative, setup_context=remember_rows, lib=_LIBRARY)
 
 for _name, _kernel in {"seat_rows": _seat, "pick_rows": _pick}.items():
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

@@ -63,6 +63,11 @@ def _outer_shape(left: Tensor, right: Tensor, ids: Tensor, experts: int) -> Tens
     return left.new_empty(experts, left.shape[1], right.shape[1])
 
 
+def added_copies(grads: Tensor, rows: int) -> Tensor:
+    """The gradient of ``rows`` rows of which each was copied k times in a row: (rows * k, ...) -> (rows, ...)."""
+    return grads if len(grads) == rows else grads.reshape(rows, len(grads) // rows, *grads.shape[1:]).sum(1)
+
+
 def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -71,9 +76,7 @@ def _derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, weight, ids = ctx.saved_tensors
     to_rows = to_weight = None
     if ctx.needs_input_grad[0]:
-        to_rows = EXPERT_LINEAR(grad, weight.transpose(1, 2), ids)
-        if len(ids) != len(rows):
-            to_rows = to_rows.reshape(len(rows), -1, rows.shape[1]).sum(1)
+        to_rows = added_copies(EXPERT_LINEAR(grad, weight.transpose(1, 2), ids), len(rows))
     if ctx.needs_input_grad[1]:
         if weight.is_contiguous():
             to_weight = EXPERT_OUTER(rows, grad, ids, len(weight))

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.operators.experts import added_copies
 from autopar.operators.registry import library
 
 _LIBRARY = library(
@@ -123,21 +124,19 @@ def _permute_shape(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return x.new_empty((len(order), *x.shape[1:]))
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    x, order, inverse = inputs
+def remember_rows(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    """For a derivative of rows that lie otherwise: how many there were, and the two lists of places."""
+    x, *places = inputs
     ctx.rows = len(x)
-    ctx.save_for_backward(order, inverse)
+    ctx.save_for_backward(*places)
 
 
 def _permute_derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     order, inverse = ctx.saved_tensors
-    found = PERMUTE_ROWS(grad, inverse, order)
-    if len(order) != ctx.rows:
-        found = found.reshape(ctx.rows, len(order) // ctx.rows, *grad.shape[1:]).sum(1)
-    return found, None, None
+    return added_copies(PERMUTE_ROWS(grad, inverse, order), ctx.rows), None, None
 
 
-torch.library.register_autograd("autopar::permute_rows", _permute_derivative, setup_context=_remember, lib=_LIBRARY)
+torch.library.register_autograd("autopar::permute_rows", _permute_derivative, setup_context=remember_rows, lib=_LIBRARY)
 
 
 # ---------------------------------------------------------------- columns
