@@ -35,7 +35,7 @@ STANDS_ON = {
     "experts": "ir operators rules",
     "cost": "ir mesh operators",
     "codegen": "errors ir mesh operators",
-    "exporters": "errors ir mesh plan",
+    "program_files": "errors ir mesh plan",
     "frontend": "errors ir mesh operators plan rules",
     "autodiff": "cost errors ir mesh operators",
     "split": "cost errors ir mesh operators rules",
@@ -62,7 +62,7 @@ STANDS_ON = {
 PROGRAM = "autopar.ir.program"
 METHODS_OF_PROGRAM = {
     "autopar.codegen.python": "program.rank(3).code",
-    "autopar.exporters.program_file": "program.save(directory), Program.load(directory)",
+    "autopar.program_files.program_file": "program.save(directory), Program.load(directory)",
     "autopar.analysis.explain": "program.explain(name)",
 }
 

@@ -25,11 +25,11 @@ from autopar.commands.options import (
 )
 from autopar.commands.tables import held_json, print_json, stderr, traffic_json
 from autopar.compiler import compile_program
-from autopar.exporters.program_file import save
 from autopar.ir.batch import data_ways
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.traffic import size_text
 from autopar.mesh import PIPELINE
+from autopar.program_files.program_file import save
 from autopar.zoo.named import named_model
 
 

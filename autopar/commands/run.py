@@ -21,12 +21,12 @@ from autopar.commands.launch import is_rank, relaunch
 from autopar.commands.options import Json, Seed
 from autopar.commands.tables import print_json, stdout, table, traffic_json, traffic_table
 from autopar.errors import ProgramFileError
-from autopar.exporters.program_file import load
 from autopar.ir.node import Value, value
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import PIPELINE
 from autopar.pipeline import microbatches
+from autopar.program_files.program_file import load
 from autopar.runtime.connect import Connection, connect
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable

@@ -97,7 +97,7 @@ class _Program:
 
     def save(self, directory: str | Path) -> None:
         """Write this program to ``directory``, whole or not at all (DESIGN section 7). It holds no weights."""
-        from autopar.exporters.program_file import save
+        from autopar.program_files.program_file import save
 
         assert isinstance(self, AnyProgram)
         save(self, directory)
@@ -108,7 +108,7 @@ class _Program:
 
         Raises ProgramFileError for a damaged one.
         """
-        from autopar.exporters.program_file import load
+        from autopar.program_files.program_file import load
 
         return load(directory)
 
@@ -253,7 +253,7 @@ def format_program(program: AnyProgram, *, origins: bool = False, form: Callable
     ``form`` makes what formats its graphs, from mesh, gradients and ``origins`` as :class:`autopar.ir.text.Lines` is.
 
     Values of constants, the plan, input and output structures are not part of it: see
-    :mod:`autopar.exporters.program_file`.
+    :mod:`autopar.program_files.program_file`.
     """
     sections = list(_program_sections(program, "program", origins, form))
     if isinstance(program, PipelinedProgram):

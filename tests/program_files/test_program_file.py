@@ -16,15 +16,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 from autopar.errors import ProgramFileError
-from autopar.exporters import program_file
-from autopar.exporters.manifest import split_of
-from autopar.exporters.program_file import load, save
 from autopar.ir.layout import Layout, Split
 from autopar.ir.node import Origin, origin, set_origin
 from autopar.ir.parse import parse
 from autopar.ir.program import Program
 from autopar.mesh import Mesh
 from autopar.plan import Plan
+from autopar.program_files import program_file
+from autopar.program_files.manifest import split_of
+from autopar.program_files.program_file import load, save
 from tests.texts import MLP, NORMALISED, ROLES, node_of
 
 Point = collections.namedtuple("Point", "x y")
@@ -113,7 +113,7 @@ def test_constants_that_share_memory(tmp_path: Path) -> None:
 
 def test_another_process_reads_it(tmp_path: Path) -> None:
     save(parse(MLP), tmp_path / "out")
-    command = "import sys; from autopar.exporters.program_file import load; print(load(sys.argv[1]), end='')"
+    command = "import sys; from autopar.program_files.program_file import load; print(load(sys.argv[1]), end='')"
     arguments = [sys.executable, "-W", "ignore", "-c", command, str(tmp_path / "out")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert done.stdout == MLP

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from autopar.exporters.structures import structure_from_json, structure_to_json
+from autopar.program_files.structures import structure_from_json, structure_to_json
 
 
 def test_structures_come_back() -> None:

@@ -25,14 +25,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from autopar.errors import ProgramFileError
-from autopar.exporters.manifest import FORMAT, VERSION, describe
-from autopar.exporters.structures import structure_from_json
 from autopar.ir.node import value
 from autopar.ir.parse import TAILS, is_of_tail, parse
 from autopar.ir.program import AnyProgram, PipelinedProgram, format_program
 from autopar.ir.read_graph import parse_argument
 from autopar.ir.tables import InputKind
 from autopar.plan import Plan
+from autopar.program_files.manifest import FORMAT, VERSION, describe
+from autopar.program_files.structures import structure_from_json
 
 MANIFEST, TEXT, CONSTANTS = "manifest.json", "program.txt", "constants.safetensors"
 

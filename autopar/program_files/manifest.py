@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from autopar.exporters.structures import structure_to_json
 from autopar.ir import collectives as comm
 from autopar.ir import text
 from autopar.ir.layout import Factor, Layout, runs
@@ -22,6 +21,7 @@ from autopar.ir.node import Node, values
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.tables import InputKind
 from autopar.mesh import PIPELINE, Mesh, axes_of
+from autopar.program_files.structures import structure_to_json
 
 FORMAT, VERSION = "autopar program", 1
 

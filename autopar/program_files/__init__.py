@@ -1,0 +1,1 @@
+"""Programs on disk: written whole, read without running anything that is in them."""
