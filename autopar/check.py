@@ -18,6 +18,7 @@ from autopar.frontend.trace import trace
 from autopar.ir.loss import loss_of
 from autopar.ir.program import AnyProgram, Program
 from autopar.mesh import Mesh
+from autopar.pipeline import microbatches
 from autopar.plan import Plan
 from autopar.precision import Precision
 from autopar.simulate import simulate
@@ -93,15 +94,42 @@ class Reference:
         program = self.program(mesh, plan)
         with promote_float32():
             step = simulate(program, self.state, (), self.batch)
+            expected, loss, wanted_grads = self._expected(program)
         assert step.loss is not None
         given = dict(_leaves(step.output))
         outputs = {
             path: relative_error(given[path], wanted)
-            for path, wanted in _leaves(self.expected)
+            for path, wanted in _leaves(expected)
             if path in given  # what tracing leaves out (a key/value cache) it says
         }
-        errors = gradient_error(step.grads, self.grads)
-        return Report(program, step, relative_error(step.loss, self.loss), outputs, errors)
+        errors = gradient_error(step.grads, wanted_grads)
+        return Report(program, step, relative_error(step.loss, loss), outputs, errors)
+
+    def _expected(self, program: AnyProgram) -> tuple[Any, Tensor, dict[str, Tensor | None]]:
+        """Outputs, loss and gradients of the model's step.
+
+        Where a pipeline weighs its microbatches by their rows, it is the step that accumulates the gradients of these.
+        """
+        plan = program.plan
+        if plan.microbatch_weights != "rows" or not program.mesh.is_pipelined or plan.microbatches == 1:
+            return self.expected, self.loss, self.grads
+        batches = microbatches.parts((), self.batch, program.mesh, plan)
+        rows = microbatches.rows(self.batch, batches, plan)
+        model = copy.deepcopy(self.model)
+        model.zero_grad()
+        outputs, losses = [model(**batch) for batch in batches], []
+        for output, share in zip(outputs, microbatches.shares([None] * len(rows), rows)):
+            losses.append(loss_of(output) * share)
+            losses[-1].backward()  # type: ignore[no-untyped-call]
+        total, last = torch.stack(losses).sum(), loss_of(outputs[-1])
+
+        def joined(*parts: Any) -> Any:
+            if parts[-1] is last:
+                return total
+            return microbatches.together(parts) if isinstance(parts[-1], Tensor) else parts[-1]
+
+        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+        return pytree.tree_map(joined, *outputs), total, grads
 
 
 def check(model: nn.Module, batch: Mapping[str, Any], mesh: Mesh, plan: Plan | None = None) -> Report:

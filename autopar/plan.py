@@ -17,6 +17,7 @@ EXPERT_AXES = ("auto", "ep", "ep+sp", "ep+tp", "ep+sp+tp", "sp", "tp", "sp+tp")
 ZERO_STAGES = (0, 1, 2, 3)
 INPUT_FORMS = ("global", "local")
 RECOMPUTE_FORMS = ("none", "selective", "full")
+WEIGHTS_OF_PARTS = ("exact", "rows")
 FALLBACKS = ("error", "replicate")
 TENSOR_FORMS = ("column", "row", "replicate", "vocabulary")
 
@@ -61,6 +62,10 @@ class Plan:
             the bytes that ``"none"`` keeps, with the fewest operations for that (0 is full).
         microbatches: the number of parts into which ``train_step`` cuts a batch; they run one after the other, loss
             and gradients are those of the whole. With an axis ``pp`` they go through the pipeline.
+        microbatch_weights: what the loss of each microbatch counts for. ``"exact"``: its share of the tokens that the
+            loss is a mean over, so that the sum is the loss of the whole batch; a loss that is no such mean is refused.
+            ``"rows"``: its share of the rows, as in accumulating gradients by hand; for losses with terms over a whole
+            batch (the balance of a router), which are then over a microbatch each.
         schedule: in which order pipeline ranks run their stages: ``"gpipe"``, ``"1f1b"``, ``"interleaved"``,
             ``"zb-h1"``, ``"zb-v"``, ``"dualpipe-v"``, or one that is written down (docs/pipeline.md).
         virtual_stages: stages on each pipeline rank; by default what the schedule usually has.
@@ -100,6 +105,7 @@ class Plan:
     recompute: str | float = "none"
     precision: Precision = field(default_factory=Precision)
     microbatches: int = 1
+    microbatch_weights: str = "exact"
     schedule: str = "1f1b"
     virtual_stages: int | None = None
     tensor: Mapping[str, str] = field(default_factory=dict)
@@ -134,6 +140,7 @@ class Plan:
             raise ValueError(f"Plan(precision={self.precision!r}): write Precision(param={self.precision!r})")
         if not isinstance(self.microbatches, int) or self.microbatches < 1:
             raise ValueError(f"Plan(microbatches={self.microbatches!r}): a whole number, at least 1")
+        _one_of("microbatch_weights", self.microbatch_weights, WEIGHTS_OF_PARTS)
         _check_schedule(self.schedule, self.virtual_stages)
         if isinstance(self.cuts, str) or not all(isinstance(name, str) and name for name in self.cuts):
             raise ValueError(f"Plan(cuts={self.cuts!r}): names of modules, e.g. ('model.layers.8',)")

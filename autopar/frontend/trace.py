@@ -6,7 +6,6 @@ The graph is functional (no in-place operators), keeps ``linear``, ``scaled_dot_
 
 from __future__ import annotations
 
-import gc
 import inspect
 import io
 import itertools
@@ -14,8 +13,8 @@ import operator
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +45,7 @@ from autopar.frontend.recast import recast, recast_call
 from autopar.frontend.selected_rows import SelectedRows
 from autopar.frontend.source_lines import user_line
 from autopar.frontend.torch_layers import without_fast_paths
+from autopar.ir.collection import no_collection
 from autopar.ir.loss import inner_paths, joined_path, leaf_paths
 from autopar.ir.node import clear_meta, output_node, set_origin, set_values, traced_origin, traced_value, value
 from autopar.ir.operator_facts import is_composite, is_overload, types_of, writes
@@ -94,7 +94,7 @@ def trace(
     with recast(model, dtype) as dtypes:
         call: tuple[tuple[Any, ...], dict[str, Any]] = recast_call(given, dtype)
         fakes = needs_fakes(model, pytree.tree_leaves(call))
-        with explained(model), _no_collection(), faked(model) if fakes else nullcontext() as mode:
+        with explained(model), no_collection(), faked(model) if fakes else nullcontext() as mode:
             exported, notes = _export(model, *call, mode)
         program = _program(exported, model, mesh, plan)
         if plan.check_numerics and not fakes:
@@ -113,21 +113,6 @@ def _passed_dtypes(program: Program, parameters: Mapping[str, torch.dtype], call
         if own is not None and own != value(node).dtype:
             dtypes[node.name] = own
     return dtypes
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Turn garbage collection off: tracing makes millions of small objects and hardly any garbage.
-
-    Collection would take a quarter of the time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _export(

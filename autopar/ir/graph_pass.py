@@ -25,6 +25,7 @@ from typing import Any, Generic, TypeVar, cast
 from torch import fx
 
 from autopar.errors import AutoparError, InvariantError, ProgramFileError
+from autopar.ir.collection import no_collection
 from autopar.ir.parse import parse
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program, format_program
 from autopar.ir.text import operator_name
@@ -197,18 +198,19 @@ def run_phases(
     steps, dumped = steps_of(phases, since, until), _dumped(phases)
     if since is None and phases:
         phases[0].level.check(program, TRACE)
-    for phase, step in steps:
-        try:
-            after = phase.run(step, program)
-        except (AutoparError, ValueError) as error:
-            error.add_note(_keep_evidence(program, step))
-            raise
-        except Exception as error:
-            note = _keep_evidence(program, step)
-            raise AutoparError(f"{type(error).__name__} in pass {step.name}: {error}\n{note}") from error
-        if step.name in dumped:
-            print(f"# {step.name}: {count_difference(program, after)}\n{after}\n", file=sys.stderr)
-        program = after
+    with no_collection():
+        for phase, step in steps:
+            try:
+                after = phase.run(step, program)
+            except (AutoparError, ValueError) as error:
+                error.add_note(_keep_evidence(program, step))
+                raise
+            except Exception as error:
+                note = _keep_evidence(program, step)
+                raise AutoparError(f"{type(error).__name__} in pass {step.name}: {error}\n{note}") from error
+            if step.name in dumped:
+                print(f"# {step.name}: {count_difference(program, after)}\n{after}\n", file=sys.stderr)
+            program = after
     return program
 
 

@@ -1,7 +1,9 @@
 """One batch in several parts that run one after the other: the cut, and the weight of each part.
 
 A mean over all tokens is not a mean of means where parts have different numbers of tokens: part i has the weight
-count_i / (count_1 + ... + count_m), which is known before any backward pass, since counts depend on labels alone.
+count_i / (count_1 + ... + count_m), which is known before any backward pass, since counts depend on labels alone. A
+loss with a term over the whole batch that is no mean (the balance of a router, a product of two means) has no such
+weights.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from autopar.autodiff.partition import extract
 from autopar.errors import IndivisibleError, InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.batch import batch_dims, data_ways
-from autopar.ir.node import Node, output_node
+from autopar.ir.node import Node, origin, output_node
 from autopar.ir.program import Program
 from autopar.ir.reach import ancestors
 from autopar.ir.tables import InputKind
@@ -27,6 +29,7 @@ aten = torch.ops.aten
 PASSING = (aten._to_copy.default, comm.OPS.wait.default)
 REDUCING = comm.started_too(comm.REDUCTIONS)
 SCALING = (aten.div.Scalar, aten.mul.Scalar, aten.neg.default)
+SUMS = (aten.add.Tensor, aten.sub.Tensor)
 MEANS = (aten.mean.default, aten.mean.dim)
 
 
@@ -87,13 +90,16 @@ def shares(counts: Sequence[Tensor | None], rows: Sequence[int]) -> list[Tensor 
 def counting(program: Program) -> fx.Graph | None:
     """The graph (the inputs it needs) -> (the count that divides the loss).
 
-    It is None where the loss is a mean over equally many elements in each part. For a pipeline, ``program`` is the
-    stage that has the loss. Raises InvariantError for a loss that is neither: its parts have no weights.
+    It is None where the loss is a mean over equally many elements in each part, where the plan weighs parts by their
+    rows, and where there is one part. For a pipeline, ``program`` is the stage that has the loss. Raises InvariantError
+    for a loss that is no mean: its parts have no weights.
     """
+    if program.plan.microbatch_weights == "rows" or program.plan.microbatches == 1:
+        return None
     role = program.required_role
     returned = output_node(role.forward).args[0]
     assert isinstance(returned, (tuple, list)) and program.loss is not None
-    node = _behind(returned[program.loss], (*PASSING,))
+    node = _behind(returned[program.loss], PASSING)
     if node.target is aten.div.Tensor and isinstance(node.args[1], fx.Node):
         count = node.args[1]
         found = ancestors([count])
@@ -104,10 +110,31 @@ def counting(program: Program) -> fx.Graph | None:
     if _behind(node, (*PASSING, *REDUCING, *SCALING)).target in MEANS:
         return None
     raise InvariantError(
-        f"the loss ends in {node.target}, not in a mean: what each of several microbatches counts for is not known\n"
-        "Way out: a loss that is one mean over tokens or rows; or cut the batch yourself, weigh each loss, and call "
-        "backward within model.no_sync() for all but the last."
+        f"the loss {_end_of(node)}, which is not one mean over tokens or rows: what each of "
+        f"{program.plan.microbatches} microbatches counts for is not known\n"
+        'Way out: Plan(microbatch_weights="rows"): the mean of the losses of the microbatches, each over its own rows; '
+        "Plan(microbatches=1); or a loss that is one mean."
     )
+
+
+def _end_of(node: Node) -> str:
+    """What the loss ends in: the operator that makes it, or the terms of a sum, with the lines of the model."""
+    last = _behind(node, (*PASSING, *REDUCING, *SCALING))
+    terms = [_behind(term, (*PASSING, *REDUCING, *SCALING)) for term in _terms(last)]
+    if len(terms) == 1:
+        return f"ends in {_named(last)}"
+    return f"is a sum of {len(terms)} terms ({'; '.join(map(_named, terms[:4]))}{'; ...' * (len(terms) > 4)})"
+
+
+def _terms(node: Node) -> list[Node]:
+    node = _behind(node, (*PASSING, *REDUCING, *SCALING))
+    if node.target not in SUMS:
+        return [node]
+    return [term for argument in node.all_input_nodes for term in _terms(argument)]
+
+
+def _named(node: Node) -> str:
+    return f"{node.target} at {origin(node).source or origin(node).module or node.name}"
 
 
 def _behind(node: Any, passing: tuple[Any, ...]) -> Node:

@@ -1,12 +1,15 @@
 """Exact minimisation of a sum of small tables over discrete variables, by variable elimination.
 
 The graphs are long and narrow (a transformer is a chain of blocks), so eliminating variables in the order of the
-smallest resulting table stays cheap and exact: min-sum bucket elimination (Dechter 1999), linear in depth.
+smallest resulting table stays cheap and exact: min-sum bucket elimination (Dechter 1999), linear in depth. Blocks that
+repeat have equal tables, and variables of equal weight go in the order of the graph: what was worked out for one block
+is taken for the others, so that time and memory hardly grow with depth.
 """
 
 from __future__ import annotations
 
 import heapq
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,9 +47,11 @@ class CostModel:
 
 def minimise(model: CostModel) -> list[int]:
     """The assignment of least total cost. Among equals, the one with the smallest values in elimination order."""
+    known = _Known()
     buckets: list[dict[int, Entry]] = [{} for _ in model.sizes]
-    for key, entry in enumerate(model.tables):
-        for variable in entry[0]:
+    for key, (scope, table) in enumerate(model.tables):
+        entry = scope, known.one_of(table)
+        for variable in scope:
             buckets[variable][key] = entry
     queue = [(_weight(model, buckets, v), v) for v in range(len(model.sizes))]
     heapq.heapify(queue)
@@ -65,7 +70,7 @@ def minimise(model: CostModel) -> list[int]:
             _simplify(model, buckets, variable)
         entries = list(buckets[variable].values())
         others = tuple(sorted({v for scope, _ in entries for v in scope} - {variable}))
-        least, best = _least(model, entries, variable, others)
+        least, best = known.least(model, entries, variable, others)
         trail.append((variable, others, best))
         done[variable] = True
         for key, (scope, _) in list(buckets[variable].items()):
@@ -79,6 +84,34 @@ def minimise(model: CostModel) -> list[int]:
     for variable, others, best in reversed(trail):
         assignment[variable] = int(best[tuple(assignment[v] for v in others)])
     return assignment
+
+
+class _Known:
+    """What was worked out before: a table for each content, a result for each sum of tables in the same places."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[tuple[int, ...], bytes], Table] = {}
+        self._results: dict[Any, tuple[weakref.ref[Table], list[weakref.ref[Table]], Choices]] = {}
+
+    def one_of(self, table: Table) -> Table:
+        """The first table that had this content."""
+        return self._tables.setdefault((table.shape, table.tobytes()), table)
+
+    def least(
+        self, model: CostModel, entries: Sequence[Entry], variable: int, others: tuple[int, ...]
+    ) -> tuple[Table, Choices]:
+        """As :func:`_least`. A result is remembered while its table is in use; its choices are those of the trail."""
+        position = {v: place for place, v in enumerate((variable, *others))}
+        sizes = tuple(model.sizes[v] for v in position)
+        key = sizes, tuple((tuple(position[v] for v in scope), id(table)) for scope, table in entries)
+        if key in self._results:
+            found, terms, choices = self._results[key]
+            table = found()
+            if table is not None and all(term() is entry[1] for term, entry in zip(terms, entries)):
+                return table, choices
+        least, best = _least(model, entries, variable, others)
+        self._results[key] = weakref.ref(least), [weakref.ref(table) for _, table in entries], best
+        return least, best
 
 
 def _weight(model: CostModel, buckets: list[dict[int, Entry]], variable: int) -> int:

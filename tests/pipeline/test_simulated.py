@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from autopar.api import parallelize
 from autopar.check import Reference, Report
 from autopar.compiler import compile_program
+from autopar.errors import InvariantError
 from autopar.frontend.numerics import gradient_error
 from autopar.ir.program import PipelinedProgram
 from autopar.mesh import Mesh
 from autopar.pipeline.stages import crossings, types_of
 from autopar.plan import Plan
 from autopar.simulate import simulate
+from models import moe
 from tests import hugging_face
 
 ROWS = 14
@@ -248,3 +250,15 @@ def test_dropout_masks(schedule: str) -> None:
 def test_few_microbatches_are_warned_about() -> None:
     with pytest.warns(UserWarning, match="2 microbatches for 4 pipeline ranks: schedule 1f1b has a bubble of 150%"):
         compile_program(seeded(Net), Mesh(pp=4), Plan(microbatches=2, check_numerics=False), (), batch())
+
+
+@pytest.mark.parametrize("sizes, count", [({"pp": 2}, 5), ({"pp": 2, "ep": 2}, 3)], ids=["pp", "pp-ep"])
+def test_a_loss_that_is_no_mean_counts_by_rows(sizes: dict[str, int], count: int) -> None:
+    """The balance of a router, over each microbatch: the step of gradients accumulated by hand."""
+    model = moe.build("tiny", layers=2, balance=0.02)
+    reference = Reference(model, moe.example_batch(model, batch=18))
+    report = reference.check(Mesh(**sizes), Plan(microbatches=count, microbatch_weights="rows"))
+    assert report.worst < 1e-12
+    assert reference.check(Mesh(**sizes)).worst < 1e-12, "one microbatch: the step of the whole batch"
+    with pytest.raises(InvariantError, match="a sum of 2 terms"):
+        reference.check(Mesh(**sizes), Plan(microbatches=count))

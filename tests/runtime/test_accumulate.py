@@ -201,5 +201,22 @@ def refused() -> list[str]:
 
 def test_losses_and_rows_that_have_no_parts() -> None:
     no_mean, rows = run_ranks(refused, 1)[0]
-    assert "not in a mean" in no_mean and "no_sync" in no_mean
+    assert "a sum of 2 terms" in no_mean and "square().mean()" in no_mean and 'microbatch_weights="rows"' in no_mean
     assert "1 rows" in rows and "2 microbatches" in rows
+
+
+def by_rows() -> tuple[Errors, float]:
+    model = float64(NoMean)
+    reference, batch = copy.deepcopy(model), torch.randn(10, 3, dtype=torch.float64)
+    plan = Plan(microbatches=2, microbatch_weights="rows", check_numerics=False)
+    parallel = autopar.parallelize(model, Mesh(dp=2), plan)
+    loss = parallel.train_step(x=batch)
+    expected = 0.6 * reference(batch[:6]) + 0.4 * reference(batch[6:])
+    expected.backward()
+    return compare_gradients(parallel, reference), float((loss - expected.detach()).abs())
+
+
+def test_parts_that_count_by_their_rows() -> None:
+    """As accumulated by hand: each part's own loss, which is no mean over its rows, times its share of the rows."""
+    for errors, difference in run_ranks(by_rows, 2):
+        assert worst(errors) < (1e-12, "") and difference < 1e-12

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 
+from autopar.split import solve
 from autopar.split.solve import CostModel, minimise
 
 
@@ -42,3 +44,45 @@ def test_more_values_than_a_byte_counts() -> None:
     model.add([wide, narrow], np.abs(np.arange(300)[:, None] - np.array([280, 290])))
     model.add([narrow], [0.5, 0.0])
     assert minimise(model) == [290, 1]
+
+
+def test_blocks_that_repeat_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least cost of a chain of equal blocks, with one sum for the inside of all of them."""
+    plain, sums, counts = solve._least, itertools.count(), {}
+
+    def counted(*given: Any) -> Any:
+        next(sums)
+        return plain(*given)
+
+    monkeypatch.setattr(solve, "_least", counted)
+    for blocks in (8, 32):
+        start, model = next(sums), _chain(blocks)
+        assert model.cost(minimise(model)) == pytest.approx(_least_of_chain(model))
+        counts[blocks] = next(sums) - start
+    assert counts[32] - counts[8] == 24, f"{counts}: only the sum along the chain for each of 24 more blocks, not three"
+
+
+def _chain(blocks: int) -> CostModel:
+    """Blocks of three variables, each table the same in every block."""
+    generator = np.random.default_rng(0)
+    inner, wide, link = generator.random((3, 4)), generator.random((3, 4, 2)), generator.random((2, 3))
+    model, last = CostModel(), None
+    for _ in range(blocks):
+        a, b, c = model.variable(3), model.variable(4), model.variable(2)
+        model.add((a, b), inner)
+        model.add((a, b, c), wide)
+        if last is not None:
+            model.add((last, a), link)
+        last = c
+    return model
+
+
+def _least_of_chain(model: CostModel) -> float:
+    """By dynamic programming along the chain: cost to reach each value of the last variable of a block."""
+    inner, wide, link = model.tables[0][1], model.tables[1][1], model.tables[4][1]
+    block = (inner[:, :, None] + wide).min(axis=1)  # (a, c)
+    reached = block.min(axis=0)
+    for _ in range(len(model.sizes) // 3 - 1):
+        entry = (reached[:, None] + link).min(axis=0)
+        reached = (entry[:, None] + block).min(axis=0)
+    return float(reached.min())
