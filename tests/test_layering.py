@@ -50,7 +50,7 @@ STANDS_ON = {
     "compiler": "frontend ir mesh passes pipeline plan",
     "module": "compiler errors frontend ir mesh pipeline plan runtime schedules simulate simulator",
     "api": "mesh module plan runtime",
-    "check": "compiler frontend ir mesh plan precision simulate simulator",
+    "check": "compiler frontend ir mesh pipeline plan precision simulate simulator",
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",
     "checkpoint": "errors ir mesh module runtime",
     "training": "api checkpoint data ir mesh module plan runtime",
