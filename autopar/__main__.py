@@ -20,6 +20,7 @@ from autopar.commands.check import check_command
 from autopar.commands.compile import compile_command
 from autopar.commands.coverage import coverage
 from autopar.commands.launch import note_failure
+from autopar.commands.mesh import mesh_command
 from autopar.commands.replay import replay
 from autopar.commands.run import run
 from autopar.commands.schedule import schedule_command
@@ -32,6 +33,7 @@ DEBUG = "--debug"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.command("show")(show)
+app.command("mesh")(mesh_command)
 app.command("schedule")(schedule_command)
 app.command("check")(check_command)
 app.command("coverage")(coverage)

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +30,8 @@ SHARD_AXES = tuple(axis for axis in REPLICA_AXES if axis != "dp_replicate")  # Z
 EXPERTS = "ep"  # ranks along this one have different experts
 SEQUENCE = "sp"  # ranks along this one have parts of the sequence
 PIPELINE = "pp"  # ranks along this one run different stages of the model
+TENSOR = "tp"  # ranks along this one have parts of the same layers
+MOST_SHOWN = 8  # ranks of a group
 
 GROUP = re.compile(r"(\w+)(?::(inner|outer)(\d+))?")  # a part of the name of a group
 
@@ -78,12 +81,15 @@ class Mesh:
     """Named axes with their sizes, e.g. ``Mesh(pp=2, dp=2, tp=2)`` for 8 ranks.
 
     Ranks are numbered row-major: the last axis (``tp``) varies fastest, so its groups are neighbours.
-    Raises ValueError for an unknown axis or a size below 1.
+    ``node_size``: ranks of one node, which are neighbours too; no part of what makes meshes equal. A mesh whose ``tp``
+    goes from node to node warns: its collectives wait between any two layers (Narayanan et al. 2021, section 3.2).
+    Raises ValueError for an unknown axis, a size below 1, or a node size that does not divide the ranks.
     """
 
     axes: tuple[tuple[str, int], ...]
+    node_size: int | None = field(default=None, compare=False)
 
-    def __init__(self, **sizes: int) -> None:
+    def __init__(self, *, node_size: int | None = None, **sizes: int) -> None:
         named = {ALIASES.get(name, name): size for name, size in sizes.items()}
         for name, size in named.items():
             if name not in AXIS_ORDER:
@@ -95,10 +101,16 @@ class Mesh:
         if "dp" in named and ("dp_replicate" in named or "dp_shard" in named):
             raise ValueError("give either dp, or dp_replicate and dp_shard, not both")
         object.__setattr__(self, "axes", tuple((name, named[name]) for name in AXIS_ORDER if name in named))
+        object.__setattr__(self, "node_size", node_size)
+        if node_size is not None:
+            _check_nodes(self, node_size)
 
     @classmethod
     def parse(cls, text: str) -> Mesh:
-        """``Mesh.parse("dp=2,tp=4")``; separators are commas or spaces. Raises ValueError on anything else."""
+        """``Mesh.parse("dp=2,tp=4")``, also with ``node_size=8``; separators are commas or spaces.
+
+        Raises ValueError on anything else.
+        """
         sizes: dict[str, int] = {}
         for part in text.replace(",", " ").split():
             name, equals, size = part.partition("=")
@@ -213,10 +225,47 @@ class Mesh:
             if self.position(axis, self.coordinates(rank)) == 0:
                 yield self.group(rank, axis)
 
+    def nodes(self, axis: str) -> int:
+        """The most nodes that a group of ``axis`` lies in; 1 where the size of a node is not known."""
+        if self.node_size is None:
+            return 1
+        return max(len({rank // self.node_size for rank in group}) for group in self.groups(axis))
+
+    def describe(self) -> str:
+        """The groups of each axis: how many there are, the first one, and in how many nodes one lies at most."""
+        known = self.node_size is not None
+        rows = [("axis", "size", "groups", "the first", "nodes of one" if known else "")]
+        for axis, size in self.axes:
+            first = " ".join(map(str, self.group(0, axis)[:MOST_SHOWN])) + " ..." * (size > MOST_SHOWN)
+            rows.append((axis, str(size), str(self.world_size // size), first, str(self.nodes(axis)) if known else ""))
+        where = f" on {self.world_size // self.node_size} nodes of {self.node_size}" if self.node_size else ""
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        return "\n".join([f"{self}: {self.world_size} ranks{where}", *lines])
+
     def __str__(self) -> str:
         return f"mesh({' '.join(f'{name}={size}' for name, size in self.axes)})"
 
     __repr__ = __str__
+
+
+def _check_nodes(mesh: Mesh, node_size: int) -> None:
+    """Raise ValueError for nodes that the ranks do not fill; warn where ``tp`` goes from node to node."""
+    if not isinstance(node_size, int) or isinstance(node_size, bool) or node_size < 1:
+        raise ValueError(f"node_size={node_size!r}: the ranks of one node, a whole number of at least 1")
+    if mesh.world_size > node_size and mesh.world_size % node_size:
+        raise ValueError(
+            f"{mesh} has {mesh.world_size} ranks, which nodes of {node_size} do not divide\n"
+            f"Way out: a mesh of {mesh.world_size // node_size * node_size} ranks, or another node_size."
+        )
+    if mesh.nodes(TENSOR) > 1:
+        size = mesh.size(TENSOR)
+        warnings.warn(
+            f"{TENSOR}={size} goes from node to node ({mesh.nodes(TENSOR)} nodes of {node_size}); it communicates in "
+            f"every layer, and should stay inside one\n{mesh.describe()}\n"
+            f"Way out: {TENSOR}={math.gcd(size, node_size)}, and the rest of the ranks on pp or dp.",
+            stacklevel=3,
+        )
 
 
 def _place(axis: str, group: str) -> int:

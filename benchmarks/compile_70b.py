@@ -2,6 +2,7 @@
 
     python -m benchmarks.compile_70b                    8, 40 and 80 layers, a fresh process each
     python -m benchmarks.compile_70b --layers 80 --mesh dp=8,tp=8 --json
+    python -m benchmarks.compile_70b --layers 80 --mesh pp=16,dp=128,tp=8    16,384 ranks
 
 The model is Hugging Face's ``LlamaForCausalLM`` at its real widths in bfloat16 on the meta device: no weights.
 """
@@ -33,7 +34,8 @@ from autopar.plan import Plan
 
 LAYERS = (8, 40, 80)
 LENGTH = 4096
-ROWS_PER_RANK = 1
+ROWS_PER_RANK = 1  # of each microbatch
+MICROBATCHES = 16  # on a mesh with pp
 
 
 @dataclass
@@ -90,8 +92,11 @@ def _apart(layers: int, options: argparse.Namespace) -> Compilation:
 
 
 def _compiled(layers: int, mesh: str, sequence: str) -> Compilation:
-    named, plan = Mesh.parse(mesh), Plan(sequence=sequence)  # type: ignore[arg-type]
-    return compilation(llama_70b(layers), batch_of(ROWS_PER_RANK * named.size("dp"), LENGTH), layers, named, plan)
+    named = Mesh.parse(mesh)
+    microbatches = MICROBATCHES if named.size("pp") > 1 else 1
+    rows = microbatches * ROWS_PER_RANK * named.size("dp")
+    plan = Plan(sequence=sequence, microbatches=microbatches)
+    return compilation(llama_70b(layers), batch_of(rows, LENGTH), layers, named, plan)
 
 
 def compilation(model: nn.Module, batch: dict[str, Tensor], layers: int, mesh: Mesh, plan: Plan) -> Compilation:

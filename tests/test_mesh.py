@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -229,3 +230,40 @@ def test_from_a_device_mesh_in_another_order() -> None:
 
 def test_every_axis_has_a_place() -> None:
     assert Mesh(**{name: 1 for name in AXIS_ORDER if name != "dp"}).names == tuple(n for n in AXIS_ORDER if n != "dp")
+
+
+# ---------------------------------------------------------------- nodes
+
+
+def test_groups_within_nodes_and_across() -> None:
+    """64 ranks, tensor parallelism within a node, pipelines across: the figure of Narayanan et al. 2021, section 3."""
+    mesh = Mesh(pp=4, dp=4, tp=4, node_size=8)
+    assert [mesh.group(0, axis) for axis in mesh.names] == [(0, 16, 32, 48), (0, 4, 8, 12), (0, 1, 2, 3)]
+    assert [mesh.nodes(axis) for axis in mesh.names] == [4, 2, 1]
+    lines = mesh.describe().splitlines()
+    assert lines[0] == "mesh(pp=4 dp=4 tp=4): 64 ranks on 8 nodes of 8" and lines[2].split() == [
+        *("pp", "4", "16", "0", "16", "32", "48", "4")
+    ]
+    assert mesh == Mesh(pp=4, dp=4, tp=4) == Mesh.parse("pp=4,dp=4,tp=4,node_size=8")
+    assert hash(mesh) == hash(Mesh(pp=4, dp=4, tp=4)) and Mesh(tp=4).nodes("tp") == 1
+
+
+@pytest.mark.parametrize("sizes, nodes", [({"tp": 16}, 2), ({"dp": 2, "tp": 8}, 2), ({"dp": 8, "tp": 3}, 2)])
+def test_tensor_parallelism_across_nodes(sizes: dict[str, int], nodes: int) -> None:
+    with pytest.warns(
+        UserWarning, match=f"goes from node to node \\({nodes} nodes of {4 if 'dp' in sizes else 8}\\)"
+    ) as said:
+        assert Mesh(**sizes, node_size=4 if "dp" in sizes else 8).nodes("tp") == nodes
+    assert "mesh(" in str(said[0].message) and len(str(said[0].message).splitlines()) < 15
+
+
+@pytest.mark.parametrize("node_size", [0, -8, 2.0, True, "8"])
+def test_sizes_that_no_node_has(node_size: Any) -> None:
+    with pytest.raises(ValueError, match="node_size"):
+        Mesh(dp=2, node_size=node_size)
+
+
+def test_nodes_that_the_ranks_do_not_fill() -> None:
+    with pytest.raises(ValueError, match="6 ranks, which nodes of 4 do not divide"):
+        Mesh(pp=3, tp=2, node_size=4)
+    assert Mesh(tp=2, node_size=8).nodes("tp") == 1  # part of one node
