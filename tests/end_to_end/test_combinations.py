@@ -1,4 +1,4 @@
-"""Every pair of axes, every triple with pipelines, all five at once: float64, a mixture of experts, each number exact."""
+"""Every pair of axes, every triple with pipelines, all five at once: a mixture of experts, exact in float64."""
 
 from __future__ import annotations
 
