@@ -390,13 +390,3 @@ def test_explain_on_every_axis(autopar_command: Command, mesh: str) -> None:
         assert any(line.split()[:1] == [axis] for line in out.splitlines()), out
     if "pp" in mesh:
         assert "chosen: stage 0" in out
-
-
-def test_the_groups_of_a_mesh(autopar_command: Command) -> None:
-    code, printed, _ = autopar_command("mesh", "pp=2,tp=4", "--node-size", "4", "--all")
-    assert code == 0 and "8 ranks on 2 nodes of 4" in printed and "\ntp\n  0 1 2 3\n  4 5 6 7\n" in printed
-    code, printed, said = autopar_command("mesh", "pp=2,tp=4", "--node-size", "2", "--rank", "5", "--json")
-    assert code == 0 and "tp=4 goes from node to node" in said
-    assert json.loads(printed)["groups"] == {"pp": [[1, 5]], "tp": [[4, 5, 6, 7]]}
-    code, _, said = autopar_command("mesh", "pp=2,tp=3", "--node-size", "4")
-    assert code == 2 and "nodes of 4 do not divide" in said
