@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from autopar.data.padding import PaddedBatch, pad_batch
     from autopar.data.parts import BatchesOfRank, part_of_batch
     from autopar.data.token_file import TokenFile
+    from autopar.exporters.export import export
     from autopar.ir.program import PipelinedProgram, Program
     from autopar.module import ParallelModule
     from autopar.routing.placement import balanced_placement
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 from autopar.errors import (
     AutoparError,
     CheckpointError,
+    ExportError,
     IndivisibleError,
     InvariantError,
     LaunchError,
@@ -50,6 +52,7 @@ _LAZY = {
     "Checkpoints": "checkpoint.checkpoints",
     "LoadedWeights": "checkpoint.weights",
     "compile_program": "compiler",
+    "export": "exporters.export",
     "load_safetensors": "checkpoint.weights",
     "pad_batch": "data.padding",
     "PaddedBatch": "data.padding",
@@ -78,6 +81,7 @@ __all__ = [
     "BatchesOfRank",
     "CheckpointError",
     "Checkpoints",
+    "ExportError",
     "IndivisibleError",
     "InvariantError",
     "LaunchError",
@@ -102,6 +106,7 @@ __all__ = [
     "__version__",
     "balanced_placement",
     "compile_program",
+    "export",
     "load_safetensors",
     "pad_batch",
     "parallelize",

@@ -55,6 +55,10 @@ class LaunchError(AutoparError):
     """The program was started on processes that do not fit its mesh."""
 
 
+class ExportError(AutoparError):
+    """A program cannot be written in a format of other tools, or what was written is wrong."""
+
+
 class ProgramFileError(AutoparError):
     """A program on disk is damaged, incomplete or of another format version."""
 

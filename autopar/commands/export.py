@@ -1,0 +1,74 @@
+"""``autopar export``: a program, or that of a model, in the formats of other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autopar.commands.options import (
+    Batch,
+    ConfigTexts,
+    Json,
+    Length,
+    MeshText,
+    PlanTexts,
+    Seed,
+    read_config,
+    read_mesh,
+    read_plan,
+)
+from autopar.commands.tables import print_json, stderr
+from autopar.compiler import compile_program
+from autopar.exporters.export import DIALECTS, FORMATS, WEIGHTS, export
+from autopar.ir.batch import data_ways
+from autopar.ir.program import AnyProgram
+from autopar.ir.traffic import size_text
+from autopar.program_files.program_file import load
+from autopar.zoo.named import named_model
+
+
+def export_command(
+    source: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="what autopar compile wrote, or a model's name")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="a new directory, or an export's")],
+    format: Annotated[str, typer.Option(metavar="NAMES", help=f"one or several of {', '.join(FORMATS)}")] = "pt2",
+    rank: Annotated[int | None, typer.Option(min=0, help="of this rank only")] = None,
+    weights: Annotated[str | None, typer.Option(help=" | ".join(WEIGHTS))] = None,
+    weights_from: Annotated[Path | None, typer.Option(help="safetensors file, or a folder of them")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="run all ranks as one, against the program")] = False,
+    training: Annotated[bool, typer.Option("--training", help="a training step, where the format can hold it")] = False,
+    opset: Annotated[int | None, typer.Option(help="version of ONNX's operators")] = None,
+    ir: Annotated[int | None, typer.Option(help="version of ONNX's files")] = None,
+    onnx_dialect: Annotated[str, typer.Option(help=f"of collectives: {' | '.join(DIALECTS)}")] = "autopar",
+    mesh: MeshText = "dp=2,tp=2",
+    plan: PlanTexts = None,
+    config: ConfigTexts = None,
+    batch: Batch = None,
+    length: Length = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Write a program for other tools: a file for each rank, and manifest.json, which says what they are.
+
+    DIR is a program on disk; of a MODEL the program on --mesh is made, and its weights are written.
+    """
+    given: Any = weights_from
+    if Path(source).is_dir():
+        program: AnyProgram = load(source)
+    else:
+        on = read_mesh(mesh)
+        example = named_model(source, read_config(config), batch, length, seed, data_ways(on))
+        with stderr().status(f"making the program of {source} on {on}"):
+            program = compile_program(example.model, on, read_plan(plan), (), example.batch)
+        given = weights_from or (None if weights == "none" else example.model)
+    export(
+        program, output, format, rank=rank, weights=weights, weights_from=given, verify=verify, training=training,
+        opset=opset, ir=ir, onnx_dialect=onnx_dialect,
+    )  # fmt: skip
+    files = {path.relative_to(output).as_posix(): path.stat().st_size for path in output.rglob("*") if path.is_file()}
+    if as_json:
+        print_json({"directory": str(output), "mesh": dict(program.mesh.axes), "files": files})
+        return
+    for name, size in sorted(files.items()):
+        print(f"{output / name}  {size_text(size)}")

@@ -1,0 +1,179 @@
+"""``autopar.export``: a program in the formats of other tools, written whole or not at all.
+
+A format is a name and a writer in :data:`FORMATS`; each writes into a directory of its name. ``manifest.json`` says
+what each file is: its rank, its inputs and outputs, who sends them to whom.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from autopar.errors import ExportError
+from autopar.exporters.job import Job, Options, Writer
+from autopar.exporters.whole_tensors import WholeTensors
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program
+from autopar.program_files.manifest import describe
+
+MANIFEST, FORMAT, VERSION = "manifest.json", "autopar export", 1
+WEIGHTS = ("safetensors", "reference", "none")
+DIALECTS = ("autopar", "tensorrt")
+FORMATS = {  # name -> module and function of its writer, imported when it is asked for: some need more packages
+    "pt2": "autopar.exporters.pt2:write",
+}
+
+
+def export(
+    program: AnyProgram,
+    directory: str | Path,
+    format: str | Sequence[str] = "pt2",
+    *,
+    rank: int | None = None,
+    weights: str | None = None,
+    weights_from: nn.Module | Mapping[str, Tensor] | str | Path | None = None,
+    verify: bool = False,
+    opset: int | None = None,
+    ir: int | None = None,
+    onnx_dialect: str = "autopar",
+    training: bool = False,
+) -> Path:
+    """Write ``program`` to ``directory`` in one or several formats (``"pt2"``, ``"onnx,pt2"``, ...); docs/exports.md.
+
+    Args:
+        program: compiled (``autopar.compile_program``, ``parallelize(...).program``), or loaded.
+        rank: write this rank's files only.
+        weights: ``safetensors``: the rank's part of each tensor; ``reference``: where in ``weights_from``, files, that
+            part is; ``none``: names, shapes and dtypes. By default the first where ``weights_from`` is given.
+        weights_from: the model, whole tensors by name, a safetensors file, or a folder of such files.
+        verify: run what was written, all ranks as one model, against the program.
+        opset, ir: versions of ONNX files.
+        onnx_dialect: of collectives in ONNX files, ``autopar`` or ``tensorrt``.
+        training: write a training step, forward and backward, instead of the inference graph (``pt2``).
+
+    Returns ``directory``. Raises ExportError, with nothing written, for a program that a format cannot hold, weights
+    that are missing, files of others in ``directory``; and where ``verify`` finds other numbers.
+    """
+    _check_finished(program)
+    names = _names(format)
+    chosen = weights or ("none" if weights_from is None else "safetensors")
+    _check_choices(chosen, onnx_dialect, weights_from)
+    ranks = tuple(range(program.mesh.world_size))
+    if rank is not None:
+        program.mesh.coordinates(rank)
+        ranks = (rank,)
+    tensors = None if weights_from is None else WholeTensors.of(weights_from)
+    options = Options(opset, ir, onnx_dialect, verify, training)
+    with replaced(Path(directory)) as draft, _progress() as progress:
+        task = progress.add_task("", total=None)
+        entries: dict[str, Any] = {}
+        for name in names:
+            (draft / name).mkdir()
+            told = lambda words, name=name: progress.update(task, description=f"{name}: {words}")  # noqa: E731
+            entries[name] = writer(name)(Job(program, draft / name, ranks, chosen, tensors, options, told))
+        text = json.dumps({**_head(program), "weights": chosen, "formats": entries}, indent=1)
+        (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return Path(directory)
+
+
+def writer(name: str) -> Writer:
+    """The writer of a format. Raises ExportError where a package that it needs is not installed."""
+    module, _, function = FORMATS[name].partition(":")
+    try:
+        found: Writer = getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise ExportError(
+            f"format '{name}' needs a package that is not installed: {error}\nWay out: pip install autopar[export]"
+        ) from error
+    return found
+
+
+def _head(program: AnyProgram) -> dict[str, Any]:
+    try:
+        whole = describe(program)
+    except ValueError as error:
+        raise ExportError(f"the program cannot be described: {error}") from error
+    kept = ("torch", "mesh", "plan", "inputs", "outputs", "parameters", "buffers", "groups", "ranks")
+    return {"format": FORMAT, "version": VERSION, **{key: whole[key] for key in kept}}
+
+
+def _names(format: str | Sequence[str]) -> list[str]:
+    names = [name.strip() for name in (format.split(",") if isinstance(format, str) else format)]
+    for name in names:
+        if name not in FORMATS:
+            raise ExportError(f"there is no format '{name}'; the formats are {', '.join(FORMATS)}")
+    return list(dict.fromkeys(names))
+
+
+def _check_choices(weights: str, dialect: str, weights_from: Any) -> None:
+    for what, given, known in (("weights", weights, WEIGHTS), ("onnx_dialect", dialect, DIALECTS)):
+        if given not in known:
+            raise ExportError(f"{what}='{given}': the choices are {', '.join(known)}")
+    if weights != "none" and weights_from is None:
+        raise ExportError(
+            f"weights='{weights}', and a program holds no weights\n"
+            "Way out: weights_from= the model, its state dict or its safetensors files; or weights='none'."
+        )
+
+
+def _check_finished(program: AnyProgram) -> None:
+    if isinstance(program, Program):
+        _ = program.required_role
+    elif isinstance(program, PipelinedProgram):
+        _ = program.required_schedule
+
+
+@contextmanager
+def replaced(target: Path) -> Iterator[Path]:
+    """A new directory beside ``target``, which takes its place at the end, and is gone when something fails.
+
+    Raises ExportError where ``target`` is something else than a directory that an export has written, or an empty one.
+    """
+    target = target.absolute()
+    if target.exists() and not _is_ours(target):
+        raise ExportError(f"{target} is not empty and holds no export; give another directory")
+    draft = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    old = draft.with_name(f"{draft.name}.old")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        if target.exists():
+            target.rename(old)
+        try:
+            draft.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    except OSError as error:
+        raise ExportError(f"the export cannot be written to {target}: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_ours(target: Path) -> bool:
+    if not target.is_dir():
+        return False
+    if not any(target.iterdir()):
+        return True
+    try:
+        found = json.loads((target / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
+def _progress() -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)

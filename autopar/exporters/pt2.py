@@ -1,0 +1,79 @@
+"""``.pt2``: a rank as ``torch.export`` saves programs, to be loaded with nothing but torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from autopar.errors import ExportError
+from autopar.exporters import functional
+from autopar.exporters.job import Job
+from autopar.exporters.rank_module import Part, constants_of, part_of, parts_of, rank_tensors, tensor_name
+from autopar.exporters.traced import Traced, traced
+from autopar.exporters.wiring import describe_part, groups_of
+from autopar.ir.node import value
+from autopar.ir.tables import InputKind
+
+FOREIGN = "autopar"  # a namespace of operators that plain torch does not have
+
+
+def write(job: Job) -> Mapping[str, Any]:
+    """One file for each rank and stage, whose state are the rank's own tensors (without data where weights are none).
+
+    Raises ExportError for an operator of autopar that has no plain form.
+    """
+    if job.weights == "reference":
+        raise ExportError("a .pt2 file holds its weights: weights='safetensors' puts them there, 'none' does not")
+    roles: dict[tuple[int, int], Traced] = {}
+    entries = []
+    for part in parts_of(job.program, job.ranks):
+        if part.role not in roles:
+            job.told(f"tracing {part.name}")
+            roles[part.role] = traced(part, part.program.required_role.inference)
+            _only_torch(roles[part.role].exported)
+            roles[part.role].exported.example_inputs = None  # they have no data
+        role = roles[part.role]
+        job.told(f"writing {part.name}.pt2")
+        fill(role, part, job)
+        torch.export.save(role.exported, job.directory / f"{part.name}.pt2")
+        entry = describe_part(part, role, f"{part.name}.pt2")
+        entries.append({**entry, "groups": groups_of(part, group_names(role.exported))})
+    return {"parts": entries}
+
+
+def fill(role: Traced, part: Part, job: Job) -> None:
+    """Let the role's state be that of a rank."""
+    state = role.exported.state_dict
+    state |= {**rank_tensors(part, role.own), **constants_of(part), **_weights(part, job)}
+
+
+def _weights(part: Part, job: Job) -> dict[str, Tensor]:
+    found = {}
+    for node, entry in part.program.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
+        kind = value(node)
+        if job.tensors is None or job.weights == "none":
+            tensor = torch.empty(kind.layout.local_shape(part.mesh), dtype=kind.dtype, device="meta")
+        else:
+            whole = job.tensors.find((entry.target, *entry.aliases), kind.shape)
+            tensor = part_of(whole, node, part).to(kind.dtype).contiguous().clone()
+        is_parameter = entry.kind is InputKind.PARAMETER
+        found[tensor_name(entry)] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+    return found
+
+
+def group_names(exported: ExportedProgram) -> Iterable[str]:
+    """The groups over which the program communicates."""
+    return {node.args[-1] for node in exported.graph.nodes if node.target in functional.MOVING}
+
+
+def _only_torch(exported: ExportedProgram) -> None:
+    for node in exported.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == FOREIGN:
+            raise ExportError(
+                f"{node.name} is {node.target}, an operator of autopar that no plain one stands for\n"
+                "Way out: say which model this is; its form belongs into autopar/exporters/plain_operators.py."
+            )

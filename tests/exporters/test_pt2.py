@@ -1,0 +1,102 @@
+"""Exported ranks are run by torch alone, on real processes, and give what the unmodified model gives, in float64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autopar import Mesh, Plan
+from autopar.check import relative_error
+from autopar.compiler import compile_program
+from autopar.errors import ExportError
+from autopar.exporters.export import export
+from autopar.frontend.numerics import promote_float32
+from autopar.ir.layout import unshard
+from autopar.ir.node import value
+from autopar.ir.program import AnyProgram
+from tests.exporters import examples
+from tests.exporters.ranks import run_rank
+from tests.launch import run_ranks
+
+TOLERANCE = 1e-10
+
+
+def exported(name: str, mesh: Mesh, folder: Path, plan: Plan) -> tuple[AnyProgram, dict[str, Tensor]]:
+    """An example's program, its export in ``folder`` with inputs.pt, and the outputs of the unmodified model."""
+    model, batch = examples.build(name)
+    with promote_float32(), torch.no_grad():
+        program = compile_program(model, mesh, plan, (), batch)
+        export(program, folder, "pt2", weights_from=model)
+        expected = dict(model(**batch).items())
+    torch.save(batch, folder / "inputs.pt")
+    return program, expected
+
+
+def largest_error(program: AnyProgram, found: list[dict[str, Tensor]], expected: dict[str, Tensor]) -> float:
+    errors = []
+    for entry, node in zip(program.outputs, program.returned):
+        ranks = [rank for rank, outputs in enumerate(found) if entry.target in outputs]
+        mesh = program.mesh.of_stage
+        assert len(ranks) == mesh.world_size, entry.target
+        whole = unshard([found[rank][entry.target] for rank in ranks], value(node).layout, mesh)
+        errors.append(relative_error(whole, expected[entry.target]))
+    return max(errors)
+
+
+def check(name: str, mesh: Mesh, folder: Path, plan: Plan | None = None) -> None:
+    plan = plan or Plan(check_numerics=False)
+    program, expected = exported(name, mesh, folder, plan)
+    found = run_ranks(run_rank, mesh.world_size, str(folder))
+    assert largest_error(program, found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name, axes", [("llama", {"tp": 2}), ("mixtral", {"ep": 2})], ids=["llama", "mixtral"])
+def test_ranks_give_what_the_model_gives(name: str, axes: dict[str, int], tmp_path: Path) -> None:
+    check(name, Mesh(**axes), tmp_path / "out")
+
+
+SLOW = [(name, axes) for name in examples.NAMES for axes in examples.MESHES if examples.fits(name, axes)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, axes", SLOW, ids=lambda given: given if isinstance(given, str) else str(Mesh(**given)))
+def test_the_matrix(name: str, axes: dict[str, int], tmp_path: Path) -> None:
+    microbatches = {"microbatches": 1} if "pp" in axes else {}
+    check(name, Mesh(**axes), tmp_path / "out", Plan(check_numerics=False, **microbatches))
+
+
+@pytest.mark.slow
+def test_a_script_with_nothing_but_torch(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    exported("gpt2", Mesh(tp=2), folder, Plan(check_numerics=False))
+    script = Path(__file__).with_name("ranks.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(folder)]
+    done = subprocess.run(torchrun, cwd=tmp_path, env={"PATH": "/usr/bin"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("'loss'") == 2
+
+
+def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    program = compile_program(model, Mesh(tp=2), Plan(check_numerics=False), (torch.randn(2, 4),))
+    state = model.state_dict()
+    del state["2.weight"]
+    with pytest.raises(ExportError, match="no tensor was given for '2.weight'"):
+        export(program, tmp_path / "out", "pt2", weights_from=state)
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_without_weights_a_file_has_names_and_shapes(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    program = compile_program(model, Mesh(tp=2), Plan(check_numerics=False), (torch.randn(2, 4),))
+    export(program, tmp_path / "out", "pt2", rank=1)
+    assert [path.name for path in (tmp_path / "out" / "pt2").iterdir()] == ["rank1.pt2"]
+    state = torch.export.load(tmp_path / "out" / "pt2" / "rank1.pt2").state_dict
+    assert {name: tuple(tensor.shape) for name, tensor in state.items() if tensor.is_meta} == {
+        "0.weight": (4, 4), "0.bias": (4,), "2.weight": (4, 4), "2.bias": (4,),
+    }  # fmt: skip
