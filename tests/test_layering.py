@@ -22,6 +22,7 @@ DULL = {"util", "utils", "helper", "helpers", "manager", "common", "core", "misc
 # that stands above it in this table. Imports inside functions and for typing count too.
 STANDS_ON = {
     "errors": "",
+    "plain_files": "",
     "mesh": "",
     "precision": "",
     "operators": "",
@@ -35,7 +36,7 @@ STANDS_ON = {
     "experts": "ir operators rules",
     "cost": "ir mesh operators",
     "codegen": "errors ir mesh operators",
-    "program_files": "errors ir mesh plan",
+    "program_files": "errors ir mesh plain_files plan",
     "frontend": "errors ir mesh operators plan rules",
     "autodiff": "cost errors ir mesh operators",
     "split": "cost errors ir mesh operators rules",

@@ -50,7 +50,7 @@ INFIX = {
     operator.floordiv: "//",
     operator.mod: "%",
 }
-RESERVED = ("comm", "inputs", "torch", "op", "math")
+RESERVED = ("comm", "inputs", "torch", "op", "math", "operator", "float", "slice")
 DEFAULTS = {"outer": 1, "ratio": [1]}  # arguments of collectives that are left out where they say nothing
 
 
@@ -159,7 +159,7 @@ class _Module:
             if node.op in ("placeholder", "output"):
                 continue
             if (place := _place(node)) != where and place:
-                head.append(f"    # {place}")
+                head.append(f"    # {_printable(place)}")
             where = place
             head.append(body.line(node))
         return [*head, f"    return {body.text(tuple(output_node(graph).args[0]))}"]  # type: ignore[arg-type]
@@ -180,9 +180,10 @@ class _Module:
             namespace, name = target._schema.name.split("::")
             overload = target._overloadname
             short = f"{namespace}_{name}" + ("" if overload == "default" else f"_{overload}")
-            while short in self.taken:
+            bound = BINDINGS.get(target) or f"torch.ops.{namespace}.{name}.{overload}"
+            while short in self.taken or self.bindings.get(short, bound) != bound:
                 short += "_"
-            self.bindings[short] = BINDINGS.get(target) or f"torch.ops.{namespace}.{name}.{overload}"
+            self.bindings[short] = bound
             return short
         name = getattr(target, "__name__", "")
         if REGISTRY.get(name) is target:
@@ -203,7 +204,7 @@ class _Body:
 
     def __init__(self, module: _Module, graph: fx.Graph) -> None:
         self.module, self.graph = module, graph
-        self.names: dict[Node, str] = {node: node.name + "_" * (node.name in RESERVED) for node in graph.nodes}
+        self.names = _variables(graph)
         self.dying = last_uses(graph)
         self.reused = reused(graph, module.program.mesh)
 
@@ -212,7 +213,8 @@ class _Body:
         if not nodes:
             return []
         width = max(len(self.names[node]) for node in nodes) + 1
-        rows = [f"        {self.names[node] + ',':<{width}}  # {labels[node.name]}".rstrip(" #") for node in nodes]
+        comments = {node: _printable(labels[node.name]) for node in nodes}
+        rows = [f"        {self.names[node] + ',':<{width}}  # {comments[node]}".rstrip(" #") for node in nodes]
         unused = [self.names[node] for node in nodes if not node.users]
         deleted = [f"    del {', '.join(unused)}"] if unused else []
         return ["    (", *rows, "    ) = inputs", "    inputs.clear()", *deleted]
@@ -272,6 +274,24 @@ class _Body:
         if value is None or isinstance(value, (bool, int, float, complex, str)):
             return f'"{value}"' if isinstance(value, str) and value.isidentifier() else repr(value)
         raise InvariantError(f"an argument of type {type(value).__name__} ({value!r}) cannot be written as Python")
+
+
+def _variables(graph: fx.Graph) -> dict[Node, str]:
+    """The Python variable of each node: its name, or a longer one where that means something else already."""
+    taken = {node.name for node in graph.nodes}
+    found: dict[Node, str] = {}
+    for node in graph.nodes:
+        name = node.name
+        while name in RESERVED or name != node.name and name in taken:
+            name += "_"
+        taken.add(name)
+        found[node] = name
+    return found
+
+
+def _printable(text: str) -> str:
+    """``text`` for a comment: a line break in a name would end the comment, and what follows would be code."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _place(node: Node) -> str:

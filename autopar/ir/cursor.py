@@ -18,6 +18,13 @@ COUNT = re.compile(r"\d+", re.ASCII)
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 PLAIN = re.compile(r"[A-Za-z0-9_.]+")  # targets that need no quotes
 
+# More than any program has: what a text says is bounded before anything of that size is made.
+MOST_DIGITS = 18  # of a number: it fits 64 bits
+MOST_ELEMENTS = 1 << 50  # of a tensor
+MOST_DIMS, MOST_FACTORS = 64, 64  # of a tensor, of a dim
+MOST_RANKS = 1 << 24
+DEEPEST = 16  # brackets inside brackets
+
 T = TypeVar("T")
 
 
@@ -26,6 +33,7 @@ class Cursor:
 
     def __init__(self, number: int, line: str) -> None:
         self.number, self.line, self.at = number, line, 0
+        self.depth = 0  # of the brackets that are open
         self.blank()
 
     def blank(self) -> None:
@@ -57,7 +65,10 @@ class Cursor:
             self.fail(f"'{characters}'")
 
     def expect_number(self, what: str) -> int:
-        return int(self.expect(COUNT, what))
+        start, digits = self.at, self.expect(COUNT, what)
+        if len(digits) > MOST_DIGITS:
+            self.fail(f"{what} of at most {MOST_DIGITS} digits", digits[:MOST_DIGITS], start)
+        return int(digits)
 
     def string(self) -> str | None:
         found = self.take(STRING)
@@ -102,12 +113,16 @@ class Cursor:
 def listed(cursor: Cursor, end: str, item: Callable[[], T]) -> list[T]:
     """Items between commas, up to and including ``end``; a comma may stand before the end."""
     found: list[T] = []
+    cursor.depth += 1
+    if cursor.depth > DEEPEST:
+        cursor.fail(f"at most {DEEPEST} brackets inside each other")
     while not cursor.sign(end):
         if found:
             cursor.expect_sign(",")
             if cursor.sign(end):
                 break
         found.append(item())
+    cursor.depth -= 1
     return found
 
 
@@ -120,7 +135,7 @@ def _factor(cursor: Cursor, mesh: Mesh) -> Factor:
     if cursor.sign("<"):
         while not cursor.sign(">"):
             order.append(cursor.expect_number("an index"))
-        if sorted(order) != list(range(sum(sizes))):
+        if len(order) != sum(sizes) or sorted(order) != list(range(sum(sizes))):
             cursor.fail(f"the numbers from 0 to {sum(sizes) - 1} in some order")
     while cursor.sign("@"):
         axes.append(take_axis(cursor, mesh))
@@ -150,12 +165,16 @@ def _dim(cursor: Cursor, mesh: Mesh) -> tuple[Factor, ...]:
     factors = []
     while not cursor.sign(")"):
         factors.append(_factor(cursor, mesh))
+    if not 0 < len(factors) <= MOST_FACTORS:
+        cursor.fail(f"1 to {MOST_FACTORS} factors of a dim")
     return tuple(factors)
 
 
 def take_layout(cursor: Cursor, mesh: Mesh) -> Layout:
     cursor.expect_sign("[")
-    dims = tuple(listed(cursor, "]", lambda: _dim(cursor, mesh)))
+    start, dims = cursor.at, tuple(listed(cursor, "]", lambda: _dim(cursor, mesh)))
+    if len(dims) > MOST_DIMS or math.prod(max(factor.size, 1) for dim in dims for factor in dim) > MOST_ELEMENTS:
+        cursor.fail(f"a tensor of at most {MOST_DIMS} dims and {MOST_ELEMENTS:,} elements", None, start)
 
     def pending() -> tuple[str, str]:
         op = cursor.expect(WORD, "a reduction such as 'sum'")

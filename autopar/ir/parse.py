@@ -7,15 +7,16 @@ Nothing in the text is executed: operators are looked up among the registered on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from autopar.errors import ProgramFileError, ScheduleError
 from autopar.ir import text
-from autopar.ir.cursor import Cursor
+from autopar.ir.cursor import MOST_RANKS, Cursor
 from autopar.ir.node import values
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.read_graph import SAVED, GraphReader, Section
@@ -33,20 +34,28 @@ STAGE = re.compile(r"stage \d+ of \d+")
 TAILS = ("tail", "remainder")  # the name of the program of smaller last microbatches, now and in older files
 
 Lines = list[tuple[int, str]]
+Reading = Callable[..., GraphReader]  # a reader for a mesh, with all that is the same for every section
 
 
 def parse(
-    source: str, plan: Plan | None = None, constants: Mapping[str, Tensor] | None = None, *, origins: bool = False
+    source: str,
+    plan: Plan | None = None,
+    constants: Mapping[str, Tensor] | None = None,
+    *,
+    origins: bool = False,
+    operators: Collection[str] = (),
 ) -> AnyProgram:
     """The program that ``source`` (a text form) describes.
 
     ``plan``: not in the text; the default plan unless given. ``constants``: values by name, zeros for those not given.
     ``origins``: take the comment at the end of a line for its origin, as ``format_program(origins=True)`` wrote it.
+    ``operators``: further libraries, or operators of theirs, that the text may call (``mylib``, ``mylib::scale``).
     Raises ProgramFileError with the line number and what was expected there.
     """
     given = dict(constants or {})
     (_, whole), *others = _programs(source)
-    program = _program(whole, plan, given, origins)
+    reading = partial(GraphReader, origins=origins, operators=operators)
+    program = _program(whole, plan, given, reading)
     if not others:
         return program
     stages: list[Program] = []
@@ -55,8 +64,11 @@ def parse(
     for position, (kind, lines) in enumerate(others):
         if kind in TAILS:
             last = {name.removeprefix(f"{kind}/"): tensor for name, tensor in given.items() if is_of_tail(name)}
+            again = next((chunk[0][0] for other, chunk in others[position + 1 :] if other in TAILS), None)
+            if again is not None:
+                raise ProgramFileError(f"line {again}: a second {kind}; expected a stage or a schedule")
             rest = _padded([line for _, chunk in others[position:] for line in chunk])
-            found = parse(rest.replace(kind, "program", 1), plan, last, origins=origins)
+            found = parse(rest.replace(kind, "program", 1), plan, last, origins=origins, operators=operators)
             if not isinstance(found, PipelinedProgram):
                 raise ProgramFileError(f"line {lines[0][0]}: expected stages of the {kind}")
             tail = found
@@ -66,7 +78,7 @@ def parse(
         else:
             number, heading = lines[0]
             lines[0] = number, STAGE.sub("program", heading)
-            stages.append(_program(lines, plan, given, origins))
+            stages.append(_program(lines, plan, given, reading))
     return replace(program.cut_into(stages), schedule=schedule, tail=tail)
 
 
@@ -98,11 +110,11 @@ def _schedule(lines: Lines) -> Schedule:
         raise ProgramFileError(str(error)) from error
 
 
-def _program(lines: Lines, plan: Plan | None, constants: Mapping[str, Tensor], origins: bool) -> Program:
+def _program(lines: Lines, plan: Plan | None, constants: Mapping[str, Tensor], reading: Reading) -> Program:
     sections = list(_sections(lines))
     number, header, body = sections[0]
     mesh, gradients = _header(number, header)
-    main = GraphReader(mesh, gradients=gradients, role=False, origins=origins).read(number, body)
+    main = reading(mesh, gradients=gradients, role=False).read(number, body)
     outputs = tuple(Output(kind, target) for kind, target in main.labels if isinstance(kind, OutputKind))
     program = Program(
         graph=main.graph,
@@ -112,7 +124,7 @@ def _program(lines: Lines, plan: Plan | None, constants: Mapping[str, Tensor], o
         outputs=outputs,
         constants=_constants(main, constants),
     )
-    return replace(program, role=_role(sections[1:], program, origins))
+    return replace(program, role=_role(sections[1:], program, reading))
 
 
 # ---------------------------------------------------------------- sections
@@ -120,18 +132,22 @@ def _program(lines: Lines, plan: Plan | None, constants: Mapping[str, Tensor], o
 
 def _sections(lines: Lines) -> Iterator[tuple[int, str, Lines]]:
     """(line number, heading, [(line number, line)]) for the header and each ``forward:``, ... after it."""
-    heading, body, unfinished = (0, ""), Lines(), False
+    heading, body, unfinished = (0, ""), Lines(), list[str]()
     for number, line in lines:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         if not line[0].isspace() and (not heading[0] or SECTION.fullmatch(line)):
             if heading[0]:
                 yield (*heading, body)
-            heading, body, unfinished = (number, line), [], False
+            heading, body, unfinished = (number, line), [], []
         elif heading[0]:
-            goes_on = (unfinished or RETURN.match(line) is not None) and line.rstrip().endswith(",")
-            body.append((body[-1][0], f"{body.pop()[1]} {line.strip()}") if unfinished else (number, line))
-            unfinished = goes_on
+            goes_on = (bool(unfinished) or RETURN.match(line) is not None) and line.rstrip().endswith(",")
+            unfinished.append(line.strip() if unfinished else line)
+            if len(unfinished) == 1:
+                body.append((number, line))
+            elif not goes_on:
+                body[-1] = body[-1][0], " ".join(unfinished)
+            unfinished = unfinished if goes_on else []
         else:
             break
     if not heading[0]:
@@ -144,12 +160,15 @@ def _header(number: int, line: str) -> tuple[Mesh, bool]:
     if not found:
         raise ProgramFileError(f"line {number}: expected a header like 'program mesh(dp=2 tp=2)', found '{line}'")
     try:
-        return Mesh.parse(found[1]), not found[2]
+        mesh = Mesh.parse(found[1])
     except ValueError as error:
         raise ProgramFileError(f"line {number}: {error}") from error
+    if mesh.world_size > MOST_RANKS:
+        raise ProgramFileError(f"line {number}: a mesh of {mesh.world_size:,} ranks; at most {MOST_RANKS:,} are read")
+    return mesh, not found[2]
 
 
-def _role(sections: Sequence[tuple[int, str, Lines]], program: Program, origins: bool) -> Role | None:
+def _role(sections: Sequence[tuple[int, str, Lines]], program: Program, reading: Reading) -> Role | None:
     """A ``forward:`` section, possibly a ``backward:`` section, and an ``inference:`` section; or none of them."""
     rest = [(number, heading.partition(":")[0], body) for number, heading, body in sections]
     if not rest:
@@ -160,7 +179,7 @@ def _role(sections: Sequence[tuple[int, str, Lines]], program: Program, origins:
             found = f"line {rest[0][0]}: found '{rest[0][1]}:', " if rest else "at the end: "
             raise ProgramFileError(f"{found}expected a section '{name}:'")
         number, _, body = rest.pop(0)
-        return GraphReader(program.mesh, gradients=False, role=True, origins=origins).read(number, body)
+        return reading(program.mesh, gradients=False, role=True).read(number, body)
 
     forward = take("forward")
     backward = take("backward") if rest and rest[0][1] == "backward" else None
@@ -178,11 +197,11 @@ def _role(sections: Sequence[tuple[int, str, Lines]], program: Program, origins:
 
 
 def _differentiable(program: Program, gradients: Sequence[tuple[Cursor, str]]) -> tuple[int, ...]:
-    names = [text.grad_name(program.outputs, position) for position in range(len(program.outputs))]
+    names = {name: position for position, name in enumerate(text.grad_names(program.outputs))}
     for cursor, name in gradients:
         if name not in names:
             cursor.fail(f"the name of an output ({', '.join(names)})", found=name)
-    return tuple(names.index(name) for _, name in gradients)
+    return tuple(names[name] for _, name in gradients)
 
 
 def _constants(main: Section, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -195,5 +214,5 @@ def _constants(main: Section, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found[entry.target] = given[entry.target]
             continue
         for value in values(main.nodes[entry.node]):
-            found[entry.target] = torch.zeros(value.shape, dtype=value.dtype)
+            found[entry.target] = torch.zeros((), dtype=value.dtype).expand(value.shape)  # of any size, without memory
     return found

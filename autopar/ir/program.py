@@ -23,7 +23,7 @@ from autopar.ir.tables import Decision, Input, InputKind, Output, OutputKind, Pi
 from autopar.ir.text import (
     Lines,
     grad_by_default,
-    grad_name,
+    grad_names,
     needs_gradients,
     no_grad_by_default,
     output_label,
@@ -282,6 +282,7 @@ def _role_sections(role: Role, program: AnyProgram, inputs: Sequence[Input | Non
     outputs = [output_label(entry) for entry in program.outputs]
     yield lines.section("forward:", role.forward, inputs, [*outputs, *["saved "] * role.saved])
     if role.backward is not None:
-        given = ["saved"] * role.saved + [f"grad {grad_name(program.outputs, i)}" for i in role.differentiable]
+        names = grad_names(program.outputs)
+        given = ["saved"] * role.saved + [f"grad {names[position]}" for position in role.differentiable]
         yield lines.section("backward:", role.backward, given, [f"{quoted(target)}=" for target in role.grads])
     yield lines.section("inference:", role.inference, inputs, outputs)

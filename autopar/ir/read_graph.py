@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import fx
 from autopar.errors import ProgramFileError
 from autopar.ir import collectives as comm
 from autopar.ir import text
-from autopar.ir.cursor import STRING, WORD, Cursor, listed, take_axis, take_layout
+from autopar.ir.cursor import MOST_DIGITS, STRING, WORD, Cursor, listed, take_axis, take_layout
 from autopar.ir.layout import Layout
+from autopar.ir.loadable_operators import misfit, why_not
 from autopar.ir.node import Node, Origin, Value, set_origin, set_values
 from autopar.ir.operator_facts import argument_names
 from autopar.ir.tables import Input, InputKind, OutputKind
@@ -40,7 +41,6 @@ SAVED_VALUE = re.compile(r"saved\s+(?=[^\s=,])")
 
 LITERALS = {"None": None, "True": True, "False": False, "inf": math.inf, "nan": math.nan}
 TORCH_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
-TOUCHES_FILES = ("aten::from_file",)  # a program read from disk must not open files
 INPUT_KINDS = {kind.value: kind for kind in InputKind}
 SAVED = "saved"
 Marked = tuple[torch.dtype, Layout, str]  # the last: "", " grad" or " nograd"
@@ -62,10 +62,14 @@ class GraphReader:
 
     ``gradients``: whether parameters, and values computed from them, require gradients unless marked otherwise.
     ``role``: whether this is a section of a role, where inputs may be ``saved`` values and gradients.
+    ``operators``: of libraries, that the text may call (:func:`autopar.ir.loadable_operators.why_not`).
     """
 
-    def __init__(self, mesh: Mesh, *, gradients: bool, role: bool, origins: bool) -> None:
+    def __init__(
+        self, mesh: Mesh, *, gradients: bool, role: bool, origins: bool, operators: Collection[str] = ()
+    ) -> None:
         self.mesh, self.gradients, self.role, self.origins = mesh, gradients, role, origins
+        self.operators = operators
         self.section = Section()
 
     def read(self, number: int, body: Sequence[tuple[int, str]]) -> Section:
@@ -134,11 +138,14 @@ class GraphReader:
         called = cursor.take(OPERATOR)
         if called is None:
             return self._placeholder(cursor, name)
-        target = _operator(cursor, called, start)
+        target = _operator(cursor, called, start, self.operators)
         if target in comm.TARGETS:
             return self._collective(cursor, target, name)
         cursor.expect_sign("(")
         args, kwargs = self._arguments(cursor)
+        problem = misfit(target, len(args), kwargs)
+        if problem is not None:
+            cursor.fail(problem, called, start)
         return self._typed(cursor, graph.create_node("call_function", target, tuple(args), kwargs, name=name))
 
     def _placeholder(self, cursor: Cursor, name: str) -> Node:
@@ -229,9 +236,12 @@ class GraphReader:
             return tuple(listed(cursor, ")", lambda: self._argument(cursor)))
         if cursor.take(NEGATIVE_INFINITY):
             return -math.inf
-        number = cursor.take(NUMBER)
+        at, number = cursor.at, cursor.take(NUMBER)
         if number is not None:
-            return float(number) if "." in number or "e" in number else int(number)
+            is_float = "." in number or "e" in number
+            if not is_float and len(number) > MOST_DIGITS + 2:
+                cursor.fail("a number of 64 bits", number[:20], at)
+            return float(number) if is_float else int(number)
         quoted = cursor.string()
         if quoted is not None:
             return quoted
@@ -302,8 +312,8 @@ def parse_argument(source: str) -> Any:
     return value
 
 
-def _operator(cursor: Cursor, name: str, start: int) -> Any:
-    """The registered operator called ``name``; the text can call nothing else."""
+def _operator(cursor: Cursor, name: str, start: int, allowed: Collection[str]) -> Any:
+    """The registered operator called ``name``, one that may be called; the text can call nothing else."""
     namespace, _, rest = name.partition(".")
     if namespace == "comm":
         if rest not in comm.NAMES:
@@ -317,6 +327,7 @@ def _operator(cursor: Cursor, name: str, start: int) -> Any:
     found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload or "default", None)
     if not isinstance(found, torch._ops.OpOverload):
         cursor.fail("a registered operator (import the library that defines it first)", name, start)
-    if found._schema.name in TOUCHES_FILES:
-        cursor.fail("an operator that opens no files", name, start)
+    refused = why_not(found, allowed)
+    if refused is not None:
+        cursor.fail(f"an operator that a program may call ({refused})", name, start)
     return found

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,11 +73,13 @@ def output_label(entry: Output) -> str:
     return f"{quoted(entry.target)}=" if entry.target else ""
 
 
-def grad_name(outputs: Sequence[Output], position: int) -> str:
-    """The name of the gradient of output ``position``: its target, or the position where the target is not unique."""
-    target = outputs[position].target
-    unique = target and sum(entry.target == target for entry in outputs) == 1
-    return quoted(target) if unique else f"at {position}"
+def grad_names(outputs: Sequence[Output]) -> list[str]:
+    """The names of the gradients of outputs: their targets, or the position where a target is not unique."""
+    uses = Counter(entry.target for entry in outputs)
+    return [
+        quoted(entry.target) if entry.target and uses[entry.target] == 1 else f"at {position}"
+        for position, entry in enumerate(outputs)
+    ]
 
 
 def quoted(target: str) -> str:

@@ -7,34 +7,47 @@ constants.safetensors  tensors that the model made itself (masks, tables); param
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import secrets
-import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from autopar.errors import ProgramFileError
-from autopar.ir.node import value
+from autopar.errors import AutoparError, ProgramFileError
+from autopar.ir.loadable_operators import EVERY
 from autopar.ir.parse import TAILS, is_of_tail, parse
 from autopar.ir.program import AnyProgram, PipelinedProgram, format_program
 from autopar.ir.read_graph import parse_argument
-from autopar.ir.tables import InputKind
 from autopar.plan import Plan
-from autopar.program_files.manifest import FORMAT, VERSION, describe
+from autopar.program_files.checks import check_loaded
+from autopar.program_files.directory import (
+    CONSTANTS,
+    MANIFEST,
+    MOST_BYTES,
+    TEXT,
+    checked_names,
+    checksum,
+    entry,
+    laid_out,
+    read_manifest,
+    refuse_strangers,
+    verified,
+    write,
+)
+from autopar.program_files.manifest import describe
 from autopar.program_files.structures import structure_from_json
 
-MANIFEST, TEXT, CONSTANTS = "manifest.json", "program.txt", "constants.safetensors"
+# Reading a damaged file may end in any of these; torch raises RuntimeError, and RecursionError is one.
+FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+DAMAGE = (AutoparError, safetensors.SafetensorError, *FAULTS)
 
 # ---------------------------------------------------------------- writing
 
@@ -46,9 +59,9 @@ def save(program: AnyProgram, directory: str | Path, *, extra_files: Mapping[str
     them. Not kept: ``program.decisions``. Raises ProgramFileError, with nothing written, if the program cannot be
     written down or ``directory`` holds other things.
     """
-    target = Path(directory).absolute()
-    extra = _checked_names(extra_files or {})
-    _refuse_strangers(target)
+    target = Path(os.path.realpath(directory))
+    extra = checked_names(extra_files or {})
+    refuse_strangers(target)
     contents = {TEXT: _text(program).encode(), CONSTANTS: _constants(program)}
     try:
         manifest = describe(program)
@@ -56,11 +69,12 @@ def save(program: AnyProgram, directory: str | Path, *, extra_files: Mapping[str
         raise ProgramFileError(f"the program cannot be saved: {error}") from error
     for key in ("static_inputs", "static_outputs"):
         _readable_statics(key, manifest[key])
-    manifest["files"] = {name: _entry(content) for name, content in contents.items()}
+    manifest["files"] = {name: entry(content) for name, content in contents.items()}
     manifest["extra_files"] = sorted(extra)
-    manifest["sha256"] = _checksum(manifest)
-    contents |= {name: content.encode() for name, content in extra.items()}
-    _write({**contents, MANIFEST: _laid_out(manifest).encode()}, target)
+    manifest["sha256"] = checksum(manifest)
+    contents[MANIFEST] = laid_out(manifest).encode()
+    _refuse_large(contents)
+    write({name: content.encode() for name, content in extra.items()} | contents, target)
     return Path(directory)
 
 
@@ -68,15 +82,25 @@ def _text(program: AnyProgram) -> str:
     """The text form, after a check that it reads back."""
     source = format_program(program, origins=True)
     try:
-        again = format_program(parse(source, program.plan, _all_constants(program), origins=True), origins=True)
+        read = parse(source, program.plan, _all_constants(program), origins=True, operators=EVERY)
+        again = format_program(read, origins=True)
     except ProgramFileError as error:
         raise ProgramFileError(f"the program cannot be saved, its text form does not read back: {error}") from error
-    for line, (written, read) in enumerate(zip(source.splitlines(), again.splitlines()), 1):
-        if written != read:
+    for line, (written, back) in enumerate(zip(source.splitlines(), again.splitlines()), 1):
+        if written != back:
             raise ProgramFileError(
-                f"the program cannot be saved: line {line} reads back differently\n{written}\n{read}"
+                f"the program cannot be saved: line {line} reads back differently\n{written}\n{back}"
             )
     return source + "\n"
+
+
+def _refuse_large(contents: Mapping[str, bytes]) -> None:
+    for name, content in contents.items():
+        if len(content) > MOST_BYTES[name]:
+            raise ProgramFileError(
+                f"the program cannot be saved: {name} would have {len(content):,} bytes, and at most "
+                f"{MOST_BYTES[name]:,} are read"
+            )
 
 
 def _all_constants(program: AnyProgram) -> dict[str, Tensor]:
@@ -107,144 +131,50 @@ def _readable_statics(key: str, table: Iterable[tuple[int, str]]) -> None:
             raise ProgramFileError(f"the program cannot be saved: {problem}") from error
 
 
-def _checked_names(files: Mapping[str, str]) -> dict[str, str]:
-    for name in files:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name:
-            raise ProgramFileError(f"extra file '{name}': a relative path without '..' is needed")
-        if str(path) in (MANIFEST, TEXT, CONSTANTS):
-            raise ProgramFileError(f"extra file '{name}' has the name of a file of the program itself")
-    return {str(PurePosixPath(name)): content for name, content in files.items()}
-
-
-def _refuse_strangers(target: Path) -> None:
-    """Raise ProgramFileError unless ``target`` is missing, empty, or holds a program and nothing else."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ProgramFileError(f"{target} is a file; give the name of a directory")
-    present = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
-    try:
-        ours = {MANIFEST, TEXT, CONSTANTS, *_manifest(target)["extra_files"]} if present else set()
-    except ProgramFileError as error:
-        raise ProgramFileError(f"{target} is not empty and holds no program; save into another directory") from error
-    strangers = sorted(present - ours)
-    if strangers:
-        raise ProgramFileError(
-            f"{target} holds files that are not of the program there: {', '.join(strangers[:5])}; "
-            "move them away, or save into another directory"
-        )
-
-
-def _write(contents: Mapping[str, bytes], target: Path) -> None:
-    """Write everything to a directory beside ``target``, which then takes its place."""
-    draft = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    old = draft.with_name(f"{draft.name}.old")
-    try:
-        for name, content in contents.items():
-            path = draft / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        if target.exists():
-            target.rename(old)
-        try:
-            draft.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    except OSError as error:
-        raise ProgramFileError(f"the program cannot be written to {target}: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _entry(content: bytes) -> dict[str, Any]:
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _laid_out(manifest: Mapping[str, Any]) -> str:
-    """JSON with one line for each key, and for each item of its tables."""
-    parts = []
-    for key, item in manifest.items():
-        tables = isinstance(item, list) and item and isinstance(item[0], dict)
-        rows = ",\n  ".join(json.dumps(row) for row in item) if tables else ""
-        parts.append(f'"{key}": [\n  {rows}\n]' if tables else f'"{key}": {json.dumps(item)}')
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
 # ---------------------------------------------------------------- reading
 
 
-def load(directory: str | Path) -> AnyProgram:
-    """The program that :func:`save` wrote to ``directory``; its operators are the registered ones of this process.
+def load(directory: str | Path, *, operators: Collection[str] = ()) -> AnyProgram:
+    """The program that :func:`save` wrote to ``directory``. Nothing in ``directory`` is run or imported.
 
-    Unknown output classes become dicts or tuples, with a warning. Raises ProgramFileError if files are missing,
-    damaged, of another format version, or name operators that are not registered.
+    Its operators are those of torch and autopar that only compute, and those that the caller trusts: ``operators`` has
+    namespaces (``mylib``) or operators (``mylib::scale``), which are registered in this process. Unknown output classes
+    become dicts or tuples, with a warning. Raises ProgramFileError if files are missing, damaged, no ordinary files of
+    this directory, of another format version, say sizes that no program has, or name operators that are not allowed.
     """
     directory = Path(directory)
-    manifest = _manifest(directory)
-    contents = {name: _verified(directory, name, manifest) for name in (TEXT, CONSTANTS)}
+    manifest = read_manifest(directory)
+    contents = {name: verified(directory, name, manifest) for name in (TEXT, CONSTANTS)}
     try:
-        plan = Plan.from_json(manifest["plan"])
-        structures = {key: _structure(key, manifest["structures"][key]) for key in ("inputs", "outputs")}
-        static = {key: _statics(manifest[key]) for key in ("static_inputs", "static_outputs")}
-        constants = safetensors.torch.load(contents[CONSTANTS])
-        program = parse(contents[TEXT].decode(), plan, constants, origins=True)
-    except (ProgramFileError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        return _program(manifest, contents, operators)
+    except DAMAGE as error:
+        reason = str(error) if isinstance(error, AutoparError) else f"{type(error).__name__}: {error}"
         raise ProgramFileError(
-            f"the program in {directory} cannot be read: {error}\n"
-            f"It was written with torch {manifest.get('torch')}, this is torch {torch.__version__}; "
+            f"the program in {directory} cannot be read: {reason:.1000}\n"
+            f"It was written with torch {str(manifest.get('torch')):.40}, this is torch {torch.__version__}; "
             "import the libraries that define its operators, or save the program again with this version"
         ) from error
-    _check_constants(program, constants, directory)
-    return replace(
+
+
+def _program(manifest: Mapping[str, Any], contents: Mapping[str, bytes], operators: Collection[str]) -> AnyProgram:
+    """Raises any of ``DAMAGE``."""
+    plan = Plan.from_json(manifest["plan"])
+    structures = {key: _structure(key, manifest["structures"][key]) for key in ("inputs", "outputs")}
+    static = {key: _statics(manifest[key]) for key in ("static_inputs", "static_outputs")}
+    passes = tuple(manifest["passes"])
+    constants = safetensors.torch.load(contents[CONSTANTS])
+    program = parse(contents[TEXT].decode(), plan, constants, origins=True, operators=operators)
+    program = replace(
         program,
         in_spec=structures["inputs"],
         out_spec=structures["outputs"],
-        passes=tuple(manifest["passes"]),
+        passes=passes,
         constants={name: tensor for name, tensor in constants.items() if not is_of_tail(name)},
         static_inputs=static["static_inputs"],
         static_outputs=static["static_outputs"],
     )
-
-
-def _manifest(directory: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((directory / MANIFEST).read_bytes())
-    except FileNotFoundError as error:
-        raise ProgramFileError(f"{directory} holds no program: {MANIFEST} is missing") from error
-    except OSError as error:
-        raise ProgramFileError(f"{directory / MANIFEST} cannot be read: {error}") from error
-    except ValueError as error:
-        raise ProgramFileError(f"{directory / MANIFEST} is damaged ({error}); save the program again") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ProgramFileError(f"{directory / MANIFEST} is not the manifest of an autopar program")
-    if found.get("version") != VERSION:
-        raise ProgramFileError(
-            f"the program in {directory} has format version {found.get('version')}, this autopar reads {VERSION}; "
-            "save it again with this version"
-        )
-    if found.get("sha256") != _checksum(found):
-        raise ProgramFileError(f"{directory / MANIFEST} was changed or is damaged; save the program again")
-    return found
-
-
-def _verified(directory: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
-    path = directory / name
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ProgramFileError(f"{path} is missing or cannot be read ({error}); save the program again") from error
-    if _entry(content) != manifest["files"].get(name):
-        raise ProgramFileError(f"{path} was changed or is damaged (its sha256 is not the manifest's); save it again")
-    return content
+    check_loaded(program, constants)
+    return program
 
 
 def _structure(key: str, data: Any) -> pytree.TreeSpec | None:
@@ -253,22 +183,10 @@ def _structure(key: str, data: Any) -> pytree.TreeSpec | None:
         warnings.warn(
             f"the program's {key} use {', '.join(sorted(set(unknown)))}, which is not known here: "
             "plain dicts and tuples stand in (import the classes before loading to get them back)",
-            stacklevel=4,
+            stacklevel=5,
         )
     return spec
 
 
 def _statics(table: Any) -> tuple[tuple[int, Any], ...]:
     return tuple((int(position), parse_argument(argument)) for position, argument in table)
-
-
-def _check_constants(program: AnyProgram, constants: Mapping[str, Tensor], directory: Path) -> None:
-    for node, entry in program.placeholders(InputKind.CONSTANT):
-        expected, found = value(node), constants.get(entry.target)
-        if found is None:
-            raise ProgramFileError(f"constant '{entry.target}' is missing in {directory / CONSTANTS}")
-        if (found.dtype, tuple(found.shape)) != (expected.dtype, expected.shape):
-            raise ProgramFileError(
-                f"constant '{entry.target}' in {directory / CONSTANTS} is {found.dtype}{list(found.shape)}, "
-                f"the program says {expected.dtype}{list(expected.shape)}"
-            )

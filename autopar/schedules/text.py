@@ -13,8 +13,9 @@ those.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 from autopar.errors import ScheduleError
 from autopar.schedules.instructions import Compute, Instruction, Kind, Receive, Schedule, Send
@@ -103,9 +104,9 @@ def _read_header(line: str, number: int, reading: Reading) -> None:
 def _finished(reading: Reading) -> Schedule:
     if not reading.heads:
         raise ScheduleError("the text has no line that starts with 'rank 0:'")
-    missing = sorted(set(range(max(reading.heads) + 1)) - set(reading.heads))
-    if missing:
-        raise ScheduleError(f"there are lines for rank {max(reading.heads)}, and none for rank {missing[0]}")
+    missing = _first_missing(reading.heads)
+    if missing < len(reading.heads):
+        raise ScheduleError(f"there are lines for rank {max(reading.heads)}, and none for rank {missing}")
     ranks = [list(_instructions(reading.words[rank])) for rank in range(len(reading.heads))]
     computes = [
         (rank, step, line) for rank, steps in enumerate(ranks) for step, line in steps if isinstance(step, Compute)
@@ -129,10 +130,15 @@ def _placement(computes: Sequence[tuple[int, Compute, int]]) -> tuple[int, ...]:
                 f"line {line}, '{step}': stage {step.stage} is computed on rank {home} too (line {there}); a stage "
                 "lies on one rank"
             )
-    missing = sorted(set(range(max(homes) + 1)) - set(homes))
-    if missing:
-        raise ScheduleError(f"stage {max(homes)} is computed, and stage {missing[0]} is not")
+    missing = _first_missing(homes)
+    if missing < len(homes):
+        raise ScheduleError(f"stage {max(homes)} is computed, and stage {missing} is not")
     return tuple(homes[stage][0] for stage in range(len(homes)))
+
+
+def _first_missing(numbers: Container[int]) -> int:
+    """The first whole number that is not among ``numbers``."""
+    return next(number for number in count() if number not in numbers)
 
 
 def _instructions(words: Sequence[Word]) -> Iterator[tuple[Instruction, int]]:
