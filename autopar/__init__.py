@@ -6,6 +6,14 @@ model = autopar.parallelize(model, mesh)
 
 from __future__ import annotations
 
+import sys
+
+_IS_COMMAND = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in ("autopar", "-mautopar")
+if _IS_COMMAND and not getattr(sys.flags, "safe_path", False):
+    # python -m autopar: the working directory comes first, and a file there, which may be the directory of a program,
+    # could stand for any module of Python or torch
+    del sys.path[0]
+
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from autopar.errors import CheckpointError
+from autopar.plain_files import open_plain
 
 BLOCK = 8 << 20  # bytes that are read, or written, at a time
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+LARGEST = (1 << 63) - 1  # size or offset
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -51,6 +53,10 @@ class Entry:
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class SafetensorsFile:
     """An existing file, for reading, or one of :func:`create`, for writing.
@@ -60,7 +66,10 @@ class SafetensorsFile:
 
     def __init__(self, path: Path, *, writable: bool = False) -> None:
         self.path = path
-        self._handle = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+        try:
+            self._handle = open_plain(path, writable=writable)
+        except OSError as error:
+            raise CheckpointError(f"'{path}' cannot be read: {error}") from error
         try:
             self.entries = self._header()
         except BaseException:
@@ -114,24 +123,43 @@ class SafetensorsFile:
         length = int.from_bytes(os.pread(self._handle, 8, 0), "little")
         if size < 8 or length > min(LONGEST_HEADER, size - 8):
             raise CheckpointError(f"'{self.path}' is cut off or no safetensors file: {size:,} bytes, header {length:,}")
-        found: dict[str, Entry] = {}
-        end = 0
         try:
-            header = json.loads(os.pread(self._handle, length, 8))
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                dtype, shape = DTYPES[entry["dtype"]], tuple(map(int, entry["shape"]))
-                first, last = entry["data_offsets"]
-                if last - first != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"'{name}' has {last - first} bytes")
-                found[name] = Entry(dtype, shape, 8 + length + first)
-                end = max(end, 8 + length + last)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            header = json.loads(os.pread(self._handle, length, 8), object_pairs_hook=_each_once)
+            found = {name: _entry(name, entry) for name, entry in header.items() if name != "__metadata__"}
+            end = _end_of_data(found)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"'{self.path}' is damaged or no safetensors file: {error!r:.200}") from None
-        if end > size:
-            raise CheckpointError(f"'{self.path}' is cut off: {size:,} of {end:,} bytes")
-        return found
+        if 8 + length + end > size:
+            raise CheckpointError(f"'{self.path}' is cut off: {size:,} of {8 + length + end:,} bytes")
+        return {name: replace(entry, start=8 + length + entry.start) for name, entry in found.items()}
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in the header")
+    return found
+
+
+def _entry(name: str, described: Mapping[str, Any]) -> Entry:
+    """The entry with its place in the data. Raises ValueError, KeyError and TypeError."""
+    dtype, shape, (first, last) = DTYPES[described["dtype"]], described["shape"], described["data_offsets"]
+    numbers = [*shape, first, last]
+    if not all(type(number) is int and 0 <= number <= LARGEST for number in numbers):
+        raise ValueError(f"'{name}' has sizes or offsets that are no whole numbers from 0 to 2^63: {numbers}")
+    if last - first != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"'{name}' has {last - first} bytes")
+    return Entry(dtype, tuple(shape), first)
+
+
+def _end_of_data(entries: Mapping[str, Entry]) -> int:
+    """The byte behind the last tensor. Raises ValueError where tensors overlap or leave a hole, as safetensors does."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].bytes)):
+        if entry.start != end:
+            raise ValueError(f"'{name}' starts at byte {entry.start} of the data, the tensor before it ends at {end}")
+        end += entry.bytes
+    return end
 
 
 def create(path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:

@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,9 +32,11 @@ from autopar.checkpoint.safetensors_file import SafetensorsFile, create
 from autopar.checkpoint.stored_names import Rectangle, stored_names
 from autopar.errors import AutoparError, CheckpointError
 from autopar.module import held_by
+from autopar.plain_files import read_plain
 from autopar.runtime.dtensor import local_of
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LARGEST_INDEX = 1 << 28  # bytes
 PARTIAL = ".weights.partial"
 logger = logging.getLogger("autopar")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -146,8 +149,9 @@ def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(json.loads(read_plain(index, LARGEST_INDEX))["weight_map"].values()))
+            _refuse_paths(names)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"'{index}' is damaged: {error!r:.200}") from None
     elif (directory / FILE).is_file():
         names = [FILE]
@@ -159,6 +163,13 @@ def _files(directory: Path) -> list[Path]:
     if lost:
         raise CheckpointError(f"'{directory}' lacks {len(lost)} of {len(names)} files, the first is {lost[0]}")
     return [directory / name for name in names]
+
+
+def _refuse_paths(names: Sequence[str]) -> None:
+    """Raise ValueError for a name that leads to a file of another directory."""
+    for name in names:
+        if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
+            raise ValueError(f"{name!r:.80} is no name of a file in this directory")
 
 
 def _prefixed(model: nn.Module, known: Collection[str]) -> Callable[[str], str]:
@@ -212,7 +223,15 @@ def _sources(
         there, here = file.entries[stored].shape, rectangle.shape
         if there != here:
             raise CheckpointError(f"'{stored}' in '{file.path}' is {list(there)}, and in this model it is {list(here)}")
+        theirs, ours = file.entries[stored].dtype, entry.tensor.dtype
+        if _kind(theirs) != _kind(ours):
+            raise CheckpointError(f"'{stored}' in '{file.path}' is {theirs}, and in this model it is {ours}")
     return [Source(*found[name], rectangle) for name, rectangle in parts.items()]
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """Numbers of one kind are cast to each other; whole numbers in place of others are another tensor."""
+    return "floating" if dtype.is_floating_point else "complex" if dtype.is_complex else "whole"
 
 
 def _stored_names(model: nn.Module, entries: Sequence[Named]) -> dict[str, dict[str, Rectangle]]:

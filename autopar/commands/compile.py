@@ -23,6 +23,7 @@ from autopar.commands.options import (
     read_mesh,
     read_plan,
 )
+from autopar.commands.run import refuse_too_large
 from autopar.commands.tables import held_json, print_json, stderr, traffic_json
 from autopar.compiler import compile_program
 from autopar.ir.batch import data_ways
@@ -61,7 +62,11 @@ def compile_command(
         return
     for name, size in sorted(files.items()):
         print(f"{output / name}  {size_text(size)}")
-    print(f"to run it: autopar run {output}")
+    try:
+        refuse_too_large(program, random=True)
+        print(f"to run it: autopar run {output}")
+    except ValueError as problem:
+        print(str(problem).partition("\n")[0])
 
 
 def _to_read(program: AnyProgram) -> Iterator[tuple[str, str]]:

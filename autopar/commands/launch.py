@@ -39,6 +39,7 @@ def relaunch(ranks: int, arguments: Sequence[str], restarts: int = 0, stops: boo
     traceback of its own that torchrun adds to a rank's.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default too, but it warns about it
+    _hide_working_directory()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     launcher = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
     launcher += ["--signals-to-handle", NOT_SIGTERM] if stops else []
@@ -55,6 +56,17 @@ def relaunch(ranks: int, arguments: Sequence[str], restarts: int = 0, stops: boo
         raise typer.Exit(128 + error.sigval) from None
     except KeyboardInterrupt:
         raise typer.Exit(128 + signal.SIGINT) from None
+
+
+def _hide_working_directory() -> None:
+    """Let ``python -m autopar`` of the ranks import nothing from where it is started, unless autopar itself is there.
+
+    A file called ``autopar.py`` in the directory of a program would be run otherwise.
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"
+    root = Path(__file__).resolve().parents[2]
+    if root == Path.cwd().resolve():
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
 
 
 def note_failure(error: Exception, text: str) -> bool:

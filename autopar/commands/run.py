@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,17 +26,22 @@ from autopar.errors import ProgramFileError
 from autopar.ir.node import Value, value
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import InputKind
+from autopar.ir.traffic import size_text
 from autopar.mesh import PIPELINE
 from autopar.pipeline import microbatches
-from autopar.program_files.program_file import load
+from autopar.plain_files import open_plain
+from autopar.program_files.program_file import FAULTS, load
 from autopar.runtime.connect import Connection, connect
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
 from autopar.runtime.parameters import Weights
 from autopar.training.loop import is_first
+from autopar.zoo.named import LARGE
 
 DEVIATION = 0.02  # of random weights
+Allowed = Annotated[list[str] | None, typer.Option("--allow", metavar="LIBRARY", help="of operators: mylib")]
 RUNS = 2
+PROCESS = 200 << 20  # bytes of a process that has imported torch
 
 
 def run(
@@ -43,19 +50,23 @@ def run(
     inputs: Annotated[Path | None, typer.Option(help="safetensors file, whole inputs by name")] = None,
     output: Annotated[Path | None, typer.Option(help="safetensors file for the whole outputs")] = None,
     seed: Seed = 0,
+    operators: Allowed = None,
     as_json: Json = False,
 ) -> None:
     """Run the forward pass of a saved program over its mesh; weights and inputs that are not given are random.
 
     By itself it starts one process per rank (torchrun). Nothing in DIR is executed but known operators.
     """
-    program = load(directory)
+    program = load(directory, operators=operators or ())
+    refuse_too_large(program, random=weights is None)
     if program.mesh.world_size > 1 and not is_rank():
         relaunch(program.mesh.world_size, sys.argv[1:])
         return
     try:
         connection = connect(program.mesh, program.plan.timeout, torch.device("cpu"))
         found, seconds = _forward(program, connection, _read(weights), _read(inputs), seed)
+    except FAULTS as error:  # a program that was written by something else than autopar
+        raise ProgramFileError(f"the program in {directory} cannot be run: {type(error).__name__}: {error}") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -162,25 +173,19 @@ def module_of(program: AnyProgram, weights: Mapping[str, Tensor], generator: tor
             tensor = nn.Parameter(tensor, requires_grad=value(node).requires_grad)
         for name in names:
             path, _, key = name.rpartition(".")
-            _put(_submodule(root, path), key, tensor)
+            module = _submodule(root, path)
+            table: dict[str, Any] = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+            table[key] = tensor
     return root
 
 
 def _submodule(root: nn.Module, path: str) -> nn.Module:
+    """The module at ``path``, made where there is none. Names are keys of tables and never attributes of the module."""
     for part in path.split(".") if path else ():
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        found = root._modules[part]
+        found = root._modules.setdefault(part, nn.Module())
         assert found is not None
         root = found
     return root
-
-
-def _put(module: nn.Module, key: str, tensor: Tensor) -> None:
-    if isinstance(tensor, nn.Parameter):
-        module.register_parameter(key, tensor)
-    else:
-        module.register_buffer(key, tensor)
 
 
 def _tensor(name: str, kind: Value, given: Mapping[str, Tensor], generator: torch.Generator, below: int) -> Tensor:
@@ -199,6 +204,26 @@ def _tensor(name: str, kind: Value, given: Mapping[str, Tensor], generator: torc
     return torch.randint(below, kind.shape, generator=generator).to(kind.dtype)
 
 
+def refuse_too_large(program: AnyProgram, *, random: bool) -> None:
+    """Raise ValueError where the ranks on this machine would not have the memory for the program's whole tensors.
+
+    ``random``: with weights that they draw.
+    """
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.INPUT)
+    tensors = [value(node) for node, _ in program.placeholders(*kinds)]
+    each = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", program.mesh.world_size))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if ranks * (each + PROCESS) > memory or random and each > LARGE:
+        given = "" if not random else "random weights, "
+        raise ValueError(
+            f"the program is too large to be run here: {given}{ranks} ranks on this machine, each with "
+            f"{size_text(each)} of whole tensors; the machine has {size_text(memory)}\n"
+            "Way out: start it under torchrun on more machines, with --weights; "
+            "or compile a smaller model, --config layers=2."
+        )
+
+
 def _least_rows(program: AnyProgram) -> int:
     """The number of rows of the smallest table: whole numbers below it are valid indices into any table."""
     shapes = [value(node).shape for node, _ in program.placeholders(InputKind.PARAMETER)]
@@ -214,6 +239,7 @@ def _read(path: Path | None) -> dict[str, Tensor]:
     if path is None:
         return {}
     try:
+        os.close(open_plain(path))  # a pipe in its place would be waited for
         found: dict[str, Tensor] = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error

@@ -84,6 +84,10 @@ def _check_role(program: Program) -> None:
     if role is None:
         return
     outputs, inputs = len(program.outputs), len(program.inputs)
+    known = {entry.target for entry in program.inputs}
+    strange = next((target for target in role.grads if target not in known), None)
+    if strange is not None:
+        raise ProgramFileError(f"backward returns the gradient of '{strange}', which the program does not take")
     expected = {
         "forward": (inputs, outputs + role.saved),
         "backward": (role.saved + len(role.differentiable), len(role.grads)),

@@ -8,8 +8,11 @@ output class, becomes a dict or a tuple; only classes of an installed ``transfor
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import os
 import re
+from contextlib import suppress
 from typing import Any
 
 from torch.utils import _pytree as pytree
@@ -24,7 +27,9 @@ PLAIN = (
     "torch.fx.immutable_collections.immutable_dict",
     "torch.Size",
 )
-IMPORTABLE = re.compile(r"transformers(\.[A-Za-z_]\w*)+", re.ASCII)
+DICTS = ("builtins.dict", "collections.OrderedDict", "torch.fx.immutable_collections.immutable_dict")
+_MODULES = r"modeling_outputs|cache_utils|models\.\w+\.modeling_\w+"  # that define classes of outputs
+IMPORTABLE = re.compile(rf"transformers\.({_MODULES})\.[A-Za-z]\w*", re.ASCII)
 PROTOCOL = 1
 
 
@@ -49,7 +54,7 @@ def structure_from_json(data: Any) -> tuple[pytree.TreeSpec | None, list[str]]:
         if protocol != PROTOCOL:
             raise ValueError(f"protocol {protocol}, this version reads {PROTOCOL}")
         return pytree.treespec_loads(json.dumps([PROTOCOL, _known(tree, unknown)])), unknown
-    except (AttributeError, KeyError, TypeError, NotImplementedError) as error:
+    except (AttributeError, KeyError, TypeError, NotImplementedError, RecursionError) as error:
         raise ValueError(f"no structure of inputs or outputs: {type(error).__name__}: {error}") from error
 
 
@@ -90,10 +95,15 @@ def _known(tree: Any, unknown: list[str]) -> dict[str, Any]:
     name, context = tree["type"], tree["context"]
     if name is None:
         return {"type": None, "context": None, "children_spec": []}
+    if not isinstance(name, str):
+        raise ValueError(f"a class that is called {str(name):.80}")
     if name not in PLAIN and not _class_is_known(name, context):
         unknown.append(context if name == "collections.namedtuple" and isinstance(context, str) else name)
         kind, keys = _stand_in(_json_context(context), len(children))
         name, context = f"builtins.{kind.__name__}", json.dumps(keys)
+    keys = _json_context(context)
+    if name in DICTS and (not isinstance(keys, list) or len(keys) != len(children)):
+        raise ValueError(f"a dict of {len(children)} values with the keys {str(keys):.80}")
     if "__enum__" in json.dumps(context):
         raise ValueError("keys that are enumeration members are not supported")  # torch would import their class
     return {"type": name, "context": context, "children_spec": children}
@@ -106,14 +116,20 @@ def _json_context(context: Any) -> Any:
         return context.get("dict_context") if isinstance(context, dict) else None
 
 
-def _class_is_known(name: Any, context: Any) -> bool:
+def _class_is_known(name: str, context: Any) -> bool:
     if name == "collections.namedtuple":
         return isinstance(context, str) and context in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
-    if name == "collections.defaultdict" or not isinstance(name, str):  # torch imports the factory of a defaultdict
+    if name == "collections.defaultdict":  # torch imports the factory of a defaultdict
         return False
     if name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE and IMPORTABLE.fullmatch(name):
-        try:
-            importlib.import_module(name.rpartition(".")[0])
-        except ImportError:
-            return False
+        _import_of_transformers(name.rpartition(".")[0])
     return name in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
+
+
+def _import_of_transformers(module: str) -> None:
+    """Import a module of the installed library; never one of the working directory, which may be the program's own."""
+    spec = importlib.util.find_spec("transformers")
+    folder = os.path.dirname(os.path.dirname(spec.origin)) if spec is not None and spec.origin else os.getcwd()
+    if os.path.realpath(folder) != os.path.realpath(os.getcwd()):
+        with suppress(Exception):  # another version may lack it, or lack what it needs
+            importlib.import_module(module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import subprocess
 import sys
@@ -26,8 +25,6 @@ from autopar.program_files import directory, exchange
 from autopar.program_files.manifest import split_of
 from autopar.program_files.program_file import load, save
 from tests.texts import MLP, NORMALISED, ROLES, node_of
-
-Point = collections.namedtuple("Point", "x y")
 
 
 def example() -> Program:
@@ -383,21 +380,3 @@ def test_damage_is_refused_with_a_way_out(case: str, tmp_path: Path) -> None:
     with pytest.raises(ProgramFileError, match=f"(?s){message}") as caught:
         load(tmp_path / "out")
     assert len(str(caught.value).splitlines()) < 15
-
-
-# ---------------------------------------------------------------- output classes
-
-
-def test_output_classes_of_transformers_come_back(tmp_path: Path) -> None:
-    outputs = pytest.importorskip("transformers.modeling_outputs")
-    spec = pytree.tree_structure(outputs.CausalLMOutputWithPast(loss=torch.ones(1), logits=torch.ones(2)))
-    save(replace(example(), out_spec=spec), tmp_path / "out")
-    assert load(tmp_path / "out").out_spec == spec
-
-
-def test_unknown_classes_become_plain_ones_with_a_note(tmp_path: Path) -> None:
-    spec = pytree.tree_structure((Point(1, [2]), collections.defaultdict(int, a=1)))
-    save(replace(example(), out_spec=spec), tmp_path / "out")
-    with pytest.warns(UserWarning, match=r"outputs use collections.defaultdict, .*Point, which is not"):
-        again = load(tmp_path / "out")
-    assert again.out_spec == pytree.tree_structure(({"x": 1, "y": [2]}, {"a": 1}))
