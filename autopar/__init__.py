@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import sys
 
-_IS_COMMAND = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in ("autopar", "-mautopar")
-if _IS_COMMAND and not getattr(sys.flags, "safe_path", False):
+if (
+    sys.argv[:1] == ["-m"]
+    and sys.orig_argv[-len(sys.argv)] in ("autopar", "-mautopar")
+    and not getattr(sys.flags, "safe_path", False)
+):
     # python -m autopar: the working directory comes first, and a file there, which may be the directory of a program,
     # could stand for any module of Python or torch
     del sys.path[0]

@@ -61,7 +61,7 @@ def relaunch(ranks: int, arguments: Sequence[str], restarts: int = 0, stops: boo
 def _hide_working_directory() -> None:
     """Let ``python -m autopar`` of the ranks import nothing from where it is started, unless autopar itself is there.
 
-    A file called ``autopar.py`` in the directory of a program would be run otherwise.
+    A file of that name in the directory of a program would be run otherwise.
     """
     os.environ["PYTHONSAFEPATH"] = "1"
     root = Path(__file__).resolve().parents[2]
