@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from autopar.runtime.whole_tensors import full_grads, full_state_dict
 from autopar.schedules.timing import Timeline
 from autopar.simulate import simulate
 from autopar.simulator.parts import Step
+from autopar.traces.recorded import recorded
 
 SEED_STRIDE = 1_000_003  # seeds of runs with neighbouring plan.seed do not overlap for that many steps
 
@@ -226,6 +228,16 @@ class ParallelModule(nn.Module):
         if not isinstance(executable, PipelineExecutable):
             raise InvariantError("there is no timeline: the latest program has not run, or is not on a mesh with pp")
         return executable.timeline()
+
+    def trace(self, directory: str | Path) -> AbstractContextManager[None]:
+        """Record what this rank does inside, and write it to ``directory/rank0.json`` (by its number) at the end.
+
+        In the trace event format, for Perfetto and Holistic Trace Analysis: the collectives of the program by the names
+        of their nodes, with their groups and bytes, messages, and computations.
+        """
+        if self._connection is None:
+            raise not_launched(self.mesh)
+        return recorded(self._connection.comm, directory)
 
     def prepare(self, *args: Any, **kwargs: Any) -> AnyProgram:
         """Make the program of this call without running it; the tensors may be meta tensors."""

@@ -56,7 +56,7 @@ class Costs:
         name = comm.TARGETS.get(node.target)
         if name is not None:
             return self._collective(name, node, self.bytes(node.all_input_nodes[:1]))
-        return max(self.flops(node) / self.machine.flops, self._traffic(node) / self.machine.memory)
+        return max(self.flops(node) / self.machine.flops, self.traffic(node) / self.machine.memory)
 
     def both(self, node: fx.Node) -> float:
         """Seconds of forward and backward, including the values that the plan recomputes in between."""
@@ -88,7 +88,8 @@ class Costs:
     def _local(self, kind: Value) -> tuple[int, ...]:
         return kind.layout.local_shape(self.mesh)
 
-    def _traffic(self, node: fx.Node) -> int:
+    def traffic(self, node: fx.Node) -> int:
+        """Bytes that one run of forward reads and writes."""
         sources = node.all_input_nodes
         if _kind(node) in (*TABLES, *PICKS):
             return 2 * self.bytes([node]) + self.bytes(sources[1:])

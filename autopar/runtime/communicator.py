@@ -7,6 +7,7 @@ come within the timeout ends the program with a RankFailedError that names the c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -23,8 +24,10 @@ from autopar.mesh import PIPELINE, Mesh
 from autopar.runtime import functional_collectives as torch_collectives
 from autopar.runtime.groups import new_group
 from autopar.runtime.pieces import apart, crossing, put, take, together
+from autopar.runtime.recorder import Recorder
 
 PLAIN = (1,)
+_UNWATCHED = nullcontext()
 
 
 class Communicator:
@@ -56,6 +59,7 @@ class Communicator:
         self._positions: dict[str, Tensor] = {}
         self._started: dict[int, str] = {}  # address of the result of one under way -> its name
         self._sent: dict[tuple[str, str, str], list[int]] = {}  # (phase, axis, name) -> [operations, bytes]
+        self.recorder: Recorder | None = None  # of the steps that are traced now
         self.noted: dict[str, Tensor] = {}  # layer of experts -> rows that this rank has sent to each of them
 
     def open(self, axes: Iterable[str]) -> None:
@@ -219,20 +223,25 @@ class Communicator:
     def wait(self, x: Tensor, axis: str) -> Tensor:
         if self.group(axis) is None:
             return x
-        return self._guarded(self._started.pop(x.data_ptr(), "a collective"), axis, x, torch_collectives.wait)
+        name, key = self._started.pop(x.data_ptr(), "a collective"), x.data_ptr()
+        with _UNWATCHED if self.recorder is None else self.recorder.waiting(key):
+            return self._guarded(name, axis, x, torch_collectives.wait)
 
     def _start(self, name: str, axis: str, x: Tensor, collective: Callable[..., Tensor], *more: Any) -> Tensor:
-        result = self._send(name, axis, x.contiguous(), collective, *more)
+        return self._under_way(name, self._send(name, axis, x.contiguous(), collective, *more))
+
+    def _under_way(self, name: str, result: Tensor) -> Tensor:
         self._started[result.data_ptr()] = name
+        if self.recorder is not None:
+            self.recorder.is_under_way(result.data_ptr())
         return result
 
     def _start_rows(self, name: str, x: Tensor, axis: str, send: list[int], receive: list[int]) -> Tensor:
         if self.group(axis) is None:
             return x
         leaving = (len(x) - send[self.position(axis)]) * x[:1].numel() * x.element_size()
-        result = self._counted(name, axis, leaving, x.contiguous(), torch_collectives.start_exchange, send, receive)
-        self._started[result.data_ptr()] = name
-        return result
+        exchange = (torch_collectives.start_exchange, send, receive)
+        return self._under_way(name, self._counted(name, axis, leaving, x.contiguous(), *exchange))
 
     def _gather(self, name: str, x: Tensor, axis: str, split: Split, length: int) -> Tensor:
         if self.group(axis) is None:
@@ -252,7 +261,8 @@ class Communicator:
         counts = self._sent.setdefault((self.phase, axis, name), [0, 0])
         counts[0] += 1
         counts[1] += size
-        return self._guarded(name, axis, x, collective, group, *more)
+        with _UNWATCHED if self.recorder is None else self.recorder.issuing(f"communication {axis}", name, size):
+            return self._guarded(name, axis, x, collective, group, *more)
 
     def _guarded(self, name: str, axis: str, x: Tensor, collective: Callable[..., Tensor], *more: Any) -> Tensor:
         try:
@@ -268,26 +278,32 @@ class Communicator:
         counts = self._sent.setdefault((self.phase, PIPELINE, "send"), [0, 0])
         counts[0] += 1
         counts[1] += x.numel() * x.element_size()
-        return self._message(dist.isend, x, position, position > self.coordinates[PIPELINE])
+        return self._message("send to", x, position, position > self.coordinates[PIPELINE])
 
     def receive(self, x: Tensor, position: int) -> dist.Work:
         """Start receiving into ``x`` the tensor that a position on axis ``pp`` sends."""
-        return self._message(dist.irecv, x, position, position < self.coordinates[PIPELINE])
+        return self._message("receive from", x, position, position < self.coordinates[PIPELINE])
 
-    def _message(self, start: Callable[..., dist.Work | None], x: Tensor, position: int, upwards: bool) -> dist.Work:
-        peer = self._stages[position]
+    def _message(self, way: str, x: Tensor, position: int, upwards: bool) -> dist.Work:
+        start = dist.isend if way == "send to" else dist.irecv
+        peer, stream = self._stages[position], f"{way} {PIPELINE}={position}"
         group = self.group(PIPELINE) if upwards or self._back is None else self._back
+        size = x.numel() * x.element_size() * (way == "send to")
         try:
-            work = start(x, peer, group=group)
+            with _UNWATCHED if self.recorder is None else self.recorder.issuing(stream, way.partition(" ")[0], size):
+                work = start(x, peer, group=group)
         except RuntimeError as problem:
             raise peer_failed("a message between pipeline ranks", self.rank, [peer], self.timeout, problem) from None
         assert work is not None
+        if self.recorder is not None:
+            self.recorder.is_under_way(("message", id(work)))
         return work
 
     def finish(self, work: dist.Work, what: str) -> None:
         """Wait for a message."""
         try:
-            work.wait(timedelta(seconds=self.timeout))
+            with _UNWATCHED if self.recorder is None else self.recorder.waiting(("message", id(work)), what):
+                work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as problem:
             peers = [rank for rank in self._stages if rank != self.rank]
             raise peer_failed(what, self.rank, peers, self.timeout, problem) from None

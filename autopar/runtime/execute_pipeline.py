@@ -7,7 +7,6 @@ several stages use, over the pipeline ranks.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +30,7 @@ from autopar.runtime.channels import Channels
 from autopar.runtime.connect import Connection
 from autopar.runtime.rank_program import Give
 from autopar.runtime.rank_stage import BoundStage, Microbatch, StageStep
+from autopar.runtime.recorder import epoch
 from autopar.schedules import timing
 from autopar.schedules.instructions import Kind, Schedule
 from autopar.schedules.packing import Types
@@ -171,6 +171,9 @@ class PipelineExecutable:
             raise AssertionError("a rank waits in its messages")
         channels.end()
         self.events, self._played = interpreter.events, schedule
+        if self.comm.recorder is not None:
+            for event in self.events:
+                self.comm.recorder.add("schedule", str(event.compute), event.start, event.end)
 
     def timeline(self) -> Timeline:
         """The latest step of all pipeline ranks, on each of them; collective.
@@ -183,7 +186,7 @@ class PipelineExecutable:
         computes = [list(self._played.computes(rank)) for rank in range(len(self._played.ranks))]
         times = torch.zeros(max(map(len, computes)), 2, dtype=torch.float64)
         own = torch.tensor([(event.start, event.end) for event in self.events], dtype=torch.float64)
-        times[: len(own)] = own + _epoch()
+        times[: len(own)] = own + epoch()
         everyone = self.comm.exchange(times.to(self.comm.device), PIPELINE).tolist()
         return Timeline.of_events(
             timing.Event(rank, step.kind, step.stage, step.microbatch, start, end)
@@ -282,13 +285,6 @@ class _Differentiable(torch.autograd.Function):
             raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
         ctx.step.executable.backward(ctx.step, grad)
         return None, None
-
-
-def _epoch() -> float:
-    """Seconds from the zero of this process's clock back to that of the machine's clock, which all processes share."""
-    pairs = [(time.perf_counter(), time.time(), time.perf_counter()) for _ in range(9)]
-    before, there, after = min(pairs, key=lambda pair: pair[2] - pair[0])
-    return there - (before + after) / 2
 
 
 def _types(program: PipelinedProgram) -> dict[tuple[Kind, int, int], Types]:

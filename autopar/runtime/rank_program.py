@@ -32,6 +32,7 @@ from autopar.runtime.dtensor import local_of, of_local, spec_of
 from autopar.runtime.parameters import Table, tables
 from autopar.runtime.pieces import padded
 from autopar.runtime.rank_graphs import FORWARD, LEARN, RankGraphs
+from autopar.runtime.recorder import Named
 from autopar.runtime.resident_parameters import Gathered
 
 
@@ -108,7 +109,7 @@ class BoundProgram:
 
     def own(self, name: str, given: list[Any]) -> list[Tensor]:
         """The results of the function ``name``, each tensor in memory of its own."""
-        found = list(self.function(name)(self.comm, given))
+        found = list(self.results(name, given))
         if name not in self._shared:
             self._shared[name] = sharing(self.graphs[name], found)
         for position in self._shared[name]:
@@ -124,13 +125,21 @@ class BoundProgram:
             inputs += resident.tensors()
         autocasting = torch.is_autocast_enabled(self.comm.device.type)
         with torch.autocast(self.comm.device.type, enabled=False) if autocasting else _NOTHING, below_autograd():
-            found = self.function(name)(self.comm, inputs)
+            found = self.results(name, inputs)
         count = len(self.program.outputs)
         step.returned = list(found[:count])
         for position, table, key in self._updates:
             buffer = local_of(table[key])
             buffer.copy_(trimmed(step.returned[position], buffer.shape))
         return found[count:]
+
+    def results(self, name: str, given: list[Any]) -> tuple[Any, ...]:
+        """The results of the function ``name``; noted, where the step is recorded."""
+        function, recorder = self.function(name), self.comm.recorder
+        if recorder is None:
+            return function(self.comm, given)
+        with recorder.running(name):
+            return function(Named(self.comm, recorder, self.graphs[name]), given)
 
     def function(self, name: str) -> RankFunction:
         if name not in self._functions:  # a rare one, see RankGraphs

@@ -63,7 +63,7 @@ class BoundStage(BoundProgram):
         """The results of a step of backward in memory of their own, to which those of others are then added."""
         is_added_to = self._partial is None and name != INPUTS
         with below_autograd():
-            return self.own(name, given) if is_added_to else list(self.function(name)(self.comm, given))
+            return self.own(name, given) if is_added_to else list(self.results(name, given))
 
     def add(self, partial: list[Tensor]) -> None:
         if self._partial is None:

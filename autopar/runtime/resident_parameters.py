@@ -72,6 +72,8 @@ class Gathered:
             return padded(part, value(node).layout.local_shape(self.comm.mesh))
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), held.__getitem__)
         name = comm.TARGETS.get(node.target)  # type: ignore[call-overload]
+        if self.comm.recorder is not None:
+            self.comm.recorder.called(node.name)
         if place is not None:
             own: Any = args[0]
             axis = str(args[1])

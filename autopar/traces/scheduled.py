@@ -1,0 +1,153 @@
+"""The timeline of a step that never ran: its operations one after the other, as long as the cost model says.
+
+A rank computes one operation at a time, and beside that each group of ranks runs one collective at a time, each channel
+between two pipeline ranks one message. An operation starts when all that it comes after has ended. All ranks of a role
+take the same time, so they wait for nobody but for other stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from autopar.cost.machine import ACCELERATOR, Machine
+from autopar.errors import InvariantError
+from autopar.ir.program import AnyProgram
+from autopar.mesh import PIPELINE
+from autopar.traces.operations import Operation, What
+from autopar.traces.slices import BUBBLES, COMPUTE, SCHEDULE, Slice, document_of, gaps, write_document
+from autopar.traces.steps import places_of, step_of
+
+Key = tuple[int, int]  # position on the pipeline, number of the operation there
+MOST_RANKS = 64  # of a larger mesh the first rank of each role is drawn
+WHOLE, OF_RANKS = "step.json", "ranks"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """An operation of a role; times in seconds from the start of the step."""
+
+    operation: Operation
+    start_s: float
+    end_s: float
+
+
+def timed(program: AnyProgram, machine: Machine = ACCELERATOR) -> tuple[tuple[Timed, ...], ...]:
+    """For each position on the pipeline its operations, in the order in which ranks issue them."""
+    steps = [step_of(program, place, machine) for place in places_of(program)]
+    found: dict[Key, Timed] = {}
+    before = {
+        (place, number): [(place, other) for other in sorted(one.uses | one.after)]
+        for place, step in enumerate(steps)
+        for number, one in enumerate(step)
+    }
+    for receive, send in pairs(steps):
+        before[receive].append(send)
+    for place, number in TopologicalSorter(before).static_order():
+        one = steps[place][number]
+        start = max((found[place, other].end_s for other in one.uses | one.after), default=0.0)
+        end = start + one.seconds
+        if one.what is What.RECEIVE:
+            message = found[before[place, number][-1]]
+            start = max(start, message.start_s)
+            end = max(start, message.end_s)
+        found[place, number] = Timed(one, start, end)
+    return tuple(tuple(found[place, number] for number in range(len(step))) for place, step in enumerate(steps))
+
+
+def pairs(steps: Sequence[Sequence[Operation]]) -> Iterator[tuple[Key, Key]]:
+    """Each receive with its send; ``steps`` are those of all positions on the pipeline.
+
+    Raises InvariantError for a message that has one end only, or is another one there.
+    """
+    ends: dict[tuple[What, int, int, int], Key] = {}
+    for place, step in enumerate(steps):
+        for number, one in enumerate(step):
+            if one.what in (What.SEND, What.RECEIVE):
+                way = (place, place + one.step) if one.what is What.SEND else (place + one.step, place)
+                ends[one.what, *way, one.tag] = place, number
+    for (what, source, target, tag), key in ends.items():
+        other = ends.get((What.RECEIVE if what is What.SEND else What.SEND, source, target, tag))
+        mine, theirs = steps[key[0]][key[1]], None if other is None else steps[other[0]][other[1]]
+        if theirs is None or (mine.name, mine.bytes) != (theirs.name, theirs.bytes):
+            found = "nothing" if theirs is None else f"{theirs.name} of {theirs.bytes} bytes"
+            raise InvariantError(
+                f"the pipeline ranks {source} and {target} do not agree on message {tag} between them: "
+                f"to {what} {mine.name} of {mine.bytes} bytes is met by {found}\n"
+                "Way out: a schedule that autopar.schedules.check accepts; this is a fault of the trace otherwise."
+            )
+        if what is What.RECEIVE and other is not None:
+            yield key, other
+
+
+def slices_of(own: Sequence[Timed], rank: int, end_s: float, place: int) -> Iterator[Slice]:
+    """The slices of one rank: its operations, the runs of its schedule, and what it waits for."""
+    for one in own:
+        yield Slice(rank, stream_of(one.operation, place), one.operation.name, one.start_s, one.end_s, _about(one))
+    computes = [one for one in own if one.operation.what is What.COMPUTE]
+    runs: dict[str, list[Timed]] = {}
+    for one in computes:
+        runs.setdefault(one.operation.run, []).append(one)
+    for run, of in runs.items():
+        yield Slice(rank, SCHEDULE, run, of[0].start_s, of[-1].end_s, {"operations": len(of)})
+    busy = [Slice(rank, COMPUTE, str(number), one.start_s, one.end_s) for number, one in enumerate(computes)]
+    for start, end, then in gaps(busy, 0.0, end_s):
+        if then is None:
+            yield Slice(rank, BUBBLES, "waits for the end of the step", start, end)
+            continue
+        for since, until, reason in _waits(own, computes[int(then.name)].operation, start, end):
+            yield Slice(rank, BUBBLES, f"waits for {reason}", since, until)
+
+
+def stream_of(one: Operation, place: int) -> str:
+    """The stream of a rank at position ``place`` of the pipeline on which an operation runs."""
+    if one.what is What.COMPUTE:
+        return COMPUTE
+    if one.what is What.COLLECTIVE:
+        return f"communication {one.axis}"
+    return f"{'send to' if one.what is What.SEND else 'receive from'} {PIPELINE}={place + one.step}"
+
+
+def _about(one: Timed) -> dict[str, str | int | float]:
+    operation = one.operation
+    found: dict[str, str | int | float] = {"run": operation.run, "phase": operation.phase, "bytes": operation.bytes}
+    if operation.what is What.COMPUTE:
+        found |= {"operator": operation.kind, "flops": operation.flops}
+    else:
+        found |= {"collective": operation.kind, "group": operation.axis, "sent": operation.sent}
+    if operation.is_uneven:
+        found["note"] = "bytes of a balanced load"
+    return found | ({"module": operation.module} if operation.module else {})
+
+
+def _waits(own: Sequence[Timed], then: Operation, start: float, end: float) -> Iterator[tuple[float, float, str]]:
+    """What a rank waits for between ``start`` and ``end``, when ``then`` can run: one thing after the other."""
+    latest = max((own[number] for number in then.uses | then.after), key=lambda one: one.end_s)
+    if latest.start_s > start and latest.operation.what is not What.RECEIVE:
+        yield from _waits(own, latest.operation, start, latest.start_s)
+        start = latest.start_s
+    yield start, end, latest.operation.name
+
+
+def write_scheduled(
+    program: AnyProgram, directory: Path, rank: int | None = None, machine: Machine = ACCELERATOR
+) -> None:
+    """Write the timeline of a step of a differentiated program to ``directory``, which exists.
+
+    ``step.json`` has all ranks, of more than 64 the first of each role; ``ranks/rank0.json``, ... each of them alone.
+    Raises ValueError for a rank that is not on the mesh; InvariantError.
+    """
+    mesh, roles = program.mesh, timed(program, machine)
+    end_s = max((one.end_s for own in roles for one in own), default=0.0)
+    every = range(mesh.world_size) if mesh.world_size <= MOST_RANKS else mesh.group(0, PIPELINE)
+    (directory / OF_RANKS).mkdir()
+    found: list[Slice] = []
+    for one in every if rank is None else [rank]:
+        place = mesh.coordinates(one).get(PIPELINE, 0)
+        own = sorted(slices_of(roles[place], one, end_s, place), key=lambda piece: piece.start_s)
+        path = directory / OF_RANKS / f"rank{one}.json"
+        write_document(document_of(own, mesh, backend="scheduled", rank=one), path)
+        found += own
+    write_document(document_of(found, mesh, backend="scheduled"), directory / WHOLE)
