@@ -24,7 +24,7 @@ from autopar.ir.program import AnyProgram
 from autopar.mesh import PIPELINE, Mesh
 from autopar.traces.chakra_schema import COMMUNICATION_TYPES, NODE_TYPES, VERSION, schema
 from autopar.traces.operations import Operation, What
-from autopar.traces.steps import places_of, step_of
+from autopar.traces.steps import check_messages, places_of, step_of
 
 PREFIX, GROUPS = "step", "comm_groups.json"
 
@@ -43,24 +43,26 @@ INTEGERS = {"num_ops": "int64_val", "tensor_size": "uint64_val", "comm_type": "i
 INTEGERS |= {"comm_priority": "int32_val", "comm_src": "int32_val", "comm_dst": "int32_val", "comm_tag": "int32_val"}
 
 
-def write_chakra(program: AnyProgram, directory: Path, rank: int | None = None, machine: Machine = ACCELERATOR) -> None:
-    """Write the traces of a step of a differentiated program to ``directory``, which exists; of one rank, or of all.
+def write_chakra(
+    program: AnyProgram, directory: Path, ranks: Sequence[int] | None = None, machine: Machine = ACCELERATOR
+) -> list[str]:
+    """Write the traces of a step of a differentiated program to ``directory``, which exists; of all ranks, or of some.
 
-    Raises ValueError for a rank that is not on the mesh, or without the package protobuf; InvariantError.
+    Gives the names of the files, in the order of ``ranks``. Raises ValueError for a rank that is not on the mesh, or
+    without the package protobuf; InvariantError.
     """
-    ranks = range(program.mesh.world_size) if rank is None else [rank]
-    wanted: dict[int, list[int]] = {place: [] for place in places_of(program)}
-    for one in ranks:
-        wanted[program.mesh.coordinates(one).get(PIPELINE, 0)].append(one)
-    steps = {place: step_of(program, place, machine) for place, of in wanted.items() if of}
+    wanted = range(program.mesh.world_size) if ranks is None else ranks
+    places = {rank: program.mesh.coordinates(rank).get(PIPELINE, 0) for rank in wanted}
+    steps = {place: step_of(program, place, machine) for place in places_of(program)}
+    check_messages(list(steps.values()))
     groups = group_names(program.mesh, list(steps.values()))
     content = {name: list(members) for members, name in groups.items()}
     (directory / GROUPS).write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
-    for place, step in steps.items():
-        for one in wanted[place]:
-            with open(directory / f"{PREFIX}.{one}.et", "wb") as file:
-                for message in messages_of(step, one, program.mesh, groups):
-                    write_message(file, message)
+    for rank, place in places.items():
+        with open(directory / f"{PREFIX}.{rank}.et", "wb") as file:
+            for message in messages_of(steps[place], rank, program.mesh, groups):
+                write_message(file, message)
+    return [f"{PREFIX}.{rank}.et" for rank in wanted]
 
 
 def write_message(file: BinaryIO, message: Any) -> None:

@@ -51,7 +51,7 @@ class Operation:
     Attributes:
         name: of its node, or the message: ``F0.3 -> 1``.
         run: what it belongs to: ``forward``, ``backward``; of a pipeline ``F0.3``, ``reduce 0``.
-        phase: ``forward`` or ``backward``, as :attr:`autopar.ir.traffic.Transfer.phase`.
+        phase: ``forward`` or ``backward``, as in :class:`autopar.ir.traffic.Transfer`.
         uses: the operations that make its operands.
         after: operations that it follows without using their results.
         seconds: by the roofline model (:mod:`autopar.cost.roofline`).

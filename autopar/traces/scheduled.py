@@ -13,14 +13,12 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 from autopar.cost.machine import ACCELERATOR, Machine
-from autopar.errors import InvariantError
 from autopar.ir.program import AnyProgram
 from autopar.mesh import PIPELINE
 from autopar.traces.operations import Operation, What
 from autopar.traces.slices import BUBBLES, COMPUTE, SCHEDULE, Slice, document_of, gaps, write_document
-from autopar.traces.steps import places_of, step_of
+from autopar.traces.steps import Key, pairs, places_of, step_of
 
-Key = tuple[int, int]  # position on the pipeline, number of the operation there
 MOST_RANKS = 64  # of a larger mesh the first rank of each role is drawn
 WHOLE, OF_RANKS = "step.json", "ranks"
 
@@ -55,31 +53,6 @@ def timed(program: AnyProgram, machine: Machine = ACCELERATOR) -> tuple[tuple[Ti
             end = max(start, message.end_s)
         found[place, number] = Timed(one, start, end)
     return tuple(tuple(found[place, number] for number in range(len(step))) for place, step in enumerate(steps))
-
-
-def pairs(steps: Sequence[Sequence[Operation]]) -> Iterator[tuple[Key, Key]]:
-    """Each receive with its send; ``steps`` are those of all positions on the pipeline.
-
-    Raises InvariantError for a message that has one end only, or is another one there.
-    """
-    ends: dict[tuple[What, int, int, int], Key] = {}
-    for place, step in enumerate(steps):
-        for number, one in enumerate(step):
-            if one.what in (What.SEND, What.RECEIVE):
-                way = (place, place + one.step) if one.what is What.SEND else (place + one.step, place)
-                ends[one.what, *way, one.tag] = place, number
-    for (what, source, target, tag), key in ends.items():
-        other = ends.get((What.RECEIVE if what is What.SEND else What.SEND, source, target, tag))
-        mine, theirs = steps[key[0]][key[1]], None if other is None else steps[other[0]][other[1]]
-        if theirs is None or (mine.name, mine.bytes) != (theirs.name, theirs.bytes):
-            found = "nothing" if theirs is None else f"{theirs.name} of {theirs.bytes} bytes"
-            raise InvariantError(
-                f"the pipeline ranks {source} and {target} do not agree on message {tag} between them: "
-                f"to {what} {mine.name} of {mine.bytes} bytes is met by {found}\n"
-                "Way out: a schedule that autopar.schedules.check accepts; this is a fault of the trace otherwise."
-            )
-        if what is What.RECEIVE and other is not None:
-            yield key, other
 
 
 def slices_of(own: Sequence[Timed], rank: int, end_s: float, place: int) -> Iterator[Slice]:
@@ -132,22 +105,27 @@ def _waits(own: Sequence[Timed], then: Operation, start: float, end: float) -> I
 
 
 def write_scheduled(
-    program: AnyProgram, directory: Path, rank: int | None = None, machine: Machine = ACCELERATOR
-) -> None:
+    program: AnyProgram, directory: Path, ranks: Sequence[int] | None = None, machine: Machine = ACCELERATOR
+) -> list[str]:
     """Write the timeline of a step of a differentiated program to ``directory``, which exists.
 
-    ``step.json`` has all ranks, of more than 64 the first of each role; ``ranks/rank0.json``, ... each of them alone.
-    Raises ValueError for a rank that is not on the mesh; InvariantError.
+    ``step.json`` has ``ranks`` together, ``ranks/rank0.json``, ... each of them alone: all, but of more than 64 the
+    first of each role. Gives the names of the files, ``step.json`` first. Raises ValueError for a rank that is not on
+    the mesh; InvariantError.
     """
     mesh, roles = program.mesh, timed(program, machine)
     end_s = max((one.end_s for own in roles for one in own), default=0.0)
-    every = range(mesh.world_size) if mesh.world_size <= MOST_RANKS else mesh.group(0, PIPELINE)
+    if ranks is None:
+        ranks = range(mesh.world_size)
+    drawn = ranks if len(ranks) <= MOST_RANKS else [rank for rank in mesh.group(0, PIPELINE) if rank in ranks]
     (directory / OF_RANKS).mkdir()
     found: list[Slice] = []
-    for one in every if rank is None else [rank]:
-        place = mesh.coordinates(one).get(PIPELINE, 0)
-        own = sorted(slices_of(roles[place], one, end_s, place), key=lambda piece: piece.start_s)
-        path = directory / OF_RANKS / f"rank{one}.json"
-        write_document(document_of(own, mesh, backend="scheduled", rank=one), path)
+    names = [WHOLE]
+    for rank in drawn:
+        place = mesh.coordinates(rank).get(PIPELINE, 0)
+        own = sorted(slices_of(roles[place], rank, end_s, place), key=lambda piece: piece.start_s)
+        names.append(f"{OF_RANKS}/rank{rank}.json")
+        write_document(document_of(own, mesh, backend="scheduled", rank=rank), directory / names[-1])
         found += own
     write_document(document_of(found, mesh, backend="scheduled"), directory / WHOLE)
+    return names

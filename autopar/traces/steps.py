@@ -10,7 +10,7 @@ gather 0, reduce 0       what stage 0 does once in the step: whole parameters (`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 from torch import fx
@@ -18,6 +18,7 @@ from torch import fx
 from autopar.autodiff.halves import BackwardSteps, backward_steps
 from autopar.autodiff.hoist import without_gathers
 from autopar.cost.machine import ACCELERATOR, Machine
+from autopar.errors import InvariantError
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.mesh import PIPELINE
@@ -155,6 +156,40 @@ class _PipelineRank:
             for at in positions:
                 found[at] = piece
         return found
+
+
+Key = tuple[int, int]  # position on the pipeline, number of the operation there
+
+
+def check_messages(steps: Sequence[Sequence[Operation]]) -> None:
+    """Raise InvariantError unless each message has both ends, as :func:`pairs` does."""
+    for _ in pairs(steps):
+        pass
+
+
+def pairs(steps: Sequence[Sequence[Operation]]) -> Iterator[tuple[Key, Key]]:
+    """Each receive with its send; ``steps`` are those of all positions on the pipeline.
+
+    Raises InvariantError for a message that has one end only, or is another one there.
+    """
+    ends: dict[tuple[What, int, int, int], Key] = {}
+    for place, step in enumerate(steps):
+        for number, one in enumerate(step):
+            if one.what in (What.SEND, What.RECEIVE):
+                way = (place, place + one.step) if one.what is What.SEND else (place + one.step, place)
+                ends[one.what, *way, one.tag] = place, number
+    for (what, source, target, tag), key in ends.items():
+        other = ends.get((What.RECEIVE if what is What.SEND else What.SEND, source, target, tag))
+        mine, theirs = steps[key[0]][key[1]], None if other is None else steps[other[0]][other[1]]
+        if theirs is None or (mine.name, mine.bytes) != (theirs.name, theirs.bytes):
+            found = "nothing" if theirs is None else f"{theirs.name} of {theirs.bytes} bytes"
+            raise InvariantError(
+                f"the pipeline ranks {source} and {target} do not agree on message {tag} between them: "
+                f"to {what} {mine.name} of {mine.bytes} bytes is met by {found}\n"
+                "Way out: a schedule that autopar.schedules.check accepts; this is a fault of the trace otherwise."
+            )
+        if what is What.RECEIVE and other is not None:
+            yield key, other
 
 
 def types_of_messages(program: PipelinedProgram) -> Mapping[tuple[Kind, int, int], Types]:

@@ -22,8 +22,8 @@ from autopar.mesh import Mesh
 from autopar.traces.chakra import write_chakra, write_message
 from autopar.traces.chakra_schema import schema
 from autopar.traces.operations import Operation, What
-from autopar.traces.scheduled import pairs, timed
-from autopar.traces.steps import places_of, step_of
+from autopar.traces.scheduled import timed
+from autopar.traces.steps import pairs, places_of, step_of
 from tests.traces.programs import PROGRAMS, compiled
 from tests.traces.wire import Node, delimited, read
 
@@ -147,11 +147,11 @@ def test_the_ranks_can_run_their_traces(name: str) -> None:
 
 
 def test_one_rank_alone(tmp_path: Path) -> None:
-    write_chakra(compiled("data and tensors"), tmp_path, rank=2)
+    write_chakra(compiled("data and tensors"), tmp_path, [2])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["comm_groups.json", "step.2.et"]
     assert read(tmp_path / "step.2.et")[1] == written("data and tensors")[2][2]
     with pytest.raises(ValueError, match="rank 9 is not on mesh"):
-        write_chakra(compiled("data and tensors"), tmp_path, rank=9)
+        write_chakra(compiled("data and tensors"), tmp_path, [9])
 
 
 def test_exchanges_between_experts_say_that_their_bytes_are_nominal() -> None:
