@@ -3,6 +3,7 @@
 linear     stays one operator in forward (torch decomposes it into t, view, mm, view); backward is two matrix products
 attention  our operator, which is the same on every device (:mod:`autopar.operators.attention`)
 copy       the functional form of ``copy_``, for which torch has no derivative
+scatter    of a strided part into a tensor: torch (2.13) gives the gradient of the part to the tensor, not that of the rest
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from autopar.autodiff.recorder import Recorder
+from autopar.errors import InvariantError
 from autopar.operators.attention import attend
 
 aten = torch.ops.aten
@@ -58,8 +60,46 @@ def _copy(recorder: Recorder, written: Tensor, source: Tensor, non_blocking: boo
     return source.to(written.dtype).expand(written.shape)
 
 
+class _StridedScatter(torch.autograd.Function):
+    """``base`` with ``part`` in place of the elements at ``where`` (sizes, strides, offset)."""
+
+    @staticmethod
+    def forward(ctx: Any, recorder: Recorder, base: Tensor, part: Tensor, where: Any) -> Tensor:
+        ctx.where, ctx.part = where, part.shape
+        with recorder.paused():
+            result: Tensor = aten.as_strided_scatter.default(base, part, *where)
+        recorder.record(aten.as_strided_scatter.default, (base, part, *where), {}, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad = grads[0].contiguous()
+        _, wants_base, wants_part, _ = ctx.needs_input_grad
+        zeros = grad.new_zeros(ctx.part)
+        return (
+            None,
+            aten.as_strided_scatter.default(grad, zeros, *ctx.where) if wants_base else None,
+            aten.as_strided.default(grad, *ctx.where) if wants_part else None,
+            None,
+        )
+
+
+def _strided_scatter(
+    recorder: Recorder, base: Tensor, part: Tensor, size: Any, stride: Any, offset: int | None = None
+) -> Tensor:
+    if not base.is_contiguous():
+        raise InvariantError(
+            f"{recorder.origin.source or 'the model'} writes into a strided part of a tensor of shape {list(base.shape)} "
+            "that is not contiguous\nWay out: tensor.contiguous() before, or write by index or slice."
+        )
+    where = (list(size), list(stride), offset)
+    found: Tensor = _StridedScatter.apply(recorder, base, part, where)  # type: ignore[no-untyped-call]
+    return found
+
+
 DERIVATIVES: dict[Any, Callable[..., Any]] = {
     aten.linear.default: _linear,
     aten.copy.default: _copy,
+    aten.as_strided_scatter.default: _strided_scatter,
     aten.scaled_dot_product_attention.default: _attention,
 }

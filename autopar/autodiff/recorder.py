@@ -30,7 +30,7 @@ from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Layout
 from autopar.ir.node import Node, Origin, Value, set_origin, set_values
-from autopar.ir.operator_facts import VIEWS, is_factory, is_random, is_view, writes
+from autopar.ir.operator_facts import UNSAFE_SPLITS, VIEWS, is_factory, is_random, is_view, writes
 from autopar.mesh import Mesh
 from autopar.operators.straight_through import STRAIGHT_THROUGH
 
@@ -172,6 +172,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if writes(func):
             return self._in_place(func, args, kwargs)
         result = func(*args, **kwargs)
+        if func in UNSAFE_SPLITS:
+            func, result = UNSAFE_SPLITS[func], tuple(part.clone() for part in result)
         self.record(func, args, kwargs, result)
         return result
 

@@ -15,6 +15,7 @@ from torch import fx
 
 from autopar.ir.builder import Builder
 from autopar.ir.node import value, values
+from autopar.ir.operator_facts import UNSAFE_SPLITS
 from autopar.ir.rewrite import operand
 
 aten = torch.ops.aten
@@ -100,6 +101,11 @@ def pieces(node: fx.Node) -> fx.Node | None:
     return Builder(before=node)(aten.cat.default, filled, dim)
 
 
+def split(node: fx.Node) -> None:
+    """The parts of an unsafe split are parts like others: nothing is written in a functional graph."""
+    node.target = UNSAFE_SPLITS[node.target]
+
+
 def item(node: fx.Node) -> fx.Node | None:
     """The only piece of a split is the whole; tensors that are broadcast together are expanded each by itself."""
     parent = operand(node)
@@ -137,5 +143,6 @@ REWRITES: dict[Any, Callable[[fx.Node], fx.Node | None]] = {
     aten.transpose.int: transpose,
     aten.t.default: transpose,
     aten.cat.default: pieces,
+    **dict.fromkeys(UNSAFE_SPLITS, split),
     operator.getitem: item,
 }

@@ -140,6 +140,11 @@ _ROUNDING = (aten.div.Tensor_mode, aten.div.Scalar_mode)
 _ALSO_POINTWISE = {
     aten._to_copy.default, aten.masked_fill.Tensor, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
 }  # fmt: skip
+# Splits whose parts may be written to: torch lets nobody see that in the tensor that they are parts of.
+UNSAFE_SPLITS = {
+    aten.unsafe_split.Tensor: aten.split.Tensor,
+    aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
+}
 VIEWS = frozenset((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default))  # other sizes only
 CASTS = (aten._to_copy.default,)
 

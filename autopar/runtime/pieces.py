@@ -58,8 +58,7 @@ def together(parts: Tensor, split: Split, length: int) -> Tensor:
     """The inverse of :func:`apart`; padding of an uneven split is dropped."""
     dim, ways = split.dim, parts.shape[0]
     if split.contiguous:
-        whole = parts.movedim(0, dim).flatten(dim, dim + 1)
-        return whole if whole.shape[dim] == length else whole.narrow(dim, 0, length).contiguous()
+        return parts.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, length).contiguous()
     if split.mirrored:
         owned = torch.cat([owned_indices(length, split, position, ways) for position in range(ways)])
         return parts.movedim(0, dim).flatten(dim, dim + 1).index_select(dim, owned.argsort().to(parts.device))
@@ -67,7 +66,7 @@ def together(parts: Tensor, split: Split, length: int) -> Tensor:
     blocks = _unflat(parts, dim + 1, split.outer, -1)
     segments = torch.split(blocks, [share * unit for share in split.ratio], dim + 2)
     moved = [segment.movedim(0, dim + 1).flatten(dim + 1, dim + 2) for segment in segments]
-    return torch.cat(moved, dim + 1).flatten(dim, dim + 1)
+    return torch.cat(moved, dim + 1).flatten(dim, dim + 1)  # of what cat made: contiguous
 
 
 @dataclass(frozen=True)

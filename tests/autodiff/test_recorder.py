@@ -51,6 +51,14 @@ def write_through_two_views(x: Tensor, y: Tensor) -> Tensor:
     return z + right.t()
 
 
+def write_to_parts(x: Tensor, y: Tensor) -> Tensor:
+    """As torch's own cells do: what is written to a part of an unsafe split is not seen in the whole."""
+    whole = x * y
+    parts = torch.unsafe_chunk(whole, 2, 1)
+    first, second, third = torch.unsafe_split_with_sizes(y + 1, (1, 2, 1), 1)
+    return torch.cat([parts[0].sigmoid_(), parts[1].tanh_() + second.mul_(2.0)], 1) * first.exp_() * third
+
+
 def view_taken_before_a_write(x: Tensor, y: Tensor) -> Tensor:
     z = x * 1.5
     row = z[2]
@@ -85,6 +93,7 @@ def several_results(x: Tensor, y: Tensor) -> Tensor:
 FUNCTIONS: tuple[Function, ...] = (
     write_to_slice,
     write_through_two_views,
+    write_to_parts,
     view_taken_before_a_write,
     accumulate,
     gradient_of_indexing,

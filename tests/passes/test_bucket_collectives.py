@@ -92,6 +92,29 @@ def test_parameters_are_gathered_together() -> None:
     assert equal(role(before).forward, role(after).forward, (4, 3), (3,))
 
 
+@pytest.mark.parametrize("shape", ["4@dp", "4@dp,2", "1,4@dp", "3@dp,1"])
+def test_parameters_of_one_element_a_rank_are_contiguous(shape: str) -> None:
+    """Some kernels read the memory of a weight as if it were: group norm mixed up weight and bias."""
+    whole = shape.replace("@dp", "")
+    dim = shape.split(",").index(next(size for size in shape.split(",") if "@" in size))
+    text = f"""
+  a = param a : f64[{shape}]
+  b = param b : f64[{shape}]
+  p = comm.all_gather(a, dp, dim={dim}) : f64[{whole}]
+  q = comm.all_gather(b, dp, dim={dim}) : f64[{whole}]
+  return one=p, two=q
+"""
+    program = parse(f"program mesh(dp=4){text}\nforward:{text}\ninference:{text}", Plan(zero=3))
+    after = role(bucket_collectives(program)).forward
+    assert collectives(after) == ["all_gather"]
+    part = [1 if "@" in size else int(size) for size in shape.split(",")]
+    given = [[torch.randn(part, dtype=torch.float64) for _ in range(4)] for _ in "ab"]
+    found = Lockstep(Mesh(dp=4)).run(after, given)
+    expected = [torch.cat(parts, dim).narrow(dim, 0, int(whole.split(",")[dim])) for parts in given]
+    for ranks, wanted in zip(found, expected):
+        assert all(torch.equal(tensor, wanted) and tensor.is_contiguous() for tensor in ranks)
+
+
 def test_a_bucket_is_no_larger_than_the_plan_says() -> None:
     limited = bucket_collectives(backward(REDUCED, bucket_mb=240e-6))  # the first two have 232 bytes, all three 400
     assert collectives(backward_of(limited)) == ["all_reduce", "all_reduce"]

@@ -14,6 +14,7 @@ from autopar.frontend.trace import trace
 from autopar.ir.node import values
 from autopar.mesh import Mesh
 from autopar.passes import expand_composites as expand
+from autopar.plan import Plan
 from autopar.rules import rule_for
 
 
@@ -102,3 +103,29 @@ def test_a_composite_with_a_rule_stays() -> None:
     model = Between(lambda h, x: F.softmax(h, -1))
     before = trace(model, (torch.randn(2, 3, 8),))
     assert str(expand(before)) == str(before)
+
+
+class Steps(nn.Module):
+    """A cell in a Python loop over time."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.tokens, self.cell, self.head = nn.Embedding(11, 8), kind(8, 8), nn.Linear(8, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: tuple[Tensor, ...] = (self.head.weight.new_zeros(len(x), 8),) * 2
+        for step in self.tokens(x).unbind(1):
+            found = self.cell(step, state if isinstance(self.cell, nn.LSTMCell) else state[0])
+            state = found if isinstance(found, tuple) else (found,)
+        loss: Tensor = self.head(state[0]).square().mean()
+        return loss
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize("mesh", ["dp=1", "dp=2", "pp=2", "tp=2"])
+def test_cells_of_recurrent_layers(kind: type[nn.Module], mesh: str) -> None:
+    """torch's own kernels write into parts of a product, whose gradient must not get lost."""
+    torch.manual_seed(0)
+    plan = Plan(microbatches=2 if mesh == "pp=2" else 1, on_indivisible="replicate")
+    report = check(Steps(kind), {"x": torch.randint(11, (4, 3))}, Mesh.parse(mesh), plan)
+    assert report.worst <= TOLERANCE, report

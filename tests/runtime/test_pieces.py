@@ -9,7 +9,7 @@ from autopar.ir.layout import Split, owned_indices
 from autopar.runtime import pieces
 
 WAYS = 2
-FORMS = ((1, (1,), 8), (1, (1,), 7), (1, (1,), 1), (3, (1,), 12), (1, (4, 2, 2), 16), (2, (2, 1), 12))
+FORMS = ((1, (1,), 8), (1, (1,), 7), (1, (1,), 2), (1, (1,), 1), (3, (1,), 12), (1, (4, 2, 2), 16), (2, (2, 1), 12))
 SPLITS = [
     *((Split(dim, outer, ratio), length) for dim in (0, 1, 2) for outer, ratio, length in FORMS),
     *((Split(dim, outer, mirrored=True), 8) for dim in (0, 1, 2) for outer in (2, 4)),
@@ -44,6 +44,19 @@ def test_apart_and_together(split: Split, length: int) -> None:
         assert torch.equal(parts[position], pieces.take(whole, split, position, WAYS))
     joined = pieces.together(parts, split, length)
     assert joined.is_contiguous() and torch.equal(joined, whole)
+
+
+@pytest.mark.parametrize("dim", range(3))
+def test_parts_of_one_element_are_joined_contiguously(dim: int) -> None:
+    """Where each has one element along the dim, and what is around it has one too, strides alone could say it."""
+    shape = [4 if d == dim else 1 for d in range(3)]
+    for sizes in (shape, [size if d == dim else 2 for d, size in enumerate(shape)]):
+        whole = torch.randn(sizes)
+        parts = pieces.apart(whole, Split(dim), 4)
+        for given in (parts, parts.transpose(0, 1).contiguous().transpose(0, 1)):  # as a collective may hand them out
+            joined = pieces.together(given, Split(dim), 4)
+            assert joined.is_contiguous() and torch.equal(joined, whole)
+            assert joined.view(-1).shape == (whole.numel(),) and joined.stride() == whole.stride()
 
 
 def test_a_plain_split_of_dim_0_is_not_copied() -> None:
