@@ -157,11 +157,8 @@ def _gather_together(mesh: Mesh, bucket: Sequence[fx.Node]) -> None:
     start = 0
     for node, length in zip(bucket, lengths):
         op = Builder(before=node, mesh=mesh)  # unpacked where it was gathered: just before its use
-        piece, dim = op(aten.slice.Tensor, rows, 1, start, start + length), split_of(node.args[1:]).dim
-        whole = shards.together(op, piece, op.shape(node), dim, ways)
-        if op.shape(node)[dim] <= ways:  # one element each: a strided view, which not every kernel reads right
-            whole = op(aten.clone.default, whole)
-        node.replace_all_uses_with(whole)
+        piece = op(aten.slice.Tensor, rows, 1, start, start + length)
+        node.replace_all_uses_with(shards.together(op, piece, op.shape(node), split_of(node.args[1:]).dim, ways))
         start += length
     for node in bucket:
         node.graph.erase_node(node)

@@ -3,7 +3,7 @@
 linear     stays one operator in forward (torch decomposes it into t, view, mm, view); backward is two matrix products
 attention  our operator, which is the same on every device (:mod:`autopar.operators.attention`)
 copy       the functional form of ``copy_``, for which torch has no derivative
-scatter    of a strided part into a tensor: torch (2.13) gives the gradient of the part to the tensor, not that of the rest
+scatter    of a strided part into a tensor: torch (2.13) gives the tensor the gradient of the part, not of the rest
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def _strided_scatter(
 ) -> Tensor:
     if not base.is_contiguous():
         raise InvariantError(
-            f"{recorder.origin.source or 'the model'} writes into a strided part of a tensor of shape {list(base.shape)} "
-            "that is not contiguous\nWay out: tensor.contiguous() before, or write by index or slice."
+            f"{recorder.origin.source or 'the model'} writes into a strided part of a tensor of shape "
+            f"{list(base.shape)} that is not contiguous\nWay out: tensor.contiguous() before, or write by index."
         )
     where = (list(size), list(stride), offset)
     found: Tensor = _StridedScatter.apply(recorder, base, part, where)  # type: ignore[no-untyped-call]

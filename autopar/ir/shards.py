@@ -36,11 +36,17 @@ def apart(op: Op, whole: Any, shape: Sequence[int], dim: int, ways: int) -> Any:
 
 
 def together(op: Op, rows: Any, shape: Sequence[int], dim: int, ways: int) -> Any:
-    """The inverse of :func:`apart`: the tensor of ``shape``, without padding."""
+    """The inverse of :func:`apart`: the tensor of ``shape``, without padding.
+
+    Where each part has one element along ``dim``, all of this is views, and the result has strides that not every
+    kernel reads right (group norm takes its weight for contiguous): it is copied.
+    """
     part = -(-shape[dim] // ways)
     padded = [part * ways if d == dim else size for d, size in enumerate(shape)]
     if dim:
         rows = op(aten.reshape.default, rows, [ways, *(part if d == dim else size for d, size in enumerate(shape))])
         rows = op(aten.permute.default, rows, [*range(1, dim + 1), 0, *range(dim + 1, len(shape) + 1)])
     whole = op(aten.reshape.default, rows, padded)
+    if part == 1:
+        whole = op(aten.clone.default, whole)
     return whole if padded[dim] == shape[dim] else op(aten.slice.Tensor, whole, dim, 0, shape[dim])
