@@ -141,7 +141,7 @@ _ALSO_POINTWISE = {
     aten._to_copy.default, aten.masked_fill.Tensor, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
 }  # fmt: skip
 # Splits whose parts may be written to: torch lets nobody see that in the tensor that they are parts of.
-UNSAFE_SPLITS = {
+UNSAFE_SPLITS: dict[Any, Any] = {
     aten.unsafe_split.Tensor: aten.split.Tensor,
     aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
 }
