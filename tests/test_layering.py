@@ -55,7 +55,7 @@ STANDS_ON = {
     "check": "compiler frontend ir mesh pipeline plan precision simulate simulator",
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",
     "checkpoint": "errors ir mesh module plain_files runtime",
-    "exporters": "checkpoint errors ir mesh operators program_files runtime traces",
+    "exporters": "checkpoint errors ir mesh operators program_files runtime simulator traces",
     "training": "api checkpoint data ir mesh module plan runtime",
     "autopar": "*",  # the package itself: its names are imported at first use
     "commands": "*",

@@ -31,6 +31,7 @@ WEIGHTS = ("safetensors", "reference", "none")
 DIALECTS = ("autopar", "tensorrt")
 FORMATS = {  # name -> module and function of its writer, imported when it is asked for: some need more packages
     "pt2": "autopar.exporters.pt2:write",
+    "onnx": "autopar.exporters.onnx_file:write",
     "chakra": "autopar.exporters.steps:chakra",
     "trace": "autopar.exporters.steps:trace",
 }

@@ -6,17 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from autopar.errors import ExportError
 from autopar.exporters import functional
 from autopar.exporters.job import Job
-from autopar.exporters.rank_module import Part, constants_of, part_of, parts_of, rank_tensors, tensor_name
+from autopar.exporters.rank_module import Part, constants_of, parts_of, rank_tensors
+from autopar.exporters.state import weights_of
 from autopar.exporters.traced import Traced, traced
 from autopar.exporters.wiring import describe_part, groups_of
-from autopar.ir.node import value
-from autopar.ir.tables import InputKind
 
 FOREIGN = "autopar"  # a namespace of operators that plain torch does not have
 
@@ -48,21 +46,7 @@ def write(job: Job) -> Mapping[str, Any]:
 def fill(role: Traced, part: Part, job: Job) -> None:
     """Let the role's state be that of a rank."""
     state = role.exported.state_dict
-    state |= {**rank_tensors(part, role.own), **constants_of(part), **_weights(part, job)}
-
-
-def _weights(part: Part, job: Job) -> dict[str, Tensor]:
-    found = {}
-    for node, entry in part.program.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
-        kind = value(node)
-        if job.tensors is None or job.weights == "none":
-            tensor = torch.empty(kind.layout.local_shape(part.mesh), dtype=kind.dtype, device="meta")
-        else:
-            whole = job.tensors.find((entry.target, *entry.aliases), kind.shape)
-            tensor = part_of(whole, node, part).to(kind.dtype).contiguous().clone()
-        is_parameter = entry.kind is InputKind.PARAMETER
-        found[tensor_name(entry)] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
-    return found
+    state |= {**rank_tensors(part, role.own), **constants_of(part), **weights_of(part, job)}
 
 
 def group_names(exported: ExportedProgram) -> Iterable[str]:

@@ -10,7 +10,7 @@ serves all ranks of the role, and only buffers differ (:func:`rank_tensors`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -84,6 +84,11 @@ def parts_of(program: AnyProgram, ranks: Sequence[int]) -> list[Part]:
     return [Part(program, rank, stage) for rank in ranks for stage, at in enumerate(placement) if at == place[rank]]
 
 
+def is_held(entry: Input) -> bool:
+    """Whether it is state of the module, not an input of ``forward``."""
+    return entry.kind in HELD
+
+
 def tensor_name(entry: Input) -> str:
     """The name of a held tensor in the state of a rank module: that in the model, up to constants."""
     return f"{CONSTANTS}.{plain_name(entry.target)}" if entry.kind is InputKind.CONSTANT else entry.target
@@ -110,7 +115,7 @@ class RankModule(nn.Module):
         self.add_module(OWN, nn.Module())
         nodes = [node for node in graph.nodes if node.op == "placeholder"]
         for node, (_, entry) in zip(nodes, part.program.placeholders(*InputKind), strict=True):
-            if entry.kind not in HELD:
+            if not is_held(entry):
                 self.inputs.append((node, entry))
                 continue
             path, _, key = tensor_name(entry).rpartition(".")
@@ -272,11 +277,6 @@ def _submodule(root: nn.Module, path: str) -> nn.Module:
 
 
 # ---------------------------------------------------------------- the tensors of a rank
-
-
-def held_by(part: Part) -> Iterator[tuple[Node, Input]]:
-    """The placeholders that are state of the part's module."""
-    yield from part.program.placeholders(*HELD)
 
 
 def part_of(whole: Tensor, node: Node, part: Part) -> Tensor:

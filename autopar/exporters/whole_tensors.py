@@ -30,7 +30,10 @@ class InFile:
 class WholeTensors:
     """Tensors by name, read from files as needed. A stack (``experts.*.up.weight``) is made of its members."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], files: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], files: Mapping[str, Path] | None = None, model: nn.Module | None = None
+    ) -> None:
+        self.model = model  # whose tensors they are, where that is known
         self._tensors, self._files = tensors, files or {}
 
     @classmethod
@@ -42,7 +45,7 @@ class WholeTensors:
         if isinstance(source, nn.Module):
             named: dict[str, Tensor] = dict(source.named_parameters(remove_duplicate=False))
             named |= dict(source.named_buffers(remove_duplicate=False))
-            return cls({name: tensor.detach() for name, tensor in named.items()})
+            return cls({name: tensor.detach() for name, tensor in named.items()}, model=source)
         return cls(source) if isinstance(source, Mapping) else cls({}, dict(_names_in(Path(source))))
 
     def find(self, names: Iterable[str], shape: tuple[int, ...]) -> Tensor:

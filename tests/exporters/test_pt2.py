@@ -55,16 +55,15 @@ def check(name: str, mesh: Mesh, folder: Path, plan: Plan | None = None) -> None
     assert largest_error(program, found, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("name, axes", [("llama", {"tp": 2}), ("mixtral", {"ep": 2})], ids=["llama", "mixtral"])
-def test_ranks_give_what_the_model_gives(name: str, axes: dict[str, int], tmp_path: Path) -> None:
-    check(name, Mesh(**axes), tmp_path / "out")
+def test_ranks_give_what_the_model_gives(tmp_path: Path) -> None:
+    check("llama", Mesh(tp=2), tmp_path / "out")
 
 
 SLOW = [(name, axes) for name in examples.NAMES for axes in examples.MESHES if examples.fits(name, axes)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, axes", SLOW, ids=lambda given: given if isinstance(given, str) else str(Mesh(**given)))
+@pytest.mark.parametrize("name, axes", SLOW, ids=str)
 def test_the_matrix(name: str, axes: dict[str, int], tmp_path: Path) -> None:
     microbatches = {"microbatches": 1} if "pp" in axes else {}
     check(name, Mesh(**axes), tmp_path / "out", Plan(check_numerics=False, **microbatches))

@@ -1,0 +1,52 @@
+"""The format ``onnx``: a model for each rank (and stage), whose collectives are operators of ``autopar.collective``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+from torch import Tensor
+
+from autopar.exporters.job import Job
+from autopar.exporters.onnx_check import check_files
+from autopar.exporters.onnx_rank import note, rank_model, with_data
+from autopar.exporters.onnx_role import onnx_role
+from autopar.exporters.rank_module import constants_of, parts_of, rank_tensors
+from autopar.exporters.state import weights_of
+from autopar.exporters.traced import Traced, traced
+from autopar.exporters.verify import verify
+from autopar.exporters.wiring import describe_part
+
+
+def write(job: Job) -> Mapping[str, Any]:
+    """``rank0.onnx``, with its tensors in ``rank0.safetensors``, and so on.
+
+    Raises ExportError for what ONNX cannot hold, and for a file that the checks refuse.
+    """
+    roles: dict[tuple[int, int], tuple[Traced, onnx.ModelProto]] = {}
+    entries, found = [], []
+    for part in parts_of(job.program, job.ranks):
+        if part.role not in roles:
+            job.told(f"translating {part.name}")
+            role = traced(part, part.program.required_role.inference)
+            roles[part.role] = role, onnx_role(role, job.options.opset, job.options.ir)
+        role, whole = roles[part.role]
+        job.told(f"writing {part.name}.onnx")
+        model = rank_model(whole, part, role)
+        tensors: dict[str, Tensor] = {**rank_tensors(part, role.own), **constants_of(part)}
+        if job.weights == "safetensors":
+            tensors |= weights_of(part, job)
+        with_data(model, tensors, job.directory, f"{part.name}.safetensors")
+        entry = describe_part(part, role, f"{part.name}.onnx")
+        note(model, rank=part.rank, coordinates=entry["coordinates"], mesh=dict(job.program.mesh.axes))
+        onnx.save(model, job.directory / entry["file"])
+        entries.append(entry)
+        found.append((part, role))
+    job.told("checking")
+    files = [entry["file"] for entry in entries]
+    check_files(job.directory, files, whole=len(job.ranks) == job.program.mesh.world_size)
+    if job.options.verify:
+        job.told("running all ranks as one model")
+        return {"parts": entries, "verified": verify(job, found)}
+    return {"parts": entries}

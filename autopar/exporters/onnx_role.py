@@ -1,0 +1,127 @@
+"""A traced role as an ONNX model without data, by torch's exporter; collectives are those of ``autopar.collective``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx
+import onnx_ir
+import onnxscript
+import torch
+from onnx_ir.passes import common
+
+from autopar.errors import ExportError
+from autopar.exporters import functional
+from autopar.exporters.collective_schemas import DOMAIN, VERSION, register
+from autopar.exporters.traced import Traced
+from autopar.exporters.wiring import input_name, output_name
+
+OPSET = 20  # of ONNX itself: what ONNX Runtime has read since 1.17
+UNKNOWN: dict[str, Any] = {"group": [0], "collective_id": -1}  # until the file of a rank is written
+
+
+def translations(opset: int) -> dict[Any, Callable[..., Any]]:
+    """torch's functional collectives -> what stands for them."""
+    register()
+    collective, standard = onnxscript.values.Opset(DOMAIN, VERSION), onnxscript.values.Opset("", opset)
+
+    def all_reduce(x: Any, reduce_op: str, group: str) -> Any:
+        return collective.AllReduce(x, reduce_op=reduce_op, group_name=group, **UNKNOWN)
+
+    def all_gather(x: Any, ways: int, group: str) -> Any:
+        return collective.AllGather(x, axis=0, group_name=group, **UNKNOWN)
+
+    def reduce_scatter(x: Any, reduce_op: str, ways: int, group: str) -> Any:
+        return collective.ReduceScatter(x, axis=0, reduce_op=reduce_op, group_name=group, **UNKNOWN)
+
+    def all_to_all(x: Any, received: Sequence[Any], sent: Sequence[Any], group: str) -> Any:
+        known = _known(received)
+        if known is not None and known == list(sent) and len(set(known)) == 1:
+            return collective.AllToAll(x, group_name=group, **UNKNOWN)
+        return collective.AllToAll(x, counts(sent), counts(received), group_name=group, **UNKNOWN)
+
+    def counts(numbers: Sequence[Any]) -> Any:
+        known = _known(numbers)
+        if known is not None:
+            return standard.Constant(value_ints=known)
+        one = standard.Constant(value_ints=[1])
+        return standard.Concat(*[standard.Reshape(number, one) for number in numbers], axis=0)
+
+    def wait(x: Any) -> Any:
+        return standard.Identity(x)
+
+    return {
+        functional.ALL_REDUCE: all_reduce,
+        functional.ALL_GATHER: all_gather,
+        functional.REDUCE_SCATTER: reduce_scatter,
+        functional.ALL_TO_ALL: all_to_all,
+        functional.WAIT: wait,
+    }
+
+
+def _known(numbers: Sequence[Any]) -> list[int] | None:
+    return list(numbers) if all(isinstance(number, int) for number in numbers) else None
+
+
+def onnx_role(role: Traced, opset: int | None, ir: int | None) -> onnx.ModelProto:
+    """The model of a role: inputs and outputs by their names, state by its names, typed and without data.
+
+    State stands among the inputs, after the user's. Raises ExportError for what has no form in that opset.
+    """
+    wanted = opset or OPSET
+    try:
+        with _without_notes():
+            made = torch.onnx.export(
+                role.exported, dynamo=True, optimize=False, opset_version=wanted, verbose=False,
+                custom_translation_table=translations(wanted),
+            )  # fmt: skip
+    except Exception as error:  # of many classes, with long messages
+        reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
+        raise ExportError(
+            f"torch.onnx cannot write this program in opset {wanted}: {reason[:300]}\n"
+            "Way out: another --opset, or the format pt2."
+        ) from error
+    assert made is not None
+    model = made.model
+    for value, (_, entry) in zip(model.graph.inputs, role.inputs, strict=True):
+        value.name = input_name(entry)
+    _name_outputs(model, role)
+    for tidy in (common.IdentityEliminationPass(), common.RemoveUnusedNodesPass(), common.NameFixPass()):
+        model = tidy(model).model
+    for name in [name for name in role.exported.state_dict if name in model.graph.initializers]:
+        value = model.graph.initializers.pop(name)
+        value.const_value = None
+        model.graph.inputs.append(value)
+    if ir is not None:
+        model.ir_version = ir
+    model.producer_name = "autopar"
+    proto: onnx.ModelProto = onnx_ir.to_proto(model)
+    return proto
+
+
+@contextmanager
+def _without_notes() -> Iterator[None]:
+    """torch's exporter notes each package that it does not find."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name_outputs(model: onnx_ir.Model, role: Traced) -> None:
+    """An output that is an input, or another output, passes through an Identity: each has its own name."""
+    graph, seen = model.graph, set[int]()
+    for place, (value, entry) in enumerate(zip(list(graph.outputs), role.outputs, strict=True)):
+        if value.producer() is None or id(value) in seen:
+            node = onnx_ir.node("Identity", [value])
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            graph.append(node)
+            graph.outputs[place] = value = node.outputs[0]
+        seen.add(id(value))
+        value.name = output_name(entry)

@@ -1,0 +1,26 @@
+"""The weights of a part: its share of each whole parameter and buffer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from autopar.exporters.job import Job
+from autopar.exporters.rank_module import Part, part_of, tensor_name
+from autopar.ir.node import value
+from autopar.ir.tables import InputKind
+
+
+def weights_of(part: Part, job: Job) -> dict[str, Tensor]:
+    """By name; on the meta device where the job has no weights. Raises ExportError for one that was not given."""
+    found: dict[str, Tensor] = {}
+    for node, entry in part.program.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
+        kind = value(node)
+        if job.tensors is None or job.weights == "none":
+            tensor = torch.empty(kind.layout.local_shape(part.mesh), dtype=kind.dtype, device="meta")
+        else:
+            whole = job.tensors.find((entry.target, *entry.aliases), kind.shape)
+            tensor = part_of(whole, node, part).to(kind.dtype).contiguous().clone()
+        is_parameter = entry.kind is InputKind.PARAMETER
+        found[tensor_name(entry)] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+    return found

@@ -1,0 +1,270 @@
+"""ONNX files of all ranks: checked, merged to one standard model, and run against the unmodified one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autopar import Mesh, Plan
+from autopar.compiler import compile_program
+from autopar.errors import ExportError
+from autopar.exporters.export import export
+from autopar.exporters.job import Job
+from autopar.exporters.rank_module import parts_of
+from autopar.exporters.traced import traced
+from autopar.exporters.whole_tensors import WholeTensors
+from autopar.ir.program import AnyProgram
+from tests.exporters import examples
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from autopar.exporters import onnx_file  # noqa: E402
+from autopar.exporters.collective_schemas import DOMAIN, SCHEMAS, register  # noqa: E402
+from autopar.exporters.onnx_check import Call as Collective  # noqa: E402
+from autopar.exporters.onnx_check import check_call, check_files, check_together  # noqa: E402
+from autopar.exporters.onnx_rank import attributes, set_attributes  # noqa: E402
+from autopar.exporters.verify import Parts, verify  # noqa: E402
+
+ALLOWED = 1e-5  # of the largest element, in float32
+
+
+class Network(nn.Module):
+    """Small, with a loss over a vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(32, 16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 32)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.down(torch.relu(self.up(self.table(ids)))))
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def network(mesh: Mesh, plan: Plan | None = None) -> tuple[AnyProgram, nn.Module]:
+    torch.manual_seed(0)
+    model = Network()
+    ids = torch.randint(32, (4, 8))
+    batch = {"ids": ids, "labels": ids.flip(1)}
+    return compile_program(model, mesh, plan or Plan(check_numerics=False), (), batch), model
+
+
+def written(program: AnyProgram, model: nn.Module, folder: Path) -> tuple[Job, Parts]:
+    """The files in ``folder``, and what their verification takes."""
+    folder.mkdir(exist_ok=True)
+    ranks = tuple(range(program.mesh.world_size))
+    job = Job(program, folder, ranks, "safetensors", WholeTensors.of(model))
+    onnx_file.write(job)
+    roles = {}
+    for part in parts_of(program, ranks):
+        if part.role not in roles:
+            roles[part.role] = traced(part, part.program.required_role.inference)
+    return job, [(part, roles[part.role]) for part in parts_of(program, ranks)]
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("axes", [{"dp": 2, "tp": 2}, {"tp": 1}], ids=["dp2tp2", "tp1"])
+def test_a_small_network(axes: dict[str, int], tmp_path: Path) -> None:
+    program, model = network(Mesh(**axes))
+    errors = verify(*written(program, model, tmp_path))
+    assert errors.keys() == {"loss", "logits"} and max(errors.values()) <= ALLOWED
+
+
+def test_llama(tmp_path: Path) -> None:
+    check_model("llama", {"tp": 2}, tmp_path)
+
+
+MATRIX = [(name, axes) for name in examples.NAMES for axes in examples.MESHES if examples.fits(name, axes)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, axes", MATRIX, ids=str)
+def test_the_matrix(name: str, axes: dict[str, int], tmp_path: Path) -> None:
+    check_model(name, axes, tmp_path)
+
+
+def check_model(name: str, axes: dict[str, int], folder: Path) -> None:
+    model, batch = examples.build(name, torch.float32)
+    microbatches = {"microbatches": 1} if "pp" in axes else {}
+    program = compile_program(model, Mesh(**axes), Plan(check_numerics=False, **microbatches), (), batch)
+    errors = verify(*written(program, model, folder))
+    assert "loss" in errors and max(errors.values()) <= ALLOWED, errors
+
+
+# ---------------------------------------------------------------- what must be caught
+
+
+def collectives(folder: Path) -> Iterator[tuple[Path, str]]:
+    """File and node of every collective."""
+    for path in sorted(folder.glob("*.onnx")):
+        for node in onnx.load(path, load_external_data=False).graph.node:
+            if node.domain == DOMAIN:
+                yield path, node.name
+
+
+def remove(path: Path, name: str) -> None:
+    """Let a collective of a file do nothing."""
+    model = onnx.load(path, load_external_data=False)
+    (node,) = [node for node in model.graph.node if node.name == name]
+    node.op_type, node.domain = "Identity", ""
+    del node.attribute[:]
+    del node.input[1:]
+    if not node.output:  # a message
+        model.graph.node.remove(node)
+    elif not node.input:
+        node.op_type = "Constant"
+        node.attribute.append(onnx.helper.make_attribute("value_float", 0.0))
+    onnx.save(model, path)
+
+
+def check_removals(program: AnyProgram, model: nn.Module, folder: Path) -> None:
+    job, found = written(program, model, folder)
+    verify(job, found)
+    kept = {path: path.read_bytes() for path in folder.glob("*.onnx")}
+    names = list(collectives(folder))
+    assert names
+    for path, name in names:
+        remove(path, name)
+        with pytest.raises(ExportError):
+            verify(job, found)
+        path.write_bytes(kept[path])
+    for name in dict.fromkeys(name for _, name in names):
+        for path in [path for path, other in names if other == name]:
+            remove(path, name)
+        with pytest.raises(ExportError):
+            verify(job, found)
+        for path, content in kept.items():
+            path.write_bytes(content)
+    verify(job, found)
+
+
+def test_every_collective_that_is_removed_is_caught(tmp_path: Path) -> None:
+    """On one rank, and on all."""
+    check_removals(*network(Mesh(dp=2, tp=2)), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, axes", [("llama", {"tp": 2}), ("mixtral", {"ep": 2}), ("gpt2", {"pp": 2, "tp": 2})])
+def test_every_collective_of_a_model_that_is_removed_is_caught(name: str, axes: dict[str, int], tmp_path: Path) -> None:
+    model, batch = examples.build(name, torch.float32)
+    microbatches = {"microbatches": 1} if "pp" in axes else {}
+    program = compile_program(model, Mesh(**axes), Plan(check_numerics=False, **microbatches), (), batch)
+    check_removals(program, model, tmp_path)
+
+
+def call(rank: int, operator: str = "AllReduce", **given: object) -> Collective:
+    usual = {"group": [0, 1], "group_name": "tp", "collective_id": 0, "reduce_op": "sum"}
+    return Collective(f"rank{rank}.onnx", rank, "node", operator, usual | given)
+
+
+def test_one_file_by_itself() -> None:
+    check_call(call(0))
+    for wrong in (
+        call(0, "AllRedoce"),
+        call(2),
+        call(0, group=[0, 0]),
+        call(0, reduce_op="mean"),
+        call(1, "Send"),
+        call(0, "Recv"),
+    ):
+        with pytest.raises(ExportError):
+            check_call(wrong)
+
+
+def test_files_together() -> None:
+    both = [[call(0), call(0, collective_id=1)], [call(1), call(1, collective_id=1)]]
+    check_together(both)
+    check_together([[call(0, "Send")], [call(1, "Recv")]])
+    swapped = [both[0], both[1][::-1]]
+    for wrong, words in (
+        ([both[0], both[1][:1]], "take part"),
+        ([both[0], [call(1, reduce_op="max"), both[1][1]]], "reduce_op"),
+        ([both[0], [call(1, "AllGather"), both[1][1]]], "other members"),
+        ([[call(0), call(0)], both[1]], "twice"),
+        (swapped, "another order"),
+        ([[call(0, "Send")], []], "take part"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            check_together(wrong)
+
+
+# ---------------------------------------------------------------- the files
+
+
+def test_names_versions_and_shapes(tmp_path: Path) -> None:
+    program, model = network(Mesh(tp=2))
+    export(program, tmp_path / "out", "onnx", weights_from=model, opset=21, ir=9)
+    folder = tmp_path / "out" / "onnx"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "rank0.onnx", "rank0.safetensors", "rank1.onnx", "rank1.safetensors",
+    ]  # fmt: skip
+    found = onnx.load(folder / "rank1.onnx")
+    assert found.ir_version == 9 and {entry.domain: entry.version for entry in found.opset_import}[""] == 21
+    assert [entry.name for entry in found.graph.input] == ["ids", "labels"]
+    assert [entry.name for entry in found.graph.output] == ["loss", "logits"]
+    values = {entry.name: onnx.numpy_helper.to_array(entry) for entry in found.graph.initializer}
+    assert (values["up.weight"] == model.up.weight[16:].detach().numpy()).all()  # type: ignore[union-attr, index]
+    assert model.state_dict().keys() <= values.keys()
+    names = [name for node in found.graph.node for name in (node.name, *node.output)]
+    assert max(Counter(names).values()) == 1
+
+
+def test_without_weights_state_stands_among_the_inputs(tmp_path: Path) -> None:
+    program, model = network(Mesh(tp=2))
+    export(program, tmp_path / "out", "onnx", verify=True)
+    found = onnx.load(tmp_path / "out" / "onnx" / "rank1.onnx")
+    assert {entry.name for entry in found.graph.input} == {"ids", "labels", *model.state_dict()}
+
+
+def test_stages_send_and_receive(tmp_path: Path) -> None:
+    program, model = network(Mesh(pp=2, tp=2), Plan(check_numerics=False, microbatches=1))
+    job, found = written(program, model, tmp_path)
+    assert max(verify(job, found).values()) <= ALLOWED
+    messages = [
+        (path.stem, node.op_type, attributes(node)["group"])
+        for path in sorted(tmp_path.glob("*.onnx"))
+        for node in onnx.load(path, load_external_data=False).graph.node
+        if node.op_type in ("Send", "Recv")
+    ]
+    assert ("rank1-stage0", "Send", [1, 3]) in messages and ("rank3-stage1", "Recv", [1, 3]) in messages
+
+
+def test_the_checks_read_what_was_written(tmp_path: Path) -> None:
+    """A collective whose group is another one is refused."""
+    job, _ = written(*network(Mesh(tp=2)), tmp_path)
+    files = ["rank0.onnx", "rank1.onnx"]
+    check_files(tmp_path, files, whole=True)
+    model = onnx.load(tmp_path / "rank1.onnx", load_external_data=False)
+    set_attributes(next(node for node in model.graph.node if node.domain == DOMAIN), group=[1, 0])
+    onnx.save(model, tmp_path / "rank1.onnx")
+    with pytest.raises(ExportError, match="take part"):
+        check_files(tmp_path, files, whole=True)
+
+
+def test_shapes_of_collectives() -> None:
+    register()
+    members = {"group": [0, 1, 2], "group_name": "tp", "collective_id": 0}
+    given = {
+        "AllGather": {"axis": 1},
+        "ReduceScatter": {"axis": 1, "reduce_op": "sum"},
+        "AllReduce": {"reduce_op": "max"},
+    }
+    given |= {"Broadcast": {"root": 0}, "AllToAll": {}, "Recv": {"dtype": 1, "shape": [2, 6]}}
+    expected = {"AllGather": [2, 18], "ReduceScatter": [2, 2]}
+    assert given.keys() | {"Send"} == SCHEMAS.keys()
+    for operator, more in given.items():
+        inputs = [] if operator == "Recv" else ["x"]
+        node = onnx.helper.make_node(operator, inputs, ["y"], domain=DOMAIN, **members, **more)
+        x = onnx.helper.make_tensor_value_info("x", 1, [2, 6])
+        graph = onnx.helper.make_graph([node], "g", [x], [onnx.helper.make_empty_tensor_value_info("y")])
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid(DOMAIN, 1)])
+        (y,) = onnx.shape_inference.infer_shapes(model).graph.output
+        assert [dim.dim_value for dim in y.type.tensor_type.shape.dim] == expected.get(operator, [2, 6]), operator
