@@ -14,14 +14,16 @@ from autopar.mesh import Mesh
 from autopar.module import ParallelModule
 from autopar.plan import Plan
 from autopar.runtime.connect import Connection, connect, launched
+from autopar.stored_programs import OneProgram, check_fits, stored_programs
 
 
 def parallelize(
     model: nn.Module,
-    mesh: Mesh | DeviceMesh,
+    mesh: Mesh | DeviceMesh | None = None,
     plan: Plan | None = None,
     *,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    program: OneProgram | Sequence[OneProgram] | None = None,
 ) -> ParallelModule:
     """``model`` as one rank of ``mesh``: a drop-in ``nn.Module`` that takes over the model's parameters.
 
@@ -30,13 +32,24 @@ def parallelize(
 
     Args:
         example_inputs: keyword (dict) or positional (tuple) arguments of one call, to compile now rather than then.
+        program: a directory that ``autopar compile`` or ``program.save`` wrote, a program, or several of them. Calls
+            like those that they were compiled for are not traced and not compiled; another call is compiled, with a
+            warning. Mesh and plan are then the program's.
 
-    Raises LaunchError when the processes do not fit the mesh; what :func:`autopar.compile_program` raises.
+    Raises LaunchError when the processes do not fit the mesh; ProgramFileError for a ``program`` that was compiled from
+    another model, by other code, or for another mesh or plan; what :func:`autopar.compile_program` raises.
     """
-    plan = plan or Plan()
+    stored = stored_programs(program) if program is not None else []
+    if mesh is None and not stored:
+        raise ValueError("parallelize needs a mesh, e.g. autopar.Mesh(dp=2, tp=2), or program=, which has one")
     device_mesh = mesh if isinstance(mesh, DeviceMesh) else None
-    mesh = Mesh.from_device_mesh(mesh) if isinstance(mesh, DeviceMesh) else mesh
-    module = ParallelModule(model, mesh, plan, _connection(model, mesh, plan, device_mesh))
+    mesh = Mesh.from_device_mesh(mesh) if isinstance(mesh, DeviceMesh) else mesh or stored[0].program.mesh
+    plan = plan or (stored[0].program.plan if stored else Plan())
+    for one in stored:
+        check_fits(one, model, mesh, plan)
+    where = " and ".join(one.where for one in stored)
+    connection = _connection(model, mesh, plan, device_mesh)
+    module = ParallelModule(model, mesh, plan, connection, [one.program for one in stored], where)
     if isinstance(example_inputs, Mapping):
         module.prepare(**example_inputs)
     elif example_inputs is not None:

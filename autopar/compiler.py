@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from autopar.frontend.fingerprint import fingerprint
 from autopar.frontend.trace import trace
 from autopar.ir.graph_pass import run_phases, steps_of
 from autopar.ir.layout import Layout
@@ -36,9 +37,11 @@ def compile_program(
     Raises TraceError, UnknownOperatorError, IndivisibleError, InvariantError, NumericsError.
     """
     plan = plan or Plan()
-    if not mesh.is_pipelined:
-        return finish_program(split_program(model, mesh, plan, args, kwargs, layouts))
-    return pipelined(lambda batch: trace(model, (), batch, plan=plan), mesh, plan, args, kwargs, layouts)
+    known = fingerprint(model, args, kwargs or {})
+    if mesh.is_pipelined:
+        found = pipelined(lambda batch: trace(model, (), batch, plan=plan), mesh, plan, args, kwargs, layouts)
+        return replace(found, fingerprint=known)
+    return replace(finish_program(split_program(model, mesh, plan, args, kwargs, layouts)), fingerprint=known)
 
 
 def pipelined(

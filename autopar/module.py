@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from autopar.compiler import compile_program
 from autopar.errors import InvariantError
+from autopar.frontend.fingerprint import call_facts
 from autopar.frontend.torch_layers import packs_padding
+from autopar.ir.fingerprint import CallFacts
 from autopar.ir.layout import Layout
 from autopar.ir.load import ExpertLoad
 from autopar.ir.loss import loss_of
@@ -31,6 +33,7 @@ from autopar.runtime.connect import Connection, not_launched
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
 from autopar.runtime.expert_loads import gathered_loads
+from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.parameters import Weights
 from autopar.runtime.program_cache import ProgramCache
 from autopar.runtime.whole_tensors import full_grads, full_state_dict
@@ -57,7 +60,15 @@ class ParallelModule(nn.Module):
     _signature: Signature
     _accumulation: Accumulation
 
-    def __init__(self, model: nn.Module, mesh: Mesh, plan: Plan, connection: Connection | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        plan: Plan,
+        connection: Connection | None,
+        programs: Sequence[AnyProgram] = (),
+        where: str = "",
+    ) -> None:
         super().__init__()
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[shared] = model.__dict__[shared]
@@ -70,10 +81,11 @@ class ParallelModule(nn.Module):
         def compiled(call: Call, layouts: Mapping[str, Layout] | None) -> AnyProgram:
             return compile_program(model, mesh, plan, call.args, call.kwargs, layouts)
 
-        programs = ProgramCache(compiled, mesh, plan, held.weights, accumulation, packs_padding(model))
+        given = _given(held, programs, where) if programs else None
+        cache = ProgramCache(compiled, mesh, plan, held.weights, accumulation, packs_padding(model), given)
         # past nn.Module, which would take offence at a submodule or buffer of the model's that is called "plan", and
         # would put the model itself as a submodule, with a prefix before all names
-        self.__dict__.update(mesh=mesh, plan=plan, _held=held, _connection=connection, _programs=programs)
+        self.__dict__.update(mesh=mesh, plan=plan, _held=held, _connection=connection, _programs=cache)
         self.__dict__.update(_signature=Signature(model.forward), _accumulation=accumulation)
 
     # ------------------------------------------------------------ calling
@@ -313,6 +325,20 @@ class Holding:
     model: nn.Module
     weights: Weights
     calls: int = 0
+
+
+def _given(held: Holding, programs: Sequence[AnyProgram], where: str) -> GivenPrograms:
+    """``programs`` for the calls of a model, which holds its tensors as they require from now on."""
+    for program in programs:
+        held.weights.lay_out(program)
+
+    def facts(call: Call) -> CallFacts:
+        return call_facts(held.model, call.args, call.kwargs)
+
+    def state() -> Hashable:
+        return held.weights.requires_grad(), tuple([parameter.dtype for parameter in held.weights.root.parameters()])
+
+    return GivenPrograms(programs, where, facts, state)
 
 
 def held_by(model: nn.Module) -> Holding:

@@ -31,6 +31,7 @@ from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.traffic import size_text
 from autopar.mesh import PIPELINE
 from autopar.program_files.program_file import save
+from autopar.runtime.calls import Signature
 from autopar.zoo.named import named_model
 
 
@@ -47,13 +48,14 @@ def compile_command(
 ) -> None:
     """Write the program of MODEL on a mesh to DIR: the graphs as text, constants, a manifest with every layout.
 
-    Weights are not part of it. stage0/rank.py is what the ranks run, to be read; of a pipeline one for each stage, and
-    in schedule/ what each pipeline rank does in order.
+    autopar run and autopar train --program start from it. Weights are not part of it. stage0/rank.py is what the ranks
+    run, to be read; of a pipeline one for each stage, and in schedule/ what each pipeline rank does in order.
     """
     on = read_mesh(mesh)
     example = named_model(model, read_config(config), batch, length, seed, data_ways(on))
     with stderr().status(f"making the program of {model} on {on}"):
-        program = compile_program(example.model, on, read_plan(plan), (), example.batch)
+        batch_by_signature = Signature(example.model.forward).call((), example.batch).kwargs
+        program = compile_program(example.model, on, read_plan(plan), (), batch_by_signature)
         save(program, output, extra_files=dict(_to_read(program)))
     files = {path.relative_to(output).as_posix(): path.stat().st_size for path in output.rglob("*") if path.is_file()}
     if as_json:

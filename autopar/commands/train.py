@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,13 +22,18 @@ from autopar.commands.options import ConfigTexts, Json, ModelName, PlanTexts, Se
 from autopar.commands.tables import print_json, stderr
 from autopar.commands.train_report import document_of, end_of, print_report, tolerance_of
 from autopar.ir.batch import data_ways
+from autopar.ir.program import AnyProgram
 from autopar.mesh import SEQUENCE, Mesh
 from autopar.plan import Plan
+from autopar.program_files.program_file import load
 from autopar.routing.placement import balanced_placement
 from autopar.training.byte_text import BYTES, ByteText, read_text
 from autopar.training.loop import CLIP, Run, Settings, is_first, train
 from autopar.training.saving import Saving, Start
 from autopar.zoo.named import named_model, rows_for
+
+MESH, LENGTH = "dp=2,tp=2", 128
+SHAPE = re.compile(r"i64\[(\d+), (\d+)\]")  # of tokens, as a program knows its inputs
 
 Zero = Annotated[int | None, typer.Option(min=0, max=3, help="ranks of dp share optimizer states, gradients, weights")]
 Precision = Annotated[str | None, typer.Option(metavar="DTYPE", help="compute in bf16, fp16, ...; parameters stay")]
@@ -49,16 +54,23 @@ LogFile = Annotated[Path | None, typer.Option("--log", "--log-file", help="write
 PlacedBy = Annotated[
     Path | None, typer.Option("--expert-placement", metavar="LOG", help="place experts by the loads that it recorded")
 ]
+MeshOrNone = Annotated[
+    str | None,
+    typer.Option("--mesh", metavar="AXES", help=f"e.g. dp=4; 1 for one device  [default: {MESH}, or the program's]"),
+]
+FromProgram = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="start from what autopar compile wrote, without compiling")
+]
 Restarts = Annotated[int, typer.Option(min=0, help="how often all ranks start again when one fails")]
 
 
 def train_command(
     model: ModelName = "hf:llama",
-    mesh: Annotated[str, typer.Option("--mesh", metavar="AXES", help="e.g. dp=2,tp=2; 1 for one device")] = "dp=2,tp=2",
+    mesh: MeshOrNone = None,
     steps: Annotated[int, typer.Option(min=1)] = 20,
     rate: Annotated[float, typer.Option("--lr", help="learning rate of AdamW")] = 1e-3,
     batch: Annotated[int | None, typer.Option(min=1, help="rows of the global batch  [default: about 12]")] = None,
-    length: Annotated[int, typer.Option(min=2, help="bytes in a row")] = 128,
+    length: Annotated[int | None, typer.Option(min=2, help="bytes in a row  [default: 128]")] = None,
     text: Annotated[Path | None, typer.Option(help="a file to train on; default: Python's own reference")] = None,
     compare: Annotated[bool, typer.Option(help="train the unmodified model too, and compare the losses")] = True,
     seed: Seed = 0,
@@ -69,6 +81,7 @@ def train_command(
     microbatches: Microbatches = None,
     virtual_stages: VirtualStages = None,
     placed_by: PlacedBy = None,
+    program: FromProgram = None,
     plan: PlanTexts = None,
     config: ConfigTexts = None,
     accumulate: Accumulate = 1,
@@ -87,12 +100,14 @@ def train_command(
     Rank 0 also trains the unmodified model, from the same weights on the same batches. Exit code 1 if the losses differ
     at any step, in float32 by more than 1e-4. SIGTERM ends the step, saves and stops; --resume goes on.
     """
-    on, overrides = read_mesh(mesh), read_config(config)
-    rows = batch or rows_for(data_ways(on))
+    stored, overrides = load(program) if program is not None else None, read_config(config)
+    on = read_mesh(mesh or MESH) if mesh or stored is None else stored.mesh
+    rows, length = _sizes(stored, batch, length, on)
     shorthands = {"zero": zero, "precision.param": precision, "recompute": recompute, "schedule": schedule}
     shorthands |= {"microbatches": microbatches, "virtual_stages": virtual_stages}
     _refuse_uneven_parts(length, on)
-    choices = _plan([*(plan or ())], shorthands, on, rows, accumulate)
+    texts = [*(plan or ()), *(f"{key}={choice}" for key, choice in shorthands.items() if choice is not None)]
+    choices = stored.plan if stored is not None and not texts else _plan(texts, on, rows, accumulate)
     if placed_by is not None:
         choices = replace(choices, expert_placement=balanced_placement(read_loads(placed_by)))
     stream = ByteText(read_text(text), rows, length)
@@ -102,16 +117,20 @@ def train_command(
         return
     example = named_model(model, overrides, seed=seed)
     _refuse_other_than_bytes(model, example.model)
-    settings = Settings(on, choices, steps, rate, where, compare, accumulate, clip, saving, log)
+    settings = Settings(on, choices, steps, rate, where, compare, accumulate, clip, saving, log, program)
     start = time.perf_counter()
-    try:
-        run = _train(model, example.model, stream, settings, shown=is_first() and not as_json)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run = _train(model, example.model, stream, settings, shown=is_first() and not as_json)
     if is_first():
         document = document_of(model, run, settings, stream, time.perf_counter() - start)
         _report(example.model, run, settings, document, as_json)
+
+
+def _sizes(stored: AnyProgram | None, batch: int | None, length: int | None, mesh: Mesh) -> tuple[int, int]:
+    """Rows and length of a batch: those that were asked for, else those of the program, else the usual ones."""
+    call = stored.fingerprint.call.inputs if stored is not None and stored.fingerprint is not None else ()
+    shape = next((SHAPE.fullmatch(fact) for path, fact in call if path == "input_ids"), None)
+    rows, long = (int(shape[1]), int(shape[2])) if shape is not None else (rows_for(data_ways(mesh)), LENGTH)
+    return batch or rows, length or long
 
 
 def _report(model: nn.Module, run: Run, settings: Settings, document: dict[str, Any], as_json: bool) -> None:
@@ -122,9 +141,8 @@ def _report(model: nn.Module, run: Run, settings: Settings, document: dict[str, 
         raise typer.Exit(1)
 
 
-def _plan(texts: list[str], shorthands: Mapping[str, object], mesh: Mesh, rows: int, accumulate: int) -> Plan:
+def _plan(texts: list[str], mesh: Mesh, rows: int, accumulate: int) -> Plan:
     """The plan of the options; a pipeline gets two microbatches for each of its ranks, if there are enough rows."""
-    texts += [f"{key}={choice}" for key, choice in shorthands.items() if choice is not None]
     if mesh.is_pipelined and not any(text.startswith("microbatches=") for text in texts):
         texts.append(f"microbatches={max(1, min(2 * mesh.size('pp'), rows // data_ways(mesh)))}")
     if mesh.size(SEQUENCE) > 1 and not any(text.startswith("inputs=") for text in texts):
@@ -152,7 +170,11 @@ def _train(name: str, model: nn.Module, text: ByteText, settings: Settings, show
         def on_step(done: int, loss: float) -> None:
             progress.update(task, completed=done, loss=f"loss {loss:.4f}")
 
-        return train(model, text, settings, on_start, on_step)
+        try:
+            return train(model, text, settings, on_start, on_step)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def _refuse_uneven_parts(length: int, mesh: Mesh) -> None:

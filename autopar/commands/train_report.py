@@ -82,7 +82,8 @@ def print_report(model: nn.Module, run: Run, settings: Settings, document: dict[
         console.print(loads)
     title = f"loss of {len(run.parallel.losses)} steps" + (f" from {run.start.step}" if run.start.step else "")
     console.print(table(title, ("", "curve", "first", "last", "tokens/s"), _curves(run, document)))
-    traced = "" if settings.saving and settings.saving.resume else " (tracing and splitting)"
+    resumed = settings.saving is not None and settings.saving.resume
+    traced = "" if resumed else " (compiled before)" if settings.program else " (tracing and splitting)"
     console.print(
         f"the first step took {document['first_step_seconds']} s{traced}, the whole run {document['seconds']} s"
     )

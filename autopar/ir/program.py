@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopar.errors import InvariantError
+from autopar.ir.fingerprint import Fingerprint
 from autopar.ir.layout import Layout
 from autopar.ir.loss import loss_position
 from autopar.ir.node import Node, output_node, value, values
@@ -56,6 +57,7 @@ class _Program:
     decisions: Mapping[str, Mapping[str, Decision]] = field(default_factory=dict)  # axis -> node name -> decision
     pins: Pins = field(default_factory=Pins)  # decisions that the passes must keep
     passes: tuple[str, ...] = ()  # names of the passes that made this program
+    fingerprint: Fingerprint | None = None  # of the model and the call, once it is compiled
 
     # ------------------------------------------------------------ asking
 

@@ -33,6 +33,7 @@ def describe(program: AnyProgram) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "torch": torch.__version__,
+        "fingerprint": None if program.fingerprint is None else program.fingerprint.to_json(),
         "mesh": dict(mesh.axes),
         "plan": program.plan.to_json(),
         "passes": list(program.passes),

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from autopar.errors import AutoparError, ProgramFileError
+from autopar.ir.fingerprint import Fingerprint
 from autopar.ir.loadable_operators import EVERY
 from autopar.ir.parse import TAILS, is_of_tail, parse
 from autopar.ir.program import AnyProgram, PipelinedProgram, format_program
@@ -161,7 +162,7 @@ def _program(manifest: Mapping[str, Any], contents: Mapping[str, bytes], operato
     plan = Plan.from_json(manifest["plan"])
     structures = {key: _structure(key, manifest["structures"][key]) for key in ("inputs", "outputs")}
     static = {key: _statics(manifest[key]) for key in ("static_inputs", "static_outputs")}
-    passes = tuple(manifest["passes"])
+    passes, known = tuple(map(str, manifest["passes"])), manifest.get("fingerprint")
     constants = safetensors.torch.load(contents[CONSTANTS])
     program = parse(contents[TEXT].decode(), plan, constants, origins=True, operators=operators)
     program = replace(
@@ -169,6 +170,7 @@ def _program(manifest: Mapping[str, Any], contents: Mapping[str, bytes], operato
         in_spec=structures["inputs"],
         out_spec=structures["outputs"],
         passes=passes,
+        fingerprint=None if known is None else Fingerprint.from_json(known),
         constants={name: tensor for name, tensor in constants.items() if not is_of_tail(name)},
         static_inputs=static["static_inputs"],
         static_outputs=static["static_outputs"],

@@ -16,6 +16,7 @@ from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.calls import Call, global_call, shapes
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
+from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.local_parts import check_parts, check_parts_of_ranks, explained
 from autopar.runtime.parameters import Weights
 
@@ -31,7 +32,7 @@ class ProgramCache:
     """The cache.
 
     ``weights`` are laid out by the first program. ``packs_padding``: whether the model has layers that compute
-    otherwise where no gradient is required.
+    otherwise where no gradient is required. ``given``: programs that need not be compiled.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class ProgramCache:
         weights: Weights,
         accumulation: Accumulation,
         packs_padding: bool = False,
+        given: GivenPrograms | None = None,
     ) -> None:
         self._compiled, self._mesh, self._plan = compiled, mesh, plan
         self._weights, self._connection = weights, weights.connection
-        self._accumulation, self._packs_padding = accumulation, packs_padding
+        self._accumulation, self._packs_padding, self._given = accumulation, packs_padding, given
         self._programs: OrderedDict[Hashable, AnyProgram] = OrderedDict()  # the latest used last
         self._bound: dict[Hashable, Bound] = {}
 
@@ -54,8 +56,9 @@ class ProgramCache:
 
     @property
     def latest(self) -> AnyProgram | None:
-        """The program of the latest kind of call."""
-        return next(reversed(self._programs.values()), None)
+        """The program of the latest kind of call; before there was a call, the first that was given."""
+        first = self._given.programs[0] if self._given is not None else None
+        return next(reversed(self._programs.values()), first)
 
     @property
     def latest_bound(self) -> Bound | None:
@@ -108,17 +111,26 @@ class ProgramCache:
     def _program(self, kind: Hashable, call: Call, training: bool) -> AnyProgram:
         if kind in self._programs:
             return self._programs[kind]
-        if self._programs and (self._connection is None or self._connection.rank == 0):
-            name = "training" if training else "evaluation"
-            logger.warning("a new kind of call (%s, inputs %s): making another program", name, shapes(call.tensors))
+        program = self._given.of(call) if self._given is not None else None
+        if program is None and (self._connection is None or self._connection.rank == 0):
+            self._tell(call, training)
         while len(self._programs) >= PROGRAMS_KEPT:
             oldest, _ = self._programs.popitem(last=False)
             self._bound.pop(oldest, None)
-        with self._weights.traceable():
-            program = self._compiled(call, self._weights.layouts)
+        if program is None:
+            with self._weights.traceable():
+                program = self._compiled(call, self._weights.layouts)
         self._weights.lay_out(program)  # before it is kept: a program that requires other layouts never runs
         self._programs[kind] = program
         return program
+
+    def _tell(self, call: Call, training: bool) -> None:
+        """Say once for each kind of call that, and why, it is compiled, where that was not to be expected."""
+        name = "training" if training else "evaluation"
+        if self._given is not None:
+            logger.warning("making another program: %s", self._given.none_of(call))
+        elif self._programs:
+            logger.warning("a new kind of call (%s, inputs %s): making another program", name, shapes(call.tensors))
 
 
 def cast_to() -> tuple[torch.dtype | None, ...]:

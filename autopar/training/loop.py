@@ -42,6 +42,7 @@ class Settings:
         accumulate: batches in a step, whose gradients are averaged.
         clip: the largest norm of all gradients that is left as it is; 0: no limit.
         log: a file for one JSON line per step.
+        program: a directory with the program of a step, compiled before.
     """
 
     mesh: Mesh
@@ -54,6 +55,7 @@ class Settings:
     clip: float = CLIP
     saving: Saving | None = None
     log: Path | None = None
+    program: Path | None = None
 
 
 @dataclass
@@ -117,7 +119,7 @@ def train(
     resumes = saving is not None and saving.latest is not None
     compared = settings.compare and is_first() and not resumes
     reference = copy.deepcopy(model).to(settings.device) if compared else None
-    parallel = parallelize(model.to(settings.device), settings.mesh, settings.plan)
+    parallel = parallelize(model.to(settings.device), settings.mesh, settings.plan, program=settings.program)
     step = _Stepper(parallel, settings)
     beside = None if reference is None else _Stepper(reference, settings)
     saver, start = None, Start()
