@@ -9,14 +9,18 @@ import onnx
 from torch import Tensor
 
 from autopar.exporters.job import Job
+from autopar.exporters.logical import LOGICAL, write_logical
 from autopar.exporters.onnx_check import check_files
+from autopar.exporters.onnx_dialects import to_tensorrt
 from autopar.exporters.onnx_rank import note, rank_model, with_data
 from autopar.exporters.onnx_role import onnx_role
 from autopar.exporters.rank_module import constants_of, parts_of, rank_tensors
+from autopar.exporters.references import references
 from autopar.exporters.state import weights_of
 from autopar.exporters.traced import Traced, traced
 from autopar.exporters.verify import verify
 from autopar.exporters.wiring import describe_part
+from autopar.ir.program import Program
 
 
 def write(job: Job) -> Mapping[str, Any]:
@@ -29,7 +33,7 @@ def write(job: Job) -> Mapping[str, Any]:
     for part in parts_of(job.program, job.ranks):
         if part.role not in roles:
             job.told(f"translating {part.name}")
-            role = traced(part, part.program.required_role.inference)
+            role = traced(part)
             roles[part.role] = role, onnx_role(role, job.options.opset, job.options.ir)
         role, whole = roles[part.role]
         job.told(f"writing {part.name}.onnx")
@@ -40,13 +44,25 @@ def write(job: Job) -> Mapping[str, Any]:
         with_data(model, tensors, job.directory, f"{part.name}.safetensors")
         entry = describe_part(part, role, f"{part.name}.onnx")
         note(model, rank=part.rank, coordinates=entry["coordinates"], mesh=dict(job.program.mesh.axes))
+        if job.weights == "reference" and job.tensors is not None:
+            entry["weights"] = references(part, job.tensors)
         onnx.save(model, job.directory / entry["file"])
         entries.append(entry)
         found.append((part, role))
     job.told("checking")
     files = [entry["file"] for entry in entries]
     check_files(job.directory, files, whole=len(job.ranks) == job.program.mesh.world_size)
+    about: dict[str, Any] = {"parts": entries}
     if job.options.verify:
         job.told("running all ranks as one model")
-        return {"parts": entries, "verified": verify(job, found)}
-    return {"parts": entries}
+        about["verified"] = verify(job, found)
+    if job.tensors is not None and job.tensors.model is not None and isinstance(job.program, Program):
+        job.told("writing logical.onnx")
+        write_logical(job, job.tensors.model)
+        about["logical"] = LOGICAL
+    if job.options.dialect == "tensorrt":
+        for file in files:
+            model = onnx.load(job.directory / file, load_external_data=False)
+            to_tensorrt(model, file)
+            onnx.save(model, job.directory / file)
+    return about

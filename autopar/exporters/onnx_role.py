@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from autopar.exporters.traced import Traced
 from autopar.exporters.wiring import input_name, output_name
 
 OPSET = 20  # of ONNX itself: what ONNX Runtime has read since 1.17
+LEAST_OPSET, LEAST_IR = 18, 8  # those of torch's exporter, and of external data and functions
 UNKNOWN: dict[str, Any] = {"group": [0], "collective_id": -1}  # until the file of a rank is written
 
 
@@ -71,9 +73,11 @@ def onnx_role(role: Traced, opset: int | None, ir: int | None) -> onnx.ModelProt
 
     State stands among the inputs, after the user's. Raises ExportError for what has no form in that opset.
     """
-    wanted = opset or OPSET
+    wanted = OPSET if opset is None else opset
+    _within("opset", wanted, LEAST_OPSET, onnx.defs.onnx_opset_version())
+    _within("ir", LEAST_IR if ir is None else ir, LEAST_IR, onnx.IR_VERSION)
     try:
-        with _without_notes():
+        with without_notes():
             made = torch.onnx.export(
                 role.exported, dynamo=True, optimize=False, opset_version=wanted, verbose=False,
                 custom_translation_table=translations(wanted),
@@ -102,14 +106,21 @@ def onnx_role(role: Traced, opset: int | None, ir: int | None) -> onnx.ModelProt
     return proto
 
 
+def _within(name: str, number: int, least: int, most: int) -> None:
+    if not least <= number <= most:
+        raise ExportError(f"{name} {number}: this exporter writes {name} {least} to {most}")
+
+
 @contextmanager
-def _without_notes() -> Iterator[None]:
-    """torch's exporter notes each package that it does not find."""
+def without_notes() -> Iterator[None]:
+    """torch's exporter notes each package that it does not find, and models that are in training mode."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
     finally:
         logger.setLevel(level)
 

@@ -34,23 +34,13 @@ def attention_tile(
     where: str, step: int, ways: int, mirrored: bool, scale: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As :mod:`autopar.operators.attention_tile`, with all scores at once."""
-    here = torch.zeros((), dtype=torch.int64) if rank is None else rank
-    rows = _positions(q.shape[-2], here, ways, mirrored)
-    if step >= 0:
-        columns = _positions(k.shape[-2], (here - step) % ways, ways, mirrored)
-    else:
-        columns = torch.arange(k.shape[-2])
+    rows, columns = positions(q, k, rank, step, ways, mirrored)
     if q.dim() > 3:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     scores = torch.matmul(q, k.transpose(-2, -1)).to(accumulated(q.dtype)) * scale_of(q, scale)
-    if bias is not None:
-        bias = bias if bias.shape[-1] == 1 or step < 0 else bias.index_select(-1, columns)
-        scores = scores.masked_fill(bias.logical_not(), -math.inf) if bias.dtype is torch.bool else scores + bias
-    formula = parse(where)
-    if formula.clauses:
-        shown = formula.evaluate(rows, columns, vectors)
-        shown = shown.unsqueeze(-3) if q.dim() > 3 and shown.dim() > 2 else shown
-        scores = scores.masked_fill(shown.logical_not(), -math.inf)
+    mask = hidden(q, bias, vectors, where, rows, columns, step)
+    if mask is not None:
+        scores = scores.masked_fill(mask.logical_not(), -math.inf) if mask.dtype is torch.bool else scores + mask
     largest = scores.amax(-1, keepdim=True)
     some = largest > -math.inf  # rows that may attend to nothing are zeros
     largest = torch.where(some, largest, 0.0)
@@ -60,12 +50,37 @@ def attention_tile(
     return out, (largest + total.log()).squeeze(-1)
 
 
-def _positions(length: int, rank: Tensor, ways: int, mirrored: bool) -> Tensor:
-    """The places in the whole of the rows of a part of ``length``, see autopar/operators/attention_blocks.py."""
+def positions(q: Tensor, k: Tensor, rank: Tensor | None, step: int, ways: int, mirrored: bool) -> tuple[Tensor, Tensor]:
+    """The places in the whole of the rows of q, and of those of k."""
+    here = torch.zeros((), dtype=torch.int64) if rank is None else rank
+    rows = _places(q.shape[-2], here, ways, mirrored)
+    if step < 0:
+        return rows, torch.arange(k.shape[-2])
+    return rows, _places(k.shape[-2], (here - step) % ways, ways, mirrored)
+
+
+def _places(length: int, rank: Tensor, ways: int, mirrored: bool) -> Tensor:
+    """Those of the part of a rank, see autopar/operators/attention_blocks.py."""
     if not mirrored or ways == 1:
         return torch.arange(length) + rank * length
     half = torch.arange(length // 2)
     return torch.cat([half + rank * (length // 2), half + (2 * ways - 1 - rank) * (length // 2)])
+
+
+def hidden(
+    q: Tensor, bias: Tensor | None, vectors: list[Tensor], where: str, rows: Tensor, columns: Tensor, step: int
+) -> Tensor | None:
+    """The formula and the bias as one mask of the scores: bool (True takes part) or float (added)."""
+    if bias is not None and bias.shape[-1] > 1 and step >= 0:
+        bias = bias.index_select(-1, columns)
+    formula = parse(where)
+    if not formula.clauses:
+        return bias
+    shown = formula.evaluate(rows, columns, vectors)
+    shown = shown.unsqueeze(-3) if q.dim() > 3 and shown.dim() > 2 else shown
+    if bias is None:
+        return shown
+    return bias & shown if bias.dtype is torch.bool else bias.masked_fill(shown.logical_not(), -math.inf)
 
 
 def merge_tiles(out: Tensor, logsumexp: Tensor, other: Tensor, other_logsumexp: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,11 @@ from autopar.errors import ExportError
 from autopar.exporters import functional
 from autopar.exporters.job import Job
 from autopar.exporters.rank_module import Part, constants_of, parts_of, rank_tensors
+from autopar.exporters.references import references
 from autopar.exporters.state import weights_of
 from autopar.exporters.traced import Traced, traced
 from autopar.exporters.wiring import describe_part, groups_of
+from autopar.ir.program import PipelinedProgram
 
 FOREIGN = "autopar"  # a namespace of operators that plain torch does not have
 
@@ -22,16 +24,17 @@ FOREIGN = "autopar"  # a namespace of operators that plain torch does not have
 def write(job: Job) -> Mapping[str, Any]:
     """One file for each rank and stage, whose state are the rank's own tensors (without data where weights are none).
 
-    Raises ExportError for an operator of autopar that has no plain form.
+    Raises ExportError for an operator of autopar that has no plain form, and for the training step of a pipeline.
     """
-    if job.weights == "reference":
-        raise ExportError("a .pt2 file holds its weights: weights='safetensors' puts them there, 'none' does not")
+    training = job.options.training
+    if training and isinstance(job.program, PipelinedProgram):
+        raise ExportError("a training step of a pipeline is many calls of its stages; export a mesh without pp")
     roles: dict[tuple[int, int], Traced] = {}
     entries = []
     for part in parts_of(job.program, job.ranks):
         if part.role not in roles:
             job.told(f"tracing {part.name}")
-            roles[part.role] = traced(part, part.program.required_role.inference)
+            roles[part.role] = traced(part, training=training)
             _only_torch(roles[part.role].exported)
             roles[part.role].exported.example_inputs = None  # they have no data
         role = roles[part.role]
@@ -39,6 +42,10 @@ def write(job: Job) -> Mapping[str, Any]:
         fill(role, part, job)
         torch.export.save(role.exported, job.directory / f"{part.name}.pt2")
         entry = describe_part(part, role, f"{part.name}.pt2")
+        if training:
+            entry["gradients"] = list(part.program.required_role.grads)
+        if job.weights == "reference" and job.tensors is not None:
+            entry["weights"] = references(part, job.tensors)
         entries.append({**entry, "groups": groups_of(part, group_names(role.exported))})
     return {"parts": entries}
 

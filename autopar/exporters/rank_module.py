@@ -9,6 +9,7 @@ serves all ranks of the role, and only buffers differ (:func:`rank_tensors`).
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from autopar.errors import ExportError
 from autopar.exporters import functional
+from autopar.exporters.plain_gradients import GRADIENTS
 from autopar.exporters.plain_operators import PLAIN
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Split, owned_indices, shard
@@ -36,6 +38,7 @@ TAKES = ("split", "split_replicated")
 CUTS = (*TAKES, "pad")  # local: a part of a whole, or a whole around a part
 OF_ONE_RANK = comm.targets(("shift", "start_shift", "reorder"))  # their exchange has other sizes on each rank
 
+FORMS = {**PLAIN, **GRADIENTS}
 Own = Callable[[Mapping[str, int]], Tensor]  # coordinates of a rank -> its own constant
 
 
@@ -71,7 +74,8 @@ class Part:
     @property
     def role(self) -> tuple[int, int]:
         """Equal for parts that run the same graph: the stage, and the rank where a graph is of one rank only."""
-        alone = any(node.target in OF_ONE_RANK for node in self.program.required_role.inference.nodes)
+        graphs = self.program.required_role.graphs.values()
+        alone = any(node.target in OF_ONE_RANK for graph in graphs for node in graph.nodes)
         return self.stage or 0, self.rank if alone else 0
 
 
@@ -102,13 +106,18 @@ def plain_name(text: str) -> str:
 class RankModule(nn.Module):
     """The graph of a role on one rank, with the collectives of torch inside.
 
-    ``make``: gives a tensor of a shape and dtype, in which the state may be loaded later. Raises ExportError for an
+    ``make``: gives a tensor of a shape and dtype, in which the state may be loaded later. With ``training`` the module
+    is a step: it returns the outputs, then the gradients of the loss (``role.grads``). Raises ExportError for an
     operator that has no plain form.
     """
 
-    def __init__(self, part: Part, graph: fx.Graph, make: Callable[[Sequence[int], torch.dtype], Tensor]) -> None:
+    def __init__(
+        self, part: Part, make: Callable[[Sequence[int], torch.dtype], Tensor], *, training: bool = False
+    ) -> None:
         super().__init__()
-        self._graph, self._part, self._make = graph, part, make
+        self._part, self._make, self._training = part, make, training
+        role = part.program.required_role
+        self._graph = graph = role.forward if training else role.inference
         self.own: dict[str, Own] = {}
         self._held: dict[Node, tuple[nn.Module, str]] = {}
         self.inputs: list[tuple[Node, Input]] = []
@@ -127,19 +136,38 @@ class RankModule(nn.Module):
                 owner.register_buffer(key, tensor)
             self._held[node] = owner, key
         self._crossings: dict[Node, tuple[Crossing, Crossing]] = {}
-        for node in graph.nodes:
+        for node in itertools.chain(graph.nodes, self._backward.nodes if training else ()):
             if node.target in comm.TARGETS:
                 self._prepare(node)
 
+    @property
+    def _backward(self) -> fx.Graph:
+        program, role = self._part.program, self._part.program.required_role
+        if role.backward is None or program.loss not in role.differentiable:
+            raise ExportError("the program has no backward pass of a loss, and so no training step; leave out training")
+        return role.backward
+
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         known: dict[Node, Any] = dict(zip((node for node, _ in self.inputs), given, strict=True))
-        for node in self._graph.nodes:
-            if node in self._held:
-                owner, key = self._held[node]
-                known[node] = getattr(owner, key)
-            elif node.op == "output":
+        known |= {node: getattr(owner, key) for node, (owner, key) in self._held.items()}
+        results = self._run(self._graph, known)
+        if not self._training:
+            return results
+        count, program = len(self._part.program.outputs), self._part.program
+        ones = [
+            torch.full_like(results[position], float(position == program.loss))
+            for position in program.required_role.differentiable
+        ]
+        nodes = [node for node in self._backward.nodes if node.op == "placeholder"]
+        grads = self._run(self._backward, dict(zip(nodes, [*results[count:], *ones], strict=True)))
+        return (*results[:count], *grads)
+
+    def _run(self, graph: fx.Graph, known: dict[Node, Any]) -> tuple[Tensor, ...]:
+        """The results of ``graph``, of whose placeholders ``known`` has the values."""
+        for node in graph.nodes:
+            if node.op == "output":
                 return tuple(known[result] for result in node.args[0])
-            elif node.op == "call_function":
+            if node.op == "call_function":
                 known[node] = self._call(node, known)
         raise AssertionError("a graph ends with its output")
 
@@ -150,7 +178,7 @@ class RankModule(nn.Module):
             given = fx.map_arg(comm.arguments_of(node), known.__getitem__)
             return self._communicate(node, comm.STARTED.get(name, name), *given.values())
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-        target = PLAIN.get(target, target)
+        target = FORMS.get(target, target)
         if isinstance(target, torch._ops.OpOverload) and target.namespace == "autopar":
             raise ExportError(
                 f"{node.name} is {target}, an operator of autopar that has no form in plain torch\n"

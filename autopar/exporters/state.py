@@ -12,11 +12,11 @@ from autopar.ir.tables import InputKind
 
 
 def weights_of(part: Part, job: Job) -> dict[str, Tensor]:
-    """By name; on the meta device where the job has no weights. Raises ExportError for one that was not given."""
+    """By name; on the meta device where the files get no weights. Raises ExportError for one that was not given."""
     found: dict[str, Tensor] = {}
     for node, entry in part.program.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
         kind = value(node)
-        if job.tensors is None or job.weights == "none":
+        if job.tensors is None or job.weights != "safetensors":
             tensor = torch.empty(kind.layout.local_shape(part.mesh), dtype=kind.dtype, device="meta")
         else:
             whole = job.tensors.find((entry.target, *entry.aliases), kind.shape)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -29,8 +29,8 @@ class Traced:
     outputs: tuple[Output, ...]
 
 
-def traced(part: Part, graph: fx.Graph) -> Traced:
-    """The role of ``part``. Raises ExportError for an operator without plain form."""
+def traced(part: Part, *, training: bool = False) -> Traced:
+    """The role of ``part``: inference, or a training step. Raises ExportError for an operator without plain form."""
     mode = FakeTensorMode(
         allow_non_fake_inputs=True,
         shape_env=ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True),
@@ -40,7 +40,7 @@ def traced(part: Part, graph: fx.Graph) -> Traced:
         with mode:
             return torch.empty(shape, dtype=dtype)
 
-    module = RankModule(part, graph, made)
+    module = RankModule(part, made, training=training)
     given = tuple(made(value(node).layout.local_shape(part.mesh), value(node).dtype) for node, _ in module.inputs)
     with torch.no_grad():
         exported = torch.export.export(module.eval(), given, strict=False)

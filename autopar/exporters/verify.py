@@ -138,7 +138,7 @@ def expected(program: Program, tensors: WholeTensors, inputs: Mapping[str, Tenso
     users = [entry for entry in program.outputs if entry.kind is OutputKind.USER]
     if tensors.model is not None and program.in_spec is not None:
         with torch.no_grad():
-            args, kwargs = _call(program, inputs)
+            args, kwargs = call_of(program, inputs)
             leaves = pytree.tree_leaves(tensors.model(*args, **kwargs))
         static = {position for position, _ in program.static_outputs}
         found = [leaf for position, leaf in enumerate(leaves) if position not in static]
@@ -161,7 +161,8 @@ def expected(program: Program, tensors: WholeTensors, inputs: Mapping[str, Tenso
     }
 
 
-def _call(program: Program, inputs: Mapping[str, Tensor]) -> tuple[Any, Any]:
+def call_of(program: Program, inputs: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """args and kwargs of the model's call, of tensors by target."""
     assert program.in_spec is not None
     given = iter([inputs[entry.target] for _, entry in program.placeholders(InputKind.INPUT)])
     static = dict(program.static_inputs)

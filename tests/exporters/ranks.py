@@ -48,6 +48,8 @@ def _outputs(folder: Path, rank: int) -> dict[str, Any]:
                 dist.send(tensor.contiguous(), entry["to_rank"])
             else:
                 found[entry["name"]] = tensor
+        grads = results[len(part["outputs"]) :]
+        found |= {f"grad {name}": tensor for name, tensor in zip(part.get("gradients", ()), grads)}
     return found
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from autopar import Mesh, Plan
+from autopar.__main__ import main
 from autopar.compiler import compile_program
 from autopar.errors import ExportError
 from autopar.exporters.export import export
@@ -22,12 +26,14 @@ from autopar.ir.program import AnyProgram
 from tests.exporters import examples
 
 onnx = pytest.importorskip("onnx")
+onnx_ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
 from autopar.exporters import onnx_file  # noqa: E402
 from autopar.exporters.collective_schemas import DOMAIN, SCHEMAS, register  # noqa: E402
 from autopar.exporters.onnx_check import Call as Collective  # noqa: E402
 from autopar.exporters.onnx_check import check_call, check_files, check_together  # noqa: E402
+from autopar.exporters.onnx_dialects import to_tensorrt  # noqa: E402
 from autopar.exporters.onnx_rank import attributes, set_attributes  # noqa: E402
 from autopar.exporters.verify import Parts, verify  # noqa: E402
 
@@ -64,7 +70,7 @@ def written(program: AnyProgram, model: nn.Module, folder: Path) -> tuple[Job, P
     roles = {}
     for part in parts_of(program, ranks):
         if part.role not in roles:
-            roles[part.role] = traced(part, part.program.required_role.inference)
+            roles[part.role] = traced(part)
     return job, [(part, roles[part.role]) for part in parts_of(program, ranks)]
 
 
@@ -204,7 +210,7 @@ def test_names_versions_and_shapes(tmp_path: Path) -> None:
     export(program, tmp_path / "out", "onnx", weights_from=model, opset=21, ir=9)
     folder = tmp_path / "out" / "onnx"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "rank0.onnx", "rank0.safetensors", "rank1.onnx", "rank1.safetensors",
+        "logical.onnx", "rank0.onnx", "rank0.safetensors", "rank1.onnx", "rank1.safetensors",
     ]  # fmt: skip
     found = onnx.load(folder / "rank1.onnx")
     assert found.ir_version == 9 and {entry.domain: entry.version for entry in found.opset_import}[""] == 21
@@ -268,3 +274,108 @@ def test_shapes_of_collectives() -> None:
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid(DOMAIN, 1)])
         (y,) = onnx.shape_inference.infer_shapes(model).graph.output
         assert [dim.dim_value for dim in y.type.tensor_type.shape.dim] == expected.get(operator, [2, 6]), operator
+
+
+def test_references_into_files(tmp_path: Path) -> None:
+    """The bytes at a reference, cut by its slices, are the part that a rank's own file would have."""
+    program, model = network(Mesh(dp=2, tp=2))
+    weights = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(model.state_dict(), weights)
+    export(program, tmp_path / "a", "onnx", weights="reference", weights_from=weights, verify=True)
+    export(program, tmp_path / "b", "onnx", weights_from=weights)
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    part = manifest["formats"]["onnx"]["parts"][3]
+    assert part["weights"].keys() == model.state_dict().keys()
+    own = safetensors.torch.load_file(tmp_path / "b" / "onnx" / "rank3.safetensors")
+    for name, entry in part["weights"].items():
+        content = Path(entry["file"]).read_bytes()[entry["offset"] : entry["offset"] + entry["bytes"]]
+        whole = torch.frombuffer(bytearray(content), dtype=getattr(torch, entry["dtype"]))
+        whole = whole.view(model.state_dict()[entry["tensor"]].shape)
+        for dim, ranges in entry["slices"].items():
+            rows = [row for first, stop in ranges for row in range(first, stop)]
+            whole = whole.index_select(int(dim), torch.tensor(rows))
+        assert torch.equal(whole, own[name]), name
+    del manifest, own
+    with pytest.raises(ExportError, match="is in no safetensors file"):
+        export(program, tmp_path / "c", "onnx", weights="reference", weights_from=model)
+
+
+def test_the_dialect_of_tensorrt(tmp_path: Path) -> None:
+    program, model = network(Mesh(tp=2))
+    export(program, tmp_path / "out", "onnx", weights_from=model, onnx_dialect="tensorrt")
+    found = onnx.load(tmp_path / "out" / "onnx" / "rank1.onnx", load_external_data=False)
+    nodes = [attributes(node) for node in found.graph.node if node.op_type == "DistCollective"]
+    assert all(not node.domain for node in found.graph.node) and nodes
+    for given in nodes:
+        assert given["collective_operation"] == "all_reduce" and given["reduce_op"] in ("sum", "max")
+        assert given["groups"] == [0, 1] and given["nb_rank"] == given["group_size"] == 2 and given["root"] == -1
+
+
+def test_unequal_parts_have_no_form_in_tensorrt(tmp_path: Path) -> None:
+    node = onnx.helper.make_node(
+        "AllToAll", ["x", "send", "receive"], ["y"], domain=DOMAIN, group=[0, 1], group_name="ep", collective_id=0
+    )
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
+    with pytest.raises(ExportError, match="unequal parts"):
+        to_tensorrt(model, "rank0.onnx")
+
+
+def test_the_logical_model_says_what_lies_where(tmp_path: Path) -> None:
+    program, model = network(Mesh(dp=2, tp=2))
+    export(program, tmp_path / "out", "onnx", weights_from=model)
+    found = onnx.load(tmp_path / "out" / "onnx" / "logical.onnx")
+    (configuration,) = found.configuration
+    assert found.ir_version >= 11 and list(configuration.device) == ["rank0", "rank1", "rank2", "rank3"]
+    assert not {node.domain for node in found.graph.node} & {DOMAIN}
+    specs = {
+        spec.tensor_name: spec
+        for node in found.graph.node
+        for entry in node.device_configurations
+        for spec in entry.sharding_spec
+    }
+    up, down = specs["up.weight"], specs["down.weight"]
+    assert [(dim.axis, dim.simple_sharding[0].num_shards) for dim in up.sharded_dim] == [(0, 2)]
+    assert [(dim.axis, dim.simple_sharding[0].dim_value) for dim in down.sharded_dim] == [(1, 32)]
+    assert [list(group.value) for group in up.index_to_device_group_map] == [[0, 2], [1, 3]]
+    assert "down.bias" not in specs  # whole on all ranks
+    assert onnx_ir.load(tmp_path / "out" / "onnx" / "rank0.onnx").graph.num_nodes() > 0
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model by name, then of a program on disk with weights beside it."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["autopar", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    small = ("mlp", "--mesh", "tp=2")
+    out = run("export", *small, "--format", "onnx,pt2", "--verify", "-o", str(tmp_path / "a"))
+    assert "onnx/rank1.onnx" in out and "pt2/rank0.pt2" in out
+    run("compile", *small, "-o", str(tmp_path / "program"))
+    out = run(
+        "export", str(tmp_path / "program"), "--format", "onnx", "--rank", "1", "-o", str(tmp_path / "b"), "--json"
+    )
+    assert {"manifest.json", "onnx/rank1.onnx"} <= json.loads(out)["files"].keys()
+
+
+def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
+    program, model = network(Mesh(tp=2))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("all of it")
+    for words, given in (
+        ("there is no format 'onxn'", {"format": "onxn"}),
+        ("holds no export", {"directory": tmp_path / "full"}),
+        ("a program holds no weights", {"weights": "safetensors"}),
+        ("the choices are", {"weights": "some", "weights_from": model}),
+        ("opset 3", {"opset": 3}),
+        ("ir 99", {"ir": 99}),
+        ("leave out --rank", {"rank": 0, "verify": True}),
+    ):
+        arguments = {"directory": tmp_path / "new", "format": "onnx", **given}
+        with pytest.raises((ExportError, ValueError), match=words):
+            export(program, **arguments)  # type: ignore[arg-type]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]

@@ -15,10 +15,11 @@ from autopar.check import relative_error
 from autopar.compiler import compile_program
 from autopar.errors import ExportError
 from autopar.exporters.export import export
-from autopar.frontend.numerics import promote_float32
+from autopar.frontend.numerics import gradient_error, promote_float32
 from autopar.ir.layout import unshard
 from autopar.ir.node import value
-from autopar.ir.program import AnyProgram
+from autopar.ir.program import AnyProgram, Program, weight_layouts
+from autopar.ir.stacked_parameters import by_member
 from tests.exporters import examples
 from tests.exporters.ranks import run_rank
 from tests.launch import run_ranks
@@ -26,13 +27,19 @@ from tests.launch import run_ranks
 TOLERANCE = 1e-10
 
 
-def exported(name: str, mesh: Mesh, folder: Path, plan: Plan) -> tuple[AnyProgram, dict[str, Tensor]]:
+def exported(
+    name: str, mesh: Mesh, folder: Path, plan: Plan, training: bool = False
+) -> tuple[AnyProgram, dict[str, Tensor]]:
     """An example's program, its export in ``folder`` with inputs.pt, and the outputs of the unmodified model."""
     model, batch = examples.build(name)
-    with promote_float32(), torch.no_grad():
+    with promote_float32():
         program = compile_program(model, mesh, plan, (), batch)
-        export(program, folder, "pt2", weights_from=model)
-        expected = dict(model(**batch).items())
+        export(program, folder, "pt2", weights_from=model, training=training)
+        result = model(**batch)
+    expected = {name: tensor.detach() for name, tensor in result.items()}
+    if training:
+        result["loss"].backward()
+        expected |= {f"grad {name}": x.grad for name, x in model.named_parameters() if x.grad is not None}
     torch.save(batch, folder / "inputs.pt")
     return program, expected
 
@@ -48,6 +55,17 @@ def largest_error(program: AnyProgram, found: list[dict[str, Tensor]], expected:
     return max(errors)
 
 
+def largest_gradient_error(
+    program: Program, found: list[dict[str, Tensor]], expected: dict[str, Tensor]
+) -> dict[str, float]:
+    layouts = weight_layouts(program)
+    grads = {
+        name: unshard([outputs[f"grad {name}"] for outputs in found], layouts[name], program.mesh)
+        for name in program.required_role.grads
+    }
+    return gradient_error(by_member(grads), {name: expected.get(f"grad {name}") for name in by_member(grads)})
+
+
 def check(name: str, mesh: Mesh, folder: Path, plan: Plan | None = None) -> None:
     plan = plan or Plan(check_numerics=False)
     program, expected = exported(name, mesh, folder, plan)
@@ -57,6 +75,33 @@ def check(name: str, mesh: Mesh, folder: Path, plan: Plan | None = None) -> None
 
 def test_ranks_give_what_the_model_gives(tmp_path: Path) -> None:
     check("llama", Mesh(tp=2), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "axes, plan",
+    [
+        ({"dp": 2}, Plan(check_numerics=False, zero=2)),
+        pytest.param({"sp": 2}, Plan(check_numerics=False), marks=pytest.mark.slow),
+        pytest.param({"tp": 2}, Plan(check_numerics=False), marks=pytest.mark.slow),
+    ],
+    ids=["zero2", "sp", "tp"],
+)
+def test_a_training_step(axes: dict[str, int], plan: Plan, tmp_path: Path) -> None:
+    """Loss and every gradient of a rank, from a file that plain torch runs."""
+    program, expected = exported("llama", Mesh(**axes), tmp_path / "out", plan, training=True)
+    found = run_ranks(run_rank, program.mesh.world_size, str(tmp_path / "out"))
+    assert isinstance(program, Program)
+    assert largest_error(program, found, expected) < TOLERANCE
+    errors = largest_gradient_error(program, found, expected)
+    assert len(errors) == 21 and max(errors.values()) < TOLERANCE, errors
+
+
+def test_a_training_step_of_a_pipeline_is_refused(tmp_path: Path) -> None:
+    model, batch = examples.build("gpt2")
+    program = compile_program(model, Mesh(pp=2), Plan(check_numerics=False, microbatches=2), (), batch)
+    with pytest.raises(ExportError, match="without pp"):
+        export(program, tmp_path / "out", "pt2", training=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 SLOW = [(name, axes) for name in examples.NAMES for axes in examples.MESHES if examples.fits(name, axes)]
