@@ -20,6 +20,7 @@ if (
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autopar.analysis.compare import diff
     from autopar.api import parallelize
     from autopar.checkpoint.checkpoints import Checkpoints, Resumed
     from autopar.checkpoint.weights import LoadedWeights, load_safetensors, save_safetensors
@@ -64,6 +65,7 @@ _LAZY = {
     "LoadedWeights": "checkpoint.weights",
     "compile_program": "compiler",
     "export": "exporters.export",
+    "diff": "analysis.compare",
     "load_safetensors": "checkpoint.weights",
     "pad_batch": "data.padding",
     "PaddedBatch": "data.padding",
@@ -117,6 +119,7 @@ __all__ = [
     "__version__",
     "balanced_placement",
     "compile_program",
+    "diff",
     "export",
     "load_safetensors",
     "pad_batch",

@@ -19,6 +19,7 @@ from autopar import __version__
 from autopar.commands.check import check_command
 from autopar.commands.compile import compile_command
 from autopar.commands.coverage import coverage
+from autopar.commands.diff import diff_command
 from autopar.commands.export import export_command
 from autopar.commands.launch import note_failure
 from autopar.commands.mesh import mesh_command
@@ -42,6 +43,7 @@ app.command("train")(train_command)
 app.command("compile")(compile_command)
 app.command("export")(export_command)
 app.command("run")(run)
+app.command("diff")(diff_command)
 app.command("replay")(replay)
 
 

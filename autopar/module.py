@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autopar.analysis.notebook import module_html
 from autopar.compiler import compile_program
 from autopar.errors import InvariantError
 from autopar.frontend.fingerprint import call_facts
@@ -250,6 +251,10 @@ class ParallelModule(nn.Module):
         if self._connection is None:
             raise not_launched(self.mesh)
         return recorded(self._connection.comm, directory)
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return module_html(type(self._held.model).__name__, str(self.mesh), self._programs.latest)
 
     def prepare(self, *args: Any, **kwargs: Any) -> AnyProgram:
         """Make the program of this call without running it; the tensors may be meta tensors."""

@@ -42,7 +42,7 @@ STANDS_ON = {
     "split": "cost errors ir mesh operators rules",
     "routing": "errors ir mesh operators rules split",
     "pipeline": "autodiff cost errors ir mesh plan schedules",
-    "analysis": "autodiff ir mesh pipeline schedules",
+    "analysis": "autodiff ir mesh pipeline plan schedules",
     "simulator": "autodiff errors ir mesh pipeline schedules",
     "simulate": "ir simulator",
     "runtime": "autodiff codegen errors ir mesh pipeline plan schedules",
@@ -50,14 +50,14 @@ STANDS_ON = {
     "levels": "ir pipeline",
     "passes": "autodiff errors experts frontend ir levels masks mesh operators pipeline routing rules schedules split",
     "compiler": "frontend ir mesh passes pipeline plan",
-    "module": "compiler errors frontend ir mesh pipeline plan runtime schedules simulate simulator traces",
+    "module": "analysis compiler errors frontend ir mesh pipeline plan runtime schedules simulate simulator traces",
     "stored_programs": "errors frontend ir mesh plan program_files",
     "api": "mesh module plan runtime stored_programs",
     "check": "compiler frontend ir mesh pipeline plan precision simulate simulator",
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",
     "checkpoint": "errors ir mesh module plain_files runtime",
     "exporters": "checkpoint errors ir mesh operators program_files runtime simulator traces",
-    "training": "api checkpoint data ir mesh module plan runtime",
+    "training": "api checkpoint data ir mesh module plan runtime traces",
     "autopar": "*",  # the package itself: its names are imported at first use
     "commands": "*",
     "__main__": "*",
@@ -68,6 +68,7 @@ METHODS_OF_PROGRAM = {
     "autopar.codegen.python": "program.rank(3).code",
     "autopar.program_files.program_file": "program.save(directory), Program.load(directory)",
     "autopar.analysis.explain": "program.explain(name)",
+    "autopar.analysis.notebook": "program, as the last line of a notebook's cell",
 }
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 
 from autopar.analysis.folded_text import folded
 from autopar.analysis.footprint import held, sent
+from autopar.analysis.selected_text import selected
 from autopar.commands.expert_loads import loads_json, loads_tables, read_loads
 from autopar.commands.expert_tables import experts_json, experts_tables
 from autopar.commands.options import (
@@ -48,6 +49,10 @@ from autopar.zoo.named import named_model
 Recorded = Annotated[
     Path | None, typer.Option(metavar="LOG", help="the loads of experts that this log of autopar train recorded")
 ]
+Explained = Annotated[
+    str | None, typer.Option(metavar="NAME", help="why this node or parameter lies as it does, and what else costs")
+]
+Picture = Annotated[Path | None, typer.Option("--schedule-svg", metavar="FILE", help="write that picture to this file")]
 
 
 def show(
@@ -59,14 +64,12 @@ def show(
     inference: Annotated[bool, typer.Option("--inference", help="with --rank: without a backward pass")] = False,
     full: Annotated[bool, typer.Option("--full", help="every line: repeated blocks are not folded")] = False,
     origins: Annotated[bool, typer.Option("--origins", help="end lines with the module and source line")] = False,
-    explain: Annotated[
-        str | None, typer.Option(metavar="NAME", help="why this node or parameter lies as it does, and what else costs")
-    ] = None,
+    explain: Explained = None,
+    module: Annotated[str | None, typer.Option(metavar="PATH", help="lines of this module: model.layers.40")] = None,
+    grep: Annotated[str | None, typer.Option(metavar="REGEX", help="lines that match, with their source line")] = None,
     summary: Annotated[bool, typer.Option("--summary", help="only tables: parameters, collectives, stages")] = False,
     schedule: Annotated[bool, typer.Option("--schedule", help="draw what pipeline ranks do when")] = False,
-    picture: Annotated[
-        Path | None, typer.Option("--schedule-svg", metavar="FILE", help="write that picture to this file")
-    ] = None,
+    picture: Picture = None,
     expert_load: Recorded = None,
     plan: PlanTexts = None,
     config: ConfigTexts = None,
@@ -77,8 +80,7 @@ def show(
 ) -> None:
     """Print the program of MODEL on a mesh: the text form, or with --rank what that rank runs.
 
-    Repeated blocks are printed once, with what differs; --full prints every line, as --json does.
-    Nothing is launched, and no weights are needed: models.llama:llama_70b on dp=8,tp=8 works on a laptop.
+    Repeated blocks are printed once, with what differs; --full prints every line, as --json does. It needs no weights.
     """
     if passes:
         _print_compiler(as_json)
@@ -91,25 +93,28 @@ def show(
     with stderr().status(f"making the program of {model} on {on}"):
         split = split_program(example.model, on, read_plan(plan), (), example.batch, after=after)
         whole = split if after is not None else finish_program(split)
-    written = partial(format_program if full or as_json else folded, split, origins=origins)
-    text = split.explain(explain) if explain else _code(whole, rank, inference) if rank is not None else written()
+    if module is not None or grep is not None:
+        text = selected(whole, module, grep)
+    elif explain or rank is not None:
+        text = split.explain(explain) if explain else _code(whole, rank or 0, inference)
+    else:
+        text = (format_program if full or as_json else folded)(split, origins=origins)
     pipeline = pipeline_of(whole)
     if picture is not None and pipeline is not None:
         pipeline.write(picture)
     if as_json:
-        document = _document(model, whole, text, rank) | {"experts": experts_json(split)}
-        print_json(document | loads_json(loads) | (pipeline.to_json() if pipeline else {}))
+        more = {"experts": experts_json(split), **loads_json(loads), **(pipeline.to_json() if pipeline else {})}
+        print_json(_document(model, whole, text, rank) | more)
         return
     if not summary:
         print(text)
-    if explain is not None:
+    if explain is not None or module is not None or grep is not None:
         return
     console = stdout()
     console.print(end="" if summary else "\n")
     if pipeline is not None:
         pipeline.print(console, schedule)
-    console.print(*experts_tables(split), *loads_tables(loads), held_table(held(whole)), sep="\n")
-    console.print(traffic_table(f"sent by one rank of {on} in a step", sent(whole, rank or 0)))
+    console.print(*experts_tables(split), *loads_tables(loads), *_tables(whole, rank or 0), sep="\n")
 
 
 def _refuse(mesh: Mesh, after: str | None, rank: int | None, schedule: bool) -> None:
@@ -146,6 +151,12 @@ def _sentences(phase: Phase) -> dict[str, str]:
 def _code(whole: AnyProgram, rank: int, inference: bool) -> str:
     runs = whole.rank(rank)
     return runs.inference_code if inference else runs.code
+
+
+def _tables(program: AnyProgram, rank: int) -> tuple[Group, Group]:
+    return held_table(held(program)), traffic_table(
+        f"sent by one rank of {program.mesh} in a step", sent(program, rank)
+    )
 
 
 def _document(model: str, program: AnyProgram, text: str, rank: int | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import nn
 from autopar.commands.expert_loads import read_loads
 from autopar.commands.launch import is_rank, relaunch
 from autopar.commands.options import ConfigTexts, Json, ModelName, PlanTexts, Seed, read_config, read_mesh, read_plan
+from autopar.commands.step_traces import joined_traces
 from autopar.commands.tables import print_json, stderr
 from autopar.commands.train_report import document_of, end_of, print_report, tolerance_of
 from autopar.ir.batch import data_ways
@@ -30,7 +31,7 @@ from autopar.routing.placement import balanced_placement
 from autopar.training.byte_text import BYTES, ByteText, read_text
 from autopar.training.loop import CLIP, Run, Settings, is_first, train
 from autopar.training.saving import Saving, Start
-from autopar.zoo.named import named_model, rows_for
+from autopar.zoo.named import Example, named_model, rows_for
 
 MESH, LENGTH = "dp=2,tp=2", 128
 SHAPE = re.compile(r"i64\[(\d+), (\d+)\]")  # of tokens, as a program knows its inputs
@@ -51,6 +52,7 @@ Keep = Annotated[int, typer.Option(min=1, help="checkpoints that stay")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the latest checkpoint, saved on whatever mesh")]
 # the longer name is for torchrun's own command line, which takes --log for an unclear option of its own
 LogFile = Annotated[Path | None, typer.Option("--log", "--log-file", help="write one JSON line per step to this file")]
+Trace = Annotated[Path | None, typer.Option(metavar="DIR", help="write the timeline of a step here: step.json")]
 PlacedBy = Annotated[
     Path | None, typer.Option("--expert-placement", metavar="LOG", help="place experts by the loads that it recorded")
 ]
@@ -93,6 +95,7 @@ def train_command(
     max_restarts: Restarts = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there is one for every rank")] = "auto",
     log: LogFile = None,
+    trace: Trace = None,
     as_json: Json = False,
 ) -> None:
     """Train MODEL over a mesh on byte-level tokens of real text; by itself it starts one process per rank (torchrun).
@@ -107,22 +110,28 @@ def train_command(
     shorthands |= {"microbatches": microbatches, "virtual_stages": virtual_stages}
     _refuse_uneven_parts(length, on)
     texts = [*(plan or ()), *(f"{key}={choice}" for key, choice in shorthands.items() if choice is not None)]
-    choices = stored.plan if stored is not None and not texts else _plan(texts, on, rows, accumulate)
-    if placed_by is not None:
-        choices = replace(choices, expert_placement=balanced_placement(read_loads(placed_by)))
-    stream = ByteText(read_text(text), rows, length)
+    usual = stored.plan if stored is not None and not texts else _plan(texts, on, rows, accumulate)
+    choices = _placed(usual, placed_by)
     where, saving = _device(device, on), _saving(checkpoint, every, keep, resume)
+    stream = ByteText(read_text(text), rows, length)
     if on.world_size > 1 and not is_rank():
-        relaunch(on.world_size, sys.argv[1:], max_restarts, stops=True)
+        with joined_traces(trace):
+            relaunch(on.world_size, sys.argv[1:], max_restarts, stops=True)
         return
-    example = named_model(model, overrides, seed=seed)
-    _refuse_other_than_bytes(model, example.model)
-    settings = Settings(on, choices, steps, rate, where, compare, accumulate, clip, saving, log, program)
+    example = _byte_model(model, overrides, seed)
+    settings = Settings(on, choices, steps, rate, where, compare, accumulate, clip, saving, log, program, trace)
     start = time.perf_counter()
-    run = _train(model, example.model, stream, settings, shown=is_first() and not as_json)
+    with joined_traces(trace):
+        run = _train(model, example.model, stream, settings, shown=is_first() and not as_json)
     if is_first():
         document = document_of(model, run, settings, stream, time.perf_counter() - start)
         _report(example.model, run, settings, document, as_json)
+
+
+def _byte_model(name: str, overrides: dict[str, Any], seed: int) -> Example:
+    example = named_model(name, overrides, seed=seed)
+    _refuse_other_than_bytes(name, example.model)
+    return example
 
 
 def _sizes(stored: AnyProgram | None, batch: int | None, length: int | None, mesh: Mesh) -> tuple[int, int]:
@@ -151,6 +160,11 @@ def _plan(texts: list[str], mesh: Mesh, rows: int, accumulate: int) -> Plan:
     if accumulate > 1 and (mesh.is_pipelined or plan.microbatches > 1):
         raise ValueError("--accumulate does not go with microbatches\nWay out: a larger --batch, more --microbatches")
     return plan
+
+
+def _placed(plan: Plan, recorded: Path | None) -> Plan:
+    """``plan`` with experts placed by the loads in the log ``recorded``, if there is one."""
+    return plan if recorded is None else replace(plan, expert_placement=balanced_placement(read_loads(recorded)))
 
 
 def _train(name: str, model: nn.Module, text: ByteText, settings: Settings, shown: bool) -> Run:

@@ -128,6 +128,13 @@ class _Program:
         assert isinstance(self, AnyProgram)
         return format_program(self)
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from autopar.analysis.notebook import program_html
+
+        assert isinstance(self, AnyProgram)
+        return program_html(self)
+
 
 @dataclass(frozen=True)
 class Program(_Program):

@@ -16,11 +16,20 @@ from autopar.cost.machine import ACCELERATOR, Machine
 from autopar.ir.program import AnyProgram
 from autopar.mesh import PIPELINE
 from autopar.traces.operations import Operation, What
-from autopar.traces.slices import BUBBLES, COMPUTE, SCHEDULE, Slice, document_of, gaps, write_document
+from autopar.traces.slices import (
+    BUBBLES,
+    COMPUTE,
+    OF_RANKS,
+    SCHEDULE,
+    WHOLE,
+    Slice,
+    document_of,
+    gaps,
+    write_document,
+)
 from autopar.traces.steps import Key, pairs, places_of, step_of
 
 MOST_RANKS = 64  # of a larger mesh the first rank of each role is drawn
-WHOLE, OF_RANKS = "step.json", "ranks"
 
 
 @dataclass(frozen=True)

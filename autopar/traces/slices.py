@@ -19,6 +19,7 @@ from autopar.mesh import Mesh
 
 COMPUTE, SCHEDULE, BUBBLES, RUNS = "compute", "schedule", "bubbles", "runs"
 NO_KERNELS = (SCHEDULE, BUBBLES, RUNS)  # they say what the kernels beside them belong to
+WHOLE, OF_RANKS = "step.json", "ranks"  # of a step: all ranks in one file, and a folder with a file for each
 FIRST = (SCHEDULE, BUBBLES, RUNS, COMPUTE)  # above the streams of communication
 
 

@@ -23,12 +23,14 @@ from autopar.ir.traffic import Transfer
 from autopar.mesh import Mesh
 from autopar.module import ParallelModule
 from autopar.plan import Plan
+from autopar.traces.slices import OF_RANKS
 from autopar.training.byte_text import ByteText
 from autopar.training.log import Log, bytes_by_axis, peak_memory, since
 from autopar.training.saving import Saver, Saving, Start
 from autopar.training.stopping import StopSignal, most_of_ranks
 
 CLIP = 1.0
+TRACED = 2  # the third step: what the first two do once is over
 Batch = dict[str, Tensor]
 
 
@@ -43,6 +45,7 @@ class Settings:
         clip: the largest norm of all gradients that is left as it is; 0: no limit.
         log: a file for one JSON line per step.
         program: a directory with the program of a step, compiled before.
+        trace: a directory, in which ``ranks`` gets the timelines of one step: the third of this run, or its last.
     """
 
     mesh: Mesh
@@ -56,6 +59,7 @@ class Settings:
     saving: Saving | None = None
     log: Path | None = None
     program: Path | None = None
+    trace: Path | None = None
 
 
 @dataclass
@@ -173,7 +177,8 @@ class _Loop:
         """The number of steps done."""
         self.place, done = start.batches, start.step
         while done < self._settings.steps and not self.stopped:
-            self._one(done)
+            with self._traced(done - start.step, self._settings.steps - done == 1):
+                self._one(done)
             if done == start.step:
                 self.warm = self._step.traffic
             done += 1
@@ -181,6 +186,14 @@ class _Loop:
                 saver.after(done, self.place)
             on_step(done, self._step.curve.losses[-1])
         return done
+
+    def _traced(self, number: int, is_last: bool) -> AbstractContextManager[None]:
+        """Records the step ``number`` of this run, if it is the one to be traced: none that compiles."""
+        model, directory = self._step.model, self._settings.trace
+        if directory is None or not (number == TRACED or (is_last and number < TRACED)):
+            return nullcontext()
+        assert isinstance(model, ParallelModule)
+        return model.trace(directory / OF_RANKS)
 
     def _one(self, number: int) -> None:
         settings, before = self._settings, self._step.traffic

@@ -215,3 +215,16 @@ def test_a_log_is_appended_to(tmp_path: Path) -> None:
     assert records(path) == [{"step": 1}] * 3
     with Log(path, append=False):
         assert path.read_text() == ""
+
+
+def test_a_step_is_traced(tmp_path: Path) -> None:
+    """The timeline of all ranks in one file, and one file for each; those of an earlier run are gone."""
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks/rank7.json").write_text("of a run with more ranks")
+    code, _, said = autopar("--mesh", "dp=2", "--steps", "2", "--no-compare", "--trace", str(tmp_path))
+    assert code == 0 and "timeline of a step" in said
+    assert sorted(path.name for path in (tmp_path / "ranks").iterdir()) == ["rank0.json", "rank1.json"]
+    events = json.loads((tmp_path / "step.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1}
+    streams = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert streams == {"compute", "communication dp", "runs"}
