@@ -19,9 +19,10 @@ from autopar.errors import ExportError
 from autopar.exporters.job import Job
 from autopar.exporters.onnx_role import OPSET, without_notes
 from autopar.exporters.verify import call_of, random_tensors
+from autopar.exporters.wiring import output_name
 from autopar.ir.layout import Layout, runs
 from autopar.ir.program import Program, weight_layouts
-from autopar.ir.tables import InputKind
+from autopar.ir.tables import InputKind, OutputKind
 from autopar.mesh import Mesh
 
 LOGICAL = "logical.onnx"
@@ -45,6 +46,9 @@ def write_logical(job: Job, model: nn.Module) -> None:
     except Exception as error:  # of many classes
         raise ExportError(f"torch.onnx cannot write the unsplit model: {str(error).strip()[:300]}") from error
     assert made is not None
+    users = [entry for entry in job.program.outputs if entry.kind is OutputKind.USER]
+    for value, entry in zip(made.model.graph.outputs, users):
+        value.name = output_name(entry)
     layouts = weight_layouts(job.program)
     for name in [name for name in made.model.graph.initializers if name in layouts]:
         value = made.model.graph.initializers.pop(name)
