@@ -128,8 +128,8 @@ def _class_is_known(name: str, context: Any) -> bool:
 
 def _import_of_transformers(module: str) -> None:
     """Import a module of the installed library; never one of the working directory, which may be the program's own."""
-    spec = importlib.util.find_spec("transformers")
-    folder = os.path.dirname(os.path.dirname(spec.origin)) if spec is not None and spec.origin else os.getcwd()
-    if os.path.realpath(folder) != os.path.realpath(os.getcwd()):
-        with suppress(Exception):  # another version may lack it, or lack what it needs
+    with suppress(Exception):  # it is not installed, or another version, or lacks what it needs itself
+        spec = importlib.util.find_spec("transformers")
+        folder = os.path.dirname(os.path.dirname(spec.origin)) if spec is not None and spec.origin else os.getcwd()
+        if os.path.realpath(folder) != os.path.realpath(os.getcwd()):
             importlib.import_module(module)
