@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from autopar.frontend.fingerprint import fingerprint
 from autopar.frontend.trace import trace
 from autopar.ir.graph_pass import run_phases, steps_of
 from autopar.ir.layout import Layout
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program, weight_layouts
+from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 from autopar.passes import COMPILER, differentiate
 from autopar.passes.cut_stages import cut_stages
@@ -40,8 +41,24 @@ def compile_program(
     known = fingerprint(model, args, kwargs or {})
     if mesh.is_pipelined:
         found = pipelined(lambda batch: trace(model, (), batch, plan=plan), mesh, plan, args, kwargs, layouts)
-        return replace(found, fingerprint=known)
-    return replace(finish_program(split_program(model, mesh, plan, args, kwargs, layouts)), fingerprint=known)
+        return replace(found, fingerprint=known, made_buffers=_made_buffers(model, found))
+    whole = finish_program(split_program(model, mesh, plan, args, kwargs, layouts))
+    return replace(whole, fingerprint=known, made_buffers=_made_buffers(model, whole))
+
+
+def _made_buffers(model: nn.Module, program: AnyProgram) -> dict[str, Tensor]:
+    """The buffers that ``program`` takes and that the model computes whenever it is built, by name."""
+    taken = {entry.target for _, entry in program.placeholders(InputKind.BUFFER)}
+    found = {
+        f"{path}.{key}" if path else key: module._buffers.get(key)
+        for path, module in model.named_modules()
+        for key in module._non_persistent_buffers_set
+    }
+    return {
+        name: tensor.detach()
+        for name, tensor in found.items()
+        if name in taken and type(tensor) is Tensor and not tensor.is_meta
+    }
 
 
 def pipelined(

@@ -165,8 +165,9 @@ def module_of(program: AnyProgram, weights: Mapping[str, Tensor], generator: tor
     root = nn.Module()
     for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
         names = (entry.target, *entry.aliases)
-        found = next((weights[name] for name in names if name in weights), None)
-        if found is None and weights and entry.kind is InputKind.PARAMETER:
+        known = {**program.made_buffers, **weights}
+        found = next((known[name] for name in names if name in known), None)
+        if found is None and weights:
             raise ProgramFileError(f"--weights has no tensor '{entry.target}'")
         tensor = _tensor(entry.target, value(node), {} if found is None else {entry.target: found}, generator, 1)
         if entry.kind is InputKind.PARAMETER:

@@ -58,6 +58,7 @@ class _Program:
     pins: Pins = field(default_factory=Pins)  # decisions that the passes must keep
     passes: tuple[str, ...] = ()  # names of the passes that made this program
     fingerprint: Fingerprint | None = None  # of the model and the call, once it is compiled
+    made_buffers: Mapping[str, Tensor] = field(default_factory=dict)  # that no state dict has, as the model made them
 
     # ------------------------------------------------------------ asking
 

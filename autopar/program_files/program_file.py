@@ -2,7 +2,8 @@
 
 manifest.json          format version, torch version, mesh, plan, ranks, tables of inputs, outputs and parameters
 program.txt            the graphs, in the text form
-constants.safetensors  tensors that the model made itself (masks, tables); parameters are not part of a program
+constants.safetensors  tensors that the model made itself (masks, tables, buffers that no state dict has); parameters
+                       are not part of a program
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from autopar.program_files.directory import (
 from autopar.program_files.manifest import describe
 from autopar.program_files.structures import structure_from_json
 
+BUFFER = "buffer/"  # begins the name of a made buffer among the constants
 # Reading a damaged file may end in any of these; torch raises RuntimeError, and RecursionError is one.
 FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 DAMAGE = (AutoparError, safetensors.SafetensorError, *FAULTS)
@@ -112,7 +114,8 @@ def _all_constants(program: AnyProgram) -> dict[str, Tensor]:
 
 
 def _constants(program: AnyProgram) -> bytes:
-    constants = _all_constants(program)
+    buffers = {BUFFER + name: tensor for name, tensor in program.made_buffers.items()}
+    constants = {**_all_constants(program), **buffers}
     for name, tensor in constants.items():
         if isinstance(tensor, FakeTensor) or tensor.is_meta:
             raise ProgramFileError(
@@ -163,13 +166,16 @@ def _program(manifest: Mapping[str, Any], contents: Mapping[str, bytes], operato
     structures = {key: _structure(key, manifest["structures"][key]) for key in ("inputs", "outputs")}
     static = {key: _statics(manifest[key]) for key in ("static_inputs", "static_outputs")}
     passes, known = tuple(map(str, manifest["passes"])), manifest.get("fingerprint")
-    constants = safetensors.torch.load(contents[CONSTANTS])
+    tensors = safetensors.torch.load(contents[CONSTANTS])
+    constants = {name: tensor for name, tensor in tensors.items() if not name.startswith(BUFFER)}
+    buffers = {name.removeprefix(BUFFER): tensor for name, tensor in tensors.items() if name.startswith(BUFFER)}
     program = parse(contents[TEXT].decode(), plan, constants, origins=True, operators=operators)
     program = replace(
         program,
         in_spec=structures["inputs"],
         out_spec=structures["outputs"],
         passes=passes,
+        made_buffers=buffers,
         fingerprint=None if known is None else Fingerprint.from_json(known),
         constants={name: tensor for name, tensor in constants.items() if not is_of_tail(name)},
         static_inputs=static["static_inputs"],
