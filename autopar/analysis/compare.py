@@ -219,7 +219,10 @@ def _changed(one: Change) -> tuple[str, ...]:
 
 
 def _amount(one: Amount, text: Any) -> tuple[str, ...]:
-    return one.name, f"{text(one.before)} -> {text(one.after)}"
+    before, after = text(one.before), text(one.after)
+    if before == after:  # but for digits that are not printed
+        before, after = f"{one.before:,} B", f"{one.after:,} B"
+    return one.name, f"{before} -> {after}"
 
 
 def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:

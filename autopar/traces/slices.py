@@ -63,13 +63,13 @@ def write_document(document: Mapping[str, Any], path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def merged(directory: Path) -> dict[str, Any]:
+def merged(directory: str | Path) -> dict[str, Any]:
     """One document of the files that the ranks wrote to ``directory``, their clocks aligned.
 
     Raises ValueError where there are none, or a file is no trace.
     """
     found = []
-    for path in sorted(directory.glob("rank*.json")):
+    for path in sorted(Path(directory).glob("rank*.json")):
         try:
             one = json.loads(path.read_bytes())
         except ValueError as problem:
