@@ -144,7 +144,7 @@ def collectives(program: AnyProgram) -> dict[str, list[str]]:
         ("dp=2", {"bucket_mb": 0.01, "overlap_mb": 0.0}),
         ("dp=2,tp=2", {"zero": 3}),
         ("pp=2,tp=2", {"microbatches": 4}),
-        ("pp=2", {"microbatches": 4, "schedule": "zb-v"}),
+        pytest.param("pp=2", {"microbatches": 4, "schedule": "zb-v"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_real_step(mesh: str, plan: dict[str, Any], tmp_path: Path) -> None:
