@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from autopar.choices import check_choices
 from autopar.mesh import Mesh
 from autopar.module import ParallelModule
 from autopar.plan import Plan
@@ -36,8 +37,9 @@ def parallelize(
             like those that they were compiled for are not traced and not compiled; another call is compiled, with a
             warning. Mesh and plan are then the program's.
 
-    Raises LaunchError when the processes do not fit the mesh; ProgramFileError for a ``program`` that was compiled from
-    another model, by other code, or for another mesh or plan; what :func:`autopar.compile_program` raises.
+    Raises ValueError for choices that do nothing on this mesh; LaunchError when the processes do not fit it;
+    ProgramFileError for a ``program`` that was compiled from another model, by other code, or for another mesh or plan;
+    what :func:`autopar.compile_program` raises.
     """
     stored = stored_programs(program) if program is not None else []
     if mesh is None and not stored:
@@ -45,6 +47,7 @@ def parallelize(
     device_mesh = mesh if isinstance(mesh, DeviceMesh) else None
     mesh = Mesh.from_device_mesh(mesh) if isinstance(mesh, DeviceMesh) else mesh or stored[0].program.mesh
     plan = plan or (stored[0].program.plan if stored else Plan())
+    check_choices(mesh, plan)
     for one in stored:
         check_fits(one, model, mesh, plan)
     where = " and ".join(one.where for one in stored)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from autopar.choices import check_choices, check_names
 from autopar.frontend.fingerprint import fingerprint
 from autopar.frontend.trace import trace
 from autopar.ir.graph_pass import run_phases, steps_of
@@ -38,6 +39,7 @@ def compile_program(
     Raises TraceError, UnknownOperatorError, IndivisibleError, InvariantError, NumericsError.
     """
     plan = plan or Plan()
+    check_choices(mesh, plan)
     known = fingerprint(model, args, kwargs or {})
     if mesh.is_pipelined:
         found = pipelined(lambda batch: trace(model, (), batch, plan=plan), mesh, plan, args, kwargs, layouts)
@@ -116,9 +118,12 @@ def split_program(
     """
     after = after or cut_stages.name
     steps_of(COMPILER, until=after)  # an unknown pass: say so before the work
+    check_choices(mesh, plan or Plan())
     if mesh.is_pipelined:
         args, kwargs = (), microbatches.parts(args, kwargs or {}, mesh, plan or Plan())[0]
-    return run_phases(pinned(trace(model, args, kwargs, mesh, plan), layouts), COMPILER, until=after)
+    traced = trace(model, args, kwargs, mesh, plan)
+    check_names(traced)
+    return run_phases(pinned(traced, layouts), COMPILER, until=after)
 
 
 def pinned(traced: Program, layouts: Mapping[str, Layout] | None, stages: Mapping[str, int] | None = None) -> Program:
@@ -129,11 +134,13 @@ def pinned(traced: Program, layouts: Mapping[str, Layout] | None, stages: Mappin
 def place(traced: Program, mesh: Mesh, plan: Plan) -> AnyProgram:
     """A traced program, whole on every axis, split over ``mesh``; one trace serves many meshes and plans.
 
-    Raises ValueError for a plan that computes in another precision than the trace.
+    Raises ValueError for a plan that computes in another precision than the trace, or names what is not there.
     """
     if plan.precision.param != traced.plan.precision.param:
         raise ValueError(f"traced with {traced.plan.precision}, to be placed with {plan.precision}: trace again")
-    return run_phases(replace(traced, mesh=mesh, plan=plan), COMPILER, until=cut_stages.name)
+    placed = replace(traced, mesh=mesh, plan=plan)
+    check_names(placed)
+    return run_phases(placed, COMPILER, until=cut_stages.name)
 
 
 def finish_program(program: AnyProgram, *, after: str | None = None) -> AnyProgram:

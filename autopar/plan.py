@@ -138,16 +138,11 @@ class Plan:
             _one_of(f"tensor[{pattern!r}]", form, TENSOR_FORMS)
         if not isinstance(self.precision, Precision):
             raise ValueError(f"Plan(precision={self.precision!r}): write Precision(param={self.precision!r})")
-        if not isinstance(self.microbatches, int) or self.microbatches < 1:
-            raise ValueError(f"Plan(microbatches={self.microbatches!r}): a whole number, at least 1")
+        _check_types(self)
         _one_of("microbatch_weights", self.microbatch_weights, WEIGHTS_OF_PARTS)
         _check_schedule(self.schedule, self.virtual_stages)
         if isinstance(self.cuts, str) or not all(isinstance(name, str) and name for name in self.cuts):
             raise ValueError(f"Plan(cuts={self.cuts!r}): names of modules, e.g. ('model.layers.8',)")
-        if self.stage_memory_gb is not None and not self.stage_memory_gb > 0:
-            raise ValueError(f"Plan(stage_memory_gb={self.stage_memory_gb!r}): a number above 0, or None")
-        if not self.timeout > 0:
-            raise ValueError(f"Plan(timeout={self.timeout!r}): a number of seconds above 0")
         object.__setattr__(self, "tensor", _frozen(self.tensor))
         object.__setattr__(self, "cuts", tuple(self.cuts))
         placed = {name: _permutation(name, order) for name, order in self.expert_placement.items()}
@@ -200,8 +195,37 @@ _TP_STYLES = {"colwise": "column", "rowwise": "row"}
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
+    if isinstance(value, bool) or value not in allowed:
         raise ValueError(f"Plan({name}={value!r}): it is one of {', '.join(map(repr, allowed))}")
+
+
+def _check_types(plan: Plan) -> None:
+    for name in ("reshard_after_forward", "record_load", "check_numerics"):
+        if not isinstance(getattr(plan, name), bool):
+            raise ValueError(f"Plan({name}={getattr(plan, name)!r}): True or False")
+    if not _is_whole(plan.microbatches) or plan.microbatches < 1:
+        raise ValueError(f"Plan(microbatches={plan.microbatches!r}): a whole number, at least 1")
+    if not _is_whole(plan.seed):
+        raise ValueError(f"Plan(seed={plan.seed!r}): a whole number")
+    for name in ("bucket_mb", "overlap_mb"):
+        if not _is_finite(getattr(plan, name)) or getattr(plan, name) < 0:
+            raise ValueError(f"Plan({name}={getattr(plan, name)!r}): a number of megabytes, 0 or more")
+    if plan.stage_memory_gb is not None and not (_is_finite(plan.stage_memory_gb) and plan.stage_memory_gb > 0):
+        raise ValueError(f"Plan(stage_memory_gb={plan.stage_memory_gb!r}): a number above 0, or None")
+    if not _is_finite(plan.timeout) or plan.timeout <= 0:
+        raise ValueError(f"Plan(timeout={plan.timeout!r}): a number of seconds above 0")
+    for name in ("batch_dims", "sequence_dims"):
+        for key, dim in getattr(plan, name).items():
+            if dim is not None and not _is_whole(dim):
+                raise ValueError(f"Plan({name}={{{key!r}: {dim!r}}}): a dim is a whole number, or None: it has none")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _permutation(name: str, order: object) -> tuple[int, ...]:
@@ -212,8 +236,7 @@ def _permutation(name: str, order: object) -> tuple[int, ...]:
 
 
 def _check_capacity(value: object) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (number and 0 < value < math.inf):  # type: ignore[operator]
+    if value is not None and not (_is_finite(value) and value > 0):  # type: ignore[operator]
         raise ValueError(
             f"Plan(capacity_factor={value!r}): a number above 0 (1: an expert takes as many rows as if all had equally "
             "many), or None: nothing is dropped"
@@ -237,7 +260,7 @@ def _check_schedule(schedule: object, virtual_stages: object) -> None:
 
 
 def _check_recompute(value: object) -> None:
-    fraction = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fraction = _is_finite(value)
     if not (0 <= value <= 1 if fraction else value in RECOMPUTE_FORMS):  # type: ignore[operator]
         forms = ", ".join(map(repr, RECOMPUTE_FORMS))
         raise ValueError(f"Plan(recompute={value!r}): it is one of {forms}, or a fraction of memory from 0 to 1")
