@@ -156,7 +156,7 @@ def _refused(cls: type, refusal: _Refusal) -> TraceError:
 def _as_operators(cls: Any, *args: Any, **kwargs: Any) -> Any:
     ctx, args, output = _forward(cls, args, kwargs)
     if ctx.dirty:
-        raise _Refusal("it writes into its inputs (mark_dirty)", "let its forward return new tensors")
+        raise _Refusal("its forward writes into its inputs", "let it return new tensors (x = x - m for x -= m)")
     outputs = list(output) if isinstance(output, (tuple, list)) else [output]
     marked = {id(tensor) for tensor in ctx.without_gradient}
     flowing = [isinstance(y, Tensor) and _is_continuous(y) and id(y) not in marked for y in outputs]
@@ -175,11 +175,19 @@ def _forward(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_
         bound.apply_defaults()
         args = bound.args
     ctx = _Context(tuple(isinstance(arg, Tensor) and arg.requires_grad for arg in args))
+    before = _versions(args)
     with torch.no_grad():
         output = cls.forward(*args) if apart else cls.forward(ctx, *args)
         if apart:
             cls.setup_context(ctx, args, output)
+    ctx.dirty |= _versions(args) != before
     return ctx, args, output
+
+
+def _versions(args: tuple[Any, ...]) -> list[int]:
+    """How often each tensor was written to."""
+    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def _is_continuous(tensor: Tensor) -> bool:

@@ -354,6 +354,13 @@ class Writing(Worst):
         return x.mul_(2)
 
 
+class Scratch(Worst):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        x -= x.amax()  # and does not say so
+        return x.exp()
+
+
 class Few(Worst):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
@@ -371,7 +378,7 @@ REFUSED: dict[type[Function], str] = {
     Looking: "its backward looks at the values in a tensor",
     Numpy: "does not depend on the incoming gradient",
     Hidden: "reads a tensor that forward has not saved",
-    Writing: r"writes into its inputs \(mark_dirty\)",
+    **dict.fromkeys((Writing, Scratch), "its forward writes into its inputs"),
     Few: "its backward returns 1 gradients for 2 arguments of forward",
 }
 
