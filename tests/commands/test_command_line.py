@@ -190,7 +190,7 @@ MISTAKES = [
     (["show", "mlp", "--batch", "9", "--mesh", "dp=2"], "which dp=2 does not divide"),
     (["check", "mlp", "--plan", "sequense=megatron"], "Plan has no choice 'sequense'"),
     (["check", "mlp", "--plan", "tensor=column"], "tensor.ENTRY=VALUE"),
-    (["check", "mlp", "--plan", "timeout=soon"], "--plan"),
+    (["check", "mlp", "--plan", "timeout=soon"], "timeout='soon'"),
     (["check", "mlp", "--config", "layer=2"], "has no field 'layer'"),
     (["check", "mlp", "--config", "layers"], "key=value"),
     (["check", "models.llama:llama_8b"], "too large"),
