@@ -29,7 +29,7 @@ from autopar.traces.slices import (
 )
 from autopar.traces.steps import Key, pairs, places_of, step_of
 
-MOST_RANKS = 64  # of a larger mesh the first rank of each role is drawn
+MOST_OPERATIONS = 200_000  # of all ranks together; where there are more, the first rank of each role is drawn
 
 
 @dataclass(frozen=True)
@@ -118,20 +118,22 @@ def write_scheduled(
 ) -> list[str]:
     """Write the timeline of a step of a differentiated program to ``directory``, which exists.
 
-    ``step.json`` has ``ranks`` together, ``ranks/rank0.json``, ... each of them alone: all, but of more than 64 the
-    first of each role. Gives the names of the files, ``step.json`` first. Raises ValueError for a rank that is not on
-    the mesh; InvariantError.
+    ``step.json`` has ``ranks`` together, ``ranks/rank0.json``, ... each of them alone; where that would be more than
+    200,000 operations, of these the first of each role. Gives the names of the files, ``step.json`` first. Raises
+    ValueError for a rank that is not on the mesh; InvariantError.
     """
     mesh, roles = program.mesh, timed(program, machine)
     end_s = max((one.end_s for own in roles for one in own), default=0.0)
     if ranks is None:
         ranks = range(mesh.world_size)
-    drawn = ranks if len(ranks) <= MOST_RANKS else [rank for rank in mesh.group(0, PIPELINE) if rank in ranks]
+    places = {rank: mesh.coordinates(rank).get(PIPELINE, 0) for rank in ranks}
+    if sum(len(roles[place]) for place in places.values()) > MOST_OPERATIONS:
+        first = {place: rank for rank, place in reversed(places.items())}
+        places = {rank: place for place, rank in sorted(first.items())}
     (directory / OF_RANKS).mkdir()
     found: list[Slice] = []
     names = [WHOLE]
-    for rank in drawn:
-        place = mesh.coordinates(rank).get(PIPELINE, 0)
+    for rank, place in places.items():
         own = sorted(slices_of(roles[place], rank, end_s, place), key=lambda piece: piece.start_s)
         names.append(f"{OF_RANKS}/rank{rank}.json")
         write_document(document_of(own, mesh, backend="scheduled", rank=rank), directory / names[-1])

@@ -92,6 +92,16 @@ def test_bubbles_say_what_a_rank_waits_for(tmp_path: Path) -> None:
     assert any("all_reduce" in event["name"] for event in found[0, "bubbles"]), "exposed collectives of tp"
 
 
+@pytest.mark.parametrize(("ranks", "expected"), [(None, [0, 2]), ([3, 1, 2], [1, 3])])
+def test_of_a_large_program_one_rank_of_each_role(
+    ranks: list[int] | None, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autopar.traces.scheduled.MOST_OPERATIONS", 300)
+    names = write_scheduled(compiled("pipeline with ZeRO-1"), tmp_path, ranks)
+    assert names == ["step.json", *(f"ranks/rank{rank}.json" for rank in expected)]
+    assert {rank for rank, _ in streams(json.loads((tmp_path / "step.json").read_text()))} == set(expected)
+
+
 # ---------------------------------------------------------------- real
 
 
