@@ -44,7 +44,8 @@ def write_logical(job: Job, model: nn.Module) -> None:
                 model, args, kwargs=kwargs, dynamo=True, optimize=False, opset_version=opset, verbose=False
             )
     except Exception as error:  # of many classes
-        raise ExportError(f"torch.onnx cannot write the unsplit model: {str(error).strip()[:300]}") from error
+        reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
+        raise ExportError(f"no {LOGICAL}: torch.onnx cannot write the unsplit model: {reason[:300]}") from error
     assert made is not None
     users = [entry for entry in job.program.outputs if entry.kind is OutputKind.USER]
     for value, entry in zip(made.model.graph.outputs, users):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import onnx
 from torch import Tensor
 
+from autopar.errors import ExportError
 from autopar.exporters.job import Job
 from autopar.exporters.logical import LOGICAL, write_logical
 from autopar.exporters.onnx_check import check_files
@@ -58,8 +60,12 @@ def write(job: Job) -> Mapping[str, Any]:
         about["verified"] = verify(job, found)
     if job.tensors is not None and job.tensors.model is not None and isinstance(job.program, Program):
         job.told("writing logical.onnx")
-        write_logical(job, job.tensors.model)
-        about["logical"] = LOGICAL
+        try:
+            write_logical(job, job.tensors.model)
+            about["logical"] = LOGICAL
+        except ExportError as error:  # torch.onnx does not know all that a model calls; the ranks' files do without
+            about["no_logical"] = str(error)
+            warnings.warn(str(error), stacklevel=2)
     if job.options.dialect == "tensorrt":
         for file in files:
             model = onnx.load(job.directory / file, load_external_data=False)

@@ -90,11 +90,12 @@ def onnx_role(role: Traced, opset: int | None, ir: int | None) -> onnx.ModelProt
         ) from error
     assert made is not None
     model = made.model
+    for tidy in (common.IdentityEliminationPass(), common.RemoveUnusedNodesPass()):  # before outputs get some
+        model = tidy(model).model
     for value, (_, entry) in zip(model.graph.inputs, role.inputs, strict=True):
         value.name = input_name(entry)
     _name_outputs(model, role)
-    for tidy in (common.IdentityEliminationPass(), common.RemoveUnusedNodesPass(), common.NameFixPass()):
-        model = tidy(model).model
+    model = common.NameFixPass()(model).model
     for name in [name for name in role.exported.state_dict if name in model.graph.initializers]:
         value = model.graph.initializers.pop(name)
         value.const_value = None

@@ -34,7 +34,7 @@ def shown(file: Path, room: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.skipif(FOUND is None or NODE is None, reason="needs node, and pip install netron")
 def test_ranks_open_in_netron(tmp_path: Path) -> None:
-    from tests.exporters.test_onnx import network
+    from tests.exporters.small_network import network
 
     program, model = network(Mesh(tp=2))
     for dialect, operator in (("autopar", "autopar.collective.AllReduce"), ("tensorrt", ".DistCollective")):
