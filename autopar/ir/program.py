@@ -7,7 +7,7 @@ plan, and tables of inputs and outputs. Parameters are placeholders, so a progra
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,14 +106,15 @@ class _Program:
         save(self, directory)
 
     @staticmethod
-    def load(directory: str | Path) -> AnyProgram:
+    def load(directory: str | Path, *, operators: Collection[str] = ()) -> AnyProgram:
         """The program in ``directory``, pipelined or not; no code found there is run.
 
+        ``operators``: of libraries that the caller trusts (``mylib``, ``mylib::scale``).
         Raises ProgramFileError for a damaged one.
         """
         from autopar.program_files.program_file import load
 
-        return load(directory)
+        return load(directory, operators=operators)
 
     def explain(self, name: str) -> str:
         """Why a node or a parameter (by its name in the model) is laid out as it is, and the cost of the alternatives.

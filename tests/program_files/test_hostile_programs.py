@@ -162,7 +162,7 @@ def test_operators_that_the_reader_trusts(tmp_path: Path) -> None:
     with pytest.raises(ProgramFileError, match="of the library stored_test"):
         load(tmp_path / "out")
     for trusted in ("stored_test", "stored_test::twice"):
-        assert str(load(tmp_path / "out", operators=[trusted])) == str(program)
+        assert str(Program.load(tmp_path / "out", operators=[trusted])) == str(program)
 
 
 # ---------------------------------------------------------------- sizes
