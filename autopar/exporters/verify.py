@@ -1,7 +1,8 @@
 """What was exported, run: all ranks as one standard model on ONNX Runtime, against the program or its model.
 
-Against the unmodified model where ``weights_from`` is one; else against the program's graph before it was
-differentiated and optimised, all ranks of it in torch. Inputs are random; so are weights that were not given.
+Against the unmodified model where ``weights_from`` is one, unless dropout is on; else against the program's graph
+before it was differentiated and optimised, all ranks of it in torch. Inputs are random; so are weights that were not
+given.
 """
 
 from __future__ import annotations
@@ -136,10 +137,12 @@ def _run(world: onnx.ModelProto, feeds: Mapping[str, Any]) -> dict[str, Tensor]:
 def expected(program: Program, tensors: WholeTensors, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole outputs by target: of the unmodified model where there is one, else of the program's ranks in torch."""
     users = [entry for entry in program.outputs if entry.kind is OutputKind.USER]
-    if tensors.model is not None and program.in_spec is not None:
+    draws = any(program.placeholders(InputKind.SEED))  # the model would draw other masks of dropout
+    if tensors.model is not None and program.in_spec is not None and not draws:
+        args, kwargs = call_of(program, inputs)
+        buffers = {name: buffer.clone() for name, buffer in tensors.model.named_buffers()}  # statistics may change
         with torch.no_grad():
-            args, kwargs = call_of(program, inputs)
-            leaves = pytree.tree_leaves(tensors.model(*args, **kwargs))
+            leaves = pytree.tree_leaves(torch.func.functional_call(tensors.model, buffers, args, kwargs))
         static = {position for position, _ in program.static_outputs}
         found = [leaf for position, leaf in enumerate(leaves) if position not in static]
         return {entry.target: tensor for entry, tensor in zip(users, found, strict=True)}

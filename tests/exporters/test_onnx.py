@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autopar import Mesh, Plan
 from autopar.compiler import compile_program
@@ -32,6 +32,31 @@ def test_a_small_network(axes: dict[str, int], tmp_path: Path) -> None:
     program, model = network(Mesh(**axes))
     errors = verify(*written(program, model, tmp_path))
     assert errors.keys() == {"loss", "logits"} and max(errors.values()) <= ALLOWED
+
+
+class Layers(nn.Module):
+    """Layers whose operators are autopar's own, and a buffer that a call changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.EmbeddingBag(16, 8, mode="mean"), nn.BatchNorm1d(8)
+        self.cell, self.drop, self.out = nn.LSTM(8, 8, batch_first=True), nn.Dropout(0.2), nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.norm(self.table(ids))
+        y: Tensor = self.out(self.drop(self.cell(rows.unsqueeze(1).expand(-1, 3, -1))[0]))
+        return y
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_operators_of_autopar(training: bool, tmp_path: Path) -> None:
+    """With dropout and statistics of the batch too, and the model is left as it was."""
+    torch.manual_seed(0)
+    model = Layers().train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    program = compile_program(model, Mesh(dp=2), Plan(check_numerics=False), (torch.randint(16, (4, 3)),))
+    assert max(verify(*written(program, model, tmp_path)).values()) <= ALLOWED
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 MATRIX = [(name, axes) for name in examples.NAMES for axes in examples.MESHES if examples.fits(name, axes)]
