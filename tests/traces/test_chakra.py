@@ -25,6 +25,7 @@ from autopar.traces.operations import Operation, What
 from autopar.traces.scheduled import timed
 from autopar.traces.steps import pairs, places_of, step_of
 from tests.traces.programs import PROGRAMS, compiled
+from tests.traces.simulator import Simulation
 from tests.traces.wire import Node, delimited, read
 
 KINDS = {"all_reduce": 0, "all_gather": 2, "all_gather_invariant": 2, "all_to_all": 6, "reduce_scatter": 7}
@@ -112,38 +113,20 @@ def test_every_send_has_its_receive(name: str) -> None:
 
 
 @every
-def test_the_ranks_can_run_their_traces(name: str) -> None:
-    """A simulator like ASTRA-sim comes to the end: collectives wait for all members, receives for their sends."""
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))])
+def test_the_ranks_can_run_their_traces(name: str, seed: int) -> None:
     _, groups, ranks = written(name)
-    done: list[set[int]] = [set() for _ in ranks]
-    place: list[Counter[str]] = [Counter() for _ in ranks]  # collectives that a rank has reached, by group
-    reached: Counter[tuple[str, int]] = Counter()
-    arrived: dict[tuple[int, int], tuple[str, int]] = {}
-    under_way: set[tuple[int, int, int]] = set()
-    left = [list(nodes) for nodes in ranks]
-    progress = True
-    while progress and any(left):
-        progress = False
-        for rank, nodes in enumerate(left):
-            for node in [one for one in nodes if done[rank].issuperset(one.before)]:
-                about = node.attributes
-                if node.type == "SEND":
-                    under_way.add((rank, about["comm_dst"], about["comm_tag"]))
-                elif node.type == "RECV" and (about["comm_src"], rank, about["comm_tag"]) not in under_way:
-                    continue
-                elif node.type == "COLL":
-                    group = about["pg_name"]
-                    if (rank, node.id) not in arrived:
-                        arrived[rank, node.id] = group, place[rank][group]
-                        place[rank][group] += 1
-                        reached[arrived[rank, node.id]] += 1
-                        progress = True
-                    if reached[arrived[rank, node.id]] < len(groups[group]):
-                        continue
-                done[rank].add(node.id)
-                nodes.remove(node)
-                progress = True
-    assert not any(left)
+    assert Simulation(groups, ranks, seed).ends()
+
+
+def test_ranks_that_wait_for_each_other_are_found() -> None:
+    """A collective that one member has not; and a receive without its send."""
+    _, groups, ranks = written("pipeline with ZeRO-1")
+    for kind in ("COLL", "SEND"):
+        lost = next(node.id for node in ranks[0] if node.type == kind)
+        others = [replace(n, control=tuple({*n.control} - {lost}), data=tuple({*n.data} - {lost})) for n in ranks[0]]
+        fewer = [node for node in others if node.id != lost]
+        assert not Simulation(groups, [fewer, *ranks[1:]], 0).ends()
 
 
 def test_one_rank_alone(tmp_path: Path) -> None:
