@@ -30,7 +30,7 @@ from autopar.ir.text import operator_name, type_text
 from autopar.ir.traffic import size_text
 from autopar.mesh import PIPELINE
 
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+NUMBER = re.compile(r"(?<![^.])\d+(?![^. ])")  # in a path, with an operator after it or not
 ABSENT = "(none)"
 KINDS = {InputKind.PARAMETER: "parameters", InputKind.BUFFER: "buffers", InputKind.INPUT: "inputs"}
 MOST_LINES = 40  # of one kind, as text
@@ -63,7 +63,7 @@ class Difference:
     Attributes:
         choices: of mesh and plan.
         layouts: of parameters, buffers, inputs, outputs, and of the values of the forward pass.
-        operations: collectives of a step, by phase, group, name and the modules that they belong to.
+        operations: collectives in the graphs (of all stages), by phase, group, name and the modules they belong to.
         sent: bytes that the rank sends that sends most.
         memory: bytes that a rank holds.
     """
@@ -87,7 +87,7 @@ class Difference:
         sections = [
             ("mesh and plan", [_changed(one) for one in self.choices]),
             ("layouts", [_changed(one) for one in self.layouts]),
-            ("collectives in a step", [_amount(one, str) for one in self.operations]),
+            ("collectives in the graphs", [_amount(one, str) for one in self.operations]),
             ("sent by one rank in a step", [_amount(one, size_text) for one in self.sent]),
             ("held by one rank", [_amount(one, size_text) for one in self.memory]),
         ]
@@ -170,7 +170,7 @@ def _folded(kind: str, before: Mapping[tuple[str, int], str], after: Mapping[tup
 
 
 def _collectives(program: AnyProgram) -> Counter[str]:
-    """How many collectives a rank runs, of one microbatch: by phase, group, name and series of modules."""
+    """How many collectives the graphs of all stages have: by phase, group, name and series of modules."""
     found: Counter[str] = Counter()
     for part in program.parts:
         role = part.role

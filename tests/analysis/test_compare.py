@@ -22,6 +22,7 @@ from autopar.analysis.footprint import held, sent
 from autopar.analysis.peak import peak
 from autopar.ir.program import AnyProgram, Program
 from autopar.program_files.program_file import load, save
+from tests.traces.programs import compiled
 
 
 class Net(nn.Module):
@@ -57,6 +58,7 @@ def test_another_mesh() -> None:
         Change("parameters", "blocks.*.0.weight", 3, "f32[16,8]", "f32[16@tp,8]"),
         Change("parameters", "blocks.*.2.weight", 3, "f32[8,16]", "f32[8,16@tp]"),
     ]
+    assert not any("blocks.0" in one.name or "blocks.1" in one.name for one in found.layouts)
     made = Change("values", "blocks.*.0 aten.linear", 3, "f32[8@dp,16]", "f32[8@dp,16@tp]")
     assert made in found.layouts
     assert Amount("forward tp all_reduce (model)", 0, 3) in found.operations, "where the sum is used"
@@ -88,6 +90,12 @@ def test_another_plan() -> None:
         "blocks.*.2.weight": ("f32[8,16]", "f32[8@dp,16]"),
     }
     assert any("all_gather" in one.name and one.before == 0 for one in found.operations)
+
+
+def test_what_a_block_computes_itself_is_folded_too() -> None:
+    """Its number is at the end of its path, before the operator."""
+    found = autopar.diff(compiled("zero bubble"), compiled("pipeline with ZeRO-1"))
+    assert any(one.name == "blocks.* aten.add.Tensor" and one.count == 4 for one in found.layouts), found.layouts
 
 
 def test_pipelines() -> None:
