@@ -61,7 +61,7 @@ def export_command(
         example = named_model(source, read_config(config), batch, length, seed, data_ways(on))
         with stderr().status(f"making the program of {source} on {on}"):
             program = compile_program(example.model, on, read_plan(plan), (), example.batch)
-        given = weights_from or (None if weights == "none" else example.model)
+        given = [weights_from, example.model] if weights_from else None if weights == "none" else example.model
     export(
         program, output, format, rank=rank, weights=weights, weights_from=given, verify=verify, training=training,
         opset=opset, ir=ir, onnx_dialect=onnx_dialect,

@@ -11,18 +11,17 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
 
 from autopar.errors import ExportError
 from autopar.exporters.job import Job, Options, Writer
-from autopar.exporters.whole_tensors import WholeTensors
+from autopar.exporters.whole_tensors import Source, WholeTensors
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.program_files.manifest import describe
 
@@ -44,7 +43,7 @@ def export(
     *,
     rank: int | None = None,
     weights: str | None = None,
-    weights_from: nn.Module | Mapping[str, Tensor] | str | Path | None = None,
+    weights_from: Source | Sequence[Source] | None = None,
     verify: bool = False,
     opset: int | None = None,
     ir: int | None = None,
@@ -58,7 +57,8 @@ def export(
         rank: write this rank's files only.
         weights: ``safetensors``: the rank's part of each tensor; ``reference``: where in ``weights_from``, files, that
             part is; ``none``: names, shapes and dtypes. By default the first where ``weights_from`` is given.
-        weights_from: the model, whole tensors by name, a safetensors file, or a folder of such files.
+        weights_from: the model, whole tensors by name, a safetensors file, or a folder of such files; or several of
+            these, of which the first that has a name is taken.
         verify: run what was written, all ranks as one model, against the program.
         opset, ir: versions of ONNX files.
         onnx_dialect: of collectives in ONNX files, ``autopar`` or ``tensorrt``.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from autopar.checkpoint.safetensors_file import SafetensorsFile
 from autopar.errors import ExportError
 from autopar.ir.stacked_parameters import is_stacked, member_names
+
+Source: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,28 @@ class WholeTensors:
         self._tensors, self._files = tensors, files or {}
 
     @classmethod
-    def of(cls, source: nn.Module | Mapping[str, Tensor] | str | Path) -> WholeTensors:
+    def of(cls, source: Source | Sequence[Source]) -> WholeTensors:
         """Those of a model, of a mapping, or of the ``*.safetensors`` file or files at a path.
 
+        Of several sources the first that has a name is taken: files, then the model whose buffers are in no file.
         Raises ExportError for a path without such files.
         """
+        if isinstance(source, Sequence) and not isinstance(source, str):
+            return cls._merged([cls.of(one) for one in source])
         if isinstance(source, nn.Module):
             named: dict[str, Tensor] = dict(source.named_parameters(remove_duplicate=False))
             named |= dict(source.named_buffers(remove_duplicate=False))
             return cls({name: tensor.detach() for name, tensor in named.items()}, model=source)
         return cls(source) if isinstance(source, Mapping) else cls({}, dict(_names_in(Path(source))))
+
+    @classmethod
+    def _merged(cls, sources: Sequence[WholeTensors]) -> WholeTensors:
+        tensors: dict[str, Tensor] = {}
+        files: dict[str, Path] = {}
+        for source in reversed(sources):
+            files = {name: path for name, path in files.items() if name not in source._tensors} | {**source._files}
+            tensors = {name: x for name, x in tensors.items() if name not in source._files} | {**source._tensors}
+        return cls(tensors, files)
 
     def find(self, names: Iterable[str], shape: tuple[int, ...]) -> Tensor:
         """The tensor under one of ``names``. Raises ExportError where there is none, or one of another shape."""
@@ -63,7 +78,8 @@ class WholeTensors:
                 return found
         raise ExportError(
             f"no tensor was given for '{wanted[0]}'\n"
-            "Way out: pass the model, its state dict or its safetensors files as weights_from; or weights='none'."
+            "Way out: weights_from= the model, its state dict or its safetensors files; or weights='none'.\n"
+            "A buffer that is in none of these files (not persistent) is the model's: weights_from=[files, model]."
         )
 
     def in_file(self, names: Iterable[str]) -> InFile | None:

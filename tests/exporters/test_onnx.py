@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from autopar import Mesh, Plan
 from autopar.compiler import compile_program
 from autopar.errors import ExportError
+from autopar.exporters.export import export
 from autopar.ir.program import AnyProgram
 from tests.exporters import examples
 
@@ -66,6 +67,18 @@ MATRIX = [(name, axes) for name in examples.NAMES for axes in examples.MESHES if
 @pytest.mark.parametrize("name, axes", MATRIX, ids=str)
 def test_the_matrix(name: str, axes: dict[str, int], tmp_path: Path) -> None:
     check_model(name, axes, tmp_path)
+
+
+@pytest.mark.slow
+def test_experts_with_a_capacity(tmp_path: Path) -> None:
+    """Which drop rows, as the model does not; their equal parts have a form in TensorRT."""
+    model, batch = examples.build("mixtral", torch.float32)
+    program = compile_program(model, Mesh(ep=2), Plan(check_numerics=False, capacity_factor=1.0), (), batch)
+    sources = [model.state_dict(), dict(model.named_buffers())]
+    export(program, tmp_path / "out", "onnx", verify=True, weights_from=sources, onnx_dialect="tensorrt")
+    found = onnx.load(tmp_path / "out" / "onnx" / "rank0.onnx", load_external_data=False)
+    assert {"DistCollective"} <= {node.op_type for node in found.graph.node}
+    assert max(verify(*written(program, model, tmp_path / "files")).values()) <= ALLOWED
 
 
 def check_model(name: str, axes: dict[str, int], folder: Path) -> None:

@@ -18,6 +18,7 @@ from autopar.compiler import compile_program
 from autopar.errors import ExportError
 from autopar.exporters.export import export
 from autopar.exporters.job import Job
+from autopar.exporters.whole_tensors import WholeTensors
 
 onnx = pytest.importorskip("onnx")
 onnx_ir = pytest.importorskip("onnx_ir")
@@ -143,6 +144,20 @@ def test_references_into_files(tmp_path: Path) -> None:
     del manifest, own
     with pytest.raises(ExportError, match="is in no safetensors file"):
         export(program, tmp_path / "c", "onnx", weights="reference", weights_from=model)
+
+
+def test_several_sources_of_weights(tmp_path: Path) -> None:
+    """The first that has a name is taken, whatever kind of source it is."""
+    first, second = {"a": torch.zeros(2)}, {"a": torch.ones(2), "b": torch.ones(2)}
+    safetensors.torch.save_file(first, tmp_path / "first.safetensors")
+    safetensors.torch.save_file(second, tmp_path / "second.safetensors")
+    for one in (first, tmp_path / "first.safetensors"):
+        for other in (second, tmp_path / "second.safetensors"):
+            found = WholeTensors.of([one, other])  # type: ignore[list-item]
+            assert float(found.find(["a"], (2,)).sum()) == 0 and float(found.find(["b"], (2,)).sum()) == 2
+            assert (found.in_file(["a"]) is None) == isinstance(one, dict)
+    with pytest.raises(ExportError, match="not persistent"):
+        found.find(["c"], (2,))
 
 
 def test_the_dialect_of_tensorrt(tmp_path: Path) -> None:
