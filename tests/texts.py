@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import fx
 
 from autopar.ir.parse import parse
@@ -67,12 +69,12 @@ inference:
   return loss=linear, logits=linear"""
 
 
-def reads_back(source: str) -> Program:
+def reads_back(source: str, operators: Collection[str] = ()) -> Program:
     """The program of ``source``; what it prints is its own text, and equals ``source`` but for columns."""
-    program = parse(source)
+    program = parse(source, operators=operators)
     printed = str(program)
     assert squeezed(printed) == squeezed(source)
-    assert str(parse(printed)) == printed
+    assert str(parse(printed, operators=operators)) == printed
     assert printed.isascii()
     return program
 

@@ -19,7 +19,8 @@ STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 PLAIN = re.compile(r"[A-Za-z0-9_.]+")  # targets that need no quotes
 
 # More than any program has: what a text says is bounded before anything of that size is made.
-MOST_DIGITS = 18  # of a number: it fits 64 bits
+MOST_DIGITS = 18  # of a size or a position: it fits 64 bits
+MOST_LETTERS = 40  # of a whole number among arguments: no operator takes more than 64 bits
 MOST_ELEMENTS = 1 << 50  # of a tensor
 MOST_DIMS, MOST_FACTORS = 64, 64  # of a tensor, of a dim
 MOST_RANKS = 1 << 24

@@ -22,6 +22,8 @@ _SCALARS = r"int|float|bool|number|complex|str|Device|ScalarType|Layout|MemoryFo
 _TYPE = re.compile(rf"(Optional\[)*(List\[)?(Optional\[)?(Tensor|{_SCALARS})\]*")
 _RESULT = re.compile(r"(List\[)?(Tensor|int|SymInt)\]?")
 
+_STOPS = re.compile(r"aten::_assert_\w+")  # they give nothing, and raise where a value is not what the model expects
+
 _REFUSED = {
     r"aten::from_file": "it opens files",
     r"\w+::_?test_\w+": "it is for torch's own tests",
@@ -49,7 +51,7 @@ def why_not(target: Any, allowed: Collection[str] = ()) -> str | None:
     results = [str(result.type) for result in schema.returns]
     if not all(map(_TYPE.fullmatch, types)) or not all(map(_RESULT.fullmatch, results)):
         return "it takes or gives other things than tensors and numbers"
-    if not any("Tensor" in result for result in results):
+    if not any("Tensor" in result for result in results) and not _STOPS.fullmatch(schema.name):
         return "it gives no tensor"
     return next((reason for names, reason in _REFUSED.items() if re.fullmatch(names, schema.name)), None)
 

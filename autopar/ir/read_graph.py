@@ -15,7 +15,7 @@ from torch import fx
 from autopar.errors import ProgramFileError
 from autopar.ir import collectives as comm
 from autopar.ir import text
-from autopar.ir.cursor import MOST_DIGITS, STRING, WORD, Cursor, listed, take_axis, take_layout
+from autopar.ir.cursor import MOST_LETTERS, STRING, WORD, Cursor, listed, take_axis, take_layout
 from autopar.ir.layout import Layout
 from autopar.ir.loadable_operators import misfit, why_not
 from autopar.ir.node import Node, Origin, Value, set_origin, set_values
@@ -239,8 +239,8 @@ class GraphReader:
         at, number = cursor.at, cursor.take(NUMBER)
         if number is not None:
             is_float = "." in number or "e" in number
-            if not is_float and len(number) > MOST_DIGITS + 2:
-                cursor.fail("a number of 64 bits", number[:20], at)
+            if not is_float and len(number) > MOST_LETTERS:
+                cursor.fail(f"a number of at most {MOST_LETTERS} letters", number[:20], at)
             return float(number) if is_float else int(number)
         quoted = cursor.string()
         if quoted is not None:

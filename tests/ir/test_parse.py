@@ -109,7 +109,7 @@ ERRORS = {
     "unknown overload": (line("aten.add.Nope(x)"), "expected a registered operator"),
     "unknown library": (line("nolib.neg(x)"), "import the library that defines it first"),
     "module function": (line("load_library.x(x)"), "expected a registered operator"),
-    "file operator": (line('aten.from_file("a")'), "an operator that opens no files, found 'aten.from_file'"),
+    "file operator": (line('aten.from_file("a")'), "a program may call .it opens files., found 'aten.from_file'"),
     "unknown ours": (line("op.no_such(x)"), "an operator of autopar.operators, found 'op.no_such'"),
     "python": (line("python.max(x)"), "expected a registered operator"),
     "unknown collective": (line("comm.shout(x, tp)"), r"expected a collective \(enter, release"),

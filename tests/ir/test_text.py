@@ -230,7 +230,7 @@ def test_operators_of_our_own_are_looked_up_by_name(monkeypatch: pytest.MonkeyPa
 def test_operators_of_other_libraries() -> None:
     library = torch.library.Library("autopar_test_text", "DEF")
     library.define("twice(Tensor x) -> Tensor")
-    reads_back(line("autopar_test_text.twice(x) : f32[8]"))
+    reads_back(line("autopar_test_text.twice(x) : f32[8]"), ["autopar_test_text"])
 
 
 # ---------------------------------------------------------------- roles
