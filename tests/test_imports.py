@@ -17,7 +17,7 @@ import importlib, pathlib
 import torch, numpy, typer, rich.console, networkx, safetensors.torch, torch.distributed.checkpoint
 import torch.distributed.tensor, torch.distributed.tensor.debug, torch.fx, torch.export, torch._functorch.aot_autograd
 import torch.distributed.checkpoint.state_dict_saver, torch._functorch.partitioners, torch.distributed.device_mesh
-import transformers
+import onnx, onnx_ir, onnxruntime, transformers
 
 def state():
     return {
