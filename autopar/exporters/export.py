@@ -84,7 +84,8 @@ def export(
             (draft / name).mkdir()
             told = lambda words, name=name: progress.update(task, description=f"{name}: {words}")  # noqa: E731
             entries[name] = writer(name)(Job(program, draft / name, ranks, chosen, tensors, options, told))
-        text = json.dumps({**_head(program), "weights": chosen, "formats": entries}, indent=1)
+        files = sorted(path.relative_to(draft).as_posix() for path in draft.rglob("*") if path.is_file())
+        text = json.dumps({**_head(program), "weights": chosen, "files": files, "formats": entries}, indent=1)
         (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return Path(directory)
 
@@ -140,11 +141,11 @@ def _check_finished(program: AnyProgram) -> None:
 def replaced(target: Path) -> Iterator[Path]:
     """A new directory beside ``target``, which takes its place at the end, and is gone when something fails.
 
-    Raises ExportError where ``target`` is something else than a directory that an export has written, or an empty one.
+    Raises ExportError where ``target`` is something else than an empty directory or an export, and where somebody has
+    put files of their own into that.
     """
     target = target.absolute()
-    if target.exists() and not _is_ours(target):
-        raise ExportError(f"{target} is not empty and holds no export; give another directory")
+    _refuse_strangers(target)
     draft = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
     old = draft.with_name(f"{draft.name}.old")
     try:
@@ -165,16 +166,30 @@ def replaced(target: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_ours(target: Path) -> bool:
+def _refuse_strangers(target: Path) -> None:
+    if not target.exists():
+        return
     if not target.is_dir():
-        return False
-    if not any(target.iterdir()):
-        return True
+        raise ExportError(f"{target} is a file; give the name of a directory")
+    present = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+    ours = _written(target) if present else set()
+    if present and not ours:
+        raise ExportError(f"{target} is not empty and holds no export; give another directory")
+    if strangers := sorted(present - ours):
+        raise ExportError(
+            f"{target} holds files that are not of the export there: {', '.join(strangers[:5])}\n"
+            "Way out: move them away, or export into another directory."
+        )
+
+
+def _written(target: Path) -> set[str]:
+    """The files that an export has written to ``target``; none where that is no export."""
     try:
         found = json.loads((target / MANIFEST).read_bytes())
     except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and found.get("format") == FORMAT
+        return set()
+    known = isinstance(found, dict) and found.get("format") == FORMAT and isinstance(found.get("files"), list)
+    return {MANIFEST, *map(str, found["files"])} if known else set()
 
 
 def _progress() -> Progress:

@@ -253,3 +253,19 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
             export(program, **arguments)  # type: ignore[arg-type]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_an_export_is_replaced_and_files_of_others_stay(tmp_path: Path) -> None:
+    program, model = network(Mesh(tp=2))
+    target = tmp_path / "out"
+    for formats in ("pt2", "chakra"):
+        export(program, target, formats, weights_from=model)
+    assert sorted(path.name for path in target.iterdir()) == ["chakra", "manifest.json"]
+    notes = target / "chakra" / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(ExportError, match="not of the export there: chakra/notes.txt"):
+        export(program, target, "pt2", weights_from=model)
+    assert notes.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="is a file"):
+        export(program, tmp_path / "file", "pt2", weights_from=model)
