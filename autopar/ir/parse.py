@@ -16,6 +16,7 @@ from torch import Tensor
 
 from autopar.errors import ProgramFileError, ScheduleError
 from autopar.ir import text
+from autopar.ir.collection import no_collection
 from autopar.ir.cursor import MOST_RANKS, Cursor
 from autopar.ir.node import values
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
@@ -37,6 +38,7 @@ Lines = list[tuple[int, str]]
 Reading = Callable[..., GraphReader]  # a reader for a mesh, with all that is the same for every section
 
 
+@no_collection()  # of a long text it would take most of the time
 def parse(
     source: str,
     plan: Plan | None = None,

@@ -12,8 +12,9 @@ from autopar.simulate import simulate
 from autopar.zoo.named import named_model
 
 
-@pytest.mark.parametrize("mesh", ["dp=2", "tp=2", "dp=2,tp=3"])
-@pytest.mark.parametrize("sequence", ["none", "megatron"])
+@pytest.mark.parametrize(
+    "mesh, sequence", [("dp=2", "none"), *((mesh, s) for mesh in ("tp=2", "dp=2,tp=3") for s in ("none", "megatron"))]
+)
 def test_traffic_is_that_of_a_step(mesh: str, sequence: str) -> None:
     example = named_model("llama")
     program = compile_program(example.model, Mesh.parse(mesh), Plan(sequence=sequence), (), example.batch)

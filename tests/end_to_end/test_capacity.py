@@ -50,7 +50,7 @@ RUNS: list[tuple[str, dict[str, Any], tuple[int, int, int]]] = [
     ("ep=2", {"microbatches": 3}, (6, 1, 1)),
     ("dp=2,ep=2", {"zero": 3, "recompute": "full"}, (4, 1, 1)),
     ("ep=2,tp=2", {"expert_axes": "ep"}, (2, 1, 1)),
-    ("tp=2", {"expert_axes": "tp", "zero": 1}, (1, 1, 2)),
+    ("tp=2", {"expert_axes": "tp"}, (1, 1, 2)),
     ("pp=2,ep=2", {"microbatches": 2}, (4, 1, 1)),
 ]
 

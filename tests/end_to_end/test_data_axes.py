@@ -202,6 +202,7 @@ def leg(name: str, mesh: str, zero: int, directory: Path) -> tuple[Any, Any, lis
     return before, everything(model, optimizer), losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpoints_from_mesh_to_mesh(name: str, tmp_path: Path) -> None:
     model = float64(MODELS[name])
@@ -249,6 +250,7 @@ def train_long(mesh: Mesh, plan: Plan, count: int) -> tuple[list[float], Any]:
         return losses, model.full_state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 3])
 def test_hundreds_of_steps(zero: int) -> None:
     """Everything overlaps and lies in small buckets; afterwards the weights are those of one process."""

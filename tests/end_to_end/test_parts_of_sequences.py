@@ -111,7 +111,9 @@ def test_of_two_ranks() -> None:
     assert all(placed and all(repr(Shard(1)) in each for each in placed) for placed in found), found
 
 
-@pytest.mark.parametrize("mesh", ["sp=4", "dp=2,sp=2", "sp=2,tp=2"])
+@pytest.mark.parametrize(
+    "mesh", ["dp=2,sp=2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("sp=4", "sp=2,tp=2"))]
+)
 def test_of_four_ranks(mesh: str) -> None:
     sequence = {"sequence": "megatron"} if "tp" in mesh else {"zero": 3}
     found = check(mesh, ("llama", "", {}), ("llama", "packed", sequence), ("bert", "mask", {}), ("llama", "embeds", {}))

@@ -193,7 +193,7 @@ def test_dropout_is_the_same(mesh: str) -> None:
         assert step.peak_bytes[0] < steps[0].peak_bytes[0]
 
 
-@pytest.mark.parametrize("name", ["t5", "moe", "gpt"])
+@pytest.mark.parametrize("name", [pytest.param("t5", marks=pytest.mark.slow), "moe", "gpt"])
 def test_equals_the_model(name: str) -> None:
     example = named_model(name)
     reference = Reference(example.model, example.batch)

@@ -53,7 +53,7 @@ def test_sizes_that_do_not_divide(stage: int, mesh: str) -> None:
     assert report.worst <= TOLERANCE, report
 
 
-@pytest.mark.parametrize("name", ["hf:llama", "hf:gpt2"])
+@pytest.mark.parametrize("name", ["hf:llama", pytest.param("hf:gpt2", marks=pytest.mark.slow)])
 def test_equals_the_model(name: str) -> None:
     pytest.importorskip("transformers")
     example = named_model(name)

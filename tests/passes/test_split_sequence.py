@@ -58,7 +58,10 @@ def sent(report: Report, phase: str, name: str, axis: str = "sp") -> tuple[int, 
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "bart", "t5", "mistral", "gemma2"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "t5", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "bert", "bart", "mistral", "gemma2"))],
+)
 def test_every_model_in_every_form(name: str, form: str) -> None:
     checked(name, "sp=2", attention=form)
 

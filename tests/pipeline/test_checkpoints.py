@@ -19,7 +19,7 @@ from tests.launch import run_ranks
 
 ROWS = 8
 CHOICES: dict[str, dict[str, Any]] = {
-    "pp=2,tp=2": {"zero": 1, "microbatches": 2},
+    "pp=2,tp=2": {"microbatches": 2},
     "pp=2": {"microbatches": 2, "schedule": "interleaved"},
     "pp=1": {"microbatches": 2},
     "dp=2": {"zero": 1},

@@ -56,7 +56,9 @@ def reference(name: str) -> Reference:
     return Reference(*built(name))
 
 
-@pytest.mark.parametrize("mesh", ["sp=2", "dp=2,sp=2", "sp=2,tp=2"])
+@pytest.mark.parametrize(
+    "mesh", ["sp=2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("dp=2,sp=2", "sp=2,tp=2"))]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_exact(name: str, mesh: str) -> None:
     with warnings.catch_warnings():
