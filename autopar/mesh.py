@@ -238,7 +238,7 @@ class Mesh:
         for axis, size in self.axes:
             first = " ".join(map(str, self.group(0, axis)[:MOST_SHOWN])) + " ..." * (size > MOST_SHOWN)
             rows.append((axis, str(size), str(self.world_size // size), first, str(self.nodes(axis)) if known else ""))
-        where = f" on {self.world_size // self.node_size} nodes of {self.node_size}" if self.node_size else ""
+        where = f" on {-(-self.world_size // self.node_size)} nodes of {self.node_size}" if self.node_size else ""
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         return "\n".join([f"{self}: {self.world_size} ranks{where}", *lines])

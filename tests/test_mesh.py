@@ -266,4 +266,5 @@ def test_sizes_that_no_node_has(node_size: Any) -> None:
 def test_nodes_that_the_ranks_do_not_fill() -> None:
     with pytest.raises(ValueError, match="6 ranks, which nodes of 4 do not divide"):
         Mesh(pp=3, tp=2, node_size=4)
-    assert Mesh(tp=2, node_size=8).nodes("tp") == 1  # part of one node
+    part = Mesh(tp=2, node_size=8)
+    assert part.nodes("tp") == 1 and part.describe().startswith("mesh(tp=2): 2 ranks on 1 nodes of 8\n")

@@ -23,6 +23,7 @@ from autopar.errors import ExportError
 from autopar.exporters.job import Job, Options, Writer
 from autopar.exporters.whole_tensors import Source, WholeTensors
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
+from autopar.program_files.exchange import put
 from autopar.program_files.manifest import describe
 
 MANIFEST, FORMAT, VERSION = "manifest.json", "autopar export", 1
@@ -147,23 +148,14 @@ def replaced(target: Path) -> Iterator[Path]:
     target = target.absolute()
     _refuse_strangers(target)
     draft = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    old = draft.with_name(f"{draft.name}.old")
     try:
         draft.mkdir(parents=True)
         yield draft
-        if target.exists():
-            target.rename(old)
-        try:
-            draft.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
+        put(draft, target)
     except OSError as error:
         raise ExportError(f"the export cannot be written to {target}: {error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _refuse_strangers(target: Path) -> None:

@@ -119,10 +119,9 @@ def counting(program: Program) -> fx.Graph | None:
 
 def _end_of(node: Node) -> str:
     """What the loss ends in: the operator that makes it, or the terms of a sum, with the lines of the model."""
-    last = _behind(node, (*PASSING, *REDUCING, *SCALING))
-    terms = [_behind(term, (*PASSING, *REDUCING, *SCALING)) for term in _terms(last)]
+    terms = _terms(node)
     if len(terms) == 1:
-        return f"ends in {_named(last)}"
+        return f"ends in {_named(terms[0])}"
     return f"is a sum of {len(terms)} terms ({'; '.join(map(_named, terms[:4]))}{'; ...' * (len(terms) > 4)})"
 
 
