@@ -10,34 +10,39 @@ checkpoints.wait()
 
 from __future__ import annotations
 
+import shutil
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.optim import Optimizer
 
 from autopar.checkpoint import files
-from autopar.checkpoint.initialise import initialise
-from autopar.checkpoint.named_tensors import Named, every_tensor, materialise, named_tensors
+from autopar.checkpoint.directory_lock import hold_directory, writer_name
+from autopar.checkpoint.disk import disk_failed
+from autopar.checkpoint.fit import refuse_other_model, refuse_other_optimizers
+from autopar.checkpoint.incoming import Incoming
+from autopar.checkpoint.named_tensors import Named, every_tensor
 from autopar.checkpoint.peers import Peers
+from autopar.checkpoint.plain_values import packed_plain
 from autopar.checkpoint.slices import Slices
-from autopar.checkpoint.training_state import Gather, NewState, Owners, packed, random_state, set_random_state, unpacked
+from autopar.checkpoint.training_state import Gather, Owners, random_state
+from autopar.checkpoint.watched_files import Progress
 from autopar.errors import AutoparError, CheckpointError
 from autopar.module import ParallelModule, held_by
-from autopar.runtime.dtensor import local_of
 
-NAMES_SHOWN = 3
 ONE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"  # torch says so at each save and load
 
 
@@ -54,16 +59,26 @@ class Checkpoints:
     """The checkpoints of one run, in a directory that all ranks see. The latest ``keep`` of them stay.
 
     A checkpoint is a directory that gets its name once it is complete, so a run that is killed while it saves has the
-    one before. All ranks call each method, at the same time. Loading checks names, shapes, dtypes and the sizes of the
-    files, not each byte of them; it unpickles: load what you trust.
+    one before. All ranks call each method, at the same time. One process, rank 0, saves into a directory, from its
+    first checkpoint until the object is gone or the process ends. A checkpoint with parameters that are not finite
+    does not take the place of the last good one: that stays too.
+
+    Loading checks names, shapes, dtypes and the checksum of every file before anything changes. It runs no code of a
+    checkpoint: it gives numbers, texts, tensors, numpy arrays, and lists and dicts of these.
+
+    Args:
+        trusted: ``data`` may be of any class that can be pickled. Whoever can write to ``directory`` can then run code
+            in this process.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 3) -> None:
+    def __init__(self, directory: str | Path, keep: int = 3, *, trusted: bool = False) -> None:
         if keep < 1:
             raise ValueError(f"Checkpoints(keep={keep}): at least the latest one has to stay")
-        self.directory, self.keep = Path(directory), keep
+        self.directory, self.keep, self.trusted = Path(directory), keep, trusted
         self._peers: Peers | None = None
         self._saving: Future[Any] | None = None
+        self._partial: Path | None = None  # of the checkpoint that is being written
+        self._writer = ""  # a name for it, known once this run has the directory's lock
 
     def steps(self) -> list[int]:
         """The steps of which there are complete checkpoints, ascending."""
@@ -84,14 +99,17 @@ class Checkpoints:
         Args:
             step: the number that :meth:`load` gives back; the highest is the latest.
             scheduler: a learning rate scheduler, or anything else with ``state_dict`` and ``load_state_dict``.
-            data: where the run is in its data: anything that can be pickled; each rank gets its own back.
+            data: where the run is in its data, in plain values (see ``trusted``); each rank gets its own back.
             wait: False: copy the state to host memory and write it in another thread, see :meth:`wait`.
 
-        Raises CheckpointError for a step that is there already or a state that cannot be saved, RankFailedError.
+        Raises CheckpointError for a step that is there already, a state that cannot be saved, a full disk or a
+        directory that another run saves to, RankFailedError.
         """
         self.wait()
+        self.claim(model)
         peers, path = self._together(model), files.path_of(self.directory, step)
-        with _agreed(peers, "saving a checkpoint"):
+        self._partial = files.partial_of(path, self._writer)
+        with peers.agreed("saving a checkpoint"):
             if path.exists():
                 raise CheckpointError(
                     f"there is a checkpoint of step {step} already: '{path}'\n"
@@ -99,16 +117,14 @@ class Checkpoints:
                 )
             optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
             owners = Owners(model, optimizers, _gather(model, peers))
-            state = _state(model, owners, peers, scheduler, data)
-            if peers.rank == 0:
-                files.clean(self.directory)
-                self.directory.mkdir(parents=True, exist_ok=True)
+            state = _state(model, owners, peers, scheduler, data, self.trusted)
         also = {f"model.{entry.name}": [f"model.{n}" for n in entry.names[1:]] for entry in _persistent(model)}
-        writer = files.Writer(path, _manifest(step, model, owners, peers), also, self.keep)
+        manifest, finite = _manifest(step, model, owners, peers), _are_finite(model)
+        writer = files.Writer(self._partial, path, manifest, also, self.keep, peers, finite)
         how: dict[str, Any] = {"storage_writer": writer, "planner": files.SavePlanner()}
         how |= {"process_group": peers.group, "no_dist": peers.group is None}
         if wait:
-            with _failures(peers), _no_word_of_one_process():
+            with self._failures(peers), _no_word_of_one_process():
                 save(state, **how)
         else:
             # it comes from torch's thread then, whenever that gets there; filters are those of all threads anyway
@@ -120,8 +136,22 @@ class Checkpoints:
         saving, self._saving = self._saving, None
         if saving is not None:
             assert self._peers is not None
-            with _failures(self._peers):
+            with self._failures(self._peers):
                 saving.result()
+
+    def claim(self, model: nn.Module) -> None:
+        """Take the directory for this run, as the first :meth:`save` does. All ranks of ``model`` call it.
+
+        Raises CheckpointError, naming host and process, where another run has it; RankFailedError.
+        """
+        if self._writer:
+            return
+        peers = self._together(model)
+        with peers.agreed("taking a directory for checkpoints"):
+            if peers.rank == 0:
+                weakref.finalize(self, hold_directory(self.directory).release)
+                files.clean(self.directory)
+        self._writer = peers.of_first(writer_name())
 
     def load(
         self,
@@ -136,41 +166,74 @@ class Checkpoints:
         ``model`` is a parallel module on any mesh, or an ordinary module in a process of its own. It may be on the meta
         device. Random generators get the state of the rank of the same number, on more ranks than saved that of rank 0.
 
-        Raises CheckpointError, and nothing has changed then, for a checkpoint that is damaged or of another model.
+        Raises CheckpointError, and nothing has changed then, for a checkpoint that is damaged or of another model;
+        RankFailedError.
         """
         self.wait()
         peers = self._together(model)
-        with _agreed(peers, "loading a checkpoint"):
+        with peers.agreed("loading a checkpoint"):
             if step is None:
                 step = peers.of_first(max(files.complete(self.directory), default=None))
             if step is None:
                 return None
             path = files.path_of(self.directory, step)
-            manifest, metadata = files.read_manifest(path), files.read_metadata(path)
+            manifest = files.read_manifest(path)
+            metadata = files.read_metadata(path, manifest)
             optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
             owners = Owners(model, optimizers, _gather(model, peers))
-            _check_model(path, _persistent(model), metadata)
-            _check_optimizers(path, model, owners, manifest)
+            refuse_other_model(path, _persistent(model), metadata)
+            refuse_other_optimizers(path, model, owners, manifest)
             if scheduler is not None and "scheduler" not in metadata.state_dict_metadata:
                 raise CheckpointError(f"'{path}' has no state of a scheduler")
-        materialise(model, _saved(model))
-        news = NewState(owners, metadata) if owners.optimizers else None
+        incoming = self._read(path, model, owners, peers, scheduler, manifest, metadata)
+        incoming.put(manifest["calls"])
+        if not manifest.get("finite", True) and peers.rank == 0:
+            _warn_of_nan(path)
+        return Resumed(step, incoming.data, path)
+
+    def _read(
+        self,
+        path: Path,
+        model: nn.Module,
+        owners: Owners,
+        peers: Peers,
+        scheduler: Any,
+        manifest: dict[str, Any],
+        metadata: Metadata,
+    ) -> Incoming:
+        """All that this rank takes of a checkpoint; each file is verified by one of the ranks before."""
+        progress, mine = Progress(), sorted(manifest["files"])[peers.rank :: peers.size]
+        with peers.agreed("verifying a checkpoint"):
+            verify = partial(files.verify, path, manifest, mine, progress)
+            peers.side_by_side("verifying a checkpoint", verify, progress)
         rank = peers.rank if peers.rank < manifest["ranks"] else 0
-        blobs = [f"random.{rank}", f"data.{rank}", *(["scheduler"] if scheduler is not None else [])]
-        targets: dict[str, Any] = {f"model.{entry.name}": entry.slices for entry in _saved(model)}
-        targets |= dict.fromkeys(blobs) | (news.targets if news else {})
-        with _failures(peers), _no_word_of_one_process():
-            how: dict[str, Any] = {"process_group": peers.group, "no_dist": peers.group is None}
-            load(targets, storage_reader=FileSystemReader(path), planner=files.LoadPlanner(), **how)
-        if news is not None:
-            news.targets = targets
-            news.put()
-        if scheduler is not None:
-            scheduler.load_state_dict(unpacked(targets["scheduler"]))
-        held_by(model).calls = manifest["calls"]
-        initialise(model, [entry for entry in named_tensors(model) if local_of(entry.tensor).is_meta])
-        set_random_state(targets[f"random.{rank}"])
-        return Resumed(step, unpacked(targets[f"data.{rank}"]), path)
+        incoming = Incoming(model, _saved(model), owners, metadata, rank, scheduler)
+        how: dict[str, Any] = {"process_group": peers.group, "no_dist": peers.group is None}
+        how |= {"storage_reader": files.Reader(path, metadata, peers), "planner": files.LoadPlanner(self.trusted)}
+        with self._failures(peers), _no_word_of_one_process():
+            load(incoming.targets, **how)
+        try:
+            with peers.agreed("loading a checkpoint"):
+                incoming.prepare(self.trusted)
+        except AutoparError:
+            incoming.take_back()
+            raise
+        return incoming
+
+    @contextmanager
+    def _failures(self, peers: Peers) -> Iterator[None]:
+        """Raise torch's errors in the words of autopar, once nothing is left of a checkpoint that cannot be written."""
+        try:
+            yield
+        except CheckpointException as problem:
+            rank, (cause, _) = next(iter(problem.failures.items()))
+            if peers.rank == 0 and self._partial is not None:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise _cause(rank, cause, self.directory) from cause
+        except RuntimeError as problem:
+            raise peers.failed("a checkpoint", problem) from None
+        finally:
+            self._partial = None
 
     def _together(self, model: nn.Module) -> Peers:
         if self._peers is None:
@@ -217,7 +280,7 @@ def _gather(model: nn.Module, peers: Peers) -> Gather | None:
     return peers.gather if isinstance(model, ParallelModule) and model.mesh.is_pipelined else None
 
 
-def _state(model: nn.Module, owners: Owners, peers: Peers, scheduler: Any, data: Any) -> dict[str, Any]:
+def _state(model: nn.Module, owners: Owners, peers: Peers, scheduler: Any, data: Any, trusted: bool) -> dict[str, Any]:
     state: dict[str, Any] = {"model": {entry.name: entry.slices for entry in _saved(model)}}
     for name, part in state["model"].items():
         if part.local.is_meta:
@@ -225,8 +288,8 @@ def _state(model: nn.Module, owners: Owners, peers: Peers, scheduler: Any, data:
     if owners.optimizers:
         state["optimizer"] = owners.state()
     if scheduler is not None:
-        state["scheduler"] = packed(scheduler.state_dict())
-    return state | {f"random.{peers.rank}": random_state(), f"data.{peers.rank}": packed(data)}
+        state["scheduler"] = packed_plain("the scheduler", scheduler.state_dict(), trusted)
+    return state | {f"random.{peers.rank}": random_state(), f"data.{peers.rank}": packed_plain("data=", data, trusted)}
 
 
 def _manifest(step: int, model: nn.Module, owners: Owners, peers: Peers) -> dict[str, Any]:
@@ -242,65 +305,6 @@ def _manifest(step: int, model: nn.Module, owners: Owners, peers: Peers) -> dict
     }
 
 
-def _check_model(path: Path, entries: Sequence[Named], metadata: Metadata) -> None:
-    items, prefix = metadata.state_dict_metadata, "model."
-    stored = {name.removeprefix(prefix): kind for name, kind in items.items() if name.startswith(prefix)}
-    wanted = {name: entry for entry in entries for name in entry.names}
-    missing, more = [name for name in wanted if name not in stored], [name for name in stored if name not in wanted]
-    problems = [f"it lacks {_listed(missing)}"] if missing else []
-    problems += [f"it has {_listed(more)}, which this model does not have"] if more else []
-    there = [(name, entry) for name, entry in wanted.items() if name in stored]
-    kinds = [(name, _kind(stored[name]), _kind(entry.tensor, entry.shape)) for name, entry in there]
-    unlike = [f"'{name}' is {one} in it and {other} here" for name, one, other in kinds if one != other]
-    problems += unlike[:NAMES_SHOWN]
-    if problems:
-        raise CheckpointError(f"'{path}' is a checkpoint of another model:\n  " + "\n  ".join(problems))
-
-
-def _check_optimizers(path: Path, model: nn.Module, owners: Owners, manifest: dict[str, Any]) -> None:
-    names = [type(optimizer).__name__ for optimizer in owners.optimizers]
-    if not names:
-        return
-    if names != manifest["optimizers"]:
-        there = ", ".join(manifest["optimizers"]) or "no optimizer"
-        raise CheckpointError(f"'{path}' has the state of {there}, and this is {', '.join(names)}")
-    here = [members for _, members in owners.groups()]
-    if list(map(sorted, here)) != list(map(sorted, manifest["groups"])):
-        sizes = [f"{len(groups)} groups of {list(map(len, groups))}" for groups in (manifest["groups"], here)]
-        raise CheckpointError(
-            f"'{path}' has {sizes[0]} parameters in its optimizer, and here there are {sizes[1]}, or others\n"
-            "Way out: give the optimizer the parameters in the same groups."
-        )
-    if not held_by(model).weights.is_laid_out:
-        raise CheckpointError(
-            "how the parameters are split is not known yet, so their optimizer states cannot be loaded\n"
-            "Way out: first model.prepare(**batch), or parallelize(..., example_inputs=batch)."
-        )
-
-
-def _kind(tensor: Tensor | TensorStorageMetadata | BytesStorageMetadata, shape: Sequence[int] = ()) -> str:
-    """The dtype and the shape of what a checkpoint has, or of a tensor that is to have ``shape``."""
-    if isinstance(tensor, BytesStorageMetadata):
-        return "no tensor"
-    properties, shape = (tensor, shape) if isinstance(tensor, Tensor) else (tensor.properties, tensor.size)
-    return f"{str(properties.dtype).removeprefix('torch.')}{list(shape)}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:NAMES_SHOWN])
-    return shown + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
-
-
-@contextmanager
-def _agreed(peers: Peers, what: str) -> Iterator[None]:
-    """All ranks leave this block, or all raise."""
-    try:
-        yield
-    except (AutoparError, OSError) as problem:
-        peers.agree(what, problem if isinstance(problem, AutoparError) else CheckpointError(str(problem)))
-    peers.agree(what)
-
-
 @contextmanager
 def _no_word_of_one_process() -> Iterator[None]:
     with warnings.catch_warnings():
@@ -308,13 +312,21 @@ def _no_word_of_one_process() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _failures(peers: Peers) -> Iterator[None]:
-    """Raise torch's errors in the words of autopar."""
-    try:
-        yield
-    except CheckpointException as problem:
-        rank, (cause, _) = next(iter(problem.failures.items()))
-        raise CheckpointError(f"rank {rank}: {type(cause).__name__}: {cause}") from cause
-    except RuntimeError as problem:
-        raise peers.failed("a checkpoint", problem) from None
+def _cause(rank: int, cause: BaseException, directory: Path) -> AutoparError:
+    if isinstance(cause, AutoparError):
+        return type(cause)(f"rank {rank}: {cause}")
+    if isinstance(cause, OSError):
+        return CheckpointError(f"rank {rank}: {disk_failed(directory, cause)}")
+    return CheckpointError(f"rank {rank}: {type(cause).__name__}: {cause}")
+
+
+def _warn_of_nan(path: Path) -> None:
+    good = files.latest_finite(path.parent)
+    where = f"the latest one whose are is load(..., step={good})" if good is not None else "no other one here is better"
+    warnings.warn(f"'{path}' has parameters that are not finite (NaN or infinite); {where}", stacklevel=3)
+
+
+def _are_finite(model: nn.Module) -> bool:
+    """Whether the parameters that this rank saves are."""
+    found = [entry.slices.local for entry in _saved(model) if isinstance(entry.tensor, nn.Parameter)]
+    return all(bool(local.isfinite().all()) for local in found if local.is_floating_point() or local.is_complex())

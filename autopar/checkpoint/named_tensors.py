@@ -128,10 +128,15 @@ def _is_first(weights: Weights, name: str, tensor: Tensor) -> bool | None:
     return isinstance(tensor, DTensor) or not any(place for axis, place in here.items() if axis != PIPELINE)
 
 
+def home_of(model: nn.Module) -> torch.device:
+    """The device for tensors of ``model`` that have none yet."""
+    connection = held_by(model).weights.connection
+    return connection.comm.device if connection else torch.device("cpu")
+
+
 def materialise(model: nn.Module, entries: list[Named]) -> None:
     """Memory, with nothing in it yet, for those of ``entries`` that are on the meta device."""
-    connection = held_by(model).weights.connection
-    device = connection.comm.device if connection else torch.device("cpu")
+    device = home_of(model)
     for entry in entries:
         tensor = entry.tensor
         if not local_of(tensor).is_meta:

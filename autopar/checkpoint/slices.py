@@ -65,6 +65,9 @@ class Slices:
     def size(self) -> torch.Size:
         return self.shape
 
+    def empty_on_cpu(self) -> Slices:
+        return Slices(torch.empty_like(self.local, device="cpu"), self.shape, self.runs, self.first)
+
     def copied_to_cpu(self) -> Slices:
         return Slices(self.local.to("cpu", copy=True), self.shape, self.runs, self.first)
 

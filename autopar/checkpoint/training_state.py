@@ -7,7 +7,6 @@ optimizer.param_groups.0.lr                       hyperparameters, and the names
 
 from __future__ import annotations
 
-import io
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
-from autopar.checkpoint.named_tensors import Named, emptied, every_held
+from autopar.checkpoint.named_tensors import Named, emptied, every_held, home_of
+from autopar.checkpoint.plain_values import packed
 from autopar.checkpoint.slices import Slices, slices_of
 from autopar.errors import CheckpointError
 from autopar.runtime.dtensor import dtensor, local_of
@@ -40,7 +40,7 @@ class Owners:
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], gather: Gather | None = None) -> None:
-        self.optimizers, self._gather = optimizers, gather
+        self.optimizers, self._gather, self.home = optimizers, gather, home_of(model)
         entries = every_held(model)
         self._order = {entry.name: position for position, entry in enumerate(entries)}
         self._entries = {id(entry.tensor): entry for entry in entries}
@@ -136,7 +136,7 @@ class NewState:
             self.targets[flat] = slices_of(into[key])
             return
         _, group, parameter = self._owners.parameters[name]
-        into[key] = _empty_state(key, shape, dtype, group, parameter)
+        into[key] = _empty_state(key, shape, dtype, group, parameter, self._owners.home)
         self.targets[flat] = slices_of(into[key], self._owners.entry(parameter).form)
 
     def put(self) -> None:
@@ -157,9 +157,14 @@ class NewState:
                     group[key] = value
 
 
-def _empty_state(key: str, shape: torch.Size, dtype: torch.dtype, group: Nested, parameter: Tensor) -> Tensor:
-    """Memory placed as in torch's ``Optimizer.load_state_dict``: like the parameter, except for the step count."""
-    device = local_of(parameter).device
+def _empty_state(
+    key: str, shape: torch.Size, dtype: torch.dtype, group: Nested, parameter: Tensor, home: torch.device
+) -> Tensor:
+    """Memory placed as in torch's ``Optimizer.load_state_dict``: like the parameter, except for the step count.
+
+    ``home``: where a parameter on the meta device will be.
+    """
+    device = home if local_of(parameter).is_meta else local_of(parameter).device
     if key == "step":
         on_device = group.get("capturable") or group.get("fused")
         return torch.empty(shape, dtype=dtype, device=device if on_device else "cpu")
@@ -177,21 +182,10 @@ def random_state() -> bytes:
     )
 
 
-def set_random_state(state: bytes) -> None:
-    found: Mapping[str, Any] = unpacked(state)
+def set_random_state(found: Mapping[str, Any]) -> None:
+    """``found``: what :func:`random_state` has packed."""
     torch.set_rng_state(found["torch"])
     if found["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(found["cuda"])
     numpy.random.set_state(found["numpy"])
     random.setstate(found["python"])
-
-
-def packed(value: Any) -> bytes:
-    """One item of a checkpoint, from any value."""
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
-
-
-def unpacked(value: bytes) -> Any:
-    return torch.load(io.BytesIO(value), map_location="cpu", weights_only=False)

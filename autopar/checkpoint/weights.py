@@ -24,13 +24,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from autopar.checkpoint.files import sync_directory
+from autopar.checkpoint.directory_lock import hold_directory
+from autopar.checkpoint.disk import disk_failed, sync_directory
 from autopar.checkpoint.initialise import initialise
 from autopar.checkpoint.named_tensors import Named, every_tensor, materialise
 from autopar.checkpoint.peers import Peers
 from autopar.checkpoint.safetensors_file import SafetensorsFile, create
+from autopar.checkpoint.slices import Slices
 from autopar.checkpoint.stored_names import Rectangle, stored_names
-from autopar.errors import AutoparError, CheckpointError
+from autopar.checkpoint.watched_files import Progress
+from autopar.errors import CheckpointError
 from autopar.module import held_by
 from autopar.plain_files import read_plain
 from autopar.runtime.dtensor import local_of
@@ -91,10 +94,13 @@ def load_safetensors(
         sources = {entry.name: _sources(entry, converted[entry.name], found) for entry in entries}
         loaded = [entry for entry in entries if sources[entry.name]]
         held = [entry for entry in loaded if entry.held]
-        materialise(model, held)
-        count = sum(_read(entry, sources[entry.name]) for entry in held)
+        arrived = {entry.name: entry.slices.empty_on_cpu() for entry in held}  # the model has them once all are read
+        count = sum(_read(arrived[entry.name], sources[entry.name]) for entry in held)
     missing = [entry for entry in entries if not sources[entry.name] and _needs_data(entry)]
     initialise(model, [entry for entry in missing if entry.held], seed)
+    for entry in held:
+        materialise(model, [entry])
+        entry.slices.local.copy_(arrived.pop(entry.name).local)
     unused = tuple(name for called, (_, name) in found.items() if called not in known)
     _tell([entry.name for entry in missing if isinstance(entry.tensor, nn.Parameter)], unused)
     return LoadedWeights(tuple(e.name for e in loaded), tuple(e.name for e in missing), unused, count)
@@ -110,10 +116,10 @@ def save_safetensors(model: nn.Module, directory: str | Path, *, max_shard_size:
     Args:
         max_shard_size: of one file, in bytes or as ``"5GB"`` (powers of 1000).
 
-    Raises CheckpointError where there are weights already, RankFailedError.
+    Raises CheckpointError where there are weights already, where another process saves to the directory, or for a full
+    disk; nothing is left of what was begun then. RankFailedError.
     """
     directory, peers = Path(directory), Peers(model)
-    partial = directory / PARTIAL
     entries = [entry for entry in every_tensor(model) if entry.persistent]
     empty = next((entry.name for entry in entries if entry.held and local_of(entry.tensor).is_meta), None)
     if empty is not None:
@@ -121,25 +127,17 @@ def save_safetensors(model: nn.Module, directory: str | Path, *, max_shard_size:
     converted = _stored_names(model, entries)
     tensors = [Target(name, entry, part) for entry in entries for name, part in converted[entry.name].items()]
     shards = _shards(tensors, _bytes(max_shard_size))
-    problem: AutoparError | None = None
-    if peers.rank == 0:
-        try:
-            _prepare(model, directory, shards)
-        except (AutoparError, OSError) as error:
-            problem = error if isinstance(error, AutoparError) else CheckpointError(f"'{directory}': {error}")
-    peers.agree("saving weights", problem)
-    try:
-        for name, members in shards.items():
-            _write(partial / name, members)
-    except OSError as error:
-        problem = CheckpointError(f"'{partial}': {error}")
-    peers.agree("saving weights", problem)
-    if peers.rank == 0:
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == INDEX):  # the index comes last
-            path.replace(directory / path.name)
-        partial.rmdir()
-        sync_directory(directory)
-    peers.agree("saving weights")
+    with ExitStack() as stack:
+        with peers.agreed("saving weights"):
+            if peers.rank == 0:
+                stack.callback(hold_directory(directory).release)
+                stack.callback(shutil.rmtree, directory / PARTIAL, ignore_errors=True)
+                _prepare(model, directory, shards)
+        with peers.agreed("saving weights"):
+            _write_all(directory / PARTIAL, shards, peers)
+        with peers.agreed("saving weights"):
+            if peers.rank == 0:
+                _publish(directory)
 
 
 def _files(directory: Path) -> list[Path]:
@@ -198,12 +196,15 @@ class Source:
     rectangle: Rectangle
 
 
-def _read(entry: Named, sources: Sequence[Source]) -> int:
-    """Fill what this rank has of ``entry``; gives the bytes read."""
+def _read(slices: Slices, sources: Sequence[Source]) -> int:
+    """Fill what this rank has of a tensor; gives the bytes read. Raises CheckpointError."""
     total = 0
-    for (offsets, view), source in itertools.product(entry.slices.pieces(), sources):
+    for (offsets, view), source in itertools.product(slices.pieces(), sources):
         common = source.rectangle.common(offsets, view)
-        total += source.file.read(source.name, *common) if common is not None else 0
+        try:
+            total += source.file.read(source.name, *common) if common is not None else 0
+        except OSError as problem:
+            raise CheckpointError(f"'{source.file.path}': {problem}") from None
     return total
 
 
@@ -291,7 +292,7 @@ def _prepare(model: nn.Module, directory: Path, shards: Mapping[str, Sequence[Ta
     if there:
         raise CheckpointError(f"'{directory}' has weights already ({there[0]})\nWay out: another directory.")
     partial = directory / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: this one has the lock
     partial.mkdir(parents=True)
     for name, members in shards.items():
         create(partial / name, {one.name: (one.entry.tensor.dtype, one.rectangle.shape) for one in members})
@@ -306,7 +307,29 @@ def _prepare(model: nn.Module, directory: Path, shards: Mapping[str, Sequence[Ta
             config.save_pretrained(partial)
 
 
-def _write(path: Path, members: Sequence[Target]) -> None:
+def _write_all(partial: Path, shards: Mapping[str, Sequence[Target]], peers: Peers) -> None:
+    """This rank's part of every file, beside the other ranks. Raises CheckpointError."""
+    progress = Progress()
+
+    def write() -> None:
+        for name, members in shards.items():
+            _write(partial / name, members, progress)
+
+    try:
+        peers.side_by_side("saving weights", write, progress)
+    except OSError as problem:
+        raise disk_failed(partial.parent, problem) from None
+
+
+def _publish(directory: Path) -> None:
+    """Give the files that are complete their place."""
+    paths = (directory / PARTIAL).iterdir()
+    for path in sorted(paths, key=lambda path: path.name == INDEX):  # the index comes last
+        path.replace(directory / path.name)
+    sync_directory(directory)
+
+
+def _write(path: Path, members: Sequence[Target], progress: Progress) -> None:
     file = SafetensorsFile(path, writable=True)
     try:
         for _, group in itertools.groupby(members, key=lambda one: one.entry.name):
@@ -318,6 +341,7 @@ def _write(path: Path, members: Sequence[Target]) -> None:
                     common = one.rectangle.common(offsets, piece)
                     if common is not None:
                         file.write(one.name, *common)
+                        progress.advance()
         file.sync()
     finally:
         file.close()

@@ -202,8 +202,8 @@ def be_killed(directory: Path, victim: int, where: str) -> str:
 def test_a_rank_killed_while_saving(victim: int, where: str, tmp_path: Path) -> None:
     results = try_ranks(be_killed, 2, tmp_path, victim, where, timeout=100.0)
     assert results[victim] is None
-    assert "waited in a checkpoint" in str(results[1 - victim]), results
-    assert list(tmp_path.glob(".step-00000002.partial/*.distcp"))
+    assert "waited in " in str(results[1 - victim]), results
+    assert list(tmp_path.glob(".step-00000002.*.partial/*.distcp"))
     assert Checkpoints(tmp_path).steps() == [1]
     model = prepared(Tiny, "", 0)
     resumed = Checkpoints(tmp_path).load(model)
@@ -287,7 +287,7 @@ DAMAGES = {
     "lost": "damaged: __0_0.distcp is missing",
     "foreign": "is no complete checkpoint of autopar: it has no checkpoint.json",
     "no json": "is not what autopar writes",
-    "format": "has format 9, and this autopar reads format 1",
+    "format": "has format 9, and this autopar reads format 2",
     "metadata": ".metadata cannot be read",
 }
 
