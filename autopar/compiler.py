@@ -49,8 +49,9 @@ def compile_program(
 
 
 def _made_buffers(model: nn.Module, program: AnyProgram) -> dict[str, Tensor]:
-    """The buffers that ``program`` takes and that the model computes whenever it is built, by name."""
-    taken = {entry.target for _, entry in program.placeholders(InputKind.BUFFER)}
+    """The buffers that ``program`` or its source takes and that the model computes whenever it is built, by name."""
+    graphs = [program, *([program.source] if program.source is not None else [])]
+    taken = {name for graph in graphs for _, entry in graph.placeholders(InputKind.BUFFER) for name in entry.names}
     found = {
         f"{path}.{key}" if path else key: module._buffers.get(key)
         for path, module in model.named_modules()
@@ -123,12 +124,17 @@ def split_program(
         args, kwargs = (), microbatches.parts(args, kwargs or {}, mesh, plan or Plan())[0]
     traced = trace(model, args, kwargs, mesh, plan)
     check_names(traced)
-    return run_phases(pinned(traced, layouts), COMPILER, until=after)
+    return run_phases(_with_source(pinned(traced, layouts)), COMPILER, until=after)
 
 
 def pinned(traced: Program, layouts: Mapping[str, Layout] | None, stages: Mapping[str, int] | None = None) -> Program:
     """``traced`` with the decisions that the passes must keep, see :class:`autopar.ir.tables.Pins`."""
     return replace(traced, pins=replace(traced.pins, layouts=dict(layouts or {}), stages=dict(stages or {})))
+
+
+def _with_source(traced: Program) -> Program:
+    """``traced``, which keeps itself as it is now, on one rank; passes work on copies of its graph."""
+    return replace(traced, source=replace(traced, mesh=Mesh(), source=None))
 
 
 def place(traced: Program, mesh: Mesh, plan: Plan) -> AnyProgram:
@@ -140,7 +146,7 @@ def place(traced: Program, mesh: Mesh, plan: Plan) -> AnyProgram:
         raise ValueError(f"traced with {traced.plan.precision}, to be placed with {plan.precision}: trace again")
     placed = replace(traced, mesh=mesh, plan=plan)
     check_names(placed)
-    return run_phases(placed, COMPILER, until=cut_stages.name)
+    return run_phases(_with_source(placed), COMPILER, until=cut_stages.name)
 
 
 def finish_program(program: AnyProgram, *, after: str | None = None) -> AnyProgram:

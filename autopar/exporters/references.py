@@ -33,7 +33,7 @@ def references(part: Part, tensors: WholeTensors) -> dict[str, dict[str, Any]]:
 
 
 def _places(entry: Input, shape: tuple[int, ...], tensors: WholeTensors) -> dict[str, Any]:
-    place = tensors.in_file((entry.target, *entry.aliases))
+    place = tensors.in_file(entry.names)
     if place is not None:
         return _place(place)
     if is_stacked(entry.target):

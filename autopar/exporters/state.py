@@ -19,7 +19,7 @@ def weights_of(part: Part, job: Job) -> dict[str, Tensor]:
         if job.tensors is None or job.weights != "safetensors":
             tensor = torch.empty(kind.layout.local_shape(part.mesh), dtype=kind.dtype, device="meta")
         else:
-            whole = job.tensors.find((entry.target, *entry.aliases), kind.shape)
+            whole = job.tensors.find(entry.names, kind.shape)
             tensor = part_of(whole, node, part).to(kind.dtype).contiguous().clone()
         is_parameter = entry.kind is InputKind.PARAMETER
         found[tensor_name(entry)] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor

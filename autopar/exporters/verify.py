@@ -80,7 +80,7 @@ def random_tensors(program: Program, kinds: Iterable[InputKind]) -> dict[str, Te
             tensor = torch.randn(kind.shape, generator=generator).mul_(scale).to(kind.dtype)
         else:
             tensor = torch.randint(below, kind.shape, generator=generator).to(kind.dtype)
-        found |= dict.fromkeys((entry.target, *entry.aliases), tensor)
+        found |= dict.fromkeys(entry.names, tensor)
     return found
 
 
@@ -150,7 +150,7 @@ def expected(program: Program, tensors: WholeTensors, inputs: Mapping[str, Tenso
         if entry.kind is InputKind.CONSTANT:
             whole = program.constants[entry.target]
         elif is_held(entry):
-            whole = tensors.find((entry.target, *entry.aliases), value(node).shape)
+            whole = tensors.find(entry.names, value(node).shape)
         else:
             whole = inputs[entry.target]
         held.append(parts(whole.to(value(node).dtype), value(node).layout, program.mesh))

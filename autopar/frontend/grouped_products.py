@@ -1,4 +1,8 @@
-"""``torch.nn.functional.grouped_mm`` where torch refuses it: in float64, and of any type but bfloat16 in a trace."""
+"""``torch.nn.functional.grouped_mm`` where torch refuses it: in float64, and of any type but bfloat16 in a trace.
+
+There transformers calls an operator of its own instead. In a trace that becomes one of ours too, so that a graph can be
+read where transformers is not installed.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,8 @@ class GroupedProducts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "_qualified_op_name", "") == _FALLBACK and torch.compiler.is_exporting():  # type: ignore[no-untyped-call]
+            return _traced(*args, **kwargs)
         if func is torch._grouped_mm:
             exporting = torch.compiler.is_exporting()  # type: ignore[no-untyped-call]
             product = _traced if exporting else _looped
@@ -24,6 +30,7 @@ class GroupedProducts(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_FALLBACK = "transformers::grouped_mm_fallback"  # (rows, weight, ends)
 _REFUSED = (torch.float64,)
 _REFUSED_IN_A_TRACE = (torch.float64, torch.float32, torch.float16)
 

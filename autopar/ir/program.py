@@ -2,6 +2,7 @@
 
 A program is an ``fx.Graph`` at the level of ``torch.export`` (linear, attention, cross-entropy whole), the mesh, the
 plan, and tables of inputs and outputs. Parameters are placeholders, so a program holds no weights and copies cheaply.
+``source`` keeps the graph that all of it was made from, in which no pass has had a hand.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class _Program:
     passes: tuple[str, ...] = ()  # names of the passes that made this program
     fingerprint: Fingerprint | None = None  # of the model and the call, once it is compiled
     made_buffers: Mapping[str, Tensor] = field(default_factory=dict)  # that no state dict has, as the model made them
+    source: Program | None = None  # the model as it was traced, on one rank, before any pass
 
     # ------------------------------------------------------------ asking
 

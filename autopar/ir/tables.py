@@ -41,6 +41,11 @@ class Input:
     target: str
     aliases: tuple[str, ...] = ()  # further names of a tied parameter
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of a tensor of the model: ``target`` first."""
+        return (self.target, *self.aliases)
+
 
 @dataclass(frozen=True)
 class Output:

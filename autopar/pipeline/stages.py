@@ -132,6 +132,7 @@ class _Stage:
             static_outputs=(),
             decisions={},
             pins=replace(self.whole.pins, stages={}),
+            source=None,
         )
 
     def _needed(self) -> list[Node]:

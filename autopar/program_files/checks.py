@@ -29,6 +29,29 @@ def check_loaded(program: AnyProgram, constants: Mapping[str, Tensor]) -> None:
         _check_pipeline(program)
 
 
+def check_source(source: AnyProgram, program: AnyProgram) -> None:
+    """Raise ProgramFileError unless ``source`` is a graph on one rank with the inputs and outputs of ``program``."""
+    if not isinstance(source, Program) or source.role is not None or source.mesh.world_size > 1:
+        raise ProgramFileError("a source is one graph on one rank, without stages, forward and backward")
+    _check_constants(source, source.constants)
+    _check_names(source)
+    _check_types(source)
+    for what, own, wanted in (
+        ("takes", _user_inputs(source), _user_inputs(program)),
+        ("returns", _user_outputs(source), _user_outputs(program)),
+    ):
+        if own != wanted:
+            raise ProgramFileError(f"it {what} {', '.join(own)[:200]}; the program {what} {', '.join(wanted)[:200]}")
+
+
+def _user_inputs(program: AnyProgram) -> list[str]:
+    return [entry.target for entry in program.inputs if entry.kind is InputKind.INPUT]
+
+
+def _user_outputs(program: AnyProgram) -> list[str]:
+    return [entry.target for entry in program.outputs if entry.kind is OutputKind.USER]
+
+
 def _check_constants(program: AnyProgram, constants: Mapping[str, Tensor]) -> None:
     for prefix, part in _with_tail(program):
         for node, entry in part.placeholders(InputKind.CONSTANT):

@@ -17,7 +17,8 @@ from autopar.program_files.exchange import old_of, put
 from autopar.program_files.manifest import FORMAT, VERSION
 
 MANIFEST, TEXT, CONSTANTS = "manifest.json", "program.txt", "constants.safetensors"
-MOST_BYTES = {MANIFEST: 1 << 28, TEXT: 1 << 28, CONSTANTS: 1 << 36}
+SOURCE, SOURCE_OF_TAIL = "source.txt", "source_of_tail.txt"  # of programs that keep their source
+MOST_BYTES = {MANIFEST: 1 << 28, TEXT: 1 << 28, CONSTANTS: 1 << 36, SOURCE: 1 << 28, SOURCE_OF_TAIL: 1 << 28}
 
 # ---------------------------------------------------------------- writing
 
@@ -28,7 +29,7 @@ def checked_names(files: Mapping[str, str]) -> dict[str, str]:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name:
             raise ProgramFileError(f"extra file '{name}': a relative path without '..' is needed")
-        if str(path) in (MANIFEST, TEXT, CONSTANTS):
+        if str(path) in MOST_BYTES:
             raise ProgramFileError(f"extra file '{name}' has the name of a file of the program itself")
     return {str(PurePosixPath(name)): content for name, content in files.items()}
 
@@ -41,7 +42,8 @@ def refuse_strangers(target: Path) -> None:
         raise ProgramFileError(f"{target} is a file; give the name of a directory")
     present = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
     try:
-        ours = {MANIFEST, TEXT, CONSTANTS, *map(str, read_manifest(target)["extra_files"])} if present else set()
+        manifest = read_manifest(target) if present else {"files": (), "extra_files": ()}
+        ours = {MANIFEST, *map(str, (*manifest["files"], *manifest["extra_files"]))}
     except (ProgramFileError, KeyError, TypeError) as error:
         raise ProgramFileError(f"{target} is not empty and holds no program; save into another directory") from error
     strangers = sorted(present - ours)

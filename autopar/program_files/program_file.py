@@ -4,6 +4,7 @@ manifest.json          format version, torch version, mesh, plan, ranks, tables 
 program.txt            the graphs, in the text form
 constants.safetensors  tensors that the model made itself (masks, tables, buffers that no state dict has); parameters
                        are not part of a program
+source.txt             the model as it was traced, see :mod:`autopar.program_files.source_files`
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch.utils import _pytree as pytree
 from autopar.errors import AutoparError, ProgramFileError
 from autopar.ir.fingerprint import Fingerprint
 from autopar.ir.loadable_operators import EVERY
-from autopar.ir.parse import TAILS, is_of_tail, parse
+from autopar.ir.parse import TAILS, parse
 from autopar.ir.program import AnyProgram, PipelinedProgram, format_program
 from autopar.ir.read_graph import parse_argument
 from autopar.plan import Plan
@@ -45,6 +47,14 @@ from autopar.program_files.directory import (
     write,
 )
 from autopar.program_files.manifest import describe
+from autopar.program_files.source_files import (
+    is_marked,
+    source_constants,
+    source_files,
+    sources,
+    with_sources,
+    without_sources,
+)
 from autopar.program_files.structures import structure_from_json
 
 BUFFER = "buffer/"  # begins the name of a made buffer among the constants
@@ -59,13 +69,14 @@ def save(program: AnyProgram, directory: str | Path, *, extra_files: Mapping[str
     """Write ``program`` to ``directory``, all of it or nothing; an existing program is replaced.
 
     ``extra_files``: relative path -> content of files to be read by people, e.g. generated Python; ``load`` ignores
-    them. Not kept: ``program.decisions``. Raises ProgramFileError, with nothing written, if the program cannot be
-    written down or ``directory`` holds other things.
+    them. Not kept: ``program.decisions``; nor, with a warning, a source that has no text form. Raises ProgramFileError,
+    with nothing written, if the program cannot be written down or ``directory`` holds other things.
     """
     target = Path(os.path.realpath(directory))
     extra = checked_names(extra_files or {})
     refuse_strangers(target)
-    contents = {TEXT: _text(program).encode(), CONSTANTS: _constants(program)}
+    program, texts = _with_readable_sources(program)
+    contents = {TEXT: _text(program).encode(), CONSTANTS: _constants(program), **texts}
     try:
         manifest = describe(program)
     except ValueError as error:
@@ -81,11 +92,22 @@ def save(program: AnyProgram, directory: str | Path, *, extra_files: Mapping[str
     return Path(directory)
 
 
-def _text(program: AnyProgram) -> str:
-    """The text form, after a check that it reads back."""
+def _with_readable_sources(program: AnyProgram) -> tuple[AnyProgram, dict[str, bytes]]:
+    """``program`` and the files of its sources; without those that would not load wherever ``program`` does."""
+    used = {node.target for part in program.parts for graph in part.graphs.values() for node in graph.nodes}
+    operators = {target._schema.name for target in used if isinstance(target, torch._ops.OpOverload)}
+    try:
+        return program, {name: _text(source, operators).encode() for name, source in sources(program)}
+    except ProgramFileError as error:
+        warnings.warn(f"its source is left out: {error}", stacklevel=4)
+        return without_sources(program), {}
+
+
+def _text(program: AnyProgram, operators: Collection[str] = EVERY) -> str:
+    """The text form, after a check that it reads back, where the reader trusts ``operators``."""
     source = format_program(program, origins=True)
     try:
-        read = parse(source, program.plan, _all_constants(program), origins=True, operators=EVERY)
+        read = parse(source, program.plan, _all_constants(program), origins=True, operators=operators)
         again = format_program(read, origins=True)
     except ProgramFileError as error:
         raise ProgramFileError(f"the program cannot be saved, its text form does not read back: {error}") from error
@@ -107,10 +129,11 @@ def _refuse_large(contents: Mapping[str, bytes]) -> None:
 
 
 def _all_constants(program: AnyProgram) -> dict[str, Tensor]:
-    """The constants, with those of the tail under marked names: they may have other sizes."""
+    """The constants, with those of source and tail under marked names: they may have other sizes."""
     tail = program.tail if isinstance(program, PipelinedProgram) else None
     rest = _all_constants(tail) if tail is not None else {}
-    return {**program.constants, **{f"{TAILS[0]}/{name}": tensor for name, tensor in rest.items()}}
+    of_tail = {f"{TAILS[0]}/{name}": tensor for name, tensor in rest.items()}
+    return {**program.constants, **source_constants(program), **of_tail}
 
 
 def _constants(program: AnyProgram) -> bytes:
@@ -148,7 +171,7 @@ def load(directory: str | Path, *, operators: Collection[str] = ()) -> AnyProgra
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    contents = {name: verified(directory, name, manifest) for name in (TEXT, CONSTANTS)}
+    contents = {name: verified(directory, name, manifest) for name in (TEXT, CONSTANTS, *source_files(manifest))}
     try:
         return _program(manifest, contents, operators)
     except DAMAGE as error:
@@ -169,7 +192,8 @@ def _program(manifest: Mapping[str, Any], contents: Mapping[str, bytes], operato
     tensors = safetensors.torch.load(contents[CONSTANTS])
     constants = {name: tensor for name, tensor in tensors.items() if not name.startswith(BUFFER)}
     buffers = {name.removeprefix(BUFFER): tensor for name, tensor in tensors.items() if name.startswith(BUFFER)}
-    program = parse(contents[TEXT].decode(), plan, constants, origins=True, operators=operators)
+    read = partial(parse, origins=True, operators=operators)
+    program = read(contents[TEXT].decode(), plan, constants)
     program = replace(
         program,
         in_spec=structures["inputs"],
@@ -177,12 +201,13 @@ def _program(manifest: Mapping[str, Any], contents: Mapping[str, bytes], operato
         passes=passes,
         made_buffers=buffers,
         fingerprint=None if known is None else Fingerprint.from_json(known),
-        constants={name: tensor for name, tensor in constants.items() if not is_of_tail(name)},
+        constants={name: tensor for name, tensor in constants.items() if not is_marked(name)},
         static_inputs=static["static_inputs"],
         static_outputs=static["static_outputs"],
     )
     check_loaded(program, constants)
-    return program
+    texts = {name: contents[name].decode() for name in source_files(manifest)}
+    return with_sources(program, texts, constants, lambda text, known: read(text, plan, known))
 
 
 def _structure(key: str, data: Any) -> pytree.TreeSpec | None:

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from autopar.program_files.directory import CONSTANTS, MANIFEST, TEXT, checksum, entry
+from autopar.program_files.directory import CONSTANTS, MANIFEST, SOURCE, TEXT, checksum, entry
 
-FILES = (MANIFEST, TEXT, CONSTANTS)
+FILES = (MANIFEST, TEXT, CONSTANTS, SOURCE)
 HUGE = (2**60, 2**63, -(2**63) - 1, 10**30, 10**9, -1, 0, 1e308, float("nan"))
 VALUES: tuple[Any, ...] = (None, True, "", "../../etc/passwd", "a\nb", [], {}, [[[[]]]], [None], {"": {}}, *HUGE)
 TOKENS = (
@@ -30,7 +30,9 @@ TOKENS = (
 def seal(directory: Path) -> None:
     """Give the files of a program the sums that its manifest says, as anybody can compute them."""
     manifest = json.loads((directory / MANIFEST).read_bytes())
-    manifest["files"] = {name: entry((directory / name).read_bytes()) for name in (TEXT, CONSTANTS)}
+    manifest["files"] = {
+        name: entry((directory / name).read_bytes()) for name in FILES[1:] if (directory / name).exists()
+    }
     manifest["sha256"] = checksum(manifest)
     (directory / MANIFEST).write_text(json.dumps(manifest))
 
@@ -126,13 +128,15 @@ OF_FILE = {
     TEXT: (*BYTES, lines_moved, words_changed, words_changed, words_changed, words_changed),
     CONSTANTS: (*BYTES, header_changed, header_changed),
 }
+OF_FILE[SOURCE] = OF_FILE[TEXT]
 
 
 def damage_program(directory: Path, chance: random.Random) -> str:
     """Damage one file of the program, or exchange two; seal it again in most cases. Gives what was done."""
-    name = chance.choice((MANIFEST, TEXT, TEXT, CONSTANTS))
+    there = [name for name in FILES if (directory / name).exists()]
+    name = chance.choice((TEXT, *there))
     if chance.random() < 0.05:
-        other = chance.choice(FILES)
+        other = chance.choice(there)
         one, two = (directory / name).read_bytes(), (directory / other).read_bytes()
         (directory / name).write_bytes(two)
         (directory / other).write_bytes(one)
