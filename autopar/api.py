@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.choices import check_choices
+from autopar.frontend.fingerprint import model_facts
 from autopar.mesh import Mesh
 from autopar.module import ParallelModule
 from autopar.plan import Plan
@@ -52,6 +53,9 @@ def parallelize(
         check_fits(one, model, mesh, plan)
     where = " and ".join(one.where for one in stored)
     connection = _connection(model, mesh, plan, device_mesh)
+    if connection is not None:
+        facts = model_facts(model) | {f"Plan({name})": repr(choice) for name, choice in plan.to_json().items()}
+        connection.comm.agreement.compare(facts, "the same code, model and plan on every rank.")
     module = ParallelModule(model, mesh, plan, connection, [one.program for one in stored], where)
     if isinstance(example_inputs, Mapping):
         module.prepare(**example_inputs)

@@ -55,6 +55,10 @@ class LaunchError(AutoparError):
     """The program was started on processes that do not fit its mesh."""
 
 
+class RanksDifferError(LaunchError):
+    """The ranks of a mesh do not do the same: another plan, seed, model, weights, batch or call."""
+
+
 class ExportError(AutoparError):
     """A program cannot be written in a format of other tools, or what was written is wrong."""
 

@@ -76,7 +76,7 @@ class ParallelModule(nn.Module):
         for hooks in ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
             self.__dict__[hooks] = model.__dict__[hooks]
         self.training = model.training
-        held = Holding(model, Weights(self, connection))
+        held = Holding(model, Weights(self, connection, plan.initial))
         accumulation = Accumulation()
 
         def compiled(call: Call, layouts: Mapping[str, Layout] | None) -> AnyProgram:
@@ -98,8 +98,9 @@ class ParallelModule(nn.Module):
         call = self._signature.call(args, kwargs)
         if self.mesh.is_pipelined:
             return self._pipelined(call, trains=False)
-        executable = self._executable(call)
-        return executable.run(call.tensors, self._seed())
+        found = self._executable(call).run(call.tensors, self._seed())
+        self._connection.comm.agreement.settle()  # where the program has no collective that would wait for it
+        return found
 
     def _seed(self) -> int:
         """Of the dropout masks: another one in each call that learns."""

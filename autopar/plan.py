@@ -18,6 +18,7 @@ ZERO_STAGES = (0, 1, 2, 3)
 INPUT_FORMS = ("global", "local")
 RECOMPUTE_FORMS = ("none", "selective", "full")
 WEIGHTS_OF_PARTS = ("exact", "rows")
+INITIAL_FORMS = ("rank0", "checked")
 FALLBACKS = ("error", "replicate")
 TENSOR_FORMS = ("column", "row", "replicate", "vocabulary")
 
@@ -85,6 +86,8 @@ class Plan:
         overlap_mb: megabytes that collectives under way may hold: parameters are gathered ahead of their use, and
             gradients reduced beside the computation that follows, as far as this allows; 0: none of it.
         seed: base of the dropout masks.
+        initial: what happens where the weights of the ranks differ before the first step: ``"rank0"``: all take those
+            of rank 0, as under DistributedDataParallel; ``"checked"``: an error names them.
         cuts: modules at which the pipeline stages after the first begin, in the order in which they run, e.g.
             ``("model.layers.8", "model.layers.16")``; (): where compute time is balanced best.
         stage_memory_gb: what parameters, gradients, AdamW states and kept activations of one stage may take on a rank,
@@ -119,6 +122,7 @@ class Plan:
     bucket_mb: float = 25.0
     overlap_mb: float = 64.0
     seed: int = 0
+    initial: str = "rank0"
     cuts: tuple[str, ...] = ()
     stage_memory_gb: float | None = None
     timeout: float = 300.0
@@ -132,6 +136,7 @@ class Plan:
         _check_recompute(self.recompute)
         _one_of("inputs", self.inputs, INPUT_FORMS)
         _one_of("outputs", self.outputs, ("sharded", "full"))
+        _one_of("initial", self.initial, INITIAL_FORMS)
         _one_of("on_unknown", self.on_unknown, FALLBACKS)
         _one_of("on_indivisible", self.on_indivisible, FALLBACKS)
         for pattern, form in self.tensor.items():

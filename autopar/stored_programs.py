@@ -18,7 +18,7 @@ from autopar.plan import Plan
 from autopar.program_files.program_file import load
 
 OneProgram = str | Path | AnyProgram
-AT_RUN_TIME = ("seed", "timeout", "check_numerics")  # choices that no program depends on
+AT_RUN_TIME = ("seed", "initial", "timeout", "check_numerics")  # choices that no program depends on
 SHOWN, WIDTH = 6, 150
 
 

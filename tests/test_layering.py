@@ -53,7 +53,7 @@ STANDS_ON = {
     "compiler": "choices frontend ir mesh passes pipeline plan",
     "module": "analysis compiler errors frontend ir mesh pipeline plan runtime schedules simulate simulator traces",
     "stored_programs": "errors frontend ir mesh plan program_files",
-    "api": "choices mesh module plan runtime stored_programs",
+    "api": "choices frontend mesh module plan runtime stored_programs",
     "check": "compiler frontend ir mesh pipeline plan precision simulate simulator",
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",
     "checkpoint": "errors ir mesh module plain_files runtime",

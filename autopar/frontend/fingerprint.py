@@ -40,6 +40,11 @@ def of_model(model: nn.Module, call: CallFacts) -> Fingerprint:
     return Fingerprint(_code(model), dict(_modules(model)), dict(_tensors(model)), call)
 
 
+def model_facts(model: nn.Module) -> dict[str, str]:
+    """What all ranks have in common: the code, and the names, kinds and shapes of the model's tensors."""
+    return {**_code(model), **dict(_tensors(model))}
+
+
 # ---------------------------------------------------------------- the call
 
 

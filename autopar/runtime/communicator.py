@@ -22,6 +22,7 @@ from autopar.ir.load import add
 from autopar.ir.traffic import Transfer, moved_bytes
 from autopar.mesh import PIPELINE, Mesh
 from autopar.runtime import functional_collectives as torch_collectives
+from autopar.runtime.agreement import Agreement, ranks_text
 from autopar.runtime.groups import new_group
 from autopar.runtime.pieces import apart, crossing, put, take, together
 from autopar.runtime.recorder import Recorder
@@ -37,6 +38,8 @@ class Communicator:
 
     ``device`` is where the rank computes, ``back`` the group of messages to lower pipeline ranks, ``world`` the number
     in torch's world of each rank of the mesh. ``phase`` names the present phase, for :attr:`traffic`.
+
+    ``agreement``: what the ranks have said that they do next; it is waited for before the first collective.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Communicator:
         device: torch.device,
         back: ProcessGroup | None = None,
         world: Sequence[int] = (),
+        agreement: Agreement | None = None,
     ) -> None:
         self.mesh, self.rank, self.timeout, self.device = mesh, rank, timeout, device
         self.coordinates = mesh.coordinates(rank)
@@ -59,6 +63,7 @@ class Communicator:
         self._positions: dict[str, Tensor] = {}
         self._started: dict[int, str] = {}  # address of the result of one under way -> its name
         self._sent: dict[tuple[str, str, str], list[int]] = {}  # (phase, axis, name) -> [operations, bytes]
+        self.agreement = agreement or Agreement(None, self.failed)
         self.recorder: Recorder | None = None  # of the steps that are traced now
         self.noted: dict[str, Tensor] = {}  # layer of experts -> rows that this rank has sent to each of them
 
@@ -258,6 +263,8 @@ class Communicator:
     ) -> Tensor:
         group = self.group(axis)
         assert group is not None, axis
+        if self.agreement.is_open:
+            self.agreement.settle()
         counts = self._sent.setdefault((self.phase, axis, name), [0, 0])
         counts[0] += 1
         counts[1] += size
@@ -313,7 +320,20 @@ class Communicator:
         group = self.group(axis)
         if group is None:
             return x.unsqueeze(0)
+        self.agreement.settle()
         return self._guarded("exchange", axis, x.unsqueeze(0), torch_collectives.all_gather, group)
+
+    def from_first(self, x: Tensor) -> None:
+        """Write what rank 0 of the mesh has in ``x``, which is contiguous, to all others. Not counted as traffic."""
+        for axis in self.mesh.names:  # the ranks that have it now are those with position 0 on all axes to come
+            group = self.group(axis)
+            if group is not None:
+                self._guarded("broadcast", axis, x, torch_collectives.broadcast, group)
+
+    def failed(self, what: str, problem: Exception) -> RankFailedError:
+        """The error for a wait in ``what`` for any other rank of the mesh."""
+        peers = [rank for rank in range(self.mesh.world_size) if rank != self.rank]
+        return peer_failed(what, self.rank, peers, self.timeout, problem)
 
     # ------------------------------------------------------------ traffic
 
@@ -326,7 +346,7 @@ class Communicator:
 def peer_failed(what: str, rank: int, peers: Sequence[int], timeout: float, problem: Exception) -> RankFailedError:
     """The error for a wait in ``what`` that ended in ``problem``."""
     reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0].split(". ")[0]
-    those = f"rank {peers[0]}" if len(peers) == 1 else f"ranks {', '.join(map(str, peers))}"
+    those = ranks_text(peers)
     return RankFailedError(
         f"rank {rank} waited in {what} for {those}: a peer ended, or did not answer within {timeout:g} s.\n"
         f"  torch says: {reason[:200]}\n"

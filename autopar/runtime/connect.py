@@ -5,7 +5,6 @@ Those over several axes at once are made later (``groups.py``).
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -16,15 +15,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, ProcessGroup, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autopar.errors import LaunchError
-from autopar.ir.program import AnyProgram
+from autopar.errors import LaunchError, RankFailedError, RanksDifferError
+from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.mesh import ALIASES, PIPELINE, Mesh, axes_of
 from autopar.runtime import functional_collectives as torch_collectives
+from autopar.runtime.agreement import Agreement, differences, digest_of
 from autopar.runtime.channels import group_back
 from autopar.runtime.communicator import Communicator, peer_failed
+from autopar.runtime.digests import digest
+from autopar.runtime.groups import agreement_group
 from autopar.runtime.process_end import end_shortly
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
@@ -78,15 +81,25 @@ class Connection:
         return made
 
     def agree(self, program: AnyProgram) -> None:
-        """Raise LaunchError unless all ranks have the same program; every rank calls this at the same time."""
-        digest = hashlib.sha256(str(program).encode()).digest()
-        mine = torch.frombuffer(bytearray(digest[:8]), dtype=torch.int64).to(self.comm.device)
-        for axis in self.mesh.names:
-            if bool((self.comm.exchange(mine, axis) != mine).any()):
-                raise LaunchError(
-                    f"rank {self.rank} and its peers over axis '{axis}' have made different programs of this call\n"
-                    "Way out: pass inputs of the same shapes on every rank, and the same model, mesh and plan."
-                )
+        """Raise RanksDifferError unless all ranks have the same program; all of them call this at the same time."""
+        constants = {name: digest(tensor) for name, tensor in _constants(program).items()}
+        agreement = self.comm.agreement
+        agreement.start(digest_of((str(program), constants)), lambda: "this one", "")
+        if not agreement.agrees():
+            raise RanksDifferError(
+                "the ranks have made different programs of this call\n"
+                + differences(agreement.everyone({"the program": _first_lines(program), "constants": str(constants)}))
+                + "\nWay out: the same model (its attributes, tables and buffers too), mesh and plan on every rank."
+            )
+
+
+def _constants(program: AnyProgram) -> dict[str, Tensor]:
+    programs = program.stages if isinstance(program, PipelinedProgram) else (program,)
+    return {name: tensor for one in programs for name, tensor in one.constants.items()}
+
+
+def _first_lines(program: AnyProgram) -> str:
+    return f"{len(str(program).splitlines())} lines, number {digest_of(str(program)) % 10**6:06d}"
 
 
 def launched() -> bool:
@@ -107,10 +120,11 @@ def connect(mesh: Mesh, timeout: float, device: torch.device, device_mesh: Devic
         _join(mesh, timeout, device)
     elif device_mesh is None and dist.get_world_size() != mesh.world_size:
         raise LaunchError(_sizes(mesh, dist.get_world_size(), "the process group has"))
+    agreement = _agreement(mesh, timeout, device_mesh)
     if device_mesh is None or (mesh.is_pipelined and not mesh.of_stage.axes):  # then it has no axis to hold DTensors
         device_mesh = _device_mesh(mesh, timeout, device)
     dims = tuple(ALIASES.get(name, name) for name in device_mesh.mesh_dim_names or ())
-    return Connection(mesh, device_mesh, _communicator(mesh, device_mesh, timeout, device), dims)
+    return Connection(mesh, device_mesh, _communicator(mesh, device_mesh, timeout, device, agreement), dims)
 
 
 def not_launched(mesh: Mesh) -> LaunchError:
@@ -173,7 +187,24 @@ def _device_mesh(mesh: Mesh, timeout: float, device: torch.device) -> DeviceMesh
         return init_device_mesh(device.type, shape, mesh_dim_names=names, backend_override=override or None)
 
 
-def _communicator(mesh: Mesh, device_mesh: DeviceMesh, timeout: float, device: torch.device) -> Communicator:
+def _agreement(mesh: Mesh, timeout: float, device_mesh: DeviceMesh | None) -> Agreement:
+    """Of the ranks of the mesh. Raises RanksDifferError where they were started for different ones."""
+    ranks = list(range(mesh.world_size)) if device_mesh is None else device_mesh.mesh.flatten().tolist()
+    rank = dist.get_rank()
+
+    def failed(what: str, problem: Exception) -> RankFailedError:
+        return peer_failed(what, rank, [peer for peer in ranks if peer != rank], timeout, problem)
+
+    with _peers_needed("the start of the mesh", rank, mesh.world_size, timeout):
+        group = agreement_group(ranks, timeout)
+    agreement = Agreement(group, failed)
+    agreement.compare({"mesh": str(mesh)}, "the same mesh on every rank.")
+    return agreement
+
+
+def _communicator(
+    mesh: Mesh, device_mesh: DeviceMesh, timeout: float, device: torch.device, agreement: Agreement
+) -> Communicator:
     groups = {}
     for name in device_mesh.mesh_dim_names or ():
         group = device_mesh.get_group(name)
@@ -184,7 +215,8 @@ def _communicator(mesh: Mesh, device_mesh: DeviceMesh, timeout: float, device: t
     if coordinate is None:
         raise LaunchError(f"rank {dist.get_rank()} is not on the DeviceMesh that was given ({device_mesh})")
     rank = mesh.rank(dict(zip(mesh.names, coordinate)))
-    return Communicator(mesh, groups, rank, timeout, device, back, device_mesh.mesh.flatten().tolist())
+    world = device_mesh.mesh.flatten().tolist()
+    return Communicator(mesh, groups, rank, timeout, device, back, world, agreement)
 
 
 def _sizes(mesh: Mesh, processes: int, who: str) -> str:

@@ -88,6 +88,12 @@ def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     return wait(start_reduce_scatter(x, group))
 
 
+def broadcast(x: Tensor, group: ProcessGroup) -> Tensor:
+    """``x``, to which the first rank of the group has written what it has."""
+    dist.broadcast(x, group=group, group_src=0)
+    return x
+
+
 def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
     """(ranks * n, ...): block i goes to rank i, and block i of the result came from it."""
     ranks = group.size()
@@ -104,6 +110,17 @@ def exchange(x: Tensor, group: ProcessGroup, sent: Sequence[int], received: Sequ
 def start_exchange(x: Tensor, group: ProcessGroup, sent: Sequence[int], received: Sequence[int]) -> Tensor:
     result: Tensor = _all_to_all(x, list(received), list(sent), group.group_name)
     return result
+
+
+def start_maximum(x: Tensor, group: ProcessGroup) -> dist.Work:
+    """Let ``x`` (on the CPU) have the largest of each element over the ranks, once the result has been waited for.
+
+    Past the dispatcher: neither CommDebugMode nor a user's hooks see it, and it takes 13 us of this thread, not 20.
+    """
+    chosen = dist.AllreduceOptions()
+    chosen.reduceOp = dist.ReduceOp.MAX
+    work: dist.Work = group._get_backend(x.device).allreduce([x], chosen)
+    return work
 
 
 def options(backend: str, seconds: float) -> Any:

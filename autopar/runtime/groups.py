@@ -37,6 +37,16 @@ def new_group(ranks: Sequence[int], seconds: float) -> ProcessGroup:
     return made
 
 
+def agreement_group(ranks: Sequence[int], seconds: float) -> ProcessGroup | None:
+    """A group of ``ranks`` on their CPUs, whatever else they communicate by; None for one rank, or without gloo."""
+    if len(ranks) < 2 or not dist.is_gloo_available():
+        return None
+    made: ProcessGroup = dist.new_group(
+        list(ranks), timedelta(seconds=seconds), "gloo", use_local_synchronization=True, sort_ranks=False
+    )
+    return made
+
+
 @contextmanager
 def _of_its_own(world: Any) -> Iterator[None]:
     """Have NCCL make a new communicator: to split the world's, where that is bound to a device, takes all ranks."""

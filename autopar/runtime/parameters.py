@@ -6,7 +6,7 @@ ranks of a stage keep the tensors that the stage uses. :mod:`autopar.runtime.sto
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +26,13 @@ from autopar.mesh import PIPELINE
 from autopar.pipeline.stages import first_ranks, held_elsewhere
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import local_of
+from autopar.runtime.initial_weights import agree_on_whole, check_copies
 from autopar.runtime.meshes import Meshes
 from autopar.runtime.stacks import Stack, mark_replaced, stack
 from autopar.runtime.stored import Stored, cut, in_model_order, in_stored_order
 
 Table = dict[str, Any]  # the parameters, or the buffers, of one module
+Flags = tuple[dict[str, bool], dict[str, bool]]
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,10 @@ class Weights:
         stacks: the parameters that stand for several of the model.
     """
 
-    def __init__(self, root: nn.Module, connection: Connection | None = None) -> None:
+    def __init__(self, root: nn.Module, connection: Connection | None = None, initial: str = "rank0") -> None:
         self.root, self.connection = root, connection
         self.layouts: dict[str, Layout] | None = None
+        self.initial = initial
         self.absent: list[Absent] = []
         self.first: dict[str, int] = {}
         self.stacks: list[Stack] = []
@@ -88,6 +91,25 @@ class Weights:
         """Of each parameter, those of other pipeline stages too."""
         return tuple([table[key].requires_grad for table, key in self._trained])
 
+    def flags(self) -> Flags:
+        """Whether each parameter requires a gradient: as this rank has it, and as it believes others have it."""
+        held = {
+            name: tensor.requires_grad for name, tensor in self._named().items() if isinstance(tensor, nn.Parameter)
+        }
+        return held, {missing.name: missing.outline.requires_grad for missing in self.absent}
+
+    def learn_flags(self, of_ranks: Sequence[Flags]) -> bool:
+        """Believe what the stages that hold a parameter say of it; whether that is news to any rank.
+
+        ``of_ranks``: :meth:`flags` of all.
+        """
+        known = {name: flag for held, _ in of_ranks for name, flag in held.items()}
+        news = any(known.get(name, flag) != flag for _, believed in of_ranks for name, flag in believed.items())
+        for missing in self.absent:
+            if missing.outline.is_floating_point() and missing.name in known:
+                missing.outline.requires_grad_(known[missing.name])
+        return news
+
     def lay_out(self, program: AnyProgram) -> None:
         """Keep this rank's part of each tensor, as the first program requires; later programs must require the same.
 
@@ -99,6 +121,7 @@ class Weights:
             return
         layouts = weight_layouts(program)
         if self.layouts is None:
+            agree_on_whole(self._named(), self.connection, self.initial)
             self._stack(program)
             self.first = first_ranks(program)
             self._leave_out(held_elsewhere(program, self.connection.comm.coordinates.get(PIPELINE, 0)))
@@ -111,6 +134,18 @@ class Weights:
                     f"this call wants parameter '{name}' as {layout}, and it is held as {held} since the first call\n"
                     "Way out: say how it is split, e.g. Plan(tensor={'" + name + "': 'column'})."
                 )
+
+    def check_copies(self) -> None:
+        """Raise RanksDifferError where ranks hold different numbers as the same part of a tensor; collective."""
+        if self.connection is not None:
+            check_copies(self._named(), self.layouts or {}, self.connection)
+
+    def _named(self) -> dict[str, Tensor]:
+        """The tensors of this rank, each under the first of its names."""
+        named: dict[int, tuple[str, Tensor]] = {}
+        for _, table, key, name in tables(self.root):
+            named.setdefault(id(table[key]), (name, table[key]))
+        return dict(named.values())
 
     def _stack(self, program: AnyProgram) -> None:
         """Put one parameter in place of those that the program takes stacked."""

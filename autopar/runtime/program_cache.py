@@ -5,27 +5,60 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 
+from autopar.errors import RanksDifferError
+from autopar.ir.collectives import axes_used
 from autopar.ir.layout import Layout
-from autopar.ir.program import AnyProgram, PipelinedProgram
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.runtime.accumulate import Accumulation
+from autopar.runtime.agreement import digest_of, told
 from autopar.runtime.calls import Call, global_call, shapes
+from autopar.runtime.connect import Connection
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
 from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.local_parts import check_parts, check_parts_of_ranks, explained
 from autopar.runtime.parameters import Weights
+from autopar.runtime.shared_inputs import check_shared_inputs, is_due
 
 PROGRAMS_KEPT = 8
 
 Compile = Callable[[Call, Mapping[str, Layout] | None], AnyProgram]  # (whole call, layouts of weights) ->
 Bound = Executable | PipelineExecutable
 
+SAME_CALLS = (
+    "every rank makes the same calls, with inputs of the same shapes and types: pad or drop the rows that are left "
+    "over at the end of the data (drop_last=True), and evaluate on all ranks, not only on rank 0."
+)
+DIFFERENT = "the ranks do not do the same:"
+
 logger = logging.getLogger("autopar")
+
+
+@dataclass
+class Entry:
+    """A bound program, the ``number`` by which ranks compare its kind of call, and how many calls there were."""
+
+    bound: Bound
+    number: int
+    calls: int = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the inputs of the next call are compared; never where a rank could run the program by itself."""
+        return is_due(self.calls) and self._communicates
+
+    @cached_property
+    def _communicates(self) -> bool:
+        program = self.bound.program
+        graphs = [program.graphs.get("inference", program.graph)] if isinstance(program, Program) else []
+        return isinstance(program, PipelinedProgram) or bool(axes_used(graphs))
 
 
 class ProgramCache:
@@ -49,7 +82,7 @@ class ProgramCache:
         self._weights, self._connection = weights, weights.connection
         self._accumulation, self._packs_padding, self._given = accumulation, packs_padding, given
         self._programs: OrderedDict[Hashable, AnyProgram] = OrderedDict()  # the latest used last
-        self._bound: dict[Hashable, Bound] = {}
+        self._bound: dict[Hashable, Entry] = {}
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -63,7 +96,8 @@ class ProgramCache:
     @property
     def latest_bound(self) -> Bound | None:
         """The bound program of :attr:`latest`; None before it has run."""
-        return self._bound.get(next(reversed(self._programs), None))
+        entry = self._bound.get(next(reversed(self._programs), None))
+        return entry.bound if entry is not None else None
 
     def clear(self) -> None:
         self._programs.clear()
@@ -85,24 +119,69 @@ class ProgramCache:
         Collective for a new kind of call. Raises the errors of the compiler, and LaunchError where ranks have different
         programs.
         """
-        kind = self._kind(call, training)
-        found = self._bound.get(kind)
-        if found is not None:
-            self._programs.move_to_end(kind)
-            return found
-        connection = self._connection
-        assert connection is not None
+        kind = self._agreed_kind(call, training)
+        entry = self._bound.get(kind)
+        if entry is None:
+            entry = self._bound[kind] = Entry(self._new(call, training), digest_of(kind))
+        self._programs.move_to_end(kind)
+        entry.calls += 1
+        return entry.bound
+
+    def _agreed_kind(self, call: Call, training: bool) -> Hashable:
+        """The kind of this call, which the ranks compare, and when it is due what they pass.
+
+        Raises RanksDifferError; IndivisibleError where ranks pass parts of different sizes. Where nothing is due, the
+        answer is not waited for here, except on a pipeline.
+        """
+        comm = self._required_connection.comm
+        while True:
+            kind = self._kind(call, training)
+            entry = self._bound.get(kind)
+            if self._mesh.world_size == 1:
+                return kind
+            due = entry is None or entry.is_due
+            number = entry.number if entry is not None else digest_of(kind)
+            comm.agreement.start(number + due, partial(_described, call, training, number), SAME_CALLS)
+            if not due and not self._mesh.is_pipelined:
+                return kind
+            if comm.agreement.agrees():
+                break
+            self._blame(call, _described(call, training, number))
+        if due:
+            check_shared_inputs(call, self._required_connection, self._plan)
+        return kind
+
+    def _blame(self, call: Call, mine: str) -> None:
+        """Raise an error that says which ranks make which call, unless stages had to hear of each other's parameters.
+
+        Every rank calls this at the same time, when they have heard that they do not do the same.
+        """
+        connection = self._required_connection
+        everyone = connection.comm.agreement.everyone((mine, self._weights.flags()))
+        if not all(isinstance(said, tuple) for said in everyone):
+            raise RanksDifferError(f"{DIFFERENT}\n{told(everyone)}\nWay out: {SAME_CALLS}")
+        if self._mesh.is_pipelined and self._weights.learn_flags([flags for _, flags in everyone]):
+            return
         if self._plan.inputs == "local":
             check_parts_of_ranks(call, connection, self._plan)
+        raise RanksDifferError(f"{DIFFERENT}\n{told(everyone)}\nWay out: {SAME_CALLS}")
+
+    @property
+    def _required_connection(self) -> Connection:
+        assert self._connection is not None, "only a launched module runs programs"
+        return self._connection
+
+    def _new(self, call: Call, training: bool) -> Bound:
+        connection = self._required_connection
+        laid_out = self._weights.is_laid_out
         program = self.prepared(call, training)
         check_parts(program, call)
         connection.agree(program)
+        if laid_out and not self._bound:
+            self._weights.check_copies()
         if isinstance(program, PipelinedProgram):
-            found = PipelineExecutable(program, self._weights.root, connection)
-        else:
-            found = Executable(program, self._weights.root, connection, self._accumulation)
-        self._bound[kind] = found
-        return found
+            return PipelineExecutable(program, self._weights.root, connection)
+        return Executable(program, self._weights.root, connection, self._accumulation)
 
     def _kind(self, call: Call, training: bool) -> Hashable:
         packs = self._packs_padding and not torch.is_grad_enabled()
@@ -137,3 +216,10 @@ def cast_to() -> tuple[torch.dtype | None, ...]:
     """The dtype in which autocast computes; a traced program has its casts as nodes."""
     kinds = ("cpu", "cuda")
     return tuple([torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds])
+
+
+def _described(call: Call, training: bool, number: int) -> str:
+    """One kind of call, for messages; ``number`` tells apart those that look alike."""
+    mode = "a call to train" if training else "a call to evaluate"
+    inputs = ", ".join(f"{name or 'input'} {list(tensor.shape)}" for name, tensor in call.named_tensors)
+    return f"{mode}, {inputs} (program {number % 10**6:06d})"
