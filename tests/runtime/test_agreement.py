@@ -151,7 +151,7 @@ def own_batch(rank: int, axes: dict[str, int], inputs: str, steps: int = 1) -> N
             {"tp": 2},
             "global",
             1,
-            ["'x', 'y'", "rank 0, others than rank 1", 'Plan(inputs="local")', "DistributedSampler"],
+            ["'x', 'y'", "rank 0, others than rank 1", 'Plan(inputs="local")'],
         ),
         ({"dp": 2}, "global", 3, ["'x', 'y'", 'Plan(inputs="local")']),
         ({"tp": 2}, "local", 1, ["'x', 'y'", "differ only on tp or pp"]),
@@ -198,7 +198,7 @@ def test_all_take_the_weights_of_rank_0(axes: dict[str, int]) -> None:
     loss = net(0)(x, y)
     for _, found, step in results:
         assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
-        assert abs(float(step) - float(loss)) < 1e-12
+        assert abs(float(step) - float(loss.detach())) < 1e-12
 
 
 def asked_to_be_equal(rank: int) -> None:
@@ -223,7 +223,7 @@ def loaded_on_one_rank(rank: int) -> None:
 
 def test_weights_loaded_on_one_rank_after_they_were_laid_out() -> None:
     for message in said(loaded_on_one_rank, 2):
-        assert "up.weight" in message and "hold the same part" in message and "load_state_dict" in message, message
+        assert "down.bias" in message and "hold the same part" in message and "load_state_dict" in message, message
 
 
 # ---------------------------------------------------------------- digests
