@@ -36,7 +36,7 @@ def export_command(
     rank: Annotated[int | None, typer.Option(min=0, help="of this rank only")] = None,
     weights: Annotated[str | None, typer.Option(help=" | ".join(WEIGHTS))] = None,
     weights_from: Annotated[Path | None, typer.Option(help="safetensors file, or a folder of them")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="run all ranks as one, against the program")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="run all ranks as one, against the model")] = False,
     training: Annotated[bool, typer.Option("--training", help="a training step, where the format can hold it")] = False,
     opset: Annotated[int | None, typer.Option(help="version of ONNX's operators")] = None,
     ir: Annotated[int | None, typer.Option(help="version of ONNX's files")] = None,

@@ -60,7 +60,7 @@ def export(
             part is; ``none``: names, shapes and dtypes. By default the first where ``weights_from`` is given.
         weights_from: the model, whole tensors by name, a safetensors file, or a folder of such files; or several of
             these, of which the first that has a name is taken.
-        verify: run what was written, all ranks as one model, against the program.
+        verify: run what was written, all ranks as one model, against the unmodified model, or the program's source.
         opset, ir: versions of ONNX files.
         onnx_dialect: of collectives in ONNX files, ``autopar`` or ``tensorrt``.
         training: write a training step, forward and backward, instead of the inference graph (``pt2``).
@@ -76,7 +76,7 @@ def export(
     if rank is not None:
         program.mesh.coordinates(rank)
         ranks = (rank,)
-    tensors = None if weights_from is None else WholeTensors.of(weights_from)
+    tensors = None if weights_from is None else WholeTensors.of(weights_from, made=program.made_buffers)
     options = Options(opset, ir, onnx_dialect, verify, training)
     with replaced(Path(directory)) as draft, _progress() as progress:
         task = progress.add_task("", total=None)

@@ -1,84 +1,156 @@
 """``logical.onnx``: the unsplit model with ONNX's own annotations of what lies where (IR 11, multi-device).
 
-The configuration ``mesh`` has the ranks as its devices. Each node that takes a parameter says how that is split, dim by
-dim: ``device`` are groups of ranks with equal parts, one for each part, in order. The annotations have plain splits
-only; what they cannot say (a fused QKV weight's segments) is left out there. They describe, nothing executes them yet.
+It is the program's source: what was traced, before any pass. The configuration ``mesh`` has the ranks as its devices.
+Each node says how those of its inputs and outputs are split whose place is known (:mod:`autopar.exporters.places`), dim
+by dim: ``device`` are groups of ranks with equal parts, one for each part, in order; and on a pipeline, its stage. The
+annotations have plain splits only; what they cannot say (a fused QKV weight's segments) is left out there. They
+describe, nothing executes them yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import onnx
-import onnx_ir
-import torch
-from onnx_ir.passes import common
-from torch import nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from autopar.errors import ExportError
 from autopar.exporters.job import Job
-from autopar.exporters.onnx_role import OPSET, without_notes
-from autopar.exporters.verify import call_of, random_tensors
-from autopar.exporters.wiring import output_name
-from autopar.ir.layout import Layout, runs
-from autopar.ir.program import Program, weight_layouts
-from autopar.ir.tables import InputKind, OutputKind
+from autopar.exporters.onnx_rank import with_data
+from autopar.exporters.onnx_role import onnx_role
+from autopar.exporters.places import Place, activation_places, weight_places
+from autopar.exporters.rank_module import Part, tensor_name
+from autopar.exporters.traced import traced
+from autopar.exporters.wiring import input_name
+from autopar.ir.layout import runs
+from autopar.ir.node import Node, output_node
+from autopar.ir.program import AnyProgram, Program
+from autopar.ir.tables import InputKind, Output, OutputKind, Role
 from autopar.mesh import Mesh
 
 LOGICAL = "logical.onnx"
 CONFIGURATION, LEAST_IR = "mesh", 11
+VALUE = "autopar_value_"  # begins the name of a value that is returned until its name in the file is known
 
 
-def write_logical(job: Job, model: nn.Module) -> None:
-    """The unmodified model, without data: its tensors are those of the ranks.
+def write_logical(job: Job) -> None:
+    """The source; it has the data of what no state dict has, and its other tensors are those of the ranks.
 
-    Raises ExportError where torch.onnx cannot write it.
+    Raises ExportError where the program keeps no source, and where torch.onnx cannot write it.
     """
-    assert isinstance(job.program, Program)
-    inputs = random_tensors(job.program, (InputKind.INPUT,))
-    args, kwargs = call_of(job.program, inputs)
-    opset = job.options.opset or OPSET
+    source = job.program.source
+    if source is None:
+        raise ExportError(
+            f"no {LOGICAL}: this program does not keep what it was made from\nWay out: compile it again, and save it."
+        )
+    places = weight_places(job.program)
+    known = activation_places(job.program, source)
+    values = [node for node in known if node.op == "call_function"]
+    part = Part(_returning(source, values), 0)
     try:
-        with torch.no_grad(), without_notes():
-            made = torch.onnx.export(
-                model, args, kwargs=kwargs, dynamo=True, optimize=False, opset_version=opset, verbose=False
-            )
+        model = onnx_role(traced(part), job.options.opset, job.options.ir)
     except Exception as error:  # of many classes
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
-        raise ExportError(f"no {LOGICAL}: torch.onnx cannot write the unsplit model: {reason[:300]}") from error
-    assert made is not None
-    users = [entry for entry in job.program.outputs if entry.kind is OutputKind.USER]
-    for value, entry in zip(made.model.graph.outputs, users):
-        value.name = output_name(entry)
-    layouts = weight_layouts(job.program)
-    for name in [name for name in made.model.graph.initializers if name in layouts]:
-        value = made.model.graph.initializers.pop(name)
-        value.const_value = None
-        made.model.graph.inputs.append(value)
-    found: onnx.ModelProto = onnx_ir.to_proto(common.NameFixPass()(made.model).model)
-    annotate(found, job.program.mesh, layouts)
-    onnx.checker.check_model(found)
-    onnx.save(found, job.directory / LOGICAL)
+        raise ExportError(f"no {LOGICAL}: the unsplit model cannot be written: {reason[:300]}") from error
+    names = _named(model.graph, values)
+    places |= {names[node]: known[node] for node in values if node in names}
+    inputs = source.placeholders(InputKind.INPUT)
+    places |= {input_name(entry): known[node] for node, entry in inputs if node in known}
+    model.graph.name = "logical"
+    annotate(model, job.program.mesh, places)
+    with_data(model, _made_tensors(job.program, source), job.directory, f"{model.graph.name}.safetensors")
+    onnx.save(model, job.directory / LOGICAL)
+    try:
+        onnx.checker.check_model(str(job.directory / LOGICAL))  # by its path: it finds the data beside it
+    except onnx.checker.ValidationError as error:
+        (job.directory / LOGICAL).unlink()
+        raise ExportError(f"no {LOGICAL}: it is no valid ONNX: {str(error).strip()[:300]}") from error
 
 
-def annotate(model: onnx.ModelProto, mesh: Mesh, layouts: Mapping[str, Layout]) -> None:
-    """Add the configuration, and to each node what is known of the parameters that it takes."""
+def _made_tensors(program: AnyProgram, source: Program) -> dict[str, Tensor]:
+    """Constants, and buffers that the model makes itself, by their names in the file; those that have data."""
+    found = {tensor_name(entry): source.constants[entry.target] for _, entry in source.placeholders(InputKind.CONSTANT)}
+    found |= program.made_buffers
+    return {name: tensor for name, tensor in found.items() if not isinstance(tensor, FakeTensor)}
+
+
+def _returning(source: Program, nodes: Iterable[Node]) -> Program:
+    """``source`` as a program that can be exported, which returns ``nodes`` too."""
+    found = source.clone()
+    copies = {node.name: node for node in found.graph.nodes}
+    more = tuple(copies[node.name] for node in nodes)
+    output_node(found.graph).args = ((*found.returned, *more),)
+    outputs = tuple(Output(OutputKind.USER, f"{VALUE}{number}") for number in range(len(more)))
+    role = Role(forward=found.graph, backward=None, inference=found.graph)
+    return replace(found, outputs=(*found.outputs, *outputs), role=role)
+
+
+def _named(graph: onnx.GraphProto, nodes: Iterable[Node]) -> dict[Node, str]:
+    """Return no more than the model does; the names of ``nodes`` in the file, which are their own where these are free.
+
+    One that is a user's output, or an input, has that name.
+    """
+    numbers = {f"{VALUE}{number}": node for number, node in enumerate(nodes)}
+    dropped = [value for value in graph.output if value.name in numbers]
+    graph.value_info.extend(dropped)
+    for value in dropped:
+        graph.output.remove(value)
+    same = {
+        node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity" and node.output[0] in numbers
+    }
+    for node in [node for node in graph.node if node.output[0] in same]:
+        graph.node.remove(node)
+    taken = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
+    found, renamed = dict[Node, str](), dict[str, str]()
+    for name, node in numbers.items():
+        found[node] = renamed[name] = node.name if node.name not in taken else name
+        taken.add(found[node])
+    found |= {numbers[name]: renamed.get(other, other) for name, other in same.items()}
+    _rename(graph, renamed)
+    return found
+
+
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    for value in graph.value_info:
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _rename(attribute.g, names)
+
+
+# ---------------------------------------------------------------- annotations
+
+
+def annotate(model: onnx.ModelProto, mesh: Mesh, places: Mapping[str, Place]) -> None:
+    """Add the configuration, and to each node what is known of the tensors that it takes and gives, by name."""
     model.ir_version = max(model.ir_version, LEAST_IR)
     configuration = model.configuration.add()
     configuration.name, configuration.num_devices = CONFIGURATION, mesh.world_size
     configuration.device.extend(f"rank{rank}" for rank in range(mesh.world_size))
+    specs = {name: spec for name, place in places.items() if (spec := sharding(name, place)) is not None}
     for node in model.graph.node:
-        specs = [spec for name in node.input if name in layouts and (spec := sharding(name, layouts[name], mesh))]
-        if specs:
-            entry = node.device_configurations.add()
-            entry.configuration_id = CONFIGURATION
-            entry.sharding_spec.extend(specs)
+        names = [name for name in dict.fromkeys((*node.input, *node.output)) if name in places]
+        stages = {places[name].stage for name in names} - {None}
+        found = [specs[name] for name in names if name in specs]
+        if not found and not stages:
+            continue
+        entry = node.device_configurations.add()
+        entry.configuration_id = CONFIGURATION
+        entry.sharding_spec.extend(found)
+        if len(stages) == 1 and (stage := stages.pop()) is not None:
+            entry.pipeline_stage = stage
 
 
-def sharding(name: str, layout: Layout, mesh: Mesh) -> onnx.ShardingSpecProto | None:
+def sharding(name: str, place: Place) -> onnx.ShardingSpecProto | None:
     """The split of a tensor; None for one that is whole on all ranks, and for a split that is no plain one."""
     owned: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for rank in range(mesh.world_size):
+    layout, mesh = place.layout, place.mesh
+    for rank in place.ranks():
         here = mesh.coordinates(rank)
         ranges = []
         for dim, size in enumerate(layout.shape):
@@ -88,7 +160,7 @@ def sharding(name: str, layout: Layout, mesh: Mesh) -> onnx.ShardingSpecProto | 
                 return None
             ranges.append(parts[0])
         owned.setdefault(tuple(ranges), []).append(rank)
-    if len(owned) == 1:
+    if len(owned) == 1 and place.stage is None:
         return None
     spec = onnx.ShardingSpecProto(tensor_name=name)
     for number, (_, ranks) in enumerate(sorted(owned.items())):

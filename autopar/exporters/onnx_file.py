@@ -22,7 +22,6 @@ from autopar.exporters.state import weights_of
 from autopar.exporters.traced import Traced, traced
 from autopar.exporters.verify import verify
 from autopar.exporters.wiring import describe_part
-from autopar.ir.program import Program
 
 
 def write(job: Job) -> Mapping[str, Any]:
@@ -41,8 +40,7 @@ def write(job: Job) -> Mapping[str, Any]:
         job.told(f"writing {part.name}.onnx")
         model = rank_model(whole, part, role)
         tensors: dict[str, Tensor] = {**rank_tensors(part, role.own), **constants_of(part)}
-        if job.weights == "safetensors":
-            tensors |= weights_of(part, job)
+        tensors |= {name: tensor for name, tensor in weights_of(part, job).items() if not tensor.is_meta}
         with_data(model, tensors, job.directory, f"{part.name}.safetensors")
         entry = describe_part(part, role, f"{part.name}.onnx")
         note(model, rank=part.rank, coordinates=entry["coordinates"], mesh=dict(job.program.mesh.axes))
@@ -57,14 +55,17 @@ def write(job: Job) -> Mapping[str, Any]:
     about: dict[str, Any] = {"parts": entries}
     if job.options.verify:
         job.told("running all ranks as one model")
-        about["verified"] = verify(job, found)
-    if job.tensors is not None and job.tensors.model is not None and isinstance(job.program, Program):
-        job.told("writing logical.onnx")
-        try:
-            write_logical(job, job.tensors.model)
-            about["logical"] = LOGICAL
-        except ExportError as error:  # torch.onnx does not know all that a model calls; the ranks' files do without
-            about["no_logical"] = str(error)
+        done = verify(job, found)
+        about |= {"verified": dict(done.errors), "verified_against": done.against}
+        if done.promoted:
+            about["verified_in"] = "float32"
+    job.told("writing logical.onnx")
+    try:
+        write_logical(job)
+        about["logical"] = LOGICAL
+    except ExportError as error:  # the ranks' files do without
+        about["no_logical"] = str(error)
+        if job.program.source is not None:
             warnings.warn(str(error), stacklevel=2)
     if job.options.dialect == "tensorrt":
         for file in files:

@@ -90,8 +90,9 @@ def onnx_role(role: Traced, opset: int | None, ir: int | None) -> onnx.ModelProt
         ) from error
     assert made is not None
     model = made.model
-    for tidy in (common.IdentityEliminationPass(), common.RemoveUnusedNodesPass()):  # before outputs get some
-        model = tidy(model).model
+    if not any(map(_has_graphs, model.graph)):  # whose results may be such identities
+        model = common.IdentityEliminationPass()(model).model  # before outputs get some
+    model = common.RemoveUnusedNodesPass()(model).model
     for value, (_, entry) in zip(model.graph.inputs, role.inputs, strict=True):
         value.name = input_name(entry)
     _name_outputs(model, role)
@@ -124,6 +125,10 @@ def without_notes() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _has_graphs(node: onnx_ir.Node) -> bool:
+    return any(attribute.type is onnx_ir.AttributeType.GRAPH for attribute in node.attributes.values())
 
 
 def _name_outputs(model: onnx_ir.Model, role: Traced) -> None:

@@ -31,23 +31,36 @@ class InFile:
 
 
 class WholeTensors:
-    """Tensors by name, read from files as needed. A stack (``experts.*.up.weight``) is made of its members."""
+    """Tensors by name, read from files as needed. A stack (``experts.*.up.weight``) is made of its members.
+
+    ``made``: buffers that the model makes itself, for names that are nowhere else. ``model``: whose tensors they are,
+    where that is known.
+    """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], files: Mapping[str, Path] | None = None, model: nn.Module | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        files: Mapping[str, Path] | None = None,
+        model: nn.Module | None = None,
+        made: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.model = model  # whose tensors they are, where that is known
-        self._tensors, self._files = tensors, files or {}
+        self.model = model
+        self._tensors, self._files, self._made = tensors, files or {}, made or {}
 
     @classmethod
-    def of(cls, source: Source | Sequence[Source]) -> WholeTensors:
+    def of(cls, source: Source | Sequence[Source], made: Mapping[str, Tensor] | None = None) -> WholeTensors:
         """Those of a model, of a mapping, or of the ``*.safetensors`` file or files at a path.
 
         Of several sources the first that has a name is taken: files, then the model whose buffers are in no file.
         Raises ExportError for a path without such files.
         """
+        found = cls._of(source)
+        return cls(found._tensors, found._files, found.model, made)
+
+    @classmethod
+    def _of(cls, source: Source | Sequence[Source]) -> WholeTensors:
         if isinstance(source, Sequence) and not isinstance(source, str):
-            return cls._merged([cls.of(one) for one in source])
+            return cls._merged([cls._of(one) for one in source])
         if isinstance(source, nn.Module):
             named: dict[str, Tensor] = dict(source.named_parameters(remove_duplicate=False))
             named |= dict(source.named_buffers(remove_duplicate=False))
@@ -79,8 +92,13 @@ class WholeTensors:
         raise ExportError(
             f"no tensor was given for '{wanted[0]}'\n"
             "Way out: weights_from= the model, its state dict or its safetensors files; or weights='none'.\n"
-            "A buffer that is in none of these files (not persistent) is the model's: weights_from=[files, model]."
+            "A buffer that is in none of these files (not persistent), and not in the program, is the model's: "
+            "weights_from=[files, model]."
         )
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether there is a tensor under one of ``names``."""
+        return any(name in known for name in names for known in (self._tensors, self._files, self._made))
 
     def in_file(self, names: Iterable[str]) -> InFile | None:
         """Where the tensor under one of ``names`` is stored; None for one that is in no file, or in several pieces."""
@@ -93,7 +111,7 @@ class WholeTensors:
         if name in self._tensors:
             return self._tensors[name]
         if name not in self._files:
-            return None
+            return self._made.get(name)
         with safe_open(self._files[name], framework="pt") as file:
             found: Tensor = file.get_tensor(name)
         return found
