@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from autopar.analysis.notebook import module_html
 from autopar.compiler import compile_program
 from autopar.errors import InvariantError
 from autopar.frontend.fingerprint import call_facts
+from autopar.frontend.observation import guards_of_traces
+from autopar.frontend.readings import everything_of
 from autopar.frontend.torch_layers import packs_padding
 from autopar.ir.fingerprint import CallFacts
+from autopar.ir.guards import Guards
 from autopar.ir.layout import Layout
 from autopar.ir.load import ExpertLoad
 from autopar.ir.loss import loss_of
@@ -79,8 +83,9 @@ class ParallelModule(nn.Module):
         held = Holding(model, Weights(self, connection, plan.initial))
         accumulation = Accumulation()
 
-        def compiled(call: Call, layouts: Mapping[str, Layout] | None) -> AnyProgram:
-            return compile_program(model, mesh, plan, call.args, call.kwargs, layouts)
+        def compiled(call: Call, layouts: Mapping[str, Layout] | None) -> tuple[AnyProgram, Guards]:
+            with guards_of_traces() as guards:
+                return compile_program(model, mesh, plan, call.args, call.kwargs, layouts), guards
 
         given = _given(held, programs, where) if programs else None
         cache = ProgramCache(compiled, mesh, plan, held.weights, accumulation, packs_padding(model), given)
@@ -289,16 +294,26 @@ class ParallelModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "_held" not in self.__dict__:
+            if "_held" not in self.__dict__ or (name.startswith("_") and name not in vars(self._held.model)):
                 raise
         model = self._held.model
         found = getattr(model, name)
-        if callable(found):
+        if callable(found) and name not in vars(model):
             raise AttributeError(
                 f"'{name}' is a method of {type(model).__name__}; of those a parallel module has only forward(): "
                 "what the model computes otherwise is not parallelised"
             )
         return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What a user sets here is set on the model, which reads it; modules and tensors are in shared tables."""
+        if "_held" not in self.__dict__ or name in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self._held.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._held.model, name)
 
     # ------------------------------------------------------------ staying the model
 
@@ -342,9 +357,11 @@ def _given(held: Holding, programs: Sequence[AnyProgram], where: str) -> GivenPr
         return call_facts(held.model, call.args, call.kwargs)
 
     def state() -> Hashable:
-        return held.weights.requires_grad(), tuple([parameter.dtype for parameter in held.weights.root.parameters()])
+        modes = tuple([module.training == held.model.training for module in held.model.modules()])
+        dtypes = tuple([parameter.dtype for parameter in held.weights.root.parameters()])
+        return held.weights.requires_grad(), dtypes, modes
 
-    return GivenPrograms(programs, where, facts, state)
+    return GivenPrograms(programs, where, facts, state, partial(everything_of, held.model))
 
 
 def held_by(model: nn.Module) -> Holding:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import linecache
 import traceback
+from functools import cache
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -13,12 +16,24 @@ UNKNOWN_LINE = "an unknown line"
 def user_line(frames: traceback.StackSummary | None = None) -> str:
     """``file.py:12 in forward: x = self.up(x)`` of the innermost frame that is neither torch's nor ours."""
     for frame in reversed(frames if frames is not None else traceback.extract_stack()):
-        if _is_users(frame.filename):
+        if is_users_file(frame.filename):
             return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"
     return UNKNOWN_LINE
 
 
-def _is_users(filename: str) -> bool:
+def line_of_user(frame: FrameType | None) -> str:
+    """As :func:`user_line`, from ``frame`` outwards; fast."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if is_users_file(name):
+            line = linecache.getline(name, frame.f_lineno).strip()
+            return f"{Path(name).name}:{frame.f_lineno} in {frame.f_code.co_name}: {line}"
+        frame = frame.f_back
+    return UNKNOWN_LINE
+
+
+@cache
+def is_users_file(filename: str) -> bool:
     if filename.startswith(("<", *(str(Path(str(file)).parent) for file in (__file__, torch.__file__)))):
         return False
     return "site-packages" in filename or not filename.startswith(str(Path(traceback.__file__).parent))

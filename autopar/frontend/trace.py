@@ -41,9 +41,11 @@ from autopar.frontend.capture import (
 from autopar.frontend.empty_selections import Selections, differ_by_selections_only
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.numerics import check_numerics
+from autopar.frontend.observation import Observation, add_guards
 from autopar.frontend.recast import recast, recast_call
 from autopar.frontend.selected_rows import SelectedRows
 from autopar.frontend.source_lines import user_line
+from autopar.frontend.steady_state import bring_to_rest, check_at_rest, refuse_backward_hooks
 from autopar.frontend.torch_layers import without_fast_paths
 from autopar.ir.collection import no_collection
 from autopar.ir.loss import inner_paths, joined_path, leaf_paths
@@ -94,11 +96,11 @@ def trace(
     with recast(model, dtype) as dtypes:
         call: tuple[tuple[Any, ...], dict[str, Any]] = recast_call(given, dtype)
         fakes = needs_fakes(model, pytree.tree_leaves(call))
-        with explained(model), no_collection(), faked(model) if fakes else nullcontext() as mode:
-            exported, notes = _export(model, *call, mode)
+        exported, notes = _at_rest(model, *call)
         program = _program(exported, model, mesh, plan)
         if plan.check_numerics and not fakes:
-            notes += check_numerics(program, model, *call)
+            with Observation(model).watching():
+                notes += check_numerics(program, model, *call)
     for note in dict.fromkeys(notes):
         warnings.warn(note, stacklevel=2)
     return replace(program, pins=Pins(dtypes=_passed_dtypes(program, dtypes, given)))
@@ -113,6 +115,32 @@ def _passed_dtypes(program: Program, parameters: Mapping[str, torch.dtype], call
         if own is not None and own != value(node).dtype:
             dtypes[node.name] = own
     return dtypes
+
+
+def _at_rest(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ExportedProgram, list[str]]:
+    """The exported model, once its forward leaves nothing for the next call to read, and notes.
+
+    What was read is added to the guards of :func:`autopar.frontend.observation.guards_of_traces`.
+    """
+    refuse_backward_hooks(model)
+    moved: Observation | None = None
+    while True:
+        observation = Observation(model)
+        fakes = needs_fakes(model, pytree.tree_leaves((args, kwargs)))
+        try:
+            faking = faked(model) if fakes else nullcontext()
+            with explained(model), no_collection(), faking as mode, observation.watching():
+                found = _export(model, args, kwargs, mode)
+            if moved is not None or observation.is_at_rest:
+                check_at_rest(observation)
+                add_guards(observation.guards)
+                return found
+        except TraceError:
+            if moved is not None:
+                moved.undo()
+            if moved is not None or observation.is_at_rest:
+                raise  # else it may come from what forward leaves
+        moved = bring_to_rest(model, args, kwargs, observation)
 
 
 def _export(

@@ -89,7 +89,28 @@ class Weights:
 
     def requires_grad(self) -> tuple[bool, ...]:
         """Of each parameter, those of other pipeline stages too."""
-        return tuple([table[key].requires_grad for table, key in self._trained])
+        try:
+            return tuple([table[key].requires_grad for table, key in self._trained])
+        except (KeyError, AttributeError):  # one was taken from the model
+            found = [table.get(key) for table, key in self._trained]
+            return tuple([tensor is not None and tensor.requires_grad for tensor in found])
+
+    def take_in(self) -> bool:
+        """Know the parameters that the model has by now; whether they are others.
+
+        Raises InvariantError for a new one where the parameters are split already.
+        """
+        held = [(table, key) for module, table, key, _ in tables(self.root) if table is module._parameters]
+        if self.connection is not None:
+            for module, table, key, name in tables(self.root):
+                if table is module._parameters and not isinstance(table[key], DTensor):
+                    raise InvariantError(_late(name))
+        absent = [(missing.table, missing.key) for missing in self.absent]
+        known = {(id(table), key) for table, key in self._trained}
+        if self.stacks or absent or known == {(id(table), key) for table, key in held}:
+            return False
+        self._trained = held
+        return True
 
     def flags(self) -> Flags:
         """Whether each parameter requires a gradient: as this rank has it, and as it believes others have it."""
@@ -281,6 +302,14 @@ def tables(root: nn.Module) -> Iterator[tuple[nn.Module, Table, str, str]]:
             for key, tensor in table.items():
                 if tensor is not None:
                     yield module, table, key, f"{path}.{key}" if path else key
+
+
+def _late(name: str) -> str:
+    return (
+        f"parameter '{name}' was put into the model after autopar.parallelize: no rank knows what part of it to hold\n"
+        "Way out: put it there before parallelize; or copy its values into the parameter that was there "
+        "(with torch.no_grad(): parameter.copy_(...))."
+    )
 
 
 def _placed(tensor: Tensor, form: Stored, own: Connection) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from autopar.errors import RanksDifferError
 from autopar.ir.collectives import axes_used
+from autopar.ir.guards import Guards
 from autopar.ir.layout import Layout
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.mesh import Mesh
@@ -26,10 +27,12 @@ from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.local_parts import check_parts, check_parts_of_ranks, explained
 from autopar.runtime.parameters import Weights
 from autopar.runtime.shared_inputs import check_shared_inputs, is_due
+from autopar.runtime.variants import Variants
 
-PROGRAMS_KEPT = 8
+PROGRAMS_KEPT = 64
 
-Compile = Callable[[Call, Mapping[str, Layout] | None], AnyProgram]  # (whole call, layouts of weights) ->
+Compile = Callable[[Call, Mapping[str, Layout] | None], tuple[AnyProgram, Guards]]  # (whole call, layouts held) ->
+Kind = tuple[Hashable, int]  # of call, and which variant of its program
 Bound = Executable | PipelineExecutable
 
 SAME_CALLS = (
@@ -81,8 +84,9 @@ class ProgramCache:
         self._compiled, self._mesh, self._plan = compiled, mesh, plan
         self._weights, self._connection = weights, weights.connection
         self._accumulation, self._packs_padding, self._given = accumulation, packs_padding, given
-        self._programs: OrderedDict[Hashable, AnyProgram] = OrderedDict()  # the latest used last
-        self._bound: dict[Hashable, Entry] = {}
+        self._programs: OrderedDict[Kind, AnyProgram] = OrderedDict()  # the latest used last
+        self._bound: dict[Kind, Entry] = {}
+        self._variants = Variants()
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -96,12 +100,14 @@ class ProgramCache:
     @property
     def latest_bound(self) -> Bound | None:
         """The bound program of :attr:`latest`; None before it has run."""
-        entry = self._bound.get(next(reversed(self._programs), None))
+        latest = next(reversed(self._programs), None)
+        entry = self._bound.get(latest) if latest is not None else None
         return entry.bound if entry is not None else None
 
     def clear(self) -> None:
         self._programs.clear()
         self._bound.clear()
+        self._variants.clear()
 
     def prepared(self, call: Call, training: bool) -> AnyProgram:
         """The program of a call on this rank; it is compiled if there is none."""
@@ -111,7 +117,8 @@ class ProgramCache:
 
     def of_whole(self, call: Call, training: bool) -> AnyProgram:
         """The program of a call that has the whole batch, whatever ``plan.inputs`` says."""
-        return self._program((self._kind(call, training), "whole"), call, training)
+        local = self._plan.inputs == "local"
+        return self._program(self._kind(call, training, "whole" if local else ""), call, training)
 
     def bound(self, call: Call, training: bool) -> Bound:
         """The bound program of this call on this rank.
@@ -127,7 +134,7 @@ class ProgramCache:
         entry.calls += 1
         return entry.bound
 
-    def _agreed_kind(self, call: Call, training: bool) -> Hashable:
+    def _agreed_kind(self, call: Call, training: bool) -> Kind:
         """The kind of this call, which the ranks compare, and when it is due what they pass.
 
         Raises RanksDifferError; IndivisibleError where ranks pass parts of different sizes. Where nothing is due, the
@@ -183,30 +190,40 @@ class ProgramCache:
             return PipelineExecutable(program, self._weights.root, connection)
         return Executable(program, self._weights.root, connection, self._accumulation)
 
-    def _kind(self, call: Call, training: bool) -> Hashable:
+    def _kind(self, call: Call, training: bool, batch: str = "") -> Kind:
         packs = self._packs_padding and not torch.is_grad_enabled()
-        return training, cast_to(), self._weights.requires_grad(), packs, call.key
+        kind = training, cast_to(), self._weights.requires_grad(), packs, call.key, batch
+        number = self._variants.number(kind)
+        if number is None and self._weights.take_in():
+            return self._kind(call, training, batch)
+        return kind, self._variants.next(kind) if number is None else number
 
-    def _program(self, kind: Hashable, call: Call, training: bool) -> AnyProgram:
+    def _program(self, kind: Kind, call: Call, training: bool) -> AnyProgram:
         if kind in self._programs:
             return self._programs[kind]
         program = self._given.of(call) if self._given is not None else None
         if program is None and (self._connection is None or self._connection.rank == 0):
-            self._tell(call, training)
+            self._tell(kind, call, training)
         while len(self._programs) >= PROGRAMS_KEPT:
             oldest, _ = self._programs.popitem(last=False)
             self._bound.pop(oldest, None)
+            self._variants.remove(*oldest)
+        guards = self._given.guards() if self._given is not None and program is not None else Guards()
         if program is None:
             with self._weights.traceable():
-                program = self._compiled(call, self._weights.layouts)
+                program, guards = self._compiled(call, self._weights.layouts)
         self._weights.lay_out(program)  # before it is kept: a program that requires other layouts never runs
         self._programs[kind] = program
+        self._variants.add(*kind, guards)
         return program
 
-    def _tell(self, call: Call, training: bool) -> None:
+    def _tell(self, kind: Kind, call: Call, training: bool) -> None:
         """Say once for each kind of call that, and why, it is compiled, where that was not to be expected."""
         name = "training" if training else "evaluation"
-        if self._given is not None:
+        change = self._variants.change(kind[0])
+        if change:
+            logger.warning("making another program: %s", change)
+        elif self._given is not None:
             logger.warning("making another program: %s", self._given.none_of(call))
         elif self._programs:
             logger.warning("a new kind of call (%s, inputs %s): making another program", name, shapes(call.tensors))

@@ -1,0 +1,254 @@
+"""Watches a model while it is traced: what its forward reads of Python, and what it leaves behind there.
+
+Within the run of forward, ``nn.Module`` and the classes of the user's objects tell of each attribute that is read or
+set. When it ends, all is put back: a trace leaves no fake tensors on a model, and a counter stands where it stood.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from torch import Tensor, nn
+
+from autopar.frontend.forbidden import nothing_forbidden
+from autopar.frontend.readings import SHAPED, Readings
+from autopar.frontend.source_lines import line_of_user
+from autopar.ir.guards import MISSING, Contents, Guards, Unavailable, is_plain, is_same
+
+_HIDDEN = ("_flat_weights", "_forward_hooks", "_forward_pre_hooks")  # torch's own, which no forward of a user's sets
+
+
+@dataclass(frozen=True)
+class Change:
+    """What forward left in a namespace; ``read_first``: it looks at what the call before has left there."""
+
+    label: str
+    table: dict[str, Any]
+    key: str
+    before: Any
+    now: Any
+    read_first: bool
+    line: str
+
+    def undo(self) -> None:
+        _set(self.table, self.key, self.before)
+
+
+def _set(table: dict[str, Any], key: str, value: Any) -> None:
+    if value is MISSING:
+        table.pop(key, None)
+    else:
+        table[key] = value
+
+
+class Observation:
+    """Of one model, over one or several runs of its forward.
+
+    Attributes:
+        changes: what the latest run left in attributes; undone.
+        grown: containers that the latest run changed; undone.
+
+    ``keeps``: what a run leaves stays until :meth:`undo`.
+    """
+
+    def __init__(self, model: nn.Module, keeps: bool = False) -> None:
+        self._model, self._keeps = model, keeps
+        self.readings = Readings(model)
+        self.changes: list[Change] = []
+        self.grown: list[Contents] = []
+        self._seen: set[tuple[int, str]] = set()
+        self._written: dict[tuple[int, str], tuple[bool, str]] = {}
+        self._tables: list[tuple[dict[str, Any], dict[str, Any], Any]] = []
+        self._patched: list[tuple[type, str, Any]] = []
+        self._generators: list[Any] = []
+        self._stack = ExitStack()
+        self._depth = 0
+
+    @property
+    def guards(self) -> Guards:
+        """What has to be as it was, and what forward leaves in attributes."""
+        guards = self.readings.guards
+        guards.effects = [
+            (one.table, one.key, Unavailable(one.label) if _holds_tensor(one.now) else one.now)
+            for one in self.changes
+            if not one.read_first and (_holds_tensor(one.now) or is_plain(one.now))
+        ]
+        guards.settle()
+        return guards
+
+    @property
+    def unstable(self) -> list[Change]:
+        """What a call leaves for the next one to read."""
+        return [one for one in self.changes if one.read_first]
+
+    @property
+    def is_at_rest(self) -> bool:
+        return not self.unstable and not self.grown
+
+    # ------------------------------------------------------------ the run of forward
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within this context each run of the model's forward is watched."""
+        original = nn.Module._call_impl
+        held = [(module.__dict__, dict(module.__dict__)) for module in self._model.modules()]
+        try:
+            with mock.patch.object(nn.Module, "_call_impl", self._watched(original)):
+                yield
+        finally:
+            for table, before in held if not self._keeps else ():  # export puts copies in place of lists and dicts
+                table.update(before)
+        self.readings.hooks_of(self._model)
+
+    def _watched(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Calls of modules; a hook would not be called where forward raises, and then export has put tensors back."""
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if module is not self._model:
+                return original(module, *args, **kwargs)
+            self._begin()
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                self._end()
+
+        return call
+
+    def _begin(self) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
+        self._seen.clear()
+        self._written.clear()
+        self._tables.clear()
+        self.readings.on_class = self._patch
+        for module in self._model.modules():
+            self._take(module)
+            for name in (*SHAPED,):
+                self._tables.append((module.__dict__[name], dict(module.__dict__[name]), module))
+        self._patch(nn.Module)
+        self._stack.enter_context(nothing_forbidden())
+        for owner, _ in list(self.readings.objects.values()):
+            self._take(owner)
+            self._patch(type(owner))
+
+    def _end(self) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        self._stack.close()
+        while self._patched:
+            cls, name, before = self._patched.pop()
+            _restore(cls, name, before)
+        self.changes = list(self._changes())
+        self.grown = [met for met in self.readings.started if not met.hold()]
+        if not self._keeps:
+            self.undo()
+
+    def undo(self) -> None:
+        """Put back what the latest run left."""
+        for change in self.changes:
+            change.undo()
+        for met in self.grown:
+            met.restore()
+
+    def _take(self, owner: Any) -> None:
+        own = getattr(owner, "__dict__", None)
+        if isinstance(own, dict):
+            self._tables.append((own, dict(own), owner))
+
+    def _changes(self) -> Iterator[Change]:
+        for table, before, owner in self._tables:
+            for key in {**before, **table}:
+                was, now = before.get(key, MISSING), table.get(key, MISSING)
+                if is_same(was, now) or key in _HIDDEN or key in SHAPED and isinstance(owner, nn.Module):
+                    continue
+                read, line = self._written.get((id(owner), key), ((id(owner), key) in self._seen, ""))
+                yield Change(self.readings.label(owner, key), table, key, was, now, read, line)
+        for one in self.readings.guards.readings:  # globals, and variables of enclosing functions
+            if isinstance(one.table, dict) and "__name__" in one.table and one.table.get(one.key) is not one.value:
+                now = one.table.get(one.key, MISSING)
+                yield Change(one.label, one.table, str(one.key), one.value, now, True, "")
+
+    # ------------------------------------------------------------ attributes
+
+    def _patch(self, cls: type) -> None:
+        """Have ``cls`` tell of the attributes of the objects that were met."""
+        if not self._depth or any(known is cls for known, *_ in self._patched):
+            return
+        for name, made in (("__getattribute__", _reads), ("__setattr__", _writes), ("__delattr__", _writes)):
+            before = vars(cls).get(name, MISSING)
+            try:
+                setattr(cls, name, made(self, getattr(cls, name)))
+            except TypeError:  # a class that is written in C
+                return
+            self._patched.append((cls, name, before))
+        for owner, _ in self.readings.objects.values():
+            if type(owner) is cls and not any(known is owner for *_, known in self._tables):
+                self._take(owner)
+
+    def read(self, owner: Any, name: str) -> None:
+        key = (id(owner), name)
+        if key in self._seen or key in self._written or name[:2] == "__" or not self.readings.knows(owner):
+            return
+        self._seen.add(key)
+        self.readings.attribute(owner, name)
+
+    def write(self, owner: Any, name: str) -> None:
+        key = (id(owner), name)
+        if key not in self._written and self.readings.knows(owner):
+            self._written[key] = (key in self._seen, line_of_user(sys._getframe(2)))
+
+
+def _reads(observation: Observation, original: Callable[..., Any]) -> Callable[..., Any]:
+    def __getattribute__(self: Any, name: str) -> Any:
+        observation.read(self, name)
+        return original(self, name)
+
+    return __getattribute__
+
+
+def _writes(observation: Observation, original: Callable[..., None]) -> Callable[..., None]:
+    def write(self: Any, name: str, *value: Any) -> None:
+        observation.write(self, name)
+        original(self, name, *value)
+
+    return write
+
+
+def _restore(cls: type, name: str, before: Any) -> None:
+    if before is MISSING:
+        delattr(cls, name)
+    else:
+        setattr(cls, name, before)
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return any(_holds_tensor(item) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor)
+
+
+_COLLECTING: list[Guards] = []
+
+
+@contextmanager
+def guards_of_traces() -> Iterator[Guards]:
+    """What the traces within this context have read."""
+    guards = Guards()
+    _COLLECTING.append(guards)
+    try:
+        yield guards
+    finally:
+        _COLLECTING.remove(guards)
+
+
+def add_guards(guards: Guards) -> None:
+    """Say what a trace has read."""
+    for collected in _COLLECTING:
+        collected.extend(guards)

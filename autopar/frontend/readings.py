@@ -1,0 +1,286 @@
+"""Collects what a model reads while it runs, object by object, into :class:`autopar.ir.guards.Guards`.
+
+What a value is decides what is looked at next: of a container its items, of a function the names in its code, of an
+object of the user's (a config) the attributes that are read of it.
+"""
+
+from __future__ import annotations
+
+import random
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autopar.frontend.code_names import functions_of, is_users, is_users_class, names_of
+from autopar.ir.guards import Contents, Guards, Reading, is_plain, version_of
+
+CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+MOST_ITEMS = 512  # of a container that are compared in each call; a larger one is known by its identity
+SHAPED = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OWN = {*vars(nn.Module()), "_flat_weights"} - {"training", "_modules", *_HOOKS}  # how torch keeps a module
+
+
+class Readings:
+    """The readings of one trace of ``model``.
+
+    Attributes:
+        guards: what was read so far.
+        objects: the user's objects that were met, by ``id``, with a label; modules are known by their paths.
+        started: containers as they were when they were met.
+        generators: (label, function that gives its state, that state) of random number generators that were met.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.guards = Guards()
+        self.objects: dict[int, tuple[Any, str]] = {}
+        self.started: list[Contents] = []
+        self.generators: list[tuple[str, Callable[[], Any], str]] = []
+        self.on_class: Callable[[type], None] = lambda cls: None
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._root = model  # while it is watched it has hooks of ours
+        self._classes: dict[type, Mapping[str, Any]] = {}
+        self._known: set[tuple[int, Any]] = set()
+        self._alive: list[Any] = []  # so that no id is used twice
+
+    def label(self, owner: Any, name: str) -> str:
+        """``layers.0.dropout.p``."""
+        if id(owner) in self.objects:
+            return f"{self.objects[id(owner)][1]}.{name}"
+        path = self._paths.get(id(owner), type(owner).__name__)
+        return f"{path}.{name}" if path else name
+
+    def knows(self, owner: Any) -> bool:
+        """Whether ``owner`` is a module of the model, or an object that it reads."""
+        return id(owner) in self._paths or id(owner) in self.objects
+
+    # ------------------------------------------------------------ attributes
+
+    def attribute(self, owner: Any, name: str) -> None:
+        """``owner.name`` was read, whether or not there is one."""
+        own = _own_names(owner)
+        is_module = isinstance(owner, nn.Module)
+        if is_module and name in _OWN:
+            return
+        label = self.label(owner, name)
+        if is_module and name == "_modules":
+            self._contents(own[name], f"the submodules of {self.label(owner, '')}".rstrip("."))
+        elif is_module and name in _HOOKS:
+            if owner is not self._root:
+                self._hooks(owner, name)
+        elif name in own:
+            self.reading(own, name, label)
+        elif is_module and any(name in own[table] for table in SHAPED):
+            self._registered(own, name, label)
+        else:
+            self._of_class(owner, own, name, label)
+
+    def _registered(self, own: dict[str, Any], name: str, label: str) -> None:
+        table = next(own[key] for key in SHAPED if name in own[key])
+        self.reading(table, name, label, by_type=table is not own["_modules"])
+
+    def _of_class(self, owner: Any, own: dict[str, Any], name: str, label: str) -> None:
+        """A reading that the class answers, or nobody."""
+        cls = next((base for base in type(owner).__mro__ if name in vars(base)), None)
+        found = vars(cls)[name] if cls is not None else None
+        ours = cls is None or is_users_class(cls) or name == "forward"
+        if ours and not hasattr(type(found), "__set__"):
+            self.missing(own, name, label)
+            if cls is None and isinstance(owner, nn.Module):
+                for table in SHAPED:
+                    self.missing(own[table], name, label)
+        if cls is not None and is_users_class(cls):
+            if hasattr(type(found), "__set__") and not isinstance(found, property):  # a slot
+                self.reading(_Slots(owner), name, label)
+            else:
+                self.reading(vars(cls), name, f"{cls.__name__}.{name}")
+
+    def _class(self, cls: type) -> Mapping[str, Any]:
+        return self._classes.setdefault(cls, vars(cls))  # vars gives another view each time
+
+    def hooks_of(self, owner: nn.Module) -> None:
+        """``owner`` is called, and so its hooks are."""
+        for name in _HOOKS:
+            self._hooks(owner, name)
+
+    def _hooks(self, owner: nn.Module, name: str) -> None:
+        hooks = owner.__dict__[name]
+        label = f"a hook of {self._paths.get(id(owner), '') or 'the model'} ({name.strip('_')})"
+        if not hooks and self._is_new(hooks, None):
+            self.guards.quiet.append((hooks, label))
+        elif hooks:
+            self._contents(hooks, label)
+
+    # ------------------------------------------------------------ names
+
+    def reading(self, table: Any, key: Any, label: str, *, by_type: bool = False) -> None:
+        """``table[key]`` has a value, which is looked into."""
+        if self._is_new(table, key):
+            value = table[key]
+            self.guards.readings.append(Reading(table, key, value, label, by_type))
+            self.look_into(value, label)
+
+    def missing(self, table: dict[str, Any], key: str, label: str) -> None:
+        """``table[key]`` has no value."""
+        if self._is_new(table, key):
+            self.guards.absent.append((table, key, label))
+
+    def _is_new(self, table: Any, key: Any) -> bool:
+        identity = id(table) if not isinstance(table, (_Cell, _Slots)) else id(table.of)
+        if (identity, key) in self._known:
+            return False
+        self._known.add((identity, key))
+        self._alive.append(table)
+        return True
+
+    # ------------------------------------------------------------ values
+
+    def look_into(self, value: Any, label: str) -> None:
+        """Follow a value that was read."""
+        if isinstance(value, nn.Module) and not self.knows(value):
+            for path, module in value.named_modules():
+                self._paths.setdefault(id(module), f"{label}.{path}" if path else label)
+        if is_plain(value) or isinstance(value, (nn.Module, Tensor, ModuleType, type)):
+            return
+        for function in functions_of(value):
+            self.function(function)
+        if isinstance(value, MethodType):
+            self.look_into(value.__self__, label)
+        elif isinstance(value, CONTAINERS):
+            self._contents(value, label)
+        elif isinstance(value, (SimpleNamespace, Namespace)):
+            self._contents(vars(value), label)
+        elif (state := _state_of(value)) is not None and self._is_new(value, "state"):
+            self.generators.append((label, state, repr(state())))
+        elif (
+            is_users_class(type(value))
+            and id(value) not in self.objects
+            and not callable(getattr(value, "__get__", None))
+        ):
+            self.objects[id(value)] = (value, label)
+            self.on_class(type(value))
+
+    def _contents(self, container: Any, label: str) -> None:
+        if not self._is_new(container, None):
+            return
+        met = Contents.of(container, label)
+        if len(met.items) <= MOST_ITEMS:
+            self.guards.contents.append(met)
+        self.started.append(met)
+        for item in met.items[:MOST_ITEMS]:
+            if isinstance(item, Tensor) and not isinstance(item, nn.Parameter):
+                self.guards.written.append((item, version_of(item), label))
+            self.look_into(item, label)
+
+    # ------------------------------------------------------------ functions
+
+    def function(self, function: FunctionType) -> None:
+        """The globals and variables of enclosing functions that ``function`` names, and those of what it calls."""
+        if not is_users(function.__module__) or not self._is_new(function, None):
+            return
+        names, where = names_of(function.__code__), function.__module__
+        for name, attribute in names.globals:
+            if name in function.__globals__:
+                self._global(function.__globals__, name, f"{name} (global of {where})", attribute)
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
+        for name, attribute in names.cells:
+            if name in cells and not _is_empty(cells[name]):
+                label = f"{name} (variable around {function.__qualname__})"
+                self._global(_Cell(cells[name]), "cell_contents", label, attribute)
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self.look_into(value, f"a default argument of {function.__qualname__}")
+        for cls in self._bases(function) if "super" in {name for name, _ in names.globals} else ():
+            for name in names.attributes:
+                for inner in functions_of(vars(cls).get(name)):
+                    self.function(inner)
+
+    def _global(self, table: Any, key: str, label: str, attribute: str | None) -> None:
+        value = table[key]
+        if isinstance(value, nn.Module) and value.__class__.__module__.startswith("torch.fx"):
+            return
+        self.reading(table, key, label)
+        if attribute is None:
+            return
+        if isinstance(value, ModuleType) and is_users(value.__name__) and attribute in vars(value):
+            self.reading(vars(value), attribute, f"{value.__name__}.{attribute}")
+        elif isinstance(value, type) and is_users_class(value):
+            cls = next((base for base in value.__mro__ if attribute in vars(base)), None)
+            if cls is not None and is_users_class(cls):
+                self.reading(self._class(cls), attribute, f"{value.__name__}.{attribute}")
+
+    @staticmethod
+    def _bases(function: FunctionType) -> list[type]:
+        """The classes to which ``super()`` may go in a method."""
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
+        own = cells.get("__class__")
+        return [cls for cls in own.cell_contents.__mro__[1:] if is_users_class(cls)] if own is not None else []
+
+
+def everything_of(model: nn.Module, modes: bool = True) -> Guards:
+    """Guards of all that ``model`` holds: for a program that was traced elsewhere, so that nobody saw what it reads.
+
+    ``modes``: with training or evaluation of each module.
+    """
+    readings = Readings(model)
+    for module in model.modules():
+        for name in (*vars(module), *module._modules, "_modules", "forward"):
+            if modes or name != "training":
+                readings.attribute(module, name)
+        for function in functions_of(type(module).forward):
+            readings.function(function)
+    readings.hooks_of(model)
+    for owner, _ in list(readings.objects.values()):
+        for name in _own_names(owner):
+            readings.attribute(owner, name)
+    readings.guards.settle()
+    return readings.guards
+
+
+def _own_names(owner: Any) -> dict[str, Any]:
+    """The attributes of an object, by no code of its class; none for one with slots."""
+    try:
+        own = object.__getattribute__(owner, "__dict__")
+    except AttributeError:
+        return {}
+    return own if isinstance(own, dict) else {}
+
+
+class _Cell:
+    """The variable of an enclosing function, as a table with one name."""
+
+    def __init__(self, cell: CellType) -> None:
+        self.of = cell
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self.of, key)
+
+
+class _Slots:
+    """The attributes of an object whose class has slots, as a table."""
+
+    def __init__(self, owner: Any) -> None:
+        self.of = owner
+
+    def __getitem__(self, key: str) -> Any:
+        return object.__getattribute__(self.of, key)
+
+
+def _is_empty(cell: CellType) -> bool:
+    return not hasattr(cell, "cell_contents")
+
+
+def _state_of(value: Any) -> Callable[[], Any] | None:
+    """What gives the state of a random number generator; None for anything else."""
+    if isinstance(value, random.Random):
+        return value.getstate
+    if type(value).__module__.startswith("numpy.random"):
+        bits = getattr(value, "bit_generator", None) or getattr(value, "_bit_generator", value)
+        return lambda: bits.state
+    if isinstance(value, torch.Generator):
+        return lambda: value.get_state().tolist()
+    return None

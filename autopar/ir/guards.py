@@ -1,0 +1,264 @@
+"""What a program assumes of the Python state that its model reads, compared before each call.
+
+A trace bakes in whatever forward reads beside its tensors: attributes, globals, the module tree. Each reading becomes
+one line of a flat table, (namespace, name, value), and a call compares them by identity: some 20 ns each. Where an
+object is another one, the slow way tells a new value from an equal one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from autopar.errors import AutoparError
+
+
+class _Missing:
+    """In place of a value that there is not."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+MISSING: Final = _Missing()
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+Container = list[Any] | tuple[Any, ...] | dict[Any, Any] | set[Any] | frozenset[Any] | deque[Any]
+
+
+class Unavailable:
+    """In place of a tensor that forward leaves in an attribute: a program does not, and any use of this says so."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+
+    def __repr__(self) -> str:
+        return f"<{self._label}, which forward sets and a parallel program does not>"
+
+    def __deepcopy__(self, memo: Any) -> Unavailable:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Unavailable, (self._label,)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise AutoparError(
+            f"forward sets the attribute '{self._label}' to a tensor, which a parallel program does not\n"
+            "Way out: return the tensor from forward and use it from there."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(Tensor, name):  # somebody asks what kind of object this is
+            raise AttributeError(name)
+        return self._refuse()
+
+    __torch_function__ = __bool__ = __float__ = __int__ = __len__ = __iter__ = __getitem__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __matmul__ = __rmatmul__ = _refuse
+
+
+@dataclass(frozen=True)
+class Reading:
+    """``table[key]`` was ``value``; ``label`` is its name for a user, such as ``layers.0.dropout.p``.
+
+    ``by_type``: the value is a parameter or buffer, which a program takes as it is then; any of its type will do.
+    """
+
+    table: Any
+    key: Hashable
+    value: Any
+    label: str
+    by_type: bool = False
+
+    def holds_with(self, now: Any) -> bool:
+        if self.by_type and isinstance(self.value, Tensor) and isinstance(now, Tensor):
+            return _kind(self.value) == _kind(now)
+        return is_same(self.value, now)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a container held: its items; of a dict its keys, then its values."""
+
+    container: Container
+    items: tuple[Any, ...]
+    label: str
+
+    @classmethod
+    def of(cls, container: Container, label: str) -> Contents:
+        return cls(container, _items(container), label)
+
+    def hold(self) -> bool:
+        now = _items(self.container)
+        if len(now) != len(self.items):
+            return False
+        return all(map(operator.is_, self.items, now)) or all(map(is_same, self.items, now))
+
+    def restore(self) -> None:
+        """Put the items back; an immutable container cannot have changed."""
+        container = self.container
+        if isinstance(container, (list, deque)):
+            container.clear()
+            container.extend(self.items)
+        elif isinstance(container, dict):
+            container.clear()
+            half = len(self.items) // 2
+            container.update(zip(self.items[:half], self.items[half:]))
+        elif isinstance(container, set):
+            container.clear()
+            container.update(self.items)
+
+
+@dataclass
+class Guards:
+    """The readings of one trace.
+
+    Attributes:
+        readings: names that had a value.
+        absent: (namespace, name, label) of names that had none.
+        quiet: dicts that were empty (hooks).
+        contents: containers that were read.
+        written: tensors in containers, with the number of times that each was written into.
+        effects: (namespace, name, value) of plain values that forward leaves in attributes.
+    """
+
+    readings: list[Reading] = field(default_factory=list)
+    absent: list[tuple[Mapping[Any, Any], Hashable, str]] = field(default_factory=list)
+    quiet: list[tuple[Mapping[Any, Any], str]] = field(default_factory=list)
+    contents: list[Contents] = field(default_factory=list)
+    written: list[tuple[Tensor, int, str]] = field(default_factory=list)
+    effects: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.settle()
+
+    def settle(self) -> None:
+        """Take tensors as they are now: while a model is traced, others stand in their places."""
+        self.readings = [_now(one) if isinstance(one.value, Tensor) else one for one in self.readings]
+        baked = [one for one in self.readings if isinstance(one.value, Tensor) and not one.by_type]
+        self._versions = [*self.written, *((one.value, version_of(one.value), one.label) for one in baked)]
+        self._present = tuple((one.table, one.key, one.value) for one in self.readings)
+        self._absent = tuple((table, key) for table, key, _ in self.absent)
+        self._quiet = tuple(table for table, _ in self.quiet)
+
+    def extend(self, other: Guards) -> None:
+        """Hold what ``other`` holds too."""
+        for name in ("readings", "absent", "quiet", "contents", "written", "effects"):
+            getattr(self, name).extend(getattr(other, name))
+        self.settle()
+
+    def hold(self) -> bool:
+        """Whether all is as it was."""
+        try:
+            for table, key, value in self._present:
+                if table[key] is not value:
+                    return self._hold_by_value()
+        except KeyError:
+            return False
+        return self._rest_holds()
+
+    def _rest_holds(self) -> bool:
+        for table, key in self._absent:
+            if key in table:
+                return False
+        if any(self._quiet):
+            return False
+        for contents in self.contents:
+            if not contents.hold():
+                return False
+        return not self._versions or all(version_of(tensor) == version for tensor, version, _ in self._versions)
+
+    def _hold_by_value(self) -> bool:
+        """As :meth:`hold`, where some object is another one; equal ones are remembered instead."""
+        for place, one in enumerate(self.readings):
+            now = _get(one.table, one.key)
+            if not one.holds_with(now):
+                return False
+            self.readings[place] = replace(one, value=now)
+        self._present = tuple((one.table, one.key, one.value) for one in self.readings)
+        return self._rest_holds()
+
+    def replay(self) -> None:
+        """Leave in attributes what forward would leave there."""
+        for table, key, value in self.effects:
+            table[key] = value
+
+    def change(self) -> str:
+        """What has changed, in words; empty where all holds."""
+        return next(self._changes(), "")
+
+    def _changes(self) -> Iterator[str]:
+        for one in self.readings:
+            now = _get(one.table, one.key)
+            if not one.holds_with(now):
+                yield f"{one.label} was {shown(one.value)} and is {shown(now)}"
+        for table, key, label in self.absent:
+            if key in table:
+                yield f"{label} was {MISSING} and is {shown(table[key])}"
+        for hooks, label in self.quiet:
+            if hooks:
+                yield f"{label} was registered"
+        for contents in self.contents:
+            if not contents.hold():
+                yield f"what {contents.label} holds has changed"
+        for tensor, version, label in self._versions:
+            if version_of(tensor) != version:
+                yield f"the tensor {label} was written into"
+
+
+def _get(table: Any, key: Hashable) -> Any:
+    try:
+        return table[key]
+    except (KeyError, AttributeError, ValueError):
+        return MISSING
+
+
+def _now(one: Reading) -> Reading:
+    return replace(one, value=_get(one.table, one.key))
+
+
+def _items(container: Container) -> tuple[Any, ...]:
+    return (*container, *container.values()) if isinstance(container, dict) else tuple(container)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether ``value`` can only be replaced, not changed, and can be compared."""
+    return isinstance(value, PLAIN) or (isinstance(value, (tuple, frozenset)) and all(map(is_plain, value)))
+
+
+def is_same(before: Any, now: Any) -> bool:
+    """Whether a graph that was traced with one serves the other: the same object, or a plain value that is equal."""
+    if before is now:
+        return True
+    if type(before) is not type(now):
+        return False
+    if isinstance(before, PLAIN):
+        return repr(before) == repr(now)  # 0.0 is not -0.0, and nan is nan
+    if isinstance(before, (tuple, frozenset)):
+        return len(before) == len(now) and all(map(is_same, before, now))
+    if hasattr(before, "__func__") and hasattr(before, "__self__"):  # a bound method is made each time it is read
+        return before.__func__ is now.__func__ and before.__self__ is now.__self__
+    return False
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often ``tensor`` was written into; 0 for those of ``inference_mode``, which do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def shown(value: Any) -> str:
+    """A value in a message, short."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    text = repr(value) if isinstance(value, (*PLAIN, list, tuple, dict)) and value is not MISSING else ""
+    text = text or (MISSING if value is MISSING else getattr(value, "__name__", f"a {type(value).__name__}"))
+    return text if len(text) <= 60 else text[:57] + "..."
