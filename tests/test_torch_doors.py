@@ -257,3 +257,19 @@ def accumulate() -> list[bool]:
 def test_gradients_are_kept_apart_and_hooks_run() -> None:
     checks = run_ranks(accumulate, 1)[0]
     assert all(checks), checks
+
+
+def test_calls_of_modules_go_through_one_method() -> None:
+    """As autopar.frontend.observation watches them, while ``torch.export`` has put its own method above."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    seen: list[str] = []
+    original = nn.Module._call_impl
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append(type(self).__name__)
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "_call_impl", call)
+        torch.export.export(model, (torch.ones(2, 2),))
+    assert {"Sequential", "Linear"} <= set(seen)

@@ -148,12 +148,12 @@ class ProgramCache:
                 return kind
             due = entry is None or entry.is_due
             number = entry.number if entry is not None else digest_of(kind)
-            comm.agreement.start(number + due, partial(_described, call, training, number), SAME_CALLS)
+            comm.agreement.start(number + due, partial(self._described, call, training, number, kind), SAME_CALLS)
             if not due and not self._mesh.is_pipelined:
                 return kind
             if comm.agreement.agrees():
                 break
-            self._blame(call, _described(call, training, number))
+            self._blame(call, self._described(call, training, number, kind))
         if due:
             check_shared_inputs(call, self._required_connection, self._plan)
         return kind
@@ -172,6 +172,13 @@ class ProgramCache:
         if self._plan.inputs == "local":
             check_parts_of_ranks(call, connection, self._plan)
         raise RanksDifferError(f"{DIFFERENT}\n{told(everyone)}\nWay out: {SAME_CALLS}")
+
+    def _described(self, call: Call, training: bool, number: int, kind: Kind) -> str:
+        """One kind of call, for messages; ``number`` tells apart those that look alike."""
+        mode = "a call to train" if training else "a call to evaluate"
+        inputs = ", ".join(f"{name or 'input'} {list(tensor.shape)}" for name, tensor in call.named_tensors)
+        change = self._variants.change(kind[0])
+        return f"{mode}, {inputs} (program {number % 10**6:06d}{', since ' if change else ''}{change})"
 
     @property
     def _required_connection(self) -> Connection:
@@ -233,10 +240,3 @@ def cast_to() -> tuple[torch.dtype | None, ...]:
     """The dtype in which autocast computes; a traced program has its casts as nodes."""
     kinds = ("cpu", "cuda")
     return tuple([torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds])
-
-
-def _described(call: Call, training: bool, number: int) -> str:
-    """One kind of call, for messages; ``number`` tells apart those that look alike."""
-    mode = "a call to train" if training else "a call to evaluate"
-    inputs = ", ".join(f"{name or 'input'} {list(tensor.shape)}" for name, tensor in call.named_tensors)
-    return f"{mode}, {inputs} (program {number % 10**6:06d})"
