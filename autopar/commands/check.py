@@ -96,7 +96,7 @@ def _verdict(error: float) -> str:
 
 def _print_one(model: str, report: Report, seconds: float) -> None:
     worst = _worst(report)
-    rows = [("loss", _verdict(report.loss))]
+    rows = [("loss", _verdict(report.loss))] if report.loss is not None else []
     rows += [(f"output {path}", _verdict(error)) for path, error in report.outputs.items()]
     rows += [(f"gradient of {name}", _verdict(error)) for name, error in worst[:WORST_SHOWN]]
     rows += [(f"{len(worst) - WORST_SHOWN} more gradients, at most", _verdict(worst[WORST_SHOWN][1]))] * (
@@ -117,7 +117,7 @@ def _print_several(model: str, found: list[tuple[Report, float]]) -> None:
         rows.append(
             (
                 str(report.program.mesh),
-                _verdict(report.loss),
+                _verdict(report.loss) if report.loss is not None else "none",
                 _verdict(max(report.outputs.values(), default=0.0)),
                 _verdict(max(report.grads.values(), default=0.0)),
                 " + ".join(str(operations[phase]) for phase in PHASES),

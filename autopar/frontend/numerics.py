@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.errors import NumericsError
 from autopar.frontend.capture import plain_output, without_checkpointing
@@ -24,6 +27,7 @@ from autopar.ir.program import Program
 from autopar.ir.signature import restore_output, user_tensors
 from autopar.ir.tables import InputKind
 
+REPLAY = 7  # the seed of each draw that is replayed
 NOISE_FLOOR = 1e-6  # of the model's largest gradient: below it, a gradient that is zero in exact arithmetic is noise
 
 
@@ -55,11 +59,16 @@ def promote_float32() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-def gradient_error(grads: Mapping[str, Tensor | None], reference: Mapping[str, Tensor | None]) -> dict[str, float]:
+def gradient_error(
+    grads: Mapping[str, Tensor | None],
+    reference: Mapping[str, Tensor | None],
+    scales: Mapping[str, float] = MappingProxyType({}),
+) -> dict[str, float]:
     """Parameter name -> largest absolute error, relative to the parameter's own largest reference gradient.
 
     That scale is floored at 1e-6 of the model's largest gradient, since some gradients (a key bias under softmax) are
-    zero in exact arithmetic. A gradient that only one side has (None counts as zeros) is an error of its full size.
+    zero in exact arithmetic, and at ``scales``. A gradient that only one side has (None counts as zeros) is an error of
+    its full size.
     """
     floor = NOISE_FLOOR * max((_largest(grad) for grad in reference.values()), default=0.0)
     errors = {}
@@ -69,7 +78,7 @@ def gradient_error(grads: Mapping[str, Tensor | None], reference: Mapping[str, T
             difference = max(_largest(found), _largest(expected))
         else:
             difference = _largest(_dense(found).detach() - _dense(expected).detach().to(found.device))
-        scale = max(_largest(expected), floor)
+        scale = max(_largest(expected), floor, scales.get(name, 0.0))
         errors[name] = difference / scale if scale else (float("inf") if difference else 0.0)
     return errors
 
@@ -107,42 +116,82 @@ def run_graph(graph: fx.Graph, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return found
 
 
-def check_numerics(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+@dataclass(frozen=True)
+class GraphErrors:
+    """Errors of outputs, by path (``['loss']``), and of gradients, by name; the dtypes of the outputs."""
+
+    outputs: Mapping[str, float]
+    grads: Mapping[str, float]
+    dtypes: set[torch.dtype]
+
+    @property
+    def worst(self) -> float:
+        return max([*self.outputs.values(), *self.grads.values()], default=0.0)
+
+
+def check_numerics(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Run the model and its traced graph on the same inputs and random numbers; outputs and gradients must agree.
 
-    Returns notes. Raises NumericsError, with the number and the path of the output or the parameter's name, when they
-    differ by more than the square root of the dtype's resolution. Neither gradients nor buffers of the model change.
+    Raises NumericsError, with the number and the path of the output or the parameter's name, when they differ by more
+    than the square root of the dtype's resolution. Neither gradients nor buffers of the model change.
+    """
+    found = graph_errors(program, model, args, kwargs)
+    coarse = {*found.dtypes, *(parameter.dtype for parameter in model.parameters() if _is_floating(parameter))}
+    allowed = max((torch.finfo(dtype).eps for dtype in coarse), default=0.0) ** 0.5
+    if found.worst > allowed and any(is_random(node.target) for node in program.graph.nodes):
+        found = graph_errors(program, model, args, kwargs, replayed=True)
+    errors = {**{f"output{path}": error for path, error in found.outputs.items()}, **found.grads}
+    worst = max(errors, key=lambda name: errors[name], default=None)
+    if worst is None or errors[worst] <= allowed:
+        return
+    raise NumericsError(
+        f"the traced graph of {type(model).__name__} disagrees with the model: {worst} differs by {errors[worst]:.3g} "
+        f"of its size (allowed {allowed:.1g})\n"
+        f"{sum(error > allowed for error in errors.values())} of {len(errors)} outputs and gradients differ.\n"
+        "Likely: the model reads something while it runs that is neither argument, parameter nor buffer (a global, the "
+        "time, a counter), does not give the same result twice, or changes gradients as they pass (a hook on a "
+        "tensor).\n"
+        "Way out: pass it as an argument; or, if you know better, Plan(check_numerics=False)."
+    )
+
+
+def graph_errors(
+    program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, replayed: bool = False
+) -> GraphErrors:
+    """The errors of a traced graph against its model.
+
+    ``replayed``: both draw the same numbers whatever the order in which they draw them (:class:`Replayed`).
     """
     names = [entry.target for entry in program.inputs if entry.kind is InputKind.PARAMETER]
     table = dict(model.named_parameters(remove_duplicate=False))
     trainable = {name: table[name] for name in names if table[name].requires_grad}
     packs = packs_padding(model)  # then the caller's mode matters; a mode that sees each call would change it
+    devices = sorted({tensor.device.index for tensor in table.values() if tensor.is_cuda}) if replayed else []
     with (
-        torch.set_grad_enabled(torch.is_grad_enabled() or not packs), torch.random.fork_rng(devices=[]),
+        torch.set_grad_enabled(torch.is_grad_enabled() or not packs), torch.random.fork_rng(devices=devices),
         without_checkpointing([]), nullcontext() if packs else GroupedProducts(),
+        Replayed() if replayed else nullcontext(),  # type: ignore[no-untyped-call]
     ):  # fmt: skip
         state = torch.get_rng_state()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         expected, _ = plain_output(functional_call(model, buffers, args, dict(kwargs)))
         torch.set_rng_state(state)
         found = restore_output(program, run_graph(program.graph, input_tensors(program, model, args, kwargs)))
-        errors = _output_errors(found, expected)
-        errors |= gradient_error(_gradients(found, trainable), _gradients(expected, trainable))
-    coarse = [tensor.dtype for tensor in (*table.values(), *pytree.tree_leaves(expected)) if _is_floating(tensor)]
-    allowed = max((torch.finfo(dtype).eps for dtype in coarse), default=0.0) ** 0.5
-    worst = max(errors, key=lambda name: errors[name], default=None)
-    if worst is None or errors[worst] <= allowed:
-        return []
-    if any(is_random(node.target) for node in program.graph.nodes):
-        return ["the numerics check was skipped: the model draws random numbers in another order than its graph"]
-    raise NumericsError(
-        f"the traced graph of {type(model).__name__} disagrees with the model: {worst} differs by {errors[worst]:.3g} "
-        f"of its size (allowed {allowed:.1g})\n"
-        f"{sum(error > allowed for error in errors.values())} of {len(errors)} outputs and gradients differ.\n"
-        "Likely: the model reads something while it runs that is neither argument, parameter nor buffer (a global, the "
-        "time, a counter), or does not give the same result twice.\n"
-        "Way out: pass it as an argument; or, if you know better, Plan(check_numerics=False)."
-    )
+        grads = gradient_error(_gradients(found, trainable), _gradients(expected, trainable))
+        dtypes = {leaf.dtype for leaf in pytree.tree_leaves(expected) if _is_floating(leaf)}
+        return GraphErrors(_output_errors(found, expected), grads, dtypes)
+
+
+class Replayed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within this context, every operator that draws random numbers starts at the same point of the generator.
+
+    So two runs that draw the same kinds of numbers draw the same ones, in whatever order.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            torch.manual_seed(REPLAY)
+        return func(*args, **(kwargs or {}))
 
 
 def _is_floating(item: Any) -> bool:
@@ -158,7 +207,7 @@ def _output_errors(found: Any, expected: Any) -> dict[str, float]:
             now, then = tensor.detach().double(), reference.detach().double()
             same = (now == then) | (now.isnan() & then.isnan())
             difference = (now - then).masked_fill(same, 0)
-            errors[f"output{pytree.keystr(path)}"] = _largest(difference) / (_largest(then) or 1.0)
+            errors[pytree.keystr(path)] = _largest(difference) / (_largest(then) or 1.0)
     return errors
 
 

@@ -100,7 +100,7 @@ def trace(
         program = _program(exported, model, mesh, plan)
         if plan.check_numerics and not fakes:
             with Observation(model).watching():
-                notes += check_numerics(program, model, *call)
+                check_numerics(program, model, *call)
     for note in dict.fromkeys(notes):
         warnings.warn(note, stacklevel=2)
     return replace(program, pins=Pins(dtypes=_passed_dtypes(program, dtypes, given)))

@@ -38,6 +38,7 @@ class Step:
         traffic: operations and bytes sent by one rank, per phase, axis and collective.
         peak_bytes: for each rank, the most bytes of tensors alive at once: parameters, inputs, activations, gradients.
         expert_load: of each layer of experts, by its module, the rows of its experts, where the plan counts them.
+        shares: of a pipeline, the weight of the loss of each microbatch.
         in_flight: for each pipeline rank, the most microbatches of a stage whose activations it held at once.
     """
 
@@ -49,6 +50,7 @@ class Step:
     peak_bytes: tuple[int, ...]
     in_flight: tuple[int, ...] = ()
     expert_load: Mapping[str, ExpertLoad] = field(default_factory=dict)
+    shares: tuple[float, ...] = ()
 
 
 def gathered_once(

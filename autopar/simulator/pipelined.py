@@ -114,7 +114,7 @@ class _Run:
         traffic = tuple(Transfer(*kind, most[*kind, "operations"], most[*kind, "bytes"]) for kind in kinds)
         peaks = tuple(memory.peak for lockstep in self.lockstep for memory in lockstep.memory)
         loads = {layer: load for lockstep in self.lockstep for layer, load in lockstep.loads.items()}
-        return Step(output, loss, grads, buffers, traffic, peaks, tuple(self.in_flight), loads)
+        return Step(output, loss, grads, buffers, traffic, peaks, tuple(self.in_flight), loads, tuple(self.shares))
 
     def _outputs(self) -> tuple[list[Tensor], Tensor | None]:
         """The model's output for the whole batch, and its loss."""

@@ -35,7 +35,6 @@ def _loss(mesh: str, seed: int) -> float:
     return float(step.loss)
 
 
-@pytest.mark.filterwarnings("ignore:the numerics check was skipped")
 @pytest.mark.parametrize("mesh", ["dp=2", "tp=3", "dp=3,tp=2"])
 def test_any_mesh_draws_the_same(mesh: str) -> None:
     assert abs(_loss(mesh, 5) - _loss("dp=1", 5)) < 1e-14
@@ -62,7 +61,6 @@ class Gumbel(nn.Module):
         return self.up(x - drawn.log()).softmax(-1).square().mean(), drawn
 
 
-@pytest.mark.filterwarnings("ignore:the numerics check was skipped")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exponential_noise_is_exponential(dtype: torch.dtype) -> None:
     model, batch = Gumbel().to(dtype), {"x": torch.randn(200, 500, 8, dtype=dtype)[:, :, :8]}
