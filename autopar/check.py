@@ -79,7 +79,8 @@ class Reference(UnmodifiedSteps):
         state = wanted_state = self.state
         for number in range(steps if trains else 1):
             with promote_float32():
-                step = simulate(program, state, (), self.batch, backward=trains, tangents=tangents)
+                given: dict[str, Any] = {"backward": trains, "tangents": tangents, "emitted": number == 0}
+                step = simulate(program, state, (), self.batch, **given)
             shares = self._shares(program, step)
             wanted = self.whole(number) if shares is None else self.in_parts(program, wanted_state, shares)
             wanted = wanted if trains else replace(wanted, grads={})

@@ -196,7 +196,7 @@ class UnmodifiedSteps:
                 assert isinstance(program, Program)
                 self._alone[id(traced)] = program
             alone = self._alone[id(traced)]
-            step = simulate(alone, state, (), batch, seed=seed, tangents=self.tangents(alone))
+            step = simulate(alone, state, (), batch, seed=seed, tangents=self.tangents(alone), emitted=False)
         every: dict[str, Tensor | None] = {name: None for name, _ in self.model.named_parameters()}
         return Outcome(step.output, step.loss, {**every, **step.grads}, step.buffers)
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from autopar.errors import InvariantError
 from autopar.ir.node import value
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.signature import restore_output
 from autopar.ir.stacked_parameters import by_member
 from autopar.ir.tables import InputKind, OutputKind, Role
+from autopar.mesh import Mesh
+from autopar.simulator.emitted import EmittedLockstep
 from autopar.simulator.lockstep import Lockstep, Ranks
-from autopar.simulator.parts import Step, gathered_once, joined, parts, rank_inputs
+from autopar.simulator.parts import Step, agree, gathered_once, joined, parts, rank_inputs
 
 
 def simulate(
@@ -27,6 +30,7 @@ def simulate(
     backward: bool = True,
     tangents: Sequence[Tensor] | None = None,
     seed: int = 0,
+    emitted: bool = True,
 ) -> Step:
     """One step of a differentiated program (``program.role``) on all ranks of its mesh.
 
@@ -36,17 +40,35 @@ def simulate(
         backward: False runs the inference graph.
         tangents: whole gradients of the differentiable outputs; ones by default (right for a loss).
         seed: the step's seed for dropout.
+        emitted: run also the code that ranks run (:mod:`autopar.simulator.emitted`), and compare.
 
-    Raises InvariantError where ranks that should hold the same value do not, KeyError or ValueError for a tensor that
-    is missing or of another shape.
+    Raises InvariantError where ranks that should hold the same value do not, or where the code gives something else
+    than the graphs that it was written from; KeyError or ValueError for a tensor that is missing or of another shape.
     """
+    step = _simulated(program, Lockstep, parameters, args, kwargs or {}, backward, tangents, seed)
+    if emitted:
+        run = _simulated(program, EmittedLockstep, parameters, args, kwargs or {}, backward, tangents, seed)
+        _refuse_other_numbers(step, run)
+    return step
+
+
+def _simulated(
+    program: AnyProgram,
+    make: Callable[[Mesh], Lockstep],
+    parameters: Mapping[str, Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    backward: bool,
+    tangents: Sequence[Tensor] | None,
+    seed: int,
+) -> Step:
     if isinstance(program, PipelinedProgram):
         from autopar.simulator.pipelined import simulate_pipeline
 
-        return simulate_pipeline(program, parameters, args, kwargs or {}, backward=backward, seed=seed)
+        return simulate_pipeline(program, parameters, args, kwargs, backward=backward, seed=seed, make=make)
     role = program.required_role
-    lockstep = Lockstep(program.mesh)
-    inputs = rank_inputs(program, parameters, args, kwargs or {}, seed)
+    lockstep = make(program.mesh)
+    inputs = rank_inputs(program, parameters, args, kwargs, seed)
     trains = backward and role.backward is not None
     with torch.no_grad():
         graph, inputs = gathered_once(program, role.forward if trains else role.inference, lockstep, inputs)
@@ -62,6 +84,18 @@ def simulate(
             saved += _tangents(program, role, returned, tangents)
             grads = _gradients(program, role, lockstep.run(role.backward, saved, "backward"))
     return replace(step, grads=grads, traffic=lockstep.traffic, peak_bytes=_peaks(lockstep))
+
+
+def _refuse_other_numbers(step: Step, run: Step) -> None:
+    """Raise InvariantError where the emitted code (``run``) gives something else than the graphs."""
+    for name, wanted in step.named():
+        found = dict(run.named()).get(name)
+        if found is None or found.shape != wanted.shape or not agree(found, wanted):
+            raise InvariantError(
+                f"{name}: the code that ranks run gives something else than the graph that it was written from\n"
+                "Likely: a wait is missing, or memory is used again while something is still needed there. This is a "
+                "fault of autopar: please report it, with autopar show."
+            )
 
 
 def _tangents(program: Program, role: Role, returned: list[Ranks], tangents: Sequence[Tensor] | None) -> list[Ranks]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from autopar.autodiff.hoist import without_gathers
 from autopar.errors import InvariantError
@@ -51,6 +52,14 @@ class Step:
     in_flight: tuple[int, ...] = ()
     expert_load: Mapping[str, ExpertLoad] = field(default_factory=dict)
     shares: tuple[float, ...] = ()
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the step, with words for it."""
+        for path, leaf in pytree.tree_flatten_with_path(self.output)[0]:
+            if isinstance(leaf, Tensor):
+                yield f"output {pytree.keystr(path)}", leaf
+        yield from ((f"gradient of {name}", grad) for name, grad in self.grads.items())
+        yield from ((f"buffer {name}", buffer) for name, buffer in self.buffers.items())
 
 
 def gathered_once(
@@ -134,7 +143,7 @@ def joined(name: str, ranks: Ranks, layout: Layout, mesh: Mesh) -> Tensor:
         if tuple(part.shape) != layout.local_shape(mesh):
             raise InvariantError(f"{name}: rank {rank} holds {list(part.shape)}, its layout {layout} says otherwise")
         peer = first.setdefault(layout.part(mesh.coordinates(rank), mesh), rank)
-        if ranks[peer] is not part and not _agree(ranks[peer], part):
+        if ranks[peer] is not part and not agree(ranks[peer], part):
             raise InvariantError(
                 f"{name}: ranks {peer} and {rank} of {mesh} should hold the same value ({layout}) and do not, "
                 f"they differ by up to {_difference(ranks[peer], part):.3g}; "
@@ -147,7 +156,8 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max())
 
 
-def _agree(a: Tensor, b: Tensor) -> bool:
+def agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same but for rounding."""
     if torch.equal(a, b):
         return True
     if a.dtype not in AGREEMENT:

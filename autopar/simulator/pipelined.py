@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from autopar.ir.signature import restore_output
 from autopar.ir.stacked_parameters import by_member
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.ir.traffic import Transfer
-from autopar.mesh import PIPELINE
+from autopar.mesh import PIPELINE, Mesh
 from autopar.pipeline import microbatches
 from autopar.pipeline.interpreter import Interpreter, Routes
 from autopar.pipeline.links import inference_schedule
@@ -36,6 +36,7 @@ def simulate_pipeline(
     *,
     backward: bool = True,
     seed: int = 0,
+    make: Callable[[Mesh], Lockstep] = Lockstep,
 ) -> Step:
     """One step of a pipelined program; ``kwargs`` is the whole batch, which is cut into microbatches.
 
@@ -43,7 +44,7 @@ def simulate_pipeline(
     InvariantError also where the pipeline ranks wait for each other.
     """
     with torch.no_grad():
-        run = _Run(program, program.required_schedule if backward else inference_schedule(program))
+        run = _Run(program, program.required_schedule if backward else inference_schedule(program), make)
         run.load(tensors, args, kwargs, backward, seed)
         run.play()
         return run.step(backward)
@@ -52,9 +53,9 @@ def simulate_pipeline(
 class _Run:
     """One step on all ranks."""
 
-    def __init__(self, program: PipelinedProgram, schedule: Schedule) -> None:
+    def __init__(self, program: PipelinedProgram, schedule: Schedule, make: Callable[[Mesh], Lockstep]) -> None:
         self.program, self.schedule, self.mesh = program, schedule, program.mesh.of_stage
-        self.lockstep = [Lockstep(self.mesh) for _ in schedule.ranks]
+        self.lockstep = [make(self.mesh) for _ in schedule.ranks]
         self.stages: list[SimulatedStage] = []
         self.in_flight = [0] * len(schedule.ranks)
 
