@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -65,9 +66,14 @@ def parallelize(
 
 
 def _connection(model: nn.Module, mesh: Mesh, plan: Plan, device_mesh: DeviceMesh | None) -> Connection | None:
-    if not launched() and mesh.world_size != 1:
+    if mesh.world_size != 1 and (not launched() or _is_alone()):
         return None
     return connect(mesh, plan.timeout, _device(model, device_mesh), device_mesh)
+
+
+def _is_alone() -> bool:
+    """Whether the process group is that of a mesh of one rank, which no launcher has started."""
+    return "RANK" not in os.environ and dist.is_initialized() and dist.get_world_size() == 1
 
 
 def _device(model: nn.Module, device_mesh: DeviceMesh | None) -> torch.device:

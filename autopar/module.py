@@ -32,7 +32,7 @@ from autopar.pipeline import microbatches
 from autopar.pipeline.stages import first_ranks
 from autopar.plan import Plan
 from autopar.runtime.accumulate import Accumulation
-from autopar.runtime.calls import Call, Signature
+from autopar.runtime.calls import Call, Signature, gathered
 from autopar.runtime.clipping import clip_gradients
 from autopar.runtime.connect import Connection, not_launched
 from autopar.runtime.execute import Executable
@@ -101,6 +101,8 @@ class ParallelModule(nn.Module):
         if self._connection is None:
             raise not_launched(self.mesh)
         call = self._signature.call(args, kwargs)
+        if call.is_split:
+            call = gathered(call, self.plan)
         if self.mesh.is_pipelined:
             return self._pipelined(call, trains=False)
         found = self._executable(call).run(call.tensors, self._seed())

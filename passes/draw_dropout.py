@@ -22,6 +22,7 @@ Attention with dropout is written out (scores, softmax, dropout, product), since
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +41,8 @@ from autopar.ir.rewrite import add_constants, substitute
 from autopar.ir.tables import Input, InputKind
 
 aten = torch.ops.aten
+
+Draw = Callable[[fx.Node, fx.Node, int, list[fx.Node]], None]  # (what draws, seed, salt, positions of each dim)
 
 
 @graph_pass(requires=(nothing_is_placed,))
@@ -102,11 +105,69 @@ def _exponential(node: fx.Node, seed: fx.Node, salt: int, positions: list[fx.Nod
     substitute(node, op(aten._to_copy.default, found, dtype=value(node).dtype))
 
 
-DRAWN = {
+def _standard_uniform(node: fx.Node, seed: fx.Node, salt: int, positions: list[fx.Node]) -> None:
+    op = Builder(before=node)
+    substitute(node, op(operators.random_uniform, seed, salt, 0.0, 1.0, value(node).dtype, *positions))
+
+
+def _normal(mean: int | None, deviation: int | None) -> Draw:
+    """Two uniform numbers for each normal one (Box and Muller, 1958); where its arguments say mean and deviation."""
+
+    def draw(node: fx.Node, seed: fx.Node, salt: int, positions: list[fx.Node]) -> None:
+        op = Builder(before=node)
+        radius = op(operators.random_uniform, seed, 2 * salt, 2.0**-32, 1.0, torch.float64, *positions)
+        angle = op(operators.random_uniform, seed, -2 * salt - 1, 0.0, 2 * math.pi, torch.float64, *positions)
+        radius = op(aten.sqrt.default, op(aten.mul.Tensor, op(aten.log.default, radius), -2.0))
+        found = op(aten.mul.Tensor, radius, op(aten.cos.default, angle))
+        found = op(aten._to_copy.default, found, dtype=value(node).dtype)
+        for place, combine, neutral in ((deviation, aten.mul.Tensor, 1.0), (mean, aten.add.Tensor, 0.0)):
+            if place is not None and len(node.args) > place and node.args[place] != neutral:
+                found = op(combine, found, node.args[place])
+        substitute(node, found)
+
+    return draw
+
+
+def _integers(bounds: int) -> Draw:
+    """From ``low`` (0 where there is none) to below ``high``; ``bounds``: the place of the first of them."""
+
+    def draw(node: fx.Node, seed: fx.Node, salt: int, positions: list[fx.Node]) -> None:
+        given: Any = [arg for arg in node.args[bounds:] if isinstance(arg, int)]
+        low, high = given if len(given) > 1 else (0, *given)
+        op = Builder(before=node)
+        drawn = op(operators.random_uniform, seed, salt, float(low), float(high), torch.float64, *positions)
+        substitute(node, op(aten._to_copy.default, op(aten.floor.default, drawn), dtype=value(node).dtype))
+
+    return draw
+
+
+def _coins(node: fx.Node, seed: fx.Node, salt: int, positions: list[fx.Node]) -> None:
+    """``bernoulli(p)`` of a tensor of probabilities, or ``bernoulli(x, p)`` with one of them."""
+    op = Builder(before=node)
+    drawn = op(operators.random_uniform, seed, salt, 0.0, 1.0, torch.float64, *positions)
+    kept = op(aten.lt.Scalar, drawn, node.args[1]) if len(node.args) > 1 else op(aten.lt.Tensor, drawn, node.args[0])
+    substitute(node, op(aten._to_copy.default, kept, dtype=value(node).dtype))
+
+
+DRAWN: dict[Any, Draw] = {
     aten.dropout.default: _dropout,
     aten.uniform.default: _uniform,
     aten.rand_like.default: _uniform,
+    aten.rand.default: _standard_uniform,
     aten.exponential.default: _exponential,
+    aten.randn.default: _normal(None, None),
+    aten.randn_like.default: _normal(None, None),
+    aten.normal.float_float: _normal(0, 1),
+    aten.normal.Tensor_float: _normal(0, 1),
+    aten.normal.float_Tensor: _normal(0, 1),
+    aten.normal.Tensor_Tensor: _normal(0, 1),
+    aten.normal_functional.default: _normal(1, 2),
+    aten.randint.default: _integers(0),
+    aten.randint.low: _integers(0),
+    aten.randint_like.default: _integers(1),
+    aten.randint_like.low_dtype: _integers(1),
+    aten.bernoulli.default: _coins,
+    aten.bernoulli.p: _coins,
 }
 
 

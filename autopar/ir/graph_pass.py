@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+import torch
 from torch import fx
 
 from autopar.errors import AutoparError, InvariantError, ProgramFileError
@@ -198,7 +199,7 @@ def run_phases(
     steps, dumped = steps_of(phases, since, until), _dumped(phases)
     if since is None and phases:
         phases[0].level.check(program, TRACE)
-    with no_collection():
+    with no_collection(), torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode is
         for phase, step in steps:
             try:
                 after = phase.run(step, program)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from autopar.errors import TraceError
@@ -31,6 +32,11 @@ class Call:
     @property
     def tensors(self) -> list[Tensor]:
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    @property
+    def is_split(self) -> bool:
+        """Whether a tensor is a DTensor, as another parallel module returns them."""
+        return any(type(leaf) is DTensor for leaf in self.leaves)
 
     @property
     def named_tensors(self) -> list[tuple[str, Tensor]]:
@@ -105,6 +111,28 @@ def global_call(call: Call, mesh: Mesh, plan: Plan) -> Call:
         return found.requires_grad_(leaf.requires_grad)
 
     args, kwargs = pytree.tree_map_only(Tensor, whole, (call.args, call.kwargs))
+    return Call(args, kwargs, pytree.tree_leaves((args, kwargs)), call.key)
+
+
+def gathered(call: Call, plan: Plan) -> Call:
+    """``call`` with whole tensors in place of DTensors, from which gradients flow back; collective.
+
+    Raises ValueError where a rank is to pass a part of the batch by itself.
+    """
+    if plan.inputs == "local":
+        raise ValueError(
+            "an input is a DTensor, the output of another parallel module, and Plan(inputs='local') takes parts\n"
+            "Way out: give that module Plan(outputs='full') and pass this rank's rows, or leave out inputs='local'."
+        )
+    args, kwargs = pytree.tree_map_only(DTensor, lambda tensor: tensor.full_tensor(), (call.args, call.kwargs))
+    return Call(args, kwargs, pytree.tree_leaves((args, kwargs)), call.key)
+
+
+def ordinary(call: Call) -> Call:
+    """``call`` with copies of the tensors that were made in ``inference_mode``, which no other mode may save."""
+    if not any(tensor.is_inference() for tensor in call.tensors):
+        return call
+    args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.clone(), (call.args, call.kwargs))
     return Call(args, kwargs, pytree.tree_leaves((args, kwargs)), call.key)
 
 

@@ -72,6 +72,7 @@ class Weights:
         self.absent: list[Absent] = []
         self.first: dict[str, int] = {}
         self.stacks: list[Stack] = []
+        self._given_back: list[tuple[Table, str, DTensor]] = []
         self._order = {name: place for place, (*_, name) in enumerate(tables(root))}
         self._forms: dict[nn.Module, dict[str, Stored]] = {}  # module -> key in it -> form
         self._trained = [(table, key) for module, table, key, _ in tables(root) if table is module._parameters]
@@ -100,6 +101,7 @@ class Weights:
 
         Raises InvariantError for a new one where the parameters are split already.
         """
+        self._hold_again()
         held = [(table, key) for module, table, key, _ in tables(self.root) if table is module._parameters]
         if self.connection is not None:
             for module, table, key, name in tables(self.root):
@@ -251,6 +253,29 @@ class Weights:
         finally:
             for table, key, held in replaced:
                 table[key] = held
+
+    def _hold_again(self) -> None:
+        for table, key, held in self._given_back:
+            table[key] = held
+        self._given_back.clear()
+
+    @contextmanager
+    def given_back_on_failure(self) -> Iterator[None]:
+        """Put ordinary parameters in place of the DTensors if what is within fails before the first program.
+
+        The user's model then runs as before. They share their memory with the DTensors, which return at the next try.
+        """
+        self._hold_again()
+        try:
+            yield
+        except BaseException:
+            made: dict[int, Tensor] = {}
+            for _, table, key, _ in tables(self.root) if self.layouts is None else ():
+                held = table[key]
+                if isinstance(held, DTensor):
+                    self._given_back.append((table, key, held))
+                    table[key] = made.setdefault(id(held), _ordinary(held))
+            raise
 
     def _place(self, layouts: Mapping[str, Layout]) -> None:
         placed: dict[int, Tensor] = {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -19,7 +20,7 @@ from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.agreement import digest_of, told
-from autopar.runtime.calls import Call, global_call, shapes
+from autopar.runtime.calls import Call, global_call, ordinary, shapes
 from autopar.runtime.connect import Connection
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
@@ -111,8 +112,9 @@ class ProgramCache:
 
     def prepared(self, call: Call, training: bool) -> AnyProgram:
         """The program of a call on this rank; it is compiled if there is none."""
-        whole = global_call(call, self._mesh, self._plan)
-        with explained(call, whole, self._mesh, self._plan):
+        with outside_inference():
+            whole = global_call(ordinary(call), self._mesh, self._plan)
+        with explained(call, whole, self._mesh, self._plan), outside_inference():
             return self._program(self._kind(call, training), whole, training)
 
     def of_whole(self, call: Call, training: bool) -> AnyProgram:
@@ -217,7 +219,7 @@ class ProgramCache:
             self._variants.remove(*oldest)
         guards = self._given.guards() if self._given is not None and program is not None else Guards()
         if program is None:
-            with self._weights.traceable():
+            with self._weights.given_back_on_failure(), self._weights.traceable():
                 program, guards = self._compiled(call, self._weights.layouts)
         self._weights.lay_out(program)  # before it is kept: a program that requires other layouts never runs
         self._programs[kind] = program
@@ -240,3 +242,13 @@ def cast_to() -> tuple[torch.dtype | None, ...]:
     """The dtype in which autocast computes; a traced program has its casts as nodes."""
     kinds = ("cpu", "cuda")
     return tuple([torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds])
+
+
+@contextmanager
+def outside_inference() -> Iterator[None]:
+    """Within this context tensors are made that may be trained later, though the caller is in ``inference_mode``."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.set_grad_enabled(False):
+        yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,49 @@ def _loss(mesh: str, seed: int) -> float:
 def test_any_mesh_draws_the_same(mesh: str) -> None:
     assert abs(_loss(mesh, 5) - _loss("dp=1", 5)) < 1e-14
     assert abs(_loss(mesh, 6) - _loss("dp=1", 5)) > 1e-5
+
+
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "randn_like": lambda h: torch.randn_like(h),
+    "randn": lambda h: torch.randn(h.shape, dtype=h.dtype),
+    "normal": lambda h: torch.normal(0.0, 1.0, h.shape, dtype=h.dtype),
+    "normal of tensors": lambda h: torch.normal(torch.zeros_like(h), torch.ones_like(h)),
+    "normal_": lambda h: torch.empty_like(h).normal_(),
+    "rand": lambda h: torch.rand(h.shape, dtype=h.dtype) * 12**0.5 - 3**0.5,
+    "randint": lambda h: (torch.randint(0, 2, h.shape) * 2 - 1).to(h.dtype),
+    "randint_like": lambda h: torch.randint_like(h, -1, 2) * 1.5**0.5,
+    "bernoulli": lambda h: torch.bernoulli(torch.full_like(h, 0.5)) * 2 - 1,
+    "bernoulli of a number": lambda h: torch.empty_like(h).bernoulli_(0.5) * 2 - 1,
+}
+
+
+class Drawing(nn.Module):
+    def __init__(self, draw: str) -> None:
+        super().__init__()
+        self.up, self.draw = nn.Linear(4, 6), DRAWS[draw]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.up(x)
+        drawn = self.draw(h)
+        return (h * drawn).square().mean(), drawn
+
+
+@pytest.mark.filterwarnings("ignore:the numerics check was skipped")
+@pytest.mark.parametrize("draw", DRAWS)
+def test_noise_is_the_same_on_any_mesh(draw: str) -> None:
+    """All have mean 0 and variance 1."""
+    torch.manual_seed(0)
+    model, batch = Drawing(draw).double(), {"x": torch.randn(60, 40, 4, dtype=torch.float64)}
+    steps = []
+    for mesh in ("dp=1", "dp=2", "tp=3", "dp=2,tp=2"):
+        program = compile_program(model, Mesh.parse(mesh), Plan(check_numerics=False), (), batch)
+        steps.append(simulate(program, dict(model.named_parameters()), (), batch, seed=3))
+    for step in steps[1:]:
+        assert torch.equal(step.output[1], steps[0].output[1])
+        assert torch.allclose(step.grads["up.weight"], steps[0].grads["up.weight"], rtol=1e-12, atol=1e-14)
+    drawn = steps[0].output[1]
+    assert abs(float(drawn.mean())) < 0.03 and abs(float(drawn.var()) - 1) < 0.05
+    assert abs(float(torch.corrcoef(torch.stack([drawn[0].flatten(), drawn[1].flatten()]))[0, 1])) < 0.25
 
 
 def test_uniform_noise_is_uniform() -> None:
