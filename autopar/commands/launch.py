@@ -29,6 +29,11 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_restart() -> bool:
+    """Whether torchrun has started this process after a rank had failed."""
+    return is_rank() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def relaunch(ranks: int, arguments: Sequence[str], restarts: int = 0, stops: bool = False) -> None:
     """``autopar *arguments`` once per rank, by torchrun on this machine. Raises typer.Exit with the final exit code.
 
@@ -41,6 +46,7 @@ def relaunch(ranks: int, arguments: Sequence[str], restarts: int = 0, stops: boo
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default too, but it warns about it
     _hide_working_directory()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _Restarts(restarts).listen()
     launcher = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
     launcher += ["--signals-to-handle", NOT_SIGTERM] if stops else []
     options = parse_args([*launcher, "-m", "autopar"])  # type: ignore[no-untyped-call]
@@ -56,6 +62,29 @@ def relaunch(ranks: int, arguments: Sequence[str], restarts: int = 0, stops: boo
         raise typer.Exit(128 + error.sigval) from None
     except KeyboardInterrupt:
         raise typer.Exit(128 + signal.SIGINT) from None
+
+
+class _Restarts(logging.Handler):
+    """Says why all ranks start again, which torchrun only logs; of the last time :func:`report_failures` says it."""
+
+    def __init__(self, restarts: int) -> None:
+        super().__init__(logging.ERROR)
+        self._left = restarts
+
+    def listen(self) -> None:
+        logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+        logger.setLevel(logging.ERROR)
+        logger.propagate = False
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        if self._left <= 0 or len(arguments) < 2 or not str(record.msg).startswith("failed (exitcode"):
+            return
+        self._left -= 1
+        code, rank = arguments[:2]
+        how = f"was ended by signal {signal.Signals(-code).name}" if isinstance(code, int) and code < 0 else "failed"
+        print(f"autopar: rank {rank} {how}; all ranks start again, {self._left} more times at most", file=sys.stderr)
 
 
 def _hide_working_directory() -> None:

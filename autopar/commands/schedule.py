@@ -57,7 +57,7 @@ def schedule_command(
     )
     shown = _checked(made, _formula(made) if name in NAMES else None)
     if picture is not None:
-        picture.write_text(svg(shown.drawn, f"{_title(made)}, {_bubble(shown)}"), encoding="utf-8")
+        _write(picture, svg(shown.drawn, f"{_title(made)}, {_bubble(shown)}"))
     if as_json:
         print_json(_document(shown))
         return
@@ -68,6 +68,13 @@ def schedule_command(
     console.print(draw(shown.drawn, console.width))
     for line in _facts(shown):
         console.print(line)
+
+
+def _write(picture: Path, text: str) -> None:
+    try:
+        picture.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--svg {picture}: {error.strerror}\nWay out: a file in a directory that exists.") from error
 
 
 def _make(name: str, p: int | None, m: int | None, v: int | None) -> Schedule:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from autopar.commands.expert_loads import read_loads
-from autopar.commands.launch import is_rank, relaunch
+from autopar.commands.launch import is_rank, is_restart, relaunch
 from autopar.commands.options import ConfigTexts, Json, ModelName, PlanTexts, Seed, read_config, read_mesh, read_plan
 from autopar.commands.step_traces import joined_traces
 from autopar.commands.tables import print_json, stderr
@@ -203,7 +203,7 @@ def _saving(directory: Path | None, every: int, keep: int, resume: bool) -> Savi
         if resume:
             raise ValueError("--resume needs the directory of the checkpoints\nWay out: --checkpoint DIR --resume")
         return None
-    return Saving(directory, every, keep, resume)
+    return Saving(directory, every, keep, resume or is_restart())  # a restart has checkpoints of this very run
 
 
 def _device(name: str, mesh: Mesh) -> torch.device:

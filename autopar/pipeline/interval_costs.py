@@ -228,7 +228,8 @@ class Tables:
     def state(self) -> Table:
         """Bytes of parameters, gradients and optimizer states."""
         uses = self.graph.uses
-        events = [event for node, size in self.graph.states.items() for event in events_of(uses[node], size)]
+        sizes = {node: size for node, size in self.graph.states.items() if node in uses}  # a buffer may be unused
+        events = [event for node, size in sizes.items() for event in events_of(uses[node], size)]
         return totals(events, self.bounds)
 
     @cached_property

@@ -139,7 +139,7 @@ def train(
             log.write(event="resumed", step=start.step, checkpoint=str(start.path), mesh=dict(settings.mesh.axes))
         loop = _Loop(step, beside, text, settings, log, stop)
         done = loop.run(start, saver, on_step)
-        saved = saver.finish(done, loop.place) if saver else None
+        saved = saver.finish(done, loop.place, loop.finite) if saver else None
         if loop.stopped:
             log.write(event="stopped", step=done, checkpoint=str(saved) if saved else None)
     steps = done - start.step
@@ -170,6 +170,7 @@ class _Loop:
         self._share = _share(settings)
         self.place = 0  # in the text: batches
         self.stopped = False
+        self.finite = True  # the loss, and the norm of the gradients, of the latest step
         self.loads: dict[str, ExpertLoad] = {}
         self.warm: tuple[Transfer, ...] = ()  # of the first step, which also compares the programs of the ranks
 
@@ -183,7 +184,7 @@ class _Loop:
                 self.warm = self._step.traffic
             done += 1
             if saver is not None and not self.stopped:
-                saver.after(done, self.place)
+                saver.after(done, self.place, self.finite)
             on_step(done, self._step.curve.losses[-1])
         return done
 
@@ -204,11 +205,13 @@ class _Loop:
         self.place += len(batches)
         peak = peak_memory(settings.device)
         # all ranks wait at the end of a step: rank 0 is late, since it runs the other model too
-        stop, most = most_of_ranks([self._stop.noted, peak], settings.device, settings.plan.timeout)
-        self.stopped = bool(stop)
+        curve = self._step.curve
+        broken = not (math.isfinite(curve.losses[-1]) and math.isfinite(curve.norms[-1]))
+        noted = [float(self._stop.noted), float(broken), peak]
+        stop, broken_somewhere, most = most_of_ranks(noted, settings.device, settings.plan.timeout)
+        self.stopped, self.finite = bool(stop), not broken_somewhere
         loads = self._step.expert_load()
         self.loads = {layer: self.loads[layer] + load if layer in self.loads else load for layer, load in loads.items()}
-        curve = self._step.curve
         tokens = len(batches) * self._text.batch * self._text.length
         self._log.write(
             step=number,

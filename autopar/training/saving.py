@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,25 +61,35 @@ class Saver:
     def start(self) -> Start:
         """Load the latest checkpoint if ``resume`` is set and there is one. The model must have its program.
 
-        Raises CheckpointError, and ValueError for a checkpoint that was made on another text or other batches.
+        Raises CheckpointError, also where another run saves there, and ValueError for a checkpoint that was made on
+        another text or other batches.
         """
+        self._checkpoints.claim(self._model)
         resumed = self._checkpoints.load(self._model, self._optimizer) if self._saving.resume else None
         if resumed is None:
             return Start()
         self._saved = resumed.step
         return Start(resumed.step, self._text.batches_before(resumed.data), resumed.path)
 
-    def after(self, step: int, batches: int) -> None:
-        """Save, if it is time, while training continues."""
-        if step % self._saving.every == 0:
+    def after(self, step: int, batches: int, finite: bool) -> None:
+        """Save, if it is time, while training continues. What is not ``finite`` would push good ones out."""
+        if step % self._saving.every == 0 and (finite or self._refused(step)):
             self._save(step, batches, wait=False)
 
-    def finish(self, step: int, batches: int) -> Path:
-        """Save the steps that are not saved yet, and wait until that is done; gives the checkpoint."""
-        if step != self._saved:
+    def finish(self, step: int, batches: int, finite: bool) -> Path | None:
+        """Save the steps that are not saved yet, and wait until that is done; gives the last checkpoint."""
+        if step != self._saved and (finite or self._refused(step)):
             self._save(step, batches, wait=True)
         self._checkpoints.wait()
-        return path_of(self._saving.directory, step)
+        return path_of(self._saving.directory, self._saved) if self._saved is not None else None
+
+    def _refused(self, step: int) -> bool:
+        last = f"the last good one is of step {self._saved}" if self._saved is not None else "there is none yet"
+        warnings.warn(
+            f"step {step}: the loss, or the norm of the gradients, is not finite: no checkpoint is saved; {last}",
+            stacklevel=3,
+        )
+        return False
 
     def _save(self, step: int, batches: int, wait: bool) -> None:
         place = self._text.place(batches)

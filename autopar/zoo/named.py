@@ -139,6 +139,11 @@ def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def _imported(path: str, name: str) -> ModuleType:
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise ValueError(
+            f"'{name}' is no name of a model: a path of Python modules is wanted, as they are imported\n"
+            f"Way out: package.module:factory, one of {', '.join(OURS)}, or hf:ARCHITECTURE (hf:llama, ...)."
+        )
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)  # last, so that a folder of the user never hides an installed package

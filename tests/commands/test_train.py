@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from autopar.__main__ import main
+from autopar.training import loop
 from autopar.training.byte_text import ByteText
 from autopar.training.log import Log
 from tests.launch import run_ranks
@@ -187,6 +189,16 @@ def test_a_directory_with_checkpoints_is_not_begun_again(tmp_path: Path) -> None
     assert code == 2 and "the latest of step 1" in err and "--resume" in err
     code, _, err = autopar(*kept, "--resume", "--batch", "6")
     assert code == 2 and "--batch 12 --length 8" in err
+
+
+def test_what_is_not_finite_pushes_no_good_checkpoint_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, count = loop._loss, itertools.count(1)
+    monkeypatch.setattr(loop, "_loss", lambda output: usual(output) * (1.0 if next(count) <= 2 else torch.nan))
+    saving = ["--checkpoint", str(tmp_path), "--every", "1", "--keep", "1"]
+    code, _, err = autopar(*saving, "--steps", "5", "--mesh", "1", "--no-compare")
+    assert code == 0 and "is not finite: no checkpoint is saved; the last good one is of step 2" in err, err
+    (saved,) = tmp_path.glob("step-*")
+    assert saved.name == "step-00000002" and json.loads((saved / "checkpoint.json").read_text())["finite"]
 
 
 def test_resume_needs_a_directory() -> None:
