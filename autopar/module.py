@@ -25,7 +25,6 @@ from autopar.ir.layout import Layout
 from autopar.ir.load import ExpertLoad
 from autopar.ir.loss import loss_of
 from autopar.ir.program import AnyProgram
-from autopar.ir.tables import InputKind
 from autopar.ir.traffic import Transfer
 from autopar.mesh import PIPELINE, Mesh
 from autopar.pipeline import microbatches
@@ -39,6 +38,7 @@ from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
 from autopar.runtime.expert_loads import gathered_loads
 from autopar.runtime.given_programs import GivenPrograms
+from autopar.runtime.identity import kept
 from autopar.runtime.parameters import Weights
 from autopar.runtime.program_cache import ProgramCache
 from autopar.runtime.whole_tensors import full_grads, full_state_dict
@@ -279,10 +279,7 @@ class ParallelModule(nn.Module):
     def full_grads(self) -> dict[str, Tensor]:
         """The whole gradients by parameter name, those that there are; collective."""
         grads = {name: parameter.grad for name, parameter in self.named_parameters() if parameter.grad is not None}
-        trained, first = frozenset[str](), self._first_users()
-        if first:
-            trained = frozenset(entry.target for _, entry in self.program.placeholders(InputKind.PARAMETER))
-        return full_grads(self._held.weights, grads, trained, first)
+        return full_grads(self._held.weights, grads, self._first_users())
 
     def _first_users(self) -> dict[str, int]:
         """On a pipeline: parameter name -> the first pipeline rank that uses it in the latest program.
@@ -325,7 +322,8 @@ class ParallelModule(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> ParallelModule:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with kept(list(self.parameters())):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._programs.clear()  # dtypes may have changed
         return self
 

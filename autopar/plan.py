@@ -16,6 +16,7 @@ ATTENTION_FORMS = ("auto", "ring", "gather", "ulysses", "hybrid")
 EXPERT_AXES = ("auto", "ep", "ep+sp", "ep+tp", "ep+sp+tp", "sp", "tp", "sp+tp")
 ZERO_STAGES = (0, 1, 2, 3)
 INPUT_FORMS = ("global", "local")
+OUTPUT_FORMS = ("auto", "sharded", "full")
 RECOMPUTE_FORMS = ("none", "selective", "full")
 WEIGHTS_OF_PARTS = ("exact", "rows")
 INITIAL_FORMS = ("rank0", "checked")
@@ -77,7 +78,8 @@ class Plan:
         sequence_dims: input name -> its sequence dim (None: it has none), where it is not found: it is needed in a
             model without attention, and with ``inputs="local"`` on an axis ``sp``.
         outputs: ``"sharded"``: outputs other than the loss are DTensors, gathered by ``full_tensor()``;
-            ``"full"``: they are gathered in the program.
+            ``"full"``: they are gathered in the program; ``"auto"``: gathered where the model returns no loss, so that
+            one that is computed of them is that of one device, else (and with ``inputs="local"``) sharded.
         on_unknown: what to do with an operator without a rule: ``"error"`` or ``"replicate"``.
         on_indivisible: what to do with an attention or a large weight that ``tp`` cannot split, since its heads or
             sizes do not divide: ``"error"``, or ``"replicate"``: every rank does it whole, and a warning says so.
@@ -115,7 +117,7 @@ class Plan:
     inputs: str = "global"
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)
     sequence_dims: Mapping[str, int | None] = field(default_factory=dict)
-    outputs: str = "sharded"
+    outputs: str = "auto"
     on_unknown: str = "error"
     on_indivisible: str = "error"
     check_numerics: bool = True
@@ -135,7 +137,7 @@ class Plan:
         _one_of("zero", self.zero, ZERO_STAGES)
         _check_recompute(self.recompute)
         _one_of("inputs", self.inputs, INPUT_FORMS)
-        _one_of("outputs", self.outputs, ("sharded", "full"))
+        _one_of("outputs", self.outputs, OUTPUT_FORMS)
         _one_of("initial", self.initial, INITIAL_FORMS)
         _one_of("on_unknown", self.on_unknown, FALLBACKS)
         _one_of("on_indivisible", self.on_indivisible, FALLBACKS)

@@ -88,6 +88,12 @@ class _Program:
         ]
         return loss_position([out.target for out in self.outputs], candidates)
 
+    @property
+    def gathers_outputs(self) -> bool:
+        """Whether outputs for users are whole on every rank, see :attr:`autopar.plan.Plan.outputs`."""
+        without_loss = self.plan.inputs == "global" and self.loss is None
+        return self.plan.outputs == "full" or self.plan.outputs == "auto" and without_loss
+
     # ------------------------------------------------------------ what users call; done by rooms above
 
     def rank(self, rank: int) -> RankProgram:

@@ -64,6 +64,7 @@ class Communicator:
         self._started: dict[int, str] = {}  # address of the result of one under way -> its name
         self._sent: dict[tuple[str, str, str], list[int]] = {}  # (phase, axis, name) -> [operations, bytes]
         self.agreement = agreement or Agreement(None, self.failed)
+        self.updates = 0  # backward passes that have given gradients: the parameters may have changed since
         self.recorder: Recorder | None = None  # of the steps that are traced now
         self.noted: dict[str, Tensor] = {}  # layer of experts -> rows that this rank has sent to each of them
 

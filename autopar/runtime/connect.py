@@ -27,6 +27,7 @@ from autopar.runtime.agreement import Agreement, differences, digest_of
 from autopar.runtime.channels import group_back
 from autopar.runtime.communicator import Communicator, peer_failed
 from autopar.runtime.digests import digest
+from autopar.runtime.dtensor_habits import take_over
 from autopar.runtime.groups import agreement_group
 from autopar.runtime.process_end import end_shortly
 
@@ -55,7 +56,9 @@ class Connection:
         rest = self.mesh.of_stage
         names = tuple(name for name in self.device_mesh.mesh_dim_names or () if name != PIPELINE)
         dims = tuple(axis for axis in self.dims if axis != PIPELINE)
-        return Connection(rest, self.device_mesh[names if len(names) > 1 else names[0]], self.comm, dims)
+        of_stage = self.device_mesh[names if len(names) > 1 else names[0]]
+        take_over(of_stage)
+        return Connection(rest, of_stage, self.comm, dims)
 
     def with_merged(self, *groups: str) -> Connection:
         """This one with one dim of the DeviceMesh for several axes, at the place of the first: ``dp_sp`` of ``dp+sp``.
@@ -71,6 +74,7 @@ class Connection:
         names = tuple(dim.replace("+", "_") for dim in dims)
         own = list(map(self._process_group, dims))
         mesh = DeviceMesh.from_group(own, self.device_mesh.device_type, ranks, mesh_dim_names=names)
+        take_over(mesh)
         return Connection(self.mesh, mesh, self.comm, dims)
 
     def _process_group(self, dim: str) -> ProcessGroup:
@@ -123,6 +127,7 @@ def connect(mesh: Mesh, timeout: float, device: torch.device, device_mesh: Devic
     agreement = _agreement(mesh, timeout, device_mesh)
     if device_mesh is None or (mesh.is_pipelined and not mesh.of_stage.axes):  # then it has no axis to hold DTensors
         device_mesh = _device_mesh(mesh, timeout, device)
+    take_over(device_mesh)
     dims = tuple(ALIASES.get(name, name) for name in device_mesh.mesh_dim_names or ())
     return Connection(mesh, device_mesh, _communicator(mesh, device_mesh, timeout, device, agreement), dims)
 

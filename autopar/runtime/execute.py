@@ -23,7 +23,7 @@ from autopar.runtime.autograd import accumulating, below_autograd, take_saved
 from autopar.runtime.border import Result
 from autopar.runtime.connect import Connection
 from autopar.runtime.rank_graphs import BACKWARD, FORWARD, INFERENCE, PARTIAL, REDUCED, model_graphs
-from autopar.runtime.rank_program import BoundProgram, Fetch, Step
+from autopar.runtime.rank_program import BoundProgram, Fetch, Step, put
 
 
 class Executable(BoundProgram):
@@ -101,6 +101,7 @@ class Executable(BoundProgram):
             found = self._accumulation.backward(self, saved)
         if found is None:
             return [None] * len(self._gives)
+        self.comm.updates += 1
         return [give(grad, wanted) for give, grad, wanted in zip(self._gives, found, accumulate)]
 
     @property
@@ -117,8 +118,10 @@ class Executable(BoundProgram):
         return self.own(REDUCED, partial)
 
     def give(self, grads: Sequence[Tensor]) -> None:
-        for give, grad in zip(self._gives, grads):
-            give(grad, True)
+        for target, give, grad in zip(self.role.grads, self._gives, grads):
+            if target in self.slots:
+                table, key = self.slots[target]
+                put(give, table[key], grad)
 
     # ------------------------------------------------------------ binding
 

@@ -28,7 +28,7 @@ from autopar.pipeline.links import backward_schedule, inference_schedule, links_
 from autopar.pipeline.stages import users_of
 from autopar.runtime.channels import Channels
 from autopar.runtime.connect import Connection
-from autopar.runtime.rank_program import Give
+from autopar.runtime.rank_program import Give, put
 from autopar.runtime.rank_stage import BoundStage, Microbatch, StageStep
 from autopar.runtime.recorder import epoch
 from autopar.schedules import timing
@@ -230,6 +230,7 @@ class PipelineExecutable:
     def _give(self) -> None:
         """Reduce the gradients of all stages, sum those of parameters that several have, give them to the module."""
         self.comm.phase = "backward"
+        self.comm.updates += 1
         found: dict[str, Tensor] = {}
         gives: dict[str, Give] = {}
         for stages in self.stages.values():
@@ -241,8 +242,10 @@ class PipelineExecutable:
             stage = next(stages[0] for stages in self.stages.values() if target in stages[0].parameters)
             gives.setdefault(target, stage.giver(target))
             found[target] = self._over(ranks, found[target] if target in found else stage.no_gradient(target))
+        slots = {target: slot for stages in self.stages.values() for target, slot in stages[0].slots.items()}
         for target, grad in found.items():
-            gives[target](grad, True)
+            table, key = slots[target]
+            put(gives[target], table[key], grad)
 
     def _over(self, ranks: Iterable[int], grad: Tensor) -> Tensor:
         """The sum of the gradients of the pipeline ``ranks``, in the same order and so the same on each."""
@@ -269,6 +272,7 @@ class _Forward:
     rows: Sequence[int]
     seed: int
     steps: dict[int, StageStep] = field(default_factory=dict)
+    is_done: bool = False
 
 
 class _Differentiable(torch.autograd.Function):
@@ -283,6 +287,13 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
         if torch.is_grad_enabled():
             raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
+        if ctx.step.is_done:
+            raise InvariantError(
+                "this backward pass has run already: on a pipeline it frees the values of the forward pass\n"
+                "Way out: call the model again for a second backward pass; retain_graph=True is not supported on pp. "
+                "Scale the loss, loss * 2, for gradients that are twice as large."
+            )
+        ctx.step.is_done = True
         ctx.step.executable.backward(ctx.step, grad)
         return None, None
 

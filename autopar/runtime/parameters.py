@@ -6,7 +6,7 @@ ranks of a stage keep the tensors that the stage uses. :mod:`autopar.runtime.sto
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,9 +26,10 @@ from autopar.mesh import PIPELINE
 from autopar.pipeline.stages import first_ranks, held_elsewhere
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import local_of
+from autopar.runtime.identity import Holder, become, give_to_optimizers, mark_gone
 from autopar.runtime.initial_weights import agree_on_whole, check_copies
 from autopar.runtime.meshes import Meshes
-from autopar.runtime.stacks import Stack, mark_replaced, stack
+from autopar.runtime.stacks import Stack, stack
 from autopar.runtime.stored import Stored, cut, in_model_order, in_stored_order
 
 Table = dict[str, Any]  # the parameters, or the buffers, of one module
@@ -82,6 +83,7 @@ class Weights:
             raise ValueError("the model has DTensor parameters already: parallelize an ordinary model, and that once")
         self._meshes = Meshes(connection.of_stage())
         self._place({})
+        give_to_optimizers()
 
     @property
     def is_laid_out(self) -> bool:
@@ -147,9 +149,11 @@ class Weights:
             agree_on_whole(self._named(), self.connection, self.initial)
             self._stack(program)
             self.first = first_ranks(program)
-            self._leave_out(held_elsewhere(program, self.connection.comm.coordinates.get(PIPELINE, 0)))
+            self._leave_out(held_elsewhere(program, self._stage))
             self._place(layouts)
             self.layouts = layouts
+        else:
+            self._take_in(program, layouts)
         for name, layout in layouts.items():
             held = self.layouts.get(name, layout)
             if layout != held:
@@ -170,6 +174,28 @@ class Weights:
             named.setdefault(id(table[key]), (name, table[key]))
         return dict(named.values())
 
+    @property
+    def _stage(self) -> int:
+        return self.connection.comm.coordinates.get(PIPELINE, 0) if self.connection is not None else 0
+
+    def _take_in(self, program: AnyProgram, layouts: Mapping[str, Layout]) -> None:
+        """Hold the parameters that have come into the model since the last program as this one requires them."""
+        assert self.connection is not None and self.layouts is not None
+        late = {
+            name: table[key]
+            for module, table, key, name in tables(self.root)
+            if table is module._parameters and not isinstance(table[key], DTensor)
+        }
+        if not late:
+            return
+        agree_on_whole(late, self.connection, self.initial)
+        self.layouts = {**layouts, **{name: held for name, held in self.layouts.items() if name not in late}}
+        self.first = {**first_ranks(program), **self.first}
+        self._trained = [(table, key) for module, table, key, _ in tables(self.root) if table is module._parameters]
+        self._trained += [({one.key: one.outline}, one.key) for one in self.absent if one.emptied is not None]
+        self._leave_out(held_elsewhere(program, self._stage).intersection(late))
+        self._place({**self.layouts, **layouts}, only=late)
+
     def _stack(self, program: AnyProgram) -> None:
         """Put one parameter in place of those that the program takes stacked."""
         places = {name: (table, key) for _, table, key, name in tables(self.root)}
@@ -180,7 +206,7 @@ class Weights:
                 self.stacks.append(stack(self.root, entry.target, members))
                 for parameter in parameters:
                     self._empty(parameter, entry.target)
-                    mark_replaced(parameter, entry.target)
+                    mark_gone(parameter, entry.target)
         replaced = {(id(table), key): one.place for one in self.stacks for table, key in one.members}
         self._trained = [replaced.get((id(table), key), (table, key)) for table, key in self._trained]
 
@@ -277,11 +303,13 @@ class Weights:
                     table[key] = made.setdefault(id(held), _ordinary(held))
             raise
 
-    def _place(self, layouts: Mapping[str, Layout]) -> None:
+    def _place(self, layouts: Mapping[str, Layout], only: Container[str] | None = None) -> None:
         placed: dict[int, Tensor] = {}
         self._meshes.prefer(layouts.values())
         for module, table, key, name in tables(self.root):
             tensor = table[key]
+            if only is not None and name not in only:
+                continue
             layout = layouts.get(name, Layout.whole(tensor.shape))
             if not isinstance(tensor, nn.Parameter) and not layout.axes:
                 if not tensor.is_meta:
@@ -338,14 +366,8 @@ def _late(name: str) -> str:
 
 
 def _placed(tensor: Tensor, form: Stored, own: Connection) -> Tensor:
-    held: Tensor = cut(local_of(tensor), form, own)
-    if not isinstance(tensor, nn.Parameter):
-        return held
-    held = nn.Parameter(held, requires_grad=tensor.requires_grad)
-    if not isinstance(tensor, DTensor):
-        return held
-    torch.utils.swap_tensors(tensor, held)  # type: ignore[no-untyped-call]
-    return tensor
+    holder = Holder(form, own)
+    return become(tensor, holder) if isinstance(tensor, nn.Parameter) else holder.cut(tensor)
 
 
 def _ordinary(tensor: DTensor) -> Tensor:

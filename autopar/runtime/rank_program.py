@@ -212,6 +212,14 @@ class BoundProgram:
         return give
 
 
+def put(give: Give, parameter: Tensor, grad: Tensor) -> None:
+    """Add a local gradient to that of ``parameter``; by autograd where hooks watch it."""
+    whole = give(grad, True)
+    if whole is not None:
+        with torch.enable_grad():
+            torch.autograd.backward((parameter,), (whole,))
+
+
 def _compiled(name: str, graph: fx.Graph, program: Program) -> RankFunction:
     return compile_source(emit({name: graph}, program), name)
 

@@ -40,10 +40,14 @@ class Gathered:
         return self._held
 
     def _now(self) -> list[tuple[int, ...]]:
-        """A state that changes when a part is written to: the first number through the DTensor, the others past it."""
+        """A state that changes when a part is written to: the first number through the DTensor, the others past it.
+
+        What ``part.data.add_(...)`` does to a part shows in no number; it belongs to an update after a backward pass.
+        """
         parameters = [find() for find in self._parameters.values()]
         parts = [local_of(parameter) for parameter in parameters]
-        return [(whole._version, part._version, part.data_ptr()) for whole, part in zip(parameters, parts)]
+        states = [(whole._version, part._version, part.data_ptr()) for whole, part in zip(parameters, parts)]
+        return [(self.comm.updates,), *states]
 
     def _gather(self) -> None:
         """Gather one after the other: an earlier whole one is written to, or freed once the new one is available."""

@@ -10,21 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from autopar.errors import InvariantError
 from autopar.ir.stacked_parameters import STAR, member_names
 from autopar.runtime.dtensor import local_of
 
 Table = dict[str, Any]  # the parameters of one module
 Place = tuple[Table, str]  # a table and a key in it
-_STACKED = "autopar_stacked_as"  # on a parameter that a stack has replaced, for an optimizer that still has it
 
 
 @dataclass(frozen=True)
@@ -82,25 +78,3 @@ def _stack_loaded(key: str, count: int, module: nn.Module, state: dict[str, Any]
 def _expected(name: str, module: nn.Module, incompatible: Any) -> None:
     """Torch takes the key of a stack, which has dots, for that of a submodule that there is none of."""
     incompatible.unexpected_keys[:] = [key for key in incompatible.unexpected_keys if not key.endswith(name)]
-
-
-def mark_replaced(parameter: Tensor, name: str) -> None:
-    """Let an optimizer that has ``parameter``, which the stack ``name`` has replaced, raise InvariantError."""
-    setattr(parameter, _STACKED, name)
-    _refuse_optimizers_of_members()
-
-
-@cache
-def _refuse_optimizers_of_members() -> None:
-    register_optimizer_step_pre_hook(_check_optimizer)
-
-
-def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = getattr(parameter, _STACKED, None)
-            if name is not None:
-                raise InvariantError(
-                    f"the optimizer has a parameter of one expert; the parallel module has '{name}' for all of them\n"
-                    "Way out: parallelize(model, mesh, example_inputs=batch), then make an optimizer of its parameters."
-                )

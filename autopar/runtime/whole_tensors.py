@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,15 +34,15 @@ def full_state_dict(weights: Weights, held: Mapping[str, Any], device: str, rank
     return weights.of_model(found)
 
 
-def full_grads(
-    weights: Weights, grads: Mapping[str, Tensor], trained: Set[str], first: Mapping[str, int]
-) -> dict[str, Tensor]:
+def full_grads(weights: Weights, grads: Mapping[str, Tensor], first: Mapping[str, int]) -> dict[str, Tensor]:
     """The whole gradients, of which this rank has ``grads``, by parameter name; collective.
 
-    On a pipeline, ``trained`` are the parameters of all stages, and ``first`` the first pipeline rank that uses each.
+    On a pipeline, ``first`` has the first pipeline rank that uses each parameter.
     """
-    outlines = _outlines(weights)
-    names = [name for name in sorted(trained) if name in grads or name in outlines] if first else list(grads)
+    outlines, names = _outlines(weights), list(grads)
+    if first and weights.connection is not None:  # stages differ in what they have, and frozen ones have nothing
+        everyone = weights.connection.comm.agreement.everyone(names)
+        names = sorted({name for names in everyone for name in names if name in grads or name in outlines})
     wholes = {name: weights.whole(name, grad) for name, grad in grads.items()}
     found = {
         name: _over_stages(weights.connection, wholes.get(name), first.get(name), outlines.get(name)) for name in names

@@ -151,7 +151,7 @@ class _Chooser:
 
     def _add_returned(self, index: int, node: fx.Node) -> None:
         output = self.flow.program.outputs[index]
-        full = output.kind is not OutputKind.USER or self.flow.program.plan.outputs == "full"
+        full = output.kind is not OutputKind.USER or self.flow.program.gathers_outputs
         found = {} if full or not values(node)[0].shape else self.flow.splits.get(key_of(node), {})
         # of what is in zig-zag order the user gets parts in plain order, never the whole, however small it is here
         reordered = dict.fromkeys(Split(split.dim) for split in found if split.mirrored)

@@ -1,0 +1,100 @@
+"""What scripts do with parameters, gradients and outputs, done by DTensors of a parallel module as by whole tensors.
+
+The other door to the private parts of DTensor (beside ``dtensor.py``). In torch 2.13, ``p.data = x`` is lost without a
+word on a DTensor, ``p.data.add_(x)`` leaves no trace in its version, ``p.grad.norm().item()`` gives the number of this
+rank's part, and ``logits.numpy()`` does not exist. Tensors on DeviceMeshes that no parallel module has are left alone.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from autopar.errors import InvariantError
+from autopar.runtime.dtensor import local_of, of_local, spec_of
+
+_SCALAR: Any = torch.ops.aten._local_scalar_dense.default
+_meshes: list[DeviceMesh] = []
+
+
+def take_over(mesh: DeviceMesh) -> None:
+    """Let tensors on ``mesh`` behave so from now on."""
+    _install()
+    if not any(mesh is known for known in _meshes):
+        _meshes.append(mesh)
+
+
+@cache
+def _install() -> None:
+    dispatcher: Any = DTensor._op_dispatcher
+    dispatcher._custom_op_handlers[_SCALAR] = _scalar
+    usual: Any = torch._C.TensorBase.data  # type: ignore[attr-defined]
+
+    def get(self: DTensor) -> Tensor:
+        if not _is_ours(self):
+            found: Tensor = usual.__get__(self)
+            return found
+        return of_local(local_of(self).detach(), spec_of(self))  # it shares the counter of changes
+
+    def put(self: DTensor, value: Tensor) -> None:
+        if _is_ours(self):
+            _put(self, value)
+        else:
+            usual.__set__(self, value)
+
+    owner: Any = DTensor
+    owner.data = property(get, put)
+    owner.numpy = _of_whole("numpy")
+    owner.tolist = _of_whole("tolist")
+
+
+def _is_ours(tensor: DTensor) -> bool:
+    mesh = spec_of(tensor).mesh
+    return any(mesh is known or mesh == known for known in _meshes)
+
+
+def _put(held: DTensor, value: Tensor) -> None:
+    """``held.data = value``: the part of a whole tensor, or a DTensor that is held alike, becomes that of ``held``."""
+    spec = spec_of(held)
+    if value.shape != held.shape or value.dtype != held.dtype:
+        raise InvariantError(
+            f"parameter.data = a tensor {list(value.shape)} of {value.dtype}, for one {list(held.shape)} of "
+            f"{held.dtype}\nWay out: model.to(dtype) for another dtype; a new nn.Parameter for another shape."
+        )
+    if isinstance(value, DTensor) and spec_of(value).placements == spec.placements and value.device_mesh == spec.mesh:
+        local = local_of(value)
+    else:
+        holder = getattr(held, "autopar_held", None)
+        if holder is None:
+            raise InvariantError("tensor.data = ... of a part needs a DTensor with the same placements")
+        local = local_of(holder.cut(whole(value)))
+    held._local_tensor = local.detach()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, without a gradient; collective where it is in parts."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    plain = all(placement.is_replicate() for placement in tensor.placements)
+    return local_of(tensor).detach() if plain else DTensor.full_tensor(tensor.detach())  # type: ignore[arg-type]
+
+
+def _scalar(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``tensor.item()``, ``float(tensor)``, ``if tensor:``: of the whole; collective where each rank has a part."""
+    tensor = args[0]
+    found = whole(tensor) if _is_ours(tensor) else local_of(tensor)
+    return operator(found, **kwargs)
+
+
+def _of_whole(name: str) -> Any:
+    usual: Any = getattr(Tensor, name)
+
+    def of_whole(self: DTensor, *args: Any, **kwargs: Any) -> Any:
+        return usual(whole(self) if _is_ours(self) else self, *args, **kwargs)
+
+    return of_whole

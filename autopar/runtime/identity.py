@@ -1,0 +1,161 @@
+"""Parameters keep who they are when they become DTensors: their marks, hooks and gradients, and optimizers find them.
+
+A DTensor is an object of another kind than a parameter, so ``parallelize`` puts new objects into the model. What a
+script has attached to the old ones (``p._no_weight_decay``, ``p.register_hook``) goes over to the new. An optimizer
+that was made before, as scripts for DistributedDataParallel do, is given the new ones: at once if it can be found, at
+the latest before its first step, with its states.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from autopar.errors import InvariantError
+from autopar.runtime.connect import Connection
+from autopar.runtime.dtensor import local_of
+from autopar.runtime.stored import Stored, cut
+
+_NOW = "autopar_now"  # on a parameter that another has replaced: that one
+_GONE = "autopar_gone"  # on a parameter that a stack has replaced: the name of that
+_HELD = "autopar_held"  # on a parameter of a parallel module: how it is held
+_OURS = (_NOW, _GONE, _HELD)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """How a parameter is held, for tensors like it."""
+
+    form: Stored
+    own: Connection
+
+    def cut(self, tensor: Tensor) -> DTensor:
+        """The part of ``tensor``, which is whole and in the model's order."""
+        return cut(local_of(tensor), self.form, self.own)
+
+
+def become(tensor: Tensor, holder: Holder) -> nn.Parameter:
+    """The parameter that holds ``tensor``, which is whole, as ``holder`` says: the same object if it is a DTensor."""
+    held = nn.Parameter(holder.cut(tensor), requires_grad=tensor.requires_grad)
+    grad = None if tensor.grad is None else holder.cut(tensor.grad)
+    marks = {key: mark for key, mark in vars(tensor).items() if key not in _OURS}
+    hooks, after = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    if isinstance(tensor, DTensor):
+        torch.utils.swap_tensors(tensor, held)  # type: ignore[no-untyped-call]
+        now: Any = tensor
+    else:
+        setattr(tensor, _NOW, held)
+        now = held
+    vars(now).update(marks)
+    setattr(now, _HELD, holder)
+    if hooks is not None:
+        now._backward_hooks = hooks
+    if after is not None:
+        now._post_accumulate_grad_hooks = after
+    now.grad = grad
+    _watch_optimizers()
+    _state.generation += 1
+    found: nn.Parameter = now
+    return found
+
+
+@contextmanager
+def kept(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within this context, torch may put other data into ``parameters`` (``module.to``); marks and hooks stay."""
+    before = [(p, dict(vars(p)), p._backward_hooks, p._post_accumulate_grad_hooks) for p in parameters]
+    yield
+    for parameter, marks, hooks, after in before:
+        vars(parameter).update(marks)
+        if hooks is not None:
+            parameter._backward_hooks = hooks
+        if after is not None:
+            parameter._post_accumulate_grad_hooks = after
+
+
+def give_to_optimizers() -> None:
+    """Let all optimizers have the present parameters in place of those that were replaced."""
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Optimizer):
+            _renew(thing, (), {})
+
+
+def mark_gone(parameter: Tensor, name: str) -> None:
+    """Let an optimizer that has ``parameter``, which the stack ``name`` has replaced, raise InvariantError."""
+    setattr(parameter, _GONE, name)
+    _watch_optimizers()
+    _state.generation += 1
+
+
+class _State:
+    """``generation`` changes with the parameters of any module; ``seen``: that in which an optimizer had its last."""
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self.seen: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+
+
+_state = _State()
+
+
+@cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_renew)
+
+
+def _renew(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Before each step; it costs something only after parameters have changed."""
+    if _state.seen.get(optimizer) == _state.generation:
+        return
+    for group in getattr(optimizer, "param_groups", ()):
+        for place, parameter in enumerate(group["params"]):
+            _refuse_gone(parameter)
+            now = _now(parameter)
+            if now is not parameter:
+                group["params"][place] = now
+                if parameter in optimizer.state:
+                    optimizer.state[now] = optimizer.state.pop(parameter)
+            _fit_state(now, optimizer.state.get(now, {}))
+    _state.seen[optimizer] = _state.generation
+
+
+def _now(parameter: Tensor) -> Tensor:
+    while (now := getattr(parameter, _NOW, None)) is not None:
+        parameter = now
+    return parameter
+
+
+def _fit_state(parameter: Tensor, state: Any) -> None:
+    """Hold the tensors of an optimizer's state that are like the parameter as it is held."""
+    holder: Holder | None = getattr(parameter, _HELD, None)
+    if holder is None:
+        return
+    for key in _like(parameter, state):
+        whole = state[key]
+        if isinstance(whole, DTensor) and whole.placements == parameter.placements:  # type: ignore[attr-defined]
+            continue
+        state[key] = holder.cut(whole.full_tensor() if isinstance(whole, DTensor) else whole)
+
+
+def _like(parameter: Tensor, state: Any) -> Iterable[str]:
+    tensors = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+    return [key for key, tensor in tensors.items() if tensor.dim() and tensor.shape == parameter.shape]
+
+
+def _refuse_gone(parameter: Tensor) -> None:
+    name = getattr(parameter, _GONE, None)
+    if name is not None:
+        raise InvariantError(
+            f"the optimizer has a parameter of one expert; the parallel module has '{name}' for all of them\n"
+            "Way out: parallelize(model, mesh, example_inputs=batch), then make an optimizer of its parameters."
+        )
