@@ -20,6 +20,7 @@ from autopar.passes import COMPILER, differentiate
 from autopar.passes.cut_stages import cut_stages
 from autopar.passes.split_batch import split_batch
 from autopar.pipeline import microbatches
+from autopar.pipeline.at_home import Homes
 from autopar.pipeline.mixed_rows import warn_of_mixed_rows
 from autopar.pipeline.stages import check_same_parameters, stages_of_nodes
 from autopar.plan import Plan
@@ -32,17 +33,18 @@ def compile_program(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     layouts: Mapping[str, Layout] | None = None,
+    homes: Homes | None = None,
 ) -> AnyProgram:
     """The differentiated program of ``model(*args, **kwargs)`` on ``mesh``; needs no process group.
 
-    ``layouts``: parameter layouts that are pinned, since the parameters are held so already.
-    Raises TraceError, UnknownOperatorError, IndivisibleError, InvariantError, NumericsError.
+    ``layouts``: parameter layouts that are pinned, since the parameters are held so already; ``homes``: the pipeline
+    stages that hold them. Raises TraceError, UnknownOperatorError, IndivisibleError, InvariantError, NumericsError.
     """
     plan = plan or Plan()
     check_choices(mesh, plan)
     known = fingerprint(model, args, kwargs or {})
     if mesh.is_pipelined:
-        found = pipelined(lambda batch: trace(model, (), batch, plan=plan), mesh, plan, args, kwargs, layouts)
+        found = pipelined(lambda batch: trace(model, (), batch, plan=plan), mesh, plan, args, kwargs, layouts, homes)
         return replace(found, fingerprint=known, made_buffers=_made_buffers(model, found))
     whole = finish_program(split_program(model, mesh, plan, args, kwargs, layouts))
     return replace(whole, fingerprint=known, made_buffers=_made_buffers(model, whole))
@@ -71,6 +73,7 @@ def pipelined(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     layouts: Mapping[str, Layout] | None = None,
+    homes: Homes | None = None,
 ) -> PipelinedProgram:
     """The program of one microbatch of the whole batch in ``kwargs``, with that of a smaller last microbatch.
 
@@ -80,7 +83,7 @@ def pipelined(
     first, last = batches[0], batches[-1]
     one = traced(first)
     warn_of_mixed_rows(replace(one, plan=plan), _with_split_batch)
-    program = _finished_pipeline(pinned(one, layouts), mesh, plan)
+    program = _finished_pipeline(pinned(one, layouts, homes=homes), mesh, plan)
     if microbatches.rows(first, [first], plan) == microbatches.rows(first, [last], plan):
         return program
     small = pinned(traced(last), {**(layouts or {}), **weight_layouts(program)}, stages_of_nodes(program))
@@ -96,7 +99,9 @@ def _finished_pipeline(traced: Program, mesh: Mesh, plan: Plan) -> PipelinedProg
 
 
 def _with_split_batch(traced: Program, mesh: Mesh) -> AnyProgram:
-    program: AnyProgram = replace(traced, mesh=mesh, plan=replace(traced.plan, zero=0, on_unknown="replicate"))
+    program: AnyProgram = replace(
+        traced, mesh=mesh, plan=replace(traced.plan, zero=0, on_unknown="replicate", outputs="sharded")
+    )
     for _, step in steps_of(COMPILER, until=split_batch.name):
         program = step(program)  # not run_phases: a failure leaves no evidence behind, it only ends the question
     return program
@@ -127,9 +132,16 @@ def split_program(
     return run_phases(_with_source(pinned(traced, layouts)), COMPILER, until=after)
 
 
-def pinned(traced: Program, layouts: Mapping[str, Layout] | None, stages: Mapping[str, int] | None = None) -> Program:
+def pinned(
+    traced: Program,
+    layouts: Mapping[str, Layout] | None,
+    stages: Mapping[str, int] | None = None,
+    homes: Homes | None = None,
+) -> Program:
     """``traced`` with the decisions that the passes must keep, see :class:`autopar.ir.tables.Pins`."""
-    return replace(traced, pins=replace(traced.pins, layouts=dict(layouts or {}), stages=dict(stages or {})))
+    at = {name: tuple(numbers) for name, numbers in (homes or {}).items()}
+    pins = replace(traced.pins, layouts=dict(layouts or {}), stages=dict(stages or {}), homes=at)
+    return replace(traced, pins=pins)
 
 
 def _with_source(traced: Program) -> Program:

@@ -85,7 +85,7 @@ class ParallelModule(nn.Module):
 
         def compiled(call: Call, layouts: Mapping[str, Layout] | None) -> tuple[AnyProgram, Guards]:
             with guards_of_traces() as guards:
-                return compile_program(model, mesh, plan, call.args, call.kwargs, layouts), guards
+                return compile_program(model, mesh, plan, call.args, call.kwargs, layouts, held.weights.homes), guards
 
         given = _given(held, programs, where) if programs else None
         cache = ProgramCache(compiled, mesh, plan, held.weights, accumulation, packs_padding(model), given)

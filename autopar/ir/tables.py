@@ -112,11 +112,13 @@ class Pins:
         layouts: of parameters and buffers by name, aliases too: the ranks hold them so already.
         dtypes: node name -> dtype at the border of a parameter or an input, where the graph computes in another.
         stages: node name -> pipeline stage, so that parameters stay where another program has put them.
+        homes: parameter or buffer -> the pipeline stages that hold it already, for a program of other nodes.
     """
 
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     stages: Mapping[str, int] = field(default_factory=dict)
+    homes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

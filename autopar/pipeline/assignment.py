@@ -24,6 +24,7 @@ from autopar.cost.machine import ACCELERATOR, Machine
 from autopar.errors import StageError
 from autopar.ir.node import origin
 from autopar.ir.program import Program
+from autopar.pipeline.at_home import cuts_at_home
 from autopar.pipeline.interval_costs import StageGraph, Tables
 from autopar.pipeline.intervals import Table, best_bounds, least_worst
 from autopar.pipeline.stages import Assignment
@@ -49,7 +50,10 @@ def assign_stages(
     if count < 1 or len(flights) != count:
         raise ValueError(f"{count} stages, and microbatches in flight for {len(flights)}: one number for each stage")
     search = Search(graph, flights)
-    cuts = search.given_cuts(program.plan.cuts) if program.plan.cuts else search.best_cuts()
+    if program.pins.homes and count > 1:
+        cuts = cuts_at_home(graph, program.pins.homes, count)
+    else:
+        cuts = search.given_cuts(program.plan.cuts) if program.plan.cuts else search.best_cuts()
     stage_of: dict[fx.Node, int] = {}
     for position, node in enumerate(graph.nodes):
         stage_of[node] = sum(cut <= position for cut in cuts) if count > 1 else 0

@@ -164,6 +164,11 @@ def users_of(program: PipelinedProgram) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def homes_of(program: AnyProgram) -> dict[str, tuple[int, ...]]:
+    """As :func:`users_of`; {} without a pipeline."""
+    return users_of(program) if isinstance(program, PipelinedProgram) else {}
+
+
 def holders(program: AnyProgram) -> dict[str, tuple[int, ...]]:
     """Parameter or buffer name, aliases too -> the pipeline ranks that hold it, in order.
 

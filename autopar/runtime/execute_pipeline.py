@@ -25,6 +25,7 @@ from autopar.mesh import PIPELINE
 from autopar.pipeline import microbatches
 from autopar.pipeline.interpreter import Event, Interpreter, Routes
 from autopar.pipeline.links import backward_schedule, inference_schedule, links_of
+from autopar.pipeline.microbatches import counting
 from autopar.pipeline.stages import users_of
 from autopar.runtime.channels import Channels
 from autopar.runtime.connect import Connection
@@ -50,6 +51,10 @@ class PipelineExecutable:
         self.in_flight = 0  # microbatches, of each stage, that were held for a backward pass at a time in that step
         self._played = program.required_schedule
         inputs = [entry.target for _, entry in program.placeholders(InputKind.INPUT)]
+        if program.plan.microbatches > 1:  # on all ranks, not only on those that will count
+            for stage in program.stages:
+                if program.loss_in(stage) is not None:
+                    counting(stage)
         mine = program.stages_on(self.rank)
         programs = [program] if program.tail is None else [program, program.tail]
         # also those that only other stages need: the names of later groups depend on how many a process has made

@@ -23,7 +23,7 @@ from autopar.ir.program import AnyProgram, weight_layouts
 from autopar.ir.stacked_parameters import by_member, is_stacked, member_names
 from autopar.ir.tables import InputKind
 from autopar.mesh import PIPELINE
-from autopar.pipeline.stages import first_ranks, held_elsewhere
+from autopar.pipeline.stages import first_ranks, held_elsewhere, homes_of
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import local_of
 from autopar.runtime.identity import Holder, become, give_to_optimizers, mark_gone
@@ -63,6 +63,7 @@ class Weights:
     Attributes:
         absent: the tensors that only other pipeline stages hold.
         first: on a pipeline, parameter or buffer name -> the first pipeline rank that holds it.
+        homes: on a pipeline, parameter or buffer name -> the stages that hold it.
         stacks: the parameters that stand for several of the model.
     """
 
@@ -72,6 +73,7 @@ class Weights:
         self.initial = initial
         self.absent: list[Absent] = []
         self.first: dict[str, int] = {}
+        self.homes: dict[str, tuple[int, ...]] = {}
         self.stacks: list[Stack] = []
         self._given_back: list[tuple[Table, str, DTensor]] = []
         self._order = {name: place for place, (*_, name) in enumerate(tables(root))}
@@ -99,16 +101,9 @@ class Weights:
             return tuple([tensor is not None and tensor.requires_grad for tensor in found])
 
     def take_in(self) -> bool:
-        """Know the parameters that the model has by now; whether they are others.
-
-        Raises InvariantError for a new one where the parameters are split already.
-        """
+        """Know the parameters that the model has by now; whether they are others. The next program lays them out."""
         self._hold_again()
         held = [(table, key) for module, table, key, _ in tables(self.root) if table is module._parameters]
-        if self.connection is not None:
-            for module, table, key, name in tables(self.root):
-                if table is module._parameters and not isinstance(table[key], DTensor):
-                    raise InvariantError(_late(name))
         absent = [(missing.table, missing.key) for missing in self.absent]
         known = {(id(table), key) for table, key in self._trained}
         if self.stacks or absent or known == {(id(table), key) for table, key in held}:
@@ -144,19 +139,20 @@ class Weights:
         """
         if self.connection is None:
             return
-        layouts = weight_layouts(program)
+        layouts, unused = weight_layouts(program), _unused(program)
         if self.layouts is None:
             agree_on_whole(self._named(), self.connection, self.initial)
             self._stack(program)
             self.first = first_ranks(program)
+            self.homes = homes_of(program)
             self._leave_out(held_elsewhere(program, self._stage))
             self._place(layouts)
-            self.layouts = layouts
+            self.layouts = {name: layout for name, layout in layouts.items() if name not in unused}
         else:
-            self._take_in(program, layouts)
+            self._take_in(program, layouts, unused)
         for name, layout in layouts.items():
             held = self.layouts.get(name, layout)
-            if layout != held:
+            if layout != held and name not in unused:
                 raise InvariantError(
                     f"this call wants parameter '{name}' as {layout}, and it is held as {held} since the first call\n"
                     "Way out: say how it is split, e.g. Plan(tensor={'" + name + "': 'column'})."
@@ -178,23 +174,38 @@ class Weights:
     def _stage(self) -> int:
         return self.connection.comm.coordinates.get(PIPELINE, 0) if self.connection is not None else 0
 
-    def _take_in(self, program: AnyProgram, layouts: Mapping[str, Layout]) -> None:
+    def _take_in(self, program: AnyProgram, layouts: Mapping[str, Layout], unused: Container[str]) -> None:
         """Hold the parameters that have come into the model since the last program as this one requires them."""
         assert self.connection is not None and self.layouts is not None
-        late = {
+        fresh = self._fresh()
+        late = set(fresh) | {name for name in layouts if name not in self.layouts and name not in unused}
+        if not late:
+            return
+        agree_on_whole(fresh, self.connection, self.initial)
+        kept = {name: layout for name, layout in self.layouts.items() if name not in late}
+        self.layouts = {name: layout for name, layout in layouts.items() if name not in unused} | kept
+        self.first, self.homes = first_ranks(program) | self.first, homes_of(program) | self.homes
+        self._leave_out(held_elsewhere(program, self._stage).intersection(late))
+        self._place(layouts, only=late)
+        parameters = [(table, key) for module, table, key, _ in tables(self.root) if table is module._parameters]
+        away = [({one.key: one.outline}, one.key) for one in self.absent if isinstance(one.outline, nn.Parameter)]
+        self._trained = [*parameters, *away]
+
+    def _fresh(self) -> dict[str, Tensor]:
+        """The parameters that no program has laid out: they have come into the model since the last one."""
+        return {
             name: table[key]
             for module, table, key, name in tables(self.root)
             if table is module._parameters and not isinstance(table[key], DTensor)
         }
-        if not late:
-            return
-        agree_on_whole(late, self.connection, self.initial)
-        self.layouts = {**layouts, **{name: held for name, held in self.layouts.items() if name not in late}}
-        self.first = {**first_ranks(program), **self.first}
-        self._trained = [(table, key) for module, table, key, _ in tables(self.root) if table is module._parameters]
-        self._trained += [({one.key: one.outline}, one.key) for one in self.absent if one.emptied is not None]
-        self._leave_out(held_elsewhere(program, self._stage).intersection(late))
-        self._place({**self.layouts, **layouts}, only=late)
+
+    @property
+    def pinned(self) -> dict[str, Layout] | None:
+        """The layouts of tensors that are held by them; None before the first program."""
+        if self.layouts is None or self.connection is None:
+            return self.layouts
+        fresh = self._fresh()
+        return {name: layout for name, layout in self.layouts.items() if name not in fresh}
 
     def _stack(self, program: AnyProgram) -> None:
         """Put one parameter in place of those that the program takes stacked."""
@@ -357,12 +368,10 @@ def tables(root: nn.Module) -> Iterator[tuple[nn.Module, Table, str, str]]:
                     yield module, table, key, f"{path}.{key}" if path else key
 
 
-def _late(name: str) -> str:
-    return (
-        f"parameter '{name}' was put into the model after autopar.parallelize: no rank knows what part of it to hold\n"
-        "Way out: put it there before parallelize; or copy its values into the parameter that was there "
-        "(with torch.no_grad(): parameter.copy_(...))."
-    )
+def _unused(program: AnyProgram) -> set[str]:
+    """The names of parameters and buffers without which the program does: they stay as they are held."""
+    found = program.placeholders(InputKind.PARAMETER, InputKind.BUFFER)
+    return {name for node, entry in found if not node.users for name in (entry.target, *entry.aliases)}
 
 
 def _placed(tensor: Tensor, form: Stored, own: Connection) -> Tensor:

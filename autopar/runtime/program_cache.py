@@ -219,8 +219,9 @@ class ProgramCache:
             self._variants.remove(*oldest)
         guards = self._given.guards() if self._given is not None and program is not None else Guards()
         if program is None:
+            pinned = self._weights.pinned
             with self._weights.given_back_on_failure(), self._weights.traceable():
-                program, guards = self._compiled(call, self._weights.layouts)
+                program, guards = self._compiled(call, pinned)
         self._weights.lay_out(program)  # before it is kept: a program that requires other layouts never runs
         self._programs[kind] = program
         self._variants.add(*kind, guards)

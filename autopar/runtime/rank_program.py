@@ -169,7 +169,7 @@ class BoundProgram:
                 "Way out: model.to_empty(device=...), then model.load_state_dict(...) or your own initialisation."
             )
         shape = layout.local_shape(comm.mesh)
-        if tuple(local_of(table[key]).shape) != shape:
+        if node.users and tuple(local_of(table[key]).shape) != shape:
             return lambda step: padded(local_of(table[key]), shape)
         if any(updated is table and name == key for _, updated, name in self._updates):
             return lambda step: local_of(table[key]).clone()  # forward may save it, and then it is written to
