@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class ParallelModule(nn.Module):
         connection: Connection | None,
         programs: Sequence[AnyProgram] = (),
         where: str = "",
+        held: Holding | None = None,
     ) -> None:
         super().__init__()
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -80,7 +82,7 @@ class ParallelModule(nn.Module):
         for hooks in ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
             self.__dict__[hooks] = model.__dict__[hooks]
         self.training = model.training
-        held = Holding(model, Weights(self, connection, plan.initial))
+        held = held or Holding(model, Weights(self, connection, plan.initial))
         accumulation = Accumulation()
 
         def compiled(call: Call, layouts: Mapping[str, Layout] | None) -> tuple[AnyProgram, Guards]:
@@ -315,6 +317,24 @@ class ParallelModule(nn.Module):
         delattr(self._held.model, name)
 
     # ------------------------------------------------------------ staying the model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
+        """A model of its own, with copies of this rank's parts, on the same ranks (``AveragedModel``)."""
+        before = self._held
+        memo |= before.weights.shared_with_copies()
+        model = copy.deepcopy(before.model, memo)
+        held = Holding(model, before.weights.copied(before.model, model), before.calls)
+        made = ParallelModule(model, self.mesh, self.plan, self._connection, held=held)
+        made._held.weights.root = made
+        made._programs.learn(self._programs)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InvariantError(
+            "a parallel module cannot be pickled: its parameters are parts that belong to the ranks of this run\n"
+            "Way out: torch.save(model.full_state_dict(), path) on all ranks (rank0_only=True: whole on rank 0 alone), "
+            "or autopar.Checkpoints."
+        )
 
     def train(self, mode: bool = True) -> ParallelModule:
         super().train(mode)

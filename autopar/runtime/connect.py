@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from autopar.runtime.digests import digest
 from autopar.runtime.dtensor_habits import take_over
 from autopar.runtime.groups import agreement_group
 from autopar.runtime.process_end import end_shortly
+from autopar.runtime.stage_helpers import is_stage
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 MOST_PEERS_NAMED = 16
@@ -58,6 +60,7 @@ class Connection:
         dims = tuple(axis for axis in self.dims if axis != PIPELINE)
         of_stage = self.device_mesh[names if len(names) > 1 else names[0]]
         take_over(of_stage)
+        is_stage(of_stage, partial(self.comm.all_reduce, axis=PIPELINE, op="max"))
         return Connection(rest, of_stage, self.comm, dims)
 
     def with_merged(self, *groups: str) -> Connection:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,15 +24,18 @@ from autopar.ir.stacked_parameters import by_member, is_stacked, member_names
 from autopar.ir.tables import InputKind
 from autopar.mesh import PIPELINE
 from autopar.pipeline.stages import first_ranks, held_elsewhere, homes_of
+from autopar.runtime.agreement import digest_of
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import local_of
 from autopar.runtime.identity import Holder, become, give_to_optimizers, mark_gone
 from autopar.runtime.initial_weights import agree_on_whole, check_copies
 from autopar.runtime.meshes import Meshes
 from autopar.runtime.stacks import Stack, stack
-from autopar.runtime.stored import Stored, cut, in_model_order, in_stored_order
+from autopar.runtime.stored import Stored, cut
+from autopar.runtime.translation import forget_translation, translate_state
 
 Table = dict[str, Any]  # the parameters, or the buffers, of one module
+ALONE = "To save on rank 0: state = model.full_state_dict(rank0_only=True) on all ranks, then write it on rank 0."
 Flags = tuple[dict[str, bool], dict[str, bool]]
 
 
@@ -333,30 +336,43 @@ class Weights:
                 placed[id(tensor)] = placed[id(result)] = result
             table[key] = placed[id(tensor)]
 
+    def shared_with_copies(self) -> dict[int, Any]:
+        """For ``copy.deepcopy``: what a copy of the model has in common with it, by identity."""
+        holders = [vars(tensor).get("autopar_held") for tensor in self._named().values()]
+        meshes = [tensor.device_mesh for tensor in self._named().values() if isinstance(tensor, DTensor)]
+        return {id(thing): thing for thing in (*holders, *meshes) if thing is not None}
+
+    def copied(self, before: nn.Module, root: nn.Module) -> Weights:
+        """These weights for ``root``, a deep copy of the model ``before``."""
+        pairs = list(zip(before.modules(), root.modules(), strict=True))
+        moved: dict[int, Table] = {id(old._parameters): new._parameters for old, new in pairs}
+        moved.update({id(old._buffers): new._buffers for old, new in pairs})
+        made = object.__new__(Weights)
+        vars(made).update(vars(self), root=root, _forms={})
+        made.absent = [replace(one, table=moved[id(one.table)]) for one in self.absent]
+        made.stacks = [one.moved(moved) for one in self.stacks]
+        made._trained = [(moved.get(id(table), table), key) for table, key in self._trained]
+        forms = {id(module): found for module, found in self._forms.items()}
+        for old, new in pairs:
+            own = forms.get(id(self.root if old is before else old))
+            if own is not None:
+                made._forms[new] = dict(own)
+                forget_translation(new)
+                translate_state(new, made._forms[new], made._announce)
+        return made
+
+    def _announce(self, what: str) -> None:
+        """Let the ranks compare that they do ``what`` now, for which they communicate. Raises RanksDifferError."""
+        if self.connection is not None and not self.connection.mesh.is_pipelined:
+            agreement = self.connection.comm.agreement
+            agreement.start(digest_of(what), lambda: what, f"every rank calls {what}. {ALONE}")
+            agreement.settle()
+
     def _forms_of(self, module: nn.Module) -> dict[str, Stored]:
         if module not in self._forms:
             self._forms[module] = {}
-            _translate_state(module, self._forms[module])
+            translate_state(module, self._forms[module], self._announce)
         return self._forms[module]
-
-
-def _translate_state(module: nn.Module, forms: dict[str, Stored]) -> None:
-    """Make state dicts of ``module`` have the model's order; ``forms`` are those of its own tensors."""
-
-    def saving(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for key, form in forms.items():
-            value = state.get(prefix + key)
-            if isinstance(value, DTensor):
-                state[prefix + key] = in_model_order(value, form)
-
-    def loading(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for key, form in forms.items():
-            value, held = state.get(prefix + key), module._parameters.get(key, module._buffers.get(key))
-            if isinstance(value, Tensor) and isinstance(held, DTensor) and value.shape == held.shape:
-                state[prefix + key] = in_stored_order(value, held, form)
-
-    module.register_state_dict_post_hook(saving)  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_pre_hook(loading)  # type: ignore[no-untyped-call]
 
 
 def tables(root: nn.Module) -> Iterator[tuple[nn.Module, Table, str, str]]:

@@ -26,7 +26,7 @@ from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
 from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.local_parts import check_parts, check_parts_of_ranks, explained
-from autopar.runtime.parameters import Weights
+from autopar.runtime.parameters import ALONE, Weights
 from autopar.runtime.shared_inputs import check_shared_inputs, is_due
 from autopar.runtime.variants import Variants
 
@@ -105,6 +105,10 @@ class ProgramCache:
         entry = self._bound.get(latest) if latest is not None else None
         return entry.bound if entry is not None else None
 
+    def learn(self, other: ProgramCache) -> None:
+        """Know the programs of a module of which this one's is a copy."""
+        self._programs.update(other._programs)
+
     def clear(self) -> None:
         self._programs.clear()
         self._bound.clear()
@@ -167,8 +171,10 @@ class ProgramCache:
         """
         connection = self._required_connection
         everyone = connection.comm.agreement.everyone((mine, self._weights.flags()))
-        if not all(isinstance(said, tuple) for said in everyone):
-            raise RanksDifferError(f"{DIFFERENT}\n{told(everyone)}\nWay out: {SAME_CALLS}")
+        others = [said for said in everyone if isinstance(said, str)]
+        if others or not all(isinstance(said, tuple) for said in everyone):
+            way_out = ALONE if "state_dict()" in others else SAME_CALLS
+            raise RanksDifferError(f"{DIFFERENT}\n{told(everyone)}\nWay out: {way_out}")
         if self._mesh.is_pipelined and self._weights.learn_flags([flags for _, flags in everyone]):
             return
         if self._plan.inputs == "local":

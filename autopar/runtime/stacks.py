@@ -7,9 +7,9 @@ the tensors of the unmodified model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,12 @@ class Stack:
         table, key = self.place
         found: Tensor = table[key]
         return found
+
+    def moved(self, tables: Mapping[int, Table]) -> Stack:
+        """The same in a copy of the module; ``tables``: identity of a table of the module -> that of the copy."""
+        place = tables[id(self.place[0])], self.place[1]
+        members = tuple((tables[id(table)], key) for table, key in self.members)
+        return replace(self, place=place, members=members)
 
     @contextmanager
     def apart(self) -> Iterator[None]:

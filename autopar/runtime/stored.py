@@ -124,11 +124,16 @@ def cut(whole: Tensor, form: Stored, connection: Connection) -> DTensor:
     return dtensor(local, connection.device_mesh, form.placements, whole.shape)
 
 
+def is_in_model_order(form: Stored) -> bool:
+    """Whether each rank's part is contiguous in the model's own order."""
+    return not form.orders and tuple(map(contiguous, form.placements)) == form.placements
+
+
 def in_model_order(tensor: DTensor, form: Stored) -> DTensor:
     """For state dicts: contiguous parts of the model's order on the same axes; collective where that differs."""
-    placements = tuple(map(contiguous, form.placements))
-    if not form.orders and placements == form.placements:
+    if is_in_model_order(form):
         return tensor
+    placements = tuple(map(contiguous, form.placements))
     whole = form.to_model(tensor.full_tensor())
     return distribute_tensor(whole, tensor.device_mesh, placements, src_data_rank=None)
 
