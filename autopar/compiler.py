@@ -81,7 +81,8 @@ def pipelined(
     """
     batches = microbatches.parts(args, kwargs or {}, mesh, plan)
     first, last = batches[0], batches[-1]
-    one = traced(first)
+    with microbatches.explained(kwargs or {}, first, plan):
+        one = traced(first)
     warn_of_mixed_rows(replace(one, plan=plan), _with_split_batch)
     program = _finished_pipeline(pinned(one, layouts, homes=homes), mesh, plan)
     if microbatches.rows(first, [first], plan) == microbatches.rows(first, [last], plan):

@@ -8,14 +8,15 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from autopar.autodiff.partition import extract
-from autopar.errors import IndivisibleError, InvariantError
+from autopar.errors import IndivisibleError, InvariantError, TraceError
 from autopar.ir import collectives as comm
 from autopar.ir.batch import batch_dims, data_ways
 from autopar.ir.node import Node, origin, output_node
@@ -58,6 +59,24 @@ def parts(
         size, more = divmod(rows // ways, count)
         cut[name] = torch.split(tensor, [(size + (i < more)) * ways for i in range(count)], dim)  # type: ignore[no-untyped-call]
     return [{**kwargs, **{name: pieces[i] for name, pieces in cut.items()}} for i in range(count)]
+
+
+@contextmanager
+def explained(whole: Mapping[str, Any], part: Mapping[str, Any], plan: Plan) -> Iterator[None]:
+    """Within this context, a model that cannot be called with one microbatch says how the batch was cut."""
+    try:
+        yield
+    except TraceError as problem:
+        if plan.microbatches == 1:
+            raise
+        tensors = {name: tensor for name, tensor in whole.items() if isinstance(tensor, Tensor)}
+        lines = [f"  {name} {list(part[name].shape)} of {list(tensor.shape)}" for name, tensor in tensors.items()]
+        raise TraceError(
+            f"{str(problem).strip()}\nThe model is called with one of {plan.microbatches} microbatches:\n"
+            + "\n".join(lines[:6])
+            + "\nWay out: say which dim of an input is its batch, Plan(batch_dims={'"
+            + f"{next(iter(tensors), 'x')}': 1}}), or None for an input that has none and is not to be cut."
+        ) from problem
 
 
 def cut_dims(kwargs: Mapping[str, Any], plan: Plan) -> dict[str, int]:

@@ -97,7 +97,8 @@ def prelu(call: Call) -> Factoring:
 # torch has no tag for these
 _UNTAGGED = (
     aten._to_copy.default, aten.detach.default, aten.dropout.default, aten.masked_fill.Tensor, aten.fill.Scalar,
-    aten.fill.Tensor, aten.copy.default, aten.floor_divide.default, aten.where.ScalarOther, aten.where.ScalarSelf,
+    aten.fill.Tensor, aten.zero.default, aten.copy.default, aten.floor_divide.default,
+    aten.where.ScalarOther, aten.where.ScalarSelf,
     aten.where.Scalar, aten.where.self, aten.polar.default, aten.complex.default, aten.real.default,
     aten.imag.default, aten.log_sigmoid.default, aten.hardswish.default, aten.rsub.Tensor, aten.isclose.default,
     aten.nan_to_num.default, aten.float_power.Tensor_Scalar, aten._conj.default,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+import autopar
 from autopar import IndivisibleError, Mesh, Plan, part_of_batch
+from autopar.errors import TraceError
 from autopar.pipeline import microbatches
 
 PLAN = Plan(microbatches=3, inputs="local")
@@ -26,3 +29,17 @@ def test_too_few_rows() -> None:
     with pytest.raises(IndivisibleError, match="multiple of 6"):
         microbatches.parts((), batch, Mesh(pp=2, dp=2), PLAN)
     assert len(microbatches.parts((), batch, Mesh(pp=2, dp=2), PLAN, local=True)) == 3
+
+
+class Bags(nn.Module):
+    """Rows of an input that are tables, not rows of the batch."""
+
+    def forward(self, x: Tensor, tables: Tensor) -> Tensor:
+        return (x + tables[0] + tables[2]).square().mean()
+
+
+def test_an_input_that_is_cut_and_has_no_rows() -> None:
+    batch = {"x": torch.randn(4, 3), "tables": torch.randn(4, 3)}
+    plan = Plan(microbatches=2)
+    with pytest.raises(TraceError, match=r"tables \[2, 3\] of \[4, 3\]\n(.|\n)*Plan\(batch_dims=\{'x': 1\}"):
+        autopar.compile_program(Bags(), Mesh(pp=1), plan, (), batch)

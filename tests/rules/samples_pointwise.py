@@ -108,6 +108,7 @@ POINTWISE: dict[Any, list[Sample]] = {
     aten.masked_fill.Tensor: [call(x(6, 4), flags(1, 4), torch.tensor(2.0, dtype=torch.float64))],
     aten._to_copy.default: [call(x(6, 1, 5), dtype=torch.float32), call(ints(9, 6, 4), dtype=torch.float64)],
     aten.fill.Scalar: [call(x(6, 4), 2.0)],
+    aten.zero.default: [call(x(6, 4))],
     aten.fill.Tensor: [call(x(6, 4), torch.tensor(2.0, dtype=torch.float64))],
     aten.copy.default: [call(x(6, 4), x(1, 4), still=(0, 1))],
     aten.dropout.default: [call(x(6, 4), 0.5, False), call(x(5), 0.0, True)],
