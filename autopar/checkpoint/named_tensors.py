@@ -16,8 +16,9 @@ from autopar.checkpoint.slices import Slices, slices_of
 from autopar.ir.stacked_parameters import is_stacked, member_names
 from autopar.mesh import PIPELINE
 from autopar.module import held_by
+from autopar.runtime.absent import Table
 from autopar.runtime.dtensor import dtensor, local_of
-from autopar.runtime.parameters import Table, Weights
+from autopar.runtime.parameters import Weights
 from autopar.runtime.stored import Stored
 
 

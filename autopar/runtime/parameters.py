@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from autopar.ir.stacked_parameters import by_member, is_stacked, member_names
 from autopar.ir.tables import InputKind
 from autopar.mesh import PIPELINE
 from autopar.pipeline.stages import first_ranks, held_elsewhere, homes_of
+from autopar.runtime.absent import Absent, Table, outline
 from autopar.runtime.agreement import digest_of
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import local_of
@@ -34,23 +35,8 @@ from autopar.runtime.stacks import Stack, stack
 from autopar.runtime.stored import Stored, cut
 from autopar.runtime.translation import forget_translation, translate_state
 
-Table = dict[str, Any]  # the parameters, or the buffers, of one module
 ALONE = "To save on rank 0: state = model.full_state_dict(rank0_only=True) on all ranks, then write it on rank 0."
 Flags = tuple[dict[str, bool], dict[str, bool]]
-
-
-@dataclass(frozen=True)
-class Absent:
-    """A parameter or buffer that only other pipeline stages hold; ``outline`` is a meta tensor like it.
-
-    ``emptied``: the parameter itself, now empty, which an optimizer made before the cut still has.
-    """
-
-    table: Table
-    key: str
-    name: str
-    outline: Tensor
-    emptied: Tensor | None
 
 
 def _skip(key: str, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -399,10 +385,4 @@ def _ordinary(tensor: DTensor) -> Tensor:
     if not all(placement.is_replicate() for placement in tensor.placements):
         return outline(tensor)
     plain = local_of(tensor)
-    return nn.Parameter(plain, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else plain
-
-
-def outline(tensor: Tensor) -> Tensor:
-    """A meta tensor like ``tensor``, a parameter if it is one."""
-    plain = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return nn.Parameter(plain, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else plain

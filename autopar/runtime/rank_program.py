@@ -25,11 +25,12 @@ from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
 from autopar.ir.tables import Input, InputKind, OutputKind
 from autopar.pipeline.microbatches import counting
+from autopar.runtime.absent import Table
 from autopar.runtime.autograd import below_autograd, is_watched
 from autopar.runtime.border import joined, part_of, trimmed
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import local_of, of_local, spec_of
-from autopar.runtime.parameters import Table, tables
+from autopar.runtime.parameters import tables
 from autopar.runtime.pieces import padded
 from autopar.runtime.rank_graphs import FORWARD, LEARN, RankGraphs
 from autopar.runtime.recorder import Named
