@@ -37,7 +37,7 @@ def run(mesh: Mesh, inputs: str, choices: dict[str, Any]) -> Found:
     batch.pop("labels")
     reference, plan = (
         copy.deepcopy(model),
-        Plan(inputs=inputs, outputs="sharded", attention="ring", check_numerics=False, **choices),
+        Plan(**{"inputs": inputs, "outputs": "sharded", "attention": "ring", "check_numerics": False, **choices}),
     )
     with promote_float32():
         parallel = autopar.parallelize(model, mesh, plan)
