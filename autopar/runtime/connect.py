@@ -31,7 +31,7 @@ from autopar.runtime.digests import digest
 from autopar.runtime.dtensor_habits import take_over
 from autopar.runtime.groups import agreement_group
 from autopar.runtime.process_end import end_shortly
-from autopar.runtime.stage_helpers import is_stage
+from autopar.runtime.torch_on_stages import is_stage
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 MOST_PEERS_NAMED = 16

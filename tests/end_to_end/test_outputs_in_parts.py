@@ -35,10 +35,8 @@ def run(mesh: Mesh, inputs: str, choices: dict[str, Any]) -> Found:
     warnings.simplefilter("ignore")
     model, batch = hugging_face.build("llama", output_hidden_states=True)
     batch.pop("labels")
-    reference, plan = (
-        copy.deepcopy(model),
-        Plan(**{"inputs": inputs, "outputs": "sharded", "attention": "ring", "check_numerics": False, **choices}),
-    )
+    reference = copy.deepcopy(model)
+    plan = Plan(**{"inputs": inputs, "outputs": "sharded", "attention": "ring", "check_numerics": False, **choices})
     with promote_float32():
         parallel = autopar.parallelize(model, mesh, plan)
         given = part_of_batch(batch, mesh, plan) if inputs == "local" else batch
