@@ -6,12 +6,13 @@ other, by their positions; and its traced graph is compared with the model, wher
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class UnmodifiedSteps:
     """
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
-        self.model = double_copy(model)
+        self.model = self._runs = double_copy(model)
         _disturb_constants(self.model)
         self.batch: dict[str, Any] = pytree.tree_map_only(Tensor, _as_double, dict(batch))
         self._parts: dict[str, Program] = {}
@@ -91,10 +92,19 @@ class UnmodifiedSteps:
         """The program of a batch, or of a microbatch, of these sizes, as it is traced."""
         sizes = repr(pytree.tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), dict(batch)))
         if sizes not in self._parts:
-            self._load(self.state)
+            _load(self.model, self.state)
             with promote_float32():
                 self._parts[sizes] = trace(self.model, (), batch, plan=Plan(check_numerics=False))
         return self._parts[sizes]
+
+    def stepping_as(self, model: nn.Module) -> Self:
+        """The same programs, to be compared with the steps of another float64 model that has the same tensors."""
+        found = copy.copy(self)
+        for name in ("_rate", "noise", "drawn_otherwise"):
+            vars(found).pop(name, None)
+        found._runs, found._wholes = model, []
+        found._eagerly = found._eager(found.state, found.batch)
+        return found
 
     def whole(self, number: int) -> Outcome:
         """The step ``number`` of the whole batch; made once."""
@@ -138,7 +148,7 @@ class UnmodifiedSteps:
         """For a model that draws: the errors of its graph against it, where both draw at one point."""
         if not self.draws:
             return GraphErrors({}, {}, set())
-        self._load(self.state)
+        _load(self.model, self.state)
         with promote_float32():
             return graph_errors(self.traced, self.model, (), self.batch, replayed=True)
 
@@ -174,17 +184,18 @@ class UnmodifiedSteps:
         return self._simulated(state, batch, seed) if self.draws else self._eager(state, batch)
 
     def _eager(self, state: State, batch: Batch) -> Outcome:
-        self._load(state)
-        parameters = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
-        found: dict[str, Tensor | None] = {name: None for name, _ in self.model.named_parameters()}
+        model = self._runs
+        _load(model, state)
+        parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        found: dict[str, Tensor | None] = {name: None for name, _ in model.named_parameters()}
         with promote_float32():
-            output = self.model(**batch)
+            output = model(**batch)
             loss = loss_in(output)
             goal = projected(output) if loss is None else loss
             if goal is not None and goal.requires_grad and parameters:
                 grads = torch.autograd.grad(goal, list(parameters.values()), allow_unused=True)
                 found |= dict(zip(parameters, grads))
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers(remove_duplicate=False)}
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
         return Outcome(output, loss, found, buffers)
 
     def _simulated(self, state: State, batch: Batch, seed: int) -> Outcome:
@@ -200,10 +211,11 @@ class UnmodifiedSteps:
         every: dict[str, Tensor | None] = {name: None for name, _ in self.model.named_parameters()}
         return Outcome(step.output, step.loss, {**every, **step.grads}, step.buffers)
 
-    def _load(self, state: State) -> None:
-        with torch.no_grad():
-            for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-                tensor.copy_(state[name])
+
+def _load(model: nn.Module, state: State) -> None:
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.copy_(state[name])
 
 
 @dataclass(frozen=True)

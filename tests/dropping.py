@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from fractions import Fraction
 
@@ -66,9 +65,4 @@ def limited(given: Reference, ranks: Tensor, factor: float) -> tuple[Reference, 
     model = made(plain.experts, biased=plain.bias is not None, shared=plain.shared is not None).double()
     model.load_state_dict(plain.state_dict())
     model.ranks, model.factor = ranks, factor
-    found = copy.copy(given)
-    found.expected = model(**given.batch)
-    found.loss = found.expected["loss"]
-    found.loss.backward()  # type: ignore[no-untyped-call]
-    found.grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return found, model.dropped
+    return given.stepping_as(model), model.dropped
