@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from autopar.errors import ExportError
 from autopar.exporters.job import Job
+from autopar.exporters.onnx_functions import Functions
 from autopar.exporters.onnx_rank import with_data
 from autopar.exporters.onnx_role import onnx_role
 from autopar.exporters.places import Place, activation_places, weight_places
@@ -48,12 +49,11 @@ def write_logical(job: Job) -> None:
     places = weight_places(job.program)
     known = activation_places(job.program, source)
     values = [node for node in known if node.op == "call_function"]
-    part = Part(_returning(source, values), 0)
+    part, functions = Part(_returning(source, values), 0), Functions()
     try:
-        model = onnx_role(traced(part), job.options.opset, job.options.ir)
-    except Exception as error:  # of many classes
-        reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
-        raise ExportError(f"no {LOGICAL}: the unsplit model cannot be written: {reason[:300]}") from error
+        model = onnx_role(traced(part, forms=functions.forms), functions, job.options.opset, job.options.ir)
+    except ExportError as error:
+        raise ExportError(f"no {LOGICAL}: {str(error).splitlines()[0]}") from error
     names = _named(model.graph, values)
     places |= {names[node]: known[node] for node in values if node in names}
     inputs = source.placeholders(InputKind.INPUT)

@@ -41,10 +41,11 @@ def merged(models: Mapping[str, tuple[int, onnx.ModelProto]]) -> onnx.ModelProto
     for key, members in calls.items():
         world.node.extend(_plain(f"world/{key[0]}_{'_'.join(map(str, key[1]))}_{key[2]}", members))
     first = next(model for _, model in models.values())
-    opsets = [entry for entry in first.opset_import if entry.domain != DOMAIN]
+    opsets = {entry.domain: entry for _, model in models.values() for entry in model.opset_import}
+    opsets.pop(DOMAIN, None)
     functions = {(entry.domain, entry.name): entry for _, model in models.values() for entry in model.functions}
     found = helper.make_model(
-        world, opset_imports=opsets, ir_version=first.ir_version, functions=list(functions.values())
+        world, opset_imports=list(opsets.values()), ir_version=first.ir_version, functions=list(functions.values())
     )
     try:
         sorted_: onnx.ModelProto = onnx_ir.to_proto(TopologicalSortPass()(onnx_ir.from_proto(found)).model)

@@ -8,9 +8,11 @@ group_size. All of them run along dim 0.
 from __future__ import annotations
 
 import onnx
+import onnx.inliner
 
 from autopar.errors import ExportError
 from autopar.exporters.collective_schemas import DOMAIN
+from autopar.exporters.onnx_functions import DOMAIN as FUNCTIONS
 from autopar.exporters.onnx_rank import attributes, set_attributes
 
 OPERATIONS = {
@@ -22,11 +24,12 @@ OPERATIONS = {
 }
 
 
-def to_tensorrt(model: onnx.ModelProto, file: str) -> None:
-    """Write the collectives of ``model`` as DistCollective, and messages of stages as its inputs and outputs.
+def to_tensorrt(model: onnx.ModelProto, file: str) -> onnx.ModelProto:
+    """``model`` with collectives as DistCollective, messages of stages as inputs and outputs, functions written out.
 
     Raises ExportError for an exchange of unequal parts, and for one along another dim than the first.
     """
+    model = onnx.inliner.inline_local_functions(model)
     kept = []
     for node in model.graph.node:
         if node.op_type in ("Send", "Recv") and node.domain == DOMAIN:
@@ -43,9 +46,10 @@ def to_tensorrt(model: onnx.ModelProto, file: str) -> None:
     inner = [value for value in model.graph.value_info if value.name not in ends_]
     del model.graph.value_info[:]
     model.graph.value_info.extend(inner)
-    opsets = [entry for entry in model.opset_import if entry.domain != DOMAIN]
+    opsets = [entry for entry in model.opset_import if entry.domain not in (DOMAIN, FUNCTIONS)]
     del model.opset_import[:]
     model.opset_import.extend(opsets)
+    return model
 
 
 def _rewrite(node: onnx.NodeProto, file: str) -> None:

@@ -14,6 +14,7 @@ from autopar.exporters.job import Job
 from autopar.exporters.logical import LOGICAL, write_logical
 from autopar.exporters.onnx_check import check_files
 from autopar.exporters.onnx_dialects import to_tensorrt
+from autopar.exporters.onnx_functions import Functions
 from autopar.exporters.onnx_rank import note, rank_model, with_data
 from autopar.exporters.onnx_role import onnx_role
 from autopar.exporters.rank_module import constants_of, parts_of, rank_tensors
@@ -34,8 +35,9 @@ def write(job: Job) -> Mapping[str, Any]:
     for part in parts_of(job.program, job.ranks):
         if part.role not in roles:
             job.told(f"translating {part.name}")
-            role = traced(part)
-            roles[part.role] = role, onnx_role(role, job.options.opset, job.options.ir)
+            functions = Functions()
+            role = traced(part, forms=functions.forms)
+            roles[part.role] = role, onnx_role(role, functions, job.options.opset, job.options.ir)
         role, whole = roles[part.role]
         job.told(f"writing {part.name}.onnx")
         model = rank_model(whole, part, role)
@@ -70,6 +72,5 @@ def write(job: Job) -> Mapping[str, Any]:
     if job.options.dialect == "tensorrt":
         for file in files:
             model = onnx.load(job.directory / file, load_external_data=False)
-            to_tensorrt(model, file)
-            onnx.save(model, job.directory / file)
+            onnx.save(to_tensorrt(model, file), job.directory / file)
     return about

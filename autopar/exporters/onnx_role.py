@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
@@ -17,6 +14,8 @@ from onnx_ir.passes import common
 from autopar.errors import ExportError
 from autopar.exporters import functional
 from autopar.exporters.collective_schemas import DOMAIN, VERSION, register
+from autopar.exporters.onnx_functions import Functions
+from autopar.exporters.onnx_notes import reason_of, without_notes
 from autopar.exporters.traced import Traced
 from autopar.exporters.wiring import input_name, output_name
 
@@ -68,10 +67,11 @@ def _known(numbers: Sequence[Any]) -> list[int] | None:
     return list(numbers) if all(isinstance(number, int) for number in numbers) else None
 
 
-def onnx_role(role: Traced, opset: int | None, ir: int | None) -> onnx.ModelProto:
+def onnx_role(role: Traced, functions: Functions, opset: int | None, ir: int | None) -> onnx.ModelProto:
     """The model of a role: inputs and outputs by their names, state by its names, typed and without data.
 
-    State stands among the inputs, after the user's. Raises ExportError for what has no form in that opset.
+    State stands among the inputs, after the user's. ``functions``: those of its trace. Raises ExportError for what has
+    no form in that opset.
     """
     wanted = OPSET if opset is None else opset
     _within("opset", wanted, LEAST_OPSET, onnx.defs.onnx_opset_version())
@@ -83,9 +83,8 @@ def onnx_role(role: Traced, opset: int | None, ir: int | None) -> onnx.ModelProt
                 custom_translation_table=translations(wanted),
             )  # fmt: skip
     except Exception as error:  # of many classes, with long messages
-        reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
         raise ExportError(
-            f"torch.onnx cannot write this program in opset {wanted}: {reason[:300]}\n"
+            f"torch.onnx cannot write this program in opset {wanted}: {reason_of(error)}\n"
             "Way out: another --opset, or the format pt2."
         ) from error
     assert made is not None
@@ -105,26 +104,13 @@ def onnx_role(role: Traced, opset: int | None, ir: int | None) -> onnx.ModelProt
         model.ir_version = ir
     model.producer_name = "autopar"
     proto: onnx.ModelProto = onnx_ir.to_proto(model)
+    functions.add_to(proto, wanted)
     return proto
 
 
 def _within(name: str, number: int, least: int, most: int) -> None:
     if not least <= number <= most:
         raise ExportError(f"{name} {number}: this exporter writes {name} {least} to {most}")
-
-
-@contextmanager
-def without_notes() -> Iterator[None]:
-    """torch's exporter notes each package that it does not find, and models that are in training mode."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _has_graphs(node: onnx_ir.Node) -> bool:

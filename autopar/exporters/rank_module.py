@@ -25,7 +25,7 @@ from autopar.exporters.plain_gradients import GRADIENTS
 from autopar.exporters.plain_operators import PLAIN
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Split, owned_indices, shard
-from autopar.ir.node import Node, value
+from autopar.ir.node import Node, value, values
 from autopar.ir.program import AnyProgram, Program
 from autopar.ir.tables import Input, InputKind
 from autopar.mesh import PIPELINE, Mesh
@@ -39,6 +39,8 @@ CUTS = (*TAKES, "pad")  # local: a part of a whole, or a whole around a part
 OF_ONE_RANK = comm.targets(("shift", "start_shift", "reorder"))  # their exchange has other sizes on each rank
 
 FORMS = {**PLAIN, **GRADIENTS}
+Kind = tuple[torch.dtype, Sequence[int]]  # dtype and shape of a result on one rank
+Forms = Mapping[Any, Callable[..., Any]]  # operator -> called with the kinds of its results, then with its arguments
 Own = Callable[[Mapping[str, int]], Tensor]  # coordinates of a rank -> its own constant
 
 
@@ -107,14 +109,20 @@ class RankModule(nn.Module):
     """The graph of a role on one rank, with the collectives of torch inside.
 
     ``make``: gives a tensor of a shape and dtype, in which the state may be loaded later. With ``training`` the module
-    is a step: it returns the outputs, then the gradients of the loss (``role.grads``). Raises ExportError for an
-    operator that has no plain form.
+    is a step: it returns the outputs, then the gradients of the loss (``role.grads``). ``forms``: what stands for some
+    operators in place of their plain forms. Raises ExportError for an operator that has none.
     """
 
     def __init__(
-        self, part: Part, make: Callable[[Sequence[int], torch.dtype], Tensor], *, training: bool = False
+        self,
+        part: Part,
+        make: Callable[[Sequence[int], torch.dtype], Tensor],
+        *,
+        training: bool = False,
+        forms: Forms | None = None,
     ) -> None:
         super().__init__()
+        self._forms = forms or {}
         self._part, self._make, self._training = part, make, training
         role = part.program.required_role
         self._graph = graph = role.forward if training else role.inference
@@ -178,6 +186,9 @@ class RankModule(nn.Module):
             given = fx.map_arg(comm.arguments_of(node), known.__getitem__)
             return self._communicate(node, comm.STARTED.get(name, name), *given.values())
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        if target in self._forms:
+            kinds = [(kind.dtype, kind.layout.local_shape(self._part.mesh)) for kind in values(node)]
+            return self._forms[target](kinds, *args, **kwargs)
         target = FORMS.get(target, target)
         if isinstance(target, torch._ops.OpOverload) and target.namespace == "autopar":
             raise ExportError(

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from autopar.exporters.rank_module import Own, Part, RankModule
+from autopar.exporters.rank_module import Forms, Own, Part, RankModule
 from autopar.ir.node import Node, value
 from autopar.ir.tables import Input, Output
 
@@ -29,8 +29,11 @@ class Traced:
     outputs: tuple[Output, ...]
 
 
-def traced(part: Part, *, training: bool = False) -> Traced:
-    """The role of ``part``: inference, or a training step. Raises ExportError for an operator without plain form."""
+def traced(part: Part, *, training: bool = False, forms: Forms | None = None) -> Traced:
+    """The role of ``part``: inference, or a training step; ``forms`` are those of :class:`RankModule`.
+
+    Raises ExportError for an operator without plain form.
+    """
     mode = FakeTensorMode(
         allow_non_fake_inputs=True,
         shape_env=ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True),
@@ -40,7 +43,7 @@ def traced(part: Part, *, training: bool = False) -> Traced:
         with mode:
             return torch.empty(shape, dtype=dtype)
 
-    module = RankModule(part, made, training=training)
+    module = RankModule(part, made, training=training, forms=forms)
     given = tuple(made(value(node).layout.local_shape(part.mesh), value(node).dtype) for node, _ in module.inputs)
     with torch.no_grad():
         exported = torch.export.export(module.eval(), given, strict=False)
