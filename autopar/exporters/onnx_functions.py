@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.exporters import function_texts
 from autopar.exporters.onnx_notes import without_notes
+from autopar.exporters.onnx_numbers import exact_numbers
 from autopar.exporters.plain_operators import PLAIN
 from autopar.exporters.rank_module import Kind
 from autopar.operators.attention_tile import MERGE, TILE
@@ -178,7 +179,10 @@ def _plain_body(
         tensors = tuple(torch.empty(leaf.shape, dtype=leaf.dtype) for leaf in leaves if isinstance(leaf, _Like))
     with torch.no_grad(), without_notes():
         exported = torch.export.export(_Plain(form, leaves, spec), tensors, strict=False)
-        made = torch.onnx.export(exported, dynamo=True, optimize=False, opset_version=opset, verbose=False)
+        made = torch.onnx.export(
+            exported, dynamo=True, optimize=False, opset_version=opset, verbose=False,
+            custom_translation_table=exact_numbers(opset),
+        )  # fmt: skip
     assert made is not None
     model = common.NameFixPass()(common.RemoveUnusedNodesPass()(made.model).model).model
     return _function(name, onnx.inliner.inline_local_functions(onnx_ir.to_proto(model)), opset)

@@ -16,6 +16,7 @@ from autopar.exporters import functional
 from autopar.exporters.collective_schemas import DOMAIN, VERSION, register
 from autopar.exporters.onnx_functions import Functions
 from autopar.exporters.onnx_notes import reason_of, without_notes
+from autopar.exporters.onnx_numbers import exact_numbers
 from autopar.exporters.traced import Traced
 from autopar.exporters.wiring import input_name, output_name
 
@@ -25,7 +26,7 @@ UNKNOWN: dict[str, Any] = {"group": [0], "collective_id": -1}  # until the file 
 
 
 def translations(opset: int) -> dict[Any, Callable[..., Any]]:
-    """torch's functional collectives -> what stands for them."""
+    """torch's functional collectives -> what stands for them; and what else torch.onnx does otherwise."""
     register()
     collective, standard = onnxscript.values.Opset(DOMAIN, VERSION), onnxscript.values.Opset("", opset)
 
@@ -55,6 +56,7 @@ def translations(opset: int) -> dict[Any, Callable[..., Any]]:
         return standard.Identity(x)
 
     return {
+        **exact_numbers(opset),
         functional.ALL_REDUCE: all_reduce,
         functional.ALL_GATHER: all_gather,
         functional.REDUCE_SCATTER: reduce_scatter,

@@ -15,8 +15,9 @@ from autopar.exporters.rank_module import Part, constants_of, parts_of, rank_ten
 from autopar.exporters.references import references
 from autopar.exporters.state import weights_of
 from autopar.exporters.traced import Traced, traced
-from autopar.exporters.wiring import describe_part, groups_of
+from autopar.exporters.wiring import describe_backward, describe_part, groups_of
 from autopar.ir.program import PipelinedProgram
+from autopar.schedules.text import format_schedule
 
 FOREIGN = "autopar"  # a namespace of operators that plain torch does not have
 
@@ -24,19 +25,18 @@ FOREIGN = "autopar"  # a namespace of operators that plain torch does not have
 def write(job: Job) -> Mapping[str, Any]:
     """One file for each rank and stage, whose state are the rank's own tensors (without data where weights are none).
 
-    Raises ExportError for an operator of autopar that has no plain form, and for the training step of a pipeline.
+    With ``training`` a file is a step; that of a pipeline is many calls of its stages, whose forward and backward
+    graphs are files of their own. Raises ExportError for an operator of autopar that has no plain form.
     """
     training = job.options.training
     if training and isinstance(job.program, PipelinedProgram):
-        raise ExportError("a training step of a pipeline is many calls of its stages; export a mesh without pp")
+        return write_stages(job, job.program)
     roles: dict[tuple[int, int], Traced] = {}
     entries = []
     for part in parts_of(job.program, job.ranks):
         if part.role not in roles:
             job.told(f"tracing {part.name}")
-            roles[part.role] = traced(part, training=training)
-            _only_torch(roles[part.role].exported)
-            roles[part.role].exported.example_inputs = None  # they have no data
+            roles[part.role] = plainly_traced(part, "step" if training else "inference")
         role = roles[part.role]
         job.told(f"writing {part.name}.pt2")
         fill(role, part, job)
@@ -48,6 +48,42 @@ def write(job: Job) -> Mapping[str, Any]:
             entry["weights"] = references(part, job.tensors)
         entries.append({**entry, "groups": groups_of(part, group_names(role.exported))})
     return {"parts": entries}
+
+
+def write_stages(job: Job, program: PipelinedProgram) -> Mapping[str, Any]:
+    """``rank0-stage0-forward.pt2`` and ``rank0-stage0-backward.pt2``, and so on; and the order of their calls."""
+    roles: dict[tuple[tuple[int, int], str], Traced] = {}
+    entries = []
+    for part in parts_of(program, job.ranks):
+        halves = ("forward", "backward") if part.program.required_role.backward is not None else ("forward",)
+        for half in halves:
+            if (part.role, half) not in roles:
+                job.told(f"tracing {half} of {part.name}")
+                roles[part.role, half] = plainly_traced(part, half)
+            exported = roles[part.role, half].exported
+            held = {**constants_of(part), **weights_of(part, job)} if half == "forward" else {}
+            state = exported.state_dict
+            state |= {**rank_tensors(part, roles[part.role, half].own), **held}
+            job.told(f"writing {part.name}-{half}.pt2")
+            torch.export.save(exported, job.directory / f"{part.name}-{half}.pt2")
+        entry = describe_part(part, roles[part.role, "forward"], f"{part.name}-forward.pt2")
+        entry["saved"] = part.program.required_role.saved
+        if len(halves) > 1:
+            entry["backward"] = describe_backward(part, f"{part.name}-backward.pt2")
+        if job.weights == "reference" and job.tensors is not None:
+            entry["weights"] = references(part, job.tensors)
+        names = [name for half in halves for name in group_names(roles[part.role, half].exported)]
+        entries.append({**entry, "groups": groups_of(part, names)})
+    schedule = program.required_schedule
+    return {"parts": entries, "microbatches": schedule.microbatches, "schedule": format_schedule(schedule).splitlines()}
+
+
+def plainly_traced(part: Part, runs: str) -> Traced:
+    """A role in operators of torch alone."""
+    found = traced(part, runs=runs)
+    _only_torch(found.exported)
+    found.exported.example_inputs = None  # they have no data
+    return found
 
 
 def fill(role: Traced, part: Part, job: Job) -> None:

@@ -108,9 +108,11 @@ def plain_name(text: str) -> str:
 class RankModule(nn.Module):
     """The graph of a role on one rank, with the collectives of torch inside.
 
-    ``make``: gives a tensor of a shape and dtype, in which the state may be loaded later. With ``training`` the module
-    is a step: it returns the outputs, then the gradients of the loss (``role.grads``). ``forms``: what stands for some
-    operators in place of their plain forms. Raises ExportError for an operator that has none.
+    ``make``: gives a tensor of a shape and dtype, in which the state may be loaded later. ``runs``: ``inference``;
+    ``step``, forward and backward, which returns the outputs, then the gradients of the loss (``role.grads``); or one
+    of the two graphs as it is, ``forward``, which returns what it saves too, or ``backward``, which takes that and the
+    gradients of outputs and has no state of the model. ``forms``: what stands for some operators in place of their
+    plain forms. Raises ExportError for an operator that has none.
     """
 
     def __init__(
@@ -118,23 +120,24 @@ class RankModule(nn.Module):
         part: Part,
         make: Callable[[Sequence[int], torch.dtype], Tensor],
         *,
-        training: bool = False,
+        runs: str = "inference",
         forms: Forms | None = None,
     ) -> None:
         super().__init__()
         self._forms = forms or {}
-        self._part, self._make, self._training = part, make, training
-        role = part.program.required_role
-        self._graph = graph = role.forward if training else role.inference
+        self._part, self._make, self._runs = part, make, runs
+        self._graph = graph = self._first_graph
         self.own: dict[str, Own] = {}
         self._held: dict[Node, tuple[nn.Module, str]] = {}
         self.inputs: list[tuple[Node, Input]] = []
         self.add_module(OWN, nn.Module())
-        nodes = [node for node in graph.nodes if node.op == "placeholder"]
-        for node, (_, entry) in zip(nodes, part.program.placeholders(*InputKind), strict=True):
+        self.takes = [node for node in graph.nodes if node.op == "placeholder"]  # what ``forward`` does, in the end
+        entries = part.program.placeholders(*InputKind) if runs != "backward" else ()
+        for node, (_, entry) in zip(list(self.takes) if runs != "backward" else (), entries, strict=True):
             if not is_held(entry):
                 self.inputs.append((node, entry))
                 continue
+            self.takes.remove(node)
             path, _, key = tensor_name(entry).rpartition(".")
             owner, kind = _submodule(self, path), value(node)
             tensor = make(kind.layout.local_shape(part.mesh), kind.dtype)
@@ -144,9 +147,17 @@ class RankModule(nn.Module):
                 owner.register_buffer(key, tensor)
             self._held[node] = owner, key
         self._crossings: dict[Node, tuple[Crossing, Crossing]] = {}
-        for node in itertools.chain(graph.nodes, self._backward.nodes if training else ()):
+        for node in itertools.chain(graph.nodes, self._backward.nodes if runs == "step" else ()):
             if node.target in comm.TARGETS:
                 self._prepare(node)
+
+    @property
+    def _first_graph(self) -> fx.Graph:
+        role = self._part.program.required_role
+        if self._runs == "backward":
+            assert role.backward is not None, "the program has no backward pass"
+            return role.backward
+        return role.inference if self._runs == "inference" else role.forward
 
     @property
     def _backward(self) -> fx.Graph:
@@ -156,10 +167,10 @@ class RankModule(nn.Module):
         return role.backward
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        known: dict[Node, Any] = dict(zip((node for node, _ in self.inputs), given, strict=True))
+        known: dict[Node, Any] = dict(zip(self.takes, given, strict=True))
         known |= {node: getattr(owner, key) for node, (owner, key) in self._held.items()}
         results = self._run(self._graph, known)
-        if not self._training:
+        if self._runs != "step":
             return results
         count, program = len(self._part.program.outputs), self._part.program
         ones = [

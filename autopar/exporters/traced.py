@@ -29,8 +29,8 @@ class Traced:
     outputs: tuple[Output, ...]
 
 
-def traced(part: Part, *, training: bool = False, forms: Forms | None = None) -> Traced:
-    """The role of ``part``: inference, or a training step; ``forms`` are those of :class:`RankModule`.
+def traced(part: Part, *, runs: str = "inference", forms: Forms | None = None) -> Traced:
+    """The role of ``part``; ``runs`` and ``forms`` are those of :class:`RankModule`.
 
     Raises ExportError for an operator without plain form.
     """
@@ -43,8 +43,8 @@ def traced(part: Part, *, training: bool = False, forms: Forms | None = None) ->
         with mode:
             return torch.empty(shape, dtype=dtype)
 
-    module = RankModule(part, made, training=training, forms=forms)
-    given = tuple(made(value(node).layout.local_shape(part.mesh), value(node).dtype) for node, _ in module.inputs)
+    module = RankModule(part, made, runs=runs, forms=forms)
+    given = tuple(made(value(node).layout.local_shape(part.mesh), value(node).dtype) for node in module.takes)
     with torch.no_grad():
         exported = torch.export.export(module.eval(), given, strict=False)
     return Traced(exported, dict(module.own), tuple(module.inputs), part.program.outputs)

@@ -26,6 +26,26 @@ def describe_part(part: Part, role: Traced, file: str) -> dict[str, Any]:
     }
 
 
+def describe_backward(part: Part, file: str) -> dict[str, Any]:
+    """The backward graph of a stage: what it takes, saved values and gradients of outputs, and what it returns.
+
+    The gradient of a value that was sent comes from where it was sent to, that of a received one goes back.
+    """
+    program, role = part.program, part.program.required_role
+    received = {entry.target: entry for entry in program.inputs if entry.kind is InputKind.RECEIVED}
+    taken: list[dict[str, Any]] = [{"kind": "saved", "number": number} for number in range(role.saved)]
+    for position in role.differentiable:
+        entry = program.outputs[position]
+        taken.append({"kind": "grad", "of": output_name(entry), **_peer(part, "from", entry)})
+    returned: list[dict[str, Any]] = []
+    for target in role.grads:
+        if target in received:
+            returned.append({"kind": "grad", "of": input_name(received[target]), **_peer(part, "to", received[target])})
+        else:
+            returned.append({"kind": "gradient", "name": target})
+    return {"file": file, "inputs": taken, "outputs": returned}
+
+
 def input_name(entry: Input) -> str:
     """Of a user's input its own; ``recv_0_add_8`` of what stage 0 sends."""
     return plain_name(entry.target) if entry.kind is not InputKind.RECEIVED else f"recv_{plain_name(entry.target)}"
@@ -53,17 +73,24 @@ def rank_of_stage(part: Part, stage: int) -> int:
 
 def _entry(part: Part, direction: str, entry: Input | Output, node: Node) -> dict[str, Any]:
     """Kind, type, and of a message its other end."""
-    kind, message, peer = value(node), message_of(entry), dict[str, int]()
-    if message is not None:
-        peer = {f"{direction}_stage": message[0], f"{direction}_rank": rank_of_stage(part, message[0])}
+    kind = value(node)
     return {
         "kind": entry.kind.value,
-        **peer,
+        **_peer(part, direction, entry),
         "shape": list(kind.layout.local_shape(part.mesh)),
         "dtype": str(kind.dtype).removeprefix("torch."),
         "whole_shape": list(kind.shape),
         "layout": str(kind.layout),
     }
+
+
+def _peer(part: Part, direction: str, entry: Input | Output) -> dict[str, Any]:
+    """The other end of a message, and the value's name in the stage that makes it, by which both ends know it."""
+    message = message_of(entry)
+    if message is None:
+        return {}
+    stage, name = message
+    return {f"{direction}_stage": stage, f"{direction}_rank": rank_of_stage(part, stage), "value": name}
 
 
 def groups_of(part: Part, names: Iterable[str]) -> dict[str, list[int]]:

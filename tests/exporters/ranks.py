@@ -28,28 +28,84 @@ def _outputs(folder: Path, rank: int) -> dict[str, Any]:
             group = dist.new_group(members)
             if rank in members:
                 _register_process_group(name, group)
-    whole, found = torch.load(folder / "inputs.pt"), {}
+    whole, found = torch.load(folder / "inputs.pt"), dict[str, Any]()
     splits = {entry["name"]: entry["split"] for entry in manifest["inputs"]}
-    for part in manifest["formats"]["pt2"]["parts"]:
-        if part["rank"] != rank:
-            continue
-        given = []
-        for entry in part["inputs"]:
-            if entry["kind"] == "recv":
-                tensor = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-                if entry["from_rank"] != rank:
-                    dist.recv(tensor, entry["from_rank"])
-            else:
-                tensor = _own(whole[entry["name"]], splits[entry["name"]], part["coordinates"], manifest["mesh"])
-            given.append(tensor)
-        results = torch.export.load(folder / "pt2" / part["file"]).module()(*given)
-        for entry, tensor in zip(part["outputs"], results):
-            if entry["kind"] == "send":
-                dist.send(tensor.contiguous(), entry["to_rank"])
-            else:
-                found[entry["name"]] = tensor
+    about = manifest["formats"]["pt2"]
+    parts = [part for part in about["parts"] if part["rank"] == rank]
+
+    def inputs(part: dict[str, Any], rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        names = [entry["name"] for entry in part["inputs"] if entry["kind"] == "input"]
+        return {name: _own(rows[name], splits[name], part["coordinates"], manifest["mesh"]) for name in names}
+
+    if "schedule" in about:
+        return _pipeline_step(folder, parts, about["microbatches"], whole, inputs)
+    for part in parts:
+        given = inputs(part, whole) | _received(part["inputs"], rank)
+        module = torch.export.load(folder / "pt2" / part["file"]).module()
+        results = module(*[given[entry["name"]] for entry in part["inputs"]])
+        named = {entry["name"]: tensor for entry, tensor in zip(part["outputs"], results)}
+        _send(part["outputs"], named, rank)
+        found |= {entry["name"]: named[entry["name"]] for entry in part["outputs"] if entry["kind"] != "send"}
         grads = results[len(part["outputs"]) :]
         found |= {f"grad {name}": tensor for name, tensor in zip(part.get("gradients", ()), grads)}
+    return found
+
+
+def _received(entries: list[dict[str, Any]], rank: int) -> dict[str, torch.Tensor]:
+    """Values of other ranks; both ends go through them in the order of their names in the stage that makes them."""
+    found = {}
+    for entry in sorted(entries, key=lambda entry: entry.get("value", "")):
+        if "from_rank" in entry and entry["kind"] == "recv":
+            found[entry["name"]] = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+            if entry["from_rank"] != rank:
+                dist.recv(found[entry["name"]], entry["from_rank"])
+    return found
+
+
+def _send(entries: list[dict[str, Any]], values: dict[str, torch.Tensor], rank: int) -> None:
+    for entry in sorted(entries, key=lambda entry: entry.get("value", "")):
+        if "to_rank" in entry and entry["to_rank"] != rank:
+            dist.send(values[entry.get("name") or entry["of"]].contiguous(), entry["to_rank"])
+
+
+def _pipeline_step(
+    folder: Path, parts: list[dict[str, Any]], count: int, whole: dict[str, torch.Tensor], inputs: Any
+) -> dict[str, Any]:
+    """All microbatches forward, then all of them backward (GPipe's order, which every schedule may be replaced by)."""
+    kept, found = {}, dict[str, Any]()
+    for part in parts:
+        part["run"] = torch.export.load(folder / "pt2" / part["file"]).module()
+        if "backward" in part:
+            part["run_backward"] = torch.export.load(folder / "pt2" / part["backward"]["file"]).module()
+    for number in range(count):
+        rows = {name: tensor.chunk(count)[number] for name, tensor in whole.items()}
+        for part in parts:
+            given = inputs(part, rows) | _received(part["inputs"], part["rank"])
+            results = part["run"](*[given[entry["name"]] for entry in part["inputs"]])
+            named = {entry["name"]: tensor for entry, tensor in zip(part["outputs"], results)}
+            _send(part["outputs"], named, part["rank"])
+            kept[part["stage"], number] = named, list(results[len(part["outputs"]) :])
+            if "loss" in named:
+                found["loss"] = found.get("loss", 0.0) + named["loss"] / count
+    for number in range(count):
+        for part in reversed(parts):
+            if "backward" not in part:
+                continue
+            named, saved = kept.pop((part["stage"], number))
+            for entry in sorted(part["backward"]["inputs"], key=lambda entry: entry.get("value", "")):
+                if entry["kind"] == "grad" and "from_rank" in entry:
+                    named[entry["of"]] = torch.empty_like(named[entry["of"]])
+                    dist.recv(named[entry["of"]], entry["from_rank"])
+                elif entry["kind"] == "grad":  # of the loss, of which every microbatch has an equal share
+                    named[entry["of"]] = torch.full_like(named[entry["of"]], 1 / count)
+            taken = part["backward"]["inputs"]
+            given = [saved[entry["number"]] if entry["kind"] == "saved" else named[entry["of"]] for entry in taken]
+            returned = part["backward"]["outputs"]
+            results = dict(zip([entry.get("name") or entry["of"] for entry in returned], part["run_backward"](*given)))
+            _send([entry for entry in returned if "to_rank" in entry], results, part["rank"])
+            for name in (entry["name"] for entry in returned if entry["kind"] == "gradient"):
+                key = f"grad {part['stage']} {name}"
+                found[key] = found.get(key, 0.0) + results[name]
     return found
 
 
