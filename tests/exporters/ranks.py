@@ -39,40 +39,55 @@ def _outputs(folder: Path, rank: int) -> dict[str, Any]:
 
     if "schedule" in about:
         return _pipeline_step(folder, parts, about["microbatches"], whole, inputs)
+    own: Own = {}
     for part in parts:
-        given = inputs(part, whole) | _received(part["inputs"], rank)
+        given = inputs(part, whole) | _received(part, own)
         module = torch.export.load(folder / "pt2" / part["file"]).module()
         results = module(*[given[entry["name"]] for entry in part["inputs"]])
         named = {entry["name"]: tensor for entry, tensor in zip(part["outputs"], results)}
-        _send(part["outputs"], named, rank)
+        _send(part, part["outputs"], named, own)
         found |= {entry["name"]: named[entry["name"]] for entry in part["outputs"] if entry["kind"] != "send"}
         grads = results[len(part["outputs"]) :]
         found |= {f"grad {name}": tensor for name, tensor in zip(part.get("gradients", ()), grads)}
     return found
 
 
-def _received(entries: list[dict[str, Any]], rank: int) -> dict[str, torch.Tensor]:
+Own = dict[tuple[str, int], torch.Tensor]  # between stages of this rank: (name of the value, the stage that takes it)
+
+
+def _received(part: dict[str, Any], own: Own) -> dict[str, torch.Tensor]:
     """Values of other ranks; both ends go through them in the order of their names in the stage that makes them."""
     found = {}
-    for entry in sorted(entries, key=lambda entry: entry.get("value", "")):
-        if "from_rank" in entry and entry["kind"] == "recv":
-            found[entry["name"]] = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-            if entry["from_rank"] != rank:
-                dist.recv(found[entry["name"]], entry["from_rank"])
+    for entry in sorted(part["inputs"], key=lambda entry: entry.get("value", "")):
+        if entry["kind"] == "recv":
+            empty = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+            found[entry["name"]] = _take(part, entry, empty, own)
     return found
 
 
-def _send(entries: list[dict[str, Any]], values: dict[str, torch.Tensor], rank: int) -> None:
+def _take(part: dict[str, Any], entry: dict[str, Any], empty: torch.Tensor, own: Own) -> torch.Tensor:
+    if entry["from_rank"] == part["rank"]:
+        return own.pop((entry["value"], part["stage"]))
+    dist.recv(empty, entry["from_rank"])
+    return empty
+
+
+def _send(part: dict[str, Any], entries: list[dict[str, Any]], values: dict[str, torch.Tensor], own: Own) -> None:
     for entry in sorted(entries, key=lambda entry: entry.get("value", "")):
-        if "to_rank" in entry and entry["to_rank"] != rank:
-            dist.send(values[entry.get("name") or entry["of"]].contiguous(), entry["to_rank"])
+        if "to_rank" not in entry:
+            continue
+        tensor = values[entry.get("name") or entry["of"]].contiguous()
+        if entry["to_rank"] == part["rank"]:
+            own[entry["value"], entry["to_stage"]] = tensor
+        else:
+            dist.send(tensor, entry["to_rank"])
 
 
 def _pipeline_step(
     folder: Path, parts: list[dict[str, Any]], count: int, whole: dict[str, torch.Tensor], inputs: Any
 ) -> dict[str, Any]:
     """All microbatches forward, then all of them backward (GPipe's order, which every schedule may be replaced by)."""
-    kept, found = {}, dict[str, Any]()
+    kept, found, own = {}, dict[str, Any](), Own()
     for part in parts:
         part["run"] = torch.export.load(folder / "pt2" / part["file"]).module()
         if "backward" in part:
@@ -80,10 +95,10 @@ def _pipeline_step(
     for number in range(count):
         rows = {name: tensor.chunk(count)[number] for name, tensor in whole.items()}
         for part in parts:
-            given = inputs(part, rows) | _received(part["inputs"], part["rank"])
+            given = inputs(part, rows) | _received(part, own)
             results = part["run"](*[given[entry["name"]] for entry in part["inputs"]])
             named = {entry["name"]: tensor for entry, tensor in zip(part["outputs"], results)}
-            _send(part["outputs"], named, part["rank"])
+            _send(part, part["outputs"], named, own)
             kept[part["stage"], number] = named, list(results[len(part["outputs"]) :])
             if "loss" in named:
                 found["loss"] = found.get("loss", 0.0) + named["loss"] / count
@@ -94,15 +109,14 @@ def _pipeline_step(
             named, saved = kept.pop((part["stage"], number))
             for entry in sorted(part["backward"]["inputs"], key=lambda entry: entry.get("value", "")):
                 if entry["kind"] == "grad" and "from_rank" in entry:
-                    named[entry["of"]] = torch.empty_like(named[entry["of"]])
-                    dist.recv(named[entry["of"]], entry["from_rank"])
+                    named[entry["of"]] = _take(part, entry, torch.empty_like(named[entry["of"]]), own)
                 elif entry["kind"] == "grad":  # of the loss, of which every microbatch has an equal share
                     named[entry["of"]] = torch.full_like(named[entry["of"]], 1 / count)
             taken = part["backward"]["inputs"]
             given = [saved[entry["number"]] if entry["kind"] == "saved" else named[entry["of"]] for entry in taken]
             returned = part["backward"]["outputs"]
             results = dict(zip([entry.get("name") or entry["of"] for entry in returned], part["run_backward"](*given)))
-            _send([entry for entry in returned if "to_rank" in entry], results, part["rank"])
+            _send(part, returned, results, own)
             for name in (entry["name"] for entry in returned if entry["kind"] == "gradient"):
                 key = f"grad {part['stage']} {name}"
                 found[key] = found.get(key, 0.0) + results[name]

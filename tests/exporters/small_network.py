@@ -39,12 +39,14 @@ class Network(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
 
 
-def network(mesh: Mesh, plan: Plan | None = None) -> tuple[AnyProgram, nn.Module]:
+def network(mesh: Mesh, plan: Plan | None = None, *, source: bool = False) -> tuple[AnyProgram, nn.Module]:
+    """Its program, and the model. ``source``: with its source, of which exports then write logical.onnx too."""
     torch.manual_seed(0)
     model = Network()
     ids = torch.randint(32, (4, 8))
     batch = {"ids": ids, "labels": ids.flip(1)}
-    return compile_program(model, mesh, plan or Plan(check_numerics=False), (), batch), model
+    program = compile_program(model, mesh, plan or Plan(check_numerics=False), (), batch)
+    return program if source else replace(program, source=None), model
 
 
 def written(program: AnyProgram, model: nn.Module, folder: Path) -> tuple[Job, Parts]:

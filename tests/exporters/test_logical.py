@@ -66,9 +66,9 @@ def devices(spec: Any) -> list[list[int]]:
     return [list(group.value) for group in spec.index_to_device_group_map]
 
 
-def test_it_computes_what_the_model_does(tmp_path: Path) -> None:
-    """Without the model: from the program alone, and with the weights of the model alone."""
-    _, model, batch = exported({"tp": 2}, tmp_path / "out")
+def test_a_mesh_without_stages(tmp_path: Path) -> None:
+    """Written from the program alone, it computes what the model does, with the weights of the model alone."""
+    _, model, batch = exported({"dp": 2, "tp": 2}, tmp_path / "out")
     path = tmp_path / "out" / "onnx" / "logical.onnx"
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     feeds = {name: tensor.numpy() for name, tensor in {**model.state_dict(), **batch}.items()}
@@ -77,11 +77,12 @@ def test_it_computes_what_the_model_does(tmp_path: Path) -> None:
     assert found.keys() == {"loss", "hidden"}
     for name, tensor in model(**batch).items():
         assert np.abs(found[name] - tensor.detach().numpy()).max() <= ALLOWED * float(tensor.detach().abs().max())
+    check_annotations(path)
 
 
-def test_activations_are_annotated_too(tmp_path: Path) -> None:
-    exported({"dp": 2, "tp": 2}, tmp_path / "out")
-    found = specs(onnx.load(tmp_path / "out" / "onnx" / "logical.onnx", load_external_data=False))
+def check_annotations(path: Path) -> None:
+    """Of inputs and activations too."""
+    found = specs(onnx.load(path, load_external_data=False))
     assert devices(found["ids"]) == devices(found["add"]) == [[0, 1], [2, 3]]
     relu = found["relu"]  # rows by dp, columns by tp
     assert [(dim.axis, dim.simple_sharding[0].num_shards) for dim in relu.sharded_dim] == [(0, 2), (2, 2)]

@@ -36,7 +36,7 @@ def shown(file: Path, room: Path) -> dict[str, Any]:
 def test_ranks_open_in_netron(tmp_path: Path) -> None:
     from tests.exporters.small_network import network
 
-    program, model = network(Mesh(tp=2))
+    program, model = network(Mesh(tp=2), source=True)
     for dialect, operator in (("autopar", "autopar.collective.AllReduce"), ("tensorrt", ".DistCollective")):
         export(program, tmp_path / dialect, "onnx", weights_from=model, onnx_dialect=dialect)
         found = shown(tmp_path / dialect / "onnx" / "rank1.onnx", tmp_path / "netron")

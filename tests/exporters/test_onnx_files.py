@@ -34,7 +34,7 @@ from tests.exporters.small_network import ALLOWED, network, written  # noqa: E40
 
 
 def test_names_versions_and_shapes(tmp_path: Path) -> None:
-    program, model = network(Mesh(tp=2))
+    program, model = network(Mesh(tp=2), source=True)
     export(program, tmp_path / "out", "onnx", weights_from=model, opset=21, ir=9)
     folder = tmp_path / "out" / "onnx"
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -181,7 +181,7 @@ def test_unequal_parts_have_no_form_in_tensorrt(tmp_path: Path) -> None:
 
 
 def test_the_logical_model_says_what_lies_where(tmp_path: Path) -> None:
-    program, model = network(Mesh(dp=2, tp=2))
+    program, model = network(Mesh(dp=2, tp=2), source=True)
     export(program, tmp_path / "out", "onnx", weights_from=model)
     found = onnx.load(tmp_path / "out" / "onnx" / "logical.onnx")
     (configuration,) = found.configuration
@@ -208,7 +208,7 @@ def test_a_model_that_torch_cannot_write_by_itself(tmp_path: Path, monkeypatch: 
         raise ExportError("no logical.onnx: grouped products")
 
     monkeypatch.setattr(onnx_file, "write_logical", fails)
-    program, model = network(Mesh(tp=2))
+    program, model = network(Mesh(tp=2), source=True)
     with pytest.warns(UserWarning, match="grouped products"):
         export(program, tmp_path / "out", "onnx", weights_from=model)
     found = json.loads((tmp_path / "out" / "manifest.json").read_text())["formats"]["onnx"]
