@@ -16,6 +16,7 @@ from autopar.exporters.references import references
 from autopar.exporters.state import weights_of
 from autopar.exporters.traced import Traced, traced
 from autopar.exporters.wiring import describe_backward, describe_part, groups_of
+from autopar.ir.node import value
 from autopar.ir.program import PipelinedProgram
 from autopar.schedules.text import format_schedule
 
@@ -56,6 +57,7 @@ def write_stages(job: Job, program: PipelinedProgram) -> Mapping[str, Any]:
     entries = []
     for part in parts_of(program, job.ranks):
         halves = ("forward", "backward") if part.program.required_role.backward is not None else ("forward",)
+        _refuse_unknown_sizes(part)
         for half in halves:
             if (part.role, half) not in roles:
                 job.told(f"tracing {half} of {part.name}")
@@ -76,6 +78,17 @@ def write_stages(job: Job, program: PipelinedProgram) -> Mapping[str, Any]:
         entries.append({**entry, "groups": groups_of(part, names)})
     schedule = program.required_schedule
     return {"parts": entries, "microbatches": schedule.microbatches, "schedule": format_schedule(schedule).splitlines()}
+
+
+def _refuse_unknown_sizes(part: Part) -> None:
+    """A file's inputs have sizes: a backward graph cannot take rows whose number is known at run time only."""
+    backward = part.program.required_role.backward
+    for node in backward.nodes if backward is not None else ():
+        if node.op == "placeholder" and value(node).layout.ragged:
+            raise ExportError(
+                f"{part.name}: backward takes '{node.name}', rows of experts, as many as are sent to this rank\n"
+                "Way out: Plan(capacity_factor=...), which gives experts equal parts; or a mesh without pp or ep."
+            )
 
 
 def plainly_traced(part: Part, runs: str) -> Traced:

@@ -123,7 +123,7 @@ PIPELINES: list[tuple[str, dict[str, int], dict[str, Any]]] = [
     ("llama", {"pp": 2}, {"microbatches": 2, "schedule": "interleaved"}),
     ("bert", {"pp": 2, "sp": 2}, {"microbatches": 1}),
     ("t5", {"pp": 2}, {"microbatches": 2}),
-    ("mixtral", {"pp": 2, "ep": 2}, {"microbatches": 1}),
+    ("mixtral", {"pp": 2, "tp": 2}, {"microbatches": 1}),
 ]
 
 
@@ -131,6 +131,16 @@ PIPELINES: list[tuple[str, dict[str, int], dict[str, Any]]] = [
 @pytest.mark.parametrize("name, axes, choices", PIPELINES, ids=str)
 def test_training_steps_of_pipelines(name: str, axes: dict[str, int], choices: dict[str, Any], tmp_path: Path) -> None:
     check_pipeline_step(name, axes, Plan(check_numerics=False, **choices), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_rows_of_unknown_number_are_refused(tmp_path: Path) -> None:
+    """Between the two files of a stage; within the one file of a step they are no trouble."""
+    model, batch = examples.build("mixtral")
+    program = compile_program(model, Mesh(pp=2, ep=2), Plan(check_numerics=False, microbatches=1), (), batch)
+    with pytest.raises(ExportError, match="Way out: Plan.capacity_factor"):
+        export(program, tmp_path / "out", "pt2", training=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 STEPS: list[tuple[str, dict[str, int], dict[str, Any]]] = [
