@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from autopar.choices import check_choices, check_names
 from autopar.frontend.fingerprint import fingerprint
+from autopar.frontend.observation import guards_of_traces
 from autopar.frontend.trace import trace
 from autopar.ir.graph_pass import run_phases, steps_of
 from autopar.ir.layout import Layout
@@ -24,6 +25,8 @@ from autopar.pipeline.at_home import Homes
 from autopar.pipeline.mixed_rows import warn_of_mixed_rows
 from autopar.pipeline.stages import check_same_parameters, stages_of_nodes
 from autopar.plan import Plan
+
+LOOKED_AT = "values in tensors that Python looks at"
 
 
 def compile_program(
@@ -43,11 +46,26 @@ def compile_program(
     plan = plan or Plan()
     check_choices(mesh, plan)
     known = fingerprint(model, args, kwargs or {})
+    with guards_of_traces() as guards:
+        program = _compiled(model, mesh, plan, args, kwargs, layouts, homes)
+    seen = "; ".join(f"{look.line} ({look.seen})" for values in guards.values for look in values.looks)
+    if seen:  # no model has that, so such a program serves the process that made it alone
+        known = replace(known, code={**known.code, LOOKED_AT: seen})
+    return replace(program, fingerprint=known, made_buffers=_made_buffers(model, program))
+
+
+def _compiled(
+    model: nn.Module,
+    mesh: Mesh,
+    plan: Plan,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    layouts: Mapping[str, Layout] | None,
+    homes: Homes | None,
+) -> AnyProgram:
     if mesh.is_pipelined:
-        found = pipelined(lambda batch: trace(model, (), batch, plan=plan), mesh, plan, args, kwargs, layouts, homes)
-        return replace(found, fingerprint=known, made_buffers=_made_buffers(model, found))
-    whole = finish_program(split_program(model, mesh, plan, args, kwargs, layouts))
-    return replace(whole, fingerprint=known, made_buffers=_made_buffers(model, whole))
+        return pipelined(lambda batch: trace(model, (), batch, plan=plan), mesh, plan, args, kwargs, layouts, homes)
+    return finish_program(split_program(model, mesh, plan, args, kwargs, layouts))
 
 
 def _made_buffers(model: nn.Module, program: AnyProgram) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.identity import kept
 from autopar.runtime.parameters import Weights
 from autopar.runtime.program_cache import ProgramCache
+from autopar.runtime.variants import check_whole_batches
 from autopar.runtime.whole_tensors import full_grads, full_state_dict
 from autopar.schedules.timing import Timeline
 from autopar.simulate import simulate
@@ -87,7 +88,9 @@ class ParallelModule(nn.Module):
 
         def compiled(call: Call, layouts: Mapping[str, Layout] | None) -> tuple[AnyProgram, Guards]:
             with guards_of_traces() as guards:
-                return compile_program(model, mesh, plan, call.args, call.kwargs, layouts, held.weights.homes), guards
+                found = compile_program(model, mesh, plan, call.args, call.kwargs, layouts, held.weights.homes)
+            check_whole_batches(guards, mesh, plan)
+            return found, guards
 
         given = _given(held, programs, where) if programs else None
         cache = ProgramCache(compiled, mesh, plan, held.weights, accumulation, packs_padding(model), given)

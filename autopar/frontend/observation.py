@@ -19,6 +19,7 @@ from autopar.frontend.forbidden import nothing_forbidden
 from autopar.frontend.readings import SHAPED, Readings
 from autopar.frontend.source_lines import line_of_user
 from autopar.ir.guards import MISSING, Contents, Guards, Unavailable, is_plain, is_same
+from autopar.ir.value_guards import ValueGuard
 
 _HIDDEN = ("_flat_weights", "_forward_hooks", "_forward_pre_hooks")  # torch's own, which no forward of a user's sets
 
@@ -246,6 +247,12 @@ def guards_of_traces() -> Iterator[Guards]:
         yield guards
     finally:
         _COLLECTING.remove(guards)
+
+
+def add_value_guard(guard: ValueGuard) -> None:
+    """Say what the Python of a model has looked at in tensors."""
+    for collected in _COLLECTING:
+        collected.values.append(guard)
 
 
 def add_guards(guards: Guards) -> None:

@@ -40,8 +40,9 @@ from autopar.frontend.capture import (
 )
 from autopar.frontend.empty_selections import Selections, differ_by_selections_only
 from autopar.frontend.grouped_products import GroupedProducts
+from autopar.frontend.looked_at import Replayed, looks_of, value_guard
 from autopar.frontend.numerics import check_numerics
-from autopar.frontend.observation import Observation, add_guards
+from autopar.frontend.observation import Observation, add_guards, add_value_guard
 from autopar.frontend.recast import recast, recast_call
 from autopar.frontend.selected_rows import SelectedRows
 from autopar.frontend.source_lines import user_line
@@ -146,6 +147,7 @@ def _at_rest(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode | None
 ) -> tuple[ExportedProgram, list[str]]:
+    given = args, kwargs
     leaves, spec = pytree.tree_flatten((args, kwargs))
     if mode is not None:
         leaves = [fake_like(mode, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -157,8 +159,22 @@ def _export(
     except Exception as problem:
         if not is_data_dependent(problem):
             raise
-        return _without_branches(model, args, kwargs, problem)
+        with redirect_stderr(printed):
+            return _of_example(model, args, kwargs, given, problem)
     sys.stderr.write(printed.getvalue())
+    return found
+
+
+def _of_example(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any, problem: Exception
+) -> tuple[ExportedProgram, list[str]]:
+    """The graph of a model whose Python looks at values; ``given``: the arguments as the user passed them."""
+    try:
+        return _without_branches(model, args, kwargs, problem)
+    except Exception as refusal:
+        looks = looks_of(model, given[0], given[1], refusal)
+    found = _functional(model, args, kwargs, Replayed(looks))
+    add_value_guard(value_guard(model, args, kwargs, looks))
     return found
 
 

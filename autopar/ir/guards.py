@@ -11,12 +11,15 @@ import operator
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 from autopar.errors import AutoparError
+
+if TYPE_CHECKING:
+    from autopar.ir.value_guards import ValueGuard
 
 
 class _Missing:
@@ -125,6 +128,7 @@ class Guards:
         contents: containers that were read.
         written: tensors in containers, with the number of times that each was written into.
         effects: (namespace, name, value) of plain values that forward leaves in attributes.
+        values: what Python has seen in tensors.
     """
 
     readings: list[Reading] = field(default_factory=list)
@@ -133,6 +137,7 @@ class Guards:
     contents: list[Contents] = field(default_factory=list)
     written: list[tuple[Tensor, int, str]] = field(default_factory=list)
     effects: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    values: list[ValueGuard] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.settle()
@@ -148,7 +153,7 @@ class Guards:
 
     def extend(self, other: Guards) -> None:
         """Hold what ``other`` holds too."""
-        for name in ("readings", "absent", "quiet", "contents", "written", "effects"):
+        for name in ("readings", "absent", "quiet", "contents", "written", "effects", "values"):
             getattr(self, name).extend(getattr(other, name))
         self.settle()
 

@@ -185,7 +185,7 @@ class ProgramCache:
         """One kind of call, for messages; ``number`` tells apart those that look alike."""
         mode = "a call to train" if training else "a call to evaluate"
         inputs = ", ".join(f"{name or 'input'} {list(tensor.shape)}" for name, tensor in call.named_tensors)
-        change = self._variants.change(kind[0])
+        change = self._variants.change(kind[0], call.leaves)
         return f"{mode}, {inputs} (program {number % 10**6:06d}{', since ' if change else ''}{change})"
 
     @property
@@ -208,7 +208,7 @@ class ProgramCache:
     def _kind(self, call: Call, training: bool, batch: str = "") -> Kind:
         packs = self._packs_padding and not torch.is_grad_enabled()
         kind = training, cast_to(), self._weights.requires_grad(), packs, call.key, batch
-        number = self._variants.number(kind)
+        number = self._variants.number(kind, call.leaves)
         if number is None and self._weights.take_in():
             return self._kind(call, training, batch)
         return kind, self._variants.next(kind) if number is None else number
@@ -236,7 +236,7 @@ class ProgramCache:
     def _tell(self, kind: Kind, call: Call, training: bool) -> None:
         """Say once for each kind of call that, and why, it is compiled, where that was not to be expected."""
         name = "training" if training else "evaluation"
-        change = self._variants.change(kind[0])
+        change = self._variants.change(kind[0], call.leaves)
         if change:
             logger.warning("making another program: %s", change)
         elif self._given is not None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from typing import Any
 
+from autopar.errors import TraceError
 from autopar.ir.guards import Guards
+from autopar.ir.value_guards import MOST_OUTCOMES
+from autopar.mesh import Mesh
+from autopar.plan import Plan
 
 
 class Variants:
@@ -18,16 +23,27 @@ class Variants:
         """The number of a variant that is to be made."""
         return self._made.get(kind, 0)
 
-    def number(self, kind: Hashable) -> int | None:
-        """That of the variant for a call of this kind; None where no guards hold."""
+    def number(self, kind: Hashable, leaves: Sequence[Any]) -> int | None:
+        """That of the variant for a call of this kind with these arguments; None where no guards hold.
+
+        Raises TraceError where too many variants differ by what Python saw in tensors.
+        """
         known = self._known.get(kind, ())
         for place, (number, guards) in enumerate(known):
-            if guards.hold():
+            if guards.hold() and all(values.hold(leaves) for values in guards.values):
                 if place:
                     self._known[kind] = [known[place], *known[:place], *known[place + 1 :]]
                 if guards.effects:
                     guards.replay()
                 return number
+        by_values = [guards for _, guards in known if guards.values]
+        if len(by_values) >= MOST_OUTCOMES:
+            raise TraceError(
+                f"the model looks at values in tensors, and {len(by_values)} programs were made for what it saw there\n"
+                f"  {self._seen_otherwise(by_values[0], leaves)}\n"
+                "Way out: torch.where or a mask instead of 'if'; for a size, pad to a few lengths, or pass the number "
+                "as an argument."
+            )
         return None
 
     def add(self, kind: Hashable, number: int, guards: Guards) -> None:
@@ -41,11 +57,32 @@ class Variants:
         """Forget a variant."""
         self._known[kind] = [pair for pair in self._known.get(kind, ()) if pair[0] != number]
 
-    def change(self, kind: Hashable) -> str:
+    def change(self, kind: Hashable, leaves: Sequence[Any]) -> str:
         """What has changed since the latest variant, in words; empty if nothing, or if there is none."""
         known = self._known.get(kind)
-        return known[0][1].change() if known else ""
+        return known[0][1].change() or self._seen_otherwise(known[0][1], leaves) if known else ""
+
+    @staticmethod
+    def _seen_otherwise(guards: Guards, leaves: Sequence[Any]) -> str:
+        return next(filter(None, (values.change(leaves) for values in guards.values)), "")
 
     def clear(self) -> None:
         self._known.clear()
         self._made.clear()
+
+
+def check_whole_batches(guards: Guards, mesh: Mesh, plan: Plan) -> None:
+    """Raise TraceError where Python looks at values, and a call does not have all rows of the batch."""
+    parts = {
+        "a mesh with pp": mesh.is_pipelined,
+        "Plan(microbatches=)": plan.microbatches > 1,
+        "Plan(inputs='local')": plan.inputs == "local" and mesh.world_size > 1,
+    }
+    choice = next((name for name, chosen in parts.items() if chosen), None)
+    if guards.values and choice is not None:
+        look = guards.values[0].looks[0]
+        raise TraceError(
+            f"what the model does next depends on the values in a tensor\n  at {look.line}\n"
+            f"That is looked at before each call, on the whole batch, and {choice} works on parts of it.\n"
+            "Way out: torch.where or a mask instead of 'if'; pass a number that is looked at as an argument of forward."
+        )

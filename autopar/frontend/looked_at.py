@@ -1,0 +1,175 @@
+"""Python that looks at values: the branch, or the size, of the example is taken, and guarded.
+
+The model runs once on the example's inputs, with fake parameters; what Python looks at there depends on inputs and
+buffers, or the model is refused. While the model is exported Python sees the same again. What it looked at becomes a
+graph of its own (:mod:`autopar.ir.value_guards`), which each call computes before it takes a program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind as ExportInput
+from torch.overrides import TorchFunctionMode
+
+from autopar.errors import TraceError
+from autopar.frontend.capture import gradients_kept, inline_no_grad
+from autopar.frontend.source_lines import user_line
+from autopar.frontend.steady_state import buffers_kept, fake_parameters
+from autopar.frontend.torch_layers import without_fast_paths
+from autopar.ir.node import output_node
+from autopar.ir.operator_facts import is_random
+from autopar.ir.value_guards import READ, Look, ValueGuard, guard_of
+
+_LOOKS: dict[Callable[..., Any], str] = {
+    Tensor.__bool__: "bool",
+    Tensor.__int__: "int",
+    Tensor.__index__: "int",
+    Tensor.__float__: "float",
+    Tensor.item: "item",
+    Tensor.tolist: "tolist",
+    torch.is_nonzero: "bool",
+    torch.equal: "bool",
+    torch.allclose: "bool",
+    Tensor.equal: "bool",
+    Tensor.allclose: "bool",
+    Tensor.__contains__: "bool",
+}
+
+
+def _looked_at(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor whose value decides."""
+    if func in (torch.equal, Tensor.equal):
+        same = args[0].shape == args[1].shape and args[0].dtype == args[1].dtype
+        tensor: Tensor = (args[0] == args[1]).all() if same else torch.tensor(False)
+    elif func in (torch.allclose, Tensor.allclose):
+        tensor = torch.isclose(*args, **kwargs).all()
+    else:
+        tensor = (args[0] == args[1]).any() if func is Tensor.__contains__ else args[0]
+    return tensor
+
+
+class Recorded(TorchFunctionMode):
+    """Within this context, what Python looks at in tensors is written down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks = list[Look]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _LOOKS:
+            return func(*args, **(kwargs or {}))
+        tensor = _looked_at(func, args, kwargs or {})
+        if isinstance(tensor, FakeTensor):
+            raise DependsOnParameters(user_line())
+        seen = READ[_LOOKS[func]](tensor)
+        self.looks.append(Look(_LOOKS[func], seen, user_line()))
+        return seen
+
+
+class DependsOnParameters(Exception):
+    """Python looks at what is computed from parameters; the message is the line."""
+
+
+class Replayed(TorchFunctionMode):
+    """Within this context, Python sees what it has seen on the example; ``tensors`` are those that it looks at."""
+
+    def __init__(self, looks: Sequence[Look]) -> None:
+        super().__init__()
+        self._looks = looks
+        self.tensors: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _LOOKS or len(self.tensors) >= len(self._looks):
+            return func(*args, **(kwargs or {}))
+        self.tensors.append(_looked_at(func, args, kwargs or {}))
+        return self._looks[len(self.tensors) - 1].seen
+
+
+def looks_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], refusal: Exception) -> list[Look]:
+    """What Python looks at when the model runs on these inputs.
+
+    Raises TraceError where that is computed from parameters; ``refusal`` where the model does not run on fake ones, or
+    looks at nothing.
+    """
+    mode, recorded = FakeTensorMode(allow_non_fake_inputs=True), Recorded()
+    try:
+        with fake_parameters(model, mode), buffers_kept(model), torch.no_grad(), recorded:
+            model(*args, **kwargs)
+    except DependsOnParameters as problem:
+        raise TraceError(
+            f"{type(model).__name__} cannot be traced: what it does next depends on the values in a tensor that is "
+            f"computed from parameters\n  at {problem}\n"
+            "No rank has all of that before the program runs. A value that is computed from inputs may decide.\n"
+            "Way out: torch.where or a mask instead of 'if'; no .item(), float(tensor) or .tolist() of it in forward."
+        ) from None
+    except Exception:
+        raise refusal from None
+    if not recorded.looks:
+        raise refusal
+    return recorded.looks
+
+
+class _LooksOnly(nn.Module):
+    """The model, returning what Python looks at."""
+
+    def __init__(self, model: nn.Module, looks: Sequence[Look]) -> None:
+        super().__init__()
+        self.model, self.looks = model, looks
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        with Replayed(self.looks) as replayed:
+            self.model(*args, **kwargs)
+        return tuple(tensor.detach().clone() for tensor in replayed.tensors)
+
+
+def value_guard(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], looks: Sequence[Look]
+) -> ValueGuard:
+    """The graph that computes what is looked at. Raises TraceError where random numbers decide."""
+    wrapper = _LooksOnly(model, looks)
+    with without_fast_paths(), gradients_kept():
+        exported = torch.export.export(wrapper, args, dict(kwargs), strict=False)
+    inline_no_grad(exported.graph_module)
+    exported = exported.run_decompositions({})
+    graph = exported.graph
+    output = output_node(graph)
+    wanted = set(exported.graph_signature.user_outputs)
+    (nodes,) = output.args
+    assert isinstance(nodes, (tuple, list))
+    output.args = (tuple(node for node in nodes if getattr(node, "name", None) in wanted),)
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        if is_random(node.target):
+            lines = "\n".join(f"  at {look.line}" for look in looks)
+            raise TraceError(
+                f"{type(model).__name__} cannot be traced: a random number decides what it does next\n{lines}\n"
+                "Way out: draw it outside and pass it as an argument, or multiply with a mask instead of 'if'."
+            )
+    sources = _sources(exported, model)
+    return guard_of(graph, sources, looks)
+
+
+def _sources(exported: ExportedProgram, model: nn.Module) -> list[int | tuple[Any, str]]:
+    """Where each placeholder's tensor is found; those that nothing needs are taken out of the graph."""
+    graph, sources, position = exported.graph, list[int | tuple[Any, str]](), 0
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(placeholders, exported.graph_signature.input_specs):
+        here = position
+        position += spec.kind is ExportInput.USER_INPUT
+        if not node.users:
+            graph.erase_node(node)
+        elif spec.kind is ExportInput.USER_INPUT:
+            sources.append(here)
+        elif spec.kind is ExportInput.BUFFER:
+            path, _, key = str(spec.target).removeprefix("model.").rpartition(".")
+            sources.append((model.get_submodule(path)._buffers, key))
+        else:
+            assert spec.kind is ExportInput.CONSTANT_TENSOR, f"parameters were fake: {spec}"
+            sources.append((exported.constants, str(spec.target)))
+    return sources
