@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from autopar.frontend.forbidden import nothing_forbidden
 from autopar.frontend.readings import SHAPED, Readings
 from autopar.frontend.source_lines import line_of_user
-from autopar.ir.guards import MISSING, Contents, Guards, Unavailable, is_plain, is_same
+from autopar.ir.guards import Contents, Guards, Unavailable
+from autopar.ir.same_values import MISSING, is_plain, is_same
 from autopar.ir.value_guards import ValueGuard
 
 _HIDDEN = ("_flat_weights", "_forward_hooks", "_forward_pre_hooks")  # torch's own, which no forward of a user's sets

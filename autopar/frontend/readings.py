@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from autopar.frontend.code_names import functions_of, is_users, is_users_class, names_of
-from autopar.ir.guards import Contents, Guards, Reading, is_plain, version_of
+from autopar.ir.guards import Contents, Guards, Reading, version_of
+from autopar.ir.same_values import is_plain
 
 CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 MOST_ITEMS = 512  # of a container that are compared in each call; a larger one is known by its identity

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from autopar.errors import TraceError
 from autopar.frontend.capture import fake_like
 from autopar.frontend.observation import Observation
-from autopar.ir.guards import shown
+from autopar.ir.same_values import shown
 
 KEEPS = "a program computes what forward returns, and leaves nothing for the next call but what it writes into buffers"
 WAY_OUT = (

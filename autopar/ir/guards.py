@@ -11,26 +11,14 @@ import operator
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from autopar.errors import AutoparError
+from autopar.ir.same_values import MISSING, is_same, shown
+from autopar.ir.value_guards import ValueGuard
 
-if TYPE_CHECKING:
-    from autopar.ir.value_guards import ValueGuard
-
-
-class _Missing:
-    """In place of a value that there is not."""
-
-    def __repr__(self) -> str:
-        return "missing"
-
-
-MISSING: Final = _Missing()
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 Container = list[Any] | tuple[Any, ...] | dict[Any, Any] | set[Any] | frozenset[Any] | deque[Any]
 
 
@@ -231,26 +219,6 @@ def _items(container: Container) -> tuple[Any, ...]:
     return (*container, *container.values()) if isinstance(container, dict) else tuple(container)
 
 
-def is_plain(value: Any) -> bool:
-    """Whether ``value`` can only be replaced, not changed, and can be compared."""
-    return isinstance(value, PLAIN) or (isinstance(value, (tuple, frozenset)) and all(map(is_plain, value)))
-
-
-def is_same(before: Any, now: Any) -> bool:
-    """Whether a graph that was traced with one serves the other: the same object, or a plain value that is equal."""
-    if before is now:
-        return True
-    if type(before) is not type(now):
-        return False
-    if isinstance(before, PLAIN):
-        return repr(before) == repr(now)  # 0.0 is not -0.0, and nan is nan
-    if isinstance(before, (tuple, frozenset)):
-        return len(before) == len(now) and all(map(is_same, before, now))
-    if hasattr(before, "__func__") and hasattr(before, "__self__"):  # a bound method is made each time it is read
-        return before.__func__ is now.__func__ and before.__self__ is now.__self__
-    return False
-
-
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
     return type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
@@ -258,12 +226,3 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
 def version_of(tensor: Tensor) -> int:
     """How often ``tensor`` was written into; 0 for those of ``inference_mode``, which do not count."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def shown(value: Any) -> str:
-    """A value in a message, short."""
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)}"
-    text = repr(value) if isinstance(value, (*PLAIN, list, tuple, dict)) and value is not MISSING else ""
-    text = text or (MISSING if value is MISSING else getattr(value, "__name__", f"a {type(value).__name__}"))
-    return text if len(text) <= 60 else text[:57] + "..."

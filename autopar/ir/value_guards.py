@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from autopar.ir.guards import is_same, shown
+from autopar.ir.same_values import is_same, shown
 
 MOST_OUTCOMES = 16  # programs of one kind of call that differ by what was seen
 
