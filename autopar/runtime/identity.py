@@ -30,6 +30,7 @@ from autopar.runtime.stored import Stored, cut
 _NOW = "autopar_now"  # on a parameter that another has replaced: that one
 _GONE = "autopar_gone"  # on a parameter that a stack has replaced: the name of that
 _HELD = "autopar_held"  # on a parameter of a parallel module: how it is held
+WHOLE_ONLY = (torch.optim.Adafactor, torch.optim.Rprop)
 _OURS = (_NOW, _GONE, _HELD)
 
 
@@ -126,6 +127,7 @@ def _renew(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 if parameter in optimizer.state:
                     optimizer.state[now] = optimizer.state.pop(parameter)
             _fit_state(now, optimizer.state.get(now, {}))
+    _refuse_unfit(optimizer)
     _state.seen[optimizer] = _state.generation
 
 
@@ -150,6 +152,26 @@ def _fit_state(parameter: Tensor, state: Any) -> None:
 def _like(parameter: Tensor, state: Any) -> Iterable[str]:
     tensors = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
     return [key for key, tensor in tensors.items() if tensor.dim() and tensor.shape == parameter.shape]
+
+
+def _refuse_unfit(optimizer: Optimizer) -> None:
+    """Raise InvariantError for an optimizer of torch's that would fail on parts, or be wrong on stages."""
+    kind = type(optimizer).__name__
+    for parameter in (parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]):
+        holder: Holder | None = getattr(parameter, _HELD, None)
+        if holder is None:
+            continue
+        if type(optimizer) in WHOLE_ONLY and holder.form.layout.axes:
+            raise InvariantError(
+                f"torch.optim.{kind} cannot update parameters that are split over ranks: torch has no such step for "
+                "DTensors\nWay out: another optimizer (AdamW, SGD, NAdam, LBFGS, ...), or a mesh and a plan by which "
+                "parameters are whole: dp with zero=0."
+            )
+        if isinstance(optimizer, torch.optim.LBFGS) and holder.own.comm.mesh.is_pipelined:
+            raise InvariantError(
+                "torch.optim.LBFGS takes products over all parameters, and a pipeline rank has those of its stages\n"
+                "Way out: a mesh without pp."
+            )
 
 
 def _refuse_gone(parameter: Tensor) -> None:

@@ -315,3 +315,78 @@ def test_helpers_of_torch_on_a_pipeline() -> None:
     for backward, clipping, scale in run_ranks(refuse_on_a_pipeline, 2):
         assert "retain_graph" in backward and "model.clip_grad_norm_" in clipping
         assert scale == "2.0", "both stages have skipped the step"
+
+
+# ---------------------------------------------------------------- optimizers
+
+
+class Lamb(torch.optim.Optimizer):
+    """Steps as long as the parameter is, by norms of whole tensors. (You et al. 2020, without the second moment.)"""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[parameter]
+            state["mean"] = state.get("mean", torch.zeros_like(parameter)).mul(0.9).add(parameter.grad, alpha=0.1)
+            parameter.add_(state["mean"] * (parameter.norm() / state["mean"].norm().clamp(min=1e-9)), alpha=-0.01)
+
+
+OPTIMIZERS = {
+    "lamb": Lamb,
+    "lbfgs": lambda parameters: torch.optim.LBFGS(parameters, 0.1, max_iter=3, line_search_fn="strong_wolfe"),
+    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=0.01),
+    "rprop": lambda parameters: torch.optim.Rprop(parameters, lr=0.01),
+}
+
+
+def optimize(axes: dict[str, int], zero: int) -> dict[str, float | str]:
+    found: dict[str, float | str] = {}
+    for name, make in OPTIMIZERS.items():
+        model = float64(Net)
+        reference = copy.deepcopy(model)
+        module = autopar.parallelize(model, Mesh(**axes), plan_for(axes, zero=zero))
+        try:
+            for each in (module, reference):
+                _train(each, each is module, make(each.parameters()))
+            found[name] = worst(module, reference)
+        except AutoparError as problem:
+            found[name] = str(problem)
+    return found
+
+
+def _train(model: Any, is_parallel: bool, optimizer: torch.optim.Optimizer) -> None:
+    for number in range(2):
+
+        def closure(number: int = number) -> Tensor:
+            optimizer.zero_grad()
+            if is_parallel:
+                return model.train_step(**batch(number))
+            loss = model(**batch(number))
+            loss.backward()
+            return loss
+
+        if isinstance(optimizer, torch.optim.LBFGS):
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("axes", "zero", "refused"),
+    [
+        ({"dp": 2}, 0, ()),
+        ({"dp": 2}, 3, ("adafactor", "rprop")),
+        ({"tp": 2}, 0, ("adafactor", "rprop")),
+        ({"pp": 2}, 0, ("lbfgs",)),
+    ],
+    ids=["dp", "zero3", "tp", "pp"],
+)
+def test_optimizers_are_right_or_refused(axes: dict[str, int], zero: int, refused: tuple[str, ...]) -> None:
+    for found in run_ranks(optimize, 2, axes, zero):
+        assert {name for name, result in found.items() if isinstance(result, str)} == set(refused), found
+        assert all("torch.optim" in str(found[name]) for name in refused)
+        assert max(result for result in found.values() if isinstance(result, float)) < 1e-12
