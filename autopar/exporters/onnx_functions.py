@@ -78,6 +78,7 @@ class Functions:
             **{target: partial(self._traced, target) for target in TRACED},
             aten.searchsorted.Tensor: searched,
             aten.histc.default: counted,
+            **{target: partial(parted, target) for target in (aten.split.Tensor, aten.split_with_sizes.default)},
         }
 
     def add_to(self, model: onnx.ModelProto, opset: int) -> None:
@@ -148,6 +149,17 @@ def counted(kinds: Sequence[Kind], x: Tensor, bins: int = 100, least: float = 0,
     inside = (x >= least) & (x <= most)
     hits = (place.unsqueeze(-1) == torch.arange(bins, dtype=x.dtype)) & inside.unsqueeze(-1)
     return hits.flatten(0, -2).sum(0).to(x.dtype)
+
+
+def parted(target: Any, kinds: Sequence[Kind], x: Tensor, sizes: Any, dim: int = 0) -> list[Tensor]:
+    """As ``torch.split``, by slices: a sequence of tensors in bfloat16 is no type of ONNX."""
+    if not isinstance(x.shape[dim], int):
+        return list(target(x, sizes, dim))
+    found, start = [], 0
+    for _, shape in kinds:
+        found.append(x.narrow(dim, start, shape[dim]))
+        start += shape[dim]
+    return found
 
 
 # ---------------------------------------------------------------- bodies

@@ -25,7 +25,7 @@ onnx_ir = pytest.importorskip("onnx_ir")
 
 from autopar.exporters import function_texts  # noqa: E402
 from autopar.exporters.onnx_dialects import to_tensorrt  # noqa: E402
-from autopar.exporters.onnx_functions import DOMAIN, TRACED, Functions, counted, searched  # noqa: E402
+from autopar.exporters.onnx_functions import DOMAIN, TRACED, Functions, counted, parted, searched  # noqa: E402
 from autopar.exporters.onnx_role import OPSET  # noqa: E402
 from tests.exporters.small_network import written  # noqa: E402
 
@@ -173,6 +173,14 @@ def test_what_torch_onnx_does_not_know() -> None:
     order = rows.argsort(1)
     wanted = torch.searchsorted(rows, rows, sorter=order, side="right", out_int32=True)
     assert torch.equal(searched([], rows, rows, sorter=order, side="right", out_int32=True), wanted)
+    pieces: list[tuple[Any, Any]] = [
+        (torch.ops.aten.split.Tensor, 3),
+        (torch.ops.aten.split_with_sizes.default, [1, 4, 2]),
+    ]
+    for target, sizes in pieces:
+        parts = target(rows.repeat(1, 2)[:, :7], sizes, -1)
+        made = parted(target, [(x.dtype, x.shape) for x in parts], rows.repeat(1, 2)[:, :7], sizes, -1)
+        assert all(torch.equal(one, other) for one, other in zip(made, parts, strict=True))
     numbers = torch.randint(-2, 9, (50,)).float()
     assert torch.equal(counted([], numbers, 7, 0, 6), torch.histc(numbers, 7, 0, 6))
 
