@@ -196,6 +196,7 @@ class UnmodifiedSteps:
                 grads = torch.autograd.grad(goal, list(parameters.values()), allow_unused=True)
                 found |= dict(zip(parameters, grads))
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
+        _load(model, self.state)
         return Outcome(output, loss, found, buffers)
 
     def _simulated(self, state: State, batch: Batch, seed: int) -> Outcome:
