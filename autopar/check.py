@@ -68,7 +68,7 @@ class Reference(UnmodifiedSteps):
         with promote_float32():
             if mesh.is_pipelined:
                 return pipelined(self.traced_part, mesh, plan, (), self.batch)
-            return finish_program(place(self.traced, mesh, plan))
+            return finish_program(place(self.traced, mesh, replace(plan, microbatches=1)))
 
     def check(self, mesh: Mesh, plan: Plan | None = None, steps: int = STEPS) -> Report:
         """Compare ``steps`` steps of :meth:`program`, simulated on all ranks. Raises what that raises."""
@@ -97,7 +97,8 @@ class Reference(UnmodifiedSteps):
             return None
         if plan.microbatch_weights == "rows":
             batches = microbatches.parts((), self.batch, program.mesh, plan)
-            return [float(share) for share in microbatches.shares([None], microbatches.rows(self.batch, batches, plan))]
+            rows = microbatches.rows(self.batch, batches, plan)
+            return [count / sum(rows) for count in rows]
         return list(step.shares) if self.draws else None
 
     def _scales(self, noise: Mapping[Name, float]) -> dict[Name, float]:

@@ -12,17 +12,17 @@ from autopar.choices import check_choices, check_names
 from autopar.frontend.fingerprint import fingerprint
 from autopar.frontend.observation import guards_of_traces
 from autopar.frontend.trace import trace
+from autopar.ir.batch import batches_of_rows
 from autopar.ir.graph_pass import run_phases, steps_of
 from autopar.ir.layout import Layout
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program, weight_layouts
-from autopar.ir.tables import InputKind
+from autopar.ir.tables import InputKind, Pins
 from autopar.mesh import Mesh
 from autopar.passes import COMPILER, differentiate
 from autopar.passes.cut_stages import cut_stages
-from autopar.passes.split_batch import split_batch
+from autopar.passes.weigh_microbatches import weigh_microbatches
 from autopar.pipeline import microbatches
 from autopar.pipeline.at_home import Homes
-from autopar.pipeline.mixed_rows import warn_of_mixed_rows
 from autopar.pipeline.stages import check_same_parameters, stages_of_nodes
 from autopar.plan import Plan
 
@@ -101,11 +101,12 @@ def pipelined(
     first, last = batches[0], batches[-1]
     with microbatches.explained(kwargs or {}, first, plan):
         one = traced(first)
-    warn_of_mixed_rows(replace(one, plan=plan), _with_split_batch)
-    program = _finished_pipeline(pinned(one, layouts, homes=homes), mesh, plan)
+    of_rows = retraced(lambda _, batch: traced(batch), one, (), first, plan)
+    program = _finished_pipeline(pinned(one, layouts, homes=homes, of_rows=of_rows), mesh, plan)
     if microbatches.rows(first, [first], plan) == microbatches.rows(first, [last], plan):
         return program
-    small = pinned(traced(last), {**(layouts or {}), **weight_layouts(program)}, stages_of_nodes(program))
+    held = {**(layouts or {}), **weight_layouts(program)}
+    small = pinned(traced(last), held, stages_of_nodes(program), of_rows=of_rows)
     tail = _finished_pipeline(small, mesh, plan)
     check_same_parameters(program, tail)
     return replace(program, tail=tail)
@@ -117,13 +118,24 @@ def _finished_pipeline(traced: Program, mesh: Mesh, plan: Plan) -> PipelinedProg
     return program
 
 
-def _with_split_batch(traced: Program, mesh: Mesh) -> AnyProgram:
-    program: AnyProgram = replace(
-        traced, mesh=mesh, plan=replace(traced.plan, zero=0, on_unknown="replicate", outputs="sharded")
-    )
-    for _, step in steps_of(COMPILER, until=split_batch.name):
-        program = step(program)  # not run_phases: a failure leaves no evidence behind, it only ends the question
-    return program
+def retraced(
+    again: Callable[[Sequence[Any], Mapping[str, Any]], Program],
+    known: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    plan: Plan,
+) -> Callable[[int], Program]:
+    """What traces the call of ``known`` ``again`` with any number of rows, up to the pass that asks for it."""
+
+    def traced(rows: int) -> Program:
+        resized = batches_of_rows(known, args, kwargs, rows)
+        program: AnyProgram = replace(again(*resized), mesh=Mesh(), plan=plan)
+        for _, step in steps_of(COMPILER, until=weigh_microbatches.name)[:-1]:
+            program = step(program)  # not run_phases: a failure leaves no evidence behind, it only ends the question
+        assert isinstance(program, Program)
+        return program
+
+    return traced
 
 
 def split_program(
@@ -148,7 +160,13 @@ def split_program(
         args, kwargs = (), microbatches.parts(args, kwargs or {}, mesh, plan or Plan())[0]
     traced = trace(model, args, kwargs, mesh, plan)
     check_names(traced)
-    return run_phases(_with_source(pinned(traced, layouts)), COMPILER, until=after)
+    quick = replace(plan or Plan(), check_numerics=False)
+
+    def again(given: Sequence[Any], named: Mapping[str, Any]) -> Program:
+        return trace(model, given, named, mesh, quick)
+
+    of_rows = retraced(again, traced, args, kwargs or {}, traced.plan)
+    return run_phases(pinned(_with_source(traced), layouts, of_rows=of_rows), COMPILER, until=after)
 
 
 def pinned(
@@ -156,16 +174,18 @@ def pinned(
     layouts: Mapping[str, Layout] | None,
     stages: Mapping[str, int] | None = None,
     homes: Homes | None = None,
+    of_rows: Callable[[int], Program] | None = None,
 ) -> Program:
     """``traced`` with the decisions that the passes must keep, see :class:`autopar.ir.tables.Pins`."""
     at = {name: tuple(numbers) for name, numbers in (homes or {}).items()}
-    pins = replace(traced.pins, layouts=dict(layouts or {}), stages=dict(stages or {}), homes=at)
-    return replace(traced, pins=pins)
+    pinned = Pins(dict(layouts or {}), traced.pins.dtypes, dict(stages or {}), at, of_rows)
+    return replace(traced, pins=pinned)
 
 
 def _with_source(traced: Program) -> Program:
     """``traced``, which keeps itself as it is now, on one rank; passes work on copies of its graph."""
-    return replace(traced, source=replace(traced, mesh=Mesh(), source=None))
+    pins = replace(traced.pins, of_rows=None)  # which holds the model
+    return replace(traced, source=replace(traced, mesh=Mesh(), source=None, pins=pins))
 
 
 def place(traced: Program, mesh: Mesh, plan: Plan) -> AnyProgram:

@@ -29,6 +29,7 @@ from autopar.ir.program import AnyProgram
 from autopar.ir.traffic import Transfer
 from autopar.mesh import PIPELINE, Mesh
 from autopar.pipeline import microbatches
+from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import first_ranks
 from autopar.plan import Plan
 from autopar.runtime.accumulate import Accumulation
@@ -135,13 +136,13 @@ class ParallelModule(nn.Module):
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _loss(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight | None = None) -> Tensor:
         """The loss alone: the program makes no other outputs, unless a hook of the user's is to see them."""
         hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
         if any(hooks) or not torch.is_grad_enabled() or self._connection is None:
             return loss_of(self(*args, **kwargs))
         call = self._signature.call(args, kwargs)
-        return self._executable(call).loss(call.tensors, self._seed())
+        return self._executable(call).loss(call.tensors, self._seed(), weight)
 
     def _pipelined(self, call: Call, trains: bool) -> Any:
         """A step of the pipeline: the loss, or the model's output."""
@@ -159,12 +160,12 @@ class ParallelModule(nn.Module):
 
     def _train_in_parts(self, call: Call) -> Tensor:
         batches = self._microbatches(call)
-        shares = self._shares(call, batches)
+        weights = self._weights(call, batches)
         total: Tensor | None = None
-        for place, (batch, share) in enumerate(zip(batches, shares)):
+        for place, (batch, weight) in enumerate(zip(batches, weights)):
             last = place == len(batches) - 1
             with nullcontext() if last else self.no_sync():
-                loss = self._loss((), dict(batch)) * share
+                loss = self._loss((), dict(batch), weight) * weight.loss
                 loss.backward()  # type: ignore[no-untyped-call]
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
@@ -174,14 +175,13 @@ class ParallelModule(nn.Module):
         local = self.plan.inputs == "local"
         return microbatches.parts(call.args, call.kwargs, self.mesh, self.plan, local=local)
 
-    def _shares(self, whole: Call, batches: list[dict[str, Any]]) -> list[Tensor | float]:
+    def _weights(self, whole: Call, batches: list[dict[str, Any]]) -> list[Weight]:
         if self._connection is None:
             raise not_launched(self.mesh)
-        counts = []
-        for batch in batches:
-            call = self._signature.call((), batch)
-            counts.append(self._executable(call).count(call.tensors))
-        return microbatches.shares(counts, microbatches.rows(whole.kwargs, batches, self.plan))
+        calls = [self._signature.call((), batch) for batch in batches]
+        counted = [self._executable(call).counts(call.tensors) for call in calls]
+        program = self._executable(calls[0]).program
+        return microbatches.weights(program, counted, microbatches.rows(whole.kwargs, batches, self.plan))
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Inside this context, gradients are added up without communication over the data axes.

@@ -82,7 +82,8 @@ class Plan:
             one that is computed of them is that of one device, else (and with ``inputs="local"``) sharded.
         on_unknown: what to do with an operator without a rule: ``"error"`` or ``"replicate"``.
         on_indivisible: what to do with an attention or a large weight that ``tp`` cannot split, since its heads or
-            sizes do not divide: ``"error"``, or ``"replicate"``: every rank does it whole, and a warning says so.
+            sizes do not divide: ``"error"``, or ``"replicate"``: every rank does it whole, and a warning says so;
+            ``"auto"``: the latter for up to a fifth of the parameters, an error for more.
         check_numerics: compare the traced graph with the eager model once, on the example inputs.
         bucket_mb: gradients are reduced together in buckets of this many megabytes; 0: each by itself.
         overlap_mb: megabytes that collectives under way may hold: parameters are gathered ahead of their use, and
@@ -119,7 +120,7 @@ class Plan:
     sequence_dims: Mapping[str, int | None] = field(default_factory=dict)
     outputs: str = "auto"
     on_unknown: str = "error"
-    on_indivisible: str = "error"
+    on_indivisible: str = "auto"
     check_numerics: bool = True
     bucket_mb: float = 25.0
     overlap_mb: float = 64.0
@@ -140,7 +141,7 @@ class Plan:
         _one_of("outputs", self.outputs, OUTPUT_FORMS)
         _one_of("initial", self.initial, INITIAL_FORMS)
         _one_of("on_unknown", self.on_unknown, FALLBACKS)
-        _one_of("on_indivisible", self.on_indivisible, FALLBACKS)
+        _one_of("on_indivisible", self.on_indivisible, ("auto", *FALLBACKS))
         for pattern, form in self.tensor.items():
             _one_of(f"tensor[{pattern!r}]", form, TENSOR_FORMS)
         if not isinstance(self.precision, Precision):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopar.compiler import finish_program, place
+from autopar.compiler import finish_program, pinned, place, retraced
 from autopar.errors import InvariantError
 from autopar.frontend.double_copy import double_copy
 from autopar.frontend.numerics import GraphErrors, graph_errors, promote_float32
@@ -32,6 +32,7 @@ from autopar.mesh import Mesh
 from autopar.pipeline import microbatches
 from autopar.plan import Plan
 from autopar.simulate import simulate
+from autopar.simulator.parts import counts_of
 
 STEP = 0.01  # of the size of all parameters: how far a step of the optimizer goes
 ROUNDINGS = 3  # steps that round otherwise
@@ -116,14 +117,18 @@ class UnmodifiedSteps:
     def in_parts(self, program: AnyProgram, state: State, shares: Sequence[float]) -> Outcome:
         """The step that accumulates the gradients of the microbatches of ``program``, with these weights."""
         batches = microbatches.parts((), self.batch, program.mesh, program.plan)
-        found = [self._of(state, batch, seed) for seed, batch in enumerate(batches)]
+        found = (
+            self._weighed(program, state, batches)
+            if self.draws and program.is_weighed
+            else [self._of(state, batch, seed) for seed, batch in enumerate(batches)]
+        )
         losses = [outcome.loss * share for outcome, share in zip(found, shares) if outcome.loss is not None]
         last = found[-1]
 
         def joined(*parts: Any) -> Any:
             if parts[-1] is last.loss:
                 return torch.stack(losses).sum()
-            return microbatches.together(parts) if isinstance(parts[-1], Tensor) else parts[-1]
+            return microbatches.together("", parts, None) if isinstance(parts[-1], Tensor) else parts[-1]
 
         output = pytree.tree_map(joined, *(outcome.output for outcome in found))
         grads = {name: _weighted([one.grads[name] for one in found], shares) for name in last.grads}
@@ -199,6 +204,25 @@ class UnmodifiedSteps:
         _load(model, self.state)
         return Outcome(output, loss, found, buffers)
 
+    def _weighed(self, program: AnyProgram, state: State, batches: Sequence[Batch]) -> list[Outcome]:
+        """The steps of the microbatches on one device, each a summand of that of the batch."""
+        rows = microbatches.rows(self.batch, batches, program.plan)
+        plan = Plan(microbatches=len(batches), batch_dims=program.plan.batch_dims)
+        alone: list[Program] = []
+        for batch in batches:
+            traced = self.traced_part(batch)
+            again = retraced(lambda _, resized: self.traced_part(resized), traced, (), batch, plan)
+            with promote_float32():
+                whole = finish_program(place(pinned(traced, None, of_rows=again), Mesh(), plan))
+            assert isinstance(whole, Program)
+            alone.append(whole)
+        counted = [counts_of(one, state, (), batch) for one, batch in zip(alone, batches)]
+        weights = microbatches.weights(alone[0], counted, rows)
+        return [
+            self._outcome(one, state, batch, seed, weight.wholes)
+            for seed, (one, batch, weight) in enumerate(zip(alone, batches, weights))
+        ]
+
     def _simulated(self, state: State, batch: Batch, seed: int) -> Outcome:
         """The step of the program for one device."""
         traced = self.traced_part(batch)
@@ -207,8 +231,14 @@ class UnmodifiedSteps:
                 program = finish_program(place(traced, Mesh(), Plan()))
                 assert isinstance(program, Program)
                 self._alone[id(traced)] = program
-            alone = self._alone[id(traced)]
-            step = simulate(alone, state, (), batch, seed=seed, tangents=self.tangents(alone), emitted=False)
+        return self._outcome(self._alone[id(traced)], state, batch, seed)
+
+    def _outcome(
+        self, alone: Program, state: State, batch: Batch, seed: int, wholes: Mapping[str, Tensor] | None = None
+    ) -> Outcome:
+        tangents = self.tangents(alone)
+        with promote_float32():
+            step = simulate(alone, state, (), batch, seed=seed, tangents=tangents, emitted=False, wholes=wholes)
         every: dict[str, Tensor | None] = {name: None for name, _ in self.model.named_parameters()}
         return Outcome(step.output, step.loss, {**every, **step.grads}, step.buffers)
 

@@ -31,6 +31,7 @@ def simulate(
     tangents: Sequence[Tensor] | None = None,
     seed: int = 0,
     emitted: bool = True,
+    wholes: Mapping[str, Tensor] | None = None,
 ) -> Step:
     """One step of a differentiated program (``program.role``) on all ranks of its mesh.
 
@@ -40,14 +41,15 @@ def simulate(
         backward: False runs the inference graph.
         tangents: whole gradients of the differentiable outputs; ones by default (right for a loss).
         seed: the step's seed for dropout.
+        wholes: what the call is weighed with, as a part of a batch (``InputKind.WHOLE``); by default it is the batch.
         emitted: run also the code that ranks run (:mod:`autopar.simulator.emitted`), and compare.
 
     Raises InvariantError where ranks that should hold the same value do not, or where the code gives something else
     than the graphs that it was written from; KeyError or ValueError for a tensor that is missing or of another shape.
     """
-    step = _simulated(program, Lockstep, parameters, args, kwargs or {}, backward, tangents, seed)
+    step = _simulated(program, Lockstep, parameters, args, kwargs or {}, backward, tangents, seed, wholes)
     if emitted:
-        run = _simulated(program, EmittedLockstep, parameters, args, kwargs or {}, backward, tangents, seed)
+        run = _simulated(program, EmittedLockstep, parameters, args, kwargs or {}, backward, tangents, seed, wholes)
         _refuse_other_numbers(step, run)
     return step
 
@@ -61,6 +63,7 @@ def _simulated(
     backward: bool,
     tangents: Sequence[Tensor] | None,
     seed: int,
+    wholes: Mapping[str, Tensor] | None,
 ) -> Step:
     if isinstance(program, PipelinedProgram):
         from autopar.simulator.pipelined import simulate_pipeline
@@ -68,7 +71,7 @@ def _simulated(
         return simulate_pipeline(program, parameters, args, kwargs, backward=backward, seed=seed, make=make)
     role = program.required_role
     lockstep = make(program.mesh)
-    inputs = rank_inputs(program, parameters, args, kwargs, seed)
+    inputs = rank_inputs(program, parameters, args, kwargs, seed, wholes=wholes)
     trains = backward and role.backward is not None
     with torch.no_grad():
         graph, inputs = gathered_once(program, role.forward if trains else role.inference, lockstep, inputs)

@@ -40,6 +40,7 @@ from autopar.passes.stack_experts import stack_experts
 from autopar.passes.stack_parameters import stack_parameters
 from autopar.passes.synchronise_batch_norm import synchronise_batch_norm
 from autopar.passes.unstack_recurrent_layers import unstack_recurrent_layers
+from autopar.passes.weigh_microbatches import weigh_microbatches
 from autopar.passes.write_bags import write_bags
 from autopar.passes.write_losses_as_sums import write_losses_as_sums
 
@@ -62,8 +63,9 @@ COMPILER = (
             unstack_recurrent_layers,  # the dropout between layers becomes a node
             expand_composites,  # operators that no pass and no rule knows become ones that have rules
             draw_dropout,  # masks from positions, so that they do not depend on the mesh
-            synchronise_batch_norm,  # statistics of the whole batch, before the batch is split
             write_losses_as_sums,  # a mean must stay a mean over all tokens once tokens are split
+            weigh_microbatches,  # while a sum over rows is one operator, and statistics of the batch are another
+            synchronise_batch_norm,  # statistics of the whole batch, before the batch is split
         ),
         TRACED,
     ),

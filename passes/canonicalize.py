@@ -152,6 +152,7 @@ REWRITES: dict[Any, Rewrite] = {
     aten.contiguous.default: nothing,
     aten.clone.default: copy,
     aten.detach.default: detach,
+    aten.zero.default: created(0),
     aten.new_empty.default: created(0),
     aten.new_zeros.default: created(0),
     aten.new_ones.default: created(1),

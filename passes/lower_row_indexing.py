@@ -1,7 +1,8 @@
 """Write look-ups of rows by position, and writes under a mask, as operators in which a batch can be split.
 
 An index of two tensors requires all of ``x``, although each row reads only itself (``gather``), or all rows read the
-same (``index_select``). ``x[mask] = number`` becomes a choice for each element. Other indices stay.
+same (``index_select``). ``x[mask] = value`` becomes a choice for each element, and ``masked_scatter`` a choice between
+an element and the one whose turn it is. Other indices stay.
 
 before:
   x     = input x                              : f32[4,5,3]
@@ -95,18 +96,48 @@ def _counts_rows(node: fx.Node, rows: int) -> bool:
 
 
 def _index_put(node: fx.Node) -> fx.Node | None:
-    """``x[mask] = number``: element by element, where an index would require all of x."""
+    """``x[mask] = value``, one value for all that is written: element by element, where an index requires all of x."""
     source, slots = operand(node), node.args[1]
     assert isinstance(slots, (list, tuple))
     mask, written = slots[0], operand(node, 2)
     adds = node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False)
-    if len(slots) != 1 or not isinstance(mask, fx.Node) or value(mask).dtype is not torch.bool:
+    if len(slots) != 1 or not isinstance(mask, fx.Node) or value(mask).dtype is not torch.bool or adds:
         return None
-    if value(written).shape not in ((), (1,)) or adds:
-        return None
-    op, rank = Builder(before=node), len(value(source).shape)
-    mask = op.reshape(mask, *value(mask).shape, *[1] * (rank - len(value(mask).shape)))
-    return op(aten.where.self, mask, op.reshape(written), source)
+    rank, chosen = len(value(source).shape), len(value(mask).shape)
+    shape = value(written).shape
+    if len(shape) > rank - chosen + 1 or (len(shape) == rank - chosen + 1 and shape[0] != 1):
+        return None  # a value for each place: how many there are, only the mask says
+    op = Builder(before=node)
+    row = op.reshape(written, *shape[1:]) if len(shape) > rank - chosen else written
+    return op(aten.where.self, op.reshape(mask, *value(mask).shape, *[1] * (rank - chosen)), row, source)
 
 
-LOWERED: dict[Any, Any] = {aten.index.Tensor: _index, aten.index_put.default: _index_put}
+def _masked_scatter(node: fx.Node) -> fx.Node:
+    """The n-th place under the mask takes the n-th element of ``given``; the n-th row, where whole rows are masked."""
+    source, mask, given = (operand(node, position) for position in range(3))
+    op, shape = Builder(before=node), value(source).shape
+    rows = _rows_of_mask(mask, shape)
+    width = shape[-1] if rows is not None and math.prod(value(given).shape) % shape[-1] == 0 else 1
+    marks = rows if rows is not None and width > 1 else op(aten.expand.default, mask, list(shape))
+    places = math.prod(value(marks).shape)
+    found = op(aten.reshape.default, given, [-1, width])
+    counted = op(aten.cumsum.default, op.cast(op(aten.reshape.default, marks, [places]), torch.int64), 0)
+    last = value(found).shape[0] - 1
+    picks = op(aten.clamp.default, op(aten.sub.Tensor, counted, 1), 0, last)
+    taken = op(aten.reshape.default, op(aten.index_select.default, found, 0, picks), list(shape))
+    return op(aten.where.self, mask, taken, source)
+
+
+def _rows_of_mask(mask: fx.Node, shape: tuple[int, ...]) -> fx.Node | None:
+    """The mask as it is for each row: of size 1 in the last dim, then expanded."""
+    node = mask
+    while node.target is aten.expand.default and value(node).shape[-1] != 1:
+        node = operand(node)
+    return node if value(node).shape == (*shape[:-1], 1) else None
+
+
+LOWERED: dict[Any, Any] = {
+    aten.index.Tensor: _index,
+    aten.index_put.default: _index_put,
+    aten.masked_scatter.default: _masked_scatter,
+}

@@ -42,7 +42,7 @@ def split_tensors(program: Program) -> Program:
 
     def check(flow: Flow, choice: Choice) -> None:
         refuse_whole_weights(flow, choice, policy.form)
-        if program.plan.on_indivisible == "error" and not program.plan.tensor:  # else as the plan asks
+        if program.plan.on_indivisible != "replicate" and not program.plan.tensor:  # else as the plan asks
             refuse_idle_axis(flow, choice, least=0.0, of_attention=0.0)  # one head of keys stays whole
 
     return split_axis(program, policy, check)

@@ -18,6 +18,7 @@ after:
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -26,11 +27,13 @@ from autopar import operators
 from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.invariants import nothing_is_placed
+from autopar.ir.label_counts import label_count
 from autopar.ir.node import value
 from autopar.ir.program import Program
 
 aten = torch.ops.aten
 _MEAN, _SUM = 1, 2
+NLL = (aten.nll_loss.default, aten.nll_loss_nd.default, aten.nll_loss2d.default)
 
 
 @graph_pass(requires=(nothing_is_placed,))
@@ -38,6 +41,8 @@ def write_losses_as_sums(program: Program) -> Program:
     for node in list(program.graph.nodes):
         if node.target is aten.cross_entropy_loss.default:
             _rewrite(node)
+        elif node.target in NLL:
+            _rewrite_likelihoods(node)
         elif node.target is aten.mse_loss.default:
             _rewrite_squares(node)
     program.graph.eliminate_dead_code()
@@ -63,6 +68,20 @@ def _rewrite(node: fx.Node) -> None:
 
 def _is_floating(target: object) -> bool:
     return isinstance(target, fx.Node) and value(target).dtype.is_floating_point
+
+
+def _rewrite_likelihoods(node: fx.Node) -> None:
+    """nll_loss of chances -> the sum over the labels that count, over their number or the weights of their classes."""
+    names = ("self", "target", "weight", "reduction", "ignore_index")
+    given: dict[str, Any] = {**dict(zip(names, (None, None, None, _MEAN, -100))), **dict(zip(names, node.args))}
+    given |= node.kwargs
+    if given["reduction"] != _MEAN:
+        return
+    op = Builder(before=node)
+    target, weight, ignored = given["target"], given["weight"], given["ignore_index"]
+    total = op(node.target, given["self"], target, weight, _SUM, ignored)
+    count = label_count(op, target, weight, ignored, value(node).dtype)
+    node.replace_all_uses_with(op(aten.div.Tensor, total, count, name="div_tensor"))
 
 
 def _rewrite_squares(node: fx.Node) -> None:

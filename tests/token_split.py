@@ -20,8 +20,8 @@ from autopar.ir.graph_pass import graph_pass
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.passes import COMPILER
-from autopar.passes.split_batch import _BatchPolicy
 from autopar.passes.split_sequence import split_sequence
+from autopar.split.batch_policy import BatchPolicy
 from autopar.split.split_axis import split_axis
 
 
@@ -40,7 +40,7 @@ def tokens_split(*only: str) -> Iterator[None]:
     @graph_pass()
     def split_tokens(program: Program) -> Program:
         inputs = [n.name for n, entry in program.placeholders(InputKind.INPUT) if not only or entry.target in only]
-        return split_axis(program, _BatchPolicy("sp", dict.fromkeys(inputs, 1)))
+        return split_axis(program, BatchPolicy("sp", dict.fromkeys(inputs, 1)))
 
     phases = []
     for phase in COMPILER:

@@ -31,8 +31,9 @@ from autopar.exporters.whole_tensors import WholeTensors
 from autopar.exporters.wiring import input_name, output_name
 from autopar.ir.layout import shard
 from autopar.ir.node import value
-from autopar.ir.program import AnyProgram
+from autopar.ir.program import AnyProgram, Program
 from autopar.ir.tables import InputKind, OutputKind
+from autopar.simulator.parts import wholes_of
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2}  # relative to the largest element
 
@@ -72,9 +73,19 @@ def verify(job: Job, found: Parts) -> Verified:
         model_in_float32(world)
     tensors = job.tensors or WholeTensors(_random_weights(job.program), made=job.program.made_buffers)
     inputs = random_tensors(described(job.program), (InputKind.INPUT, InputKind.SEED))
+    inputs |= _of_the_batch(described(job.program), tensors, inputs)
     feeds = _feeds(replace(job, tensors=tensors, weights="safetensors"), found, inputs)
     wanted = expected(job.program, tensors, inputs)
     return Verified(_errors(found, _run(world, feeds), wanted.outputs), wanted.against, promoted)
+
+
+def _of_the_batch(program: Program, tensors: WholeTensors, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What a microbatch that is the whole batch is weighed with, by target."""
+    if not any(program.placeholders(InputKind.WHOLE)):
+        return {}
+    buffers = program.counts.placeholders(InputKind.BUFFER) if program.counts is not None else ()
+    held = {entry.target: tensors.find(entry.names, value(node).shape) for node, entry in buffers}
+    return wholes_of(program, [inputs[entry.target] for _, entry in program.placeholders(InputKind.INPUT)], held)
 
 
 def _random_weights(program: AnyProgram) -> dict[str, Tensor]:

@@ -77,14 +77,23 @@ def gradient_error(
         if found is None or expected is None:
             difference = max(_largest(found), _largest(expected))
         else:
-            difference = _largest(_dense(found).detach() - _dense(expected).detach().to(found.device))
+            difference = _largest(_difference(_dense(found).detach(), _dense(expected).detach().to(found.device)))
         scale = max(_largest(expected), floor, scales.get(name, 0.0))
         errors[name] = difference / scale if scale else (float("inf") if difference else 0.0)
     return errors
 
 
 def _largest(tensor: Tensor | None) -> float:
-    return 0.0 if tensor is None or tensor.numel() == 0 else float(_dense(tensor).detach().abs().max())
+    """The largest element, of those that are numbers."""
+    if tensor is None or tensor.numel() == 0:
+        return 0.0
+    return float(_dense(tensor).detach().abs().nan_to_num(nan=0.0, posinf=torch.inf).max())
+
+
+def _difference(found: Tensor, wanted: Tensor) -> Tensor:
+    """``found - wanted``; none where both are infinite or no number, infinite where one of them is no number."""
+    same = (found == wanted) | (found.isnan() & wanted.isnan())
+    return (found - wanted).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).masked_fill(same, 0)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -204,10 +213,8 @@ def _output_errors(found: Any, expected: Any) -> dict[str, float]:
     errors = {}
     for (path, reference), tensor in pairs:
         if isinstance(reference, Tensor):
-            now, then = tensor.detach().double(), reference.detach().double()
-            same = (now == then) | (now.isnan() & then.isnan())
-            difference = (now - then).masked_fill(same, 0)
-            errors[pytree.keystr(path)] = _largest(difference) / (_largest(then) or 1.0)
+            difference = _difference(tensor.detach().double(), reference.detach().double())
+            errors[pytree.keystr(path)] = _largest(difference) / (_largest(reference.detach().double()) or 1.0)
     return errors
 
 

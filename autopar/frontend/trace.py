@@ -234,7 +234,7 @@ def _program(exported: ExportedProgram, model: nn.Module, mesh: Mesh, plan: Plan
     in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
     assert in_spec is not None and out_spec is not None
     entries, static_inputs = _inputs(exported, _input_paths(model, in_spec))
-    inputs = _merge_tied(entries, model)
+    inputs = _merge_tied(_dense(entries, model), model)
     returned, outputs, static_outputs = _outputs(exported, out_spec)
     graph = _copied(exported.graph, list(inputs.values()), returned)
     names = [node.name for node in graph.nodes if node.op == "placeholder"]  # 'input' has become 'input_1'
@@ -275,6 +275,14 @@ def _inputs(exported: ExportedProgram, paths: list[str]) -> tuple[dict[Input, fx
         found.append((Input(node.name, kind, target), node))
     order = list(INPUT_KINDS.values())
     return dict(sorted(found, key=lambda pair: order.index(pair[0].kind))), tuple(static)
+
+
+def _dense(entries: dict[Input, fx.Node], model: nn.Module) -> dict[Input, fx.Node]:
+    """``entries`` without the sparse buffers that forward does not read: a program has dense tensors."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    idle = [e for e, node in entries.items() if e.kind is InputKind.BUFFER and not node.users]
+    sparse = {entry for entry in idle if buffers[entry.target].layout is not torch.strided}
+    return {entry: node for entry, node in entries.items() if entry not in sparse}
 
 
 def _merge_tied(entries: dict[Input, fx.Node], model: nn.Module) -> dict[Input, list[fx.Node]]:

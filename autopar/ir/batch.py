@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from autopar.ir.node import value
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
 from autopar.mesh import DATA_AXES, SEQUENCE, Mesh
 from autopar.plan import Plan
 
@@ -51,6 +57,29 @@ def batch_dims(shapes: Sequence[tuple[str, Sequence[int]]], given: Mapping[str, 
     lengths = Counter(shape[0] for name, shape in shapes if len(shape) and name not in given)
     usual = lengths.most_common(1)[0][0] if lengths else None
     return [given[name] if name in given else 0 if len(shape) and shape[0] == usual else None for name, shape in shapes]
+
+
+def rows_of(program: Program) -> int | None:
+    """The rows of the batch that a program takes; None where no input has any."""
+    shapes = [(entry.target, value(node).shape) for node, entry in program.placeholders(InputKind.INPUT)]
+    dims = batch_dims(shapes, program.plan.batch_dims)
+    return next((shape[dim] for (_, shape), dim in zip(shapes, dims) if dim is not None), None)
+
+
+def batches_of_rows(
+    program: Program, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the call that ``program`` was traced with, with another number of rows: the first ones again."""
+    shapes = [(entry.target, value(node).shape) for node, entry in program.placeholders(InputKind.INPUT)]
+    dims = iter(batch_dims(shapes, program.plan.batch_dims))
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    static = {position for position, _ in program.static_inputs}
+    for position, leaf in enumerate(leaves):
+        dim = next(dims) if position not in static else None
+        if dim is not None:
+            leaves[position] = leaf.detach().index_select(dim, torch.arange(rows, device=leaf.device) % leaf.shape[dim])
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
+    return found
 
 
 def sequence_dims(

@@ -16,8 +16,8 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -199,7 +199,7 @@ def run_phases(
     steps, dumped = steps_of(phases, since, until), _dumped(phases)
     if since is None and phases:
         phases[0].level.check(program, TRACE)
-    with no_collection(), torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode is
+    with no_collection(), _as_usual():
         for phase, step in steps:
             try:
                 after = phase.run(step, program)
@@ -218,6 +218,14 @@ def run_phases(
 def run_passes(program: AnyProgram, passes: Iterable[Pass[Any, Any]]) -> AnyProgram:
     """``program`` after ``passes``, in order, as :func:`run_phases` runs them."""
     return run_phases(program, (Phase("", tuple(passes)),))
+
+
+@contextmanager
+def _as_usual() -> Iterator[None]:
+    """Whatever the caller's mode: gradients flow, and autocast, whose casts are nodes by now, casts nothing again."""
+    cpu, cuda = (torch.autocast(device, enabled=False) for device in ("cpu", "cuda"))
+    with torch.inference_mode(False), torch.enable_grad(), cpu, cuda:
+        yield
 
 
 # ---------------------------------------------------------------- checks

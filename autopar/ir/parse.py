@@ -30,8 +30,9 @@ from autopar.schedules.text import parse_schedule
 HEADER = re.compile(r"program mesh\(([^()]*)\)( nograd)?\s*(#.*)?")
 RETURN = re.compile(r"\s*return\b")  # continues in the next line if it ends in a comma
 SECTION = re.compile(r"(forward|backward|inference):\s*(#.*)?")
-PART = re.compile(r"(stage|schedule|tail|remainder)\b")  # begins a section of a pipelined program
+PART = re.compile(r"(counts|stage|schedule|tail|remainder)\b")  # begins a section of a pipelined program
 STAGE = re.compile(r"stage \d+ of \d+")
+COUNTS = "counts"
 TAILS = ("tail", "remainder")  # the name of the program of smaller last microbatches, now and in older files
 
 Lines = list[tuple[int, str]]
@@ -58,6 +59,10 @@ def parse(
     (_, whole), *others = _programs(source)
     reading = partial(GraphReader, origins=origins, operators=operators)
     program = _program(whole, plan, given, reading)
+    if others and others[0][0] == COUNTS:
+        _, lines = others.pop(0)
+        lines[0] = lines[0][0], lines[0][1].replace(COUNTS, "program", 1)
+        program = replace(program, counts=_program(lines, plan, given, reading))
     if not others:
         return program
     stages: list[Program] = []

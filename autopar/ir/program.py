@@ -61,6 +61,8 @@ class _Program:
     fingerprint: Fingerprint | None = None  # of the model and the call, once it is compiled
     made_buffers: Mapping[str, Tensor] = field(default_factory=dict)  # that no state dict has, as the model made them
     source: Program | None = None  # the model as it was traced, on one rank, before any pass
+    counts: Program | None = None  # of one microbatch: the summands of its ``InputKind.WHOLE``
+    joins: Mapping[str, str] = field(default_factory=dict)  # output -> how those of microbatches are joined
 
     # ------------------------------------------------------------ asking
 
@@ -93,6 +95,11 @@ class _Program:
         """Whether outputs for users are whole on every rank, see :attr:`autopar.plan.Plan.outputs`."""
         without_loss = self.plan.inputs == "global" and self.loss is None
         return self.plan.outputs == "full" or self.plan.outputs == "auto" and without_loss
+
+    @property
+    def is_weighed(self) -> bool:
+        """Whether the loss of a microbatch is a summand of that of the batch (``weigh_microbatches``)."""
+        return bool(self.joins) or any(entry.kind is InputKind.WHOLE for entry in self.inputs)
 
     # ------------------------------------------------------------ what users call; done by rooms above
 
@@ -275,6 +282,8 @@ def format_program(program: AnyProgram, *, origins: bool = False, form: Callable
     :mod:`autopar.program_files.program_file`.
     """
     sections = list(_program_sections(program, "program", origins, form))
+    if program.counts is not None:
+        sections += _program_sections(program.counts, "counts", origins, form)
     if isinstance(program, PipelinedProgram):
         for number, stage in enumerate(program.stages):
             sections += _program_sections(stage, f"stage {number} of {len(program.stages)}", origins, form)

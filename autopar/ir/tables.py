@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx
 
 from autopar.ir.layout import Layout
+
+SHARE = "share"  # float64: the rows of a microbatch among those of the batch
 
 
 class InputKind(enum.Enum):
@@ -18,6 +21,7 @@ class InputKind(enum.Enum):
     BUFFER = "buffer"
     CONSTANT = "const"
     INPUT = "input"
+    WHOLE = "whole"  # of a microbatch: a sum over the whole batch, by its number, or SHARE
     SEED = "seed"  # int64 scalar from which dropout masks are drawn, a new one each step
     RECEIVED = "recv"  # of a pipeline stage: a value of another one
 
@@ -113,12 +117,14 @@ class Pins:
         dtypes: node name -> dtype at the border of a parameter or an input, where the graph computes in another.
         stages: node name -> pipeline stage, so that parameters stay where another program has put them.
         homes: parameter or buffer -> the pipeline stages that hold it already, for a program of other nodes.
+        of_rows: gives the model traced for another number of rows, as it is before a batch is weighed.
     """
 
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     stages: Mapping[str, int] = field(default_factory=dict)
     homes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    of_rows: Callable[[int], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ Gradients: by default parameters of floating dtype require them, and so does wha
 that differs is followed by ``grad`` or ``nograd``. ``nograd`` in the header: no value of the graph requires a gradient.
 Sections ``forward:``, ``backward:``, ``inference:`` follow for each role once the program is differentiated; gradients
 are computed explicitly there, so types say nothing about them. A pipelined program goes on with ``stage 0 of 2
-mesh(...)`` and so on, each as a program, the ``schedule``, and a ``tail mesh(...)`` for smaller last microbatches.
+mesh(...)`` and so on, each as a program, the ``schedule``, and a ``tail mesh(...)`` for smaller last microbatches. What
+a microbatch adds to sums over the batch (:mod:`autopar.pipeline.microbatches`) has a ``counts mesh()`` of its own.
 """
 
 from __future__ import annotations

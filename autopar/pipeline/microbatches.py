@@ -1,37 +1,37 @@
-"""One batch in several parts that run one after the other: the cut, and the weight of each part.
+"""One batch in several parts that run one after the other: the cut, and what each part counts for.
 
-A mean over all tokens is not a mean of means where parts have different numbers of tokens: part i has the weight
-count_i / (count_1 + ... + count_m), which is known before any backward pass, since counts depend on labels alone. A
-loss with a term over the whole batch that is no mean (the balance of a router, a product of two means) has no such
-weights.
+A mean over all tokens is not a mean of means where parts have different numbers of tokens. The loss of a part is a
+summand of that of the batch once it is divided by what the whole batch counts (``weigh_microbatches``): counts depend
+on labels alone, so they are known, and added up, before the first forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from autopar.autodiff.partition import extract
 from autopar.errors import IndivisibleError, InvariantError, TraceError
-from autopar.ir import collectives as comm
 from autopar.ir.batch import batch_dims, data_ways
-from autopar.ir.node import Node, origin, output_node
-from autopar.ir.program import Program
-from autopar.ir.reach import ancestors
-from autopar.ir.tables import InputKind
+from autopar.ir.node import origin, output_node
+from autopar.ir.program import AnyProgram, Program
+from autopar.ir.tables import SHARE, InputKind
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 
-aten = torch.ops.aten
-PASSING = (aten._to_copy.default, comm.OPS.wait.default)
-REDUCING = comm.started_too(comm.REDUCTIONS)
-SCALING = (aten.div.Scalar, aten.mul.Scalar, aten.neg.default)
-SUMS = (aten.add.Tensor, aten.sub.Tensor)
-MEANS = (aten.mean.default, aten.mean.dim)
+MIXED, SAME, SUM = "mixed", "same", "sum"  # how outputs are joined; else the dim of their rows
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What one part counts for: ``loss`` multiplies its loss, ``wholes`` are the values of ``InputKind.WHOLE``."""
+
+    loss: float
+    wholes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def parts(
@@ -92,72 +92,63 @@ def rows(kwargs: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], plan: 
     return [batch[name].shape[dim] if name else 1 for batch in batches]
 
 
-def together(parts: Sequence[Tensor]) -> Tensor:
-    """One output of all microbatches: their rows joined; an output without rows is that of the last."""
-    return torch.cat(list(parts)) if parts[0].dim() else parts[-1]
+def weights(program: AnyProgram, counted: Sequence[Sequence[Tensor]], rows: Sequence[int]) -> list[Weight]:
+    """What each part counts for; ``counted``: what :func:`counts` gave for each."""
+    total = sum(rows)
+    if not program.is_weighed:
+        return [Weight(part / total) for part in rows]
+    sums = {str(number): torch.stack(list(column)).sum(0) for number, column in enumerate(zip(*counted))}
+    device = next(iter(sums.values())).device if sums else None
+    shares = [torch.tensor(part / total, dtype=torch.float64, device=device) for part in rows]
+    return [Weight(1.0, {**sums, SHARE: share}) for share in shares]
 
 
-def shares(counts: Sequence[Tensor | None], rows: Sequence[int]) -> list[Tensor | float]:
-    """The weight of each part's loss in the loss of all: by the counts that divide it, else by its rows."""
-    known = [count for count in counts if count is not None]
-    if len(known) < len(counts):
-        return [part / sum(rows) for part in rows]
-    total = sum(known[1:], known[0])
-    return [count / total for count in known]
+def counts(program: AnyProgram, inputs: Sequence[Tensor], others: Mapping[str, Tensor]) -> list[Tensor]:
+    """What one part contributes to the sums over the batch that ``program`` takes.
 
-
-def counting(program: Program) -> fx.Graph | None:
-    """The graph (the inputs it needs) -> (the count that divides the loss).
-
-    It is None where the loss is a mean over equally many elements in each part, where the plan weighs parts by their
-    rows, and where there is one part. For a pipeline, ``program`` is the stage that has the loss. Raises InvariantError
-    for a loss that is no mean: its parts have no weights.
+    ``inputs``: the user's tensors of the part, whole. ``others``: whole buffers and constants, by name.
     """
-    if program.plan.microbatch_weights == "rows" or program.plan.microbatches == 1:
-        return None
-    role = program.required_role
-    returned = output_node(role.forward).args[0]
-    assert isinstance(returned, (tuple, list)) and program.loss is not None
-    node = _behind(returned[program.loss], PASSING)
-    if node.target is aten.div.Tensor and isinstance(node.args[1], fx.Node):
-        count = node.args[1]
-        found = ancestors([count])
-        sources = [source for source in role.forward.nodes if source in found and source.op == "placeholder"]
-        learned = {source.name for source, _ in program.placeholders(InputKind.PARAMETER, InputKind.RECEIVED)}
-        if learned.isdisjoint(source.name for source in sources):
-            return extract(role.forward, sources, [count])
-    if _behind(node, (*PASSING, *REDUCING, *SCALING)).target in MEANS:
-        return None
-    raise InvariantError(
-        f"the loss {_end_of(node)}, which is not one mean over tokens or rows: what each of "
-        f"{program.plan.microbatches} microbatches counts for is not known\n"
-        'Way out: Plan(microbatch_weights="rows"): the mean of the losses of the microbatches, each over its own rows; '
-        "Plan(microbatches=1); or a loss that is one mean."
-    )
+    if program.counts is None:
+        return []
+    given = iter(inputs)
+    found: dict[fx.Node, Any] = {}
+    for node, entry in program.counts.placeholders(*InputKind):
+        found[node] = next(given) if entry.kind is InputKind.INPUT else others.get(entry.target)
+    with torch.no_grad():
+        for node in program.counts.graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
+                assert callable(node.target)
+                found[node] = node.target(*args, **kwargs)
+    returned = output_node(program.counts.graph).args[0]
+    assert isinstance(returned, (tuple, list))
+    return [found[node] for node in returned if isinstance(node, fx.Node)]
 
 
-def _end_of(node: Node) -> str:
-    """What the loss ends in: the operator that makes it, or the terms of a sum, with the lines of the model."""
-    terms = _terms(node)
-    if len(terms) == 1:
-        return f"ends in {_named(terms[0])}"
-    return f"is a sum of {len(terms)} terms ({'; '.join(map(_named, terms[:4]))}{'; ...' * (len(terms) > 4)})"
+def taken(program: AnyProgram) -> set[str]:
+    """The targets of the inputs that :func:`counts` looks at."""
+    whole = program.counts
+    return set() if whole is None else {entry.target for node, entry in whole.placeholders(*InputKind) if node.users}
 
 
-def _terms(node: Node) -> list[Node]:
-    node = _behind(node, (*PASSING, *REDUCING, *SCALING))
-    if node.target not in SUMS:
-        return [node]
-    return [term for argument in node.all_input_nodes for term in _terms(argument)]
+def together(name: str, parts: Sequence[Tensor], join: str | None) -> Tensor:
+    """The output ``name`` of all microbatches, by ``join``: as ``Program.joins`` has it.
+
+    Raises InvariantError for one that the parts do not tell.
+    """
+    if join == MIXED:
+        raise InvariantError(
+            f"output '{name}' is made of all rows of the batch at once, and {len(parts)} microbatches do not tell it\n"
+            "Way out: train_step, which makes no other output than the loss; return it for each row, or as a sum or a "
+            "mean over rows; or Plan(microbatches=1)."
+        )
+    if join == SUM:
+        return torch.stack(list(parts)).sum(0)
+    if join == SAME or not parts[0].dim():
+        return parts[-1]
+    return torch.cat(list(parts), int(join or 0))
 
 
-def _named(node: Node) -> str:
-    return f"{node.target} at {origin(node).source or origin(node).module or node.name}"
-
-
-def _behind(node: Any, passing: tuple[Any, ...]) -> Node:
-    assert isinstance(node, fx.Node)
-    found: Node = node
-    while found.target in passing:
-        found = found.all_input_nodes[0]
-    return found
+def normalised(traced: Program) -> frozenset[str]:
+    """Modules that normalise by statistics of the whole batch."""
+    return frozenset(origin(node).module for node in traced.graph.nodes if "batch_norm" in str(node.target))

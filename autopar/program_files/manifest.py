@@ -41,6 +41,7 @@ def describe(program: AnyProgram) -> dict[str, Any]:
             "inputs": structure_to_json(program.in_spec),
             "outputs": structure_to_json(program.out_spec),
         },
+        "joins": dict(program.joins),
         "static_inputs": [[position, text.argument_text(value)] for position, value in program.static_inputs],
         "static_outputs": [[position, text.argument_text(value)] for position, value in program.static_outputs],
         "inputs": list(_tensors(program, InputKind.INPUT, InputKind.SEED)),

@@ -132,8 +132,9 @@ def _all_constants(program: AnyProgram) -> dict[str, Tensor]:
     """The constants, with those of source and tail under marked names: they may have other sizes."""
     tail = program.tail if isinstance(program, PipelinedProgram) else None
     rest = _all_constants(tail) if tail is not None else {}
+    counted = program.counts.constants if program.counts is not None else {}
     of_tail = {f"{TAILS[0]}/{name}": tensor for name, tensor in rest.items()}
-    return {**program.constants, **source_constants(program), **of_tail}
+    return {**counted, **program.constants, **source_constants(program), **of_tail}
 
 
 def _constants(program: AnyProgram) -> bytes:
@@ -204,6 +205,7 @@ def _program(manifest: Mapping[str, Any], contents: Mapping[str, bytes], operato
         constants={name: tensor for name, tensor in constants.items() if not is_marked(name)},
         static_inputs=static["static_inputs"],
         static_outputs=static["static_outputs"],
+        joins={str(name): str(join) for name, join in manifest.get("joins", {}).items()},
     )
     check_loaded(program, constants)
     texts = {name: contents[name].decode() for name in source_files(manifest)}

@@ -149,6 +149,8 @@ class _Squeezed(Factoring):
 
 def squeeze(call: Call) -> Factoring:
     (source, target), sizes = _ones(call)
+    if call.target is not aten.squeeze.default:  # the dims are named
+        return Factoring((source,), (target,), sizes, linear=FIRST)
     return _Squeezed((source,), (target,), sizes, linear=FIRST)
 
 

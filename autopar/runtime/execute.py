@@ -6,7 +6,7 @@ arrives there; it returns what the model would return, and gives each parameter 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.signature import restore_output
 from autopar.ir.tables import OutputKind
+from autopar.pipeline.microbatches import Weight, weights
 from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.autograd import accumulating, below_autograd, take_saved
+from autopar.runtime.batch_counts import BatchCounts
 from autopar.runtime.border import Result
 from autopar.runtime.connect import Connection
 from autopar.runtime.rank_graphs import BACKWARD, FORWARD, INFERENCE, PARTIAL, REDUCED, model_graphs
@@ -34,6 +36,7 @@ class Executable(BoundProgram):
     ) -> None:
         super().__init__(program, model_graphs(program), root, connection)
         self._accumulation = accumulation or Accumulation()
+        self._counts = BatchCounts(program, self.slots, connection.comm)
         self._leaves = [self._leaf(target) for target in self.role.grads]
         self._gives = [self.giver(target) for target in self.role.grads]
         self._results = [
@@ -43,21 +46,28 @@ class Executable(BoundProgram):
 
     # ------------------------------------------------------------ running
 
-    def loss(self, tensors: Sequence[Tensor], seed: int) -> Tensor:
+    def counts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What these ``tensors``, as a part of a batch, add to the sums over it; see :class:`BatchCounts`."""
+        return self._counts.of(tensors)
+
+    def loss(self, tensors: Sequence[Tensor], seed: int, weight: Weight | None = None) -> Tensor:
         """The loss for the user's ``tensors``, to go backward from; other outputs are not made.
 
         Raises InvariantError for a model without a loss.
         """
         if self.program.loss is None or self.role.differentiable != (self.program.loss,):
-            return loss_of(self.run(tensors, seed))
-        step = Step(tensors, seed, learns=True)
+            return loss_of(self.run(tensors, seed, weight))
+        step = Step(tensors, seed, learns=True, wholes=self._wholes(tensors, weight))
         (found,) = _Differentiable.apply(self, step, *(leaf(step) for leaf in self._leaves))  # type: ignore[no-untyped-call]
         loss: Tensor = found
         return loss
 
-    def run(self, tensors: Sequence[Tensor], seed: int) -> Any:
-        """The model's output for the user's ``tensors``; with a gradient where gradients are enabled."""
-        step = Step(tensors, seed)
+    def run(self, tensors: Sequence[Tensor], seed: int, weight: Weight | None = None) -> Any:
+        """The model's output for the user's ``tensors``; with a gradient where gradients are enabled.
+
+        ``weight``: what they count for as a part of a batch; unless given, they are the batch.
+        """
+        step = Step(tensors, seed, wholes=self._wholes(tensors, weight))
         if self.role.backward is not None and torch.is_grad_enabled():
             found = _Differentiable.apply(self, step, *(leaf(step) for leaf in self._leaves))  # type: ignore[no-untyped-call]
             given = dict(zip(self.role.differentiable, found))
@@ -71,6 +81,11 @@ class Executable(BoundProgram):
             if result is not None
         ]
         return restore_output(self.program, outputs) if self.program.out_spec is not None else tuple(outputs)
+
+    def _wholes(self, tensors: Sequence[Tensor], weight: Weight | None) -> Mapping[str, Tensor]:
+        if not self.program.is_weighed:
+            return {}
+        return (weight or weights(self.program, [self.counts(tensors)], [1])[0]).wholes
 
     def forward(self, step: Step) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(differentiable outputs, values saved for backward)."""

@@ -25,10 +25,12 @@ from autopar.mesh import PIPELINE
 from autopar.pipeline import microbatches
 from autopar.pipeline.interpreter import Event, Interpreter, Routes
 from autopar.pipeline.links import backward_schedule, inference_schedule, links_of
-from autopar.pipeline.microbatches import counting
+from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import users_of
+from autopar.runtime.batch_counts import BatchCounts
 from autopar.runtime.channels import Channels
 from autopar.runtime.connect import Connection
+from autopar.runtime.parameters import tables
 from autopar.runtime.rank_program import Give, put
 from autopar.runtime.rank_stage import BoundStage, Microbatch, StageStep
 from autopar.runtime.recorder import epoch
@@ -51,10 +53,6 @@ class PipelineExecutable:
         self.in_flight = 0  # microbatches, of each stage, that were held for a backward pass at a time in that step
         self._played = program.required_schedule
         inputs = [entry.target for _, entry in program.placeholders(InputKind.INPUT)]
-        if program.plan.microbatches > 1:  # on all ranks, not only on those that will count
-            for stage in program.stages:
-                if program.loss_in(stage) is not None:
-                    counting(stage)
         mine = program.stages_on(self.rank)
         programs = [program] if program.tail is None else [program, program.tail]
         # also those that only other stages need: the names of later groups depend on how many a process has made
@@ -69,6 +67,9 @@ class PipelineExecutable:
         self._types = [_types(whole) for whole in programs]
         self._loss = next((n for n, stage in mine.items() if program.loss_in(stage) is not None), None)
         self._ties = _ties(program, self.rank)
+        slots = {name: (table, key) for _, table, key, name in tables(root)}
+        self._counts = [BatchCounts(whole, slots, own.comm) for whole in programs]
+        self._takes_counts = any(any(stage.placeholders(InputKind.WHOLE)) for stage in mine.values())
 
     # ------------------------------------------------------------ running
 
@@ -82,11 +83,10 @@ class PipelineExecutable:
                 "train_step needs a model that returns its loss, a scalar with a gradient; this one returns none\n"
                 "Way out: pass labels, or compute the loss in a small nn.Module around the model."
             )
-        shares = self._shares(batches, rows)
-        run = self._steps(batches, rows, shares, seed, True, None)
+        run = self._steps(batches, rows, seed, True, None)
         with torch.no_grad():
             self._play_and_give(self.program.required_schedule, run)
-            return self._total_loss(run, shares)
+            return self._total_loss(run)
 
     def run(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int], seed: int) -> Any:
         """The model's output for the whole batch.
@@ -101,17 +101,15 @@ class PipelineExecutable:
             loss: Tensor = _Differentiable.apply(given, step)  # type: ignore[no-untyped-call]
             return self._output(step.steps, loss)
         with torch.no_grad():
-            shares = self._shares(batches, rows) if self.program.loss is not None else [1.0] * len(rows)
-            run = self._steps(batches, rows, shares, seed, False, self._users)
+            run = self._steps(batches, rows, seed, False, self._users)
             self._play(self._forward_only, run)
-            return self._output(run, self._total_loss(run, shares) if self.program.loss is not None else None)
+            return self._output(run, self._total_loss(run) if self.program.loss is not None else None)
 
     def forward(self, step: _Forward) -> Tensor:
         """All forward passes, which keep the values that backward needs; gives the loss."""
-        shares = self._shares(step.batches, step.rows)
-        step.steps = self._steps(step.batches, step.rows, shares, step.seed, True, self._users)
+        step.steps = self._steps(step.batches, step.rows, step.seed, True, self._users)
         self._play(self._forward_only, step.steps)
-        return self._total_loss(step.steps, shares)
+        return self._total_loss(step.steps)
 
     def backward(self, step: _Forward, grad: Tensor) -> None:
         """All backward passes; gradients are added to ``.grad``."""
@@ -138,24 +136,27 @@ class PipelineExecutable:
                 continue
             makers = [step for step in steps.values() if entry.target in step.batches[0].outputs]
             parts = [batch.outputs[entry.target] for batch in makers[0].batches] if makers else []
-            found.append(loss if position == self.program.loss else microbatches.together(parts) if parts else None)
+            if position == self.program.loss:
+                found.append(loss)
+                continue
+            join = self.program.joins.get(entry.target)
+            found.append(microbatches.together(entry.target, parts, join) if parts else None)
         return restore_output(self.program, found) if self.program.out_spec is not None else tuple(found)
 
     def _steps(
         self,
         batches: Sequence[Sequence[Tensor]],
         rows: Sequence[int],
-        shares: Sequence[Tensor | float],
         seed: int,
         trains: bool,
         outputs: frozenset[str] | None,
     ) -> dict[int, StageStep]:
         channels = Channels(self.comm, [self._types[self._size(rows, number)] for number in range(len(rows))])
-        steps = {}
+        steps, weights = {}, self._weights(batches, rows)
         for number, stages in self.stages.items():
             parts = [
-                Microbatch(stages[self._size(rows, n)], tensors, seed + n, share)
-                for n, (tensors, share) in enumerate(zip(batches, shares))
+                Microbatch(stages[self._size(rows, n)], tensors, seed + n, weight.loss, weight.wholes)
+                for n, (tensors, weight) in enumerate(zip(batches, weights))
             ]
             steps[number] = StageStep(number, parts, channels, trains, outputs)
         return steps
@@ -199,24 +200,20 @@ class PipelineExecutable:
             for step, (start, end) in zip(steps, everyone[rank])
         )
 
-    def _shares(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int]) -> list[Tensor | float]:
-        """The weight of the loss of each microbatch; only the ranks that have the loss need to know it."""
-        if self._loss is None:
-            return [1.0] * len(batches)
-        stages = self.stages[self._loss]
-        found = []
-        for number, tensors in enumerate(batches):
-            stage = stages[self._size(rows, number)]
-            found.append(stage.count(stage.inputs(tensors)))
-        return microbatches.shares(found, rows)
+    def _weights(self, batches: Sequence[Sequence[Tensor]], rows: Sequence[int]) -> list[Weight]:
+        """What each microbatch counts for; only ranks whose stages take counts know these."""
+        counted: list[list[Tensor]] = [[] for _ in batches]
+        if self._takes_counts:
+            counted = [self._counts[self._size(rows, n)].of(tensors) for n, tensors in enumerate(batches)]
+        return microbatches.weights(self.program, counted, rows)
 
-    def _total_loss(self, steps: dict[int, StageStep], shares: Sequence[Tensor | float]) -> Tensor:
+    def _total_loss(self, steps: dict[int, StageStep]) -> Tensor:
         assert self.program.loss is not None
         target = self.program.outputs[self.program.loss].target
         total = torch.zeros((), device=self.comm.device)
         if self._loss is not None:
-            parts = [batch.outputs[target] for batch in steps[self._loss].batches]
-            total = torch.stack([part * share for part, share in zip(parts, shares)]).sum(0)
+            parts = [batch.outputs[target] * batch.share for batch in steps[self._loss].batches]
+            total = torch.stack(parts).sum(0)
         else:
             total = total.to(_dtype_of_loss(self.program))
         return self.comm.all_reduce(total, PIPELINE)

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from autopar.ir.node import Node, output_node, value
 from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
 from autopar.ir.tables import Input, InputKind, OutputKind
-from autopar.pipeline.microbatches import counting
 from autopar.runtime.absent import Table
 from autopar.runtime.autograd import below_autograd, is_watched
 from autopar.runtime.border import joined, part_of, trimmed
@@ -49,6 +48,7 @@ class Step:
     received: Mapping[str, Tensor] = field(default_factory=dict)
     returned: list[Any] = field(default_factory=list)
     learns: bool = False
+    wholes: Mapping[str, Tensor] = field(default_factory=dict)  # of the batch that this is a part of
 
 
 Fetch = Callable[[Step], Tensor]
@@ -80,33 +80,6 @@ class BoundProgram:
         self._shared: dict[str, list[int]] = {}  # results that share memory, known after the first backward
 
     # ------------------------------------------------------------ running
-
-    def count(self, tensors: Sequence[Tensor]) -> Tensor | None:
-        """The divisor of the loss for these inputs; None where it is the same for all.
-
-        See :mod:`autopar.pipeline.microbatches`.
-        """
-        if self._counting is None:
-            return None
-        function, fetch = self._counting
-        self.comm.phase = "forward"
-        step = Step(tensors, 0)
-        with torch.no_grad(), below_autograd():
-            result: Tensor = function(self.comm, [find(step) for find in fetch])[0]
-        return result
-
-    @cached_property
-    def _counting(self) -> tuple[RankFunction, list[Fetch]] | None:
-        """The graph of the count, and its inputs.
-
-        It is made when a batch comes in parts, not before: only then is a loss without a count a mistake.
-        """
-        graph = counting(self.program)
-        if graph is None:
-            return None
-        needed = {node.name for node in graph.nodes if node.op == "placeholder"}
-        fetch = [fetch for (node, _), fetch in zip(self.entries, self._fetch) if node.name in needed]
-        return _compiled("count", graph, self.program), fetch
 
     def own(self, name: str, given: list[Any]) -> list[Tensor]:
         """The results of the function ``name``, each tensor in memory of its own."""
@@ -154,6 +127,8 @@ class BoundProgram:
         layout, comm = value(node).layout, self.comm
         if entry.kind is InputKind.SEED:
             return lambda step: torch.tensor(step.seed, device=comm.device)
+        if entry.kind is InputKind.WHOLE:
+            return lambda step: step.wholes[entry.target].to(comm.device)
         if entry.kind is InputKind.CONSTANT:
             constant = part_of(layout, comm)(self.program.constants[entry.target])
             return lambda step: constant

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,13 +92,14 @@ class BoundStage(BoundProgram):
 class Microbatch:
     """One microbatch on its way through a stage.
 
-    ``tensors``: all inputs of the model; ``share``: the weight of its loss in that of the batch.
+    ``tensors``: all inputs of the model; ``share``: of its loss in that of the batch, once it is divided by ``wholes``.
     """
 
     stage: BoundStage
     tensors: Sequence[Tensor]
     seed: int
     share: Tensor | float = 1.0
+    wholes: Mapping[str, Tensor] = field(default_factory=dict)
     saved: list[Any] | None = None
     kept: list[Any] | None = None
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -126,7 +127,7 @@ class StageStep:
     def forward(self, number: int, received: Values) -> Values:
         batch = self.batches[number]
         stage = batch.stage
-        step = Step(stage.inputs(batch.tensors), batch.seed, received)
+        step = Step(stage.inputs(batch.tensors), batch.seed, received, wholes=batch.wholes)
         forward = stage.graphs.learning if self.wanted is None else FORWARD
         saved = stage.call(forward if self.trains else INFERENCE, step)
         if self.trains and stage.trains:

@@ -15,12 +15,13 @@ from autopar.errors import InvariantError
 from autopar.ir.layout import Layout, shard, unshard
 from autopar.ir.load import ExpertLoad
 from autopar.ir.node import value
-from autopar.ir.program import Program
+from autopar.ir.program import AnyProgram, Program
 from autopar.ir.signature import user_tensors
 from autopar.ir.stacked_parameters import is_stacked, stacked
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import Transfer
 from autopar.mesh import Mesh
+from autopar.pipeline.microbatches import counts, weights
 from autopar.simulator.lockstep import Lockstep, Ranks
 
 # The difference allowed between ranks that must hold the same, relative to the largest element.
@@ -88,6 +89,21 @@ def gathered_once(
     return found.rest, [*inputs, *whole]
 
 
+def counts_of(
+    program: AnyProgram, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """What the call adds to the sums over the batch, see :func:`autopar.pipeline.microbatches.counts`."""
+    if program.counts is None:
+        return []
+    return counts(program, _call_tensors(program, args, kwargs), {**program.counts.constants, **tensors})
+
+
+def wholes_of(program: AnyProgram, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The values of ``InputKind.WHOLE`` for a call that is the whole batch; ``inputs``: the user's tensors."""
+    given = {**(program.counts.constants if program.counts is not None else {}), **tensors}
+    return weights(program, [counts(program, inputs, given)], [1])[0].wholes
+
+
 def rank_inputs(
     program: Program,
     tensors: Mapping[str, Tensor],
@@ -95,8 +111,12 @@ def rank_inputs(
     kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     kinds: Sequence[InputKind] = tuple(InputKind),
+    wholes: Mapping[str, Tensor] | None = None,
 ) -> list[Ranks]:
-    """For each placeholder of ``kinds``, the parts of all ranks; those of uneven splits are padded with zeros."""
+    """For each placeholder of ``kinds``, the parts of all ranks; those of uneven splits are padded with zeros.
+
+    ``wholes``: what the call is weighed with, as a part of a batch; unless given, it is the batch.
+    """
     given = iter(_call_tensors(program, args, kwargs or {}) if InputKind.INPUT in kinds else ())
     found = []
     for node, entry in program.placeholders(*kinds):
@@ -104,6 +124,9 @@ def rank_inputs(
             whole = next(given)
         elif entry.kind is InputKind.SEED:
             whole = torch.tensor(seed)
+        elif entry.kind is InputKind.WHOLE:
+            wholes = wholes or wholes_of(program, _call_tensors(program, args, kwargs or {}), tensors)
+            whole = wholes[entry.target]
         elif entry.kind is InputKind.CONSTANT and entry.target in program.constants:
             whole = program.constants[entry.target]
         else:
@@ -175,7 +198,7 @@ def _by_name(tensors: Mapping[str, Tensor], names: Sequence[str], shape: Sequenc
     raise KeyError(f"no tensor was given for '{names[0]}'")
 
 
-def _call_tensors(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def _call_tensors(program: AnyProgram, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     if program.in_spec is not None:
         return user_tensors(program, tuple(args), kwargs)
     named = [entry.target for entry in program.inputs if entry.kind is InputKind.INPUT][len(args) :]

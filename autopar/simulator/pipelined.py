@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autopar.errors import InvariantError
 from autopar.ir.node import value
-from autopar.ir.program import PipelinedProgram, Program
+from autopar.ir.program import PipelinedProgram
 from autopar.ir.signature import restore_output
 from autopar.ir.stacked_parameters import by_member
 from autopar.ir.tables import InputKind, OutputKind
@@ -24,7 +24,7 @@ from autopar.pipeline.links import inference_schedule
 from autopar.schedules.instructions import Message, Schedule
 from autopar.schedules.packing import together
 from autopar.simulator.lockstep import Lockstep, Ranks
-from autopar.simulator.parts import Step, joined, rank_inputs
+from autopar.simulator.parts import Step, counts_of, joined, rank_inputs
 from autopar.simulator.stage import Microbatch, SimulatedStage
 
 
@@ -77,8 +77,11 @@ class _Run:
             kinds = (InputKind.INPUT, InputKind.SEED)
             found = rank_inputs(program, tensors, (), batch, seed + number, kinds)
             given.append(dict(zip([entry.target for _, entry in program.placeholders(*kinds)], found)))
-        last = [stage for program in programs for stage in program.stages if program.loss_in(stage) is not None]
-        self.shares = _shares(last, given, rows) if last else [1.0] * len(rows)
+        counted = [counts_of(program, tensors, (), batch) for program, batch in zip(programs, batches)]
+        weights = microbatches.weights(self.program, counted, rows)
+        self.shares = [weight.loss for weight in weights]
+        for inputs, weight in zip(given, weights):
+            inputs |= {name: [whole] * self.mesh.world_size for name, whole in weight.wholes.items()}
         for number, rank in enumerate(self.schedule.placement):
             stages = [program.stages[number] for program in programs]
             parts = [Microbatch(*of) for of in zip(stages, given, self.shares)]
@@ -128,7 +131,9 @@ class _Run:
             parts = [batch.outputs[entry.target] for batch in next(makers).microbatches]
             if position == self.program.loss:
                 loss = torch.stack([part * share for part, share in zip(parts, self.shares)]).sum(0)
-            found.append(microbatches.together(parts) if position != self.program.loss or loss is None else loss)
+                found.append(loss)
+                continue
+            found.append(microbatches.together(entry.target, parts, self.program.joins.get(entry.target)))
         return found, loss
 
     def _grads(self) -> dict[str, Tensor]:
@@ -140,17 +145,6 @@ class _Run:
                 whole = joined(f"gradient of {name}", ranks, layouts[name], self.mesh)
                 total[name] = total[name] + whole if name in total else whole
         return by_member(total)
-
-
-def _shares(stages: Sequence[Program], inputs: Sequence[Mapping[str, Ranks]], rows: Sequence[int]) -> list[float]:
-    """The weight of the loss of each microbatch; ``stages``: for each, the stage that has the loss."""
-    counts: list[Tensor | None] = []
-    for stage, given in zip(stages, inputs):
-        graph = microbatches.counting(stage)
-        targets = {entry.node: entry.target for entry in stage.inputs}
-        found = [given[targets[node.name]] for node in graph.nodes if node.op == "placeholder"] if graph else []
-        counts.append(Lockstep(stage.mesh).run(graph, found)[0][0] if graph else None)
-    return [float(share) for share in microbatches.shares(counts, rows)]
 
 
 class _Post:

@@ -1,13 +1,16 @@
 """Refusals because a dim does not divide: a weight or an attention that stayed whole, a form the plan asks for.
 
-With ``Plan(on_indivisible="replicate")`` a weight or attention that stayed whole is a warning. Each message names the
-thing, the sizes and the way out.
+With ``Plan(on_indivisible="replicate")`` a weight or attention that stayed whole is a warning, and so it is by default
+where these are few of the model's parameters (the attention of one head in the middle of a VAE). Each message names
+the thing, the sizes and the way out.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import NoReturn
 
 from torch import fx
@@ -26,6 +29,8 @@ from autopar.split.obstacles import (
     parameter_names,
 )
 
+MOST_WHOLE = 0.2  # of the parameters' elements: more than this many stay whole only where the plan says so
+
 Form = Callable[[Iterable[str]], str | None]  # the names of a parameter -> the form that the plan asks for
 
 
@@ -41,18 +46,16 @@ def refuse_form(flow: Flow, call: fx.Node, form: str, shape: tuple[int, ...]) ->
 def refuse_whole_weights(flow: Flow, choice: Choice, form: Form) -> None:
     """Refuse a choice in which a large weight, or an attention, stayed whole because a dim does not divide.
 
-    Raises IndivisibleError, or warns with ``Plan(on_indivisible="replicate")``.
+    Raises IndivisibleError, or warns: with ``Plan(on_indivisible="replicate")``, and by default where these are few.
     """
-    for call, strategy in choice.strategies.items():
-        if strategy.part or not flow.factorings[call].contraction:
-            continue
-        if call.target in ATTENTIONS:
-            _refuse_attention(flow, call, form)
-        for operand in flow.calls[call].operands:
-            if operand not in flow.weights or is_small(flow, operand):
-                continue
-            if not form(parameter_names(flow.program, operand)):  # else it is as the plan asks
-                _refuse_weight(flow, call, operand)
+    found = list(_refusals(flow, choice, form))
+    kept = {name: size for refusal in found for name, size in refusal.weights.items()}
+    few = sum(kept.values()) <= MOST_WHOLE * flow.parameter_elements
+    chosen = flow.program.plan.on_indivisible
+    for refusal in found:
+        if chosen == "error" or (chosen == "auto" and not few):
+            raise IndivisibleError(f"{refusal.reason}.\n{refusal.way_out}")
+        warnings.warn(f"{refusal.reason}; every rank does it whole", stacklevel=2)
     if flow.program.plan.sequence == "megatron" and not flow.further:
         warnings.warn(
             f'Plan(sequence="megatron"): no sequence dim divides by {flow.axis}={flow.ways}; activations stay whole',
@@ -60,34 +63,57 @@ def refuse_whole_weights(flow: Flow, choice: Choice, form: Form) -> None:
         )
 
 
-def _refuse_attention(flow: Flow, call: fx.Node, form: Form) -> None:
+@dataclass(frozen=True)
+class _Refusal:
+    """``weights``: what stays whole for this reason, with their elements."""
+
+    reason: str
+    way_out: str
+    weights: Mapping[str, int]
+
+
+def _refusals(flow: Flow, choice: Choice, form: Form) -> Iterator[_Refusal]:
+    for call, strategy in choice.strategies.items():
+        if strategy.part or not flow.factorings[call].contraction:
+            continue
+        if call.target in ATTENTIONS:
+            yield from _of_attention(flow, call, form)
+        for operand in flow.calls[call].operands:
+            if operand not in flow.weights or is_small(flow, operand):
+                continue
+            if not form(parameter_names(flow.program, operand)):  # else it is as the plan asks
+                yield from _of_weight(flow, call, operand)
+
+
+def _of_attention(flow: Flow, call: fx.Node, form: Form) -> Iterator[_Refusal]:
     heads = flow.calls[call].inputs[0][-3] if len(flow.calls[call].inputs[0]) > 2 else 1
     module = origin(call).module
-    entries = [entry for _, entry in flow.program.placeholders(InputKind.PARAMETER)]
-    projections = [(entry.target, *entry.aliases) for entry in entries if entry.target.startswith(f"{module}.")]
-    asked = any(form(names) == "replicate" for names in projections)
+    entries = list(flow.program.placeholders(InputKind.PARAMETER))
+    own = {entry: node for node, entry in entries if entry.target.startswith(f"{module}.")}
+    asked = any(form((entry.target, *entry.aliases)) == "replicate" for entry in own)
     if heads % flow.ways == 0 or asked:
         return  # the plan keeps its projections whole on purpose
-    _refuse(
-        flow,
+    yield _Refusal(
         f"attention at {module or call.name} has {heads} heads, which {flow.axis}={flow.ways} does not divide",
         f"Use a {flow.axis} size that divides {heads}, or keep its projections whole on every rank with "
         f"Plan(tensor={{'{module or '*'}.*': 'replicate'}}),\n"
         'or all that do not divide with Plan(on_indivisible="replicate").',
+        {entry.target: math.prod(value(node).shape) for entry, node in own.items()},
     )
 
 
-def _refuse_weight(flow: Flow, call: fx.Node, weight: fx.Node) -> None:
+def _of_weight(flow: Flow, call: fx.Node, weight: fx.Node) -> Iterator[_Refusal]:
     found = blocked(flow, call)
     shape = value(weight).layout.local_shape(flow.program.mesh)
     name = parameter_names(flow.program, weight)[0]
+    size_of = {name: math.prod(value(weight).shape)}
     if is_used_whole(flow, call, weight):
-        _refuse(
-            flow,
+        yield _Refusal(
             f"parameter '{name}' cannot be split over {flow.axis}={flow.ways}: {call.name} "
             f"({origin(call).module or call.target}) needs the whole of it",
             f"Keep it whole on every rank with Plan(tensor={{'{name.rpartition('.')[0]}.*': 'replicate'}}),\n"
             'or all that cannot be split with Plan(on_indivisible="replicate"); dp splits the batch of it.',
+            size_of,
         )
         return
     if found and not has_fewer_heads_than_ranks(flow, call):
@@ -97,17 +123,10 @@ def _refuse_weight(flow: Flow, call: fx.Node, weight: fx.Node) -> None:
         reason = f"no dim of its shape {tuple(shape)} divides by it"
     else:
         return  # fewer K/V heads than ranks: those heads are replicated
-    _refuse(
-        flow,
+    yield _Refusal(
         f"parameter '{name}' cannot be split over {flow.axis}={flow.ways}: {reason}",
         f"Use a {flow.axis} size that divides, or keep it whole on every rank with "
         f"Plan(tensor={{'{name}': 'replicate'}}),\n"
         'or all that do not divide with Plan(on_indivisible="replicate").',
+        size_of,
     )
-
-
-def _refuse(flow: Flow, reason: str, way_out: str) -> None:
-    """Raise IndivisibleError, or warn with ``Plan(on_indivisible="replicate")``."""
-    if flow.program.plan.on_indivisible == "error":
-        raise IndivisibleError(f"{reason}.\n{way_out}")
-    warnings.warn(f"{reason}; every rank does it whole", stacklevel=2)

@@ -34,7 +34,7 @@ from autopar.ir.tables import InputKind
 from autopar.ir.traffic import Transfer
 from autopar.mesh import DATA_AXES, EXPERTS, PIPELINE, SEQUENCE, Mesh
 from autopar.operators.experts import EXPERT_LINEAR
-from autopar.pipeline.mixed_rows import normalised
+from autopar.pipeline.microbatches import normalised
 from autopar.plan import Plan
 from autopar.rules import rule_for
 

@@ -196,6 +196,32 @@ def test_autocast() -> None:
         assert both_loss < 2.0**-6 and both_grads < 2.0**-3
 
 
+class Tied(nn.Module):
+    """An embedding that is also the head, as in nanoGPT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.head(self.embedding(tokens)), tokens)
+
+
+def test_autocast_of_a_tied_embedding() -> None:
+    """It is on while the program is made, too: derivatives are not to be cast again."""
+    torch.manual_seed(0)
+    model, tokens = Tied(), torch.arange(4)
+    reference = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        step = autopar.parallelize(model, Mesh(dp=2, tp=2), example_inputs=(tokens,)).simulate(tokens)
+        loss = reference(tokens)
+    loss.backward()
+    assert step.loss is not None and abs(float(step.loss) - float(loss)) < 1e-3
+    grad = reference.embedding.weight.grad
+    assert grad is not None and difference(step.grads["embedding.weight"], grad) < 2e-2
+
+
 def scaled() -> list[tuple[list[float], float, bool]]:
     """Three steps in float16 with torch's loss scaling, first with a scale that gradients have no room for, then with
     another: losses, the scale in the end, whether parameters have moved."""

@@ -296,3 +296,20 @@ def test_refusals_name_the_line_and_the_way_out(
 def test_a_call_that_does_not_fit_is_refused() -> None:
     with pytest.raises(TraceError, match="TypeError"):
         trace(Cache(), (torch.randn(4, 4), 1, 2, 3))
+
+
+class Marked(nn.Module):
+    """A sparse buffer that forward does not read (Whisper keeps the heads that align so)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("marks", torch.eye(4, dtype=torch.bool).to_sparse(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).square().mean()
+
+
+def test_a_sparse_buffer_that_nothing_reads_is_no_input() -> None:
+    program = trace(Marked(), (torch.randn(2, 4),))
+    assert "marks" not in {entry.target for entry in program.inputs}

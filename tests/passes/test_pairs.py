@@ -39,7 +39,7 @@ PAIR = re.compile(
     r"(?P<before>.+?)^after:\n(?P<after>.+?)(?=^\S|\Z)",
     re.MULTILINE | re.DOTALL,
 )
-SECTION = re.compile(r"^(forward|backward|inference):$|^(stage \d+ of \d+ .*|schedule .*)$")
+SECTION = re.compile(r"^(forward|backward|inference):$|^(counts mesh\(.*|stage \d+ of \d+ .*|schedule .*)$")
 EMPTY = "  return\n"
 ROLE = ("forward:", "backward:", "inference:")
 KNOWN = {"torch": torch, "Plan": Plan, "Precision": Precision}

@@ -139,13 +139,38 @@ def test_heads_that_do_not_divide_may_be_replicated() -> None:
     assert sum("@tp" in layout for layout in weight_layouts(report.program).values()) > 4, "the rest is split"
 
 
+class Middle(nn.Module):
+    """One attention of one head among many weights, as in the middle of a VAE."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.o = nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(16, 16)
+        self.up, self.down = nn.Linear(16, 256), nn.Linear(256, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k, v = self.kv(x).chunk(2, -1)
+        x = x + self.o(nn.functional.scaled_dot_product_attention(self.q(x)[:, None], k[:, None], v[:, None])[:, 0])
+        return self.down(nn.functional.gelu(self.up(x))).square().mean()
+
+
+def test_what_is_little_of_the_model_stays_whole_with_a_warning() -> None:
+    batch = {"x": torch.randn(4, 6, 16)}
+    with pytest.warns(UserWarning, match="has 1 heads, which tp=2 does not divide; every rank does it whole"):
+        report = check(Middle(), batch, Mesh(tp=2))
+    layouts = weight_layouts(report.program)
+    assert report.passed and "@tp" in layouts["up.weight"]
+    with pytest.raises(IndivisibleError, match="has 1 heads"):
+        check(Middle(), batch, Mesh(tp=2), Plan(on_indivisible="error"))
+
+
 def test_the_way_out_of_an_attention_that_does_not_divide_is_one() -> None:
     """The plan that the refusal proposes, for one attention after the other, compiles, and is exact."""
     example = named_model("models.llama", {"heads": 6, "kv_heads": 6, "width": 96})
     tensor: dict[str, str] = {}
     for _ in range(2):
         with pytest.raises(IndivisibleError, match="has 6 heads") as caught:
-            compile_program(example.model, Mesh(tp=4), Plan(tensor=tensor), (), example.batch)
+            strict = Plan(tensor=tensor, on_indivisible="error")
+            compile_program(example.model, Mesh(tp=4), strict, (), example.batch)
         proposed = re.search(r"Plan\(tensor=\{'([^']+)': 'replicate'\}\)", str(caught.value))
         assert proposed and proposed[1] not in tensor
         tensor[proposed[1]] = "replicate"

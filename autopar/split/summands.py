@@ -1,0 +1,215 @@
+"""What the graph of a microbatch needs so that its loss is a summand of the loss of the whole batch.
+
+A trace does not tell what a number in the model depends on: ``sum() / 4`` may be a constant or ``sum() / len(x)``.
+Where it matters, the model is traced with another number of rows (``Pins.of_rows``), and the numbers are compared.
+So it is with a microbatch of one row, of which nothing can be split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from autopar.errors import InvariantError
+from autopar.ir.node import Node, origin
+from autopar.ir.operator_facts import is_view
+from autopar.ir.program import Program
+from autopar.ir.reach import ancestors
+from autopar.ir.tables import OutputKind
+from autopar.mesh import Mesh
+from autopar.split.row_sums import Kind, Rows, RowSums, row_sums
+
+aten = torch.ops.aten
+AXIS = "dp"
+SCALING = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+DIVIDING = (aten.div.Tensor, aten.div.Scalar)
+MANY = 4  # rows of which each of two parts has several
+SUM, SAME, MIXED = "sum", "same", "mixed"  # how an output of all microbatches comes of theirs; or the dim of its rows
+
+
+@dataclass(frozen=True)
+class Summands:
+    """As :class:`RowSums` has them, by the names of nodes: another trace may have told it.
+
+    Attributes:
+        wholes: (user, operand): the user needs the operand of the whole batch.
+        shares: nodes that count for a part in proportion to its rows; twice, where they are listed twice.
+        shared: (user, operand): so does the operand for that user.
+        joins: position of an output -> ``sum``, ``same``, ``mixed`` or the dim of its rows.
+    """
+
+    wholes: tuple[tuple[str, str], ...]
+    shares: tuple[str, ...]
+    shared: tuple[tuple[str, str], ...]
+    joins: Mapping[int, str]
+
+
+def summands(program: Program, rows: int, of_rows: Callable[[int], Program] | None) -> Summands:
+    """What ``program``, of a microbatch with ``rows`` rows, needs. Raises InvariantError for a loss that is no sum.
+
+    ``of_rows`` gives the same program for another number of rows.
+    """
+    looked_at, many = (program, rows) if rows > 1 else (_of(of_rows, MANY), MANY)
+    sums = _row_sums(looked_at, many)
+    if many < MANY and _loss_is(sums, Kind.MIXED) and of_rows is not None:  # one row for each part may hide its dim
+        looked_at, many = of_rows(MANY), MANY
+        sums = _row_sums(looked_at, many)
+    if _loss_is(sums, Kind.MIXED) or _loss_is(sums, Kind.ROWS):
+        raise InvariantError(_refusal(program, sums.of(sums.flow.program.returned[program.loss or 0])))
+    twins = {node.name: node.name for node in program.graph.nodes}
+    proportional: list[str] = []
+    if looked_at is not program:
+        twins = _twins((program, rows), (looked_at, many))
+        proportional = _proportional((program, rows), (looked_at, many), twins, sums)
+    elif program.loss is not None and _depends_on_numbers(sums):
+        other = _of(of_rows, rows + 1)
+        proportional = _proportional(
+            (other, rows + 1), (program, rows), _twins((other, rows + 1), (program, rows)), sums
+        )
+    return Summands(
+        tuple((twins[user.name], twins[operand.name]) for user, operand in sums.wholes),
+        tuple(twins[name] for name in (*(node.name for node in sums.shares), *proportional)),
+        tuple((twins[user.name], twins[operand.name]) for user, operand in sums.shared),
+        dict(_joins(sums)),
+    )
+
+
+def _loss_is(sums: RowSums, kind: Kind) -> bool:
+    program = sums.flow.program
+    return program.loss is not None and sums.of(program.returned[program.loss]).kind is kind
+
+
+def _loss_cone(sums: RowSums) -> set[Node]:
+    program = sums.flow.program
+    return ancestors([program.returned[program.loss]]) if program.loss is not None else set()
+
+
+def _row_sums(program: Program, rows: int) -> RowSums:
+    ways = next(ways for ways in range(2, rows + 1) if rows % ways == 0)
+    own = replace(
+        program.clone(),
+        mesh=Mesh(dp=ways),
+        plan=replace(program.plan, zero=0, on_unknown="replicate", outputs="sharded"),
+    )
+    for node in own.graph.nodes:  # it has the statistics of its rows, whichever these are; ``cut_stages`` warns of it
+        if "batch_norm" in str(node.target):
+            for user in [user for user in node.users if user.args[1:] == (0,)]:
+                user.replace_all_uses_with(node.args[0])
+    return row_sums(own, AXIS)
+
+
+def _joins(sums: RowSums) -> Iterator[tuple[int, str]]:
+    program = sums.flow.program
+    for place, (node, entry) in enumerate(zip(program.returned, program.outputs)):
+        if entry.kind is OutputKind.USER:
+            rows = sums.of(node)
+            dim = None if rows.dim is None else str(rows.dim)
+            yield place, {Kind.SUM: SUM, Kind.SAME: SAME}.get(rows.kind, dim or MIXED)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def _of(of_rows: Callable[[int], Program] | None, rows: int) -> Program:
+    if of_rows is None:
+        raise InvariantError(
+            "what a microbatch counts for in the loss is only told by a trace of the model with another number of rows"
+            "\nWay out: compile the model (autopar.compiler.compile_program), not a program of it."
+        )
+    return of_rows(rows)
+
+
+def _depends_on_numbers(sums: RowSums) -> bool:
+    """Whether the loss is scaled by a number, or is a sum that nothing divides: the number may be that of the rows."""
+    cone = _loss_cone(sums)
+    scaled = any(_is_scaled_sum(sums, node) for node in cone)
+    return scaled or not (sums.shares or any(user in cone for user, _ in sums.wholes))
+
+
+def _is_scaled_sum(sums: RowSums, node: Node) -> bool:
+    return node.target in SCALING and sums.of(node).kind is Kind.SUM and bool(_numbers(node))
+
+
+def _numbers(node: Node) -> list[float]:
+    given = (*node.args, *node.kwargs.values())
+    return [number for number in given if isinstance(number, (int, float)) and not isinstance(number, bool)]
+
+
+def _proportional(
+    one: tuple[Program, int], two: tuple[Program, int], twins: Mapping[str, str], sums: RowSums
+) -> list[str]:
+    """The sums that a number in proportion to the rows of the batch divides: by their names in the second program.
+
+    Of two programs with their rows; ``sums`` are those of the second, whose nodes have ``twins`` in the first. Raises
+    InvariantError for a number that depends on the rows otherwise.
+    """
+    (first, rows), (second, others) = one, two
+    mine = {node.name: node for node in first.graph.nodes}
+    cone = {node.name: node for node in _loss_cone(sums)}
+    found: list[str] = []
+    for theirs in second.graph.nodes:
+        node = cone.get(theirs.name)
+        if node is None or theirs.target not in SCALING:
+            continue
+        twin = mine[twins[theirs.name]]
+        is_written = twin.target == theirs.target  # else it is x / 1, of one row, which is x
+        numbers = _numbers(twin) if is_written else [1.0]
+        if numbers == _numbers(theirs):
+            continue
+        proportional = all(a * others == b * rows for a, b in zip(numbers, _numbers(theirs)))
+        alone = is_written or list(theirs.all_input_nodes[0].users) == [theirs]
+        if sums.of(node).kind is not Kind.SUM or theirs.target not in DIVIDING or not proportional or not alone:
+            raise InvariantError(
+                f"{described(theirs)} computes with {numbers} for {rows} rows and with {_numbers(theirs)} for {others}:"
+                f" a number that depends on the batch, so that a microbatch is not a part of it\n{WAY_OUT}"
+            )
+        found.append(theirs.name)
+    return found
+
+
+def _twins(one: tuple[Program, int], two: tuple[Program, int]) -> dict[str, str]:
+    """The name of each node of the second program -> of its twin in the first.
+
+    With one row, views that change nothing and ``x / 1`` are not written; their twin is that of ``x``. Raises
+    InvariantError for programs that differ in more than numbers.
+    """
+    (first, rows), (second, others) = one, two
+    waiting = iter(first.graph.nodes)
+    mine = next(waiting, None)
+    twins: dict[Node, Node] = {}
+    for theirs in second.graph.nodes:
+        operands = [twins[source] for source in theirs.all_input_nodes]
+        if mine is not None and mine.target == theirs.target and mine.all_input_nodes == operands:
+            twins[theirs] = mine
+            mine = next(waiting, None)
+        elif rows == 1 and len(operands) == 1 and (is_view(theirs.target) or theirs.target in SCALING):
+            twins[theirs] = operands[0]
+        else:
+            raise InvariantError(
+                f"the model computes otherwise for a batch of {others} rows than for one of {rows}, so that what a "
+                f"microbatch counts for in the loss is not known: {described(theirs)}\nWay out: Plan(microbatches=1)."
+            )
+    return {theirs.name: twin.name for theirs, twin in twins.items()}
+
+
+# ---------------------------------------------------------------- refusing
+
+WAY_OUT = (
+    'Way out: Plan(microbatch_weights="rows"): the mean of the losses of the microbatches, each over its own rows; '
+    "Plan(microbatches=1); or a loss that is made of sums and means over rows."
+)
+
+
+def _refusal(program: Program, loss: Rows) -> str:
+    where = described(loss.mixed_at) if loss.mixed_at is not None else "the loss"
+    return (
+        f"the loss is not made of sums and means over the rows of the batch: {where} is computed of all rows at once, "
+        f"and of the rows of each of {program.plan.microbatches} microbatches it is another value\n{WAY_OUT}"
+    )
+
+
+def described(node: Node) -> str:
+    """A node by its operator and the line of the model."""
+    return f"{node.target} at {origin(node).source or origin(node).module or node.name}"

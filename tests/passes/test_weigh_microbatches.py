@@ -1,0 +1,187 @@
+"""The loss of a microbatch as a summand of that of the batch: losses that people have, and those that have no parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autopar import InvariantError, Mesh, Plan
+from autopar.check import Reference
+from autopar.compiler import compile_program, split_program
+from autopar.errors import TraceError
+from autopar.ir.program import Program
+from autopar.simulate import simulate
+
+Loss = Callable[["Labels", Tensor, Tensor], Tensor]
+
+
+class Labels(nn.Module):
+    """A classifier of 7 classes whose loss is ``loss(self, scores, labels)``; the second row has no label."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.up, self.down, self.loss = nn.Linear(5, 6), nn.Linear(6, 7), loss
+        self.register_buffer("weight", torch.arange(1.0, 8.0) / 4)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        scores = self.down(torch.tanh(self.up(x)))
+        return {"loss": self.loss(self, scores.flatten(0, 1), labels.flatten())}
+
+
+def one_hot(labels: Tensor) -> Tensor:
+    return F.one_hot(labels.clamp(min=0), 7).double()
+
+
+def masked(scores: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(scores, labels, reduction="none", ignore_index=-100)
+
+
+LOSSES: dict[str, Loss] = {
+    "cross entropy": lambda m, s, y: F.cross_entropy(s, y),
+    "smoothed, weighted": lambda m, s, y: F.cross_entropy(s, y, weight=m.weight, label_smoothing=0.1),
+    "nll": lambda m, s, y: F.nll_loss(s.log_softmax(-1), y),
+    "nll, weighted": lambda m, s, y: F.nll_loss(s.log_softmax(-1), y, weight=m.weight),
+    "bce": lambda m, s, y: F.binary_cross_entropy(s.sigmoid(), one_hot(y)),
+    "bce with logits": lambda m, s, y: F.binary_cross_entropy_with_logits(s, one_hot(y), pos_weight=m.weight),
+    "smooth l1": lambda m, s, y: F.smooth_l1_loss(s, one_hot(y)),
+    "huber": lambda m, s, y: F.huber_loss(s, one_hot(y), delta=0.3),
+    "kl batchmean": lambda m, s, y: F.kl_div(s.log_softmax(-1), one_hot(y), reduction="batchmean"),
+    "sum of means": lambda m, s, y: F.mse_loss(s, one_hot(y)) + 0.1 * s.abs().mean(),
+    "z loss": lambda m, s, y: F.cross_entropy(s, y) + 1e-2 * s.logsumexp(-1).square().mean(),
+    "scaled": lambda m, s, y: 0.5 * F.cross_entropy(s, y) / 3,
+    "over a clamped count": lambda m, s, y: masked(s, y).sum() / (y >= 0).sum().clamp(min=1),
+    "over a count and a half": lambda m, s, y: masked(s, y).sum() / ((y >= 0).sum() + 0.5),
+    "over the root of a count": lambda m, s, y: masked(s, y).sum() / (y >= 0).sum().sqrt(),
+    "rows over a count": lambda m, s, y: (masked(s, y) * (y >= 0) / (y >= 0).sum()).sum(),
+    "over the batch size": lambda m, s, y: F.cross_entropy(s, y, reduction="sum") / len(y),
+    "over a number": lambda m, s, y: F.cross_entropy(s, y, reduction="sum") / 11.0,
+    "with decay": lambda m, s, y: F.cross_entropy(s, y) + 0.01 * m.up.weight.square().sum(),
+    "mean over dims": lambda m, s, y: s.square().mean(0).sum(),
+    "list of terms": lambda m, s, y: torch.stack([F.cross_entropy(s, y), s.square().mean()]).sum(),
+    "two counts": lambda m, s, y: masked(s, y).sum() / (y >= 0).sum() - 0.1 * (s * m.weight).sum() / (y > 2).sum(),
+}  # fmt: skip
+NO_PARTS: dict[str, tuple[Loss, str]] = {
+    "norm": (lambda m, s, y: s.norm(), "aten.linalg_vector_norm"),
+    "in-batch negatives": (lambda m, s, y: F.cross_entropy(s @ s.t(), torch.arange(len(s))), "aten.matmul"),
+    "product of means": (lambda m, s, y: (s.mean(0) * s.sigmoid().mean(0)).sum(), "aten.mul.Tensor"),
+    "largest": (lambda m, s, y: s.amax(), "aten.amax"),
+    "root of a mean": (lambda m, s, y: F.mse_loss(s, one_hot(y)).sqrt(), "aten.sqrt"),
+    "times the batch size": (lambda m, s, y: s.mean() * len(y), "a number that depends on the batch"),
+    "spread over the batch": (lambda m, s, y: (s - s.mean(0)).square().mean(), "aten.sub.Tensor"),
+}
+
+
+def batch(rows: int = 8) -> dict[str, Tensor]:
+    labels = torch.randint(7, (rows, 3))
+    labels[1], labels[3, :2] = -100, -100
+    return {"x": torch.randn(rows, 3, 5, dtype=torch.float64), "labels": labels}
+
+
+def model(loss: Loss) -> Labels:
+    torch.manual_seed(3)
+    return Labels(loss).double()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_that_people_have(name: str) -> None:
+    """Microbatches of four rows, of unequally many rows, of one row, one of these without a label."""
+    reference = Reference(model(LOSSES[name]), batch())
+    for sizes, count in (({"pp": 2}, 2), ({"pp": 2}, 3), ({"pp": 2}, 8), ({"pp": 2, "dp": 2}, 2)):
+        report = reference.check(Mesh(**sizes), Plan(microbatches=count))
+        assert report.worst < 1e-12, (sizes, count)
+
+
+@pytest.mark.parametrize("name", NO_PARTS)
+def test_losses_without_parts_are_refused_while_compiling(name: str) -> None:
+    loss, said = NO_PARTS[name]
+    for mesh, count in ((Mesh(pp=2), 2), (Mesh(pp=2), 8), (Mesh(dp=1), 2)):
+        with pytest.raises(InvariantError, match=said) as caught:
+            compile_program(model(loss), mesh, Plan(microbatches=count, check_numerics=False), (), batch())
+        assert 'microbatch_weights="rows"' in str(caught.value) and "test_weigh_microbatches.py" in str(caught.value)
+
+
+class Outputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.down(torch.tanh(self.up(x)))
+        return {
+            "loss": y.square().mean(), "accuracy": (y > 0).double().mean(), "total": y.sum(), "hits": (y > 0).sum(),
+            "pooled": y.mean(0), "turned": y.transpose(0, 1), "rows": y, "weight": self.up.weight.square().sum(),
+            "flat": y.flatten(),
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_other_outputs_are_those_of_the_batch(count: int) -> None:
+    torch.manual_seed(0)
+    whole, x = Outputs().double(), torch.randn(6, 3, 6, dtype=torch.float64)
+    program = compile_program(whole, Mesh(pp=2), Plan(microbatches=count), (), {"x": x})
+    found = simulate(program, dict(whole.state_dict()), (), {"x": x}).output
+    for name, wanted in whole(x).items():
+        assert found[name].shape == wanted.shape and torch.allclose(found[name], wanted, atol=1e-13), name
+
+
+class Largest(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.down(self.up(x))
+        return {"loss": y.mean(), "largest": y.amax()}
+
+
+def test_an_output_that_parts_do_not_tell() -> None:
+    whole, x = Largest().double(), torch.randn(4, 6, dtype=torch.float64)
+    program = compile_program(whole, Mesh(pp=2), Plan(microbatches=2), (), {"x": x})
+    with pytest.raises(InvariantError, match=r"output 'largest' is made of all rows of the batch at once"):
+        simulate(program, dict(whole.state_dict()), (), {"x": x})
+
+
+def test_counts_look_at_labels_alone() -> None:
+    plan = Plan(microbatches=2)
+    program = split_program(
+        model(LOSSES["smoothed, weighted"]), Mesh(dp=1), plan, (), batch(), after="weigh_microbatches"
+    )
+    assert isinstance(program, Program) and program.counts is not None
+    assert not any("linear" in node.name for node in program.counts.graph.nodes)
+    again = split_program(model(LOSSES["cross entropy"]), Mesh(dp=1), Plan(), (), batch(), after="weigh_microbatches")
+    assert not again.is_weighed and again.counts is None, "one part: nothing to weigh"
+
+
+def test_a_table_of_the_batch_is_no_part_of_it() -> None:
+    """Of a constant with a line for each row, every microbatch would take the first lines."""
+    with pytest.raises(InvariantError, match="aten.mul.Tensor at test_weigh_microbatches.py"):
+        compile_program(
+            model(lambda m, s, y: (s * torch.arange(len(s))[:, None]).mean()),
+            Mesh(pp=2),
+            Plan(microbatches=2),
+            (),
+            batch(),
+        )
+
+
+class Tables(nn.Module):
+    """``offsets`` [tables, rows] has its rows in the second dim."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.top = nn.Embedding(9, 4), nn.Linear(4, 1)
+
+    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+        return (self.top(self.table(ids).sum(0)) * dense).mean()
+
+
+def test_a_batch_dim_that_is_guessed_wrongly() -> None:
+    given = {"dense": torch.randn(4, 1, dtype=torch.float64), "ids": torch.randint(9, (3, 4))}
+    with pytest.raises(TraceError, match=r"(?s)ids \[3, 4\] of \[3, 4\] \(no batch dim\).*Plan\(batch_dims="):
+        compile_program(Tables().double(), Mesh(pp=2), Plan(microbatches=2), (), given)
+    report = Reference(Tables().double(), given).check(Mesh(pp=2), Plan(microbatches=2, batch_dims={"ids": 1}))
+    assert report.worst < 1e-12
