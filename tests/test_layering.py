@@ -50,7 +50,7 @@ STANDS_ON = {
     "levels": "ir pipeline",
     "passes": "autodiff errors experts frontend ir levels masks mesh operators pipeline routing rules schedules split",
     "choices": "ir mesh plan",
-    "compiler": "choices errors frontend ir mesh passes pipeline plan",
+    "compiler": "choices frontend ir mesh passes pipeline plan",
     "module": "analysis compiler errors frontend ir mesh pipeline plan runtime schedules simulate simulator traces",
     "stored_programs": "errors frontend ir mesh plan program_files",
     "api": "choices frontend mesh module plan runtime stored_programs",
