@@ -246,7 +246,8 @@ class UnmodifiedSteps:
 def _load(model: nn.Module, state: State) -> None:
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            tensor.copy_(state[name])
+            if name in state:  # else forward has made it, as a cache
+                tensor.copy_(state[name])
 
 
 @dataclass(frozen=True)
