@@ -83,6 +83,8 @@ class UnmodifiedSteps:
         first = {id(one): name for name, one in reversed(parameters.items())}
         self._first_names = {name: first[id(one)] for name, one in parameters.items()}  # of tied ones
         self.traced = self.traced_part(self.batch)
+        made = {name: one for name, one in self.model.named_buffers() if name not in self.state}  # by forward, a cache
+        self.state |= {name: tensor.detach().clone() for name, tensor in made.items()}
         with torch.random.fork_rng(devices=[]):
             before = torch.get_rng_state()
             self._eagerly = self._eager(self.state, self.batch)
@@ -246,7 +248,7 @@ class UnmodifiedSteps:
 def _load(model: nn.Module, state: State) -> None:
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name in state:  # else forward has made it, as a cache
+            if name in state:  # else it is a cache, not yet made
                 tensor.copy_(state[name])
 
 

@@ -1,6 +1,6 @@
 """Split the sequence over ``sp``: attention by ring, gathered keys, all-to-all or both; all else by its rules.
 
-before, on mesh(sp=2), Plan(attention="ring"):
+before, on mesh(sp=2), Plan(attention="ring", outputs="sharded"):
   x = input                                                        : f32[2,16,32]
   w = param w                                                      : f32[32,32]
   h = aten.linear(x, w)                                            : f32[2,16,32]

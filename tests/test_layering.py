@@ -58,7 +58,7 @@ STANDS_ON = {
     "check": "compiler frontend ir mesh pipeline plan precision reference simulate simulator",
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",
     "checkpoint": "errors ir mesh module plain_files runtime",
-    "exporters": "checkpoint errors ir mesh operators program_files runtime schedules simulator traces",
+    "exporters": "checkpoint errors ir mesh operators pipeline program_files runtime schedules simulator traces",
     "training": "api checkpoint data ir mesh module plan runtime traces",
     "autopar": "*",  # the package itself: its names are imported at first use
     "commands": "*",

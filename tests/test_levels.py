@@ -136,6 +136,13 @@ def test_parameters_are_sharded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         run_phases(once, COMPILER, since="shard_parameters", until="shard_parameters")
 
 
+def test_microbatches_are_weighed_before_anything_is_placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    split = replace(right(SPLIT, MESH), plan=Plan(microbatches=2))
+    with pytest.raises(InvariantError, match="Contract nothing_is_placed, required by pass weigh_microbatches"):
+        run_phases(split, COMPILER, since="weigh_microbatches", until="weigh_microbatches")
+
+
 @pytest.mark.parametrize("axis", ["sp", "tp"])
 def test_a_sequence_is_split_once_and_before_tensors(
     axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -153,5 +160,6 @@ def test_every_requirement_of_a_pass_is_seen_to_refuse() -> None:
     seen = {(name, contract) for name, _, _, contract in ORDER}
     assert required - seen == {
         ("shard_parameters", "no_parameter_is_gathered"),  # seen above
+        ("weigh_microbatches", "nothing_is_placed"),  # seen above
         *(("split_sequence", f"whole_on({axis})") for axis in ("sp", "tp")),  # seen above
     }

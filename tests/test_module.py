@@ -29,7 +29,7 @@ def look_around() -> dict[str, Any]:
     model = float64(Tiny)
     reference = copy.deepcopy(model)
     batch = tiny_batch()
-    parallel = autopar.parallelize(model, Mesh(dp=2, tp=2), Plan(check_numerics=False))
+    parallel = autopar.parallelize(model, Mesh(dp=2, tp=2), Plan(check_numerics=False, outputs="sharded"))
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)  # made before the first call
     parameters = list(parallel.parameters())
     results: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from autopar.errors import ExportError
 from autopar.exporters import functional
+from autopar.exporters.counts import write_counts
 from autopar.exporters.job import Job
 from autopar.exporters.rank_module import Part, constants_of, parts_of, rank_tensors
 from autopar.exporters.references import references
@@ -52,7 +53,10 @@ def write(job: Job) -> Mapping[str, Any]:
 
 
 def write_stages(job: Job, program: PipelinedProgram) -> Mapping[str, Any]:
-    """``rank0-stage0-forward.pt2`` and ``rank0-stage0-backward.pt2``, and so on; and the order of their calls."""
+    """``rank0-stage0-forward.pt2`` and ``rank0-stage0-backward.pt2``, and so on; and the order of their calls.
+
+    ``counts.pt2`` gives what a microbatch contributes to the sums over the batch that weigh its loss.
+    """
     roles: dict[tuple[tuple[int, int], str], Traced] = {}
     entries = []
     for part in parts_of(program, job.ranks):
@@ -77,7 +81,8 @@ def write_stages(job: Job, program: PipelinedProgram) -> Mapping[str, Any]:
         names = [name for half in halves for name in group_names(roles[part.role, half].exported)]
         entries.append({**entry, "groups": groups_of(part, names)})
     schedule = program.required_schedule
-    return {"parts": entries, "microbatches": schedule.microbatches, "schedule": format_schedule(schedule).splitlines()}
+    about = {"microbatches": schedule.microbatches, "schedule": format_schedule(schedule).splitlines()}
+    return {"parts": entries, **about, **({"counts": write_counts(job, program)} if program.is_weighed else {})}
 
 
 def _refuse_unknown_sizes(part: Part) -> None:

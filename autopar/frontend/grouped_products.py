@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from autopar.operators.experts import EXPERT_LINEAR
@@ -24,7 +25,8 @@ class GroupedProducts(TorchFunctionMode):
             return _traced(*args, **kwargs)
         if func is torch._grouped_mm:
             exporting = torch.compiler.is_exporting()  # type: ignore[no-untyped-call]
-            product = _traced if exporting else _looped
+            fake = any(isinstance(arg, FakeTensor) for arg in args)  # it has no numbers to loop by
+            product = _traced if exporting or fake else _looped
             if _is_plain(*args, **kwargs) and args[0].dtype in (_REFUSED_IN_A_TRACE if exporting else _REFUSED):
                 return product(args[0], args[1], kwargs.get("offs", args[-1]))
         return func(*args, **kwargs)

@@ -16,13 +16,14 @@ from unittest import mock
 from torch import Tensor, nn
 
 from autopar.frontend.forbidden import nothing_forbidden
-from autopar.frontend.readings import SHAPED, Readings
+from autopar.frontend.readings import HOOKS, SHAPED, Readings
 from autopar.frontend.source_lines import line_of_user
 from autopar.ir.guards import Contents, Guards, Unavailable
 from autopar.ir.same_values import MISSING, is_plain, is_same
 from autopar.ir.value_guards import ValueGuard
 
-_HIDDEN = ("_flat_weights", "_forward_hooks", "_forward_pre_hooks")  # torch's own, which no forward of a user's sets
+# torch's own, which no forward of a user's sets
+_HIDDEN = ("_flat_weights", "_flat_weight_refs", "_forward_hooks", "_forward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Observation:
         self._seen: set[tuple[int, str]] = set()
         self._written: dict[tuple[int, str], tuple[bool, str]] = {}
         self._tables: list[tuple[dict[str, Any], dict[str, Any], Any]] = []
+        self._hooks: list[Contents] = []
         self._patched: list[tuple[type, str, Any]] = []
         self._generators: list[Any] = []
         self._stack = ExitStack()
@@ -128,11 +130,14 @@ class Observation:
         self._seen.clear()
         self._written.clear()
         self._tables.clear()
+        self._hooks.clear()
         self.readings.on_class = self._patch
         for module in self._model.modules():
             self._take(module)
             for name in (*SHAPED,):
                 self._tables.append((module.__dict__[name], dict(module.__dict__[name]), module))
+            for name in HOOKS:
+                self._hooks.append(Contents.of(module.__dict__[name], self.readings.label_of_hooks(module, name)))
         self._patch(nn.Module)
         self._stack.enter_context(nothing_forbidden())
         for owner, _ in list(self.readings.objects.values()):
@@ -148,7 +153,7 @@ class Observation:
             cls, name, before = self._patched.pop()
             _restore(cls, name, before)
         self.changes = list(self._changes())
-        self.grown = [met for met in self.readings.started if not met.hold()]
+        self.grown = [met for met in (*self.readings.started, *self._hooks) if not met.hold()]
         if not self._keeps:
             self.undo()
 

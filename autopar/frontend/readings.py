@@ -23,8 +23,12 @@ from autopar.ir.same_values import is_plain
 CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 MOST_ITEMS = 512  # of a container that are compared in each call; a larger one is known by its identity
 SHAPED = ("_parameters", "_buffers", "_modules")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OWN = {*vars(nn.Module()), "_flat_weights"} - {"training", "_modules", *_HOOKS}  # how torch keeps a module
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OWN = {*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"} - {
+    "training",
+    "_modules",
+    *HOOKS,
+}  # how torch keeps a module
 
 
 class Readings:
@@ -56,6 +60,10 @@ class Readings:
         path = self._paths.get(id(owner), type(owner).__name__)
         return f"{path}.{name}" if path else name
 
+    def label_of_hooks(self, owner: nn.Module, name: str) -> str:
+        """``a hook of layers.0 (forward_hooks)``."""
+        return f"a hook of {self._paths.get(id(owner), '') or 'the model'} ({name.strip('_')})"
+
     def knows(self, owner: Any) -> bool:
         """Whether ``owner`` is a module of the model, or an object that it reads."""
         return id(owner) in self._paths or id(owner) in self.objects
@@ -71,7 +79,7 @@ class Readings:
         label = self.label(owner, name)
         if is_module and name == "_modules":
             self._contents(own[name], f"the submodules of {self.label(owner, '')}".rstrip("."))
-        elif is_module and name in _HOOKS:
+        elif is_module and name in HOOKS:
             if owner is not self._root:
                 self._hooks(owner, name)
         elif name in own:
@@ -106,12 +114,11 @@ class Readings:
 
     def hooks_of(self, owner: nn.Module) -> None:
         """``owner`` is called, and so its hooks are."""
-        for name in _HOOKS:
+        for name in HOOKS:
             self._hooks(owner, name)
 
     def _hooks(self, owner: nn.Module, name: str) -> None:
-        hooks = owner.__dict__[name]
-        label = f"a hook of {self._paths.get(id(owner), '') or 'the model'} ({name.strip('_')})"
+        hooks, label = owner.__dict__[name], self.label_of_hooks(owner, name)
         if not hooks and self._is_new(hooks, None):
             self.guards.quiet.append((hooks, label))
         elif hooks:

@@ -43,6 +43,8 @@ def shown(value: Any) -> str:
     """A value in a message, short."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)}"
-    text = repr(value) if isinstance(value, (*PLAIN, list, tuple, dict)) and value is not MISSING else ""
-    text = text or (MISSING if value is MISSING else getattr(value, "__name__", f"a {type(value).__name__}"))
+    if isinstance(value, (*PLAIN, list, tuple, dict, _Missing)):
+        text = repr(value)
+    else:
+        text = getattr(value, "__name__", f"a {type(value).__name__}")
     return text if len(text) <= 60 else text[:57] + "..."

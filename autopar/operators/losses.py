@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autopar.operators.embedding import within
 from autopar.operators.registry import operator
 
 
@@ -69,9 +70,19 @@ def vocabulary_maximum(logits: Tensor, target: Tensor, rank: Tensor, classes: in
 
 @operator
 def vocabulary_sums(
-    logits: Tensor, maximum: Tensor, target: Tensor, rank: Tensor, classes: int, label_smoothing: float
+    logits: Tensor,
+    maximum: Tensor,
+    target: Tensor,
+    rank: Tensor,
+    classes: int,
+    label_smoothing: float,
+    ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's part of three sums: exp(logit - maximum), the target's logit and, for smoothing, all logits."""
+    """This rank's part of three sums: exp(logit - maximum), the target's logit and, for smoothing, all logits.
+
+    A target that is no class, and not ``ignore_index``, is refused on every rank, as where one has all classes; not so
+    without ``ignore_index`` (older programs).
+    """
     dim = _class_dim(logits, target)
     width = logits.shape[dim]
     rank = rank.to(logits.device)
@@ -81,7 +92,10 @@ def vocabulary_sums(
     exponentials = shifted.exp().sum(dim)
     local = target - rank * width
     here = (local >= 0) & (local < width)
-    picked = shifted.gather(dim, local.clamp(0, width - 1).unsqueeze(dim)).squeeze(dim)
+    place = local.clamp(0, width - 1)
+    if ignore_index is not None:
+        place = torch.where(target == ignore_index, place, within(target, classes, place, width))
+    picked = shifted.gather(dim, place.unsqueeze(dim)).squeeze(dim)
     zero = torch.zeros((), dtype=logits.dtype, device=logits.device)
     if not label_smoothing:
         return exponentials, torch.where(here, picked, zero), exponentials.new_zeros(())

@@ -135,7 +135,10 @@ def embedding(call: Call) -> Factoring:
 def _look_up_own_rows(emit: Emit, node: Node, axis: str, ways: int) -> Node:
     rank = emit.axis_index(axis)
     padding = node.args[2] if len(node.args) > 2 else node.kwargs.get("padding_idx", -1)
-    return emit(operators.embedding_rows, (*node.args[:2], rank, padding), emit.partial(value(node), axis))
+    table = node.args[0]
+    assert isinstance(table, Node)
+    arguments = (*node.args[:2], rank, padding, value(table).shape[0])
+    return emit(operators.embedding_rows, arguments, emit.partial(value(node), axis))
 
 
 def bag(call: Call) -> Factoring:

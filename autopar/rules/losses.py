@@ -51,13 +51,14 @@ def _by_vocabulary(emit: Emit, node: Node, axis: str, ways: int) -> Node:
     largest = emit(operators.vocabulary_maximum, (logits, target, rank, classes), emit.partial(still, axis, "max"))
     maximum = emit.all_reduce(largest, axis, "max")
     part = emit.partial(rows, axis)
-    sums = emit(operators.vocabulary_sums, (logits, maximum, target, rank, classes, smoothing), part, part, part)
+    arguments = (logits, maximum, target, rank, classes, smoothing, ignore_index)
+    sums = emit(operators.vocabulary_sums, arguments, part, part, part)
     reduced = [emit.all_reduce(emit(operator.getitem, (sums, i), part), axis) for i in range(3 if smoothing else 2)]
     summed = reduced[2] if smoothing else None
     wide = torch.promote_types(source.dtype, torch.float32)
     scalar, count = Value(wide, Layout(()), source.requires_grad), Value(wide, Layout(()), False)
-    arguments = (reduced[0], reduced[1], summed, target, classes, ignore_index, smoothing)
-    return emit(operators.cross_entropy_from_parts, arguments, scalar, count)
+    reductions = (reduced[0], reduced[1], summed, target, classes, ignore_index, smoothing)
+    return emit(operators.cross_entropy_from_parts, reductions, scalar, count)
 
 
 def elementwise(position: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -140,18 +141,24 @@ def unsqueeze(call: Call) -> Factoring:
     return Factoring((source,), (target,), sizes, linear=FIRST, uneven=frozenset(sizes))
 
 
+@dataclass(frozen=True)
 class _Squeezed(Factoring):
-    """A split must not leave a dim of size 1, which would be squeezed away with the others."""
+    """A split must not leave a dim of size 1 among the ``squeezed`` ones, which would vanish with the others."""
+
+    squeezed: frozenset[str] = frozenset()
 
     def allows(self, part: Part, ways: int) -> bool:
-        return self.sizes.get(part.factor, 0) > ways and super().allows(part, ways)
+        vanishes = part.factor in self.squeezed and self.sizes[part.factor] <= ways
+        return not vanishes and super().allows(part, ways)
 
 
 def squeeze(call: Call) -> Factoring:
+    """All dims are squeezed, or those that are named."""
     (source, target), sizes = _ones(call)
-    if call.target is not aten.squeeze.default:  # the dims are named
-        return Factoring((source,), (target,), sizes, linear=FIRST)
-    return _Squeezed((source,), (target,), sizes, linear=FIRST)
+    named: Any = range(len(source)) if call.target is aten.squeeze.default else call.argument(1, "dim")
+    dims = named if isinstance(named, Sequence) else [named]
+    squeezed = frozenset(factor for dim in dims if source for factor in source[dim])
+    return _Squeezed((source,), (target,), sizes, linear=FIRST, squeezed=squeezed)
 
 
 def expand(call: Call) -> Factoring:

@@ -88,7 +88,7 @@ def give_to_optimizers() -> None:
     """Let all optimizers have the present parameters in place of those that were replaced."""
     for thing in gc.get_objects():
         if issubclass(type(thing), Optimizer):
-            _renew(thing, (), {})
+            _renew(thing)
 
 
 def mark_gone(parameter: Tensor, name: str) -> None:
@@ -111,24 +111,34 @@ _state = _State()
 
 @cache
 def _watch_optimizers() -> None:
-    register_optimizer_step_pre_hook(_renew)
+    register_optimizer_step_pre_hook(_before_step)
 
 
-def _renew(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Before each step; it costs something only after parameters have changed."""
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """It costs something only after parameters have changed. Raises InvariantError for what cannot be stepped."""
     if _state.seen.get(optimizer) == _state.generation:
         return
+    for parameter in _parameters(optimizer):
+        _refuse_gone(parameter)
+    _renew(optimizer)
+    _refuse_unfit(optimizer)
+    _state.seen[optimizer] = _state.generation
+
+
+def _renew(optimizer: Optimizer) -> None:
+    """Let the optimizer, whosever it is, have the present parameters; what it cannot step, it says at its step."""
     for group in getattr(optimizer, "param_groups", ()):
         for place, parameter in enumerate(group["params"]):
-            _refuse_gone(parameter)
             now = _now(parameter)
             if now is not parameter:
                 group["params"][place] = now
                 if parameter in optimizer.state:
                     optimizer.state[now] = optimizer.state.pop(parameter)
             _fit_state(now, optimizer.state.get(now, {}))
-    _refuse_unfit(optimizer)
-    _state.seen[optimizer] = _state.generation
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
 
 
 def _now(parameter: Tensor) -> Tensor:
@@ -157,7 +167,7 @@ def _like(parameter: Tensor, state: Any) -> Iterable[str]:
 def _refuse_unfit(optimizer: Optimizer) -> None:
     """Raise InvariantError for an optimizer of torch's that would fail on parts, or be wrong on stages."""
     kind = type(optimizer).__name__
-    for parameter in (parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]):
+    for parameter in _parameters(optimizer):
         holder: Holder | None = getattr(parameter, _HELD, None)
         if holder is None:
             continue

@@ -198,9 +198,13 @@ class LockstepCommunicator:
         for _, _, name in self._under_way.values():
             raise InvariantError(f"the code starts {name} and never waits for it")
 
+    def _on_each(self, x: Any) -> Values:
+        """``x``, or the same on every rank: what is made of no argument (positions of a sequence) is made once."""
+        return x if isinstance(x, Values) else Values([x] * self._mesh.world_size)
+
     def _communicate(self, name: str, *given: Any, **named: Any) -> Values:
         arguments = {**LEFT_OUT, **dict(zip(FIRST, given)), **named}
-        x, axis = arguments["x"], arguments["axis"]
+        axis, x = arguments["axis"], self._on_each(arguments["x"])
         moves = comm.moving(getattr(comm.OPS, name).default) is not None
         if moves and self._mesh.size(axis) == 1:
             return Values([part.clone() for part in x.of]) if name.endswith("shift") else x

@@ -112,7 +112,10 @@ class Coverage:
 
 
 def cover(name: str, family: str, model: nn.Module, batch: Mapping[str, Any], cases: Sequence[Case]) -> Coverage:
-    """Trace ``model`` once, then split, simulate and measure it for every case."""
+    """Trace ``model`` once, then split, simulate and measure it for every case.
+
+    What does not divide is a ``failure`` also where ``Plan(on_indivisible="auto")`` keeps it whole, as it is little.
+    """
     count = sum(parameter.numel() for parameter in model.parameters())
     try:
         reference = Reference(model, batch)
@@ -151,7 +154,8 @@ def _outcome(reference: Reference, case: Case, whole: int) -> Outcome:
     start = time.perf_counter()
     failure, plan = "", case.plan
     try:
-        report = reference.check(case.mesh, plan)
+        strict = "error" if plan.on_indivisible == "auto" else plan.on_indivisible
+        report = reference.check(case.mesh, replace(plan, on_indivisible=strict))
     except IndivisibleError as error:
         failure = _first_line(error)
         try:

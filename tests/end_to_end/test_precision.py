@@ -160,7 +160,7 @@ def whole_parameters_in_bfloat16(stage: int) -> list[Any]:
         for mine, other in zip(parallel.parameters(), reference.parameters()):
             mine.zero_()
             other.zero_()
-    zeros = parallel(x).full_tensor().abs().max()
+    zeros = parallel(x).abs().max()
     weights = [local_of(parameter) for parameter in parallel.parameters()]
     alone = [weight.untyped_storage().nbytes() == weight.numel() * 4 for weight in weights]
     return [float(zeros), alone, {weight.dtype for weight in weights}]

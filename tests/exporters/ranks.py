@@ -38,7 +38,7 @@ def _outputs(folder: Path, rank: int) -> dict[str, Any]:
         return {name: _own(rows[name], splits[name], part["coordinates"], manifest["mesh"]) for name in names}
 
     if "schedule" in about:
-        return _pipeline_step(folder, parts, about["microbatches"], whole, inputs)
+        return _pipeline_step(folder, parts, about, whole, inputs)
     own: Own = {}
     for part in parts:
         given = inputs(part, whole) | _received(part, own)
@@ -83,25 +83,38 @@ def _send(part: dict[str, Any], entries: list[dict[str, Any]], values: dict[str,
             dist.send(tensor, entry["to_rank"])
 
 
+def _sums(folder: Path, about: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What weighs the loss of a microbatch: sums over the batch, and the share of its rows."""
+    counts, sums = about.get("counts", {}), {"share": torch.tensor(1 / len(batches), dtype=torch.float64)}
+    if "file" in counts:
+        module = torch.export.load(folder / "pt2" / counts["file"]).module()
+        counted = [module(*[rows[name] for name in counts["inputs"]]) for rows in batches]
+        sums |= {name: sum(column) for name, column in zip(counts["outputs"], zip(*counted))}
+    return sums
+
+
 def _pipeline_step(
-    folder: Path, parts: list[dict[str, Any]], count: int, whole: dict[str, torch.Tensor], inputs: Any
+    folder: Path, parts: list[dict[str, Any]], about: dict[str, Any], whole: dict[str, torch.Tensor], inputs: Any
 ) -> dict[str, Any]:
     """All microbatches forward, then all of them backward (GPipe's order, which every schedule may be replaced by)."""
     kept, found, own = {}, dict[str, Any](), Own()
+    count = about["microbatches"]
+    batches = [{name: tensor.chunk(count)[number] for name, tensor in whole.items()} for number in range(count)]
+    sums = _sums(folder, about, batches)
+    share = 1.0 if "counts" in about else 1 / count  # of a loss that is not weighed, every microbatch has an equal one
     for part in parts:
         part["run"] = torch.export.load(folder / "pt2" / part["file"]).module()
         if "backward" in part:
             part["run_backward"] = torch.export.load(folder / "pt2" / part["backward"]["file"]).module()
-    for number in range(count):
-        rows = {name: tensor.chunk(count)[number] for name, tensor in whole.items()}
+    for number, rows in enumerate(batches):
         for part in parts:
-            given = inputs(part, rows) | _received(part, own)
+            given = inputs(part, rows) | _received(part, own) | sums
             results = part["run"](*[given[entry["name"]] for entry in part["inputs"]])
             named = {entry["name"]: tensor for entry, tensor in zip(part["outputs"], results)}
             _send(part, part["outputs"], named, own)
             kept[part["stage"], number] = named, list(results[len(part["outputs"]) :])
             if "loss" in named:
-                found["loss"] = found.get("loss", 0.0) + named["loss"] / count
+                found["loss"] = found.get("loss", 0.0) + named["loss"] * share
     for number in range(count):
         for part in reversed(parts):
             if "backward" not in part:
@@ -110,8 +123,8 @@ def _pipeline_step(
             for entry in sorted(part["backward"]["inputs"], key=lambda entry: entry.get("value", "")):
                 if entry["kind"] == "grad" and "from_rank" in entry:
                     named[entry["of"]] = _take(part, entry, torch.empty_like(named[entry["of"]]), own)
-                elif entry["kind"] == "grad":  # of the loss, of which every microbatch has an equal share
-                    named[entry["of"]] = torch.full_like(named[entry["of"]], 1 / count)
+                elif entry["kind"] == "grad":  # of the loss
+                    named[entry["of"]] = torch.full_like(named[entry["of"]], share)
             taken = part["backward"]["inputs"]
             given = [saved[entry["number"]] if entry["kind"] == "saved" else named[entry["of"]] for entry in taken]
             returned = part["backward"]["outputs"]

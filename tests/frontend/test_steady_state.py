@@ -242,3 +242,32 @@ def test_an_attribute_that_forward_sets_before_it_reads_it() -> None:
         with pytest.raises(AutoparError, match="'penalty'.*\n.*return the tensor"):
             use()
     assert len(parallel._programs) == 2
+
+
+class Recording(nn.Module):
+    """Its first call gives its layer a hook, as ``output_hidden_states`` does in transformers."""
+
+    def __init__(self, once: bool) -> None:
+        super().__init__()
+        self.layer, self.once, self.is_ready = nn.Linear(4, 4), once, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.once and self.is_ready):
+            self.layer.register_forward_hook(lambda layer, args, output: output + 1)
+            self.is_ready = True
+        result: Tensor = self.layer(x)
+        return result
+
+
+def test_hooks_that_forward_installs_once_are_there_once() -> None:
+    model, x = Recording(once=True), torch.randn(2, 4)
+    expected = copy.deepcopy(model)(x)
+    assert torch.equal(autopar.parallelize(model, Mesh())(x), expected)
+    assert len(model.layer._forward_hooks) == 1
+
+
+def test_hooks_that_forward_installs_in_every_call_are_refused() -> None:
+    model = Recording(once=False)
+    with pytest.raises(TraceError, match="a hook of layer"):
+        autopar.parallelize(model, Mesh())(torch.randn(2, 4))
+    assert not model.layer._forward_hooks

@@ -209,6 +209,7 @@ LOSSES: dict[Any, list[Sample]] = {
     operators.vocabulary_sums: [
         call(x(6, 4), x(6), ints(8, 6), torch.tensor(1), 8, 0.0),
         call(x(2, 4, 3), x(2, 3), ints(8, 2, 3), torch.tensor(0), 8, 0.1),
+        call(x(6, 4), x(6), ints(8, 6), torch.tensor(1), 8, 0.0, 2),
     ],
     operators.cross_entropy_from_parts: [
         call(above(6), x(6), None, ints(8, 6), 8, 2, 0.0),

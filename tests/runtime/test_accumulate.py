@@ -197,8 +197,8 @@ class Masked(torch.nn.Module):
         return {"loss": loss, "hits": (scores.argmax(-1) == labels).sum(), "scores": scores}
 
 
-def masked_in_parts(mesh: Mesh, inputs: str) -> tuple[Errors, list[float]]:
-    """300 steps of SGD; each rank passes the whole batch, or its rows of it, in parts of unequally many labels."""
+def masked_in_parts(mesh: Mesh, inputs: str, steps: int) -> tuple[Errors, list[float]]:
+    """Steps of SGD; each rank passes the whole batch, or its rows of it, in parts of unequally many labels."""
     model = float64(Masked)
     reference = copy.deepcopy(model)
     parallel = autopar.parallelize(model, mesh, Plan(microbatches=3, inputs=inputs, check_numerics=False))
@@ -206,7 +206,7 @@ def masked_in_parts(mesh: Mesh, inputs: str) -> tuple[Errors, list[float]]:
     generator, differences = torch.Generator().manual_seed(0), []
     place = mesh.position("dp", mesh.coordinates(torch.distributed.get_rank()))
     errors: Errors = {}
-    for _ in range(300):
+    for _ in range(steps):
         x = torch.randn(12, 2, 3, generator=generator, dtype=torch.float64)
         labels = torch.randint(5, (12, 2), generator=generator)
         mask = torch.rand(12, 2, generator=generator) > torch.linspace(0.0, 1.0, 12)[:, None]
@@ -228,17 +228,18 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("sizes", "inputs"),
+    ("sizes", "inputs", "steps"),
     [
-        ({"pp": 2, "dp": 2}, "local"),
-        pytest.param({"dp": 2}, "local", marks=SLOW),
-        pytest.param({"pp": 2, "dp": 2}, "global", marks=SLOW),
+        ({"pp": 2, "dp": 2}, "local", 40),
+        pytest.param({"pp": 2, "dp": 2}, "local", 300, marks=SLOW),
+        pytest.param({"dp": 2}, "local", 300, marks=SLOW),
+        pytest.param({"pp": 2, "dp": 2}, "global", 300, marks=SLOW),
     ],
-    ids=["pp-dp-local", "dp-local", "pp-dp"],
+    ids=["pp-dp-local", "pp-dp-local-long", "dp-local", "pp-dp"],
 )
-def test_counts_of_the_whole_batch(sizes: dict[str, int], inputs: str) -> None:
+def test_counts_of_the_whole_batch(sizes: dict[str, int], inputs: str, steps: int) -> None:
     mesh = Mesh(**sizes)
-    for errors, differences in run_ranks(masked_in_parts, mesh.world_size, mesh, inputs):
+    for errors, differences in run_ranks(masked_in_parts, mesh.world_size, mesh, inputs, steps):
         assert worst(errors) < (1e-11, "") and max(differences) < 1e-12
 
 

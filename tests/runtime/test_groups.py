@@ -131,8 +131,11 @@ def groups_made(mesh: Mesh) -> tuple[list[int], list[list[int]]]:
 
 
 def test_groups_are_made_once_and_end_with_the_others() -> None:
-    """All ranks of the world need no new group; two parts of ``sp`` make one on each rank."""
-    assert run_ranks(groups_made, 8, Mesh(dp=2, sp=4)) == [([3, 4, 4, 4], [[0]])] * 8
+    """All ranks of the world need no new group; two parts of ``sp`` make one on each rank.
+
+    Before there are the world's, those of the two axes, and that by which ranks agree on what they do.
+    """
+    assert run_ranks(groups_made, 8, Mesh(dp=2, sp=4)) == [([4, 5, 5, 5], [[0]])] * 8
 
 
 def make_the_groups_of_one_stage(mesh: Mesh) -> float:

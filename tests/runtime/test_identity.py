@@ -343,14 +343,17 @@ OPTIMIZERS = {
 
 
 def optimize(axes: dict[str, int], zero: int) -> dict[str, float | str]:
+    """Optimizers of earlier models live on: one that cannot step says so at its step, and hinders no other model."""
     found: dict[str, float | str] = {}
+    alive = []
     for name, make in OPTIMIZERS.items():
         model = float64(Net)
         reference = copy.deepcopy(model)
         module = autopar.parallelize(model, Mesh(**axes), plan_for(axes, zero=zero))
         try:
             for each in (module, reference):
-                _train(each, each is module, make(each.parameters()))
+                alive.append(make(each.parameters()))
+                _train(each, each is module, alive[-1])
             found[name] = worst(module, reference)
         except AutoparError as problem:
             found[name] = str(problem)

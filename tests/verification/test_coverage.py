@@ -159,9 +159,10 @@ def test_wrong_numbers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_that_cannot_be_traced() -> None:
-    class Branching(nn.Module):
+    class Branching(Toy):
         def forward(self, x: Tensor) -> Tensor:
-            return x.sum() if x.sum() > 0 else x.mean()
+            y = self.up(x)
+            return y.sum() if y.sum() > 0 else y.mean()
 
     found = covered(Branching(), DATA)
     assert "cannot be traced" in found.failure and not found.outcomes
