@@ -53,9 +53,9 @@ from autopar.ir.node import Node, Value, output_node, set_values, value
 from autopar.ir.program import Program
 from autopar.ir.reach import ancestors
 from autopar.ir.rewrite import drop_unused_constants
-from autopar.ir.tables import SHARE, Input, InputKind, Output, OutputKind
+from autopar.ir.tables import SAME, SHARE, Input, InputKind, Output, OutputKind
 from autopar.mesh import Mesh
-from autopar.split.summands import SAME, Summands, described, summands
+from autopar.split.summands import Summands, described, summands
 
 aten = torch.ops.aten
 

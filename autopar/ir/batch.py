@@ -61,17 +61,21 @@ def batch_dims(shapes: Sequence[tuple[str, Sequence[int]]], given: Mapping[str, 
 
 def rows_of(program: Program) -> int | None:
     """The rows of the batch that a program takes; None where no input has any."""
+    nodes = (node for node, _ in program.placeholders(InputKind.INPUT))
+    return next((value(node).shape[dim] for node, dim in zip(nodes, _batch_dims_of(program)) if dim is not None), None)
+
+
+def _batch_dims_of(program: Program) -> list[int | None]:
+    """Of each input of a program that nothing splits."""
     shapes = [(entry.target, value(node).shape) for node, entry in program.placeholders(InputKind.INPUT)]
-    dims = batch_dims(shapes, program.plan.batch_dims)
-    return next((shape[dim] for (_, shape), dim in zip(shapes, dims) if dim is not None), None)
+    return batch_dims(shapes, program.plan.batch_dims)
 
 
 def batches_of_rows(
     program: Program, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the call that ``program`` was traced with, with another number of rows: the first ones again."""
-    shapes = [(entry.target, value(node).shape) for node, entry in program.placeholders(InputKind.INPUT)]
-    dims = iter(batch_dims(shapes, program.plan.batch_dims))
+    dims = iter(_batch_dims_of(program))
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     static = {position for position, _ in program.static_inputs}
     for position, leaf in enumerate(leaves):

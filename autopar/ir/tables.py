@@ -13,6 +13,7 @@ from torch import fx
 
 from autopar.ir.layout import Layout
 
+SUM, SAME, MIXED = "sum", "same", "mixed"  # how microbatches join an output; else the number of the dim of its rows
 SHARE = "share"  # float64: the rows of a microbatch among those of the batch
 
 

@@ -19,11 +19,9 @@ from autopar.errors import IndivisibleError, InvariantError, TraceError
 from autopar.ir.batch import batch_dims, data_ways
 from autopar.ir.node import origin, output_node
 from autopar.ir.program import AnyProgram, Program
-from autopar.ir.tables import SHARE, InputKind
+from autopar.ir.tables import MIXED, SAME, SHARE, SUM, InputKind
 from autopar.mesh import Mesh
 from autopar.plan import Plan
-
-MIXED, SAME, SUM = "mixed", "same", "sum"  # how outputs are joined; else the dim of their rows
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from autopar.ir.node import Node, origin
 from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
 from autopar.ir.reach import ancestors
-from autopar.ir.tables import OutputKind
+from autopar.ir.tables import MIXED, SAME, SUM, OutputKind
 from autopar.mesh import Mesh
 from autopar.split.row_sums import Kind, Rows, RowSums, row_sums
 
@@ -26,7 +26,6 @@ AXIS = "dp"
 SCALING = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 DIVIDING = (aten.div.Tensor, aten.div.Scalar)
 MANY = 4  # rows of which each of two parts has several
-SUM, SAME, MIXED = "sum", "same", "mixed"  # how an output of all microbatches comes of theirs; or the dim of its rows
 
 
 @dataclass(frozen=True)
