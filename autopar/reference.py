@@ -76,7 +76,7 @@ class UnmodifiedSteps:
         _disturb_constants(self.model)
         self.batch: dict[str, Any] = pytree.tree_map_only(Tensor, _as_double, dict(batch))
         self._parts: dict[str, Program] = {}
-        self._alone: dict[int, Program] = {}  # by the id of what was traced
+        self._alone: dict[tuple[int, str], Program] = {}  # by the id of what was traced, and the plan
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         named = {**parameters, **dict(self.model.named_buffers(remove_duplicate=False))}
         self.state: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in named.items()}
@@ -210,14 +210,7 @@ class UnmodifiedSteps:
         """The steps of the microbatches on one device, each a summand of that of the batch."""
         rows = microbatches.rows(self.batch, batches, program.plan)
         plan = Plan(microbatches=len(batches), batch_dims=program.plan.batch_dims)
-        alone: list[Program] = []
-        for batch in batches:
-            traced = self.traced_part(batch)
-            again = retraced(lambda _, resized: self.traced_part(resized), traced, (), batch, plan)
-            with promote_float32():
-                whole = finish_program(place(pinned(traced, None, of_rows=again), Mesh(), plan))
-            assert isinstance(whole, Program)
-            alone.append(whole)
+        alone = [self._on_one_device(batch, plan) for batch in batches]
         counted = [counts_of(one, state, (), batch) for one, batch in zip(alone, batches)]
         weights = microbatches.weights(alone[0], counted, rows)
         return [
@@ -227,13 +220,19 @@ class UnmodifiedSteps:
 
     def _simulated(self, state: State, batch: Batch, seed: int) -> Outcome:
         """The step of the program for one device."""
+        return self._outcome(self._on_one_device(batch, Plan()), state, batch, seed)
+
+    def _on_one_device(self, batch: Batch, plan: Plan) -> Program:
+        """The program of a batch, or a microbatch; made once for each of its sizes."""
         traced = self.traced_part(batch)
-        with promote_float32():
-            if id(traced) not in self._alone:
-                program = finish_program(place(traced, Mesh(), Plan()))
-                assert isinstance(program, Program)
-                self._alone[id(traced)] = program
-        return self._outcome(self._alone[id(traced)], state, batch, seed)
+        key = id(traced), repr(plan)
+        if key not in self._alone:
+            again = retraced(lambda _, resized: self.traced_part(resized), traced, (), batch, plan)
+            with promote_float32():
+                program = finish_program(place(pinned(traced, None, of_rows=again), Mesh(), plan))
+            assert isinstance(program, Program)
+            self._alone[key] = program
+        return self._alone[key]
 
     def _outcome(
         self, alone: Program, state: State, batch: Batch, seed: int, wholes: Mapping[str, Tensor] | None = None
