@@ -43,21 +43,22 @@ class Agreement:
     def __init__(self, group: ProcessGroup | None, failed: Failed) -> None:
         self._group, self._failed = group, failed
         self._started: tuple[Tensor, dist.Work, Callable[[], str], str] | None = None
+        self.noted = False  # whether a ``note`` was given to :meth:`start`, on any rank, so far
 
     @property
     def is_open(self) -> bool:
         """Whether this rank has said what it is about to do, and not yet heard the others."""
         return self._started is not None
 
-    def start(self, digest: int, describe: Callable[[], str], way_out: str) -> None:
+    def start(self, digest: int, describe: Callable[[], str], way_out: str, note: bool = False) -> None:
         """Say what this rank does next, by its ``digest``; all ranks do this at the same time.
 
-        ``describe`` and ``way_out`` are for the message of :meth:`settle`.
+        ``describe`` and ``way_out`` are for the message of :meth:`settle`. All ranks have :attr:`noted` what one notes.
         """
         if self._group is None:
             return
         self.settle()
-        both = torch.tensor((digest, -digest))
+        both = torch.tensor((digest, -digest, int(note)))
         self._started = both, start_maximum(both, self._group), describe, way_out
 
     def agrees(self) -> bool:
@@ -67,7 +68,8 @@ class Agreement:
         both, work, *_ = self._started
         self._started = None
         self._finish(work, "comparing what the ranks do next")
-        highest, lowest = both.tolist()
+        highest, lowest, noted = both.tolist()
+        self.noted |= bool(noted)
         return bool(highest == -lowest)
 
     def settle(self) -> None:

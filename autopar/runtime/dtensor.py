@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
+HELD = "autopar_held"  # on a parameter of a parallel module: how it is held
+
 _new: Any = torch.Tensor._dtensor__new__  # type: ignore[attr-defined]
 
 

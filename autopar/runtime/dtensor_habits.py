@@ -3,11 +3,14 @@
 The other door to the private parts of DTensor (beside ``dtensor.py``). In torch 2.13, ``p.data = x`` is lost without a
 word on a DTensor, ``p.data.add_(x)`` leaves no trace in its version, ``p.grad.norm().item()`` gives the number of this
 rank's part, and ``logits.numpy()`` does not exist. Tensors on DeviceMeshes that no parallel module has are left alone.
+
+A script that has called ``p.to_local()`` may write to the part where nobody sees it (``part.data.add_(x)``), so this is
+remembered.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -16,10 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autopar.errors import InvariantError
-from autopar.runtime.dtensor import local_of, of_local, spec_of
+from autopar.runtime.dtensor import HELD, local_of, spec_of
 
 _SCALAR: Any = torch.ops.aten._local_scalar_dense.default
 _meshes: list[DeviceMesh] = []
+_SHOWN, _DATA_OF = "autopar_shown", "autopar_data_of"  # on a parameter; on its ``.data``
 
 
 def take_over(mesh: DeviceMesh) -> None:
@@ -39,7 +43,10 @@ def _install() -> None:
         if not _is_ours(self):
             found: Tensor = usual.__get__(self)
             return found
-        return of_local(local_of(self).detach(), spec_of(self))  # it shares the counter of changes
+        data: Tensor = self.detach()  # which shares the counter of changes
+        if HELD in vars(self):
+            setattr(data, _DATA_OF, self)
+        return data
 
     def put(self: DTensor, value: Tensor) -> None:
         if _is_ours(self):
@@ -49,8 +56,40 @@ def _install() -> None:
 
     owner: Any = DTensor
     owner.data = property(get, put)
+    owner.to_local = _noting(owner.to_local)
     owner.numpy = _of_whole("numpy")
     owner.tolist = _of_whole("tolist")
+
+
+def parts_were_shown() -> bool:
+    """Whether this process has called ``to_local()`` of a parameter of any parallel module."""
+    return _shown.any
+
+
+def is_shown(parameter: Tensor) -> bool:
+    """Whether somebody may hold this rank's part of ``parameter``."""
+    return _SHOWN in vars(parameter)
+
+
+class _Shown:
+    any = False
+
+
+_shown = _Shown()
+
+
+def _noting(usual: Any) -> Any:
+    """``to_local`` that remembers of which parameters it was called."""
+
+    @wraps(usual)
+    def to_local(self: DTensor, *args: Any, **kwargs: Any) -> Any:
+        parameter = vars(self).get(_DATA_OF, self)
+        if HELD in vars(parameter):
+            setattr(parameter, _SHOWN, True)
+            _shown.any = True
+        return usual(self, *args, **kwargs)
+
+    return to_local
 
 
 def _is_ours(tensor: DTensor) -> bool:
@@ -69,7 +108,7 @@ def _put(held: DTensor, value: Tensor) -> None:
     if isinstance(value, DTensor) and spec_of(value).placements == spec.placements and value.device_mesh == spec.mesh:
         local = local_of(value)
     else:
-        holder = getattr(held, "autopar_held", None)
+        holder = getattr(held, HELD, None)
         if holder is None:
             raise InvariantError("tensor.data = ... of a part needs a DTensor with the same placements")
         local = local_of(holder.cut(whole(value)))

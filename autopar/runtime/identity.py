@@ -20,18 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from autopar.errors import InvariantError
 from autopar.runtime.connect import Connection
-from autopar.runtime.dtensor import local_of
+from autopar.runtime.dtensor import HELD, local_of
 from autopar.runtime.stored import Stored, cut
 
 _NOW = "autopar_now"  # on a parameter that another has replaced: that one
 _GONE = "autopar_gone"  # on a parameter that a stack has replaced: the name of that
-_HELD = "autopar_held"  # on a parameter of a parallel module: how it is held
 WHOLE_ONLY = (torch.optim.Adafactor, torch.optim.Rprop)
-_OURS = (_NOW, _GONE, _HELD)
+_OURS = (_NOW, _GONE, HELD)
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def become(tensor: Tensor, holder: Holder) -> nn.Parameter:
         setattr(tensor, _NOW, held)
         now = held
     vars(now).update(marks)
-    setattr(now, _HELD, holder)
+    setattr(now, HELD, holder)
     if hooks is not None:
         now._backward_hooks = hooks
     if after is not None:
@@ -99,10 +98,13 @@ def mark_gone(parameter: Tensor, name: str) -> None:
 
 
 class _State:
-    """``generation`` changes with the parameters of any module; ``seen``: that in which an optimizer had its last."""
+    """``generation`` changes with the parameters of any module; ``seen``: that in which an optimizer had its last.
+
+    ``steps``: of all optimizers of this process.
+    """
 
     def __init__(self) -> None:
-        self.generation = 0
+        self.generation, self.steps = 0, 0
         self.seen: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
 
@@ -112,6 +114,7 @@ _state = _State()
 @cache
 def _watch_optimizers() -> None:
     register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -123,6 +126,15 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _renew(optimizer)
     _refuse_unfit(optimizer)
     _state.seen[optimizer] = _state.generation
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _state.steps += 1
+
+
+def optimizer_steps() -> int:
+    """How many steps the optimizers of this process have made since there are parallel modules."""
+    return _state.steps
 
 
 def _renew(optimizer: Optimizer) -> None:
@@ -149,7 +161,7 @@ def _now(parameter: Tensor) -> Tensor:
 
 def _fit_state(parameter: Tensor, state: Any) -> None:
     """Hold the tensors of an optimizer's state that are like the parameter as it is held."""
-    holder: Holder | None = getattr(parameter, _HELD, None)
+    holder: Holder | None = getattr(parameter, HELD, None)
     if holder is None:
         return
     for key in _like(parameter, state):
@@ -168,7 +180,7 @@ def _refuse_unfit(optimizer: Optimizer) -> None:
     """Raise InvariantError for an optimizer of torch's that would fail on parts, or be wrong on stages."""
     kind = type(optimizer).__name__
     for parameter in _parameters(optimizer):
-        holder: Holder | None = getattr(parameter, _HELD, None)
+        holder: Holder | None = getattr(parameter, HELD, None)
         if holder is None:
             continue
         if type(optimizer) in WHOLE_ONLY and holder.form.layout.axes:

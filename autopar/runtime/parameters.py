@@ -27,7 +27,7 @@ from autopar.pipeline.stages import first_ranks, held_elsewhere, homes_of
 from autopar.runtime.absent import Absent, Table, outline
 from autopar.runtime.agreement import digest_of
 from autopar.runtime.connect import Connection
-from autopar.runtime.dtensor import local_of
+from autopar.runtime.dtensor import HELD, local_of
 from autopar.runtime.identity import Holder, become, give_to_optimizers, mark_gone
 from autopar.runtime.initial_weights import agree_on_whole, check_copies
 from autopar.runtime.meshes import Meshes
@@ -324,7 +324,7 @@ class Weights:
 
     def shared_with_copies(self) -> dict[int, Any]:
         """For ``copy.deepcopy``: what a copy of the model has in common with it, by identity."""
-        holders = [vars(tensor).get("autopar_held") for tensor in self._named().values()]
+        holders = [vars(tensor).get(HELD) for tensor in self._named().values()]
         meshes = [tensor.device_mesh for tensor in self._named().values() if isinstance(tensor, DTensor)]
         return {id(thing): thing for thing in (*holders, *meshes) if thing is not None}
 

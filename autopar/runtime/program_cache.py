@@ -22,6 +22,7 @@ from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.agreement import digest_of, told
 from autopar.runtime.calls import Call, global_call, ordinary, shapes
 from autopar.runtime.connect import Connection
+from autopar.runtime.dtensor_habits import parts_were_shown
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
 from autopar.runtime.given_programs import GivenPrograms
@@ -154,7 +155,8 @@ class ProgramCache:
                 return kind
             due = entry is None or entry.is_due
             number = entry.number if entry is not None else digest_of(kind)
-            comm.agreement.start(number + due, partial(self._described, call, training, number, kind), SAME_CALLS)
+            described = partial(self._described, call, training, number, kind)
+            comm.agreement.start(number + due, described, SAME_CALLS, note=parts_were_shown())
             if not due and not self._mesh.is_pipelined:
                 return kind
             if comm.agreement.agrees():

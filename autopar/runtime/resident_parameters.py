@@ -17,6 +17,8 @@ from autopar.ir import collectives as comm
 from autopar.ir.node import Node, last_uses, output_node, value
 from autopar.runtime.communicator import Communicator
 from autopar.runtime.dtensor import keep_within, local_of
+from autopar.runtime.dtensor_habits import is_shown
+from autopar.runtime.identity import optimizer_steps
 from autopar.runtime.pieces import padded
 
 Find = Callable[[], Tensor]  # the parameter of the module, a DTensor
@@ -33,6 +35,7 @@ class Gathered:
 
     def tensors(self) -> list[Tensor]:
         """The whole parameters as they are now; collective after an optimizer step, which every rank makes."""
+        self.comm.agreement.settle()  # this is decided alike on all ranks
         if not self._held or self._now() != self._state:
             with torch.no_grad():
                 self._gather()
@@ -42,12 +45,14 @@ class Gathered:
     def _now(self) -> list[tuple[int, ...]]:
         """A state that changes when a part is written to: the first number through the DTensor, the others past it.
 
-        What ``part.data.add_(...)`` does to a part shows in no number; it belongs to an update after a backward pass.
+        What ``part.data.add_(...)`` does to a part shows in no number. It belongs to the step of an optimizer, or to an
+        update by hand after a backward pass, by a script that has been shown the part on some rank.
         """
         parameters = [find() for find in self._parameters.values()]
         parts = [local_of(parameter) for parameter in parameters]
         states = [(whole._version, part._version, part.data_ptr()) for whole, part in zip(parameters, parts)]
-        return [(self.comm.updates,), *states]
+        by_hand = self.comm.updates if self.comm.agreement.noted else 0
+        return [(by_hand, optimizer_steps()), *states]
 
     def _gather(self) -> None:
         """Gather one after the other: an earlier whole one is written to, or freed once the new one is available."""
@@ -88,9 +93,11 @@ class Gathered:
         return result
 
     def _put_within(self, owner: tuple[str, str] | None, whole: Tensor) -> None:
-        """Make this rank's part memory of ``whole``, where it is a piece of it."""
-        if owner is not None and (place := self._place(owner, whole)) is not None:
-            keep_within(self._parameters[owner[0]](), place)
+        """Make this rank's part memory of ``whole``, where it is a piece of it and nobody may hold its old memory."""
+        if owner is None or (place := self._place(owner, whole)) is None:
+            return
+        if not is_shown(parameter := self._parameters[owner[0]]()):
+            keep_within(parameter, place)
 
     def _lies_within(self, owner: tuple[str, str] | None, whole: Tensor | None) -> bool:
         """Whether :meth:`_put_within` has been called, and the parameter has had no other memory since."""

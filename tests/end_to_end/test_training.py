@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -119,18 +120,59 @@ def sent_in_a_step(plan: Plan, accumulated: int) -> dict[str, float]:
     return {phase: sum(t.bytes for t in new if t.phase == phase) / size for phase in ("forward", "backward")}
 
 
-AGAIN = pytest.mark.xfail(
-    strict=True, reason="gathered again after each backward pass: a write past versions may follow"
-)
-
-
-@pytest.mark.parametrize(
-    ("stage", "gathered"), [(0, 0), pytest.param(1, 1, marks=AGAIN), pytest.param(2, 1, marks=AGAIN), (3, 3)]
-)
+@pytest.mark.parametrize(("stage", "gathered"), [(0, 0), (1, 1), (2, 1), (3, 3)])
 def test_how_often_parameters_are_gathered(stage: int, gathered: int) -> None:
     """Three batches for one optimizer step, in each of them batch norm's statistics and the loss: 0.045."""
     sent = run_ranks(sent_in_a_step, 2, Plan(zero=stage, check_numerics=False), 3)[0]
     assert sent["forward"] == pytest.approx(0.5 * gathered + 3 * 0.045, abs=0.01)
+
+
+class UnseenDescent(torch.optim.Optimizer):
+    """Writes to the parts where neither the parameter nor the part counts it."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                local_of(parameter).data.sub_(local_of(parameter.grad).data, alpha=group["lr"])
+
+
+def unseen(stage: int, way: str) -> float:
+    """The largest difference of parameters, trained where nobody sees it, to those of one process after three steps."""
+    reference, model = float64(Tiny), float64(Tiny)
+    plan = Plan(zero=stage, check_numerics=False, bucket_mb=0)
+    parallel = autopar.parallelize(model, Mesh(dp=2), plan, example_inputs=tiny_batch())
+    rank = torch.distributed.get_rank()
+    parameters = list(parallel.parameters())
+    early = [parameter.to_local() for parameter in parameters] if way == "held from the start" else []
+    optimizer = UnseenDescent(parameters, lr=0.1) if way == "optimizer" else None
+    for step in range(3):
+        for seed in (step, step + 7):
+            parallel.train_step(**tiny_batch(seed=seed))
+            reference(**tiny_batch(seed=seed))["loss"].backward()
+            if way == "shown on one rank" and rank == 1:
+                assert parameters[0].to_local().numel() > 0
+        if optimizer is not None:
+            optimizer.step()
+        for number, parameter in enumerate(parameters if optimizer is None else []):
+            part = early[number] if early else parameter.data if way == "data" else parameter.to_local()
+            part.data.sub_(parameter.grad.data if way == "data" else local_of(parameter.grad), alpha=0.1)
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter.sub_(parameter.grad, alpha=0.1)
+        parallel.zero_grad()
+        reference.zero_grad()
+    loss = difference(parallel(**tiny_batch())["loss"], reference(**tiny_batch())["loss"])
+    found = parallel.full_state_dict()
+    return max(loss, *(difference(found[name], one) for name, one in reference.state_dict().items()))
+
+
+@pytest.mark.parametrize("way", ["optimizer", "data", "shown", "shown on one rank", "held from the start"])
+def test_an_update_that_no_counter_shows(way: str) -> None:
+    for stage in (1, 2):
+        assert max(run_ranks(unseen, 2, stage, way)) < TOLERANCE
 
 
 def whole_parameters_hold_nothing_twice(stage: int) -> tuple[list[bool], bool]:
