@@ -25,6 +25,7 @@ from autopar.ir.loss import loss_of
 from autopar.module import ParallelModule, held_by
 from tests.against_one_process import GroupedHeads, Tiny, float64, tiny_batch
 from tests.launch import run_ranks, try_ranks
+from tests.selection import slow_but
 
 BATCHES = [{key: x[:, :4].contiguous() for key, x in tiny_batch(rows=12, seed=seed).items()} for seed in range(6)]
 JOURNEYS = [
@@ -97,7 +98,9 @@ def leg(build: Callable[[], nn.Module], mesh: str, zero: int, directory: Path) -
     return before, after, losses
 
 
-@pytest.mark.parametrize(("build", "legs"), JOURNEYS, ids=["tiny", "grouped", "from a split sequence", "to one"])
+@pytest.mark.parametrize(
+    ("build", "legs"), slow_but([0, 2], JOURNEYS), ids=["tiny", "grouped", "from a split sequence", "to one"]
+)
 def test_from_mesh_to_mesh(build: type[nn.Module], legs: tuple[tuple[str, int], ...], tmp_path: Path) -> None:
     model = prepared(build, "", 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -18,6 +18,7 @@ from autopar.checkpoint.stored_names import Rectangle, _rectangle, stored_names
 from autopar.zoo.experts import ARCHITECTURES
 from autopar.zoo.named import named_model
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 pytest.importorskip("transformers")
 
@@ -123,7 +124,7 @@ def visit(mesh: str, zero: int, source: Path, target: Path) -> State:
     return parallel.full_state_dict()
 
 
-@pytest.mark.parametrize(("mesh", "zero"), [("dp=2,tp=2", 3), ("dp=3", 2), ("pp=2,ep=2", 1)])
+@pytest.mark.parametrize(("mesh", "zero"), slow_but([2], [("dp=2,tp=2", 3), ("dp=3", 2), ("pp=2,ep=2", 1)]))
 def test_ranks_read_and_write_their_parts_of_each_expert(mesh: str, zero: int, tmp_path: Path) -> None:
     model = built("mixtral", 1)
     model.save_pretrained(tmp_path / "theirs")

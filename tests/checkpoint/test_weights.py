@@ -25,6 +25,7 @@ from autopar.runtime.dtensor import local_of
 from models import gpt
 from tests.against_one_process import GroupedHeads, Tiny, tiny_batch
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 BATCH = tiny_batch(rows=12)
 State = dict[str, Tensor]
@@ -87,7 +88,7 @@ def visit(build: Callable[[], nn.Module], mesh: str, zero: int, source: Path, ta
 JOURNEYS = {Tiny: (("dp=2,tp=2", 3), ("dp=3", 3)), GroupedHeads: (("dp=2,tp=2", 3), ("tp=2", 0))}
 
 
-@pytest.mark.parametrize("build", list(JOURNEYS))
+@pytest.mark.parametrize("build", slow_but([1], list(JOURNEYS)))
 def test_round_trip(build: type[nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build()

@@ -24,6 +24,7 @@ from tests.against_one_process import Errors, compare_gradients, float64, worst
 from tests.checkpoint.test_checkpoints import everything, same, steps
 from tests.end_to_end.test_training import TRAINED, train
 from tests.launch import run_ranks
+from tests.selection import slow_but
 from tests.token_split import OddTokens, TokenWise, token_batch, tokens_split
 from tests.traffic import sent_since
 
@@ -99,12 +100,15 @@ def train_llama(mesh: Mesh, stages: tuple[int, ...], plan: dict[str, Any]) -> li
 
 @pytest.mark.parametrize(
     ("name", "mesh", "stages", "plan"),
-    [
-        ("even", "dp=2,sp=2", (0, 1, 3), {}),
-        ("odd", "dp=2,sp=2", (0, 2, 3), {}),
-        ("odd", "dp_replicate=2,dp_shard=1,sp=2", (3,), {"bucket_mb": 0}),
-        ("even", "dp=1,sp=2", (3,), {"overlap_mb": 0}),
-    ],
+    slow_but(
+        [1],
+        [
+            ("even", "dp=2,sp=2", (0, 1, 3), {}),
+            ("odd", "dp=2,sp=2", (0, 2, 3), {}),
+            ("odd", "dp_replicate=2,dp_shard=1,sp=2", (3,), {"bucket_mb": 0}),
+            ("even", "dp=1,sp=2", (3,), {"overlap_mb": 0}),
+        ],
+    ),
 )
 def test_training_equals_one_process(name: str, mesh: str, stages: tuple[int, ...], plan: dict[str, Any]) -> None:
     """With clipping by torch's own function, two batches for the first step, and whole state dicts at the end."""
@@ -114,7 +118,7 @@ def test_training_equals_one_process(name: str, mesh: str, stages: tuple[int, ..
             assert worst(errors) < (TOLERANCE, ""), (rank, zero, worst(errors))
 
 
-@pytest.mark.parametrize(("attention", "stages"), [("ring", (0, 3)), ("ulysses", (1,))])
+@pytest.mark.parametrize(("attention", "stages"), slow_but([0], [("ring", (0, 3)), ("ulysses", (1,))]))
 def test_training_a_transformer_equals_one_process(attention: str, stages: tuple[int, ...]) -> None:
     for rows in run_ranks(train_llama, 4, Mesh(dp=2, sp=2), stages, {"attention": attention}):
         for zero, errors in zip(stages, rows):

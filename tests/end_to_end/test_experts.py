@@ -13,6 +13,7 @@ from autopar import Mesh, Plan
 from models import moe
 from tests.against_one_process import compare_gradients, difference, float64
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 EXACT = 1e-11
 LAYERS, LENGTH = 2, 24
@@ -69,7 +70,12 @@ RUNS: list[tuple[str, dict[str, Any], bool]] = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "choices", "alike"), RUNS, ids=[f"{mesh}-{len(plan)}" for mesh, plan, _ in RUNS])
+FAST = (1, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "choices", "alike"), slow_but(FAST, RUNS), ids=[f"{mesh}-{len(plan)}" for mesh, plan, _ in RUNS]
+)
 def test_real_ranks(mesh: str, choices: dict[str, Any], alike: bool) -> None:
     plan, ranks = Plan(check_numerics=False, **choices), Mesh.parse(mesh).world_size
     for found, traffic in run_ranks(train, ranks, mesh, plan, alike, timeout=300):

@@ -16,6 +16,7 @@ from autopar.zoo.named import Example, named_model
 from tests.against_one_process import Errors, worst
 from tests.end_to_end.test_training import train
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 pytest.importorskip("transformers")
 
@@ -71,7 +72,7 @@ def test_no_byte_of_experts_more_than_the_formulas(name: str, mesh: str) -> None
         assert sum(t.bytes for t in foreseen) == sum(t.bytes for t in traffic), "and said before it runs"
 
 
-@pytest.mark.parametrize("mesh", ["dp=3", "dp=2,sp=2", "dp=2,tp=2", "dp_replicate=2,dp_shard=2"])
+@pytest.mark.parametrize("mesh", slow_but([1, 2], ["dp=3", "dp=2,sp=2", "dp=2,tp=2", "dp_replicate=2,dp_shard=2"]))
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_dense_models_equal_themselves(name: str, mesh: str) -> None:
     for zero in (1, 3):
@@ -95,7 +96,7 @@ def train_experts(mesh: str, zero: int) -> Errors:
         return train(build, batches, Mesh.parse(mesh), Plan(zero=zero, check_numerics=False), "adamw")
 
 
-@pytest.mark.parametrize(("mesh", "zero"), [("dp=2", 3), ("dp=2,ep=2", 3), ("ep=2", 1)])
+@pytest.mark.parametrize(("mesh", "zero"), slow_but([1], [("dp=2", 3), ("dp=2,ep=2", 3), ("ep=2", 1)]))
 def test_training_experts_equals_one_process(mesh: str, zero: int) -> None:
     for errors in run_ranks(train_experts, Mesh.parse(mesh).world_size, mesh, zero):
         assert worst(errors) < (1e-9, ""), worst(errors)

@@ -19,6 +19,7 @@ from autopar.frontend.numerics import promote_float32
 from tests import hugging_face
 from tests.against_one_process import difference, worst
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 EXACT = 1e-12
 Found = tuple[dict[str, float], list[tuple[str, list[int], list[int]]]]
@@ -68,7 +69,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("mesh", "inputs", "choices"), CASES, ids=[f"{m}-{i}-{n}" for n, (m, i, _) in enumerate(CASES)]
+    ("mesh", "inputs", "choices"), slow_but([1, 3], CASES), ids=[f"{m}-{i}-{n}" for n, (m, i, _) in enumerate(CASES)]
 )
 def test_parts_in_plain_order_and_their_gradients(mesh: str, inputs: str, choices: dict[str, Any]) -> None:
     parsed = Mesh.parse(mesh)

@@ -120,6 +120,7 @@ def test_of_four_ranks(mesh: str) -> None:
     assert all(placed for placed in found)
 
 
+@pytest.mark.slow
 def test_with_a_pipeline() -> None:
     check("pp=2,sp=2", ("llama", "", {"microbatches": 2}), ("t5", "shorter", {"microbatches": 2}))
 

@@ -17,6 +17,7 @@ from autopar.simulate import simulate
 from models import gpt, llama
 from tests.against_one_process import difference, float64, whole
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 EXACT = 1e-12
 SIZES = llama.Config(vocab=64, context=48, width=32, layers=2, heads=8, kv_heads=4, ff=64)
@@ -59,7 +60,12 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "choices"), RUNS, ids=[f"{mesh}-{given['attention']}" for mesh, given in RUNS])
+FAST = (3, 7, 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "choices"), slow_but(FAST, RUNS), ids=[f"{mesh}-{given['attention']}" for mesh, given in RUNS]
+)
 def test_real_ranks(mesh: str, choices: dict[str, Any]) -> None:
     parsed = Mesh.parse(mesh)
     plan = Plan(check_numerics=False, **choices)
@@ -83,7 +89,7 @@ def steps_and_outputs(mesh: str, plan: Plan) -> tuple[float, list[str], list[str
     return error, names, more, 0.0 if logits is None else difference(whole(logits), expected["logits"])
 
 
-@pytest.mark.parametrize(("mesh", "microbatches"), [("sp=2", 1), ("sp=2", 2), ("pp=2,sp=2", 2)])
+@pytest.mark.parametrize(("mesh", "microbatches"), slow_but([0, 1], [("sp=2", 1), ("sp=2", 2), ("pp=2,sp=2", 2)]))
 def test_a_training_step_does_not_make_the_other_outputs(mesh: str, microbatches: int) -> None:
     """Logits in plain order are sent between ranks where the user gets them, and only there."""
     plan = Plan(check_numerics=False, attention="ring", microbatches=microbatches, zero=0 if "pp" in mesh else 1)

@@ -30,6 +30,7 @@ from tests.against_one_process import (
     worst,
 )
 from tests.launch import run_ranks, try_ranks
+from tests.selection import slow_but
 from tests.traffic import sent_since
 
 TOLERANCE = 1e-12
@@ -82,7 +83,7 @@ CASES = [("tiny", "dp=2,tp=2"), ("grouped", "tp=2"), ("gpt", "dp=2,tp=2"), ("gpt
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-@pytest.mark.parametrize(("model", "mesh"), CASES)
+@pytest.mark.parametrize(("model", "mesh"), slow_but([1, 3, 4], CASES))
 def test_training_equals_one_process(model: str, mesh: str, optimizer: str) -> None:
     parsed = Mesh.parse(mesh)
     for errors in run_ranks(train, parsed.world_size, *TRAINED[model], parsed, Plan(check_numerics=False), optimizer):
@@ -93,7 +94,7 @@ def test_training_equals_one_process(model: str, mesh: str, optimizer: str) -> N
 SHARDED = [("tiny", "dp=3", 1), ("tiny", "dp=3", 3), ("grouped", "dp=2,tp=2", 2), ("llama", "dp=2,tp=2", 3)]
 
 
-@pytest.mark.parametrize(("model", "mesh", "stage"), SHARDED)
+@pytest.mark.parametrize(("model", "mesh", "stage"), slow_but([0, 2, 3], SHARDED))
 def test_training_with_sharded_parameters_equals_one_process(model: str, mesh: str, stage: int) -> None:
     build, batches = TRAINED[model]
     parsed = Mesh.parse(mesh)
@@ -169,7 +170,10 @@ def unseen(stage: int, way: str) -> float:
     return max(loss, *(difference(found[name], one) for name, one in reference.state_dict().items()))
 
 
-@pytest.mark.parametrize("way", ["optimizer", "data", "shown", "shown on one rank", "held from the start"])
+WAYS = ["optimizer", "data", "shown", "shown on one rank", "held from the start"]
+
+
+@pytest.mark.parametrize("way", slow_but([0, 3], WAYS))
 def test_an_update_that_no_counter_shows(way: str) -> None:
     for stage in (1, 2):
         assert max(run_ranks(unseen, 2, stage, way)) < TOLERANCE

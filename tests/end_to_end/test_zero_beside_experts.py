@@ -23,6 +23,7 @@ from tests.checkpoint.test_checkpoints import everything, same, steps
 from tests.end_to_end.test_training import TRAINED, train
 from tests.experts_split import experts_split
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 MESHES = ("dp=1,ep=2", "dp=2,ep=2", "dp=3,ep=2", "dp=2,ep=3", "dp=2,ep=2,sp=2", "dp_replicate=2,dp_shard=2,ep=2")
 
@@ -88,7 +89,7 @@ def train_llama(zero: int) -> Errors:
         return train(*TRAINED["llama"], Mesh(dp=2, ep=2), Plan(zero=zero, check_numerics=False), "sgd")
 
 
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", slow_but([1], [1, 3]))
 def test_training_equals_one_process(zero: int) -> None:
     """With clipping by torch's own function, which takes all parameters on one DeviceMesh."""
     for errors in run_ranks(train_llama, 4, zero):
@@ -156,6 +157,7 @@ def leg(mesh: str, zero: int, directory: Path) -> tuple[Any, Any, list[float]]:
     return before, everything(model, optimizer), losses
 
 
+@pytest.mark.slow
 def test_checkpoints_from_mesh_to_mesh(tmp_path: Path) -> None:
     model = float64(Odd)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

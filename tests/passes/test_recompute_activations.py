@@ -33,6 +33,7 @@ from autopar.simulate import simulate
 from autopar.simulator.parts import Step
 from autopar.zoo.named import Example, named_model
 from tests.conftest import Golden
+from tests.selection import slow_but
 
 LINEAR = torch.ops.aten.linear.default
 CHOICES = ("none", "selective", "full", 0.75, 0.5, 0.25)
@@ -193,7 +194,7 @@ def test_dropout_is_the_same(mesh: str) -> None:
         assert step.peak_bytes[0] < steps[0].peak_bytes[0]
 
 
-@pytest.mark.parametrize("name", [pytest.param("t5", marks=pytest.mark.slow), "moe", "gpt"])
+@pytest.mark.parametrize("name", slow_but([1], ["t5", "moe", "gpt"]))
 def test_equals_the_model(name: str) -> None:
     example = named_model(name)
     reference = Reference(example.model, example.batch)

@@ -14,6 +14,7 @@ from autopar.runtime.rank_stage import StageStep
 from models import gpt
 from tests.launch import run_ranks, try_ranks
 from tests.pipeline.ranks import train
+from tests.selection import slow_but
 
 RUNS: list[tuple[str, str, dict[str, Any], str]] = [
     ("gpt", "pp=2", {"schedule": "1f1b"}, "SGD"),
@@ -32,7 +33,7 @@ MORE_RUNS: list[tuple[str, str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "mesh", "plan", "optimizer"), RUNS)
+@pytest.mark.parametrize(("name", "mesh", "plan", "optimizer"), slow_but([1, 2], RUNS))
 def test_three_steps(name: str, mesh: str, plan: dict[str, Any], optimizer: str) -> None:
     """Loss, gradients, their norm, parameters after three steps; seven rows for each rank of dp, so uneven parts."""
     sizes = dict(Mesh.parse(mesh).axes)

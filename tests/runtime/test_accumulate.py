@@ -230,7 +230,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "inputs", "steps"),
     [
-        ({"pp": 2, "dp": 2}, "local", 40),
+        ({"pp": 2, "dp": 2}, "local", 12),
         pytest.param({"pp": 2, "dp": 2}, "local", 300, marks=SLOW),
         pytest.param({"dp": 2}, "local", 300, marks=SLOW),
         pytest.param({"pp": 2, "dp": 2}, "global", 300, marks=SLOW),

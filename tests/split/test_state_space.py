@@ -14,6 +14,7 @@ from autopar.compiler import compile_program
 from autopar.errors import NothingSplitError
 from autopar.mesh import Mesh
 from autopar.plan import Plan
+from tests.selection import slow_but
 
 transformers = pytest.importorskip("transformers")
 LENGTH = 32
@@ -59,7 +60,7 @@ def reference(name: str) -> Reference:
 @pytest.mark.parametrize(
     "mesh", ["sp=2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("dp=2,sp=2", "sp=2,tp=2"))]
 )
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but([0], list(MODELS)))
 def test_exact(name: str, mesh: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
