@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from autopar.ir.node import Value, value, values
-from autopar.ir.operator_facts import is_pointwise, is_view
+from autopar.ir.operator_facts import is_pointwise, is_view, runnable
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 
@@ -109,7 +109,7 @@ class Evaluator:
         assert callable(node.target)
         fetch = self._compact if is_pointwise(node.target) else self._full
         args, kwargs = fx.map_arg(node.args, fetch), fx.map_arg(node.kwargs, fetch)
-        result = node.target(*args, **kwargs)
+        result = runnable(node.target)(*args, **kwargs)
         if isinstance(result, (list, tuple)):
             return type(result)(compact(item) if isinstance(item, Tensor) else item for item in result)
         return compact(result) if isinstance(result, Tensor) else result

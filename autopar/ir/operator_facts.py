@@ -145,11 +145,18 @@ UNSAFE_SPLITS: dict[Any, Any] = {
     aten.unsafe_split.Tensor: aten.split.Tensor,
     aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
 }
+# Kernels lay out some results (batch normalisation's of a transposed tensor) otherwise than their meta forms say.
+_WHATEVER_THE_STRIDES = dict.fromkeys((aten.view.default, aten._unsafe_view.default), aten.reshape.default)
 VIEWS = frozenset((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default))  # other sizes only
 CASTS = (aten._to_copy.default,)
 
 
 # ---------------------------------------------------------------- names
+
+
+def runnable(target: Any) -> Any:
+    """What to call for ``target`` with real tensors."""
+    return _WHATEVER_THE_STRIDES.get(target, target)
 
 
 def is_overload(target: Any) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from autopar.errors import IndivisibleError, InvariantError, TraceError
 from autopar.ir.batch import batch_dims, data_ways
 from autopar.ir.node import origin, output_node
+from autopar.ir.operator_facts import runnable
 from autopar.ir.program import AnyProgram, Program
 from autopar.ir.tables import MIXED, SAME, SHARE, SUM, InputKind
 from autopar.mesh import Mesh
@@ -117,7 +118,7 @@ def counts(program: AnyProgram, inputs: Sequence[Tensor], others: Mapping[str, T
             if node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
                 assert callable(node.target)
-                found[node] = node.target(*args, **kwargs)
+                found[node] = runnable(node.target)(*args, **kwargs)
     returned = output_node(program.counts.graph).args[0]
     assert isinstance(returned, (tuple, list))
     return [found[node] for node in returned if isinstance(node, fx.Node)]

@@ -24,7 +24,7 @@ from autopar.ir import collectives as comm
 from autopar.ir.layout import Split, owned_indices
 from autopar.ir.load import ExpertLoad, Tally
 from autopar.ir.node import Node, last_uses, origin
-from autopar.ir.operator_facts import is_random
+from autopar.ir.operator_facts import is_random, runnable
 from autopar.ir.traffic import Transfer, moved_bytes
 from autopar.mesh import Mesh
 
@@ -335,7 +335,7 @@ class Lockstep:
 def _call(node: Node, here: dict[Node, Any], rank: int) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), here.__getitem__)
     try:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return runnable(node.target)(*args, **kwargs)
     except AutoparError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as problem:
