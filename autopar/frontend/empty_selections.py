@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch import _check as assume
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -36,7 +37,7 @@ class Selections(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
             for size in leaf.shape if isinstance(leaf, Tensor) else ():
-                if isinstance(size, torch.SymInt) and str(size) not in self._known:
+                if isinstance(size, torch.SymInt) and free_unbacked_symbols(size) and str(size) not in self._known:
                     self._known.add(str(size))
                     assume(size == 0 if self._empty else size >= 1)
         return result

@@ -46,6 +46,16 @@ class Grid:
         return len(columns) == len(places) and all(shape[dim] == self.shape[column] for dim, column in places)
 
 
+@dataclass(frozen=True)
+class Selected:
+    """What a node of the traced graph is: a table of positions, one column of it, or rows along ``dim``."""
+
+    grid: Grid
+    kind: str  # "positions" (rows, columns), "column" or "rows"
+    dim: int = 0  # of the rows; of positions, the dim of the columns
+    column: int = 0
+
+
 def positions(op: Builder, grid: Grid, column: int) -> fx.Node:
     """The position (N,) of each row along one dim of the condition."""
     at = grid.order.index(column)
@@ -74,11 +84,21 @@ def gather(op: Builder, grid: Grid, source: fx.Node, places: Sequence[tuple[int,
     return _permuted(op, rows, [*others[:dim], 0, *others[dim:]])
 
 
+def filled(op: Builder, grid: Grid, rows: fx.Node, dim: int, fill: float) -> fx.Node:
+    """``rows``, along ``dim``, with ``fill`` in place of those that were not selected: no gradient goes to them."""
+    others = op(aten.logical_not.default, _selected(op, grid, len(value(rows).shape), dim))
+    return op(aten.masked_fill.Scalar, rows, others, fill)
+
+
+def count(op: Builder, grid: Grid) -> fx.Node:
+    """How many rows are selected, an int64 scalar."""
+    return op(aten.sum.default, _marks(op, grid))
+
+
 def sums(op: Builder, grid: Grid, rows: fx.Node, dim: int, columns: Sequence[int]) -> fx.Node:
     """The sums of the selected rows for each position along ``columns``, which stand in place of the rows' ``dim``."""
     shape = value(rows).shape
-    others = op(aten.logical_not.default, _selected(op, grid, len(shape), dim))
-    kept = op(aten.masked_fill.Scalar, rows, others, 0)
+    kept = filled(op, grid, rows, dim, 0)
     parts = op.reshape(kept, *shape[:dim], *grid.sizes, *shape[dim + 1 :])
     missing = [dim + at for at, column in enumerate(grid.order) if column not in columns]
     total = op(aten.sum.dim_IntList, parts, missing) if missing else parts
@@ -99,10 +119,12 @@ def replaced(op: Builder, grid: Grid, rows: fx.Node, columns: Sequence[int], tar
 
 def _selected(op: Builder, grid: Grid, rank: int, dim: int) -> fx.Node:
     """Whether each row is selected, to be broadcast to rows along ``dim`` of a tensor of ``rank`` dims."""
+    return op.reshape(_permuted(op, _marks(op, grid), grid.order), *[1] * dim, grid.rows, *[1] * (rank - dim - 1))
+
+
+def _marks(op: Builder, grid: Grid) -> fx.Node:
     condition = grid.condition
-    if value(condition).dtype is not torch.bool:
-        condition = op(aten.ne.Scalar, condition, 0)
-    return op.reshape(_permuted(op, condition, grid.order), *[1] * dim, grid.rows, *[1] * (rank - dim - 1))
+    return condition if value(condition).dtype is torch.bool else op(aten.ne.Scalar, condition, 0)
 
 
 def _in_order(op: Builder, grid: Grid, source: fx.Node, dim: int, columns: Sequence[int]) -> fx.Node:

@@ -2,12 +2,14 @@
 
 The model runs once on the example's inputs, with fake parameters; what Python looks at there depends on inputs and
 buffers, or the model is refused. While the model is exported Python sees the same again. What it looked at becomes a
-graph of its own (:mod:`autopar.ir.value_guards`), which each call computes before it takes a program.
+graph of its own (:mod:`autopar.ir.value_guards`), which each call computes before it takes a program. So it is with
+sizes that depend on values (:mod:`autopar.frontend.known_sizes`), where these cannot stay unknown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,16 +17,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind as ExportInput
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 from autopar.errors import TraceError
 from autopar.frontend.capture import gradients_kept, inline_no_grad
+from autopar.frontend.empty_selections import Selections
+from autopar.frontend.known_sizes import depends_on_values, with_sizes
 from autopar.frontend.source_lines import user_line
 from autopar.frontend.steady_state import buffers_kept, fake_parameters
 from autopar.frontend.torch_layers import without_fast_paths
 from autopar.ir.node import output_node
 from autopar.ir.operator_facts import is_random
-from autopar.ir.value_guards import READ, Look, ValueGuard, guard_of
+from autopar.ir.value_guards import READ, SIZE, Look, ValueGuard, guard_of
 
 _LOOKS: dict[Callable[..., Any], str] = {
     Tensor.__bool__: "bool",
@@ -55,85 +60,106 @@ def _looked_at(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
 
 
 class Recorded(TorchFunctionMode):
-    """Within this context, what Python looks at in tensors is written down."""
+    """Within this context, what Python looks at in tensors is written down; ``sizes``: and how large results are."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: bool) -> None:
         super().__init__()
         self.looks = list[Look]()
+        self._sizes = sizes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _LOOKS:
-            return func(*args, **(kwargs or {}))
-        tensor = _looked_at(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if func in _LOOKS:
+            return self._look(_looked_at(func, args, kwargs), _LOOKS[func])
+        if self._sizes and depends_on_values(func, args, kwargs):
+            return with_sizes(func, args, kwargs, lambda count: self._look(count, SIZE))
+        return func(*args, **kwargs)
+
+    def _look(self, tensor: Tensor, kind: str) -> Any:
         if isinstance(tensor, FakeTensor):
-            raise DependsOnParameters(user_line())
-        seen = READ[_LOOKS[func]](tensor)
-        self.looks.append(Look(_LOOKS[func], seen, user_line()))
+            raise DependsOnParameters(user_line(), kind)
+        seen = READ[kind](tensor)
+        self.looks.append(Look(kind, seen, user_line()))
         return seen
 
 
 class DependsOnParameters(Exception):
-    """Python looks at what is computed from parameters; the message is the line."""
+    """Python looks at what is computed from parameters; the arguments are the line and the kind of look."""
 
 
 class Replayed(TorchFunctionMode):
     """Within this context, Python sees what it has seen on the example; ``tensors`` are those that it looks at."""
 
-    def __init__(self, looks: Sequence[Look]) -> None:
+    def __init__(self, looks: Sequence[Look], *, sizes: bool) -> None:
         super().__init__()
-        self._looks = looks
+        self._looks, self._sizes = looks, sizes
         self.tensors: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _LOOKS or len(self.tensors) >= len(self._looks):
-            return func(*args, **(kwargs or {}))
-        self.tensors.append(_looked_at(func, args, kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _LOOKS and len(self.tensors) < len(self._looks):
+            return self._look(_looked_at(func, args, kwargs))
+        if self._sizes and depends_on_values(func, args, kwargs):
+            return with_sizes(func, args, kwargs, self._look)
+        return func(*args, **kwargs)
+
+    def _look(self, tensor: Tensor) -> Any:
+        self.tensors.append(tensor)
         return self._looks[len(self.tensors) - 1].seen
 
 
-def looks_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], refusal: Exception) -> list[Look]:
-    """What Python looks at when the model runs on these inputs.
+def looks_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], refusal: Exception, *, sizes: bool
+) -> list[Look]:
+    """What Python looks at when the model runs on these inputs; ``sizes``: with sizes that depend on values.
 
     Raises TraceError where that is computed from parameters; ``refusal`` where the model does not run on fake ones, or
-    looks at nothing.
+    a size is computed from parameters.
     """
-    mode, recorded = FakeTensorMode(allow_non_fake_inputs=True), Recorded()
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    recorded = Recorded(sizes)
     try:
         with fake_parameters(model, mode), buffers_kept(model), torch.no_grad(), recorded:
             model(*args, **kwargs)
     except DependsOnParameters as problem:
+        line, kind = problem.args
+        if kind == SIZE:
+            raise refusal from None
         raise TraceError(
             f"{type(model).__name__} cannot be traced: what it does next depends on the values in a tensor that is "
-            f"computed from parameters\n  at {problem}\n"
+            f"computed from parameters\n  at {line}\n"
             "No rank has all of that before the program runs. A value that is computed from inputs may decide.\n"
             "Way out: torch.where or a mask instead of 'if'; no .item(), float(tensor) or .tolist() of it in forward."
         ) from None
     except Exception:
+        if not sizes:
+            return []
         raise refusal from None
-    if not recorded.looks:
-        raise refusal
     return recorded.looks
 
 
 class _LooksOnly(nn.Module):
     """The model, returning what Python looks at."""
 
-    def __init__(self, model: nn.Module, looks: Sequence[Look]) -> None:
+    def __init__(self, model: nn.Module, looks: Sequence[Look], sizes: bool) -> None:
         super().__init__()
-        self.model, self.looks = model, looks
+        self.model, self.looks, self.sizes = model, looks, sizes
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        with Replayed(self.looks) as replayed:
+        with Replayed(self.looks, sizes=self.sizes) as replayed:
             self.model(*args, **kwargs)
         return tuple(tensor.detach().clone() for tensor in replayed.tensors)
 
 
 def value_guard(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], looks: Sequence[Look]
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], looks: Sequence[Look], *, sizes: bool
 ) -> ValueGuard:
     """The graph that computes what is looked at. Raises TraceError where random numbers decide."""
-    wrapper = _LooksOnly(model, looks)
-    with without_fast_paths(), gradients_kept():
+    wrapper = _LooksOnly(model, looks, sizes)
+    some = (
+        nullcontext() if sizes else Selections(empty=False)
+    )  # for torch's own questions: what it computes is left out
+    with without_fast_paths(), gradients_kept(), some:
         exported = torch.export.export(wrapper, args, dict(kwargs), strict=False)
     inline_no_grad(exported.graph_module)
     exported = exported.run_decompositions({})
@@ -143,6 +169,9 @@ def value_guard(
     (nodes,) = output.args
     assert isinstance(nodes, (tuple, list))
     output.args = (tuple(node for node in nodes if getattr(node, "name", None) in wanted),)
+    for node in reversed(graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:  # of the sizes of what else the model computes
+            graph.erase_node(node)
     graph.eliminate_dead_code()
     for node in graph.nodes:
         if is_random(node.target):

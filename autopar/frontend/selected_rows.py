@@ -5,6 +5,8 @@ to, or put in the place of, the rows from which they come, the graph can compute
 not selected as it puts them back: the same numbers, and no size that depends on values. So it takes loops over experts
 as people write them; a pass (``stack_experts``) then lets each expert compute its own rows only.
 
+So it is with sums, means and losses of the selected rows (:mod:`autopar.frontend.row_reductions`).
+
 Rows are counted in the order of the *grid* of the condition's elements, whose first dim is the one to which results
 are added. The rule of an operator (:mod:`autopar.rules`) says whether it treats rows alone.
 """
@@ -20,13 +22,27 @@ import torch
 from torch import Tensor, fx
 
 from autopar.frontend import grids
-from autopar.frontend.grids import Grid
-from autopar.frontend.ragged import formula, is_number, name_of, ragged_dim, ragged_sizes, refusal
+from autopar.frontend.grids import Grid, Selected
+from autopar.frontend.ragged import (
+    column_added_to,
+    dim_argument,
+    formula,
+    is_number,
+    name_of,
+    ragged_dim,
+    ragged_sizes,
+    refusal,
+    traced_type,
+    whole_number,
+)
+from autopar.frontend.row_counts import count_of, type_of
+from autopar.frontend.row_reductions import AllRows, reduced
+from autopar.frontend.safe_rows import SAFE
 from autopar.ir.builder import Builder
-from autopar.ir.node import set_origin, traced_origin, traced_value, value
+from autopar.ir.node import set_origin, traced_origin, value
 from autopar.ir.operator_facts import is_random
 from autopar.ir.rewrite import operand
-from autopar.rules.choices import choice_of
+from autopar.rules.choices import choice_of, is_choice
 from autopar.rules.row_by_row import MixesRows, row_dims
 
 aten = torch.ops.aten
@@ -36,16 +52,6 @@ VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 FILLS = {aten.full.default, aten.zeros.default, aten.ones.default}
 ADDITIONS = {aten.index_add.default, aten.index_put.default}
 LEVELS_COMPARED = 6  # how deep a condition is compared with one that is written a second time
-
-
-@dataclass(frozen=True)
-class Selected:
-    """What a node of the traced graph is: a table of positions, one column of it, or rows along ``dim``."""
-
-    grid: Grid
-    kind: str  # "positions" (rows, columns), "column" or "rows"
-    dim: int = 0  # of the rows; of positions, the dim of the columns
-    column: int = 0
 
 
 @dataclass
@@ -61,14 +67,17 @@ class SelectedRows:
     grids: dict[str, Grid] = field(default_factory=dict)  # formula of a condition -> its grid
     sizes: dict[str, Grid] = field(default_factory=dict)  # the number of selected rows, by torch's name for it
     gathered: dict[Any, fx.Node] = field(default_factory=dict)
+    safe: dict[fx.Node, int] = field(
+        default_factory=dict
+    )  # operands without what was not selected -> their dim of rows
 
     def takes(self, node: fx.Node) -> bool:
         """Whether ``node`` depends on how many rows were selected, so that :meth:`copy` must copy it."""
-        ragged = node.target in POSITIONS or bool(ragged_sizes(traced_value(node)))
+        ragged = node.target in POSITIONS or bool(ragged_sizes(traced_type(node)))
         return ragged or any(map(self._depends, node.all_input_nodes))
 
     def _depends(self, source: fx.Node) -> bool:
-        return source in self.found or isinstance(traced_value(source), (torch.SymInt, torch.SymBool))
+        return source in self.found or isinstance(traced_type(source), (torch.SymInt, torch.SymBool))
 
     def copy(self, node: fx.Node) -> None:
         """Add what stands for ``node``. Raises TraceError, with the user's line, where it does not treat rows alone."""
@@ -80,7 +89,7 @@ class SelectedRows:
     def _copy(self, node: fx.Node) -> None:
         if node.target in POSITIONS:
             self._select(node)
-        elif is_number(traced_value(node)):
+        elif is_number(traced_type(node)):
             return  # a size, or an assertion about one: read where it is used
         elif (copier := self._copier(node)) is not None:
             copier(node)
@@ -93,9 +102,9 @@ class SelectedRows:
             return self._take_column
         if node.target is aten.index.Tensor and self._pairs(node) is not None:
             return self._gather
-        if node.target in ADDITIONS and not ragged_sizes(traced_value(node)):
+        if node.target in ADDITIONS and not ragged_sizes(traced_type(node)) and self._puts_back(node):
             return self._put_back
-        return None
+        return None if ragged_sizes(traced_type(node)) else self._reduce
 
     def returned(self, node: fx.Node) -> fx.Node:
         """The copy of a node that the model returns. Raises TraceError for rows that were selected."""
@@ -109,15 +118,15 @@ class SelectedRows:
         condition = operand(node)
         if condition in self.found:
             raise refusal(node, "selects among rows that were selected")
-        shape = tuple(traced_value(condition).shape)
-        first = next((column for column in map(_column_added_to, node.users) if column is not None), 0)
+        shape = tuple(traced_type(condition).shape)
+        first = next((column for column in map(column_added_to, node.users) if column is not None), 0)
         grid = self._grid_of(condition, (first, *(dim for dim in range(len(shape)) if dim != first)))
         if node.target is aten.nonzero.default:
             self.found[node] = Selected(grid, "positions", 1)
-            self.sizes[str(traced_value(node).shape[0])] = grid
+            self.sizes[str(traced_type(node).shape[0])] = grid
         else:
             self.found[node] = Selected(grid, "positions", -1)
-            self.sizes[str(traced_value(node)[0].shape[0])] = grid
+            self.sizes[str(traced_type(node)[0].shape[0])] = grid
 
     def _grid_of(self, condition: fx.Node, order: Sequence[int] = ()) -> Grid:
         copy = self.copies[condition]
@@ -131,14 +140,14 @@ class SelectedRows:
         table = self.found[node.all_input_nodes[0]]
         rank = len(table.grid.sizes)
         if node.target is operator.getitem:
-            self.found[node] = Selected(table.grid, "column", column=_whole(node.args[1]))
-        elif node.target is aten.unbind.int and _dim(node, 1, 0, 2) == table.dim:
+            self.found[node] = Selected(table.grid, "column", column=whole_number(node.args[1]))
+        elif node.target is aten.unbind.int and dim_argument(node, 1, 0, 2) == table.dim:
             self.found[node] = Selected(table.grid, "positions", -1)
-        elif node.target is aten.select.int and _dim(node, 1, 0, 2) == table.dim:
-            self.found[node] = Selected(table.grid, "column", column=_whole(node.args[2]) % rank)
+        elif node.target is aten.select.int and dim_argument(node, 1, 0, 2) == table.dim:
+            self.found[node] = Selected(table.grid, "column", column=whole_number(node.args[2]) % rank)
         elif node.target in (aten.t.default, aten.transpose.int) and table.dim >= 0:
             self.found[node] = Selected(table.grid, "positions", 1 - table.dim)
-        elif rank == 1 and len(traced_value(node).shape) == 1:
+        elif rank == 1 and len(traced_type(node).shape) == 1:
             self.found[node] = Selected(table.grid, "column")
         else:
             raise refusal(node, f"reads positions by {name_of(node)}")
@@ -160,7 +169,7 @@ class SelectedRows:
             known = self.found.get(slot)
             if known is not None and known.kind == "column":
                 own, columns = known.grid, [known.column]
-            elif known is None and traced_value(slot).dtype is torch.bool:
+            elif known is None and traced_type(slot).dtype is torch.bool:
                 own = self._grid_of(slot)
                 columns = list(range(len(own.sizes)))
             else:
@@ -178,16 +187,26 @@ class SelectedRows:
         grid, places = pairs
         if operand(node) in self.found:
             raise refusal(node, "selects among rows that were selected")
-        dim = ragged_dim(node, traced_value(node))
-        self.sizes.setdefault(str(traced_value(node).shape[dim]), grid)
+        dim = ragged_dim(node, traced_type(node))
+        self.sizes.setdefault(str(traced_type(node).shape[dim]), grid)
         source = self.copies[operand(node)]
-        key = (source, tuple(places), grid.sizes, grid.order, dim)
+        chosen = is_choice(grid.condition)  # then other experts compute the others, so that they are finite
+        key = (source, tuple(places), (grid.sizes, grid.order) if chosen else grid, dim)
         if key not in self.gathered:
             if not grid.spans(value(source).shape, places):
                 shapes = f"{list(value(source).shape)} by positions in one of shape {list(grid.shape)}"
                 raise refusal(node, f"rows are taken of a tensor of shape {shapes}")
-            self.gathered[key] = grids.gather(self._builder(node), grid, source, places, dim)
+            op = self._builder(node)
+            rows = grids.gather(op, grid, source, places, dim)
+            self.gathered[key] = rows if chosen else grids.filled(op, grid, rows, dim, 0)
         self._enter(node, self.gathered[key], grid, dim)
+
+    def _puts_back(self, node: fx.Node) -> bool:
+        """Whether rows are added or put at positions of a condition; not, say, at ids that were selected."""
+        if node.target is aten.index_add.default:
+            known = self.found.get(operand(node, 2))
+            return known is not None and known.kind == "column"
+        return True
 
     def _put_back(self, node: fx.Node) -> None:
         """``out.index_add(dim, column, rows)``, ``out[columns] = rows``, ``out[columns] += rows``."""
@@ -201,7 +220,7 @@ class SelectedRows:
             self.copies[node] = self._put(node, op, target)
 
     def _added(self, node: fx.Node, op: Builder, target: fx.Node) -> fx.Node:
-        dim, index, rows = _dim(node, 1, 0, len(value(target).shape)), operand(node, 2), operand(node, 3)
+        dim, index, rows = dim_argument(node, 1, 0, len(value(target).shape)), operand(node, 2), operand(node, 3)
         known, added = self.found.get(index), self.found.get(rows)
         if known is None or known.kind != "column" or added is None or (added.grid, added.dim) != (known.grid, dim):
             raise refusal(node, "adds rows at positions that are not those of the rows")
@@ -264,32 +283,51 @@ class SelectedRows:
         shape = (grid.rows, *inner)
         return rows if value(rows).shape == shape else op(aten.expand.default, rows, list(shape))
 
+    # ------------------------------------------------------------ what rows are reduced to
+
+    def _reduce(self, node: fx.Node) -> None:
+        """An operator whose result has no rows: it reduces them, or computes with their number."""
+        sources = [source for source in node.all_input_nodes if source in self.found]
+        known = {self.found[source].grid for source in sources}
+        if is_random(node.target) or len(known) > 1 or isinstance(traced_type(node), (list, tuple)):
+            raise refusal(node, f"{name_of(node)} needs to know how many there are")
+        copy = self._on_all_rows(node)
+        if not sources:
+            self.copies[node] = copy
+            return
+        dims = self.safe | {self._rows(node, source): self.found[source].dim for source in sources}
+        own = {source: dims[source] for source in copy.all_input_nodes if source in dims}
+        op = self._builder(node)
+        result = reduced(AllRows(op, copy, known.pop(), own))
+        if result is None:
+            raise refusal(node, f"{name_of(node)} is made of all of them, and nothing says how to leave out others")
+        self.graph.erase_node(copy)
+        self.copies[node] = op.cast(result, traced_type(node).dtype)
+
     # ------------------------------------------------------------ operators on rows
 
     def _copy_rows(self, node: fx.Node) -> None:
         """The same operator on all rows."""
         sources = [source for source in node.all_input_nodes if source in self.found]
         known = {self.found[source].grid for source in sources}
-        known |= {self._size(node, size) for size in ragged_sizes(traced_value(node))}
+        known |= {self._size(node, size) for size in ragged_sizes(traced_type(node))}
         if len(known) != 1 or (not sources and node.target not in FILLS) or is_random(node.target):
             raise refusal(node, f"{name_of(node)} needs to know how many there are")
         (grid,) = known
-        args = tuple(self._argument(node, argument) for argument in node.args)
-        kwargs = {name: self._argument(node, argument) for name, argument in node.kwargs.items()}
-        op = self._builder(node)
         if node.target is operator.getitem:
-            copy = op(operator.getitem, *args)
+            copy = self._builder(node)(operator.getitem, self.copies[operand(node)], node.args[1])
         elif node.target in VIEWS:
-            shape = traced_value(node).shape
-            copy = op.reshape(args[0], *[s if isinstance(s, int) else self._size(node, s).rows for s in shape])
+            shape = [s if isinstance(s, int) else self._size(node, s).rows for s in traced_type(node).shape]
+            source = self._rows(node, operand(node))
+            copy = self._builder(node).reshape(source, *shape)
         else:
-            copy = op(node.target, *args, **kwargs)
+            copy = self._on_all_rows(node)
         if node.target is not operator.getitem:
             self._check_alone(node, copy, sources)
-        if isinstance(traced_value(node), Tensor):
-            self._enter(node, copy, grid, ragged_dim(node, traced_value(node)))
+        if isinstance(traced_type(node), Tensor):
+            self._enter(node, copy, grid, ragged_dim(node, traced_type(node)))
         else:
-            dims = [ragged_dim(node, part) for part in traced_value(node)]
+            dims = [ragged_dim(node, part) for part in traced_type(node)]
             if len(set(dims)) != 1:
                 raise refusal(node, f"{name_of(node)} gives some results that do not depend on the rows")
             self._enter(node, copy, grid, dims[0])
@@ -298,10 +336,10 @@ class SelectedRows:
         """Raise TraceError unless, by the rule of the operator, each row of the result is made of one row."""
         if not sources or self.found[sources[0]].grid.rows == 1:
             return  # a constant; of one row, whatever keeps it is made of it
-        known = {self._rows(node, source): self.found[source].dim for source in sources}
+        known = self.safe | {self._rows(node, source): self.found[source].dim for source in sources}
         operands: list[fx.Node] = []
         fx.map_arg((copy.args, copy.kwargs), operands.append)
-        results = traced_value(node) if isinstance(traced_value(node), (list, tuple)) else [traced_value(node)]
+        results = traced_type(node) if isinstance(traced_type(node), (list, tuple)) else [traced_type(node)]
         for index, fake in enumerate(results):
             try:
                 dims = row_dims(copy, index, ragged_dim(node, fake))
@@ -310,7 +348,27 @@ class SelectedRows:
             if dims != [known.get(source) for source in operands]:
                 raise refusal(node, f"{name_of(node)} mixes them")
 
-    def _argument(self, node: fx.Node, argument: Any) -> Any:
+    def _on_all_rows(self, node: fx.Node) -> fx.Node:
+        """The same operator, where it neither fails nor has an infinite derivative for rows that were not selected."""
+        args = [self._argument(node, argument, place) for place, argument in enumerate(node.args)]
+        kwargs = {name: self._argument(node, argument, name) for name, argument in node.kwargs.items()}
+        op = self._builder(node)
+        for place, fill in SAFE.get(node.target, {}).items():
+            source = node.args[place] if place < len(node.args) else None
+            if isinstance(source, fx.Node) and (known := self.found.get(source)) is not None:
+                args[place] = grids.filled(op, known.grid, args[place], known.dim, fill)
+                self.safe[args[place]] = known.dim
+        return op(node.target, *args, **kwargs)
+
+    def _argument(self, node: fx.Node, argument: Any, place: int | str) -> Any:
+        if isinstance(argument, fx.Node) and is_number(traced_type(argument)):
+            kind = type_of(node.target, place)
+            if "number" in kind or kind == "Tensor":
+                op = self._builder(node)
+                count = count_of(op, argument, lambda size: grids.count(op, self._size(node, size)))
+                if count is None or kind != "Tensor":
+                    raise refusal(node, f"{name_of(node)} computes with their number")
+                return count
         return fx.map_arg(argument, lambda source: self._rows(node, source))
 
     def _rows(self, node: fx.Node, source: fx.Node) -> Any:
@@ -318,8 +376,8 @@ class SelectedRows:
         known = self.found.get(source)
         if known is not None and known.kind == "column" and source not in self.copies:
             self.copies[source] = grids.positions(self._builder(node), known.grid, known.column)
-        if is_number(traced_value(source)):
-            return self._size(node, traced_value(source)).rows
+        if is_number(traced_type(source)):
+            return self._size(node, traced_type(source)).rows
         if known is not None and known.kind == "positions":
             raise refusal(node, f"{name_of(node)} of positions")
         return self.copies[source]
@@ -335,24 +393,3 @@ class SelectedRows:
 
     def _builder(self, node: fx.Node) -> Builder:
         return Builder(after=next(iter(reversed(self.graph.nodes))))
-
-
-def _column_added_to(column: fx.Node) -> int | None:
-    """The number of ``column`` among its kind, if rows are added at its positions."""
-    if column.target is not operator.getitem:
-        return None
-    for user in column.users:
-        if user.target is aten.index_add.default and user.args[2] is column:
-            return _whole(column.args[1])
-        if user.target is aten.index_put.default and column in user.args[1]:  # type: ignore[operator]
-            return _whole(column.args[1])
-    return None
-
-
-def _whole(number: Any) -> int:
-    assert isinstance(number, int)
-    return number
-
-
-def _dim(node: fx.Node, position: int, default: int, rank: int) -> int:
-    return _whole(node.args[position] if len(node.args) > position else default) % rank

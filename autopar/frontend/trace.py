@@ -7,20 +7,16 @@ The graph is functional (no in-place operators), keeps ``linear``, ``scaled_dot_
 from __future__ import annotations
 
 import inspect
-import io
 import itertools
 import operator
-import sys
-import traceback
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputSpec, TensorArgument
 from torch.export.graph_signature import InputKind as ExportInput
@@ -30,28 +26,19 @@ from torch.utils import _pytree as pytree
 from autopar.errors import TraceError
 from autopar.frontend.capture import (
     explained,
-    fake_like,
     faked,
-    gradients_kept,
-    inline_no_grad,
-    is_data_dependent,
     needs_fakes,
-    only_plain_outputs,
 )
-from autopar.frontend.empty_selections import Selections, differ_by_selections_only
-from autopar.frontend.grouped_products import GroupedProducts
-from autopar.frontend.looked_at import Replayed, looks_of, value_guard
+from autopar.frontend.exported import Build, traced
 from autopar.frontend.numerics import check_numerics
-from autopar.frontend.observation import Observation, add_guards, add_value_guard
+from autopar.frontend.observation import Observation, add_guards
 from autopar.frontend.recast import recast, recast_call
 from autopar.frontend.selected_rows import SelectedRows
-from autopar.frontend.source_lines import user_line
 from autopar.frontend.steady_state import bring_to_rest, check_at_rest, refuse_backward_hooks
-from autopar.frontend.torch_layers import without_fast_paths
 from autopar.ir.collection import no_collection
 from autopar.ir.loss import inner_paths, joined_path, leaf_paths
 from autopar.ir.node import clear_meta, output_node, set_origin, set_values, traced_origin, traced_value, value
-from autopar.ir.operator_facts import is_composite, is_overload, types_of, writes
+from autopar.ir.operator_facts import types_of
 from autopar.ir.program import Program
 from autopar.ir.rewrite import operand
 from autopar.ir.signature import user_tensors
@@ -68,12 +55,6 @@ INPUT_KINDS = {  # in the order in which a program takes them
     ExportInput.USER_INPUT: InputKind.INPUT,
 }
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
-WHOLE = {  # composite operators that decomposing would keep, or that canonicalize brings into the same form
-    aten.linear.default, aten.matmul.default, aten.scaled_dot_product_attention.default, aten.layer_norm.default,
-    aten.rms_norm.default, aten.cross_entropy_loss.default, aten.softmax.int, aten.log_softmax.int, aten.pad.default,
-    aten.conv2d.default, aten.reshape.default, aten.contiguous.default, aten.dropout.default, aten.to.dtype,
-    aten.to.dtype_layout, aten.to.device, aten.type_as.default, aten.__and__.Tensor, aten.diff.default,
-}  # fmt: skip
 
 
 def trace(
@@ -97,8 +78,7 @@ def trace(
     with recast(model, dtype) as dtypes:
         call: tuple[tuple[Any, ...], dict[str, Any]] = recast_call(given, dtype)
         fakes = needs_fakes(model, pytree.tree_leaves(call))
-        exported, notes = _at_rest(model, *call)
-        program = _program(exported, model, mesh, plan)
+        program, notes = _at_rest(model, *call, lambda exported: _program(exported, model, mesh, plan))
         if plan.check_numerics and not fakes:
             with Observation(model).watching():
                 check_numerics(program, model, *call)
@@ -118,8 +98,10 @@ def _passed_dtypes(program: Program, parameters: Mapping[str, torch.dtype], call
     return dtypes
 
 
-def _at_rest(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ExportedProgram, list[str]]:
-    """The exported model, once its forward leaves nothing for the next call to read, and notes.
+def _at_rest(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], build: Build
+) -> tuple[Program, list[str]]:
+    """The program of the model, once its forward leaves nothing for the next call to read, and notes.
 
     What was read is added to the guards of :func:`autopar.frontend.observation.guards_of_traces`.
     """
@@ -131,7 +113,7 @@ def _at_rest(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         try:
             faking = faked(model) if fakes else nullcontext()
             with explained(model), no_collection(), faking as mode, observation.watching():
-                found = _export(model, args, kwargs, mode)
+                found = traced(model, args, kwargs, mode, build)
             if moved is not None or observation.is_at_rest:
                 check_at_rest(observation)
                 add_guards(observation.guards)
@@ -142,92 +124,6 @@ def _at_rest(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             if moved is not None or observation.is_at_rest:
                 raise  # else it may come from what forward leaves
         moved = bring_to_rest(model, args, kwargs, observation)
-
-
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode | None
-) -> tuple[ExportedProgram, list[str]]:
-    given = args, kwargs
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    if mode is not None:
-        leaves = [fake_like(mode, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    args, kwargs = pytree.tree_unflatten(_distinct(leaves), spec)
-    printed = io.StringIO()
-    try:
-        with redirect_stderr(printed):  # torch prints the graph so far, and it may only be the first try
-            found = _functional(model, args, kwargs, nullcontext())
-    except Exception as problem:
-        if not is_data_dependent(problem):
-            raise
-        with redirect_stderr(printed):
-            return _of_example(model, args, kwargs, given, problem)
-    sys.stderr.write(printed.getvalue())
-    return found
-
-
-def _of_example(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any, problem: Exception
-) -> tuple[ExportedProgram, list[str]]:
-    """The graph of a model whose Python looks at values; ``given``: the arguments as the user passed them."""
-    try:
-        return _without_branches(model, args, kwargs, problem)
-    except Exception as refusal:
-        looks = looks_of(model, given[0], given[1], refusal)
-    found = _functional(model, args, kwargs, Replayed(looks))
-    add_value_guard(value_guard(model, args, kwargs, looks))
-    return found
-
-
-def _without_branches(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], problem: Exception
-) -> tuple[ExportedProgram, list[str]]:
-    """The graph of a model that asks whether rows were selected; ``problem`` is raised for one that asks more."""
-    try:
-        some, none = (_functional(model, args, kwargs, Selections(empty=empty)) for empty in (False, True))
-    except Exception as other:
-        raise problem if is_data_dependent(other) else other from None
-    if not differ_by_selections_only(some[0].graph, none[0].graph):
-        raise TraceError(
-            f"{type(model).__name__} cannot be traced: where a condition selects no row, it does more than leave out "
-            f"what it would do with them\n  at {user_line(traceback.extract_tb(problem.__traceback__))}\n"
-            "Way out: where nothing is selected, do nothing; the same code with no rows adds nothing either."
-        )
-    return some
-
-
-def _functional(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], selections: AbstractContextManager[Any]
-) -> tuple[ExportedProgram, list[str]]:
-    """The exported model, without operators that write into their arguments, and notes."""
-    with (
-        without_fast_paths(), GroupedProducts(), gradients_kept() as notes, only_plain_outputs(model, notes), selections
-    ):  # fmt: skip
-        exported = torch.export.export(model, args, kwargs, strict=False)
-    inline_no_grad(exported.graph_module)
-    if all(_is_plain(node) for node in exported.graph.nodes):
-        return exported, notes  # nothing to decompose, which saves half of the time
-    return exported.run_decompositions({}), notes
-
-
-def _is_plain(node: fx.Node) -> bool:
-    """Whether ``node`` writes into nothing, holds no graph, and is no composite except those programs keep whole."""
-    if node.op != "call_function" or node.target is operator.getitem:
-        return node.op != "get_attr" or not node.users
-    if not is_overload(node.target) or writes(node.target):
-        return False
-    return node.target in WHOLE or not is_composite(node.target)
-
-
-def _distinct(leaves: list[Any]) -> list[Any]:
-    """Copies of tensors that are passed more than once: export would make them one input."""
-    seen: set[int] = set()
-    distinct = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            leaf = leaf.detach().clone().requires_grad_(leaf.requires_grad) if id(leaf) in seen else leaf
-            seen.add(id(leaf))
-        distinct.append(leaf)
-    return distinct
 
 
 def _program(exported: ExportedProgram, model: nn.Module, mesh: Mesh, plan: Plan) -> Program:

@@ -16,11 +16,12 @@ from torch import Tensor, fx, nn
 from autopar.ir.same_values import is_same, shown
 
 MOST_OUTCOMES = 16  # programs of one kind of call that differ by what was seen
+SIZE = "size"
 
 
 @dataclass(frozen=True)
 class Look:
-    """A place where a value was looked at: ``seen``, as Python object of ``kind`` (bool, int, float, item, tolist)."""
+    """A place where a value was looked at: ``seen``, as ``kind``: bool, int, float, item, tolist, size."""
 
     kind: str
     seen: Any
@@ -57,6 +58,7 @@ READ: dict[str, Any] = {
     "float": float,
     "item": Tensor.item,
     "tolist": Tensor.tolist,
+    SIZE: int,
 }
 
 

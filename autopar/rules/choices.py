@@ -75,6 +75,12 @@ def choice_of(condition: fx.Node) -> Choice | None:
     return None
 
 
+def is_choice(condition: fx.Node) -> bool:
+    """Whether the elements of ``condition``, or of what it asks for any of, are those where ids have one number."""
+    source = operand(condition) if condition.target is aten.any.dim else condition
+    return choice_of(source) is not None
+
+
 def _chosen(ids: fx.Node, places: Sequence[Place], number: int, rank: int) -> Choice | None:
     ids, places = _behind_views(ids, places, INDICES)
     dims = tuple(place for place in places if isinstance(place, int))

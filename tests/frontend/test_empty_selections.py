@@ -39,7 +39,7 @@ class AddsOtherwise(Mixture):
         flat = x.reshape(-1, WIDTH)
         out = torch.zeros_like(flat)
         for number, expert in enumerate(self.experts):
-            (token,) = torch.where(flat[:, number] > 0)
+            (token,) = torch.where(self.gate(flat)[:, number] > 0)
             if token.numel() == 0:
                 out = out + 1.0
             else:
@@ -54,7 +54,7 @@ class CountsExperts(Mixture):
         flat = x.reshape(-1, WIDTH)
         used = 0.0
         for number, expert in enumerate(self.experts):
-            (token,) = torch.where(flat[:, number] > 0)
+            (token,) = torch.where(self.gate(flat)[:, number] > 0)
             if len(flat[token].shape) and token.numel() > 0:
                 used += 1.0
                 flat = flat.index_add(0, token, expert(flat[token]))
@@ -65,7 +65,7 @@ class HitExperts(Mixture):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, WIDTH)
         out = torch.zeros_like(flat)
-        for number in (flat[:, :EXPERTS] > 0).any(0).nonzero():
+        for number in (self.gate(flat)[:, :EXPERTS] > 0).any(0).nonzero():
             out = out + self.experts[number](flat)
         return out.square().mean()
 
@@ -85,7 +85,7 @@ def test_one_graph_serves_both(unused: bool, capfd: pytest.CaptureFixture[str]) 
     [
         (AddsOtherwise, "where a condition selects no row", "if token.numel() == 0:"),
         (CountsExperts, "where a condition selects no row", "token.numel() > 0:"),
-        (HitExperts, "depends on the values in a tensor", "for number in (flat[:, :EXPERTS] > 0)"),
+        (HitExperts, "depends on the values in a tensor", "for number in (self.gate(flat)[:, :EXPERTS] > 0)"),
     ],
     ids=lambda part: getattr(part, "__name__", ""),
 )

@@ -160,12 +160,12 @@ def reader() -> tuple[ParallelModule, Reader, Tensor]:
     return autopar.parallelize(copy.deepcopy(model), Mesh(dp=2), example_inputs=(x,)), model, x
 
 
-def compare(parallel: ParallelModule, model: nn.Module, x: Tensor) -> None:
+def compare(parallel: ParallelModule, model: nn.Module, *args: Tensor) -> None:
     """One simulated step against one of the model: loss, gradients, buffers."""
-    step = parallel.simulate(x)
+    step = parallel.simulate(*args)
     twin = copy.deepcopy(model)
     twin.zero_grad()
-    expected = twin(x)
+    expected = twin(*args)
     expected.backward()
     assert step.loss is not None and difference(step.loss, expected) < TOLERANCE
     for name, parameter in twin.named_parameters():

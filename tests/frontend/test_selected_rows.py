@@ -89,9 +89,14 @@ def nothing_selected(layer: nn.Linear, x: Tensor, ids: Tensor) -> Tensor:
     return positions_of_both_dims(layer, x, ids - 5)
 
 
+def put_elsewhere(layer: nn.Linear, x: Tensor, ids: Tensor) -> Tensor:
+    (place,) = torch.where(ids.flatten() == 1)
+    return x.reshape(12, 4).index_add(0, 11 - place, layer(x.reshape(12, 4)[place]))
+
+
 TAKEN: list[Step] = [
     replaced, replaced_by_a_number, positions_of_both_dims, table_of_positions, list_of_positions,
-    along_the_second_dim, looked_up, sizes_written, nothing_selected,
+    along_the_second_dim, looked_up, sizes_written, nothing_selected, put_elsewhere,
 ]  # fmt: skip
 
 
@@ -113,71 +118,86 @@ def test_one_row() -> None:
 # ---------------------------------------------------------------- what is refused
 
 
-class MeanOfSelected(Net):
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return self.layer(x[ids == 1]).mean(0)
+class Learned(Net):
+    def learned(self, x: Tensor) -> Tensor:
+        """Ids that depend on parameters, so that no rank knows beforehand how many there are."""
+        return self.layer(x)[..., :3].argmax(-1)
 
 
-class SoftmaxOfSelected(Net):
+class SoftmaxOfSelected(Learned):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        ids = self.learned(x)
         x = x.clone()
         x[ids == 1] = self.layer(x[ids == 1]).softmax(0)
         return x
 
 
-class Counted(Net):
+class Largest(Learned):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        ids = self.learned(x)
+        return self.layer(x[ids == 1]).max()
+
+
+class Counted(Learned):
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        ids = self.learned(x)
         x = x.clone()
         rows = x[ids == 1]
         x[ids == 1] = rows * torch.arange(rows.shape[0]).unsqueeze(-1)
         return self.layer(x)
 
 
-class Noise(Net):
+class Clamped(Learned):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        ids = self.learned(x)
+        rows = self.layer(x[ids == 1])
+        return rows.clamp(max=rows.shape[0]).sum()
+
+
+class Noise(Learned):
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        ids = self.learned(x)
         x = x.clone()
         rows = x[ids == 1]
         x[ids == 1] = rows + torch.randn_like(rows)
         return self.layer(x)
 
 
-class Elsewhere(Net):
+class LastOneStays(Learned):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        place = torch.where(ids.flatten() == 1)[0]
-        return x.reshape(12, 4).index_add(0, 11 - place, self.layer(x.reshape(12, 4)[place]))
-
-
-class LastOneStays(Net):
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        ids = self.learned(x)
         row, column = torch.where(ids == 2)
         out = torch.zeros(4, 4)
         out[row] += self.layer(x[row, column])
         return out
 
 
-class SelectedTwice(Net):
+class SelectedTwice(Learned):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        ids = self.learned(x)
         rows = x[ids == 1]
         return self.layer(rows[rows[:, 0] > 0]).sum(0)
 
 
-class OtherRows(Net):
+class OtherRows(Learned):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        ids = self.learned(x)
         place = torch.where(ids.flatten() == 1)[0]
         return x.reshape(-1)[:12].index_add(0, place, self.layer(x.reshape(12, 4)[:8][place])[:, 0])
 
 
-class Returned(Net):
+class Returned(Learned):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        ids = self.learned(x)
         return self.layer(x)[ids == 1]
 
 
 REFUSED: list[tuple[type[Net], str]] = [
-    (MeanOfSelected, "layer(x[ids == 1]).mean(0)"),
+    (Largest, "self.layer(x[ids == 1]).max()"),
+    (Clamped, "rows.clamp(max=rows.shape[0])"),
     (SoftmaxOfSelected, "softmax(0)"),
     (Counted, "torch.arange(rows.shape[0])"),
     (Noise, "torch.randn_like(rows)"),
-    (Elsewhere, "index_add(0, 11 - place"),
     (LastOneStays, "out[row] +="),
     (SelectedTwice, "rows[rows[:, 0] > 0]"),
     (OtherRows, "[:8][place]"),

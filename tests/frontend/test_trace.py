@@ -237,7 +237,7 @@ class Item(Base):
 
 class BooleanIndex(Base):
     def forward(self, x: Tensor) -> Tensor:
-        return x[x > 0].sum() * self.w
+        return x[x * self.w > 0].max()
 
 
 class ThroughNumpy(Base):
@@ -270,7 +270,7 @@ class Cache(Base):
 REFUSALS: list[tuple[type[Base], Any, str, str]] = [
     (Branch, None, "depends on the values in a tensor", "in forward: if y.sum() > 0:"),
     (Item, None, "depends on the values in a tensor", "self.w.sum().item()"),
-    (BooleanIndex, None, "size of a tensor depends on the values", "x[x > 0]"),
+    (BooleanIndex, None, "size of a tensor depends on the values", "x[x * self.w > 0]"),
     (ThroughNumpy, None, "numpy", ".numpy() * 2"),
     (Broken, None, "broadcast", "torch.zeros(3)"),
     (WritesInput, None, "in place", "'x'"),
