@@ -75,7 +75,8 @@ def without_checkpointing(notes: list[str]) -> Iterator[None]:
     """Make calls of ``torch.utils.checkpoint`` plain calls of the function, and note them."""
     note = (
         "the model asks for activation checkpointing (torch.utils.checkpoint); autopar decides itself what to "
-        "recompute, so those calls are traced through and have no effect"
+        "recompute, so those calls are traced through and have no effect; what torch would then do twice, as updating "
+        "the statistics of batch normalisation, is done once"
     )
 
     def reentrant(cls: Any, function: Any, preserve: Any, *args: Any) -> Any:
