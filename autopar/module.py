@@ -36,6 +36,7 @@ from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.calls import Call, Signature, gathered
 from autopar.runtime.clipping import clip_gradients
 from autopar.runtime.connect import Connection, not_launched
+from autopar.runtime.dtensor import full_of
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
 from autopar.runtime.expert_loads import gathered_loads
@@ -211,7 +212,7 @@ class ParallelModule(nn.Module):
         with torch.no_grad():  # a state dict would lack buffers that are not persistent
             held: dict[str, Tensor] = dict(self.named_buffers(remove_duplicate=False))
             held.update(self.named_parameters(remove_duplicate=False))
-            tensors = {name: self._held.weights.whole(name, tensor) for name, tensor in held.items()}
+            tensors = {name: full_of(tensor) for name, tensor in held.items()}
         seed = self.plan.seed * SEED_STRIDE
         return simulate(program, tensors, call.args, call.kwargs, backward=torch.is_grad_enabled(), seed=seed)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autopar
@@ -23,7 +23,9 @@ from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.runtime.autograd import accumulating, below_autograd, is_watched, take_saved
 from autopar.runtime.connect import connect
-from autopar.runtime.dtensor import contiguous, dtensor, local_of, of_local, spec_of, strided
+from autopar.runtime.dtensor import local_of, of_local, spec_of
+from autopar.runtime.piecewise import PiecewiseDTensor, dtensor
+from autopar.runtime.placements import Pieces, plain
 from autopar.runtime.rank_program import sharing
 from models import cnn, gpt, llama, t5
 from tests.against_one_process import difference, float64, whole
@@ -84,11 +86,11 @@ def test_every_binding_exists() -> None:
 
 def take_dtensors_apart() -> list[bool]:
     connection = connect(Mesh(tp=2), 60.0, torch.device("cpu"))
-    full = torch.arange(24.0).reshape(12, 2)
+    full, thirds = torch.arange(24.0).reshape(12, 2), Pieces(0, [(0, 2), (4, 2), (8, 2), (2, 2), (6, 2), (10, 2)])
     local = torch.cat([block.chunk(2)[connection.rank] for block in full.chunk(3)])
-    made = dtensor(local, connection.device_mesh, [strided(0, 3)], full.shape)
+    made = dtensor(local, connection.device_mesh, [thirds], full.shape)
     again = of_local(local, spec_of(made))
-    optimized = nn.Parameter(dtensor(local.clone(), connection.device_mesh, [strided(0, 3)], full.shape))
+    optimized = nn.Parameter(dtensor(local.clone(), connection.device_mesh, [thirds], full.shape))
     optimized.grad = of_local(torch.ones_like(local), spec_of(optimized))
     expected = nn.Parameter(full.clone())
     expected.grad = torch.ones_like(full)
@@ -100,8 +102,8 @@ def take_dtensors_apart() -> list[bool]:
         local_of(local) is local,
         made.stride() == full.stride() and made.shape == full.shape,
         torch.equal(made.full_tensor(), full),
-        type(again) is DTensor and torch.equal(again.full_tensor(), full) and not again.requires_grad,
-        contiguous(strided(0, 3)) == strided(0, 1) and contiguous(Replicate()) == Replicate(),
+        type(again) is PiecewiseDTensor and torch.equal(again.full_tensor(), full) and not again.requires_grad,
+        plain([thirds, Replicate()]) == (Shard(0), Replicate()),
         torch.equal(made.redistribute(placements=[Replicate()]).to_local(), full),
         torch.allclose(whole(norms[0]), norms[1]),
         torch.allclose(optimized.full_tensor(), expected),

@@ -37,11 +37,11 @@ from autopar.checkpoint.incoming import Incoming
 from autopar.checkpoint.named_tensors import Named, every_tensor
 from autopar.checkpoint.peers import Peers
 from autopar.checkpoint.plain_values import packed_plain
-from autopar.checkpoint.slices import Slices
 from autopar.checkpoint.training_state import Gather, Owners, random_state
 from autopar.checkpoint.watched_files import Progress
 from autopar.errors import AutoparError, CheckpointError
 from autopar.module import ParallelModule, held_by
+from autopar.runtime.slices import Slices
 
 ONE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"  # torch says so at each save and load
 

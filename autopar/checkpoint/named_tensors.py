@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from autopar.checkpoint.slices import Slices, slices_of
 from autopar.ir.stacked_parameters import is_stacked, member_names
 from autopar.mesh import PIPELINE
 from autopar.module import held_by
 from autopar.runtime.absent import Table
-from autopar.runtime.dtensor import dtensor, local_of
+from autopar.runtime.dtensor import local_of
 from autopar.runtime.parameters import Weights
-from autopar.runtime.stored import Stored
+from autopar.runtime.piecewise import dtensor
+from autopar.runtime.slices import Slices, slices_of
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,11 @@ class Named:
         outline: a meta tensor like one that only other pipeline ranks hold; None for one that this rank holds.
         first: of an ordinary tensor on a rank of a pipeline, and whether it is on the first rank that holds it; of a
             DTensor, whether it is on the first pipeline rank that does. None where there is no pipeline.
-        member: the number of a parameter of the model that is held in a stack (``runtime/stacks.py``); ``tensor`` and
-            ``form`` are those of the stack then.
+        member: the number of a parameter of the model that is held in a stack (``runtime/stacks.py``); ``tensor`` is
+            the stack then.
     """
 
     names: tuple[str, ...]
-    form: Stored | None
     persistent: bool
     places: tuple[tuple[Table, str], ...]
     outline: Tensor | None = None
@@ -66,7 +65,7 @@ class Named:
 
     @property
     def slices(self) -> Slices:
-        found = slices_of(self.tensor, self.form)
+        found = slices_of(self.tensor)
         found = found if self.member is None else found.at(self.member)
         if self.first is None:
             return found
@@ -103,7 +102,6 @@ def every_held(model: nn.Module) -> list[Named]:
                 keeps = table is module._parameters or key not in module._non_persistent_buffers_set
                 found[id(tensor)] = Named(
                     (*before.names, name) if before else (name,),
-                    weights.form(name) if outline is None else None,
                     keeps or bool(before and before.persistent),
                     (*before.places, (table, key)) if before else ((table, key),),
                     outline,

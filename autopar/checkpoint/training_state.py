@@ -22,9 +22,10 @@ from torch.optim import LBFGS, Optimizer
 
 from autopar.checkpoint.named_tensors import Named, emptied, every_held, home_of
 from autopar.checkpoint.plain_values import packed
-from autopar.checkpoint.slices import Slices, slices_of
 from autopar.errors import CheckpointError
-from autopar.runtime.dtensor import dtensor, local_of
+from autopar.runtime.dtensor import local_of
+from autopar.runtime.piecewise import dtensor
+from autopar.runtime.slices import Slices, slices_of
 
 Nested = dict[str, Any]
 Gather = Callable[[Any], list[Any]]  # the value of each rank
@@ -83,10 +84,8 @@ class Owners:
         found: Nested = {}
         for name, (optimizer, _, parameter) in self.parameters.items():
             if parameter in optimizer.state:
-                form = self.entry(parameter).form
                 found[name] = {
-                    key: _held(value, parameter, form, f"{name}.{key}")
-                    for key, value in optimizer.state[parameter].items()
+                    key: _held(value, parameter, f"{name}.{key}") for key, value in optimizer.state[parameter].items()
                 }
         groups = [
             {key: slices_of(value) if isinstance(value, Tensor) else value for key, value in group.items()}
@@ -96,7 +95,7 @@ class Owners:
         return {"state": found, "param_groups": groups}
 
 
-def _held(value: Any, parameter: Tensor, form: Any, what: str) -> Any:
+def _held(value: Any, parameter: Tensor, what: str) -> Any:
     if not isinstance(value, Tensor):
         return value
     like = value.shape == parameter.shape and isinstance(value, DTensor)
@@ -105,7 +104,7 @@ def _held(value: Any, parameter: Tensor, form: Any, what: str) -> Any:
             f"optimizer state '{what}' is a {type(value).__name__} of shape {list(value.shape)}, and its parameter a\n"
             f"DTensor of shape {list(parameter.shape)}: it is not known which part of the state this rank has"
         )
-    return slices_of(value, form)
+    return slices_of(value)
 
 
 class NewState:
@@ -137,7 +136,7 @@ class NewState:
             return
         _, group, parameter = self._owners.parameters[name]
         into[key] = _empty_state(key, shape, dtype, group, parameter, self._owners.home)
-        self.targets[flat] = slices_of(into[key], self._owners.entry(parameter).form)
+        self.targets[flat] = slices_of(into[key])
 
     def put(self) -> None:
         """Put the values into the optimizers, from :attr:`targets`."""

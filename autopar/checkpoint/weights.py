@@ -30,13 +30,13 @@ from autopar.checkpoint.initialise import initialise
 from autopar.checkpoint.named_tensors import Named, every_tensor, materialise
 from autopar.checkpoint.peers import Peers
 from autopar.checkpoint.safetensors_file import SafetensorsFile, create
-from autopar.checkpoint.slices import Slices
 from autopar.checkpoint.stored_names import Rectangle, stored_names
 from autopar.checkpoint.watched_files import Progress
 from autopar.errors import CheckpointError
 from autopar.module import held_by
 from autopar.plain_files import read_plain
 from autopar.runtime.dtensor import local_of
+from autopar.runtime.slices import Slices
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LARGEST_INDEX = 1 << 28  # bytes

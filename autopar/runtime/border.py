@@ -15,8 +15,9 @@ from autopar.ir.layout import Layout, runs, shard
 from autopar.ir.node import Value
 from autopar.runtime.communicator import Communicator
 from autopar.runtime.connect import Connection
-from autopar.runtime.dtensor import dtensor, local_of, of_local, spec_of
+from autopar.runtime.dtensor import local_of, of_local, spec_of
 from autopar.runtime.pieces import padded
+from autopar.runtime.piecewise import dtensor
 from autopar.runtime.stored import stored
 
 Part = Callable[[Tensor], Tensor]
@@ -95,7 +96,6 @@ class Result:
         except IndivisibleError:
             self._join = True
             return
-        self._join = bool(form.orders)
         self._shape = shard(torch.empty(layout.shape, device="meta"), layout, comm.mesh, comm.coordinates).shape
         local = torch.empty(self._shape, dtype=self.value.dtype, device=comm.device)
         self._spec = spec_of(dtensor(local, self.connection.device_mesh, form.placements, layout.shape))

@@ -36,7 +36,7 @@ class Call:
     @property
     def is_split(self) -> bool:
         """Whether a tensor is a DTensor, as another parallel module returns them."""
-        return any(type(leaf) is DTensor for leaf in self.leaves)
+        return any(isinstance(leaf, DTensor) for leaf in self.leaves)
 
     @property
     def named_tensors(self) -> list[tuple[str, Tensor]]:

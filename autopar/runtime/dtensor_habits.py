@@ -11,7 +11,7 @@ remembered.
 from __future__ import annotations
 
 from functools import cache, wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from autopar.errors import InvariantError
 from autopar.runtime.dtensor import HELD, local_of, spec_of
+from autopar.runtime.piecewise import PiecewiseDTensor, let_torch_use_pieces
+from autopar.runtime.whole_operators import whole
 
 _SCALAR: Any = torch.ops.aten._local_scalar_dense.default
 _meshes: list[DeviceMesh] = []
@@ -35,6 +37,7 @@ def take_over(mesh: DeviceMesh) -> None:
 
 @cache
 def _install() -> None:
+    let_torch_use_pieces()
     dispatcher: Any = DTensor._op_dispatcher
     dispatcher._custom_op_handlers[_SCALAR] = _scalar
     usual: Any = torch._C.TensorBase.data  # type: ignore[attr-defined]
@@ -54,9 +57,10 @@ def _install() -> None:
         else:
             usual.__set__(self, value)
 
-    owner: Any = DTensor
+    owner, piecewise = cast(Any, DTensor), cast(Any, PiecewiseDTensor)
     owner.data = property(get, put)
-    owner.to_local = _noting(owner.to_local)
+    for kind in (piecewise, owner):
+        kind.to_local = _noting(kind.to_local)
     owner.numpy = _of_whole("numpy")
     owner.tolist = _of_whole("tolist")
 
@@ -113,14 +117,6 @@ def _put(held: DTensor, value: Tensor) -> None:
             raise InvariantError("tensor.data = ... of a part needs a DTensor with the same placements")
         local = local_of(holder.cut(whole(value)))
     held._local_tensor = local.detach()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a DTensor, without a gradient; collective where it is in parts."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach()
-    plain = all(placement.is_replicate() for placement in tensor.placements)
-    return local_of(tensor).detach() if plain else DTensor.full_tensor(tensor.detach())  # type: ignore[arg-type]
 
 
 def _scalar(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

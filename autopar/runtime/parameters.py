@@ -232,29 +232,12 @@ class Weights:
             held = nn.Parameter(cut(local_of(tensor).new_empty(0), form, own), requires_grad=tensor.requires_grad)
             torch.utils.swap_tensors(tensor, held)  # type: ignore[no-untyped-call]
 
-    def whole(self, name: str, tensor: Tensor) -> Tensor:
-        """The whole, in the model's order, of a tensor that is held as parameter ``name`` is; collective.
-
-        The tensor may be the parameter's gradient, or a moment of the optimizer.
-        """
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        form = self.form(name)
-        return form.to_model(full) if form else full
-
     def of_model(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors under the names of the unmodified model, in its order where there are stacks."""
         if not self.stacks:
             return dict(tensors)
         found = by_member(tensors)
         return {name: found[name] for name in sorted(found, key=lambda name: self._order.get(name, len(self._order)))}
-
-    def form(self, name: str) -> Stored | None:
-        """How the tensor called ``name`` is held; None for a buffer that is an ordinary tensor."""
-        path = name.split(".")
-        module = self.root
-        while len(path) > 1 and path[0] in module._modules:  # a parallel module may have an attribute of that name
-            module = module._modules[path.pop(0)]  # type: ignore[assignment]
-        return self._forms.get(module, {}).get(".".join(path))
 
     @contextmanager
     def traceable(self) -> Iterator[None]:

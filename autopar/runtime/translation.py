@@ -28,10 +28,10 @@ def translate_state(module: nn.Module, forms: dict[str, Stored], announce: Calla
                 state[prefix + key] = in_model_order(value, form)
 
     def loading(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for key, form in forms.items():
+        for key in forms:
             value, held = state.get(prefix + key), module._parameters.get(key, module._buffers.get(key))
             if isinstance(value, Tensor) and isinstance(held, DTensor) and value.shape == held.shape:
-                state[prefix + key] = in_stored_order(value, held, form)
+                state[prefix + key] = in_stored_order(value, held)
 
     for hook in (saving, loading):
         vars(hook)[_MARK] = True

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.mesh import PIPELINE
 from autopar.runtime.connect import Connection
+from autopar.runtime.dtensor import full_of
 from autopar.runtime.parameters import Weights
 
 
@@ -27,8 +28,7 @@ def full_state_dict(weights: Weights, held: Mapping[str, Any], device: str, rank
     for name in names:
         tensor = held.get(name)
         gathered = isinstance(tensor, DTensor) and not all(p.is_replicate() for p in tensor.placements)
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        whole = _over_stages(connection, full, weights.first.get(name), outlines.get(name))
+        whole = _over_stages(connection, full_of(tensor), weights.first.get(name), outlines.get(name))
         if keeps:
             found[name] = whole.detach().to(device, copy=not gathered)
     return weights.of_model(found)
@@ -43,7 +43,7 @@ def full_grads(weights: Weights, grads: Mapping[str, Tensor], first: Mapping[str
     if first and weights.connection is not None:  # stages differ in what they have, and frozen ones have nothing
         everyone = weights.connection.comm.agreement.everyone(names)
         names = sorted({name for names in everyone for name in names if name in grads or name in outlines})
-    wholes = {name: weights.whole(name, grad) for name, grad in grads.items()}
+    wholes = {name: full_of(grad) for name, grad in grads.items()}
     found = {
         name: _over_stages(weights.connection, wholes.get(name), first.get(name), outlines.get(name)) for name in names
     }

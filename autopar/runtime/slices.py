@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from autopar.ir.layout import runs
-from autopar.runtime.dtensor import blocks_of, is_first, local_of
-from autopar.runtime.stored import Stored, owned_positions
+from autopar.runtime.dtensor import is_first, local_of
+from autopar.runtime.placements import Pieces, orders, owned_positions
 
 Offsets = tuple[int, ...]
 
@@ -99,17 +99,14 @@ class Slices:
         return self._views[tuple(index.offset)]
 
 
-def slices_of(tensor: Tensor, form: Stored | None = None) -> Slices:
-    """The slices of a DTensor whose dims are stored in the order of ``form``; any other tensor is the whole.
-
-    ``form`` may be that of a parameter and ``tensor`` one of its optimizer states.
-    """
-    orders = dict(form.orders) if form is not None and tensor.dim() else {}
+def slices_of(tensor: Tensor) -> Slices:
+    """The slices of a DTensor; any other tensor is the whole."""
+    order = orders(tensor.placements) if isinstance(tensor, DTensor) else {}
     found = []
     for dim, size in enumerate(tensor.shape):
-        owned, order = _positions(tensor, dim), orders.get(dim)
-        if order is not None:
-            owned = order if owned is None else order[owned]
+        owned = _positions(tensor, dim)
+        if owned is not None and dim in order:
+            owned = order[dim][owned]
         found.append((Run(0, 0, size),) if owned is None else tuple(_runs(owned)))
     local = local_of(tensor).detach()
     assert tuple(local.shape) == tuple(sum(run.length for run in dim) for dim in found), (tensor.shape, local.shape)
@@ -120,14 +117,12 @@ def _positions(tensor: Tensor, dim: int) -> Tensor | None:
     """The stored indices along ``dim`` that this rank holds; None for all."""
     if not isinstance(tensor, DTensor):
         return None
-    here = tensor.device_mesh.get_coordinate()
+    here, mesh = tensor.device_mesh.get_coordinate(), tensor.device_mesh
     assert here is not None, "this process is not on the mesh of the tensor"
-    cuts = [(axis, blocks_of(placement, dim)) for axis, placement in enumerate(tensor.placements)]
-    owning = [(axis, blocks) for axis, blocks in cuts if blocks is not None]
+    owning = [axis for axis, one in enumerate(tensor.placements) if isinstance(one, Shard | Pieces) and one.dim == dim]
     if not owning:
         return None
-    place, ways = [here[axis] for axis, _ in owning], [tensor.device_mesh.size(axis) for axis, _ in owning]
-    return owned_positions(tensor.shape[dim], place, ways, [blocks for _, blocks in owning])
+    return owned_positions(tensor.shape[dim], [here[axis] for axis in owning], [mesh.size(axis) for axis in owning])
 
 
 def _is_first(tensor: Tensor) -> bool:
