@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import _state_dict_utils
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement
 
 from autopar.runtime.dtensor import local_of, of_local, spec_of
@@ -84,7 +84,8 @@ class PiecewiseDTensor(DTensor):
     @staticmethod
     def __tensor_unflatten__(inner: Any, flat: Any, size: Any, stride: Any) -> DTensor:
         placements, meta, _, requires_grad = flat
-        spec = PiecesSpec(inner["device_mesh"], placements, tensor_meta=meta._replace(shape=size, stride=stride))
+        meta = TensorMeta(shape=size, stride=stride, dtype=meta.dtype)
+        spec = PiecesSpec(inner["device_mesh"], placements, tensor_meta=meta)
         made = of_local(inner["_local_tensor"], spec)
         made.requires_grad_(requires_grad)
         return made

@@ -16,13 +16,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar import CheckpointError, Checkpoints, Mesh, Plan
 from autopar.checkpoint import files as checkpoint_files
 from autopar.errors import RankFailedError
 from autopar.ir.loss import loss_of
-from autopar.module import ParallelModule, held_by
+from autopar.module import ParallelModule
 from tests.against_one_process import GroupedHeads, Tiny, float64, tiny_batch
 from tests.launch import run_ranks, try_ranks
 from tests.selection import slow_but
@@ -53,8 +54,7 @@ def everything(model: Any, optimizer: torch.optim.Optimizer) -> State:
     found = model.full_state_dict() if parallel else {k: v.clone() for k, v in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
-            held = parallel and value.shape == parameter.shape
-            whole = held_by(model).weights.whole(name, value) if held else value
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
             found[f"{name}.{key}"] = whole.detach().clone() if isinstance(whole, Tensor) else whole
     return found
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import autopar
@@ -39,26 +39,43 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 
 
+def in_float64() -> None:
+    """Let models of transformers compute all in float64: some cast to float32 on the way."""
+    given = Tensor.to
+    owner: Any = Tensor
+    owner.float = Tensor.double
+    owner.to = lambda tensor, *args, **kw: given(
+        tensor, *(torch.float64 if x is torch.float32 else x for x in args), **kw
+    )
+
+
 def names_off(names: dict[str, dict[str, Any]], mesh: Mesh, choices: dict[str, Any]) -> tuple[list[str], int]:
     """The tensors that differ, by model; and how many were piecewise."""
     torch.set_default_dtype(torch.float64)
+    in_float64()
     wrong, count = [], 0
     for name, config in names.items():
-        example = named_model(name, config, batch=4, length=8)
-        model = example.model.double().eval()
+        example = named_model(name, config, batch=4, length=None if name == "vit" else 8)
+        model: Any = example.model.double().eval()
+        if name.startswith("hf:"):
+            model.config._experts_implementation = "batched_mm"  # the other ones have no float64
         reference: nn.Module = copy.deepcopy(model)
         parallel = autopar.parallelize(model, mesh, Plan(check_numerics=False, **choices))
         for runs in (parallel, reference):
             found = runs(**example.batch)
             (found["loss"] if isinstance(found, dict) or hasattr(found, "loss") else found).backward()
         held = dict(parallel.named_parameters())
+        steepest = max(float(wanted.grad.abs().max()) for wanted in reference.parameters() if wanted.grad is not None)
         for key, wanted in reference.named_parameters():
             if key not in held or wanted.grad is None:  # experts of a list are one stack
                 continue
             parts = [(held[key], wanted), (held[key].grad, wanted.grad)]
             assert all(isinstance(part, DTensor) for part, _ in parts)
             count += sum(isinstance(part, PiecewiseDTensor) for part, _ in parts)
-            largest = max(difference(part, whole) for part, whole in parts)
+            slope = (
+                float((held[key].grad.full_tensor() - wanted.grad).abs().max()) / steepest
+            )  # some are zero but for noise
+            largest = max(difference(held[key], wanted), slope)
             wrong += [f"{name} {key}: {largest:.1e}"] if largest > 1e-10 else []
     return wrong, count
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar import Checkpoints, Mesh, Plan
-from autopar.module import ParallelModule, held_by
+from autopar.module import ParallelModule
 from models import gpt
 from tests.launch import run_ranks
 
@@ -61,8 +61,7 @@ def held(model: Any, optimizer: torch.optim.Optimizer) -> State:
         found[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
-            like = isinstance(model, ParallelModule) and value.shape == parameter.shape
-            found[f"{name}.{key}"] = held_by(model).weights.whole(name, value) if like else value
+            found[f"{name}.{key}"] = value.full_tensor() if isinstance(value, DTensor) else value
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
