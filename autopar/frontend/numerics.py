@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.errors import NumericsError
-from autopar.frontend.capture import plain_output, without_checkpointing
+from autopar.frontend.capture import explained, plain_output, without_checkpointing
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.torch_layers import packs_padding
 from autopar.ir.operator_facts import is_random
@@ -183,7 +183,8 @@ def graph_errors(
     ):  # fmt: skip
         state = torch.get_rng_state()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        expected, _ = plain_output(functional_call(model, buffers, args, dict(kwargs)))
+        with explained(model):
+            expected, _ = plain_output(functional_call(model, buffers, args, dict(kwargs)))
         torch.set_rng_state(state)
         found = restore_output(program, run_graph(program.graph, input_tensors(program, model, args, kwargs)))
         grads = gradient_error(_gradients(found, trainable), _gradients(expected, trainable))

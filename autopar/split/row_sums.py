@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from autopar.ir.evaluate import FILLED
 from autopar.ir.layout import Partial, Placement, Split
 from autopar.ir.node import Node
 from autopar.ir.program import Program
@@ -28,11 +30,15 @@ from autopar.ir.reach import made_only_of
 from autopar.ir.tables import InputKind
 from autopar.operators import random
 from autopar.rules.factoring import Strategy
+from autopar.rules.positions import PICKS
 from autopar.rules.reductions import share_of_mean
 from autopar.split.batch_policy import batch_policy
 from autopar.split.choose import Choice, choose
 from autopar.split.flow import Flow, Key, key_of
 from autopar.split.split_axis import spread_flow
+
+aten = torch.ops.aten
+PICKED = (*PICKS, aten.index.Tensor)
 
 
 class Kind(enum.Enum):
@@ -145,7 +151,11 @@ def _by_part(result: RowSums, call: Node, strategy: Strategy, kinds: Sequence[Ro
             wholes.append((call, operand))
         if rows.kind is Kind.SAME and isinstance(wanted, Partial):
             shared.append((call, operand))
-        if rows.kind is Kind.SAME and isinstance(wanted, Split) and not (draws or _alike(result, operand, wanted)):
+        if (
+            rows.kind is Kind.SAME
+            and isinstance(wanted, Split)
+            and not (draws or _alike(result, call, operand, wanted))
+        ):
             return None
     result.wholes |= dict.fromkeys(wholes)
     result.shared |= dict.fromkeys(shared)
@@ -178,14 +188,22 @@ def _by_sum(result: RowSums, call: Node, kinds: Sequence[Rows]) -> Sequence[Rows
     return (SUM,) * count
 
 
-def _alike(result: RowSums, operand: Node, wanted: Split) -> bool:
+def _alike(result: RowSums, call: Node, operand: Node, wanted: Split) -> bool:
     """Whether all rows of what is the same for each part are alike, so that it does not matter which a part takes.
 
-    What is no constant has as many rows as a part, whatever their number: it is made of one row.
+    What has a row for each of the batch, and is neither a constant nor filled with one number, tells rows apart by
+    their positions (a parameter with a row for each, ``arange``): only a call that picks something in each row may.
     """
     entry = next((entry for entry in result.flow.program.inputs if entry.node == operand.name), None)
-    constant = result.flow.program.constants.get(entry.target) if entry is not None else None
-    if constant is None or entry is None or entry.kind is not InputKind.CONSTANT or isinstance(constant, FakeTensor):
+    if entry is None:
+        picks = call.target in PICKED and any(
+            result.of(one).kind is Kind.ROWS for one in result.flow.calls[call].operands
+        )
+        return picks or operand.target in FILLED
+    if entry.kind is not InputKind.CONSTANT:
+        return False
+    constant = result.flow.program.constants[entry.target]
+    if isinstance(constant, FakeTensor):
         return True
     rows: Tensor = constant.unflatten(wanted.dim, (wanted.outer, -1))  # type: ignore[no-untyped-call]
     return bool((rows == rows.narrow(wanted.dim + 1, 0, 1)).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -156,16 +157,44 @@ def test_counts_look_at_labels_alone() -> None:
     assert not again.is_weighed and again.counts is None, "one part: nothing to weigh"
 
 
-def test_a_table_of_the_batch_is_no_part_of_it() -> None:
-    """Of a constant with a line for each row, every microbatch would take the first lines."""
-    with pytest.raises(InvariantError, match="aten.mul.Tensor at test_weigh_microbatches.py"):
-        compile_program(
-            model(lambda m, s, y: (s * torch.arange(len(s))[:, None]).mean()),
-            Mesh(pp=2),
-            Plan(microbatches=2),
-            (),
-            batch(),
-        )
+POSITIONS: dict[str, Loss] = {
+    "numbers in turn": lambda m, s, y: (s * torch.arange(len(s))[:, None]).mean(),
+    "a parameter for each half": lambda m, s, y: (s.unflatten(0, (2, -1)) * m.up.weight[:2, :1, None]).mean(),
+    "a buffer for each half": lambda m, s, y: (s.unflatten(0, (2, -1)) * m.weight[:2, None, None]).mean(),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_a_table_of_the_batch_is_no_part_of_it(name: str) -> None:
+    """Of what has a line for each row of the batch, every microbatch would take the first lines."""
+    with pytest.raises(
+        InvariantError, match=r"aten\.\w+\.\w+ at test_weigh_microbatches.py.*computed of all rows at once"
+    ):
+        compile_program(model(POSITIONS[name]), Mesh(pp=2), Plan(microbatches=2), (), batch())
+
+
+def test_a_row_picks_its_own() -> None:
+    def loss(m: Any, s: Tensor, y: Tensor) -> Tensor:
+        return -s.log_softmax(-1)[torch.arange(len(s)), y.clamp(min=0)].mean()
+
+    assert Reference(model(loss), batch()).check(Mesh(pp=2), Plan(microbatches=2)).worst < 1e-12
+
+
+class Bag(nn.Module):
+    """Indexes rows of the batch by constants, which a microbatch does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.order = nn.Linear(5, 4), torch.tensor([1, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.up(x)
+        return (y + y[self.order]).mean()
+
+
+def test_rows_that_a_microbatch_does_not_have() -> None:
+    with pytest.raises(TraceError, match="index.* out of"):
+        compile_program(Bag().double(), Mesh(pp=2), Plan(microbatches=2), (), {"x": torch.randn(2, 5).double()})
 
 
 class Tables(nn.Module):
