@@ -20,7 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from autopar.errors import InvariantError
 from autopar.runtime.dtensor import HELD, local_of, spec_of
+from autopar.runtime.initialising import watch_initialising
 from autopar.runtime.piecewise import PiecewiseDTensor, let_torch_use_pieces
+from autopar.runtime.torch_on_stages import is_of_stage
 from autopar.runtime.whole_operators import whole
 
 _SCALAR: Any = torch.ops.aten._local_scalar_dense.default
@@ -38,6 +40,7 @@ def take_over(mesh: DeviceMesh) -> None:
 @cache
 def _install() -> None:
     let_torch_use_pieces()
+    watch_initialising(_is_ours, _is_parameter, is_of_stage)
     dispatcher: Any = DTensor._op_dispatcher
     dispatcher._custom_op_handlers[_SCALAR] = _scalar
     usual: Any = torch._C.TensorBase.data  # type: ignore[attr-defined]
@@ -96,7 +99,14 @@ def _noting(usual: Any) -> Any:
     return to_local
 
 
-def _is_ours(tensor: DTensor) -> bool:
+def _is_parameter(tensor: Tensor) -> bool:
+    """Whether it is a parameter of a parallel module, or its ``.data``."""
+    return HELD in vars(tensor) or _DATA_OF in vars(tensor)
+
+
+def _is_ours(tensor: Tensor) -> bool:
+    if not isinstance(tensor, DTensor):
+        return False
     mesh = spec_of(tensor).mesh
     return any(mesh is known or mesh == known for known in _meshes)
 

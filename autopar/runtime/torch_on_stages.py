@@ -36,6 +36,11 @@ def _stage_of(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor] | None:
     return next((largest for known, largest in _stages if any(mesh is known for mesh in meshes)), None)
 
 
+def is_of_stage(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is held by the ranks of one pipeline stage."""
+    return _stage_of([tensor]) is not None
+
+
 @cache
 def _install() -> None:
     handlers: Any = DTensor._op_dispatcher._custom_op_handlers

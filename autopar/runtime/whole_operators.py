@@ -6,6 +6,7 @@ is a :class:`Window`: what is written to it reaches the DTensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,9 @@ def put(tensor: DTensor, found: Tensor) -> None:
     local = local_of(tensor)
     if not local.is_meta and found.untyped_storage().data_ptr() != local.untyped_storage().data_ptr():
         slices_of(tensor).copy_from(found)
+
+
+_checks: list[Callable[[Any, Any], None]] = []
 
 
 @dataclass
@@ -84,8 +88,15 @@ class Window(DTensor):
         return on_whole(func, args, kwargs or {})
 
 
+def refuse(check: Callable[[Any, Any], None]) -> None:
+    """Call ``check(operator, arguments)`` before an operator is computed on whole tensors."""
+    _checks.append(check)
+
+
 def on_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of ``func``, whole on every rank; collective."""
+    for check in _checks:
+        check(func, args)
     leaves, tree = pytree.tree_flatten((args, kwargs))
     parts = {id(leaf): leaf for leaf in leaves if isinstance(leaf, DTensor)}
     written = _written(func, args, kwargs)
