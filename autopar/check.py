@@ -99,7 +99,7 @@ class Reference(UnmodifiedSteps):
             batches = microbatches.parts((), self.batch, program.mesh, plan)
             rows = microbatches.rows(self.batch, batches, plan)
             return [count / sum(rows) for count in rows]
-        return list(step.shares) if self.draws else None
+        return list(step.shares) if self.draws or plan.microbatch_weights == "statistics" else None
 
     def _scales(self, noise: Mapping[Name, float]) -> dict[Name, float]:
         most: dict[str, float] = defaultdict(float)

@@ -18,7 +18,7 @@ ZERO_STAGES = (0, 1, 2, 3)
 INPUT_FORMS = ("global", "local")
 OUTPUT_FORMS = ("auto", "sharded", "full")
 RECOMPUTE_FORMS = ("none", "selective", "full")
-WEIGHTS_OF_PARTS = ("exact", "rows")
+WEIGHTS_OF_PARTS = ("exact", "statistics", "rows")
 INITIAL_FORMS = ("rank0", "checked")
 FALLBACKS = ("error", "replicate")
 TENSOR_FORMS = ("column", "row", "replicate", "vocabulary")
@@ -66,8 +66,9 @@ class Plan:
             and gradients are those of the whole. With an axis ``pp`` they go through the pipeline.
         microbatch_weights: what the loss of each microbatch counts for. ``"exact"``: its share of the tokens that the
             loss is a mean over, so that the sum is the loss of the whole batch; a loss that is no such mean is refused.
-            ``"rows"``: its share of the rows, as in accumulating gradients by hand; for losses with terms over a whole
-            batch (the balance of a router), which are then over a microbatch each.
+            ``"statistics"``: so too, but for terms that are statistics of all rows (the balance of a router): they are
+            those of each microbatch, by its share of the rows. ``"rows"``: all of its loss by its share of the rows,
+            as in accumulating gradients by hand.
         schedule: in which order pipeline ranks run their stages: ``"gpipe"``, ``"1f1b"``, ``"interleaved"``,
             ``"zb-h1"``, ``"zb-v"``, ``"dualpipe-v"``, or one that is written down (docs/pipeline.md).
         virtual_stages: stages on each pipeline rank; by default what the schedule usually has.

@@ -121,7 +121,7 @@ class UnmodifiedSteps:
         batches = microbatches.parts((), self.batch, program.mesh, program.plan)
         found = (
             self._weighed(program, state, batches)
-            if self.draws and program.is_weighed
+            if (self.draws or program.plan.microbatch_weights == "statistics") and program.is_weighed
             else [self._of(state, batch, seed) for seed, batch in enumerate(batches)]
         )
         losses = [outcome.loss * share for outcome, share in zip(found, shares) if outcome.loss is not None]
@@ -209,7 +209,8 @@ class UnmodifiedSteps:
     def _weighed(self, program: AnyProgram, state: State, batches: Sequence[Batch]) -> list[Outcome]:
         """The steps of the microbatches on one device, each a summand of that of the batch."""
         rows = microbatches.rows(self.batch, batches, program.plan)
-        plan = Plan(microbatches=len(batches), batch_dims=program.plan.batch_dims)
+        own = program.plan
+        plan = Plan(microbatches=len(batches), batch_dims=own.batch_dims, microbatch_weights=own.microbatch_weights)
         alone = [self._on_one_device(batch, plan) for batch in batches]
         counted = [counts_of(one, state, (), batch) for one, batch in zip(alone, batches)]
         weights = microbatches.weights(alone[0], counted, rows)

@@ -28,7 +28,8 @@ after:
 
 ``counts`` (``program.counts``) computes ``whole_0`` of one microbatch; before a step these are added up. A mean over
 rows is multiplied by the microbatch's share of the rows. A loss that is not made of such sums and means (in-batch
-negatives, a product of two means) is refused: :mod:`autopar.split.row_sums` says what each value is.
+negatives, a product of two means) is refused: :mod:`autopar.split.row_sums` says what each value is. With
+``Plan(microbatch_weights="statistics")`` such a term of it is that of each microbatch, by its share of the rows.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ aten = torch.ops.aten
 
 @graph_pass(
     requires=(nothing_is_placed,),
-    when=lambda program: program.plan.microbatches > 1 and program.plan.microbatch_weights == "exact",
+    when=lambda program: program.plan.microbatches > 1 and program.plan.microbatch_weights != "rows",
 )
 def weigh_microbatches(program: Program) -> Program:
     rows = rows_of(program)

@@ -8,7 +8,8 @@ which dim of a value has the rows, and where values of all rows meet:
 * a mean over rows counts for a part in proportion to its rows, and so does what is the same for all rows, where it is
   added to a sum: ``shares``;
 * anything else that several rows meet in (a maximum, a product of two sums, scores of rows against rows) is ``MIXED``:
-  parts do not tell it.
+  parts do not tell it. With ``Plan(microbatch_weights="statistics")`` a part has its own, and it counts in proportion
+  to its rows where it is added to a sum over rows: ``statistics``.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class RowSums:
         wholes: (user, operand): the user needs the operand, a sum over rows of inputs, of the whole batch.
         shares: calls whose result is a mean over rows: a part counts in proportion to its rows.
         shared: (user, operand): the operand is the same for all rows and is added to a sum over them.
+        statistics: those of ``shared`` whose operand is ``MIXED``.
     """
 
     flow: Flow
@@ -85,6 +87,7 @@ class RowSums:
     wholes: dict[tuple[Node, Node], None] = field(default_factory=dict)
     shares: dict[Node, None] = field(default_factory=dict)
     shared: dict[tuple[Node, Node], None] = field(default_factory=dict)
+    statistics: dict[tuple[Node, Node], None] = field(default_factory=dict)
 
     def of(self, node: Node) -> Rows:
         return self.found[key_of(node)]
@@ -126,9 +129,11 @@ def _results(result: RowSums, call: Node) -> Sequence[Rows]:
     mixed = next((rows for rows in kinds if rows.kind is Kind.MIXED), None)
     if mixed is None:
         found = _by_part(result, call, strategy, kinds) if strategy.part else _by_sum(result, call, kinds)
-        if found is not None:
-            return found
-        mixed = Rows(Kind.MIXED, mixed_at=call)
+    else:
+        found = None if strategy.part else _with_statistics(result, call, kinds)
+    if found is not None:
+        return found
+    mixed = mixed or Rows(Kind.MIXED, mixed_at=call)
     return (mixed,) * len(strategy.outputs)
 
 
@@ -186,6 +191,24 @@ def _by_sum(result: RowSums, call: Node, kinds: Sequence[Rows]) -> Sequence[Rows
     result.wholes |= dict.fromkeys((call, operands[place]) for place in sums - group)
     result.shared |= dict.fromkeys((call, operands[place]) for place in group - sums)
     return (SUM,) * count
+
+
+def _with_statistics(result: RowSums, call: Node, kinds: Sequence[Rows]) -> Sequence[Rows] | None:
+    """The kinds of the results of an addition of statistics of each part to a sum over rows."""
+    program, operands = result.flow.program, result.flow.calls[call].operands
+    mixed = {place for place, rows in enumerate(kinds) if rows.kind is Kind.MIXED}
+    learned = {
+        place for place, rows in enumerate(kinds) if rows.kind is Kind.SUM and operands[place] not in result.given
+    }
+    groups = result.flow.factorings[call].linear
+    if program.plan.microbatch_weights != "statistics" or not learned:
+        return None
+    if not any(mixed | learned <= group for group in groups):
+        return None
+    found = _by_sum(result, call, [SAME if place in mixed else rows for place, rows in enumerate(kinds)])
+    if found is not None:
+        result.statistics |= dict.fromkeys((call, operands[place]) for place in mixed)
+    return found
 
 
 def _alike(result: RowSums, call: Node, operand: Node, wanted: Split) -> bool:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from autopar.errors import InvariantError
-from autopar.ir.node import Node, origin
+from autopar.ir.node import Node, origin, output_node
 from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
 from autopar.ir.reach import ancestors
 from autopar.ir.tables import MIXED, SAME, SUM, OutputKind
 from autopar.mesh import Mesh
+from autopar.split.flow import key_of
+from autopar.split.row_sums import SAME as SAME_ROWS
 from autopar.split.row_sums import Kind, Rows, RowSums, row_sums
 
 aten = torch.ops.aten
@@ -52,9 +54,15 @@ def summands(program: Program, rows: int, of_rows: Callable[[int], Program] | No
     """
     looked_at, many = (program, rows) if rows > 1 else (_of(of_rows, MANY), MANY)
     sums = _row_sums(looked_at, many)
-    if many < MANY and _loss_is(sums, Kind.MIXED) and of_rows is not None:  # one row for each part may hide its dim
+    if (
+        many < MANY and (_loss_is(sums, Kind.MIXED) or sums.statistics) and of_rows is not None
+    ):  # one row for each part may hide its dim
         looked_at, many = of_rows(MANY), MANY
         sums = _row_sums(looked_at, many)
+    if _loss_is(sums, Kind.MIXED) and program.plan.microbatch_weights == "statistics":
+        returned = sums.flow.program.returned[program.loss or 0]
+        sums.found[key_of(returned)] = SAME_ROWS
+        sums.statistics[output_node(sums.flow.program.graph), returned] = None
     if _loss_is(sums, Kind.MIXED) or _loss_is(sums, Kind.ROWS):
         raise InvariantError(_refusal(program, sums.of(sums.flow.program.returned[program.loss or 0])))
     twins = {node.name: node.name for node in program.graph.nodes}
@@ -67,10 +75,11 @@ def summands(program: Program, rows: int, of_rows: Callable[[int], Program] | No
         proportional = _proportional(
             (other, rows + 1), (program, rows), _twins((other, rows + 1), (program, rows)), sums
         )
+    alone = _of_statistics_alone(sums) if sums.statistics else set()
     return Summands(
-        tuple((twins[user.name], twins[operand.name]) for user, operand in sums.wholes),
-        tuple(twins[name] for name in (*(node.name for node in sums.shares), *proportional)),
-        tuple((twins[user.name], twins[operand.name]) for user, operand in sums.shared),
+        tuple((twins[user.name], twins[operand.name]) for user, operand in sums.wholes if user not in alone),
+        tuple(twins[name] for name in (*(node.name for node in sums.shares if node not in alone), *proportional)),
+        tuple((twins[user.name], twins[operand.name]) for user, operand in sums.shared if user not in alone),
         dict(_joins(sums)),
     )
 
@@ -82,7 +91,31 @@ def _loss_is(sums: RowSums, kind: Kind) -> bool:
 
 def _loss_cone(sums: RowSums) -> set[Node]:
     program = sums.flow.program
-    return ancestors([program.returned[program.loss]]) if program.loss is not None else set()
+    found = ancestors([program.returned[program.loss]]) if program.loss is not None else set()
+    return found - _of_statistics_alone(sums) if sums.statistics else found
+
+
+def _of_statistics_alone(sums: RowSums) -> set[Node]:
+    """What nothing but statistics of the part depends on."""
+    program = sums.flow.program
+    assert program.loss is not None
+    added: set[Node] = set()
+    wanted = [program.returned[program.loss]]
+    if (output_node(program.graph), wanted[0]) in sums.statistics:
+        wanted = []
+    while wanted:
+        node = wanted.pop()
+        if node not in added:
+            added.add(node)
+            wanted += [source for source in node.all_input_nodes if (node, source) not in sums.statistics]
+    of_both = ancestors(source for _, source in sums.statistics)
+    changed = {*sums.shares, *(user for user, _ in (*sums.wholes, *sums.shared))}
+    for node in changed & of_both & added:
+        raise InvariantError(
+            f"{described(node)} is part of a statistic of a microbatch and of a sum over the batch; it cannot be both\n"
+            "Way out: compute it twice, once for each."
+        )
+    return of_both - added
 
 
 def _row_sums(program: Program, rows: int) -> RowSums:
@@ -196,7 +229,8 @@ def _twins(one: tuple[Program, int], two: tuple[Program, int]) -> dict[str, str]
 # ---------------------------------------------------------------- refusing
 
 WAY_OUT = (
-    'Way out: Plan(microbatch_weights="rows"): the mean of the losses of the microbatches, each over its own rows; '
+    'Way out: Plan(microbatch_weights="statistics"): such a term of the loss is that of each microbatch; '
+    'Plan(microbatch_weights="rows"): the mean of the losses of the microbatches, each over its own rows; '
     "Plan(microbatches=1); or a loss that is made of sums and means over rows."
 )
 

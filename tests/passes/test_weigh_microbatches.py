@@ -214,3 +214,51 @@ def test_a_batch_dim_that_is_guessed_wrongly() -> None:
         compile_program(Tables().double(), Mesh(pp=2), Plan(microbatches=2), (), given)
     report = Reference(Tables().double(), given).check(Mesh(pp=2), Plan(microbatches=2, batch_dims={"ids": 1}))
     assert report.worst < 1e-12
+
+
+def spread(scores: Tensor, labels: Tensor) -> Tensor:
+    """A statistic of a router's kind: means over the labelled rows, multiplied; one of them is divided by hand."""
+    chances, kept = scores.softmax(-1), (labels >= 0).double()[:, None]
+    used = F.one_hot(chances.argmax(-1), 7).double().mean(0)
+    return (used * (chances * kept).sum(0)).sum() / kept.sum().clamp(min=1) + chances.sum(0).square().sum() / len(
+        scores
+    ) ** 2
+
+
+STATISTICS: dict[str, tuple[Loss, Loss]] = {  # sums over the batch, and what is added of each microbatch
+    "a router's": (lambda m, s, y: F.cross_entropy(s, y), lambda m, s, y: 0.3 * spread(s, y)),
+    "two of them": (lambda m, s, y: s.square().mean(), lambda m, s, y: -spread(s, y) + s.norm() / 3),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_of_each_microbatch(name: str) -> None:
+    """The sums are those of the whole batch, also where microbatches have unequally many labels, or rows."""
+    summed, mixed = STATISTICS[name]
+    whole, given = model(lambda m, s, y: summed(m, s, y) + mixed(m, s, y)), batch()
+    for sizes, count in (({"pp": 2}, 8), ({"pp": 2}, 3), ({"pp": 2, "dp": 2}, 2)):
+        plan = Plan(microbatches=count, microbatch_weights="statistics")
+        program = compile_program(whole, Mesh(**sizes), plan, (), given)
+        step = simulate(program, dict(whole.state_dict()), (), given)
+        whole.loss = summed
+        expected = whole(**given)["loss"]
+        whole.loss = mixed
+        rows = [len(part) for part in torch.tensor_split(given["x"], count)]
+        for x, labels, n in zip(given["x"].split(rows), given["labels"].split(rows), rows):
+            expected = expected + whole(x, labels)["loss"] * n / 8
+        whole.loss = lambda m, s, y: summed(m, s, y) + mixed(m, s, y)
+        gradients = torch.autograd.grad(expected, list(whole.parameters()))
+        assert step.loss is not None and torch.allclose(step.loss, expected, rtol=0, atol=1e-13), (sizes, count)
+        for (key, _), gradient in zip(whole.named_parameters(), gradients):
+            assert torch.allclose(step.grads[key], gradient, rtol=0, atol=1e-13), (sizes, count, key)
+    assert Reference(whole, given).check(Mesh(pp=2), plan).worst < 1e-12
+
+
+def test_a_mean_is_of_the_batch_or_of_the_microbatch() -> None:
+    def shared(m: Labels, s: Tensor, y: Tensor) -> Tensor:
+        mean = s.square().mean()
+        return mean + mean.sqrt()
+
+    plan = Plan(microbatches=2, microbatch_weights="statistics", check_numerics=False)
+    with pytest.raises(InvariantError, match=r"(?s)aten.mean.default at test_weigh.*cannot be both.*Way out"):
+        compile_program(model(shared), Mesh(pp=2), plan, (), batch())
