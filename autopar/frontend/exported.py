@@ -25,6 +25,7 @@ from autopar.frontend.capture import fake_like, gradients_kept, inline_no_grad, 
 from autopar.frontend.empty_selections import Selections, differ_by_selections_only
 from autopar.frontend.equal_conditions import EqualConditions
 from autopar.frontend.grouped_products import GroupedProducts
+from autopar.frontend.hit_loops import HitLoops
 from autopar.frontend.looked_at import Replayed, looks_of, value_guard
 from autopar.frontend.observation import add_value_guard
 from autopar.frontend.ragged import UnknownSize
@@ -117,7 +118,7 @@ def _without_branches(
     """The program of a model that asks whether rows were selected; ``problem`` is raised for one that asks more."""
     found = []
     for empty in (False, True):
-        with Selections(empty=empty):
+        with Selections(empty=empty), HitLoops(empty=empty):
             try:
                 found.append(_functional(model, *call, Replayed(looks, sizes=False)))
             except Exception as other:

@@ -21,7 +21,7 @@ from autopar.ir.rewrite import operand
 aten = torch.ops.aten
 
 CASTS = {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.clone.default, aten.contiguous.default}
-IS_NONZERO = {aten.ne.Scalar, aten.gt.Scalar}
+IS_NONZERO = {aten.ne.Scalar, aten.gt.Scalar, aten.greater.Scalar, aten.not_equal.Scalar}
 VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 SORTS = {aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable}
 INDICES = frozenset((torch.int32, torch.int64))
@@ -58,7 +58,7 @@ class Choice:
 def choice_of(condition: fx.Node) -> Choice | None:
     """The comparison that ``condition`` is; None where it is something else."""
     rank = len(value(condition).shape)
-    node, places = _behind_views(condition, list(range(rank)))
+    node, places = behind_views(condition, list(range(rank)))
     if node.target is aten.one_hot.default and isinstance(places[-1], At):
         return _chosen(operand(node), places[:-1], places[-1].index, rank)
     if node.target is aten.eq.Scalar and isinstance(node.args[1], int):
@@ -66,7 +66,7 @@ def choice_of(condition: fx.Node) -> Choice | None:
     if node.target is not aten.eq.Tensor:
         return None
     sides = [
-        _behind_views(side, _broadcast(places, node, side), INDICES) for side in (operand(node, 0), operand(node, 1))
+        behind_views(side, _broadcast(places, node, side), INDICES) for side in (operand(node, 0), operand(node, 1))
     ]
     for (ids, own), other in (sides, reversed(sides)):
         number = _number(*other)
@@ -82,7 +82,7 @@ def is_choice(condition: fx.Node) -> bool:
 
 
 def _chosen(ids: fx.Node, places: Sequence[Place], number: int, rank: int) -> Choice | None:
-    ids, places = _behind_views(ids, places, INDICES)
+    ids, places = behind_views(ids, places, INDICES)
     dims = tuple(place for place in places if isinstance(place, int))
     if len(dims) != len(places) or sorted(dims) != list(range(rank)) or value(ids).dtype.is_floating_point:
         return None
@@ -116,7 +116,7 @@ def _number(node: fx.Node, places: Sequence[Place]) -> int | None:
 # ---------------------------------------------------------------- elements behind views
 
 
-def _behind_views(
+def behind_views(
     node: fx.Node, places: Sequence[Place], dtypes: Set[torch.dtype] = frozenset()
 ) -> tuple[fx.Node, list[Place]]:
     """The tensor of which ``node`` is a view or a cast, and the places there of an element of ``node``.
