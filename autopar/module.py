@@ -91,7 +91,7 @@ class ParallelModule(nn.Module):
         def compiled(call: Call, layouts: Mapping[str, Layout] | None) -> tuple[AnyProgram, Guards]:
             with guards_of_traces() as guards:
                 found = compile_program(model, mesh, plan, call.args, call.kwargs, layouts, held.weights.homes)
-            check_whole_batches(guards, mesh, plan)
+            check_whole_batches(guards, found, model)
             return found, guards
 
         given = _given(held, programs, where) if programs else None

@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from autopar.errors import TraceError
+from autopar.frontend.any_branches import AnyBranches
 from autopar.frontend.capture import fake_like, gradients_kept, inline_no_grad, is_data_dependent, only_plain_outputs
 from autopar.frontend.empty_selections import Selections, differ_by_selections_only
 from autopar.frontend.equal_conditions import EqualConditions
@@ -117,14 +118,16 @@ def _without_branches(
 ) -> Found:
     """The program of a model that asks whether rows were selected; ``problem`` is raised for one that asks more."""
     found = []
-    for empty in (False, True):
-        with Selections(empty=empty), HitLoops(empty=empty):
+    branches = [AnyBranches(empty=empty) for empty in (False, True)]
+    for empty, asked in zip((False, True), branches):
+        with Selections(empty=empty), HitLoops(empty=empty), asked:
             try:
                 found.append(_functional(model, *call, Replayed(looks, sizes=False)))
             except Exception as other:
                 raise problem if is_data_dependent(other) else other from None
     (some, notes), (none, _) = found
-    if not differ_by_selections_only(some.graph, none.graph):
+    alike = branches[0].questions == branches[1].questions
+    if not alike or not differ_by_selections_only(some.graph, none.graph):
         raise TraceError(
             f"{type(model).__name__} cannot be traced: where a condition selects no row, it does more than leave out "
             f"what it would do with them\n  at {user_line(traceback.extract_tb(problem.__traceback__))}\n"

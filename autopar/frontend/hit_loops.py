@@ -73,7 +73,7 @@ class HitLoops(TorchFunctionMode):
             left, right = (self._numbers.get(id(one), one) for one in args)
             return _COMPARED[func](left, right)
         if self._flag is not None:
-            args = self._selecting(func, args)
+            args = narrowed(func, args, self._flag)
         if func is Tensor.__getitem__:
             args = (args[0], self._plain_index(args[1]))
         if func in _UNIQUE and self._bounds.get(id(first), MOST_ROUNDS) < MOST_ROUNDS:
@@ -95,22 +95,6 @@ class HitLoops(TorchFunctionMode):
                 yield number if as_number else element
             finally:
                 self._flag = None
-
-    def _selecting(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments, with rows selected only where the expert of the round is hit."""
-        if func in _NONZERO and len(args) == 1:
-            return (self._both(args[0]),)
-        if func in _MASKED and len(args) > 1:
-            return (args[0], self._both(args[1]))
-        if func in _INDEXES and conditions_in(args[1]):
-            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
-            index = tuple(self._both(part) if conditions_in(part) else part for part in parts)
-            return (args[0], index if isinstance(args[1], tuple) else index[0], *args[2:])
-        return args
-
-    def _both(self, condition: Tensor) -> Tensor:
-        assert self._flag is not None
-        return torch.logical_and(condition, self._flag)
 
     def _plain_index(self, index: Any) -> Any:
         """A number, or a slice, in place of the tensor of one expert, where it is the only tensor."""
@@ -175,3 +159,16 @@ class _Rounds(list[Any]):
 def _dim_of(name: str, args: tuple[Any, ...]) -> int:
     position = 2 if name == "topk" else 1
     return int(args[position]) if len(args) > position and isinstance(args[position], int) else -1
+
+
+def narrowed(func: Any, args: tuple[Any, ...], flag: Tensor) -> tuple[Any, ...]:
+    """The arguments of ``func``, with rows selected only where ``flag`` is true."""
+    if func in _NONZERO and len(args) == 1:
+        return (torch.logical_and(args[0], flag),)
+    if func in _MASKED and len(args) > 1:
+        return (args[0], torch.logical_and(args[1], flag))
+    if func in _INDEXES and conditions_in(args[1]):
+        parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+        index = tuple(torch.logical_and(part, flag) if conditions_in(part) else part for part in parts)
+        return (args[0], index if isinstance(args[1], tuple) else index[0], *args[2:])
+    return args

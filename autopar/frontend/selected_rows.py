@@ -43,7 +43,7 @@ from autopar.ir.node import set_origin, traced_origin, value
 from autopar.ir.operator_facts import is_random
 from autopar.ir.rewrite import operand
 from autopar.rules.choices import choice_of, is_choice
-from autopar.rules.hits import without_hits
+from autopar.rules.hits import NotImplied, without_hits
 from autopar.rules.row_by_row import MixesRows, row_dims
 
 aten = torch.ops.aten
@@ -130,7 +130,10 @@ class SelectedRows:
             self.sizes[str(traced_type(node)[0].shape[0])] = grid
 
     def _grid_of(self, condition: fx.Node, order: Sequence[int] = ()) -> Grid:
-        copy = without_hits(self.copies[condition])
+        try:
+            copy = without_hits(self.copies[condition])
+        except NotImplied:
+            raise refusal(condition, "they are selected after 'if', which asks for other ones") from None
         written = formula(copy, LEVELS_COMPARED)
         if written not in self.grids:
             self.grids[written] = Grid(copy, tuple(order) or tuple(range(len(value(copy).shape))))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
+
+from torch import nn
 
 from autopar.errors import TraceError
 from autopar.ir.guards import Guards
+from autopar.ir.program import AnyProgram
+from autopar.ir.tables import OutputKind
 from autopar.ir.value_guards import MOST_OUTCOMES
-from autopar.mesh import Mesh
-from autopar.plan import Plan
 
 
 class Variants:
@@ -71,18 +73,40 @@ class Variants:
         self._made.clear()
 
 
-def check_whole_batches(guards: Guards, mesh: Mesh, plan: Plan) -> None:
-    """Raise TraceError where Python looks at values, and a call does not have all rows of the batch."""
+def check_whole_batches(guards: Guards, program: AnyProgram, model: nn.Module) -> None:
+    """Raise TraceError where Python looks at values of the batch, and a call does not have all rows of it.
+
+    A value that only buffers decide is the same for all parts, unless forward writes into one of them.
+    """
+    plan, mesh = program.plan, program.mesh
     parts = {
         "a mesh with pp": mesh.is_pipelined,
         "Plan(microbatches=)": plan.microbatches > 1,
         "Plan(inputs='local')": plan.inputs == "local" and mesh.world_size > 1,
     }
     choice = next((name for name, chosen in parts.items() if chosen), None)
-    if guards.values and choice is not None:
-        look = guards.values[0].looks[0]
+    if choice is None:
+        return
+    written = {entry.target for entry in program.outputs if entry.kind is OutputKind.BUFFER_UPDATE}
+    names = {(id(module._buffers), key): name for name, module, key in _buffers(model)}
+    for values in guards.values:
+        reads = {names.get((id(one[0]), one[1]), "") for one in values.sources if not isinstance(one, int)}
+        if any(isinstance(one, int) for one in values.sources):
+            reason = "That is looked at before each call, on the whole batch"
+        elif reads & written:
+            reason = f"'{min(reads & written)}', a buffer that forward writes into, decides it"
+        else:
+            continue
+        lines = "\n".join(f"  at {line}" for line in list(dict.fromkeys(look.line for look in values.looks))[:3])
         raise TraceError(
-            f"what the model does next depends on the values in a tensor\n  at {look.line}\n"
-            f"That is looked at before each call, on the whole batch, and {choice} works on parts of it.\n"
+            f"what the model does next depends on the values in a tensor\n{lines}\n"
+            f"{reason}, and {choice} works on parts of it.\n"
             "Way out: torch.where or a mask instead of 'if'; pass a number that is looked at as an argument of forward."
         )
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, module, its name there) of each buffer."""
+    for path, module in model.named_modules():
+        for key in module._buffers:
+            yield f"{path}.{key}" if path else key, module, key

@@ -127,6 +127,42 @@ def test_on_two_processes() -> None:
         assert max(found) < 1e-12
 
 
+class Stages(nn.Module):
+    """What only buffers decide; ``counts``: forward writes into one of them."""
+
+    def __init__(self, counts: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.counts = nn.Linear(8, 8), nn.Linear(8, 8), counts
+        self.register_buffer("ready", torch.tensor([True]))
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x).relu()
+        h = self.down(h if self.ready else h * 2)
+        if self.counts:
+            self.steps += 1
+            h = h * 2 if self.steps > 3 else h
+        return h.square().mean()
+
+
+@pytest.mark.parametrize(
+    "mesh, plan",
+    [(Mesh(pp=2), {"microbatches": 2}), (Mesh(dp=2), {"microbatches": 2}), (Mesh(dp=2), {"inputs": "local"})],
+    ids=["pp", "microbatches", "local"],
+)
+def test_buffers_decide_for_all_parts(mesh: Mesh, plan: dict[str, Any]) -> None:
+    model, x = Stages(), batches()[0]
+    parallel = autopar.parallelize(copy.deepcopy(model), mesh, Plan(**plan))
+    compare(parallel, model, x)
+    for each in (model, parallel):
+        each.ready.fill_(False)
+    compare(parallel, model, x)
+    if mesh.is_pipelined:
+        with pytest.raises(TraceError, match=r"(?s)self.steps > 3.*'steps', a buffer that forward writes.*Way out"):
+            autopar.parallelize(Stages(counts=True), mesh, Plan(**plan)).simulate(x)
+
+
 class Looks(nn.Module):
     def __init__(self, look: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
