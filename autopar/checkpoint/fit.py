@@ -42,7 +42,8 @@ def refuse_other_optimizers(path: Path, model: nn.Module, owners: Owners, manife
         there = ", ".join(manifest["optimizers"]) or "no optimizer"
         raise CheckpointError(f"'{path}' has the state of {there}, and this is {', '.join(names)}")
     here = [members for _, members in owners.groups()]
-    if list(map(sorted, here)) != list(map(sorted, manifest["groups"])):
+    saved = [[member for name in group for member in owners.members(name)] for group in manifest["groups"]]
+    if list(map(sorted, here)) != list(map(sorted, saved)):
         sizes = [f"{len(groups)} groups of {list(map(len, groups))}" for groups in (manifest["groups"], here)]
         raise CheckpointError(
             f"'{path}' has {sizes[0]} parameters in its optimizer, and here there are {sizes[1]}, or others\n"

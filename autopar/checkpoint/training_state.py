@@ -3,6 +3,8 @@
 model.blocks.0.up.weight                          parameters and buffers
 optimizer.state.blocks.0.up.weight.exp_avg        per parameter what its optimizer keeps
 optimizer.param_groups.0.lr                       hyperparameters, and the names of the group's parameters
+
+Of a stack (:mod:`autopar.runtime.stacks`) it has what belongs to each of the model's own parameters, under their names.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch.optim import LBFGS, Optimizer
 from autopar.checkpoint.named_tensors import Named, emptied, every_held, home_of
 from autopar.checkpoint.plain_values import packed
 from autopar.errors import CheckpointError
+from autopar.ir.stacked_parameters import is_stacked, member_names
 from autopar.runtime.dtensor import local_of
 from autopar.runtime.piecewise import dtensor
 from autopar.runtime.slices import Slices, slices_of
@@ -47,6 +50,11 @@ class Owners:
         self._entries = {id(entry.tensor): entry for entry in entries}
         names = {name: entry for entry in entries for name in entry.names}
         self._entries |= {id(tensor): names[name] for name, tensor in emptied(model)}
+        stacks = {entry.name: entry.tensor.shape[0] for entry in entries if is_stacked(entry.name)}
+        self._of_stack = {name: member_names(name, count) for name, count in stacks.items()}
+        self.places = {
+            member: (name, number) for name, own in self._of_stack.items() for number, member in enumerate(own)
+        }  # name of the model -> the stack that holds it, and where
         self.parameters: dict[str, tuple[Optimizer, dict[str, Any], Tensor]] = {}  # name -> (.., its group, ..)
         for optimizer in optimizers:
             if isinstance(optimizer, LBFGS):
@@ -65,6 +73,10 @@ class Owners:
             )
         return self._entries[id(parameter)]
 
+    def members(self, name: str) -> tuple[str, ...]:
+        """The names of the model for a parameter of this name: several for a stack."""
+        return self._of_stack.get(name, (name,))
+
     def groups(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
         """Every parameter group, of one optimizer after the other, with the names of its parameters on all ranks."""
         yield from zip([group for optimizer in self.optimizers for group in optimizer.param_groups], self._members)
@@ -74,19 +86,23 @@ class Owners:
         groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
         mine = [[self.entry(parameter).name for parameter in group] for group in groups]
         if self._gather is None:
-            return mine
+            return [[member for name in names for member in self.members(name)] for names in mine]
         ranks: list[list[list[str]]] = self._gather(mine)
         if len(set(map(len, ranks))) > 1:
             raise CheckpointError(f"ranks have {', '.join(map(str, map(len, ranks)))} groups in their optimizers")
-        return [sorted(set().union(*same), key=self._order.__getitem__) for same in zip(*ranks)]
+        every = [sorted(set().union(*same), key=self._order.__getitem__) for same in zip(*ranks)]
+        return [[member for name in names for member in self.members(name)] for names in every]
 
     def state(self) -> Nested:
         found: Nested = {}
         for name, (optimizer, _, parameter) in self.parameters.items():
             if parameter in optimizer.state:
-                found[name] = {
+                held = {
                     key: _held(value, parameter, f"{name}.{key}") for key, value in optimizer.state[parameter].items()
                 }
+                for number, member in enumerate(self.members(name)):
+                    stacked = name in self._of_stack
+                    found[member] = {key: _of_member(one, number) if stacked else one for key, one in held.items()}
         groups = [
             {key: slices_of(value) if isinstance(value, Tensor) else value for key, value in group.items()}
             | {"params": names}
@@ -107,6 +123,11 @@ def _held(value: Any, parameter: Tensor, what: str) -> Any:
     return slices_of(value)
 
 
+def _of_member(held: Any, number: int) -> Any:
+    """What a stack's state has of one member; a count of steps is that of all."""
+    return held.at(number) if isinstance(held, Slices) and held.shape else held
+
+
 class NewState:
     """Optimizer state with memory to load into; it is put into the optimizers once it is loaded."""
 
@@ -117,10 +138,10 @@ class NewState:
         self._places: list[tuple[str, dict[str, Any], str]] = []  # flat name -> where its value goes
         self._groups: list[dict[str, Any]] = [{} for _ in owners.groups()]
         for flat, path in metadata.planner_data.items():
-            if path[:2] == ("optimizer", "state") and path[2] not in owners.parameters:
-                continue  # of another pipeline stage
             if path[:2] == ("optimizer", "state"):
-                self._add(flat, self._state[path[2]], path[3], path[2], metadata.state_dict_metadata[flat])
+                name, number = owners.places.get(path[2], (path[2], None))
+                if name in owners.parameters:  # else of another pipeline stage
+                    self._add_state(flat, name, number, path[3], metadata.state_dict_metadata[flat])
             elif path[:2] == ("optimizer", "param_groups") and path[3] != "params":  # the same on every rank
                 self._add(flat, self._groups[path[2]], path[3], None, metadata.state_dict_metadata[flat])
 
@@ -137,6 +158,19 @@ class NewState:
         _, group, parameter = self._owners.parameters[name]
         into[key] = _empty_state(key, shape, dtype, group, parameter, self._owners.home)
         self.targets[flat] = slices_of(into[key])
+
+    def _add_state(self, flat: str, name: str, number: int | None, key: str, stored: Any) -> None:
+        """``number``: of the member of the stack called ``name``; None for a parameter that is no stack."""
+        if number is None or not isinstance(stored, TensorStorageMetadata) or not stored.size:
+            if not number:  # a step that all members have taken
+                self._add(flat, self._state[name], key, name, stored)
+            return
+        into, (_, group, parameter) = self._state[name], self._owners.parameters[name]
+        if key not in into:
+            shape = torch.Size((parameter.shape[0], *stored.size))
+            into[key] = _empty_state(key, shape, stored.properties.dtype, group, parameter, self._owners.home)
+        self._places.append((flat, into, key))
+        self.targets[flat] = slices_of(into[key]).at(number)
 
     def put(self) -> None:
         """Put the values into the optimizers, from :attr:`targets`."""
