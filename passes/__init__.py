@@ -27,6 +27,7 @@ from autopar.passes.fuse_arithmetic import fuse_arithmetic
 from autopar.passes.lower_row_indexing import lower_row_indexing
 from autopar.passes.merge_reductions import merge_reductions
 from autopar.passes.overlap_collectives import overlap_collectives
+from autopar.passes.pad_rows import pad_rows
 from autopar.passes.recognise_experts import recognise_experts
 from autopar.passes.recognise_masks import recognise_masks
 from autopar.passes.recompute_activations import recompute_activations
@@ -66,6 +67,7 @@ COMPILER = (
             write_losses_as_sums,  # a mean must stay a mean over all tokens once tokens are split
             weigh_microbatches,  # while a sum over rows is one operator, and statistics of the batch are another
             synchronise_batch_norm,  # statistics of the whole batch, before the batch is split
+            pad_rows,  # once what sums over rows is operators that sum
         ),
         TRACED,
     ),

@@ -20,6 +20,7 @@ The gradient all-reduce of a parameter is the dual of its ``enter``.
 
 from __future__ import annotations
 
+from autopar.ir.batch import common_rows
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.invariants import nothing_is_placed
 from autopar.ir.program import Program
@@ -27,6 +28,7 @@ from autopar.mesh import DATA_AXES
 from autopar.split.batch_policy import batch_policy
 from autopar.split.choose import Choice
 from autopar.split.flow import Flow
+from autopar.split.rows_alone import outputs_in_parts
 from autopar.split.shares import refuse_idle_axis
 from autopar.split.split_axis import split_axis
 
@@ -37,9 +39,9 @@ from autopar.split.split_axis import split_axis
 )
 def split_batch(program: Program) -> Program:
     for axis in DATA_AXES:
-        if program.mesh.size(axis) > 1:
+        if program.mesh.size(axis) > 1 and common_rows(program) != 1:  # one row is the batch of every rank
             program = split_axis(program, batch_policy(program, axis), _refuse_idle_axis)
-    return program
+    return outputs_in_parts(program)
 
 
 def _refuse_idle_axis(flow: Flow, choice: Choice) -> None:

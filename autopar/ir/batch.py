@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from autopar.ir.node import value
+from autopar.ir.collectives import TARGETS
+from autopar.ir.node import Node, value
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import DATA_AXES, SEQUENCE, Mesh
 from autopar.plan import Plan
+
+PADDED_ROWS = "padded_rows"  # how constants are called that say which row each row of a padded batch is,
+REAL_ROWS = "real_rows"  # and which of these are no copies
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,11 @@ def data_ways(mesh: Mesh) -> int:
     return ways
 
 
+def data_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes over which the batch is split, in the order in which they split it."""
+    return tuple(axis for axis in DATA_AXES if mesh.size(axis) > 1)
+
+
 def batch_dims(shapes: Sequence[tuple[str, Sequence[int]]], given: Mapping[str, int | None]) -> list[int | None]:
     """The batch dim of each input (name, shape); None for an input without one.
 
@@ -65,8 +75,35 @@ def rows_of(program: Program) -> int | None:
     return next((value(node).shape[dim] for node, dim in zip(nodes, _batch_dims_of(program)) if dim is not None), None)
 
 
+def input_rows(program: Program) -> dict[Node, int]:
+    """The inputs that have rows of the batch -> their batch dim."""
+    nodes = [node for node, _ in program.placeholders(InputKind.INPUT)]
+    return {node: dim for node, dim in zip(nodes, _batch_dims_of(program)) if dim is not None}
+
+
+def common_rows(program: Program) -> int:
+    """The rows of the batch; where inputs have several numbers of them, a number that divides all. 0: none has any."""
+    return math.gcd(*(value(node).shape[dim] for node, dim in input_rows(program).items()))
+
+
+def is_padded(program: Program) -> bool:
+    """Whether the data axes do not divide the rows, which need copies behind them then."""
+    return common_rows(program) % data_ways(program.mesh) != 0
+
+
+def pads_rows(program: Program) -> Iterator[tuple[Node, int]]:
+    """The nodes that put copies of rows behind a batch, each with its dim of rows."""
+    constants = program.placeholders(InputKind.CONSTANT)
+    indices = {node for node, entry in constants if entry.target.startswith(PADDED_ROWS)}
+    for node in program.graph.nodes:
+        if node.target in TARGETS and node.args[0] in indices:  # the part of an axis that is split already
+            indices.add(node)
+        elif node.target is torch.ops.aten.index_select.default and node.args[2] in indices:
+            yield node, int(node.args[1])
+
+
 def _batch_dims_of(program: Program) -> list[int | None]:
-    """Of each input of a program that nothing splits."""
+    """Of each input of a program, whole."""
     shapes = [(entry.target, value(node).shape) for node, entry in program.placeholders(InputKind.INPUT)]
     return batch_dims(shapes, program.plan.batch_dims)
 

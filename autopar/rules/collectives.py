@@ -7,7 +7,7 @@ from typing import Any
 
 from autopar.ir.collectives import AXIS, COLLECTIVES, ENDS, OPS, ORDERS, PART, REDUCTION, STEPS
 from autopar.ir.layout import Split
-from autopar.rules.factoring import ANY_SIZE, Call, Factoring, Shape, Strategy, dims_of
+from autopar.rules.factoring import ANY_SIZE, Call, Factoring, Shape, Strategy, Ways, dims_of
 from autopar.rules.pointwise import broadcast
 from autopar.rules.views import FIRST, keeps_other_dims
 
@@ -53,7 +53,7 @@ def exchanged(call: Call) -> Factoring:
 
 
 def _fewer_blocks(
-    call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int
+    call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: Ways
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of an exchange of which this axis splits the blocks of one dim."""
     assert strategy.part is not None

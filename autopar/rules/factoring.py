@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Protocol
 
 from torch import fx
@@ -87,8 +88,9 @@ class Emit(Protocol):
 
 # (emit, the node with its local arguments, axis, ways) -> the node that replaces it
 Rewrite = Callable[[Emit, fx.Node, str, int], fx.Node]
+Ways = int | Fraction  # by what sizes are divided; below 1 where they grow (a padded batch)
 # (call, strategy, local output shapes, ways) -> the arguments of the local call
-Localize = Callable[["Call", Strategy, tuple[Shape, ...], int], tuple[tuple[Any, ...], dict[str, Any]]]
+Localize = Callable[["Call", Strategy, tuple[Shape, ...], Ways], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclass(frozen=True)

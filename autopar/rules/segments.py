@@ -9,7 +9,7 @@ import torch
 
 from autopar.ir.layout import Placement, Split
 from autopar.rules.at_dim import at_dim
-from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Part, Shape, Strategy, dims_of
+from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Part, Shape, Strategy, Ways, dims_of
 from autopar.rules.views import FIRST, keeps_other_dims
 
 aten = torch.ops.aten
@@ -135,7 +135,7 @@ def slice_dim(call: Call) -> Factoring:
     return keeps_other_dims(call, () if unchanged else {dim}, FIRST)
 
 
-def _cut_slice(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int) -> Local:
+def _cut_slice(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: Ways) -> Local:
     dim = int(call.argument(1, "dim", 0)) % len(call.inputs[0])
     start = slice(call.argument(2, "start"), None).indices(call.inputs[0][dim])[0]
     assert strategy.part is not None
@@ -144,7 +144,7 @@ def _cut_slice(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways:
     return (call.args[0], dim, start, start + outputs[0][dim]), {}
 
 
-def _cut_steps(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int) -> Local:
+def _cut_steps(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: Ways) -> Local:
     dim = int(call.argument(1, "dim", 0)) % len(call.inputs[0])
     step = int(call.argument(4, "step", 1))
     return (call.args[0], dim, call.argument(2, "start"), outputs[0][dim] * step, step), {}
@@ -176,7 +176,7 @@ def _bounds(sizes: list[int]) -> list[tuple[int, int]]:
     return [(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
 
 
-def _cut_pieces(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int) -> Local:
+def _cut_pieces(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: Ways) -> Local:
     dim = int(call.argument(2, "dim", 0)) % len(call.inputs[0])
     parts = [shape[dim] for shape in outputs]
     sizes = parts if isinstance(call.argument(1, "split_size"), (list, tuple)) else parts[0]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from autopar import operators
-from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Shape, Strategy, dims_of
+from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Shape, Strategy, Ways, dims_of
 from autopar.rules.views import FIRST
 
 aten = torch.ops.aten
@@ -72,7 +72,7 @@ def _convolved(call: Call, groups: int, turned: bool, localize: Any) -> Factorin
 
 def _cut_groups(position: int) -> Any:
     def localize(
-        call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int
+        call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: Ways
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = list(call.args), dict(call.kwargs)
         groups = int(call.argument(position, "groups", 1))
@@ -117,7 +117,7 @@ def group_norm(call: Call) -> Factoring:
 
 
 def _cut_norm_groups(
-    call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int
+    call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: Ways
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     groups = int(call.argument(1, "num_groups"))
     if strategy.part and strategy.part.factor == "g":
@@ -220,7 +220,7 @@ def grid_of_positions(call: Call) -> Factoring:
 
 
 def _cut_batch(
-    call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int
+    call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: Ways
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     theta, shape, *rest = call.args
     return (theta, [outputs[0][0], *shape[1:]], *rest), dict(call.kwargs)

@@ -11,14 +11,14 @@ import torch
 
 from autopar.ir.layout import Split
 from autopar.rules.at_dim import at_dim, at_end
-from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Part, Shape, Strategy, dims_of
+from autopar.rules.factoring import ANY_SIZE, Call, Dims, Factoring, Part, Shape, Strategy, Ways, dims_of
 from autopar.rules.pointwise import broadcast_dims
 
 aten = torch.ops.aten
 FIRST = (frozenset({0}),)  # a view is linear
 
 
-def cut_sizes(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int) -> tuple[Any, dict[str, Any]]:
+def cut_sizes(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: Ways) -> tuple[Any, dict[str, Any]]:
     """Arguments of an operator whose second argument is the output's shape."""
     return (call.args[0], list(outputs[0]), *call.args[2:]), dict(call.kwargs)
 
@@ -191,7 +191,7 @@ def repeat(call: Call) -> Factoring:
     return Factoring((operand,), (tuple(dims),), sizes, linear=FIRST, localize=_cut_copies)
 
 
-def _cut_copies(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int) -> tuple[Any, dict[str, Any]]:
+def _cut_copies(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: Ways) -> tuple[Any, dict[str, Any]]:
     split, source = strategy.inputs[0], list(call.inputs[0])
     if isinstance(split, Split):
         source[split.dim] //= ways
@@ -214,7 +214,7 @@ def repeat_interleave(call: Call) -> Factoring:
 
 
 def _cut_interleaved(
-    call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int
+    call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: Ways
 ) -> tuple[Any, dict[str, Any]]:
     copies = int(call.argument(1, "repeats"))
     assert strategy.part is not None
@@ -276,7 +276,7 @@ def created(call: Call) -> Factoring:
     return Factoring((), (target,), sizes, localize=_cut_created)
 
 
-def _cut_created(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: int) -> tuple[Any, dict[str, Any]]:
+def _cut_created(call: Call, strategy: Strategy, outputs: tuple[Shape, ...], ways: Ways) -> tuple[Any, dict[str, Any]]:
     return (list(outputs[0]), *call.args[1:]), dict(call.kwargs)
 
 

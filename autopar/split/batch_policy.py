@@ -8,12 +8,10 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from autopar.errors import IndivisibleError
-from autopar.ir.batch import batch_dims
+from autopar.ir.batch import input_rows, is_padded, pads_rows
 from autopar.ir.layout import INVARIANT, Placement, Split
-from autopar.ir.node import value
 from autopar.ir.program import Program
-from autopar.ir.tables import Input, InputKind
+from autopar.ir.tables import Input
 from autopar.rules import Rule
 from autopar.rules.factoring import Strategy
 from autopar.split.choose import NO_RULES
@@ -21,43 +19,26 @@ from autopar.split.flow import Flow, Key
 
 
 def batch_policy(program: Program, axis: str) -> BatchPolicy:
-    """The policy of ``axis``. Raises IndivisibleError if the batch does not divide by it."""
-    return BatchPolicy(axis, _batch_dims(program, axis))
-
-
-def _batch_dims(program: Program, axis: str) -> dict[str, int]:
-    """Node name of each input -> its batch dim.
-
-    Raises IndivisibleError if the batch does not divide by the axis.
-    """
-    ways = program.mesh.size(axis)
-    inputs = list(program.placeholders(InputKind.INPUT))
-    shapes = [(entry.target, value(node).layout.local_shape(program.mesh)) for node, entry in inputs]
-    found: dict[str, int] = {}
-    for (node, _), (target, shape), dim in zip(inputs, shapes, batch_dims(shapes, program.plan.batch_dims)):
-        if dim is None:
-            continue
-        if shape[dim] % ways:
-            raise IndivisibleError(
-                f"the batch of input '{target}' has {shape[dim]} rows (dim {dim}), which {axis}={ways} does not divide;"
-                f" give a batch size that is a multiple of {ways}, or a mesh with another {axis}"
-            )
-        found[node.name] = dim
-    return found
+    """The policy of ``axis``."""
+    if is_padded(program):  # every rank gets all rows, and takes those of its part with their copies
+        return BatchPolicy(axis, {}, {node.name: dim for node, dim in pads_rows(program)})
+    dims = {node.name: dim for node, dim in input_rows(program).items()}
+    return BatchPolicy(axis, dims, dims)
 
 
 @dataclass(frozen=True)
 class BatchPolicy:
-    """``dims``: node name of each input -> its batch dim."""
+    """``dims``: node name of each input -> its batch dim; ``sources``: the same of all nodes that make rows."""
 
     axis: str
     dims: Mapping[str, int]
+    sources: Mapping[str, int]
     rules: ClassVar[Mapping[Any, Rule]] = NO_RULES
 
     def seeds(self, flow: Flow) -> Iterable[tuple[Key, Split]]:
-        for node, _ in flow.program.placeholders(InputKind.INPUT):
-            if node.name in self.dims:
-                yield (node, 0), Split(self.dims[node.name])
+        for node in flow.program.graph.nodes:
+            if node.name in self.sources:
+                yield (node, 0), Split(self.sources[node.name])
 
     def further_seeds(self, flow: Flow) -> Iterable[tuple[Key, Split]]:
         return ()

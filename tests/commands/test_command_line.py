@@ -193,7 +193,6 @@ MISTAKES = [
     (["show", "mlp", "--after", "nope"], "split_tensors"),
     (["show", "mlp", "--rank", "4"], "ranks 0 to 3"),
     (["show", "mlp", "--explain", "nope"], "no node or parameter 'nope'"),
-    (["show", "mlp", "--batch", "9", "--mesh", "dp=2"], "which dp=2 does not divide"),
     (["check", "mlp", "--plan", "sequense=megatron"], "Plan has no choice 'sequense'"),
     (["check", "mlp", "--plan", "tensor=column"], "tensor.ENTRY=VALUE"),
     (["check", "mlp", "--plan", "timeout=soon"], "timeout='soon'"),

@@ -294,9 +294,11 @@ def test_a_model_without_experts_is_refused() -> None:
     assert "Way out: a mesh without ep" in str(raised.value) and str(raised.value).count("\n") < 15
 
 
-def test_a_batch_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(IndivisibleError, match="has 4 rows \\(dim 0\\), which ep=3 does not divide"):
-        split(Experts(12), "ep=3", batch(4))
+def test_a_batch_that_does_not_divide() -> None:
+    """Copies of rows are sent to experts as rows are, and count nothing."""
+    for mesh, rows in (("ep=3", 4), ("dp=2,ep=2", 5)):
+        report = Reference(Experts(12), batch(rows)).check(Mesh.parse(mesh), Plan())
+        assert report.passed, report
 
 
 def test_weights_that_are_used_elsewhere_too_stay_whole() -> None:
