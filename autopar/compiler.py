@@ -99,6 +99,7 @@ def pipelined(
     """
     batches = microbatches.parts(args, kwargs or {}, mesh, plan)
     first, last = batches[0], batches[-1]
+    plan = replace(plan, microbatches=len(batches))  # of few rows there are fewer
     with microbatches.explained(kwargs or {}, first, plan):
         one = traced(first)
     of_rows = retraced(lambda _, batch: traced(batch), one, (), first, plan)

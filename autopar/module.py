@@ -112,9 +112,7 @@ class ParallelModule(nn.Module):
             call = gathered(call, self.plan)
         if self.mesh.is_pipelined:
             return self._pipelined(call, trains=False)
-        found = self._executable(call).run(call.tensors, self._seed())
-        self._connection.comm.agreement.settle()  # where the program has no collective that would wait for it
-        return found
+        return self._programs.run(call, self.training, self._seed())
 
     def _seed(self) -> int:
         """Of the dropout masks: another one in each call that learns."""
@@ -143,7 +141,7 @@ class ParallelModule(nn.Module):
         if any(hooks) or not torch.is_grad_enabled() or self._connection is None:
             return loss_of(self(*args, **kwargs))
         call = self._signature.call(args, kwargs)
-        return self._executable(call).loss(call.tensors, self._seed(), weight)
+        return self._programs.loss(call, self.training, self._seed(), weight)
 
     def _pipelined(self, call: Call, trains: bool) -> Any:
         """A step of the pipeline: the loss, or the model's output."""

@@ -38,26 +38,31 @@ def parts(
 ) -> list[dict[str, Any]]:
     """The keyword arguments of each of ``plan.microbatches`` calls: neighbouring rows, as evenly as possible.
 
+    The data axes divide the rows of each where they divide those of the batch. Few rows make fewer microbatches.
     ``local``: the arguments are one rank's part of the batch, not the whole.
-    Raises IndivisibleError where there are too few rows, or the data axes do not divide them; InvariantError for
-    arguments without names.
+    Raises IndivisibleError for a batch without rows; InvariantError for arguments without names.
     """
     count = plan.microbatches
     if args or any(not isinstance(value, Tensor | int | float | str | None) for value in kwargs.values()):
         raise InvariantError("Plan(microbatches=...) cuts tensors that are passed by name: model.train_step(x=x, y=y)")
     ways = 1 if local else data_ways(mesh)
     cut: dict[str, tuple[Tensor, ...]] = {}
-    for name, dim in cut_dims(kwargs, plan).items():
+    dims = cut_dims(kwargs, plan)
+    rows = [kwargs[name].shape[dim] for name, dim in dims.items()]
+    count = min([count, *(each // ways if each % ways == 0 else each for each in rows)])
+    if not count:
+        raise IndivisibleError("the batch has no rows\nWay out: leave out the call, on every rank.")
+    for name, dim in dims.items():
         tensor: Tensor = kwargs[name]
-        rows = tensor.shape[dim]
-        if rows % ways or rows < count * ways:
-            raise IndivisibleError(
-                f"input '{name}' has {rows} rows, which {count} microbatches on {mesh} do not divide\n"
-                f"Way out: a batch size that is a multiple of {count * ways}, or another Plan(microbatches=...)."
-            )
-        size, more = divmod(rows // ways, count)
-        cut[name] = torch.split(tensor, [(size + (i < more)) * ways for i in range(count)], dim)  # type: ignore[no-untyped-call]
+        cut[name] = torch.split(tensor, _sizes(tensor.shape[dim], count, ways), dim)  # type: ignore[no-untyped-call]
     return [{**kwargs, **{name: pieces[i] for name, pieces in cut.items()}} for i in range(count)]
+
+
+def _sizes(rows: int, count: int, ways: int) -> list[int]:
+    """The rows of each of ``count`` parts, of two sizes at most, the larger ones first."""
+    unit = ways if rows % ways == 0 else 1
+    size, more = divmod(rows // unit, count)
+    return [(size + (i < more)) * unit for i in range(count)]
 
 
 @contextmanager

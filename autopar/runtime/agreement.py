@@ -34,6 +34,41 @@ def digest_of(thing: Hashable) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> (64 - BITS)
 
 
+class Said(str):
+    """What a rank says that it does, with ``rows`` that may be others on other ranks where all say the same ``rest``.
+
+    ``rest`` is None where nothing may differ.
+    """
+
+    rest: int | None
+    rows: tuple[int, ...]
+
+    def __new__(cls, text: str, rest: int | None = None, rows: tuple[int, ...] = ()) -> Said:
+        made = super().__new__(cls, text)
+        made.rest, made.rows = rest, rows
+        return made
+
+    def __reduce__(self) -> tuple[type[Said], tuple[str, int | None, tuple[int, ...]]]:
+        return Said, (str(self), self.rest, self.rows)
+
+
+class UnequalRows(Exception):
+    """All ranks make the same call, with other numbers of rows: for each rank those of its inputs."""
+
+    def __init__(self, rows: Sequence[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.rows = list(rows)
+
+    @classmethod
+    def check(cls, everyone: Sequence[Any]) -> None:
+        """Raise one where nothing but rows differs in what ``everyone`` said."""
+        things = [thing[0] if isinstance(thing, tuple) else thing for thing in everyone]
+        known = [thing for thing in things if isinstance(thing, Said) and thing.rest is not None]
+        alike = len(known) == len(everyone) and len({thing.rest for thing in known}) == 1
+        if alike and len({thing.rows for thing in known}) > 1:
+            raise cls([thing.rows for thing in known])
+
+
 class Agreement:
     """The agreement of the ranks of one mesh; without a ``group`` there is one rank, which agrees with itself.
 
@@ -73,11 +108,13 @@ class Agreement:
         return bool(highest == -lowest)
 
     def settle(self) -> None:
-        """Wait for the others. Raises RanksDifferError where not all of them said the same."""
+        """Wait for the others. Raises RanksDifferError where not all of them said the same, UnequalRows."""
         started = self._started
         if started is not None and not self.agrees():
             *_, describe, way_out = started
-            text = told(self.everyone(describe()))
+            everyone = self.everyone(describe())
+            UnequalRows.check(everyone)
+            text = told(everyone)
             raise RanksDifferError(f"the ranks do not do the same:\n{text}\nWay out: {way_out}")
 
     def everyone(self, mine: Any) -> list[Any]:

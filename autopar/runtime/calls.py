@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     leaves: list[Any]
-    key: Hashable
+    key: tuple[Hashable, ...]
+    rows_of_all: bool = False  # with ``Plan(inputs="local")``: the rows are those of all ranks
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -98,7 +99,7 @@ def global_call(call: Call, mesh: Mesh, plan: Plan) -> Call:
     """The call of the unmodified model.
 
     With ``Plan(inputs="local")`` ``call`` has one rank's part of its batch and sequence dims, and these are as many
-    times as long as there are parts.
+    times as long as there are parts; rows that are of all ranks already stay.
     """
     if plan.inputs != "local":
         return call
@@ -106,7 +107,8 @@ def global_call(call: Call, mesh: Mesh, plan: Plan) -> Call:
 
     def whole(leaf: Tensor) -> Tensor:
         found = leaf.detach()
-        for dim, ways in next(dims).parts(mesh).items():
+        of = next(dims)
+        for dim, ways in (replace(of, batch=None) if call.rows_of_all else of).parts(mesh).items():
             found = torch.cat([found] * ways, dim)
         return found.requires_grad_(leaf.requires_grad)
 
@@ -133,7 +135,13 @@ def ordinary(call: Call) -> Call:
     if not any(tensor.is_inference() for tensor in call.tensors):
         return call
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.clone(), (call.args, call.kwargs))
-    return Call(args, kwargs, pytree.tree_leaves((args, kwargs)), call.key)
+    return replace(call, args=args, kwargs=kwargs, leaves=pytree.tree_leaves((args, kwargs)))
+
+
+def resized(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows_of_all: bool) -> Call:
+    """``call`` with arguments of other sizes."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    return Call(args, kwargs, leaves, (call.key[0], *map(_kind, leaves)), rows_of_all)
 
 
 def shapes(tensors: Sequence[Tensor]) -> str:

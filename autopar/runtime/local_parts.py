@@ -45,8 +45,10 @@ def _unequal(call: Call, plan: Plan, axis: str, position: int, other: int, sizes
         if theirs != list(tensor.shape):
             return (
                 f"input '{name}': position {position} on axis '{axis}' passes a part {list(tensor.shape)} and position "
-                f"{other} one {theirs}; parts are of equal sizes ({_said(dims)})\n"
-                "Way out: pad the whole batch before it is cut (autopar.pad_batch), or drop what is left over."
+                f"{other} one {theirs} ({_said(dims)}); only numbers of rows may differ, and those not on an axis pp, "
+                "with microbatches, or where an input gets a gradient\n"
+                "Way out: pad the whole batch before it is cut (autopar.pad_batch), drop what is left over, or pass the "
+                'whole batch on every rank, Plan(inputs="global").'
             )
     return f"positions {position} and {other} on axis '{axis}' pass other inputs\nWay out: pass the same on all ranks."
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopar.errors import RanksDifferError
 from autopar.ir.collectives import axes_used
@@ -17,9 +19,10 @@ from autopar.ir.guards import Guards
 from autopar.ir.layout import Layout
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.mesh import Mesh
+from autopar.pipeline.microbatches import Weight
 from autopar.plan import Plan
 from autopar.runtime.accumulate import Accumulation
-from autopar.runtime.agreement import digest_of, told
+from autopar.runtime.agreement import Said, UnequalRows, digest_of, told
 from autopar.runtime.calls import Call, global_call, ordinary, shapes
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor_habits import parts_were_shown
@@ -29,6 +32,7 @@ from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.local_parts import check_parts, check_parts_of_ranks, explained
 from autopar.runtime.parameters import ALONE, Weights
 from autopar.runtime.shared_inputs import check_shared_inputs, is_due
+from autopar.runtime.unequal_rows import joined, said
 from autopar.runtime.variants import Variants
 
 PROGRAMS_KEPT = 64
@@ -36,6 +40,7 @@ PROGRAMS_KEPT = 64
 Compile = Callable[[Call, Mapping[str, Layout] | None], tuple[AnyProgram, Guards]]  # (whole call, layouts held) ->
 Kind = tuple[Hashable, int]  # of call, and which variant of its program
 Bound = Executable | PipelineExecutable
+Work = Callable[[Executable, list[Tensor]], Any]  # (program, tensors of the call) ->
 
 SAME_CALLS = (
     "every rank makes the same calls, with inputs of the same shapes and types: pad or drop the rows that are left "
@@ -133,13 +138,48 @@ class ProgramCache:
         Collective for a new kind of call. Raises the errors of the compiler, and LaunchError where ranks have different
         programs.
         """
+        return self._entry(call, training).bound
+
+    def _entry(self, call: Call, training: bool) -> Entry:
         kind = self._agreed_kind(call, training)
         entry = self._bound.get(kind)
         if entry is None:
             entry = self._bound[kind] = Entry(self._new(call, training), digest_of(kind))
         self._programs.move_to_end(kind)
         entry.calls += 1
-        return entry.bound
+        return entry
+
+    def run(self, call: Call, training: bool, seed: int) -> Any:
+        """The model's output for ``call``; collective. Raises the errors of :meth:`bound`."""
+        return self._on_all_rows(call, training, lambda program, tensors: program.run(tensors, seed))
+
+    def loss(self, call: Call, training: bool, seed: int, weight: Weight | None) -> Tensor:
+        """The loss for ``call``, as :meth:`Executable.loss` has it; collective. Raises the errors of :meth:`bound`."""
+        found: Tensor = self._on_all_rows(
+            call, training, lambda program, tensors: program.loss(tensors, seed, weight), gives_outputs=False
+        )
+        return found
+
+    def _on_all_rows(self, call: Call, training: bool, work: Work, gives_outputs: bool = True) -> Any:
+        """What ``work`` makes of the program of a call and its tensors: all ranks' where their rows are unequal."""
+        entry = None
+        try:
+            entry = self._entry(call, training)
+            return self._worked(work, entry, call)
+        except UnequalRows as problem:
+            if entry is not None:
+                entry.calls -= 1  # ranks that heard of it earlier have not counted this call
+            whole = joined(call, problem, self._required_connection, self._plan)
+        entry = self._entry(whole.call, training)
+        if gives_outputs:
+            whole.check_outputs(entry.bound.program, self._mesh)
+        return self._worked(work, entry, whole.call)
+
+    def _worked(self, work: Work, entry: Entry, call: Call) -> Any:
+        assert isinstance(entry.bound, Executable)
+        found = work(entry.bound, call.tensors)
+        self._required_connection.comm.agreement.settle()  # where the program has no collective that would wait for it
+        return found
 
     def _agreed_kind(self, call: Call, training: bool) -> Kind:
         """The kind of this call, which the ranks compare, and when it is due what they pass.
@@ -162,7 +202,7 @@ class ProgramCache:
             if comm.agreement.agrees():
                 break
             self._blame(call, self._described(call, training, number, kind))
-        if due:
+        if due and not call.rows_of_all:
             check_shared_inputs(call, self._required_connection, self._plan)
         return kind
 
@@ -173,6 +213,7 @@ class ProgramCache:
         """
         connection = self._required_connection
         everyone = connection.comm.agreement.everyone((mine, self._weights.flags()))
+        UnequalRows.check(everyone)
         others = [said for said in everyone if isinstance(said, str)]
         if others or not all(isinstance(said, tuple) for said in everyone):
             way_out = ALONE if "state_dict()" in others else SAME_CALLS
@@ -183,12 +224,13 @@ class ProgramCache:
             check_parts_of_ranks(call, connection, self._plan)
         raise RanksDifferError(f"{DIFFERENT}\n{told(everyone)}\nWay out: {SAME_CALLS}")
 
-    def _described(self, call: Call, training: bool, number: int, kind: Kind) -> str:
-        """One kind of call, for messages; ``number`` tells apart those that look alike."""
+    def _described(self, call: Call, training: bool, number: int, kind: Kind) -> Said:
+        """One kind of call, for messages and other ranks; ``number`` tells apart those that look alike."""
         mode = "a call to train" if training else "a call to evaluate"
         inputs = ", ".join(f"{name or 'input'} {list(tensor.shape)}" for name, tensor in call.named_tensors)
         change = self._variants.change(kind[0], call.leaves)
-        return f"{mode}, {inputs} (program {number % 10**6:06d}{', since ' if change else ''}{change})"
+        text = f"{mode}, {inputs} (program {number % 10**6:06d}{', since ' if change else ''}{change})"
+        return said(text, call, (self._other_facts(training), change), self._mesh, self._plan)
 
     @property
     def _required_connection(self) -> Connection:
@@ -207,9 +249,13 @@ class ProgramCache:
             return PipelineExecutable(program, self._weights.root, connection)
         return Executable(program, self._weights.root, connection, self._accumulation)
 
-    def _kind(self, call: Call, training: bool, batch: str = "") -> Kind:
+    def _other_facts(self, training: bool) -> tuple[Hashable, ...]:
+        """What determines a program beside the call."""
         packs = self._packs_padding and not torch.is_grad_enabled()
-        kind = training, cast_to(), self._weights.requires_grad(), packs, call.key, batch
+        return training, cast_to(), self._weights.requires_grad(), packs
+
+    def _kind(self, call: Call, training: bool, batch: str = "") -> Kind:
+        kind = *self._other_facts(training), call.key, batch, call.rows_of_all
         number = self._variants.number(kind, call.leaves)
         if number is None and self._weights.take_in():
             return self._kind(call, training, batch)
