@@ -23,7 +23,7 @@ from autopar.passes.cut_stages import cut_stages
 from autopar.passes.weigh_microbatches import weigh_microbatches
 from autopar.pipeline import microbatches
 from autopar.pipeline.at_home import Homes
-from autopar.pipeline.stages import check_same_parameters, stages_of_nodes
+from autopar.pipeline.stages import check_same_parameters, homes_of, stages_of_nodes
 from autopar.plan import Plan
 
 LOOKED_AT = "values in tensors that Python looks at"
@@ -107,7 +107,7 @@ def pipelined(
     if microbatches.rows(first, [first], plan) == microbatches.rows(first, [last], plan):
         return program
     held = {**(layouts or {}), **weight_layouts(program)}
-    small = pinned(traced(last), held, stages_of_nodes(program), of_rows=of_rows)
+    small = pinned(traced(last), held, stages_of_nodes(program), homes or homes_of(program), of_rows)
     tail = _finished_pipeline(small, mesh, plan)
     check_same_parameters(program, tail)
     return replace(program, tail=tail)

@@ -31,6 +31,7 @@ from dataclasses import replace
 
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.program import PipelinedProgram, Program
+from autopar.ir.reach import descendants
 from autopar.ir.tables import Decision, OutputKind
 from autopar.mesh import PIPELINE
 from autopar.pipeline.assignment import assign_stages
@@ -66,10 +67,14 @@ def _warn_of_statistics(program: Program) -> None:
 
 
 def _pinned(program: Program) -> Assignment | None:
-    """The pinned cut: that of a program of the same nodes, whose parameters are where it put them."""
+    """The pinned cut: that of a program of the same nodes, whose parameters are where it put them.
+
+    Nodes that it does not have are computed by each stage, and so only from what each can have.
+    """
     names = {node.name: node for node in program.graph.nodes if node.op == "call_function"}
     pinned = program.pins.stages
     if not pinned or not names.keys() >= pinned.keys():
         return None
     stage_of = {names[name]: stage for name, stage in pinned.items()}
-    return Assignment(stage_of, frozenset(node for node in names.values() if node not in stage_of))
+    further = frozenset(node for node in names.values() if node not in stage_of)
+    return None if further & descendants(stage_of) else Assignment(stage_of, further)

@@ -39,7 +39,7 @@ def add_constants(program: Program, new: Mapping[str, tuple[Tensor, Origin]]) ->
     following = (InputKind.INPUT, InputKind.SEED)
     first = next((node for node, _ in program.placeholders(*following)), None)
     first = first or next(node for node in graph.nodes if node.op != "placeholder")
-    position = sum(entry.kind not in following for entry in inputs)
+    position = next((place for place, entry in enumerate(inputs) if entry.kind in following), len(inputs))
     nodes = {}
     for name, (tensor, where) in new.items():
         with graph.inserting_before(first):

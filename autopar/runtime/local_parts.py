@@ -1,7 +1,8 @@
 """``Plan(inputs="local")``: the parts that ranks pass fit together, and to what the model is called with.
 
 Ranks of the batch axes pass their rows, ranks of ``sp`` one contiguous part of the positions, whatever order the
-program computes in. All parts of one input have the same sizes.
+program computes in. All parts of one input have the same sizes, but for their rows
+(:mod:`autopar.runtime.unequal_rows`).
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def _unequal(call: Call, plan: Plan, axis: str, position: int, other: int, sizes
                 f"input '{name}': position {position} on axis '{axis}' passes a part {list(tensor.shape)} and position "
                 f"{other} one {theirs} ({_said(dims)}); only numbers of rows may differ, and those not on an axis pp, "
                 "with microbatches, or where an input gets a gradient\n"
-                "Way out: pad the whole batch before it is cut (autopar.pad_batch), drop what is left over, or pass the "
-                'whole batch on every rank, Plan(inputs="global").'
+                "Way out: pad the whole batch before it is cut (autopar.pad_batch), drop what is left over, or pass "
+                'the whole batch on every rank, Plan(inputs="global").'
             )
     return f"positions {position} and {other} on axis '{axis}' pass other inputs\nWay out: pass the same on all ranks."
 

@@ -50,13 +50,14 @@ class SimulatedStage:
         fixed = rank_inputs(self.program, tensors, kinds=FIXED)
         self._held = {entry.target: ranks for entry, ranks in zip(entries, fixed)}
         self.lockstep.hold(self._held.values())
+        self._constants = {id(batch.program): self._constants_of(batch.program) for batch in microbatches}
 
     # ------------------------------------------------------------ work
 
     def forward(self, number: int, received: Values) -> Values:
         batch = self.microbatches[number]
         graph, whole = self._graph(batch.program)
-        found = {**self._held, **batch.inputs, **received}
+        found = {**self._held, **self._constants[id(batch.program)], **batch.inputs, **received}
         inputs = [found[entry.target] for entry in batch.program.inputs]
         returned = self.lockstep.run(graph, [*inputs, *whole])
         count = len(batch.program.outputs)
@@ -100,6 +101,15 @@ class SimulatedStage:
         return sum(batch.saved is not None or batch.kept is not None for batch in self.microbatches)
 
     # ------------------------------------------------------------ pieces
+
+    def _constants_of(self, program: Program) -> Mapping[str, Ranks]:
+        """The constants of the program of smaller microbatches, whatever others have under their names."""
+        if program is self.program:
+            return {}
+        entries = [entry for _, entry in program.placeholders(InputKind.CONSTANT)]
+        found = rank_inputs(program, {}, kinds=(InputKind.CONSTANT,))
+        self.lockstep.hold(found)
+        return {entry.target: ranks for entry, ranks in zip(entries, found)}
 
     def _graph(self, program: Program) -> tuple[fx.Graph, list[Ranks]]:
         """The forward graph, and the whole parameters that it takes after its inputs (``Plan(zero=1)``)."""
