@@ -38,7 +38,8 @@ def parts(
 ) -> list[dict[str, Any]]:
     """The keyword arguments of each of ``plan.microbatches`` calls: neighbouring rows, as evenly as possible.
 
-    The data axes divide the rows of each where they divide those of the batch. Few rows make fewer microbatches.
+    The data axes divide the rows of each where they divide those of the batch; else those of a pipeline, whose programs
+    are cut into stages alike, have one size. Few rows make fewer microbatches.
     ``local``: the arguments are one rank's part of the batch, not the whole.
     Raises IndivisibleError for a batch without rows; InvariantError for arguments without names.
     """
@@ -50,6 +51,8 @@ def parts(
     dims = cut_dims(kwargs, plan)
     rows = [kwargs[name].shape[dim] for name, dim in dims.items()]
     count = min([count, *(each // ways if each % ways == 0 else each for each in rows)])
+    if mesh.is_pipelined and any(each % ways for each in rows):
+        count = next(some for some in range(count, 0, -1) if not any(each % some for each in rows))
     if not count:
         raise IndivisibleError("the batch has no rows\nWay out: leave out the call, on every rank.")
     for name, dim in dims.items():

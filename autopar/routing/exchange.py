@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import fx
 
 from autopar.ir import collectives as comm
@@ -25,9 +26,9 @@ Rows = tuple[Factor, ...]
 
 
 def check_tokens(region: Region, axis: str) -> None:
-    """Raise CannotPlace where the tokens of a region are the same along more than one axis of the group."""
+    """Raise CannotPlace where the tokens of a region are the same along several axes of the group, but not all."""
     alike = [part for part in axes_of(axis) if part not in value(region.ids).layout.axes]
-    if len(alike) > 1:
+    if 1 < len(alike) < len(axes_of(axis)):
         raise CannotPlace(f"its tokens are the same on all ranks of {' and '.join(alike)}")
 
 
@@ -136,9 +137,15 @@ class Exchange(ABC):
 
     @cached_property
     def shared(self) -> str:
-        """The axis of the group whose ranks have the same tokens; empty if there is none."""
+        """The axis of the group whose ranks have the same tokens, or all its axes; empty if there is none."""
         split = value(self.region.ids).layout.axes
-        return next((axis for group in self.group for axis in axes_of(group) if axis not in split), "")
+        alike = [axis for group in self.group for axis in axes_of(group) if axis not in split]
+        return self.mesh.merged(alike) if alike else ""
+
+    @property
+    def _is_entered(self) -> bool:
+        """Whether the ranks of ``shared`` used the weights on other data."""
+        return not self.entered.isdisjoint(axes_of(self.shared))
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -149,8 +156,16 @@ class Exchange(ABC):
     @property
     def count(self) -> int:
         """The rows of one rank, one for each of its ids, after they are shared out."""
-        count = value(self.region.ids).layout.local_shape(self.mesh)[0]
+        count = self._filled_up(value(self.region.ids).layout.local_shape(self.mesh)[0])
         return count // self.mesh.size(self.shared) if self.shared else count
+
+    def _filled_up(self, rows: int) -> int:
+        """``rows``, some for each token, with those of so many tokens more that ``shared`` divides the tokens."""
+        if not self.shared:
+            return rows
+        sources = (*self.region.taken, self.region.ids)
+        tokens = min(value(node).layout.local_shape(self.mesh)[0] for node in sources)
+        return rows // tokens * (tokens + -tokens % self.mesh.size(self.shared))
 
     @property
     def own_rows(self) -> Rows:
@@ -173,9 +188,14 @@ class Exchange(ABC):
         if not self.shared:
             return source
         kind, ways = value(source), self.mesh.size(self.shared)
-        length = kind.layout.local_shape(self.mesh)[0]
+        length = self._filled_up(kind.layout.local_shape(self.mesh)[0])
+        missing = length - kind.layout.local_shape(self.mesh)[0]
+        if missing:  # zeros: the first expert does them, and what it gives is left out
+            amounts = [*[0, 0] * (len(kind.shape) - 1), 0, missing]
+            filled = with_first(kind, self.of_ranks(length, self._token_axes))
+            source = op(torch.ops.aten.constant_pad_nd.default, source, amounts, like=filled)
         part = with_first(kind, self.of_ranks(length // ways, (*self._token_axes, self.shared)))
-        cut = comm.OPS.split_replicated if self.shared in self.entered else comm.OPS.split
+        cut = comm.OPS.split_replicated if self._is_entered else comm.OPS.split
         return op(cut.default, source, *comm.where(Split(0), self.shared, ways, length), like=part)
 
     def _give_back(self, node: fx.Node, kind: Value) -> None:
@@ -185,12 +205,17 @@ class Exchange(ABC):
         part = with_first(kind, self.of_ranks(self.count, (*self._token_axes, self.shared))) if self.shared else kind
         found = self.fetch(op, node, part)
         if self.shared:
-            join = comm.OPS.all_gather if self.shared in self.entered else comm.OPS.all_gather_invariant
-            ways = self.mesh.size(self.shared)
-            found = op(join.default, found, *comm.where(Split(0), self.shared, ways, self.count * ways), like=kind)
+            join = comm.OPS.all_gather if self._is_entered else comm.OPS.all_gather_invariant
+            ways, length = self.mesh.size(self.shared), kind.layout.local_shape(self.mesh)[0]
+            filled = with_first(kind, self.of_ranks(self.count * ways, self._token_axes))
+            filled = kind if self.count * ways == length else filled
+            found = op(join.default, found, *comm.where(Split(0), self.shared, ways, self.count * ways), like=filled)
+            gathered = found
+            if self.count * ways != length:
+                found = op(torch.ops.aten.slice.Tensor, found, 0, 0, length, like=kind)
         for user in users:
             user.replace_input_with(node, found)
-        if self.shared:
+        if self.shared and gathered is found:
             defer_gather(found, self.mesh)
 
 

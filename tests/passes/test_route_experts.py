@@ -295,8 +295,8 @@ def test_a_model_without_experts_is_refused() -> None:
 
 
 def test_a_batch_that_does_not_divide() -> None:
-    """Copies of rows are sent to experts as rows are, and count nothing."""
-    for mesh, rows in (("ep=3", 4), ("dp=2,ep=2", 5)):
+    """Copies of rows are sent to experts as rows are, and count nothing; the tokens of one row are shared out."""
+    for mesh, rows in (("ep=3", 4), ("dp=2,ep=2", 5), ("ep=2", 1), ("ep=2,tp=2", 1)):
         report = Reference(Experts(12), batch(rows)).check(Mesh.parse(mesh), Plan())
         assert report.passed, report
 
