@@ -13,7 +13,10 @@ from typing import Any
 GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL")
 CELLS = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF", "STORE_DEREF")
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
-NOT_USERS = {"autopar", "torch", "numpy", "torchgen", "einops", "jaxtyping", "builtins", *sys.stdlib_module_names}
+NOT_USERS = {
+    "autopar", "torch", "numpy", "torchgen", "einops", "einx", "jaxtyping", "beartype", "builtins",
+    *sys.stdlib_module_names,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class Observation:
         self._patched: list[tuple[type, str, Any]] = []
         self._generators: list[Any] = []
         self._stack = ExitStack()
+        self._modules: dict[int, nn.Module] = {}  # by their attributes
         self._depth = 0
 
     @property
@@ -113,7 +114,7 @@ class Observation:
         """Calls of modules; a hook would not be called where forward raises, and then export has put tensors back."""
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if module is not self._model:
+            if _attributes(module) is not _attributes(self._model):
                 return original(module, *args, **kwargs)
             self._begin()
             try:
@@ -132,6 +133,7 @@ class Observation:
         self._tables.clear()
         self._hooks.clear()
         self.readings.on_class = self._patch
+        self._modules = {id(_attributes(module)): module for module in self._model.modules()}
         for module in self._model.modules():
             self._take(module)
             for name in (*SHAPED,):
@@ -199,7 +201,17 @@ class Observation:
             if type(owner) is cls and not any(known is owner for *_, known in self._tables):
                 self._take(owner)
 
+    def _itself(self, owner: Any) -> Any:
+        """``owner``, or the module for which it stands.
+
+        Where a model has a module under several names, torch hands out stand-ins with the same attributes while it
+        traces (``AttrProxy`` of ``torch.fx.experimental.proxy_tensor``).
+        """
+        is_module = issubclass(type(owner), nn.Module)  # not isinstance, which reads an attribute
+        return self._modules.get(id(_attributes(owner)), owner) if is_module else owner
+
     def read(self, owner: Any, name: str) -> None:
+        owner = self._itself(owner)
         key = (id(owner), name)
         if key in self._seen or key in self._written or name[:2] == "__" or not self.readings.knows(owner):
             return
@@ -207,9 +219,14 @@ class Observation:
         self.readings.attribute(owner, name)
 
     def write(self, owner: Any, name: str) -> None:
+        owner = self._itself(owner)
         key = (id(owner), name)
         if key not in self._written and self.readings.knows(owner):
             self._written[key] = (key in self._seen, line_of_user(sys._getframe(2)))
+
+
+def _attributes(owner: Any) -> Any:
+    return object.__getattribute__(owner, "__dict__")
 
 
 def _reads(observation: Observation, original: Callable[..., Any]) -> Callable[..., Any]:

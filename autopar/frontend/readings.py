@@ -52,6 +52,7 @@ class Readings:
         self._classes: dict[type, Mapping[str, Any]] = {}
         self._known: set[tuple[int, Any]] = set()
         self._alive: list[Any] = []  # so that no id is used twice
+        self._waiting: deque[FunctionType] = deque()  # the first of them is being followed
 
     def label(self, owner: Any, name: str) -> str:
         """``layers.0.dropout.p``."""
@@ -191,6 +192,17 @@ class Readings:
         """The globals and variables of enclosing functions that ``function`` names, and those of what it calls."""
         if not is_users(function.__module__) or not self._is_new(function, None):
             return
+        self._waiting.append(function)
+        if len(self._waiting) > 1:
+            return  # followed below: what calls what may be deeper than Python's stack
+        try:
+            while self._waiting:
+                self._names(self._waiting[0])
+                self._waiting.popleft()
+        finally:
+            self._waiting.clear()
+
+    def _names(self, function: FunctionType) -> None:
         names, where = names_of(function.__code__), function.__module__
         for name, attribute in names.globals:
             if name in function.__globals__:

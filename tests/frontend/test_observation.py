@@ -228,3 +228,103 @@ class Powered(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.number
+
+
+# ---------------------------------------------------------------- modules under several names
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.scale = nn.Linear(4, 4), nn.LayerNorm(4), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.norm(self.linear(x))) * (self.scale if self.training else 0.5)
+
+
+class Repeated(nn.Module):
+    """One layer under three names, as in ALBERT: torch traces such a model through stand-ins for its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = Layer()
+        self.first, self.layers, self.power, self.active = layer, nn.ModuleList([layer, layer]), 2.0, 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers[: self.active]:
+            x = x + layer(x)
+        return x.abs().pow(self.power).mean()
+
+
+REPEATED: dict[str, Callable[[Any], Any]] = {
+    "a number of the model": lambda m: setattr(m, "power", 3.0),
+    "a number of the layer": lambda m: setattr(m.first, "scale", 2.0),
+    "the layer's mode": lambda m: m.layers[1].eval(),
+    "how many layers run": lambda m: setattr(m, "active", 1),
+    "another layer": lambda m: m.layers.__setitem__(1, Layer().double()),
+    "a hook": lambda m: m.first.register_forward_hook(lambda module, args, out: out * 2),
+}
+
+
+@pytest.mark.parametrize("change", REPEATED.values(), ids=REPEATED)
+def test_a_change_in_a_model_whose_layers_are_one(change: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model, x = Repeated().double(), (torch.randn(6, 4, dtype=torch.float64),)
+    parallel = autopar.parallelize(model, Mesh(dp=2, tp=2))
+    compare(parallel, model, *x)
+    torch.manual_seed(1)
+    change(model)
+    compare(parallel, model, *x)
+    assert len(parallel._programs) == 2
+
+
+class Remembering(nn.Module):
+    """Makes a table in its first call, in a layer under two names."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("made", None, persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.made is None:
+                self.register_buffer("made", torch.arange(4.0, dtype=torch.float64), persistent=False)
+            return x + self.made
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(4, 4), self.Table()
+        self.again = self.table
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.table(self.linear(x))).square().mean()  # type: ignore[no-any-return]
+
+
+def test_a_table_that_a_layer_under_two_names_makes() -> None:
+    torch.manual_seed(0)
+    model, x = Remembering().double(), (torch.randn(6, 4, dtype=torch.float64),)
+    compare(autopar.parallelize(model, Mesh(dp=2)), model, *x)
+    assert type(model.table.made) in (type(None), Tensor)
+
+
+def test_functions_that_call_each_other_deeper_than_the_stack() -> None:
+    """What forward calls is followed through the globals that each function names."""
+    names = [f"step_{number}" for number in range(1500)]
+    bodies = [f"def {name}(x):\n    return {after}(x)\n" for name, after in zip(names, names[1:])]
+    table: dict[str, Any] = {"__name__": "steps_of_a_user"}
+    exec("\n".join(["LAST = 1.0", f"def {names[-1]}(x):\n    return x * LAST", *bodies]), table)
+
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start = table[names[0]]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if self.start else x
+
+    with guards_of_traces() as guards:
+        trace(Caller(), (torch.ones(2),))
+    assert guards.hold()
+    table["LAST"] = 2.0
+    assert not guards.hold()
