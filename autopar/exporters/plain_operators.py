@@ -210,7 +210,7 @@ def pick_rows(x: Tensor, picks: Tensor, back: Tensor) -> Tensor:
 
 def embedding_bags(
     table: Tensor, ids: Tensor, offsets: Tensor | None, bags: Tensor | None, weights: Tensor | None,
-    rank: Tensor | None, mode: str, padding_idx: int,
+    rank: Tensor | None, mode: str, padding_idx: int, total: int = 0,
 ) -> Tensor:  # fmt: skip
     """As :mod:`autopar.operators.bags`: which row belongs to which bag is a matrix of the two."""
     if offsets is None or bags is None:

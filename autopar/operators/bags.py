@@ -1,6 +1,6 @@
 """Pooled look-ups (``nn.EmbeddingBag``) when a rank has some of the bags, or some of the table's rows.
 
-    autopar::embedding_bags(table, ids, offsets, bags, weights, rank, mode, padding_idx) -> pooled (B, H)
+    autopar::embedding_bags(table, ids, offsets, bags, weights, rank, mode, padding_idx, total) -> pooled (B, H)
     autopar::embedding_bags_backward(grad, ...the same) -> dtable, dweights
 
     table (V, H)   mode "sum", "mean" or "max"; rows that are padding_idx (-1: none) do not count
@@ -8,6 +8,7 @@
     ids (N), the rows of all bags one after the other, with offsets (all bags, or one more), where each begins, and
         bags (B), the numbers of those that are required, without gaps; weights (N) or None
     rank: the table is rows rank * V and following of a larger one, rows that are elsewhere count zero; or None
+    total: the rows of the larger one, others raise IndexError; 0: unknown, as in older programs
 
 Only the rows of the required bags are read. The weights are for "sum"; dweights is empty without them.
 """
@@ -21,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autopar.operators.embedding import within
 from autopar.operators.registry import library
 
 _ARGUMENTS = (
-    "Tensor table, Tensor ids, Tensor? offsets, Tensor? bags, Tensor? weights, Tensor? rank, str mode, int padding_idx"
+    "Tensor table, Tensor ids, Tensor? offsets, Tensor? bags, Tensor? weights, Tensor? rank, "
+    "str mode, int padding_idx, int total=0"
 )
 _LIBRARY = library(
     f"embedding_bags({_ARGUMENTS}) -> Tensor",
@@ -48,7 +51,7 @@ class _Reads:
 
 def _reads(
     table: Tensor, ids: Tensor, offsets: Tensor | None, bags: Tensor | None, weights: Tensor | None,
-    rank: Tensor | None, mode: str, padding_idx: int,
+    rank: Tensor | None, mode: str, padding_idx: int, total: int = 0,
 ) -> _Reads:  # fmt: skip
     first = 0
     if offsets is None or bags is None:
@@ -68,16 +71,18 @@ def _reads(
         members = table.new_zeros(len(begins)).index_add_(0, owner, factor)
         factor = factor / members.clamp(min=1)[owner]
     if rank is not None:
-        rows = rows - rank * len(table)
+        asked, rows = rows, rows - rank * len(table)
         counts = counts & (rows >= 0) & (rows < len(table))
-        rows, factor = rows.clamp(0, len(table) - 1), factor * counts
+        places = rows.clamp(0, len(table) - 1)
+        rows = within(asked, total, places, len(table)) if total else places
+        factor = factor * counts
     return _Reads(first, rows, owner, begins, factor if scale is None else factor * scale, counts)
 
 
 def _pooled(table: Tensor, ids: Tensor, *rest: Any) -> Tensor:
     reads = _reads(table, ids, *rest)
-    if rest[-2] == "max":
-        return _maxima(table[reads.rows], reads)
+    if rest[4] == "max":
+        return _maxima(F.embedding(reads.rows, table), reads)
     if len(reads.rows) == 0:
         return table.new_zeros((len(reads.begins), table.shape[1]))
     return F.embedding_bag(reads.rows, table, reads.begins, mode="sum", per_sample_weights=reads.factor)
@@ -95,7 +100,7 @@ def _pooled_backward(grad: Tensor, table: Tensor, ids: Tensor, *rest: Any) -> tu
     reads = _reads(table, ids, *rest)
     weights: Tensor | None = rest[2]
     spread = grad[reads.owner]  # (n, H)
-    change = spread * (_picked(table, reads) if rest[-2] == "max" else reads.factor[:, None])
+    change = spread * (_picked(table, reads) if rest[4] == "max" else reads.factor[:, None])
     dtable = torch.zeros_like(table).index_add_(0, reads.rows, change.to(table.dtype))
     if weights is None:
         return dtable, table.new_empty(0)
@@ -135,14 +140,14 @@ def _backward_shape(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.mode, ctx.padding_idx = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.choices = inputs[6:]
+    ctx.save_for_backward(*inputs[:6])
 
 
 def _derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dtable, dweights = EMBEDDING_BAGS_BACKWARD(grad, *ctx.saved_tensors, ctx.mode, ctx.padding_idx)
+    dtable, dweights = EMBEDDING_BAGS_BACKWARD(grad, *ctx.saved_tensors, *ctx.choices)
     wanted = ctx.needs_input_grad[4]
-    return dtable, None, None, None, dweights if wanted else None, None, None, None
+    return dtable, None, None, None, dweights if wanted else None, None, *[None] * len(ctx.choices)
 
 
 torch.library.register_autograd("autopar::embedding_bags", _derivative, setup_context=_remember, lib=_LIBRARY)

@@ -12,7 +12,7 @@ from autopar.rules.factoring import ANY_SIZE, Call, Dims, Emit, Factoring
 
 def bags(call: Call) -> Factoring:
     """Bags of rows of a table. Split by rows, each rank adds the rows that it has."""
-    _, _, offsets, _, weights, rank, mode, _ = call.args
+    _, _, offsets, _, weights, rank, mode, *_ = call.args
     width, ragged = call.inputs[0][1], offsets is not None
     sizes = {"v": call.inputs[0][0], "h": width, "b": call.outputs[0][0], "l": call.inputs[1][-1], "o": ANY_SIZE}
     bag: tuple[str, ...] = ("b",) if sizes["b"] != 1 else ()
@@ -40,7 +40,8 @@ def bags(call: Call) -> Factoring:
 
 def _add_own_rows(emit: Emit, node: Node, axis: str, ways: int) -> Node:
     rank = emit.axis_index(axis)
-    return emit(node.target, (*node.args[:5], rank, *node.args[6:]), emit.partial(value(node), axis))
+    total = int(value(node.args[0]).shape[0])  # type: ignore[arg-type]
+    return emit(node.target, (*node.args[:5], rank, *node.args[6:8], total), emit.partial(value(node), axis))
 
 
 RULES: dict[Any, Any] = {

@@ -33,6 +33,28 @@ def test_ids_and_labels_that_there_are_not(sizes: dict[str, int]) -> None:
             parallel.simulate(ids, labels)
 
 
+class Pooled(nn.Module):
+    def __init__(self, mode: str, ragged: bool) -> None:
+        super().__init__()
+        self.bags, self.ragged = nn.EmbeddingBag(10, 8, mode=mode), ragged
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found = self.bags(ids.flatten(), torch.arange(0, 6, 3)) if self.ragged else self.bags(ids)
+        return found.square().sum()
+
+
+@pytest.mark.parametrize(("mode", "ragged"), [("sum", False), ("mean", True), ("max", False)])
+@pytest.mark.parametrize("sizes", [{"dp": 2}, {"tp": 2}, {"tp": 4}], ids=str)
+def test_rows_of_bags_that_there_are_not(sizes: dict[str, int], mode: str, ragged: bool) -> None:
+    parallel = autopar.parallelize(Pooled(mode, ragged), Mesh(**sizes), example_inputs=(IDS,))
+    assert parallel.simulate(IDS).loss is not None
+    for ids in (IDS + 1, IDS - 1):
+        with pytest.raises(
+            (autopar.AutoparError, IndexError, RuntimeError), match="(?i)out of (range|bounds)|valid range"
+        ):
+            parallel.simulate(ids)
+
+
 def test_programs_from_before_name_no_size() -> None:
     table, rank = torch.arange(8.0).reshape(4, 2), torch.tensor(1)
     assert torch.equal(embedding_rows(table, torch.tensor([5, 99]), rank), torch.tensor([[2.0, 3.0], [0.0, 0.0]]))
