@@ -17,7 +17,7 @@ from torch import fx
 
 from autopar.errors import IndivisibleError
 from autopar.ir.node import origin, value
-from autopar.ir.tables import InputKind
+from autopar.ir.tables import Input, InputKind
 from autopar.operators import ATTENTIONS
 from autopar.split.choose import Choice
 from autopar.split.flow import Flow
@@ -88,18 +88,48 @@ def _refusals(flow: Flow, choice: Choice, form: Form) -> Iterator[_Refusal]:
 def _of_attention(flow: Flow, call: fx.Node, form: Form) -> Iterator[_Refusal]:
     heads = flow.calls[call].inputs[0][-3] if len(flow.calls[call].inputs[0]) > 2 else 1
     module = origin(call).module
-    entries = list(flow.program.placeholders(InputKind.PARAMETER))
-    own = {entry: node for node, entry in entries if entry.target.startswith(f"{module}.")}
+    owner, own = _projections(flow, call)
     asked = any(form((entry.target, *entry.aliases)) == "replicate" for entry in own)
     if heads % flow.ways == 0 or asked:
         return  # the plan keeps its projections whole on purpose
     yield _Refusal(
         f"attention at {module or call.name} has {heads} heads, which {flow.axis}={flow.ways} does not divide",
         f"Use a {flow.axis} size that divides {heads}, or keep its projections whole on every rank with "
-        f"Plan(tensor={{'{module or '*'}.*': 'replicate'}}),\n"
+        f"Plan(tensor={{'{f'{owner}.*' if owner else '*'}': 'replicate'}}),\n"
         'or all that do not divide with Plan(on_indivisible="replicate").',
         {entry.target: math.prod(value(node).shape) for entry, node in own.items()},
     )
+
+
+def _projections(flow: Flow, call: fx.Node) -> tuple[str, dict[Input, fx.Node]]:
+    """The module of an attention, or the nearest one around it that has parameters; and these.
+
+    Of an attention that is written into the whole model: the weights from which its queries, keys and values come.
+    """
+    module = origin(call).module
+    entries = [(entry, node) for node, entry in flow.program.placeholders(InputKind.PARAMETER)]
+    while module:
+        if own := {entry: node for entry, node in entries if entry.target.startswith(f"{module}.")}:
+            return module, own
+        module = module.rpartition(".")[0]
+    names = {name for weight in _behind(flow, call) for name in parameter_names(flow.program, weight)}
+    return "", {entry: node for entry, node in entries if entry.target in names}
+
+
+def _behind(flow: Flow, call: fx.Node) -> set[fx.Node]:
+    """The weights of the products whose results reach ``call`` by way of no other product."""
+    found: set[fx.Node] = set()
+    seen, left = {call}, list(call.all_input_nodes)
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in flow.factorings and flow.factorings[node].contraction:
+            found.update(operand for operand in flow.calls[node].operands if operand in flow.weights)
+        else:
+            left += node.all_input_nodes
+    return found
 
 
 def _of_weight(flow: Flow, call: fx.Node, weight: fx.Node) -> Iterator[_Refusal]:

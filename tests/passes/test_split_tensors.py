@@ -163,6 +163,37 @@ def test_what_is_little_of_the_model_stays_whole_with_a_warning() -> None:
         check(Middle(), batch, Mesh(tp=2), Plan(on_indivisible="error"))
 
 
+class Scores(nn.Module):
+    """Attention without parameters of its own: those around it have them."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+
+class Apart(Middle):
+    """As Middle, with a wide attention whose scores are a module."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict({"qkv": nn.Linear(16, 3 * width), "scores": Scores(), "o": nn.Linear(width, 16)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = self.attention["qkv"](x).chunk(3, -1)
+        x = x + self.attention["o"](self.attention["scores"](*parts))
+        return self.down(nn.functional.gelu(self.up(x))).square().mean()
+
+
+def test_an_attention_without_parameters_counts_those_around_it() -> None:
+    batch = {"x": torch.randn(4, 6, 16)}
+    with pytest.warns(UserWarning, match="attention at attention.scores has 1 heads"):
+        compile_program(Apart(16), Mesh(tp=2), Plan(check_numerics=False), (), batch)
+    with pytest.raises(IndivisibleError, match="attention at attention.scores has 1 heads") as caught:
+        compile_program(Apart(256), Mesh(tp=2), Plan(check_numerics=False), (), batch)
+    assert "'attention.*': 'replicate'" in str(caught.value)
+    plan = Plan(check_numerics=False, tensor={"attention.*": "replicate"})
+    assert compile_program(Apart(256), Mesh(tp=2), plan, (), batch)
+
+
 def test_the_way_out_of_an_attention_that_does_not_divide_is_one() -> None:
     """The plan that the refusal proposes, for one attention after the other, compiles, and is exact."""
     example = named_model("models.llama", {"heads": 6, "kv_heads": 6, "width": 96})
