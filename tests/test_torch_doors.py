@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed import _state_dict_utils
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autopar
@@ -24,6 +27,7 @@ from autopar.ir.tables import InputKind
 from autopar.runtime.autograd import accumulating, below_autograd, is_watched, take_saved
 from autopar.runtime.connect import connect
 from autopar.runtime.dtensor import local_of, of_local, spec_of
+from autopar.runtime.functional_collectives import start_maximum
 from autopar.runtime.piecewise import PiecewiseDTensor, dtensor
 from autopar.runtime.placements import Pieces, plain
 from autopar.runtime.rank_program import sharing
@@ -113,6 +117,53 @@ def take_dtensors_apart() -> list[bool]:
 def test_dtensors() -> None:
     for checks in run_ranks(take_dtensors_apart, 2):
         assert all(checks), checks
+
+
+def ask_the_dispatcher() -> dict[str, bool]:
+    """What ``dtensor_habits``, ``initialising``, ``torch_on_stages`` and ``start_maximum`` rely on."""
+    connection = connect(Mesh(), 60.0, torch.device("cpu"))
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    held = dtensor(torch.ones(2), connection.device_mesh, [Replicate()], (2,))
+    seen: list[Any] = []
+
+    def zero(target: Any, args: Any, kwargs: Any) -> Any:
+        seen.append(target)
+        del handlers[target]  # then torch does it by itself
+        try:
+            return target(*args, **kwargs)
+        finally:
+            handlers[target] = zero
+
+    handlers[aten.erf_.default] = zero
+    held.erf_()
+    del handlers[aten.erf_.default]
+    held.erf_()
+    before = held._version
+    held.data.add_(1)
+    numbers = torch.tensor([3, 4])
+    start_maximum(numbers, dist.group.WORLD).wait()  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        norms: list[int] = []
+        patch.setattr(clip_grad, "_get_total_norm", lambda found, *rest, **more: norms.append(1) or torch.ones(()))
+        clipped = torch.ones(2, requires_grad=True)
+        clipped.grad = torch.ones(2)
+        torch.nn.utils.clip_grad_norm_([clipped], 1.0)
+    return {
+        "a handler is asked, and may leave it to torch": seen == [aten.erf_.default] and held.shape == (2,),
+        "numbers are asked for by one operator": aten._local_scalar_dense.default in handlers,
+        "scalers unscale by one operator": aten._amp_foreach_non_finite_check_and_unscale_.default in handlers,
+        "data shares the counter of changes": held._version > before,
+        "data is a property of tensors": hasattr(torch._C.TensorBase.data, "__set__"),  # type: ignore[attr-defined]
+        "clipping takes one norm": norms == [1],
+        "a backend reduces past the dispatcher": numbers.tolist() == [3, 4],
+        "checkpoints spread whole tensors": callable(_state_dict_utils._distribute_tensors),
+        "and distribute them": callable(_state_dict_utils.distribute_tensor),  # type: ignore[attr-defined]
+    }
+
+
+def test_handlers_of_dtensors_and_helpers_of_torch() -> None:
+    found = run_ranks(ask_the_dispatcher, 1)[0]
+    assert all(found.values()), [name for name, right in found.items() if not right]
 
 
 # ---------------------------------------------------------------- autograd
