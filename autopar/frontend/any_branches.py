@@ -11,10 +11,8 @@ that was asked before it. The condition says so: it is that of the rows and of t
 from __future__ import annotations
 
 import dis
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from autopar.frontend.hit_loops import narrowed
-from autopar.frontend.source_lines import is_users_file
+from autopar.frontend.source_lines import Place, place_of_user
 
 _ANY = (torch.any, Tensor.any)
 _COUNTS = (torch.sum, Tensor.sum, torch.count_nonzero, Tensor.count_nonzero)
@@ -31,8 +29,6 @@ _MORE: dict[Any, int] = {  # a count compared with that number: whether there is
     Tensor.__gt__: 0, Tensor.gt: 0, torch.gt: 0, Tensor.__ne__: 0, Tensor.ne: 0, torch.ne: 0, Tensor.__ge__: 1,
 }  # fmt: skip
 _NONE: dict[Any, int] = {Tensor.__eq__: 0, Tensor.eq: 0, torch.eq: 0, Tensor.__lt__: 1, Tensor.__le__: 0}
-
-Question = tuple[CodeType, int]  # where it is asked
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class AnyBranches(TorchFunctionMode):
 
     def __init__(self, *, empty: bool) -> None:
         super().__init__()
-        self.questions: list[Question] = []
+        self.questions: list[Place] = []
         self._empty = empty
         self._asked: dict[int, _Asked] = {}
         self._alive: list[Tensor] = []
@@ -90,14 +86,12 @@ def _question(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], asked: _
     return _Asked(asked.mask, False, not asked.opposite) if func in _NOT and not asked.counts else None
 
 
-def _branch() -> Question | None:
+def _branch() -> Place | None:
     """Where the user's code decides by this answer at once; None where it keeps the answer (``flag = bool(...)``)."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not is_users_file(frame.f_code.co_filename):
-        frame = frame.f_back
-    if frame is None:
+    code, at = place_of_user()
+    if code is None:
         return None
-    steps = [one for one in dis.get_instructions(frame.f_code) if one.offset >= frame.f_lasti]
+    steps = [one for one in dis.get_instructions(code) if one.offset >= at]
     names = [one.opname for one in steps if one.opname not in ("UNARY_NOT", "TO_BOOL", "CACHE", "COPY")]
     decides: Callable[[str], bool] = lambda name: name.startswith(("POP_JUMP", "JUMP_IF"))  # noqa: E731
-    return (frame.f_code, frame.f_lasti) if names and decides(names[0]) else None
+    return (code, at) if names and decides(names[0]) else None

@@ -2,12 +2,14 @@
 
 A graph has no branches, and how many rows are selected is known at run time only. The model is traced twice: as if each
 condition selected some row, and as if each selected none. Where both graphs compute the same but for the rows that the
-first one adds or puts back, the first serves every batch: it adds nothing where nothing is selected.
+first one adds or puts back, the first serves every batch: it adds nothing where nothing is selected. But for a loop
+that ends at the first condition without a row (``break``): then fewer conditions are asked.
 """
 
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from autopar.frontend.source_lines import Place, place_of_user
 from autopar.ir.node import output_node, traced_value
 
 aten = torch.ops.aten
@@ -26,10 +29,14 @@ PUTS_BACK = {  # operator -> the place of the rows' positions
 
 
 class Selections(TorchFunctionMode):
-    """Within this context, each condition selects at least one row, or (``empty``) none."""
+    """Within this context, each condition selects at least one row, or (``empty``) none.
+
+    ``places``: how often rows were selected at each place of the user's code.
+    """
 
     def __init__(self, *, empty: bool) -> None:
         super().__init__()
+        self.places = Counter[Place]()
         self._empty = empty
         self._known: set[str] = set()
 
@@ -39,8 +46,14 @@ class Selections(TorchFunctionMode):
             for size in leaf.shape if isinstance(leaf, Tensor) else ():
                 if isinstance(size, torch.SymInt) and free_unbacked_symbols(size) and str(size) not in self._known:
                     self._known.add(str(size))
+                    self.places[place_of_user()] += 1
                     assume(size == 0 if self._empty else size >= 1)
         return result
+
+
+def leave_out_rounds(some: Selections, none: Selections) -> bool:
+    """Whether each place selects as often in both runs, or (where no row is selected) never: no loop has ended."""
+    return all(none.places[place] in (0, count) for place, count in some.places.items())
 
 
 def differ_by_selections_only(some: fx.Graph, none: fx.Graph) -> bool:

@@ -10,20 +10,21 @@ import io
 import operator
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autopar.errors import TraceError
 from autopar.frontend.any_branches import AnyBranches
 from autopar.frontend.capture import fake_like, gradients_kept, inline_no_grad, is_data_dependent, only_plain_outputs
-from autopar.frontend.empty_selections import Selections, differ_by_selections_only
+from autopar.frontend.empty_selections import Selections, differ_by_selections_only, leave_out_rounds
 from autopar.frontend.equal_conditions import EqualConditions
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.hit_loops import HitLoops
@@ -118,15 +119,15 @@ def _without_branches(
 ) -> Found:
     """The program of a model that asks whether rows were selected; ``problem`` is raised for one that asks more."""
     found = []
-    branches = [AnyBranches(empty=empty) for empty in (False, True)]
-    for empty, asked in zip((False, True), branches):
-        with Selections(empty=empty), HitLoops(empty=empty), asked:
-            try:
-                found.append(_functional(model, *call, Replayed(looks, sizes=False)))
-            except Exception as other:
-                raise problem if is_data_dependent(other) else other from None
+    runs = [(Selections(empty=empty), HitLoops(empty=empty), AnyBranches(empty=empty)) for empty in (False, True)]
+    for modes in runs:
+        try:
+            found.append(_functional(model, *call, _all_of(*modes, Replayed(looks, sizes=False))))
+        except Exception as other:
+            raise problem if is_data_dependent(other) else other from None
     (some, notes), (none, _) = found
-    alike = branches[0].questions == branches[1].questions
+    (selections, _, asked), (empty, _, asked_of_empty) = runs
+    alike = asked.questions == asked_of_empty.questions and leave_out_rounds(selections, empty)
     if not alike or not differ_by_selections_only(some.graph, none.graph):
         raise TraceError(
             f"{type(model).__name__} cannot be traced: where a condition selects no row, it does more than leave out "
@@ -134,6 +135,14 @@ def _without_branches(
             "Way out: where nothing is selected, do nothing; the same code with no rows adds nothing either."
         )
     return build(some), notes
+
+
+@contextmanager
+def _all_of(*modes: TorchFunctionMode) -> Iterator[None]:
+    with ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+        yield
 
 
 def _built(model: nn.Module, call: Call, selections: AbstractContextManager[Any], build: Build) -> Found:

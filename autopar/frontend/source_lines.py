@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import linecache
+import sys
 import traceback
 from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 import torch
 
 UNKNOWN_LINE = "an unknown line"
+
+
+Place = tuple[CodeType | None, int]  # an instruction of the user's code
+
+
+def place_of_user() -> Place:
+    """The instruction of the innermost frame that is neither torch's nor ours."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_users_file(frame.f_code.co_filename):
+        frame = frame.f_back
+    return (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
 
 
 def user_line(frames: traceback.StackSummary | None = None) -> str:

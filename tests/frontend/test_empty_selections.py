@@ -61,6 +61,20 @@ class CountsExperts(Mixture):
         return flat.square().mean() * used
 
 
+class EndsAtTheFirst(Mixture):
+    """Experts after one that nobody chose are not asked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        out, chosen = torch.zeros_like(flat), self.gate(flat).argmax(-1)
+        for number, expert in enumerate(self.experts):
+            (token,) = torch.where(chosen == number)
+            if token.shape[0] == 0:
+                break
+            out = out.index_add(0, token, expert(flat[token]))
+        return out.square().mean()
+
+
 class HitExperts(Mixture):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, WIDTH)
@@ -85,6 +99,7 @@ def test_one_graph_serves_both(unused: bool, capfd: pytest.CaptureFixture[str]) 
     [
         (AddsOtherwise, "where a condition selects no row", "if token.numel() == 0:"),
         (CountsExperts, "where a condition selects no row", "token.numel() > 0:"),
+        (EndsAtTheFirst, "where a condition selects no row", "if token.shape[0] == 0:"),
         (HitExperts, "where a condition selects no row", "for number in (self.gate(flat)[:, :EXPERTS] > 0)"),
     ],
     ids=lambda part: getattr(part, "__name__", ""),
