@@ -97,8 +97,13 @@ def traced_origin(node: Node) -> Origin:
     stack = node.meta.get("nn_module_stack") or {}
     module = [path for path, _ in stack.values()][-1] if stack else ""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
-    if len(lines) < 2 or '"' not in lines[-2]:
+    frames = [
+        (frame, code)
+        for frame, code in zip(lines, lines[1:])
+        if frame.startswith('File "') and "<eval_with_key>" not in frame  # code that torch.fx has written
+    ]
+    if not frames:
         return Origin(module)
-    file, rest = lines[-2].split('"')[1], lines[-2].split('"')[2]
+    (_, file, rest), code = frames[-1][0].split('"', 2), frames[-1][1]
     where = rest.strip(", ").replace("line ", "", 1).replace(", in ", " in ", 1)
-    return Origin(module, f"{file.rsplit('/', 1)[-1]}:{where}: {lines[-1]}")
+    return Origin(module, f"{file.rsplit('/', 1)[-1]}:{where}: {code}")
