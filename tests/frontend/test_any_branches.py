@@ -47,10 +47,11 @@ def of_one_hot(experts: nn.ModuleList, x: Tensor, weights: Tensor, chosen: Tenso
     return out
 
 
-LOOPS: tuple[Loop, ...] = (if_any, unless_none, of_one_hot)
-
-
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize(
+    "loop",
+    [if_any, *(pytest.param(loop, marks=pytest.mark.slow) for loop in (unless_none, of_one_hot))],
+    ids=lambda loop: loop.__name__,
+)
 def test_all_experts_as_two_products(loop: Loop) -> None:
     assert len(products(program(Mixture(loop)))) == 2
 

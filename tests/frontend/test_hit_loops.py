@@ -70,17 +70,21 @@ def where_any(experts: nn.ModuleList, x: Tensor, weights: Tensor, chosen: Tensor
     return out
 
 
-LOOPS: tuple[Loop, ...] = (mixtral, indexed, unique, listed, where_any)
+SOME, OTHERS = (mixtral, unique), (indexed, listed, where_any)
 
 
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize(
+    "loop",
+    [*SOME, *(pytest.param(loop, marks=pytest.mark.slow) for loop in OTHERS)],
+    ids=lambda loop: loop.__name__,
+)
 def test_all_experts_as_two_products(loop: Loop) -> None:
     assert len(products(program(Mixture(loop)))) == 2
 
 
 @pytest.mark.parametrize(
     "loop",
-    [mixtral, *(pytest.param(loop, marks=pytest.mark.slow) for loop in LOOPS[1:])],
+    [mixtral, *(pytest.param(loop, marks=pytest.mark.slow) for loop in (unique, *OTHERS))],
     ids=lambda loop: loop.__name__,
 )
 def test_experts_that_no_row_chose(loop: Loop) -> None:

@@ -119,7 +119,15 @@ def batch(kept: int) -> dict[str, Tensor]:
     return {"x": torch.randn(4, 6, 8, generator=generator), "labels": labels}
 
 
-@pytest.mark.parametrize("form", [among_each_other, kinds_of_labels, one_after_the_other, if_there_is_any])
+@pytest.mark.parametrize(
+    "form",
+    [
+        among_each_other,
+        if_there_is_any,
+        *(pytest.param(form, marks=pytest.mark.slow) for form in (kinds_of_labels, one_after_the_other)),
+    ],
+    ids=lambda form: form.__name__,
+)
 def test_a_program_for_each_size(form: Callable[[Tensor, Tensor], Tensor]) -> None:
     model = Net(form)
     parallel = autopar.parallelize(copy.deepcopy(model), Mesh(dp=2, tp=2))

@@ -231,7 +231,7 @@ STATISTICS: dict[str, tuple[Loss, Loss]] = {  # sums over the batch, and what is
 }
 
 
-@pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.parametrize("name", ["a router's", pytest.param("two of them", marks=pytest.mark.slow)])
 def test_statistics_of_each_microbatch(name: str) -> None:
     """The sums are those of the whole batch, also where microbatches have unequally many labels, or rows."""
     summed, mixed = STATISTICS[name]
