@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
+from autopar.errors import InvariantError
 from autopar.frontend.numerics import run_graph
 from autopar.ir.parse import parse
 from autopar.ir.program import Program
@@ -75,14 +75,11 @@ def test_without_pipeline_ranks_nothing_is_cut() -> None:
     assert isinstance(after, Program) and str(after) == str(before)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_statistics_of_each_microbatch_are_warned_of(microbatches: int) -> None:
+def test_statistics_of_each_microbatch_are_refused_unless_the_plan_says_so() -> None:
     text = TEXT.replace("  u = param", "  m = buffer up.running_mean : f64[4]\n  u = param").replace(
         "  return d", "  n = aten.mul.Tensor(m, 0.9) : f64[4]\n  return d, update up.running_mean=n"
     )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        cut_stages(program(text, microbatches=microbatches))
-    found = [str(warning.message) for warning in caught]
-    assert len(found) == (microbatches > 1)
-    assert all(message.startswith("'up' normalise by statistics of the batch") for message in found)
+    assert cut_stages(program(text, microbatches=1))
+    assert cut_stages(program(text, microbatches=2, microbatch_weights="statistics"))
+    with pytest.raises(InvariantError, match="'up' normalise by statistics of the batch; each of 2 microbatches"):
+        cut_stages(program(text, microbatches=2))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -216,8 +217,10 @@ def test_without_a_loss(schedule: str) -> None:
 def test_batch_norm_has_statistics_of_microbatches() -> None:
     model, given = seeded(lambda: Net(norm=True)), {n: t.double() for n, t in batch(8).items()}
     plan = Plan(microbatches=2, check_numerics=False)
-    with pytest.warns(UserWarning, match=r"'norms.0' and 5 more normalise by .* each of 2 microbatches"):
-        step = parallelize(copy.deepcopy(model), Mesh(pp=2), plan).simulate(**given)
+    with pytest.raises(InvariantError, match=r"'norms.0' and 5 more normalise by .* each of 2 microbatches"):
+        parallelize(copy.deepcopy(model), Mesh(pp=2), plan).simulate(**given)
+    plan = replace(plan, microbatch_weights="statistics")
+    step = parallelize(copy.deepcopy(model), Mesh(pp=2), plan).simulate(**given)
     halves = [model(**{name: tensor[rows] for name, tensor in given.items()}) for rows in (slice(4), slice(4, 8))]
     loss = (halves[0]["loss"] + halves[1]["loss"]) / 2
     loss.backward()
