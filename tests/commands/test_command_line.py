@@ -310,7 +310,7 @@ def test_train_with_the_sequence_split(tmp_path: Path) -> None:
 
 
 def test_a_mistake_that_every_rank_sees_is_told_once(tmp_path: Path) -> None:
-    arguments = ["train", "llama", "--config", "vocab=288", "--batch", "3", "--mesh", "dp=2"]
+    arguments = ["train", "llama", "--config", "vocab=288", "--batch", "3", "--mesh", "dp=2", "--plan", "inputs=local"]
     code, _, err = in_processes(*arguments, cwd=tmp_path)
     assert code == 2
     assert err.count("does not divide") == 1 and "every rank" in err
