@@ -16,35 +16,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from autopar import __version__
-from autopar.commands.check import check_command
-from autopar.commands.compile import compile_command
-from autopar.commands.coverage import coverage
-from autopar.commands.diff import diff_command
-from autopar.commands.export import export_command
-from autopar.commands.launch import note_failure
-from autopar.commands.mesh import mesh_command
-from autopar.commands.replay import replay
-from autopar.commands.run import run
-from autopar.commands.schedule import schedule_command
-from autopar.commands.show import show
-from autopar.commands.train import train_command
+from autopar.commands.deferred import Commands
 from autopar.errors import AutoparError
 
 MOST_LINES = 14
 DEBUG = "--debug"
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-app.command("show")(show)
-app.command("mesh")(mesh_command)
-app.command("schedule")(schedule_command)
-app.command("check")(check_command)
-app.command("coverage")(coverage)
-app.command("train")(train_command)
-app.command("compile")(compile_command)
-app.command("export")(export_command)
-app.command("run")(run)
-app.command("diff")(diff_command)
-app.command("replay")(replay)
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
 @app.callback(invoke_without_command=True)
@@ -71,6 +49,8 @@ def main() -> None:
 
 
 def _end(error: Exception, text: str, code: int) -> NoReturn:
+    from autopar.commands.launch import note_failure  # which imports torch
+
     if not note_failure(error, text):
         print(f"autopar: {text}", file=sys.stderr)
     sys.exit(code)

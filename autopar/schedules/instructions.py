@@ -13,10 +13,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # a schedule is made and drawn without torch, which takes seconds to import
+    import torch
 
-Values = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape and dtype of each tensor of a message
+Values = tuple[tuple[tuple[int, ...], "torch.dtype"], ...]  # shape and dtype of each tensor of a message
 
 
 class Kind(enum.StrEnum):
@@ -131,8 +133,15 @@ class Schedule:
         return any(not isinstance(step, Compute) for steps in self.ranks for step in steps)
 
 
-def chain(stages: int, values: Values = (((1,), torch.float32),)) -> tuple[Link, ...]:
-    """The links of a plain pipeline: each stage passes ``values`` to the next and gets their gradients back."""
+def chain(stages: int, values: Values | None = None) -> tuple[Link, ...]:
+    """The links of a plain pipeline: each stage passes ``values`` to the next and gets their gradients back.
+
+    By default that is one float32 number.
+    """
+    if values is None:
+        import torch
+
+        values = (((1,), torch.float32),)
     return tuple(Link(stage, stage + 1, values, values) for stage in range(stages - 1))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-Types = Sequence[tuple[tuple[int, ...], torch.dtype]]
+Types = Sequence[tuple[tuple[int, ...], "torch.dtype"]]
 MOST_TOGETHER = 1 << 20  # bytes: what is larger is not worth a copy
 
 
