@@ -178,9 +178,10 @@ class ParallelModule(nn.Module):
         if self._connection is None:
             raise not_launched(self.mesh)
         calls = [self._signature.call((), batch) for batch in batches]
-        counted = [self._executable(call).counts(call.tensors) for call in calls]
-        program = self._executable(calls[0]).program
-        return microbatches.weights(program, counted, microbatches.rows(whole.kwargs, batches, self.plan))
+        rows = microbatches.rows(whole.kwargs, batches, self.plan)
+        parts = zip(calls, microbatches.shares(rows))
+        counted = [self._executable(call).counts(call.tensors, share) for call, share in parts]
+        return microbatches.weights(self._executable(calls[0]).program, counted, rows)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Inside this context, gradients are added up without communication over the data axes.

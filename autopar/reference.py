@@ -212,7 +212,8 @@ class UnmodifiedSteps:
         own = program.plan
         plan = Plan(microbatches=len(batches), batch_dims=own.batch_dims, microbatch_weights=own.microbatch_weights)
         alone = [self._on_one_device(batch, plan) for batch in batches]
-        counted = [counts_of(one, state, (), batch) for one, batch in zip(alone, batches)]
+        parts = zip(alone, batches, microbatches.shares(rows))
+        counted = [counts_of(one, state, (), batch, share) for one, batch, share in parts]
         weights = microbatches.weights(alone[0], counted, rows)
         return [
             self._outcome(one, state, batch, seed, weight.wholes)

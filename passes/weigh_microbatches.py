@@ -56,6 +56,7 @@ from autopar.ir.reach import ancestors
 from autopar.ir.rewrite import drop_unused_constants
 from autopar.ir.tables import SAME, SHARE, Input, InputKind, Output, OutputKind
 from autopar.mesh import Mesh
+from autopar.split.batch_statistics import refuse_statistics
 from autopar.split.summands import Summands, described, summands
 
 aten = torch.ops.aten
@@ -66,6 +67,7 @@ aten = torch.ops.aten
     when=lambda program: program.plan.microbatches > 1 and program.plan.microbatch_weights != "rows",
 )
 def weigh_microbatches(program: Program) -> Program:
+    refuse_statistics(program)
     rows = rows_of(program)
     if rows is None:
         return program

@@ -40,7 +40,8 @@ def tokens_split(*only: str) -> Iterator[None]:
     @graph_pass()
     def split_tokens(program: Program) -> Program:
         inputs = [n.name for n, entry in program.placeholders(InputKind.INPUT) if not only or entry.target in only]
-        return split_axis(program, BatchPolicy("sp", dict.fromkeys(inputs, 1)))
+        dims = dict.fromkeys(inputs, 1)
+        return split_axis(program, BatchPolicy("sp", dims, dims))
 
     phases = []
     for phase in COMPILER:

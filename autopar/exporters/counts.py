@@ -33,7 +33,7 @@ class _Counts(nn.Module):
         given = iter(tensors)
         inputs: list[Any] = [next(given) if needed else None for needed in self._needed]
         held = {name: getattr(self, own) for name, own in self._names.items()}
-        return tuple(microbatches.counts(self._program, inputs, held))
+        return tuple(microbatches.counts(self._program, inputs, held, 1.0))
 
 
 def write_counts(job: Job, program: PipelinedProgram) -> dict[str, Any]:
@@ -44,6 +44,11 @@ def write_counts(job: Job, program: PipelinedProgram) -> dict[str, Any]:
     counted = program.counts
     if counted is None:
         return {"inputs": [], "outputs": []}
+    if any(node.users for node, _ in counted.placeholders(InputKind.WHOLE)):
+        raise ExportError(
+            "a mean of the inputs over the whole batch is taken before the loss, and a file knows one microbatch\n"
+            "Way out: Plan(microbatches=1), or that mean as an input of the model."
+        )
     held = dict(counted.constants)
     for node, entry in counted.placeholders(InputKind.BUFFER):
         if node.users and job.tensors is None:

@@ -110,17 +110,27 @@ def weights(program: AnyProgram, counted: Sequence[Sequence[Tensor]], rows: Sequ
     return [Weight(1.0, {**sums, SHARE: share}) for share in shares]
 
 
-def counts(program: AnyProgram, inputs: Sequence[Tensor], others: Mapping[str, Tensor]) -> list[Tensor]:
+def shares(rows: Sequence[int]) -> list[float]:
+    """The fraction of the batch that each part is."""
+    return [part / sum(rows) for part in rows]
+
+
+def counts(program: AnyProgram, inputs: Sequence[Tensor], others: Mapping[str, Tensor], share: float) -> list[Tensor]:
     """What one part contributes to the sums over the batch that ``program`` takes.
 
-    ``inputs``: the user's tensors of the part, whole. ``others``: whole buffers and constants, by name.
+    ``inputs``: the user's tensors of the part, whole. ``others``: whole buffers and constants, by name. ``share``: the
+    fraction of the batch that the part is.
     """
     if program.counts is None:
         return []
     given = iter(inputs)
     found: dict[fx.Node, Any] = {}
     for node, entry in program.counts.placeholders(*InputKind):
-        found[node] = next(given) if entry.kind is InputKind.INPUT else others.get(entry.target)
+        if entry.kind is InputKind.WHOLE:
+            assert entry.target == SHARE, "a sum over the batch needs no other"
+            found[node] = torch.tensor(share, dtype=torch.float64)
+        else:
+            found[node] = next(given) if entry.kind is InputKind.INPUT else others.get(entry.target)
     with torch.no_grad():
         for node in program.counts.graph.nodes:
             if node.op == "call_function":

@@ -37,8 +37,11 @@ class BatchCounts:
             comm.open(self._axes)
         self._constants = {name: tensor.to(comm.device) for name, tensor in constants.items()}
 
-    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What this microbatch contributes; ``tensors`` are all inputs of the model. Collective for local inputs."""
+    def of(self, tensors: Sequence[Tensor], share: float) -> list[Tensor]:
+        """What this microbatch, a ``share`` of the batch, contributes; ``tensors`` are all inputs of the model.
+
+        Collective for local inputs.
+        """
         counting = self._program.counts
         if counting is None:
             return []
@@ -55,7 +58,7 @@ class BatchCounts:
                     inputs.append(tensor.to(self._comm.device))
                 else:
                     inputs.append(self._gathered(tensor.to(self._comm.device), value(node).shape, dims))
-            return counts(self._program, inputs, {**self._constants, **buffers})
+            return counts(self._program, inputs, {**self._constants, **buffers}, share)
 
     def _gathered(self, part: Tensor, shape: Sequence[int], dims: InputDims) -> Tensor:
         """The whole of an input of which each rank passes a part."""

@@ -46,9 +46,9 @@ class Executable(BoundProgram):
 
     # ------------------------------------------------------------ running
 
-    def counts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What these ``tensors``, as a part of a batch, add to the sums over it; see :class:`BatchCounts`."""
-        return self._counts.of(tensors)
+    def counts(self, tensors: Sequence[Tensor], share: float) -> list[Tensor]:
+        """What these ``tensors``, as a ``share`` of a batch, add to the sums over it; see :class:`BatchCounts`."""
+        return self._counts.of(tensors, share)
 
     def loss(self, tensors: Sequence[Tensor], seed: int, weight: Weight | None = None) -> Tensor:
         """The loss for the user's ``tensors``, to go backward from; other outputs are not made.
@@ -85,7 +85,7 @@ class Executable(BoundProgram):
     def _wholes(self, tensors: Sequence[Tensor], weight: Weight | None) -> Mapping[str, Tensor]:
         if not self.program.is_weighed:
             return {}
-        return (weight or weights(self.program, [self.counts(tensors)], [1])[0]).wholes
+        return (weight or weights(self.program, [self.counts(tensors, 1.0)], [1])[0]).wholes
 
     def forward(self, step: Step) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(differentiable outputs, values saved for backward)."""

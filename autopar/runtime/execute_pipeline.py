@@ -204,7 +204,8 @@ class PipelineExecutable:
         """What each microbatch counts for; only ranks whose stages take counts know these."""
         counted: list[list[Tensor]] = [[] for _ in batches]
         if self._takes_counts:
-            counted = [self._counts[self._size(rows, n)].of(tensors) for n, tensors in enumerate(batches)]
+            shares = microbatches.shares(rows)
+            counted = [self._counts[self._size(rows, n)].of(part, shares[n]) for n, part in enumerate(batches)]
         return microbatches.weights(self.program, counted, rows)
 
     def _total_loss(self, steps: dict[int, StageStep]) -> Tensor:

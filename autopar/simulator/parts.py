@@ -90,18 +90,18 @@ def gathered_once(
 
 
 def counts_of(
-    program: AnyProgram, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    program: AnyProgram, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], share: float
 ) -> list[Tensor]:
     """What the call adds to the sums over the batch, see :func:`autopar.pipeline.microbatches.counts`."""
     if program.counts is None:
         return []
-    return counts(program, _call_tensors(program, args, kwargs), {**program.counts.constants, **tensors})
+    return counts(program, _call_tensors(program, args, kwargs), {**program.counts.constants, **tensors}, share)
 
 
 def wholes_of(program: AnyProgram, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The values of ``InputKind.WHOLE`` for a call that is the whole batch; ``inputs``: the user's tensors."""
     given = {**(program.counts.constants if program.counts is not None else {}), **tensors}
-    return weights(program, [counts(program, inputs, given)], [1])[0].wholes
+    return weights(program, [counts(program, inputs, given, 1.0)], [1])[0].wholes
 
 
 def rank_inputs(

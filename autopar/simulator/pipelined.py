@@ -77,7 +77,8 @@ class _Run:
             kinds = (InputKind.INPUT, InputKind.SEED)
             found = rank_inputs(program, tensors, (), batch, seed + number, kinds)
             given.append(dict(zip([entry.target for _, entry in program.placeholders(*kinds)], found)))
-        counted = [counts_of(program, tensors, (), batch) for program, batch in zip(programs, batches)]
+        cut = zip(programs, batches, microbatches.shares(rows))
+        counted = [counts_of(program, tensors, (), batch, share) for program, batch, share in cut]
         weights = microbatches.weights(self.program, counted, rows)
         self.shares = [weight.loss for weight in weights]
         for inputs, weight in zip(given, weights):

@@ -190,7 +190,7 @@ class _Rewriter:
         return found
 
     def _hold_outputs(self, node: fx.Node, new: fx.Node, strategy: Strategy) -> None:
-        if len(values(node)) == 1:
+        if len(values(node)) == 1 and not any(user.target is operator.getitem for user in node.users):
             self._hold((node, 0), new, value(node), strategy.outputs[0])
             return
         for user in node.users:

@@ -125,7 +125,7 @@ def _row_sums(program: Program, rows: int) -> RowSums:
         mesh=Mesh(dp=ways),
         plan=replace(program.plan, zero=0, on_unknown="replicate", outputs="sharded"),
     )
-    for node in own.graph.nodes:  # it has the statistics of its rows: ``cut_stages`` refuses it
+    for node in own.graph.nodes:  # it has the statistics of its rows, if they may be
         if "batch_norm" in str(node.target):
             for user in [user for user in node.users if user.args[1:] == (0,)]:
                 user.replace_all_uses_with(node.args[0])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 
-from autopar.errors import InvariantError
 from autopar.frontend.numerics import run_graph
 from autopar.ir.parse import parse
 from autopar.ir.program import Program
@@ -73,13 +71,3 @@ def test_without_pipeline_ranks_nothing_is_cut() -> None:
     before = program(TEXT.replace("pp=2", "dp=2"))
     after = cut_stages(before)
     assert isinstance(after, Program) and str(after) == str(before)
-
-
-def test_statistics_of_each_microbatch_are_refused_unless_the_plan_says_so() -> None:
-    text = TEXT.replace("  u = param", "  m = buffer up.running_mean : f64[4]\n  u = param").replace(
-        "  return d", "  n = aten.mul.Tensor(m, 0.9) : f64[4]\n  return d, update up.running_mean=n"
-    )
-    assert cut_stages(program(text, microbatches=1))
-    assert cut_stages(program(text, microbatches=2, microbatch_weights="statistics"))
-    with pytest.raises(InvariantError, match="'up' normalise by statistics of the batch; each of 2 microbatches"):
-        cut_stages(program(text, microbatches=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import autopar
 from autopar import InvariantError, Mesh, Plan
 from autopar.check import Reference
 from autopar.compiler import compile_program, split_program
 from autopar.errors import TraceError
 from autopar.ir.program import Program
 from autopar.simulate import simulate
+from tests.against_one_process import difference, whole
 
 Loss = Callable[["Labels", Tensor, Tensor], Tensor]
 
@@ -262,3 +265,51 @@ def test_a_mean_is_of_the_batch_or_of_the_microbatch() -> None:
     plan = Plan(microbatches=2, microbatch_weights="statistics", check_numerics=False)
     with pytest.raises(InvariantError, match=r"(?s)aten.mean.default at test_weigh.*cannot be both.*Way out"):
         compile_program(model(shared), Mesh(pp=2), plan, (), batch())
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = nn.Linear(5, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.up(x)).square().mean()  # type: ignore[no-any-return]
+
+
+def test_statistics_of_the_batch_on_one_rank() -> None:
+    """Accumulated on one rank, as on a pipeline: no microbatch has the statistics of the batch."""
+    norm, given = Normalised().double(), {"x": torch.randn(8, 5, dtype=torch.float64)}
+    for mesh in (Mesh(dp=1), Mesh(dp=2), Mesh(pp=2)):
+        with pytest.raises(InvariantError, match="'norm' normalise by statistics of the batch; each of 2 microbatches"):
+            compile_program(norm, mesh, Plan(microbatches=2), (), given)
+        compile_program(norm, mesh, Plan(microbatches=2, microbatch_weights="statistics"), (), given)
+        compile_program(norm, mesh, Plan(), (), given)
+    norm.eval()
+    assert Reference(norm, given).check(Mesh(pp=2), Plan(microbatches=2)).worst < 1e-12
+
+
+class Centred(nn.Module):
+    """Takes the mean of an input over the batch away from it, before anything is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x - x.mean(0, keepdim=True)).square().mean()  # type: ignore[no-any-return]
+
+
+def test_a_mean_of_the_inputs_over_the_batch() -> None:
+    """Each microbatch is a share of it: unequal ones, on one rank and on a pipeline."""
+    given = {"x": torch.randn(7, 5, dtype=torch.float64)}
+    reference = Reference(Centred().double(), given)
+    for count in (2, 3):
+        assert reference.check(Mesh(pp=2), Plan(microbatches=count)).worst < 1e-12
+    model = Centred().double()
+    expected = copy.deepcopy(model)
+    parallel = autopar.parallelize(model, Mesh(dp=1), Plan(microbatches=3))
+    loss, wanted = parallel.train_step(**given), expected(**given)
+    wanted.backward()
+    assert difference(loss, wanted.detach()) < 1e-12
+    for found, own in zip(parallel.parameters(), expected.parameters()):
+        assert difference(whole(found.grad), own.grad) < 1e-12
