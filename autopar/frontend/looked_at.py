@@ -125,17 +125,19 @@ def looks_of(
         line, kind = problem.args
         if kind == SIZE:
             raise refusal from None
-        raise TraceError(
-            f"{type(model).__name__} cannot be traced: what it does next depends on the values in a tensor that is "
-            f"computed from parameters\n  at {line}\n"
-            "No rank has all of that before the program runs. A value that is computed from inputs may decide.\n"
-            "Way out: torch.where or a mask instead of 'if'; no .item(), float(tensor) or .tolist() of it in forward."
-        ) from None
+        raise _of_parameters(model, [line]) from None
     except Exception:
         if not sizes:
             return []
         raise refusal from None
     return recorded.looks
+
+
+_ASSERTIONS = {
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_async.msg,
+}
 
 
 class _LooksOnly(nn.Module):
@@ -170,7 +172,7 @@ def value_guard(
     assert isinstance(nodes, (tuple, list))
     output.args = (tuple(node for node in nodes if getattr(node, "name", None) in wanted),)
     for node in reversed(graph.nodes):
-        if node.target is torch.ops.aten._assert_scalar.default:  # of the sizes of what else the model computes
+        if node.target in _ASSERTIONS:  # of what else the model computes
             graph.erase_node(node)
     graph.eliminate_dead_code()
     for node in graph.nodes:
@@ -180,11 +182,11 @@ def value_guard(
                 f"{type(model).__name__} cannot be traced: a random number decides what it does next\n{lines}\n"
                 "Way out: draw it outside and pass it as an argument, or multiply with a mask instead of 'if'."
             )
-    sources = _sources(exported, model)
+    sources = _sources(exported, model, looks)
     return guard_of(graph, sources, looks)
 
 
-def _sources(exported: ExportedProgram, model: nn.Module) -> list[int | tuple[Any, str]]:
+def _sources(exported: ExportedProgram, model: nn.Module, looks: Sequence[Look]) -> list[int | tuple[Any, str]]:
     """Where each placeholder's tensor is found; those that nothing needs are taken out of the graph."""
     graph, sources, position = exported.graph, list[int | tuple[Any, str]](), 0
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -199,6 +201,17 @@ def _sources(exported: ExportedProgram, model: nn.Module) -> list[int | tuple[An
             path, _, key = str(spec.target).removeprefix("model.").rpartition(".")
             sources.append((model.get_submodule(path)._buffers, key))
         else:
-            assert spec.kind is ExportInput.CONSTANT_TENSOR, f"parameters were fake: {spec}"
+            if spec.kind is not ExportInput.CONSTANT_TENSOR:  # through a buffer that forward has written to
+                raise _of_parameters(model, [look.line for look in looks])
             sources.append((exported.constants, str(spec.target)))
     return sources
+
+
+def _of_parameters(model: nn.Module, lines: Sequence[str]) -> TraceError:
+    where = "\n".join(f"  at {line}" for line in dict.fromkeys(lines))
+    return TraceError(
+        f"{type(model).__name__} cannot be traced: what it does next depends on the values in a tensor that is "
+        f"computed from parameters\n{where}\n"
+        "No rank has all of that before the program runs. A value that is computed from inputs may decide.\n"
+        "Way out: torch.where or a mask instead of 'if'; no .item(), float(tensor) or .tolist() of it in forward."
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import autopar
 from autopar import Mesh, Plan
-from autopar.check import check
+from autopar.check import Reference, check
 from autopar.errors import ProgramFileError, TraceError
 from autopar.ir.value_guards import MOST_OUTCOMES
 from tests.against_one_process import difference
@@ -205,3 +205,31 @@ def test_such_a_program_is_not_taken_from_a_file(tmp_path: Path) -> None:
     autopar.compile_program(model, Mesh(dp=2), Plan(), (x,)).save(tmp_path / "out")
     with pytest.raises(ProgramFileError, match="values in tensors that Python looks at.*mask.all"):
         autopar.parallelize(model, program=tmp_path / "out")
+
+
+class Codebook(nn.Module):
+    """A flag in a buffer says whether the table is ready; the table follows what is learned (VQ-VAE)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("ready", torch.tensor(True))
+        self.register_buffer("table", torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        if not self.ready:
+            self.table.data.copy_(h.detach()[:5])
+            self.ready.data.copy_(torch.tensor(True))
+        near = torch.cdist(h.detach(), self.table).argmin(-1)
+        picked = self.table[near]
+        chosen = nn.functional.one_hot(near, 5).to(h.dtype)
+        self.table.data.lerp_(chosen.t() @ h.detach() / chosen.sum(0).clamp(min=1)[:, None], 0.1)
+        return (h - picked).square().mean()
+
+
+def test_a_flag_beside_buffers_that_follow_what_is_learned() -> None:
+    torch.manual_seed(0)
+    reference = Reference(Codebook().double(), {"x": torch.randn(8, 8, dtype=torch.float64)})
+    for mesh in (Mesh(dp=2), Mesh(tp=2)):
+        assert reference.check(mesh, Plan()).worst < 1e-12
