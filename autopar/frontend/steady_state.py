@@ -7,7 +7,7 @@ what depends on neither is computed as always. After that run forward finds the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -62,17 +62,22 @@ def check_at_rest(observation: Observation) -> None:
 
 
 def bring_to_rest(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], moving: Observation
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    moving: Observation,
+    answering: AbstractContextManager[Any],
 ) -> Observation:
     """Run forward once so that its caches are made; gives that run, to be undone if it did not help.
 
+    ``answering`` says what Python sees where it looks at values of the inputs, which are fake here.
     Raises the TraceError of ``moving`` where the run fails, or a cache depends on inputs or parameters.
     """
     run = Observation(model, keeps=True)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = pytree.tree_map_only(Tensor, lambda tensor: fake_like(mode, tensor), (args, dict(kwargs)))
     try:
-        with fake_parameters(model, mode), buffers_kept(model), torch.no_grad(), run.watching():
+        with fake_parameters(model, mode), buffers_kept(model), torch.no_grad(), run.watching(), answering:
             model(*fake[0], **fake[1])
     except Exception:
         run.undo()

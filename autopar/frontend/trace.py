@@ -30,6 +30,7 @@ from autopar.frontend.capture import (
     needs_fakes,
 )
 from autopar.frontend.exported import Build, traced
+from autopar.frontend.looked_at import Replayed, looks_of
 from autopar.frontend.numerics import check_numerics
 from autopar.frontend.observation import Observation, add_guards
 from autopar.frontend.recast import recast, recast_call
@@ -123,7 +124,19 @@ def _at_rest(
                 moved.undo()
             if moved is not None or observation.is_at_rest:
                 raise  # else it may come from what forward leaves
-        moved = bring_to_rest(model, args, kwargs, observation)
+        moved = _moved(model, args, kwargs, observation)
+
+
+def _moved(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], moving: Observation) -> Observation:
+    """The run of forward that brings it to rest; where its Python looks at values, it sees those of the example."""
+    try:
+        return bring_to_rest(model, args, kwargs, moving, nullcontext())
+    except TraceError as refusal:
+        with Observation(model).watching():
+            looks = looks_of(model, args, kwargs, refusal, sizes=False)
+        if not looks:
+            raise
+        return bring_to_rest(model, args, kwargs, moving, Replayed(looks, sizes=False))
 
 
 def _program(exported: ExportedProgram, model: nn.Module, mesh: Mesh, plan: Plan) -> Program:

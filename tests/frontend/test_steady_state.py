@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import autopar
 from autopar import Mesh, Plan
+from autopar.check import check
 from autopar.errors import AutoparError, TraceError
 from tests.frontend.test_observation import compare
 
@@ -271,3 +272,31 @@ def test_hooks_that_forward_installs_in_every_call_are_refused() -> None:
     with pytest.raises(TraceError, match="a hook of layer"):
         autopar.parallelize(model, Mesh())(torch.randn(2, 4))
     assert not model.layer._forward_hooks
+
+
+class Rotary(nn.Module):
+    """Makes a table in its first call, beside Python that looks at its inputs (as ESM-2 does)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.length: int | None = None
+        self.table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding: Tensor | None = x.eq(0)
+        if not padding.any():  # type: ignore[union-attr]
+            padding = None
+        if x.shape[1] != self.length:
+            self.length, self.table = x.shape[1], torch.linspace(0, 1, x.shape[1], dtype=x.dtype)[:, None]
+        y = self.linear(x) * self.table
+        return (y if padding is None else y.masked_fill(padding, 0)).square().mean()
+
+
+def test_a_table_is_made_where_python_looks_at_inputs() -> None:
+    for number in (1.0, 0.0):
+        torch.manual_seed(0)
+        x = torch.randn(4, 6, 4, dtype=torch.float64)
+        x[0, 0, 0] = number
+        for mesh in (Mesh(dp=2), Mesh(tp=2)):
+            assert check(Rotary().double(), {"x": x}, mesh, Plan()).worst < 1e-12
