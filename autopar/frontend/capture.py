@@ -141,6 +141,15 @@ def _explanation(error: Exception, model: nn.Module) -> TraceError:
             f"{name} cannot be traced with this call: {text}\n"
             "Way out: pass tensors, numbers, strings and None, or lists, tuples and dicts of them."
         )
+    if "expected compiled_fn to be GraphModule" in text:
+        names = [path for path, module in model.named_modules(remove_duplicate=False) if module._buffers]
+        twice = [path for path in names if path not in {own for own, _ in model.named_modules()}]
+        return TraceError(
+            f"{name} cannot be traced: a buffer that changes stands under several names "
+            f"({', '.join(repr(path) for path in twice[:3]) or 'one of them is not a submodule'} is a submodule under "
+            "another name too), which torch.export cannot write as a graph\n"
+            "Way out: keep such a module (batch normalisation) under one name, and call it by that."
+        )
     way_out = "run the model once without autopar on the same inputs. If it fails there too, mend that first."
     if ".numpy()" in text:
         way_out = "compute with torch operators; what passes through numpy has no gradient either."

@@ -313,3 +313,20 @@ class Marked(nn.Module):
 def test_a_sparse_buffer_that_nothing_reads_is_no_input() -> None:
     program = trace(Marked(), (torch.randn(2, 4),))
     assert "marks" not in {entry.target for entry in program.inputs}
+
+
+class NormUnderTwoNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.again = self.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.norm(self.linear(x))).square().mean()  # type: ignore[no-any-return]
+
+
+def test_a_changing_buffer_under_two_names_is_refused_in_words() -> None:
+    with pytest.raises(TraceError, match=r"several names \('again' is a submodule.*torch.export"):
+        trace(NormUnderTwoNames(), (torch.randn(8, 4),))
+    model = NormUnderTwoNames().eval()
+    assert trace(model, (torch.randn(8, 4),))
