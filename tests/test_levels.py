@@ -143,6 +143,13 @@ def test_microbatches_are_weighed_before_anything_is_placed(tmp_path: Path, monk
         run_phases(split, COMPILER, since="weigh_microbatches", until="weigh_microbatches")
 
 
+def test_rows_are_copied_before_anything_is_placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    placed = parse("program mesh(dp=2 tp=2)\n  x = input : f32[3,8@tp]\n  y = aten.relu(x) : f32[3,8@tp]\n  return y")
+    with pytest.raises(InvariantError, match="Contract nothing_is_placed, required by pass pad_rows"):
+        run_phases(placed, COMPILER, since="pad_rows", until="pad_rows")
+
+
 @pytest.mark.parametrize("axis", ["sp", "tp"])
 def test_a_sequence_is_split_once_and_before_tensors(
     axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -160,6 +167,6 @@ def test_every_requirement_of_a_pass_is_seen_to_refuse() -> None:
     seen = {(name, contract) for name, _, _, contract in ORDER}
     assert required - seen == {
         ("shard_parameters", "no_parameter_is_gathered"),  # seen above
-        ("weigh_microbatches", "nothing_is_placed"),  # seen above
+        *((name, "nothing_is_placed") for name in ("weigh_microbatches", "pad_rows")),  # seen above
         *(("split_sequence", f"whole_on({axis})") for axis in ("sp", "tp")),  # seen above
     }

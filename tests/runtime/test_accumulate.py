@@ -252,21 +252,17 @@ class NoMean(torch.nn.Module):
         return self.w(x).square().mean() + self.w(x).abs().sum().sqrt()
 
 
-def refused() -> list[str]:
+def refused() -> str:
     model = autopar.parallelize(float64(NoMean), Mesh(dp=1), Plan(microbatches=2))
-    said = []
-    for rows in (4, 1):
-        with pytest.raises(autopar.AutoparError) as caught:
-            model.train_step(x=torch.randn(rows, 3))
-        said.append(str(caught.value))
-    return said
+    with pytest.raises(autopar.AutoparError) as caught:
+        model.train_step(x=torch.randn(4, 3))
+    return str(caught.value)
 
 
-def test_losses_and_rows_that_have_no_parts() -> None:
-    no_mean, rows = run_ranks(refused, 1)[0]
+def test_a_loss_that_has_no_parts() -> None:
+    no_mean = run_ranks(refused, 1)[0]
     assert "aten.sqrt.default at test_accumulate.py" in no_mean and ".abs().sum().sqrt()" in no_mean
     assert 'microbatch_weights="rows"' in no_mean
-    assert "1 rows" in rows and "2 microbatches" in rows
 
 
 def by_rows() -> tuple[Errors, float]:

@@ -58,7 +58,8 @@ def call_with_faults() -> dict[str, str]:
     compiled = autopar.module.compile_program
     for mesh in (Mesh(dp=2), Mesh(pp=2)):
         for name in ("forward", "backward", "inference"):
-            parallel = autopar.parallelize(float64(Tiny), mesh, Plan(microbatches=2 if mesh.is_pipelined else 1))
+            plan = Plan(microbatches=2 if mesh.is_pipelined else 1, microbatch_weights="statistics")
+            parallel = autopar.parallelize(float64(Tiny), mesh, plan)
             autopar.module.compile_program = lambda *args, name=name: with_a_fault(compiled(*args), name)  # type: ignore[assignment]
             with pytest.raises(InvariantError) as caught:
                 parallel(**tiny_batch())  # training; backward is not asked for, and inference never
