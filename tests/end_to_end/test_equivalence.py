@@ -12,6 +12,7 @@ from autopar.check import TOLERANCE, Report, check
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.zoo.named import named_model
+from tests.selection import slow_but
 
 HUGGING_FACE = ("hf:llama", "hf:gpt2", "hf:bert", "hf:t5", "hf:vit")
 OURS = ("gpt", "llama", "moe", "bert", "t5", "vit", "cnn", "mlp")
@@ -38,13 +39,13 @@ def errors(model: str, mesh: str, plan: Plan, **config: object) -> Report:
     return report
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", slow_but([0, 5, 7, 8], MESHES))
 @pytest.mark.parametrize("model", HUGGING_FACE + OURS)
 def test_equals_the_model(model: str, mesh: str) -> None:
     errors(model, mesh, Plan(check_numerics=False))
 
 
-@pytest.mark.parametrize("mesh", LAYER_MESHES)
+@pytest.mark.parametrize("mesh", slow_but([1, 4], LAYER_MESHES))
 @pytest.mark.parametrize("model", LAYERS)
 def test_equals_the_model_of_torch_layers(model: str, mesh: str) -> None:
     program = errors(f"models.{model}", mesh, Plan(tensor=WHOLE.get(model, {}), check_numerics=False)).program
@@ -59,7 +60,7 @@ def test_equals_the_model_of_torch_layers_with_the_sequence_split(model: str, me
     errors(model, mesh, Plan(sequence="megatron", check_numerics=False))
 
 
-@pytest.mark.parametrize("mesh", MEGATRON)
+@pytest.mark.parametrize("mesh", slow_but([1, 3], MEGATRON))
 @pytest.mark.parametrize("model", HUGGING_FACE + OURS)
 def test_equals_the_model_with_the_sequence_split(model: str, mesh: str) -> None:
     errors(model, mesh, Plan(sequence="megatron", check_numerics=False))

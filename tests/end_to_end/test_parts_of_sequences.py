@@ -23,6 +23,7 @@ from autopar.ir.loss import loss_of
 from tests import hugging_face
 from tests.against_one_process import Errors, difference, worst
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 EXACT = 1e-12
 Case = tuple[str, str, dict[str, Any]]  # model, further inputs, choices of the plan
@@ -111,9 +112,7 @@ def test_of_two_ranks() -> None:
     assert all(placed and all(repr(Shard(1)) in each for each in placed) for placed in found), found
 
 
-@pytest.mark.parametrize(
-    "mesh", ["dp=2,sp=2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("sp=4", "sp=2,tp=2"))]
-)
+@pytest.mark.parametrize("mesh", slow_but([], ["dp=2,sp=2", "sp=4", "sp=2,tp=2"]))
 def test_of_four_ranks(mesh: str) -> None:
     sequence = {"sequence": "megatron"} if "tp" in mesh else {"zero": 3}
     found = check(mesh, ("llama", "", {}), ("llama", "packed", sequence), ("bert", "mask", {}), ("llama", "embeds", {}))

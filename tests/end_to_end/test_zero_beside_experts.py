@@ -51,7 +51,7 @@ BATCHES = [odd_batch(seed) for seed in range(5)]
 # ---------------------------------------------------------------- simulated: numbers, memory and the formulas
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", slow_but([1, 3, 4], MESHES))
 def test_each_parameter_is_split_over_what_does_not_split_it_yet(mesh: str) -> None:
     example, on = named_model("llama", batch=12), Mesh.parse(mesh)
     reference = Reference(example.model, example.batch)

@@ -21,6 +21,7 @@ from autopar.operators.predicates import parse
 from autopar.passes.recognise_masks import MASK
 from tests.hugging_face import build, errors
 from tests.passes.canonical import Function, attentions, canonical, counts, traced
+from tests.selection import slow_but
 
 S = 8
 TRIANGLE = torch.ones(S, S, dtype=torch.bool).tril()
@@ -312,7 +313,7 @@ def test_models(name: str, form: str, expected: set[str]) -> None:
     assert name == "t5" or not large
 
 
-@pytest.mark.parametrize("axes", ({"dp": 2}, {"tp": 2}, {"dp": 2, "tp": 2}), ids=("dp", "tp", "dp tp"))
+@pytest.mark.parametrize("axes", slow_but([2], ({"dp": 2}, {"tp": 2}, {"dp": 2, "tp": 2})), ids=("dp", "tp", "dp tp"))
 @pytest.mark.parametrize(
     ("name", "form"), [("llama", "padded left"), ("mistral", "packed"), ("bart", "padded"), ("t5", "padded")]
 )

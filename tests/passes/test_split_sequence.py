@@ -20,6 +20,7 @@ from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.zoo.named import named_model
 from tests import hugging_face
+from tests.selection import slow_but
 
 EXACT = 1e-12
 FORMS = ("ring", "gather", "ulysses", "auto")
@@ -66,7 +67,7 @@ def test_every_model_in_every_form(name: str, form: str) -> None:
     checked(name, "sp=2", attention=form)
 
 
-@pytest.mark.parametrize("ways", [1, 2, 4, 8])
+@pytest.mark.parametrize("ways", slow_but([0, 2], [1, 2, 4, 8]))
 @pytest.mark.parametrize("form", FORMS)
 def test_any_number_of_ranks(form: str, ways: int) -> None:
     if form == "ulysses" and ways == 8:
@@ -102,14 +103,16 @@ MESHES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("mesh", "choices"), MESHES, ids=[f"{mesh}-{number}" for number, (mesh, _) in enumerate(MESHES)]
+    ("mesh", "choices"),
+    slow_but([1, 3, 7], MESHES),
+    ids=[f"{mesh}-{number}" for number, (mesh, _) in enumerate(MESHES)],
 )
 @pytest.mark.parametrize("form", ["ring", "ulysses", "gather"])
 def test_with_all_other_axes(form: str, mesh: str, choices: dict[str, Any]) -> None:
     checked("llama", mesh, attention=form, **choices)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but([0], FORMS))
 def test_windows_of_an_image(form: str) -> None:
     """Swin: the splits of one window's positions reach the next layer's as another order of them."""
     example = named_model("hf:swin", batch=4)
@@ -117,7 +120,10 @@ def test_windows_of_an_image(form: str) -> None:
     assert found.worst <= EXACT, found
 
 
-@pytest.mark.parametrize("name", ["models.transformer", "hf:deepseek_v2", "hf:gpt_neox", "hf:gemma3", "hf:modernbert"])
+OTHERS = ["models.transformer", "hf:deepseek_v2", "hf:gpt_neox", "hf:gemma3", "hf:modernbert"]
+
+
+@pytest.mark.parametrize("name", slow_but([1, 3], OTHERS))
 def test_other_architectures(name: str) -> None:
     example = named_model(name, batch=4)
     checked_example = Reference(example.model, example.batch)

@@ -32,6 +32,7 @@ from tests.loops_over_experts import (
     where,
 )  # fmt: skip
 from tests.passes.canonical import counts
+from tests.selection import slow_but
 
 MESHES = (("dp=1", Plan()), ("dp=2", Plan()), ("tp=2", Plan()), ("dp=2", Plan(zero=3)))
 ALL_AT_ONCE = (("dp=2,tp=2", Plan(zero=3)),)
@@ -81,7 +82,7 @@ def test_experts_of_other_forms(expert: type[nn.Module], count: int) -> None:
         assert all(reference.check(Mesh.parse(mesh), plan).worst <= 1e-12 for mesh, plan in ALL_AT_ONCE)
 
 
-@pytest.mark.parametrize("choices", [1, 3])
+@pytest.mark.parametrize("choices", slow_but([1], [1, 3]))
 def test_one_and_three_choices(choices: int) -> None:
     for loop in (where, mixtral, tokens_of_mask, dense):
         model = Mixture(loop, choices=choices)

@@ -13,6 +13,7 @@ from autopar.compiler import compile_program
 from autopar.errors import IndivisibleError
 from autopar.mesh import Mesh
 from autopar.plan import Plan
+from tests.selection import slow_but
 from tests.split import along
 
 EXACT = 1e-12
@@ -47,7 +48,9 @@ MESHES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "choices"), MESHES, ids=[f"{mesh}-{i}" for i, (mesh, _) in enumerate(MESHES)])
+@pytest.mark.parametrize(
+    ("mesh", "choices"), slow_but([0, 3], MESHES), ids=[f"{mesh}-{i}" for i, (mesh, _) in enumerate(MESHES)]
+)
 @pytest.mark.parametrize(
     "name",
     [
