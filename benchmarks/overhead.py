@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import autopar
-from models import bert, gpt, llama, mlp
+from autopar.models import bert, gpt, llama, mlp
 
 ROUNDS, CALLS = 20, 20
 

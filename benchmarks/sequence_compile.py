@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import nn
 
 from autopar.mesh import Mesh
+from autopar.models import llama
 from autopar.plan import Plan
 from benchmarks.compile_70b import Compilation, batch_of, compilation
-from models import llama
 
 MODULE = "benchmarks.sequence_compile"
 LENGTHS = (8192, 32_768, 131_072)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import llama
+from autopar.models import llama
 
 Batch = dict[str, Tensor]
 BATCH, LENGTH, VOCABULARY = 8, 128, 512

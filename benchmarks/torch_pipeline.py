@@ -21,9 +21,9 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
+from autopar.models.llama import next_token_loss
 from benchmarks.contenders import Contender
 from benchmarks.subjects import Batch
-from models.llama import next_token_loss
 
 # autopar's name -> (torch's schedule, stages on each rank)
 SCHEDULES: dict[str, tuple[Callable[..., Any], int]] = {

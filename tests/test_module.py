@@ -16,9 +16,9 @@ from autopar import Mesh, Plan
 from autopar.errors import InvariantError, LaunchError
 from autopar.ir.layout import Layout
 from autopar.ir.loss import loss_of
+from autopar.models import gpt
 from autopar.module import held_by
 from autopar.runtime import program_cache
-from models import gpt
 from tests.against_one_process import Tiny, compare_gradients, difference, float64, tiny_batch, whole, worst
 from tests.launch import run_ranks
 

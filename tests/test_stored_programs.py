@@ -19,7 +19,7 @@ import autopar.compiler
 from autopar import Mesh, Plan, ProgramFileError
 from autopar.ir.fingerprint import Fingerprint
 from autopar.ir.program import PipelinedProgram
-from models import gpt
+from autopar.models import gpt
 from tests.against_one_process import difference
 from tests.launch import run_ranks
 

@@ -25,6 +25,7 @@ from autopar.ir.node import output_node
 from autopar.ir.operator_facts import runnable
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
+from autopar.models import cnn, gpt, llama, t5
 from autopar.runtime.autograd import accumulating, below_autograd, is_watched, take_saved
 from autopar.runtime.connect import connect
 from autopar.runtime.dtensor import local_of, of_local, spec_of
@@ -32,7 +33,6 @@ from autopar.runtime.functional_collectives import start_maximum
 from autopar.runtime.piecewise import PiecewiseDTensor, dtensor
 from autopar.runtime.placements import Pieces, plain
 from autopar.runtime.rank_program import sharing
-from models import cnn, gpt, llama, t5
 from tests.against_one_process import difference, float64, whole
 from tests.launch import run_ranks
 

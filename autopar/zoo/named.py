@@ -1,8 +1,8 @@
 """Models by name, as the command line takes them.
 
-package.module:factory     a callable that returns a model, or (model, batch); of this or another package
-models.llama, llama        a model in the folder models/, its tiny preset
-models.llama:llama_70b     another preset of it
+package.module:factory     a callable that returns a model, or (model, batch); in the working folder, or installed
+llama, models.llama        a model of ours (``autopar.models``), its tiny preset
+llama:llama_70b            another preset of it
 hf:llama                   a small Hugging Face model with random weights (:mod:`autopar.zoo`)
 """
 
@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar import zoo
+from autopar.models import __file__ as _OUR_MODELS
 
 OURS = ("bert", "cnn", "dlrm", "gpt", "llama", "lstm", "mlp", "moe", "t5", "transformer", "unet", "vit")
 ROWS = 12  # of a batch: 2, 3, 4, 6 and 12 ranks can share them
@@ -60,9 +62,7 @@ def named_model(
     if name.startswith("hf:"):
         return _hugging_face(name, overrides, rows, length, seed)
     path, _, target = name.partition(":")
-    if path in OURS:
-        path = f"models.{path}"
-    module = _imported(path, name)
+    module = _ours(path) or _imported(path, name)
     presets = getattr(module, "PRESETS", {})
     if hasattr(module, "build") and (not target or target in presets):
         return _preset(name, module, target or next(iter(presets)), overrides, (rows, length, seed))
@@ -138,6 +138,23 @@ def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     return build()
 
 
+def _ours(path: str) -> ModuleType | None:
+    """The module of a model of ours; a folder ``models`` of the user goes before our older name ``models.llama``."""
+    folder, _, model = path.rpartition(".")
+    if model not in OURS or folder not in ("", "models", "autopar.models"):
+        return None
+    if folder == "models" and _found_here(path):
+        return None
+    return importlib.import_module(f"autopar.models.{model}")
+
+
+def _found_here(path: str) -> bool:
+    """Whether the working folder has the module ``path``, unless it is a folder of autopar's sources."""
+    file = Path(*path.split("."))
+    found = [place for place in (file.with_suffix(".py"), file / "__init__.py") if place.is_file()]
+    return bool(found) and not found[0].samefile(Path(_OUR_MODELS).parent / found[0].name)
+
+
 def _imported(path: str, name: str) -> ModuleType:
     if not all(part.isidentifier() for part in path.split(".")):
         raise ValueError(
@@ -146,7 +163,7 @@ def _imported(path: str, name: str) -> ModuleType:
         )
     here = os.getcwd()
     if here not in sys.path:
-        sys.path.append(here)  # last, so that a folder of the user never hides an installed package
+        sys.path.insert(0, here)
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:

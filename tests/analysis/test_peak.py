@@ -12,10 +12,10 @@ from autopar.analysis.peak import peak
 from autopar.compiler import compile_program
 from autopar.ir.program import Program
 from autopar.mesh import Mesh
+from autopar.models import llama
 from autopar.plan import Plan
 from autopar.simulate import simulate
 from autopar.zoo.named import named_model
-from models import llama
 
 CASES: dict[str, dict[str, Any]] = {
     "": {},

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from autopar.models import llama
 from benchmarks.contenders import Contender
 from benchmarks.sequence_figure import Curve, Panel, figure, short
 from benchmarks.sequence_memory import Activations, counted, longest_that
 from benchmarks.subjects import SUBJECTS, Batch, Subject, hugging_face_llama
 from benchmarks.torch_sequence import Alone, HandWritten
-from models import llama
 from tests.launch import run_ranks
 
 # ---------------------------------------------------------------- the longest sequence

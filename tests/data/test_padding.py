@@ -16,8 +16,8 @@ from autopar.data.padding import PaddedBatch, multiple_of
 from autopar.errors import IndivisibleError
 from autopar.frontend.numerics import gradient_error, promote_float32
 from autopar.ir.loss import loss_of
+from autopar.models import gpt
 from autopar.simulate import simulate
-from models import gpt
 from tests import hugging_face
 from tests.launch import run_ranks
 

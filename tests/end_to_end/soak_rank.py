@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.mesh import EXPERTS, PIPELINE, Mesh
-from models import llama, moe
+from autopar.models import llama, moe
 
 # wide and deep enough that gathers and reductions of several blocks are under way at the same time
 LLAMA = llama.Config(vocab=512, context=12, width=384, layers=6, heads=8, kv_heads=4, ff=1024)

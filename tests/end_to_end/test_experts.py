@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import autopar
 from autopar import Mesh, Plan
-from models import moe
+from autopar.models import moe
 from tests.against_one_process import compare_gradients, difference, float64
 from tests.launch import run_ranks
 from tests.selection import slow_but

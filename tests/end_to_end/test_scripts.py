@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import autopar
 from autopar import Mesh, Plan
-from models import gpt
+from autopar.models import gpt
 from tests.against_one_process import difference, float64
 from tests.launch import run_ranks
 from tests.selection import slow_but

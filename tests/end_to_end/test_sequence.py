@@ -13,8 +13,8 @@ import autopar
 from autopar import Mesh, Plan, Precision
 from autopar.compiler import compile_program
 from autopar.ir.program import Program
+from autopar.models import gpt, llama
 from autopar.simulate import simulate
-from models import gpt, llama
 from tests.against_one_process import difference, float64, whole
 from tests.launch import run_ranks
 from tests.selection import slow_but

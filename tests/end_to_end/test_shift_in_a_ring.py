@@ -16,11 +16,11 @@ from autopar.ir import collectives as comm
 from autopar.ir.parse import parse
 from autopar.ir.program import Program
 from autopar.mesh import Mesh
+from autopar.models import llama
 from autopar.passes.overlap_collectives import overlap_collectives
 from autopar.plan import Plan
 from autopar.runtime.connect import connect
 from autopar.simulator.lockstep import Lockstep
-from models import llama
 from tests.launch import run_ranks
 
 ROWS, WIDTH = 4, 5  # of each rank

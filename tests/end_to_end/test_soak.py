@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from autopar.mesh import Mesh
-from models import llama, moe
+from autopar.models import llama, moe
 from tests.end_to_end.soak_rank import model, sizes_on, train
 
 ROOT = Path(__file__).parents[2]

@@ -17,8 +17,8 @@ import autopar
 from autopar import Mesh, Plan
 from autopar.errors import RankFailedError
 from autopar.ir.loss import loss_of
+from autopar.models import gpt, llama
 from autopar.runtime.dtensor import local_of
-from models import gpt, llama
 from tests.against_one_process import (
     Errors,
     GroupedHeads,

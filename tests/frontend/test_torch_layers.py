@@ -13,7 +13,7 @@ import autopar
 from autopar import Mesh, Plan
 from autopar.analysis.footprint import held, sent
 from autopar.check import TOLERANCE, check
-from models import transformer
+from autopar.models import transformer
 
 WIDTH, HEADS, ROWS = 24, 12, 12
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from models import bert, cnn, dlrm, gpt, llama, lstm, mlp, moe, t5, transformer, unet, vit
+from autopar.models import bert, cnn, dlrm, gpt, llama, lstm, mlp, moe, t5, transformer, unet, vit
 
 ALL = (gpt, llama, moe, bert, t5, transformer, lstm, vit, cnn, unet, dlrm, mlp)
 MODELS = {m.__name__.split(".")[-1]: m for m in ALL}

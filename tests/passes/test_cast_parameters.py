@@ -21,13 +21,13 @@ from autopar.ir.program import Program
 from autopar.ir.tables import InputKind, Pins
 from autopar.ir.traffic import Transfer
 from autopar.mesh import Mesh
+from autopar.models import gpt, llama
 from autopar.passes.cast_parameters import cast_parameters
 from autopar.plan import Plan
 from autopar.precision import Precision
 from autopar.simulate import simulate
 from autopar.simulator.parts import Step
 from autopar.zoo.named import named_model
-from models import gpt, llama
 from tests.conftest import Golden
 
 FORWARD = """

@@ -14,9 +14,9 @@ from autopar.compiler import split_program
 from autopar.ir.layout import Factor, Layout, shard
 from autopar.ir.node import value
 from autopar.mesh import Mesh
+from autopar.models import transformer
 from autopar.plan import Plan
 from autopar.split.padded_batch import places_of
-from models import transformer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -14,8 +14,8 @@ from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
+from autopar.models import transformer
 from autopar.plan import Plan
-from models import transformer
 
 
 class Contrast(nn.Module):

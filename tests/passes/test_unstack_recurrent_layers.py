@@ -14,9 +14,9 @@ from autopar.compiler import compile_program, split_program
 from autopar.errors import IndivisibleError
 from autopar.ir.parse import parse
 from autopar.mesh import Mesh
+from autopar.models import lstm
 from autopar.plan import Plan
 from autopar.simulate import simulate
-from models import lstm
 
 FORMS: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
     "lstm": (nn.LSTM, {}),

@@ -17,8 +17,8 @@ from autopar.ir.node import value
 from autopar.ir.parse import parse
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
+from autopar.models import dlrm
 from autopar.plan import Plan
-from models import dlrm
 
 aten = torch.ops.aten
 

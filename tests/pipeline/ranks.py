@@ -21,7 +21,7 @@ def train(name: str, mesh: str, plan: dict[str, Any], rows: int, optimizer: str 
     """{what: worst error} after each of three steps on different batches, and this rank's observations."""
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    module = importlib.import_module(f"models.{name}")
+    module = importlib.import_module(f"autopar.models.{name}")
     model = module.build()
     reference = copy.deepcopy(model)
     parallel = parallelize(model, Mesh.parse(mesh), Plan(check_numerics=False, **plan))

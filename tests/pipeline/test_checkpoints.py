@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar import Checkpoints, Mesh, Plan
+from autopar.models import gpt
 from autopar.module import ParallelModule
-from models import gpt
 from tests.launch import run_ranks
 
 ROWS = 8

@@ -15,7 +15,7 @@ import torch
 
 from autopar import Plan
 from autopar.__main__ import main
-from models import gpt
+from autopar.models import gpt
 from tests.launch import run_ranks
 
 SMALL = ["--config", "vocab=288", "--config", "layers=2", "--config", "width=48", "--config", "heads=12"]

@@ -9,9 +9,9 @@ import torch
 
 from autopar.analysis.footprint import held, sent
 from autopar.mesh import Mesh
+from autopar.models import gpt
 from autopar.plan import Plan
 from autopar.verification.coverage import Case, cover, operations
-from models import gpt
 from tests.pipeline.test_simulated import reference
 
 

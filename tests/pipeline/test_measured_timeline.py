@@ -13,13 +13,13 @@ from rich.console import Console
 from autopar import parallelize
 from autopar.errors import InvariantError
 from autopar.mesh import Mesh
+from autopar.models import mlp
 from autopar.plan import Plan
 from autopar.schedules.draw import draw
 from autopar.schedules.instructions import Kind
 from autopar.schedules.named import make_schedule
 from autopar.schedules.svg import svg
 from autopar.schedules.timing import Timeline
-from models import mlp
 from tests.launch import run_ranks
 
 P, M = 3, 6

@@ -10,8 +10,8 @@ import torch
 
 from autopar import Mesh, Plan, parallelize
 from autopar.errors import RankFailedError
+from autopar.models import gpt
 from autopar.runtime.rank_stage import StageStep
-from models import gpt
 from tests.launch import run_ranks, try_ranks
 from tests.pipeline.ranks import train
 from tests.selection import slow_but

@@ -24,10 +24,10 @@ from autopar.errors import InvariantError
 from autopar.frontend.numerics import gradient_error
 from autopar.ir.program import PipelinedProgram
 from autopar.mesh import Mesh
+from autopar.models import moe
 from autopar.pipeline.stages import crossings, types_of
 from autopar.plan import Plan
 from autopar.simulate import simulate
-from models import moe
 from tests import hugging_face
 from tests.selection import slow_but
 
@@ -56,7 +56,7 @@ def reference(name: str, rows: int = ROWS) -> Reference:
         batch["input_ids"] = torch.randint(3, hugging_face.VOCABULARY, batch["input_ids"].shape, generator=generator)
         batch["labels"] = batch["input_ids"].where(batch["labels"] != -100, -100)
     else:
-        module = importlib.import_module(f"models.{name}")
+        module = importlib.import_module(f"autopar.models.{name}")
         model = module.build()
         batch = module.example_batch(model, rows)
     return Reference(model, batch)

@@ -8,8 +8,8 @@ import torch
 from autopar.check import Reference
 from autopar.errors import ScheduleError
 from autopar.mesh import Mesh
+from autopar.models import mlp
 from autopar.plan import Plan
-from models import mlp
 
 # each rank holds two stages, gradients of weights come last
 WRITTEN = """

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from autopar.check import Reference, Report
 from autopar.errors import NothingSplitError
 from autopar.mesh import Mesh
+from autopar.models import moe
 from autopar.plan import Plan
-from models import moe
 from tests.dropping import limited, ranks_of_tokens
 from tests.passes.test_route_experts import WIDTH, Experts, NoAuxiliary, batch, checked, reference, split
 

@@ -19,8 +19,8 @@ from autopar.errors import IndivisibleError, InvariantError
 from autopar.ir.layout import Factor, Layout, shard, unshard
 from autopar.ir.load import ExpertLoad
 from autopar.ir.parse import parse
+from autopar.models import moe
 from autopar.routing.placement import balanced_placement, imbalance
-from models import moe
 from tests.selection import slow_but
 
 LAYER = "blocks.{}.moe.experts"

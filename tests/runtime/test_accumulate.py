@@ -16,7 +16,7 @@ from autopar.frontend.numerics import gradient_error
 from autopar.ir.loss import loss_of
 from autopar.ir.parse import parse
 from autopar.ir.program import Program
-from models import llama
+from autopar.models import llama
 from tests.against_one_process import Errors, Tiny, compare_gradients, float64, tiny_batch, worst
 from tests.launch import run_ranks
 from tests.traffic import sent_since

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import autopar
 from autopar import Mesh, Plan
 from autopar.errors import LaunchError
+from autopar.models import llama
 from autopar.module import ParallelModule
 from autopar.runtime.dtensor import local_of
-from models import llama
 from tests.against_one_process import GroupedHeads, Tiny, difference, float64, tiny_batch
 from tests.launch import run_ranks
 from tests.traffic import sent_since

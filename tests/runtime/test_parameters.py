@@ -13,9 +13,9 @@ import autopar
 from autopar import Mesh, Plan
 from autopar.errors import IndivisibleError
 from autopar.ir.layout import Factor, Layout, Split, shard
+from autopar.models import gpt
 from autopar.runtime.connect import connect
 from autopar.runtime.stored import cut, in_model_order, in_stored_order, stored
-from models import gpt
 from tests.against_one_process import difference, float64, whole
 from tests.launch import run_ranks
 

@@ -15,11 +15,11 @@ from autopar.ir import collectives as comm
 from autopar.ir.parse import parse
 from autopar.ir.program import Program
 from autopar.mesh import Mesh
+from autopar.models import gpt
 from autopar.plan import Plan
 from autopar.simulate import simulate
 from autopar.simulator.emitted import EmittedLockstep
 from autopar.simulator.lockstep import Lockstep
-from models import gpt
 from tests.test_check import Mlp
 
 CODE = """

@@ -30,6 +30,6 @@ ROWS = 8
 def compiled(name: str) -> AnyProgram:
     model, mesh, plan = PROGRAMS[name]
     torch.manual_seed(0)
-    module = importlib.import_module(f"models.{model}")
+    module = importlib.import_module(f"autopar.models.{model}")
     made = module.build()
     return compile_program(made, Mesh.parse(mesh), Plan(**plan), (), module.example_batch(made, ROWS))

@@ -18,11 +18,11 @@ from autopar.errors import InvariantError, LaunchError
 from autopar.ir import collectives as comm
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.mesh import Mesh
+from autopar.models import gpt
 from autopar.plan import Plan
 from autopar.traces.operations import What
 from autopar.traces.scheduled import timed, write_scheduled
 from autopar.traces.slices import Slice, gaps, merged, one_after_the_other
-from models import gpt
 from tests.launch import run_ranks
 from tests.traces.programs import PROGRAMS, ROWS, compiled
 from tests.traffic import sent_since
