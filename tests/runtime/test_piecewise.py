@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils import _pytree as pytree
 
+import autopar
 from autopar import Mesh
 from autopar.runtime.connect import connect
-from autopar.runtime.dtensor_habits import take_over
+from autopar.runtime.dtensor_habits import is_shown, take_over
 from autopar.runtime.piecewise import PiecewiseDTensor, cut_whole
 from autopar.runtime.placements import Pieces
+from tests.against_one_process import GroupedHeads, float64, tiny_batch
 from tests.launch import run_ranks
 
 ORDER = Pieces(0, [(0, 4), (8, 2), (12, 2), (4, 4), (10, 2), (14, 2)])  # rank 0: rows 0-3 of q, 8-9 of k, 12-13 of v
@@ -154,3 +156,19 @@ def compute_each() -> dict[str, bool]:
 def test_every_operator_on_two_processes() -> None:
     for found in run_ranks(compute_each, 2):
         assert all(found.values()), [name for name, right in found.items() if not right]
+
+
+def shown_by_each_kind() -> list[bool]:
+    """Whether ``to_local()`` of each parameter is remembered of it."""
+    parallel = autopar.parallelize(float64(GroupedHeads), Mesh(tp=2), example_inputs=tiny_batch())
+    found = []
+    for parameter in parallel.parameters():
+        before = is_shown(parameter)
+        parameter.to_local()
+        found.append(not before and is_shown(parameter))
+    assert {type(parameter) for parameter in parallel.parameters()} == {DTensor, PiecewiseDTensor}
+    return found
+
+
+def test_parts_that_were_shown_are_remembered() -> None:
+    assert all(run_ranks(shown_by_each_kind, 2)[0])
