@@ -23,7 +23,8 @@ def full_state_dict(weights: Weights, held: Mapping[str, Any], device: str, rank
     connection = weights.connection
     keeps = connection is None or connection.rank == 0 or not rank0_only
     outlines = _outlines(weights)
-    names = sorted({*held, *outlines}) if connection is not None and connection.mesh.is_pipelined else held
+    is_pipelined = connection is not None and connection.mesh.is_pipelined
+    names = _of_stages(weights, held) if is_pipelined else list(held)
     found: dict[str, Tensor] = {}
     for name in names:
         tensor = held.get(name)
@@ -39,15 +40,24 @@ def full_grads(weights: Weights, grads: Mapping[str, Tensor], first: Mapping[str
 
     On a pipeline, ``first`` has the first pipeline rank that uses each parameter.
     """
-    outlines, names = _outlines(weights), list(grads)
-    if first and weights.connection is not None:  # stages differ in what they have, and frozen ones have nothing
-        everyone = weights.connection.comm.agreement.everyone(names)
-        names = sorted({name for names in everyone for name in names if name in grads or name in outlines})
+    outlines = _outlines(weights)
+    names = _of_stages(weights, grads) if first else list(grads)
     wholes = {name: full_of(grad) for name, grad in grads.items()}
     found = {
         name: _over_stages(weights.connection, wholes.get(name), first.get(name), outlines.get(name)) for name in names
     }
     return weights.of_model(found)
+
+
+def _of_stages(weights: Weights, held: Mapping[str, Any]) -> list[str]:
+    """The names that any rank has, in one order; collective.
+
+    Stages differ in what they have: frozen ones have no gradients, and buffers may be in no state dict.
+    """
+    if weights.connection is None:
+        return list(held)
+    everyone, known = weights.connection.comm.agreement.everyone(list(held)), {*held, *_outlines(weights)}
+    return sorted({name for names in everyone for name in names if name in known})
 
 
 def _outlines(weights: Weights) -> dict[str, Tensor]:
