@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.selection import slow_but
+
 ROOT = Path(__file__).parents[1]
 
 WATCH = """
@@ -80,7 +82,10 @@ def test_hooks_are_set_once_when_this_process_becomes_a_rank() -> None:
     assert second == "nothing"
 
 
-@pytest.mark.parametrize("line", ["sys.excepthook = print", "atexit.register(int)", "warnings.simplefilter('error')"])
+CHANGES = ["sys.excepthook = print", "atexit.register(int)", "warnings.simplefilter('error')"]
+
+
+@pytest.mark.parametrize("line", slow_but([1], CHANGES))
 def test_a_change_is_seen(line: str) -> None:
     (said,) = lines_of(f"{WATCH}\nbefore = state()\n{line}\nprint(changed(before))")
     assert said

@@ -19,6 +19,7 @@ from benchmarks.sequence_memory import Activations, counted, longest_that
 from benchmarks.subjects import SUBJECTS, Batch, Subject, hugging_face_llama
 from benchmarks.torch_sequence import Alone, HandWritten
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 # ---------------------------------------------------------------- the longest sequence
 
@@ -94,7 +95,7 @@ def _step(side: Contender) -> tuple[float, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("kind", ["ring", "ulysses"])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", slow_but([0], [2, 4]))
 def test_peers_compute_what_the_model_computes(kind: str, ranks: int) -> None:
     (loss, found), (expected_loss, expected) = run_ranks(gradients_of_peer, ranks, kind)[0]
     assert abs(loss - expected_loss) < 1e-5  # Hugging Face's norms, tables and loss are float32 within

@@ -14,6 +14,7 @@ from tests.against_one_process import compare_gradients, difference, float64
 from tests.dropping import DroppingWithoutAuxiliary, ranks_of_tokens
 from tests.launch import run_ranks
 from tests.passes.test_route_experts import NoAuxiliary, batch
+from tests.selection import slow_but
 
 EXACT, EXPERTS, FACTOR = 1e-11, 10, 0.75
 
@@ -55,7 +56,9 @@ RUNS: list[tuple[str, dict[str, Any], tuple[int, int, int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "choices", "ranks"), RUNS, ids=[f"{mesh}-{len(plan)}" for mesh, plan, _ in RUNS])
+@pytest.mark.parametrize(
+    ("mesh", "choices", "ranks"), slow_but([1, 5], RUNS), ids=[f"{mesh}-{len(plan)}" for mesh, plan, _ in RUNS]
+)
 def test_real_ranks(mesh: str, choices: dict[str, Any], ranks: tuple[int, int, int]) -> None:
     plan = Plan(check_numerics=False, capacity_factor=FACTOR, **choices)
     for found, dropped in run_ranks(train, Mesh.parse(mesh).world_size, mesh, plan, ranks, timeout=300):

@@ -39,13 +39,13 @@ def errors(model: str, mesh: str, plan: Plan, **config: object) -> Report:
     return report
 
 
-@pytest.mark.parametrize("mesh", slow_but([0, 5, 7, 8], MESHES))
+@pytest.mark.parametrize("mesh", slow_but([0, 5, 8], MESHES))
 @pytest.mark.parametrize("model", HUGGING_FACE + OURS)
 def test_equals_the_model(model: str, mesh: str) -> None:
     errors(model, mesh, Plan(check_numerics=False))
 
 
-@pytest.mark.parametrize("mesh", slow_but([1, 4], LAYER_MESHES))
+@pytest.mark.parametrize("mesh", slow_but([1], LAYER_MESHES))
 @pytest.mark.parametrize("model", LAYERS)
 def test_equals_the_model_of_torch_layers(model: str, mesh: str) -> None:
     program = errors(f"models.{model}", mesh, Plan(tensor=WHOLE.get(model, {}), check_numerics=False)).program
@@ -54,13 +54,13 @@ def test_equals_the_model_of_torch_layers(model: str, mesh: str) -> None:
     assert shares.split.get("tp", shares.whole) >= LAYERS[model] * shares.whole
 
 
-@pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2"])
+@pytest.mark.parametrize("mesh", slow_but([1], ["tp=2", "dp=2,tp=2"]))
 @pytest.mark.parametrize("model", ["models.transformer", "models.transformer:tiny_classifier"])
 def test_equals_the_model_of_torch_layers_with_the_sequence_split(model: str, mesh: str) -> None:
     errors(model, mesh, Plan(sequence="megatron", check_numerics=False))
 
 
-@pytest.mark.parametrize("mesh", slow_but([1, 3], MEGATRON))
+@pytest.mark.parametrize("mesh", slow_but([3], MEGATRON))
 @pytest.mark.parametrize("model", HUGGING_FACE + OURS)
 def test_equals_the_model_with_the_sequence_split(model: str, mesh: str) -> None:
     errors(model, mesh, Plan(sequence="megatron", check_numerics=False))

@@ -70,7 +70,7 @@ RUNS: list[tuple[str, dict[str, Any], bool]] = [
 ]
 
 
-FAST = (1, 5, 8)
+FAST = (1, 8)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def reference(name: str) -> Reference:
     return Reference(example(name).model, example(name).batch)
 
 
-@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("zero", slow_but([0, 3], range(4)))
 @pytest.mark.parametrize("mesh", MESHES)
 def test_equals_the_model(mesh: str, zero: int) -> None:
     on = Mesh.parse(mesh)
@@ -48,7 +48,7 @@ def test_equals_the_model(mesh: str, zero: int) -> None:
 # ---------------------------------------------------------------- the formulas of ZeRO
 
 
-@pytest.mark.parametrize("mesh", slow_but([1, 3], ["dp=2", "dp=3", "dp=2,sp=2", "dp=2,tp=2"]))
+@pytest.mark.parametrize("mesh", slow_but([1], ["dp=2", "dp=3", "dp=2,sp=2", "dp=2,tp=2"]))
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
 def test_no_byte_of_experts_more_than_the_formulas(name: str, mesh: str) -> None:
     """Rajbhandari et al. 2020, sections 5 and 7, P bytes on n ranks: P/n held; 2, 2, 2 or 3 times P (n-1)/n sent."""
@@ -72,7 +72,7 @@ def test_no_byte_of_experts_more_than_the_formulas(name: str, mesh: str) -> None
         assert sum(t.bytes for t in foreseen) == sum(t.bytes for t in traffic), "and said before it runs"
 
 
-@pytest.mark.parametrize("mesh", slow_but([1, 2], ["dp=3", "dp=2,sp=2", "dp=2,tp=2", "dp_replicate=2,dp_shard=2"]))
+@pytest.mark.parametrize("mesh", slow_but([1], ["dp=3", "dp=2,sp=2", "dp=2,tp=2", "dp_replicate=2,dp_shard=2"]))
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_dense_models_equal_themselves(name: str, mesh: str) -> None:
     for zero in (1, 3):

@@ -16,6 +16,7 @@ from tests.against_one_process import Errors, worst
 from tests.end_to_end.test_training import train
 from tests.launch import run_ranks
 from tests.passes.test_shard_parameters import Odd
+from tests.selection import slow_but
 
 ROWS, LENGTH = 12, 6  # rows that 1 to 4 ranks divide
 STAGES = (0, 1, 2, 3)
@@ -72,7 +73,7 @@ def check_rows(name: str, text: str, stages: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "mesh", "stage"),
-    [("odd", "dp=3", 3), ("llama", "dp=2", 1), ("gpt2", "dp_replicate=2,dp_shard=2", 2)],
+    slow_but([0, 2], [("odd", "dp=3", 3), ("llama", "dp=2", 1), ("gpt2", "dp_replicate=2,dp_shard=2", 2)]),
 )
 def test_adamw_on_shards(name: str, mesh: str, stage: int) -> None:
     if name != "odd":

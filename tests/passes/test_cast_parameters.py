@@ -29,6 +29,7 @@ from autopar.simulate import simulate
 from autopar.simulator.parts import Step
 from autopar.zoo.named import named_model
 from tests.conftest import Golden
+from tests.selection import slow_but
 
 FORWARD = """
 program mesh(dp=2)
@@ -159,7 +160,7 @@ def _bytes(traffic: Sequence[Transfer], phase: str, name: str) -> int:
     return sum(t.bytes for t in traffic if (t.phase, t.axis, t.name) == (phase, "dp", name))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", slow_but([1, 3], range(4)))
 def test_bytes(stage: int) -> None:
     """In bf16 everything is half; what is reduced in float32 is not."""
     full, half, mixed = (

@@ -16,6 +16,7 @@ from autopar.mesh import Mesh
 from autopar.passes import expand_composites as expand
 from autopar.plan import Plan
 from autopar.rules import rule_for
+from tests.selection import slow_but
 
 
 class Between(nn.Module):
@@ -75,7 +76,7 @@ BATCHED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", BATCHED)
-@pytest.mark.parametrize("mesh", ["dp=2", "dp=3,tp=2"])
+@pytest.mark.parametrize("mesh", slow_but([1], ["dp=2", "dp=3,tp=2"]))
 def test_what_lies_below_is_split_by_batch(name: str, mesh: str) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)

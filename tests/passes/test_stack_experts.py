@@ -72,7 +72,9 @@ def test_every_spelling_is_exact(loop: Loop, unused: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("expert", "count"), [(Gated, 3), (Chunked, 1), (Matrices, 2)], ids=["gated", "chunked", "matrices"]
+    ("expert", "count"),
+    slow_but([0, 2], [(Gated, 3), (Chunked, 1), (Matrices, 2)]),
+    ids=["gated", "chunked", "matrices"],
 )
 def test_experts_of_other_forms(expert: type[nn.Module], count: int) -> None:
     for loop in (where, tokens_of_mask, dense):

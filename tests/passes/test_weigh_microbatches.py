@@ -19,6 +19,7 @@ from autopar.errors import TraceError
 from autopar.ir.program import Program
 from autopar.simulate import simulate
 from tests.against_one_process import difference, whole
+from tests.selection import slow_but
 
 Loss = Callable[["Labels", Tensor, Tensor], Tensor]
 
@@ -90,7 +91,7 @@ def model(loss: Loss) -> Labels:
     return Labels(loss).double()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", slow_but([0, 1, 4, 8, 12, 13, 16, 19, 21], list(LOSSES)))
 def test_losses_that_people_have(name: str) -> None:
     """Microbatches of four rows, of unequally many rows, of one row, one of these without a label."""
     reference = Reference(model(LOSSES[name]), batch())
@@ -99,7 +100,7 @@ def test_losses_that_people_have(name: str) -> None:
         assert report.worst < 1e-12, (sizes, count)
 
 
-@pytest.mark.parametrize("name", NO_PARTS)
+@pytest.mark.parametrize("name", slow_but([0, 1, 5], list(NO_PARTS)))
 def test_losses_without_parts_are_refused_while_compiling(name: str) -> None:
     loss, said = NO_PARTS[name]
     for mesh, count in ((Mesh(pp=2), 2), (Mesh(pp=2), 8), (Mesh(dp=1), 2)):

@@ -16,6 +16,7 @@ from autopar.models import moe
 from autopar.plan import Plan
 from tests.dropping import limited, ranks_of_tokens
 from tests.passes.test_route_experts import WIDTH, Experts, NoAuxiliary, batch, checked, reference, split
+from tests.selection import slow_but
 
 ROWS, LENGTH = 12, 8
 MORE_THAN_ENOUGH = 100.0
@@ -36,7 +37,7 @@ def counted(report: Report) -> int:
 @pytest.mark.parametrize("kind", ["usual", "alike"])
 @pytest.mark.parametrize("factor", [0.2, 1.0, 1.7])
 @pytest.mark.parametrize("experts", [12, 10, 3])
-@pytest.mark.parametrize("ways", [1, 2, 3, 6])
+@pytest.mark.parametrize("ways", slow_but([0, 3], [1, 2, 3, 6]))
 def test_drops_by_the_rule_of_each_rank(ways: int, experts: int, factor: float, kind: str) -> None:
     """Uneven parts, ranks without an expert, and experts that all tokens, or none, choose."""
     given, dropped = limited(reference(experts, kind), ranks_of_tokens(ROWS, LENGTH, ways), factor)

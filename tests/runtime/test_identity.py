@@ -17,6 +17,7 @@ from autopar import Mesh, Plan
 from autopar.errors import AutoparError, InvariantError
 from tests.against_one_process import difference, float64, whole
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 MESHES = [{"dp": 2}, {"tp": 2}, {"pp": 2}]
 ids = ["-".join(axes) for axes in MESHES]
@@ -74,7 +75,7 @@ def train_with_what_was_there(axes: dict[str, int], zero: int, started: bool) ->
     return worst(module, reference), marks
 
 
-@pytest.mark.parametrize("started", [False, True], ids=["fresh", "started"])
+@pytest.mark.parametrize("started", slow_but([1], [False, True]), ids=["fresh", "started"])
 @pytest.mark.parametrize(("axes", "zero"), [({"dp": 2}, 2), ({"tp": 2}, 0), ({"pp": 2}, 0)], ids=ids)
 def test_an_optimizer_from_before(axes: dict[str, int], zero: int, started: bool) -> None:
     results = run_ranks(train_with_what_was_there, 2, axes, zero, started)
@@ -167,7 +168,10 @@ def write_data(axes: dict[str, int], zero: int) -> list[float]:
     return errors
 
 
-@pytest.mark.parametrize(("axes", "zero"), [*[({"dp": 2}, zero) for zero in range(4)], ({"tp": 2}, 0), ({"pp": 2}, 0)])
+WRITTEN = [*(({"dp": 2}, zero) for zero in range(4)), ({"tp": 2}, 0), ({"pp": 2}, 0)]
+
+
+@pytest.mark.parametrize(("axes", "zero"), slow_but([0, 2, 5], WRITTEN))
 def test_data_is_written(axes: dict[str, int], zero: int) -> None:
     for errors in run_ranks(write_data, 2, axes, zero):
         assert max(errors) < 1e-12, errors

@@ -16,6 +16,7 @@ from autopar.commands.coverage import measure
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.verification.coverage import CASES, Case, Coverage, cover
+from tests.selection import slow_but
 
 DATA, TENSOR, EXPERTS = Case("dp=2", Mesh(dp=2)), Case("tp=2", Mesh(tp=2)), Case("ep=2", Mesh(ep=2))
 
@@ -168,7 +169,7 @@ def test_a_model_that_cannot_be_traced() -> None:
     assert "cannot be traced" in found.failure and not found.outcomes
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "segformer", "clip"])
+@pytest.mark.parametrize("name", slow_but([0, 1], ["llama", "mixtral", "segformer", "clip"]))
 def test_architectures(name: str) -> None:
     pytest.importorskip("transformers")
     found = measure(name, "any", CASES)

@@ -12,7 +12,8 @@ from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.zoo.named import OURS, named_model
 
-QUICK = {"llama", "gemma2", "deberta_v2", "whisper", "swin", "mamba2", *OURS}
+QUICK = {"llama", "deberta_v2", "swin", "mamba2", *OURS}
+FEW = {"mixtral", "gpt_oss", "llama4_text", "granitemoe", "qwen3_moe", "moe"}
 EXPERTS, CHOICES = 12, 2
 ONE_CHOICE = {"llama4_text"}
 NAMES = [*(name for name in zoo.ARCHITECTURES if zoo.architecture(name).family != "moe"), *OURS]
@@ -28,7 +29,9 @@ def layers_of_experts(model: nn.Module) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", [*MIXTURES, "moe"])
+@pytest.mark.parametrize(
+    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in [*MIXTURES, "moe"]]
+)
 def test_all_layers_of_a_mixture_are_recognised(name: str) -> None:
     if name != "moe":
         pytest.importorskip("transformers")
