@@ -37,6 +37,8 @@ class Executable(BoundProgram):
         super().__init__(program, model_graphs(program), root, connection)
         self._accumulation = accumulation or Accumulation()
         self._counts = BatchCounts(program, self.slots, connection.comm)
+        self._is_weighed, loss = program.is_weighed, program.loss
+        self._differentiates_loss_alone = loss is not None and self.role.differentiable == (loss,)
         self._leaves = [self._leaf(target) for target in self.role.grads]
         self._gives = [self.giver(target) for target in self.role.grads]
         self._results = [
@@ -55,7 +57,7 @@ class Executable(BoundProgram):
 
         Raises InvariantError for a model without a loss.
         """
-        if self.program.loss is None or self.role.differentiable != (self.program.loss,):
+        if not self._differentiates_loss_alone:
             return loss_of(self.run(tensors, seed, weight))
         step = Step(tensors, seed, learns=True, wholes=self._wholes(tensors, weight))
         (found,) = _Differentiable.apply(self, step, *(leaf(step) for leaf in self._leaves))  # type: ignore[no-untyped-call]
@@ -83,7 +85,7 @@ class Executable(BoundProgram):
         return restore_output(self.program, outputs) if self.program.out_spec is not None else tuple(outputs)
 
     def _wholes(self, tensors: Sequence[Tensor], weight: Weight | None) -> Mapping[str, Tensor]:
-        if not self.program.is_weighed:
+        if not self._is_weighed:
             return {}
         return (weight or weights(self.program, [self.counts(tensors, 1.0)], [1])[0]).wholes
 
