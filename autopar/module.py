@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +44,7 @@ from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.identity import kept
 from autopar.runtime.parameters import Weights
 from autopar.runtime.program_cache import ProgramCache
+from autopar.runtime.stacks import apply_to_modules
 from autopar.runtime.variants import check_whole_batches
 from autopar.runtime.whole_tensors import full_grads, full_state_dict
 from autopar.schedules.timing import Timeline
@@ -80,10 +81,9 @@ class ParallelModule(nn.Module):
         held: Holding | None = None,
     ) -> None:
         super().__init__()
-        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[shared] = model.__dict__[shared]
-        for hooks in ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
-            self.__dict__[hooks] = model.__dict__[hooks]
+        tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+        hooks = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+        self.__dict__.update({shared: model.__dict__[shared] for shared in tables + hooks})
         self.training = model.training
         held = held or Holding(model, Weights(self, connection, plan.initial))
         accumulation = Accumulation()
@@ -271,8 +271,7 @@ class ParallelModule(nn.Module):
 
     def prepare(self, *args: Any, **kwargs: Any) -> AnyProgram:
         """Make the program of this call without running it; the tensors may be meta tensors."""
-        call = self._signature.call(args, kwargs)
-        return self._programs.prepared(call, self.training)
+        return self._programs.prepared(self._signature.call(args, kwargs), self.training)
 
     def full_state_dict(self, *, device: str = "cpu", rank0_only: bool = False) -> dict[str, Tensor]:
         """Copies of the whole tensors under the model's names, on every rank or only on rank 0 (empty elsewhere).
@@ -342,6 +341,10 @@ class ParallelModule(nn.Module):
     def train(self, mode: bool = True) -> ParallelModule:
         super().train(mode)
         self._held.model.training = mode
+        return self
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> ParallelModule:
+        apply_to_modules(self, fn, self._held.weights.stacks)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> ParallelModule:

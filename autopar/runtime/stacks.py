@@ -7,8 +7,8 @@ the tensors of the unmodified model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,10 @@ Place = tuple[Table, str]  # a table and a key in it
 
 @dataclass(frozen=True)
 class Stack:
-    """A parameter ``name`` at ``place`` for those that were at ``members``; ``outlines``: meta tensors like these."""
+    """A parameter ``name`` at ``place`` for those that were at ``members``; ``outlines``: meta tensors like these.
+
+    On a pipeline rank whose stage does not have it, None is at ``place``.
+    """
 
     name: str
     place: Place
@@ -33,9 +36,9 @@ class Stack:
     outlines: tuple[Tensor, ...]
 
     @property
-    def parameter(self) -> Tensor:
+    def parameter(self) -> Tensor | None:
         table, key = self.place
-        found: Tensor = table[key]
+        found: Tensor | None = table[key]
         return found
 
     def moved(self, tables: Mapping[int, Table]) -> Stack:
@@ -44,19 +47,39 @@ class Stack:
         members = tuple((tables[id(table)], key) for table, key in self.members)
         return replace(self, place=place, members=members)
 
-    @contextmanager
-    def apart(self) -> Iterator[None]:
+    def apart(self) -> AbstractContextManager[None]:
         """Within this context, the model has outlines of its own parameters in place of the stack."""
+        learns = self.parameter is not None and self.parameter.requires_grad
+        return self.in_place([outline.requires_grad_(learns) for outline in self.outlines])
+
+    @contextmanager
+    def in_place(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Within this context, the model has ``tensors`` where it had its own parameters, and not the stack."""
         table, key = self.place
         stack = table.pop(key)
-        for (own, name), outline in zip(self.members, self.outlines):
-            own[name] = outline.requires_grad_(False if stack is None else stack.requires_grad)
+        for (own, name), tensor in zip(self.members, tensors):
+            own[name] = tensor
         try:
             yield
         finally:
             for own, name in self.members:
                 own[name] = None
             table[key] = stack
+
+
+def apply_to_modules(root: nn.Module, function: Callable[[nn.Module], None], stacks: Sequence[Stack]) -> None:
+    """``torch.nn.Module.apply``, in which experts of a list have their parameters: views of the stack's rows.
+
+    Writing to a view of rows that lie on other ranks is collective, see :mod:`autopar.runtime.initialising`.
+    """
+    for child in root.children():
+        apply_to_modules(child, function, stacks)
+    tables = {id(module._parameters) for module in root.modules()} if stacks else set()
+    with ExitStack() as shown:
+        for one in stacks:
+            if one.parameter is not None and any(id(table) in tables for table, _ in one.members):
+                shown.enter_context(one.in_place(one.parameter.data.unbind(0)))
+        function(root)
 
 
 def stack(root: nn.Module, name: str, places: Sequence[Place]) -> Stack:

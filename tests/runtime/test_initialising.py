@@ -17,7 +17,9 @@ from autopar import Mesh, Plan
 from autopar.errors import InvariantError
 from tests.against_one_process import difference, float64
 from tests.launch import run_ranks
+from tests.loops_over_experts import LOOPS, WIDTH, Mixture
 from tests.runtime.fused import Fused, batch
+from tests.selection import slow_but
 
 ORTHOGONAL = init.orthogonal_  # as a script has it that imported it
 Function = Callable[[Any], Any]  # of a parameter, into which it writes
@@ -130,3 +132,33 @@ def draw_on_stages() -> list[str]:
 def test_stages_refuse_to_draw() -> None:
     for said in run_ranks(draw_on_stages, 2):
         assert all("pipeline stage" in text and "before parallelize" in text for text in said)
+
+
+def of_the_module(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        init.normal_(parameter, std=0.2)
+
+
+def of_all_below(module: nn.Module) -> None:
+    if isinstance(module, nn.Sequential):
+        for parameter in module.parameters():
+            init.uniform_(parameter, -0.3, 0.3)
+
+
+def initialise_stacks(mesh: Mesh) -> list[float]:
+    reference, x = Mixture(LOOPS[0]).double(), torch.randn(24, WIDTH, dtype=torch.float64)
+    parallel = autopar.parallelize(copy.deepcopy(reference), mesh, Plan(check_numerics=False))
+    found = [difference(parallel(x), reference(x))]
+    assert any("*" in name for name, _ in parallel.named_parameters()), "the experts are in stacks"
+    for function in (LAYERS["reset"], of_the_module, of_all_below):
+        for module in (parallel, reference):
+            torch.manual_seed(7)
+            assert module.apply(function) is module
+        found.append(difference(parallel(x), reference(x)))
+    return found
+
+
+@pytest.mark.parametrize("mesh", slow_but([0], [Mesh(ep=2), Mesh(ep=3), Mesh(ep=2, tp=2), Mesh(dp=2, ep=2)]), ids=str)
+def test_experts_in_stacks_have_the_numbers_of_one_device(mesh: Mesh) -> None:
+    for errors in run_ranks(initialise_stacks, mesh.world_size, mesh):
+        assert max(errors) < 1e-12, errors
