@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+NEAR = 3  # names that are shown
+
 
 class AutoparError(Exception):
     """Base of every error that autopar raises about a model, a program or a run."""
@@ -77,3 +82,11 @@ class ScheduleError(AutoparError):
 
 class RankFailedError(AutoparError):
     """A peer rank ended or stopped answering while this rank waited for it."""
+
+
+def unknown_name(problem: str, name: object, known: Iterable[str]) -> str:
+    """The message for a name that there is not, with near ones and all: ``Plan has no choice 'zeros'; ...``."""
+    names = list(known)
+    near = get_close_matches(str(name), names, NEAR, 0.6)
+    guess = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"{problem} {name!r}{guess}\nWay out: one of {', '.join(names)}."

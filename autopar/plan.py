@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from autopar.errors import unknown_name
 from autopar.precision import Precision
 from autopar.schedules.named import NAMES, stages_per_rank
 
@@ -22,6 +26,18 @@ WEIGHTS_OF_PARTS = ("exact", "statistics", "rows")
 INITIAL_FORMS = ("rank0", "checked")
 FALLBACKS = ("error", "replicate")
 TENSOR_FORMS = ("column", "row", "replicate", "vocabulary")
+FORMS: Mapping[str, tuple[object, ...]] = {  # choices that are one of a few values
+    "sequence": SEQUENCE_FORMS,
+    "attention": ATTENTION_FORMS,
+    "expert_axes": EXPERT_AXES,
+    "zero": ZERO_STAGES,
+    "inputs": INPUT_FORMS,
+    "outputs": OUTPUT_FORMS,
+    "initial": INITIAL_FORMS,
+    "on_unknown": FALLBACKS,
+    "on_indivisible": ("auto", *FALLBACKS),
+    "microbatch_weights": WEIGHTS_OF_PARTS,
+}
 
 
 def _plain(value: object) -> object:
@@ -34,7 +50,7 @@ def _frozen(mapping: Mapping[str, object]) -> Mapping[str, object]:
     return MappingProxyType(dict(mapping))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Choices for ``autopar.parallelize``; the defaults are right for most models.
 
@@ -131,24 +147,22 @@ class Plan:
     stage_memory_gb: float | None = None
     timeout: float = 300.0
 
+    def __new__(cls, *values: object, **choices: object) -> Plan:
+        if values:
+            raise ValueError(f"Plan({values[0]!r}): choices are given by name\nWay out: Plan(zero=3), for example.")
+        _check_names(choices)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        _one_of("sequence", self.sequence, SEQUENCE_FORMS)
-        _one_of("attention", self.attention, ATTENTION_FORMS)
-        _one_of("expert_axes", self.expert_axes, EXPERT_AXES)
+        for name, forms in FORMS.items():
+            _one_of(name, getattr(self, name), forms)
         _check_capacity(self.capacity_factor)
-        _one_of("zero", self.zero, ZERO_STAGES)
         _check_recompute(self.recompute)
-        _one_of("inputs", self.inputs, INPUT_FORMS)
-        _one_of("outputs", self.outputs, OUTPUT_FORMS)
-        _one_of("initial", self.initial, INITIAL_FORMS)
-        _one_of("on_unknown", self.on_unknown, FALLBACKS)
-        _one_of("on_indivisible", self.on_indivisible, ("auto", *FALLBACKS))
         for pattern, form in self.tensor.items():
             _one_of(f"tensor[{pattern!r}]", form, TENSOR_FORMS)
         if not isinstance(self.precision, Precision):
             raise ValueError(f"Plan(precision={self.precision!r}): write Precision(param={self.precision!r})")
         _check_types(self)
-        _one_of("microbatch_weights", self.microbatch_weights, WEIGHTS_OF_PARTS)
         _check_schedule(self.schedule, self.virtual_stages)
         if isinstance(self.cuts, str) or not all(isinstance(name, str) and name for name in self.cuts):
             raise ValueError(f"Plan(cuts={self.cuts!r}): names of modules, e.g. ('model.layers.8',)")
@@ -171,15 +185,26 @@ class Plan:
 
     @classmethod
     def from_json(cls, choices: Mapping[str, Any]) -> Plan:
-        """The inverse of :meth:`to_json`. Raises ValueError for a choice that this version does not know."""
-        names = [entry.name for entry in fields(cls)]
-        for name in choices:
-            if name not in names:
-                raise ValueError(f"Plan has no choice '{name}'; there are {', '.join(names)}")
+        """The inverse of :meth:`to_json`; ``precision`` may be the name of a dtype, that of ``Precision(param=)``.
+
+        Raises ValueError for a choice that this version does not know.
+        """
+        _check_names(choices)
         given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in choices.items()}
-        if isinstance(given.get("precision"), Mapping):
-            given["precision"] = Precision.from_json(given["precision"])
+        precision = given.get("precision")
+        if isinstance(precision, str):
+            precision = {"param": precision}
+        if isinstance(precision, Mapping):
+            given["precision"] = Precision.from_json(precision)
         return cls(**given)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Plan:
+        """The plan in a file of TOML, or of JSON where its name ends so: ``zero = 3``, ``[tensor]``, ``"*.o" = "row"``.
+
+        Raises ValueError for a file that cannot be read, and for a choice or a value that a plan does not have.
+        """
+        return cls.from_json(read_choices(path))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled by its choices: a frozen mapping can be neither."""
@@ -198,6 +223,32 @@ class Plan:
             if form is not None:
                 forms[f"*{module}.weight"] = form
         return cls(tensor={**forms, **choices.pop("tensor", {})}, **choices)
+
+
+def read_choices(path: str | Path) -> dict[str, Any]:
+    """The choices in a file of TOML or JSON; their values are not checked yet.
+
+    Raises ValueError where it cannot be read, and for a name that is no choice.
+    """
+    read = json.loads if Path(path).suffix == ".json" else tomllib.loads
+    try:
+        choices = read(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}\nWay out: a file with lines as zero = 3.") from None
+    except ValueError as error:
+        kind = "JSON" if read is json.loads else "TOML"
+        raise ValueError(f'{path} is no {kind}: {error}\nWay out: lines as zero = 3, schedule = "zb-v".') from None
+    if not isinstance(choices, dict):
+        raise ValueError(f'{path}: a plan is a table of choices\nWay out: {{"zero": 3}}')
+    _check_names(choices, f"{path}: ")
+    return choices
+
+
+def _check_names(choices: Mapping[str, object], where: str = "") -> None:
+    names = [entry.name for entry in fields(Plan)]
+    for name in choices:
+        if name not in names:
+            raise ValueError(unknown_name(f"{where}Plan has no choice", name, names))
 
 
 _TP_STYLES = {"colwise": "column", "rowwise": "row"}

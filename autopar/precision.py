@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from autopar.errors import unknown_name
+
 if TYPE_CHECKING:
     import torch
 
@@ -68,7 +70,7 @@ class Precision:
         known = cls().to_json()
         for name in choices:
             if name not in known:
-                raise ValueError(f"Precision has no choice '{name}'; there are {', '.join(known)}")
+                raise ValueError(unknown_name("Precision has no choice", name, known))
         return cls(**choices)
 
 

@@ -46,6 +46,14 @@ def no_process_group_is_left() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def failures_leave_nothing_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The programs that failed passes leave are in a directory of the test run, for its processes too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOPAR_DUMP_DIR", str(tmp_path_factory.mktemp("failures")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def default_dtype_is_kept() -> Iterator[None]:
     """Tests that compute in float64 set the default dtype; the next test starts with torch's own."""

@@ -76,6 +76,7 @@ def test_a_planted_fault_is_caught_after_the_pass_that_planted_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AUTOPAR_DUMP_DIR", ".")
     before = right(level, mesh)
     phase = Phase("planted", (graph_pass()(lambda program: program), graph_pass()(fault)), level)
     with pytest.raises(InvariantError) as caught:

@@ -10,18 +10,9 @@ import typer
 
 from autopar.analysis.footprint import held
 from autopar.check import TOLERANCE, Reference, Report
-from autopar.commands.options import (
-    Batch,
-    ConfigTexts,
-    Json,
-    Length,
-    ModelName,
-    PlanTexts,
-    Seed,
-    read_config,
-    read_mesh,
-    read_plan,
-)
+from autopar.commands.bundles import expanded
+from autopar.commands.options import Json, ModelChoices, ModelName, read_mesh
+from autopar.commands.plan_options import PlanChoices
 from autopar.commands.tables import (
     held_json,
     held_table,
@@ -36,22 +27,20 @@ from autopar.ir.batch import data_ways
 from autopar.ir.traffic import size_text
 from autopar.mesh import Mesh
 from autopar.plan import Plan
-from autopar.zoo.named import named_model
 
 WORST_SHOWN = 3
 PHASES = ("forward", "backward")
 
 
+@expanded
 def check_command(
     model: ModelName,
     mesh: Annotated[
         list[str] | None, typer.Option("--mesh", metavar="AXES", help="e.g. dp=2,tp=2; may be given several times")
     ] = None,
-    plan: PlanTexts = None,
-    config: ConfigTexts = None,
-    batch: Batch = None,
-    length: Length = None,
-    seed: Seed = 0,
+    *,
+    plan: PlanChoices,
+    choices: ModelChoices,
     as_json: Json = False,
 ) -> None:
     """Compare the parallel MODEL with the unmodified one: loss, outputs and every gradient, in float64.
@@ -59,14 +48,14 @@ def check_command(
     All ranks run in this process, one after the other. Exit code 1 if any error is above 1e-10.
     """
     meshes = [read_mesh(text) for text in mesh or ["dp=2,tp=2"]]
-    choices = read_plan(plan)
+    asked = plan.plan()
     ways = math.lcm(*map(data_ways, meshes))
-    example = named_model(model, read_config(config), batch, length, seed, ways)
+    example = choices.example(model, ways)
     if not example.has_weights:
         raise ValueError(f"{model} is too large to be run here\nWay out: a smaller one, e.g. --config layers=2")
     with stderr().status(f"tracing {model}"):
         reference = Reference(example.model, example.batch)
-    found = [_checked(reference, model, on, choices) for on in meshes]
+    found = [_checked(reference, model, on, asked) for on in meshes]
     if as_json:
         print_json({"model": model, "tolerance": TOLERANCE, "meshes": [_document(*entry) for entry in found]})
     elif len(found) == 1:

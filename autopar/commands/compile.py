@@ -10,19 +10,9 @@ import typer
 
 from autopar.analysis.footprint import held, sent
 from autopar.codegen.python import emit
-from autopar.commands.options import (
-    Batch,
-    ConfigTexts,
-    Json,
-    Length,
-    MeshText,
-    ModelName,
-    PlanTexts,
-    Seed,
-    read_config,
-    read_mesh,
-    read_plan,
-)
+from autopar.commands.bundles import expanded
+from autopar.commands.options import Json, MeshText, ModelChoices, ModelName, read_mesh
+from autopar.commands.plan_options import PlanChoices
 from autopar.commands.run import refuse_too_large
 from autopar.commands.tables import held_json, print_json, stderr, traffic_json
 from autopar.compiler import compile_program
@@ -32,18 +22,16 @@ from autopar.ir.traffic import size_text
 from autopar.mesh import PIPELINE
 from autopar.program_files.program_file import save
 from autopar.runtime.calls import Signature
-from autopar.zoo.named import named_model
 
 
+@expanded
 def compile_command(
     model: ModelName,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="a new directory, or a program's")],
     mesh: MeshText = "dp=2,tp=2",
-    plan: PlanTexts = None,
-    config: ConfigTexts = None,
-    batch: Batch = None,
-    length: Length = None,
-    seed: Seed = 0,
+    *,
+    plan: PlanChoices,
+    choices: ModelChoices,
     as_json: Json = False,
 ) -> None:
     """Write the program of MODEL on a mesh to DIR: the graphs as text, constants, a manifest with every layout.
@@ -52,10 +40,10 @@ def compile_command(
     run, to be read; of a pipeline one for each stage, and in schedule/ what each pipeline rank does in order.
     """
     on = read_mesh(mesh)
-    example = named_model(model, read_config(config), batch, length, seed, data_ways(on))
+    example = choices.example(model, data_ways(on))
     with stderr().status(f"making the program of {model} on {on}"):
         batch_by_signature = Signature(example.model.forward).call((), example.batch).kwargs
-        program = compile_program(example.model, on, read_plan(plan), (), batch_by_signature)
+        program = compile_program(example.model, on, plan.plan(), (), batch_by_signature)
         save(program, output, extra_files=dict(_to_read(program)))
     files = {path.relative_to(output).as_posix(): path.stat().st_size for path in output.rglob("*") if path.is_file()}
     if as_json:

@@ -20,7 +20,9 @@ from rich.progress import Progress
 
 from autopar import __version__, zoo
 from autopar.check import TOLERANCE
-from autopar.commands.options import PlanTexts, read_mesh, read_plan
+from autopar.commands.bundles import expanded
+from autopar.commands.options import Json, read_mesh
+from autopar.commands.plan_options import PlanChoices
 from autopar.commands.tables import print_json, stderr, stdout, table
 from autopar.ir.batch import data_ways
 from autopar.ir.collectives import row_of
@@ -32,6 +34,7 @@ ROWS = 4  # of a batch, at least: the data ranks of each mesh divide them
 WIDTH = 170  # of the table, where it is not printed on a terminal
 
 
+@expanded
 def coverage(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="architectures; default: all")] = None,
     family: Annotated[
@@ -40,10 +43,11 @@ def coverage(
     mesh: Annotated[
         list[str] | None, typer.Option("--mesh", metavar="AXES", help="not the usual ones; may be given several times")
     ] = None,
-    plan: PlanTexts = None,
     jobs: Annotated[int, typer.Option(min=1, help="architectures at a time")] = min(2, os.cpu_count() or 1),
     markdown: Annotated[Path | None, typer.Option(help="also write the table to this file")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document instead of the table")] = False,
+    *,
+    plan: PlanChoices,
+    as_json: Json = False,
 ) -> None:
     """Build small models of many architectures, parallelise each, simulate it in float64, compare and measure.
 
@@ -52,7 +56,7 @@ def coverage(
     attention; on ep every layer of experts. Exit code 1 if any number differs or a model cannot be traced.
     """
     chosen = _chosen(names or [], family or [])
-    cases = CASES if mesh is None and not plan else _cases(mesh or [case.title for case in CASES[:4]], plan)
+    cases = CASES if mesh is None and not plan.given else _cases(mesh or [case.title for case in CASES[:4]], plan)
     found = dict(_covered(chosen, cases, jobs))
     rows = [found[name] for name in chosen]
     if as_json:
@@ -77,8 +81,8 @@ def _chosen(names: Sequence[str], families: Sequence[str]) -> dict[str, str]:
     return {name: known[name] for name in wanted if not families or known[name] in families}
 
 
-def _cases(meshes: Sequence[str], plan: list[str] | None) -> tuple[Case, ...]:
-    return tuple(Case(text, read_mesh(text), read_plan(plan)) for text in meshes)
+def _cases(meshes: Sequence[str], plan: PlanChoices) -> tuple[Case, ...]:
+    return tuple(Case(text, read_mesh(text), plan.plan()) for text in meshes)
 
 
 # ---------------------------------------------------------------- measuring

@@ -3,46 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from autopar.analysis.compare import diff
-from autopar.commands.options import (
-    Batch,
-    ConfigTexts,
-    Json,
-    Length,
-    MeshText,
-    PlanTexts,
-    Seed,
-    read_config,
-    read_mesh,
-    read_plan,
-)
+from autopar.commands.bundles import expanded
+from autopar.commands.options import Json, MeshText, ModelChoices, read_mesh
+from autopar.commands.plan_options import PlanChoices, read_plan_texts
 from autopar.commands.tables import print_json, stderr
 from autopar.compiler import compile_program
 from autopar.ir.batch import data_ways
 from autopar.ir.program import AnyProgram
 from autopar.mesh import Mesh
 from autopar.program_files.program_file import load
-from autopar.zoo.named import named_model
 
 ToMesh = Annotated[str | None, typer.Option(metavar="AXES", help="the mesh of the second program  [default: --mesh]")]
-ToPlan = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="of the second program, after --plan")]
+ToPlan = Annotated[list[str] | None, typer.Option(metavar="FILE|KEY=VALUE", help="of the second program, after --plan")]
 
 
+@expanded
 def diff_command(
     before: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="what autopar compile wrote, or a model's name")],
     after: Annotated[str | None, typer.Argument(metavar="DIR", help="the other program, if both are on disk")] = None,
     mesh: MeshText = "dp=2,tp=2",
     to_mesh: ToMesh = None,
-    plan: PlanTexts = None,
     to_plan: ToPlan = None,
-    config: ConfigTexts = None,
-    batch: Batch = None,
-    length: Length = None,
-    seed: Seed = 0,
+    *,
+    plan: PlanChoices,
+    choices: ModelChoices,
     as_json: Json = False,
 ) -> None:
     """Print what differs: layouts, collectives, the bytes that a rank sends and holds; repeated blocks are one line.
@@ -55,11 +44,11 @@ def diff_command(
     else:
         if to_mesh is None and not to_plan:
             raise ValueError("compared with what? A second DIR; or of a MODEL --to-mesh AXES, --to-plan KEY=VALUE")
-        given: Any = (read_config(config), batch, length, seed)
+        other = PlanChoices({**plan.given, **read_plan_texts(to_plan)})
         first, second = read_mesh(mesh), read_mesh(to_mesh or mesh)
         ways = max(data_ways(first), data_ways(second))
-        one = _compiled(before, first, plan, given, ways)
-        found = diff(one, _compiled(before, second, [*(plan or ()), *(to_plan or ())], given, ways))
+        one = _compiled(before, first, plan, choices, ways)
+        found = diff(one, _compiled(before, second, other, choices, ways))
     print_json(found.to_json()) if as_json else print(found)
 
 
@@ -69,8 +58,7 @@ def _loaded(directory: str) -> AnyProgram:
     return load(directory)
 
 
-def _compiled(model: str, mesh: Mesh, plan: list[str] | None, given: Any, ways: int) -> AnyProgram:
-    config, batch, length, seed = given
-    example = named_model(model, config, batch, length, seed, ways)
+def _compiled(model: str, mesh: Mesh, plan: PlanChoices, choices: ModelChoices, ways: int) -> AnyProgram:
+    example = choices.example(model, ways)
     with stderr().status(f"making the program of {model} on {mesh}"):
-        return compile_program(example.model, mesh, read_plan(plan), (), example.batch)
+        return compile_program(example.model, mesh, plan.plan(), (), example.batch)

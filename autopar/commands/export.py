@@ -7,18 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from autopar.commands.options import (
-    Batch,
-    ConfigTexts,
-    Json,
-    Length,
-    MeshText,
-    PlanTexts,
-    Seed,
-    read_config,
-    read_mesh,
-    read_plan,
-)
+from autopar.commands.bundles import expanded
+from autopar.commands.options import Json, MeshText, ModelChoices, read_mesh
+from autopar.commands.plan_options import PlanChoices
 from autopar.commands.tables import print_json, stderr
 from autopar.compiler import compile_program
 from autopar.exporters.export import DIALECTS, FORMATS, WEIGHTS, export
@@ -26,9 +17,9 @@ from autopar.ir.batch import data_ways
 from autopar.ir.program import AnyProgram
 from autopar.ir.traffic import size_text
 from autopar.program_files.program_file import load
-from autopar.zoo.named import named_model
 
 
+@expanded
 def export_command(
     source: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="what autopar compile wrote, or a model's name")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="a new directory, or an export's")],
@@ -42,11 +33,9 @@ def export_command(
     ir: Annotated[int | None, typer.Option(help="version of ONNX's files")] = None,
     onnx_dialect: Annotated[str, typer.Option(help=f"of collectives: {' | '.join(DIALECTS)}")] = "autopar",
     mesh: MeshText = "dp=2,tp=2",
-    plan: PlanTexts = None,
-    config: ConfigTexts = None,
-    batch: Batch = None,
-    length: Length = None,
-    seed: Seed = 0,
+    *,
+    plan: PlanChoices,
+    choices: ModelChoices,
     as_json: Json = False,
 ) -> None:
     """Write a program for other tools: a file for each rank, and manifest.json, which says what they are.
@@ -58,9 +47,9 @@ def export_command(
         program: AnyProgram = load(source)
     else:
         on = read_mesh(mesh)
-        example = named_model(source, read_config(config), batch, length, seed, data_ways(on))
+        example = choices.example(source, data_ways(on))
         with stderr().status(f"making the program of {source} on {on}"):
-            program = compile_program(example.model, on, read_plan(plan), (), example.batch)
+            program = compile_program(example.model, on, plan.plan(), (), example.batch)
         given = [weights_from, example.model] if weights_from else None if weights == "none" else example.model
     export(
         program, output, format, rank=rank, weights=weights, weights_from=given, verify=verify, training=training,

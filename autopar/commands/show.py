@@ -12,22 +12,12 @@ from rich.console import Group
 from autopar.analysis.folded_text import folded
 from autopar.analysis.footprint import held, sent
 from autopar.analysis.selected_text import selected
+from autopar.commands.bundles import expanded
 from autopar.commands.expert_loads import loads_json, loads_tables, read_loads
 from autopar.commands.expert_tables import experts_json, experts_tables
-from autopar.commands.options import (
-    Batch,
-    ConfigTexts,
-    Json,
-    Length,
-    MeshText,
-    OptionalModelName,
-    PlanTexts,
-    Seed,
-    read_config,
-    read_mesh,
-    read_plan,
-)
+from autopar.commands.options import Json, MeshText, ModelChoices, OptionalModelName, read_mesh
 from autopar.commands.pipeline_tables import pipeline_of
+from autopar.commands.plan_options import PlanChoices
 from autopar.commands.tables import (
     WIDTH_OF_A_PIPE,
     held_json,
@@ -44,7 +34,6 @@ from autopar.ir.graph_pass import Phase, steps_of
 from autopar.ir.program import AnyProgram, format_program
 from autopar.mesh import Mesh
 from autopar.passes import COMPILER
-from autopar.zoo.named import named_model
 
 Recorded = Annotated[
     Path | None, typer.Option(metavar="LOG", help="the loads of experts that this log of autopar train recorded")
@@ -52,9 +41,13 @@ Recorded = Annotated[
 Explained = Annotated[
     str | None, typer.Option(metavar="NAME", help="why this node or parameter lies as it does, and what else costs")
 ]
-Picture = Annotated[Path | None, typer.Option("--schedule-svg", metavar="FILE", help="write that picture to this file")]
+Picture = Annotated[
+    Path | None,
+    typer.Option("--timeline-svg", "--schedule-svg", metavar="FILE", help="write that picture to this file"),
+]
 
 
+@expanded
 def show(
     model: OptionalModelName = None,
     mesh: MeshText = "dp=2,tp=2",
@@ -68,14 +61,12 @@ def show(
     module: Annotated[str | None, typer.Option(metavar="PATH", help="lines of this module: model.layers.40")] = None,
     grep: Annotated[str | None, typer.Option(metavar="REGEX", help="lines that match, with their source line")] = None,
     summary: Annotated[bool, typer.Option("--summary", help="only tables: parameters, collectives, stages")] = False,
-    schedule: Annotated[bool, typer.Option("--schedule", help="draw what pipeline ranks do when")] = False,
+    timeline: Annotated[bool, typer.Option("--timeline", help="draw what pipeline ranks do when")] = False,
     picture: Picture = None,
     expert_load: Recorded = None,
-    plan: PlanTexts = None,
-    config: ConfigTexts = None,
-    batch: Batch = None,
-    length: Length = None,
-    seed: Seed = 0,
+    *,
+    plan: PlanChoices,
+    choices: ModelChoices,
     as_json: Json = False,
 ) -> None:
     """Print the program of MODEL on a mesh: the text form, or with --rank what that rank runs.
@@ -88,10 +79,10 @@ def show(
     on, loads = read_mesh(mesh), read_loads(expert_load) if expert_load is not None else {}
     if model is None:
         raise ValueError("of which MODEL? For example: autopar show llama --mesh dp=2,tp=2")
-    _refuse(on, after, rank, schedule or picture is not None)
-    example = named_model(model, read_config(config), batch, length, seed, data_ways(on))
+    _refuse(on, after, rank, timeline or picture is not None)
+    example = choices.example(model, data_ways(on))
     with stderr().status(f"making the program of {model} on {on}"):
-        split = split_program(example.model, on, read_plan(plan), (), example.batch, after=after)
+        split = split_program(example.model, on, plan.plan(), (), example.batch, after=after)
         whole = split if after is not None else finish_program(split)
     if module is not None or grep is not None:
         text = selected(whole, module, grep)
@@ -113,7 +104,7 @@ def show(
     console = stdout()
     console.print(end="" if summary else "\n")
     if pipeline is not None:
-        pipeline.print(console, schedule)
+        pipeline.print(console, timeline)
     console.print(*experts_tables(split), *loads_tables(loads), *_tables(whole, rank or 0), sep="\n")
 
 

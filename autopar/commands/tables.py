@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from autopar.analysis.footprint import Holdings
-from autopar.ir.traffic import Transfer, size_text
+if TYPE_CHECKING:  # which import torch: a schedule is drawn without it
+    from autopar.analysis.footprint import Holdings
+    from autopar.ir.traffic import Transfer
 
 WIDTH_OF_A_PIPE = 110  # rich would take 80 where there is no terminal
 
@@ -43,6 +44,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 def traffic_table(title: str, traffic: Sequence[Transfer], steps: float = 1) -> Group:
     """Operations and bytes of one rank per step, its phases beside each other."""
+    from autopar.ir.traffic import size_text
+
     phases = list(dict.fromkeys(entry.phase for entry in traffic))
     rows = []
     for axis, name in dict.fromkeys((entry.axis, entry.name) for entry in traffic):
@@ -69,6 +72,8 @@ def traffic_json(traffic: Sequence[Transfer], steps: float = 1) -> list[dict[str
 
 
 def held_table(holdings: Holdings) -> Group:
+    from autopar.ir.traffic import size_text
+
     rows = [("whole model", size_text(holdings.whole), ""), ("one rank", size_text(holdings.rank), "")]
     for axis, split in holdings.split.items():
         rows.append((f"split over {axis}", size_text(split), f"{split / max(1, holdings.whole):.1%}"))

@@ -16,9 +16,10 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from autopar.commands.expert_loads import read_loads
+from autopar.commands.bundles import expanded
 from autopar.commands.launch import is_rank, is_restart, relaunch
-from autopar.commands.options import ConfigTexts, Json, ModelName, PlanTexts, Seed, read_config, read_mesh, read_plan
+from autopar.commands.options import Json, ModelChoices, ModelName, read_mesh
+from autopar.commands.plan_options import PlanChoices
 from autopar.commands.step_traces import joined_traces
 from autopar.commands.tables import print_json, stderr
 from autopar.commands.train_report import document_of, end_of, print_report, tolerance_of
@@ -27,23 +28,14 @@ from autopar.ir.program import AnyProgram
 from autopar.mesh import SEQUENCE, Mesh
 from autopar.plan import Plan
 from autopar.program_files.program_file import load
-from autopar.routing.placement import balanced_placement
 from autopar.training.byte_text import BYTES, ByteText, read_text
 from autopar.training.loop import CLIP, Run, Settings, is_first, train
 from autopar.training.saving import Saving, Start
-from autopar.zoo.named import Example, named_model, rows_for
+from autopar.zoo.named import Example, rows_for
 
 MESH, LENGTH = "dp=2,tp=2", 128
 SHAPE = re.compile(r"i64\[(\d+), (\d+)\]")  # of tokens, as a program knows its inputs
 
-Zero = Annotated[int | None, typer.Option(min=0, max=3, help="ranks of dp share optimizer states, gradients, weights")]
-Precision = Annotated[str | None, typer.Option(metavar="DTYPE", help="compute in bf16, fp16, ...; parameters stay")]
-Recompute = Annotated[str | None, typer.Option(metavar="WHAT", help="none, selective, full, or a fraction of memory")]
-ScheduleName = Annotated[str | None, typer.Option(metavar="NAME", help="of pipeline ranks: gpipe, 1f1b, zb-v, ...")]
-Microbatches = Annotated[
-    int | None, typer.Option(min=1, help="parts of a batch  [default: with pp two for each pipeline rank, else 1]")
-]
-VirtualStages = Annotated[int | None, typer.Option(min=1, help="stages on each pipeline rank")]
 Accumulate = Annotated[int, typer.Option(min=1, help="batches in a step, reduced together")]
 Clip = Annotated[float, typer.Option(min=0, help="most that the norm of all gradients may be; 0: anything")]
 Checkpoint = Annotated[Path | None, typer.Option(metavar="DIR", help="save here, at the end too; all ranks see it")]
@@ -53,9 +45,6 @@ Resume = Annotated[bool, typer.Option("--resume", help="go on from the latest ch
 # the longer name is for torchrun's own command line, which takes --log for an unclear option of its own
 LogFile = Annotated[Path | None, typer.Option("--log", "--log-file", help="write one JSON line per step to this file")]
 Trace = Annotated[Path | None, typer.Option(metavar="DIR", help="write the timeline of a step here: step.json")]
-PlacedBy = Annotated[
-    Path | None, typer.Option("--expert-placement", metavar="LOG", help="place experts by the loads that it recorded")
-]
 MeshOrNone = Annotated[
     str | None,
     typer.Option("--mesh", metavar="AXES", help=f"e.g. dp=4; 1 for one device  [default: {MESH}, or the program's]"),
@@ -66,26 +55,15 @@ FromProgram = Annotated[
 Restarts = Annotated[int, typer.Option(min=0, help="how often all ranks start again when one fails")]
 
 
+@expanded
 def train_command(
     model: ModelName = "hf:llama",
     mesh: MeshOrNone = None,
     steps: Annotated[int, typer.Option(min=1)] = 20,
     rate: Annotated[float, typer.Option("--lr", help="learning rate of AdamW")] = 1e-3,
-    batch: Annotated[int | None, typer.Option(min=1, help="rows of the global batch  [default: about 12]")] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="bytes in a row  [default: 128]")] = None,
     text: Annotated[Path | None, typer.Option(help="a file to train on; default: Python's own reference")] = None,
     compare: Annotated[bool, typer.Option(help="train the unmodified model too, and compare the losses")] = True,
-    seed: Seed = 0,
-    zero: Zero = None,
-    precision: Precision = None,
-    recompute: Recompute = None,
-    schedule: ScheduleName = None,
-    microbatches: Microbatches = None,
-    virtual_stages: VirtualStages = None,
-    placed_by: PlacedBy = None,
     program: FromProgram = None,
-    plan: PlanTexts = None,
-    config: ConfigTexts = None,
     accumulate: Accumulate = 1,
     clip: Clip = CLIP,
     checkpoint: Checkpoint = None,
@@ -96,6 +74,9 @@ def train_command(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there is one for every rank")] = "auto",
     log: LogFile = None,
     trace: Trace = None,
+    *,
+    plan: PlanChoices,
+    choices: ModelChoices,
     as_json: Json = False,
 ) -> None:
     """Train MODEL over a mesh on byte-level tokens of real text; by itself it starts one process per rank (torchrun).
@@ -103,23 +84,19 @@ def train_command(
     Rank 0 also trains the unmodified model, from the same weights on the same batches. Exit code 1 if the losses differ
     at any step, in float32 by more than 1e-4. SIGTERM ends the step, saves and stops; --resume goes on.
     """
-    stored, overrides = load(program) if program is not None else None, read_config(config)
+    stored = load(program) if program is not None else None
     on = read_mesh(mesh or MESH) if mesh or stored is None else stored.mesh
-    rows, length = _sizes(stored, batch, length, on)
-    shorthands = {"zero": zero, "precision.param": precision, "recompute": recompute, "schedule": schedule}
-    shorthands |= {"microbatches": microbatches, "virtual_stages": virtual_stages}
+    rows, length = _sizes(stored, choices.batch, choices.length, on)
     _refuse_uneven_parts(length, on)
-    texts = [*(plan or ()), *(f"{key}={choice}" for key, choice in shorthands.items() if choice is not None)]
-    usual = stored.plan if stored is not None and not texts else _plan(texts, on, rows, accumulate)
-    choices = _placed(usual, placed_by)
+    asked = plan.plan(stored.plan) if stored is not None else _plan(plan, on, rows, accumulate)
     where, saving = _device(device, on), _saving(checkpoint, every, keep, resume)
     stream = ByteText(read_text(text), rows, length)
     if on.world_size > 1 and not is_rank():
         with joined_traces(trace):
             relaunch(on.world_size, sys.argv[1:], max_restarts, stops=True)
         return
-    example = _byte_model(model, overrides, seed)
-    settings = Settings(on, choices, steps, rate, where, compare, accumulate, clip, saving, log, program, trace)
+    example = _byte_model(model, choices)
+    settings = Settings(on, asked, steps, rate, where, compare, accumulate, clip, saving, log, program, trace)
     start = time.perf_counter()
     with joined_traces(trace):
         run = _train(model, example.model, stream, settings, shown=is_first() and not as_json)
@@ -128,8 +105,8 @@ def train_command(
         _report(example.model, run, settings, document, as_json)
 
 
-def _byte_model(name: str, overrides: dict[str, Any], seed: int) -> Example:
-    example = named_model(name, overrides, seed=seed)
+def _byte_model(name: str, choices: ModelChoices) -> Example:
+    example = replace(choices, batch=None, length=None).example(name)
     _refuse_other_than_bytes(name, example.model)
     return example
 
@@ -150,21 +127,17 @@ def _report(model: nn.Module, run: Run, settings: Settings, document: dict[str, 
         raise typer.Exit(1)
 
 
-def _plan(texts: list[str], mesh: Mesh, rows: int, accumulate: int) -> Plan:
+def _plan(choices: PlanChoices, mesh: Mesh, rows: int, accumulate: int) -> Plan:
     """The plan of the options; a pipeline gets two microbatches for each of its ranks, if there are enough rows."""
-    if mesh.is_pipelined and not any(text.startswith("microbatches=") for text in texts):
-        texts.append(f"microbatches={max(1, min(2 * mesh.size('pp'), rows // data_ways(mesh)))}")
-    if mesh.size(SEQUENCE) > 1 and not any(text.startswith("inputs=") for text in texts):
-        texts.append("inputs=local")  # a rank makes its part of each batch, and nothing else
-    plan = read_plan(texts)
+    usual: dict[str, Any] = {}
+    if mesh.is_pipelined:
+        usual["microbatches"] = max(1, min(2 * mesh.size("pp"), rows // data_ways(mesh)))
+    if mesh.size(SEQUENCE) > 1:
+        usual["inputs"] = "local"  # a rank makes its part of each batch, and nothing else
+    plan = choices.over(usual).plan()
     if accumulate > 1 and (mesh.is_pipelined or plan.microbatches > 1):
         raise ValueError("--accumulate does not go with microbatches\nWay out: a larger --batch, more --microbatches")
     return plan
-
-
-def _placed(plan: Plan, recorded: Path | None) -> Plan:
-    """``plan`` with experts placed by the loads in the log ``recorded``, if there is one."""
-    return plan if recorded is None else replace(plan, expert_placement=balanced_placement(read_loads(recorded)))
 
 
 def _train(name: str, model: nn.Module, text: ByteText, settings: Settings, shown: bool) -> Run:

@@ -6,7 +6,9 @@
     Phase("split", (split_batch, split_tensors, reduce_partials))
 
 ``AUTOPAR_DUMP=all`` (or pass names with commas) prints the program after those passes to stderr. When a pass fails, the
-program before it is written to ``autopar-failed-<pass>.txt``, which :func:`read_replay` reads.
+program before it is written to ``autopar-failed-<pass>.txt``, which :func:`read_replay` reads, in the directory
+``AUTOPAR_DUMP_DIR`` (``autopar --dump DIR``), else in the user's cache; each pass has one such file, that of its latest
+failure.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+import platformdirs
 import torch
 from torch import fx
 
@@ -33,6 +36,7 @@ from autopar.ir.text import operator_name
 from autopar.plan import Plan
 
 DUMP = "AUTOPAR_DUMP"
+DUMP_DIRECTORY = "AUTOPAR_DUMP_DIR"
 TRACE = "trace"  # the step before all passes
 _PLAN = "# plan: "
 
@@ -278,12 +282,13 @@ def _counts(graph: fx.Graph | None) -> Counter[str]:
 
 def _keep_evidence(program: AnyProgram, step: Pass[Any, Any]) -> str:
     """Write the program before the pass that failed; gives where it is, and how to run the pass on it again."""
-    path = Path(f"autopar-failed-{step.name}.txt")
+    path = dump_directory() / f"autopar-failed-{step.name}.txt"
     heading = f"# the program before pass {step.name} failed (constants read back as zeros)\n"
     heading += f"# it went through: {', '.join(program.passes) or 'no pass'}\n"
     plan = f"{_PLAN}{json.dumps(program.plan.to_json(), sort_keys=True)}\n"
     draft = path.with_suffix(f".{os.getpid()}.tmp")  # several ranks may write the same file
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(f"{heading}{plan}{format_program(program, origins=True)}\n", encoding="utf-8")
         draft.replace(path)
     except Exception as error:
@@ -292,6 +297,11 @@ def _keep_evidence(program: AnyProgram, step: Pass[Any, Any]) -> str:
         return f"In pass {step.name}; the program before it could not be written to {path}: {error}"
     command = f"autopar replay {shlex.quote(str(path))} --pass {step.name}"
     return f"In pass {step.name}; the program before it is in {path}. To run the pass on it again:\n  {command}"
+
+
+def dump_directory() -> Path:
+    """Where failures leave their programs: never in the working directory, unless the user says so."""
+    return Path(os.environ.get(DUMP_DIRECTORY) or platformdirs.user_cache_path("autopar"))
 
 
 def read_replay(path: str | Path) -> AnyProgram:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:  # a schedule is made and drawn without torch, which takes seconds to import
     import torch
@@ -133,15 +133,15 @@ class Schedule:
         return any(not isinstance(step, Compute) for steps in self.ranks for step in steps)
 
 
-def chain(stages: int, values: Values | None = None) -> tuple[Link, ...]:
+# Its dtype is a name: nothing is sent where schedules are drawn, and torch takes seconds to import.
+ONE_NUMBER: Values = (((1,), cast("torch.dtype", "torch.float32")),)
+
+
+def chain(stages: int, values: Values = ONE_NUMBER) -> tuple[Link, ...]:
     """The links of a plain pipeline: each stage passes ``values`` to the next and gets their gradients back.
 
     By default that is one float32 number.
     """
-    if values is None:
-        import torch
-
-        values = (((1,), torch.float32),)
     return tuple(Link(stage, stage + 1, values, values) for stage in range(stages - 1))
 
 

@@ -24,7 +24,8 @@ from autopar.__main__ import MOST_LINES, main
 from autopar.check import Reference, Report
 from autopar.commands.curves import sparkline
 from autopar.commands.launch import report_failures
-from autopar.commands.options import read_config, read_mesh, read_plan
+from autopar.commands.options import read_config, read_mesh
+from autopar.commands.plan_options import read_plan
 from autopar.compiler import split_program
 from autopar.data.parts import Share
 from autopar.ir.graph_pass import graph_pass, run_passes
@@ -339,8 +340,9 @@ def test_compile_and_run(autopar_command: Command, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected[name].detach())
 
 
-def test_replay(autopar_command: Command) -> None:
+def test_replay(autopar_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed pass leaves the program before it, on which the pass can be run again."""
+    monkeypatch.setenv("AUTOPAR_DUMP_DIR", "left")
     example = named_model("mlp")
     before = split_program(example.model, Mesh(dp=2), None, (), example.batch, after="write_losses_as_sums")
 
@@ -350,7 +352,7 @@ def test_replay(autopar_command: Command) -> None:
 
     with pytest.raises(ValueError, match="not today"):
         run_passes(before, [split_batch])
-    code, out, _ = autopar_command("replay", "autopar-failed-split_batch.txt", "--pass", "split_batch")
+    code, out, _ = autopar_command("replay", "left/autopar-failed-split_batch.txt", "--pass", "split_batch")
     assert code == 0, "the fixture's directory is where the file was left"
     assert "all_reduce 0 -> 2" in out and "f32[12@dp,48]" in out
 

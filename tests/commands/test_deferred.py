@@ -29,7 +29,7 @@ def test_the_help_is_that_of_the_command(name: str) -> None:
     assert help_text == " ".join((inspect.getdoc(command) or "").split("\n\n")[0].split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["shw"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["shw"], ["schedule", "zb-v", "--stages", "2"]])
 def test_what_needs_no_torch(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True)
     said = done.stdout + done.stderr

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import autopar
 from autopar import Mesh, Plan, Precision
-from autopar.commands.options import read_plan
+from autopar.commands.plan_options import read_plan
 from autopar.models import gpt, llama
 from autopar.runtime.dtensor import local_of
 from tests.against_one_process import difference
@@ -39,13 +39,20 @@ def test_dtypes_by_name_and_by_type() -> None:
     ("choices", "message"),
     [
         ({"precision.param": "int8"}, "param='int8'"),
-        ({"precision.params": "bf16"}, "no choice 'params'; there are param, reduce, output"),
-        ({"precision": "bf16"}, r"precision\.ENTRY=VALUE"),
+        (
+            {"precision.params": "bf16"},
+            "did you mean .param..\nWay out: one of param, reduce, output",
+        ),
+        ({"precision": "int8"}, "param='int8'"),
     ],
 )
 def test_what_is_no_precision(choices: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_plan([f"{key}={value}" for key, value in choices.items()])
+
+
+def test_a_dtype_alone_is_that_of_computing() -> None:
+    assert read_plan(["precision=bf16"]) == Plan(precision=Precision("bf16")) == Plan.from_json({"precision": "bf16"})
 
 
 def test_a_plan_takes_no_bare_dtype() -> None:

@@ -23,6 +23,7 @@ from tests.texts import MLP, ROLES, node_of
 def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("AUTOPAR_DUMP", raising=False)
+    monkeypatch.setenv("AUTOPAR_DUMP_DIR", ".")
 
 
 @graph_pass(requires=(every_value_has_a_layout,), ensures=(no_partial_value_escapes,))
@@ -179,6 +180,19 @@ def test_the_program_before_the_failure_can_be_replayed() -> None:
     assert "# it went through: replace_gelu\n" in path.read_text()
     assert "all_reduce" not in str(drop_reduction(again))
     assert not list(Path().glob("*.tmp"))
+
+
+def test_without_a_wish_a_failure_leaves_nothing_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AUTOPAR_DUMP_DIR")
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache" / name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IndivisibleError) as caught:
+        run_passes(parse(MLP), [failing(IndivisibleError("6 over 4"))])
+    left = tmp_path / "cache" / "autopar" / "autopar-failed-fail.txt"
+    assert str(left) in caught.value.__notes__[0] and read_replay(left).mesh == parse(MLP).mesh
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_a_failure_that_cannot_be_written_down_is_still_the_failure() -> None:

@@ -36,7 +36,7 @@ def autopar(*arguments: str) -> Outcome:
 
 def test_show(tmp_path: Path) -> None:
     arguments = ["show", "gpt", "--mesh", "pp=2,tp=2", "--plan", "microbatches=4", "--batch", "8"]
-    code, text, _ = autopar(*arguments, "--summary", "--schedule", "--schedule-svg", str(tmp_path / "picture.svg"))
+    code, text, _ = autopar(*arguments, "--summary", "--timeline", "--timeline-svg", str(tmp_path / "picture.svg"))
     assert code == 0
     assert "slowest stage over mean" in text
     assert "schedule 1f1b: 2 pipeline ranks, 2 stages, 4 microbatches, bubble 25.00% of the computing time" in text
@@ -50,7 +50,7 @@ def test_show(tmp_path: Path) -> None:
 
 
 def test_show_refuses_a_schedule_without_a_pipeline() -> None:
-    code, _, said = autopar("show", "gpt", "--mesh", "dp=2", "--schedule")
+    code, _, said = autopar("show", "gpt", "--mesh", "dp=2", "--timeline")
     assert code == 2 and "mesh(dp=2) has no pipeline to draw" in said and "Traceback" not in said
 
 
