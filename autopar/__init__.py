@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from autopar.analysis.compare import diff
     from autopar.api import parallelize
     from autopar.checkpoint.checkpoints import Checkpoints, Resumed
-    from autopar.checkpoint.weights import LoadedWeights, load_safetensors, save_safetensors
+    from autopar.checkpoint.weights import LoadedWeights, load_safetensors
+    from autopar.checkpoint.written_weights import save_pretrained, save_safetensors
     from autopar.compiler import compile_program
     from autopar.data.padding import PaddedBatch, pad_batch
     from autopar.data.parts import BatchesOfRank, part_of_batch
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from autopar.exporters.export import export
     from autopar.ir.program import PipelinedProgram, Program
     from autopar.module import ParallelModule
+    from autopar.pretrained.gathered import gather
+    from autopar.pretrained.loading import from_pretrained
     from autopar.routing.placement import balanced_placement
     from autopar.verification.register_rule import register_rule
 
@@ -66,6 +69,8 @@ _LAZY = {
     "compile_program": "compiler",
     "export": "exporters.export",
     "diff": "analysis.compare",
+    "from_pretrained": "pretrained.loading",
+    "gather": "pretrained.gathered",
     "load_safetensors": "checkpoint.weights",
     "pad_batch": "data.padding",
     "PaddedBatch": "data.padding",
@@ -76,7 +81,8 @@ _LAZY = {
     "Program": "ir.program",
     "Resumed": "checkpoint.checkpoints",
     "register_rule": "verification.register_rule",
-    "save_safetensors": "checkpoint.weights",
+    "save_pretrained": "checkpoint.written_weights",
+    "save_safetensors": "checkpoint.written_weights",
     "TokenFile": "data.token_file",
 }
 
@@ -121,10 +127,13 @@ __all__ = [
     "compile_program",
     "diff",
     "export",
+    "from_pretrained",
+    "gather",
     "load_safetensors",
     "pad_batch",
     "parallelize",
     "part_of_batch",
     "register_rule",
+    "save_pretrained",
     "save_safetensors",
 ]

@@ -28,6 +28,7 @@ from autopar.ir.loss import loss_of
 from autopar.ir.program import AnyProgram
 from autopar.ir.traffic import Transfer
 from autopar.mesh import PIPELINE, Mesh
+from autopar.other_methods import refusal
 from autopar.pipeline import microbatches
 from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import first_ranks
@@ -278,7 +279,7 @@ class ParallelModule(nn.Module):
 
         Collective; one tensor after the other is gathered.
         """
-        return full_state_dict(self._held.weights, self.state_dict(), device, rank0_only)
+        return full_state_dict(self._held.weights, self.state_dict(), device, 0 if rank0_only else None)
 
     def full_grads(self) -> dict[str, Tensor]:
         """The whole gradients by parameter name, those that there are; collective."""
@@ -302,10 +303,7 @@ class ParallelModule(nn.Module):
         model = self._held.model
         found = getattr(model, name)
         if callable(found) and name not in vars(model):
-            raise AttributeError(
-                f"'{name}' is a method of {type(model).__name__}; of those a parallel module has only forward(): "
-                "what the model computes otherwise is not parallelised"
-            )
+            raise AttributeError(refusal(type(model).__name__, name))
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:

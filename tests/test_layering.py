@@ -52,7 +52,11 @@ STANDS_ON = {
     "passes": "autodiff errors experts frontend ir levels masks mesh operators pipeline routing rules schedules split",
     "choices": "ir mesh plan",
     "compiler": "choices frontend ir mesh passes pipeline plan",
-    "module": "analysis compiler errors frontend ir mesh pipeline plan runtime schedules simulate simulator traces",
+    "other_methods": "",
+    "module": (
+        "analysis compiler errors frontend ir mesh other_methods pipeline plan runtime schedules simulate simulator"
+        " traces"
+    ),
     "stored_programs": "errors frontend ir mesh plan program_files",
     "api": "choices frontend mesh module plan runtime stored_programs",
     "reference": "compiler errors frontend ir mesh pipeline plan simulate simulator",
@@ -60,6 +64,7 @@ STANDS_ON = {
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",
     "checkpoint": "errors ir mesh module plain_files runtime",
     "exporters": "checkpoint errors ir mesh operators pipeline program_files runtime schedules simulator traces",
+    "pretrained": "api checkpoint errors mesh module plan runtime",
     "training": "api checkpoint data ir mesh module plan runtime traces",
     "autopar": "*",  # the package itself: its names are imported at first use
     "commands": "*",

@@ -35,7 +35,7 @@ def initialise(model: nn.Module, entries: Sequence[Named], seed: int = 0) -> Non
     if not entries:
         return
     materialise(model, list(entries))
-    on_meta = _copy_on_meta(model)
+    on_meta = copy_on_meta(model)
     owned = itertools.groupby(sorted(entries, key=_owner), key=_owner)
     for owner, group in owned:
         members = list(group)
@@ -72,7 +72,7 @@ def _steps(root: nn.Module, owner: str) -> Iterator[Callable[[], Any]]:
             yield partial(init, module)
 
 
-def _copy_on_meta(model: nn.Module) -> nn.Module:
+def copy_on_meta(model: nn.Module) -> nn.Module:
     """A copy of the model itself whose tensors are whole ones on the meta device; tied ones stay tied."""
     memo: dict[int, Any] = {}
     entries = every_tensor(model)
@@ -83,6 +83,8 @@ def _copy_on_meta(model: nn.Module) -> nn.Module:
         is_parameter = isinstance(tensor, nn.Parameter)
         outlines[entry.name] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
         memo[id(tensor)] = outlines[entry.name]
+    if held_by(model).model is not model:
+        memo[id(model)] = model  # hooks of ours know the parallel module
     found: nn.Module = copy.deepcopy(held_by(model).model, memo)
     for entry in entries:
         for name in () if entry.held and entry.member is None else entry.names:  # of other stages, or of a stack

@@ -15,13 +15,13 @@ from autopar.runtime.dtensor import full_of
 from autopar.runtime.parameters import Weights
 
 
-def full_state_dict(weights: Weights, held: Mapping[str, Any], device: str, rank0_only: bool) -> dict[str, Tensor]:
+def full_state_dict(weights: Weights, held: Mapping[str, Any], device: str, rank: int | None) -> dict[str, Tensor]:
     """Copies on ``device`` of the whole tensors of a state dict, of which this rank has ``held``.
 
-    Collective, one tensor after the other. Empty except on rank 0 with ``rank0_only``.
+    Collective, one tensor after the other. Empty except on ``rank``, which is None for all.
     """
     connection = weights.connection
-    keeps = connection is None or connection.rank == 0 or not rank0_only
+    keeps = connection is None or rank is None or connection.rank == rank
     outlines = _outlines(weights)
     is_pipelined = connection is not None and connection.mesh.is_pipelined
     names = _of_stages(weights, held) if is_pipelined else list(held)

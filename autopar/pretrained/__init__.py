@@ -1,0 +1,1 @@
+"""Pretrained models of Hugging Face: into parallel modules, and out of them and their checkpoints."""
