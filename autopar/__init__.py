@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from autopar.exporters.export import export
     from autopar.ir.program import PipelinedProgram, Program
     from autopar.module import ParallelModule
+    from autopar.pretrained.exported_weights import ExportedWeights, export_weights
     from autopar.pretrained.gathered import gather
     from autopar.pretrained.loading import from_pretrained
     from autopar.routing.placement import balanced_placement
@@ -68,6 +69,8 @@ _LAZY = {
     "LoadedWeights": "checkpoint.weights",
     "compile_program": "compiler",
     "export": "exporters.export",
+    "ExportedWeights": "pretrained.exported_weights",
+    "export_weights": "pretrained.exported_weights",
     "diff": "analysis.compare",
     "from_pretrained": "pretrained.loading",
     "gather": "pretrained.gathered",
@@ -101,6 +104,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "ExportError",
+    "ExportedWeights",
     "IndivisibleError",
     "InvariantError",
     "LaunchError",
@@ -127,6 +131,7 @@ __all__ = [
     "compile_program",
     "diff",
     "export",
+    "export_weights",
     "from_pretrained",
     "gather",
     "load_safetensors",

@@ -21,7 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import AsyncStager
@@ -33,6 +34,7 @@ from autopar.checkpoint import files
 from autopar.checkpoint.directory_lock import hold_directory, writer_name
 from autopar.checkpoint.disk import disk_failed
 from autopar.checkpoint.fit import refuse_other_model, refuse_other_optimizers
+from autopar.checkpoint.hub_names import configs_of
 from autopar.checkpoint.incoming import Incoming
 from autopar.checkpoint.named_tensors import Named, every_tensor
 from autopar.checkpoint.peers import Peers
@@ -41,7 +43,7 @@ from autopar.checkpoint.training_state import Gather, Owners, random_state
 from autopar.checkpoint.watched_files import Progress
 from autopar.errors import AutoparError, CheckpointError
 from autopar.module import ParallelModule, held_by
-from autopar.runtime.slices import Slices
+from autopar.runtime.slices import Slices, slices_of
 
 ONE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"  # torch says so at each save and load
 
@@ -302,7 +304,22 @@ def _manifest(step: int, model: nn.Module, owners: Owners, peers: Peers) -> dict
         "zero": parallel.plan.zero if parallel else 0,
         "optimizers": [type(optimizer).__name__ for optimizer in owners.optimizers],
         "groups": [names for _, names in owners.groups()],
+        "pretrained": configs_of(held_by(model).model),
     }
+
+
+def read_tensor(path: Path, metadata: Metadata, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A whole tensor of the checkpoint ``path``, alone, on the CPU. Raises CheckpointError."""
+    found = torch.empty(shape, dtype=dtype)
+    peers = Peers.alone()
+    how: dict[str, Any] = {"storage_reader": files.Reader(path, metadata, peers), "planner": files.LoadPlanner(False)}
+    try:
+        with _no_word_of_one_process():
+            load({name: slices_of(found)}, no_dist=True, **how)
+    except CheckpointException as problem:
+        rank, (cause, _) = next(iter(problem.failures.items()))
+        raise _cause(rank, cause, path) from cause
+    return found
 
 
 @contextmanager

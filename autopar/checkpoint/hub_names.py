@@ -5,6 +5,7 @@ Models of other libraries, and of versions before 5, have one name for a tensor,
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -69,6 +70,19 @@ def without_ignored(model: nn.Module, missing: Iterable[str], unused: Iterable[s
 def not_written(model: nn.Module) -> set[str]:
     """The names of tensors that ``save_pretrained`` leaves out of files."""
     return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def configs_of(model: nn.Module) -> dict[str, Any] | None:
+    """The configs of ``model`` by the names of their files, in plain values; None for a model of another library."""
+    if not is_pretrained(model):
+        return None
+    found: dict[str, Any] = {}
+    for file, name in (("config.json", "config"), ("generation_config.json", "generation_config")):
+        config: Any = getattr(model, name, None)
+        if config is not None:
+            found[file] = json.loads(config.to_json_string())
+    found["config.json"]["architectures"] = [type(model).__name__]
+    return found
 
 
 def is_pretrained(model: nn.Module) -> bool:

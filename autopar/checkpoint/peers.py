@@ -46,6 +46,13 @@ class Peers:
             )
         self.rank = dist.get_rank(self.group)
 
+    @classmethod
+    def alone(cls) -> Peers:
+        """This process by itself, whatever others there are."""
+        made = object.__new__(cls)
+        made.group, made.rank, made.size, made.timeout = None, 0, 1, TIMEOUT
+        return made
+
     def of_first(self, value: T) -> T:
         """The value of rank 0."""
         shared = [value]

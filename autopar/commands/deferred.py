@@ -47,6 +47,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "Write a program for other tools: a file for each rank, and manifest.json, which says what they "
         "are.",
     ),
+    "export-weights": (
+        "export_weights", "export_weights_command",
+        "Write the weights of a training checkpoint as safetensors files, with the config: for "
+        "from_pretrained.",
+    ),
     "run": (
         "run", "run",
         "Run the forward pass of a saved program over its mesh; weights and inputs that are not given are "

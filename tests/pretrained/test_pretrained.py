@@ -98,6 +98,7 @@ def test_there_train_and_back(name: str, changes: dict[str, Any], mesh: str, zer
     batch = written(name, changes, source)
     results = run_ranks(journey, Mesh.parse(mesh).world_size, mesh, zero, source, target, batch)
     expected = on_one_device(source, batch)
+    before = type(expected).from_pretrained(source).state_dict()
     found, info = type(expected).from_pretrained(target, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
     ours, theirs = found.state_dict(), expected.state_dict()
@@ -105,6 +106,7 @@ def test_there_train_and_back(name: str, changes: dict[str, Any], mesh: str, zer
     worst = max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
     print(f"{name} {changes} on {mesh}: largest difference of a weight {worst:.1e}")
     assert worst < 1e-12
+    assert max(float((ours[key] - start).abs().max()) for key, start in before.items()) > 1e-6, "nothing was learned"
     whole = sum(tensor.nbytes for path in source.glob("*.safetensors") for tensor in load_file(path).values())
     for result in results:
         assert result["read"] == result["held"] <= whole
