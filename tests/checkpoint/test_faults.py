@@ -189,7 +189,7 @@ def test_weights_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         full.setattr(os, "pwrite", no_space)
         with pytest.raises(CheckpointError, match="no space left in .*weights"):
             autopar.save_safetensors(model, directory)
-    assert list(directory.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     autopar.save_safetensors(model, directory)
     assert [path.name for path in directory.iterdir()] == ["model.safetensors"]
 

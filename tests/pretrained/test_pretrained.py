@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {"num_hidden_layers": 2}
 JOURNEYS = [
     ("llama", {}, "dp=2,tp=2", 3),
     ("llama", {}, "dp=1", 0),
-    ("llama", {"tie_word_embeddings": True}, "pp=2,tp=2", 1),
+    ("llama", {"tie_word_embeddings": True}, "pp=2,tp=2", 0),
     ("llama", {"tie_word_embeddings": True}, "pp=1,dp=2,tp=1", 3),
     ("mixtral", {}, "dp=2,ep=2", 3),
     ("mixtral", {}, "pp=2,ep=2", 0),
