@@ -43,7 +43,8 @@ STANDS_ON = {
     "split": "cost errors ir mesh operators rules",
     "routing": "errors ir mesh operators rules split",
     "pipeline": "cost errors ir mesh plan schedules",
-    "analysis": "autodiff ir mesh pipeline plan schedules",
+    "memory": "autodiff ir mesh pipeline plan schedules",
+    "analysis": "autodiff ir memory mesh pipeline plan schedules",
     "simulator": "autodiff codegen errors ir mesh pipeline plan schedules",
     "simulate": "errors ir mesh simulator",
     "runtime": "autodiff codegen errors ir mesh pipeline plan schedules",
@@ -76,6 +77,7 @@ METHODS_OF_PROGRAM = {
     "autopar.codegen.python": "program.rank(3).code",
     "autopar.program_files.program_file": "program.save(directory), Program.load(directory)",
     "autopar.analysis.explain": "program.explain(name)",
+    "autopar.memory.table": "program.memory()",
     "autopar.analysis.notebook": "program, as the last line of a notebook's cell",
 }
 

@@ -11,15 +11,18 @@ import typer
 from autopar.analysis.footprint import held, sent
 from autopar.codegen.python import emit
 from autopar.commands.bundles import expanded
+from autopar.commands.memory_tables import MemoryChoices, memory_json, memory_table
 from autopar.commands.options import Json, MeshText, ModelChoices, ModelName, read_mesh
 from autopar.commands.plan_options import PlanChoices
 from autopar.commands.run import refuse_too_large
-from autopar.commands.tables import held_json, print_json, stderr, traffic_json
+from autopar.commands.tables import held_json, print_json, stderr, stdout, traffic_json
 from autopar.compiler import compile_program
 from autopar.ir.batch import data_ways
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.traffic import size_text
+from autopar.memory.table import memory_of
 from autopar.mesh import PIPELINE
+from autopar.pipeline.microbatches import smaller
 from autopar.program_files.program_file import save
 from autopar.runtime.calls import Signature
 
@@ -32,6 +35,7 @@ def compile_command(
     *,
     plan: PlanChoices,
     choices: ModelChoices,
+    memory: MemoryChoices,
     as_json: Json = False,
 ) -> None:
     """Write the program of MODEL on a mesh to DIR: the graphs as text, constants, a manifest with every layout.
@@ -46,12 +50,15 @@ def compile_command(
         program = compile_program(example.model, on, plan.plan(), (), batch_by_signature)
         save(program, output, extra_files=dict(_to_read(program)))
     files = {path.relative_to(output).as_posix(): path.stat().st_size for path in output.rglob("*") if path.is_file()}
+    found = memory_of(program, memory.optimizer, small=smaller(batch_by_signature, on, program.plan))
     if as_json:
         parts = {"parameters": held_json(held(program)), "traffic": traffic_json(sent(program))}
+        parts["memory"] = memory_json(found, on, program.plan, memory.device)
         print_json({"model": model, "mesh": dict(on.axes), "directory": str(output), "files": files, **parts})
         return
     for name, size in sorted(files.items()):
         print(f"{output / name}  {size_text(size)}")
+    stdout().print("", memory_table(found, on, program.plan, 0, memory.device), sep="\n")
     try:
         refuse_too_large(program, random=True)
         print(f"to run it: autopar run {output}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,15 @@ def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
                 seen.add(value)
                 dying.setdefault(node, []).append(value)
     return dying
+
+
+def repeated(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Of nodes that occur several times, all but the first occurrence: results that are returned once more."""
+    seen, found = set[fx.Node](), []
+    for node in nodes:
+        found += [node] * (node in seen)
+        seen.add(node)
+    return found
 
 
 Node = fx.Node

@@ -39,6 +39,7 @@ from autopar.schedules.text import format_schedule
 
 if TYPE_CHECKING:
     from autopar.codegen.python import RankProgram
+    from autopar.memory.table import MemoryTable
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,17 @@ class _Program:
 
         assert isinstance(self, AnyProgram)
         return explain(self, name)
+
+    def memory(self, optimizer: str = "adamw") -> MemoryTable:
+        """What a rank of each pipeline place holds in a training step, and the most at once: nothing is run.
+
+        ``optimizer``: ``"adamw"``, ``"sgd"``, ``"adafactor"``, ... Raises ValueError for one that is not known,
+        InvariantError for a program that is not differentiated.
+        """
+        from autopar.memory.table import memory_of
+
+        assert isinstance(self, AnyProgram)
+        return memory_of(self, optimizer)
 
     def __str__(self) -> str:
         assert isinstance(self, AnyProgram)

@@ -61,6 +61,22 @@ def parts(
     return [{**kwargs, **{name: pieces[i] for name, pieces in cut.items()}} for i in range(count)]
 
 
+def first_part(kwargs: Mapping[str, Any], mesh: Mesh, plan: Plan) -> Mapping[str, Any]:
+    """The call of a program without a pipeline: with ``Plan(microbatches=...)`` the first part of the batch.
+
+    A pipelined program is made of the whole batch. Raises what :func:`parts` raises.
+    """
+    return kwargs if mesh.is_pipelined or plan.microbatches == 1 else parts((), kwargs, mesh, plan)[0]
+
+
+def smaller(kwargs: Mapping[str, Any], mesh: Mesh, plan: Plan) -> int:
+    """How many parts of a batch have fewer rows than the first."""
+    if plan.microbatches == 1:
+        return 0
+    of_each = rows(kwargs, parts((), kwargs, mesh, plan), plan)
+    return sum(count < of_each[0] for count in of_each)
+
+
 def _sizes(rows: int, count: int, ways: int) -> list[int]:
     """The rows of each of ``count`` parts, of two sizes at most, the larger ones first."""
     unit = ways if rows % ways == 0 else 1

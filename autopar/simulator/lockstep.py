@@ -23,7 +23,7 @@ from autopar.errors import AutoparError, InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Split, owned_indices
 from autopar.ir.load import ExpertLoad, Tally
-from autopar.ir.node import Node, last_uses, origin
+from autopar.ir.node import Node, last_uses, origin, repeated
 from autopar.ir.operator_facts import is_random, runnable
 from autopar.ir.traffic import Transfer, moved_bytes
 from autopar.mesh import Mesh
@@ -243,7 +243,9 @@ class Lockstep:
         dying = last_uses(graph)
         for node in graph.nodes:
             if node.op == "output":
-                return [known[result] for result in node.args[0]]
+                results = list(node.args[0])
+                self.hold(known[result] for result in repeated(results))
+                return [known[result] for result in results]
             known[node] = waiting.pop() if node.op == "placeholder" else self._step(node, known, phase)
             self.hold([known[node]])
             for dead in dying.get(node, ()):
@@ -251,7 +253,7 @@ class Lockstep:
         raise AssertionError("a graph ends with its output")
 
     def hold(self, values: Iterable[Ranks]) -> None:
-        """Count values as alive until they are dropped; the results of :meth:`run` are counted so."""
+        """Count values as alive until they are dropped; the results of :meth:`run` are counted so, each by itself."""
         for ranks in values:
             for memory, value in zip(self.memory, ranks):
                 memory.hold(value)

@@ -147,8 +147,8 @@ class SimulatedStage:
         before = self.grads.get(id(program))
         if before is not None:
             totals = [[total + part for total, part in zip(*pair)] for pair in zip(before, grads)]
-            self.lockstep.hold(totals)
             self.lockstep.drop([*before, *grads])
+            self.lockstep.hold(totals)  # counted as added in place, as a rank does it
             grads = totals
         self.grads[id(program)] = grads
 
