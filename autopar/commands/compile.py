@@ -11,7 +11,7 @@ import typer
 from autopar.analysis.footprint import held, sent
 from autopar.codegen.python import emit
 from autopar.commands.bundles import expanded
-from autopar.commands.memory_tables import MemoryChoices, memory_json, memory_table
+from autopar.commands.memory_tables import MemoryChoices
 from autopar.commands.options import Json, MeshText, ModelChoices, ModelName, read_mesh
 from autopar.commands.plan_options import PlanChoices
 from autopar.commands.run import refuse_too_large
@@ -20,9 +20,7 @@ from autopar.compiler import compile_program
 from autopar.ir.batch import data_ways
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.traffic import size_text
-from autopar.memory.table import memory_of
 from autopar.mesh import PIPELINE
-from autopar.pipeline.microbatches import smaller
 from autopar.program_files.program_file import save
 from autopar.runtime.calls import Signature
 
@@ -50,15 +48,14 @@ def compile_command(
         program = compile_program(example.model, on, plan.plan(), (), batch_by_signature)
         save(program, output, extra_files=dict(_to_read(program)))
     files = {path.relative_to(output).as_posix(): path.stat().st_size for path in output.rglob("*") if path.is_file()}
-    found = memory_of(program, memory.optimizer, small=smaller(batch_by_signature, on, program.plan))
     if as_json:
         parts = {"parameters": held_json(held(program)), "traffic": traffic_json(sent(program))}
-        parts["memory"] = memory_json(found, on, program.plan, memory.device)
+        parts |= memory.document(program, batch_by_signature)
         print_json({"model": model, "mesh": dict(on.axes), "directory": str(output), "files": files, **parts})
         return
     for name, size in sorted(files.items()):
         print(f"{output / name}  {size_text(size)}")
-    stdout().print("", memory_table(found, on, program.plan, 0, memory.device), sep="\n")
+    stdout().print("", *memory.tables(program, batch_by_signature), sep="\n")
     try:
         refuse_too_large(program, random=True)
         print(f"to run it: autopar run {output}")

@@ -13,11 +13,13 @@ from rich.text import Text
 
 from autopar.commands.bundles import option
 from autopar.commands.tables import table
+from autopar.ir.program import AnyProgram
 from autopar.ir.traffic import size_text
 from autopar.memory.device import Device, helps, read_size
 from autopar.memory.optimizers import OPTIMIZERS, optimizer_named
-from autopar.memory.table import MemoryTable, RankMemory
+from autopar.memory.table import MemoryTable, RankMemory, memory_of
 from autopar.mesh import Mesh
+from autopar.pipeline.microbatches import smaller
 from autopar.plan import Plan
 
 MOST_HELPS = 3
@@ -61,6 +63,23 @@ class MemoryChoices:
         optimizer_named(given["optimizer"])
         size = given["device_memory"]
         return cls(given["optimizer"], None if size is None else Device(read_size(size)))
+
+    def of_program(self, program: AnyProgram, batch: Mapping[str, Any]) -> MemoryTable:
+        """``batch``: that of a step, whose last microbatches may be smaller."""
+        return memory_of(program, self.optimizer, small=smaller(batch, program.mesh, program.plan))
+
+    def tables(self, program: AnyProgram, batch: Mapping[str, Any] | None, rank: int = 0) -> list[Group]:
+        """For people; none where there is no batch, since the program is not finished."""
+        if batch is None:
+            return []
+        return [memory_table(self.of_program(program, batch), program.mesh, program.plan, rank, self.device)]
+
+    def document(self, program: AnyProgram, batch: Mapping[str, Any] | None) -> dict[str, Any]:
+        """As JSON, under ``memory``."""
+        if batch is None:
+            return {}
+        found = self.of_program(program, batch)
+        return {"memory": memory_json(found, program.mesh, program.plan, self.device)}
 
 
 def memory_table(found: MemoryTable, mesh: Mesh, plan: Plan, rank: int, device: Device | None) -> Group:

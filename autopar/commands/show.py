@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from autopar.analysis.selected_text import selected
 from autopar.commands.bundles import expanded
 from autopar.commands.expert_loads import loads_json, loads_tables, read_loads
 from autopar.commands.expert_tables import experts_json, experts_tables
-from autopar.commands.memory_tables import MemoryChoices, memory_json, memory_table
+from autopar.commands.memory_tables import MemoryChoices
 from autopar.commands.options import Json, MeshText, ModelChoices, OptionalModelName, read_mesh
 from autopar.commands.pipeline_tables import pipeline_of
 from autopar.commands.plan_options import PlanChoices
@@ -34,10 +33,11 @@ from autopar.compiler import finish_program, split_program
 from autopar.ir.batch import data_ways
 from autopar.ir.graph_pass import Phase, steps_of
 from autopar.ir.program import AnyProgram, format_program
-from autopar.memory.table import MemoryTable, memory_of
 from autopar.mesh import Mesh
 from autopar.passes import COMPILER
-from autopar.pipeline.microbatches import first_part, smaller
+from autopar.pipeline.microbatches import first_part
+from autopar.plan import Plan
+from autopar.zoo.named import Example
 
 Recorded = Annotated[
     Path | None, typer.Option(metavar="LOG", help="the loads of experts that this log of autopar train recorded")
@@ -86,11 +86,9 @@ def show(
         raise ValueError("of which MODEL? For example: autopar show llama --mesh dp=2,tp=2")
     _refuse(on, after, rank, timeline or picture is not None)
     example = choices.example(model, data_ways(on))
-    planned = plan.plan()
-    one_call = first_part(example.batch, on, planned)
     with stderr().status(f"making the program of {model} on {on}"):
-        split = split_program(example.model, on, planned, (), one_call, after=after)
-        whole = split if after is not None else finish_program(split)
+        split, whole = _programs(example, on, plan.plan(), after)
+    rows = example.batch if after is None else None
     if module is not None or grep is not None:
         text = selected(whole, module, grep)
     elif explain or rank is not None:
@@ -102,9 +100,7 @@ def show(
         pipeline.write(picture)
     if as_json:
         more = {"experts": experts_json(split), **loads_json(loads), **(pipeline.to_json() if pipeline else {})}
-        if after is None:
-            more["memory"] = memory_json(_memory(whole, memory, example.batch), on, planned, memory.device)
-        print_json(_document(model, whole, text, rank) | more)
+        print_json(_document(model, whole, text, rank) | more | memory.document(whole, rows))
         return
     if not summary:
         print(text)
@@ -114,14 +110,14 @@ def show(
     console.print(end="" if summary else "\n")
     if pipeline is not None:
         pipeline.print(console, timeline)
-    console.print(*experts_tables(split), *loads_tables(loads), *_tables(whole, rank or 0), sep="\n")
-    if after is None:
-        found = _memory(whole, memory, example.batch)
-        console.print(memory_table(found, on, planned, rank or 0, memory.device))
+    tables = *_tables(whole, rank or 0), *memory.tables(whole, rows, rank or 0)
+    console.print(*experts_tables(split), *loads_tables(loads), *tables, sep="\n")
 
 
-def _memory(program: AnyProgram, choices: MemoryChoices, batch: Mapping[str, Any]) -> MemoryTable:
-    return memory_of(program, choices.optimizer, small=smaller(batch, program.mesh, program.plan))
+def _programs(example: Example, mesh: Mesh, plan: Plan, after: str | None) -> tuple[AnyProgram, AnyProgram]:
+    """The program before it has a backward pass, or as it is after the pass ``after``; and the finished one."""
+    split = split_program(example.model, mesh, plan, (), first_part(example.batch, mesh, plan), after=after)
+    return split, split if after is not None else finish_program(split)
 
 
 def _refuse(mesh: Mesh, after: str | None, rank: int | None, schedule: bool) -> None:

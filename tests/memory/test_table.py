@@ -127,5 +127,5 @@ def test_what_would_help_does() -> None:
     less = memory_of(program_of(mesh, rows=8, width=512, zero=3)).largest
     assert wide.peak - less.peak == pytest.approx(best.saves, rel=0.25)
     long = memory_of(program_of(mesh, rows=4096)).largest
-    assert "microbatches" in " ".join(one.change for one in helps(mesh, plan, long)[:2])
+    assert helps(mesh, plan, long)[0].change.startswith(("recompute", "microbatches", "tp"))
     assert not any("zero" in one.change for one in helps(mesh, replace(plan, zero=3), wide))
