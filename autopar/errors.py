@@ -87,6 +87,10 @@ class RankFailedError(AutoparError):
 def unknown_name(problem: str, name: object, known: Iterable[str]) -> str:
     """The message for a name that there is not, with near ones and all: ``Plan has no choice 'zeros'; ...``."""
     names = list(known)
-    near = get_close_matches(str(name), names, NEAR, 0.6)
-    guess = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"{problem} {name!r}{guess}\nWay out: one of {', '.join(names)}."
+    return f"{problem} {name!r}{near_names(name, names)}\nWay out: one of {', '.join(names)}."
+
+
+def near_names(name: object, known: Iterable[str]) -> str:
+    """``: did you mean 'zero'?``, or nothing where no name of ``known`` is near."""
+    near = get_close_matches(str(name), list(known), NEAR, 0.6)
+    return f": did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -27,7 +27,7 @@ STANDS_ON = {
     "precision": "errors",
     "operators": "",
     "models": "",
-    "zoo": "models",
+    "zoo": "errors models",
     "schedules": "errors",
     "plan": "errors precision schedules",
     "ir": "errors mesh operators plan schedules",

@@ -50,7 +50,7 @@ def check_command(
     meshes = [read_mesh(text) for text in mesh or ["dp=2,tp=2"]]
     asked = plan.plan()
     ways = math.lcm(*map(data_ways, meshes))
-    example = choices.example(model, ways)
+    example = choices.example(model, ways, shown=not as_json)
     if not example.has_weights:
         raise ValueError(f"{model} is too large to be run here\nWay out: a smaller one, e.g. --config layers=2")
     with stderr().status(f"tracing {model}"):
@@ -88,9 +88,8 @@ def _print_one(model: str, report: Report, seconds: float) -> None:
     rows = [("loss", _verdict(report.loss))] if report.loss is not None else []
     rows += [(f"output {path}", _verdict(error)) for path, error in report.outputs.items()]
     rows += [(f"gradient of {name}", _verdict(error)) for name, error in worst[:WORST_SHOWN]]
-    rows += [(f"{len(worst) - WORST_SHOWN} more gradients, at most", _verdict(worst[WORST_SHOWN][1]))] * (
-        len(worst) > WORST_SHOWN
-    )
+    rest = worst[WORST_SHOWN:]
+    rows += [(f"{len(rest)} more gradients, at most", _verdict(rest[0][1]))] if rest else []
     console = stdout()
     console.print(table(f"{model} on {report.program.mesh} against the unmodified model", ("", "error"), rows))
     console.print(held_table(held(report.program)))

@@ -42,7 +42,7 @@ def compile_command(
     run, to be read; of a pipeline one for each stage, and in schedule/ what each pipeline rank does in order.
     """
     on = read_mesh(mesh)
-    example = choices.example(model, data_ways(on))
+    example = choices.example(model, data_ways(on), shown=not as_json)
     with stderr().status(f"making the program of {model} on {on}"):
         batch_by_signature = Signature(example.model.forward).call((), example.batch).kwargs
         program = compile_program(example.model, on, plan.plan(), (), batch_by_signature)

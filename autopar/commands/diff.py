@@ -47,7 +47,7 @@ def diff_command(
         other = PlanChoices({**plan.given, **read_plan_texts(to_plan)})
         first, second = read_mesh(mesh), read_mesh(to_mesh or mesh)
         ways = max(data_ways(first), data_ways(second))
-        one = _compiled(before, first, plan, choices, ways)
+        one = _compiled(before, first, plan, choices, ways, shown=not as_json)
         found = diff(one, _compiled(before, second, other, choices, ways))
     print_json(found.to_json()) if as_json else print(found)
 
@@ -58,7 +58,9 @@ def _loaded(directory: str) -> AnyProgram:
     return load(directory)
 
 
-def _compiled(model: str, mesh: Mesh, plan: PlanChoices, choices: ModelChoices, ways: int) -> AnyProgram:
-    example = choices.example(model, ways)
+def _compiled(
+    model: str, mesh: Mesh, plan: PlanChoices, choices: ModelChoices, ways: int, *, shown: bool = False
+) -> AnyProgram:
+    example = choices.example(model, ways, shown=shown)
     with stderr().status(f"making the program of {model} on {mesh}"):
         return compile_program(example.model, mesh, plan.plan(), (), example.batch)

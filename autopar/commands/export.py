@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from autopar.ir.batch import data_ways
 from autopar.ir.program import AnyProgram
 from autopar.ir.traffic import size_text
 from autopar.program_files.program_file import load
+from autopar.zoo.hub_configs import is_folder
 
 
 @expanded
@@ -43,11 +45,13 @@ def export_command(
     DIR is a program on disk; of a MODEL the program on --mesh is made, and its weights are written.
     """
     given: Any = weights_from
-    if Path(source).is_dir():
+    if Path(source).is_dir() and not is_folder(source):
         program: AnyProgram = load(source)
     else:
         on = read_mesh(mesh)
-        example = choices.example(source, data_ways(on))
+        if choices.loss == "auto" and not training:
+            choices = replace(choices, loss="none")  # what is exported for inference returns what the model returns
+        example = choices.example(source, data_ways(on), shown=not as_json)
         with stderr().status(f"making the program of {source} on {on}"):
             program = compile_program(example.model, on, plan.plan(), (), example.batch)
         given = [weights_from, example.model] if weights_from else None if weights == "none" else example.model

@@ -85,7 +85,7 @@ def show(
     if model is None:
         raise ValueError("of which MODEL? For example: autopar show llama --mesh dp=2,tp=2")
     _refuse(on, after, rank, timeline or picture is not None)
-    example = choices.example(model, data_ways(on))
+    example = choices.example(model, data_ways(on), shown=not as_json)
     with stderr().status(f"making the program of {model} on {on}"):
         split, whole = _programs(example, on, plan.plan(), after)
     rows = example.batch if after is None else None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autopar.errors import near_names
 from autopar.zoo import batches
 from autopar.zoo.batches import Batch
 
@@ -42,11 +43,12 @@ class Architecture:
 
         Raises ValueError for a field that the config class does not have, and where transformers is not installed.
         """
-        kind = getattr(_transformers(), self.config)
+        kind = getattr(transformers_library(), self.config)
         known, renamed = kind(), kind.attribute_map
         for key in overrides:
             if not hasattr(known, key):
-                raise ValueError(f"{kind.__name__} has no field '{key}'")
+                near = near_names(key, known.to_dict())
+                raise ValueError(f"{kind.__name__} has no field '{key}'{near}\nWay out: a field of that config.")
         fields = {renamed.get(key, key): value for key, value in self.fields.items()}
         fields |= {renamed.get(key, key): value for key, value in overrides.items()}
         config = kind(**{key: dict(value) if isinstance(value, Mapping) else value for key, value in fields.items()})
@@ -56,7 +58,7 @@ class Architecture:
 
     def build(self, config: Any) -> nn.Module:
         """The model for ``config``, in training mode (in evaluation mode with ``draws``)."""
-        model: nn.Module = getattr(_transformers(), self.model)(config)
+        model: nn.Module = getattr(transformers_library(), self.model)(config)
         return model.train(not self.draws)
 
     def example_batch(self, config: Any, rows: int, length: int | None = None, seed: int = 0) -> Batch:
@@ -79,9 +81,12 @@ def _is_config(value: Any) -> bool:
     return hasattr(value, "attribute_map") and hasattr(value, "to_dict")
 
 
-def _transformers() -> Any:
+def transformers_library() -> Any:
+    """The module ``transformers``. Raises ValueError where it is not installed."""
     try:
         import transformers
     except ImportError:
-        raise ValueError("presets hf:... need the transformers library\nWay out: pip install 'autopar[hf]'") from None
+        raise ValueError(
+            "models of Hugging Face need the transformers library\nWay out: pip install 'autopar[hf]'"
+        ) from None
     return transformers

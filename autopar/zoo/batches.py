@@ -43,10 +43,42 @@ def sentences(config: Any, rows: int, length: int, generator: Generator) -> Batc
     return {"input_ids": _tokens(config, rows, length, generator), "labels": _classes(config, rows, generator)}
 
 
+def classified_tokens(config: Any, rows: int, length: int, generator: Generator) -> Batch:
+    """Tokens (B, T), each with a class (B, T); row i ignores its first i (modulo T/2)."""
+    ignored = torch.arange(length) < torch.arange(rows)[:, None] % max(1, length // 2)
+    classes = torch.randint(config.num_labels, (rows, length), generator=generator)
+    return {"input_ids": _tokens(config, rows, length, generator), "labels": classes.masked_fill(ignored, -100)}
+
+
+def spans(config: Any, rows: int, length: int, generator: Generator) -> Batch:
+    """Tokens (B, T) with the first and last position (B) of an answer."""
+    starts = torch.randint(length, (rows,), generator=generator)
+    ends = torch.minimum(starts + torch.randint(length, (rows,), generator=generator), torch.tensor(length - 1))
+    tokens = _tokens(config, rows, length, generator)
+    return {"input_ids": tokens, "start_positions": starts, "end_positions": ends}
+
+
+def several_choices(config: Any, rows: int, length: int, generator: Generator) -> Batch:
+    """Tokens (B, 4, T) of four answers, and the right one (B)."""
+    choices = 4
+    tokens = _tokens(config, rows * choices, length, generator).view(rows, choices, length)
+    return {"input_ids": tokens, "labels": torch.randint(choices, (rows,), generator=generator)}
+
+
+def features(config: Any, rows: int, length: int, generator: Generator) -> Batch:
+    """Tokens (B, T); of a model of images, images (B, channels, size, size). There are no labels."""
+    if hasattr(config, "num_channels") and not hasattr(_text_of(config), "vocab_size"):
+        return {"pixel_values": images(config, rows, length, generator)["pixel_values"]}
+    tokens = _tokens(config, rows, length, generator)
+    more = {"decoder_input_ids": tokens.clone()} if getattr(config, "is_encoder_decoder", False) else {}
+    return {"input_ids": tokens, **more}
+
+
 def images(config: Any, rows: int, length: int, generator: Generator) -> Batch:
     """Images (B, channels, size, size) and classes (B); there is no length."""
     size = getattr(config, "image_size", 0) or 32
-    pixels = torch.randn((rows, config.num_channels, size, size), generator=generator)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    pixels = torch.randn((rows, config.num_channels, height, width), generator=generator)
     return {"pixel_values": pixels, "labels": _classes(config, rows, generator)}
 
 
@@ -59,7 +91,15 @@ def captions(config: Any, rows: int, length: int, generator: Generator) -> Batch
 
 
 def _tokens(config: Any, rows: int, length: int, generator: Generator) -> Tensor:
-    return torch.randint(3, config.vocab_size, (rows, length), generator=generator)  # 0, 1, 2: padding, start, end
+    size = _text_of(config).vocab_size
+    return torch.randint(min(3, size - 1), size, (rows, length), generator=generator)  # 0, 1, 2: padding, start, end
+
+
+def _text_of(config: Any) -> Any:
+    """The config of the part of a model that reads tokens."""
+    return (
+        config if hasattr(config, "vocab_size") or not hasattr(config, "get_text_config") else config.get_text_config()
+    )
 
 
 def _answers(config: Any, rows: int, length: int, generator: Generator) -> Tensor:

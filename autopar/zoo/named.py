@@ -1,19 +1,21 @@
 """Models by name, as the command line takes them.
 
-package.module:factory     a callable that returns a model, or (model, batch); in the working folder, or installed
-llama, models.llama        a model of ours (``autopar.models``), its tiny preset
-llama:llama_70b            another preset of it
-hf:llama                   a small Hugging Face model with random weights (:mod:`autopar.zoo`)
+tiny:llama                 a small Hugging Face model with random weights (:mod:`autopar.zoo`); hf:llama is the same
+llama, models.llama        a model of ours (``autopar.models``), its tiny preset; llama:llama_70b another preset of it
+folder, owner/model        a folder with ``config.json``, or an id of the Hugging Face Hub that is in the cache
+file.py:factory            a class of ``nn.Module``, or a callable that returns a model, or (model, batch)
+package.module:factory     the same in a module, of the working folder first
+
+What makes no batch gets one from ``inputs`` (:mod:`autopar.zoo.example_inputs`).
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
-import os
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,24 +24,63 @@ import torch
 from torch import Tensor, nn
 
 from autopar import zoo
+from autopar.errors import near_names
 from autopar.models import __file__ as _OUR_MODELS
+from autopar.zoo import example_inputs, user_code
+from autopar.zoo.hub_configs import CONFIG, HubModel, hub_model, is_folder, may_be_id
+from autopar.zoo.put_on_loss import AUTO, NONE, WORDS, fitting_loss, has_loss, with_loss
+from autopar.zoo.rehearsal import rehearse
+from autopar.zoo.tasks import task_of_class
 
 OURS = ("bert", "cnn", "dlrm", "gpt", "llama", "lstm", "mlp", "moe", "t5", "transformer", "unet", "vit")
 ROWS = 12  # of a batch: 2, 3, 4, 6 and 12 ranks can share them
-LARGE = 2 << 30  # bytes of parameters; presets above are built on the meta device, without weights
+LARGE = 2 << 30  # bytes of parameters; models above are built on the meta device, without weights
+SMALL = ("tiny:", "hf:")
+FORMS = (
+    f"Way out: tiny:llama (71 small ones), one of {', '.join(OURS)}, a folder with {CONFIG}, "
+    "an id in the cache of the Hugging Face Hub, file.py:factory, or package.module:factory."
+)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A model with the keyword arguments of one call. ``model`` may be on the meta device."""
+    """A model with the keyword arguments of one call. ``model`` may be on the meta device.
+
+    ``words``: what a user should know about it, in a sentence; empty for models of ours.
+    """
 
     name: str
     model: nn.Module
     batch: dict[str, Any]
+    words: str = ""
 
     @property
     def has_weights(self) -> bool:
         return not any(parameter.is_meta for parameter in self.model.parameters())
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How a model and its batch are made. ``rows``, ``length``: what was asked for, if anything was.
+
+    ``config``: overrides of its config, or arguments of the factory. ``ways``: ranks among which the rows are divided.
+    ``inputs``: as ``example_inputs`` reads them. ``vocab``: integers without a range are below it. ``loss``: for a
+    model that returns none: ``"auto"``, ``"none"``, or the name of one.
+    """
+
+    config: Mapping[str, Any]
+    rows: int | None = None
+    length: int | None = None
+    seed: int = 0
+    ways: int = 1
+    task: str | None = None
+    inputs: Sequence[str] = ()
+    vocab: int | None = None
+    loss: str = NONE
+
+    @property
+    def batch(self) -> int:
+        return self.rows or rows_for(self.ways)
 
 
 def named_model(
@@ -49,26 +90,23 @@ def named_model(
     length: int | None = None,
     seed: int = 0,
     ways: int = 1,
+    **more: Any,
 ) -> Example:
     """The model called ``name`` and an example batch.
 
     ``config`` overrides fields of its config. ``seed`` is that of the weights and of the batch. The number of rows of a
-    preset's batch is a multiple of ``ways`` unless ``batch`` gives it.
+    batch is a multiple of ``ways`` unless ``batch`` gives it. ``more``: fields of :class:`Wanted`.
 
     Raises ValueError, with what is known, for a name that leads to no model or sizes that do not fit it.
     """
-    overrides = dict(config or {})
-    rows = batch or rows_for(ways)
-    if name.startswith("hf:"):
-        return _hugging_face(name, overrides, rows, length, seed)
-    path, _, target = name.partition(":")
-    module = _ours(path) or _imported(path, name)
-    presets = getattr(module, "PRESETS", {})
-    if hasattr(module, "build") and (not target or target in presets):
-        return _preset(name, module, target or next(iter(presets)), overrides, (rows, length, seed))
-    if not target:
-        raise ValueError(f"'{name}': say which callable of {path} makes the model, as {path}:factory")
-    return _made(name, module, target, {**overrides, **_given(batch=batch, length=length)}, seed)
+    wanted = Wanted(dict(config or {}), batch, length, seed, ways, **more)
+    found = _found(name, wanted)
+    if wanted.task is not None and not isinstance(found, Hub):
+        raise ValueError(f"--task {wanted.task}: {name} says itself what it is\nWay out: leave out --task.")
+    example = found.example if isinstance(found, Hub) else found
+    if wanted.inputs:
+        example = _with_inputs(example, wanted)
+    return example if wanted.loss == NONE or not example.batch else _with_loss(example, wanted)
 
 
 def rows_for(ways: int) -> int:
@@ -76,56 +114,179 @@ def rows_for(ways: int) -> int:
     return -(-ROWS // ways) * ways
 
 
-# ---------------------------------------------------------------- the three kinds
+@dataclass(frozen=True)
+class Hub:
+    """An example that was made of a config of the Hub, which takes a task."""
+
+    example: Example
 
 
-def _hugging_face(name: str, overrides: dict[str, Any], batch: int, length: int | None, seed: int) -> Example:
-    known = zoo.architecture(name.removeprefix("hf:"))
-    if length is not None and not known.has_length:
-        raise ValueError(f"{name} takes images: there is no length")
-    config = known.config_of(overrides)
-    model = _built(lambda: known.build(config), seed)
-    return Example(name, model, known.example_batch(config, batch, length, seed))
+def _found(name: str, wanted: Wanted) -> Example | Hub:
+    if name.startswith(SMALL):
+        return _small(name, wanted)
+    if is_folder(name):
+        return _of_config(name, wanted)
+    path, _, target = name.partition(":")
+    if Path(name).is_dir():
+        raise ValueError(f"the folder {name} has no {CONFIG}\n{FORMS}")
+    if user_code.is_file(path):
+        return _of_module(name, user_code.imported_file(path), path, target, wanted)
+    module = _ours(path)
+    if module is None and not target and not _is_importable(path):
+        if may_be_id(name) or name.isidentifier() or "-" in name:
+            return _of_id(name, wanted)
+        raise ValueError(f"there is no model '{name}'\n{FORMS}")
+    return _of_module(name, module or user_code.imported(path, FORMS), path, target, wanted)
 
 
-def _preset(
-    name: str,
-    module: ModuleType,
-    preset: str,
-    overrides: dict[str, Any],
-    sizes: tuple[int, int | None, int],
-) -> Example:
-    known = {field.name for field in fields(module.PRESETS[preset])}
-    for key in overrides:
+# ---------------------------------------------------------------- the forms
+
+
+def _small(name: str, wanted: Wanted) -> Example:
+    known = zoo.architecture(name.partition(":")[2])
+    if wanted.length is not None and not known.has_length:
+        raise ValueError(f"{name} takes images: there is no length\nWay out: leave out --length.")
+    config = known.config_of(wanted.config)
+    model = _built(lambda: known.build(config), wanted.seed)
+    words = f"{_count(model)} parameters, small and random: the architecture of {known.model}, not a released model"
+    return Example(name, model, known.example_batch(config, wanted.batch, wanted.length, wanted.seed), words)
+
+
+def _of_config(name: str, wanted: Wanted) -> Hub:
+    made = hub_model(name, wanted.task, wanted.config)
+    model = _built(made.build, wanted.seed)
+    weights = "no weights are read" if any(p.is_meta for p in model.parameters()) else "weights are random"
+    return Hub(Example(name, model, _batch_of(made, wanted), f"{made.words}, {_count(model)} parameters; {weights}"))
+
+
+def _batch_of(made: HubModel, wanted: Wanted) -> dict[str, Any]:
+    return made.batch(wanted.batch, wanted.length, wanted.seed)
+
+
+def _of_id(name: str, wanted: Wanted) -> Hub:
+    try:
+        return _of_config(name, wanted)
+    except ValueError as error:
+        if "neither a folder" not in str(error):
+            raise
+        near = near_names(name, (*OURS, *(f"tiny:{known}" for known in zoo.ARCHITECTURES), *zoo.ARCHITECTURES))
+        said = str(error).partition("\n")[0] if "/" not in name else error
+        raise ValueError(f"there is no model '{name}'{near}: {said}\n{FORMS}") from None
+
+
+def _of_module(name: str, module: ModuleType, path: str, target: str, wanted: Wanted) -> Example:
+    presets = getattr(module, "PRESETS", {})
+    if hasattr(module, "build") and (not target or target in presets):
+        return _preset(name, module, target or next(iter(presets)), wanted)
+    if not target:
+        raise ValueError(f"'{name}': say which callable of {path} makes the model\nWay out: {path}:FACTORY")
+    return _made(name, user_code.member(module, target, presets), module, wanted)
+
+
+def _preset(name: str, module: ModuleType, preset: str, wanted: Wanted) -> Example:
+    known = [field.name for field in fields(module.PRESETS[preset])]
+    for key in wanted.config:
         if key not in known:
-            raise ValueError(f"the config of {module.__name__} has no field '{key}'; it has {', '.join(sorted(known))}")
-    batch, length, seed = sizes
-    model = _built(lambda: module.build(preset, **overrides), seed)
-    return Example(name, model, module.example_batch(model, batch, length, seed))
+            said = f"the config of {module.__name__} has no field '{key}'{near_names(key, known)}"
+            raise ValueError(f"{said}\nWay out: one of {', '.join(sorted(known))}.")
+    with user_code.told(f"building {name}"):
+        model = _built(lambda: module.build(preset, **wanted.config), wanted.seed)
+        return Example(name, model, module.example_batch(model, wanted.batch, wanted.length, wanted.seed))
 
 
-def _made(name: str, module: ModuleType, target: str, wanted: dict[str, Any], seed: int) -> Example:
-    """The result of the user's own factory. ``wanted``: arguments for it, as far as it takes them."""
-    factory = getattr(module, target, None)
-    if not callable(factory):
-        have = sorted(getattr(module, "PRESETS", {})) or sorted(n for n in vars(module) if not n.startswith("_"))
-        raise ValueError(f"'{name}': {module.__name__} has no '{target}'; it has {', '.join(have[:20])}")
-    refused = [key for key in wanted if not _takes(factory, key)]
-    if refused:
-        raise ValueError(f"{name} takes no argument '{refused[0]}': {target}{inspect.signature(factory)}")
-    torch.manual_seed(seed)
-    made = factory(**wanted)
+def _made(name: str, factory: Callable[..., Any], module: ModuleType, wanted: Wanted) -> Example:
+    """What the user's own factory, or class, makes; it gets the sizes of the batch where it takes them."""
+    takes = inspect.signature(factory).parameters
+    sizes = {"batch": wanted.rows, "length": wanted.length}
+    given = {key: size for key, size in sizes.items() if size is not None}
+    torch.manual_seed(wanted.seed)
+    made = user_code.called(factory, name, {**wanted.config, **{k: v for k, v in given.items() if k in takes}})
     model, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{name} returned {type(model).__name__}, not a model or (model, batch)")
+        raise ValueError(
+            f"{name} returned {type(model).__name__}, not a model or (model, batch)\n"
+            "Way out: a callable that returns an nn.Module, or an nn.Module and a batch for model(**batch)."
+        )
+    if wanted.inputs:
+        return Example(name, model, {}, _words(model))
     if batch is None and hasattr(module, "example_batch"):
         batch = module.example_batch(model)
+    if batch is None:
+        batch = _batch_of_pretrained(name, model, wanted)
+        language = example_inputs.of_language(model) if batch is None else ()
+        if language:
+            return _with_inputs(Example(name, model, {}, _words(model)), replace(wanted, inputs=language))
+    else:
+        refused = [key for key in given if key not in takes]
+        if refused:
+            user_code.called(factory, name, {**wanted.config, **given})  # which refuses it by name
     if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
         raise ValueError(
             f"{name} gives no batch to trace the model with\n"
-            f"Way out: return (model, batch) from {target}, where model(**batch) is one call of it."
+            f"Way out: {example_inputs.forward_of(model)}, or return (model, batch), where model(**batch) is one call."
         )
-    return Example(name, model, dict(batch))
+    return Example(name, model, dict(batch), _words(model))
+
+
+def _batch_of_pretrained(name: str, model: nn.Module, wanted: Wanted) -> dict[str, Any] | None:
+    """The batch of a model that is one of Hugging Face's, by the task of its class."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "model_type"):
+        return None
+    task = task_of_class(type(model).__name__)
+    return None if task is None else _batch_of(HubModel(name, config, task), wanted)
+
+
+# ---------------------------------------------------------------- inputs, losses
+
+
+def _with_inputs(example: Example, wanted: Wanted) -> Example:
+    """``example`` with the inputs that were described; integers are legal indices of the tables that they index."""
+    inputs = example_inputs.described(wanted.inputs)
+    example_inputs.check_names(example.model, inputs, example.name)
+    tables = [module.num_embeddings for module in example.model.modules() if isinstance(module, nn.Embedding)]
+    length = wanted.length or zoo.LENGTH
+
+    def drawn(below: Callable[[str], int]) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(wanted.seed)
+        return {
+            name: entry.tensor(wanted.batch, length, generator, below(name))
+            if isinstance(entry, example_inputs.Described) else entry
+            for name, entry in inputs.items()
+        }  # fmt: skip
+
+    open_ranges = any(isinstance(entry, example_inputs.Described) and entry.has_open_range for entry in inputs.values())
+    if not open_ranges or wanted.vocab is not None:
+        return replace(example, batch=drawn(lambda name: wanted.vocab or 1))
+    found = rehearse(example.model, drawn(lambda name: 1))
+    return replace(example, batch=drawn(lambda name: found.below(name, min(tables, default=2))))
+
+
+def _with_loss(example: Example, wanted: Wanted) -> Example:
+    """``example`` with a loss put on, where its model returns none."""
+    name: str | None = wanted.loss
+    if name == AUTO:
+        found = rehearse(example.model, example.batch)
+        if found.output is None or has_loss(found.output):
+            return example
+        name = fitting_loss(found.output, example.batch, found.bounds)
+    if name is None:
+        return example
+    said = f"it returns no loss: {WORDS.get(name, name)} is put on" * (wanted.loss == AUTO)
+    words = "; ".join(filter(None, (example.words, said)))
+    return replace(example, model=with_loss(example.model, name), words=words)
+
+
+def _words(model: nn.Module) -> str:
+    return f"{_count(model)} parameters"
+
+
+def _count(model: nn.Module) -> str:
+    number = sum(parameter.numel() for parameter in model.parameters())
+    for unit, scale in (("billion", 1e9), ("million", 1e6)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:,}"
 
 
 def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -155,30 +316,13 @@ def _found_here(path: str) -> bool:
     return bool(found) and not found[0].samefile(Path(_OUR_MODELS).parent / found[0].name)
 
 
-def _imported(path: str, name: str) -> ModuleType:
+def _is_importable(path: str) -> bool:
+    """Whether the first part of a dotted name is a module here; nothing is imported."""
+    top = path.split(".")[0]
     if not all(part.isidentifier() for part in path.split(".")):
-        raise ValueError(
-            f"'{name}' is no name of a model: a path of Python modules is wanted, as they are imported\n"
-            f"Way out: package.module:factory, one of {', '.join(OURS)}, or hf:ARCHITECTURE (hf:llama, ...)."
-        )
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
+        return False
+    user_code.working_folder_first()
     try:
-        return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-            raise ValueError(f"'{name}': importing {path} failed: {error}") from error
-        raise ValueError(
-            f"there is no model '{name}': {error}\n"
-            f"Way out: package.module:factory, one of {', '.join(OURS)}, or hf:ARCHITECTURE (hf:llama, ...)."
-        ) from None
-
-
-def _given(**values: int | None) -> dict[str, int]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _takes(factory: Callable[..., Any], key: str) -> bool:
-    parameters = inspect.signature(factory).parameters
-    return key in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        return importlib.util.find_spec(top) is not None
+    except (ImportError, ValueError):
+        return False
