@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("autopar", "passes", "models", "benchmarks", "tests")
+FOLDERS = ("autopar", "passes", "models", "benchmarks", "tests", "examples")
 ROLE = re.compile(r":(?:mod|func|class|meth|attr|data):`~?([\w.]+)`")
 PATH = re.compile(r"(?<![\w./<{-])((?:[\w-]+/)*[\w-]+\.(?:py|md))\b")
 # Files of users and of other projects, and files that autopar writes.
