@@ -19,14 +19,17 @@ from autopar.ir.tables import InputKind, OutputKind
 from autopar.plan import Plan
 from autopar.rules import RULES
 from tests.launch import run_ranks
+from tests.selection import slow_but
 from tests.test_layering import STANDS_ON
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BY_DEFAULT = ("README.md", "pipeline.md")  # whose scripts for torchrun are not slow
 RUN_HERE = ("autopar show", "autopar check")  # the others install things, or start processes
 NUMBER = re.compile(r"\d[\d.,e+-]*( (B|kB|MB|GB|TB)\b)?")
 SMALLER = {"models.llama:llama_70b": "--config layers=4"}  # the same lines, with other numbers, in less time
+OUR_PATH = re.compile(r"`((?:autopar|passes|models|tests|docs|examples)/[\w./]*)`")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
 
@@ -84,7 +87,13 @@ def scripts() -> list[Block]:
     return [block for page in PAGES for block, _ in blocks(page, "python") if is_script(block)]
 
 
-@pytest.mark.parametrize("number", range(len(scripts())))
+def of_which_some_are_slow() -> list[Any]:
+    """The numbers of the scripts; those of two pages run by default."""
+    pages = [page.name for page in PAGES for block, _ in blocks(page, "python") if is_script(block)]
+    return slow_but([place for place, page in enumerate(pages) if page in BY_DEFAULT], range(len(pages)))
+
+
+@pytest.mark.parametrize("number", of_which_some_are_slow())
 def test_scripts(number: int) -> None:
     pytest.importorskip("transformers")
     found = re.search(r"--nproc-per-node (\d+)", scripts()[number].text)
@@ -131,7 +140,9 @@ def test_links(page: Path) -> None:
 def test_paths_in_pages() -> None:
     """What is named like a file of this repository is one."""
     for page in PAGES:
-        for name in re.findall(r"`((?:autopar|passes|models|tests|docs)/[\w./]*)`", page.read_text(encoding="utf-8")):
+        for name in re.findall(
+            r"`((?:autopar|passes|models|tests|docs|examples)/[\w./]*)`", page.read_text(encoding="utf-8")
+        ):
             example = "cut_stages" in name
             assert example or (ROOT / name).exists(), f"{page.name} names {name}, which is not there"
 
