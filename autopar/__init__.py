@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from autopar.pretrained.gathered import gather
     from autopar.pretrained.loading import from_pretrained
     from autopar.routing.placement import balanced_placement
+    from autopar.training.step_record import StepRecord
+    from autopar.training.watch import Watch
     from autopar.verification.register_rule import register_rule
 
 from autopar.errors import (
@@ -86,7 +88,9 @@ _LAZY = {
     "register_rule": "verification.register_rule",
     "save_pretrained": "checkpoint.written_weights",
     "save_safetensors": "checkpoint.written_weights",
+    "StepRecord": "training.step_record",
     "TokenFile": "data.token_file",
+    "Watch": "training.watch",
 }
 
 
@@ -122,9 +126,11 @@ __all__ = [
     "RankFailedError",
     "Resumed",
     "SequenceError",
+    "StepRecord",
     "TokenFile",
     "TraceError",
     "UnknownOperatorError",
+    "Watch",
     "WrongRuleError",
     "__version__",
     "balanced_placement",

@@ -35,7 +35,7 @@ from autopar.runtime.connect import Connection, connect
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
 from autopar.runtime.parameters import Weights
-from autopar.training.loop import is_first
+from autopar.training.ranks import is_first
 from autopar.zoo.named import LARGE
 
 DEVIATION = 0.02  # of random weights

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from autopar.commands.bundles import expanded
@@ -23,14 +22,16 @@ from autopar.commands.plan_options import PlanChoices
 from autopar.commands.step_traces import joined_traces
 from autopar.commands.tables import print_json, stderr
 from autopar.commands.train_report import document_of, end_of, print_report, tolerance_of
+from autopar.commands.watching import Shown, WatchChoices, watched
 from autopar.ir.batch import data_ways
 from autopar.ir.program import AnyProgram
 from autopar.mesh import SEQUENCE, Mesh
 from autopar.plan import Plan
 from autopar.program_files.program_file import load
 from autopar.training.byte_text import BYTES, ByteText, read_text
-from autopar.training.loop import CLIP, Run, Settings, is_first, train
-from autopar.training.saving import Saving, Start
+from autopar.training.loop import CLIP, Run, Settings, train
+from autopar.training.ranks import is_first
+from autopar.training.saving import Saving
 from autopar.zoo.named import Example, rows_for
 
 MESH, LENGTH = "dp=2,tp=2", 128
@@ -77,6 +78,7 @@ def train_command(
     *,
     plan: PlanChoices,
     choices: ModelChoices,
+    watch: WatchChoices,
     as_json: Json = False,
 ) -> None:
     """Train MODEL over a mesh on byte-level tokens of real text; by itself it starts one process per rank (torchrun).
@@ -91,15 +93,20 @@ def train_command(
     asked = plan.plan(stored.plan) if stored is not None else _plan(plan, on, rows, accumulate)
     where, saving = _device(device, on), _saving(checkpoint, every, keep, resume)
     stream = ByteText(read_text(text), rows, length)
+    about = {"model": model, "mesh": str(on), "batch": rows, "length": length, "lr": rate, **asked.to_json()}
+    shown = Shown(f"{model} on {on}", watch, as_json, about)
     if on.world_size > 1 and not is_rank():
+        shown.say_launch(on.world_size)
         with joined_traces(trace):
             relaunch(on.world_size, sys.argv[1:], max_restarts, stops=True)
         return
     example = _byte_model(model, choices)
-    settings = Settings(on, asked, steps, rate, where, compare, accumulate, clip, saving, log, program, trace)
+    settings = Settings(
+        on, asked, steps, rate, where, compare, accumulate, clip, saving, log, program, trace, watch.peak
+    )
     start = time.perf_counter()
     with joined_traces(trace):
-        run = _train(model, example.model, stream, settings, shown=is_first() and not as_json)
+        run = _train(example.model, stream, settings, shown)
     if is_first():
         document = document_of(model, run, settings, stream, time.perf_counter() - start)
         _report(example.model, run, settings, document, as_json)
@@ -140,23 +147,8 @@ def _plan(choices: PlanChoices, mesh: Mesh, rows: int, accumulate: int) -> Plan:
     return plan
 
 
-def _train(name: str, model: nn.Module, text: ByteText, settings: Settings, shown: bool) -> Run:
-    console, saving = stderr(), settings.saving
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    disabled = not (shown and console.is_terminal)
-    with Progress(*columns, *times, console=console, disable=disabled, transient=True) as progress:
-        task = progress.add_task(f"{name} on {settings.mesh}", total=settings.steps, loss="")
-
-        def on_start(start: Start) -> None:
-            progress.update(task, completed=start.step)
-            if saving is not None and saving.resume and is_first():
-                found = f"resumed from {start.path}" if start.path else f"no checkpoint in {saving.directory} yet"
-                console.print(f"{found}: starting at step {start.step}", soft_wrap=True, markup=False)
-
-        def on_step(done: int, loss: float) -> None:
-            progress.update(task, completed=done, loss=f"loss {loss:.4f}")
-
+def _train(model: nn.Module, text: ByteText, settings: Settings, shown: Shown) -> Run:
+    with watched(shown, settings) as (on_start, on_step):
         try:
             return train(model, text, settings, on_start, on_step)
         finally:

@@ -26,6 +26,7 @@ from autopar.runtime.agreement import Agreement, ranks_text
 from autopar.runtime.groups import new_group
 from autopar.runtime.pieces import apart, crossing, put, take, together
 from autopar.runtime.recorder import Recorder
+from autopar.runtime.stopwatch import Stopwatch
 
 PLAIN = (1,)
 _UNWATCHED = nullcontext()
@@ -66,6 +67,7 @@ class Communicator:
         self.agreement = agreement or Agreement(None, self.failed)
         self.updates = 0  # backward passes that have given gradients: the parameters may have changed since
         self.recorder: Recorder | None = None  # of the steps that are traced now
+        self.stopwatch = Stopwatch(device)  # of what this rank waits
         self.noted: dict[str, Tensor] = {}  # layer of experts -> rows that this rank has sent to each of them
 
     def open(self, axes: Iterable[str]) -> None:
@@ -273,11 +275,14 @@ class Communicator:
             return self._guarded(name, axis, x, collective, group, *more)
 
     def _guarded(self, name: str, axis: str, x: Tensor, collective: Callable[..., Tensor], *more: Any) -> Tensor:
+        begun = self.stopwatch.begin()
         try:
-            return collective(x, *more)
+            result = collective(x, *more)
         except RuntimeError as problem:
             peers = [rank for rank in self.mesh.group(self.rank, axis) if rank != self.rank]
             raise peer_failed(f"{name} over axis '{axis}'", self.rank, peers, self.timeout, problem) from None
+        self.stopwatch.end(begun)
+        return result
 
     # ------------------------------------------------------------ messages between pipeline ranks
 
@@ -309,12 +314,14 @@ class Communicator:
 
     def finish(self, work: dist.Work, what: str) -> None:
         """Wait for a message."""
+        begun = self.stopwatch.begin()
         try:
             with _UNWATCHED if self.recorder is None else self.recorder.waiting(("message", id(work)), what):
                 work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as problem:
             peers = [rank for rank in self._stages if rank != self.rank]
             raise peer_failed(what, self.rank, peers, self.timeout, problem) from None
+        self.stopwatch.end(begun)
 
     def exchange(self, x: Tensor, axis: str) -> Tensor:
         """The ``x`` of every rank of ``axis``: (ways, ...). Used between programs; not counted as traffic."""

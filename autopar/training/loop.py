@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -25,8 +23,12 @@ from autopar.module import ParallelModule
 from autopar.plan import Plan
 from autopar.traces.slices import OF_RANKS
 from autopar.training.byte_text import ByteText
-from autopar.training.log import Log, bytes_by_axis, peak_memory, since
+from autopar.training.log import Log, since
+from autopar.training.meter import Measures, Meter
+from autopar.training.ranks import is_first
 from autopar.training.saving import Saver, Saving, Start
+from autopar.training.sinks import Sink
+from autopar.training.step_record import StepRecord
 from autopar.training.stopping import StopSignal, most_of_ranks
 
 CLIP = 1.0
@@ -46,6 +48,7 @@ class Settings:
         log: a file for one JSON line per step.
         program: a directory with the program of a step, compiled before.
         trace: a directory, in which ``ranks`` gets the timelines of one step: the third of this run, or its last.
+        peak: operations per second of one device, where :mod:`autopar.cost.device_peaks` does not know it.
     """
 
     mesh: Mesh
@@ -60,6 +63,7 @@ class Settings:
     log: Path | None = None
     program: Path | None = None
     trace: Path | None = None
+    peak: float | None = None
 
 
 @dataclass
@@ -111,13 +115,12 @@ def train(
     text: ByteText,
     settings: Settings,
     on_start: Callable[[Start], None],
-    on_step: Callable[[int, float], None],
+    on_step: Sink,
 ) -> Run:
     """Train ``model`` over the mesh; on rank 0 a copy of it too, from the same weights on the same batches.
 
-    ``on_start`` is called on every rank once it is known where the run starts, ``on_step`` after every step, with the
-    number of steps done and the loss. SIGTERM to any rank ends the run after its step. Raises what the compiler, the
-    runtime and checkpoints raise.
+    ``on_start`` is called on every rank once it is known where the run starts, ``on_step`` after every step. SIGTERM to
+    any rank ends the run after its step. Raises what the compiler, the runtime and checkpoints raise.
     """
     saving = settings.saving
     resumes = saving is not None and saving.latest is not None
@@ -148,11 +151,6 @@ def train(
     return Run(step.curve, other, traffic, max(1, steps - 1), start, loop.stopped, saved, loop.loads)
 
 
-def is_first() -> bool:
-    """Whether this is rank 0, or the only process; known before the process group exists."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 class _Loop:
     """Steps of the parallel model and of the unmodified one, if there is one, until all are done or SIGTERM came."""
 
@@ -174,18 +172,18 @@ class _Loop:
         self.loads: dict[str, ExpertLoad] = {}
         self.warm: tuple[Transfer, ...] = ()  # of the first step, which also compares the programs of the ranks
 
-    def run(self, start: Start, saver: Saver | None, on_step: Callable[[int, float], None]) -> int:
+    def run(self, start: Start, saver: Saver | None, on_step: Sink) -> int:
         """The number of steps done."""
         self.place, done = start.batches, start.step
         while done < self._settings.steps and not self.stopped:
             with self._traced(done - start.step, self._settings.steps - done == 1):
-                self._one(done)
+                record = self._one(done)
             if done == start.step:
                 self.warm = self._step.traffic
             done += 1
             if saver is not None and not self.stopped:
                 saver.after(done, self.place, self.finite)
-            on_step(done, self._step.curve.losses[-1])
+            on_step(record)
         return done
 
     def _traced(self, number: int, is_last: bool) -> AbstractContextManager[None]:
@@ -196,34 +194,35 @@ class _Loop:
         assert isinstance(model, ParallelModule)
         return model.trace(directory / OF_RANKS)
 
-    def _one(self, number: int) -> None:
-        settings, before = self._settings, self._step.traffic
+    def _one(self, number: int) -> StepRecord:
+        settings = self._settings
         batches = _batches(self._text, self.place, settings, self._share)
-        self._step(batches)
+        measures = self._step(batches)
         if self._beside is not None:
             self._beside(batches if self._share is None else _batches(self._text, self.place, settings))
         self.place += len(batches)
-        peak = peak_memory(settings.device)
-        # all ranks wait at the end of a step: rank 0 is late, since it runs the other model too
-        curve = self._step.curve
+        record = self._record(number, len(batches) * self._text.batch * self._text.length, measures)
+        self._log.write(**record.to_json())
+        return record
+
+    def _record(self, number: int, tokens: int, measures: Measures) -> StepRecord:
+        """What is known of the step, once all ranks have ended it; rank 0 is late, for it runs the other model too."""
+        settings, curve = self._settings, self._step.curve
         broken = not (math.isfinite(curve.losses[-1]) and math.isfinite(curve.norms[-1]))
-        noted = [float(self._stop.noted), float(broken), peak]
+        noted = [float(self._stop.noted), float(broken), measures.peak_memory_bytes]
         stop, broken_somewhere, most = most_of_ranks(noted, settings.device, settings.plan.timeout)
         self.stopped, self.finite = bool(stop), not broken_somewhere
         loads = self._step.expert_load()
         self.loads = {layer: self.loads[layer] + load if layer in self.loads else load for layer, load in loads.items()}
-        tokens = len(batches) * self._text.batch * self._text.length
-        self._log.write(
+        return StepRecord(
             step=number,
             loss=curve.losses[-1],
-            reference_loss=self._beside.curve.losses[-1] if self._beside else None,
             grad_norm=curve.norms[-1],
-            tokens_per_second=round(tokens / curve.seconds[-1], 1),
-            seconds=round(curve.seconds[-1], 6),
-            peak_memory_bytes=peak,
+            tokens_per_second=tokens / measures.seconds,
             peak_memory_bytes_most=int(most),
-            sent_bytes=bytes_by_axis(since(before, self._step.traffic)),
-            expert_load={layer: load.to_json() for layer, load in loads.items()} or None,
+            reference_loss=self._beside.curve.losses[-1] if self._beside else None,
+            expert_load=loads,
+            **vars(measures),
         )
 
 
@@ -242,8 +241,9 @@ class _Stepper:
     """A model with its optimizer, as a script for one device would have them."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
-        self.model, self.device, self.curve = model.train(), settings.device, Curve()
+        self.model, self.curve = model.train(), Curve()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate)
+        self._meter = Meter(model, settings.device, settings.peak)
         self._clip = settings.clip or math.inf
         self._in_parts = settings.plan.microbatches > 1 or settings.mesh.is_pipelined  # the one batch of a step
 
@@ -257,8 +257,8 @@ class _Stepper:
             return self.model.expert_load()
         return {}
 
-    def __call__(self, batches: list[Batch]) -> None:
-        start = time.perf_counter()
+    def __call__(self, batches: list[Batch]) -> Measures:
+        self._meter.begin()
         losses = []
         for batch in batches:
             if self._in_parts and isinstance(self.model, ParallelModule):
@@ -273,9 +273,9 @@ class _Stepper:
         self.optimizer.zero_grad()
         self.curve.losses.append(sum(map(float, losses)))
         self.curve.norms.append(float(norm))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.curve.seconds.append(time.perf_counter() - start)
+        measures = self._meter.end()
+        self.curve.seconds.append(measures.seconds)
+        return measures
 
     def _no_sync(self) -> AbstractContextManager[None]:
         return self.model.no_sync() if isinstance(self.model, ParallelModule) else nullcontext()

@@ -176,6 +176,25 @@ def test_what_is_logged(tmp_path: Path) -> None:
         assert record["tokens_per_second"] == pytest.approx(2 * 12 * 8 / record["seconds"], rel=0.01)
 
 
+def test_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+    code, _, err = autopar("--mesh", "1", "--steps", "4", "--no-compare", "--log-every", "3", "--peak-tflops", "1")
+    first, *lines = err.splitlines()
+    assert code == 0 and "4 steps; the first one compiles" in first
+    assert [line.split("  ")[0] for line in lines] == ["step 1/4", "step 3/4", "step 4/4"]
+    assert all("grad norm" in line and "tokens/s" in line and "mfu" in line for line in lines)
+    code, out, err = autopar("--mesh", "1", "--steps", "2", "--no-compare", "--json", "--log", str(tmp_path / "log"))
+    first, *lines = map(json.loads, err.splitlines())
+    assert code == 0 and first == {"event": "started", "mesh": {"dp": 1}, "steps": 2}
+    assert lines == records(tmp_path / "log"), "the lines are those of the log"
+    assert [line["loss"] for line in lines] == json.loads(out)["losses"]
+
+
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, err = autopar("--mesh", "dp=2", "--wandb")
+    assert code == 2 and "--wandb needs the package 'wandb'" in err, "before any rank is started"
+
+
 def test_a_lower_precision_has_its_own_tolerance() -> None:
     code, out, _ = autopar("--mesh", "1", "--steps", "3", "--precision", "bf16", "--recompute", "full")
     assert code == 0 and "tolerance 0.05: the parallel one computes in bfloat16" in out
