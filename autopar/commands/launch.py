@@ -17,10 +17,13 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
+from autopar.commands.orphans import LAUNCHER
 from autopar.training.stopping import StopFile
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun reads the reason of a rank's failure from it
 FOLLOWS = "RankFailedError"  # a rank that reports this saw another one fail
+FAILURES = "AUTOPAR_FAILURES"  # a directory in which ranks leave the reasons of their failures, for restarts
+FOLLOWING_S = 1.0  # how much later a rank ends that has lost another: that one is to be reported
 NOT_SIGTERM = "SIGINT,SIGHUP,SIGQUIT"
 
 
@@ -44,15 +47,17 @@ def relaunch(ranks: int, arguments: Sequence[str], restarts: int = 0, stops: boo
     traceback of its own that torchrun adds to a rank's.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default too, but it warns about it
+    os.environ[LAUNCHER] = str(os.getpid())
     _hide_working_directory()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    _Restarts(restarts).listen()
     launcher = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
     launcher += ["--signals-to-handle", NOT_SIGTERM] if stops else []
     options = parse_args([*launcher, "-m", "autopar"])  # type: ignore[no-untyped-call]
     options.training_script_args = list(arguments)  # not parsed: torchrun would take options of ours for its own
     try:
         with tempfile.TemporaryDirectory(prefix="autopar-") as directory:
+            os.environ[FAILURES] = directory
+            _Restarts(restarts, Path(directory)).listen()
             if stops:
                 StopFile(directory)
             run(options)  # type: ignore[no-untyped-call]
@@ -65,11 +70,14 @@ def relaunch(ranks: int, arguments: Sequence[str], restarts: int = 0, stops: boo
 
 
 class _Restarts(logging.Handler):
-    """Says why all ranks start again, which torchrun only logs; of the last time :func:`report_failures` says it."""
+    """Says why all ranks start again, which torchrun only logs; of the last time :func:`report_failures` says it.
 
-    def __init__(self, restarts: int) -> None:
+    ``reasons``: a directory with those that ranks have left.
+    """
+
+    def __init__(self, restarts: int, reasons: Path) -> None:
         super().__init__(logging.ERROR)
-        self._left = restarts
+        self._left, self._reasons = restarts, reasons
 
     def listen(self) -> None:
         logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
@@ -84,7 +92,19 @@ class _Restarts(logging.Handler):
         self._left -= 1
         code, rank = arguments[:2]
         how = f"was ended by signal {signal.Signals(-code).name}" if isinstance(code, int) and code < 0 else "failed"
-        print(f"autopar: rank {rank} {how}; all ranks start again, {self._left} more times at most", file=sys.stderr)
+        reason = self._reason(rank)
+        why = f" ({reason})" if reason else ""
+        left = f"{self._left} more times at most"
+        print(f"autopar: rank {rank} {how}{why}; all ranks start again, {left}", file=sys.stderr)
+
+    def _reason(self, rank: object) -> str:
+        """The first line of what the rank has left, which is taken away: the next time it may die without a word."""
+        path = self._reasons / f"rank{rank}.json"
+        if not path.exists():
+            return ""
+        message: str = json.loads(path.read_text(encoding="utf-8"))["message"]
+        path.unlink()
+        return message.partition("\n")[0]
 
 
 def _hide_working_directory() -> None:
@@ -106,6 +126,11 @@ def note_failure(error: Exception, text: str) -> bool:
     reason = {"message": text, "kind": type(error).__name__, "timestamp": int(time.time())}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(reason), encoding="utf-8")
+    if FAILURES in os.environ:
+        left = Path(os.environ[FAILURES], f"rank{os.environ.get('LOCAL_RANK', '0')}.json")
+        left.write_text(json.dumps(reason), encoding="utf-8")
+    if reason["kind"] == FOLLOWS:
+        time.sleep(FOLLOWING_S)
     return True
 
 

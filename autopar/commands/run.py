@@ -21,7 +21,9 @@ from torch.utils import _pytree as pytree
 
 from autopar.commands.launch import is_rank, relaunch
 from autopar.commands.options import Json, Seed
+from autopar.commands.orphans import end_with_launcher
 from autopar.commands.tables import print_json, stdout, table, traffic_json, traffic_table
+from autopar.commands.this_machine import device_of_rank, refuse_ranks
 from autopar.errors import ProgramFileError
 from autopar.ir.node import Value, value
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
@@ -49,6 +51,7 @@ def run(
     weights: Annotated[Path | None, typer.Option(help="safetensors file, parameter names as in the model")] = None,
     inputs: Annotated[Path | None, typer.Option(help="safetensors file, whole inputs by name")] = None,
     output: Annotated[Path | None, typer.Option(help="safetensors file for the whole outputs")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there is one for every rank")] = "cpu",
     seed: Seed = 0,
     operators: Allowed = None,
     as_json: Json = False,
@@ -59,11 +62,15 @@ def run(
     """
     program = load(directory, operators=operators or ())
     refuse_too_large(program, random=weights is None)
+    where = device_of_rank(device, program.mesh.world_size)
     if program.mesh.world_size > 1 and not is_rank():
+        refuse_ranks(program.mesh.world_size, where)
         relaunch(program.mesh.world_size, sys.argv[1:])
         return
+    if is_rank():
+        end_with_launcher()
     try:
-        connection = connect(program.mesh, program.plan.timeout, torch.device("cpu"))
+        connection = connect(program.mesh, program.plan.timeout, where)
         found, seconds = _forward(program, connection, _read(weights), _read(inputs), seed)
     except FAULTS as error:  # a program that was written by something else than autopar
         raise ProgramFileError(f"the program in {directory} cannot be run: {type(error).__name__}: {error}") from error
@@ -92,7 +99,7 @@ def _forward(
 ) -> tuple[dict[str, Tensor], float]:
     """Whole outputs by name, and the seconds of the last run (the first compiles)."""
     generator = torch.Generator().manual_seed(seed)
-    root = module_of(program, weights, generator)
+    root = module_of(program, weights, generator).to(connection.comm.device)
     given = (root, connection, inputs, generator, seed)
     run = _pipeline(program, *given) if isinstance(program, PipelinedProgram) else _executable(program, *given)
     with torch.no_grad():
@@ -115,7 +122,7 @@ def _executable(
     generator: torch.Generator,
     seed: int,
 ) -> Callable[[], Any]:
-    given = _inputs(program, inputs, generator)
+    given = _inputs(program, inputs, generator, connection.comm.device)
     Weights(root, connection).lay_out(program)
     executable = Executable(program, root, connection)
     return lambda: executable.run(given, seed)
@@ -136,16 +143,19 @@ def _pipeline(
     if inputs:
         parts = microbatches.parts((), inputs, program.mesh, plan)
         rows = microbatches.rows(inputs, parts, plan)
-    batches = [_inputs(program.of_rows(n == rows[0]), part, generator) for n, part in zip(rows, parts)]
+    where = connection.comm.device
+    batches = [_inputs(program.of_rows(n == rows[0]), part, generator, where) for n, part in zip(rows, parts)]
     Weights(root, connection).lay_out(program)
     executable = PipelineExecutable(program, root, connection)
     return lambda: executable.run(batches, rows, seed)
 
 
-def _inputs(program: AnyProgram, given: Mapping[str, Tensor], generator: torch.Generator) -> list[Tensor]:
+def _inputs(
+    program: AnyProgram, given: Mapping[str, Tensor], generator: torch.Generator, device: torch.device
+) -> list[Tensor]:
     below = _least_rows(program)
     entries = program.placeholders(InputKind.INPUT)
-    return [_tensor(entry.target, value(node), given, generator, below) for node, entry in entries]
+    return [_tensor(entry.target, value(node), given, generator, below).to(device) for node, entry in entries]
 
 
 def _from_all_stages(found: dict[str, Tensor | None], connection: Connection) -> dict[str, Tensor | None]:
@@ -233,7 +243,7 @@ def _least_rows(program: AnyProgram) -> int:
 
 def _whole(tensor: Tensor) -> Tensor:
     full: Any = getattr(tensor, "full_tensor", None)
-    return (tensor if full is None else full()).detach()
+    return (tensor if full is None else full()).detach().cpu()
 
 
 def _read(path: Path | None) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -10,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import torch.distributed as dist
 import typer
 from torch import nn
@@ -18,9 +16,11 @@ from torch import nn
 from autopar.commands.bundles import expanded
 from autopar.commands.launch import is_rank, is_restart, relaunch
 from autopar.commands.options import Json, ModelChoices, ModelName, read_mesh
+from autopar.commands.orphans import end_with_launcher
 from autopar.commands.plan_options import PlanChoices
 from autopar.commands.step_traces import joined_traces
 from autopar.commands.tables import print_json, stderr
+from autopar.commands.this_machine import device_of_rank, refuse_ranks
 from autopar.commands.train_report import document_of, end_of, print_report, tolerance_of
 from autopar.commands.watching import Shown, WatchChoices, watched
 from autopar.ir.batch import data_ways
@@ -91,15 +91,18 @@ def train_command(
     rows, length = _sizes(stored, choices.batch, choices.length, on)
     _refuse_uneven_parts(length, on)
     asked = plan.plan(stored.plan) if stored is not None else _plan(plan, on, rows, accumulate)
-    where, saving = _device(device, on), _saving(checkpoint, every, keep, resume)
+    where, saving = device_of_rank(device, on.world_size), _saving(checkpoint, every, keep, resume)
     stream = ByteText(read_text(text), rows, length)
     about = {"model": model, "mesh": str(on), "batch": rows, "length": length, "lr": rate, **asked.to_json()}
     shown = Shown(f"{model} on {on}", watch, as_json, about)
     if on.world_size > 1 and not is_rank():
+        refuse_ranks(on.world_size, where)
         shown.say_launch(on.world_size)
         with joined_traces(trace):
             relaunch(on.world_size, sys.argv[1:], max_restarts, stops=True)
         return
+    if is_rank():
+        end_with_launcher()
     example = _byte_model(model, choices)
     settings = Settings(
         on, asked, steps, rate, where, compare, accumulate, clip, saving, log, program, trace, watch.peak
@@ -169,19 +172,6 @@ def _saving(directory: Path | None, every: int, keep: int, resume: bool) -> Savi
             raise ValueError("--resume needs the directory of the checkpoints\nWay out: --checkpoint DIR --resume")
         return None
     return Saving(directory, every, keep, resume or is_restart())  # a restart has checkpoints of this very run
-
-
-def _device(name: str, mesh: Mesh) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= mesh.world_size else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: it is one of auto, cpu, cuda")
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _refuse_other_than_bytes(name: str, model: nn.Module) -> None:
