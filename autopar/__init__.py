@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from autopar.data.padding import PaddedBatch, pad_batch
     from autopar.data.parts import BatchesOfRank, part_of_batch
     from autopar.data.token_file import TokenFile
+    from autopar.data.token_sources import pack_tokens
     from autopar.exporters.export import export
     from autopar.ir.program import PipelinedProgram, Program
     from autopar.module import ParallelModule
@@ -77,6 +78,7 @@ _LAZY = {
     "from_pretrained": "pretrained.loading",
     "gather": "pretrained.gathered",
     "load_safetensors": "checkpoint.weights",
+    "pack_tokens": "data.token_sources",
     "pad_batch": "data.padding",
     "PaddedBatch": "data.padding",
     "parallelize": "api",
@@ -141,6 +143,7 @@ __all__ = [
     "from_pretrained",
     "gather",
     "load_safetensors",
+    "pack_tokens",
     "pad_batch",
     "parallelize",
     "part_of_batch",

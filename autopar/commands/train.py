@@ -14,6 +14,7 @@ import typer
 from torch import nn
 
 from autopar.commands.bundles import expanded
+from autopar.commands.data_options import DataChoices
 from autopar.commands.launch import is_rank, is_restart, relaunch
 from autopar.commands.options import Json, ModelChoices, ModelName, read_mesh
 from autopar.commands.orphans import end_with_launcher
@@ -22,13 +23,14 @@ from autopar.commands.step_traces import joined_traces
 from autopar.commands.tables import print_json, stderr
 from autopar.commands.this_machine import device_of_rank, refuse_ranks
 from autopar.commands.train_report import document_of, end_of, print_report, tolerance_of
+from autopar.commands.trained_model import refuse_model
 from autopar.commands.watching import Shown, WatchChoices, watched
+from autopar.data.token_stream import TokenStream
 from autopar.ir.batch import data_ways
 from autopar.ir.program import AnyProgram
 from autopar.mesh import SEQUENCE, Mesh
 from autopar.plan import Plan
 from autopar.program_files.program_file import load
-from autopar.training.byte_text import BYTES, ByteText, read_text
 from autopar.training.loop import CLIP, Run, Settings, train
 from autopar.training.ranks import is_first
 from autopar.training.saving import Saving
@@ -62,7 +64,6 @@ def train_command(
     mesh: MeshOrNone = None,
     steps: Annotated[int, typer.Option(min=1)] = 20,
     rate: Annotated[float, typer.Option("--lr", help="learning rate of AdamW")] = 1e-3,
-    text: Annotated[Path | None, typer.Option(help="a file to train on; default: Python's own reference")] = None,
     compare: Annotated[bool, typer.Option(help="train the unmodified model too, and compare the losses")] = True,
     program: FromProgram = None,
     accumulate: Accumulate = 1,
@@ -78,6 +79,7 @@ def train_command(
     *,
     plan: PlanChoices,
     choices: ModelChoices,
+    data: DataChoices,
     watch: WatchChoices,
     as_json: Json = False,
 ) -> None:
@@ -92,7 +94,7 @@ def train_command(
     _refuse_uneven_parts(length, on)
     asked = plan.plan(stored.plan) if stored is not None else _plan(plan, on, rows, accumulate)
     where, saving = device_of_rank(device, on.world_size), _saving(checkpoint, every, keep, resume)
-    stream = ByteText(read_text(text), rows, length)
+    stream = TokenStream(data.read(), rows, length, data.documents)
     about = {"model": model, "mesh": str(on), "batch": rows, "length": length, "lr": rate, **asked.to_json()}
     shown = Shown(f"{model} on {on}", watch, as_json, about)
     if on.world_size > 1 and not is_rank():
@@ -103,7 +105,7 @@ def train_command(
         return
     if is_rank():
         end_with_launcher()
-    example = _byte_model(model, choices)
+    example = _language_model(model, choices, stream)
     settings = Settings(
         on, asked, steps, rate, where, compare, accumulate, clip, saving, log, program, trace, watch.peak
     )
@@ -115,9 +117,10 @@ def train_command(
         _report(example.model, run, settings, document, as_json)
 
 
-def _byte_model(name: str, choices: ModelChoices) -> Example:
+def _language_model(name: str, choices: ModelChoices, stream: TokenStream) -> Example:
+    """The model ``name``. Raises ValueError where it cannot be trained on the batches of ``stream``."""
     example = replace(choices, batch=None, length=None).example(name)
-    _refuse_other_than_bytes(name, example.model)
+    refuse_model(name, example.model, stream)
     return example
 
 
@@ -150,7 +153,7 @@ def _plan(choices: PlanChoices, mesh: Mesh, rows: int, accumulate: int) -> Plan:
     return plan
 
 
-def _train(model: nn.Module, text: ByteText, settings: Settings, shown: Shown) -> Run:
+def _train(model: nn.Module, text: TokenStream, settings: Settings, shown: Shown) -> Run:
     with watched(shown, settings) as (on_start, on_step):
         try:
             return train(model, text, settings, on_start, on_step)
@@ -172,17 +175,3 @@ def _saving(directory: Path | None, every: int, keep: int, resume: bool) -> Savi
             raise ValueError("--resume needs the directory of the checkpoints\nWay out: --checkpoint DIR --resume")
         return None
     return Saving(directory, every, keep, resume or is_restart())  # a restart has checkpoints of this very run
-
-
-def _refuse_other_than_bytes(name: str, model: nn.Module) -> None:
-    sizes = getattr(model, "config", None)
-    vocabulary = getattr(sizes, "vocab_size", getattr(sizes, "vocab", None))
-    if not isinstance(vocabulary, int):
-        raise ValueError(f"train needs a language model that takes input_ids and labels; {name} has no vocabulary")
-    if vocabulary < BYTES:
-        key = "vocab_size" if hasattr(sizes, "vocab_size") else "vocab"
-        raise ValueError(
-            f"{name} has a vocabulary of {vocabulary}, and bytes need {BYTES}\nWay out: --config {key}=288"
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(f"{name} is too large to be trained from random weights here\nWay out: --config layers=2")

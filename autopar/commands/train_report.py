@@ -9,7 +9,7 @@ from torch import nn
 from autopar.commands.curves import sparkline
 from autopar.commands.expert_loads import loads_json, loads_tables
 from autopar.commands.tables import stdout, table, traffic_json, traffic_table
-from autopar.training.byte_text import ByteText
+from autopar.data.token_stream import TokenStream
 from autopar.training.loop import Curve, Run, Settings
 
 TOLERANCES = {None: 1e-4, "float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # of the loss, any step
@@ -21,7 +21,7 @@ def tolerance_of(settings: Settings) -> float:
     return max(TOLERANCES[dtype] for dtype in (precision.param, precision.reduce, precision.output))
 
 
-def document_of(model: str, run: Run, settings: Settings, text: ByteText, seconds: float) -> dict[str, Any]:
+def document_of(model: str, run: Run, settings: Settings, text: TokenStream, seconds: float) -> dict[str, Any]:
     reference, plan = run.reference, settings.plan
     tokens = text.batch * text.length * settings.accumulate
     return {
@@ -35,6 +35,7 @@ def document_of(model: str, run: Run, settings: Settings, text: ByteText, second
         "device": settings.device.type,
         "batch": text.batch,
         "length": text.length,
+        "unit": text.tokens.unit,
         "accumulate": settings.accumulate,
         "steps": settings.steps,
         "first_step": run.start.step,
@@ -75,7 +76,7 @@ def print_report(model: nn.Module, run: Run, settings: Settings, document: dict[
     batches = f"{settings.accumulate} x " if settings.accumulate > 1 else ""
     console.print(
         f"{type(model).__name__}, {count:,} parameters, on {settings.mesh}: {settings.mesh.world_size} "
-        f"{settings.device.type} processes, batches of {batches}{document['batch']} x {document['length']} bytes"
+        f"{settings.device.type} processes, batches of {batches}{document['batch']} x {document['length']} {document['unit']}"
     )
     console.print(traffic_table("sent by one rank in a step", run.traffic, run.counted))
     for loads in loads_tables(run.loads):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from autopar.errors import IndivisibleError, LaunchError
 from autopar.ir.batch import InputDims, input_dims
 from autopar.mesh import DATA_AXES, SEQUENCE, Mesh
 from autopar.plan import Plan
+
+SEED_STRIDE = 1_000_003  # between the seeds of two epochs
 
 
 @dataclass(frozen=True)
@@ -98,21 +101,55 @@ def part_of_batch(
 class BatchesOfRank:
     """For ``DataLoader(batch_sampler=...)``: of each batch the indices of this rank's rows.
 
-    ``indices`` are those of all ranks in one order, e.g. a sampler that shuffles by a seed; they are gone through again
-    for each epoch. ``rows`` is the size of the whole batch; a last one with fewer is left out.
+    ``indices`` are those of all ranks in one order, and are gone through again for each epoch; with ``shuffle``, which
+    is a seed, in another order each time, the same on all ranks. ``rows`` is the size of the whole batch; a last one
+    with fewer is left out.
+
+    Its :meth:`state_dict` says how many epochs and batches were given: a run goes on after these, on any mesh. The
+    ``StatefulDataLoader`` of torchdata saves it with its own. ``indices`` that come in another order each time must be
+    brought to that of the epoch by their user; ``shuffle`` needs no such care.
     """
 
-    def __init__(self, indices: Iterable[int], rows: int, mesh: Mesh, *, rank: int | None = None) -> None:
-        self._indices, self._rows = indices, rows
+    def __init__(
+        self, indices: Iterable[int], rows: int, mesh: Mesh, *, shuffle: int | None = None, rank: int | None = None
+    ) -> None:
+        self._indices, self._rows, self._shuffle = indices, rows, shuffle
         self._own = Share.of(mesh, rank).rows(rows)
+        self._epoch = self._given = self._skipped = 0
 
     def __iter__(self) -> Iterator[list[int]]:
+        self._given, self._skipped = self._skipped, 0
+        for batch in islice(self._batches(), self._given, None):
+            self._given += 1
+            yield [batch[row] for row in self._own]
+        self._epoch, self._given = self._epoch + 1, 0
+
+    def _batches(self) -> Iterator[list[int]]:
         batch: list[int] = []
-        for index in self._indices:
+        for index in self._ordered():
             batch.append(index)
             if len(batch) == self._rows:
-                yield [batch[row] for row in self._own]
+                yield batch
                 batch = []
+
+    def _ordered(self) -> Iterable[int]:
+        if self._shuffle is None:
+            return self._indices
+        every = list(self._indices)
+        generator = torch.Generator().manual_seed(self._shuffle + self._epoch * SEED_STRIDE)
+        return [every[place] for place in torch.randperm(len(every), generator=generator).tolist()]
 
     def __len__(self) -> int:
         return len(self._indices) // self._rows  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "batches": self._given, "rows": self._rows}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on after the batches of ``state``. Raises ValueError for batches of another size."""
+        if state["rows"] != self._rows:
+            raise ValueError(
+                f"the state is of batches of {state['rows']} rows, and these have {self._rows}\n"
+                f"Way out: BatchesOfRank(..., rows={state['rows']})."
+            )
+        self._epoch, self._skipped = state["epoch"], state["batches"]

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from autopar.api import parallelize
 from autopar.data.parts import Share
+from autopar.data.token_stream import TokenStream
 from autopar.ir.load import ExpertLoad
 from autopar.ir.traffic import Transfer
 from autopar.mesh import Mesh
 from autopar.module import ParallelModule
 from autopar.plan import Plan
 from autopar.traces.slices import OF_RANKS
-from autopar.training.byte_text import ByteText
 from autopar.training.log import Log, since
 from autopar.training.meter import Measures, Meter
 from autopar.training.ranks import is_first
@@ -112,7 +112,7 @@ class Run:
 
 def train(
     model: nn.Module,
-    text: ByteText,
+    text: TokenStream,
     settings: Settings,
     on_start: Callable[[Start], None],
     on_step: Sink,
@@ -158,7 +158,7 @@ class _Loop:
         self,
         step: _Stepper,
         beside: _Stepper | None,
-        text: ByteText,
+        text: TokenStream,
         settings: Settings,
         log: Log,
         stop: StopSignal,
@@ -231,7 +231,7 @@ def _share(settings: Settings) -> Share | None:
     return Share.of(settings.mesh) if settings.plan.inputs == "local" else None
 
 
-def _batches(text: ByteText, place: int, settings: Settings, share: Share | None = None) -> list[Batch]:
+def _batches(text: TokenStream, place: int, settings: Settings, share: Share | None = None) -> list[Batch]:
     numbers = range(place, place + settings.accumulate)
     found = [text(n) if share is None else text(n, share) for n in numbers]
     return [{name: tensor.to(settings.device) for name, tensor in batch.items()} for batch in found]

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from autopar.checkpoint.checkpoints import Checkpoints
 from autopar.checkpoint.files import complete, path_of
+from autopar.data.token_stream import TokenStream
 from autopar.module import ParallelModule
-from autopar.training.byte_text import ByteText
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Start:
 class Saver:
     """Saves a model, its optimizer and its place in the text. All ranks call each method at the same time."""
 
-    def __init__(self, saving: Saving, text: ByteText, model: ParallelModule, optimizer: Optimizer) -> None:
+    def __init__(self, saving: Saving, text: TokenStream, model: ParallelModule, optimizer: Optimizer) -> None:
         self._saving, self._text, self._model, self._optimizer = saving, text, model, optimizer
         self._checkpoints = Checkpoints(saving.directory, saving.keep)
         self._saved: int | None = None

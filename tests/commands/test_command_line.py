@@ -28,11 +28,12 @@ from autopar.commands.options import read_config, read_mesh
 from autopar.commands.plan_options import read_plan
 from autopar.compiler import split_program
 from autopar.data.parts import Share
+from autopar.data.token_sources import byte_tokens, usual_text
+from autopar.data.token_stream import TokenStream
 from autopar.ir.graph_pass import graph_pass, run_passes
 from autopar.ir.program import Program
 from autopar.mesh import Mesh
 from autopar.passes import COMPILER
-from autopar.training.byte_text import ByteText, read_text
 from autopar.training.loop import Curve, Run
 from autopar.zoo.named import named_model
 
@@ -248,7 +249,7 @@ def test_options_are_read() -> None:
 
 
 def test_byte_text() -> None:
-    text = ByteText(bytes(range(100)), batch=2, length=10)
+    text = TokenStream(byte_tokens(bytes(range(100))), batch=2, length=10)
     first, second, last = text(0)["input_ids"], text(1)["input_ids"], text(9)["input_ids"]
     assert first[0].tolist() == list(range(10)) and first[1].tolist() == list(range(50, 60))
     assert second[:, 0].tolist() == [10, 60], "each row goes on where it stopped"
@@ -257,9 +258,9 @@ def test_byte_text() -> None:
     for rank, (rows, positions) in enumerate([(slice(1), halves[0]), (slice(1), halves[1]), (slice(1, 2), halves[0])]):
         part = text(9, Share.of(Mesh(dp=2, sp=2), rank))["labels"]
         assert torch.equal(part, text(9)["labels"][rows, positions])
-    with pytest.raises(ValueError, match="the text has 3 bytes"):
-        ByteText(b"abc", 2, 10)
-    assert len(read_text(None)) > 100_000
+    with pytest.raises(ValueError, match="the data has 3 bytes"):
+        TokenStream(byte_tokens(b"abc"), 2, 10)
+    assert len(usual_text()) > 100_000
 
 
 def test_sparkline() -> None:

@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from autopar.__main__ import main
+from autopar.data.token_sources import byte_tokens
+from autopar.data.token_stream import TokenStream
 from autopar.training import loop
-from autopar.training.byte_text import ByteText
 from autopar.training.log import Log
 from tests.launch import run_ranks
 
@@ -30,16 +31,16 @@ SMALL = ["train", "llama", *TINY, "--length", "8", "--plan", "check_numerics=fal
 KILLED = """
 import os, signal
 from autopar.__main__ import main
-from autopar.training.byte_text import ByteText
+from autopar.data.token_stream import TokenStream
 
-read = ByteText.__call__
+read = TokenStream.__call__
 
 def killed(text, number):
     if number == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return read(text, number)
 
-ByteText.__call__ = killed
+TokenStream.__call__ = killed
 main()
 """
 
@@ -59,14 +60,14 @@ def autopar(*arguments: str) -> Outcome:
 
 def stopped_rank(at: int, rank: int, *arguments: str) -> Outcome:
     """As :func:`autopar`; one rank gets SIGTERM while it reads the batch ``at``."""
-    read: Callable[[ByteText, int], Any] = ByteText.__call__
+    read: Callable[[TokenStream, int], Any] = TokenStream.__call__
 
-    def signalled(text: ByteText, number: int) -> Any:
+    def signalled(text: TokenStream, number: int) -> Any:
         if number == at and os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), signal.SIGTERM)
         return read(text, number)
 
-    ByteText.__call__ = signalled  # type: ignore[method-assign]
+    TokenStream.__call__ = signalled  # type: ignore[method-assign]
     return autopar(*arguments)
 
 
@@ -226,13 +227,13 @@ def test_resume_needs_a_directory() -> None:
 
 
 def test_a_place_in_another_text() -> None:
-    text = ByteText(bytes(range(100)), batch=2, length=10)
+    text = TokenStream(byte_tokens(bytes(range(100))), batch=2, length=10)
     assert text.batches_before(text.place(7)) == 7
     for other, said in ((bytes(100), "another text"), (bytes(range(99)), "another text, of 99 bytes; this has 100")):
         with pytest.raises(ValueError, match=said):
-            text.batches_before(ByteText(other, 2, 10).place(7))
+            text.batches_before(TokenStream(byte_tokens(other), 2, 10).place(7))
     with pytest.raises(ValueError, match="--batch 4 --length 10"):
-        text.batches_before(ByteText(bytes(range(100)), 4, 10).place(7))
+        text.batches_before(TokenStream(byte_tokens(bytes(range(100))), 4, 10).place(7))
     for foreign in (None, {"batches": 3}):
         with pytest.raises(ValueError, match="not one of autopar train"):
             text.batches_before(foreign)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from autopar import Mesh, Plan
+from autopar import Checkpoints, Mesh, Plan
 from autopar.data.parts import BatchesOfRank, Share, part_of_batch
 from autopar.errors import IndivisibleError, LaunchError
 from autopar.ir.layout import Factor, Layout, shard
@@ -74,3 +75,45 @@ def test_batches_of_a_shuffling_sampler() -> None:
         assert found[0][step].tolist() == found[1][step].tolist() == order[8 * step : 8 * step + 4]
         assert found[2][step].tolist() == found[3][step].tolist() == order[8 * step + 4 : 8 * step + 8]
     assert [len(each) for each in found] == [2] * 4 and len(BatchesOfRank(range(22), 8, mesh, rank=0)) == 2
+
+
+def test_a_sampler_goes_on_where_it_was() -> None:
+    whole = BatchesOfRank(range(10), 2, Mesh(dp=2), shuffle=3, rank=1)
+    epochs = [list(whole) for _ in range(3)]
+    assert len({str(epoch) for epoch in epochs}) == 3, "another order each time"
+    both = [list(BatchesOfRank(range(10), 2, Mesh(dp=2), shuffle=3, rank=rank)) for rank in (0, 1)]
+    assert sorted(index for epoch in both for (index,) in epoch) == list(range(10))
+    stopped = BatchesOfRank(range(10), 2, Mesh(dp=2), shuffle=3, rank=1)
+    assert list(stopped) == epochs[0]
+    running = iter(stopped)
+    assert [next(running) for _ in range(3)] == epochs[1][:3]
+    resumed = BatchesOfRank(range(10), 2, Mesh(dp=2), shuffle=3, rank=1)
+    resumed.load_state_dict(stopped.state_dict())
+    assert list(resumed) == epochs[1][3:] and list(resumed) == epochs[2]
+    with pytest.raises(ValueError, match="batches of 2 rows, and these have 4"):
+        BatchesOfRank(range(10), 4, Mesh(dp=2), rank=0).load_state_dict(stopped.state_dict())
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_state_of_a_loader_is_in_the_checkpoint(tmp_path: Path, workers: int) -> None:
+    """A ``StatefulDataLoader`` that is loaded gives the batches that the run would have had."""
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    data, model = TensorDataset(torch.arange(40)), nn.Linear(2, 2)
+
+    def loader() -> Any:
+        batches = BatchesOfRank(range(40), 4, Mesh(dp=1), shuffle=1)
+        return stateful(data, batch_sampler=batches, num_workers=workers)
+
+    first = loader()
+    epoch = [batch for (batch,) in first]
+    running = iter(first)
+    for _ in range(3):
+        next(running)
+    Checkpoints(tmp_path).save(3, model, data=first.state_dict())
+    rest = [batch.tolist() for (batch,) in running]
+    resumed = loader()
+    found = Checkpoints(tmp_path).load(model)
+    assert found is not None
+    resumed.load_state_dict(found.data)
+    assert [batch.tolist() for (batch,) in resumed] == rest and len(rest) == 7
+    assert len(epoch) == 10 and len(list(resumed)) == 10
