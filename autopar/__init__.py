@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from autopar.pretrained.gathered import gather
     from autopar.pretrained.loading import from_pretrained
     from autopar.routing.placement import balanced_placement
+    from autopar.training.profiling import profile
     from autopar.training.step_record import StepRecord
     from autopar.training.watch import Watch
     from autopar.verification.register_rule import register_rule
@@ -85,6 +86,7 @@ _LAZY = {
     "part_of_batch": "data.parts",
     "ParallelModule": "module",
     "PipelinedProgram": "ir.program",
+    "profile": "training.profiling",
     "Program": "ir.program",
     "Resumed": "checkpoint.checkpoints",
     "register_rule": "verification.register_rule",
@@ -147,6 +149,7 @@ __all__ = [
     "pad_batch",
     "parallelize",
     "part_of_batch",
+    "profile",
     "register_rule",
     "save_pretrained",
     "save_safetensors",

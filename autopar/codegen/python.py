@@ -21,8 +21,10 @@ import hashlib
 import linecache
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from textwrap import indent
 from typing import Any
 
@@ -112,13 +114,20 @@ class RankProgram:
         return emit({"inference": role.inference if role else self.program.graph}, self.program, self.coordinates)
 
 
-def emit(graphs: Mapping[str, fx.Graph], program: AnyProgram, coordinates: Mapping[str, int] | None = None) -> str:
+def emit(
+    graphs: Mapping[str, fx.Graph],
+    program: AnyProgram,
+    coordinates: Mapping[str, int] | None = None,
+    *,
+    labelled: bool = False,
+) -> str:
     """One Python module with a function ``name(comm, inputs: list) -> tuple`` for each of ``graphs``.
 
     With ``coordinates`` of a rank its constants are folded; without, the source is that of all ranks of the role.
+    ``labelled``: what belongs to a module of the model runs in a context ``comm.inside(label)``, for profilers.
     Raises InvariantError for a node that cannot be written as Python.
     """
-    module = _Module(program, coordinates)
+    module = _Module(program, coordinates, labelled)
     functions = [module.function(name, graph) for name, graph in graphs.items()]
     return "\n".join([*module.head(), *(line for lines in functions for line in ("", "", *lines)), ""])
 
@@ -136,8 +145,8 @@ def compile_source(source: str, name: str) -> RankFunction:
 class _Module:
     """The bindings at the top of an emitted module, filled while its functions are written."""
 
-    def __init__(self, program: AnyProgram, coordinates: Mapping[str, int] | None) -> None:
-        self.program, self.coordinates = program, coordinates
+    def __init__(self, program: AnyProgram, coordinates: Mapping[str, int] | None, labelled: bool) -> None:
+        self.program, self.coordinates, self.labelled = program, coordinates, labelled
         self.bindings: dict[str, str] = {}  # short name -> torch.ops expression
         self.imports: set[str] = set()
         self.taken: frozenset[str] = frozenset()
@@ -154,15 +163,10 @@ class _Module:
         self.taken = frozenset(node.name for node in graph.nodes)
         body = _Body(self, graph)
         head = [f"def {name}(comm, inputs):", *body.unpacking(self._labels(graph))]
-        where = None
-        for node in graph.nodes:
-            if node.op in ("placeholder", "output"):
-                continue
-            if (place := _place(node)) != where and place:
-                head.append(f"    # {_printable(place)}")
-            where = place
-            head.append(body.line(node))
-        return [*head, f"    return {body.text(tuple(output_node(graph).args[0]))}"]  # type: ignore[arg-type]
+        calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+        lines = body.labelled(calls, name) if self.labelled else body.commented(calls)
+        end = f"    return {body.text(tuple(output_node(graph).args[0]))}"  # type: ignore[arg-type]
+        return [*head, *lines, end]
 
     def _labels(self, graph: fx.Graph) -> dict[str, str]:
         """For each placeholder its kind, name and type: ``param up.weight f32[32@tp,8]``."""
@@ -218,6 +222,21 @@ class _Body:
         unused = [self.names[node] for node in nodes if not node.users]
         deleted = [f"    del {', '.join(unused)}"] if unused else []
         return ["    (", *rows, "    ) = inputs", "    inputs.clear()", *deleted]
+
+    def commented(self, calls: Sequence[Node]) -> Iterator[str]:
+        """A line for each call, and before those of one line of the model, that line."""
+        where = None
+        for node in calls:
+            if (place := _place(node)) != where and place:
+                yield f"    # {_printable(place)}"
+            where = place
+            yield self.line(node)
+
+    def labelled(self, calls: Sequence[Node], function: str) -> Iterator[str]:
+        """A line for each call, those of one module in a context with its label."""
+        for label, nodes in groupby(calls, partial(_label, function)):
+            yield f"    with comm.inside({label!r}):"
+            yield from (f"    {self.line(node)}" for node in nodes)
 
     def line(self, node: Node) -> str:
         if node.op != "call_function":
@@ -297,6 +316,14 @@ def _printable(text: str) -> str:
 def _place(node: Node) -> str:
     where = origin(node)
     return " ".join(f"{where.module}  {where.source}".split("\n")).strip()
+
+
+def _label(function: str, node: Node) -> str:
+    """``backward model.layers.0.mlp``; of a collective ``all_reduce over tp: model.layers.0.mlp.down_proj``."""
+    module, name = origin(node).module or "(model)", comm.moving(node.target)
+    if name is None:
+        return f"{function} {module}"
+    return f"{name} over {comm.arguments_of(node)['axis']}: {module} ({function})"
 
 
 def _types(node: Node) -> Sequence[str]:

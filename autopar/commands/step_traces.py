@@ -1,4 +1,4 @@
-"""The timeline of a step of ``autopar train``: the files of all ranks as one."""
+"""The timeline of a step of ``autopar train``, the files of all ranks as one; and the profiles of the ranks."""
 
 from __future__ import annotations
 
@@ -28,3 +28,19 @@ def joined_traces(directory: Path | None) -> Iterator[None]:
     if any((directory / OF_RANKS).glob("rank*.json")):
         write_document(merged(directory / OF_RANKS), directory / WHOLE)
         stderr().print(f"timeline of a step: {directory / WHOLE}, for ui.perfetto.dev", soft_wrap=True, markup=False)
+
+
+@contextmanager
+def fresh_profiles(directory: Path | None) -> Iterator[None]:
+    """As :func:`joined_traces`, for profiles: those of an earlier run are removed, and afterwards it says where they
+    are."""
+    if directory is None or is_rank():
+        yield
+        return
+    for path in directory.glob("rank*.json"):
+        path.unlink()
+    yield
+    found = sorted(directory.glob("rank*.json"))
+    if found:
+        line = f"profile of a step: {found[0]}{' and one a rank' if len(found) > 1 else ''}, for ui.perfetto.dev"
+        stderr().print(line, soft_wrap=True, markup=False)

@@ -19,7 +19,7 @@ from autopar.commands.launch import is_rank, is_restart, relaunch
 from autopar.commands.options import Json, ModelChoices, ModelName, read_mesh
 from autopar.commands.orphans import end_with_launcher
 from autopar.commands.plan_options import PlanChoices
-from autopar.commands.step_traces import joined_traces
+from autopar.commands.step_traces import fresh_profiles, joined_traces
 from autopar.commands.tables import print_json, stderr
 from autopar.commands.this_machine import device_of_rank, refuse_ranks
 from autopar.commands.train_report import document_of, end_of, print_report, tolerance_of
@@ -100,17 +100,17 @@ def train_command(
     if on.world_size > 1 and not is_rank():
         refuse_ranks(on.world_size, where)
         shown.say_launch(on.world_size)
-        with joined_traces(trace):
+        with joined_traces(trace), fresh_profiles(watch.profile):
             relaunch(on.world_size, sys.argv[1:], max_restarts, stops=True)
         return
     if is_rank():
         end_with_launcher()
     example = _language_model(model, choices, stream)
     settings = Settings(
-        on, asked, steps, rate, where, compare, accumulate, clip, saving, log, program, trace, watch.peak
+        on, asked, steps, rate, where, compare, accumulate, clip, saving, log, program, trace, watch.peak, watch.profile
     )
     start = time.perf_counter()
-    with joined_traces(trace):
+    with joined_traces(trace), fresh_profiles(watch.profile):
         run = _train(example.model, stream, settings, shown)
     if is_first():
         document = document_of(model, run, settings, stream, time.perf_counter() - start)

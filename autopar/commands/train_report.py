@@ -74,9 +74,10 @@ def print_report(model: nn.Module, run: Run, settings: Settings, document: dict[
         return
     count = sum(parameter.numel() for parameter in model.parameters())
     batches = f"{settings.accumulate} x " if settings.accumulate > 1 else ""
+    batches += f"{document['batch']} x {document['length']} {document['unit']}"
     console.print(
         f"{type(model).__name__}, {count:,} parameters, on {settings.mesh}: {settings.mesh.world_size} "
-        f"{settings.device.type} processes, batches of {batches}{document['batch']} x {document['length']} {document['unit']}"
+        f"{settings.device.type} processes, batches of {batches}"
     )
     console.print(traffic_table("sent by one rank in a step", run.traffic, run.counted))
     for loads in loads_tables(run.loads):

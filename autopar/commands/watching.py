@@ -35,6 +35,9 @@ ToWandb = Annotated[bool, typer.Option("--wandb", help="send the numbers of each
 PeakTflops = Annotated[
     float | None, typer.Option(min=0.001, metavar="TFLOPS", help="peak of one device, for mfu, where autopar has none")
 ]
+ProfileFolder = Annotated[
+    Path | None, typer.Option("--profile", metavar="DIR", help="write torch.profiler's view of a step: rank0.json, ...")
+]
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,14 @@ class WatchChoices:
     """How a run is watched.
 
     ``every``: steps from one line to the next; None for the usual number, and none on a terminal. ``peak``: operations
-    per second of one device.
+    per second of one device. ``profile``: a directory for what the profiler of each rank sees.
     """
 
     every: int | None = None
     tensorboard: Path | None = None
     wandb: bool = False
     peak: float | None = None
+    profile: Path | None = None
 
     @classmethod
     def parameters(cls) -> list[inspect.Parameter]:
@@ -57,6 +61,7 @@ class WatchChoices:
             option("tensorboard", TensorBoardFolder),
             option("wandb", ToWandb, False),
             option("peak_tflops", PeakTflops),
+            option("profile", ProfileFolder),
         ]
 
     @classmethod
@@ -67,7 +72,7 @@ class WatchChoices:
             package("tensorboard", "--tensorboard")
         if wandb:
             package("wandb", "--wandb")
-        return cls(given["log_every"], folder, wandb, peak * 1e12 if peak else None)
+        return cls(given["log_every"], folder, wandb, peak * 1e12 if peak else None, given["profile"])
 
 
 @dataclass(frozen=True)

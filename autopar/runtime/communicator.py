@@ -67,6 +67,7 @@ class Communicator:
         self.agreement = agreement or Agreement(None, self.failed)
         self.updates = 0  # backward passes that have given gradients: the parameters may have changed since
         self.recorder: Recorder | None = None  # of the steps that are traced now
+        self.is_profiled = False  # graphs run with the labels of modules
         self.stopwatch = Stopwatch(device)  # of what this rank waits
         self.noted: dict[str, Tensor] = {}  # layer of experts -> rows that this rank has sent to each of them
 

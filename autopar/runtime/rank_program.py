@@ -29,6 +29,7 @@ from autopar.runtime.autograd import below_autograd, is_watched
 from autopar.runtime.border import joined, part_of, trimmed
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import local_of, of_local, spec_of
+from autopar.runtime.labelled import Labelled
 from autopar.runtime.parameters import tables
 from autopar.runtime.pieces import padded
 from autopar.runtime.rank_graphs import FORWARD, LEARN, RankGraphs
@@ -70,6 +71,7 @@ class BoundProgram:
         self.entries = list(program.placeholders(*InputKind))
         self.users = [entry.target for _, entry in self.entries if entry.kind is InputKind.INPUT]
         self._functions = {name: _compiled(name, graph, program) for name, graph in graphs.usual.items()}
+        self._with_labels: dict[str, RankFunction] = {}  # of the functions that were profiled
         self._updates = [
             (position, *self.slots[entry.target])
             for position, entry in enumerate(program.outputs)
@@ -109,6 +111,8 @@ class BoundProgram:
 
     def results(self, name: str, given: list[Any]) -> tuple[Any, ...]:
         """The results of the function ``name``; noted, where the step is recorded."""
+        if self.comm.is_profiled:
+            return self._labelled(name)(Labelled(self.comm), given)
         function, recorder = self.function(name), self.comm.recorder
         if recorder is None:
             return function(self.comm, given)
@@ -119,6 +123,13 @@ class BoundProgram:
         if name not in self._functions:  # a rare one, see RankGraphs
             self._functions[name] = _compiled(name, self.graphs[name], self.program)
         return self._functions[name]
+
+    def _labelled(self, name: str) -> RankFunction:
+        """As :meth:`function`, with the labels of modules."""
+        if name not in self._with_labels:
+            source = emit({name: self.graphs[name]}, self.program, labelled=True)
+            self._with_labels[name] = compile_source(source, name)
+        return self._with_labels[name]
 
     # ------------------------------------------------------------ binding
 

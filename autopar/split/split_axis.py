@@ -145,7 +145,10 @@ class _Rewriter:
             assert isinstance(split, Split)
             arguments = comm.where(split, self.axis, self.ways, local[split.dim])
         target = getattr(comm.OPS, step.op).default
-        return self.emit(target, (source, *arguments), self.placed(before, step.target))
+        made = self.emit(target, (source, *arguments), self.placed(before, step.target))
+        if isinstance(step.source, Partial) and origin(source).module:
+            set_origin(made, origin(source))  # it finishes a sum of that module, whoever uses it first
+        return made
 
     def emit(
         self, target: Any, args: tuple[Any, ...], *types: Value, kwargs: Mapping[str, Any] | None = None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from autopar.plan import Plan
 from autopar.traces.slices import OF_RANKS
 from autopar.training.log import Log, since
 from autopar.training.meter import Measures, Meter
+from autopar.training.profiling import profile
 from autopar.training.ranks import is_first
 from autopar.training.saving import Saver, Saving, Start
 from autopar.training.sinks import Sink
@@ -48,6 +49,7 @@ class Settings:
         log: a file for one JSON line per step.
         program: a directory with the program of a step, compiled before.
         trace: a directory, in which ``ranks`` gets the timelines of one step: the third of this run, or its last.
+        profile: a directory for the files of :func:`autopar.training.profiling.profile`, of the same step.
         peak: operations per second of one device, where :mod:`autopar.cost.device_peaks` does not know it.
     """
 
@@ -64,6 +66,7 @@ class Settings:
     program: Path | None = None
     trace: Path | None = None
     peak: float | None = None
+    profile: Path | None = None
 
 
 @dataclass
@@ -186,13 +189,18 @@ class _Loop:
             on_step(record)
         return done
 
-    def _traced(self, number: int, is_last: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def _traced(self, number: int, is_last: bool) -> Iterator[None]:
         """Records the step ``number`` of this run, if it is the one to be traced: none that compiles."""
-        model, directory = self._step.model, self._settings.trace
-        if directory is None or not (number == TRACED or (is_last and number < TRACED)):
-            return nullcontext()
-        assert isinstance(model, ParallelModule)
-        return model.trace(directory / OF_RANKS)
+        model, settings = self._step.model, self._settings
+        with ExitStack() as stack:
+            if number == TRACED or (is_last and number < TRACED):
+                assert isinstance(model, ParallelModule)
+                if settings.trace is not None:
+                    stack.enter_context(model.trace(settings.trace / OF_RANKS))
+                if settings.profile is not None:
+                    stack.enter_context(profile(model, settings.profile))
+            yield
 
     def _one(self, number: int) -> StepRecord:
         settings = self._settings
