@@ -44,7 +44,7 @@ STANDS_ON = {
     "routing": "errors ir mesh operators rules split",
     "pipeline": "cost errors ir mesh plan schedules",
     "memory": "autodiff ir mesh pipeline plan schedules",
-    "analysis": "autodiff ir memory mesh pipeline plan schedules",
+    "analysis": "autodiff cost ir memory mesh pipeline plan schedules",
     "simulator": "autodiff codegen errors ir mesh pipeline plan schedules",
     "simulate": "errors ir mesh simulator",
     "runtime": "autodiff codegen errors ir mesh pipeline plan schedules",

@@ -176,8 +176,8 @@ def test_inputs_are_split_where_that_is_found_and_labels_are_cut_behind_their_sh
 def test_the_choice_is_explained() -> None:
     program = compiled("llama", attention="ring")
     text = program.explain("ring_attention")
-    assert "chosen: ring attention, zig-zag order" in text
-    assert "not gather attention" in text and "not hybrid attention: no group of neighbours" in text
+    assert "sp      ring attention, zig-zag order" in text
+    assert "gather attention would cost" in text and "not hybrid attention: no group of neighbours" in text
 
 
 def test_plain_order_where_zig_zag_gives_no_balance() -> None:

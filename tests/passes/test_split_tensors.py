@@ -260,7 +260,9 @@ def test_pinned_layouts_are_kept() -> None:
 def test_explain_names_the_choice_and_its_alternatives() -> None:
     program = llama(1, Plan())
     text = program.explain("model.layers.0.self_attn.o_proj.weight")
-    assert "chosen: S(1)" in text and "S(0)" in text
+    assert "tp      split by columns over tp, because that costs least on a device of 300 Tflop/s" in text
+    assert re.search(r"whole on every rank would cost [\d.]+ us a step more", text)
+    assert "not split by rows: not possible here" in text
     with pytest.raises(ValueError, match=r"near it: .*q_proj"):
         program.explain("model.layers.0.self_attn.q_prj.weight")
 
