@@ -61,7 +61,7 @@ def test_another_mesh() -> None:
     assert not any("blocks.0" in one.name or "blocks.1" in one.name for one in found.layouts)
     made = Change("values", "blocks.*.0 aten.linear", 3, "f32[8@dp,16]", "f32[8@dp,16@tp]")
     assert made in found.layouts
-    assert Amount("forward tp all_reduce (model)", 0, 3) in found.operations, "where the sum is used"
+    assert Amount("forward tp all_reduce blocks.*.2", 0, 3) in found.operations, "of the module whose sum it is"
     assert not any(" dp " in one.name for one in found.operations), "as many over dp as before"
 
 
