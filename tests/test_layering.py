@@ -66,7 +66,7 @@ STANDS_ON = {
     "checkpoint": "errors ir mesh module plain_files runtime",
     "exporters": "checkpoint errors ir mesh operators pipeline program_files runtime schedules simulator traces",
     "pretrained": "api checkpoint errors mesh module plan runtime",
-    "training": "api checkpoint cost data ir mesh module plan runtime traces",
+    "training": "api checkpoint cost data errors ir mesh module plan runtime traces",
     "autopar": "*",  # the package itself: its names are imported at first use
     "commands": "*",
     "__main__": "*",
