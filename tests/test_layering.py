@@ -49,6 +49,7 @@ STANDS_ON = {
     "simulate": "errors ir mesh simulator",
     "runtime": "autodiff codegen errors ir mesh pipeline plan schedules",
     "traces": "autodiff cost errors ir mesh pipeline runtime schedules",
+    "report": "analysis ir memory mesh pipeline plan schedules",
     "levels": "ir pipeline",
     "passes": "autodiff errors experts frontend ir levels masks mesh operators pipeline routing rules schedules split",
     "choices": "ir mesh plan",

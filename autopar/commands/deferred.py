@@ -42,6 +42,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "Write the program of MODEL on a mesh to DIR: the graphs as text, constants, a manifest with every "
         "layout.",
     ),
+    "report": (
+        "report", "report_command",
+        "Write a page that shows how MODEL is split: ranks, parameters, a block, memory, traffic, "
+        "pipeline, program.",
+    ),
     "export": (
         "export", "export_command",
         "Write a program for other tools: a file for each rank, and manifest.json, which says what they "
