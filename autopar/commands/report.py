@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from autopar.commands.bundles import expanded
+from autopar.commands.memory_tables import MemoryChoices
 from autopar.commands.options import Json, MeshText, ModelChoices, read_mesh
 from autopar.commands.plan_options import PlanChoices, read_plan_texts
 from autopar.commands.tables import print_json, stderr
@@ -18,9 +19,10 @@ from autopar.ir.batch import data_ways
 from autopar.ir.program import AnyProgram
 from autopar.ir.traffic import size_text
 from autopar.mesh import ALIASES, AXIS_ORDER, Mesh
+from autopar.pipeline.microbatches import smaller
 from autopar.program_files.directory import MANIFEST
 from autopar.program_files.program_file import load
-from autopar.report.collect import document_of
+from autopar.report.collect import document_of, report_of
 from autopar.report.page import page_of
 
 Output = Annotated[
@@ -33,7 +35,7 @@ Compared = Annotated[
         "--compare", metavar="AXES|KEY=VALUE|DIR", help="beside it: another mesh, plan or program; may be repeated"
     ),
 ]
-Optimized = Annotated[str, typer.Option(help="the optimizer whose states are counted")]
+Counted = tuple[AnyProgram, int]  # a program, and of its pipeline how many last microbatches have fewer rows
 
 
 @expanded
@@ -42,10 +44,10 @@ def report_command(
     output: Output = None,
     mesh: MeshText = "dp=2,tp=2",
     compare: Compared = None,
-    optimizer: Optimized = "adamw",
     *,
     plan: PlanChoices,
     choices: ModelChoices,
+    memory: MemoryChoices,
     as_json: Json = False,
 ) -> None:
     """Write a page that shows how MODEL is split: ranks, parameters, a block, memory, traffic, pipeline, program.
@@ -53,9 +55,12 @@ def report_command(
     The page is one file that loads nothing from the network. --compare puts a second program beside the first:
     another mesh (--compare dp=4), another plan (--compare zero=3), or what autopar compile wrote (--compare DIR).
     """
-    one, other = _programs(model, mesh, compare or [], plan, choices)
+    found = _programs(model, mesh, compare or [], plan, choices)
     with stderr().status(f"looking at the program of {model}"):
-        document = document_of(model, one, other, optimizer)
+        reports = [
+            report_of(model, program, memory.optimizer, small=small, device=memory.device) for program, small in found
+        ]
+        document = document_of(reports, [program for program, _ in found])
         page = page_of(document)
     if output is not None or not as_json:
         path = output or Path("report.html")
@@ -66,17 +71,15 @@ def report_command(
         print_json(document.to_json())
 
 
-def _programs(
-    model: str, mesh: str, compare: list[str], plan: PlanChoices, choices: ModelChoices
-) -> tuple[AnyProgram, AnyProgram | None]:
-    """The program, and the one beside it. Raises ValueError."""
+def _programs(model: str, mesh: str, compare: list[str], plan: PlanChoices, choices: ModelChoices) -> list[Counted]:
+    """The program, and the one beside it, if there is one. Raises ValueError."""
     stored = [text for text in compare if Path(text).is_dir()]
     if (Path(model) / MANIFEST).is_file():
         if len(compare) != len(stored) or len(stored) > 1:
             raise ValueError(
                 f"{model} is a program, and has a mesh and a plan\nWay out: --compare DIR, another program"
             )
-        return load(model), load(stored[0]) if stored else None
+        return [(load(directory), 1) for directory in (model, *stored)]
     first = read_mesh(mesh)
     axes = [text for text in compare if _is_mesh(text)]
     second = read_mesh(",".join(axes)) if axes else first
@@ -88,8 +91,8 @@ def _programs(
     changed.plan()  # a mistake is told before any work
     one = _compiled(model, first, plan, choices, ways)
     if stored:
-        return one, load(stored[0])
-    return one, _compiled(model, second, changed, choices, ways) if compare else None
+        return [one, (load(stored[0]), 1)]
+    return [one, _compiled(model, second, changed, choices, ways)] if compare else [one]
 
 
 def _is_mesh(text: str) -> bool:
@@ -98,10 +101,11 @@ def _is_mesh(text: str) -> bool:
     return all(name in AXIS_ORDER or name in ALIASES for name in names)
 
 
-def _compiled(model: str, mesh: Mesh, plan: PlanChoices, choices: ModelChoices, ways: int) -> AnyProgram:
+def _compiled(model: str, mesh: Mesh, plan: PlanChoices, choices: ModelChoices, ways: int) -> Counted:
     example = choices.example(model, ways)
     with stderr().status(f"making the program of {model} on {mesh}"):
-        return compile_program(example.model, mesh, plan.plan(), (), example.batch)
+        program = compile_program(example.model, mesh, plan.plan(), (), example.batch)
+    return program, smaller(example.batch, mesh, program.plan)
 
 
 def _write(path: Path, page: str) -> None:

@@ -14,7 +14,7 @@ FORM = "autopar report 1"  # of the document; the number grows where a field cha
 
 @dataclass(frozen=True)
 class Axis:
-    """``about``: what its ranks share out. ``groups``: the first :data:`MOST_GROUPS`, of ``count``."""
+    """``about``: what its ranks share out. ``groups``: the first ones, of ``count``."""
 
     name: str
     size: int
@@ -186,6 +186,16 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Device:
+    """A device that ranks have to fit. ``needed``: bytes that the largest rank needs of it, with the allowance for the
+    driver, the communication library and the allocator. ``helps``: changes, and about how many bytes each saves."""
+
+    bytes: int
+    needed: int
+    helps: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
 class Sent:
     """``bytes`` of one rank of the pipeline rank ``place`` in one step, in ``operations`` collectives or messages."""
 
@@ -246,6 +256,7 @@ class Report:
     blocks: tuple[Block, ...]
     memory: tuple[Memory, ...]
     optimizer: str
+    device: Device | None
     traffic: tuple[Sent, ...]
     pipeline: Pipeline | None
     passes: tuple[str, ...]

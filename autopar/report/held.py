@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from autopar.ir.node import Node
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.memory.account import KINDS, Account
+from autopar.memory.device import Device, helps
 from autopar.memory.shapes import Operators
 from autopar.memory.stage import pipelined_step
 from autopar.memory.step import flat_step
-from autopar.memory.table import STATES, UPDATE, RankMemory, memory_of
+from autopar.memory.table import STATES, UPDATE, MemoryTable, RankMemory
 from autopar.memory.tape import Tapes
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+from autopar.report import document
 from autopar.report.document import Memory, Moment
 
 ORDER = (  # from below: what stays for the whole step first
@@ -34,20 +38,28 @@ class _Noting(Account):
         self.notes.append((self.phase, tuple(self.live)))
 
 
-def memory_of_places(program: AnyProgram, optimizer: str) -> tuple[Memory, ...]:
-    """Of each pipeline rank. Raises ValueError for an unknown optimizer, InvariantError before differentiation."""
-    table = memory_of(program, optimizer, timeline=False)
+def memory_of_places(program: AnyProgram, table: MemoryTable, small: int = 1) -> tuple[Memory, ...]:
+    """Of each pipeline rank of ``table``, which :func:`autopar.memory.table.memory_of` made of the same arguments.
+
+    Raises InvariantError for a program that is not differentiated.
+    """
     mesh = program.mesh.of_stage if isinstance(program, PipelinedProgram) else program.mesh
     tapes = Tapes(mesh, mesh.coordinates(mesh.world_size - 1), Operators())
     found = []
     for one in _some(table.ranks):
         account = _Noting()
         if isinstance(program, PipelinedProgram):
-            pipelined_step(program, one.place, tapes, account)
+            pipelined_step(program, one.place, tapes, account, small)
         else:
             flat_step(program, tapes, account)
         found.append(_memory(one, account.notes))
     return tuple(found)
+
+
+def fitted(largest: RankMemory, mesh: Mesh, plan: Plan, device: Device) -> document.Device:
+    """Whether the largest rank fits, and what would help it."""
+    changes = tuple((one.change, one.saves) for one in helps(mesh, plan, largest))
+    return document.Device(device.bytes, device.needed(largest.peak), changes)
 
 
 def _some(ranks: Sequence[RankMemory]) -> list[RankMemory]:

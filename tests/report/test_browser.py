@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from autopar.report.collect import document_of
+from autopar.memory.device import Device
+from autopar.report.collect import document_of, report_of
 from autopar.report.document import Document
 from autopar.report.page import page_of
 from tests.report.programs import program_of, reported
@@ -158,7 +159,8 @@ def test_a_phone_needs_no_scrolling_to_the_side(browser: Any, html: str, tmp_pat
 
 
 def test_two_plans_stand_side_by_side(browser: Any, tmp_path: Path) -> None:
-    document = document_of("mlp", program_of("mlp", "dp=2,tp=2"), program_of("mlp", "dp=4", zero=3))
+    programs = [program_of("mlp", "dp=2,tp=2"), program_of("mlp", "dp=4", zero=3)]
+    document = document_of([report_of("mlp", program) for program in programs], programs)
     both = Opened(browser, tmp_path / "page.html", page_of(document))
     boxes = [one.bounding_box() for one in both.page.query_selector_all("#memory .side")]
     assert len(boxes) == 2 and boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]
@@ -181,6 +183,14 @@ def test_two_plans_stand_side_by_side(browser: Any, tmp_path: Path) -> None:
 def test_other_programs_are_drawn(browser: Any, tmp_path: Path, model: str, mesh: str, choices: dict[str, Any]) -> None:
     found = Opened(browser, tmp_path / "page.html", page_of(Document((reported(model, mesh, **choices),))))
     assert found.page.locator("details.parameter .cell.held").count() and not found.errors
+
+
+def test_what_does_not_fit_is_said(browser: Any, tmp_path: Path) -> None:
+    program = program_of("mlp", "dp=2,tp=2")
+    report = report_of("mlp", program, device=Device(500_000, fixed=0))
+    found = Opened(browser, tmp_path / "page.html", page_of(Document((report,))))
+    assert "It does not fit, by" in found.text("#memory") and "zero=3" in found.text("#memory ul:last-child")
+    assert "device: 500 kB" in found.text("#memory figure") and not found.errors
 
 
 def test_hostile_names_run_nothing(browser: Any, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import pytest
 
 from autopar.analysis.footprint import held, sent
 from autopar.ir.program import PipelinedProgram
+from autopar.memory.device import Device
 from autopar.memory.table import memory_of
+from autopar.report.collect import report_of
 from autopar.report.document import Block
 from tests.report.programs import parameters, program_of, reported
 
@@ -87,3 +89,11 @@ def test_reasons_name_alternatives() -> None:
     reasons = reported("mlp", "dp=2,tp=2").reasons
     assert {one.chosen for one in reasons} >= {"split by dim 0", "split by dim 1"}
     assert any("blocks.*.up.weight (2)" in one.names and "whole would cost" in one.instead for one in reasons)
+
+
+def test_a_device_that_is_too_small() -> None:
+    program = program_of("mlp", "dp=2,tp=2")
+    largest = memory_of(program, "sgd").largest
+    report = report_of("mlp", program, "sgd", device=Device(largest.peak - 1, fixed=0, share=0.0))
+    assert report.device is not None and report.device.needed == report.device.bytes + 1 == largest.peak
+    assert report.device.helps and report.optimizer == "sgd"

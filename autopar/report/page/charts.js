@@ -17,33 +17,44 @@ function plotted(options, label) {
 // ------------------------------------------------------------ memory
 
 function memorySection(view) {
-  const { memory, optimizer } = view.report;
+  const { memory, optimizer, device } = view.report;
   if (!memory.length) return [el("p", { class: "quiet" }, "The program has no step: it is not finished.")];
   const select = el("select", { "aria-label": "Ranks", onchange: () => draw() }, memory.map((one, at) =>
     el("option", { value: at, selected: one === view.largest }, `${one.ranks}: peak ${sizeText(one.peak)}${one === view.largest && memory.length > 1 ? " (the most)" : ""}`)));
   const host = el("figure");
-  const draw = () => host.replaceChildren(...memoryFigure(memory[Number(select.value)]));
+  const draw = () => host.replaceChildren(...memoryFigure(memory[Number(select.value)], device));
   draw();
   return [
     el("p", { class: "quiet" }, `What a rank holds during a training step with ${optimizer}, as counted in its graphs: every tensor that is alive, without what the allocator and the communication library add.`),
     memory.length > 1 ? el("div", { class: "tools" }, el("label", {}, "memory of ", select)) : null,
-    host,
+    host, device ? fitText(device) : null,
   ];
 }
 
-function memoryFigure(memory) {
+function fitText(device) {
+  const over = device.needed - device.bytes;
+  const needed = `The largest rank needs ${sizeText(device.needed)} of a device with ${sizeText(device.bytes)}, with an allowance for driver, NCCL and allocator`;
+  if (over <= 0) return el("p", {}, el("strong", {}, "It fits. "), `${needed}.`);
+  return el("div", {}, el("p", {}, el("strong", {}, `It does not fit, by ${sizeText(over)}. `), `${needed}. What would help, about:`),
+    el("ul", {}, device.helps.slice(0, 4).map(([change, saves]) => el("li", {}, `${change}: ${sizeText(saves)} less`))));
+}
+
+function memoryFigure(memory, device) {
   const kinds = memory.kinds.filter((_, at) => memory.moments.some((moment) => moment.held[at] > 0));
   const colour = (kind) => `var(--c${memory.kinds.indexOf(kind) % 9})`;
   const points = memory.moments.flatMap((moment) => kinds.map((kind) => ({ at: moment.at, kind, bytes: moment.held[memory.kinds.indexOf(kind)] })));
   const top = memory.moments[memory.highest];
+  const drawn = device && topOf(memory, device) >= device.bytes;
   const peak = `peak ${sizeText(memory.peak)}, in ${top.phase}`;
   const draw = (width) => plotted({
     width, height: 330, marginLeft: 64, marginTop: 30, marginBottom: 40,
     x: { domain: [0, 1], ticks: [], label: "the step, from its first operator to the update →" },
-    y: { ...bytesAxis, label: "bytes held", grid: true, domain: [0, memory.peak * 1.12] },
+    y: { ...bytesAxis, label: "bytes held", grid: true, domain: [0, topOf(memory, device) * 1.12] },
     color: { domain: kinds, range: kinds.map(colour) },
     marks: [
       Plot.areaY(points, { x: "at", y: "bytes", fill: "kind", order: kinds, curve: "step-after" }),
+      drawn ? Plot.ruleY([device.bytes], { stroke: "var(--ep)", strokeWidth: 2 }) : null,
+      drawn ? Plot.text([device.bytes], { y: (bytes) => bytes, text: () => `device: ${sizeText(device.bytes)}`, frameAnchor: "left", dx: 6, dy: -8, fill: "var(--ep)" }) : null,
       Plot.ruleX([top.at], { stroke: "currentColor", strokeDasharray: "4 3" }),
       Plot.text([top], { x: "at", y: memory.peak * 1.06, text: () => (width < 560 ? `peak ${sizeText(memory.peak)}` : peak), fontWeight: 700, textAnchor: top.at > 0.6 ? "end" : "start", dx: top.at > 0.6 ? -6 : 6 }),
       Plot.tip(memory.moments, Plot.pointerX({ x: "at", y: (moment) => d3.sum(moment.held), title: (moment) => momentText(memory, moment), fill: "var(--panel)", stroke: "var(--line)" })),
@@ -59,6 +70,9 @@ function memoryFigure(memory) {
     table([{ name: "" }, { name: "at the peak", number: true }, { name: "at most", number: true }], [...rows, [el("strong", {}, "all"), sizeText(memory.peak), ""]]),
   ];
 }
+
+// The device is drawn where it is not far above the curve.
+const topOf = (memory, device) => (device && device.bytes < 3 * memory.peak ? Math.max(memory.peak, device.bytes) : memory.peak);
 
 function momentText(memory, moment) {
   const parts = memory.kinds.map((kind, at) => [kind.replaceAll("_", " "), moment.held[at]]).filter(([, bytes]) => bytes > 0);

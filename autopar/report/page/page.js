@@ -21,7 +21,7 @@ function overviewSection(view) {
     el("p", {}, el("strong", {}, report.model), ` on ${report.ranks} rank${report.ranks > 1 ? "s" : ""}: `, ...report.axes.flatMap((axis, at) => [at ? " × " : "", axisName(`${axis.name}`), ` = ${axis.size}`]), "."),
     el("dl", { class: "facts" },
       fact("parameters of a rank", sizeText(report.rank_parameter_bytes), `of ${sizeText(report.parameter_bytes)} that the model has`),
-      most ? fact("most memory of a rank", sizeText(most.peak), `${most.ranks}, with ${report.optimizer}`) : null,
+      most ? fact("most memory of a rank", sizeText(most.peak), `${most.ranks}, with ${report.optimizer}${report.device ? (report.device.needed > report.device.bytes ? `; does not fit ${sizeText(report.device.bytes)}` : `; fits ${sizeText(report.device.bytes)}`) : ""}`) : null,
       fact("most sent by a rank in a step", sizeText(view.mostSent), byAxis.length && byAxis[0][1] ? `most over ${byAxis[0][0]}` : "nothing"),
       report.pipeline ? fact("bubble", percent(report.pipeline.bubble), `${report.pipeline.schedule}, ${report.pipeline.microbatches} microbatches`) : null),
     el("ul", {}, report.axes.filter((axis) => axis.size > 1).map((axis) => el("li", {}, axisName(axis.name), `: ${axis.about}.`))),
