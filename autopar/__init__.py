@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from autopar.data.token_file import TokenFile
     from autopar.data.token_sources import pack_tokens
     from autopar.exporters.export import export
+    from autopar.frameworks.hugging_face import trainer_class
+    from autopar.frameworks.lightning import lightning_arguments
     from autopar.ir.program import PipelinedProgram, Program
     from autopar.module import ParallelModule
     from autopar.pretrained.exported_weights import ExportedWeights, export_weights
@@ -71,6 +73,7 @@ _LAZY = {
     "BatchesOfRank": "data.parts",
     "Checkpoints": "checkpoint.checkpoints",
     "LoadedWeights": "checkpoint.weights",
+    "lightning_arguments": "frameworks.lightning",
     "compile_program": "compiler",
     "export": "exporters.export",
     "ExportedWeights": "pretrained.exported_weights",
@@ -95,6 +98,7 @@ _LAZY = {
     "StepRecord": "training.step_record",
     "TokenFile": "data.token_file",
     "Watch": "training.watch",
+    "trainer_class": "frameworks.hugging_face",
 }
 
 
@@ -144,6 +148,7 @@ __all__ = [
     "export_weights",
     "from_pretrained",
     "gather",
+    "lightning_arguments",
     "load_safetensors",
     "pack_tokens",
     "pad_batch",
@@ -153,4 +158,5 @@ __all__ = [
     "register_rule",
     "save_pretrained",
     "save_safetensors",
+    "trainer_class",
 ]

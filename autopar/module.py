@@ -28,7 +28,7 @@ from autopar.ir.loss import loss_of
 from autopar.ir.program import AnyProgram
 from autopar.ir.traffic import Transfer
 from autopar.mesh import PIPELINE, Mesh
-from autopar.other_methods import refusal
+from autopar.other_methods import FOR_FRAMEWORKS, refusal
 from autopar.pipeline import microbatches
 from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import first_ranks
@@ -101,6 +101,7 @@ class ParallelModule(nn.Module):
         # would put the model itself as a submodule, with a prefix before all names
         self.__dict__.update(mesh=mesh, plan=plan, _held=held, _connection=connection, _programs=cache)
         self.__dict__.update(_signature=Signature(model.forward), _accumulation=accumulation)
+        self.__dict__.update(FOR_FRAMEWORKS)
 
     # ------------------------------------------------------------ calling
 

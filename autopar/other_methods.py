@@ -1,6 +1,8 @@
-"""Methods of a model's class that a parallel module does not have, and the line that does the same."""
+"""What other frameworks ask of a model: methods of its class, with the line that does the same, and attributes."""
 
 from __future__ import annotations
+
+from autopar.errors import LaunchError
 
 GATHER = "plain = autopar.gather(model) on all ranks, then on rank 0: plain.{name}(...)"
 BEFORE = "call it on the plain model, before autopar.parallelize, or before it is saved for autopar.from_pretrained"
@@ -24,6 +26,28 @@ INSTEAD = {
     "training_step": "a Lightning module around the parallel one: docs/frameworks.md",
     "configure_optimizers": "a Lightning module around the parallel one: docs/frameworks.md",
     "merge_and_unload": GATHER,
+}
+
+
+class _AskedByTrainer:
+    """What the Trainer of transformers finds where it asks a model about its loading, or its loss.
+
+    Of itself it gives each rank other rows and multiplies the loss by the number of ranks. Raises LaunchError.
+    """
+
+    def __bool__(self) -> bool:
+        raise LaunchError(
+            "a Trainer of transformers gives each process other rows, and scales the loss by the number of processes; "
+            "a parallel module does both itself\n"
+            "Way out: Trainer = autopar.trainer_class(), then Trainer(model=model, args=..., train_dataset=...)."
+        )
+
+
+# docs/frameworks.md. The module is parallel already, so accelerate does not wrap it.
+FOR_FRAMEWORKS = {
+    "_is_accelerate_prepared": True,
+    "accepts_loss_kwargs": _AskedByTrainer(),
+    "is_distributed_loading_by_transformers": _AskedByTrainer(),
 }
 
 

@@ -54,7 +54,7 @@ STANDS_ON = {
     "passes": "autodiff errors experts frontend ir levels masks mesh operators pipeline routing rules schedules split",
     "choices": "ir mesh plan",
     "compiler": "choices frontend ir mesh passes pipeline plan",
-    "other_methods": "",
+    "other_methods": "errors",
     "module": (
         "analysis compiler errors frontend ir mesh other_methods pipeline plan runtime schedules simulate simulator"
         " traces"
@@ -67,6 +67,7 @@ STANDS_ON = {
     "checkpoint": "errors ir mesh module plain_files runtime",
     "exporters": "checkpoint errors ir mesh operators pipeline program_files runtime schedules simulator traces",
     "pretrained": "api checkpoint errors mesh module plan runtime",
+    "frameworks": "checkpoint errors module other_methods pretrained",
     "training": "api checkpoint cost data errors ir mesh module plan runtime traces",
     "autopar": "*",  # the package itself: its names are imported at first use
     "commands": "*",

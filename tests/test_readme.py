@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BY_DEFAULT = ("README.md", "pipeline.md")  # whose scripts for torchrun are not slow
+NEEDS = {"frameworks.md": ("transformers", "accelerate", "lightning", "peft")}  # page -> what its blocks import
 RUN_HERE = ("autopar show", "autopar check")  # the others install things, or start processes
 NUMBER = re.compile(r"\d[\d.,e+-]*( (B|kB|MB|GB|TB)\b)?")
 SMALLER = {"models.llama:llama_70b": "--config layers=4"}  # the same lines, with other numbers, in less time
@@ -64,6 +65,8 @@ def is_script(block: Block) -> bool:
 def test_python_blocks(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as if in one session; rules that a page registers are gone after it."""
     monkeypatch.setattr("autopar.rules.RULES", dict(RULES))
+    for name in NEEDS.get(page.name, ()):
+        pytest.importorskip(name, reason=f"{page.name} imports {name}")
     session: dict[str, Any] = {"__name__": page.stem}
     compared = 0
     for block, after in blocks(page, "python"):

@@ -49,6 +49,12 @@ def save_pretrained(
 
     Raises CheckpointError also for a model without a config.
     """
+    if getattr(held_by(model).model, "peft_config", None):
+        raise CheckpointError(
+            "the model has adapters of peft, which go to files of their own\n"
+            "Way out: plain = autopar.gather(model) on all ranks, then on rank 0 plain.save_pretrained(directory), or\n"
+            "plain.merge_and_unload().save_pretrained(directory) for a model without adapters."
+        )
     config = getattr(model, "config", None)
     if not callable(getattr(config, "save_pretrained", None)):
         kind = type(held_by(model).model).__name__

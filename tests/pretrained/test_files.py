@@ -44,10 +44,7 @@ def test_what_fits_on_neither_side_is_named_with_near_names(tmp_path: Path) -> N
     assert f"1 entries of the files are no tensors of the model: {there} (near: {lost})" in text
     assert "Way out" in text and len(text.splitlines()) < 15
     model = autopar.from_pretrained(tmp_path, ONE, strict=False, seed=1)
-    again = autopar.from_pretrained(tmp_path, ONE, strict=False, seed=1)
-    name = lost.strip("'")
-    assert torch.equal(model.full_state_dict()[name], again.full_state_dict()[name])
-    assert 0 < float(model.full_state_dict()[name].std()) < 0.1
+    assert 0 < float(model.full_state_dict()[lost.strip("'")].std()) < 0.1
 
 
 def test_a_new_head(tmp_path: Path) -> None:
@@ -110,7 +107,7 @@ def test_old_names_and_fused_ones(tmp_path: Path) -> None:
 
 
 def test_dtypes(tmp_path: Path) -> None:
-    written(tmp_path / "float32")
+    written(tmp_path / "float32")  # in which the default batch is used too
     model = autopar.from_pretrained(tmp_path / "float32", ONE, dtype=torch.bfloat16)
     wanted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
     plain = autopar.gather(model)
@@ -119,7 +116,8 @@ def test_dtypes(tmp_path: Path) -> None:
     assert {name: value.dtype for name, value in ours.items()} == {name: value.dtype for name, value in theirs.items()}
     autopar.save_pretrained(model, tmp_path / "half")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
-    assert next(autopar.from_pretrained(tmp_path / "half", ONE).parameters()).dtype == torch.bfloat16
+    halves = load_file(tmp_path / "half" / FILE)
+    assert {value.dtype for value in halves.values()} == {torch.bfloat16}
     autopar.save_pretrained(model, tmp_path / "whole", dtype=torch.float32)
     assert {value.dtype for value in load_file(tmp_path / "whole" / FILE).values()} == {torch.float32}
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["dtype"] == "float32"

@@ -92,7 +92,7 @@ def on_one_device(source: Path, batch: Batch) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("name", "changes", "mesh", "zero"), slow_but([4], JOURNEYS))
+@pytest.mark.parametrize(("name", "changes", "mesh", "zero"), slow_but([7], JOURNEYS))
 def test_there_train_and_back(name: str, changes: dict[str, Any], mesh: str, zero: int, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     batch = written(name, changes, source)

@@ -1,0 +1,156 @@
+"""The ``Trainer`` of ``transformers`` for parallel modules: a subclass that overrides what it offers for overriding.
+
+Trainer = autopar.trainer_class()                    # or of a subclass: autopar.trainer_class(MyTrainer)
+Trainer(model=model, args=TrainingArguments(...), train_dataset=data).train()
+
+Of itself a ``Trainer`` gives each process other rows, gathers what they say of them, and scales the loss by the number
+of processes. Here every rank gets the whole batch, as calls of a parallel module do, and says the same of it: its
+``accelerate`` prepares loaders for one process, and gathers nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from autopar.checkpoint.written_weights import save_pretrained
+from autopar.errors import LaunchError
+from autopar.module import ParallelModule, held_by
+from autopar.other_methods import FOR_FRAMEWORKS
+from autopar.pretrained.gathered import gather
+
+
+@cache
+def trainer_class(base: type | None = None) -> Any:
+    """A subclass of ``base``, by default ``transformers.Trainer``, that trains a parallel module on all of its ranks.
+
+    ``per_device_train_batch_size`` is the number of rows of the whole batch. ``save_model`` writes the files of
+    :func:`autopar.save_pretrained`. On a pipeline a step is one ``train_step``: ``Plan(microbatches=)`` is its way to
+    accumulate gradients. Raises LaunchError for arguments that have no meaning on a mesh, with what to do instead.
+    """
+    from transformers import Trainer
+
+    kind: Any = Trainer if base is None else base
+    if str(kind.__module__).startswith("trl."):
+        raise LaunchError(
+            f"{kind.__name__} of trl calls methods of the model, and computes losses of its own from its outputs\n"
+            "Way out: tokenise with trl's data functions, and autopar.trainer_class() with labels in the batch."
+        )
+    return type(f"Parallel{kind.__name__}", (_OnAllRanks, kind), {})
+
+
+class _OnAllRanks:
+    """The methods that differ; the base stands behind it."""
+
+    model: Any
+    args: Any
+    accelerator: Any
+    processing_class: Any
+
+    def __init__(self, model: Any = None, args: Any = None, **others: Any) -> None:
+        if not isinstance(model, ParallelModule):
+            raise LaunchError(
+                f"model= is a {type(model).__name__}: this Trainer is for the result of autopar.parallelize or "
+                "autopar.from_pretrained\nWay out: transformers.Trainer for an ordinary model."
+            )
+        if args is not None:
+            _refuse(model, args)
+        from transformers.utils.generic import can_return_loss, find_labels
+
+        with _answering_as_a_plain_one(model):
+            super().__init__(model=model, args=args, **others)  # type: ignore[call-arg]
+        plain = held_by(model).model
+        takes = inspect.signature(plain.forward).parameters
+        labels = find_labels(type(plain))
+        self.label_names = labels if self.args.label_names is None else self.args.label_names
+        self.can_return_loss = can_return_loss(type(plain))
+        self._signature_columns = [*takes, "label", "label_ids", *self.label_names]
+        takes_any = any(one.kind is one.VAR_KEYWORD for one in takes.values())
+        self.model_accepts_loss_kwargs = takes_any and not model.mesh.is_pipelined
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Every rank gets the rows of all, and has what is known of them; the loss is not multiplied for an average."""
+        self.args.average_tokens_across_devices = False
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        accelerator = self.accelerator
+        accelerator.prepare_data_loader = partial(_prepared_whole, accelerator)
+        for name in ("gather", "gather_for_metrics", "pad_across_processes"):
+            setattr(accelerator, name, _as_it_is)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As the base's; on a pipeline forward and backward are one."""
+        if not self.model.mesh.is_pipelined:
+            found: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            return found
+        model.train()
+        loss: Tensor = model.train_step(**self._prepare_inputs(inputs))  # type: ignore[attr-defined]
+        return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Whole tensors: a rank has parts of the outputs."""
+        found = super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+        return pytree.tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, found)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm: Tensor = self.model.clip_grad_norm_(self.args.max_grad_norm)
+        return norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """All ranks write their slices; of a model with adapters of peft, rank 0 writes these."""
+        directory = output_dir or self.args.output_dir
+        if not getattr(held_by(self.model).model, "peft_config", None):
+            save_pretrained(self.model, directory, tokenizer=self.processing_class)
+            return
+        plain: Any = gather(self.model)
+        if plain is not None:
+            plain.save_pretrained(directory)
+
+
+@contextmanager
+def _answering_as_a_plain_one(model: ParallelModule) -> Iterator[None]:
+    """Within this context, ``model`` answers what a Trainer asks, in place of refusing one that is none of ours."""
+    asked = {name: vars(model).pop(name) for name in FOR_FRAMEWORKS if not name.startswith("_")}
+    try:
+        yield
+    finally:
+        vars(model).update(asked)
+
+
+def _as_it_is(value: Any, *_: Any, **__: Any) -> Any:
+    return value
+
+
+def _prepared_whole(accelerator: Any, loader: Any, **_: Any) -> Any:
+    """``loader`` as ``accelerate`` prepares it in one process; ranks shuffle alike."""
+    from accelerate.data_loader import prepare_data_loader
+
+    config = accelerator.dataloader_config
+    prepared = prepare_data_loader(
+        loader, accelerator.device, num_processes=1, process_index=0, put_on_device=accelerator.device_placement,
+        rng_types=accelerator.rng_types.copy() if accelerator.rng_types else None, dispatch_batches=False,
+        use_seedable_sampler=config.use_seedable_sampler, data_seed=config.data_seed,
+    )  # fmt: skip
+    accelerator._dataloaders.append(prepared)
+    return prepared
+
+
+def _refuse(model: ParallelModule, args: Any) -> None:
+    saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+    problems = {
+        "save_strategy: a Trainer's checkpoint has the optimizer of one process": saves and not args.save_only_model,
+        "gradient_accumulation_steps on a pipeline": model.mesh.is_pipelined and args.gradient_accumulation_steps > 1,
+    }
+    ways = (
+        "save_only_model=True, or save_strategy='no' with autopar.Checkpoints in a callback",
+        "Plan(microbatches=), with the rows of all of them in per_device_train_batch_size",
+    )
+    for (problem, there), way in zip(problems.items(), ways):
+        if there:
+            raise LaunchError(f"{problem}\nWay out: {way}.")

@@ -1,0 +1,58 @@
+"""``accelerate`` around a parallel module: parameters after five steps against one device, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import autopar
+from autopar import Mesh, Plan
+from tests.frameworks.steps import BATCHES, RATE, expected, model_of
+from tests.launch import run_ranks
+from tests.selection import slow_but
+
+pytest.importorskip("accelerate", reason="pip install accelerate")
+
+
+def trained(mesh: str, inputs: str, prepares_loader: bool, accumulation: int) -> dict[str, Tensor]:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    model: Any = autopar.parallelize(model_of(), Mesh.parse(mesh), Plan(inputs=inputs, check_numerics=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    parallel, optimizer = accelerator.prepare(model, optimizer)
+    assert parallel is model
+    loader: Any = BATCHES
+    if prepares_loader:
+        rows = [dict(zip(BATCHES[0], row)) for batch in BATCHES for row in zip(*batch.values())]
+        size = len(BATCHES[0]["ids"]) // accelerator.num_processes
+        loader = accelerator.prepare(torch.utils.data.DataLoader(rows, batch_size=size))  # type: ignore[arg-type]
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch)["loss"])
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    found: dict[str, Tensor] = model.full_state_dict()
+    return found
+
+
+CASES = [
+    ("dp=2", "global", False, 1),
+    ("dp=2", "local", True, 1),
+    ("tp=2", "global", False, 1),
+    ("dp=2", "global", False, 5),
+]
+
+
+@pytest.mark.parametrize(("mesh", "inputs", "prepares_loader", "accumulation"), slow_but([], CASES))
+def test_parameters_after_five_steps(mesh: str, inputs: str, prepares_loader: bool, accumulation: int) -> None:
+    wanted = expected(accumulation=accumulation, max_norm=1.0)
+    for found in run_ranks(trained, 2, mesh, inputs, prepares_loader, accumulation):
+        worst = max(float((found[name] - value).abs().max()) for name, value in wanted.items())
+        print(f"accelerate on {mesh}, inputs {inputs}, {accumulation} batches a step: {worst:.1e}")
+        assert worst < 1e-12

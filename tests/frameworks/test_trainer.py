@@ -1,0 +1,100 @@
+"""``transformers.Trainer`` around a parallel module: parameters after five steps against a Trainer on one device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import autopar
+from autopar import LaunchError, Mesh, Plan
+from autopar.zoo.named import named_model
+from tests.launch import run_ranks
+from tests.pretrained.test_pretrained import doubles
+from tests.selection import slow_but
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate", reason="pip install accelerate")
+TINY = {"num_hidden_layers": 2, "use_cache": False}
+ROWS = 4
+
+
+def data(steps: int) -> list[dict[str, Tensor]]:
+    made = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 250, (12,), generator=made) for _ in range(ROWS * steps)]
+    found = [{"input_ids": row, "labels": row.clone()} for row in rows]
+    for number, row in enumerate(found):
+        row["labels"][: number % 5] = -100  # unequal numbers of labels, in each batch too
+    return found
+
+
+def arguments(directory: Path, accumulation: int = 1, **more: Any) -> Any:
+    return transformers.TrainingArguments(
+        str(directory), per_device_train_batch_size=ROWS, max_steps=5, gradient_accumulation_steps=accumulation,
+        learning_rate=0.1, optim="sgd", lr_scheduler_type="linear", max_grad_norm=0.5, use_cpu=True, seed=3,
+        report_to=[], disable_tqdm=True, logging_strategy="no", **{"save_strategy": "no"} | more,
+    )  # fmt: skip
+
+
+def trained(mesh: str, accumulation: int, directory: Path, base: bool) -> tuple[dict[str, Tensor], float]:
+    with doubles():
+        model: Any = named_model("hf:llama", TINY).model.double()
+        if mesh:
+            plan = Plan(check_numerics=False, microbatches=2 if "pp" in mesh else 1)
+            model = autopar.parallelize(model, Mesh.parse(mesh), plan)
+        cls = transformers.Trainer if base else autopar.trainer_class()
+        trainer = cls(model=model, args=arguments(directory, accumulation), train_dataset=data(5 * accumulation))
+        trainer.train()
+        loss = trainer.evaluate(data(1))["eval_loss"] if "pp" not in mesh else 0.0
+        if mesh:
+            trainer.save_model(str(directory / "files"))
+    return model.full_state_dict() if mesh else model.state_dict(), loss
+
+
+RUNS = [("dp=2", 1), ("tp=2", 1), ("dp=2", 3), ("pp=2", 1), ("dp=1", 1)]
+
+
+@pytest.mark.parametrize(("mesh", "accumulation"), slow_but([], RUNS))
+def test_parameters_after_five_steps(mesh: str, accumulation: int, tmp_path: Path) -> None:
+    expected, loss = trained("", accumulation, tmp_path / "one", base=True)
+    results = run_ranks(trained, Mesh.parse(mesh).world_size, mesh, accumulation, tmp_path / "out", False)
+    for found, evaluated in results:
+        worst = max(float((found[name] - value).abs().max()) for name, value in expected.items())
+        print(f"Trainer on {mesh}, {accumulation} batches a step: {worst:.1e}")
+        assert worst < 1e-12 and ("pp" in mesh or abs(evaluated - loss) < 1e-10)
+    start = named_model("hf:llama", TINY).model.double().state_dict()
+    assert max(float((start[name] - value).abs().max()) for name, value in expected.items()) > 1e-4
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "files").state_dict()
+    assert all(torch.allclose(back[name], value, atol=1e-12) for name, value in expected.items())
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    plain = named_model("hf:llama", TINY).model
+    with pytest.raises(LaunchError, match="model= is a LlamaForCausalLM: this Trainer is for the result of"):
+        autopar.trainer_class()(model=plain, args=arguments(tmp_path), train_dataset=data(5))
+    model = autopar.parallelize(plain, Mesh(dp=1))
+    with pytest.raises(LaunchError, match=r"(?s)scales the loss.*Way out: Trainer = autopar.trainer_class\(\)"):
+        transformers.Trainer(model=model, args=arguments(tmp_path), train_dataset=data(5))
+    with pytest.raises(LaunchError, match="(?s)the optimizer of one process.*Way out: save_only_model=True"):
+        autopar.trainer_class()(model=model, args=arguments(tmp_path, save_strategy="steps"))
+    of_trl = type("SFTTrainer", (transformers.Trainer,), {"__module__": "trl.trainer.sft_trainer"})
+    with pytest.raises(LaunchError, match="(?s)SFTTrainer of trl calls methods.*Way out"):
+        autopar.trainer_class(of_trl)
+
+
+class OwnTrainer(transformers.Trainer):
+    said = "of a user's own class"
+
+
+def test_a_class_of_ones_own_and_its_checkpoints(tmp_path: Path) -> None:
+    model = autopar.parallelize(named_model("hf:llama", TINY).model, Mesh(dp=1))
+    cls = autopar.trainer_class(OwnTrainer)
+    args = arguments(tmp_path, save_strategy="steps", save_steps=5, save_only_model=True)
+    trainer = cls(model=model, args=args, train_dataset=data(5))
+    assert trainer.said and isinstance(trainer, OwnTrainer) and cls is autopar.trainer_class(OwnTrainer)
+    trainer.train()
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-5").state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in model.full_state_dict().items())
