@@ -26,7 +26,10 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BY_DEFAULT = ("README.md", "pipeline.md")  # whose scripts for torchrun are not slow
-NEEDS = {"frameworks.md": ("transformers", "accelerate", "lightning", "peft")}  # page -> what its blocks import
+NEEDS = {  # page -> what its blocks import, beside what every installation has
+    "checkpoints.md": ("transformers",),
+    "frameworks.md": ("transformers", "accelerate", "lightning", "peft"),
+}
 RUN_HERE = ("autopar show", "autopar check")  # the others install things, or start processes
 NUMBER = re.compile(r"\d[\d.,e+-]*( (B|kB|MB|GB|TB)\b)?")
 SMALLER = {"models.llama:llama_70b": "--config layers=4"}  # the same lines, with other numbers, in less time
