@@ -59,6 +59,7 @@ from autopar.errors import (
     TraceError,
     UnknownOperatorError,
     WrongRuleError,
+    near_names,
 )
 from autopar.mesh import Mesh
 from autopar.plan import Plan
@@ -104,7 +105,7 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(f"module 'autopar' has no attribute '{name}'")
+        raise AttributeError(f"module 'autopar' has no attribute '{name}'{near_names(name, __all__)}")
     from importlib import import_module
 
     return getattr(import_module(f"autopar.{_LAZY[name]}"), name)

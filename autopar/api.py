@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.choices import check_choices
+from autopar.errors import check_kind
 from autopar.frontend.fingerprint import model_facts
 from autopar.mesh import Mesh
 from autopar.module import ParallelModule
@@ -43,9 +44,12 @@ def parallelize(
     ProgramFileError for a ``program`` that was compiled from another model, by other code, or for another mesh or plan;
     what :func:`autopar.compile_program` raises.
     """
+    _check_arguments(model, mesh, plan, example_inputs)
     stored = stored_programs(program) if program is not None else []
     if mesh is None and not stored:
-        raise ValueError("parallelize needs a mesh, e.g. autopar.Mesh(dp=2, tp=2), or program=, which has one")
+        raise ValueError(
+            "parallelize needs a mesh\nWay out: parallelize(model, Mesh(dp=2, tp=2)), or program=, which has one."
+        )
     device_mesh = mesh if isinstance(mesh, DeviceMesh) else None
     mesh = Mesh.from_device_mesh(mesh) if isinstance(mesh, DeviceMesh) else mesh or stored[0].program.mesh
     plan = plan or (stored[0].program.plan if stored else Plan())
@@ -63,6 +67,17 @@ def parallelize(
     elif example_inputs is not None:
         module.prepare(*example_inputs)
     return module
+
+
+def _check_arguments(model: object, mesh: object, plan: object, example_inputs: object) -> None:
+    """Raise ValueError for an argument of another kind than :func:`parallelize` takes."""
+    check_kind("model", model, nn.Module, "a module that was built: parallelize(Net(), autopar.Mesh(dp=2))")
+    check_kind("mesh", mesh, Mesh | DeviceMesh | None, "autopar.Mesh(dp=2, tp=2)")
+    check_kind("plan", plan, Plan | None, "autopar.Plan(zero=3), for example")
+    if isinstance(example_inputs, Mapping):
+        return
+    way_out = "example_inputs=(x,) by position, or a dict by name: example_inputs={'x': x}"
+    check_kind("example_inputs", example_inputs, list | tuple | None, way_out)
 
 
 def _connection(model: nn.Module, mesh: Mesh, plan: Plan, device_mesh: DeviceMesh | None) -> Connection | None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autopar.compiler import finish_program, pipelined, place
+from autopar.errors import check_kind
 from autopar.frontend.numerics import gradient_error, promote_float32
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.mesh import Mesh
@@ -134,6 +135,8 @@ def check(model: nn.Module, batch: Mapping[str, Any], mesh: Mesh, plan: Plan | N
 
     See :class:`Reference`, which serves several meshes. Raises what tracing and compiling raise.
     """
+    check_kind("batch", batch, Mapping, "a dict by name: check(model, {'x': x}, autopar.Mesh(dp=2))")
+    check_kind("mesh", mesh, Mesh, "autopar.Mesh(dp=2, tp=2)")
     return Reference(model, batch).check(mesh, plan)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autopar.choices import check_choices, check_names
+from autopar.errors import check_kind
 from autopar.frontend.fingerprint import fingerprint
 from autopar.frontend.observation import guards_of_traces
 from autopar.frontend.trace import trace
@@ -43,6 +44,7 @@ def compile_program(
     ``layouts``: parameter layouts that are pinned, since the parameters are held so already; ``homes``: the pipeline
     stages that hold them. Raises TraceError, UnknownOperatorError, IndivisibleError, InvariantError, NumericsError.
     """
+    check_arguments(model, mesh, plan, args, kwargs)
     plan = plan or Plan()
     check_choices(mesh, plan)
     known = fingerprint(model, args, kwargs or {})
@@ -139,6 +141,15 @@ def retraced(
     return traced
 
 
+def check_arguments(model: object, mesh: object, plan: object, args: object, kwargs: object) -> None:
+    """Raise ValueError for an argument of another kind than :func:`compile_program` takes."""
+    check_kind("model", model, nn.Module, "a module that was built: compile_program(Net(), autopar.Mesh(dp=2))")
+    check_kind("mesh", mesh, Mesh, "autopar.Mesh(dp=2, tp=2)")
+    check_kind("plan", plan, Plan | None, "autopar.Plan(zero=3), for example")
+    check_kind("args", args, tuple | list, "a tuple of arguments, (x,), or () and a dict by name, {'x': x}")
+    check_kind("kwargs", kwargs, Mapping | None, "a dict by name, {'x': x}")
+
+
 def split_program(
     model: nn.Module,
     mesh: Mesh,
@@ -154,6 +165,7 @@ def split_program(
     That may be a later pass too (``"trace"``: before any). Raises ValueError for an unknown pass, and the errors of
     :func:`compile_program`.
     """
+    check_arguments(model, mesh, plan, args, kwargs)
     after = after or cut_stages.name
     steps_of(COMPILER, until=after)  # an unknown pass: say so before the work
     check_choices(mesh, plan or Plan())

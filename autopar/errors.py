@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from types import UnionType
 
 NEAR = 3  # names that are shown
+SHOWN = 80  # characters of a value
 
 
 class AutoparError(Exception):
@@ -82,6 +84,15 @@ class ScheduleError(AutoparError):
 
 class RankFailedError(AutoparError):
     """A peer rank ended or stopped answering while this rank waited for it."""
+
+
+def check_kind(argument: str, value: object, kinds: type | UnionType, way_out: str) -> None:
+    """Raise ValueError for an argument that is something else, with ``way_out``: what a right one looks like."""
+    if isinstance(value, kinds):
+        return
+    written = f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__} {value!r}"
+    shown = written if len(written) <= SHOWN else f"{written[:SHOWN]}..."
+    raise ValueError(f"{argument} is {' '.join(shown.split())}, and that is none\nWay out: {way_out}")
 
 
 def unknown_name(problem: str, name: object, known: Iterable[str]) -> str:

@@ -19,7 +19,9 @@ import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Never
+
+from autopar.errors import check_kind, near_names
 
 # Outermost first: neighbours on a later axis are closer together (tp inside a node, pp across nodes).
 AXIS_ORDER = ("pp", "dp", "dp_replicate", "dp_shard", "ep", "sp", "tp")
@@ -89,17 +91,27 @@ class Mesh:
     axes: tuple[tuple[str, int], ...]
     node_size: int | None = field(default=None, compare=False)
 
-    def __init__(self, *, node_size: int | None = None, **sizes: int) -> None:
+    def __init__(self, *given: Never, node_size: int | None = None, **sizes: int) -> None:
+        if given:
+            raise ValueError(
+                f"Mesh({given[0]!r}): sizes are given by the names of axes\n"
+                "Way out: Mesh(dp=2, tp=2), or Mesh.parse('dp=2,tp=2')."
+            )
         named = {ALIASES.get(name, name): size for name, size in sizes.items()}
         for name, size in named.items():
             if name not in AXIS_ORDER:
-                raise ValueError(f"mesh axis '{name}' is unknown; the axes are {', '.join(AXIS_ORDER)} (cp means sp)")
+                raise ValueError(
+                    f"mesh axis '{name}' is unknown{near_names(name, AXIS_ORDER)}\n"
+                    f"Way out: one of {', '.join(AXIS_ORDER)} (cp means sp)."
+                )
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"mesh axis {name}={size!r}: a size is a whole number of at least 1")
+                raise ValueError(f"mesh axis {name}={size!r}: a size is a whole number, at least 1\nWay out: {name}=2.")
         if len(named) != len(sizes):
             raise ValueError("mesh axes 'cp' and 'sp' are the same axis: give one of them")
         if "dp" in named and ("dp_replicate" in named or "dp_shard" in named):
-            raise ValueError("give either dp, or dp_replicate and dp_shard, not both")
+            raise ValueError(
+                "give either dp, or dp_replicate and dp_shard, not both\nWay out: dp_replicate=2, dp_shard=2."
+            )
         object.__setattr__(self, "axes", tuple((name, named[name]) for name in AXIS_ORDER if name in named))
         object.__setattr__(self, "node_size", node_size)
         if node_size is not None:
@@ -111,13 +123,14 @@ class Mesh:
 
         Raises ValueError on anything else.
         """
+        check_kind("the mesh", text, str, "Mesh.parse('dp=2,tp=4'), or Mesh(dp=2, tp=4)")
         sizes: dict[str, int] = {}
         for part in text.replace(",", " ").split():
             name, equals, size = part.partition("=")
             if not equals or not size.isdigit():
-                raise ValueError(f"mesh '{text}': '{part}' is not of the form axis=size, e.g. dp=2,tp=4")
+                raise ValueError(f"mesh '{text}': '{part}' is not of the form axis=size\nWay out: dp=2,tp=4")
             if name in sizes:
-                raise ValueError(f"mesh '{text}': axis '{name}' is given twice")
+                raise ValueError(f"mesh '{text}': axis '{name}' is given twice\nWay out: {name}=4 once.")
             sizes[name] = int(size)
         return cls(**sizes)
 
@@ -181,8 +194,11 @@ class Mesh:
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Axis name -> position of ``rank`` on it. Raises ValueError outside 0..world_size-1."""
+        check_kind("the rank", rank, int, f"a number from 0 to {self.world_size - 1}")
         if not 0 <= rank < self.world_size:
-            raise ValueError(f"rank {rank} is not on {self}, which has ranks 0 to {self.world_size - 1}")
+            raise ValueError(
+                f"rank {rank} is not on {self}, which has ranks 0 to {self.world_size - 1}\nWay out: one of these."
+            )
         found: dict[str, int] = {}
         for name, size in reversed(self.axes):
             rank, found[name] = divmod(rank, size)
@@ -252,7 +268,7 @@ class Mesh:
 def _check_nodes(mesh: Mesh, node_size: int) -> None:
     """Raise ValueError for nodes that the ranks do not fill; warn where ``tp`` goes from node to node."""
     if not isinstance(node_size, int) or isinstance(node_size, bool) or node_size < 1:
-        raise ValueError(f"node_size={node_size!r}: the ranks of one node, a whole number of at least 1")
+        raise ValueError(f"node_size={node_size!r}: the ranks of one node, at least 1\nWay out: node_size=8.")
     if mesh.world_size > node_size and mesh.world_size % node_size:
         raise ValueError(
             f"{mesh} has {mesh.world_size} ranks, which nodes of {node_size} do not divide\n"
@@ -270,7 +286,9 @@ def _check_nodes(mesh: Mesh, node_size: int) -> None:
 
 def _place(axis: str, group: str) -> int:
     if axis not in AXIS_ORDER:
-        raise ValueError(f"'{group}' is over an axis '{axis}' that there is not; the axes are {', '.join(AXIS_ORDER)}")
+        raise ValueError(
+            f"'{group}' is over an axis '{axis}' that there is not\nWay out: one of {', '.join(AXIS_ORDER)}"
+        )
     return AXIS_ORDER.index(axis)
 
 

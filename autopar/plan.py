@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from autopar.errors import unknown_name
+from autopar.errors import check_kind, unknown_name
 from autopar.precision import Precision
 from autopar.schedules.named import NAMES, stages_per_rank
 
@@ -154,6 +154,7 @@ class Plan:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        _check_tables(self)
         for name, forms in FORMS.items():
             _one_of(name, getattr(self, name), forms)
         _check_capacity(self.capacity_factor)
@@ -161,11 +162,15 @@ class Plan:
         for pattern, form in self.tensor.items():
             _one_of(f"tensor[{pattern!r}]", form, TENSOR_FORMS)
         if not isinstance(self.precision, Precision):
-            raise ValueError(f"Plan(precision={self.precision!r}): write Precision(param={self.precision!r})")
+            raise ValueError(
+                f"Plan(precision={self.precision!r}): a Precision is wanted\n"
+                f"Way out: write Precision(param={self.precision!r})"
+            )
         _check_types(self)
         _check_schedule(self.schedule, self.virtual_stages)
-        if isinstance(self.cuts, str) or not all(isinstance(name, str) and name for name in self.cuts):
-            raise ValueError(f"Plan(cuts={self.cuts!r}): names of modules, e.g. ('model.layers.8',)")
+        whole = isinstance(self.cuts, (tuple, list)) and all(isinstance(name, str) and name for name in self.cuts)
+        if not whole:
+            raise _wrong("cuts", self.cuts, "names of modules", ("model.layers.8",))
         object.__setattr__(self, "tensor", _frozen(self.tensor))
         object.__setattr__(self, "cuts", tuple(self.cuts))
         placed = {name: _permutation(name, order) for name, order in self.expert_placement.items()}
@@ -189,6 +194,7 @@ class Plan:
 
         Raises ValueError for a choice that this version does not know.
         """
+        check_kind("choices", choices, Mapping, 'Plan.from_json({"zero": 3})')
         _check_names(choices)
         given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in choices.items()}
         precision = given.get("precision")
@@ -217,9 +223,10 @@ class Plan:
         ``{"layers.*.mlp.up_proj": "colwise"}`` becomes ``tensor={"*layers.*.mlp.up_proj.weight": "column"}``.
         Entries that say nothing about splitting a weight (norms, gathered outputs) are left to autopar.
         """
+        check_kind("tp_plan", tp_plan, Mapping, 'Plan.from_tp_plan(model.tp_plan), or {"layers.*.q_proj": "colwise"}')
         forms: dict[str, str] = {}
         for module, style in tp_plan.items():
-            form = next((form for part, form in _TP_STYLES.items() if part in style), None)
+            form = next((form for part, form in _TP_STYLES.items() if part in str(style)), None)
             if form is not None:
                 forms[f"*{module}.weight"] = form
         return cls(tensor={**forms, **choices.pop("tensor", {})}, **choices)
@@ -254,6 +261,24 @@ def _check_names(choices: Mapping[str, object], where: str = "") -> None:
 _TP_STYLES = {"colwise": "column", "rowwise": "row"}
 
 
+def _wrong(name: str, value: object, wanted: str, example: object) -> ValueError:
+    """The error of a choice that is no ``wanted``; ``example``: one that is."""
+    return ValueError(f"Plan({name}={value!r}): {wanted}\nWay out: {name}={example!r}, for example.")
+
+
+def _check_tables(plan: Plan) -> None:
+    examples: dict[str, object] = {
+        "tensor": {"*.o_proj.weight": "row"},
+        "batch_dims": {"mask": None},
+        "sequence_dims": {"x": 1},
+        "expert_placement": {"layers.0.mlp": (1, 0, 3, 2)},
+    }
+    for name, example in examples.items():
+        value = getattr(plan, name)
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise _wrong(name, value, "a dict by name", example)
+
+
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if isinstance(value, bool) or value not in allowed:
         raise ValueError(f"Plan({name}={value!r}): it is one of {', '.join(map(repr, allowed))}")
@@ -262,22 +287,22 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 def _check_types(plan: Plan) -> None:
     for name in ("reshard_after_forward", "record_load", "check_numerics"):
         if not isinstance(getattr(plan, name), bool):
-            raise ValueError(f"Plan({name}={getattr(plan, name)!r}): True or False")
+            raise _wrong(name, getattr(plan, name), "True or False", getattr(Plan, name))
     if not _is_whole(plan.microbatches) or plan.microbatches < 1:
-        raise ValueError(f"Plan(microbatches={plan.microbatches!r}): a whole number, at least 1")
+        raise _wrong("microbatches", plan.microbatches, "a whole number, at least 1", 4)
     if not _is_whole(plan.seed):
-        raise ValueError(f"Plan(seed={plan.seed!r}): a whole number")
+        raise _wrong("seed", plan.seed, "a whole number", 0)
     for name in ("bucket_mb", "overlap_mb"):
         if not _is_finite(getattr(plan, name)) or getattr(plan, name) < 0:
-            raise ValueError(f"Plan({name}={getattr(plan, name)!r}): a number of megabytes, 0 or more")
+            raise _wrong(name, getattr(plan, name), "a number of megabytes, 0 or more", getattr(Plan, name))
     if plan.stage_memory_gb is not None and not (_is_finite(plan.stage_memory_gb) and plan.stage_memory_gb > 0):
-        raise ValueError(f"Plan(stage_memory_gb={plan.stage_memory_gb!r}): a number above 0, or None")
+        raise _wrong("stage_memory_gb", plan.stage_memory_gb, "a number above 0, or None", 80)
     if not _is_finite(plan.timeout) or plan.timeout <= 0:
-        raise ValueError(f"Plan(timeout={plan.timeout!r}): a number of seconds above 0")
+        raise _wrong("timeout", plan.timeout, "a number of seconds above 0", 300.0)
     for name in ("batch_dims", "sequence_dims"):
         for key, dim in getattr(plan, name).items():
             if dim is not None and not _is_whole(dim):
-                raise ValueError(f"Plan({name}={{{key!r}: {dim!r}}}): a dim is a whole number, or None: it has none")
+                raise _wrong(name, {key: dim}, "a dim is a whole number, or None: it has none", {key: 0})
 
 
 def _is_whole(value: object) -> bool:
@@ -291,16 +316,16 @@ def _is_finite(value: object) -> bool:
 def _permutation(name: str, order: object) -> tuple[int, ...]:
     numbers = tuple(order) if isinstance(order, (list, tuple)) else ()
     if not numbers or sorted(numbers) != list(range(len(numbers))):
-        raise ValueError(f"Plan(expert_placement={{{name!r}: {order!r}}}): each expert's number, from 0, once")
+        raise _wrong("expert_placement", {name: order}, "each expert's number, from 0, once", {name: (1, 0)})
     return numbers
 
 
 def _check_capacity(value: object) -> None:
     if value is not None and not (_is_finite(value) and value > 0):  # type: ignore[operator]
-        raise ValueError(
-            f"Plan(capacity_factor={value!r}): a number above 0 (1: an expert takes as many rows as if all had equally "
-            "many), or None: nothing is dropped"
+        about = (
+            "a number above 0 (1: an expert takes as many rows as if all had equally many), or None: nothing is dropped"
         )
+        raise _wrong("capacity_factor", value, about, 1.25)
 
 
 def _check_schedule(schedule: object, virtual_stages: object) -> None:
@@ -310,7 +335,7 @@ def _check_schedule(schedule: object, virtual_stages: object) -> None:
     if virtual_stages is None:
         return
     if not isinstance(virtual_stages, int) or isinstance(virtual_stages, bool) or virtual_stages < 1:
-        raise ValueError(f"Plan(virtual_stages={virtual_stages!r}): a whole number, at least 1, or None")
+        raise _wrong("virtual_stages", virtual_stages, "a whole number, at least 1, or None", 2)
     if ":" in schedule:
         raise ValueError(f"Plan(virtual_stages={virtual_stages}): a schedule that is written down has its own stages")
     try:

@@ -40,6 +40,12 @@ class Precision:
     reduce: str | None
     output: str | None
 
+    def __new__(cls, *values: object, **choices: object) -> Precision:
+        for name in choices:
+            if name not in ("param", "reduce", "output"):
+                raise ValueError(unknown_name("Precision has no choice", name, ("param", "reduce", "output")))
+        return super().__new__(cls)
+
     def __init__(
         self,
         param: torch.dtype | str | None = None,
@@ -84,5 +90,5 @@ def _name_of(choice: str, given: torch.dtype | str | None) -> str | None:
     name = str(given).removeprefix("torch.")
     if given is not None and name not in NAMES:
         known = ", ".join(dict.fromkeys(NAMES.values()))
-        raise ValueError(f"Precision({choice}={given!r}): it is a floating dtype: {known}, or None")
+        raise ValueError(f"Precision({choice}={given!r}): it is a floating dtype\nWay out: one of {known}, or None.")
     return None if given is None else NAMES[name]

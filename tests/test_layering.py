@@ -23,7 +23,7 @@ DULL = {"util", "utils", "helper", "helpers", "manager", "common", "core", "misc
 STANDS_ON = {
     "errors": "",
     "plain_files": "",
-    "mesh": "",
+    "mesh": "errors",
     "precision": "errors",
     "operators": "",
     "models": "",
@@ -44,7 +44,7 @@ STANDS_ON = {
     "routing": "errors ir mesh operators rules split",
     "pipeline": "cost errors ir mesh plan schedules",
     "memory": "autodiff ir mesh pipeline plan schedules",
-    "analysis": "autodiff cost ir memory mesh pipeline plan schedules",
+    "analysis": "autodiff cost errors ir memory mesh pipeline plan schedules",
     "simulator": "autodiff codegen errors ir mesh pipeline plan schedules",
     "simulate": "errors ir mesh simulator",
     "runtime": "autodiff codegen errors ir mesh pipeline plan schedules",
@@ -53,16 +53,16 @@ STANDS_ON = {
     "levels": "ir pipeline",
     "passes": "autodiff errors experts frontend ir levels masks mesh operators pipeline routing rules schedules split",
     "choices": "ir mesh plan",
-    "compiler": "choices frontend ir mesh passes pipeline plan",
+    "compiler": "choices errors frontend ir mesh passes pipeline plan",
     "other_methods": "errors",
     "module": (
         "analysis compiler errors frontend ir mesh other_methods pipeline plan runtime schedules simulate simulator"
         " traces"
     ),
     "stored_programs": "errors frontend ir mesh plan program_files",
-    "api": "choices frontend mesh module plan runtime stored_programs",
+    "api": "choices errors frontend mesh module plan runtime stored_programs",
     "reference": "compiler errors frontend ir mesh pipeline plan simulate simulator",
-    "check": "compiler frontend ir mesh pipeline plan precision reference simulate simulator",
+    "check": "compiler errors frontend ir mesh pipeline plan precision reference simulate simulator",
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",
     "checkpoint": "errors ir mesh module plain_files runtime",
     "exporters": "checkpoint errors ir mesh operators pipeline program_files runtime schedules simulator traces",

@@ -139,7 +139,7 @@ def test_merged_names() -> None:
         ("sp+dp", r"'sp\+dp': the axes of a group stand in mesh order, each once: dp\+sp"),
         ("dp+dp", "each once: dp$"),
         ("sp:inner2+sp:outer2", "each once: sp$"),
-        ("dp+xy", "over an axis 'xy' that there is not; the axes are pp, dp"),
+        ("dp+xy", "over an axis 'xy' that there is not\nWay out: one of pp, dp"),
         ("xy", "over an axis 'xy' that there is not"),
         ("dp+", "'' in 'dp\\+' is neither an axis nor a part of one"),
         ("sp:half2", "'sp:half2' in 'sp:half2' is neither"),
@@ -172,7 +172,7 @@ def test_text_reads_back(mesh: Mesh) -> None:
         ("dp=two", "not of the form"),
         ("dp = 2", "not of the form"),
         ("dp=2,dp=2", "axis 'dp' is given twice"),
-        ("dp=2,xy=2", "mesh axis 'xy' is unknown; the axes are pp, dp"),
+        ("dp=2,xy=2", "mesh axis 'xy' is unknown\nWay out: one of pp, dp"),
         ("dp=0", "at least 1"),
         ("cp=2,sp=2", "'cp' and 'sp' are the same axis"),
         ("dp=2,dp_shard=2", "either dp, or dp_replicate and dp_shard"),
@@ -185,7 +185,7 @@ def test_bad_text(text: str, message: str) -> None:
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, "2", True, None])
 def test_bad_sizes(size: object) -> None:
-    with pytest.raises(ValueError, match="a size is a whole number of at least 1"):
+    with pytest.raises(ValueError, match="a size is a whole number, at least 1"):
         Mesh(dp=size)  # type: ignore[arg-type]
 
 

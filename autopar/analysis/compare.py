@@ -21,6 +21,7 @@ from torch import fx
 
 from autopar.analysis.footprint import held, sent
 from autopar.analysis.peak import peak
+from autopar.errors import check_kind
 from autopar.ir import collectives as comm
 from autopar.ir.node import origin, values
 from autopar.ir.operator_facts import is_view
@@ -96,6 +97,8 @@ class Difference:
 
 def diff(before: AnyProgram, after: AnyProgram) -> Difference:
     """The difference of two programs of one model, each as far as it is compiled; nothing is run."""
+    for name, program in (("before", before), ("after", after)):
+        check_kind(name, program, Program | PipelinedProgram, "compile_program(...), or Program.load(DIR)")
     return Difference(
         tuple(_choices(before, after)),
         tuple(_layouts(before, after)),

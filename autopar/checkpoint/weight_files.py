@@ -116,7 +116,8 @@ def _no_files(directory: Path, others: int) -> str:
             f"; {pickles[0]} is a pickle, which can run code\n"
             "Way out: where it is trusted, once: transformers' from_pretrained(...).save_pretrained(a new folder)."
         )
-    return text
+        return text
+    return f"{text}\nWay out: a folder with one of these, as save_safetensors and save_pretrained write it."
 
 
 def _refuse_paths(names: Sequence[str]) -> None:

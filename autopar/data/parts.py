@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autopar.errors import IndivisibleError, LaunchError
+from autopar.errors import IndivisibleError, LaunchError, check_kind
 from autopar.ir.batch import InputDims, input_dims
 from autopar.mesh import DATA_AXES, SEQUENCE, Mesh
 from autopar.plan import Plan
@@ -86,6 +86,8 @@ def part_of_batch(
     Tensors are cut along the dims that ``plan.batch_dims`` and ``plan.sequence_dims`` say, or the usual guess; what is
     no tensor stays. Raises IndivisibleError for a size that does not divide.
     """
+    check_kind("batch", batch, Mapping, "a dict by name, {'x': x}")
+    check_kind("mesh", mesh, Mesh, "autopar.Mesh(dp=2)")
     share = Share.of(mesh, rank)
     tensors = {name: given for name, given in batch.items() if isinstance(given, Tensor)}
     dims = dict(zip(tensors, input_dims(list(tensors.items()), plan or Plan())))

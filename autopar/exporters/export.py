@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from autopar.errors import ExportError
+from autopar.errors import ExportError, check_kind
 from autopar.exporters.job import Job, Options, Writer
 from autopar.exporters.whole_tensors import Source, WholeTensors
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
@@ -68,6 +68,7 @@ def export(
     Returns ``directory``. Raises ExportError, with nothing written, for a program that a format cannot hold, weights
     that are missing, files of others in ``directory``; and where ``verify`` finds other numbers.
     """
+    check_kind("program", program, Program | PipelinedProgram, "compile_program(...), or Program.load(DIR)")
     _check_finished(program)
     names = _names(format)
     chosen = weights or ("none" if weights_from is None else "safetensors")
@@ -116,14 +117,14 @@ def _names(format: str | Sequence[str]) -> list[str]:
     names = [name.strip() for name in (format.split(",") if isinstance(format, str) else format)]
     for name in names:
         if name not in FORMATS:
-            raise ExportError(f"there is no format '{name}'; the formats are {', '.join(FORMATS)}")
+            raise ExportError(f"there is no format '{name}'\nWay out: one of {', '.join(FORMATS)}.")
     return list(dict.fromkeys(names))
 
 
 def _check_choices(weights: str, dialect: str, weights_from: Any) -> None:
     for what, given, known in (("weights", weights, WEIGHTS), ("onnx_dialect", dialect, DIALECTS)):
         if given not in known:
-            raise ExportError(f"{what}='{given}': the choices are {', '.join(known)}")
+            raise ExportError(f"{what}='{given}' is no choice\nWay out: one of {', '.join(known)}.")
     if weights != "none" and weights_from is None:
         raise ExportError(
             f"weights='{weights}', and a program holds no weights\n"

@@ -62,8 +62,16 @@ def data_axes(mesh: Mesh) -> tuple[str, ...]:
 def batch_dims(shapes: Sequence[tuple[str, Sequence[int]]], given: Mapping[str, int | None]) -> list[int | None]:
     """The batch dim of each input (name, shape); None for an input without one.
 
-    It is the ``given`` one, else dim 0 if that is as long as the dim 0 of most other inputs.
+    It is the ``given`` one, else dim 0 if that is as long as the dim 0 of most other inputs. Raises ValueError for a
+    given one that the input does not have.
     """
+    for name, shape in shapes:
+        dim = given.get(name)
+        if dim is not None and not -len(shape) <= dim < len(shape):
+            raise ValueError(
+                f"Plan(batch_dims={{{name!r}: {dim}}}): the input has {len(shape)} dims\n"
+                f"Way out: one from 0 to {len(shape) - 1}, or None: it has no batch dim."
+            )
     lengths = Counter(shape[0] for name, shape in shapes if len(shape) and name not in given)
     usual = lengths.most_common(1)[0][0] if lengths else None
     return [given[name] if name in given else 0 if len(shape) and shape[0] == usual else None for name, shape in shapes]

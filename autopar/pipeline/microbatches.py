@@ -45,7 +45,9 @@ def parts(
     """
     count = plan.microbatches
     if args or any(not isinstance(value, Tensor | int | float | str | None) for value in kwargs.values()):
-        raise InvariantError("Plan(microbatches=...) cuts tensors that are passed by name: model.train_step(x=x, y=y)")
+        raise InvariantError(
+            "Plan(microbatches=...) cuts tensors that are passed by name\nWay out: model.train_step(x=x, y=y)."
+        )
     ways = 1 if local else data_ways(mesh)
     cut: dict[str, tuple[Tensor, ...]] = {}
     dims = cut_dims(kwargs, plan)

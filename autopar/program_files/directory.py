@@ -67,7 +67,9 @@ def write(contents: Mapping[str, bytes], target: Path) -> None:
             path.write_bytes(content)
         put(draft, target)
     except OSError as error:
-        raise ProgramFileError(f"the program cannot be written to {target}: {error}") from error
+        raise ProgramFileError(
+            f"the program cannot be written to {target}: {error}\nWay out: another directory."
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -123,7 +125,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def _missing(directory: Path) -> str:
     old = old_of(directory)
     moved = f"\nA process that was killed has left the one before as {old}: rename it." if old.is_dir() else ""
-    return f"{directory} holds no program: {MANIFEST} is missing{moved}"
+    return f"{directory} holds no program: {MANIFEST} is missing{moved}\nWay out: autopar compile MODEL -o {directory}."
 
 
 def verified(directory: Path, name: str, manifest: Mapping[str, Any]) -> bytes:

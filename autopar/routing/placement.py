@@ -6,7 +6,7 @@ import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from autopar.errors import IndivisibleError
+from autopar.errors import IndivisibleError, check_kind
 from autopar.ir.load import ExpertLoad
 from autopar.ir.node import origin
 from autopar.operators.routing import own_experts
@@ -49,6 +49,7 @@ def balanced_placement(loads: Mapping[str, ExpertLoad]) -> dict[str, Order]:
     The fullest experts go first, each to the emptiest rank that has room (Graham 1969); then experts of the fullest
     rank change places with lighter ones as long as that helps.
     """
+    check_kind("loads", loads, Mapping, "parallel.expert_load(), of a plan with record_load=True")
     return {layer: _balanced(load.experts, load.ways) for layer, load in loads.items()}
 
 

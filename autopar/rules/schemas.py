@@ -38,7 +38,9 @@ def _looked_up(name: str) -> Any:
     base, _, overload = rest.partition(".")
     packet = getattr(getattr(torch.ops, namespace), base, None) if colons and namespace and base else None
     if packet is None:
-        raise ValueError(f"register_rule: torch knows no operator '{name}'; import the library that defines it")
+        raise ValueError(
+            f"register_rule: torch knows no operator '{name}'\nWay out: import the library that defines it first."
+        )
     if overload and overload not in packet.overloads():
         there = ", ".join(packet.overloads())
         raise ValueError(f"register_rule: '{namespace}::{base}' has no overload '{overload}'; there are {there}")

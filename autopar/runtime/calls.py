@@ -76,7 +76,10 @@ class Signature:
         return Call(args, kwargs, leaves, (spec, *map(_kind, leaves)))
 
     def _order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, int]]:
-        self._signature.bind(*args, **kwargs)
+        try:
+            self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{error}\nWay out: the arguments of forward{self._signature}.") from None
         names = [*self._names[: len(args)], *kwargs]
         last = len(self._rank)
         return sorted(zip(names, range(len(names))), key=lambda pair: (self._rank.get(pair[0], last), pair[0]))

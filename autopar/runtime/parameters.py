@@ -71,7 +71,9 @@ class Weights:
         if connection is None:
             return
         if any(isinstance(table[key], DTensor) for _, table, key, _ in tables(root)):
-            raise ValueError("the model has DTensor parameters already: parallelize an ordinary model, and that once")
+            raise ValueError(
+                "the model has DTensor parameters already\nWay out: parallelize an ordinary model, and that once."
+            )
         self._meshes = Meshes(connection.of_stage())
         self._place({})
         give_to_optimizers()

@@ -70,8 +70,8 @@ def stages_per_rank(name: str, v: int | None = None) -> int:
     if maker.only is not None and v not in (None, maker.only):
         free = ", ".join(other for other, its in NAMES.items() if its.only is None)
         raise ValueError(
-            f"schedule {name} has {maker.only} stage{'s' * (maker.only > 1)} per rank, not {v}: leave the number out, "
-            f"or choose one that takes any ({free})"
+            f"schedule {name} has {maker.only} stage{'s' * (maker.only > 1)} per rank, not {v}\n"
+            f"Way out: leave the number out, or choose one that takes any ({free})."
         )
     return v if v is not None else maker.only or maker.usual
 

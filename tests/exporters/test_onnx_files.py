@@ -240,10 +240,10 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("all of it")
     for words, given in (
-        ("there is no format 'onxn'", {"format": "onxn"}),
+        ("there is no format 'onxn'\nWay out: one of", {"format": "onxn"}),
         ("holds no export", {"directory": tmp_path / "full"}),
         ("a program holds no weights", {"weights": "safetensors"}),
-        ("the choices are", {"weights": "some", "weights_from": model}),
+        ("is no choice\nWay out: one of safetensors", {"weights": "some", "weights_from": model}),
         ("opset 3", {"opset": 3}),
         ("ir 99", {"ir": 99}),
         ("leave out --rank", {"rank": 0, "verify": True}),

@@ -141,7 +141,10 @@ def test_what_is_left_out() -> None:
     [
         (("2f2b", 4, 8), "there is no schedule '2f2b'; there are gpipe, 1f1b"),
         (("1f1b", 4, 8, 2), "schedule 1f1b has 1 stage per rank, not 2"),
-        (("zb-v", 4, 8, 1), "schedule zb-v has 2 stages per rank, not 1: leave the number out, or .*interleaved"),
+        (
+            ("zb-v", 4, 8, 1),
+            "zb-v has 2 stages per rank, not 1\nWay out: leave the number out, or .*interleaved",
+        ),
         (("gpipe", 0, 8), "schedule gpipe: 0 pipeline ranks; it takes at least 1"),
         (("gpipe", 2, 0), "schedule gpipe: 0 microbatches"),
         (("interleaved", 2, 2, 0), "0 stages per rank"),
