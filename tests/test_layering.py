@@ -66,7 +66,7 @@ STANDS_ON = {
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",
     "checkpoint": "errors ir mesh module plain_files runtime",
     "exporters": "checkpoint errors ir mesh operators pipeline program_files runtime schedules simulator traces",
-    "pretrained": "api checkpoint errors mesh module plan runtime",
+    "pretrained": "api checkpoint errors mesh module plan runtime zoo",
     "frameworks": "checkpoint errors module other_methods pretrained",
     "training": "api checkpoint cost data errors ir mesh module plan runtime traces",
     "autopar": "*",  # the package itself: its names are imported at first use

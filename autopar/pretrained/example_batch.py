@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,37 +9,30 @@ from torch import Tensor, nn
 
 from autopar.mesh import Mesh
 from autopar.plan import Plan
+from autopar.zoo.tasks import task_of_class
 
 LENGTH = 512  # tokens of a row, where the model has positions for so many
-ENDINGS = {  # of a class's name -> whether each token has a label, or each row
-    "ForCausalLM": True,
-    "LMHeadModel": True,
-    "ForMaskedLM": True,
-    "ForConditionalGeneration": True,
-    "ForTokenClassification": True,
-    "ForSequenceClassification": False,
-}
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # how configs call it
+POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")  # how configs call it
 
 
 def example_batch(model: nn.Module, mesh: Mesh, plan: Plan) -> dict[str, Tensor]:
-    """``input_ids`` [rows, tokens] and ``labels`` (int64) of a model of text, which may take other inputs too.
+    """Arguments by name, as the task of the model's class has them; the same on every rank.
 
-    The number of rows and that of tokens divide by all axes of ``mesh`` and by the microbatches.
-    Raises ValueError for a model of which it is not known what it takes.
+    The number of rows and that of tokens divide by all axes of ``mesh`` and by the microbatches; floating-point inputs
+    have the dtype of the parameters. Raises ValueError for a model of which it is not known what it takes.
     """
-    of_tokens = next((kind for ending, kind in ENDINGS.items() if type(model).__name__.endswith(ending)), None)
-    if of_tokens is None or not {"input_ids", "labels"} <= set(inspect.signature(model.forward).parameters):
+    task = task_of_class(type(model).__name__)
+    if task is None:
         raise ValueError(
             f"it is not known what a batch of {type(model).__name__} is\n"
             "Way out: example_inputs=batch, the arguments by name of a call like those that follow."
         )
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    rows, tokens = mesh.world_size * (plan.microbatches or 1), _length(text, mesh)
-    kinds = min(getattr(text, "vocab_size", None) or 2, 100)
-    ids = (torch.arange(tokens) % kinds).repeat(rows, 1)
-    return {"input_ids": ids, "labels": ids.clone() if of_tokens else torch.zeros(rows, dtype=torch.int64)}
+    rows = mesh.world_size * (plan.microbatches or 1)
+    with torch.device("cpu"):
+        made = task.batch(config, rows, _length(config.get_text_config(), mesh), torch.Generator().manual_seed(0))
+    dtype = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+    return {name: one.to(dtype) if one.is_floating_point() else one for name, one in made.items()}
 
 
 def _length(text: Any, mesh: Mesh) -> int:

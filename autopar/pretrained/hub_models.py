@@ -13,19 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar.errors import CheckpointError
+from autopar.errors import CheckpointError, near_names
+from autopar.zoo.tasks import task_named, tasks_of
 
-TASKS = {  # as transformers' own tasks are called -> the class that finds a model's
-    "causal-lm": "AutoModelForCausalLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "seq-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "image-classification": "AutoModelForImageClassification",
-    "image-text-to-text": "AutoModelForImageTextToText",
-    "base": "AutoModel",
-}
 WANTED = ("*.json", "model*.safetensors")  # of a repository of the Hub
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
 
@@ -82,7 +72,8 @@ def meta_model(
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **(changes or {}))
     unknown = [name for name in changes or {} if not hasattr(config, name)]
     if unknown:
-        raise ValueError(f"{type(config).__name__} has no field '{unknown[0]}'")
+        near = near_names(unknown[0], config.to_dict())
+        raise ValueError(f"{type(config).__name__} has no field '{unknown[0]}'{near}")
     _refuse_quantised(folder, config)
     dtype = dtype or _as_dtype(getattr(config, "dtype", None))
     with torch.device("meta"):
@@ -127,16 +118,17 @@ def _class_of(folder: Path, config: Any, task: str | type | None) -> Any:
     if isinstance(task, type):
         return task
     if task is not None:
-        if task not in TASKS:
-            raise ValueError(f"task='{task}': one of {', '.join(TASKS)}, or a class of transformers")
-        return getattr(transformers, TASKS[task])
+        return getattr(transformers, task_named(task).auto)
     names = list(getattr(config, "architectures", None) or ())
     found = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    there = list(tasks_of(config))
+    if found is None and len(there) == 1:
+        return getattr(transformers, there[0].auto)
     if found is None:
         said = f"names {names[0]}, which this transformers does not have" if names else "has no 'architectures'"
         raise CheckpointError(
             f"which model is in '{folder}' is not clear: its {CONFIG} {said}\n"
-            f"Way out: task=, one of {', '.join(TASKS)}, or a class."
+            f"Way out: task=, one of {', '.join(one.name for one in there) or 'those of another model'}, or a class."
         )
     return found
 

@@ -47,10 +47,10 @@ def from_pretrained(
         dtype: of the parameters; without it that of the config, else float32.
         strict: a tensor without an entry in the files, and an entry without a tensor, is an error. With False the first
             (a new head) is initialised, the same on any mesh, and the second left out.
-        example_inputs: arguments of a call like those that follow. Without them a language model is split for a batch
-            of 512 tokens a row; a call with other sizes then makes its own program, with parameters split as they are.
-        task: which model, where the config does not say, or another one than it says: ``"causal-lm"``, ...
-            (``hub_models.py``), or a class.
+        example_inputs: arguments of a call like those that follow. Without them it is split for a batch of its task, of
+            512 tokens a row; a call with other sizes then makes its own program, with parameters split as they are.
+        task: which model, where the config does not say, or another one than it says: ``"causal-lm"``,
+            ``"seq-classification"``, ... as ``--task`` of the command line (``zoo/tasks.py``), or a class.
         config: fields of the config to change, e.g. ``{"num_labels": 3}``.
         program: of ``autopar compile``, as :func:`autopar.parallelize` takes it.
         seed: of the initialisation of what is in no file.
