@@ -55,6 +55,7 @@ STANDS_ON = {
     "choices": "ir mesh plan",
     "compiler": "choices errors frontend ir mesh passes pipeline plan",
     "other_methods": "errors",
+    "fitting": "analysis compiler cost errors frontend ir memory mesh plan",
     "module": (
         "analysis compiler errors frontend ir mesh other_methods pipeline plan runtime schedules simulate simulator"
         " traces"

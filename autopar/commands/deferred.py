@@ -47,6 +47,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "Write a page that shows how MODEL is split: ranks, parameters, a block, memory, traffic, "
         "pipeline, program.",
     ),
+    "fit": (
+        "fit", "fit_command",
+        "List the meshes and plans on which MODEL fits: memory, bytes sent by axis, bubble; and why others "
+        "do not fit.",
+    ),
     "export": (
         "export", "export_command",
         "Write a program for other tools: a file for each rank, and manifest.json, which says what they "

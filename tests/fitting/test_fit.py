@@ -1,0 +1,125 @@
+"""What fits: closed forms are near programs of two depths, these near the whole model; reasons for the rest."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from autopar.__main__ import main
+from autopar.compiler import compile_program
+from autopar.fitting.estimate import Estimate, estimate
+from autopar.fitting.fit import Fitting, Refused, Wanted, compiled, counted, fits, meshes
+from autopar.fitting.prices import ROWS, Price, Prices, rows_of
+from autopar.fitting.shallow import depth_of, shallow
+from autopar.memory.device import Device
+from autopar.memory.table import memory_of
+from autopar.mesh import Mesh
+from autopar.models import llama
+from autopar.plan import Plan
+from tests.selection import slow_but
+
+BLOCKS, OPTIMIZER = 6, "adamw"
+
+
+@cache
+def prices() -> Prices:
+    model = llama.build("tiny", layers=BLOCKS)
+    batch = llama.example_batch(model, ROWS, 32, 0)
+    return Prices(model, lambda rows: rows_of(batch, rows), Plan())
+
+
+def wanted(devices: int, memory: int = 10**12, rows: int = 8, node_size: int = 8) -> Wanted:
+    device = Device(memory, fixed=0, share=0.0)
+    return Wanted(devices, node_size, rows, OPTIMIZER, device, Plan(), frozenset({"zero", "recompute", "sequence"}))
+
+
+def estimated(mesh: Mesh, rows: int = 1, **choices: Any) -> Estimate:
+    plan = Plan(**choices)
+    price = prices().of(Mesh(tp=mesh.size("tp")), plan)
+    assert isinstance(price, Price), price
+    return estimate(mesh, plan, rows, price, BLOCKS, OPTIMIZER, 8)
+
+
+def test_a_shallow_model_is_the_model_with_fewer_blocks() -> None:
+    model = llama.build("tiny", layers=BLOCKS)
+    depth = depth_of(model)
+    assert depth.blocks == BLOCKS
+    short = shallow(model, depth, 2)
+    assert depth_of(model).blocks == BLOCKS and len(list(short.get_submodule(depth.name).children())) == 2
+    names = {name for name, _ in short.named_parameters()}
+    assert names < {name for name, _ in model.named_parameters()}
+    batch = llama.example_batch(model, 2, 8, 0)
+    assert torch.isfinite(short(**batch)["loss"] if isinstance(short(**batch), dict) else short(**batch)[0]).all()
+
+
+MESHES: list[tuple[Mesh, dict[str, Any]]] = [
+    (Mesh(dp=2, tp=2), {"zero": 3}),
+    (Mesh(pp=2, dp=2), {"microbatches": 4}),
+    (Mesh(dp=4), {"zero": 1, "recompute": "full"}),
+    (Mesh(tp=2), {"sequence": "megatron", "recompute": "selective"}),
+    (Mesh(pp=3, tp=2), {"microbatches": 3}),
+]
+
+
+@pytest.mark.parametrize(("mesh", "choices"), slow_but((1,), MESHES), ids=str)
+def test_two_depths_tell_the_memory_of_the_whole_model(mesh: Mesh, choices: dict[str, Any]) -> None:
+    one = estimated(mesh, **choices)
+    found = counted(one, prices())
+    assert isinstance(found, Estimate) and found.compiled
+    batch = prices().batch_of(mesh.size("dp") * one.plan.microbatches)
+    whole = compile_program(prices().model, mesh, replace(one.plan, check_numerics=False), (), batch)
+    exact = memory_of(whole, OPTIMIZER).largest.peak
+    assert found.memory == pytest.approx(exact, rel=0.02)
+    assert one.memory == pytest.approx(exact, rel=0.25)
+
+
+def test_every_mesh_fits_or_says_why() -> None:
+    sought = wanted(6, rows=8, node_size=2)
+    found, refused = fits(prices(), sought)
+    every = {mesh.axes for mesh in meshes(sought)}
+    assert {one.mesh.axes for one in [*found, *refused]} == every
+    why = {one.mesh.axes: one.why for one in refused}
+    assert "batch: 8 rows do not divide by dp=3" in why[Mesh(dp=3, tp=2).axes]
+    assert "beyond a node of 2" in why[Mesh(tp=6).axes]
+    assert [one.best.seconds for one in found] == sorted(one.best.seconds for one in found)
+
+
+def test_heads_and_layers_are_reasons() -> None:
+    _, refused = fits(prices(), wanted(7, rows=7))
+    why = {one.mesh.axes: one.why for one in refused}
+    assert "layers: 6 for pp=7 stages" in why[Mesh(pp=7).axes]
+    assert "tp=7" in why[Mesh(tp=7).axes] and "heads" in why[Mesh(tp=7).axes]
+
+
+def test_memory_is_a_reason_with_the_bytes() -> None:
+    found, refused = fits(prices(), wanted(2, memory=1000))
+    assert not found and all("too much" in one.why for one in refused)
+
+
+@pytest.mark.slow
+def test_a_plan_that_does_not_fit_after_all_gives_way_to_the_next() -> None:
+    plans = (estimated(Mesh(dp=2)), estimated(Mesh(dp=2), zero=3, recompute="full"))
+    real = counted(plans[0], prices())
+    assert isinstance(real, Estimate)
+    tight = wanted(2, memory=real.memory - 1)
+    optimistic = replace(plans[0], memory=plans[1].memory)
+    found = compiled(Fitting(Mesh(dp=2), (optimistic, plans[1])), prices(), tight)
+    assert isinstance(found, Refused) or found.plan.zero == 3
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "autopar fit llama --config layers=4 --gpus 2 --batch 4 --length 16 --shown 1 --json"
+    chosen = "--zero 0 --recompute none --sequence none"
+    monkeypatch.setattr(sys, "argv", f"{command} {chosen}".split())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    document = json.loads(capsys.readouterr().out)
+    assert {tuple(one["mesh"]) for one in document["fits"]} == {("dp",), ("tp",), ("pp",)}
+    assert document["fits"][0]["compiled"] and all(one["plan"]["zero"] == 0 for one in document["fits"])
