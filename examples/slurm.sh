@@ -22,7 +22,7 @@ export OMP_NUM_THREADS=8
 srun --kill-on-bad-exit=1 bash -c '
     exec torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --shutdown-timeout 240 \
         --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$HEAD_NODE:29500" \
-        -m autopar train hf:llama --mesh dp=2,tp=8 --zero 1 --precision bf16 --no-compare \
+        -m autopar train tiny:llama --mesh dp=2,tp=8 --zero 1 --precision bf16 --no-compare \
         --steps 100000 --checkpoint "$SLURM_SUBMIT_DIR/run" --every 500 --resume --log-file "$SLURM_SUBMIT_DIR/log.jsonl"
 ' &
 JOB=$!
