@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] = (), layers: int = 4) -> None:
     loss = model(**batch)["loss"]
     loss.backward()
     worst = max(float((step.grads[name] - p.grad).abs().max()) for name, p in model.named_parameters())
-    print(f"{mesh}: loss differs by {abs(float(step.loss - loss)):.1e}, gradients by at most {worst:.1e}")
+    print(f"{mesh}: loss differs by {abs(float(step.loss - loss.detach())):.1e}, gradients by at most {worst:.1e}")
     for transfer in step.traffic:
         print(transfer)
     assert worst < 1e-12

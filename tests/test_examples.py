@@ -76,7 +76,7 @@ RUNS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, ranks, words, mesh", RUNS, ids=lambda value: " ".join(map(str, [value]))[:40])
+@pytest.mark.parametrize("name, ranks, words, mesh", RUNS, ids=[f"{name} {' '.join(mesh)}" for name, *_, mesh in RUNS])
 def test_on_a_mesh_as_on_one_device(folder: Path, name: str, ranks: int, words: list[str], mesh: list[str]) -> None:
     given = [word.format(root=ROOT, folder=folder) for word in words]
     alone = run_ranks(run, 1, name, *given)[0]
@@ -135,7 +135,7 @@ def pages_that_count() -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words, output", pages_that_count(), ids=lambda value: value[:20].strip().replace("\n", " "))
+@pytest.mark.parametrize("words, output", pages_that_count(), ids=[words for words, _ in pages_that_count()])
 def test_what_a_rank_holds_is_what_the_pages_say(words: str, output: str) -> None:
     assert run_ranks(counted, 4, words)[0] == output
 
