@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from autopar.ir.node import value
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.tables import InputKind
-from autopar.mesh import PIPELINE
+from autopar.mesh import PIPELINE, SEQUENCE
 from autopar.pipeline.stages import holders
 from autopar.report.document import Drawing, Module, Parameter, Where
 from autopar.report.parts import drawing
 from autopar.report.reasons import why
+
+DATA = ("dp", "dp_shard")
 
 
 @dataclass
@@ -60,9 +62,18 @@ class Tree:
         """With the reasons of each parameter: only of those that are shown, since each costs a search."""
         return replace(
             module,
-            parameters=tuple(replace(one, reasons=why(self._program, one.target)) for one in module.parameters),
+            parameters=tuple(
+                replace(one, reasons=(*self._by_zero(one), *why(self._program, one.target)))
+                for one in module.parameters
+            ),
             children=tuple(map(self._explained, module.children)),
         )
+
+    def _by_zero(self, one: Parameter) -> Iterator[str]:
+        """Axes that nothing but ZeRO splits parameters over."""
+        for axis in self.drawings[one.drawing].axes:
+            if axis in (*DATA, SEQUENCE) and self._program.plan.zero:
+                yield f"  {axis:<7} split by ZeRO, as Plan(zero={self._program.plan.zero}) asks"
 
 
 def _merged(children: Sequence[Module]) -> Iterator[Module]:

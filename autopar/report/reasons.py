@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator
 
 from autopar.analysis.explain import explain
+from autopar.analysis.layout_words import choice_words
+from autopar.ir.node import value
 from autopar.ir.program import AnyProgram
 from autopar.ir.tables import Decision, InputKind
 from autopar.report.document import Reason
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # in the path of a module
-SPLIT = re.compile(r"S\((\d+)(.*)\)")
 MOST_NAMES = 12
 ONLY_ONE = "only one way to run it"
 
@@ -24,7 +25,10 @@ def reasons_of(program: AnyProgram) -> Iterator[Reason]:
             decision = program.decisions.get(axis, {}).get(node.name)
             if decision is None or program.mesh.size(axis) == 1:
                 continue
-            names = found.setdefault((axis, in_words(decision.chosen), _instead(decision)), {})
+            is_matrix = len(value(node).shape) == 2
+            names = found.setdefault(
+                (axis, choice_words(decision.chosen, is_matrix), _instead(decision, is_matrix)), {}
+            )
             name = NUMBER.sub("*", entry.target)
             names[name] = names.get(name, 0) + 1
     for (axis, chosen, instead), names in found.items():
@@ -39,19 +43,11 @@ def why(program: AnyProgram, name: str) -> tuple[str, ...]:
     return tuple(line for line in explain(program, name).splitlines()[1:] if not line.endswith(ONLY_ONE))
 
 
-def in_words(choice: str) -> str:
-    """``S(0)``: ``split by dim 0``; ``I``: ``whole``; what is neither stays as it is."""
-    match = SPLIT.fullmatch(choice)
-    if match is not None:
-        return f"split by dim {match[1]}{match[2]}"
-    return "whole" if choice in ("I", "R") else choice
-
-
-def _instead(decision: Decision) -> str:
-    """``whole would cost 10.2 us more a step; split by dim 1: not possible here``; costs as people read them."""
+def _instead(decision: Decision, is_matrix: bool) -> str:
+    """``whole on every rank would cost 10.2 us more a step; split by rows: not possible here``."""
     texts = []
     for choice, cost in sorted(decision.alternatives.items(), key=lambda item: isinstance(item[1], str)):
-        words = in_words(choice)
+        words = choice_words(choice, is_matrix)
         if isinstance(cost, str):
             texts.append(f"{words}: {cost}")
         else:

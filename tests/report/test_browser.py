@@ -109,7 +109,7 @@ def test_ranks_are_walked_by_keys(opened: Opened) -> None:
 def test_a_parameter_opens_with_its_reasons(opened: Opened) -> None:
     opened.page.focus('[data-name="blocks.0.attn.q.weight"] > summary')
     opened.page.keyboard.press("Enter")
-    assert "not I" in opened.text('[data-name="blocks.0.attn.q.weight"] pre')
+    assert "whole on every rank would cost" in opened.text('[data-name="blocks.0.attn.q.weight"] pre')
     opened.page.fill('input[aria-label="Find a parameter"]', "gate")
     assert opened.page.locator("details.parameter:not(.hidden)").count() == 1
     assert "1 of" in opened.text("#parameters [role=status]")
@@ -187,10 +187,10 @@ def test_other_programs_are_drawn(browser: Any, tmp_path: Path, model: str, mesh
 
 def test_what_does_not_fit_is_said(browser: Any, tmp_path: Path) -> None:
     program = program_of("mlp", "dp=2,tp=2")
-    report = report_of("mlp", program, device=Device(500_000, fixed=0))
+    report = report_of("mlp", program, device=Device(200_000, fixed=0))
     found = Opened(browser, tmp_path / "page.html", page_of(Document((report,))))
     assert "It does not fit, by" in found.text("#memory") and "zero=3" in found.text("#memory ul:last-child")
-    assert "device: 500 kB" in found.text("#memory figure") and not found.errors
+    assert "device: 200 kB" in found.text("#memory figure") and not found.errors
 
 
 def test_hostile_names_run_nothing(browser: Any, tmp_path: Path) -> None:

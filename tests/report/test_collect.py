@@ -87,8 +87,19 @@ def test_the_pipeline_is_that_of_the_schedule() -> None:
 
 def test_reasons_name_alternatives() -> None:
     reasons = reported("mlp", "dp=2,tp=2").reasons
-    assert {one.chosen for one in reasons} >= {"split by dim 0", "split by dim 1"}
-    assert any("blocks.*.up.weight (2)" in one.names and "whole would cost" in one.instead for one in reasons)
+    assert {one.chosen for one in reasons} >= {"split by rows", "split by columns"}
+    assert any(
+        "blocks.*.up.weight (2)" in one.names and "whole on every rank would cost" in one.instead for one in reasons
+    )
+
+
+def test_what_zero_splits_says_so() -> None:
+    report = reported("mlp", "dp=2,tp=2", zero=3)
+    (up,) = [one for one in parameters(report.modules) if one.target == "blocks.0.up.weight"]
+    assert "split by ZeRO, as Plan(zero=3) asks" in "".join(up.reasons) and "split by rows over tp" in "".join(
+        up.reasons
+    )
+    assert report.drawings[up.drawing].axes == ("dp", "tp")
 
 
 def test_a_device_that_is_too_small() -> None:

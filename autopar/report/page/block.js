@@ -92,11 +92,11 @@ function callBox(call, place, picture, choose) {
     box.setAttribute("aria-pressed", "true");
     choose(call);
   };
-  const box = svg("g", { class: `call ${call.kind}`, tabindex: 0, role: "button", "aria-pressed": "false", "aria-label": linesOf(call).join(", "),
+  const box = svg("g", { class: `call ${call.kind}`, tabindex: 0, role: "button", "aria-pressed": "false", "aria-label": place.lines.join(" "),
     transform: `translate(${place.x - place.width / 2},${place.y - place.height / 2})`, style: call.axis ? `--axis: ${axisColour(call.axis)}` : undefined,
     onclick: pick, onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); pick(); } } },
     svg("rect", { width: place.width, height: place.height, rx: 6 }),
-    svg("text", { x: place.width / 2, y: below ? 16 : 24 }, title), below ? svg("text", { class: "small", x: place.width / 2, y: 30 }, below) : null);
+    svg("text", { x: place.width / 2, y: below ? 16 : 24 }, title), " ", below ? svg("text", { class: "small", x: place.width / 2, y: 30 }, below) : null);
   return box;
 }
 

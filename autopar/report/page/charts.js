@@ -9,6 +9,7 @@ function legend(names, colour) {
 function plotted(options, label) {
   const drawn = Plot.plot({ style: { background: "none", color: "inherit", fontSize: "12px" }, ...options });
   const picture = drawn.tagName === "svg" ? drawn : drawn.querySelector("svg");
+  for (const mark of picture.querySelectorAll("g[aria-label]")) mark.removeAttribute("aria-label"); // the whole has one
   picture.setAttribute("role", "img");
   picture.setAttribute("aria-label", label);
   return drawn;

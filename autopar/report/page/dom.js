@@ -43,7 +43,7 @@ function table(columns, rows, caption) {
     el(
       "table", {},
       caption ? el("caption", { class: "quiet" }, caption) : null,
-      el("thead", {}, el("tr", {}, columns.map((column, at) => cell("th", column.name, at, "col")))),
+      el("thead", {}, el("tr", {}, columns.map((column, at) => (column.name ? cell("th", column.name, at, "col") : el("td"))))),
       el("tbody", {}, rows.map((row) => el("tr", {}, row.map((value, at) => cell("td", value, at))))),
     ),
   );

@@ -43,9 +43,9 @@ function panelOf(view, outer, inner, buttons) {
   const columns = inner[inner.length - 1] ?? { name: "", size: 1 };
   const rows = inner.length > 1 ? inner[0] : { name: "", size: 1 };
   const head = el("tr", {}, el("td"), Array.from({ length: Math.min(columns.size, MOST_RANKS) }, (_, at) =>
-    el("th", { scope: "col" }, columns.name ? `${columns.name} ${at}` : "")));
+    (columns.name ? el("th", { scope: "col" }, `${columns.name} ${at}`) : el("td"))));
   const body = Array.from({ length: Math.min(rows.size, Math.ceil(MOST_RANKS / columns.size)) }, (_, row) =>
-    el("tr", {}, el("th", { scope: "row" }, rows.name ? `${rows.name} ${row}` : ""),
+    el("tr", {}, rows.name ? el("th", { scope: "row" }, `${rows.name} ${row}`) : el("td"),
       Array.from({ length: Math.min(columns.size, MOST_RANKS) }, (_, column) => {
         const here = { ...outer, [rows.name]: row, [columns.name]: column };
         const rank = view.numberOf(here);

@@ -63,7 +63,7 @@ function section(views, [id, title, body], differences) {
   return el("section", { id, "aria-labelledby": `${id}-title` }, el("h2", { id: `${id}-title` }, title), ...before, el("div", { class: "sides" }, ...sides));
 }
 
-const THEMES = { auto: "◐ auto", light: "☀ light", dark: "☾ dark" };
+const THEMES = { auto: "◐ colours: auto", light: "☀ colours: light", dark: "☾ colours: dark" };
 
 function themed(button) {
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -71,7 +71,6 @@ function themed(button) {
   const apply = () => {
     document.documentElement.dataset.theme = theme === "auto" ? (dark.matches ? "dark" : "light") : theme;
     button.textContent = THEMES[theme];
-    button.setAttribute("aria-label", `Colours: ${theme === "auto" ? "as the system has them" : theme}; change`);
   };
   dark.addEventListener("change", apply);
   button.addEventListener("click", () => {

@@ -2,7 +2,7 @@
 
 function textSection(view) {
   const lines = view.report.text.split("\n");
-  const body = el("pre", { class: "program", tabindex: 0, role: "region", "aria-label": "The program" });
+  const body = el("pre", { class: "program", tabindex: 0, role: "group", "aria-label": "The program" });
   const count = el("span", { class: "quiet", role: "status" });
   const found = { marks: [], at: -1 };
   const go = (step) => {
