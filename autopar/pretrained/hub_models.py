@@ -72,7 +72,7 @@ def meta_model(
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **(changes or {}))
     unknown = [name for name in changes or {} if not hasattr(config, name)]
     if unknown:
-        near = near_names(unknown[0], config.to_dict())
+        near = near_names(unknown[0], [*config.to_dict(), "num_labels"])
         raise ValueError(f"{type(config).__name__} has no field '{unknown[0]}'{near}")
     _refuse_quantised(folder, config)
     dtype = dtype or _as_dtype(getattr(config, "dtype", None))

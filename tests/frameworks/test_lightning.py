@@ -33,11 +33,11 @@ def trained(mesh: str, accumulation: int) -> dict[str, Tensor]:
             return torch.optim.SGD(self.parameters(), lr=RATE)
 
     model = autopar.parallelize(model_of(), Mesh.parse(mesh), Plan(check_numerics=False))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    how: dict[str, Any] = autopar.lightning_arguments(model) | quiet
     trainer = lightning.Trainer(
-        **autopar.lightning_arguments(model), max_steps=STEPS // accumulation, accumulate_grad_batches=accumulation,
-        gradient_clip_val=1.0,
-
-    )  # fmt: skip
+        **how, max_steps=STEPS // accumulation, accumulate_grad_batches=accumulation, gradient_clip_val=1.0
+    )
     trainer.fit(Loop(model), torch.utils.data.DataLoader(BATCHES, batch_size=None))  # type: ignore[arg-type]
     return model.full_state_dict()
 
