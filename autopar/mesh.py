@@ -107,7 +107,7 @@ class Mesh:
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"mesh axis {name}={size!r}: a size is a whole number, at least 1\nWay out: {name}=2.")
         if len(named) != len(sizes):
-            raise ValueError("mesh axes 'cp' and 'sp' are the same axis: give one of them")
+            raise ValueError("mesh axes 'cp' and 'sp' are the same axis\nWay out: give one of them.")
         if "dp" in named and ("dp_replicate" in named or "dp_shard" in named):
             raise ValueError(
                 "give either dp, or dp_replicate and dp_shard, not both\nWay out: dp_replicate=2, dp_shard=2."

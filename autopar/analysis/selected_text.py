@@ -28,7 +28,9 @@ def selected(program: AnyProgram, module: str | None = None, pattern: str | None
     try:
         search = re.compile(pattern).search if pattern is not None else None
     except re.error as problem:
-        raise ValueError(f"--grep {pattern}: this is no regular expression: {problem}") from problem
+        raise ValueError(
+            f"--grep {pattern}: this is no regular expression: {problem}\nWay out: all_gather."
+        ) from problem
     if module is not None:
         _check_module(program, module)
 
@@ -39,7 +41,10 @@ def selected(program: AnyProgram, module: str | None = None, pattern: str | None
     text = format_program(program, origins=True, form=partial(SelectedLines, wanted=wanted))
     sections = [part for part in text.split("\n\n") if "\n" in part and not part.startswith(SCHEDULE)]
     if not sections:
-        raise ValueError(f"no line matches {pattern!r}" + (f" in module {module}" if module is not None else ""))
+        where = f" in module {module}" if module is not None else ""
+        raise ValueError(
+            f"no line matches {pattern!r}{where}\nWay out: autopar show MODEL prints the lines that there are."
+        )
     return "\n\n".join(sections)
 
 
@@ -92,4 +97,6 @@ def _check_module(program: AnyProgram, module: str) -> None:
     if module not in parts:
         near = difflib.get_close_matches(module, sorted(parts), 3, 0.5)
         hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ValueError(f"the program computes nothing in a module '{module}'{hint}")
+        raise ValueError(
+            f"the program computes nothing in a module '{module}'{hint}\nWay out: --module with one of its modules."
+        )

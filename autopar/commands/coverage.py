@@ -24,6 +24,7 @@ from autopar.commands.bundles import expanded
 from autopar.commands.options import Json, read_mesh
 from autopar.commands.plan_options import PlanChoices
 from autopar.commands.tables import print_json, stderr, stdout, table
+from autopar.errors import near_names
 from autopar.ir.batch import data_ways
 from autopar.ir.collectives import row_of
 from autopar.verification.coverage import CASES, Case, Coverage, Outcome, cover
@@ -73,12 +74,20 @@ def _chosen(names: Sequence[str], families: Sequence[str]) -> dict[str, str]:
     """Name -> family of the architectures that were named. Raises ValueError for an unknown name."""
     known = {name: entry.family for name, entry in zoo.ARCHITECTURES.items()}
     known |= {f"models.{name}": OWN_FAMILY for name in OURS}
+    names = [_known_as(name) for name in names]
     for given, there in ((names, known), (families, (*zoo.FAMILIES, OWN_FAMILY))):
         for name in given:
             if name not in there:
-                raise ValueError(f"coverage knows no '{name}'; there are {', '.join(there)}")
+                near = near_names(name, there)
+                raise ValueError(f"coverage knows no '{name}'{near}\nWay out: one of {', '.join(there)}.")
     wanted = names or known
     return {name: known[name] for name in wanted if not families or known[name] in families}
+
+
+def _known_as(name: str) -> str:
+    """The name in the table: of ``tiny:llama`` that of the architecture, of ``mlp`` that of the model of ours."""
+    ours = name in OURS and name not in zoo.ARCHITECTURES
+    return f"models.{name}" if ours else name.removeprefix("tiny:").removeprefix("hf:")
 
 
 def _cases(meshes: Sequence[str], plan: PlanChoices) -> tuple[Case, ...]:

@@ -43,7 +43,9 @@ def diff_command(
         found = diff(_loaded(before), _loaded(after))
     else:
         if to_mesh is None and not to_plan:
-            raise ValueError("compared with what? A second DIR; or of a MODEL --to-mesh AXES, --to-plan KEY=VALUE")
+            raise ValueError(
+                "compared with what?\nWay out: a second DIR; or of a MODEL --to-mesh AXES, --to-plan KEY=VALUE."
+            )
         other = PlanChoices({**plan.given, **read_plan_texts(to_plan)})
         first, second = read_mesh(mesh), read_mesh(to_mesh or mesh)
         ways = max(data_ways(first), data_ways(second))

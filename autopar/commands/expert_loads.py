@@ -26,7 +26,7 @@ def read_loads(path: Path) -> dict[str, ExpertLoad]:
                 more = ExpertLoad.from_json(load)
                 found[layer] = found[layer] + more if layer in found else more
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+        raise ValueError(f"{path}: {error.strerror}\nWay out: the --log of autopar train, a file.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no log of autopar train whose steps recorded one mesh: {error}") from error
     if not found:

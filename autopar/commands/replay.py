@@ -9,6 +9,7 @@ import typer
 
 from autopar.commands.options import Json
 from autopar.commands.tables import print_json
+from autopar.errors import near_names
 from autopar.ir.graph_pass import count_difference, read_replay, steps_of
 from autopar.passes import COMPILER
 
@@ -21,7 +22,10 @@ def replay(
     """Run a pass on the program in FILE, which a failed pass left behind, and print the result."""
     steps = {step.name: (phase, step) for phase, step in steps_of(COMPILER)}
     if name not in steps:
-        raise ValueError(f"there is no pass '{name}'; in order there are {', '.join(steps)}")
+        near = near_names(name, steps)
+        raise ValueError(
+            f"there is no pass '{name}'; in order there are {', '.join(steps)}{near}\nWay out: one of these."
+        )
     before, (phase, step) = read_replay(file), steps[name]
     after = phase.run(step, before)
     difference = count_difference(before, after)

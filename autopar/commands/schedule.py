@@ -79,7 +79,7 @@ def _write(picture: Path, text: str) -> None:
 
 def _make(name: str, p: int | None, m: int | None, v: int | None) -> Schedule:
     if p is None:
-        raise ValueError(f"schedule {name} of how many pipeline ranks? e.g. autopar schedule {name} --stages 4")
+        raise ValueError(f"schedule {name} of how many pipeline ranks?\nWay out: --stages 4.")
     return make_schedule(name, p, m or 2 * p, v)
 
 
@@ -87,7 +87,7 @@ def _read(name: str, *sizes: int | None) -> Schedule:
     """The schedule in file ``name``."""
     path = Path(name)
     if not path.is_file():
-        raise ValueError(f"there is no schedule '{name}', and no such file; there are {', '.join(NAMES)}")
+        raise ValueError(f"there is no schedule '{name}', and no such file\nWay out: one of {', '.join(NAMES)}.")
     if any(size is not None for size in sizes):
         raise ValueError(f"{name} says itself how large it is: leave out --stages, --microbatches and --virtual")
     return parse_schedule(path.read_text(encoding="utf-8"))

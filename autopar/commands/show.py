@@ -83,7 +83,7 @@ def show(
         return
     on, loads = read_mesh(mesh), read_loads(expert_load) if expert_load is not None else {}
     if model is None:
-        raise ValueError("of which MODEL? For example: autopar show llama --mesh dp=2,tp=2")
+        raise ValueError("of which MODEL?\nWay out: autopar show tiny:llama --mesh dp=2,tp=2, for example.")
     _refuse(on, after, rank, timeline or picture is not None)
     example = choices.example(model, data_ways(on), shown=not as_json)
     with stderr().status(f"making the program of {model} on {on}"):
@@ -126,7 +126,9 @@ def _refuse(mesh: Mesh, after: str | None, rank: int | None, schedule: bool) -> 
         mesh.coordinates(rank)  # a rank off the mesh
     steps_of(COMPILER, until=after)  # an unknown pass
     if after is not None and rank is not None:
-        raise ValueError("give either --after or --rank: a rank runs the finished program")
+        raise ValueError(
+            "--after goes not with --rank: a rank runs the finished program\nWay out: give either of them."
+        )
     if schedule and not mesh.is_pipelined:
         raise ValueError(f"{mesh} has no pipeline to draw\nWay out: a mesh with an axis pp, e.g. --mesh pp=4,tp=2")
     if schedule and after is not None:

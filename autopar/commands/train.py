@@ -105,7 +105,7 @@ def train_command(
         return
     if is_rank():
         end_with_launcher()
-    example = _language_model(model, choices, stream)
+    example = _language_model(model, choices, stream, as_json)
     settings = Settings(
         on, asked, steps, rate, where, compare, accumulate, clip, saving, log, program, trace, watch.peak, watch.profile
     )
@@ -117,9 +117,9 @@ def train_command(
         _report(example.model, run, settings, document, as_json)
 
 
-def _language_model(name: str, choices: ModelChoices, stream: TokenStream) -> Example:
+def _language_model(name: str, choices: ModelChoices, stream: TokenStream, as_json: bool) -> Example:
     """The model ``name``. Raises ValueError where it cannot be trained on the batches of ``stream``."""
-    example = replace(choices, batch=None, length=None).example(name)
+    example = replace(choices, batch=None, length=None).example(name, shown=is_first() and not as_json)
     refuse_model(name, example.model, stream)
     return example
 
@@ -163,6 +163,8 @@ def _train(model: nn.Module, text: TokenStream, settings: Settings, shown: Shown
 
 
 def _refuse_uneven_parts(length: int, mesh: Mesh) -> None:
+    if length < 2:
+        raise ValueError(f"--length {length}: a row of one token has no next one\nWay out: --length 2, or more.")
     ways = mesh.size(SEQUENCE)
     if length % ways:
         more = length + -length % (2 * ways)
@@ -174,4 +176,6 @@ def _saving(directory: Path | None, every: int, keep: int, resume: bool) -> Savi
         if resume:
             raise ValueError("--resume needs the directory of the checkpoints\nWay out: --checkpoint DIR --resume")
         return None
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"--checkpoint {directory}: that is a file\nWay out: a directory, which may be new.")
     return Saving(directory, every, keep, resume or is_restart())  # a restart has checkpoints of this very run

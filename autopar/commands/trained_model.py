@@ -16,7 +16,10 @@ def refuse_model(name: str, model: nn.Module, stream: TokenStream) -> None:
     sizes, tokens = getattr(model, "config", None), stream.tokens
     vocabulary = getattr(sizes, "vocab_size", getattr(sizes, "vocab", None))
     if not isinstance(vocabulary, int):
-        raise ValueError(f"train needs a language model that takes input_ids and labels; {name} has no vocabulary")
+        raise ValueError(
+            f"train needs a language model that takes input_ids and labels; {name} has no vocabulary\n"
+            "Way out: tiny:llama."
+        )
     if vocabulary < tokens.vocabulary:
         key = "vocab_size" if hasattr(sizes, "vocab_size") else "vocab"
         enough = -(-tokens.vocabulary // 32) * 32 + 32

@@ -28,7 +28,7 @@ import platformdirs
 import torch
 from torch import fx
 
-from autopar.errors import AutoparError, InvariantError, ProgramFileError
+from autopar.errors import AutoparError, InvariantError, ProgramFileError, near_names
 from autopar.ir.collection import no_collection
 from autopar.ir.parse import parse
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program, format_program
@@ -187,7 +187,9 @@ def steps_of(
     names = [TRACE, *(step.name for _, step in found)]
     first = 0 if since is None else names.index(since)
     if until is not None and until not in names[first:]:
-        raise ValueError(f"there is no pass '{until}' here; in order there are {', '.join(names[first:])}")
+        there = ", ".join(names[first:])
+        near = near_names(until, names[first:])
+        raise ValueError(f"there is no pass '{until}' here; in order there are {there}{near}\nWay out: one of these.")
     return tuple(found[max(first - 1, 0) : None if until is None else names.index(until)])
 
 
@@ -314,5 +316,5 @@ def read_replay(path: str | Path) -> AnyProgram:
         plans = [line.removeprefix(_PLAN) for line in source.splitlines()[:9] if line.startswith(_PLAN)]
         plan = Plan.from_json(json.loads(plans[0])) if plans else None
     except (OSError, ValueError) as error:
-        raise ProgramFileError(f"{path} cannot be read: {error}") from error
+        raise ProgramFileError(f"{path} cannot be read: {error}\nWay out: a file that a failed pass left.") from error
     return parse(source, plan, origins=True)

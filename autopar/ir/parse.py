@@ -165,7 +165,10 @@ def _sections(lines: Lines) -> Iterator[tuple[int, str, Lines]]:
 def _header(number: int, line: str) -> tuple[Mesh, bool]:
     found = HEADER.fullmatch(line)
     if not found:
-        raise ProgramFileError(f"line {number}: expected a header like 'program mesh(dp=2 tp=2)', found '{line}'")
+        raise ProgramFileError(
+            f"line {number}: expected a header like 'program mesh(dp=2 tp=2)', found '{line}'\n"
+            "Way out: a text as print(program) and autopar show --full give it."
+        )
     try:
         mesh = Mesh.parse(found[1])
     except ValueError as error:

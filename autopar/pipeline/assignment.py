@@ -200,4 +200,4 @@ def _unknown_module(name: str, modules: Sequence[str]) -> str:
     known = list(dict.fromkeys(".".join(part[: end + 1]) for part in parts for end in range(len(part))))
     close = get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(known[:8])}, ..."
-    return f"Plan(cuts=...): no call of the program comes from a module '{name}'; {hint}"
+    return f"Plan(cuts=...): no call of the program comes from a module '{name}'\nWay out: {hint}."

@@ -39,13 +39,15 @@ def refuse_strangers(target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise ProgramFileError(f"{target} is a file; give the name of a directory")
+        raise ProgramFileError(f"{target} is a file\nWay out: give the name of a directory.")
     present = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
     try:
         manifest = read_manifest(target) if present else {"files": (), "extra_files": ()}
         ours = {MANIFEST, *map(str, (*manifest["files"], *manifest["extra_files"]))}
     except (ProgramFileError, KeyError, TypeError) as error:
-        raise ProgramFileError(f"{target} is not empty and holds no program; save into another directory") from error
+        raise ProgramFileError(
+            f"{target} is not empty and holds no program; save into another directory\nWay out: -o NEW."
+        ) from error
     strangers = sorted(present - ours)
     if strangers:
         raise ProgramFileError(

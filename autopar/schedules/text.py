@@ -79,7 +79,10 @@ def parse_schedule(text: str) -> Schedule:
             reading.heads[rank], reading.words[rank] = number, []
             line = line[head.end() :]
         elif rank is None and line:
-            raise ScheduleError(f"line {number}, '{line.split()[0]}': instructions start with 'rank 0:'")
+            raise ScheduleError(
+                f"line {number}, '{line.split()[0]}': instructions start with 'rank 0:'\n"
+                "Way out: lines as rank 0: F0.0 B0.0"
+            )
         if rank is not None:
             reading.words[rank] += [Word(word, number) for word in line.split()]
     return _finished(reading)

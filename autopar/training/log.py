@@ -25,7 +25,7 @@ class Log(AbstractContextManager["Log"]):
             try:
                 self._stream = path.open("a" if append else "w", encoding="utf-8", buffering=1)
             except OSError as error:
-                raise ValueError(f"--log {path}: {error.strerror}") from error
+                raise ValueError(f"--log {path}: {error.strerror}\nWay out: a file in a folder that exists.") from error
 
     def write(self, **record: Any) -> None:
         """One line; entries that are None are left out."""

@@ -196,8 +196,8 @@ def test_stages_begin_where_the_user_says() -> None:
     ("cuts", "message"),
     [
         (("blocks.1",), "names 1 modules; 3 stages need 2"),
-        (("blocks.1", "bloks.1"), "from a module 'bloks.1'; did you mean 'blocks.1'"),
-        (("blocks.1", "zzz"), "from a module 'zzz'; there are tokens, blocks, blocks.0"),
+        (("blocks.1", "bloks.1"), "from a module 'bloks.1'\nWay out: did you mean 'blocks.1'"),
+        (("blocks.1", "zzz"), "from a module 'zzz'\nWay out: there are tokens, blocks, blocks.0"),
         (("head", "blocks.1"), "'blocks.1' does not begin after 'head'"),
         (("blocks.1", "blocks.1"), "'blocks.1' does not begin after 'blocks.1'"),
         (("tokens", "blocks.1"), "'tokens' stands where the model begins"),

@@ -90,8 +90,8 @@ def test_a_schedule_of_the_users_own(schedule_command: Command, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("1f1b",), "schedule 1f1b of how many pipeline ranks? e.g. autopar schedule 1f1b --stages 4"),
-        (("1f2b", "--stages", "4"), "there is no schedule '1f2b', and no such file; there are gpipe, 1f1b"),
+        (("1f1b",), "schedule 1f1b of how many pipeline ranks?\nWay out: --stages 4"),
+        (("1f2b", "--stages", "4"), "there is no schedule '1f2b', and no such file\nWay out: one of gpipe, 1f1b"),
         (("zb-v", "--stages", "4", "--virtual", "3"), "schedule zb-v has 2 stages per rank, not 3"),
         (("bad.txt",), "rank 0 stands at B0.0, which needs B1.0 -> 0; rank 1 has that behind F1.1"),
         (("bad.txt", "--stages", "2"), "bad.txt says itself how large it is: leave out --stages"),
