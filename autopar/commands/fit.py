@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -46,7 +47,7 @@ def fit_command(
     """
     start = time.perf_counter()
     device = memory.device or Device(read_size("80GB"))
-    example = ModelChoices(choices.config, ROWS, choices.length, choices.seed).example(model)
+    example = replace(choices, batch=ROWS).example(model)
     prices = Prices(example.model, lambda rows: rows_of(example.batch, rows), plan.plan())
     fixed = frozenset(name for name in VARIED if name in plan.given)
     wanted = Wanted(gpus, per_node, choices.batch or gpus, memory.optimizer, device, plan.plan(), fixed)
