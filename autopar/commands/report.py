@@ -96,9 +96,9 @@ def _programs(model: str, mesh: str, compare: list[str], plan: PlanChoices, choi
 
 
 def _is_mesh(text: str) -> bool:
-    """Whether ``dp=4,tp=2`` says the sizes of axes."""
+    """Whether ``dp=4,tp=2`` says the sizes of axes, of which one may be misspelt."""
     names = [part.partition("=")[0].strip() for part in text.split(",")]
-    return all(name in AXIS_ORDER or name in ALIASES for name in names)
+    return any(name in AXIS_ORDER or name in ALIASES for name in names)
 
 
 def _compiled(model: str, mesh: Mesh, plan: PlanChoices, choices: ModelChoices, ways: int) -> Counted:
