@@ -15,7 +15,7 @@ from autopar.api import parallelize
 from autopar.autodiff.differentiate import differentiate
 from autopar.autodiff.partition import joined, partition
 from autopar.check import TOLERANCE, Reference
-from autopar.commands.options import read_plan
+from autopar.commands.plan_options import read_plan
 from autopar.compiler import compile_program, finish_program, place
 from autopar.cost.flops import flops
 from autopar.frontend.trace import trace
