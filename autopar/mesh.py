@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Never
 
 from autopar.errors import check_kind, near_names
+
+from autopar.notes import warn
 
 # Outermost first: neighbours on a later axis are closer together (tp inside a node, pp across nodes).
 AXIS_ORDER = ("pp", "dp", "dp_replicate", "dp_shard", "ep", "sp", "tp")
@@ -276,7 +277,7 @@ def _check_nodes(mesh: Mesh, node_size: int) -> None:
         )
     if mesh.nodes(TENSOR) > 1:
         size = mesh.size(TENSOR)
-        warnings.warn(
+        warn(
             f"{TENSOR}={size} goes from node to node ({mesh.nodes(TENSOR)} nodes of {node_size}); it communicates in "
             f"every layer, and should stay inside one\n{mesh.describe()}\n"
             f"Way out: {TENSOR}={math.gcd(size, node_size)}, and the rest of the ranks on pp or dp.",

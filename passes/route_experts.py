@@ -44,8 +44,6 @@ gradient of an expert is complete on its rank. (Lepikhin et al. 2020, GShard; Fe
 
 from __future__ import annotations
 
-import warnings
-
 from torch import fx
 
 from autopar.errors import NoExpertsError, NothingSplitError
@@ -55,6 +53,7 @@ from autopar.ir.node import origin
 from autopar.ir.program import Program
 from autopar.ir.tables import Unrouted
 from autopar.mesh import EXPERTS
+from autopar.notes import warn
 from autopar.routing.buffers import Buffers
 from autopar.routing.dispatch import Dispatch
 from autopar.routing.exchange import check_tokens
@@ -84,7 +83,7 @@ def route_experts(program: Program) -> Program:
     if reasons:
         node, reason = next(iter(reasons.items()))
         where = origin(node).module or node.name
-        warnings.warn(f"the experts of {where} stay whole on {EXPERTS}{_unlimited(program)}: {reason}", stacklevel=2)
+        warn(f"the experts of {where} stay whole on {EXPERTS}{_unlimited(program)}: {reason}", stacklevel=2)
     factor = program.plan.capacity_factor
     for layer, region, placing in dealt:
         noted = layer if program.plan.counts_load else ""

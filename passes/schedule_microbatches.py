@@ -28,11 +28,11 @@ The schedule is checked before any rank runs it.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.program import PipelinedProgram
+from autopar.notes import warn
 from autopar.pipeline.links import links_of
 from autopar.pipeline.planned_schedule import planned_schedule
 from autopar.pipeline.stage_invariants import is_not_scheduled
@@ -50,7 +50,7 @@ def schedule_microbatches(program: PipelinedProgram) -> PipelinedProgram:
     ranks, count = len(schedule.ranks), schedule.microbatches
     if count < ranks:
         idle = timeline(schedule, links=links).bubble
-        warnings.warn(
+        warn(
             f"{count} microbatch{'es' * (count > 1)} for {ranks} pipeline ranks: schedule {schedule.name} has a bubble "
             f"of {idle:.0%} of the computing time\n"
             f"Way out: Plan(microbatches={2 * ranks}), or more, if the batch has as many rows.",

@@ -25,7 +25,6 @@ on some ranks once. Where no use has entered any, nothing is reduced, and the pa
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -41,6 +40,7 @@ from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.ir.traffic import bytes_of
 from autopar.mesh import Mesh, axes_of
+from autopar.notes import warn
 
 ENTER, RELEASE = comm.OPS.enter.default, comm.OPS.release.default
 LARGE = 0.01  # of the bytes of all parameters: a smaller one may stay whole without a warning
@@ -69,7 +69,7 @@ def _warn(program: Program, name: str, kind: Value, axis: str, share: float) -> 
     ways = program.mesh.size(axis)
     others = [other for other in program.mesh.names if other in kind.layout.axes]
     also = f", Plan(tensor={{'{name}': 'replicate'}}) to keep {', '.join(others)} off it" if others else ""
-    warnings.warn(
+    warn(
         f"Plan(zero={program.plan.zero}) leaves '{name}' {kind.layout}, {share:.1%} of all parameter bytes, "
         f"whole on {axis}={ways}: no dim of it divides by {ways}, and none that no other axis splits is that long\n"
         f"Way out: fewer ranks on {axis}{also}, or a parameter with a dim of at least {ways} elements.",

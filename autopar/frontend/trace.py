@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -45,6 +44,7 @@ from autopar.ir.rewrite import operand
 from autopar.ir.signature import user_tensors
 from autopar.ir.tables import Input, InputKind, Output, OutputKind, Pins
 from autopar.mesh import Mesh
+from autopar.notes import warn
 from autopar.plan import Plan
 
 aten = torch.ops.aten
@@ -84,7 +84,7 @@ def trace(
             with Observation(model).watching():
                 check_numerics(program, model, *call)
     for note in dict.fromkeys(notes):
-        warnings.warn(note, stacklevel=2)
+        warn(note, stacklevel=2)
     return replace(program, pins=Pins(dtypes=_passed_dtypes(program, dtypes, given)))
 
 

@@ -10,7 +10,6 @@ source.txt             the model as it was traced, see :mod:`autopar.program_fil
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -30,6 +29,7 @@ from autopar.ir.loadable_operators import EVERY
 from autopar.ir.parse import TAILS, parse
 from autopar.ir.program import AnyProgram, PipelinedProgram, format_program
 from autopar.ir.read_graph import parse_argument
+from autopar.notes import warn
 from autopar.plan import Plan
 from autopar.program_files.checks import check_loaded
 from autopar.program_files.directory import (
@@ -99,7 +99,7 @@ def _with_readable_sources(program: AnyProgram) -> tuple[AnyProgram, dict[str, b
     try:
         return program, {name: _text(source, operators).encode() for name, source in sources(program)}
     except ProgramFileError as error:
-        warnings.warn(f"its source is left out: {error}", stacklevel=4)
+        warn(f"its source is left out: {error}", stacklevel=4)
         return without_sources(program), {}
 
 
@@ -215,7 +215,7 @@ def _program(manifest: Mapping[str, Any], contents: Mapping[str, bytes], operato
 def _structure(key: str, data: Any) -> pytree.TreeSpec | None:
     spec, unknown = structure_from_json(data)
     if unknown:
-        warnings.warn(
+        warn(
             f"the program's {key} use {', '.join(sorted(set(unknown)))}, which is not known here: "
             "plain dicts and tuples stand in (import the classes before loading to get them back)",
             stacklevel=5,

@@ -19,6 +19,7 @@ from autopar.ir.guards import Guards
 from autopar.ir.layout import Layout
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.mesh import Mesh
+from autopar.notes import is_mute
 from autopar.pipeline.microbatches import Weight
 from autopar.plan import Plan
 from autopar.runtime.accumulate import Accumulation
@@ -283,6 +284,8 @@ class ProgramCache:
 
     def _tell(self, kind: Kind, call: Call, training: bool) -> None:
         """Say once for each kind of call that, and why, it is compiled, where that was not to be expected."""
+        if is_mute():
+            return
         name = "training" if training else "evaluation"
         change = self._variants.change(kind[0], call.leaves)
         if change:

@@ -6,7 +6,6 @@ Nothing is wrong then, but each rank does the work of all and holds the whole: t
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 
 from torch import fx
@@ -14,6 +13,7 @@ from torch import fx
 from autopar.ir.layout import Placement, Split, Whole
 from autopar.ir.node import origin, values
 from autopar.ir.tables import Decision
+from autopar.notes import warn
 from autopar.split.choose import Choice
 from autopar.split.flow import Flow, Key, key_of
 
@@ -75,4 +75,4 @@ def warn_of_gathered(flow: Flow, choice: Choice) -> None:
         lines.append(f"  {module}: {sum(size for _, size in calls):,} bytes for {names}")
     if len(modules) > MOST_MODULES:
         lines.append(f"  and {len(modules) - MOST_MODULES} modules more")
-    warnings.warn("\n".join(lines), stacklevel=2)
+    warn("\n".join(lines), stacklevel=2)

@@ -8,7 +8,6 @@ the thing, the sizes and the way out.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
@@ -18,6 +17,7 @@ from torch import fx
 from autopar.errors import IndivisibleError
 from autopar.ir.node import origin, value
 from autopar.ir.tables import Input, InputKind
+from autopar.notes import warn
 from autopar.operators import ATTENTIONS
 from autopar.split.choose import Choice
 from autopar.split.flow import Flow
@@ -55,9 +55,9 @@ def refuse_whole_weights(flow: Flow, choice: Choice, form: Form) -> None:
     for refusal in found:
         if chosen == "error" or (chosen == "auto" and not few):
             raise IndivisibleError(f"{refusal.reason}.\n{refusal.way_out}")
-        warnings.warn(f"{refusal.reason}; every rank does it whole", stacklevel=2)
+        warn(f"{refusal.reason}; every rank does it whole", stacklevel=2)
     if flow.program.plan.sequence == "megatron" and not flow.further:
-        warnings.warn(
+        warn(
             f'Plan(sequence="megatron"): no sequence dim divides by {flow.axis}={flow.ways}; activations stay whole',
             stacklevel=2,
         )

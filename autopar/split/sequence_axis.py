@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +18,7 @@ from autopar.ir.repeated_heads import unrepeated_heads
 from autopar.ir.rewrite import operand, remove_unused
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
+from autopar.notes import warn
 from autopar.rules import call_of
 from autopar.split.attention_forms import Forms, attentions, size_of
 from autopar.split.flow import Key
@@ -77,7 +77,7 @@ def warn_of_written_out(program: Program) -> None:
     found = list(written_out(program))
     if found and asked not in ("auto", "gather"):
         where = origin(found[0]).module or found[0].name
-        warnings.warn(
+        warn(
             f'Plan(attention="{asked}") does not apply to {len(found)} attentions that are written out as products and '
             f"a softmax, the first at {where}: each rank computes its rows of the scores, of gathered keys and values",
             stacklevel=2,

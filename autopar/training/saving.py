@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from autopar.checkpoint.checkpoints import Checkpoints
 from autopar.checkpoint.files import complete, path_of
 from autopar.data.token_stream import TokenStream
 from autopar.module import ParallelModule
+from autopar.notes import warn
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Saver:
 
     def _refused(self, step: int) -> bool:
         last = f"the last good one is of step {self._saved}" if self._saved is not None else "there is none yet"
-        warnings.warn(
+        warn(
             f"step {step}: the loss, or the norm of the gradients, is not finite: no checkpoint is saved; {last}",
             stacklevel=3,
         )
