@@ -21,7 +21,6 @@ from functools import lru_cache
 from typing import Any, Never
 
 from autopar.errors import check_kind, near_names
-
 from autopar.notes import warn
 
 # Outermost first: neighbours on a later axis are closer together (tp inside a node, pp across nodes).
