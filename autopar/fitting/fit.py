@@ -90,7 +90,7 @@ def _impossible(mesh: Mesh, blocks: int, wanted: Wanted) -> str | None:
         return f"tp={ways} goes beyond a node of {wanted.node_size}: its collectives wait between any two layers"
     if wanted.rows % data:
         return f"batch: {wanted.rows} rows do not divide by dp={data}"
-    if stages > blocks:
+    if 1 < blocks < stages:  # 1: the model has no list of blocks alike, so that the compiler has to say it
         return f"layers: {blocks} for pp={stages} stages"
     if wanted.rows // data < stages:
         return f"batch: {wanted.rows // data} rows a rank make fewer microbatches than pp={stages}"
