@@ -170,7 +170,8 @@ def counted(one: Estimate, prices: Prices) -> Estimate | Refused:
     """The same with memory and bytes of real programs of two depths, from which those of the whole depth follow.
 
     Of each stage one and two blocks (without a pipeline two and three) are compiled: what a rank holds and sends grows
-    by the same for every further block.
+    by the same for every further block. What stages pass on does not, and so few blocks may be cut elsewhere than all
+    are: those bytes stay the closed form's, of a cut between blocks (inside one, two or three tensors are passed on).
     """
     stages = one.mesh.size(PIPELINE)
     few, more = (stages, 2 * stages) if stages > 1 else (FEWEST, FEWEST + 1)
@@ -185,6 +186,7 @@ def counted(one: Estimate, prices: Prices) -> Estimate | Refused:
     steps = -(-(prices.blocks - more) // stages)  # further blocks of the stage that has most
     per = 1 if stages > 1 else more - few
     total = {axis: size + steps * (size - moved_less.get(axis, 0.0)) / per for axis, size in moved.items()}
+    total |= {axis: size for axis, size in one.sent.items() if axis == PIPELINE}
     return replace(one, memory=int(larger + steps * (larger - less) / per), sent=total, compiled=True)
 
 

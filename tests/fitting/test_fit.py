@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from autopar.__main__ import main
+from autopar.analysis.footprint import sent
 from autopar.compiler import compile_program
 from autopar.fitting.estimate import Estimate, estimate
 from autopar.fitting.fit import Fitting, Refused, Wanted, compiled, counted, fits, meshes
@@ -77,6 +78,12 @@ def test_two_depths_tell_the_memory_of_the_whole_model(mesh: Mesh, choices: dict
     exact = memory_of(whole, OPTIMIZER).largest.peak
     assert found.memory == pytest.approx(exact, rel=0.02)
     assert one.memory == pytest.approx(exact, rel=0.25)
+    middle = mesh.world_size // 2 if whole.mesh.is_pipelined else 0
+    moved = {axis: sum(t.bytes for t in sent(whole, middle) if t.axis == axis) for axis in found.sent}
+    assert {axis for axis, size in mesh.axes if size > 1} == set(moved)
+    for axis, size in moved.items():
+        share = 0.75 if axis == "pp" else 0.1  # stages are cut inside blocks too
+        assert found.sent[axis] == pytest.approx(size, rel=share), (axis, found.sent, moved)
 
 
 def test_every_mesh_fits_or_says_why() -> None:
