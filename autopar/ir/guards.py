@@ -68,7 +68,8 @@ class Reading:
 
     def holds_with(self, now: Any) -> bool:
         if self.by_type and isinstance(self.value, Tensor) and isinstance(now, Tensor):
-            return _kind(self.value) == _kind(now)
+            has_device_now = self.value.is_meta and not now.is_meta  # the model was built without data, and has it now
+            return _kind(self.value) == _kind(now) and (has_device_now or self.value.device == now.device)
         return is_same(self.value, now)
 
 
@@ -189,7 +190,7 @@ class Guards:
         for one in self.readings:
             now = _get(one.table, one.key)
             if not one.holds_with(now):
-                yield f"{one.label} was {shown(one.value)} and is {shown(now)}"
+                yield f"{one.label} was {' and is '.join(_apart(one.value, now))}"
         for table, key, label in self.absent:
             if key in table:
                 yield f"{label} was {MISSING} and is {shown(table[key])}"
@@ -202,6 +203,15 @@ class Guards:
         for tensor, version, label in self._versions:
             if version_of(tensor) != version:
                 yield f"the tensor {label} was written into"
+
+
+def _apart(was: Any, now: Any) -> list[str]:
+    """Both in words, which differ."""
+    both = [shown(was), shown(now)]
+    if both[0] == both[1] and isinstance(was, Tensor) and isinstance(now, Tensor):
+        trains = {True: ", requires_grad", False: ""}
+        both = [f"{shown(t)} ({t.dtype}, {t.device}{trains[t.requires_grad]})" for t in (was, now)]
+    return both
 
 
 def _get(table: Any, key: Hashable) -> Any:
@@ -220,7 +230,7 @@ def _items(container: Container) -> tuple[Any, ...]:
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
+    return type(tensor), tensor.shape, tensor.dtype, tensor.requires_grad
 
 
 def version_of(tensor: Tensor) -> int:

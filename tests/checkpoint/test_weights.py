@@ -23,7 +23,7 @@ from autopar.checkpoint.safetensors_file import SafetensorsFile, create
 from autopar.models import gpt
 from autopar.module import held_by
 from autopar.runtime.dtensor import local_of
-from tests.against_one_process import GroupedHeads, Tiny, tiny_batch
+from tests.against_one_process import GroupedHeads, Tiny, difference, tiny_batch
 from tests.launch import run_ranks
 from tests.selection import slow_but
 
@@ -321,3 +321,30 @@ def test_hugging_face_writes_and_reads_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
     model.model.save_pretrained(tmp_path / "base")  # names without the prefix "model."
     assert not autopar.load_safetensors(small_llama(), tmp_path / "base").initialised
+
+
+class Scaled(nn.Module):
+    """With a buffer that no file has, which Python reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+        self.scale: Tensor
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.register_buffer("scale", torch.arange(1.0, 5.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.up(x) * self.scale.to(x.dtype)).square().mean()
+
+
+def test_loading_into_a_model_without_data_makes_no_other_program(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = Scaled(), torch.randn(2, 4)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    parallel = autopar.parallelize(on_meta(Scaled), Mesh(dp=1), example_inputs=(x,))
+    autopar.load_safetensors(parallel, tmp_path)
+    assert difference(parallel(x), model(x)) < 1e-7
+    assert "another program" not in caplog.text
