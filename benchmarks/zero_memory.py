@@ -34,7 +34,7 @@ from autopar.autodiff.hoist import without_gathers
 from autopar.ir.node import output_node, value
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
-from autopar.runtime.accumulate import deferred
+from autopar.runtime.rank_graphs import PARTIAL, model_graphs
 from autopar.simulate import simulate
 from autopar.simulator.lockstep import Lockstep, Ranks
 from autopar.simulator.parts import rank_inputs
@@ -119,13 +119,13 @@ def _simulated(subject: Subject, ranks: int, zero: int) -> Held:
     role = program.required_role
     assert role.backward is not None
     parameters, activations = _kept(program, rank_inputs(program, tensors, (), batch, 0))
-    waiting = deferred(role, program.mesh, plan, frozenset(tensors))
+    waiting = model_graphs(program).rare.get(PARTIAL)
     part = held(program).rank
     return Held(
         ranks=ranks,
         zero=zero,
         parameters=parameters,
-        gradients=_returned(program, waiting.rest if waiting else role.backward),
+        gradients=_returned(program, waiting or role.backward),
         states=2 * part,
         activations=activations,
         peak=peak,
