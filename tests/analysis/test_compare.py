@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,12 @@ from torch import Tensor, nn
 
 import autopar
 from autopar import Mesh, Plan
-from autopar.__main__ import main
 from autopar.analysis.compare import Amount, Change
 from autopar.analysis.footprint import held, sent
 from autopar.analysis.peak import peak
 from autopar.ir.program import AnyProgram, Program
 from autopar.program_files.program_file import load, save
+from tests import command_line
 from tests.traces.programs import compiled
 
 
@@ -126,13 +123,7 @@ def test_long_lists_are_cut_in_text_only() -> None:
 
 
 def command(*arguments: str) -> tuple[int, str, str]:
-    before, sys.argv = sys.argv, ["autopar", "diff", *arguments]
-    try:
-        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err, pytest.raises(SystemExit) as ended:
-            main()
-    finally:
-        sys.argv = before
-    return int(ended.value.code or 0), out.getvalue(), err.getvalue()
+    return command_line.autopar("diff", *arguments)
 
 
 def test_two_programs_on_disk(tmp_path: Path) -> None:

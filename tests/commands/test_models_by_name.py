@@ -7,13 +7,11 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import pytest
 
-from autopar.__main__ import main
+from tests.command_line import autopar
 from tests.selection import slow_but
 from tests.zoo.test_forms import LLAMA, NET
 
@@ -49,16 +47,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     importlib.invalidate_caches()
     yield tmp_path
     shutil.rmtree(tmp_path / "exported", ignore_errors=True)
-
-
-def autopar(*arguments: str) -> tuple[int, str, str]:
-    before, sys.argv = sys.argv, ["autopar", *arguments]
-    try:
-        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err, pytest.raises(SystemExit) as ended:
-            main()
-    finally:
-        sys.argv = before
-    return int(ended.value.code or 0), out.getvalue(), err.getvalue()
 
 
 @pytest.mark.parametrize("command, form", slow_but(FAST, ROWS))

@@ -10,19 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from io import StringIO
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from autopar.__main__ import main
 from autopar.data.token_sources import byte_tokens
 from autopar.data.token_stream import TokenStream
 from autopar.training import loop
 from autopar.training.log import Log
+from tests.command_line import Outcome, autopar
 from tests.launch import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -44,18 +43,10 @@ TokenStream.__call__ = killed
 main()
 """
 
-Outcome = tuple[int, str, str]  # exit code, stdout, stderr
 
-
-def autopar(*arguments: str) -> Outcome:
-    """``autopar train *arguments`` of the small model, in this process."""
-    before, sys.argv = sys.argv, ["autopar", *SMALL, *arguments]
-    try:
-        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err, pytest.raises(SystemExit) as ended:
-            main()
-    finally:
-        sys.argv = before
-    return int(ended.value.code or 0), out.getvalue(), err.getvalue()
+def train(*arguments: str) -> Outcome:
+    """``autopar train *arguments`` of the small model."""
+    return autopar(*SMALL, *arguments)
 
 
 def stopped_rank(at: int, rank: int, *arguments: str) -> Outcome:
@@ -68,7 +59,7 @@ def stopped_rank(at: int, rank: int, *arguments: str) -> Outcome:
         return read(text, number)
 
     TokenStream.__call__ = signalled  # type: ignore[method-assign]
-    return autopar(*arguments)
+    return train(*arguments)
 
 
 @contextmanager
@@ -109,7 +100,7 @@ def test_a_killed_rank(tmp_path: Path) -> None:
         code = process.wait(timeout=200)
     printed = (tmp_path / "printed").read_text()
     assert code == 0, printed
-    assert [code for code, *_ in run_ranks(autopar, 4, *run, "--log", str(tmp_path / "whole.jsonl"))] == [0] * 4
+    assert [code for code, *_ in run_ranks(train, 4, *run, "--log", str(tmp_path / "whole.jsonl"))] == [0] * 4
     assert losses(tmp_path / "killed.jsonl") == losses(tmp_path / "whole.jsonl"), "bit for bit"
     steps = [record["step"] for record in records(tmp_path / "killed.jsonl") if "loss" in record]
     events = [record for record in records(tmp_path / "killed.jsonl") if "event" in record]
@@ -126,22 +117,22 @@ def test_stopped_and_resumed_on_other_meshes(tmp_path: Path) -> None:
     """SIGTERM to one rank of two: both end the step, save and stop; other meshes and stages go on from there."""
     run = ["--steps", "7", "--no-compare", "--accumulate", "2"]
     whole, log, saved = (str(tmp_path / name) for name in ("whole.jsonl", "log.jsonl", "saved"))
-    assert autopar(*run, "--mesh", "1", "--log", whole)[0] == 0
+    assert train(*run, "--mesh", "1", "--log", whole)[0] == 0
     kept = [*run, "--checkpoint", saved, "--log", log, "--resume"]
     stopped = run_ranks(stopped_rank, 2, 5, 1, *kept, "--mesh", "dp=2", "--zero", "1")
     assert [code for code, *_ in stopped] == [0, 0]
     assert f"stopped by SIGTERM after 3 of 7 steps; saved {saved}/step-00000003" in stopped[0][2]
-    (code, _, err), _ = run_ranks(autopar, 2, *kept, "--mesh", "tp=2", "--steps", "5")
+    (code, _, err), _ = run_ranks(train, 2, *kept, "--mesh", "tp=2", "--steps", "5")
     assert code == 0 and f"resumed from {saved}/step-00000003" in err
-    (code, *_), _ = run_ranks(autopar, 2, *kept, "--mesh", "sp=2", "--steps", "6")
+    (code, *_), _ = run_ranks(train, 2, *kept, "--mesh", "sp=2", "--steps", "6")
     assert code == 0
-    (code, out, _), _ = run_ranks(autopar, 2, *kept, "--mesh", "dp=2", "--zero", "3", "--json")
+    (code, out, _), _ = run_ranks(train, 2, *kept, "--mesh", "dp=2", "--zero", "3", "--json")
     document = json.loads(out)
     assert code == 0 and document["first_step"] == 6 and document["checkpoint"] == f"{saved}/step-00000007"
     torch.testing.assert_close(losses(Path(log)), losses(Path(whole)), rtol=0, atol=1e-5)
     assert document["losses"] == losses(Path(log))[6:]
     assert [record["event"] for record in records(Path(log)) if "event" in record] == ["stopped", *["resumed"] * 3]
-    code, out, _ = autopar(*kept, "--mesh", "1")
+    code, out, _ = train(*kept, "--mesh", "1")
     assert code == 0 and "has 7 steps already" in out
 
 
@@ -167,7 +158,7 @@ def test_what_started_the_ranks_is_stopped(tmp_path: Path) -> None:
 def test_what_is_logged(tmp_path: Path) -> None:
     log = tmp_path / "log"
     run = ["--mesh", "1", "--steps", "3", "--accumulate", "2", "--clip", "0.5"]
-    code, out, _ = autopar(*run, "--log", str(log), "--json")
+    code, out, _ = train(*run, "--log", str(log), "--json")
     document = json.loads(out)
     assert code == 0 and document["largest_difference"] <= 1e-4
     for number, record in enumerate(records(log)):
@@ -178,12 +169,12 @@ def test_what_is_logged(tmp_path: Path) -> None:
 
 
 def test_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
-    code, _, err = autopar("--mesh", "1", "--steps", "4", "--no-compare", "--log-every", "3", "--peak-tflops", "1")
+    code, _, err = train("--mesh", "1", "--steps", "4", "--no-compare", "--log-every", "3", "--peak-tflops", "1")
     first, *lines = err.splitlines()
     assert code == 0 and "4 steps; the first one compiles" in first
     assert [line.split("  ")[0] for line in lines] == ["step 1/4", "step 3/4", "step 4/4"]
     assert all("grad norm" in line and "tokens/s" in line and "mfu" in line for line in lines)
-    code, out, err = autopar("--mesh", "1", "--steps", "2", "--no-compare", "--json", "--log", str(tmp_path / "log"))
+    code, out, err = train("--mesh", "1", "--steps", "2", "--no-compare", "--json", "--log", str(tmp_path / "log"))
     first, *lines = map(json.loads, err.splitlines())
     assert code == 0 and first == {"event": "started", "mesh": {"dp": 1}, "steps": 2}
     assert lines == records(tmp_path / "log"), "the lines are those of the log"
@@ -192,22 +183,22 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    code, _, err = autopar("--mesh", "dp=2", "--wandb")
+    code, _, err = train("--mesh", "dp=2", "--wandb")
     assert code == 2 and "--wandb needs the package 'wandb'" in err, "before any rank is started"
 
 
 def test_a_lower_precision_has_its_own_tolerance() -> None:
-    code, out, _ = autopar("--mesh", "1", "--steps", "3", "--precision", "bf16", "--recompute", "full")
+    code, out, _ = train("--mesh", "1", "--steps", "3", "--precision", "bf16", "--recompute", "full")
     assert code == 0 and "tolerance 0.05: the parallel one computes in bfloat16" in out
 
 
 def test_a_directory_with_checkpoints_is_not_begun_again(tmp_path: Path) -> None:
     kept = ["--mesh", "1", "--steps", "1", "--no-compare", "--checkpoint", str(tmp_path / "saved")]
-    code, out, _ = autopar(*kept)
+    code, out, _ = train(*kept)
     assert code == 0 and "1 steps done; saved" in out
-    code, _, err = autopar(*kept)
+    code, _, err = train(*kept)
     assert code == 2 and "the latest of step 1" in err and "--resume" in err
-    code, _, err = autopar(*kept, "--resume", "--batch", "6")
+    code, _, err = train(*kept, "--resume", "--batch", "6")
     assert code == 2 and "--batch 12 --length 8" in err
 
 
@@ -215,14 +206,14 @@ def test_what_is_not_finite_pushes_no_good_checkpoint_out(tmp_path: Path, monkey
     usual, count = loop._loss, itertools.count(1)
     monkeypatch.setattr(loop, "_loss", lambda output: usual(output) * (1.0 if next(count) <= 2 else torch.nan))
     saving = ["--checkpoint", str(tmp_path), "--every", "1", "--keep", "1"]
-    code, _, err = autopar(*saving, "--steps", "5", "--mesh", "1", "--no-compare")
+    code, _, err = train(*saving, "--steps", "5", "--mesh", "1", "--no-compare")
     assert code == 0 and "is not finite: no checkpoint is saved; the last good one is of step 2" in err, err
     (saved,) = tmp_path.glob("step-*")
     assert saved.name == "step-00000002" and json.loads((saved / "checkpoint.json").read_text())["finite"]
 
 
 def test_resume_needs_a_directory() -> None:
-    code, _, err = autopar("--resume")
+    code, _, err = train("--resume")
     assert code == 2 and "--checkpoint DIR" in err
 
 
@@ -253,7 +244,7 @@ def test_a_step_is_traced(tmp_path: Path) -> None:
     """The timeline of all ranks in one file, and one file for each; those of an earlier run are gone."""
     (tmp_path / "ranks").mkdir()
     (tmp_path / "ranks/rank7.json").write_text("of a run with more ranks")
-    code, _, said = autopar("--mesh", "dp=2", "--steps", "2", "--no-compare", "--trace", str(tmp_path))
+    code, _, said = train("--mesh", "dp=2", "--steps", "2", "--no-compare", "--trace", str(tmp_path))
     assert code == 0 and "timeline of a step" in said
     assert sorted(path.name for path in (tmp_path / "ranks").iterdir()) == ["rank0.json", "rank1.json"]
     events = json.loads((tmp_path / "step.json").read_text())["traceEvents"]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +11,11 @@ import safetensors.torch
 import torch
 
 from autopar import Plan
-from autopar.__main__ import main
 from autopar.models import gpt
+from tests.command_line import Outcome, autopar
 from tests.launch import run_ranks
 
 SMALL = ["--config", "vocab=288", "--config", "layers=2", "--config", "width=48", "--config", "heads=12"]
-
-Outcome = tuple[int, str, str]  # exit code, stdout, stderr
-
-
-def autopar(*arguments: str) -> Outcome:
-    """The command in this process."""
-    before, sys.argv = sys.argv, ["autopar", *arguments]
-    try:
-        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err, pytest.raises(SystemExit) as ended:
-            main()
-    finally:
-        sys.argv = before
-    return int(ended.value.code or 0), out.getvalue(), err.getvalue()
 
 
 def test_show(tmp_path: Path) -> None:
