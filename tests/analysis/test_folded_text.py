@@ -18,6 +18,7 @@ from autopar.ir.program import AnyProgram
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.zoo.named import named_model
+from tests.selection import slow_but
 
 
 def program_of(model: str, mesh: Mesh, plan: Plan | None = None, finish: bool = False, **config: object) -> AnyProgram:
@@ -107,6 +108,7 @@ def test_folds_say_exactly_what_they_hide(
     assert model == "models.unet" or len(text.splitlines()) < 0.62 * len(str(program).splitlines())
 
 
+@pytest.mark.slow
 def test_llama_70b_on_one_screen() -> None:
     for plan in (Plan(), Plan(zero=3), Plan(sequence="megatron")):
         text = folded(program_of("models.llama:llama_70b", Mesh(dp=8, tp=8), plan, layers=12))
@@ -167,7 +169,10 @@ def another_line(program: AnyProgram) -> str:
 
 
 @pytest.mark.parametrize(
-    "plant", [another_constant, another_operator, another_dtype, another_operand, another_parameter, another_line]
+    "plant",
+    slow_but(
+        [1, 3], [another_constant, another_operator, another_dtype, another_operand, another_parameter, another_line]
+    ),
 )
 def test_a_difference_in_one_middle_block_is_in_print(plant: Callable[[AnyProgram], str]) -> None:
     program = program_of("models.llama", Mesh(tp=2), layers=10).clone()

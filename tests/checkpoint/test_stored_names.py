@@ -124,6 +124,7 @@ def visit(mesh: str, zero: int, source: Path, target: Path) -> State:
     return parallel.full_state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "zero"), slow_but([2], [("dp=2,tp=2", 3), ("dp=3", 2), ("pp=2,ep=2", 1)]))
 def test_ranks_read_and_write_their_parts_of_each_expert(mesh: str, zero: int, tmp_path: Path) -> None:
     model = built("mixtral", 1)

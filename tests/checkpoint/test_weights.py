@@ -308,6 +308,7 @@ def from_hugging_face(source: Path, target: Path) -> tuple[float, tuple[str, ...
     return float(model(**batch).loss.detach()), found.initialised, found.bytes_read, held
 
 
+@pytest.mark.slow
 def test_hugging_face_writes_and_reads_the_same(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = small_llama()

@@ -296,6 +296,7 @@ def test_train_on_two_ranks(tmp_path: Path) -> None:
     assert [line["loss"] for line in lines] == document["losses"]
 
 
+@pytest.mark.slow
 def test_train_with_the_sequence_split(tmp_path: Path) -> None:
     """The losses are those of one process, and each rank makes its part of the batches only."""
     small = ["--config", "vocab=288", "--config", "layers=1", "--length", "16", "--batch", "4", "--steps", "4"]
@@ -311,6 +312,7 @@ def test_train_with_the_sequence_split(tmp_path: Path) -> None:
     assert code == 2 and "--length 15: sp=2 does not divide it" in err and "--length 16" in err
 
 
+@pytest.mark.slow
 def test_a_mistake_that_every_rank_sees_is_told_once(tmp_path: Path) -> None:
     arguments = ["train", "llama", "--config", "vocab=288", "--batch", "3", "--mesh", "dp=2", "--plan", "inputs=local"]
     code, _, err = in_processes(*arguments, cwd=tmp_path)

@@ -174,6 +174,7 @@ def count_reductions(zero: int, microbatches: int) -> dict[tuple[str, str], int]
     return {(t.axis, t.name): t.bytes for t in model.traffic if t.phase == "backward"}
 
 
+@pytest.mark.slow
 def test_microbatches_are_reduced_once() -> None:
     for zero in (0, 1):
         once, thrice = (run_ranks(count_reductions, 4, zero, parts)[0] for parts in (1, 3))
@@ -234,6 +235,7 @@ def initialise(mesh: str, zero: int, directory: Path) -> Any:
         return parallel.full_state_dict()
 
 
+@pytest.mark.slow
 def test_initialisation_is_the_same_on_any_mesh(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

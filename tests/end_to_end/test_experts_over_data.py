@@ -49,7 +49,7 @@ def test_equals_the_model(mesh: str, zero: int) -> None:
 
 
 @pytest.mark.parametrize("mesh", slow_but([1], ["dp=2", "dp=3", "dp=2,sp=2", "dp=2,tp=2"]))
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("name", slow_but([0, 3], ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]))
 def test_no_byte_of_experts_more_than_the_formulas(name: str, mesh: str) -> None:
     """Rajbhandari et al. 2020, sections 5 and 7, P bytes on n ranks: P/n held; 2, 2, 2 or 3 times P (n-1)/n sent."""
     on = Mesh.parse(mesh)
@@ -73,7 +73,7 @@ def test_no_byte_of_experts_more_than_the_formulas(name: str, mesh: str) -> None
 
 
 @pytest.mark.parametrize("mesh", slow_but([1], ["dp=3", "dp=2,sp=2", "dp=2,tp=2", "dp_replicate=2,dp_shard=2"]))
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("name", slow_but([1], ["llama", "gpt2", "t5"]))
 def test_dense_models_equal_themselves(name: str, mesh: str) -> None:
     for zero in (1, 3):
         report = reference(name).check(Mesh.parse(mesh), Plan(zero=zero, check_numerics=False))
@@ -96,6 +96,7 @@ def train_experts(mesh: str, zero: int) -> Errors:
         return train(build, batches, Mesh.parse(mesh), Plan(zero=zero, check_numerics=False), "adamw")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "zero"), slow_but([1], [("dp=2", 3), ("dp=2,ep=2", 3), ("ep=2", 1)]))
 def test_training_experts_equals_one_process(mesh: str, zero: int) -> None:
     for errors in run_ranks(train_experts, Mesh.parse(mesh).world_size, mesh, zero):

@@ -113,6 +113,7 @@ def largest(ways: int, outputs: str) -> int:
     return found.most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ways", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_no_rank_has_the_whole(ways: int) -> None:
     """Logits are the largest tensor: (8, 256, 1024) of 8 bytes. Messages of them are as large as a rank's part."""

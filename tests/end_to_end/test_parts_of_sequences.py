@@ -98,6 +98,7 @@ def check(mesh: str, *cases: Case) -> list[list[str]]:
     return placements
 
 
+@pytest.mark.slow
 def test_of_two_ranks() -> None:
     found = check(
         "sp=2",

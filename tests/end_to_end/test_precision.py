@@ -127,7 +127,7 @@ EXACT = [
 ]
 
 
-@pytest.mark.parametrize(("family", "mesh", "stage", "reduce"), slow_but([1, 3], EXACT))
+@pytest.mark.parametrize(("family", "mesh", "stage", "reduce"), slow_but([1], EXACT))
 def test_training_float32_parameters_in_float64(family: str, mesh: str, stage: int, reduce: str | None) -> None:
     """Exact up to the rounding of gradients and parameters to float32."""
     parsed, plan = Mesh.parse(mesh), Plan(zero=stage, precision=Precision("float64", reduce))
@@ -141,7 +141,7 @@ def test_training_float32_parameters_in_float64(family: str, mesh: str, stage: i
 ROUNDED = [("gpt", "dp=2", 0, "float32"), ("llama", "dp=2", 1, None), ("llama", "dp=2,tp=2", 3, "float32")]
 
 
-@pytest.mark.parametrize(("family", "mesh", "stage", "reduce"), slow_but([0, 2], ROUNDED))
+@pytest.mark.parametrize(("family", "mesh", "stage", "reduce"), slow_but([2], ROUNDED))
 def test_training_in_bfloat16(family: str, mesh: str, stage: int, reduce: str | None) -> None:
     """The losses to two units of bfloat16; parameters to what AdamW can move in three steps where signs are open."""
     parsed, plan = Mesh.parse(mesh), Plan(zero=stage, precision=Precision("bfloat16", reduce))

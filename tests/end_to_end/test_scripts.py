@@ -187,7 +187,7 @@ MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("mesh", slow_but([1], list(MESHES)))
-@pytest.mark.parametrize("name", list(SCRIPTS))
+@pytest.mark.parametrize("name", slow_but([0, 3], list(SCRIPTS)))
 def test_five_steps(name: str, mesh: str) -> None:
     for worst in run_ranks(differences, 2, name, *MESHES[mesh]):
         assert max(worst.values()) <= 1e-10, worst

@@ -125,6 +125,7 @@ def check(mesh: str, plan: dict[str, Any], steps: int, seconds: float) -> None:
             print(f"{mesh} {plan}: {steps} steps, losses {losses[0]:.3f} -> {losses[-1]:.3f}, worst {worst:.1e}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "plan"), named(QUICK))
 def test_some_steps(mesh: str, plan: dict[str, Any]) -> None:
     check(mesh, plan, FEW_STEPS, seconds=200)

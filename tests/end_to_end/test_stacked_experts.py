@@ -94,6 +94,7 @@ def train_and_save(text: str, zero: int, directory: str) -> tuple[Errors, dict[s
     return errors, held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "zero"), slow_but([0], [("ep=2", 3), ("ep=2", 0)]))
 def test_training_and_files(mesh: str, zero: int, tmp_path: Path) -> None:
     for errors, held in run_ranks(train_and_save, 2, mesh, zero, str(tmp_path)):

@@ -108,6 +108,7 @@ def _operations(program: Program) -> int:
 # ---------------------------------------------------------------- memory and work
 
 
+@pytest.mark.slow
 def test_memory_falls() -> None:
     none, selective, full, *fractions = (_step(choice).peak_bytes[0] for choice in CHOICES)
     assert none > 1.3 * selective > 1.3 * full, (none, selective, full)

@@ -94,7 +94,7 @@ def together(states: list[State]) -> State:
 
 LONG = ["pp=2,tp=2", "dp=2", "pp=2,tp=2", "", "pp=2,tp=2", "pp=1", "pp=2"]
 JOURNEYS = [
-    pytest.param(["pp=2", "dp=2", "pp=2"], id="short"),
+    pytest.param(["pp=2", "dp=2", "pp=2"], id="short", marks=pytest.mark.slow),
     pytest.param(LONG, id="long", marks=pytest.mark.slow),
 ]
 

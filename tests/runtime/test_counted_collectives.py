@@ -44,6 +44,7 @@ def test_a_llama_sends_what_megatron_sends() -> None:
         assert found == {"all_reduce": on_tp + 1 + 2}
 
 
+@pytest.mark.slow
 def test_a_llama_with_its_sequence_split() -> None:
     pytest.importorskip("transformers")
     for found in run_ranks(counted, 4, "megatron", 25):

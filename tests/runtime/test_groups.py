@@ -179,6 +179,7 @@ def lose_a_peer(victim: int) -> str:
         return str(problem)
 
 
+@pytest.mark.slow
 def test_a_lost_peer_is_named_with_the_merged_axis() -> None:
     results = try_ranks(lose_a_peer, 4, 2, timeout=120.0)
     assert results[2] is None

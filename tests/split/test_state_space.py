@@ -75,6 +75,7 @@ def traffic(name: str, collective: str) -> tuple[int, int]:
     return sum(t.operations for t in chosen), sum(t.bytes for t in chosen)
 
 
+@pytest.mark.slow
 def test_the_convolutions_send_halos_and_a_loop_gathers_its_operands_once() -> None:
     """Mamba: two layers of width 64, four taps; the labels are shifted too. The loop over positions runs whole."""
     operations, size = traffic("mamba", "shift")

@@ -153,7 +153,7 @@ def collectives(program: AnyProgram) -> dict[str, list[str]]:
     [
         ("dp=2", {"bucket_mb": 0.01, "overlap_mb": 0.0}),
         pytest.param("dp=2,tp=2", {"zero": 3}, marks=pytest.mark.slow),
-        ("pp=2,tp=2", {"microbatches": 4}),
+        pytest.param("pp=2,tp=2", {"microbatches": 4}, marks=pytest.mark.slow),
         pytest.param("pp=2", {"microbatches": 4, "schedule": "zb-v"}, marks=pytest.mark.slow),
     ],
 )

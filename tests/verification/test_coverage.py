@@ -207,6 +207,7 @@ def test_the_command(tmp_path: Any) -> None:
     assert re.search(r"\| gpt2 \|.*\| pass \| pass \|", page.read_text())
 
 
+@pytest.mark.slow
 def test_the_command_says_what_a_model_does_not_have(tmp_path: Any) -> None:
     page = tmp_path / "page.md"
     meshes = ("--mesh", "ep=2", "--mesh", "ep=3", "--mesh", "sp=2")
