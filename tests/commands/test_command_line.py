@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import autopar.commands.show
 from autopar import __version__
-from autopar.__main__ import MOST_LINES, main
+from autopar.__main__ import MOST_LINES
 from autopar.check import Reference, Report
 from autopar.commands.curves import sparkline
 from autopar.commands.launch import report_failures
@@ -36,24 +36,18 @@ from autopar.mesh import Mesh
 from autopar.passes import COMPILER
 from autopar.training.loop import Curve, Run
 from autopar.zoo.named import named_model
+from tests import command_line
+from tests.command_line import Outcome
 
-Outcome = tuple[int, str, str]  # exit code, stdout, stderr
 Command = Callable[..., Outcome]
 
 
 @pytest.fixture
-def autopar_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+def autopar_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     """``autopar *arguments`` in this process, in an empty directory."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["autopar", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return run
+    return command_line.autopar
 
 
 def in_processes(*arguments: str, cwd: Path) -> Outcome:
