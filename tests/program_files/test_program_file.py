@@ -239,7 +239,7 @@ def test_the_files_of_others_are_not_touched(tmp_path: Path) -> None:
     (tmp_path / "out" / "weights" / "0.safetensors").write_text("weights")
     with pytest.raises(ProgramFileError, match="not of the program there: weights/0.safetensors; move them away"):
         save(example(), tmp_path / "out")
-    with pytest.raises(ProgramFileError, match="thesis.tex is a file; give the name of a directory"):
+    with pytest.raises(ProgramFileError, match="thesis.tex is a file\nWay out: give the name of a directory"):
         save(parse(MLP), tmp_path / "thesis.tex")
     assert str(load(tmp_path / "out")) == MLP
 
