@@ -194,7 +194,10 @@ _from_local: Callable[..., DTensor] = DTensor.from_local
 
 @cache
 def let_torch_use_pieces() -> None:
-    """Let what makes a DTensor by placements make a piecewise one by ``Pieces``, such as ``parameter.placements``."""
+    """Let what makes a DTensor by placements make a piecewise one by ``Pieces``, such as ``parameter.placements``.
+
+    Arguments keep the names that torch gives them: others call these functions too.
+    """
     owner, package, helpers = (cast(Any, place) for place in (DTensor, tensor_package, _state_dict_utils))
     redistribute, distribute, spread = owner.redistribute, package.distribute_tensor, helpers._distribute_tensors
 
@@ -204,18 +207,19 @@ def let_torch_use_pieces() -> None:
             return found
         return cut_whole(self.full_tensor(), self.device_mesh, placements)
 
-    def from_local(local: Tensor, mesh: Any = None, placements: Any = None, **options: Any) -> DTensor:
+    def from_local(local_tensor: Tensor, device_mesh: Any = None, placements: Any = None, **options: Any) -> DTensor:
         if placements is None or not orders(placements):
-            return _from_local(local, mesh, placements, **options)
-        shape = options.get("shape") or _shape_of(local, mesh, placements)
-        made: DTensor = _OfLocal.apply(local, spec_of(dtensor(local.detach(), mesh, placements, shape)))  # type: ignore
+            return _from_local(local_tensor, device_mesh, placements, **options)
+        shape = options.get("shape") or _shape_of(local_tensor, device_mesh, placements)
+        part = dtensor(local_tensor.detach(), device_mesh, placements, shape)
+        made: DTensor = _OfLocal.apply(local_tensor, spec_of(part))  # type: ignore[no-untyped-call]
         return made
 
-    def distributed(tensor: Tensor, mesh: Any = None, placements: Any = None, **options: Any) -> DTensor:
+    def distributed(tensor: Tensor, device_mesh: Any = None, placements: Any = None, **options: Any) -> DTensor:
         if placements is None or not orders(placements):
-            plain_one: DTensor = distribute(tensor, mesh, placements, **options)
+            plain_one: DTensor = distribute(tensor, device_mesh, placements, **options)
             return plain_one
-        return cut_whole(tensor, mesh, placements)
+        return cut_whole(tensor, device_mesh, placements)
 
     def distributed_state(state: dict[str, Any], keys: list[str], *rest: Any) -> None:
         for key in keys:

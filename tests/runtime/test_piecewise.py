@@ -172,3 +172,17 @@ def shown_by_each_kind() -> list[bool]:
 
 def test_parts_that_were_shown_are_remembered() -> None:
     assert all(run_ranks(shown_by_each_kind, 2)[0])
+
+
+def called_by_name() -> list[bool]:
+    """As torch's own loss_parallel calls them, and scripts beside autopar."""
+    mesh = autopar.parallelize(nn.Linear(4, 4), Mesh(dp=1)).weight.device_mesh
+    x, everywhere = torch.randn(4, 4), [Replicate()] * mesh.ndim
+    made = DTensor.from_local(local_tensor=x, device_mesh=mesh, placements=everywhere, run_check=False)
+    again = made.redistribute(device_mesh=mesh, placements=everywhere, async_op=False)
+    spread = tensor_package.distribute_tensor(tensor=x, device_mesh=mesh, placements=everywhere)
+    return [torch.equal(one.full_tensor(), x) for one in (made, again, spread)]
+
+
+def test_functions_of_torch_keep_the_names_of_their_arguments() -> None:
+    assert run_ranks(called_by_name, 1) == [[True] * 3]
