@@ -45,7 +45,7 @@ from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.identity import kept
 from autopar.runtime.parameters import Weights
 from autopar.runtime.program_cache import ProgramCache
-from autopar.runtime.stacks import apply_to_modules
+from autopar.runtime.stacks import rows_in_place
 from autopar.runtime.variants import check_whole_batches
 from autopar.runtime.whole_tensors import full_grads, full_state_dict
 from autopar.schedules.timing import Timeline
@@ -343,8 +343,8 @@ class ParallelModule(nn.Module):
         return self
 
     def apply(self, fn: Callable[[nn.Module], None]) -> ParallelModule:
-        apply_to_modules(self, fn, self._held.weights.stacks)
-        return self
+        with rows_in_place(self._held.weights.stacks):
+            return super().apply(fn)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ParallelModule:
         with kept(list(self.parameters())):

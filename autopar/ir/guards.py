@@ -209,8 +209,7 @@ def _apart(was: Any, now: Any) -> list[str]:
     """Both in words, which differ."""
     both = [shown(was), shown(now)]
     if both[0] == both[1] and isinstance(was, Tensor) and isinstance(now, Tensor):
-        trains = {True: ", requires_grad", False: ""}
-        both = [f"{shown(t)} ({t.dtype}, {t.device}{trains[t.requires_grad]})" for t in (was, now)]
+        both = [f"{shown(t)} ({t.dtype}, {t.device}{', requires_grad' * t.requires_grad})" for t in (was, now)]
     return both
 
 

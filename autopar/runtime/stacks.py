@@ -7,7 +7,7 @@ the tensors of the unmodified model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,19 +67,17 @@ class Stack:
             table[key] = stack
 
 
-def apply_to_modules(root: nn.Module, function: Callable[[nn.Module], None], stacks: Sequence[Stack]) -> None:
-    """``torch.nn.Module.apply``, in which experts of a list have their parameters: views of the stack's rows.
+@contextmanager
+def rows_in_place(stacks: Sequence[Stack]) -> Iterator[None]:
+    """Within this context, experts of a list have their parameters: views of the stacks' rows; collective.
 
-    Writing to a view of rows that lie on other ranks is collective, see :mod:`autopar.runtime.initialising`.
+    So is writing to a view of rows that lie on other ranks, see :mod:`autopar.runtime.initialising`.
     """
-    for child in root.children():
-        apply_to_modules(child, function, stacks)
-    tables = {id(module._parameters) for module in root.modules()} if stacks else set()
     with ExitStack() as shown:
         for one in stacks:
-            if one.parameter is not None and any(id(table) in tables for table, _ in one.members):
+            if one.parameter is not None:
                 shown.enter_context(one.in_place(one.parameter.data.unbind(0)))
-        function(root)
+        yield
 
 
 def stack(root: nn.Module, name: str, places: Sequence[Place]) -> Stack:
