@@ -126,6 +126,7 @@ def groups_made(mesh: Mesh) -> tuple[list[int], list[list[int]]]:
         counts.append(len(distributed_c10d._world.pg_names))
     world = torch.distributed.group.WORLD
     assert comm._groups["dp+sp"] is world and comm._groups["tp"] is comm._groups["ep"] is None
+    torch.distributed.barrier()  # making a group ends on each rank when that has its own connections
     torch.distributed.destroy_process_group()
     return counts, [[len(distributed_c10d._world.pg_names)]]
 
