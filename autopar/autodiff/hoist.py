@@ -103,23 +103,18 @@ class Reducing:
 def without_reductions(graph: fx.Graph, axes: Iterable[str], at_once: Set[int] = frozenset()) -> Reducing:
     """A backward graph cut before the reductions over ``axes`` of gradients that are only returned.
 
+    What follows these reductions waits too, sums over other axes included: sums commute.
     ``at_once``: positions of gradients that cannot wait.
     """
     axes = frozenset(axes)
-    ends = {output_node(graph)}
+    ends = only_returned(graph)
     last: set[Node] = set()  # everything from a reduction to the end
-    for node in reversed(list(graph.nodes)):
-        if node.op != "call_function" or not node.users or not all(user in ends for user in node.users):
-            continue
-        reduces = node.target in REDUCING and comm.axes_over(node) <= axes
-        arranges = is_view(node.target) or node.target in ARRANGING
-        if reduces or arranges:
-            ends.add(node)
     for node in graph.nodes:
-        if node in ends and node.op == "call_function":
-            reduces = node.target in REDUCING and comm.axes_over(node) <= axes
-            if reduces or any(source in last for source in node.all_input_nodes) or _reduced_later(node, ends, axes):
-                last.add(node)
+        if node.op != "call_function" or node not in ends:
+            continue
+        follows = any(source in last for source in node.all_input_nodes)
+        if follows or _reduces(node, axes) or (_arranges(node) and _reduced_later(node, ends, axes)):
+            last.add(node)
     returned = output_node(graph).args[0]
     assert isinstance(returned, (tuple, list))
     now = [node for position, node in enumerate(returned) if position in at_once]
@@ -129,18 +124,37 @@ def without_reductions(graph: fx.Graph, axes: Iterable[str], at_once: Set[int] =
     return Reducing(extract(graph, inputs, [*now, *given]), extract(graph, given, later))  # type: ignore[list-item, arg-type]
 
 
-def _reduced_later(node: Node, ends: Set[Node], axes: Set[str]) -> bool:
-    """Whether ``node`` only rearranges the operand of a later reduction.
+def only_returned(graph: fx.Graph) -> set[Node]:
+    """The nodes that add up gradients over ranks, or arrange them, for nothing but to return them; and the output."""
+    ends = {output_node(graph)}
+    for node in reversed(list(graph.nodes)):
+        moves = _arranges(node) or node.target in REDUCING or node.target is WAIT
+        if node.op == "call_function" and node.users and moves and all(user in ends for user in node.users):
+            ends.add(node)
+    return ends
 
-    A cast does more: it sets the dtype of the sum.
+
+def _arranges(node: Node) -> bool:
+    return node.op == "call_function" and (is_view(node.target) or node.target in ARRANGING) and node.target is not WAIT
+
+
+def _reduces(node: Node, axes: Set[str]) -> bool:
+    return node.target in REDUCING and comm.axes_over(node) <= axes
+
+
+def _reduced_later(node: Node, ends: Set[Node], axes: Set[str]) -> bool:
+    """Whether ``node`` only rearranges the operand of a later reduction over ``axes``.
+
+    A cast does more: it sets the dtype of the sum. A sum over other axes before it stays where it is, with its wait.
     """
     queue = list(node.users) if node.target is not CAST else []
     while queue:
         user = queue.pop()
         if user.op == "call_function" and user in ends and user.target is not CAST:
-            if user.target in REDUCING and comm.axes_over(user) <= axes:
+            if _reduces(user, axes):
                 return True
-            queue += user.users
+            if _arranges(user):
+                queue += user.users
     return False
 
 

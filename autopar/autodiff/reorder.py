@@ -2,7 +2,8 @@
 
 The nodes are placed one by one in the order of the graph. Gathers of parameters are placed before a node as far as the
 limit allows. Reductions start at their turn, and are waited for when their result is used. Gradients of weights are
-delayed until a sum that backward needs next has started.
+delayed until a sum that backward needs next has started, where that is in their block or in the next one: until then
+they hold activations.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections import deque
 import torch
 from torch import fx
 
+from autopar.autodiff.hoist import only_returned
+from autopar.ir.blocks import block_of
 from autopar.ir.collectives import GATHERS, OPS, PART, REDUCTIONS, STARTS, TARGETS, row_of, split_of
 from autopar.ir.layout import Split
 from autopar.ir.node import origin, output_node, set_origin, set_values, value, values
@@ -41,8 +44,7 @@ class Reordering:
         self.gathers = set(self.ahead)
         self.done: set[fx.Node] = set()  # brought forward
         self.hidden = self._hidden() if is_backward else set()
-        needed = ancestors(self.hidden)
-        self.aside = {node for node in self.nodes if self.hidden and node not in needed}
+        self.aside = self._aside()
         self.put_off: list[fx.Node] = []
         self.places = {node: place for place, node in enumerate(self.nodes)}
 
@@ -116,8 +118,21 @@ class Reordering:
 
         The messages of a ring are none: a tile is computed beside each, and what is put off holds its activations.
         """
+        returned = only_returned(self.graph)
         found = {node for node in self.nodes if node.target in REDUCTIONS and self._can_start(node)}
-        return {node for node in found if any(user is not self.end and user not in self.late for user in node.users)}
+        return {node for node in found if any(user not in returned for user in node.users)}
+
+    def _aside(self) -> set[fx.Node]:
+        """The nodes that no hidden sum depends on, and that have at most a block to wait for the next one."""
+        needed, found = ancestors(self.hidden), set[fx.Node]()
+        between: set[str] | None = None  # blocks from a node to the hidden sum after it
+        for node in reversed(self.nodes):
+            between = set() if node in self.hidden else between
+            if between is not None:
+                between.add(block_of(node))
+                if node not in needed and len(between) <= 2:
+                    found.add(node)
+        return found
 
     def _reduction_before(self, node: fx.Node) -> fx.Node | None:
         while is_view(node.target) and len(node.all_input_nodes) == 1:

@@ -2,7 +2,7 @@
 
 The next backward pass outside of it reduces the sum of all. Inside, the backward pass leaves out the reductions over
 the data axes (:func:`autopar.autodiff.hoist.without_reductions`); sums over other axes belong to the computation and
-stay.
+stay, but for those of what the data axes have reduced (a tied embedding): they wait with it.
 """
 
 from __future__ import annotations

@@ -11,12 +11,13 @@ from torch import Tensor, fx
 from autopar.check import Reference
 from autopar.compiler import compile_program, finish_program, place
 from autopar.ir import collectives as comm
+from autopar.ir.blocks import block_of, is_repeated
 from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.mesh import Mesh
 from autopar.passes.bucket_collectives import bucket_collectives
 from autopar.passes.overlap_collectives import overlap_collectives
-from autopar.plan import Plan
+from autopar.plan import Plan, Precision
 from autopar.simulate import simulate
 from autopar.zoo.named import named_model
 
@@ -90,6 +91,23 @@ def test_tensor_parallel_sums_of_gradients_are_hidden_by_the_weight_gradient() -
     assert backward is not None
     starts = [node for node in calls(backward) if node.target is comm.OPS.start_all_reduce.default]
     assert len(starts) >= 8
+
+
+@pytest.mark.parametrize(
+    ("mesh", "plan"),
+    [
+        pytest.param("dp=2,tp=2", Plan(sequence="megatron"), id="sums over tp, then dp"),
+        pytest.param("tp=2", Plan(sequence="megatron", precision=Precision(param="bf16")), id="sums and casts"),
+    ],
+)
+def test_weight_gradients_do_not_hold_the_activations_of_other_blocks(mesh: str, plan: Plan) -> None:
+    """A gradient of a weight is computed before its block's successor in backward has ended."""
+    backward = program(plan, mesh).required_role.backward
+    assert backward is not None
+    blocks = [block_of(node) for node in calls(backward) if node.target is torch.ops.aten.mm.default]
+    numbers = [int(block.rpartition(".")[2]) for block in blocks if is_repeated(block)]
+    assert numbers[0] == 3 and numbers[-1] == 0
+    assert all(number <= max(numbers[place:]) <= number + 1 for place, number in enumerate(numbers))
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(zero=2), Plan(zero=3), Plan(zero=3, sequence="megatron")], ids=str)

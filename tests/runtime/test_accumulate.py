@@ -55,6 +55,30 @@ inference:
 """
 
 
+BACKWARD_START = """backward:
+  x = saved                : f32[8@dp,4]
+  d = grad out               : f32[8@dp,8]
+  t = aten.t(d)            : f32[8,4]
+  m = aten.mm(t, x)        : f32[8,4]
+"""
+CHAINS = {  # sums, the first one started early -> what each batch computes, and what a step computes once
+    "tp, dp": (
+        "start_all_reduce(m, tp)",
+        "wait(s, tp)",
+        "all_reduce(a, dp)",
+        ["x", "d", "t", "m", "s", "a"],
+        ["a", "r"],
+    ),
+    "dp, tp": (
+        "start_all_reduce(m, dp)",
+        "wait(s, dp)",
+        "all_reduce(a, tp)",
+        ["x", "d", "t", "m"],
+        ["m", "s", "a", "r"],
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def program() -> Program:
     return parse(STEPS)
@@ -81,6 +105,17 @@ def test_reductions_are_taken_out(program: Program) -> None:
     assert names(both.rest) == ["x", "d", "t", "m"] and names(both.graph) == ["m", "a", "r"]
     neither = without_reductions(backward, [])
     assert names(neither.rest) == names(backward) and names(neither.graph) == ["r"]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_wait_stays_with_its_sum_and_what_follows_the_data_axes_waits_too(chain: str) -> None:
+    start, wait, then, rest, once = CHAINS[chain]
+    lines = "".join(f"  {n} = comm.{call} : f32[8,4]\n" for n, call in zip("sar", (start, wait, then)))
+    text = STEPS[: STEPS.index("backward:")] + BACKWARD_START + lines + "  return w=r\n"
+    backward = parse(text + STEPS[STEPS.index("\ninference:") :]).required_role.backward
+    assert backward is not None
+    found = without_reductions(backward, ["dp"])
+    assert (names(found.rest), names(found.graph)) == (rest, once)
 
 
 def accumulate(plan: Plan, mesh: Mesh) -> tuple[Errors, list[float]]:
