@@ -21,6 +21,7 @@ from autopar.ir.batch import data_ways
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.traffic import size_text
 from autopar.mesh import PIPELINE
+from autopar.pipeline.microbatches import first_part
 from autopar.program_files.program_file import save
 from autopar.runtime.calls import Signature
 
@@ -45,7 +46,7 @@ def compile_command(
     example = choices.example(model, data_ways(on), shown=not as_json)
     with stderr().status(f"making the program of {model} on {on}"):
         batch_by_signature = Signature(example.model.forward).call((), example.batch).kwargs
-        program = compile_program(example.model, on, plan.plan(), (), batch_by_signature)
+        program = compile_program(example.model, on, plan.plan(), (), first_part(batch_by_signature, on, plan.plan()))
         save(program, output, extra_files=dict(_to_read(program)))
     files = {path.relative_to(output).as_posix(): path.stat().st_size for path in output.rglob("*") if path.is_file()}
     if as_json:

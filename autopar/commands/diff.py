@@ -16,6 +16,7 @@ from autopar.compiler import compile_program
 from autopar.ir.batch import data_ways
 from autopar.ir.program import AnyProgram
 from autopar.mesh import Mesh
+from autopar.pipeline.microbatches import first_part
 from autopar.program_files.program_file import load
 
 ToMesh = Annotated[str | None, typer.Option(metavar="AXES", help="the mesh of the second program  [default: --mesh]")]
@@ -65,4 +66,4 @@ def _compiled(
 ) -> AnyProgram:
     example = choices.example(model, ways, shown=shown)
     with stderr().status(f"making the program of {model} on {mesh}"):
-        return compile_program(example.model, mesh, plan.plan(), (), example.batch)
+        return compile_program(example.model, mesh, plan.plan(), (), first_part(example.batch, mesh, plan.plan()))

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
 from autopar.commands.bundles import expanded
 from autopar.commands.memory_tables import MemoryChoices
 from autopar.commands.options import Json, ModelChoices, ModelName
 from autopar.commands.plan_options import PlanChoices
 from autopar.commands.tables import print_json, stderr, stdout, table
+from autopar.fitting.counted import compiled
 from autopar.fitting.estimate import BETWEEN_NODES, Estimate
-from autopar.fitting.fit import Refused, Wanted, compiled, fits, in_words
+from autopar.fitting.fit import Fitting, fits, in_words
+from autopar.fitting.meshes import Refused, Wanted, read_axes, tried_axes
 from autopar.fitting.prices import ROWS, Prices, rows_of
 from autopar.ir.traffic import size_text
 from autopar.memory.device import Device, read_size
 
 VARIED = ("zero", "recompute", "sequence")
+SHOWN_OF_ALIKE = 6  # meshes that are refused for one reason
 ABOUT = (
     "sorted by the estimated time of a step: a roofline of the operators of a block, the pipeline's bubble, and bytes "
     f"over links ({BETWEEN_NODES / 1e9:.0f} GB/s where an axis leaves its node), none of it hidden; only ratios matter"
@@ -34,6 +38,9 @@ def fit_command(
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="how many devices there are")],
     per_node: Annotated[int, typer.Option("--per-node", min=1, help="how many of them have fast links")] = 8,
     shown: Annotated[int, typer.Option("--shown", min=1, help="meshes whose programs are compiled and shown")] = 8,
+    axes: Annotated[
+        str | None, typer.Option("--axes", metavar="NAMES", help="axes to try, of pp,dp,ep,sp,tp; default: what helps")
+    ] = None,
     *,
     plan: PlanChoices,
     choices: ModelChoices,
@@ -43,88 +50,158 @@ def fit_command(
     """List the meshes and plans on which MODEL fits: memory, bytes sent by axis, bubble; and why others do not fit.
 
     --batch is that of a step on all devices, --length the tokens of a row. Candidates are priced by blocks, in closed
-    forms; those that are shown are compiled. zero, recompute and sequence are varied unless you choose them.
+    forms, and printed as they are known; those that are shown are compiled. zero, recompute and sequence are varied
+    unless you choose them. ep is tried for models with experts, sp for long rows.
     """
-    start = time.perf_counter()
+    search = _Search(model, as_json)
     device = memory.device or Device(read_size("80GB"))
     example = replace(choices, batch=ROWS).example(model)
     prices = Prices(example.model, lambda rows: rows_of(example.batch, rows), plan.plan())
-    fixed = frozenset(name for name in VARIED if name in plan.given)
-    wanted = Wanted(gpus, per_node, choices.batch or gpus, memory.optimizer, device, plan.plan(), fixed)
-    with stderr().status(f"pricing the blocks of {model}"):
-        found, refused = fits(prices, wanted)
-    priced = time.perf_counter() - start
-    checked: list[Estimate] = []
-    for number, one in enumerate(found[:shown]):
-        with stderr().status(f"compiling {one.mesh} ({number + 1} of {min(shown, len(found))})"):
-            real = compiled(one, prices, wanted)
-        if isinstance(real, Refused):
-            refused.append(real)
-        else:
-            checked.append(real)
-    listed = sorted([*checked, *(one.best for one in found[shown:])], key=lambda one: one.seconds)
-    seconds = {"priced": priced, "all": time.perf_counter() - start}
+    wanted = Wanted(
+        gpus, per_node, choices.batch or gpus, memory.optimizer, device, plan.plan(),
+        frozenset(name for name in VARIED if name in plan.given), _length(example.batch),
+        None if axes is None else read_axes(axes),
+    )  # fmt: skip
+    search.run(prices, wanted, shown)
     if as_json:
-        print_json(_document(model, wanted, listed, refused, seconds))
+        print_json(search.document(wanted))
         return
-    _print(model, wanted, listed, refused, seconds)
+    search.print_tables(wanted)
 
 
-def _print(
-    model: str, wanted: Wanted, found: Sequence[Estimate], refused: Sequence[Refused], seconds: Mapping[str, float]
-) -> None:
-    console = stdout(150)
-    columns = ("mesh", "plan", "memory", "free", "sent in a step", "bubble", "time")
-    fastest = found[0].seconds if found else 1.0
-    rows = [
-        (
-            _axes(one),
-            in_words(one),
-            size_text(one.memory) + ("" if one.compiled else " ?"),
-            size_text(-wanted.device.over(one.memory)),
-            ", ".join(f"{axis} {size_text(size)}" for axis, size in one.sent.items()) or "0",
-            f"{one.bubble:.1%}",
-            f"{one.seconds / fastest:.2f}",
-        )
-        for one in found
-    ]
-    title = f"{model} on {wanted.devices} devices of {size_text(wanted.device.bytes)}, {wanted.rows} rows a step, "
-    console.print(table(f"{title}{wanted.optimizer}", columns, rows))
-    console.print("memory: of tensors on the largest rank; ? is estimated, the others are compiled", soft_wrap=True)
-    console.print(ABOUT, soft_wrap=True)
-    console.print()
-    console.print(table("these do not", ("mesh", "why"), [(_axes(one), one.why) for one in refused]))
-    print(f"priced in {seconds['priced']:.0f} s, compiled in {seconds['all']:.0f} s", file=sys.stderr)
+def _length(batch: Mapping[str, Any]) -> int | None:
+    """Tokens of a row: the second dim of the tensors of whole numbers."""
+    sizes = [x.shape[1] for x in batch.values() if isinstance(x, Tensor) and x.dim() > 1 and not x.is_floating_point()]
+    return max(sizes, default=None)
+
+
+@dataclass
+class _Search:
+    """What is known until now; unless it is ``quiet``, each candidate is printed as soon as it is known."""
+
+    model: str
+    quiet: bool
+    found: list[Estimate] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    left: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    start: float = field(default_factory=time.perf_counter)
+
+    def run(self, prices: Prices, wanted: Wanted, shown: int) -> None:
+        """Price all meshes, then compile those that are estimated to be fastest."""
+        with stderr().status(f"pricing the blocks of {self.model}"):
+            _, self.left = tried_axes(prices.of_model, wanted)
+            self._say(f"{_title(self.model, wanted)}: estimates first, best-first by guess")
+            fitting = list(self._priced(prices, wanted))
+        self._passed("priced")
+        fitting.sort(key=lambda one: one.best.seconds)
+        self._say(f"{len(fitting)} meshes fit by estimate; the first {min(shown, len(fitting))} are compiled")
+        for number, one in enumerate(fitting[:shown]):
+            with stderr().status(f"compiling {one.mesh} ({number + 1} of {min(shown, len(fitting))})"):
+                real = compiled(one, prices, wanted)
+            self._take(real, wanted)
+        self.found += [one.best for one in fitting[shown:]]
+        self.found.sort(key=lambda one: one.seconds)
+        self._passed("all")
+
+    def _priced(self, prices: Prices, wanted: Wanted) -> Iterator[Fitting]:
+        for one in fits(prices, wanted):
+            if isinstance(one, Fitting):
+                self._say(_line(one.best, wanted))
+                yield one
+            else:
+                self.refused.append(one)
+
+    def _take(self, real: Estimate | Refused, wanted: Wanted) -> None:
+        if isinstance(real, Refused):
+            self.refused.append(real)
+            self._say(f"{_axes(real)}  does not fit after all: {real.why}")
+        else:
+            self.found.append(real)
+            self._say(_line(real, wanted))
+
+    def _passed(self, what: str) -> None:
+        self.seconds[what] = time.perf_counter() - self.start
+
+    def _say(self, line: str) -> None:
+        if not self.quiet:
+            print(line, flush=True)
+
+    def print_tables(self, wanted: Wanted) -> None:
+        console = stdout(150)
+        columns = ("mesh", "plan", "memory", "free", "sent in a step", "bubble", "time")
+        fastest = self.found[0].seconds if self.found else 1.0
+        rows = [(*_cells(one, wanted), f"{one.seconds / fastest:.2f}") for one in self.found]
+        console.print()
+        console.print(table(_title(self.model, wanted), columns, rows))
+        console.print("memory: of tensors on the largest rank; ? is estimated, the others are compiled", soft_wrap=True)
+        console.print(ABOUT, soft_wrap=True)
+        for line in self.left:
+            console.print(line, soft_wrap=True)
+        console.print()
+        console.print(table("these do not", ("mesh", "why"), list(_reasons(self.refused))))
+        took = self.seconds
+        print(f"priced in {took['priced']:.0f} s, compiled in {took['all']:.0f} s", file=sys.stderr)
+
+    def document(self, wanted: Wanted) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "devices": wanted.devices,
+            "device_bytes": wanted.device.bytes,
+            "optimizer": wanted.optimizer,
+            "batch": wanted.rows,
+            "length": wanted.length,
+            "fits": [_json(one, wanted) for one in self.found],
+            "refused": [{"mesh": dict(one.mesh.axes), "why": one.why} for one in self.refused],
+            "not_tried": list(self.left),
+            "took_seconds": dict(self.seconds),
+        }
+
+
+def _title(model: str, wanted: Wanted) -> str:
+    device = f"{wanted.devices} devices of {size_text(wanted.device.bytes)}"
+    return f"{model} on {device}, {wanted.rows} rows a step, {wanted.optimizer}"
+
+
+def _line(one: Estimate, wanted: Wanted) -> str:
+    mesh, plan, memory, free, sent, bubble = _cells(one, wanted)
+    return f"{mesh}  {plan}: {memory}, {free} free, bubble {bubble}, sends {sent}"
+
+
+def _cells(one: Estimate, wanted: Wanted) -> tuple[str, ...]:
+    return (
+        _axes(one),
+        in_words(one),
+        size_text(one.memory) + ("" if one.compiled else " ?"),
+        size_text(-wanted.device.over(one.memory)),
+        ", ".join(f"{axis} {size_text(size)}" for axis, size in one.sent.items() if size) or "0",
+        f"{one.bubble:.1%}",
+    )
+
+
+def _reasons(refused: Sequence[Refused]) -> Iterator[tuple[str, str]]:
+    """(meshes, why); those with one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for one in refused:
+        by_reason.setdefault(one.why, []).append(_axes(one))
+    for why, alike in by_reason.items():
+        more = f"; and {len(alike) - SHOWN_OF_ALIKE} more" if len(alike) > SHOWN_OF_ALIKE else ""
+        yield "; ".join(alike[:SHOWN_OF_ALIKE]) + more, why
 
 
 def _axes(one: Estimate | Refused) -> str:
     return ",".join(f"{axis}={size}" for axis, size in one.mesh.axes)
 
 
-def _document(
-    model: str, wanted: Wanted, found: Sequence[Estimate], refused: Sequence[Refused], seconds: Mapping[str, float]
-) -> dict[str, Any]:
-    fitting = [
-        {
-            "mesh": dict(one.mesh.axes),
-            "plan": {name: getattr(one.plan, name) for name in (*VARIED, "microbatches", "schedule")},
-            "rows": one.rows,
-            "memory_bytes": one.memory,
-            "free_bytes": -wanted.device.over(one.memory),
-            "compiled": one.compiled,
-            "sent_bytes": dict(one.sent),
-            "bubble": one.bubble,
-            "seconds": one.seconds,
-        }
-        for one in found
-    ]
+def _json(one: Estimate, wanted: Wanted) -> dict[str, Any]:
     return {
-        "model": model,
-        "devices": wanted.devices,
-        "device_bytes": wanted.device.bytes,
-        "optimizer": wanted.optimizer,
-        "batch": wanted.rows,
-        "fits": fitting,
-        "refused": [{"mesh": dict(one.mesh.axes), "why": one.why} for one in refused],
-        "took_seconds": dict(seconds),
+        "mesh": dict(one.mesh.axes),
+        "plan": {name: getattr(one.plan, name) for name in (*VARIED, "microbatches", "schedule")},
+        "rows": one.rows,
+        "memory_bytes": one.memory,
+        "free_bytes": -wanted.device.over(one.memory),
+        "compiled": one.compiled,
+        "sent_bytes": dict(one.sent),
+        "bubble": one.bubble,
+        "seconds": one.seconds,
     }

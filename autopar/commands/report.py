@@ -19,7 +19,7 @@ from autopar.ir.batch import data_ways
 from autopar.ir.program import AnyProgram
 from autopar.ir.traffic import size_text
 from autopar.mesh import ALIASES, AXIS_ORDER, Mesh
-from autopar.pipeline.microbatches import smaller
+from autopar.pipeline.microbatches import first_part, smaller
 from autopar.program_files.directory import MANIFEST
 from autopar.program_files.program_file import load
 from autopar.report.collect import document_of, report_of
@@ -104,7 +104,7 @@ def _is_mesh(text: str) -> bool:
 def _compiled(model: str, mesh: Mesh, plan: PlanChoices, choices: ModelChoices, ways: int) -> Counted:
     example = choices.example(model, ways)
     with stderr().status(f"making the program of {model} on {mesh}"):
-        program = compile_program(example.model, mesh, plan.plan(), (), example.batch)
+        program = compile_program(example.model, mesh, plan.plan(), (), first_part(example.batch, mesh, plan.plan()))
     return program, smaller(example.batch, mesh, program.plan)
 
 

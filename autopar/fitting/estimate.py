@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from autopar.cost.machine import ACCELERATOR
 from autopar.fitting.prices import Price
 from autopar.memory.optimizers import optimizer_named
-from autopar.mesh import PIPELINE, SEQUENCE, TENSOR, Mesh
+from autopar.mesh import EXPERTS, PIPELINE, TENSOR, Mesh
 from autopar.plan import Plan
 
 BETWEEN_NODES = 50e9  # bytes per second of a rank to another node; within one, that of the machine
@@ -47,58 +48,78 @@ class Estimate:
 
 def estimate(mesh: Mesh, plan: Plan, rows: int, price: Price, blocks: int, optimizer: str, node_size: int) -> Estimate:
     """``rows``: of a microbatch on one rank; ``blocks``: of the model."""
-    stages, data = mesh.size(PIPELINE), mesh.size("dp") * mesh.size(SEQUENCE)
+    stages = mesh.size(PIPELINE)
     layers, ends = math.ceil(blocks / stages), 1.0 if stages == 1 else 0.5  # the first and the last share the rest
-    parameters = layers * price.block.parameters + ends * price.rest.parameters
     flights = min(stages, plan.microbatches)
-    kept = rows * (flights * layers * price.block.activations + price.rest.activations * (1 if stages == 1 else ends))
-    block = price.block.parameters or price.rest.parameters
+    kept = rows * (flights * layers * price.block.activations + price.rest.activations * ends)
     seconds = plan.microbatches * rows * (layers * price.block.seconds + ends * price.rest.seconds)
     bubble = (stages - 1) / plan.microbatches
-    sent = _sent(mesh, plan, rows, price, layers, parameters)
+    owned = _owned(mesh, price, layers, ends)
+    sent = _sent(mesh, plan, rows, price, layers, owned)
     moving = sum(size / _link(mesh, axis, node_size) for axis, size in sent.items() if axis != TENSOR)
     return Estimate(
         mesh, plan, rows,
-        memory=int(_memory(plan, data, parameters, block, kept, rows * price.working, optimizer, price.dtype)),
+        memory=int(_memory(plan, owned, kept, rows * price.working, optimizer, price.dtype)),
         sent=sent, bubble=bubble, seconds=seconds * (1 + bubble) + moving, optimizer=optimizer,
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Owned:
+    """Parameters of a rank that the same ranks have: the axes of these, and how many they are."""
+
+    axes: str
+    ways: int
+    whole: float
+    block: float  # of one block, or of all where there are none
+
+    @property
+    def part(self) -> float:
+        """What ZeRO leaves of them."""
+        return self.whole / self.ways
+
+
+def _owned(mesh: Mesh, price: Price, layers: int, ends: float) -> tuple[_Owned, _Owned]:
+    """The parameters that all data ranks have, and those of experts, which differ along ``ep``."""
+    found = []
+    for name, taken in (("parameters", ()), ("experts", (EXPERTS,))):
+        block, rest = getattr(price.block, name), getattr(price.rest, name)
+        axes = mesh.shard_axis(taken) or ""
+        found.append(_Owned(axes, mesh.size(axes) if axes else 1, layers * block + ends * rest, block or rest))
+    return found[0], found[1]
+
+
 def _memory(
-    plan: Plan,
-    data: int,
-    parameters: float,
-    block: float,
-    kept: float,
-    working: float,
-    optimizer: str,
-    dtype: torch.dtype,
+    plan: Plan, owned: Sequence[_Owned], kept: float, working: float, optimizer: str, dtype: torch.dtype
 ) -> float:
     """The larger of the peaks of the step and of the update (Rajbhandari et al. 2020, for what ZeRO divides)."""
-    part = parameters / data
-    held = part if plan.zero == 3 else parameters
-    shard = part if plan.zero else parameters
+    whole, part = sum(one.whole for one in owned), sum(one.part for one in owned)
+    held = part if plan.zero == 3 else whole
+    shard = part if plan.zero else whole
     states = shard * optimizer_named(optimizer).states(SHAPE, dtype) / (math.prod(SHAPE) * dtype.itemsize)
     whole_sums = plan.zero < 2 and (plan.microbatches > 1 or plan.zero == 0)
-    grads = parameters if whole_sums else part
-    under_way = (UNDER_WAY * block if plan.zero == 3 else 0) + (block if data > 1 else 0)
+    grads = whole if whole_sums else part
+    blocks = sum(one.block for one in owned if one.ways > 1)
+    under_way = (UNDER_WAY * sum(one.block for one in owned) if plan.zero == 3 else 0) + blocks
     if plan.zero in (1, 2) and plan.microbatches == 1:  # whole ones wait for their bucket, and go into it
-        under_way += 2 * min(parameters, plan.bucket_mb * 1e6)
+        under_way += 2 * min(whole, plan.bucket_mb * 1e6)
     step = held + grads + states + kept + working + under_way
     return max(step, held + 2 * shard + states)
 
 
-def _sent(mesh: Mesh, plan: Plan, rows: int, price: Price, layers: int, parameters: float) -> dict[str, float]:
+def _sent(mesh: Mesh, plan: Plan, rows: int, price: Price, layers: int, owned: Sequence[_Owned]) -> dict[str, float]:
     times = plan.microbatches * rows
-    found = {TENSOR: times * (layers * price.block.sent + price.rest.sent)} if mesh.size(TENSOR) > 1 else {}
-    ways = mesh.size("dp")
-    share = parameters * (ways - 1) / ways
-    if ways > 1:
-        each = plan.microbatches  # gathers and scatters of gradients that are never whole are made for each
-        found["dp"] = share * {0: 2, 1: 2, 2: 1 + each, 3: 3 * each}[plan.zero]
+    found = defaultdict[str, float](float)
+    for axis in dict.fromkeys((*price.block.sent, *price.rest.sent)):
+        found[axis] += times * (layers * price.block.sent.get(axis, 0.0) + price.rest.sent.get(axis, 0.0))
+    each = plan.microbatches  # gathers and scatters of gradients that are never whole are made for each
+    for one in owned:
+        if one.ways > 1 and one.whole:
+            share = one.whole * (one.ways - 1) / one.ways
+            found[one.axes] += share * {0: 2, 1: 2, 2: 1 + each, 3: 3 * each}[plan.zero]
     if mesh.size(PIPELINE) > 1:
         found[PIPELINE] = (2 if mesh.size(PIPELINE) > 2 else 1) * times * price.crossing  # in both directions, or one
-    return found
+    return dict(found)
 
 
 def _link(mesh: Mesh, axis: str, node_size: int) -> float:

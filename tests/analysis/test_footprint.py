@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from autopar.analysis.footprint import held, sent
@@ -20,6 +22,23 @@ def test_traffic_is_that_of_a_step(mesh: str, sequence: str) -> None:
     program = compile_program(example.model, Mesh.parse(mesh), Plan(sequence=sequence), (), example.batch)
     step = simulate(program, example.model.state_dict(), (), example.batch)
     assert sorted(map(str, sent(program))) == sorted(map(str, step.traffic))
+
+
+@pytest.mark.parametrize(("zero", "times"), [(0, {"dp": 1, "tp": 3}), (2, {"dp": 2, "tp": 3}), (3, {"dp": 3, "tp": 3})])
+def test_microbatches_send_again_what_is_not_of_the_whole_step(zero: int, times: dict[str, int]) -> None:
+    """Of two gathers and scatters with zero=2 one is for each microbatch: gathers of parameters are for all."""
+    example = named_model("mlp")
+
+    def moved(microbatches: int) -> dict[str, int]:
+        plan = Plan(zero=zero, microbatches=microbatches, microbatch_weights="rows", bucket_mb=0, overlap_mb=0)
+        found = Counter[str]()
+        for one in sent(compile_program(example.model, Mesh(dp=2, tp=2), plan, (), example.batch)):
+            found[one.axis] += one.bytes
+        return found
+
+    one, three = moved(1), moved(3)
+    assert three["tp"] == times["tp"] * one["tp"]
+    assert three["dp"] == pytest.approx(times["dp"] * one["dp"], rel=0.01)  # beside gradients: the loss
 
 
 def test_before_differentiation_only_forward_is_known() -> None:

@@ -14,13 +14,15 @@ import torch
 from autopar.__main__ import main
 from autopar.analysis.footprint import sent
 from autopar.compiler import compile_program
+from autopar.fitting.counted import compiled, counted
 from autopar.fitting.estimate import Estimate, estimate
-from autopar.fitting.fit import Fitting, Refused, Wanted, compiled, counted, fits, meshes
+from autopar.fitting.fit import Fitting, fits
+from autopar.fitting.meshes import AXES, Model, Refused, Wanted, impossible, meshes, read_axes, tried_axes
 from autopar.fitting.prices import ROWS, Price, Prices, rows_of
 from autopar.fitting.shallow import depth_of, shallow
 from autopar.memory.device import Device
 from autopar.memory.table import memory_of
-from autopar.mesh import Mesh
+from autopar.mesh import Mesh, axes_of
 from autopar.models import llama
 from autopar.plan import Plan
 from tests.selection import slow_but
@@ -40,9 +42,14 @@ def wanted(devices: int, memory: int = 10**12, rows: int = 8, node_size: int = 8
     return Wanted(devices, node_size, rows, OPTIMIZER, device, Plan(), frozenset({"zero", "recompute", "sequence"}))
 
 
+def found_of(sought: Wanted) -> tuple[list[Fitting], list[Refused]]:
+    every = list(fits(prices(), sought))
+    return [one for one in every if isinstance(one, Fitting)], [one for one in every if isinstance(one, Refused)]
+
+
 def estimated(mesh: Mesh, rows: int = 1, **choices: Any) -> Estimate:
     plan = Plan(**choices)
-    price = prices().of(Mesh(tp=mesh.size("tp")), plan)
+    price = prices().of(mesh, plan)
     assert isinstance(price, Price), price
     return estimate(mesh, plan, rows, price, BLOCKS, OPTIMIZER, 8)
 
@@ -65,6 +72,8 @@ MESHES: list[tuple[Mesh, dict[str, Any]]] = [
     (Mesh(dp=4), {"zero": 1, "recompute": "full"}),
     (Mesh(tp=2), {"sequence": "megatron", "recompute": "selective"}),
     (Mesh(pp=3, tp=2), {"microbatches": 3}),
+    (Mesh(sp=2, tp=2), {"microbatches": 2}),
+    (Mesh(dp=2, sp=2), {"microbatches": 2, "zero": 1}),
 ]
 
 
@@ -73,14 +82,14 @@ def test_two_depths_tell_the_memory_of_the_whole_model(mesh: Mesh, choices: dict
     one = estimated(mesh, **choices)
     found = counted(one, prices())
     assert isinstance(found, Estimate) and found.compiled
-    batch = prices().batch_of(mesh.size("dp") * one.plan.microbatches)
+    batch = prices().batch_of(mesh.size("dp") * (one.plan.microbatches if mesh.is_pipelined else 1))
     whole = compile_program(prices().model, mesh, replace(one.plan, check_numerics=False), (), batch)
     exact = memory_of(whole, OPTIMIZER).largest.peak
     assert found.memory == pytest.approx(exact, rel=0.02)
     assert one.memory == pytest.approx(exact, rel=0.25)
     middle = mesh.world_size // 2 if whole.mesh.is_pipelined else 0
     moved = {axis: sum(t.bytes for t in sent(whole, middle) if t.axis == axis) for axis in found.sent}
-    assert {axis for axis, size in mesh.axes if size > 1} == set(moved)
+    assert {axis for axis, size in mesh.axes if size > 1} == {axis for group in moved for axis in axes_of(group)}
     for axis, size in moved.items():
         share = 0.75 if axis == "pp" else 0.1  # stages are cut inside blocks too
         assert found.sent[axis] == pytest.approx(size, rel=share), (axis, found.sent, moved)
@@ -88,24 +97,47 @@ def test_two_depths_tell_the_memory_of_the_whole_model(mesh: Mesh, choices: dict
 
 def test_every_mesh_fits_or_says_why() -> None:
     sought = wanted(6, rows=8, node_size=2)
-    found, refused = fits(prices(), sought)
-    every = {mesh.axes for mesh in meshes(sought)}
+    found, refused = found_of(sought)
+    every = {mesh.axes for mesh in meshes(sought, ("pp", "dp", "tp"))}
     assert {one.mesh.axes for one in [*found, *refused]} == every
     why = {one.mesh.axes: one.why for one in refused}
     assert "batch: 8 rows do not divide by dp=3" in why[Mesh(dp=3, tp=2).axes]
     assert "beyond a node of 2" in why[Mesh(tp=6).axes]
-    assert [one.best.seconds for one in found] == sorted(one.best.seconds for one in found)
+    for one in found:
+        assert [plan.seconds for plan in one.plans] == sorted(plan.seconds for plan in one.plans)
 
 
 def test_heads_and_layers_are_reasons() -> None:
-    _, refused = fits(prices(), wanted(7, rows=7))
+    _, refused = found_of(wanted(7, rows=7))
     why = {one.mesh.axes: one.why for one in refused}
     assert "layers: 6 for pp=7 stages" in why[Mesh(pp=7).axes]
     assert "tp=7" in why[Mesh(tp=7).axes] and "heads" in why[Mesh(tp=7).axes]
 
 
+def test_axes_are_those_that_help_and_the_others_are_said() -> None:
+    dense, mixture = Model(6, 0), Model(6, 8)
+    short, long = replace(wanted(8), length=1024), replace(wanted(8), length=131072)
+    assert tried_axes(dense, short)[0] == ("pp", "dp", "tp") and "sp is not tried" in tried_axes(dense, short)[1][0]
+    assert tried_axes(mixture, long) == (AXES, ())
+    asked = replace(short, axes=read_axes("tp,sp"))
+    assert tried_axes(dense, asked) == (("sp", "tp"), ())
+    assert Mesh(ep=2, sp=2, tp=2).axes in {mesh.axes for mesh in meshes(long, AXES)}
+    with pytest.raises(ValueError, match="--axes pp,dp,tp"):
+        read_axes("cp")
+
+
+def test_experts_and_lengths_are_reasons() -> None:
+    dense, mixture, sought = Model(6, 0), Model(6, 6), replace(wanted(8), length=16384)
+    assert "none for ep=2" in str(impossible(Mesh(ep=2), dense, sought))
+    assert "6 do not divide by ep=4" in str(impossible(Mesh(ep=4), mixture, sought))
+    assert "2,048 tokens" in str(impossible(Mesh(sp=8), dense, sought))
+    assert impossible(Mesh(sp=8), dense, replace(sought, axes=("sp",))) is None
+    assert "do not divide by sp=3" in str(impossible(Mesh(sp=3), dense, sought))
+    assert "dp=4 x ep=6" in str(impossible(Mesh(dp=4, ep=6), mixture, sought))
+
+
 def test_memory_is_a_reason_with_the_bytes() -> None:
-    found, refused = fits(prices(), wanted(2, memory=1000))
+    found, refused = found_of(wanted(2, memory=1000))
     assert not found and all("too much" in one.why for one in refused)
 
 
