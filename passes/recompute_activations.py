@@ -43,7 +43,8 @@ after:
 
 selective  elementwise operators, norms, softmax, casts; the results of matrix products, convolutions, attention,
            collectives and sorts are kept, and the others recomputed from them (Korthikanti et al. 2022, section 5,
-           for any operator)
+           for any operator); with ``Plan(sequence="megatron")`` a rank keeps its part of the sequence, and gathers it
+           over ``tp`` once more (section 4.2.2)
 full       in repeated blocks everything, from the inputs of the block, as ``torch.utils.checkpoint`` around each layer
            does; collectives of ``tp`` within the block run again, as in Megatron's full recompute; a ring of attention
            does not: its result and log-sum-exp are kept; nor do rows go to their experts again: what arrived is kept

@@ -140,7 +140,15 @@ class Regions:
             return False
         block, _ = self.places[node]
         everything = self.program.plan.recompute != "selective" and block != OUTSIDE
-        return not is_random(node.target) and (everything or not _is_costly(node))
+        return not is_random(node.target) and (everything or not _is_costly(node) or self._joins_sequence(node))
+
+    def _joins_sequence(self, node: fx.Node) -> bool:
+        """Whether ``node`` gathers, over ``tp``, the sequence that ``Plan(sequence="megatron")`` splits between blocks.
+
+        Kept whole these operands are as large on every rank as without the split (Korthikanti et al. 2022, 4.2.2).
+        """
+        splits = self.program.plan.sequence == "megatron"
+        return splits and node.target in comm.GATHERS and comm.axes_over(node) == {"tp"}
 
     def _is_buffer(self, node: fx.Node) -> bool:
         """Whether ``node`` is a buffer of rows of experts that has been exchanged."""

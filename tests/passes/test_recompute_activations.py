@@ -245,6 +245,33 @@ def test_collectives_run_again_only_where_all_does() -> None:
     assert _sent(none, "backward") < _sent(full, "backward") <= _sent(none, "backward") + _sent(none, "forward")
 
 
+def _split_between_blocks(recompute: str, layers: int) -> tuple[Program, Example]:
+    example = named_model("gpt", {"layers": layers}, batch=2, length=24)
+    plan = Plan(sequence="megatron", recompute=recompute, bucket_mb=0, overlap_mb=0, check_numerics=False)
+    return compile_program(example.model, Mesh(tp=4), plan, (), example.batch), example
+
+
+def test_what_a_layer_keeps_of_a_split_sequence_is_what_megatron_says() -> None:
+    """Korthikanti et al. 2022, table 2, without dropout: elements of s b h / t, and a number for each row of scores.
+
+    The input of each half 1 + 1, queries, keys and values 3, the result of attention 1, that of the first linear 4.
+    """
+    kept = [_kept(_split_between_blocks("selective", layers)[0]) // 4 for layers in (2, 3)]
+    rows, width, heads, ways = 2 * 24, 48, 12, 4
+    assert kept[1] - kept[0] == (10 * rows * width + rows * heads) // ways
+
+
+def test_a_split_sequence_is_gathered_once_more() -> None:
+    none, selective = (_simulated(*_split_between_blocks(choice, 2)) for choice in ("none", "selective"))
+    assert all(torch.equal(selective.grads[name], grad) for name, grad in none.grads.items()) and none.grads
+    sent = [{t.name: t.bytes for t in step.traffic if t.phase == "backward"} for step in (none, selective)]
+    part = 2 * 24 * 48 * 4 // 4 * 3  # bytes that a rank sends to gather the tokens of one product
+    assert sent[1]["all_gather"] - sent[0]["all_gather"] == (2 * 2 + 1) * part, (
+        "two products in each layer, and the head"
+    )
+    assert sent[1]["reduce_scatter"] == sent[0]["reduce_scatter"]
+
+
 def test_parameters_are_gathered_once_more_at_most() -> None:
     for choice in ("selective", "full"):
         program = _program(choice, "dp=2", zero=3)
