@@ -16,6 +16,7 @@ from autopar.errors import check_kind
 from autopar.frontend.fingerprint import model_facts
 from autopar.mesh import Mesh
 from autopar.module import ParallelModule
+from autopar.other_methods import refuse_wrapped
 from autopar.plan import Plan
 from autopar.runtime.connect import Connection, connect, launched
 from autopar.stored_programs import OneProgram, check_fits, stored_programs
@@ -72,6 +73,7 @@ def parallelize(
 def _check_arguments(model: object, mesh: object, plan: object, example_inputs: object) -> None:
     """Raise ValueError for an argument of another kind than :func:`parallelize` takes."""
     check_kind("model", model, nn.Module, "a module that was built: parallelize(Net(), autopar.Mesh(dp=2))")
+    refuse_wrapped(model)
     check_kind("mesh", mesh, Mesh | DeviceMesh | None, "autopar.Mesh(dp=2, tp=2)")
     check_kind("plan", plan, Plan | None, "autopar.Plan(zero=3), for example")
     if isinstance(example_inputs, Mapping):

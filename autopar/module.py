@@ -28,7 +28,7 @@ from autopar.ir.loss import loss_of
 from autopar.ir.program import AnyProgram
 from autopar.ir.traffic import Transfer
 from autopar.mesh import PIPELINE, Mesh
-from autopar.other_methods import FOR_FRAMEWORKS, refusal
+from autopar.other_methods import FOR_FRAMEWORKS, asked, refusal
 from autopar.pipeline import microbatches
 from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import first_ranks
@@ -302,7 +302,7 @@ class ParallelModule(nn.Module):
             if "_held" not in self.__dict__ or (name.startswith("_") and name not in vars(self._held.model)):
                 raise
         model = self._held.model
-        found = getattr(model, name)
+        found = asked(model, name)
         if callable(found) and name not in vars(model):
             raise AttributeError(refusal(type(model).__name__, name))
         return found

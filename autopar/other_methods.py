@@ -1,6 +1,11 @@
-"""What other frameworks ask of a model: methods of its class, with the line that does the same, and attributes."""
+"""What other frameworks ask of a model: methods of its class, with the line that does the same, and attributes.
+
+And what they make of a model: methods that their wrappers have, and the wrappers, by the names of their classes.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from autopar.errors import LaunchError
 
@@ -26,6 +31,49 @@ INSTEAD = {
     "training_step": "a Lightning module around the parallel one: docs/frameworks.md",
     "configure_optimizers": "a Lightning module around the parallel one: docs/frameworks.md",
     "merge_and_unload": GATHER,
+}
+
+NO_SYNC = (
+    "with model.no_sync(): around the batches before the last, or Plan(microbatches=m) and model.train_step(**batch)"
+)
+PREFETCH = "parameters are gathered ahead of their use, within Plan(overlap_mb=...)"
+WHOLE = "autopar.gather(model), model.full_state_dict(), or full_tensor() of one parameter, on all ranks"
+SAVING = "autopar.Checkpoints(directory): save(step, model, optimizer), load(model, optimizer), on any mesh"
+WRAPPED_ELSEWHERE = {  # method or attribute -> whose it is, and the line that does the same here
+    "set_requires_gradient_sync": ("FSDP2", NO_SYNC),
+    "set_is_last_backward": ("FSDP2", NO_SYNC),
+    "set_requires_all_reduce": ("FSDP2", NO_SYNC),
+    "set_reshard_after_forward": ("FSDP2", "Plan(zero=3, reshard_after_forward=False)"),
+    "set_reshard_after_backward": ("FSDP2", "parameters are freed after backward, always"),
+    "set_modules_to_forward_prefetch": ("FSDP2", PREFETCH),
+    "set_modules_to_backward_prefetch": ("FSDP2", PREFETCH),
+    "set_gradient_divide_factor": ("FSDP2", "gradients are those of the loss of the whole batch: scale the loss"),
+    "unshard": ("FSDP2", WHOLE),
+    "reshard": ("FSDP2", WHOLE),
+    "summon_full_params": ("FullyShardedDataParallel", WHOLE),
+    "module": ("DistributedDataParallel", "the parallel module itself: it has the model's names and attributes"),
+    "register_comm_hook": ("DistributedDataParallel", 'Plan(precision=autopar.Precision(param="bf16"), bucket_mb=25)'),
+    "backward": ("DeepSpeed", "loss.backward()"),
+    "step": ("DeepSpeed", "optimizer.step(), optimizer.zero_grad(); model.clip_grad_norm_(1.0) before it"),
+    "train_batch": ("DeepSpeed", "loss = model.train_step(**batch), the batch whole"),
+    "eval_batch": ("DeepSpeed", "with torch.no_grad(): loss = model(**batch).loss"),
+    "save_checkpoint": ("DeepSpeed", SAVING),
+    "load_checkpoint": ("DeepSpeed", SAVING),
+    "save_16bit_model": ("DeepSpeed", "autopar.save_pretrained(model, directory) on all ranks"),
+    "is_gradient_accumulation_boundary": ("DeepSpeed", NO_SYNC),
+    "finish_grad_sync": ("Megatron-LM", "gradients are reduced when backward, or train_step, returns"),
+    "start_grad_sync": ("Megatron-LM", "gradients are reduced when backward, or train_step, returns"),
+    "zero_grad_buffer": ("Megatron-LM", "optimizer.zero_grad()"),
+    "sharded_state_dict": ("Megatron-LM", SAVING),
+    "set_input_tensor": ("Megatron-LM", "model.train_step(**batch) runs the schedule of a pipeline"),
+}
+WRAPPERS = {  # class -> the plain model, and what does here what it does
+    "DistributedDataParallel": ("model.module", 'Mesh(dp=n) with Plan(inputs="local") is the same'),
+    "DataParallel": ("model.module", "Mesh(dp=n) is the same, one process for each device"),
+    "FullyShardedDataParallel": ("the model before it is wrapped", "Mesh(dp=n) with Plan(zero=3) is the same"),
+    "FSDPModule": ("the model before fully_shard", "Mesh(dp=n) with Plan(zero=3) is the same"),
+    "DeepSpeedEngine": ("engine.module, before deepspeed.initialize", "Mesh(dp=n) with Plan(zero=...) is the same"),
+    "ParallelModule": ("the model before it is parallelised", "a model is parallelised once, over all axes"),
 }
 
 
@@ -59,3 +107,25 @@ def refusal(kind: str, name: str) -> str:
         "what the model computes otherwise is not parallelised\n"
         f"Way out: {way_out}."
     )
+
+
+def asked(model: object, name: str) -> Any:
+    """An attribute of ``model``. Raises AttributeError, of what a wrapper elsewhere has with what is here instead."""
+    try:
+        return getattr(model, name)
+    except AttributeError:
+        if name not in WRAPPED_ELSEWHERE:
+            raise
+    whose, way_out = WRAPPED_ELSEWHERE[name]
+    raise AttributeError(f"'{name}' is of {whose}; a parallel module has none\nWay out: {way_out}.")
+
+
+def refuse_wrapped(model: object) -> None:
+    """Raise ValueError for a model in which another framework communicates already."""
+    for kind in type(model).__mro__:
+        if kind.__name__ in WRAPPERS:
+            plain, here = WRAPPERS[kind.__name__]
+            raise ValueError(
+                f"the model is a {kind.__name__} already, which communicates itself\n"
+                f"Way out: parallelize {plain}; {here}."
+            )

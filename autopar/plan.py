@@ -255,9 +255,18 @@ def _check_names(choices: Mapping[str, object], where: str = "") -> None:
     names = [entry.name for entry in fields(Plan)]
     for name in choices:
         if name not in names:
+            if name in _OF_DEEPSPEED:
+                raise ValueError(
+                    f"{where}{name!r} is a key of DeepSpeed's configuration, not a choice of a plan\n"
+                    'Way out: docs/coming_from.md has what its keys are here: zero = 3 for "stage": 3.'
+                )
             raise ValueError(unknown_name(f"{where}Plan has no choice", name, names))
 
 
+_OF_DEEPSPEED = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization", "bf16",
+    "fp16", "gradient_clipping", "optimizer", "scheduler", "activation_checkpointing", "steps_per_print",
+}  # fmt: skip
 _TP_STYLES = {"colwise": "column", "rowwise": "row"}
 
 

@@ -63,7 +63,7 @@ STANDS_ON = {
         " traces"
     ),
     "stored_programs": "errors frontend ir mesh plan program_files",
-    "api": "choices errors frontend mesh module plan runtime stored_programs",
+    "api": "choices errors frontend mesh module other_methods plan runtime stored_programs",
     "reference": "compiler errors frontend ir mesh pipeline plan simulate simulator",
     "check": "compiler errors frontend ir mesh pipeline plan precision reference simulate simulator",
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",

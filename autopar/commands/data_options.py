@@ -22,14 +22,17 @@ Data = Annotated[
         "--text",
         metavar="PATH",
         rich_help_panel=PANEL,
-        help="text, .jsonl, a folder of these, or tokens: .npy, .bin  [default: Python's own reference]",
+        help="text, .jsonl, a folder of these, or tokens: .npy, .bin, Megatron-LM's .bin and .idx  "
+        "[default: Python's own reference]",
     ),
 ]
 TokenizerName = Annotated[
     str | None, typer.Option("--tokenizer", metavar="DIR", rich_help_panel=PANEL, help="of transformers, or bytes")
 ]
 TextKey = Annotated[str, typer.Option("--text-key", rich_help_panel=PANEL, help="of the text in a line of .jsonl")]
-TokenDtype = Annotated[str, typer.Option("--token-dtype", rich_help_panel=PANEL, help="of the numbers in .bin")]
+TokenDtype = Annotated[
+    str, typer.Option("--token-dtype", rich_help_panel=PANEL, help="of the numbers in .bin without .idx")
+]
 EndToken = Annotated[
     int | None, typer.Option("--end-token", metavar="ID", rich_help_panel=PANEL, help="ends a document in .npy, .bin")
 ]

@@ -5,6 +5,7 @@
 | ``.jsonl``, ``.ndjson`` | a document on each line: an object with its text under a key, or a string |
 | ``.npy`` | tokens, in one dim, as numpy writes them |
 | ``.bin`` | tokens, as whole numbers one after the other, without a head (Megatron-LM's and nanoGPT's ``.bin``) |
+| ``.idx`` beside a ``.bin`` | Megatron-LM's index: the dtype of the tokens, and the token that ends a document |
 | a folder | all of its ``.txt``, ``.md``, ``.jsonl`` and ``.ndjson`` files by name, each text file a document |
 | any other | text, one document |
 
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from autopar.data.megatron_index import index_of
 from autopar.data.token_stream import Tokens
 
 BYTES = 256  # how many tokens there are where each byte is one
@@ -76,11 +78,12 @@ def read_tokens(
 
     Args:
         text_key: of the text in an object of JSON lines.
-        dtype: of the numbers in a ``.bin`` file.
-        end: the token that ends a document of a packed file.
+        dtype: of the numbers in a ``.bin`` file without an index.
+        end: the token that ends a document of a packed file; by default, that of its index.
 
     Raises ValueError, naming the file and the line, for what cannot be read.
     """
+    path = _with_suffix(path)
     if path.suffix in (".npy", ".bin"):
         return _packed(path, dtype, end)
     words = tokenizer_of(tokenizer)
@@ -123,7 +126,15 @@ def usual_text() -> bytes:
     return "\n\n".join(topics.values()).encode()
 
 
+def _with_suffix(path: Path) -> Path:
+    """``path``; the ``.bin`` file where it is the prefix of Megatron-LM's two files, or its index."""
+    tokens = path.with_suffix(".bin") if path.suffix == ".idx" else path.with_name(f"{path.name}.bin")
+    return tokens if tokens.is_file() and (path.suffix == ".idx" or not path.exists()) else path
+
+
 def _packed(path: Path, dtype: str, end: int | None) -> Tokens:
+    index = index_of(path) if path.suffix == ".bin" else None
+    dtype = index.dtype if index is not None else dtype
     try:
         if path.suffix == ".npy":
             numbers = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -136,6 +147,8 @@ def _packed(path: Path, dtype: str, end: int | None) -> Tokens:
         raise ValueError(
             f"--data {path}: it has {numbers.dtype} in shape {list(numbers.shape)}; tokens are whole numbers in one dim"
         )
+    if index is not None and end is None:
+        end = index.end_token(numbers)
     ends = (numbers[:LOOKED_AT], numbers[-LOOKED_AT:])
     most = max((int(part.max()) for part in ends if len(part)), default=0)
     return Tokens(numbers, most + 1, end)

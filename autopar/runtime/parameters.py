@@ -72,7 +72,9 @@ class Weights:
             return
         if any(isinstance(table[key], DTensor) for _, table, key, _ in tables(root)):
             raise ValueError(
-                "the model has DTensor parameters already\nWay out: parallelize an ordinary model, and that once."
+                "the model has DTensor parameters already\n"
+                "Way out: parallelize an ordinary model, and that once; Plan(zero=3) and Mesh(tp=n) do what "
+                "fully_shard and parallelize_module do."
             )
         self._meshes = Meshes(connection.of_stage())
         self._place({})

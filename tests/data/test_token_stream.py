@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from autopar import Mesh, pack_tokens
+from autopar.data.megatron_index import DTYPES
 from autopar.data.parts import Share
 from autopar.data.token_sources import read_tokens
 from autopar.data.token_stream import Tokens, TokenStream, separated
@@ -76,6 +78,49 @@ def test_packed_files_are_mapped(tmp_path: Path, dtype: str) -> None:
         batch = TokenStream(tokens, 2, 10)(3)
         assert batch["input_ids"].dtype == torch.int64
         assert batch["input_ids"].tolist() == [[*range(30, 40)], [(530 + i) % 300 for i in range(10)]]
+
+
+def written_by_megatron(path: Path, documents: list[list[int]], dtype: str) -> None:
+    """``path``.bin and .idx, as ``preprocess_data`` writes them."""
+    np.concatenate([np.array(document, dtype) for document in documents]).tofile(path.with_suffix(".bin"))
+    lengths, size = np.array([len(document) for document in documents], "<i4"), np.dtype(dtype).itemsize
+    code = next(code for code, name in DTYPES.items() if name == dtype)
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(documents), len(documents) + 1)
+    begins = (np.cumsum(lengths) - lengths).astype("<i8") * size
+    entries = np.arange(len(documents) + 1, dtype="<i8")
+    path.with_suffix(".idx").write_bytes(head + lengths.tobytes() + begins.tobytes() + entries.tobytes())
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+@pytest.mark.parametrize("name", ["own", "own.bin", "own.idx"])
+def test_the_index_of_megatron_says_dtype_and_end(tmp_path: Path, name: str, dtype: str) -> None:
+    written_by_megatron(tmp_path / "own", [[5, 6, 2], [7, 2], [2]], dtype)
+    tokens = read_tokens(tmp_path / name)
+    assert tokens.numbers.tolist() == [5, 6, 2, 7, 2, 2] and isinstance(tokens.numbers, np.memmap)
+    assert (tokens.end, tokens.vocabulary) == (2, 8)
+    assert read_tokens(tmp_path / name, end=7).end == 7
+    written_by_megatron(tmp_path / "own", [[5, 6], [7, 2]], dtype)
+    assert read_tokens(tmp_path / name).end is None, "documents end with several tokens"
+
+
+def test_an_index_that_is_another(tmp_path: Path) -> None:
+    written_by_megatron(tmp_path / "own", [[5, 6, 2], [7, 2]], "int32")
+    index = (tmp_path / "own.idx").read_bytes()
+    wrong = {
+        index[:20]: "no index of Megatron-LM",
+        b"x" + index[1:]: "no index of Megatron-LM",
+        index[:17] + b"\x07" + index[18:]: "of whole numbers",
+        index[:-8]: "2 sequences, and 74 bytes",
+    }
+    for data, message in wrong.items():
+        (tmp_path / "own.idx").write_bytes(data)
+        with pytest.raises(ValueError, match=f"own.idx: .*{message}.*\nWay out: Megatron-LM's index of own.bin"):
+            read_tokens(tmp_path / "own")
+    (tmp_path / "own.idx").write_bytes(index)
+    with (tmp_path / "own.bin").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match="own.bin: 24 bytes, where own.idx has 20"):
+        read_tokens(tmp_path / "own")
 
 
 def test_files_that_are_no_tokens(tmp_path: Path) -> None:
