@@ -36,6 +36,8 @@ Until here ``ep`` is a data axis like ``dp``. What this pass makes of a layer of
   rows that it has received, as many as there are (``192?@ep``: a number that ranks know at run time only),
 * ``return_rows`` sends the results back, and they are put in the order of the tokens again.
 
+Where ``ep`` has one rank ``Plan(record_load=True)`` counts the rows of each expert, and nothing else changes.
+
 Nothing is dropped, unless ``Plan(capacity_factor=...)`` limits the rows of each expert: then buffers of a fixed size
 are exchanged (``autopar/routing/buffers.py``). Backward does the same the other way: one exchange of rows for each. The
 gradient of an expert is complete on its rank. (Lepikhin et al. 2020, GShard; Fedus et al. 2021, Switch; Gale et al.
@@ -55,6 +57,7 @@ from autopar.ir.tables import Unrouted
 from autopar.mesh import EXPERTS
 from autopar.notes import warn
 from autopar.routing.buffers import Buffers
+from autopar.routing.counted import Counting
 from autopar.routing.dispatch import Dispatch
 from autopar.routing.exchange import check_tokens
 from autopar.routing.groups import asked_group, group_of, is_asked_for
@@ -67,6 +70,10 @@ from autopar.routing.regions import regions_of
 def route_experts(program: Program) -> Program:
     regions, reasons = regions_of(program)
     orders = orders_of(regions, program.plan.expert_placement)
+    if not _is_dealt(program):
+        for layer, region in zip(orders, regions):
+            Counting(program.mesh, EXPERTS, region, layer=layer).write()
+        return program
     dealt = []
     for region, (layer, order) in zip(regions, orders.items()):
         axis = group_of(program, region)
@@ -94,6 +101,11 @@ def route_experts(program: Program) -> Program:
 
 
 def _is_needed(program: Program) -> bool:
+    return _is_dealt(program) or program.plan.record_load
+
+
+def _is_dealt(program: Program) -> bool:
+    """Whether rows are sent to their experts, or limited there; else they are counted alone."""
     return is_asked_for(program) or program.plan.capacity_factor is not None
 
 

@@ -164,3 +164,11 @@ def test_loads_are_read_from_a_log(tmp_path: Path) -> None:
     log.write_text("loss 1.0\n")
     with pytest.raises(ValueError, match="is no log of autopar train"):
         read_loads(log)
+
+
+@pytest.mark.parametrize("mesh", slow_but([0, 2], ["ep=1", "dp=1", "dp=2", "tp=2", "sp=2", "pp=2,dp=2"]))
+def test_the_load_is_counted_where_no_expert_is_dealt_out(mesh: str) -> None:
+    """Every rank has all experts; the counts are the model's own."""
+    loads = checked(mesh).step.expert_load
+    assert [list(loads[LAYER.format(number)].experts) for number in range(len(loads))] == chosen() and len(loads) > 1
+    assert all(sum(load.ranks) == sum(load.experts) and load.ways == 1 and not load.lost for load in loads.values())
