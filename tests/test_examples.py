@@ -71,6 +71,8 @@ RUNS = [
     ("mixture_of_experts", 2, [], ["--mesh", "ep=2"]),
     ("mixture_of_experts", 4, [], ["--mesh", "dp=2,ep=2"]),
     ("evaluate", 2, ["{folder}/model", "{root}/CONTRIBUTING.md"], ["--mesh", "dp=2"]),
+    ("image_classifier", 2, [], ["--mesh", "dp=2", "--zero", "3"]),
+    ("image_classifier", 4, [], ["--mesh", "dp=2,tp=2"]),
     ("generate", 2, ["{folder}/model", "hello"], ["--mesh", "tp=2"]),
 ]
 

@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "train": (
         "train", "train_command",
-        "Train MODEL over a mesh on byte-level tokens of real text; by itself it starts one process per "
+        "Train MODEL over a mesh, on text or on batches of your own; by itself it starts one process per "
         "rank (torchrun).",
     ),
     "compile": (

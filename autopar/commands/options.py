@@ -61,7 +61,8 @@ Loss = Annotated[
     str,
     typer.Option(
         "--loss", metavar="NAME", rich_help_panel=PANEL,
-        help="of a model that returns none: next-token, mean-square, none; auto takes what fits",
+        help="of a model that returns none: next-token, mean-square, none; or with a target that it does not take: "
+        "cross-entropy, squared-error; auto takes what fits",
     ),
 ]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text and tables")]
@@ -103,14 +104,21 @@ class ModelChoices:
         own = {name.removeprefix("model_"): value for name, value in given.items()}
         return cls(**{**own, "config": read_config(own["config"]), "inputs": tuple(own["inputs"] or ())})
 
-    def example(self, name: str, ways: int = 1, *, shown: bool = False) -> Example:
-        """The model ``name`` and a batch whose rows ``ways`` ranks can share. Raises ValueError.
+    def example(
+        self,
+        name: str,
+        ways: int = 1,
+        *,
+        shown: bool = False,
+        given: Mapping[str, Any] | Sequence[Any] | None = None,
+    ) -> Example:
+        """The model ``name`` and a batch whose rows ``ways`` ranks can share, or ``given``, a batch. Raises ValueError.
 
         ``shown``: what a user should know about the model is printed first, on stdout.
         """
         from autopar.zoo.named import named_model  # which imports torch
 
-        more = {"task": self.task, "inputs": self.inputs, "vocab": self.vocab, "loss": self.loss}
+        more = {"task": self.task, "inputs": self.inputs, "vocab": self.vocab, "loss": self.loss, "given": given}
         found = named_model(name, self.config, self.batch, self.length, self.seed, ways, **more)
         if shown and found.words:
             print(f"{name}: {found.words}", flush=True)

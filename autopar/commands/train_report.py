@@ -9,6 +9,7 @@ from torch import nn
 from autopar.commands.curves import sparkline
 from autopar.commands.expert_loads import loads_json, loads_tables
 from autopar.commands.tables import stdout, table, traffic_json, traffic_table
+from autopar.data.batch_source import Source
 from autopar.data.token_stream import TokenStream
 from autopar.training.loop import Curve, Run, Settings
 
@@ -21,9 +22,10 @@ def tolerance_of(settings: Settings) -> float:
     return max(TOLERANCES[dtype] for dtype in (precision.param, precision.reduce, precision.output))
 
 
-def document_of(model: str, run: Run, settings: Settings, text: TokenStream, seconds: float) -> dict[str, Any]:
+def document_of(model: str, run: Run, settings: Settings, source: Source, seconds: float) -> dict[str, Any]:
     reference, plan = run.reference, settings.plan
-    tokens = text.batch * text.length * settings.accumulate
+    rows, tokens = (None if count is None else count / max(1, len(run.parallel.losses)) for count in run.counts)
+    text = source if isinstance(source, TokenStream) else None
     return {
         "model": model,
         "mesh": dict(settings.mesh.axes),
@@ -33,9 +35,9 @@ def document_of(model: str, run: Run, settings: Settings, text: TokenStream, sec
         "microbatches": plan.microbatches,
         "schedule": plan.schedule if settings.mesh.is_pipelined else None,
         "device": settings.device.type,
-        "batch": text.batch,
-        "length": text.length,
-        "unit": text.tokens.unit,
+        "batch": text.batch if text is not None else _plain((rows or 0) / settings.accumulate),
+        "length": text.length if text is not None else None,
+        "unit": text.tokens.unit if text is not None else "rows" if tokens is None else "tokens",
         "accumulate": settings.accumulate,
         "steps": settings.steps,
         "first_step": run.start.step,
@@ -46,8 +48,8 @@ def document_of(model: str, run: Run, settings: Settings, text: TokenStream, sec
         "reference_losses": reference.losses if reference else None,
         "largest_difference": run.difference,
         "tolerance": tolerance_of(settings),
-        "tokens_per_second": _rate(tokens, run.parallel),
-        "reference_tokens_per_second": _rate(tokens, reference) if reference else None,
+        "evaluation_losses": {str(step): loss for step, loss in run.evaluations.items()} or None,
+        **_rates(rows, tokens, run),
         "first_step_seconds": round(run.parallel.seconds[0], 2) if run.parallel.seconds else None,
         "seconds": round(seconds, 2),
         "traffic_per_step": traffic_json(run.traffic, run.counted),
@@ -55,8 +57,20 @@ def document_of(model: str, run: Run, settings: Settings, text: TokenStream, sec
     }
 
 
-def _rate(tokens: int, curve: Curve) -> float | None:
-    return round(tokens / curve.step_seconds, 1) if curve.step_seconds else None
+def _rates(rows: float | None, tokens: float | None, run: Run) -> dict[str, float | None]:
+    """Tokens in a second, or rows where nothing says what a token is, of both models."""
+    count, unit = (rows, "rows") if tokens is None else (tokens, "tokens")
+    curves = {"": run.parallel, "reference_": run.reference}
+    return {f"{whose}{unit}_per_second": _rate(count or 0, curve) for whose, curve in curves.items()}
+
+
+def _rate(count: float, curve: Curve | None) -> float | None:
+    return round(count / curve.step_seconds, 1) if curve is not None and curve.step_seconds else None
+
+
+def _plain(number: float) -> float | int:
+    """A whole number as one: batches may have unequally many rows."""
+    return int(number) if number == int(number) else round(number, 1)
 
 
 def end_of(run: Run, settings: Settings) -> str:
@@ -74,16 +88,21 @@ def print_report(model: nn.Module, run: Run, settings: Settings, document: dict[
         return
     count = sum(parameter.numel() for parameter in model.parameters())
     batches = f"{settings.accumulate} x " if settings.accumulate > 1 else ""
-    batches += f"{document['batch']} x {document['length']} {document['unit']}"
+    length = f" x {document['length']}" if document["length"] is not None else ""
+    batches += f"{document['batch']}{length} {document['unit'] if length else 'rows'}"
     console.print(
         f"{type(model).__name__}, {count:,} parameters, on {settings.mesh}: {settings.mesh.world_size} "
         f"{settings.device.type} processes, batches of {batches}"
     )
-    console.print(traffic_table("sent by one rank in a step", run.traffic, run.counted))
+    console.print(traffic_table("sent by rank 0 in a step", run.traffic, run.counted))
     for loads in loads_tables(run.loads):
         console.print(loads)
     title = f"loss of {len(run.parallel.losses)} steps" + (f" from {run.start.step}" if run.start.step else "")
-    console.print(table(title, ("", "curve", "first", "last", "tokens/s"), _curves(run, document)))
+    unit = "rows" if "rows_per_second" in document else "tokens"
+    console.print(table(title, ("", "curve", "first", "last", f"{unit}/s"), _curves(run, document, unit)))
+    if run.evaluations:
+        found = [(f"after step {step}", f"{loss:.6f}") for step, loss in run.evaluations.items()]
+        console.print(table("loss of --eval-data", ("", "loss"), found))
     resumed = settings.saving is not None and settings.saving.resume
     traced = "" if resumed else " (compiled before)" if settings.program else " (tracing and splitting)"
     console.print(
@@ -94,10 +113,10 @@ def print_report(model: nn.Module, run: Run, settings: Settings, document: dict[
     _print_difference(run, settings)
 
 
-def _curves(run: Run, document: dict[str, Any]) -> list[tuple[str, ...]]:
-    curves = {"parallel": (run.parallel, document["tokens_per_second"])}
+def _curves(run: Run, document: dict[str, Any], unit: str) -> list[tuple[str, ...]]:
+    curves = {"parallel": (run.parallel, document[f"{unit}_per_second"])}
     if run.reference:
-        curves["one device"] = (run.reference, document["reference_tokens_per_second"])
+        curves["one device"] = (run.reference, document[f"reference_{unit}_per_second"])
     every = [loss for curve, _ in curves.values() for loss in curve.losses]
     return [
         (

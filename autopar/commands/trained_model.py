@@ -17,8 +17,8 @@ def refuse_model(name: str, model: nn.Module, stream: TokenStream) -> None:
     vocabulary = getattr(sizes, "vocab_size", getattr(sizes, "vocab", None))
     if not isinstance(vocabulary, int):
         raise ValueError(
-            f"train needs a language model that takes input_ids and labels; {name} has no vocabulary\n"
-            "Way out: tiny:llama."
+            f"{name} has no vocabulary, and text is for language models, which take input_ids and labels\n"
+            "Way out: --data FILE.py:LOADER, a function that returns batches for any model; or tiny:llama."
         )
     if vocabulary < tokens.vocabulary:
         key = "vocab_size" if hasattr(sizes, "vocab_size") else "vocab"
@@ -27,10 +27,16 @@ def refuse_model(name: str, model: nn.Module, stream: TokenStream) -> None:
             f"{name} has a vocabulary of {vocabulary}, and {tokens.unit} need {tokens.vocabulary}\n"
             f"Way out: --config {key}={enough}"
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(f"{name} is too large to be trained from random weights here\nWay out: --config layers=2")
+    refuse_without_weights(name, model)
+    stream.limit = vocabulary
     if stream.is_separate:
         _refuse_joined(name, model)
+
+
+def refuse_without_weights(name: str, model: nn.Module) -> None:
+    """Raise ValueError where ``model`` is on the meta device."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"{name} is too large to be trained from random weights here\nWay out: --config layers=2")
 
 
 def _refuse_joined(name: str, model: nn.Module) -> None:

@@ -2,77 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from autopar.commands.bundles import option
 from autopar.commands.tables import stderr
+from autopar.commands.watch_options import USUAL, WatchChoices
 from autopar.training.loop import Settings
 from autopar.training.ranks import is_first
 from autopar.training.saving import Start
-from autopar.training.sinks import Lines, Sink, TensorBoard, Wandb, package
+from autopar.training.sinks import Lines, Sink, TensorBoard, Wandb
 from autopar.training.step_record import StepRecord
-
-USUAL = 10  # steps from one line to the next
-
-LogEvery = Annotated[
-    int | None,
-    typer.Option(min=1, help=f"steps from one line to the next  [default: {USUAL}; on a terminal none, but a bar]"),
-]
-TensorBoardFolder = Annotated[
-    Path | None, typer.Option("--tensorboard", metavar="DIR", help="write curves for tensorboard --logdir DIR")
-]
-ToWandb = Annotated[bool, typer.Option("--wandb", help="send the numbers of each step to Weights & Biases")]
-PeakTflops = Annotated[
-    float | None, typer.Option(min=0.001, metavar="TFLOPS", help="peak of one device, for mfu, where autopar has none")
-]
-ProfileFolder = Annotated[
-    Path | None, typer.Option("--profile", metavar="DIR", help="write torch.profiler's view of a step: rank0.json, ...")
-]
-
-
-@dataclass(frozen=True)
-class WatchChoices:
-    """How a run is watched.
-
-    ``every``: steps from one line to the next; None for the usual number, and none on a terminal. ``peak``: operations
-    per second of one device. ``profile``: a directory for what the profiler of each rank sees.
-    """
-
-    every: int | None = None
-    tensorboard: Path | None = None
-    wandb: bool = False
-    peak: float | None = None
-    profile: Path | None = None
-
-    @classmethod
-    def parameters(cls) -> list[inspect.Parameter]:
-        return [
-            option("log_every", LogEvery),
-            option("tensorboard", TensorBoardFolder),
-            option("wandb", ToWandb, False),
-            option("peak_tflops", PeakTflops),
-            option("profile", ProfileFolder),
-        ]
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
-        """Raises ValueError for a package that is missing, before any rank is started."""
-        folder, wandb, peak = given["tensorboard"], given["wandb"], given["peak_tflops"]
-        if folder is not None:
-            package("tensorboard", "--tensorboard")
-        if wandb:
-            package("wandb", "--wandb")
-        return cls(given["log_every"], folder, wandb, peak * 1e12 if peak else None, given["profile"])
 
 
 @dataclass(frozen=True)

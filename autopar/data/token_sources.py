@@ -151,7 +151,9 @@ def _packed(path: Path, dtype: str, end: int | None) -> Tokens:
         end = index.end_token(numbers)
     ends = (numbers[:LOOKED_AT], numbers[-LOOKED_AT:])
     most = max((int(part.max()) for part in ends if len(part)), default=0)
-    return Tokens(numbers, most + 1, end)
+    if any(len(part) and int(part.min()) < 0 for part in ends):
+        raise ValueError(f"--data {path}: it has negative numbers, which are no tokens\nWay out: --token-dtype uint16.")
+    return Tokens(numbers, most + 1, end, is_bounded=len(numbers) <= 2 * LOOKED_AT)
 
 
 def _documents(path: Path, text_key: str) -> Iterator[str]:

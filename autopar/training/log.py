@@ -58,6 +58,17 @@ def bytes_by_axis(traffic: tuple[Transfer, ...]) -> dict[str, int]:
     return dict(found)
 
 
+def added(one: tuple[Transfer, ...], other: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
+    """What both counts have together."""
+    found = {(entry.phase, entry.axis, entry.name): entry for entry in one}
+    for entry in other:
+        key = (entry.phase, entry.axis, entry.name)
+        old = found.get(key)
+        operations, moved = (old.operations, old.bytes) if old else (0, 0)
+        found[key] = Transfer(*key, entry.operations + operations, entry.bytes + moved)
+    return tuple(found.values())
+
+
 def since(before: tuple[Transfer, ...], now: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
     """The transfers between two counts."""
     known = {(entry.phase, entry.axis, entry.name): entry for entry in before}

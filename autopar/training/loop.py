@@ -9,21 +9,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autopar.api import parallelize
+from autopar.data.batch_source import Batch, Counts, Source
 from autopar.data.parts import Share
-from autopar.data.token_stream import TokenStream
 from autopar.ir.load import ExpertLoad
 from autopar.ir.traffic import Transfer
 from autopar.mesh import Mesh
 from autopar.module import ParallelModule
 from autopar.plan import Plan
 from autopar.traces.slices import OF_RANKS
-from autopar.training.log import Log, since
+from autopar.training.calls import arguments, loss_after, moved, total
+from autopar.training.evaluation import Evaluation
+from autopar.training.log import Log, added, since
 from autopar.training.meter import Measures, Meter
 from autopar.training.profiling import profile
 from autopar.training.ranks import is_first
@@ -32,9 +33,7 @@ from autopar.training.sinks import Sink
 from autopar.training.step_record import StepRecord
 from autopar.training.stopping import StopSignal, most_of_ranks
 
-CLIP = 1.0
 TRACED = 2  # the third step: what the first two do once is over
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Settings:
         program: a directory with the program of a step, compiled before.
         trace: a directory, in which ``ranks`` gets the timelines of one step: the third of this run, or its last.
         profile: a directory for the files of :func:`autopar.training.profiling.profile`, of the same step.
+        evaluation: data that the parallel model is evaluated on, and when.
         peak: operations per second of one device, where :mod:`autopar.cost.device_peaks` does not know it.
     """
 
@@ -60,13 +60,14 @@ class Settings:
     device: torch.device
     compare: bool
     accumulate: int = 1
-    clip: float = CLIP
+    clip: float = 1.0
     saving: Saving | None = None
     log: Path | None = None
     program: Path | None = None
     trace: Path | None = None
     peak: float | None = None
     profile: Path | None = None
+    evaluation: Evaluation | None = None
 
 
 @dataclass
@@ -87,6 +88,7 @@ class Curve:
 class Run:
     """The result of a run on rank 0. ``traffic`` is that of ``counted`` steps; ``stopped``: by SIGTERM, before its end.
 
+    ``counts``: rows and tokens of all its steps. ``evaluations``: losses of evaluations by the steps done before them.
     ``saved``: the last checkpoint. ``loads``: of the experts of each layer, of all steps, where the plan counts them.
     """
 
@@ -94,10 +96,12 @@ class Run:
     reference: Curve | None
     traffic: tuple[Transfer, ...]
     counted: int
+    counts: Counts
     start: Start = Start()
     stopped: bool = False
     saved: Path | None = None
     loads: Mapping[str, ExpertLoad] = field(default_factory=dict)
+    evaluations: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def done(self) -> int:
@@ -115,7 +119,7 @@ class Run:
 
 def train(
     model: nn.Module,
-    text: TokenStream,
+    batches: Source,
     settings: Settings,
     on_start: Callable[[Start], None],
     on_step: Sink,
@@ -135,23 +139,25 @@ def train(
     saver, start = None, Start()
     if saving is not None:
         if saving.resume:  # the layout of parameters must be known before their states are loaded
-            parallel.prepare(**_batches(text, 0, settings, _share(settings))[0])
-        saver = Saver(saving, text, parallel, step.optimizer)
+            args, kwargs = arguments(moved(batches.first(share_of(settings)), settings.device))
+            parallel.prepare(*args, **kwargs)
+        saver = Saver(saving, batches, parallel, step.optimizer)
         start = saver.start()
     on_start(start)
     append = saving is not None and saving.resume
     with Log(settings.log if is_first() else None, append) as log, StopSignal() as stop:
         if start.path is not None:
             log.write(event="resumed", step=start.step, checkpoint=str(start.path), mesh=dict(settings.mesh.axes))
-        loop = _Loop(step, beside, text, settings, log, stop)
+        loop = _Loop(step, beside, batches, settings, log, stop)
         done = loop.run(start, saver, on_step)
         saved = saver.finish(done, loop.place, loop.finite) if saver else None
         if loop.stopped:
             log.write(event="stopped", step=done, checkpoint=str(saved) if saved else None)
     steps = done - start.step
-    traffic = since(loop.warm, parallel.traffic) if steps > 1 else parallel.traffic
+    traffic = since(loop.evaluated, since(loop.warm, parallel.traffic) if steps > 1 else parallel.traffic)
     other = beside.curve if beside else None
-    return Run(step.curve, other, traffic, max(1, steps - 1), start, loop.stopped, saved, loop.loads)
+    end = (start, loop.stopped, saved, loop.loads, loop.evaluations)
+    return Run(step.curve, other, traffic, max(1, steps - 1), total(loop.counts), *end)
 
 
 class _Loop:
@@ -161,19 +167,22 @@ class _Loop:
         self,
         step: _Stepper,
         beside: _Stepper | None,
-        text: TokenStream,
+        source: Source,
         settings: Settings,
         log: Log,
         stop: StopSignal,
     ) -> None:
-        self._step, self._beside, self._text, self._settings = step, beside, text, settings
+        self._step, self._beside, self._source, self._settings = step, beside, source, settings
         self._log, self._stop = log, stop
-        self._share = _share(settings)
-        self.place = 0  # in the text: batches
+        self._share = share_of(settings)
+        self.place = 0  # batches that were read
         self.stopped = False
         self.finite = True  # the loss, and the norm of the gradients, of the latest step
         self.loads: dict[str, ExpertLoad] = {}
         self.warm: tuple[Transfer, ...] = ()  # of the first step, which also compares the programs of the ranks
+        self.evaluated: tuple[Transfer, ...] = ()  # of evaluations; after the first step, of later ones
+        self.evaluations: dict[int, float] = {}
+        self.counts = [Counts(0, 0)]  # of each step
 
     def run(self, start: Start, saver: Saver | None, on_step: Sink) -> int:
         """The number of steps done."""
@@ -182,7 +191,7 @@ class _Loop:
             with self._traced(done - start.step, self._settings.steps - done == 1):
                 record = self._one(done)
             if done == start.step:
-                self.warm = self._step.traffic
+                self._end_of_first(done + 1)
             done += 1
             if saver is not None and not self.stopped:
                 saver.after(done, self.place, self.finite)
@@ -204,18 +213,34 @@ class _Loop:
 
     def _one(self, number: int) -> StepRecord:
         settings = self._settings
-        batches = _batches(self._text, self.place, settings, self._share)
+        batches = _batches(self._source, self.place, settings, self._share)
+        counts = list(map(self._source.counts, batches))
         measures = self._step(batches)
         if self._beside is not None:
-            self._beside(batches if self._share is None else _batches(self._text, self.place, settings))
+            self._beside(batches if self._share is None else _batches(self._source, self.place, settings))
         self.place += len(batches)
-        record = self._record(number, len(batches) * self._text.batch * self._text.length, measures)
+        self._evaluate(number + 1)
+        record = self._record(number, counts, measures)
         self._log.write(**record.to_json())
         return record
 
-    def _record(self, number: int, tokens: int, measures: Measures) -> StepRecord:
+    def _end_of_first(self, done: int) -> None:
+        if done < self._settings.steps:  # the only step of a run counts itself
+            self.warm, self.evaluated = self._step.traffic, ()
+
+    def _evaluate(self, done: int) -> None:
+        evaluation = self._settings.evaluation
+        if evaluation is None or not evaluation.is_due(done, self._settings.steps):
+            return
+        before = self._step.traffic
+        self.evaluations[done] = evaluation.loss(self._step.model, self._share, self._settings.device)
+        self.evaluated = added(self.evaluated, since(before, self._step.traffic))
+
+    def _record(self, number: int, counts: list[Counts], measures: Measures) -> StepRecord:
         """What is known of the step, once all ranks have ended it; rank 0 is late, for it runs the other model too."""
         settings, curve = self._settings, self._step.curve
+        rows, tokens = total(counts)
+        self.counts.append(Counts(rows, tokens))
         broken = not (math.isfinite(curve.losses[-1]) and math.isfinite(curve.norms[-1]))
         noted = [float(self._stop.noted), float(broken), measures.peak_memory_bytes]
         stop, broken_somewhere, most = most_of_ranks(noted, settings.device, settings.plan.timeout)
@@ -226,23 +251,25 @@ class _Loop:
             step=number,
             loss=curve.losses[-1],
             grad_norm=curve.norms[-1],
-            tokens_per_second=tokens / measures.seconds,
+            tokens_per_second=None if tokens is None else tokens / measures.seconds,
+            rows_per_second=None if tokens is not None else rows / measures.seconds,
             peak_memory_bytes_most=int(most),
             reference_loss=self._beside.curve.losses[-1] if self._beside else None,
+            evaluation_loss=self.evaluations.get(number + 1),
             expert_load=loads,
             **vars(measures),
         )
 
 
-def _share(settings: Settings) -> Share | None:
+def share_of(settings: Settings) -> Share | None:
     """What this rank passes of each batch; None: the whole."""
     return Share.of(settings.mesh) if settings.plan.inputs == "local" else None
 
 
-def _batches(text: TokenStream, place: int, settings: Settings, share: Share | None = None) -> list[Batch]:
+def _batches(source: Source, place: int, settings: Settings, share: Share | None = None) -> list[Batch]:
     numbers = range(place, place + settings.accumulate)
-    found = [text(n) if share is None else text(n, share) for n in numbers]
-    return [{name: tensor.to(settings.device) for name, tensor in batch.items()} for batch in found]
+    found = [source(n) if share is None else source(n, share) for n in numbers]
+    return [moved(batch, settings.device) for batch in found]
 
 
 class _Stepper:
@@ -270,10 +297,11 @@ class _Stepper:
         losses = []
         for batch in batches:
             if self._in_parts and isinstance(self.model, ParallelModule):
-                losses.append(self.model.train_step(**batch))
+                args, kwargs = arguments(batch)
+                losses.append(self.model.train_step(*args, **kwargs))
                 continue
             with nullcontext() if batch is batches[-1] else self._no_sync():
-                loss = _loss(self.model(**batch)) / len(batches)
+                loss = loss_after(self.model, batch) / len(batches)
                 loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         norm = self._clip_gradients()
@@ -292,9 +320,3 @@ class _Stepper:
         if isinstance(self.model, ParallelModule):
             return self.model.clip_grad_norm_(self._clip)
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
-
-
-def _loss(output: Any) -> Tensor:
-    found = output["loss"]
-    assert isinstance(found, Tensor)
-    return found

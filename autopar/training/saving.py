@@ -1,4 +1,4 @@
-"""Checkpoints of ``autopar train``: where it saves, where it resumes, and its place in the text."""
+"""Checkpoints of ``autopar train``: where it saves, where it resumes, and its place in the data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from autopar.checkpoint.checkpoints import Checkpoints
 from autopar.checkpoint.files import complete, path_of
-from autopar.data.token_stream import TokenStream
+from autopar.data.batch_source import Source
 from autopar.module import ParallelModule
 from autopar.notes import warn
 
@@ -43,7 +43,7 @@ class Saving:
 
 @dataclass(frozen=True)
 class Start:
-    """Steps and batches of the text that were done before, and the checkpoint that records this, if there is one."""
+    """Steps and batches of the data that were done before, and the checkpoint that records this, if there is one."""
 
     step: int = 0
     batches: int = 0
@@ -51,10 +51,10 @@ class Start:
 
 
 class Saver:
-    """Saves a model, its optimizer and its place in the text. All ranks call each method at the same time."""
+    """Saves a model, its optimizer and its place in the data. All ranks call each method at the same time."""
 
-    def __init__(self, saving: Saving, text: TokenStream, model: ParallelModule, optimizer: Optimizer) -> None:
-        self._saving, self._text, self._model, self._optimizer = saving, text, model, optimizer
+    def __init__(self, saving: Saving, source: Source, model: ParallelModule, optimizer: Optimizer) -> None:
+        self._saving, self._source, self._model, self._optimizer = saving, source, model, optimizer
         self._checkpoints = Checkpoints(saving.directory, saving.keep)
         self._saved: int | None = None
 
@@ -62,14 +62,14 @@ class Saver:
         """Load the latest checkpoint if ``resume`` is set and there is one. The model must have its program.
 
         Raises CheckpointError, also where another run saves there, and ValueError for a checkpoint that was made on
-        another text or other batches.
+        other data or other batches.
         """
         self._checkpoints.claim(self._model)
         resumed = self._checkpoints.load(self._model, self._optimizer) if self._saving.resume else None
         if resumed is None:
             return Start()
         self._saved = resumed.step
-        return Start(resumed.step, self._text.batches_before(resumed.data), resumed.path)
+        return Start(resumed.step, self._source.batches_before(resumed.data), resumed.path)
 
     def after(self, step: int, batches: int, finite: bool) -> None:
         """Save, if it is time, while training continues. What is not ``finite`` would push good ones out."""
@@ -92,6 +92,6 @@ class Saver:
         return False
 
     def _save(self, step: int, batches: int, wait: bool) -> None:
-        place = self._text.place(batches)
+        place = self._source.place(batches)
         self._checkpoints.save(step, self._model, self._optimizer, data=place, wait=wait)
         self._saved = step

@@ -20,7 +20,8 @@ class Sink(Protocol):
 
 
 class Lines:
-    """A line for the first step, every ``every`` steps and the last one of ``steps``, written by ``write``.
+    """A line for the first step, every ``every`` steps, those with an evaluation and the last one of ``steps``, written
+    by ``write``.
 
     ``as_json``: lines are JSON objects.
     """
@@ -33,7 +34,7 @@ class Lines:
 
     def __call__(self, record: StepRecord) -> None:
         done = record.step + 1
-        if self._began and done % self._every and done != self._steps:
+        if self._began and done % self._every and done != self._steps and record.evaluation_loss is None:
             return
         self._began = True
         self._write(json.dumps(record.to_json()) if self._as_json else record.line(self._steps))

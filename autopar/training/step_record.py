@@ -20,6 +20,7 @@ class StepRecord:
         grad_norm: of all gradients of the model, before they are clipped; None where a script does not say it.
         seconds: of forward, backward and the optimizer.
         tokens_per_second: of all ranks together; None where a script does not say how many there are.
+        rows_per_second: the same of rows, where nothing says what a token is.
         peak_memory_bytes: the most that rank 0 has held until now: torch's allocations on a CUDA device, elsewhere the
             resident memory of the process.
         communication_share: the part of ``seconds`` in which rank 0 waited in collectives and messages, 0 to 1. What
@@ -28,6 +29,7 @@ class StepRecord:
         mfu: model flops utilisation, 0 to 1: the operations that the model needs (``autopar/cost/model_flops.py``),
             by what all devices could do in ``seconds``; None where the peak of the device is not known.
         peak_memory_bytes_most: the same of the rank that has held most; None in a script.
+        evaluation_loss: after the step, of the data of an evaluation, where one was due.
         reference_loss: of the unmodified model on one device, where ``autopar train`` compares.
         expert_load: of each layer of experts, where the plan counts it.
     """
@@ -43,6 +45,8 @@ class StepRecord:
     mfu: float | None = None
     peak_memory_bytes_most: int | None = None
     reference_loss: float | None = None
+    evaluation_loss: float | None = None
+    rows_per_second: float | None = None
     expert_load: Mapping[str, ExpertLoad] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -64,8 +68,10 @@ class StepRecord:
         parts = [
             f"step {number}",
             None if self.loss is None else f"loss {self.loss:.4f}",
+            None if self.evaluation_loss is None else f"evaluation loss {self.evaluation_loss:.4f}",
             None if self.grad_norm is None else f"grad norm {self.grad_norm:.3g}",
             None if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens/s",
+            None if self.rows_per_second is None else f"{self.rows_per_second:,.0f} rows/s",
             size_text(self.peak_memory_bytes_most or self.peak_memory_bytes),
             f"{self.communication_share:.0%} in collectives",
             None if self.mfu is None else f"mfu {self.mfu:.1%}",

@@ -27,8 +27,9 @@ from autopar import zoo
 from autopar.errors import near_names
 from autopar.models import __file__ as _OUR_MODELS
 from autopar.zoo import example_inputs, user_code
+from autopar.zoo.fitted_loss import with_fitting_loss
 from autopar.zoo.hub_configs import CONFIG, HubModel, hub_model, is_folder, may_be_id
-from autopar.zoo.put_on_loss import AUTO, NONE, WORDS, fitting_loss, has_loss, with_loss
+from autopar.zoo.put_on_loss import NONE
 from autopar.zoo.rehearsal import rehearse
 from autopar.zoo.tasks import task_of_class
 
@@ -65,7 +66,8 @@ class Wanted:
 
     ``config``: overrides of its config, or arguments of the factory. ``ways``: ranks among which the rows are divided.
     ``inputs``: as ``example_inputs`` reads them. ``vocab``: integers without a range are below it. ``loss``: for a
-    model that returns none: ``"auto"``, ``"none"``, or the name of one.
+    model that returns none: ``"auto"``, ``"none"``, or the name of one. ``given``: a batch for it, whatever it brings:
+    a dict by name, or a tuple.
     """
 
     config: Mapping[str, Any]
@@ -77,6 +79,7 @@ class Wanted:
     inputs: Sequence[str] = ()
     vocab: int | None = None
     loss: str = NONE
+    given: Mapping[str, Any] | Sequence[Any] | None = None
 
     @property
     def batch(self) -> int:
@@ -104,9 +107,11 @@ def named_model(
     if wanted.task is not None and not isinstance(found, Hub):
         raise ValueError(f"--task {wanted.task}: {name} says itself what it is\nWay out: leave out --task.")
     example = found.example if isinstance(found, Hub) else found
+    if wanted.given is not None:
+        return _with_loss(example, wanted, wanted.given)
     if wanted.inputs:
         example = _with_inputs(example, wanted)
-    return example if wanted.loss == NONE or not example.batch else _with_loss(example, wanted)
+    return example if wanted.loss == NONE or not example.batch else _with_loss(example, wanted, example.batch)
 
 
 def rows_for(ways: int) -> int:
@@ -207,7 +212,7 @@ def _made(name: str, factory: Callable[..., Any], module: ModuleType, wanted: Wa
             f"{name} returned {type(model).__name__}, not a model or (model, batch)\n"
             "Way out: a callable that returns an nn.Module, or an nn.Module and a batch for model(**batch)."
         )
-    if wanted.inputs:
+    if wanted.inputs or wanted.given is not None:
         return Example(name, model, {}, _words(model))
     if batch is None and hasattr(module, "example_batch"):
         batch = module.example_batch(model)
@@ -262,19 +267,11 @@ def _with_inputs(example: Example, wanted: Wanted) -> Example:
     return replace(example, batch=drawn(lambda name: found.below(name, min(tables, default=2))))
 
 
-def _with_loss(example: Example, wanted: Wanted) -> Example:
-    """``example`` with a loss put on, where its model returns none."""
-    name: str | None = wanted.loss
-    if name == AUTO:
-        found = rehearse(example.model, example.batch)
-        if found.output is None or has_loss(found.output):
-            return example
-        name = fitting_loss(found.output, example.batch, found.bounds)
-    if name is None:
-        return example
-    said = f"it returns no loss: {WORDS.get(name, name)} is put on" * (wanted.loss == AUTO)
-    words = "; ".join(filter(None, (example.words, said)))
-    return replace(example, model=with_loss(example.model, name), words=words)
+def _with_loss(example: Example, wanted: Wanted, batch: Mapping[str, Any] | Sequence[Any]) -> Example:
+    """``example`` with ``batch`` as its own, and with a loss put on, where its model returns none."""
+    fitted = with_fitting_loss(example.model, batch, wanted.loss, example.name)
+    words = "; ".join(filter(None, (example.words, fitted.words)))
+    return replace(example, model=fitted.model, batch=fitted.batch, words=words)
 
 
 def _words(model: nn.Module) -> str:

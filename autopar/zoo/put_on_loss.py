@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -27,11 +29,37 @@ def next_token(output: Any, inputs: Mapping[str, Any]) -> Tensor:
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
+def cross_entropy(output: Any, target: Tensor) -> Tensor:
+    """Of logits (B, C, ...) with classes (B, ...), or with what each class is to get (B, C, ...)."""
+    return functional.cross_entropy(_floating(output)[0], target)
+
+
+def squared_error(output: Any, target: Tensor) -> Tensor:
+    """The mean square of the difference of the first floating tensor that the model returns from ``target``."""
+    return functional.mse_loss(_floating(output)[0], target)
+
+
 LOSSES: dict[str, Callable[[Any, Mapping[str, Any]], Tensor]] = {"mean-square": mean_square, "next-token": next_token}
+OF_TARGETS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "cross-entropy": cross_entropy,
+    "squared-error": squared_error,
+}
 WORDS = {
     "mean-square": "the mean square of its outputs",
     "next-token": "the cross entropy of its logits with the next token",
+    "cross-entropy": "the cross entropy of its output with '{}'",
+    "squared-error": "the mean squared difference of its output from '{}'",
 }
+
+
+@dataclass(frozen=True)
+class Target:
+    """An entry of a batch that is for the loss and not for the model: its name, and its place where batches are tuples;
+    None where they are dicts.
+    """
+
+    name: str
+    place: int | None = None
 
 
 def has_loss(output: Any) -> bool:
@@ -56,20 +84,72 @@ def fitting_loss(output: Any, inputs: Mapping[str, Any], tables: Mapping[str, in
     return "next-token" if fits else "mean-square"
 
 
-def with_loss(model: nn.Module, name: str) -> nn.Module:
-    """``model`` itself, made to return ``{"loss", "output"}``. Raises ValueError for an unknown loss."""
-    if name not in LOSSES:
-        raise ValueError(unknown_name("there is no loss", name, (AUTO, NONE, *LOSSES)))
-    kind, loss = type(model), LOSSES[name]
+def fitting_loss_of_target(output: Any, target: Any) -> str:
+    """The name of the loss that compares what the model returned with ``target``: cross entropy with classes, a squared
+    error where both are numbers of one shape. Raises ValueError where neither fits.
+    """
+    first = next(iter(_floating(output)), None)
+    if isinstance(target, Tensor) and first is not None:
+        if not target.is_floating_point() and target.shape == (*first.shape[:1], *first.shape[2:]):
+            return "cross-entropy"
+        if target.is_floating_point() and target.shape == first.shape:
+            return "squared-error"
+    shapes = "what it returns" if first is None else f"its output {list(first.shape)}"
+    raise ValueError(
+        f"no loss fits {shapes} and what the batch has beside the inputs\nWay out: a model that returns its loss."
+    )
+
+
+def known_loss(name: str) -> str:
+    """``name``. Raises ValueError for an unknown loss."""
+    known = (AUTO, NONE, *LOSSES, *OF_TARGETS)
+    if name not in known:
+        raise ValueError(unknown_name("there is no loss", name, known))
+    return name
+
+
+def with_loss(model: nn.Module, name: str, target: Target | None = None) -> nn.Module:
+    """``model`` itself, made to return ``{"loss", "output"}``, and to take ``target`` too. Raises ValueError for an
+    unknown loss.
+    """
+    kind, name = type(model), known_loss(name)
 
     @wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **inputs: Any) -> dict[str, Any]:
         output = kind.forward(self, *args, **inputs)
-        return {"loss": loss(output, {**{str(n): value for n, value in enumerate(args)}, **inputs}), "output": output}
+        given = {**{str(n): value for n, value in enumerate(args)}, **inputs}
+        return {"loss": LOSSES[name](output, given), "output": output}
 
+    @wraps(kind.forward)
+    def compared(self: nn.Module, *args: Any, **inputs: Any) -> dict[str, Any]:
+        assert target is not None
+        if target.name in inputs or target.place is None:
+            wanted = inputs.pop(target.name)
+        else:
+            wanted, args = args[target.place], (*args[: target.place], *args[target.place + 1 :])
+        output = kind.forward(self, *args, **inputs)
+        return {"loss": OF_TARGETS[name](output, wanted), "output": output}
+
+    if target is not None:
+        forward = compared
+        forward.__signature__ = _with_target(kind.forward, target)  # type: ignore[attr-defined]
     members = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     model.__class__ = type(kind.__name__, (kind,), members)
     return model
+
+
+def _with_target(forward: Callable[..., Any], target: Target) -> inspect.Signature:
+    """The signature of ``forward`` (with ``self``) that takes the target too."""
+    before = list(inspect.signature(forward).parameters.values())
+    if target.place is None:
+        named = inspect.Parameter(target.name, inspect.Parameter.KEYWORD_ONLY)
+        place = next((n for n, entry in enumerate(before) if entry.kind is entry.VAR_KEYWORD), len(before))
+        return inspect.Signature([*before[:place], named, *before[place:]])
+    place = target.place + 1
+    named = inspect.Parameter(target.name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if any(entry.default is not entry.empty for entry in before[:place]):
+        named = named.replace(default=None)  # a parameter behind one with a default needs one
+    return inspect.Signature([*before[:place], named, *before[place:]])
 
 
 def _floating(output: Any) -> list[Tensor]:

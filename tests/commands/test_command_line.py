@@ -27,6 +27,7 @@ from autopar.commands.launch import report_failures
 from autopar.commands.options import read_config, read_mesh
 from autopar.commands.plan_options import read_plan
 from autopar.compiler import split_program
+from autopar.data.batch_source import Counts
 from autopar.data.parts import Share
 from autopar.data.token_sources import byte_tokens, usual_text
 from autopar.data.token_stream import TokenStream
@@ -264,7 +265,7 @@ def test_sparkline() -> None:
 
 
 def test_a_loss_that_is_no_number_is_a_difference() -> None:
-    run = Run(Curve([1.0, math.nan]), Curve([1.0, 2.0]), (), 1)
+    run = Run(Curve([1.0, math.nan]), Curve([1.0, 2.0]), (), 1, Counts(2, None))
     assert run.difference is not None and math.isnan(run.difference)
 
 

@@ -9,16 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from autopar.data.token_sources import byte_tokens
-from autopar.data.token_stream import TokenStream
+from autopar.data.token_stream import Tokens, TokenStream
 from autopar.training import loop
 from autopar.training.log import Log
 from tests.command_line import Outcome, autopar
@@ -34,10 +36,10 @@ from autopar.data.token_stream import TokenStream
 
 read = TokenStream.__call__
 
-def killed(text, number):
+def killed(text, number, *share):
     if number == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    return read(text, number)
+    return read(text, number, *share)
 
 TokenStream.__call__ = killed
 main()
@@ -51,12 +53,12 @@ def train(*arguments: str) -> Outcome:
 
 def stopped_rank(at: int, rank: int, *arguments: str) -> Outcome:
     """As :func:`autopar`; one rank gets SIGTERM while it reads the batch ``at``."""
-    read: Callable[[TokenStream, int], Any] = TokenStream.__call__
+    read: Callable[..., Any] = TokenStream.__call__
 
-    def signalled(text: TokenStream, number: int) -> Any:
+    def signalled(text: TokenStream, number: int, *share: Any) -> Any:
         if number == at and os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), signal.SIGTERM)
-        return read(text, number)
+        return read(text, number, *share)
 
     TokenStream.__call__ = signalled  # type: ignore[method-assign]
     return train(*arguments)
@@ -203,8 +205,12 @@ def test_a_directory_with_checkpoints_is_not_begun_again(tmp_path: Path) -> None
 
 
 def test_what_is_not_finite_pushes_no_good_checkpoint_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual, count = loop._loss, itertools.count(1)
-    monkeypatch.setattr(loop, "_loss", lambda output: usual(output) * (1.0 if next(count) <= 2 else torch.nan))
+    usual, count = loop.loss_after, itertools.count(1)
+
+    def loss_after(model: Any, batch: Any) -> torch.Tensor:
+        return usual(model, batch) * (1.0 if next(count) <= 2 else torch.nan)
+
+    monkeypatch.setattr(loop, "loss_after", loss_after)
     saving = ["--checkpoint", str(tmp_path), "--every", "1", "--keep", "1"]
     code, _, err = train(*saving, "--steps", "5", "--mesh", "1", "--no-compare")
     assert code == 0 and "is not finite: no checkpoint is saved; the last good one is of step 2" in err, err
@@ -225,6 +231,12 @@ def test_a_place_in_another_text() -> None:
             text.batches_before(TokenStream(byte_tokens(other), 2, 10).place(7))
     with pytest.raises(ValueError, match="--batch 4 --length 10"):
         text.batches_before(TokenStream(byte_tokens(bytes(range(100))), 4, 10).place(7))
+    older = {"batches": 7, "batch": 2, "length": 10, "bytes": 100, "checksum": zlib.crc32(bytes(range(100)))}
+    assert text.batches_before(older) == 7, "as autopar wrote it before it knew tokens"
+    with pytest.raises(ValueError, match="another text, of 100 bytes; this has 100"):
+        TokenStream(byte_tokens(bytes(100)), 2, 10).batches_before(older)
+    with pytest.raises(ValueError, match="an older autopar, on the bytes of a text of 100;.*\nWay out: .*--tokenizer"):
+        TokenStream(Tokens(np.arange(100), 100), 2, 10).batches_before(older)
     for foreign in (None, {"batches": 3}):
         with pytest.raises(ValueError, match="not one of autopar train"):
             text.batches_before(foreign)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from autopar import Mesh, pack_tokens
+from autopar.data import token_sources
 from autopar.data.megatron_index import DTYPES
 from autopar.data.parts import Share
 from autopar.data.token_sources import read_tokens
@@ -168,3 +169,34 @@ def test_the_place_in_packed_tokens() -> None:
         other[place] += 1
         with pytest.raises(ValueError, match="another text, of 5,000,000 tokens"):
             TokenStream(Tokens(other, 5_000_000), 2, 10).batches_before(stream.place(7))
+
+
+def test_a_token_beyond_the_vocabulary_is_told_by_every_rank_in_its_batch() -> None:
+    """It lies between the ends of a packed file, which alone are looked at when it is opened."""
+    numbers = np.tile(np.arange(50), 8)
+    numbers[4 * 12 * 4 + 7] = 60
+    stream = TokenStream(Tokens(numbers, 50, is_bounded=False), 4, 12)
+    stream.limit = 50
+    shares = [None, *(Share.of(Mesh(dp=2, sp=2), rank) for rank in range(4))]
+    bad = next(step for step in range(12) if bool((TokenStream(stream.tokens, 4, 12)(step)["input_ids"] == 60).any()))
+    for share in shares:
+        for step in range(bad):
+            stream(step, share)
+        with pytest.raises(
+            ValueError, match=f"at place 199 of the data is 60, in batch {bad + 1}; .* vocabulary of 50"
+        ):
+            stream(bad, share)
+    stream.limit = 61
+    assert len(stream(bad)["input_ids"]) == 4
+
+
+def test_a_large_packed_file_is_not_all_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_sources, "LOOKED_AT", 10)
+    np.save(tmp_path / "own.npy", np.arange(30, dtype=np.int32))
+    tokens = read_tokens(tmp_path / "own.npy")
+    assert not tokens.is_bounded and tokens.vocabulary == 30
+    np.save(tmp_path / "own.npy", np.arange(20, dtype=np.int32))
+    assert read_tokens(tmp_path / "own.npy").is_bounded
+    np.save(tmp_path / "own.npy", np.arange(-3, 20, dtype=np.int32))
+    with pytest.raises(ValueError, match="it has negative numbers"):
+        read_tokens(tmp_path / "own.npy")
