@@ -75,8 +75,10 @@ def evaluation_of(wanted: Wanted) -> Evaluation | None:
     return Evaluation(source, data.eval_every, data.eval_batches)
 
 
-def model_for(name: str, choices: ModelChoices, source: Source, shown: bool) -> Example:
-    """The model ``name``. Raises ValueError where it cannot be trained on the batches of ``source``."""
+def model_for(
+    name: str, choices: ModelChoices, source: Source, evaluation: Evaluation | None, *, shown: bool
+) -> Example:
+    """The model ``name``. Raises ValueError where it cannot be trained on the batches of ``source``, or evaluated."""
     usual = replace(choices, batch=None, length=None)
     if isinstance(source, TokenStream):
         example = usual.example(name, shown=shown)
@@ -84,4 +86,6 @@ def model_for(name: str, choices: ModelChoices, source: Source, shown: bool) -> 
     else:
         example = usual.example(name, shown=shown, given=source.first())
         refuse_without_weights(name, example.model)
+    if evaluation is not None and isinstance(evaluation.source, TokenStream):
+        refuse_model(name, example.model, evaluation.source)
     return example

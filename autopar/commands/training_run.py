@@ -82,11 +82,12 @@ def run_training(asked: Asked) -> None:
     if is_rank():
         end_with_launcher()
     source = source_of(wanted)
-    example = model_for(asked.model, asked.choices, source, shown=is_first() and not asked.as_json)
+    evaluation = evaluation_of(wanted)
+    example = model_for(asked.model, asked.choices, source, evaluation, shown=is_first() and not asked.as_json)
     compare = loop.compare and not _has_parts(source, plan, on)  # which says so
     settings = Settings(
         on, plan, loop.steps, loop.rate, where, compare, loop.accumulate, loop.clip, saving, loop.log, loop.program,
-        loop.trace, asked.watch.peak, asked.watch.profile, evaluation_of(wanted),
+        loop.trace, asked.watch.peak, asked.watch.profile, evaluation,
     )  # fmt: skip
     start = time.perf_counter()
     with joined_traces(loop.trace), fresh_profiles(asked.watch.profile):
