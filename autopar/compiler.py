@@ -201,16 +201,17 @@ def _with_source(traced: Program) -> Program:
     return replace(traced, source=replace(traced, mesh=Mesh(), source=None, pins=pins))
 
 
-def place(traced: Program, mesh: Mesh, plan: Plan) -> AnyProgram:
+def place(traced: Program, mesh: Mesh, plan: Plan, *, after: str = cut_stages.name) -> AnyProgram:
     """A traced program, whole on every axis, split over ``mesh``; one trace serves many meshes and plans.
 
+    ``after``: the last pass, that which cuts it into stages if it is not to be another one.
     Raises ValueError for a plan that computes in another precision than the trace, or names what is not there.
     """
     if plan.precision.param != traced.plan.precision.param:
         raise ValueError(f"traced with {traced.plan.precision}, to be placed with {plan.precision}: trace again")
     placed = replace(traced, mesh=mesh, plan=plan)
     check_names(placed)
-    return run_phases(_with_source(placed), COMPILER, until=cut_stages.name)
+    return run_phases(_with_source(placed), COMPILER, until=after)
 
 
 def finish_program(program: AnyProgram, *, after: str | None = None) -> AnyProgram:

@@ -57,7 +57,7 @@ STANDS_ON = {
     "choices": "ir mesh plan",
     "compiler": "choices errors frontend ir mesh passes pipeline plan",
     "other_methods": "errors",
-    "fitting": "analysis compiler cost errors frontend ir memory mesh plan",
+    "fitting": "analysis compiler cost errors frontend ir memory mesh pipeline plan",
     "module": (
         "analysis compiler errors frontend ir mesh other_methods pipeline plan runtime schedules simulate simulator"
         " traces"

@@ -37,7 +37,7 @@ def fit_command(
     model: ModelName,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="how many devices there are")],
     per_node: Annotated[int, typer.Option("--per-node", min=1, help="how many of them have fast links")] = 8,
-    shown: Annotated[int, typer.Option("--shown", min=1, help="meshes whose programs are compiled and shown")] = 8,
+    shown: Annotated[int, typer.Option("--shown", min=1, help="meshes whose programs are compiled and shown")] = 6,
     axes: Annotated[
         str | None, typer.Option("--axes", metavar="NAMES", help="axes to try, of pp,dp,ep,sp,tp; default: what helps")
     ] = None,

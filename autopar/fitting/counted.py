@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from autopar.analysis.footprint import sent
-from autopar.compiler import finish_program, pinned, pipelined, place, retraced
+from autopar.compiler import finish_program, pinned, place, retraced
 from autopar.errors import AutoparError
 from autopar.fitting.estimate import Estimate
 from autopar.fitting.fit import Fitting, too_large
 from autopar.fitting.meshes import Refused, Wanted
 from autopar.fitting.prices import Prices
+from autopar.fitting.repeated import BLOCKS, NotAlike
+from autopar.fitting.stages import Shallow
 from autopar.ir.batch import data_ways
-from autopar.ir.program import AnyProgram
+from autopar.ir.program import AnyProgram, Program
 from autopar.memory.table import memory_of
 from autopar.mesh import PIPELINE
 
 TRIES = 3  # plans of a mesh that are compiled
+BEFORE_THE_CUT = "cast_parameters"  # the pass before that which cuts
 FEWEST = 2  # blocks of a program that is compiled to check an estimate
 
 
@@ -42,40 +48,79 @@ def compiled(one: Fitting, prices: Prices, wanted: Wanted) -> Estimate | Refused
 def counted(one: Estimate, prices: Prices) -> Estimate | Refused:
     """The same with memory and bytes of real programs of two depths, from which those of the whole depth follow.
 
-    Of each stage one and two blocks (without a pipeline two and three) are compiled: what a rank holds and sends grows
-    by the same for every further block. What stages pass on does not, and so few blocks may be cut elsewhere than all
-    are: those bytes stay the closed form's, of a cut between blocks (inside one, two or three tensors are passed on).
+    What a rank holds and sends grows by the same for every further block. Without a pipeline, programs of two and three
+    blocks are made; on one the whole model is cut, and programs whose stages have one and two whole blocks are made,
+    cut where the whole is (:mod:`autopar.fitting.stages`). Bytes are those of a rank in the middle of the pipeline.
     """
-    stages = one.mesh.size(PIPELINE)
-    few, more = (stages, 2 * stages) if stages > 1 else (FEWEST, FEWEST + 1)
     try:
-        if not prices.depth.blocks or prices.blocks <= more:
-            memory, moved = _counted(one, prices, prices.blocks)
-            return replace(one, memory=memory, sent=moved, compiled=True)
-        less, moved_less = _counted(one, prices, few)
-        larger, moved = _counted(one, prices, more)
+        if one.mesh.is_pipelined and prices.blocks > BLOCKS:
+            with suppress(NotAlike):
+                return _by_stages(one, prices)
+        return _by_depth(one, prices)
     except (AutoparError, ValueError) as problem:
         return Refused(one.mesh, str(problem).strip().splitlines()[0])
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Of each pipeline place the peak; of the rank in the middle the bytes that it sends, by axis."""
+
+    peaks: tuple[int, ...]
+    sent: Mapping[str, float]
+
+    @classmethod
+    def of(cls, program: AnyProgram, optimizer: str) -> _Count:
+        middle = program.mesh.world_size // 2 if program.mesh.is_pipelined else 0
+        moved = defaultdict[str, float](float)
+        for transfer in sent(program, middle):
+            moved[transfer.axis] += transfer.bytes
+        return cls(tuple(rank.peak for rank in memory_of(program, optimizer, timeline=False).ranks), moved)
+
+    def deeper(self, less: _Count, steps: float) -> _Count:
+        """With so many times more of what this has beyond ``less``."""
+        axes = dict.fromkeys((*self.sent, *less.sent))
+        moved = {
+            axis: self.sent.get(axis, 0.0) + steps * (self.sent.get(axis, 0.0) - less.sent.get(axis, 0.0))
+            for axis in axes
+        }
+        return _Count(tuple(int(a + steps * (a - b)) for a, b in zip(self.peaks, less.peaks)), moved)
+
+
+def _of(one: Estimate, count: _Count) -> Estimate:
+    return replace(one, memory=max(count.peaks), sent=dict(count.sent), compiled=True)
+
+
+def _by_stages(one: Estimate, prices: Prices) -> Estimate:
+    base = place(_traced(one, prices, BLOCKS), one.mesh, replace(one.plan, check_numerics=False), after=BEFORE_THE_CUT)
+    assert isinstance(base, Program)
+    stages = Shallow(base, prices.depth.name, prices.blocks)
+    if stages.spare < 2:
+        return _of(one, _Count.of(stages.compiled(0), one.optimizer))
+    less, more = (_Count.of(stages.compiled(stages.spare - number), one.optimizer) for number in (0, 1))
+    return _of(one, more.deeper(less, stages.spare - 1))
+
+
+def _by_depth(one: Estimate, prices: Prices) -> Estimate:
+    stages = one.mesh.size(PIPELINE)
+    few, more = (stages, 2 * stages) if stages > 1 else (FEWEST, FEWEST + 1)
+    if not prices.depth.blocks or prices.blocks <= more:
+        return _of(one, _whole(one, prices, prices.blocks))
+    less, larger = _whole(one, prices, few), _whole(one, prices, more)
     steps = -(-(prices.blocks - more) // stages)  # further blocks of the stage that has most
-    per = 1 if stages > 1 else more - few
-    total = {axis: size + steps * (size - moved_less.get(axis, 0.0)) / per for axis, size in moved.items()}
-    total |= {axis: size for axis, size in one.sent.items() if axis == PIPELINE}
-    return replace(one, memory=int(larger + steps * (larger - less) / per), sent=total, compiled=True)
+    return _of(one, larger.deeper(less, steps))
 
 
-def _counted(one: Estimate, prices: Prices, blocks: int) -> tuple[int, dict[str, float]]:
-    """Of a model with so many blocks: the peak, and the bytes that a rank sends by axis."""
+def _whole(one: Estimate, prices: Prices, blocks: int) -> _Count:
+    """Of a model with so many blocks, as the compiler cuts it."""
+    split = place(_traced(one, prices, blocks), one.mesh, replace(one.plan, check_numerics=False))
+    return _Count.of(finish_program(split), one.optimizer)
+
+
+def _traced(one: Estimate, prices: Prices, blocks: int) -> Program:
+    """One microbatch of a model with so many blocks, before any pass."""
     rows = one.rows * data_ways(one.mesh)
-    plan = replace(one.plan, check_numerics=False)
-    batch = prices.batch_of(rows * (plan.microbatches if one.mesh.is_pipelined else 1))
-    program: AnyProgram
-    if one.mesh.is_pipelined:
-        program = pipelined(lambda part: prices.traced_call(blocks, part), one.mesh, plan, (), batch)
-    else:
-        known = prices.traced(blocks, rows)
-        of_rows = retraced(lambda _, part: prices.traced_call(blocks, part), known, (), batch, plan)
-        program = finish_program(place(pinned(known, None, of_rows=of_rows), one.mesh, plan))
-    moved: dict[str, float] = {}
-    for transfer in sent(program, one.mesh.world_size // 2 if one.mesh.is_pipelined else 0):  # one in the middle
-        moved[transfer.axis] = moved.get(transfer.axis, 0.0) + transfer.bytes
-    return memory_of(program, one.optimizer, timeline=False).largest.peak, moved
+    known = prices.traced(blocks, rows)
+    batch = prices.batch_of(rows)
+    return pinned(
+        known, None, of_rows=retraced(lambda _, part: prices.traced_call(blocks, part), known, (), batch, one.plan)
+    )
