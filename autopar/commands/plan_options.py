@@ -130,7 +130,7 @@ def _option(entry: Field[Any], help_text: str) -> inspect.Parameter:
         both = typer.Option(f"--{name}/--no-{name}", **shown)
         return option(_parameter(entry.name), Annotated[bool | None, both])
     shown |= {"metavar": words * narrow or FORM.get(kind, "VALUE"), "autocompletion": _completion(entry.name)}
-    several = kind.startswith("Mapping")
+    several = kind.startswith(("Mapping", "tuple"))
     given: Any = list[str] if several else str
     return option(_parameter(entry.name), Annotated[given | None, typer.Option(f"--{name}", **shown)])
 
@@ -165,12 +165,13 @@ def _read(entry: Field[Any], found: Any) -> Any:
     kind, name = str(entry.type), entry.name
     if isinstance(found, bool):
         return found
+    if kind.startswith("tuple"):
+        texts = found if isinstance(found, list) else [found]
+        return tuple(part for text in texts for part in text.split(",") if part)
     if isinstance(found, list):
         return dict(_entries(entry, found))
     if kind == "Precision":
         return _precision(found)
-    if kind.startswith("tuple"):
-        return tuple(part for part in found.split(",") if part)
     if name == "schedule" and ":" not in found and found not in NAMES and Path(found).is_file():
         return Path(found).read_text(encoding="utf-8")
     return found if found in WORDS.get(name, ()) else literal(found)

@@ -86,13 +86,12 @@ def print_report(model: nn.Module, run: Run, settings: Settings, document: dict[
         text = f"nothing to do: {run.start.path} has {run.start.step} steps already, of {settings.steps}"
         console.print(text, soft_wrap=True, markup=False)
         return
-    count = sum(parameter.numel() for parameter in model.parameters())
     batches = f"{settings.accumulate} x " if settings.accumulate > 1 else ""
     length = f" x {document['length']}" if document["length"] is not None else ""
     batches += f"{document['batch']}{length} {document['unit'] if length else 'rows'}"
     console.print(
-        f"{type(model).__name__}, {count:,} parameters, on {settings.mesh}: {settings.mesh.world_size} "
-        f"{settings.device.type} processes, batches of {batches}"
+        f"{type(model).__name__}, {document['parameters']:,} parameters, on {settings.mesh}: "
+        f"{settings.mesh.world_size} {settings.device.type} processes, batches of {batches}"
     )
     console.print(traffic_table("sent by rank 0 in a step", run.traffic, run.counted))
     for loads in loads_tables(run.loads):

@@ -89,11 +89,12 @@ def run_training(asked: Asked) -> None:
         on, plan, loop.steps, loop.rate, where, compare, loop.accumulate, loop.clip, saving, loop.log, loop.program,
         loop.trace, asked.watch.peak, asked.watch.profile, evaluation,
     )  # fmt: skip
+    whole = sum(parameter.numel() for parameter in example.model.parameters())  # a stage of a pipeline has fewer
     start = time.perf_counter()
     with joined_traces(loop.trace), fresh_profiles(asked.watch.profile):
         run = _train(example.model, source, settings, shown)
     if is_first():
-        document = document_of(asked.model, run, settings, source, time.perf_counter() - start)
+        document = document_of(asked.model, run, settings, source, time.perf_counter() - start) | {"parameters": whole}
         _report(example.model, run, settings, document, asked.as_json)
 
 

@@ -53,6 +53,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "--dropout-seed 7": ("seed", 7),
     "--initial checked": ("initial", "checked"),
     "--cuts layers.1,layers.2": ("cuts", ("layers.1", "layers.2")),
+    "--cuts layers.1 --cuts layers.2": ("cuts", ("layers.1", "layers.2")),
     "--stage-memory-gb 80": ("stage_memory_gb", 80),
     "--timeout 9": ("timeout", 9),
 }

@@ -157,6 +157,14 @@ def test_what_started_the_ranks_is_stopped(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- one device
 
 
+@pytest.mark.slow
+def test_the_parameters_of_a_pipeline_are_those_of_the_model() -> None:
+    run = ["--steps", "1", "--no-compare"]
+    whole = json.loads(train(*run, "--mesh", "1", "--json")[1])["parameters"]
+    (code, out, _), _ = run_ranks(train, 2, *run, "--mesh", "pp=2")
+    assert code == 0 and f"{whole:,} parameters, on mesh(pp=2)" in " ".join(out.split())
+
+
 def test_what_is_logged(tmp_path: Path) -> None:
     log = tmp_path / "log"
     run = ["--mesh", "1", "--steps", "3", "--accumulate", "2", "--clip", "0.5"]
