@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.choices import check_choices
+from autopar.compiled_models import refuse_compiled
 from autopar.errors import check_kind
 from autopar.frontend.fingerprint import model_facts
 from autopar.mesh import Mesh
@@ -70,10 +71,11 @@ def parallelize(
     return module
 
 
-def _check_arguments(model: object, mesh: object, plan: object, example_inputs: object) -> None:
+def _check_arguments(model: nn.Module, mesh: object, plan: object, example_inputs: object) -> None:
     """Raise ValueError for an argument of another kind than :func:`parallelize` takes."""
     check_kind("model", model, nn.Module, "a module that was built: parallelize(Net(), autopar.Mesh(dp=2))")
     refuse_wrapped(model)
+    refuse_compiled(model)
     check_kind("mesh", mesh, Mesh | DeviceMesh | None, "autopar.Mesh(dp=2, tp=2)")
     check_kind("plan", plan, Plan | None, "autopar.Plan(zero=3), for example")
     if isinstance(example_inputs, Mapping):

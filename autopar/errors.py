@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 from types import UnionType
+from typing import get_args
 
 NEAR = 3  # names that are shown
 SHOWN = 80  # characters of a value
@@ -92,7 +93,9 @@ def check_kind(argument: str, value: object, kinds: type | UnionType, way_out: s
         return
     written = f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__} {value!r}"
     shown = written if len(written) <= SHOWN else f"{written[:SHOWN]}..."
-    raise ValueError(f"{argument} is {' '.join(shown.split())}, and that is none\nWay out: {way_out}")
+    alternatives = get_args(kinds) or (kinds,)
+    wanted = " or ".join(kind.__name__ for kind in alternatives if kind is not type(None))
+    raise ValueError(f"{argument} is {' '.join(shown.split())}, and not a {wanted}\nWay out: {way_out}")
 
 
 def unknown_name(problem: str, name: object, known: Iterable[str]) -> str:

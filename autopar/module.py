@@ -28,7 +28,7 @@ from autopar.ir.loss import loss_of
 from autopar.ir.program import AnyProgram
 from autopar.ir.traffic import Transfer
 from autopar.mesh import PIPELINE, Mesh
-from autopar.other_methods import FOR_FRAMEWORKS, asked, refusal
+from autopar.other_methods import asked, for_frameworks, refusal
 from autopar.pipeline import microbatches
 from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import first_ranks
@@ -46,6 +46,7 @@ from autopar.runtime.identity import kept
 from autopar.runtime.parameters import Weights
 from autopar.runtime.program_cache import ProgramCache
 from autopar.runtime.stacks import rows_in_place
+from autopar.runtime.state_dicts import warning_state_dict
 from autopar.runtime.variants import check_whole_batches
 from autopar.runtime.whole_tensors import full_grads, full_state_dict
 from autopar.schedules.timing import Timeline
@@ -101,7 +102,7 @@ class ParallelModule(nn.Module):
         # would put the model itself as a submodule, with a prefix before all names
         self.__dict__.update(mesh=mesh, plan=plan, _held=held, _connection=connection, _programs=cache)
         self.__dict__.update(_signature=Signature(model.forward), _accumulation=accumulation)
-        self.__dict__.update(FOR_FRAMEWORKS)
+        self.__dict__.update(for_frameworks(self, plan))
 
     # ------------------------------------------------------------ calling
 
@@ -160,10 +161,8 @@ class ParallelModule(nn.Module):
         return executable.train(tensors, rows, seed) if trains else executable.run(tensors, rows, seed)
 
     def _train_in_parts(self, call: Call) -> Tensor:
-        batches = self._microbatches(call)
-        weights = self._weights(call, batches)
-        total: Tensor | None = None
-        for place, (batch, weight) in enumerate(zip(batches, weights)):
+        batches, total = self._microbatches(call), None
+        for place, (batch, weight) in enumerate(zip(batches, self._weights(call, batches))):
             last = place == len(batches) - 1
             with nullcontext() if last else self.no_sync():
                 loss = self._loss((), dict(batch), weight) * weight.loss
@@ -173,8 +172,7 @@ class ParallelModule(nn.Module):
         return total
 
     def _microbatches(self, call: Call) -> list[dict[str, Any]]:
-        local = self.plan.inputs == "local"
-        return microbatches.parts(call.args, call.kwargs, self.mesh, self.plan, local=local)
+        return microbatches.parts(call.args, call.kwargs, self.mesh, self.plan, local=self.plan.inputs == "local")
 
     def _weights(self, whole: Call, batches: list[dict[str, Any]]) -> list[Weight]:
         if self._connection is None:
@@ -188,8 +186,7 @@ class ParallelModule(nn.Module):
     def no_sync(self) -> AbstractContextManager[None]:
         """Inside this context, gradients are added up without communication over the data axes.
 
-        The next backward pass outside reduces the sum and puts it into ``.grad``. With ``Plan(zero=2)`` and ``3`` they
-        are reduced each time, and added up in their sharded form, since whole ones have no room.
+        The next backward outside reduces the sum into ``.grad``; with ``Plan(zero=2)`` and ``3`` each does, in parts.
         """
         return self._accumulation.no_sync()
 
@@ -201,8 +198,8 @@ class ParallelModule(nn.Module):
         if self._connection is None:
             raise not_launched(self.mesh)
         self._connection.comm.phase = "clipping"
-        pairs = [(name, parameter.grad) for name, parameter in self.named_parameters()]
         first, here = self._first_users(), self._connection.comm.coordinates.get(PIPELINE)
+        pairs = [(name, parameter.grad) for name, parameter in self.named_parameters()]
         grads = [(grad, first.get(name, here) == here) for name, grad in pairs if grad is not None]
         return clip_gradients(grads, max_norm, norm_type, self._connection.comm, error_if_nonfinite)
 
@@ -275,6 +272,10 @@ class ParallelModule(nn.Module):
         """Make the program of this call without running it; the tensors may be meta tensors."""
         return self._programs.prepared(self._signature.call(args, kwargs), self.training)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; of parameters, DTensors of this rank's parts. ``torch.save`` of it warns that it is not all."""
+        return warning_state_dict(super().state_dict(*args, **kwargs))
+
     def full_state_dict(self, *, device: str = "cpu", rank0_only: bool = False) -> dict[str, Tensor]:
         """Copies of the whole tensors under the model's names, on every rank or only on rank 0 (empty elsewhere).
 
@@ -333,8 +334,7 @@ class ParallelModule(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise InvariantError(
             "a parallel module cannot be pickled: its parameters are parts that belong to the ranks of this run\n"
-            "Way out: torch.save(model.full_state_dict(), path) on all ranks (rank0_only=True: whole on rank 0 alone), "
-            "or autopar.Checkpoints."
+            "Way out: torch.save(model.full_state_dict(), path), which all ranks call; or autopar.Checkpoints."
         )
 
     def train(self, mode: bool = True) -> ParallelModule:

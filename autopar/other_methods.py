@@ -5,12 +5,18 @@ And what they make of a model: methods that their wrappers have, and the wrapper
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import nn
+
 from autopar.errors import LaunchError
+from autopar.plan import Plan
+from autopar.precision import NAMES
 
 GATHER = "plain = autopar.gather(model) on all ranks, then on rank 0: plain.{name}(...)"
 BEFORE = "call it on the plain model, before autopar.parallelize, or before it is saved for autopar.from_pretrained"
+COUNTED = "call it before autopar.parallelize; or sum(one.numel() for one in model.parameters()), which are whole sizes"
 AFTER_SAVING = "autopar.save_pretrained(model, directory) on all ranks, then {how}"
 
 INSTEAD = {
@@ -28,8 +34,13 @@ INSTEAD = {
     "set_input_embeddings": BEFORE,
     "set_output_embeddings": BEFORE,
     "enable_input_require_grads": BEFORE,
+    "num_parameters": COUNTED,
+    "get_memory_footprint": COUNTED,
+    "print_trainable_parameters": COUNTED,
+    "get_nb_trainable_parameters": COUNTED,
     "training_step": "a Lightning module around the parallel one: docs/frameworks.md",
-    "configure_optimizers": "a Lightning module around the parallel one: docs/frameworks.md",
+    "configure_optimizers": "{kind}.{name}(model, ...), which makes it of the parallel parameters; or for Lightning a "
+    "Lightning module around the parallel one: docs/frameworks.md",
     "merge_and_unload": GATHER,
 }
 
@@ -91,17 +102,69 @@ class _AskedByTrainer:
         )
 
 
-# docs/frameworks.md. The module is parallel already, so accelerate does not wrap it.
-FOR_FRAMEWORKS = {
-    "_is_accelerate_prepared": True,
-    "accepts_loss_kwargs": _AskedByTrainer(),
-    "is_distributed_loading_by_transformers": _AskedByTrainer(),
-}
+class _AskedByAccelerate:
+    """What ``accelerate`` finds where it asks whether it has wrapped a model: it need not, this one is parallel.
+
+    Nor does it then set the precision. Raises LaunchError where it was told another than the module computes in.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self._model, self._plan = model, plan
+
+    def __bool__(self) -> bool:
+        from accelerate.state import AcceleratorState
+
+        asked = AcceleratorState._shared_state.get("_mixed_precision")
+        if asked is not None:
+            check_precision(self._model, self._plan, str(asked), f"Accelerator(mixed_precision={str(asked)!r})")
+        return True
+
+
+class _AskedByDdp:
+    """What ``DistributedDataParallel`` finds where it asks which parameters to leave out. Raises LaunchError."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise LaunchError(
+            "a parallel module sends gradients itself, and needs no DistributedDataParallel around it\n"
+            "Way out: train it as it is."
+        )
+
+
+def check_precision(model: nn.Module, plan: Plan, asked: str, written: str) -> None:
+    """Raise LaunchError where a framework is to compute in ``asked`` (bf16, fp16, ... or no), and the plan does not.
+
+    ``written``: how the user has said so.
+    """
+    found = plan.precision.param or next((str(one.dtype).removeprefix("torch.") for one in model.parameters()), asked)
+    if asked == "no" or (NAMES.get(asked) == found and found != "float16"):
+        return
+    if NAMES.get(asked) in (None, "float16"):
+        raise LaunchError(
+            f"{written}: a parallel module has no scaling of losses or tensors for that\n"
+            'Way out: autopar.Plan(precision=autopar.Precision(param="bf16")), and no precision here.'
+        )
+    raise LaunchError(
+        f"{written}: a parallel module computes in the precision of its plan, and this one in {found}\n"
+        f"Way out: autopar.Plan(precision=autopar.Precision(param={asked!r}))."
+    )
+
+
+def for_frameworks(model: nn.Module, plan: Plan) -> Mapping[str, Any]:
+    """Attributes of a parallel module ``model`` that other frameworks ask for: docs/frameworks.md."""
+    return {
+        "_is_accelerate_prepared": _AskedByAccelerate(model, plan),
+        "_ddp_params_and_buffers_to_ignore": _AskedByDdp(),
+        "accepts_loss_kwargs": _AskedByTrainer(),
+        "is_distributed_loading_by_transformers": _AskedByTrainer(),
+    }
+
+
+ASKED_BY_TRAINER = ("accepts_loss_kwargs", "is_distributed_loading_by_transformers")
 
 
 def refusal(kind: str, name: str) -> str:
     """The message for method ``name`` of the model's class ``kind``, with the way out."""
-    way_out = INSTEAD.get(name, GATHER).replace("{name}", name)
+    way_out = INSTEAD.get(name, GATHER).replace("{name}", name).replace("{kind}", kind)
     return (
         f"'{name}' is a method of {kind}; of those a parallel module has only forward(): "
         "what the model computes otherwise is not parallelised\n"

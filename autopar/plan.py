@@ -162,10 +162,7 @@ class Plan:
         for pattern, form in self.tensor.items():
             _one_of(f"tensor[{pattern!r}]", form, TENSOR_FORMS)
         if not isinstance(self.precision, Precision):
-            raise ValueError(
-                f"Plan(precision={self.precision!r}): a Precision is wanted\n"
-                f"Way out: write Precision(param={self.precision!r})"
-            )
+            object.__setattr__(self, "precision", _precision(self.precision))
         _check_types(self)
         _check_schedule(self.schedule, self.virtual_stages)
         whole = isinstance(self.cuts, (tuple, list)) and all(isinstance(name, str) and name for name in self.cuts)
@@ -286,6 +283,17 @@ def _check_tables(plan: Plan) -> None:
         value = getattr(plan, name)
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise _wrong(name, value, "a dict by name", example)
+
+
+def _precision(given: Any) -> Precision:
+    """What is computed in ``given``, a dtype or its name. Raises ValueError for what is none."""
+    try:
+        return Precision(param=given)
+    except ValueError as error:
+        problem = str(error).partition("\n")[0]
+        raise ValueError(
+            f'Plan(precision={given!r}): {problem}\nWay out: autopar.Precision(param="bf16"), or "bf16" for short.'
+        ) from None
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -56,14 +56,15 @@ STANDS_ON = {
     "split",
     "choices": "ir mesh plan",
     "compiler": "choices errors frontend ir mesh passes pipeline plan",
-    "other_methods": "errors",
+    "other_methods": "errors plan precision",
     "fitting": "analysis compiler cost errors frontend ir memory mesh pipeline plan",
     "module": (
         "analysis compiler errors frontend ir mesh other_methods pipeline plan runtime schedules simulate simulator"
         " traces"
     ),
     "stored_programs": "errors frontend ir mesh plan program_files",
-    "api": "choices errors frontend mesh module other_methods plan runtime stored_programs",
+    "compiled_models": "",
+    "api": "choices compiled_models errors frontend mesh module other_methods plan runtime stored_programs",
     "reference": "compiler errors frontend ir mesh pipeline plan simulate simulator",
     "check": "compiler errors frontend ir mesh pipeline plan precision reference simulate simulator",
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",

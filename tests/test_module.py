@@ -111,7 +111,10 @@ class Scale(nn.Module):
 def test_the_cache_of_programs_is_bounded_and_says_so() -> None:
     programs, messages = run_ranks(call_many_shapes, 1)[0]
     assert programs == 8
-    assert len(messages) == 10 and "inputs [2]" in messages[0] and "\n" not in messages[0]
+    many = [said for said in messages if said.startswith("4 programs so far, one for each shape")]
+    assert len(many) == 1 and "s each; 8 are kept\nWay out: pad to few lengths" in many[0]
+    each = [said for said in messages if said not in many]
+    assert len(each) == 10 and "inputs [2]" in each[0] and "\n" not in each[0]
 
 
 def hand_in_parts() -> tuple[float, float]:
@@ -236,6 +239,9 @@ def test_without_processes_there_are_programs_and_simulation() -> None:
     step = parallel.simulate(**batch)
     expected = model(**batch)["loss"]
     assert step.loss is not None and torch.allclose(step.loss, expected)
+    shown = repr(step)  # what a notebook or an interpreter prints
+    assert f"loss    {float(step.loss):.6g}" in shown and "[4, 8, " in shown and "forward  tp" in shown
+    assert "tensor(" not in shown and len(shown.splitlines()) < 15
     assert "def backward" in parallel.program.rank(3).code
     assert [name for name, _ in parallel.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert all(type(parameter) is nn.Parameter for parameter in parallel.parameters()), "the model is left as it was"

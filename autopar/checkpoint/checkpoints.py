@@ -91,8 +91,8 @@ class Checkpoints:
         step: int,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] = (),
-        *,
         scheduler: Any = None,
+        *,
         data: Any = None,
         wait: bool = True,
     ) -> None:
@@ -159,8 +159,8 @@ class Checkpoints:
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] = (),
-        *,
         scheduler: Any = None,
+        *,
         step: int | None = None,
     ) -> Resumed | None:
         """Load the latest checkpoint, or that of ``step``, exactly; None if there is none yet.

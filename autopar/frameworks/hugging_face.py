@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from autopar.checkpoint.written_weights import save_pretrained
 from autopar.errors import LaunchError
 from autopar.module import ParallelModule, held_by
-from autopar.other_methods import FOR_FRAMEWORKS
+from autopar.other_methods import ASKED_BY_TRAINER, check_precision
 from autopar.pretrained.gathered import gather
 
 
@@ -116,7 +116,7 @@ class _OnAllRanks:
 @contextmanager
 def _answering_as_a_plain_one(model: ParallelModule) -> Iterator[None]:
     """Within this context, ``model`` answers what a Trainer asks, in place of refusing one that is none of ours."""
-    asked = {name: vars(model).pop(name) for name in FOR_FRAMEWORKS if not name.startswith("_")}
+    asked = {name: vars(model).pop(name) for name in ASKED_BY_TRAINER}
     try:
         yield
     finally:
@@ -143,13 +143,24 @@ def _prepared_whole(accelerator: Any, loader: Any, **_: Any) -> Any:
 
 def _refuse(model: ParallelModule, args: Any) -> None:
     saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+    for precision in ("bf16", "fp16"):
+        if getattr(args, precision, False):
+            check_precision(model, model.plan, precision, f"TrainingArguments({precision}=True)")
     problems = {
         "save_strategy: a Trainer's checkpoint has the optimizer of one process": saves and not args.save_only_model,
         "gradient_accumulation_steps on a pipeline": model.mesh.is_pipelined and args.gradient_accumulation_steps > 1,
+        "torch_compile: a parallel module runs programs of autopar": getattr(args, "torch_compile", False),
+        "deepspeed: a parallel module splits states itself": bool(getattr(args, "deepspeed", None)),
+        "fsdp: a parallel module splits parameters itself": bool(getattr(args, "fsdp", None)),
+        "gradient_checkpointing: what is recomputed is a choice of the plan": args.gradient_checkpointing,
     }
     ways = (
         "save_only_model=True, or save_strategy='no' with autopar.Checkpoints in a callback",
         "Plan(microbatches=), with the rows of all of them in per_device_train_batch_size",
+        "torch_compile=False",
+        "autopar.Plan(zero=1), 2 or 3, and no deepspeed=",
+        "autopar.Plan(zero=3), and no fsdp=",
+        "autopar.Plan(recompute='full'), or 'selective', and gradient_checkpointing=False",
     )
     for (problem, there), way in zip(problems.items(), ways):
         if there:

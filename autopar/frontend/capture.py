@@ -196,7 +196,8 @@ def only_plain_outputs(model: nn.Module, notes: list[str]) -> Iterator[None]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         output, dropped = plain_output(output)
         for kind in dropped:
-            notes.append(f"the model returns a {kind}, which a parallel program does not; it is None in its output")
+            said = f"the model returns a {kind}, which a parallel program does not; it is None in its output"
+            notes.append(said + ("; only generation needs one" if "Cache" in kind else ""))
         return output
 
     handle = model.register_forward_hook(hook)

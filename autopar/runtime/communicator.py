@@ -360,5 +360,6 @@ def peer_failed(what: str, rank: int, peers: Sequence[int], timeout: float, prob
         f"rank {rank} waited in {what} for {those}: a peer ended, or did not answer within {timeout:g} s.\n"
         f"  torch says: {reason[:200]}\n"
         "Way out: the rank that failed first says why in its own output; then start again from the last checkpoint.\n"
+        "One that ended well did not make this call: `if rank == 0` goes around print, not around calls of the model.\n"
         "If the peers were only slow, give them longer: Plan(timeout=seconds)."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,12 @@ Work = Callable[[Executable, list[Tensor]], Any]  # (program, tensors of the cal
 SAME_CALLS = (
     "every rank makes the same calls, with inputs of the same shapes and types: pad or drop the rows that are left "
     "over at the end of the data (drop_last=True), and evaluate on all ranks, not only on rank 0."
+)
+MANY = (4, 16, 64)  # programs at which something is said
+MANY_SHAPES = (
+    "%d programs so far, one for each shape of the inputs and mode of the model: %.1f s each; %d are kept\n"
+    "Way out: pad to few lengths: pad_to_multiple_of=128 of a collator, padding='max_length' of a tokenizer; and\n"
+    "drop_last=True of a DataLoader."
 )
 DIFFERENT = "the ranks do not do the same:"
 
@@ -95,6 +102,7 @@ class ProgramCache:
         self._programs: OrderedDict[Kind, AnyProgram] = OrderedDict()  # the latest used last
         self._bound: dict[Kind, Entry] = {}
         self._variants = Variants()
+        self._seconds: list[float] = []  # that each compiled program took
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -276,7 +284,10 @@ class ProgramCache:
         if program is None:
             pinned = self._weights.pinned
             with self._weights.given_back_on_failure(), self._weights.traceable():
+                start = time.perf_counter()
                 program, guards = self._compiled(call, pinned)
+            self._seconds.append(time.perf_counter() - start)
+            self._tell_many(kind)
         self._weights.lay_out(program)  # before it is kept: a program that requires other layouts never runs
         self._programs[kind] = program
         self._variants.add(*kind, guards)
@@ -294,6 +305,13 @@ class ProgramCache:
             logger.warning("making another program: %s", self._given.none_of(call))
         elif self._programs:
             logger.warning("a new kind of call (%s, inputs %s): making another program", name, shapes(call.tensors))
+
+    def _tell_many(self, kind: Kind) -> None:
+        """Say what many programs cost, and how to have fewer; that of ``kind`` is not kept yet."""
+        number = len({other for other, _ in (*self._programs, kind)})
+        if number in MANY and not is_mute():
+            each = sum(self._seconds) / len(self._seconds)
+            logger.warning(MANY_SHAPES, number, each, PROGRAMS_KEPT)
 
 
 def cast_to() -> tuple[torch.dtype | None, ...]:

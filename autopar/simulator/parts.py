@@ -54,6 +54,15 @@ class Step:
     expert_load: Mapping[str, ExpertLoad] = field(default_factory=dict)
     shares: tuple[float, ...] = ()
 
+    def __repr__(self) -> str:
+        """A few lines: shapes and sizes, and no numbers but the loss."""
+        loss = "none" if self.loss is None else f"{float(self.loss):.6g}"
+        shapes = pytree.tree_map(lambda leaf: list(leaf.shape) if isinstance(leaf, Tensor) else leaf, self.output)
+        peak = f"{max(self.peak_bytes):,} bytes at most on a rank" if self.peak_bytes else "unknown"
+        lines = [f"Step of {len(self.peak_bytes)} ranks", f"  loss    {loss}", f"  output  {shapes}"]
+        lines += [f"  grads   of {len(self.grads)} tensors", f"  peak    {peak}"]
+        return "\n".join([*lines, *(f"  {transfer}" for transfer in self.traffic)])
+
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the step, with words for it."""
         for path, leaf in pytree.tree_flatten_with_path(self.output)[0]:

@@ -175,8 +175,9 @@ def _of_id(name: str, wanted: Wanted) -> Hub:
         if "neither a folder" not in str(error):
             raise
         near = near_names(name, (*OURS, *(f"tiny:{known}" for known in zoo.ARCHITECTURES), *zoo.ARCHITECTURES))
-        said = str(error).partition("\n")[0] if "/" not in name else error
-        raise ValueError(f"there is no model '{name}'{near}: {said}\n{FORMS}") from None
+        said, _, way_out = str(error).partition("\n")
+        ways = f"{way_out}\nor another form of MODEL: autopar show --help." if "/" in name else FORMS
+        raise ValueError(f"there is no model '{name}'{near}: {said}\n{ways}") from None
 
 
 def _of_module(name: str, module: ModuleType, path: str, target: str, wanted: Wanted) -> Example:
@@ -184,7 +185,9 @@ def _of_module(name: str, module: ModuleType, path: str, target: str, wanted: Wa
     if hasattr(module, "build") and (not target or target in presets):
         return _preset(name, module, target or next(iter(presets)), wanted)
     if not target:
-        raise ValueError(f"'{name}': say which callable of {path} makes the model\nWay out: {path}:FACTORY")
+        have = user_code.makers(module)
+        ways = ", ".join(f"{path}:{one}" for one in have[: user_code.SHOWN]) or f"{path}:FACTORY"
+        raise ValueError(f"'{name}': say which callable of {path} makes the model\nWay out: one of {ways}.")
     return _made(name, user_code.member(module, target, presets), module, wanted)
 
 

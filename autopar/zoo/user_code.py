@@ -92,12 +92,17 @@ def member(module: ModuleType, target: str, presets: Mapping[str, Any]) -> Calla
         found = getattr(found, part, None)
     if callable(found):
         return found  # type: ignore[no-any-return]
-    have = sorted(presets) or sorted(name for name, value in vars(module).items() if _is_own(name, value, module))
+    have = sorted(presets) or makers(module)
     what = "is not callable" if found is not None else "is not there"
     raise ValueError(
         f"{module.__name__} has no '{target}' that makes a model: it {what}{near_names(target, have)}\n"
         f"Way out: one of {', '.join(have[:SHOWN]) or 'none: the module makes nothing'}."
     )
+
+
+def makers(module: ModuleType) -> list[str]:
+    """The names of what a module defines that can be called, in their order in the alphabet."""
+    return sorted(name for name, value in vars(module).items() if _is_own(name, value, module))
 
 
 def _is_own(name: str, value: Any, module: ModuleType) -> bool:

@@ -84,7 +84,7 @@ def leg(build: Callable[[], nn.Module], mesh: str, zero: int, directory: Path) -
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
     checkpoints = Checkpoints(directory)
-    resumed = checkpoints.load(model, optimizer, scheduler=scheduler)
+    resumed = checkpoints.load(model, optimizer, scheduler)
     before = everything(model, optimizer) if resumed else None
     position = resumed.data["position"] if resumed else 0
     losses = steps(model, optimizer, scheduler, BATCHES[position : position + 1])

@@ -55,9 +55,15 @@ def test_a_dtype_alone_is_that_of_computing() -> None:
     assert read_plan(["precision=bf16"]) == Plan(precision=Precision("bf16")) == Plan.from_json({"precision": "bf16"})
 
 
-def test_a_plan_takes_no_bare_dtype() -> None:
-    with pytest.raises(ValueError, match=r"write Precision\(param=torch.bfloat16\)"):
-        Plan(precision=torch.bfloat16)  # type: ignore[arg-type]
+@pytest.mark.parametrize("written", ["bf16", "bfloat16", torch.bfloat16])
+def test_a_plan_takes_a_dtype_for_what_is_computed_in_it(written: Any) -> None:
+    plan = Plan(precision=written)
+    assert plan.precision == Precision(param="bf16") and plan == Plan.from_json({"precision": "bf16"})
+
+
+def test_a_plan_takes_no_other_word_for_a_precision() -> None:
+    with pytest.raises(ValueError, match=r"(?s)Plan\(precision='bf61'\).*autopar.Precision\(param=\"bf16\"\)"):
+        Plan(precision="bf61")  # type: ignore[arg-type]
 
 
 class Plain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import autopar
-from autopar import Mesh, Plan
+from autopar import LaunchError, Mesh, Plan, Precision
 from tests.frameworks.steps import BATCHES, RATE, expected, model_of
 from tests.launch import run_ranks
 from tests.selection import slow_but
@@ -56,3 +57,33 @@ def test_parameters_after_five_steps(mesh: str, inputs: str, prepares_loader: bo
         worst = max(float((found[name] - value).abs().max()) for name, value in wanted.items())
         print(f"accelerate on {mesh}, inputs {inputs}, {accumulation} batches a step: {worst:.1e}")
         assert worst < 1e-12
+
+
+@pytest.fixture
+def states() -> Iterator[Any]:
+    """The state that accelerate keeps for the whole process, as it is without an Accelerator, before and after."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield AcceleratorState
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_that_would_be_ignored_is_refused(precision: str, states: Any) -> None:
+    from accelerate import Accelerator
+
+    model: Any = autopar.parallelize(model_of().float(), Mesh(dp=1))
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    states._shared_state["_mixed_precision"] = precision  # of itself it wants a GPU for fp16
+    with pytest.raises(LaunchError, match=rf"(?s)mixed_precision='{precision}'.*Way out: autopar.Plan\(precision="):
+        accelerator.prepare(model)
+
+
+def test_the_precision_of_the_plan_is_not_refused(states: Any) -> None:
+    from accelerate import Accelerator
+
+    plan = Plan(precision=Precision(param="bf16"), check_numerics=False)
+    model: Any = autopar.parallelize(model_of().float(), Mesh(dp=1), plan)
+    assert Accelerator(cpu=True, mixed_precision="bf16").prepare(model) is model
+    assert states().mixed_precision == "bf16"

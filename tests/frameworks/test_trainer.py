@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import autopar
-from autopar import LaunchError, Mesh, Plan
+from autopar import LaunchError, Mesh, Plan, Precision
 from autopar.zoo.named import named_model
 from tests.launch import run_ranks
 from tests.pretrained.test_pretrained import doubles
@@ -83,6 +83,32 @@ def test_what_is_refused(tmp_path: Path) -> None:
     of_trl = type("SFTTrainer", (transformers.Trainer,), {"__module__": "trl.trainer.sft_trainer"})
     with pytest.raises(LaunchError, match="(?s)SFTTrainer of trl calls methods.*Way out"):
         autopar.trainer_class(of_trl)
+
+
+REFUSED = {
+    "bf16": (True, r"TrainingArguments\(bf16=True\).*this one in float32\nWay out: autopar.Plan\(precision="),
+    "gradient_checkpointing": (True, r"Way out: autopar.Plan\(recompute='full'\)"),
+    "torch_compile": (True, "torch_compile: a parallel module runs programs of autopar\nWay out: torch_compile=False"),
+    "fsdp": ("full_shard", r"fsdp: a parallel module splits parameters itself\nWay out: autopar.Plan\(zero=3\)"),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_an_argument_that_would_be_ignored_is_refused(name: str, tmp_path: Path) -> None:
+    model = autopar.parallelize(named_model("hf:llama", TINY).model, Mesh(dp=1))
+    args = arguments(tmp_path)
+    value, message = REFUSED[name]
+    setattr(args, name, value)  # as TrainingArguments leaves it, without what it starts for it
+    with pytest.raises(LaunchError, match=f"(?s){message}"):
+        autopar.trainer_class()(model=model, args=args, train_dataset=data(5))
+
+
+def test_a_precision_that_the_plan_has_too_is_no_problem(tmp_path: Path) -> None:
+    plan = Plan(precision=Precision(param="bf16"), check_numerics=False)
+    model = autopar.parallelize(named_model("hf:llama", TINY).model, Mesh(dp=1), plan)
+    args = arguments(tmp_path)
+    args.bf16 = True
+    autopar.trainer_class()(model=model, args=args, train_dataset=data(5))
 
 
 class OwnTrainer(transformers.Trainer):

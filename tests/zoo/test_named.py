@@ -71,7 +71,7 @@ def test_factories(package: str) -> None:
 
 
 @pytest.mark.parametrize("target, said", [
-    ("", "say which callable"),
+    ("", "say which callable.*makes the model\nWay out: one of .*:sized, .*:with_batch"),
     (":missing", "has no 'missing'.*it is not there"),
     (":number", "has no 'number'.*it is not callable"),
     (":without_batch", "--input input=4x8, or return \\(model, batch\\)"),
