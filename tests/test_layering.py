@@ -44,7 +44,7 @@ STANDS_ON = {
     "split": "cost errors ir mesh notes operators rules",
     "routing": "errors ir mesh operators rules split",
     "pipeline": "cost errors ir mesh plan schedules",
-    "memory": "autodiff ir mesh pipeline plan schedules",
+    "memory": "autodiff ir mesh operators pipeline plan schedules",
     "analysis": "autodiff cost errors ir memory mesh pipeline plan schedules",
     "simulator": "autodiff codegen errors ir mesh pipeline plan schedules",
     "simulate": "errors ir mesh simulator",

@@ -17,7 +17,7 @@ from autopar.ir.program import AnyProgram
 from autopar.ir.traffic import size_text
 from autopar.memory.device import Device, helps, read_size
 from autopar.memory.optimizers import OPTIMIZERS, optimizer_named
-from autopar.memory.table import MemoryTable, RankMemory, memory_of
+from autopar.memory.table import MemoryTable, RankMemory, memory_of, sends_rows
 from autopar.mesh import Mesh
 from autopar.pipeline.microbatches import smaller
 from autopar.plan import Plan
@@ -72,14 +72,32 @@ class MemoryChoices:
         """For people; none where there is no batch, since the program is not finished."""
         if batch is None:
             return []
-        return [memory_table(self.of_program(program, batch), program.mesh, program.plan, rank, self.device)]
+        found = self.of_program(program, batch)
+        return [
+            memory_table(found, program.mesh, program.plan, rank, self.device),
+            *(Group(Text(line), Text()) for line in self._uneven(program, batch, found)),
+        ]
+
+    def _uneven(self, program: AnyProgram, batch: Mapping[str, Any], found: MemoryTable) -> Iterator[str]:
+        """What the load of experts may add, where ranks send them rows; with a ``capacity_factor`` nothing."""
+        if sends_rows(program):
+            peak = self._largest_uneven(program, batch)
+            more = size_text(peak - found.largest.peak)
+            yield f"rows for experts: an even load; if all tokens choose those of one rank: + {more}, {size_text(peak)}"
+
+    def _largest_uneven(self, program: AnyProgram, batch: Mapping[str, Any]) -> int:
+        small = smaller(batch, program.mesh, program.plan)
+        return memory_of(program, self.optimizer, small=small, timeline=False, uneven=True).largest.peak
 
     def document(self, program: AnyProgram, batch: Mapping[str, Any] | None) -> dict[str, Any]:
         """As JSON, under ``memory``."""
         if batch is None:
             return {}
         found = self.of_program(program, batch)
-        return {"memory": memory_json(found, program.mesh, program.plan, self.device)}
+        document = memory_json(found, program.mesh, program.plan, self.device)
+        if sends_rows(program):
+            document["uneven_peak"] = self._largest_uneven(program, batch)
+        return {"memory": document}
 
 
 def memory_table(found: MemoryTable, mesh: Mesh, plan: Plan, rank: int, device: Device | None) -> Group:

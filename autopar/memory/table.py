@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from autopar.ir.collectives import ROUTES
 from autopar.ir.node import origin, value
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import InputKind
@@ -103,7 +104,9 @@ class MemoryTable:
         }
 
 
-def memory_of(program: AnyProgram, optimizer: str = "adamw", *, small: int = 1, timeline: bool = True) -> MemoryTable:
+def memory_of(
+    program: AnyProgram, optimizer: str = "adamw", *, small: int = 1, timeline: bool = True, uneven: bool = False
+) -> MemoryTable:
     """The memory of a finished program, of any size: nothing is allocated, and nothing is run.
 
     Rows for experts are as many as if their load were even; with a ``capacity_factor`` they always are.
@@ -111,6 +114,7 @@ def memory_of(program: AnyProgram, optimizer: str = "adamw", *, small: int = 1, 
     Args:
         optimizer: one of :data:`autopar.memory.optimizers.OPTIMIZERS`; each is counted with the temporaries of torch's
             ``foreach`` form, one more tensor for each parameter, while it changes them.
+        uneven: count rows for experts as if all tokens chose those of one rank, which is then the largest.
         small: of a pipeline whose last microbatches have fewer rows, how many these are.
 
     Raises ValueError for an unknown optimizer, InvariantError for a program that is not differentiated.
@@ -118,7 +122,7 @@ def memory_of(program: AnyProgram, optimizer: str = "adamw", *, small: int = 1, 
     optimizer_named(optimizer)
     mesh = program.mesh.of_stage if isinstance(program, PipelinedProgram) else program.mesh
     last = mesh.coordinates(mesh.world_size - 1)  # the first rank of an axis may hold less (``keep_first``)
-    tapes, found = Tapes(mesh, last, Operators()), []
+    tapes, found = Tapes(mesh, last, Operators(), uneven=uneven), []
     for place in range(program.mesh.size(PIPELINE)):
         account = Account()
         if isinstance(program, PipelinedProgram):
@@ -131,6 +135,11 @@ def memory_of(program: AnyProgram, optimizer: str = "adamw", *, small: int = 1, 
         first = place * mesh.world_size
         found.append(_of_rank(place, (first, first + mesh.world_size - 1), account, stages, states, timeline))
     return MemoryTable(optimizer, tuple(found))
+
+
+def sends_rows(program: AnyProgram) -> bool:
+    """Whether ranks send rows to their experts, as many as there are: then the load may be uneven."""
+    return any(node.target in ROUTES for stage in program.parts for node in stage.required_role.inference.nodes)
 
 
 def _of_rank(

@@ -20,6 +20,7 @@ from autopar.memory.account import GATHERED, GRADIENTS, IN_FLIGHT, PARAMETERS, A
 from autopar.memory.gradients import gradients_in
 from autopar.memory.shapes import Form, Held, Made, New, Operators
 from autopar.mesh import Coordinates, Mesh
+from autopar.operators.routing import RECEIVED_IDS
 
 WAIT = comm.OPS.wait.default
 ALIKE_ALONE = ("all_reduce", "keep_first", "shift")  # on an axis of one rank they give what they take
@@ -57,8 +58,11 @@ class Tape:
 class Tapes:
     """The tapes of graphs, as a rank at ``here`` runs them, by the forms and kinds of what they take."""
 
-    def __init__(self, mesh: Mesh, here: Coordinates, operators: Operators | None = None) -> None:
-        self.mesh, self.here, self.operators = mesh, here, operators or Operators()
+    def __init__(
+        self, mesh: Mesh, here: Coordinates, operators: Operators | None = None, *, uneven: bool = False
+    ) -> None:
+        """``uneven``: the rank has the experts that all tokens choose, so that all rows arrive at it."""
+        self.mesh, self.here, self.operators, self.uneven = mesh, here, operators or Operators(), uneven
         self._known: dict[Any, tuple[fx.Graph, Tape]] = {}
 
     def run(
@@ -120,6 +124,8 @@ class _Writer:
             if node.target in comm.IDENTITIES or node.target is WAIT or source.form.is_contiguous:
                 return source
         results, taken = self.tapes.operators.results(node, args, kwargs)
+        if self.tapes.uneven:
+            results = pytree.tree_map(lambda leaf: _resized(leaf, *_share(node, taken)), results)
         first, new = len(self.kinds), dict[int, int]()
 
         def held(leaf: Any) -> Any:
@@ -156,6 +162,27 @@ class _Writer:
     def _started(self, node: Node) -> bool:
         (source,) = node.all_input_nodes
         return comm.TARGETS.get(source.target) in comm.STARTED and not self._passes_on(source)  # type: ignore[call-overload]
+
+
+def _share(node: Node, taken: Sequence[Held]) -> tuple[int, int]:
+    """By how much more rows there are than with an even load where all go to one rank: (times, divided by)."""
+    name = comm.TARGETS.get(node.target)  # type: ignore[call-overload]
+    if node.target is RECEIVED_IDS:
+        return taken[0].form.shape[0], 1
+    base = None if name is None else comm.STARTED.get(name, name)
+    if base not in ("dispatch_rows", "return_rows"):
+        return 1, 1
+    ways = int(comm.arguments_of(node)["ways"])
+    return (ways, 1) if base == "dispatch_rows" else (1, ways)
+
+
+def _resized(leaf: Any, times: int, by: int) -> Any:
+    """``leaf`` with more rows, or fewer."""
+    if not isinstance(leaf, Made) or times == by or not isinstance(leaf.source, New):
+        return leaf
+    rows, *rest = leaf.form.shape
+    form = Form((rows * times // by, *rest), leaf.form.strides, leaf.form.dtype)
+    return Made(form, New(leaf.source.number, leaf.source.bytes * times // by))
 
 
 def _storages(value: Any) -> Iterator[int]:

@@ -103,3 +103,15 @@ def test_the_peak_is_that_of_the_simulated_ranks(model: str, mesh: str, choices:
     for one in memory_of(program, small=small).ranks:
         assert one.step_peak == max(step.peak_bytes[one.first : one.last + 1])
         assert one.peak == sum(one.at_peak.values())
+
+
+def test_the_bound_of_an_uneven_load_is_what_the_fullest_rank_holds() -> None:
+    """A router without weights gives all tokens the same experts, which are on one rank."""
+    example = named_model("moe", {"balance": 0.0, "layers": 1})
+    for name, parameter in example.model.named_parameters():
+        if "router" in name:
+            nn.init.zeros_(parameter)
+    program = compile_program(example.model, Mesh(ep=2), Plan(check_numerics=False), (), example.batch)
+    step = simulate(program, tensors_of(example.model), (), example.batch, emitted=False)
+    even, bound = (memory_of(program, uneven=uneven).largest.step_peak for uneven in (False, True))
+    assert min(step.peak_bytes) < even < max(step.peak_bytes) == bound
