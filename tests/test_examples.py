@@ -105,6 +105,8 @@ def test_what_is_fine_tuned_is_read_by_transformers(folder: Path, tmp_path: Path
     alone = run_ranks(run, 1, "finetune", *words, str(tmp_path / "one"))[0]
     assert alone[-1] < alone[0]
     assert close(run_ranks(run, 2, "finetune", *words, str(tmp_path / "two"), "--mesh", "tp=2")[0], alone)
+    with pytest.raises(SystemExit):  # at the start, and not after the training
+        importlib.import_module("examples.finetune").parsed([*words, str(tmp_path / "one")])
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
     # AdamW divides by the size of a gradient: where one is nothing but rounding, steps of the learning rate differ
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
@@ -157,3 +159,20 @@ def test_the_batch_file_has_options_that_there_are() -> None:
     known = {word for parameter in found for word in (*parameter.opts, *parameter.secondary_opts)}
     options = {word for word in text.split() if word.startswith("--")}
     assert len(options) > 8 and options <= known, options - known
+
+
+def test_a_prompt_is_no_label_when_fine_tuning() -> None:
+    row = importlib.import_module("examples.finetune").row
+    tokens, mask, labels = row(None, {"prompt": "ab", "completion": "c"}, 5)
+    assert tokens.tolist() == [97, 98, 99, 0, 0] and mask.tolist() == [1, 1, 1, 0, 0]
+    assert labels.tolist() == [-100, -100, 99, -100, -100]
+    assert row(None, {"text": "abc"}, 2)[2].tolist() == [97, 98]
+
+
+@pytest.mark.slow
+def test_fine_tuning_goes_on_from_its_checkpoint(folder: Path, tmp_path: Path) -> None:
+    words = [str(folder / "model"), str(folder / "data.jsonl"), "--checkpoint", str(tmp_path / "run"), "--every", "1"]
+    whole = run_ranks(run, 1, "finetune", *words[:2], "--epochs", "2", "-o", str(tmp_path / "whole"))[0]
+    first = run_ranks(run, 1, "finetune", *words, "-o", str(tmp_path / "half"))[0]
+    rest = run_ranks(run, 1, "finetune", *words, "--epochs", "2", "-o", str(tmp_path / "rest"))[0]
+    assert rest and close(first + rest, whole)
