@@ -19,7 +19,7 @@ from autopar.ir.blocks import block_of
 from autopar.ir.collectives import GATHERS, OPS, PART, REDUCTIONS, STARTS, TARGETS, row_of, split_of
 from autopar.ir.layout import Split
 from autopar.ir.node import origin, output_node, set_origin, set_values, value, values
-from autopar.ir.operator_facts import is_view
+from autopar.ir.operator_facts import is_product, is_view
 from autopar.ir.reach import ancestors
 from autopar.mesh import Mesh
 
@@ -125,11 +125,11 @@ class Reordering:
     def _aside(self) -> set[fx.Node]:
         """The nodes that no hidden sum depends on, and that have at most a block to wait for the next one."""
         needed, found = ancestors(self.hidden), set[fx.Node]()
-        between: set[str] | None = None  # blocks from a node to the hidden sum after it
+        between: set[str] | None = None  # blocks with products from a node to the hidden sum after it
         for node in reversed(self.nodes):
             between = set() if node in self.hidden else between
             if between is not None:
-                between.add(block_of(node))
+                between |= {block_of(node)} if is_product(node.target) else set()
                 if node not in needed and len(between) <= 2:
                     found.add(node)
         return found
