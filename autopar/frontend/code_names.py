@@ -18,6 +18,8 @@ NOT_USERS = {
     *sys.stdlib_module_names,
 }  # fmt: skip
 
+OUR_MODELS = "autopar.models"  # are models like others
+
 
 @dataclass(frozen=True)
 class Names:
@@ -54,7 +56,8 @@ def names_of(code: CodeType) -> Names:
 
 def is_users(module: str | None) -> bool:
     """Whether what is defined in the module of that name is the user's, or of a library of models."""
-    return (module or "").partition(".")[0] not in NOT_USERS
+    name = module or ""
+    return name.partition(".")[0] not in NOT_USERS or name.startswith(OUR_MODELS)
 
 
 def is_users_class(cls: type) -> bool:

@@ -141,7 +141,7 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def _code(model: nn.Module) -> dict[str, str]:
-    found = {"torch": torch.__version__, "autopar": _own_files()}
+    found = {"torch": str(torch.__version__), "autopar": _own_files()}
     for cls in sorted({type(module) for module in model.modules()}, key=_name):
         for base in cls.__mro__:
             if base.__module__.partition(".")[0] not in ("torch", "builtins", "abc", "typing"):
@@ -168,7 +168,8 @@ def _file(path: str) -> str:
 
 @cache
 def _own_files() -> str:
-    files = sorted([*ROOT.rglob("*.py"), *(ROOT / "passes").rglob("*.py")])  # passes/ is a link
+    links = ("passes", "models")
+    files = sorted({*ROOT.rglob("*.py"), *(path for link in links for path in (ROOT / link).rglob("*.py"))})
     return _digest(b"".join(path.relative_to(ROOT).as_posix().encode() + path.read_bytes() for path in files))
 
 

@@ -7,7 +7,7 @@ set. When it ends, all is put back: a trace leaves no fake tensors on a model, a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,15 @@ from torch import Tensor, nn
 from autopar.frontend.forbidden import nothing_forbidden
 from autopar.frontend.readings import HOOKS, SHAPED, Readings
 from autopar.frontend.source_lines import line_of_user
+from autopar.frontend.trace_record import (
+    Effect,
+    Moved,
+    TraceRecord,
+    add_record,
+    is_recording,
+    recorded_code,
+    recorded_variables,
+)
 from autopar.ir.guards import Contents, Guards, Unavailable
 from autopar.ir.same_values import MISSING, is_plain, is_same
 from autopar.ir.value_guards import ValueGuard
@@ -62,6 +71,7 @@ class Observation:
     def __init__(self, model: nn.Module, keeps: bool = False) -> None:
         self._model, self._keeps = model, keeps
         self.readings = Readings(model)
+        self._record = TraceRecord()
         self.changes: list[Change] = []
         self.grown: list[Contents] = []
         self._seen: set[tuple[int, str]] = set()
@@ -85,6 +95,49 @@ class Observation:
         ]
         guards.settle()
         return guards
+
+    def report(self, moved: Observation | None) -> None:
+        """Tell who collects guards and records of traces; ``moved``: the run that brought the model to rest, if any."""
+        guards = self.guards
+        for collected in _COLLECTING:
+            collected.extend(guards)
+        if is_recording():
+            self._record.moved = moved._as_moved() if moved is not None else None
+            add_record(self._recorded(guards.effects))
+
+    def _recorded(self, left: Iterable[tuple[dict[str, Any], str, Any]]) -> TraceRecord:
+        self._record.asked = list(self.readings.asked)
+        self._record.effects = list(self._addressed(left))
+        return self._record
+
+    def _as_moved(self) -> Moved:
+        kept = [(one.table, one.key, one.now) for one in self.changes if one.read_first]
+        record = self._recorded(kept)
+        if self.grown:
+            record.obstacle = f"forward fills {self.grown[0].label} in its first call"
+
+        @contextmanager
+        def undone() -> Iterator[None]:
+            self.undo()
+            try:
+                yield
+            finally:
+                for change in self.changes:
+                    _set(change.table, change.key, change.now)
+
+        return Moved(record, record.effects, undone)
+
+    def _addressed(self, left: Iterable[tuple[dict[str, Any], str, Any]]) -> Iterator[Effect]:
+        places: dict[int, tuple[str | None, str]] = {}
+        for table, _, owner in self._tables:
+            shaped = [name for name in SHAPED if isinstance(owner, nn.Module) and _attributes(owner)[name] is table]
+            places[id(table)] = self.readings.address(owner), shaped[0] if shaped else ""
+        for table, key, value in left:
+            address, name = places.get(id(table), (None, ""))
+            if address is None:
+                self._record.obstacle = f"forward sets '{key}' of an object that was not met"
+                return
+            yield Effect(address, name, key, value)
 
     @property
     def unstable(self) -> list[Change]:
@@ -142,6 +195,9 @@ class Observation:
                 self._hooks.append(Contents.of(module.__dict__[name], self.readings.label_of_hooks(module, name)))
         self._patch(nn.Module)
         self._stack.enter_context(nothing_forbidden())
+        if is_recording():
+            self._stack.enter_context(recorded_variables(self._record))
+            self._stack.enter_context(recorded_code(self._record))
         for owner, _ in list(self.readings.objects.values()):
             self._take(owner)
             self._patch(type(owner))
@@ -276,9 +332,3 @@ def add_value_guard(guard: ValueGuard) -> None:
     """Say what the Python of a model has looked at in tensors."""
     for collected in _COLLECTING:
         collected.values.append(guard)
-
-
-def add_guards(guards: Guards) -> None:
-    """Say what a trace has read."""
-    for collected in _COLLECTING:
-        collected.extend(guards)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -24,6 +24,7 @@ CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 MOST_ITEMS = 512  # of a container that are compared in each call; a larger one is known by its identity
 SHAPED = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_A_HOOK = "a hook of"
 _OWN = {*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"} - {
     "training",
     "_modules",
@@ -39,6 +40,7 @@ class Readings:
         objects: the user's objects that were met, by ``id``, with a label; modules are known by their paths.
         started: containers as they were when they were met.
         generators: (label, function that gives its state, that state) of random number generators that were met.
+        asked: (owner, attribute) of all readings of attributes in their order, see :meth:`repeat`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,8 +48,13 @@ class Readings:
         self.objects: dict[int, tuple[Any, str]] = {}
         self.started: list[Contents] = []
         self.generators: list[tuple[str, Callable[[], Any], str]] = []
+        self.asked: list[tuple[str, str]] = []
         self.on_class: Callable[[type], None] = lambda cls: None
         self._paths = {id(module): path for path, module in model.named_modules()}
+        self._owners: dict[str, Any] = {}  # by what address() says
+        self._addresses: dict[int, str] = {}
+        for path, module in model.named_modules():
+            self._settle_at(module, path)
         self._root = model  # while it is watched it has hooks of ours
         self._classes: dict[type, Mapping[str, Any]] = {}
         self._known: set[tuple[int, Any]] = set()
@@ -63,16 +70,45 @@ class Readings:
 
     def label_of_hooks(self, owner: nn.Module, name: str) -> str:
         """``a hook of layers.0 (forward_hooks)``."""
-        return f"a hook of {self._paths.get(id(owner), '') or 'the model'} ({name.strip('_')})"
+        return f"{_A_HOOK} {self._paths.get(id(owner), '') or 'the model'} ({name.strip('_')})"
 
     def knows(self, owner: Any) -> bool:
         """Whether ``owner`` is a module of the model, or an object that it reads."""
         return id(owner) in self._paths or id(owner) in self.objects
 
+    # ------------------------------------------------------------ addresses
+
+    def address(self, owner: Any) -> str | None:
+        """What finds ``owner``, a module or an object that was met, in the readings of another process too."""
+        return self._addresses.get(id(owner))
+
+    def owner_at(self, address: str) -> Any:
+        """What :meth:`address` said this of; None for what was not met."""
+        return self._owners.get(address)
+
+    def _settle_at(self, owner: Any, label: str) -> None:
+        address, number = label, 1
+        while address in self._owners:
+            number += 1
+            address = f"{label} ({number})"
+        self._owners[address] = owner
+        self._addresses[id(owner)] = address
+
+    def repeat(self, asked: Iterable[tuple[str, str]]) -> str | None:
+        """Read the attributes that another trace :attr:`asked` for; the address of the first owner that is missing."""
+        for address, name in asked:
+            owner = self.owner_at(address)
+            if owner is None:
+                return address
+            self.attribute(owner, name)
+        self.hooks_of(self._root)
+        return None
+
     # ------------------------------------------------------------ attributes
 
     def attribute(self, owner: Any, name: str) -> None:
         """``owner.name`` was read, whether or not there is one."""
+        self.asked.append((self._addresses[id(owner)], name))
         own = _own_names(owner)
         is_module = isinstance(owner, nn.Module)
         if is_module and name in _OWN:
@@ -153,7 +189,9 @@ class Readings:
         """Follow a value that was read."""
         if isinstance(value, nn.Module) and not self.knows(value):
             for path, module in value.named_modules():
-                self._paths.setdefault(id(module), f"{label}.{path}" if path else label)
+                if id(module) not in self._paths:
+                    self._paths[id(module)] = f"{label}.{path}" if path else label
+                    self._settle_at(module, self._paths[id(module)])
         if is_plain(value) or isinstance(value, (nn.Module, Tensor, ModuleType, type)):
             return
         for function in functions_of(value):
@@ -172,6 +210,7 @@ class Readings:
             and not callable(getattr(value, "__get__", None))
         ):
             self.objects[id(value)] = (value, label)
+            self._settle_at(value, label)
             self.on_class(type(value))
 
     def _contents(self, container: Any, label: str) -> None:
@@ -204,18 +243,18 @@ class Readings:
 
     def _names(self, function: FunctionType) -> None:
         names, where = names_of(function.__code__), function.__module__
-        for name, attribute in names.globals:
+        for name, attribute in sorted(names.globals, key=str):  # in every process in the same order
             if name in function.__globals__:
                 self._global(function.__globals__, name, f"{name} (global of {where})", attribute)
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
-        for name, attribute in names.cells:
+        for name, attribute in sorted(names.cells, key=str):
             if name in cells and not _is_empty(cells[name]):
                 label = f"{name} (variable around {function.__qualname__})"
                 self._global(_Cell(cells[name]), "cell_contents", label, attribute)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.look_into(value, f"a default argument of {function.__qualname__}")
         for cls in self._bases(function) if "super" in {name for name, _ in names.globals} else ():
-            for name in names.attributes:
+            for name in sorted(names.attributes):
                 for inner in functions_of(vars(cls).get(name)):
                     self.function(inner)
 
@@ -259,6 +298,11 @@ def everything_of(model: nn.Module, modes: bool = True) -> Guards:
             readings.attribute(owner, name)
     readings.guards.settle()
     return readings.guards
+
+
+def is_of_hooks(contents: Contents) -> bool:
+    """Whether these are hooks of a module, by numbers that are counted in each process."""
+    return contents.label.startswith(_A_HOOK)
 
 
 def _own_names(owner: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from autopar.frontend.capture import (
 from autopar.frontend.exported import Build, traced
 from autopar.frontend.looked_at import Replayed, looks_of
 from autopar.frontend.numerics import check_numerics
-from autopar.frontend.observation import Observation, add_guards
+from autopar.frontend.observation import Observation
 from autopar.frontend.recast import recast, recast_call
 from autopar.frontend.selected_rows import SelectedRows
 from autopar.frontend.steady_state import bring_to_rest, check_at_rest, refuse_backward_hooks
@@ -117,7 +117,7 @@ def _at_rest(
                 found = traced(model, args, kwargs, mode, build)
             if moved is not None or observation.is_at_rest:
                 check_at_rest(observation)
-                add_guards(observation.guards)
+                observation.report(moved)
                 return found
         except TraceError:
             if moved is not None:

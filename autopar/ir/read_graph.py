@@ -17,7 +17,7 @@ from autopar.ir import collectives as comm
 from autopar.ir import text
 from autopar.ir.cursor import MOST_LETTERS, STRING, WORD, Cursor, listed, take_axis, take_layout
 from autopar.ir.layout import Layout
-from autopar.ir.loadable_operators import misfit, why_not
+from autopar.ir.loadable_operators import EVERY, misfit, why_not
 from autopar.ir.node import Node, Origin, Value, set_origin, set_values
 from autopar.ir.operator_facts import argument_names
 from autopar.ir.tables import Input, InputKind, OutputKind
@@ -310,6 +310,11 @@ def parse_argument(source: str) -> Any:
     value = GraphReader(Mesh(), gradients=False, role=False, origins=False)._argument(cursor)
     cursor.comment()
     return value
+
+
+def operator_named(name: str, allowed: Collection[str] = EVERY) -> Any:
+    """The inverse of ``text.operator_name``. Raises ProgramFileError."""
+    return _operator(Cursor(1, name), name, 0, allowed)
 
 
 def _operator(cursor: Cursor, name: str, start: int, allowed: Collection[str]) -> Any:
