@@ -53,7 +53,7 @@ def compile_program(
     seen = "; ".join(f"{look.line} ({look.seen})" for values in guards.values for look in values.looks)
     if seen:  # no model has that, so such a program serves the process that made it alone
         known = replace(known, code={**known.code, LOOKED_AT: seen})
-    return replace(program, fingerprint=known, made_buffers=_made_buffers(model, program))
+    return replace(program, fingerprint=known, made_buffers=made_buffers_of(model, program))
 
 
 def _compiled(
@@ -70,7 +70,7 @@ def _compiled(
     return finish_program(split_program(model, mesh, plan, args, kwargs, layouts))
 
 
-def _made_buffers(model: nn.Module, program: AnyProgram) -> dict[str, Tensor]:
+def made_buffers_of(model: nn.Module, program: AnyProgram) -> dict[str, Tensor]:
     """The buffers that ``program`` or its source takes and that the model computes whenever it is built, by name."""
     graphs = [program, *([program.source] if program.source is not None else [])]
     taken = {name for graph in graphs for _, entry in graph.placeholders(InputKind.BUFFER) for name in entry.names}

@@ -6,11 +6,26 @@ it traces makes it forget. So what was said is kept here.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _said: set[str] = set()
+_LISTENING: list[list[str]] = []
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """The messages of all warnings within this context, whether or not somebody sees them."""
+    messages: list[str] = []
+    _LISTENING.append(messages)
+    try:
+        yield messages
+    finally:
+        _LISTENING.pop()
 
 
 def is_mute() -> bool:
@@ -21,8 +36,27 @@ def is_mute() -> bool:
     return os.environ.get("RANK", "0") != "0"
 
 
+LOG = "AUTOPAR_LOG"
+
+
+def start_log() -> None:
+    """Print what is logged to stderr, from the level on that ``AUTOPAR_LOG`` names (debug, info); once in a process."""
+    level = getattr(logging, os.environ.get(LOG, "").upper(), None)
+    logger = logging.getLogger("autopar")
+    if not isinstance(level, int) or any(handler.name == LOG for handler in logger.handlers):
+        return
+    handler = logging.StreamHandler()
+    handler.name = LOG
+    rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+    handler.setFormatter(logging.Formatter(f"autopar{rank}: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+
 def warn(message: str, stacklevel: int = 2) -> None:
     """As ``warnings.warn``, on the first rank, and once for each message unless a filter says ``always``."""
+    for messages in _LISTENING:
+        messages.append(message)
     if is_mute():
         return
     if _action(message) not in ("always", "error"):

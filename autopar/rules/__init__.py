@@ -82,9 +82,12 @@ def has_own(target: Any) -> bool:
     return target in RULES
 
 
+ADDED: dict[Any, Rule] = {}  # those that users have entered
+
+
 def add(target: Any, rule: Rule) -> None:
     """Enter a rule, in place of what the operator has. ``autopar.register_rule`` checks it first."""
-    RULES[target] = rule
+    RULES[target] = ADDED[target] = rule
 
 
 def rule_for(target: Any) -> Rule | None:
