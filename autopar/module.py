@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from autopar.analysis.notebook import module_html
-from autopar.compiler import compile_program
+from autopar.cache.compiled import cached_program
+from autopar.cache.key import Request
 from autopar.errors import InvariantError
 from autopar.frontend.fingerprint import call_facts
-from autopar.frontend.observation import guards_of_traces
 from autopar.frontend.readings import everything_of
 from autopar.frontend.torch_layers import packs_padding
 from autopar.ir.fingerprint import CallFacts
@@ -91,8 +91,8 @@ class ParallelModule(nn.Module):
         accumulation = Accumulation()
 
         def compiled(call: Call, layouts: Mapping[str, Layout] | None) -> tuple[AnyProgram, Guards]:
-            with guards_of_traces() as guards:
-                found = compile_program(model, mesh, plan, call.args, call.kwargs, layouts, held.weights.homes)
+            homes = held.weights.homes
+            found, guards = cached_program(Request(model, mesh, plan, call.args, call.kwargs, layouts, homes))
             check_whole_batches(guards, found, model)
             return found, guards
 

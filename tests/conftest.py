@@ -54,6 +54,14 @@ def failures_leave_nothing_behind(tmp_path_factory: pytest.TempPathFactory) -> I
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_cached() -> Iterator[None]:
+    """Every test compiles, and none reads or writes the cache of the user; those of the cache have one each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOPAR_CACHE", "0")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def default_dtype_is_kept() -> Iterator[None]:
     """Tests that compute in float64 set the default dtype; the next test starts with torch's own."""

@@ -57,10 +57,10 @@ STANDS_ON = {
     "choices": "ir mesh plan",
     "compiler": "choices errors frontend ir mesh passes pipeline plan",
     "other_methods": "errors plan precision",
+    "cache": "compiler errors frontend ir mesh notes plain_files plan precision program_files rules schedules",
     "fitting": "analysis compiler cost errors frontend ir memory mesh pipeline plan",
     "module": (
-        "analysis compiler errors frontend ir mesh other_methods pipeline plan runtime schedules simulate simulator"
-        " traces"
+        "analysis cache errors frontend ir mesh other_methods pipeline plan runtime schedules simulate simulator traces"
     ),
     "stored_programs": "errors frontend ir mesh plan program_files",
     "compiled_models": "",

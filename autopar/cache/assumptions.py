@@ -1,0 +1,91 @@
+"""What has to hold of a model for a program that was compiled in another process.
+
+There is one part for the trace; before it another, where forward first had to make something that it then finds (a
+cache, a setting): when that part holds, this process does to its model what forward would do, and looks at the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from autopar.cache.reasons import Unstorable
+from autopar.cache.state import Answers, Questions, answered, differences, questions_of
+from autopar.frontend.trace_record import TraceRecord
+from autopar.ir.guards import Guards
+from autopar.ir.same_values import MISSING
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """``state``: the answers to ``questions`` that the model gave which was compiled."""
+
+    questions: Questions
+    state: dict[str, str]
+
+
+class NotMet(Exception):
+    """A model is another one; the text says in what."""
+
+
+def assumptions_of(
+    records: Sequence[TraceRecord], guards: Guards, model: nn.Module, outputs: pytree.TreeSpec | None
+) -> tuple[Assumption, ...]:
+    """Those of the program whose traces left ``records`` and ``guards``. Raises Unstorable."""
+    found: list[Assumption] = []
+    for number, record in enumerate(records):
+        if record.moved is None:
+            continue
+        if number:
+            raise Unstorable("forward makes something in its first call, and something else in a later one")
+        with record.moved.undone():
+            found.append(_assumption(questions_of([record.moved.record], None, model), model))
+    return (*found, _assumption(questions_of(records, guards, model, outputs), model))
+
+
+def _assumption(questions: Questions, model: nn.Module) -> Assumption:
+    return Assumption(questions, answered(questions, model).state)
+
+
+def met(assumptions: Sequence[Assumption], model: nn.Module) -> Guards:
+    """What ``model`` has to keep from now on; what forward would leave on it is there then.
+
+    Raises NotMet, and leaves it as it was.
+    """
+    done: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for assumption in assumptions[:-1]:
+            for table, key, value in _answers(assumption, model).guards.effects:
+                done.append((table, key, table.get(key, MISSING)))
+                table[key] = value
+        return _answers(assumptions[-1], model).guards
+    except BaseException:
+        for table, key, value in reversed(done):
+            table[key] = value
+            if value is MISSING:
+                del table[key]
+        raise
+
+
+def _answers(assumption: Assumption, model: nn.Module) -> Answers:
+    try:
+        answers = answered(assumption.questions, model)
+    except Unstorable as reason:
+        raise NotMet(str(reason)) from None
+    changed = differences(assumption.state, answers.state)
+    if changed:
+        raise NotMet(f"{listed(changed)} changed")
+    return answers
+
+
+SHOWN = 4
+
+
+def listed(names: Sequence[str]) -> str:
+    """For a message: the first ones, and how many more there are."""
+    more = f" and {len(names) - SHOWN} others" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,77 @@
+"""Digests of code, equal in all processes that have loaded the same lines from the same places of their files."""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import CodeType
+
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9]*_[A-Z0-9_]+")  # what may be the name of an environment variable
+DIGITS = 32
+
+
+def digest(*parts: str) -> str:
+    """Of texts in their order; ``("ab", "c")`` and ``("a", "bc")`` differ."""
+    found = hashlib.sha256()
+    for part in parts:
+        content = part.encode(errors="surrogatepass")
+        found.update(b"%d:" % len(content))
+        found.update(content)
+    return found.hexdigest()[:DIGITS]
+
+
+@cache
+def code_digest(code: CodeType) -> str:
+    """Of what ``code`` does, of the lines on which it stands, with their text, and of the functions inside it.
+
+    The text counts since programs quote it (``program.explain``); the folder of the file does not.
+    """
+    last = max((line for *_, line in code.co_lines() if line is not None), default=code.co_firstlineno)
+    lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 : last]
+    return digest(
+        Path(code.co_filename).name,
+        code.co_qualname,
+        str(code.co_firstlineno),
+        repr((code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags, code.co_names)),
+        repr((code.co_varnames, code.co_freevars, code.co_cellvars, code.co_code, code.co_linetable)),
+        repr(code.co_exceptiontable),
+        *map(_constant, code.co_consts),
+        "".join(lines),
+    )
+
+
+def _constant(value: object) -> str:
+    if isinstance(value, CodeType):
+        return code_digest(value)
+    if isinstance(value, tuple):
+        return digest("tuple", *map(_constant, value))
+    if isinstance(value, frozenset):  # another order in each process
+        return digest("frozenset", *sorted(map(_constant, value)))
+    return f"{type(value).__name__} {value!r}"
+
+
+def inner_code(code: CodeType) -> Iterator[CodeType]:
+    """``code`` and all that is written inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from inner_code(constant)
+
+
+@cache
+def variables_named(code: CodeType) -> frozenset[str]:
+    """The texts in ``code`` that may be names of environment variables: those in capitals with an underscore."""
+    texts = (text for part in inner_code(code) for text in _texts(part.co_consts))
+    return frozenset(text for text in texts if _VARIABLE.fullmatch(text))
+
+
+def _texts(constants: object) -> Iterator[str]:
+    if isinstance(constants, str):
+        yield constants
+    elif isinstance(constants, (tuple, frozenset)):
+        for constant in constants:
+            yield from _texts(constant)

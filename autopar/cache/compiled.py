@@ -1,0 +1,203 @@
+"""The program of a call: out of the cache if it is there, else compiled and kept, once for all ranks of a machine."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+
+from torch import Tensor
+
+from autopar.cache.assumptions import NotMet, assumptions_of, listed, met
+from autopar.cache.code_digests import digest
+from autopar.cache.entry import Header, live_guard, stored_guard
+from autopar.cache.folder import Folder, most_bytes, place
+from autopar.cache.key import Request, facts_of, key_of
+from autopar.cache.once import Turn, folder_of_launch, is_one_of_many, remove_folder_of_launch, turn
+from autopar.cache.packing import packed, unpacked
+from autopar.cache.reasons import Unstorable
+from autopar.compiler import compile_program, made_buffers_of
+from autopar.frontend.observation import guards_of_traces
+from autopar.frontend.trace_record import TraceRecord, records_of_traces
+from autopar.ir.graph_pass import DUMP
+from autopar.ir.guards import Guards
+from autopar.ir.program import AnyProgram
+from autopar.notes import heard, start_log, warn
+from autopar.plan import Plan
+
+Found = tuple[AnyProgram, Guards]
+COMPARED = 8  # entries of other keys, to say why a program is not there
+
+logger = logging.getLogger("autopar")
+
+
+def cached_program(request: Request) -> Found:
+    """The program of ``request``, the same whether it was compiled now or before, and what it assumes.
+
+    Raises the errors of :func:`autopar.compiler.compile_program`.
+    """
+    start_log()
+    folder = _folder()
+    if folder is None:
+        return _compiled(request)
+    try:
+        facts = {name: digest(fact) for name, fact in facts_of(request).items()}
+    except Unstorable as reason:
+        logger.debug("compiling, and not keeping it: %s", reason)
+        return _compiled(request)
+    key = key_of(facts)
+    found = _in(folder, key, request)
+    if found is not None:
+        return found
+    with turn(folder, key, request.plan.timeout / 2) as mine:
+        found = _in(folder, key, request) if mine.waited else None
+        if found is None:
+            _say_why(folder, key, facts)
+            found = _made(folder, key, facts, request, mine)
+    return found
+
+
+def _folder() -> Folder | None:
+    """The cache; where nothing can be written there, a folder that the ranks of this launch share; None for none."""
+    path = place()
+    if path is None or DUMP in os.environ:  # then somebody wants to see the passes at work
+        return None
+    folder = Folder(path, most_bytes())
+    if folder.ready():
+        return folder
+    return _shared_folder() if is_one_of_many() else None
+
+
+@cache
+def _shared_folder() -> Folder | None:
+    path = folder_of_launch()
+    if path is None:
+        return None
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK")) == "0":
+        atexit.register(remove_folder_of_launch, path)
+    return Folder(path, most_bytes())
+
+
+# ---------------------------------------------------------------- finding
+
+
+def _in(folder: Folder, key: str, request: Request) -> Found | None:
+    """The entry of ``key`` whose assumptions hold for this model and in this process."""
+    for file in folder.files(key):
+        content = folder.read(file.path)
+        if content is None:
+            continue
+        start = time.perf_counter()
+        try:
+            found = _of_entry(request, *content[1:])
+        except NotMet as reason:
+            logger.debug("%s does not serve: %s", file.path.name, reason)
+            continue
+        except Exception as problem:  # all was written by these very files; whatever it is, the program can be made
+            logger.warning("the compiled program %s cannot be read (%r) and was deleted", file.path, problem)
+            folder.delete(file.path)
+            continue
+        folder.touch(file.path)
+        logger.debug("%s was compiled before (%.2f s)", file.path.name, time.perf_counter() - start)
+        return found
+    return None
+
+
+def _of_entry(request: Request, header_bytes: bytes, content: bytes) -> Found:
+    """Raises NotMet."""
+    header: Header = unpacked(header_bytes, request.plan)
+    looks = [live_guard(stored, request.model) for stored in header.looks]
+    leaves = request.leaves
+    if looks and any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+        raise NotMet("Python looks at values in the inputs, which have none")
+    for values in looks:
+        change = values.change(leaves)
+        if change:
+            raise NotMet(change)
+    guards = met(header.assumptions, request.model)
+    program: AnyProgram = unpacked(content, request.plan)
+    guards.values.extend(looks)
+    for note in header.notes:
+        warn(note, stacklevel=5)
+    return replace(program, made_buffers=made_buffers_of(request.model, program)), guards
+
+
+def _say_why(folder: Folder, key: str, facts: Mapping[str, str]) -> None:
+    """What differs from the entry that is most alike, for who wants to know."""
+    if not logger.isEnabledFor(logging.DEBUG):
+        return
+    best: list[str] | None = None
+    for file in folder.files()[:COMPARED]:
+        content = folder.read(file.path)
+        if content is None or file.path.name.startswith(key):
+            continue
+        try:
+            header: Header = unpacked(content[1], Plan())
+        except Exception:
+            continue
+        other = [name for name in dict.fromkeys((*facts, *header.facts)) if facts.get(name) != header.facts.get(name)]
+        best = other if best is None or len(other) < len(best) else best
+    reason = f"the one most like it differs in {listed(best)}" if best else "there is none like it"
+    logger.debug("compiling, since the cache has no such program: %s", reason)
+
+
+# ---------------------------------------------------------------- making
+
+
+def _compiled(request: Request) -> Found:
+    with guards_of_traces() as guards:
+        program = compile_program(
+            request.model, request.mesh, request.plan, request.args, request.kwargs, request.layouts, request.homes
+        )
+    return program, guards
+
+
+def _made(folder: Folder, key: str, facts: Mapping[str, str], request: Request, mine: Turn) -> Found:
+    start = time.perf_counter()
+    try:
+        with records_of_traces() as records, heard() as notes:
+            program, guards = _compiled(request)
+    except BaseException as problem:
+        mine.left_nothing(f"{type(problem).__name__}")
+        raise
+    seconds = time.perf_counter() - start
+    try:
+        if not _kept(folder, key, facts, request, (program, guards), records, tuple(dict.fromkeys(notes)), seconds):
+            mine.left_nothing("it could not be written")
+    except Unstorable as reason:
+        logger.debug("not kept in the cache: %s", reason)
+        mine.left_nothing(str(reason))
+    return program, guards
+
+
+def _kept(
+    folder: Folder,
+    key: str,
+    facts: Mapping[str, str],
+    request: Request,
+    found: Found,
+    records: Sequence[TraceRecord],
+    notes: tuple[str, ...],
+    seconds: float,
+) -> bool:
+    """Whether the entry was written. Raises Unstorable."""
+    program, guards = found
+    assumptions = assumptions_of(records, guards, request.model, program.out_spec)
+    about = {
+        "model": type(request.model).__name__,
+        "mesh": str(request.mesh),
+        "call": str(program.fingerprint.call) if program.fingerprint is not None else "",
+        "compiled": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "seconds": f"{seconds:.1f}",
+    }
+    looks = tuple(stored_guard(guard, request.model) for guard in guards.values)
+    header = packed(Header(dict(facts), assumptions, looks, notes), request.plan)
+    content = packed(replace(program, made_buffers={}), request.plan)
+    states = [part for one in assumptions for pair in sorted(one.state.items()) for part in pair]
+    seen = [repr(look.seen) for guard in guards.values for look in guard.looks]
+    return folder.write(f"{key}-{digest(*states, *seen)[:8]}", json.dumps(about).encode(), header, content)

@@ -1,0 +1,301 @@
+"""What a program assumes of the process that uses it, as lines of a table: equal tables, equal programs.
+
+A trace says what it asked for (:class:`autopar.frontend.trace_record.TraceRecord`). The same questions are asked of a
+model in any process, and the answers are digests. Of the code that ran, all has to be in the table: it is reached from
+the model by the names that code uses, or from the module that defines it; where some is not, the program is not kept.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autopar.cache.code_digests import code_digest, digest, variables_named
+from autopar.cache.impure import refuse_impure
+from autopar.cache.names import Name, names_in
+from autopar.cache.reasons import Unstorable
+from autopar.cache.value_digests import Digests
+from autopar.frontend.code_names import is_users
+from autopar.frontend.readings import Readings, is_of_hooks
+from autopar.frontend.source_lines import is_users_file
+from autopar.frontend.trace_record import Effect, TraceRecord
+from autopar.ir.guards import Guards
+from autopar.ir.same_values import PLAIN
+
+State = Mapping[str, str]  # what something is called -> a digest of it
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What to ask of a model, all of plain values.
+
+    Attributes:
+        asked: of each trace, (address of an owner, attribute) in order.
+        effects: of each trace, what forward leaves.
+        ran: digests of the functions that ran.
+        places: (module, name in it) from which more of them are reached.
+        names: that they use, which lead to modules, or into those of others.
+        outputs: classes in the structure of the outputs, by the names under which torch knows them.
+        variables: names of environment variables.
+    """
+
+    asked: tuple[tuple[tuple[str, str], ...], ...]
+    effects: tuple[tuple[Effect, ...], ...]
+    ran: frozenset[str]
+    places: tuple[tuple[str, str], ...] = ()
+    names: tuple[Name, ...] = ()
+    outputs: tuple[str, ...] = ()
+    variables: tuple[str, ...] = ()
+
+
+@dataclass
+class Answers:
+    """``state``: the table. ``guards``: the same for this process, from now on. ``readings``, ``digests``: made it."""
+
+    state: dict[str, str] = field(default_factory=dict)
+    guards: Guards = field(default_factory=Guards)
+    readings: list[Readings] = field(default_factory=list)
+    digests: list[Digests] = field(default_factory=list)
+
+
+def questions_of(
+    records: Sequence[TraceRecord], guards: Guards | None, model: nn.Module, outputs: pytree.TreeSpec | None = None
+) -> Questions:
+    """What ``records`` lead to; ``guards``: what they found; ``outputs``: the structure of what the model returns.
+
+    Raises Unstorable where the answers would not tell all that the traces depend on."""
+    obstacle = next((record.obstacle for record in records if record.obstacle), "")
+    if obstacle or not records:
+        raise Unstorable(obstacle or "nothing was traced")
+    code = {one for record in records for one in record.code if is_users_code(one)}
+    found = Questions(
+        tuple(tuple(record.asked) for record in records),
+        tuple(tuple(record.effects) for record in records),
+        frozenset(map(code_digest, code)),
+        outputs=tuple(_classes_in(outputs)),
+    )
+    answers = answered(found, model)
+    if guards is not None:
+        _check_same_readings(answers.guards, guards)
+    found = replace(found, places=tuple(sorted(_places_of(_unreached(answers, code)))))
+    answers = answered(found, model) if found.places else answers
+    missing = _unreached(answers, code)
+    if missing:
+        where = min(f"{one.co_qualname} ({one.co_filename}:{one.co_firstlineno})" for one in missing)
+        raise Unstorable(f"{where} ran, and is reached from nothing that has a name")
+    names = names_in(_functions_that_ran(answers, found.ran), code)
+    refuse_impure(names)
+    variables = {name for record in records for name in record.variables}
+    variables |= {name for digests in answers.digests for one in digests.code for name in variables_named(one)}
+    strange = tuple(replace(name, user="") for name in names if _leads_elsewhere(name))
+    return replace(found, names=strange, variables=tuple(sorted(variables)))
+
+
+def answered(questions: Questions, model: nn.Module) -> Answers:
+    """The state of ``model`` and of this process. Raises Unstorable where what is asked for is missing or has none."""
+    found = Answers()
+    for number, (asked, effects) in enumerate(zip(questions.asked, questions.effects)):
+        readings = Readings(model)
+        gone = readings.repeat(asked)
+        if gone is not None:
+            raise Unstorable(f"'{gone}' is missing")
+        guards = readings.guards
+        guards.effects = [placed(readings, effect) for effect in effects]
+        guards.settle()
+        found.guards.extend(guards)
+        digests = Digests(readings.address)
+        found.readings.append(readings)
+        found.digests.append(digests)
+        _add(found.state, f"{number}", readings, digests, questions)
+    digests = found.digests[0] if found.digests else Digests(lambda _: None)
+    for name in questions.names:
+        found.state[f"name {'.'.join(name.chain)} in {name.module}"] = _of_name(digests, name)
+    for output in questions.outputs:
+        found.state[f"class {output}"] = _of_output(digests, output)
+    for variable in questions.variables:
+        value = digest(os.environ[variable]) if variable in os.environ else "missing"
+        found.state[f"environment variable {variable}"] = value
+    return found
+
+
+def differences(before: State, now: State) -> list[str]:
+    """The names of what differs."""
+    return [name.partition(" ")[2] for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
+
+
+def is_users_code(code: CodeType) -> bool:
+    """Whether ``code`` is neither of torch and what torch stands on, nor ours, nor of Python's library."""
+    if code.co_filename.startswith(_OURS) and not code.co_filename.startswith(_OUR_MODELS):
+        return False
+    return is_users_file(code.co_filename) and _is_of_users(_package_of(code.co_filename))
+
+
+def _is_of_users(package: str) -> bool:
+    return is_users(package) and package not in _TORCH_STANDS_ON
+
+
+_TORCH_STANDS_ON = ("sympy", "mpmath", "tqdm", "networkx", "filelock", "typing_extensions")
+_OURS = f"{Path(__file__).parents[1]}/"
+_OUR_MODELS = f"{_OURS}models/"
+
+
+def _package_of(filename: str) -> str:
+    """The top package of an installed library; else something that is none."""
+    _, installed, rest = filename.rpartition("/site-packages/")
+    return rest.partition("/")[0].removesuffix(".py") if installed else "?"
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _add(state: dict[str, str], number: str, readings: Readings, digests: Digests, questions: Questions) -> None:
+    """The lines of one trace: first what it read, then what the functions that ran may read beside that."""
+    for module, name in questions.places:
+        value = vars(sys.modules[module]).get(name) if module in sys.modules else None
+        state[f"{number} {name} of {module}"] = digests.leniently(value)
+    done: set[int] = set()
+    lines = _Lines(state, number, digests)
+    while True:
+        lines.add(readings.guards)
+        new = [one for one in digests.functions if id(one) not in done and code_digest(one.__code__) in questions.ran]
+        if not new:
+            return
+        for function in new:
+            done.add(id(function))
+            readings.function(function)
+
+
+class _Lines:
+    """Puts what guards hold into a table, each thing once."""
+
+    def __init__(self, state: dict[str, str], number: str, digests: Digests) -> None:
+        self._state, self._number, self._digests = state, number, digests
+        self._done = {"readings": 0, "absent": 0, "quiet": 0, "contents": 0}
+
+    def add(self, guards: Guards) -> None:
+        while any(len(getattr(guards, name)) > done for name, done in self._done.items()):
+            for name in self._done:
+                for one in getattr(guards, name)[self._done[name] :]:
+                    self._done[name] += 1
+                    label, found = _LINES[name](self._digests, one)
+                    self._put(label, found)
+
+    def _put(self, label: str, found: str) -> None:
+        """Two things may have one label; in which order they come is the same in every process."""
+        name, count = f"{self._number} {label}", 1
+        while name in self._state:
+            count += 1
+            name = f"{self._number} {label} ({count})"
+        self._state[name] = found
+
+
+def _of_reading(digests: Digests, one: Any) -> tuple[str, str]:
+    try:
+        if one.by_type and isinstance(one.value, Tensor):
+            return one.label, digests.of_tensor(one.value, content=False)
+        return one.label, digests.of(one.value)
+    except Unstorable as reason:
+        raise Unstorable(f"{one.label} is, or holds, {reason}") from None
+
+
+def _of_contents(digests: Digests, one: Any) -> tuple[str, str]:
+    label = f"what {one.label} holds"
+    try:
+        held = one.container
+        return label, digest(*digests.items(list(held.values()) if is_of_hooks(one) else held))
+    except Unstorable as reason:
+        raise Unstorable(f"{label}: {reason}") from None
+
+
+_LINES: Mapping[str, Any] = {
+    "readings": _of_reading,
+    "absent": lambda _, one: (one[2], "missing"),
+    "quiet": lambda _, one: (one[1], "none"),
+    "contents": _of_contents,
+}
+
+
+def placed(readings: Readings, effect: Effect) -> tuple[dict[str, Any], str, Any]:
+    """(table, key, value) of ``effect`` in this process. Raises Unstorable where its owner is missing."""
+    owner = readings.owner_at(effect.owner)
+    if owner is None:
+        raise Unstorable(f"'{effect.owner}' is missing")
+    own = object.__getattribute__(owner, "__dict__")
+    return (own[effect.table] if effect.table else own), effect.key, effect.value
+
+
+def _of_name(digests: Digests, name: Name) -> str:
+    value, _ = name.value()
+    if isinstance(value, ModuleType) and is_users(value.__name__):  # its attributes may be taken by any name
+        table = {key: item for key, item in vars(value).items() if isinstance(item, (*PLAIN, FunctionType, type))}
+        return digest(*(f"{key} {digests.leniently(table[key])}" for key in sorted(table)))
+    return digests.leniently(value)
+
+
+def _of_output(digests: Digests, name: str) -> str:
+    cls = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(name)
+    if cls is None or cls not in pytree.SUPPORTED_NODES:
+        return "not known"
+    return digest(*map(digests.leniently, pytree.SUPPORTED_NODES[cls][:3]))
+
+
+# ---------------------------------------------------------------- whether it tells all
+
+
+def _check_same_readings(repeated: Guards, traced: Guards) -> None:
+    """Raise Unstorable unless asking again finds what the trace has found."""
+    for of in (_read_by, _absent_from):
+        again, first = of(repeated), of(traced)
+        if again != first:
+            raise Unstorable(f"{min(again ^ first)} was read, and would not be in another process, or the other way")
+
+
+def _read_by(guards: Guards) -> set[str]:
+    return {one.label for one in guards.readings}
+
+
+def _absent_from(guards: Guards) -> set[str]:
+    return {label for *_, label in guards.absent}
+
+
+def _leads_elsewhere(name: Name) -> bool:
+    """Whether readings do not follow ``name``: into torch, Python's library, or to a whole module."""
+    value, where = name.value()
+    return bool(where and not is_users(where)) or isinstance(value, ModuleType) or name.chain[0] in vars(builtins)
+
+
+def _classes_in(structure: Any) -> list[str]:
+    if structure is None or structure.is_leaf():
+        return []
+    known = pytree.SUPPORTED_SERIALIZED_TYPES.get(structure.type)
+    inner: list[str] = [name for child in structure.children() for name in _classes_in(child)]
+    own = known.serialized_type_name if known is not None else ""
+    return sorted({*inner, *([own] if is_users(structure.type.__module__) else [])})
+
+
+def _unreached(answers: Answers, code: set[CodeType]) -> set[CodeType]:
+    return code - {one for digests in answers.digests for one in digests.code}
+
+
+def _places_of(code: set[CodeType]) -> Iterator[tuple[str, str]]:
+    """(module, name in it) of the functions or classes in which ``code`` is written."""
+    modules = {getattr(module, "__file__", None): name for name, module in list(sys.modules.items())}
+    for one in code:
+        name = modules.get(one.co_filename)
+        first = one.co_qualname.partition(".")[0]
+        if name is not None and first in vars(sys.modules[name]):
+            yield name, first
+
+
+def _functions_that_ran(answers: Answers, ran: frozenset[str]) -> list[FunctionType]:
+    functions = [one for digests in answers.digests for one in digests.functions]
+    return [one for one in functions if code_digest(one.__code__) in ran]

@@ -1,0 +1,269 @@
+"""Digests of Python values, equal in another process for what a trace could not tell apart.
+
+A value that has no such digest (a socket, a random number generator, an object of a class in C) is refused with
+:class:`autopar.cache.reasons.Unstorable`: where it is read, a program cannot be kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import inspect
+import logging
+import re
+import struct
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import PurePath
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autopar.cache.code_digests import code_digest, digest, inner_code
+from autopar.cache.reasons import Unstorable
+from autopar.frontend.code_names import is_users, is_users_class
+from autopar.frontend.source_lines import is_users_file
+from autopar.ir.same_values import PLAIN
+
+Of = Callable[["Digests", Any], str]
+_PASSING = ("__dict__", "__weakref__", "__doc__", "__module__", "_abc_impl", "__annotations__", "__firstlineno__")
+_BY_TEXT = (types.GenericAlias, types.UnionType, inspect.Signature, inspect.Parameter, slice, range, PurePath)
+_BY_TEXT_IN = ("typing", "datetime", "decimal", "fractions")  # modules whose objects are what they print
+_BY_KIND = ("_thread", "threading", "_weakrefset", "_abc")  # hold nothing that a trace takes
+
+
+class Digests:
+    """Digests of the values of one model, as they are now.
+
+    ``address`` says how a module, or an object whose attributes are compared one by one, is known; None for others.
+
+    Attributes:
+        code: all code of users' that went into a digest.
+        functions: the functions that have it.
+    """
+
+    def __init__(self, address: Callable[[Any], str | None]) -> None:
+        self._address = address
+        self._known: dict[int, str] = {}
+        self._alive: list[Any] = []  # so that no id is used twice
+        self._open: set[int] = set()
+        self.code: set[CodeType] = set()
+        self.functions: list[FunctionType] = []
+
+    def of(self, value: Any) -> str:
+        """Raises Unstorable."""
+        kind = type(value)
+        if kind in PLAIN:
+            return f"{kind.__name__} {value!r}"
+        if id(value) in self._known:
+            return self._known[id(value)]
+        if id(value) in self._open:
+            return "what it is part of"
+        self._open.add(id(value))
+        try:
+            found = self._of(value, kind)
+        finally:
+            self._open.discard(id(value))
+        self._known[id(value)] = found
+        self._alive.append(value)
+        return found
+
+    def of_tensor(self, tensor: Tensor, *, content: bool) -> str:
+        """``content``: with the values in it, else of its kind alone."""
+        parts = [_name(type(tensor)), str(tuple(tensor.shape)), str(tensor.dtype), str(tensor.requires_grad)]
+        parts += [str(tensor.layout), tensor.device.type]
+        if content:
+            parts.append(_content(tensor))
+        return digest("tensor", *parts)
+
+    def _of(self, value: Any, kind: type) -> str:
+        if isinstance(value, enum.Enum):
+            return digest("enum", _name(kind), value.name, self.leniently(value.value))
+        if isinstance(value, nn.Module):
+            return digest("module", self._address(value) or "", self._class_of_module(kind))
+        if isinstance(value, Tensor):
+            return self.of_tensor(value, content=True)
+        for kinds, made in _FORMS:
+            if isinstance(value, kinds):
+                return made(self, value)
+        if isinstance(value, _BY_TEXT) or kind.__module__ in _BY_TEXT_IN:
+            return digest(_name(kind), repr(value))
+        if kind.__module__ in _BY_KIND:
+            return digest("of no matter", _name(kind))
+        if kind.__module__.partition(".")[0] == "numpy":
+            return digest("numpy", _name(kind), _of_numpy(value))
+        if hasattr(value, "__wrapped__"):  # functools.cache
+            return digest("wrapped", self.of(value.__wrapped__))
+        return self._object(value, kind)
+
+    # ------------------------------------------------------------ code
+
+    def function(self, function: FunctionType) -> str:
+        code, where = function.__code__, f"{function.__module__}.{function.__qualname__}"
+        users = is_users(function.__module__) or is_users_file(code.co_filename)
+        inside = [self.of(cell.cell_contents) for cell in function.__closure__ or () if _may_run(cell)]
+        if not users:
+            return digest("function", where, str(code.co_firstlineno), *inside)
+        self.code.update(inner_code(code))
+        self.functions.append(function)
+        defaults = (*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()))
+        return digest("function", where, code_digest(code), *map(self.leniently, defaults), *inside)
+
+    def cls(self, cls: type) -> str:
+        """Of a class of users' all that stands in it and in its bases; another is known by its name."""
+        if not is_users_class(cls):
+            return digest("class", _name(cls))
+        entries = [f"{key} {self.leniently(value)}" for key, value in vars(cls).items() if key not in _PASSING]
+        return digest("class", _name(cls), _name(type(cls)), *map(self.of, cls.__bases__), *entries)
+
+    def _class_of_module(self, cls: type) -> str:
+        """As :meth:`cls`, with what somebody has put into torch's own classes."""
+        parts = [self.of(cls)]
+        for base in cls.__mro__:
+            if not is_users_class(base):
+                ours = [value for value in vars(base).values() if isinstance(value, FunctionType)]
+                parts += [self.of(one) for one in ours if is_users_file(one.__code__.co_filename)]
+        return digest(*parts)
+
+    def leniently(self, value: Any) -> str:
+        """As :meth:`of`; what has no digest is known by its class."""
+        try:
+            return self.of(value)
+        except Unstorable:
+            return digest("some", _name(type(value)))
+
+    # ------------------------------------------------------------ objects
+
+    def _object(self, value: Any, kind: type) -> str:
+        address = self._address(value)
+        if address is not None:  # its attributes are compared one by one
+            return digest("object", address, self.of(kind))
+        own = vars_of(value)
+        if own is None:
+            raise Unstorable(f"a {_name(kind)}, whose state cannot be compared")
+        return digest("object", self.of(kind), *(f"{key} {self.of(own[key])}" for key in sorted(own)))
+
+    def items(self, container: Any) -> Iterator[str]:
+        if isinstance(container, (set, frozenset)):
+            yield from sorted(map(self.of, container))
+        elif isinstance(container, Mapping):
+            for key, value in container.items():
+                yield self.of(key)
+                yield self.of(value)
+        else:
+            yield from map(self.of, container)
+
+    def _container(self, container: Any) -> str:
+        own = getattr(container, "__dict__", {})
+        more = [f"{key} {self.of(own[key])}" for key in sorted(own)]
+        return digest("container", self.of(type(container)), *self.items(container), *more)
+
+    def _method(self, method: MethodType) -> str:
+        return digest("method", self.of(method.__func__), self.of(method.__self__))
+
+    def _builtin(self, function: types.BuiltinFunctionType) -> str:
+        owner = function.__self__
+        bound = "" if owner is None or isinstance(owner, ModuleType) else self.of(owner)
+        return digest("builtin", str(function.__module__), function.__qualname__, bound)
+
+    def _partial(self, partial: functools.partial[Any]) -> str:
+        return digest("partial", self.of(partial.func), self.of(partial.args), self.of(partial.keywords))
+
+    def _property(self, found: property) -> str:
+        return digest("property", *map(self.of, (found.fget, found.fset, found.fdel)))
+
+    def _custom_operator(self, found: Any) -> str:
+        own = [value for value in vars(found).values() if isinstance(value, FunctionType)]
+        return digest("custom operator", found._qualname, *map(self.of, own))
+
+
+def vars_of(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object, those in slots too; None where its class keeps more than these, as those in C do."""
+    cls = type(value)
+    slots = {
+        key: found
+        for base in cls.__mro__
+        for key, found in vars(base).items()
+        if isinstance(found, types.MemberDescriptorType)
+    }
+    tables = (cls.__dictoffset__ > 0) + (cls.__weakrefoffset__ > 0)  # pointers that an object holds itself
+    if cls.__basicsize__ > object.__basicsize__ + _POINTER * (len(slots) + tables):
+        return None
+    found: dict[str, Any] = dict(getattr(value, "__dict__", {}))
+    for key, slot in slots.items():
+        with contextlib.suppress(AttributeError):  # it was never set
+            found[key] = slot.__get__(value)
+    return found
+
+
+_POINTER = struct.calcsize("P")
+
+
+def _may_run(cell: Any) -> bool:
+    try:
+        value = cell.cell_contents
+    except ValueError:  # it is empty
+        return False
+    return callable(value) and not isinstance(value, (nn.Module, Tensor))
+
+
+def _content(tensor: Tensor) -> str:
+    if tensor.is_meta or tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+        raise Unstorable(f"a {type(tensor).__name__} without plain data ({tensor.device}, {tensor.layout})")
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return digest(str(tuple(tensor.stride())), flat.view(torch.uint8).numpy().tobytes().hex())
+
+
+def _of_numpy(value: Any) -> str:
+    data, name = getattr(value, "tobytes", None), getattr(value, "__qualname__", getattr(value, "__name__", None))
+    if data is None and (name is not None or type(value).__name__.endswith("DType")):  # a function, or a dtype
+        return f"{getattr(value, '__module__', '')}.{name or value!r}"
+    if data is None or value.dtype.hasobject:
+        raise Unstorable(f"a {_name(type(value))}, whose state cannot be compared")
+    return f"{value.dtype} {getattr(value, 'shape', ())} {data().hex()}"
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _operator(value: Any) -> str:
+    return digest("operator", str(value), str(getattr(value, "_schema", "")))
+
+
+def _refused(value: Any) -> str:
+    raise Unstorable(f"a {_name(type(value))}, which gives another value each time")
+
+
+_FORMS: tuple[tuple[Any, Of], ...] = (
+    (FunctionType, Digests.function),
+    (type, Digests.cls),
+    (ModuleType, lambda _, module: digest("module of Python", module.__name__)),
+    (MethodType, Digests._method),
+    ((types.BuiltinFunctionType, types.BuiltinMethodType), Digests._builtin),
+    (functools.partial, Digests._partial),
+    ((staticmethod, classmethod), lambda own, found: digest(type(found).__name__, own.of(found.__func__))),
+    (property, Digests._property),
+    (functools.cached_property, lambda own, found: digest("cached property", own.of(found.func))),
+    ((torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator), lambda _, op: _operator(op)),
+    (torch.library.CustomOpDef, Digests._custom_operator),  # type: ignore[attr-defined]
+    (ContextVar, lambda own, variable: digest("context", variable.name, own.of(variable.get(None)))),
+    (weakref.ref, lambda own, reference: digest("weak", own.of(reference()))),
+    (torch.Generator, lambda _, generator: _refused(generator)),
+    (logging.Logger, lambda _, logger: digest("logger", logger.name)),
+    (re.Pattern, lambda _, pattern: digest("pattern", repr(pattern.pattern), str(pattern.flags))),
+    (CodeType, lambda _, code: code_digest(code)),
+    (
+        (types.WrapperDescriptorType, types.MethodDescriptorType, types.MethodWrapperType, types.GetSetDescriptorType),
+        lambda _, found: digest("descriptor", repr(getattr(found, "__objclass__", "")), found.__name__),
+    ),
+    (types.MemberDescriptorType, lambda _, found: digest("slot", found.__name__)),
+    ((list, tuple, dict, set, frozenset, deque, types.MappingProxyType), Digests._container),
+    ((type(Ellipsis), type(NotImplemented)), lambda _, found: repr(found)),
+)
