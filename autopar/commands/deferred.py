@@ -42,6 +42,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "Write the program of MODEL on a mesh to DIR: the graphs as text, constants, a manifest with every "
         "layout.",
     ),
+    "cache": (
+        "cache", "cache_command",
+        "Say where compiled programs are kept from launch to launch, how large they are, and of what; or delete them.",
+    ),
     "report": (
         "report", "report_command",
         "Write a page that shows how MODEL is split: ranks, parameters, a block, memory, traffic, "
