@@ -89,7 +89,7 @@ class Difference:
             ("mesh and plan", [_changed(one) for one in self.choices]),
             ("layouts", [_changed(one) for one in self.layouts]),
             ("collectives in the graphs", [_amount(one, str) for one in self.operations]),
-            ("sent by one rank in a step", [_amount(one, size_text) for one in self.sent]),
+            ("sent by rank 0 in a step", [_amount(one, size_text) for one in self.sent]),
             ("held by one rank", [_amount(one, size_text) for one in self.memory]),
         ]
         return "\n\n".join("\n".join([title, *_columns(rows)]) for title, rows in sections if rows)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autopar.analysis.footprint import held
-from autopar.check import TOLERANCE, Reference, Report
 from autopar.commands.bundles import expanded
 from autopar.commands.options import Json, ModelChoices, ModelName, read_mesh
 from autopar.commands.plan_options import PlanChoices
@@ -23,10 +21,11 @@ from autopar.commands.tables import (
     traffic_json,
     traffic_table,
 )
-from autopar.ir.batch import data_ways
-from autopar.ir.traffic import size_text
 from autopar.mesh import Mesh
 from autopar.plan import Plan
+
+if TYPE_CHECKING:  # which import torch
+    from autopar.check import Reference, Report
 
 WORST_SHOWN = 3
 PHASES = ("forward", "backward")
@@ -47,6 +46,9 @@ def check_command(
 
     All ranks run in this process, one after the other. Exit code 1 if any error is above 1e-10.
     """
+    from autopar.check import TOLERANCE, Reference
+    from autopar.ir.batch import data_ways
+
     meshes = [read_mesh(text) for text in mesh or ["dp=2,tp=2"]]
     asked = plan.plan()
     ways = math.lcm(*map(data_ways, meshes))
@@ -80,10 +82,15 @@ def _worst(report: Report) -> list[tuple[str, float]]:
 
 
 def _verdict(error: float) -> str:
+    from autopar.check import TOLERANCE
+
     return f"[green]{error:.1e}[/green]" if error <= TOLERANCE else f"[bold red]{error:.1e}[/bold red]"
 
 
 def _print_one(model: str, report: Report, seconds: float) -> None:
+    from autopar.analysis.footprint import held
+    from autopar.check import TOLERANCE
+
     worst = _worst(report)
     rows = [("loss", _verdict(report.loss))] if report.loss is not None else []
     rows += [(f"output {path}", _verdict(error)) for path, error in report.outputs.items()]
@@ -93,12 +100,15 @@ def _print_one(model: str, report: Report, seconds: float) -> None:
     console = stdout()
     console.print(table(f"{model} on {report.program.mesh} against the unmodified model", ("", "error"), rows))
     console.print(held_table(held(report.program)))
-    console.print(traffic_table("sent by one rank in a step (float64)", report.step.traffic))
+    console.print(traffic_table("the most that any rank sends in a step (float64)", report.step.traffic))
     verdict = "[green]the same[/green]" if report.passed else "[bold red]not the same[/bold red]"
     console.print(f"{verdict} (tolerance {TOLERANCE:g}), {seconds:.1f} s")
 
 
 def _print_several(model: str, found: list[tuple[Report, float]]) -> None:
+    from autopar.check import TOLERANCE
+    from autopar.ir.traffic import size_text
+
     rows = []
     for report, seconds in found:
         operations = {phase: sum(t.operations for t in report.step.traffic if t.phase == phase) for phase in PHASES}
@@ -118,10 +128,12 @@ def _print_several(model: str, found: list[tuple[Report, float]]) -> None:
     console.print(table(f"{model} against the unmodified model, float64", columns, rows))
     failed = sum(not report.passed for report, _ in found)
     verdict = f"[bold red]{failed} of {len(found)} meshes differ[/bold red]" if failed else "[green]the same[/green]"
-    console.print(f"{verdict} (tolerance {TOLERANCE:g}); collectives: forward + backward, of one rank")
+    console.print(f"{verdict} (tolerance {TOLERANCE:g}); collectives: forward + backward, of any rank")
 
 
 def _document(report: Report, seconds: float) -> dict[str, Any]:
+    from autopar.analysis.footprint import held
+
     return {
         "mesh": dict(report.program.mesh.axes),
         "passed": report.passed,

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autopar.analysis.footprint import held, sent
-from autopar.codegen.python import emit
 from autopar.commands.bundles import expanded
 from autopar.commands.memory_tables import MemoryChoices
 from autopar.commands.options import Json, MeshText, ModelChoices, ModelName, read_mesh
 from autopar.commands.plan_options import PlanChoices
-from autopar.commands.run import refuse_too_large
 from autopar.commands.tables import held_json, print_json, stderr, stdout, traffic_json
-from autopar.compiler import compile_program
-from autopar.ir.batch import data_ways
-from autopar.ir.program import AnyProgram, PipelinedProgram
-from autopar.ir.traffic import size_text
 from autopar.mesh import PIPELINE
-from autopar.pipeline.microbatches import first_part
-from autopar.program_files.program_file import save
-from autopar.runtime.calls import Signature
+
+if TYPE_CHECKING:  # which import torch
+    from autopar.ir.program import AnyProgram
 
 
 @expanded
@@ -42,6 +35,15 @@ def compile_command(
     autopar run and autopar train --program start from it. Weights are not part of it. stage0/rank.py is what the ranks
     run, to be read; of a pipeline one for each stage, and in schedule/ what each pipeline rank does in order.
     """
+    from autopar.analysis.footprint import held, sent
+    from autopar.commands.run import refuse_too_large
+    from autopar.compiler import compile_program
+    from autopar.ir.batch import data_ways
+    from autopar.ir.traffic import size_text
+    from autopar.pipeline.microbatches import first_part
+    from autopar.program_files.program_file import save
+    from autopar.runtime.calls import Signature
+
     on = read_mesh(mesh)
     example = choices.example(model, data_ways(on), shown=not as_json)
     with stderr().status(f"making the program of {model} on {on}"):
@@ -66,6 +68,9 @@ def compile_command(
 
 def _to_read(program: AnyProgram) -> Iterator[tuple[str, str]]:
     """Files for people: relative path and content."""
+    from autopar.codegen.python import emit
+    from autopar.ir.program import PipelinedProgram
+
     for number, stage in enumerate(program.parts):
         yield f"stage{number}/rank.py", emit(stage.rank(0).graphs, stage)
     for place, rank in enumerate(program.mesh.group(0, PIPELINE) if isinstance(program, PipelinedProgram) else ()):

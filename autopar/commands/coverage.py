@@ -10,36 +10,43 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.progress import Progress
 
-from autopar import __version__, zoo
-from autopar.check import TOLERANCE
+from autopar import __version__
 from autopar.commands.bundles import expanded
-from autopar.commands.options import Json, read_mesh
+from autopar.commands.known_names import FAMILIES
+from autopar.commands.options import Json, ModelChoices, read_mesh
 from autopar.commands.plan_options import PlanChoices
 from autopar.commands.tables import print_json, stderr, stdout, table
 from autopar.errors import near_names
-from autopar.ir.batch import data_ways
-from autopar.ir.collectives import row_of
-from autopar.verification.coverage import CASES, Case, Coverage, Outcome, cover
-from autopar.zoo.named import OURS, named_model
+
+if TYPE_CHECKING:  # which import torch
+    from autopar.verification.coverage import Case, Coverage, Outcome
 
 OWN_FAMILY = "plain torch"
+USER = "of the user"
 ROWS = 4  # of a batch, at least: the data ranks of each mesh divide them
 WIDTH = 170  # of the table, where it is not printed on a terminal
+
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NAME|MODEL]...", help="architectures, or models of any form; default: all"),
+]
 
 
 @expanded
 def coverage(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="architectures; default: all")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME|MODEL]...", help="architectures, or models of any form; default: all"),
+    ] = None,
     family: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join((*zoo.FAMILIES, OWN_FAMILY))}; may be given several times")
+        list[str] | None, typer.Option(help=f"{', '.join((*FAMILIES, OWN_FAMILY))}; may be given several times")
     ] = None,
     mesh: Annotated[
         list[str] | None, typer.Option("--mesh", metavar="AXES", help="not the usual ones; may be given several times")
@@ -48,6 +55,7 @@ def coverage(
     markdown: Annotated[Path | None, typer.Option(help="also write the table to this file")] = None,
     *,
     plan: PlanChoices,
+    choices: ModelChoices,
     as_json: Json = False,
 ) -> None:
     """Build small models of many architectures, parallelise each, simulate it in float64, compare and measure.
@@ -56,9 +64,11 @@ def coverage(
     on the batch, with no collectives but those of loss and gradients; on tp nine tenths of the parameters; on sp every
     attention; on ep every layer of experts. Exit code 1 if any number differs or a model cannot be traced.
     """
-    chosen = _chosen(names or [], family or [])
+    from autopar.verification.coverage import CASES
+
+    chosen = _chosen(names or [], family or [], choices)
     cases = CASES if mesh is None and not plan.given else _cases(mesh or [case.title for case in CASES[:4]], plan)
-    found = dict(_covered(chosen, cases, jobs))
+    found = dict(_covered(chosen, cases, jobs, choices))
     rows = [found[name] for name in chosen]
     if as_json:
         print_json(_document(rows))
@@ -70,12 +80,16 @@ def coverage(
         raise typer.Exit(1)
 
 
-def _chosen(names: Sequence[str], families: Sequence[str]) -> dict[str, str]:
-    """Name -> family of the architectures that were named. Raises ValueError for an unknown name."""
+def _chosen(names: Sequence[str], families: Sequence[str], choices: ModelChoices) -> dict[str, str]:
+    """Name -> family of the architectures and models that were named. Raises ValueError for an unknown name."""
+    from autopar import zoo
+    from autopar.zoo.named import OURS
+
     known = {name: entry.family for name, entry in zoo.ARCHITECTURES.items()}
     known |= {f"models.{name}": OWN_FAMILY for name in OURS}
     names = [_known_as(name) for name in names]
-    for given, there in ((names, known), (families, (*zoo.FAMILIES, OWN_FAMILY))):
+    known |= {name: USER for name in names if name not in known and _is_model(name, choices)}
+    for given, there in ((names, known), (families, (*FAMILIES, OWN_FAMILY))):
         for name in given:
             if name not in there:
                 near = near_names(name, there)
@@ -86,18 +100,36 @@ def _chosen(names: Sequence[str], families: Sequence[str]) -> dict[str, str]:
 
 def _known_as(name: str) -> str:
     """The name in the table: of ``tiny:llama`` that of the architecture, of ``mlp`` that of the model of ours."""
+    from autopar import zoo
+    from autopar.zoo.named import OURS
+
     ours = name in OURS and name not in zoo.ARCHITECTURES
     return f"models.{name}" if ours else name.removeprefix("tiny:").removeprefix("hf:")
 
 
+def _is_model(name: str, choices: ModelChoices) -> bool:
+    """Whether ``name`` is of a model that is no architecture of ours. Raises ValueError where it cannot be made."""
+    from autopar.zoo.hub_configs import is_folder
+
+    if not (set(name) & set(":/.") or is_folder(name)):
+        return False
+    if not choices.example(name).has_weights:
+        raise ValueError(f"{name} is too large to be run here\nWay out: a smaller one, e.g. --config layers=2")
+    return True
+
+
 def _cases(meshes: Sequence[str], plan: PlanChoices) -> tuple[Case, ...]:
+    from autopar.verification.coverage import Case
+
     return tuple(Case(text, read_mesh(text), plan.plan()) for text in meshes)
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def _covered(chosen: dict[str, str], cases: Sequence[Case], jobs: int) -> Iterator[tuple[str, Coverage]]:
+def _covered(
+    chosen: dict[str, str], cases: Sequence[Case], jobs: int, choices: ModelChoices
+) -> Iterator[tuple[str, Coverage]]:
     """The rows of several architectures at a time, each in one of ``jobs`` processes."""
     context = multiprocessing.get_context("spawn")
     with (
@@ -105,14 +137,20 @@ def _covered(chosen: dict[str, str], cases: Sequence[Case], jobs: int) -> Iterat
         ProcessPoolExecutor(jobs, context) as pool,
     ):
         task = progress.add_task("coverage", total=len(chosen))
-        running = {pool.submit(measure, name, family, cases): name for name, family in chosen.items()}
+        running = {pool.submit(measure, name, family, cases, choices): name for name, family in chosen.items()}
         for done in as_completed(running):
             progress.update(task, advance=1, description=running[done])
             yield running[done], done.result()
 
 
-def measure(name: str, family: str, cases: Sequence[Case]) -> Coverage:
+def measure(name: str, family: str, cases: Sequence[Case], choices: ModelChoices | None = None) -> Coverage:
     """One row of the table."""
+    import torch
+
+    from autopar.ir.batch import data_ways
+    from autopar.verification.coverage import Coverage, cover
+    from autopar.zoo.named import named_model
+
     torch.set_num_threads(1)
     logging.disable(logging.ERROR)
     ways = math.lcm(*(data_ways(case.mesh) for case in cases))
@@ -120,7 +158,11 @@ def measure(name: str, family: str, cases: Sequence[Case]) -> Coverage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            example = named_model(name if family == OWN_FAMILY else f"hf:{name}", batch=rows)
+            if family == USER:
+                asked = choices or ModelChoices()
+                example = replace(asked, batch=asked.batch or rows).example(name)
+            else:
+                example = named_model(name if family == OWN_FAMILY else f"hf:{name}", batch=rows)
             return cover(name, family, example.model, example.batch, cases)
         except Exception as error:  # one architecture must not end the others
             text = " ".join(str(error).split())[:200]
@@ -141,6 +183,8 @@ def _print(rows: Sequence[Coverage], titles: Sequence[str]) -> None:
 
 
 def _title(rows: Sequence[Coverage]) -> str:
+    from autopar.check import TOLERANCE
+
     return f"{len(rows)} architectures, float64, against the unmodified model (tolerance {TOLERANCE:g})"
 
 
@@ -199,6 +243,8 @@ def _percent(share: float) -> str:
 
 def _collectives(outcome: Outcome) -> str:
     """``dp 3 AR  tp 13 AR 2 AG``, forward and backward."""
+    from autopar.ir.collectives import row_of
+
     counts: dict[str, dict[str, int]] = {}
     for transfer in outcome.traffic:
         kinds = counts.setdefault(transfer.axis, {})
@@ -220,6 +266,8 @@ def _summary(rows: Sequence[Coverage], titles: Sequence[str]) -> str:
 
 
 def _markdown(rows: Sequence[Coverage], titles: Sequence[str]) -> str:
+    import torch
+
     notes: list[str] = []
     lines = [_row(_columns(titles)), _row(["---"] * len(_columns(titles)))]
     lines += [_row(_cells(row, titles, notes)) for row in rows]
@@ -248,6 +296,10 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _document(rows: Sequence[Coverage]) -> dict[str, Any]:
+    import torch
+
+    from autopar.check import TOLERANCE
+
     documents = []
     for row in rows:
         document = asdict(row)

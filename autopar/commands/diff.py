@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autopar.analysis.compare import diff
 from autopar.commands.bundles import expanded
 from autopar.commands.options import Json, MeshText, ModelChoices, read_mesh
 from autopar.commands.plan_options import PlanChoices, read_plan_texts
 from autopar.commands.tables import print_json, stderr
-from autopar.compiler import compile_program
-from autopar.ir.batch import data_ways
-from autopar.ir.program import AnyProgram
 from autopar.mesh import Mesh
-from autopar.pipeline.microbatches import first_part
-from autopar.program_files.program_file import load
+
+if TYPE_CHECKING:  # which import torch
+    from autopar.ir.program import AnyProgram
 
 ToMesh = Annotated[str | None, typer.Option(metavar="AXES", help="the mesh of the second program  [default: --mesh]")]
 ToPlan = Annotated[list[str] | None, typer.Option(metavar="FILE|KEY=VALUE", help="of the second program, after --plan")]
@@ -40,6 +37,9 @@ def diff_command(
     Of two programs on disk: autopar diff A B. Of a model: autopar diff MODEL --mesh dp=4 --to-mesh dp=2,tp=2, or
     with another plan, --to-plan zero=3. Nothing is launched.
     """
+    from autopar.analysis.compare import diff
+    from autopar.ir.batch import data_ways
+
     if after is not None:
         found = diff(_loaded(before), _loaded(after))
     else:
@@ -56,6 +56,8 @@ def diff_command(
 
 
 def _loaded(directory: str) -> AnyProgram:
+    from autopar.program_files.program_file import load
+
     if not Path(directory).is_dir():
         raise ValueError(f"there is no directory {directory}\nWay out: autopar compile MODEL -o {directory}")
     return load(directory)
@@ -64,6 +66,9 @@ def _loaded(directory: str) -> AnyProgram:
 def _compiled(
     model: str, mesh: Mesh, plan: PlanChoices, choices: ModelChoices, ways: int, *, shown: bool = False
 ) -> AnyProgram:
+    from autopar.compiler import compile_program
+    from autopar.pipeline.microbatches import first_part
+
     example = choices.example(model, ways, shown=shown)
     with stderr().status(f"making the program of {model} on {mesh}"):
         return compile_program(example.model, mesh, plan.plan(), (), first_part(example.batch, mesh, plan.plan()))

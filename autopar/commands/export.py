@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from autopar.commands.bundles import expanded
+from autopar.commands.known_names import DIALECTS, FORMATS, WEIGHTS
 from autopar.commands.options import Json, MeshText, ModelChoices, read_mesh
 from autopar.commands.plan_options import PlanChoices
 from autopar.commands.tables import print_json, stderr
-from autopar.compiler import compile_program
-from autopar.exporters.export import DIALECTS, FORMATS, WEIGHTS, export
-from autopar.ir.batch import data_ways
-from autopar.ir.program import AnyProgram
-from autopar.ir.traffic import size_text
-from autopar.program_files.program_file import load
-from autopar.zoo.hub_configs import is_folder
+
+if TYPE_CHECKING:  # which import torch
+    from autopar.ir.program import AnyProgram
 
 
 @expanded
@@ -44,6 +41,13 @@ def export_command(
 
     DIR is a program on disk; of a MODEL the program on --mesh is made, and its weights are written.
     """
+    from autopar.compiler import compile_program
+    from autopar.exporters.export import export
+    from autopar.ir.batch import data_ways
+    from autopar.ir.traffic import size_text
+    from autopar.program_files.program_file import load
+    from autopar.zoo.hub_configs import is_folder
+
     given: Any = weights_from
     if Path(source).is_dir() and not is_folder(source):
         program: AnyProgram = load(source)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from autopar.commands.tables import print_json, stderr
-from autopar.ir.traffic import size_text
-from autopar.pretrained.exported_weights import export_weights
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}  # of torch
 
 
 def export_weights_command(
@@ -30,12 +27,17 @@ def export_weights_command(
 
     It runs in one process, on a machine that holds the largest tensor. Names and layouts are those of the Hub.
     """
+    import torch
+
+    from autopar.ir.traffic import size_text
+    from autopar.pretrained.exported_weights import export_weights
+
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
     with stderr().status(f"writing {output}"):
         found = export_weights(
-            checkpoint, output, step=step, config_from=config_from, dtype=DTYPES[dtype] if dtype else None,
-            max_shard_size=max_shard_size,
+            checkpoint, output, step=step, config_from=config_from,
+            dtype=getattr(torch, DTYPES[dtype]) if dtype else None, max_shard_size=max_shard_size,
         )  # fmt: skip
     if as_json:
         print_json({"checkpoint": str(found.path), "step": found.step, "directory": str(output),

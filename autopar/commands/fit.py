@@ -6,30 +6,24 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import Tensor
 
 from autopar.commands.bundles import expanded
 from autopar.commands.memory_tables import MemoryChoices
 from autopar.commands.options import Json, ModelChoices, ModelName
 from autopar.commands.plan_options import PlanChoices
 from autopar.commands.tables import print_json, stderr, stdout, table
-from autopar.fitting.counted import compiled
-from autopar.fitting.estimate import BETWEEN_NODES, Estimate
-from autopar.fitting.fit import Fitting, fits, in_words
-from autopar.fitting.meshes import Refused, Wanted, read_axes, tried_axes
-from autopar.fitting.prices import ROWS, Prices, rows_of
-from autopar.ir.traffic import size_text
-from autopar.memory.device import Device, read_size
+
+if TYPE_CHECKING:  # which import torch
+    from autopar.fitting.estimate import Estimate
+    from autopar.fitting.fit import Fitting
+    from autopar.fitting.meshes import Refused, Wanted
+    from autopar.fitting.prices import Prices
 
 VARIED = ("zero", "recompute", "sequence")
 SHOWN_OF_ALIKE = 6  # meshes that are refused for one reason
-ABOUT = (
-    "sorted by the estimated time of a step: a roofline of the operators of a block, the pipeline's bubble, and bytes "
-    f"over links ({BETWEEN_NODES / 1e9:.0f} GB/s where an axis leaves its node), none of it hidden; only ratios matter"
-)
 
 
 @expanded
@@ -53,6 +47,10 @@ def fit_command(
     forms, and printed as they are known; those that are shown are compiled. zero, recompute and sequence are varied
     unless you choose them. ep is tried for models with experts, sp for long rows.
     """
+    from autopar.fitting.meshes import Wanted, read_axes
+    from autopar.fitting.prices import ROWS, Prices, rows_of
+    from autopar.memory.device import Device, read_size
+
     search = _Search(model, as_json)
     device = memory.device or Device(read_size("80GB"))
     example = replace(choices, batch=ROWS).example(model)
@@ -71,6 +69,8 @@ def fit_command(
 
 def _length(batch: Mapping[str, Any]) -> int | None:
     """Tokens of a row: the second dim of the tensors of whole numbers."""
+    from torch import Tensor
+
     sizes = [x.shape[1] for x in batch.values() if isinstance(x, Tensor) and x.dim() > 1 and not x.is_floating_point()]
     return max(sizes, default=None)
 
@@ -89,6 +89,9 @@ class _Search:
 
     def run(self, prices: Prices, wanted: Wanted, shown: int) -> None:
         """Price all meshes, then compile those that are estimated to be fastest."""
+        from autopar.fitting.counted import compiled
+        from autopar.fitting.meshes import tried_axes
+
         with stderr().status(f"pricing the blocks of {self.model}"):
             _, self.left = tried_axes(prices.of_model, wanted)
             self._say(f"{_title(self.model, wanted)}: estimates first, best-first by guess")
@@ -105,6 +108,8 @@ class _Search:
         self._passed("all")
 
     def _priced(self, prices: Prices, wanted: Wanted) -> Iterator[Fitting]:
+        from autopar.fitting.fit import Fitting, fits
+
         for one in fits(prices, wanted):
             if isinstance(one, Fitting):
                 self._say(_line(one.best, wanted))
@@ -113,6 +118,8 @@ class _Search:
                 self.refused.append(one)
 
     def _take(self, real: Estimate | Refused, wanted: Wanted) -> None:
+        from autopar.fitting.meshes import Refused
+
         if isinstance(real, Refused):
             self.refused.append(real)
             self._say(f"{_axes(real)}  does not fit after all: {real.why}")
@@ -128,6 +135,8 @@ class _Search:
             print(line, flush=True)
 
     def print_tables(self, wanted: Wanted) -> None:
+        from autopar.fitting.estimate import BETWEEN_NODES
+
         console = stdout(150)
         columns = ("mesh", "plan", "memory", "free", "sent in a step", "bubble", "time")
         fastest = self.found[0].seconds if self.found else 1.0
@@ -135,7 +144,10 @@ class _Search:
         console.print()
         console.print(table(_title(self.model, wanted), columns, rows))
         console.print("memory: of tensors on the largest rank; ? is estimated, the others are compiled", soft_wrap=True)
-        console.print(ABOUT, soft_wrap=True)
+        links = f"{BETWEEN_NODES / 1e9:.0f} GB/s where an axis leaves its node"
+        about = "a roofline of the operators of a block, the pipeline's bubble, and bytes over links"
+        said = f"sorted by the estimated time of a step: {about} ({links}), none of it hidden; only ratios matter"
+        console.print(said, soft_wrap=True)
         for line in self.left:
             console.print(line, soft_wrap=True)
         console.print()
@@ -159,6 +171,8 @@ class _Search:
 
 
 def _title(model: str, wanted: Wanted) -> str:
+    from autopar.ir.traffic import size_text
+
     device = f"{wanted.devices} devices of {size_text(wanted.device.bytes)}"
     return f"{model} on {device}, {wanted.rows} rows a step, {wanted.optimizer}"
 
@@ -169,6 +183,9 @@ def _line(one: Estimate, wanted: Wanted) -> str:
 
 
 def _cells(one: Estimate, wanted: Wanted) -> tuple[str, ...]:
+    from autopar.fitting.fit import in_words
+    from autopar.ir.traffic import size_text
+
     return (
         _axes(one),
         in_words(one),

@@ -10,8 +10,6 @@ import typer
 from autopar.commands.options import Json
 from autopar.commands.tables import print_json
 from autopar.errors import near_names
-from autopar.ir.graph_pass import count_difference, read_replay, steps_of
-from autopar.passes import COMPILER
 
 
 def replay(
@@ -20,6 +18,9 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Run a pass on the program in FILE, which a failed pass left behind, and print the result."""
+    from autopar.ir.graph_pass import count_difference, read_replay, steps_of
+    from autopar.passes import COMPILER
+
     steps = {step.name: (phase, step) for phase, step in steps_of(COMPILER)}
     if name not in steps:
         near = near_names(name, steps)

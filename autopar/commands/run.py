@@ -9,36 +9,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import safetensors
-import safetensors.torch
-import torch
-import torch.distributed as dist
 import typer
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from autopar.commands.launch import is_rank, relaunch
 from autopar.commands.options import Json, Seed
 from autopar.commands.orphans import end_with_launcher
 from autopar.commands.tables import print_json, stdout, table, traffic_json, traffic_table
-from autopar.commands.this_machine import device_of_rank, refuse_ranks
 from autopar.errors import ProgramFileError
-from autopar.ir.node import Value, value
-from autopar.ir.program import AnyProgram, PipelinedProgram, Program
-from autopar.ir.tables import InputKind
-from autopar.ir.traffic import size_text
 from autopar.mesh import PIPELINE
-from autopar.pipeline import microbatches
 from autopar.plain_files import open_plain
-from autopar.program_files.program_file import FAULTS, load
-from autopar.runtime.connect import Connection, connect
-from autopar.runtime.execute import Executable
-from autopar.runtime.execute_pipeline import PipelineExecutable
-from autopar.runtime.parameters import Weights
 from autopar.training.ranks import is_first
-from autopar.zoo.named import LARGE
+
+if TYPE_CHECKING:  # which import torch
+    import torch
+    from torch import Tensor, nn
+
+    from autopar.ir.node import Value
+    from autopar.ir.program import AnyProgram, PipelinedProgram, Program
+    from autopar.runtime.connect import Connection
 
 DEVIATION = 0.02  # of random weights
 Allowed = Annotated[list[str] | None, typer.Option("--allow", metavar="LIBRARY", help="of operators: mylib")]
@@ -60,6 +49,14 @@ def run(
 
     By itself it starts one process per rank (torchrun). Nothing in DIR is executed but known operators.
     """
+    import safetensors.torch
+    import torch.distributed as dist
+
+    from autopar.commands.launch import is_rank, relaunch
+    from autopar.commands.this_machine import device_of_rank, refuse_ranks
+    from autopar.program_files.program_file import FAULTS, load
+    from autopar.runtime.connect import connect
+
     program = load(directory, operators=operators or ())
     refuse_too_large(program, random=weights is None)
     where = device_of_rank(device, program.mesh.world_size)
@@ -98,6 +95,12 @@ def _forward(
     program: AnyProgram, connection: Connection, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], seed: int
 ) -> tuple[dict[str, Tensor], float]:
     """Whole outputs by name, and the seconds of the last run (the first compiles)."""
+    import torch
+    from torch import Tensor
+    from torch.utils import _pytree as pytree
+
+    from autopar.ir.program import PipelinedProgram
+
     generator = torch.Generator().manual_seed(seed)
     root = module_of(program, weights, generator).to(connection.comm.device)
     given = (root, connection, inputs, generator, seed)
@@ -122,6 +125,9 @@ def _executable(
     generator: torch.Generator,
     seed: int,
 ) -> Callable[[], Any]:
+    from autopar.runtime.execute import Executable
+    from autopar.runtime.parameters import Weights
+
     given = _inputs(program, inputs, generator, connection.comm.device)
     Weights(root, connection).lay_out(program)
     executable = Executable(program, root, connection)
@@ -137,6 +143,10 @@ def _pipeline(
     seed: int,
 ) -> Callable[[], Any]:
     """All microbatches: from the given inputs, else random ones, each as large as the first."""
+    from autopar.pipeline import microbatches
+    from autopar.runtime.execute_pipeline import PipelineExecutable
+    from autopar.runtime.parameters import Weights
+
     plan = replace(program.plan, inputs="global")
     parts: Sequence[Mapping[str, Tensor]] = [{}] * plan.microbatches
     rows = [1] * plan.microbatches
@@ -153,6 +163,9 @@ def _pipeline(
 def _inputs(
     program: AnyProgram, given: Mapping[str, Tensor], generator: torch.Generator, device: torch.device
 ) -> list[Tensor]:
+    from autopar.ir.node import value
+    from autopar.ir.tables import InputKind
+
     below = _least_rows(program)
     entries = program.placeholders(InputKind.INPUT)
     return [_tensor(entry.target, value(node), given, generator, below).to(device) for node, entry in entries]
@@ -160,6 +173,8 @@ def _inputs(
 
 def _from_all_stages(found: dict[str, Tensor | None], connection: Connection) -> dict[str, Tensor | None]:
     """On rank 0, the values that any stage has returned."""
+    import torch.distributed as dist
+
     stages: list[dict[str, Tensor | None]] | None = None
     if connection.mesh.world_size > 1:
         stages = [{} for _ in range(connection.mesh.world_size)] if is_first() else None
@@ -172,6 +187,11 @@ def _from_all_stages(found: dict[str, Tensor | None], connection: Connection) ->
 
 def module_of(program: AnyProgram, weights: Mapping[str, Tensor], generator: torch.Generator) -> nn.Module:
     """Modules that hold the program's parameters and buffers under their names; they compute nothing themselves."""
+    from torch import nn
+
+    from autopar.ir.node import value
+    from autopar.ir.tables import InputKind
+
     root = nn.Module()
     for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
         names = (entry.target, *entry.aliases)
@@ -192,6 +212,8 @@ def module_of(program: AnyProgram, weights: Mapping[str, Tensor], generator: tor
 
 def _submodule(root: nn.Module, path: str) -> nn.Module:
     """The module at ``path``, made where there is none. Names are keys of tables and never attributes of the module."""
+    from torch import nn
+
     for part in path.split(".") if path else ():
         found = root._modules.setdefault(part, nn.Module())
         assert found is not None
@@ -201,6 +223,8 @@ def _submodule(root: nn.Module, path: str) -> nn.Module:
 
 def _tensor(name: str, kind: Value, given: Mapping[str, Tensor], generator: torch.Generator, below: int) -> Tensor:
     """The given tensor, or a random one; whole numbers are below ``below``."""
+    import torch
+
     found = given.get(name)
     if found is not None:
         if (found.dtype, tuple(found.shape)) != (kind.dtype, kind.shape):
@@ -220,6 +244,11 @@ def refuse_too_large(program: AnyProgram, *, random: bool) -> None:
 
     ``random``: with weights that they draw.
     """
+    from autopar.ir.node import value
+    from autopar.ir.tables import InputKind
+    from autopar.ir.traffic import size_text
+    from autopar.zoo.named import LARGE
+
     kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.INPUT)
     tensors = [value(node) for node, _ in program.placeholders(*kinds)]
     each = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
@@ -237,6 +266,9 @@ def refuse_too_large(program: AnyProgram, *, random: bool) -> None:
 
 def _least_rows(program: AnyProgram) -> int:
     """The number of rows of the smallest table: whole numbers below it are valid indices into any table."""
+    from autopar.ir.node import value
+    from autopar.ir.tables import InputKind
+
     shapes = [value(node).shape for node, _ in program.placeholders(InputKind.PARAMETER)]
     return min((shape[0] for shape in shapes if len(shape) == 2), default=2)
 
@@ -247,6 +279,8 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _read(path: Path | None) -> dict[str, Tensor]:
+    import safetensors.torch
+
     if path is None:
         return {}
     try:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
 
-from autopar.analysis.folded_text import folded
-from autopar.analysis.footprint import held, sent
-from autopar.analysis.selected_text import selected
 from autopar.commands.bundles import expanded
-from autopar.commands.expert_loads import loads_json, loads_tables, read_loads
-from autopar.commands.expert_tables import experts_json, experts_tables
 from autopar.commands.memory_tables import MemoryChoices
 from autopar.commands.options import Json, MeshText, ModelChoices, OptionalModelName, read_mesh
-from autopar.commands.pipeline_tables import pipeline_of
 from autopar.commands.plan_options import PlanChoices
 from autopar.commands.tables import (
     WIDTH_OF_A_PIPE,
@@ -29,15 +23,13 @@ from autopar.commands.tables import (
     traffic_json,
     traffic_table,
 )
-from autopar.compiler import finish_program, split_program
-from autopar.ir.batch import data_ways
-from autopar.ir.graph_pass import Phase, steps_of
-from autopar.ir.program import AnyProgram, format_program
 from autopar.mesh import Mesh
-from autopar.passes import COMPILER
-from autopar.pipeline.microbatches import first_part
 from autopar.plan import Plan
-from autopar.zoo.named import Example
+
+if TYPE_CHECKING:  # which import torch
+    from autopar.ir.graph_pass import Phase
+    from autopar.ir.program import AnyProgram
+    from autopar.zoo.named import Example
 
 Recorded = Annotated[
     Path | None, typer.Option(metavar="LOG", help="the loads of experts that this log of autopar train recorded")
@@ -78,6 +70,14 @@ def show(
 
     Repeated blocks are printed once, with what differs; --full prints every line, as --json does. It needs no weights.
     """
+    from autopar.analysis.folded_text import folded
+    from autopar.analysis.selected_text import selected
+    from autopar.commands.expert_loads import loads_json, loads_tables, read_loads
+    from autopar.commands.expert_tables import experts_json, experts_tables
+    from autopar.commands.pipeline_tables import pipeline_of
+    from autopar.ir.batch import data_ways
+    from autopar.ir.program import format_program
+
     if passes:
         _print_compiler(as_json)
         return
@@ -116,12 +116,18 @@ def show(
 
 def _programs(example: Example, mesh: Mesh, plan: Plan, after: str | None) -> tuple[AnyProgram, AnyProgram]:
     """The program before it has a backward pass, or as it is after the pass ``after``; and the finished one."""
+    from autopar.compiler import finish_program, split_program
+    from autopar.pipeline.microbatches import first_part
+
     split = split_program(example.model, mesh, plan, (), first_part(example.batch, mesh, plan), after=after)
     return split, split if after is not None else finish_program(split)
 
 
 def _refuse(mesh: Mesh, after: str | None, rank: int | None, schedule: bool) -> None:
     """Refuse before the work what cannot be shown. Raises ValueError."""
+    from autopar.ir.graph_pass import steps_of
+    from autopar.passes import COMPILER
+
     if rank is not None:
         mesh.coordinates(rank)  # a rank off the mesh
     steps_of(COMPILER, until=after)  # an unknown pass
@@ -137,6 +143,8 @@ def _refuse(mesh: Mesh, after: str | None, rank: int | None, schedule: bool) -> 
 
 def _print_compiler(as_json: bool) -> None:
     """The phases of the compiler in order, and what each pass does in a sentence."""
+    from autopar.passes import COMPILER
+
     if as_json:
         phases = [
             {"phase": phase.name, "each_stage": phase.each_stage, "passes": _sentences(phase)} for phase in COMPILER
@@ -159,12 +167,16 @@ def _code(whole: AnyProgram, rank: int, inference: bool) -> str:
 
 
 def _tables(program: AnyProgram, rank: int) -> tuple[Group, Group]:
+    from autopar.analysis.footprint import held, sent
+
     return held_table(held(program)), traffic_table(
-        f"sent by one rank of {program.mesh} in a step", sent(program, rank)
+        f"sent by rank {rank} of {program.mesh} in a step", sent(program, rank)
     )
 
 
 def _document(model: str, program: AnyProgram, text: str, rank: int | None) -> dict[str, Any]:
+    from autopar.analysis.footprint import held, sent
+
     return {
         "model": model,
         "mesh": dict(program.mesh.axes),

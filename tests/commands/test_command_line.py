@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-import autopar.commands.show
+import autopar.compiler
 from autopar import __version__
 from autopar.__main__ import MOST_LINES
 from autopar.check import Reference, Report
@@ -225,7 +225,7 @@ def test_a_fault_of_autopar(autopar_command: Command, monkeypatch: pytest.Monkey
     def broken(*arguments: Any, **more: Any) -> Program:
         raise RuntimeError("this cannot happen")
 
-    monkeypatch.setattr(autopar.commands.show, "split_program", broken)
+    monkeypatch.setattr(autopar.compiler, "split_program", broken)
     code, _, err = autopar_command("show", "mlp")
     assert code == 3 and "a fault of autopar" in err and "this cannot happen" in err
 

@@ -69,3 +69,13 @@ def test_a_users_file_that_does_not_import_is_no_fault_of_autopar(here: Path) ->
         assert code == 2 and "line 3: model = torch.nn.Linaer(3, 2)" in err and "Traceback" not in err, err
         assert len(err.splitlines()) < 15 and not out
     assert {path.name for path in here.iterdir()} <= {"user_net.py", "broken_net.py", "folder", "__pycache__"}
+
+
+def test_coverage_takes_a_model_of_any_form(here: Path) -> None:
+    given = ["user_net.py:Net", "--input", "x=Bx8", "--mesh", "dp=2"]
+    code, out, err = autopar("coverage", *given, "--json")
+    assert code == 0, err
+    (row,) = json.loads(out)["architectures"]
+    assert row["name"] == "user_net.py:Net" and row["family"] == "of the user" and row["outcomes"][0]["passed"]
+    code, _, err = autopar("coverage", "user_net.py:Nett")
+    assert code == 2 and "did you mean 'Net'" in err
