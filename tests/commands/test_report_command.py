@@ -13,7 +13,7 @@ __all__ = ["autopar_command"]  # the fixture
 def test_a_page_of_two_plans_and_its_document(autopar_command: Command, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     code, printed, said = autopar_command(
-        "report", "mlp", "--mesh", "dp=2", "--compare", "dp=1,tp=2", "-o", str(page), "--json"
+        "report", "mlp", "--mesh", "dp=2", "--to-mesh", "dp=1,tp=2", "-o", str(page), "--json"
     )
     assert code == 0, said
     first, second = json.loads(printed)["reports"]
