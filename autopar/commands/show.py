@@ -70,13 +70,11 @@ def show(
 
     Repeated blocks are printed once, with what differs; --full prints every line, as --json does. It needs no weights.
     """
-    from autopar.analysis.folded_text import folded
     from autopar.analysis.selected_text import selected
     from autopar.commands.expert_loads import loads_json, loads_tables, read_loads
     from autopar.commands.expert_tables import experts_json, experts_tables
     from autopar.commands.pipeline_tables import pipeline_of
     from autopar.ir.batch import data_ways
-    from autopar.ir.program import format_program
 
     if passes:
         _print_compiler(as_json)
@@ -94,10 +92,9 @@ def show(
     elif explain or rank is not None:
         text = split.explain(explain) if explain else _code(whole, rank or 0, inference)
     else:
-        text = (format_program if full or as_json else folded)(split, origins=origins)
+        text = _text(split, full or as_json, origins)
     pipeline = pipeline_of(whole)
-    if picture is not None and pipeline is not None:
-        pipeline.write(picture)
+    pipeline.write(picture) if picture is not None and pipeline is not None else None
     if as_json:
         more = {"experts": experts_json(split), **loads_json(loads), **(pipeline.to_json() if pipeline else {})}
         print_json(_document(model, whole, text, rank) | more | memory.document(whole, rows))
@@ -106,12 +103,18 @@ def show(
         print(text)
     if explain is not None or module is not None or grep is not None:
         return
-    console = stdout()
-    console.print(end="" if summary else "\n")
+    stdout().print(end="" if summary else "\n")
     if pipeline is not None:
-        pipeline.print(console, timeline)
+        pipeline.print(stdout(), timeline)
     tables = *_tables(whole, rank or 0), *memory.tables(whole, rows, rank or 0)
-    console.print(*experts_tables(split), *loads_tables(loads), *tables, sep="\n")
+    stdout().print(*experts_tables(split), *loads_tables(loads), *tables, sep="\n")
+
+
+def _text(program: AnyProgram, full: bool, origins: bool) -> str:
+    from autopar.analysis.folded_text import folded
+    from autopar.ir.program import format_program
+
+    return (format_program if full else folded)(program, origins=origins)
 
 
 def _programs(example: Example, mesh: Mesh, plan: Plan, after: str | None) -> tuple[AnyProgram, AnyProgram]:
