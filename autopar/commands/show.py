@@ -71,8 +71,7 @@ def show(
     Repeated blocks are printed once, with what differs; --full prints every line, as --json does. It needs no weights.
     """
     from autopar.analysis.selected_text import selected
-    from autopar.commands.expert_loads import loads_json, loads_tables, read_loads
-    from autopar.commands.expert_tables import experts_json, experts_tables
+    from autopar.commands.expert_loads import read_loads
     from autopar.commands.pipeline_tables import pipeline_of
     from autopar.ir.batch import data_ways
 
@@ -80,8 +79,7 @@ def show(
         _print_compiler(as_json)
         return
     on, loads = read_mesh(mesh), read_loads(expert_load) if expert_load is not None else {}
-    if model is None:
-        raise ValueError("of which MODEL?\nWay out: autopar show tiny:llama --mesh dp=2,tp=2, for example.")
+    model = _given(model)
     _refuse(on, after, rank, timeline or picture is not None)
     example = choices.example(model, data_ways(on), shown=not as_json)
     with stderr().status(f"making the program of {model} on {on}"):
@@ -96,18 +94,36 @@ def show(
     pipeline = pipeline_of(whole)
     pipeline.write(picture) if picture is not None and pipeline is not None else None
     if as_json:
-        more = {"experts": experts_json(split), **loads_json(loads), **(pipeline.to_json() if pipeline else {})}
+        more = {**_experts_of(split, loads), **(pipeline.to_json() if pipeline else {})}
         print_json(_document(model, whole, text, rank) | more | memory.document(whole, rows))
         return
-    if not summary:
-        print(text)
-    if explain is not None or module is not None or grep is not None:
+    print(text) if not summary else None
+    if not (explain is module is grep is None):
         return
     stdout().print(end="" if summary else "\n")
     if pipeline is not None:
         pipeline.print(stdout(), timeline)
-    tables = *_tables(whole, rank or 0), *memory.tables(whole, rows, rank or 0)
-    stdout().print(*experts_tables(split), *loads_tables(loads), *tables, sep="\n")
+    _print_tables(split, loads, *_tables(whole, rank or 0), *memory.tables(whole, rows, rank or 0))
+
+
+def _given(model: str | None) -> str:
+    if model is None:
+        raise ValueError("of which MODEL?\nWay out: autopar show tiny:llama --mesh dp=2,tp=2, for example.")
+    return model
+
+
+def _experts_of(program: AnyProgram, loads: Any) -> dict[str, Any]:
+    from autopar.commands.expert_loads import loads_json
+    from autopar.commands.expert_tables import experts_json
+
+    return {"experts": experts_json(program), **loads_json(loads)}
+
+
+def _print_tables(program: AnyProgram, loads: Any, *tables: Group) -> None:
+    from autopar.commands.expert_loads import loads_tables
+    from autopar.commands.expert_tables import experts_tables
+
+    stdout().print(*experts_tables(program), *loads_tables(loads), *tables, sep="\n")
 
 
 def _text(program: AnyProgram, full: bool, origins: bool) -> str:
