@@ -38,18 +38,20 @@ def compile_program(
     kwargs: Mapping[str, Any] | None = None,
     layouts: Mapping[str, Layout] | None = None,
     homes: Homes | None = None,
+    like: AnyProgram | None = None,
 ) -> AnyProgram:
     """The differentiated program of ``model(*args, **kwargs)`` on ``mesh``; needs no process group.
 
     ``layouts``: parameter layouts that are pinned, since the parameters are held so already; ``homes``: the pipeline
-    stages that hold them. Raises TraceError, UnknownOperatorError, IndivisibleError, InvariantError, NumericsError.
+    stages that hold them; ``like``: a program of this model for a batch of other sizes, which decides alike where it
+    can. Raises TraceError, UnknownOperatorError, IndivisibleError, InvariantError, NumericsError.
     """
     check_arguments(model, mesh, plan, args, kwargs)
     plan = plan or Plan()
     check_choices(mesh, plan)
     known = fingerprint(model, args, kwargs or {})
     with guards_of_traces() as guards:
-        program = _compiled(model, mesh, plan, args, kwargs, layouts, homes)
+        program = _compiled(model, mesh, plan, args, kwargs, layouts, homes, like)
     seen = "; ".join(f"{look.line} ({look.seen})" for values in guards.values for look in values.looks)
     if seen:  # no model has that, so such a program serves the process that made it alone
         known = replace(known, code={**known.code, LOOKED_AT: seen})
@@ -64,10 +66,14 @@ def _compiled(
     kwargs: Mapping[str, Any] | None,
     layouts: Mapping[str, Layout] | None,
     homes: Homes | None,
+    like: AnyProgram | None,
 ) -> AnyProgram:
+    def traced(batch: Mapping[str, Any]) -> Program:
+        return trace(model, (), batch, plan=plan)
+
     if mesh.is_pipelined:
-        return pipelined(lambda batch: trace(model, (), batch, plan=plan), mesh, plan, args, kwargs, layouts, homes)
-    return finish_program(split_program(model, mesh, plan, args, kwargs, layouts))
+        return pipelined(traced, mesh, plan, args, kwargs, layouts, homes, like)
+    return finish_program(split_program(model, mesh, plan, args, kwargs, layouts, like=like))
 
 
 def made_buffers_of(model: nn.Module, program: AnyProgram) -> dict[str, Tensor]:
@@ -94,6 +100,7 @@ def pipelined(
     kwargs: Mapping[str, Any] | None = None,
     layouts: Mapping[str, Layout] | None = None,
     homes: Homes | None = None,
+    like: AnyProgram | None = None,
 ) -> PipelinedProgram:
     """The program of one microbatch of the whole batch in ``kwargs``, with that of a smaller last microbatch.
 
@@ -105,11 +112,12 @@ def pipelined(
     with microbatches.explained(kwargs or {}, first, plan):
         one = traced(first)
     of_rows = retraced(lambda _, batch: traced(batch), one, (), first, plan)
-    program = _finished_pipeline(pinned(one, layouts, homes=homes, of_rows=of_rows), mesh, plan)
+    at = stages_of_nodes(like) if isinstance(like, PipelinedProgram) else None
+    program = _finished_pipeline(pinned(one, layouts, at, homes, of_rows, like), mesh, plan)
     if microbatches.rows(first, [first], plan) == microbatches.rows(first, [last], plan):
         return program
     held = {**(layouts or {}), **weight_layouts(program)}
-    small = pinned(traced(last), held, stages_of_nodes(program), homes or homes_of(program), of_rows)
+    small = pinned(traced(last), held, stages_of_nodes(program), homes or homes_of(program), of_rows, like)
     tail = _finished_pipeline(small, mesh, plan)
     check_same_parameters(program, tail)
     return replace(program, tail=tail)
@@ -159,6 +167,7 @@ def split_program(
     layouts: Mapping[str, Layout] | None = None,
     *,
     after: str | None = None,
+    like: AnyProgram | None = None,
 ) -> AnyProgram:
     """The forward program, split over all axes and cut into stages; or as it is after the pass called ``after``.
 
@@ -179,7 +188,7 @@ def split_program(
         return trace(model, given, named, mesh, quick)
 
     of_rows = retraced(again, traced, args, kwargs or {}, traced.plan)
-    return run_phases(pinned(_with_source(traced), layouts, of_rows=of_rows), COMPILER, until=after)
+    return run_phases(pinned(_with_source(traced), layouts, of_rows=of_rows, like=like), COMPILER, until=after)
 
 
 def pinned(
@@ -188,10 +197,13 @@ def pinned(
     stages: Mapping[str, int] | None = None,
     homes: Homes | None = None,
     of_rows: Callable[[int], Program] | None = None,
+    like: AnyProgram | None = None,
 ) -> Program:
     """``traced`` with the decisions that the passes must keep, see :class:`autopar.ir.tables.Pins`."""
     at = {name: tuple(numbers) for name, numbers in (homes or {}).items()}
-    pinned = Pins(dict(layouts or {}), traced.pins.dtypes, dict(stages or {}), at, of_rows)
+    chosen = like.decisions if like is not None else {}
+    choices = {axis: {name: made.chosen for name, made in each.items()} for axis, each in chosen.items()}
+    pinned = Pins(dict(layouts or {}), traced.pins.dtypes, dict(stages or {}), at, choices, of_rows)
     return replace(traced, pins=pinned)
 
 

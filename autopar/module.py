@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from autopar.analysis.notebook import module_html
 from autopar.cache.compiled import cached_program
 from autopar.cache.key import Request
 from autopar.errors import InvariantError
-from autopar.frontend.fingerprint import call_facts
-from autopar.frontend.readings import everything_of
+from autopar.families.family import Family
 from autopar.frontend.torch_layers import packs_padding
-from autopar.ir.fingerprint import CallFacts
+from autopar.holding import Holding, facts_of, given_programs
 from autopar.ir.guards import Guards
 from autopar.ir.layout import Layout
 from autopar.ir.load import ExpertLoad
@@ -41,7 +40,6 @@ from autopar.runtime.dtensor import full_of
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
 from autopar.runtime.expert_loads import gathered_loads
-from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.identity import kept
 from autopar.runtime.parameters import Weights
 from autopar.runtime.program_cache import ProgramCache
@@ -90,14 +88,18 @@ class ParallelModule(nn.Module):
         held = held or Holding(model, Weights(self, connection, plan.initial))
         accumulation = Accumulation()
 
-        def compiled(call: Call, layouts: Mapping[str, Layout] | None) -> tuple[AnyProgram, Guards]:
-            homes = held.weights.homes
-            found, guards = cached_program(Request(model, mesh, plan, call.args, call.kwargs, layouts, homes))
+        def compiled(
+            call: Call, layouts: Mapping[str, Layout] | None, like: AnyProgram | None, unasked: bool
+        ) -> tuple[AnyProgram, Guards]:
+            chosen, homes = replace(plan, check_numerics=plan.check_numerics and not unasked), held.weights.homes
+            request = Request(model, mesh, chosen, call.args, call.kwargs, layouts, homes, like)
+            found, guards = cached_program(request)
             check_whole_batches(guards, found, model)
             return found, guards
 
-        given = _given(held, programs, where) if programs else None
-        cache = ProgramCache(compiled, mesh, plan, held.weights, accumulation, packs_padding(model), given)
+        facts = partial(facts_of, held)
+        given = given_programs(held, programs, where) if programs else None
+        cache = ProgramCache(compiled, mesh, plan, held.weights, accumulation, facts, packs_padding(model), given)
         # past nn.Module, which would take offence at a submodule or buffer of the model's that is called "plan", and
         # would put the model itself as a submodule, with a prefix before all names
         self.__dict__.update(mesh=mesh, plan=plan, _held=held, _connection=connection, _programs=cache)
@@ -228,6 +230,11 @@ class ParallelModule(nn.Module):
         return latest
 
     @property
+    def families(self) -> tuple[Family, ...]:
+        """The programs that serve batches of several lengths so far, with expressions for sizes (docs/lengths.md)."""
+        return self._programs.families.families
+
+    @property
     def traffic(self) -> tuple[Transfer, ...]:
         """The transfers of this rank so far, by phase, axis and collective."""
         return self._connection.comm.traffic if self._connection else ()
@@ -356,37 +363,6 @@ class ParallelModule(nn.Module):
         found = self._programs.bound(call, self.training)
         assert isinstance(found, Executable)
         return found
-
-
-@dataclass
-class Holding:
-    """The tensors of a model in this process, beside those of its state dict.
-
-    Attributes:
-        model: the unmodified model.
-        weights: its parameters and buffers, and how they are held.
-        calls: the number of training calls so far; the seeds of dropout continue from there.
-    """
-
-    model: nn.Module
-    weights: Weights
-    calls: int = 0
-
-
-def _given(held: Holding, programs: Sequence[AnyProgram], where: str) -> GivenPrograms:
-    """``programs`` for the calls of a model, which holds its tensors as they require from now on."""
-    for program in programs:
-        held.weights.lay_out(program)
-
-    def facts(call: Call) -> CallFacts:
-        return call_facts(held.model, call.args, call.kwargs)
-
-    def state() -> Hashable:
-        modes = tuple([module.training == held.model.training for module in held.model.modules()])
-        dtypes = tuple([parameter.dtype for parameter in held.weights.root.parameters()])
-        return held.weights.requires_grad(), dtypes, modes
-
-    return GivenPrograms(programs, where, facts, state, partial(everything_of, held.model))
 
 
 def held_by(model: nn.Module) -> Holding:

@@ -20,6 +20,7 @@ ATTENTION_FORMS = ("auto", "ring", "gather", "ulysses", "hybrid")
 EXPERT_AXES = ("auto", "ep", "ep+sp", "ep+tp", "ep+sp+tp", "sp", "tp", "sp+tp")
 ZERO_STAGES = (0, 1, 2, 3)
 INPUT_FORMS = ("global", "local")
+LENGTH_FORMS = ("family", "each")
 OUTPUT_FORMS = ("auto", "sharded", "full")
 RECOMPUTE_FORMS = ("none", "selective", "full")
 WEIGHTS_OF_PARTS = ("exact", "statistics", "rows")
@@ -32,6 +33,7 @@ FORMS: Mapping[str, tuple[object, ...]] = {  # choices that are one of a few val
     "expert_axes": EXPERT_AXES,
     "zero": ZERO_STAGES,
     "inputs": INPUT_FORMS,
+    "lengths": LENGTH_FORMS,
     "outputs": OUTPUT_FORMS,
     "initial": INITIAL_FORMS,
     "on_unknown": FALLBACKS,
@@ -94,6 +96,9 @@ class Plan:
         batch_dims: input name -> its batch dim (None: it has none), where the guess is wrong.
         sequence_dims: input name -> its sequence dim (None: it has none), where it is not found: it is needed in a
             model without attention, and with ``inputs="local"`` on an axis ``sp``.
+        lengths: what is compiled where calls have batches of several lengths: ``"family"``: from the second length on
+            one program with expressions for the sizes, fitted from four, which serves all lengths in a range
+            (docs/lengths.md); ``"each"``: a program for each.
         outputs: ``"sharded"``: outputs other than the loss are DTensors, gathered by ``full_tensor()``;
             ``"full"``: they are gathered in the program; ``"auto"``: gathered where the model returns no loss, so that
             one that is computed of them is that of one device, else (and with ``inputs="local"``) sharded.
@@ -135,6 +140,7 @@ class Plan:
     inputs: str = "global"
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)
     sequence_dims: Mapping[str, int | None] = field(default_factory=dict)
+    lengths: str = "family"
     outputs: str = "auto"
     on_unknown: str = "error"
     on_indivisible: str = "auto"

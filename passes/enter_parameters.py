@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -44,10 +44,11 @@ from autopar.ir.operator_facts import is_pure
 from autopar.ir.program import Program
 from autopar.ir.reach import ancestors
 from autopar.ir.rewrite import operand, substitute
-from autopar.ir.tables import InputKind
+from autopar.ir.tables import Decision, InputKind
 from autopar.ir.traffic import bytes_of
 from autopar.mesh import REPLICA_AXES, SHARD_AXES
 
+ENTERED, PARAMETERS, VALUES = "entered", "the parameters", "the values made of them"  # decisions, by axis and parameters
 ENTER, RELEASE = comm.OPS.enter.default, comm.OPS.release.default
 
 
@@ -71,16 +72,23 @@ class Group:
 @graph_pass(when=lambda program: program.mesh.of_stage.world_size > 1)
 def enter_parameters(program: Program) -> Program:
     axes = [axis for axis, size in reversed(program.mesh.of_stage.axes) if size > 1]
+    made: dict[str, Decision] = {}
     moved = len(axes)
     while moved:  # a parameter that enters one axis may then enter others at a lower price
-        moved = sum(_move_enters(program, axis) for axis in axes)
-    return program
+        moved = sum(_move_enters(program, axis, made) for axis in axes)
+    return replace(program, decisions={**program.decisions, ENTERED: made})
 
 
-def _move_enters(program: Program, axis: str) -> int:
+def _move_enters(program: Program, axis: str, made: dict[str, Decision]) -> int:
     """Move the enters over ``axis`` to the parameters where that pays; in how many groups it did."""
     order = {node: position for position, node in enumerate(program.graph.nodes)}
-    found = [group for group in _groups(program, axis) if _is_below(group) and _pays(program, axis, group)]
+    found = []
+    for group in filter(_is_below, _groups(program, axis)):
+        name = f"{axis} {' '.join(sorted(parameter.name for parameter in group.parameters))}"
+        pinned = program.pins.choices.get(ENTERED, {}).get(name)
+        pays = _pays(program, axis, group) if pinned is None else pinned == PARAMETERS
+        made[name] = Decision(PARAMETERS if pays else VALUES)
+        found += [group] * pays
     for group in found:
         _move(group, axis, order)
     return len(found)

@@ -48,7 +48,8 @@ STANDS_ON = {
     "analysis": "autodiff cost errors ir memory mesh pipeline plan schedules",
     "simulator": "autodiff codegen errors ir mesh pipeline plan schedules",
     "simulate": "errors ir mesh simulator",
-    "runtime": "autodiff codegen errors ir mesh notes pipeline plan schedules",
+    "families": "ir",
+    "runtime": "autodiff codegen errors families ir mesh notes pipeline plan schedules",
     "traces": "autodiff cost errors ir mesh pipeline runtime schedules",
     "report": "analysis ir memory mesh pipeline plan schedules",
     "levels": "ir pipeline",
@@ -59,8 +60,10 @@ STANDS_ON = {
     "other_methods": "errors plan precision",
     "cache": "compiler errors frontend ir mesh notes plain_files plan precision program_files rules schedules",
     "fitting": "analysis compiler cost errors frontend ir memory mesh pipeline plan",
+    "holding": "frontend ir runtime",
     "module": (
-        "analysis cache errors frontend ir mesh other_methods pipeline plan runtime schedules simulate simulator traces"
+        "analysis cache errors families frontend holding ir mesh other_methods pipeline plan runtime schedules"
+        " simulate simulator traces"
     ),
     "stored_programs": "errors frontend ir mesh plan program_files",
     "compiled_models": "",

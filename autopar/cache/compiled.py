@@ -152,7 +152,14 @@ def _say_why(folder: Folder, key: str, facts: Mapping[str, str]) -> None:
 def _compiled(request: Request) -> Found:
     with guards_of_traces() as guards:
         program = compile_program(
-            request.model, request.mesh, request.plan, request.args, request.kwargs, request.layouts, request.homes
+            request.model,
+            request.mesh,
+            request.plan,
+            request.args,
+            request.kwargs,
+            request.layouts,
+            request.homes,
+            request.like,
         )
     return program, guards
 

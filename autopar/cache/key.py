@@ -26,12 +26,13 @@ from autopar.cache.torch_state import modes_of_torch
 from autopar.cache.value_digests import Digests
 from autopar.frontend.fingerprint import fingerprint
 from autopar.ir.layout import Layout
+from autopar.ir.program import AnyProgram
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.rules import ADDED
 
 FORMAT = 1  # of entries
-WITHOUT_EFFECT = ("seed", "initial", "timeout")  # choices that no program depends on
+WITHOUT_EFFECT = ("seed", "initial", "timeout", "lengths")  # choices that no program depends on
 # of the compiler's own, and of libraries, which read them where no trace sees it
 PREFIXES = ("TORCH_", "PYTORCH_", "TORCHDYNAMO_", "TRANSFORMERS_", "HF_")
 
@@ -47,6 +48,7 @@ class Request:
     kwargs: Mapping[str, Any]
     layouts: Mapping[str, Layout] | None = None
     homes: Mapping[str, Any] | None = None
+    like: AnyProgram | None = None
 
     @property
     def leaves(self) -> list[Any]:
@@ -127,3 +129,7 @@ def _of_call(request: Request) -> Iterator[tuple[str, str]]:
         yield f"layout of {name}", repr(layout)
     for name, stages in sorted((request.homes or {}).items()):
         yield f"stages of {name}", repr(stages)
+    if request.like is not None:
+        for axis, made in request.like.decisions.items():
+            choices = (part for name, decision in made.items() for part in (name, decision.chosen, str(decision.stage)))
+            yield f"decisions on {axis} that are made again", digest(*choices)

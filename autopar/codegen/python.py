@@ -37,6 +37,7 @@ from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.node import Node, last_uses, origin, output_node, values
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
+from autopar.ir.sizes import is_expression
 from autopar.ir.tables import Role
 from autopar.ir.text import type_text
 from autopar.mesh import PIPELINE
@@ -52,7 +53,7 @@ INFIX = {
     operator.floordiv: "//",
     operator.mod: "%",
 }
-RESERVED = ("comm", "inputs", "torch", "op", "math", "operator", "float", "slice")
+RESERVED = ("comm", "inputs", "sizes", "torch", "op", "math", "operator", "float", "slice")
 DEFAULTS = {"outer": 1, "ratio": [1]}  # arguments of collectives that are left out where they say nothing
 
 
@@ -132,6 +133,18 @@ def emit(
     return "\n".join([*module.head(), *(line for lines in functions for line in ("", "", *lines)), ""])
 
 
+def emit_sized(
+    name: str, graph: fx.Graph, program: AnyProgram, *, labelled: bool = False
+) -> tuple[str, tuple[Any, ...]]:
+    """As :func:`emit`, for a ``graph`` in which expressions stand for sizes: ``name(comm, inputs, sizes) -> tuple``.
+
+    Also gives the expressions whose values ``sizes`` holds, in order; without any, ``sizes`` is not taken.
+    """
+    module = _Module(program, None, labelled)
+    lines = module.function(name, graph)
+    return "\n".join([*module.head(), "", "", *lines, ""]), tuple(module.sizes)
+
+
 def compile_source(source: str, name: str) -> RankFunction:
     """The function ``name`` of an emitted module; tracebacks and debuggers show its lines."""
     filename = f"<autopar {name} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
@@ -150,6 +163,7 @@ class _Module:
         self.bindings: dict[str, str] = {}  # short name -> torch.ops expression
         self.imports: set[str] = set()
         self.taken: frozenset[str] = frozenset()
+        self.sizes: dict[Any, str] = {}  # expression of sizes -> the variable that holds its value
 
     def head(self) -> list[str]:
         place = "" if self.coordinates is None else f" rank {self.program.mesh.rank(self.coordinates)}:"
@@ -162,9 +176,11 @@ class _Module:
         """The lines of one function; names of nodes are those of the graph."""
         self.taken = frozenset(node.name for node in graph.nodes)
         body = _Body(self, graph)
-        head = [f"def {name}(comm, inputs):", *body.unpacking(self._labels(graph))]
         calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-        lines = body.labelled(calls, name) if self.labelled else body.commented(calls)
+        lines = list(body.labelled(calls, name) if self.labelled else body.commented(calls))
+        head = [f"def {name}(comm, inputs{', sizes' if self.sizes else ''}):", *body.unpacking(self._labels(graph))]
+        if self.sizes:
+            head += ["    (", *(f"        {size},  # {form}" for form, size in self.sizes.items()), "    ) = sizes"]
         end = f"    return {body.text(tuple(output_node(graph).args[0]))}"  # type: ignore[arg-type]
         return [*head, *lines, end]
 
@@ -177,6 +193,15 @@ class _Module:
                 entry = table.get(node.name)
                 labels[node.name] = " ".join([*([entry.kind.value, entry.target] if entry else []), *_types(node)])
         return labels
+
+    def size(self, expression: Any) -> str:
+        """The variable that holds the value of ``expression``."""
+        if expression not in self.sizes:
+            name = f"n{len(self.sizes)}"
+            while name in self.taken:
+                name += "_"
+            self.sizes[expression] = name
+        return self.sizes[expression]
 
     def bind(self, target: Any, node: Node) -> str:
         """The expression by which a line calls ``target``."""
@@ -290,6 +315,8 @@ class _Body:
         if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
             self.module.imports.add("import torch")
             return str(value)
+        if is_expression(value):
+            return self.module.size(value)
         if value is None or isinstance(value, (bool, int, float, complex, str)):
             return f'"{value}"' if isinstance(value, str) and value.isidentifier() else repr(value)
         raise InvariantError(f"an argument of type {type(value).__name__} ({value!r}) cannot be written as Python")

@@ -118,6 +118,7 @@ class Pins:
         dtypes: node name -> dtype at the border of a parameter or an input, where the graph computes in another.
         stages: node name -> pipeline stage, so that parameters stay where another program has put them.
         homes: parameter or buffer -> the pipeline stages that hold it already, for a program of other nodes.
+        choices: axis -> node name -> the decision that another program of this model has, for batches of other sizes.
         of_rows: gives the model traced for another number of rows, as it is before a batch is weighed.
     """
 
@@ -125,6 +126,7 @@ class Pins:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     stages: Mapping[str, int] = field(default_factory=dict)
     homes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     of_rows: Callable[[int], Any] | None = None
 
 

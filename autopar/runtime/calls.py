@@ -73,7 +73,7 @@ class Signature:
         spec: Hashable = (len(args), *kwargs)
         if not all(leaf is None or isinstance(leaf, (Tensor, int, float, str)) for leaf in leaves):
             leaves, spec = pytree.tree_flatten((args, kwargs))
-        return Call(args, kwargs, leaves, (spec, *map(_kind, leaves)))
+        return Call(args, kwargs, leaves, (spec, *map(kind_of, leaves)))
 
     def _order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, int]]:
         try:
@@ -85,7 +85,7 @@ class Signature:
         return sorted(zip(names, range(len(names))), key=lambda pair: (self._rank.get(pair[0], last), pair[0]))
 
 
-def _kind(leaf: Any) -> Hashable:
+def kind_of(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.requires_grad
     try:
@@ -144,7 +144,7 @@ def ordinary(call: Call) -> Call:
 def resized(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows_of_all: bool) -> Call:
     """``call`` with arguments of other sizes."""
     leaves = pytree.tree_leaves((args, kwargs))
-    return Call(args, kwargs, leaves, (call.key[0], *map(_kind, leaves)), rows_of_all)
+    return Call(args, kwargs, leaves, (call.key[0], *map(kind_of, leaves)), rows_of_all)
 
 
 def shapes(tensors: Sequence[Tensor]) -> str:

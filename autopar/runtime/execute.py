@@ -24,7 +24,8 @@ from autopar.runtime.autograd import accumulating, below_autograd, take_saved
 from autopar.runtime.batch_counts import BatchCounts
 from autopar.runtime.border import Result
 from autopar.runtime.connect import Connection
-from autopar.runtime.rank_graphs import BACKWARD, FORWARD, INFERENCE, PARTIAL, REDUCED, model_graphs
+from autopar.runtime.rank_code import RankCode
+from autopar.runtime.rank_graphs import BACKWARD, FORWARD, INFERENCE, PARTIAL, REDUCED
 from autopar.runtime.rank_program import BoundProgram, Fetch, Step, put
 
 
@@ -32,9 +33,14 @@ class Executable(BoundProgram):
     """A bound program that takes and returns what the model does, with a node in autograd's graph."""
 
     def __init__(
-        self, program: Program, root: nn.Module, connection: Connection, accumulation: Accumulation | None = None
+        self,
+        program: Program,
+        root: nn.Module,
+        connection: Connection,
+        accumulation: Accumulation | None = None,
+        code: RankCode | None = None,
     ) -> None:
-        super().__init__(program, model_graphs(program), root, connection)
+        super().__init__(program, code or RankCode.of_model(program), root, connection)
         self._accumulation = accumulation or Accumulation()
         self._counts = BatchCounts(program, self.slots, connection.comm)
         self._is_weighed, loss = program.is_weighed, program.loss

@@ -7,7 +7,7 @@ several stages use, over the pipeline ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.node import value
-from autopar.ir.program import PipelinedProgram
+from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.signature import restore_output
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.mesh import PIPELINE
@@ -29,8 +29,10 @@ from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import users_of
 from autopar.runtime.batch_counts import BatchCounts
 from autopar.runtime.channels import Channels
+from autopar.runtime.communicator import Communicator
 from autopar.runtime.connect import Connection
 from autopar.runtime.parameters import tables
+from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_program import Give, put
 from autopar.runtime.rank_stage import BoundStage, Microbatch, StageStep
 from autopar.runtime.recorder import epoch
@@ -39,14 +41,30 @@ from autopar.schedules.instructions import Kind, Schedule
 from autopar.schedules.packing import Types
 from autopar.schedules.timing import Timeline
 
+StageCode = Callable[[bool, int], RankCode]
+
+
+def open_groups(program: AnyProgram, communicator: Communicator) -> None:
+    """Make the process groups that any rank needs for ``program``; collective.
+
+    Also those that only other stages need: the names of later groups depend on how many a process has made.
+    """
+    tail = program.tail if isinstance(program, PipelinedProgram) else None
+    parts = [part for whole in (program, tail) if whole is not None for part in whole.parts]
+    communicator.open(comm.axes_used(graph for part in parts for graph in part.graphs.values()))
+
 
 class PipelineExecutable:
     """A pipelined program bound to the tensors of a module; ``connection`` is that of all ranks.
 
+    ``code``: what gives that of a stage (of the rows of the first microbatch, its number), where it is there already,
+    and so are the process groups.
     Raises InvariantError where the program and the module do not fit together.
     """
 
-    def __init__(self, program: PipelinedProgram, root: nn.Module, connection: Connection) -> None:
+    def __init__(
+        self, program: PipelinedProgram, root: nn.Module, connection: Connection, code: StageCode | None = None
+    ) -> None:
         self.program, self.comm = program, connection.comm
         self.rank = self.comm.coordinates[PIPELINE]
         self.events: list[Event] = []  # of the latest step
@@ -55,14 +73,17 @@ class PipelineExecutable:
         inputs = [entry.target for _, entry in program.placeholders(InputKind.INPUT)]
         mine = program.stages_on(self.rank)
         programs = [program] if program.tail is None else [program, program.tail]
-        # also those that only other stages need: the names of later groups depend on how many a process has made
-        stages = [stage for whole in programs for stage in whole.stages]
-        self.comm.open(comm.axes_used(graph for stage in stages for graph in stage.graphs.values()))
+        if code is None:
+            open_groups(program, self.comm)
         own = connection.of_stage()
-        self.stages = {
-            n: [BoundStage(whole.stages[n], root, own, inputs, whole.loss_in(whole.stages[n])) for whole in programs]
-            for n in mine
-        }
+
+        def bound(whole: PipelinedProgram, n: int) -> BoundStage:
+            stage = whole.stages[n]
+            loss = whole.loss_in(stage)
+            found = code(whole is program, n) if code is not None else RankCode.of_stage(stage, loss)
+            return BoundStage(stage, found, root, own, inputs, loss)
+
+        self.stages = {n: [bound(whole, n) for whole in programs] for n in mine}
         self._routes = Routes(program)
         self._types = [_types(whole) for whole in programs]
         self._loss = next((n for n, stage in mine.items() if program.loss_in(stage) is not None), None)

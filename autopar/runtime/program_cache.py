@@ -16,6 +16,7 @@ from torch import Tensor
 
 from autopar.errors import RanksDifferError
 from autopar.ir.collectives import axes_used
+from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards
 from autopar.ir.layout import Layout
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
@@ -29,17 +30,19 @@ from autopar.runtime.calls import Call, global_call, ordinary, shapes
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor_habits import parts_were_shown
 from autopar.runtime.execute import Executable
-from autopar.runtime.execute_pipeline import PipelineExecutable
+from autopar.runtime.execute_pipeline import PipelineExecutable, open_groups
 from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.local_parts import check_parts, check_parts_of_ranks, explained
 from autopar.runtime.parameters import ALONE, Weights
 from autopar.runtime.shared_inputs import check_shared_inputs, is_due
+from autopar.runtime.size_families import Member, SizeFamilies, general
 from autopar.runtime.unequal_rows import joined, said
 from autopar.runtime.variants import Variants
 
 PROGRAMS_KEPT = 64
 
-Compile = Callable[[Call, Mapping[str, Layout] | None], tuple[AnyProgram, Guards]]  # (whole call, layouts held) ->
+# (whole call, layouts held, a program of another call that decides alike, whether nobody has asked for it) ->
+Compile = Callable[[Call, Mapping[str, Layout] | None, AnyProgram | None, bool], tuple[AnyProgram, Guards]]
 Kind = tuple[Hashable, int]  # of call, and which variant of its program
 Bound = Executable | PipelineExecutable
 Work = Callable[[Executable, list[Tensor]], Any]  # (program, tensors of the call) ->
@@ -82,8 +85,9 @@ class Entry:
 class ProgramCache:
     """The cache.
 
-    ``weights`` are laid out by the first program. ``packs_padding``: whether the model has layers that compute
-    otherwise where no gradient is required. ``given``: programs that need not be compiled.
+    ``weights`` are laid out by the first program. ``facts`` gives what a fingerprint says of a call.
+    ``packs_padding``: whether the model has layers that compute otherwise where no gradient is required. ``given``:
+    programs that need not be compiled.
     """
 
     def __init__(
@@ -93,12 +97,15 @@ class ProgramCache:
         plan: Plan,
         weights: Weights,
         accumulation: Accumulation,
+        facts: Callable[[Call], CallFacts],
         packs_padding: bool = False,
         given: GivenPrograms | None = None,
     ) -> None:
         self._compiled, self._mesh, self._plan = compiled, mesh, plan
         self._weights, self._connection = weights, weights.connection
         self._accumulation, self._packs_padding, self._given = accumulation, packs_padding, given
+        self.families = SizeFamilies(partial(self._compile, unasked=True), facts, mesh, plan)
+        self._members: dict[Kind, Member] = {}
         self._programs: OrderedDict[Kind, AnyProgram] = OrderedDict()  # the latest used last
         self._bound: dict[Kind, Entry] = {}
         self._variants = Variants()
@@ -126,6 +133,8 @@ class ProgramCache:
 
     def clear(self) -> None:
         self._programs.clear()
+        self._members.clear()
+        self.families.clear()
         self._bound.clear()
         self._variants.clear()
 
@@ -153,7 +162,7 @@ class ProgramCache:
         kind = self._agreed_kind(call, training)
         entry = self._bound.get(kind)
         if entry is None:
-            entry = self._bound[kind] = Entry(self._new(call, training), digest_of(kind))
+            entry = self._bound[kind] = Entry(self._new(call, training, kind), digest_of(kind))
         self._programs.move_to_end(kind)
         entry.calls += 1
         return entry
@@ -246,17 +255,25 @@ class ProgramCache:
         assert self._connection is not None, "only a launched module runs programs"
         return self._connection
 
-    def _new(self, call: Call, training: bool) -> Bound:
+    def _new(self, call: Call, training: bool, kind: Kind) -> Bound:
         connection = self._required_connection
         laid_out = self._weights.is_laid_out
         program = self.prepared(call, training)
+        member = self._members.get(kind)
         check_parts(program, call)
-        connection.agree(program)
+        if member is None:
+            connection.agree(program)
+        elif not member.code.agreed:
+            connection.agree(member.code.family.template)
+            open_groups(member.code.family.template, connection.comm)
+            member.code.agreed = True
         if laid_out and not self._bound:
             self._weights.check_copies()
         if isinstance(program, PipelinedProgram):
-            return PipelineExecutable(program, self._weights.root, connection)
-        return Executable(program, self._weights.root, connection, self._accumulation)
+            stages = partial(member.code.of_stage, member.numbers) if member is not None else None
+            return PipelineExecutable(program, self._weights.root, connection, stages)
+        code = member.code.of_model(member.numbers) if member is not None else None
+        return Executable(program, self._weights.root, connection, self._accumulation, code)
 
     def _other_facts(self, training: bool) -> tuple[Hashable, ...]:
         """What determines a program beside the call."""
@@ -274,24 +291,37 @@ class ProgramCache:
         if kind in self._programs:
             return self._programs[kind]
         program = self._given.of(call) if self._given is not None else None
-        if program is None and (self._connection is None or self._connection.rank == 0):
+        general_kind = *self._other_facts(training), general(call), kind[0][-2]  # type: ignore[index]
+        member = self.families.member(general_kind, call) if program is None else None
+        if program is None and member is None:
+            member = self.families.grown(general_kind, call)
+        if program is None and member is None and (self._connection is None or self._connection.rank == 0):
             self._tell(kind, call, training)
         while len(self._programs) >= PROGRAMS_KEPT:
             oldest, _ = self._programs.popitem(last=False)
             self._bound.pop(oldest, None)
+            self._members.pop(oldest, None)
             self._variants.remove(*oldest)
         guards = self._given.guards() if self._given is not None and program is not None else Guards()
         if program is None:
-            pinned = self._weights.pinned
-            with self._weights.given_back_on_failure(), self._weights.traceable():
-                start = time.perf_counter()
-                program, guards = self._compiled(call, pinned)
-            self._seconds.append(time.perf_counter() - start)
-            self._tell_many(kind)
+            if member is not None:
+                program, guards, self._members[kind] = member.program, member.guards, member
+            else:
+                program, guards = self._compile(call, self.families.like(general_kind))
+                self.families.learn(general_kind, call, program, guards)
+                self._tell_many()
         self._weights.lay_out(program)  # before it is kept: a program that requires other layouts never runs
         self._programs[kind] = program
         self._variants.add(*kind, guards)
         return program
+
+    def _compile(self, call: Call, like: AnyProgram | None, unasked: bool = False) -> tuple[AnyProgram, Guards]:
+        pinned = self._weights.pinned
+        start = time.perf_counter()
+        with self._weights.given_back_on_failure(), self._weights.traceable():
+            found = self._compiled(call, pinned, like, unasked)
+        self._seconds.append(time.perf_counter() - start)
+        return found
 
     def _tell(self, kind: Kind, call: Call, training: bool) -> None:
         """Say once for each kind of call that, and why, it is compiled, where that was not to be expected."""
@@ -306,9 +336,9 @@ class ProgramCache:
         elif self._programs:
             logger.warning("a new kind of call (%s, inputs %s): making another program", name, shapes(call.tensors))
 
-    def _tell_many(self, kind: Kind) -> None:
-        """Say what many programs cost, and how to have fewer; that of ``kind`` is not kept yet."""
-        number = len({other for other, _ in (*self._programs, kind)})
+    def _tell_many(self) -> None:
+        """Say what many programs cost, and how to have fewer."""
+        number = len(self._seconds)
         if number in MANY and not is_mute():
             each = sum(self._seconds) / len(self._seconds)
             logger.warning(MANY_SHAPES, number, each, PROGRAMS_KEPT)

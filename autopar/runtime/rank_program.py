@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from autopar.autodiff.hoist import Gathering
-from autopar.codegen.python import RankFunction, compile_source, emit
 from autopar.errors import AutoparError, InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.node import Node, output_node, value
@@ -32,7 +31,8 @@ from autopar.runtime.dtensor import local_of, of_local, spec_of
 from autopar.runtime.labelled import Labelled
 from autopar.runtime.parameters import tables
 from autopar.runtime.pieces import padded
-from autopar.runtime.rank_graphs import FORWARD, LEARN, RankGraphs
+from autopar.runtime.rank_code import RankCode
+from autopar.runtime.rank_graphs import FORWARD, LEARN
 from autopar.runtime.recorder import Named
 from autopar.runtime.resident_parameters import Gathered
 
@@ -63,22 +63,23 @@ class BoundProgram:
     Raises InvariantError where the program and the module do not fit together, or a graph cannot be written as Python.
     """
 
-    def __init__(self, program: Program, graphs: RankGraphs, root: nn.Module, connection: Connection) -> None:
-        self.program, self.graphs, self.comm = program, graphs, connection.comm
-        self.role = program.required_role
-        self.comm.open(comm.axes_used(program.graphs.values()))
+    def __init__(self, program: Program, code: RankCode, root: nn.Module, connection: Connection) -> None:
+        self.program, self.code, self.graphs, self.comm = program, code, code.graphs, connection.comm
+        self.role = code.program.required_role
+        self.comm.open(comm.axes_used(code.program.graphs.values()))
         self.slots: dict[str, tuple[Table, str]] = {name: (table, key) for _, table, key, name in tables(root)}
         self.entries = list(program.placeholders(*InputKind))
         self.users = [entry.target for _, entry in self.entries if entry.kind is InputKind.INPUT]
-        self._functions = {name: _compiled(name, graph, program) for name, graph in graphs.usual.items()}
-        self._with_labels: dict[str, RankFunction] = {}  # of the functions that were profiled
         self._updates = [
             (position, *self.slots[entry.target])
             for position, entry in enumerate(program.outputs)
             if entry.kind is OutputKind.BUFFER_UPDATE
         ]
         self._fetch = [self._fetcher(node, entry) for node, entry in self.entries]
-        self._gathered = {name: self._gather(gathering) for name, gathering in graphs.gathered.items()}
+        self._gathered = code.resident
+        for name, gathering in self.graphs.gathered.items():
+            if name not in self._gathered:
+                self._gathered[name] = self._gather(gathering)
         self._shared: dict[str, list[int]] = {}  # results that share memory, known after the first backward
 
     # ------------------------------------------------------------ running
@@ -112,24 +113,12 @@ class BoundProgram:
     def results(self, name: str, given: list[Any]) -> tuple[Any, ...]:
         """The results of the function ``name``; noted, where the step is recorded."""
         if self.comm.is_profiled:
-            return self._labelled(name)(Labelled(self.comm), given)
-        function, recorder = self.function(name), self.comm.recorder
+            return self.code.function(name, labelled=True)(Labelled(self.comm), given)
+        function, recorder = self.code.function(name), self.comm.recorder
         if recorder is None:
             return function(self.comm, given)
         with recorder.running(name):
-            return function(Named(self.comm, recorder, self.graphs[name]), given)
-
-    def function(self, name: str) -> RankFunction:
-        if name not in self._functions:  # a rare one, see RankGraphs
-            self._functions[name] = _compiled(name, self.graphs[name], self.program)
-        return self._functions[name]
-
-    def _labelled(self, name: str) -> RankFunction:
-        """As :meth:`function`, with the labels of modules."""
-        if name not in self._with_labels:
-            source = emit({name: self.graphs[name]}, self.program, labelled=True)
-            self._with_labels[name] = compile_source(source, name)
-        return self._with_labels[name]
+            return function(Named(self.comm, recorder, self.code.graph(name)), given)
 
     # ------------------------------------------------------------ binding
 
@@ -205,10 +194,6 @@ def put(give: Give, parameter: Tensor, grad: Tensor) -> None:
     if whole is not None:
         with torch.enable_grad():
             torch.autograd.backward((parameter,), (whole,))
-
-
-def _compiled(name: str, graph: fx.Graph, program: Program) -> RankFunction:
-    return compile_source(emit({name: graph}, program), name)
 
 
 def sharing(graph: fx.Graph, found: Sequence[Tensor]) -> list[int]:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autopar.autodiff.halves import backward_steps
 from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind, OutputKind
@@ -18,7 +17,8 @@ from autopar.runtime.autograd import below_autograd
 from autopar.runtime.border import joined
 from autopar.runtime.channels import Channels
 from autopar.runtime.connect import Connection
-from autopar.runtime.rank_graphs import FORWARD, INFERENCE, INPUTS, REDUCE, WEIGHTS, WHOLE, stage_graphs
+from autopar.runtime.rank_code import RankCode
+from autopar.runtime.rank_graphs import FORWARD, INFERENCE, INPUTS, REDUCE, WEIGHTS, WHOLE
 from autopar.runtime.rank_program import BoundProgram, Step
 
 
@@ -29,10 +29,16 @@ class BoundStage(BoundProgram):
     """
 
     def __init__(
-        self, program: Program, root: nn.Module, connection: Connection, inputs: Sequence[str], loss: int | None
+        self,
+        program: Program,
+        code: RankCode,
+        root: nn.Module,
+        connection: Connection,
+        inputs: Sequence[str],
+        loss: int | None,
     ) -> None:
-        steps = backward_steps(program)
-        super().__init__(program, stage_graphs(program, steps, loss), root, connection)
+        super().__init__(program, code, root, connection)
+        steps = code.steps
         self.loss = loss
         self._places = [inputs.index(target) for target in self.users]
         self.parameters = {entry.target: node for node, entry in program.placeholders(InputKind.PARAMETER)}

@@ -28,6 +28,7 @@ from autopar.split.conversions import BIG, ELEMENTWISE, PENDING, WHOLE_PARAMETER
 from autopar.split.flow import Flow, Key, key_of
 from autopar.split.solve import CostModel, Table, minimise
 
+OTHERWISE = 10.0  # seconds: for another choice than the pinned one; all of them cost less than one that is impossible
 NO_RULES: Mapping[Any, Rule] = MappingProxyType({})
 
 
@@ -97,6 +98,7 @@ class _Chooser:
         self.flow, self.policy, self.model = flow, policy, CostModel()
         self.variables: dict[Any, _Variable] = {}
         self.domains: dict[Any, list[Strategy]] = {}
+        self.pinned = flow.program.pins.choices.get(policy.axis, {})
         self.consumers: dict[Key, list[_Variable]] = {}
         self.types: dict[Key, Value] = {}
 
@@ -128,9 +130,17 @@ class _Chooser:
             required.append(wanted)
         variable = _Variable(self.model.variable(len(domain)), [s.outputs for s in domain], required)
         self.variables[owner], self.domains[owner] = variable, domain
-        self.model.add([variable.number], costs)
+        self.model.add([variable.number], self._as_pinned(owner, domain, costs))
         for key in dict.fromkeys(keys):
             self.consumers.setdefault(key, []).append(variable)
+
+    def _as_pinned(self, owner: Any, domain: list[Strategy], costs: list[float]) -> list[float]:
+        """``costs``, with which another program's choice is made again wherever that is possible."""
+        pinned = self.pinned.get(owner.name) if isinstance(owner, fx.Node) else None
+        labels = [_label(strategy) for strategy in domain]
+        if pinned not in labels:
+            return costs
+        return [cost + OTHERWISE * (label != pinned) for label, cost in zip(labels, costs)]
 
     def _add_placeholder(self, node: fx.Node, entry: Input) -> None:
         self.types[node, 0] = values(node)[0]

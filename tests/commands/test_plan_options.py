@@ -44,6 +44,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "--inputs local": ("inputs", "local"),
     "--batch-dims mask=none": ("batch_dims", {"mask": None}),
     "--sequence-dims x=1": ("sequence_dims", {"x": 1}),
+    "--lengths each": ("lengths", "each"),
     "--outputs full": ("outputs", "full"),
     "--on-unknown replicate": ("on_unknown", "replicate"),
     "--on-indivisible error": ("on_indivisible", "error"),

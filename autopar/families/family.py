@@ -1,0 +1,162 @@
+"""A family of programs: one program whose numbers are expressions of sizes, and for which sizes it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+from torch import Tensor
+
+from autopar.families.constants import Beginning, beginning
+from autopar.families.forms import Evaluator, NoForm, Sizes, Terms
+from autopar.families.sizes import Range
+from autopar.families.walk import constants_of, evaluated, in_order, numbers_of
+from autopar.ir.fingerprint import CallFacts
+from autopar.ir.program import AnyProgram
+from autopar.ir.sizes import is_expression
+
+
+@dataclass(frozen=True)
+class Point:
+    """A program that was compiled for ``sizes``."""
+
+    sizes: Sizes
+    program: AnyProgram
+
+
+class Family:
+    """Programs that are the same but for numbers, each of which is an expression of the sizes of a batch.
+
+    Attributes:
+        template: the program with expressions (sympy) in place of the numbers that change.
+        ranges: by size, for which values it holds: those between the least and the most that were compiled, in steps
+            of the greatest common divisor of their differences. That all between behave alike is the assumption.
+        points: the sizes that were compiled.
+        forms: the expressions.
+    """
+
+    def __init__(
+        self,
+        template: AnyProgram,
+        ranges: Mapping[str, Range],
+        points: Sequence[Sizes],
+        forms: Sequence[sympy.Expr],
+        constants: Mapping[str, Beginning],
+    ) -> None:
+        self.template, self.ranges, self.points = template, dict(ranges), tuple(points)
+        self.forms, self._constants = tuple(forms), constants
+        self._evaluator = Evaluator(self.forms, tuple(ranges))
+
+    def __contains__(self, sizes: Sizes) -> bool:
+        return self.numbers(sizes) is not None
+
+    def numbers(self, sizes: Sizes) -> dict[sympy.Expr, Any] | None:
+        """The value of each of :attr:`forms` at ``sizes``; None where the family does not hold."""
+        if sizes.keys() != self.ranges.keys():
+            return None
+        if not all(self.ranges[name].holds(value) for name, value in sizes.items()):
+            return None
+        return self._evaluator.at(sizes)
+
+    def member(self, sizes: Sizes, call: CallFacts | None = None) -> AnyProgram:
+        """The program for ``sizes``, which must be in the family. Decisions and their costs are the first point's.
+
+        ``call``: what is known of the call that the program is for, which goes into its fingerprint.
+        """
+        numbers = self.numbers(sizes)
+        assert numbers is not None, f"{sizes} is outside of {self}"
+
+        def constant(place: str, tensor: Tensor) -> Tensor:
+            return self._constants[place].of(numbers) if place in self._constants else tensor
+
+        def number(given: Any) -> Any:
+            return given if type(given) is int or type(given) is float else numbers[given]
+
+        found = evaluated(self.template, number, constant)
+        known = replace(found.fingerprint, call=call) if found.fingerprint is not None and call is not None else None
+        object.__setattr__(found, "fingerprint", known)  # not dataclasses.replace, which would make all graphs
+        return found
+
+    def could_hold(self, sizes: Sizes) -> bool:
+        """Whether all numbers are whole at ``sizes``, inside or outside of the ranges."""
+        return sizes.keys() == self.ranges.keys() and self._evaluator.at(sizes) is not None
+
+    def agrees(self, program: AnyProgram, sizes: Sizes) -> bool:
+        """Whether ``program``, compiled for ``sizes`` inside or outside of the ranges, is what the family says."""
+        numbers = self._evaluator.at(sizes) if sizes.keys() == self.ranges.keys() else None
+        if numbers is None:
+            return False
+        read, skeleton = numbers_of(program)
+        expected, own = numbers_of(self.template)
+        if skeleton != own or read != [numbers.get(each, each) if is_expression(each) else each for each in expected]:
+            return False
+        constants = constants_of(program)
+        return all(
+            _equal(constants[place], tensor)
+            for place, tensor in constants_of(self.template).items()
+            if place not in self._constants
+        )
+
+    def extended(self, program: AnyProgram, sizes: Sizes) -> Family | None:
+        """The family that holds for ``sizes`` too, of which ``program`` is the program; None where it is no member."""
+        if not self.agrees(program, sizes):
+            return None
+        points = [*self.points, sizes]
+        try:
+            constants = self._longer_constants(program, sizes)
+        except NoForm:
+            return None
+        ranges = {name: Range.of([point[name] for point in points]) for name in self.ranges}
+        return Family(self.template, ranges, points, self.forms, constants)
+
+    def _longer_constants(self, program: AnyProgram, sizes: Sizes) -> dict[str, Beginning]:
+        """The constants that change, with those of ``program``, which may be longer."""
+        here = constants_of(program)
+        return {place: known.joined(here[place], place) for place, known in self._constants.items()}
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name} = {each}" for name, each in self.ranges.items())
+
+
+def fit(points: Sequence[Point]) -> Family:
+    """The family of ``points`` (at least three), the first of which gives decisions and plan.
+
+    Raises NoForm, with a reason, where they are not one.
+    """
+    read = [numbers_of(point.program) for point in points]
+    for point, (_, skeleton) in zip(points, read):
+        if skeleton != read[0][1]:
+            here, there = _text(point.sizes), _text(points[0].sizes)
+            raise NoForm(f"the program for {here} has other operators than that for {there}")
+    terms = Terms([point.sizes for point in points])
+    numbers = [terms.form(vector) for vector in zip(*(numbers for numbers, _ in read), strict=True)]
+    template = in_order(points[0].program, numbers)
+    forms = {number: None for number in numbers if not isinstance(number, int | float)}
+    constants = _constants(points, terms)
+    forms |= {size: None for one in constants.values() for size in one.shape if not isinstance(size, int)}
+    ranges = {name: Range.of([point.sizes[name] for point in points]) for name in points[0].sizes}
+    family = Family(template, ranges, [point.sizes for point in points], list(forms), constants)
+    for point in points:  # the arithmetic of the evaluator is that of the fit
+        assert point.sizes in family, f"{point.sizes} is not in the family of {family}"
+    return family
+
+
+def _constants(points: Sequence[Point], terms: Terms) -> dict[str, Beginning]:
+    """Those that change, by place."""
+    everywhere = [constants_of(point.program) for point in points]
+    found = {}
+    for place, first in everywhere[0].items():
+        tensors = [constants[place] for constants in everywhere]
+        if any(tensor is not first and not _equal(tensor, first) for tensor in tensors):
+            found[place] = beginning(place, tensors, terms)
+    return found
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one.eq(other) | (one.ne(one) & other.ne(other))).all())
+
+
+def _text(sizes: Sizes) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sizes.items())

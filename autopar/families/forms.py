@@ -1,0 +1,154 @@
+"""Numbers of programs as expressions of the sizes of a batch, found from the numbers of a few programs.
+
+A number is a constant, or a sum of at most two terms and a constant, each a rational multiple of a size or of a product
+of two sizes: ``s``, ``b*s/4``, ``2*s - 1``. A float may also be the inverse of such a number (a mean). One that no
+expression gives at every point is refused; so is a point set at which two expressions agree.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import sympy
+
+Sizes = Mapping[str, int]  # name of a size -> its value
+Vector = tuple[Any, ...]  # one number, at each point
+Column = tuple[int, ...]  # one term, at each point
+
+
+class NoForm(Exception):
+    """No expression gives these numbers at all points, or several do."""
+
+
+def symbol(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+class Terms:
+    """The terms that a number may have, for points in the space of sizes.
+
+    ``points``: at least three, of which the first is the one that is generalised. Sizes that never change are no terms.
+    """
+
+    def __init__(self, points: Sequence[Sizes]) -> None:
+        self.points = points
+        varying = [name for name in points[0] if len({point[name] for point in points}) > 1]
+        pairs = itertools.combinations(varying, 2)
+        names = [*((name,) for name in varying), *pairs]
+        self.columns: dict[sympy.Expr, Column] = {
+            sympy.Mul(*map(symbol, term)): tuple(math.prod(point[name] for name in term) for point in points)
+            for term in names
+        }
+        self._known: dict[Vector, Any] = {}
+
+    def form(self, numbers: Vector) -> Any:
+        """The number itself where it never changes, or the expression. Raises NoForm."""
+        key = (*map(type, numbers), *numbers)
+        if key not in self._known:
+            self._known[key] = self._found(numbers)
+        return self._known[key]
+
+    def _found(self, numbers: Vector) -> Any:
+        if len(set(map(repr, numbers))) == 1:
+            return numbers[0]
+        if all(type(number) is int for number in numbers):
+            return self._of_integers([Fraction(number) for number in numbers])
+        if all(type(number) is float and math.isfinite(number) and number for number in numbers):
+            inverse = [1.0 / number for number in numbers]
+            whole = [Fraction(round(number)) for number in inverse]
+            if all(exact and float(1 / exact) == number for exact, number in zip(whole, numbers)):
+                return 1 / self._of_integers(whole)
+            if all(number == round(number) for number in numbers):
+                return sympy.Float(1) * self._of_integers([Fraction(round(number)) for number in numbers])
+        raise NoForm(f"{_listed(numbers)} is no multiple of a size")
+
+    def _of_integers(self, numbers: Sequence[Fraction]) -> sympy.Expr:
+        for count in (1, 2):
+            if count + 1 >= len(self.points):  # nothing would check the expression
+                break
+            fits = [
+                found
+                for terms in itertools.combinations(self.columns.items(), count)
+                if (found := _solved(numbers, terms)) is not None
+            ]
+            if len(fits) > 1:
+                raise NoForm(f"{_listed(numbers)} is {' as well as '.join(map(str, fits))}")
+            if fits:
+                return fits[0]
+        raise NoForm(f"{_listed(numbers)} is no sum of two terms in the sizes")
+
+
+def _solved(numbers: Sequence[Fraction], terms: Sequence[tuple[sympy.Expr, Column]]) -> sympy.Expr | None:
+    """The combination of ``terms`` and a constant that gives all ``numbers``; None unless there is exactly one."""
+    rows = [[Fraction(1), *(Fraction(column[i]) for _, column in terms)] for i in range(len(numbers))]
+    factors = _eliminated(rows, list(numbers))
+    if factors is None or not all(factors[1:]):  # a term that is not needed: fewer terms say it
+        return None
+    constant, *rest = [sympy.Rational(factor.numerator, factor.denominator) for factor in factors]
+    return sympy.Add(constant, *(factor * term for factor, (term, _) in zip(rest, terms)))
+
+
+def _eliminated(rows: list[list[Fraction]], right: list[Fraction]) -> list[Fraction] | None:
+    """The only solution of an overdetermined linear system, by exact elimination; None where there is none."""
+    system = [[*row, value] for row, value in zip(rows, right)]
+    unknowns = len(rows[0])
+    for column in range(unknowns):
+        pivot = next((i for i in range(column, len(system)) if system[i][column]), None)
+        if pivot is None:
+            return None
+        system[column], system[pivot] = system[pivot], system[column]
+        first = system[column][column]
+        system[column] = [item / first for item in system[column]]
+        for i, row in enumerate(system):
+            if i != column and row[column]:
+                factor = row[column]
+                system[i] = [item - factor * lead for item, lead in zip(row, system[column])]
+    if any(row[unknowns] for row in system[unknowns:]):
+        return None
+    return [system[i][unknowns] for i in range(unknowns)]
+
+
+def _listed(numbers: Sequence[Any]) -> str:
+    return "a number that is " + ", ".join(map(str, numbers))
+
+
+class Evaluator:
+    """Gives ``forms`` at any sizes: integers exactly, or None where one is no integer there, or is negative.
+
+    A number that was never below 1 at the fitted points must not be there: a size of 0 has other programs.
+    """
+
+    def __init__(self, forms: Sequence[sympy.Expr], names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        self._forms = {form: _coefficients(form, self._names) for form in forms}
+
+    def at(self, sizes: Sizes) -> dict[sympy.Expr, Any] | None:
+        found: dict[sympy.Expr, Any] = {}
+        values = [sizes[name] for name in self._names]
+        for form, (terms, denominator, shape) in self._forms.items():
+            total = sum(factor * math.prod(values[i] for i in term) for factor, term in terms)
+            number, rest = divmod(total, denominator)
+            if rest:
+                return None
+            found[form] = number if shape is None else 1.0 / number if shape == "inverse" else float(number)
+        return found
+
+
+def _coefficients(form: sympy.Expr, names: Sequence[str]) -> tuple[list[tuple[int, tuple[int, ...]]], int, str | None]:
+    """(terms as (factor, positions of sizes), common denominator, what is made of the sum)."""
+    shape = None
+    if form.has(sympy.Float):
+        form, shape = sympy.nsimplify(form, rational=True), "float"
+    elif not form.is_polynomial():
+        form, shape = sympy.expand(1 / form), "inverse"
+    polynomial = sympy.Poly(form, *map(symbol, names))
+    denominator = math.lcm(*(int(factor.q) for _, factor in polynomial.terms()))
+    terms = [
+        (int(factor * denominator), tuple(i for i, power in enumerate(powers) for _ in range(power)))
+        for powers, factor in polynomial.terms()
+    ]
+    return terms, denominator, shape

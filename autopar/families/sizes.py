@@ -1,0 +1,162 @@
+"""The sizes by which calls of one kind differ: which dims of the inputs they are, and which others are worth a compile.
+
+Dims that have been equal in all calls so far are one size: ``b`` of the batch, ``s`` of the sequence. Dims that never
+changed are none, but for the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from autopar.families.forms import Sizes
+
+Shapes = tuple[tuple[int, ...], ...]  # of the tensors of a call
+Place = tuple[int, int]  # (tensor, dim)
+BATCH, SEQUENCE, OTHER = "b", "s", "n"
+LARGEST_STEP = 64  # lengths that are multiples of more are compared as multiples of this
+LEAST_STEP = 8  # of two lengths that have less in common, others may have nothing
+SHORTEST = 3  # 1 and 2 have programs of their own: a dim that broadcasts, a shift that leaves one label
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values of one size that a family was seen to hold for: ``first``, and steps of ``step`` from it."""
+
+    least: int
+    most: int
+    first: int
+    step: int
+
+    @classmethod
+    def of(cls, values: Sequence[int]) -> Range:
+        return cls(min(values), max(values), values[0], math.gcd(*(value - values[0] for value in values)))
+
+    def holds(self, value: int) -> bool:
+        return self.least <= value <= self.most and (value - self.first) % max(self.step, 1) == 0
+
+    def __str__(self) -> str:
+        if self.least == self.most:
+            return str(self.least)
+        rest = self.first % self.step
+        steps = "" if self.step == 1 else f", multiples of {self.step}" + (f" plus {rest}" if rest else "")
+        return f"{self.least} to {self.most}{steps}"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The sizes of some calls.
+
+    Attributes:
+        names: place -> the name of its size.
+        fixed: place -> its value in every call.
+    """
+
+    names: Mapping[Place, str]
+    fixed: Mapping[Place, int]
+
+    @classmethod
+    def of(cls, calls: Sequence[Shapes], roles: Mapping[Place, str]) -> Scheme:
+        """``roles``: the places of batch and sequence dims -> BATCH, SEQUENCE."""
+        names: dict[Place, str] = {}
+        fixed: dict[Place, int] = {}
+        known: dict[tuple[str, tuple[int, ...]], str] = {}
+        for place in places(calls[0]):
+            tensor, dim = place
+            seen = tuple(shapes[tensor][dim] for shapes in calls)
+            role = roles.get(place, OTHER)
+            if len(set(seen)) == 1 and role != BATCH:
+                fixed[place] = seen[0]
+                continue
+            if (role, seen) not in known:
+                count = sum(other == role for other, _ in known)
+                known[role, seen] = role + (str(count + 1) if count else "")
+            names[place] = known[role, seen]
+        return cls(names, fixed)
+
+    def sizes(self, shapes: Shapes) -> Sizes | None:
+        """Those of a call; None where it is none of these."""
+        if any(shapes[tensor][dim] != size for (tensor, dim), size in self.fixed.items()):
+            return None
+        found: dict[str, int] = {}
+        for (tensor, dim), name in self.names.items():
+            size = shapes[tensor][dim]
+            if found.setdefault(name, size) != size:
+                return None
+        return found
+
+    def shapes(self, like: Shapes, sizes: Sizes) -> Shapes:
+        """The shapes of a call like one of these, of other ``sizes``."""
+        return tuple(
+            tuple(
+                sizes[self.names[tensor, dim]] if (tensor, dim) in self.names else size
+                for dim, size in enumerate(shape)
+            )
+            for tensor, shape in enumerate(like)
+        )
+
+
+def places(shapes: Shapes) -> Iterator[Place]:
+    for tensor, shape in enumerate(shapes):
+        for dim in range(len(shape)):
+            yield tensor, dim
+
+
+def further(points: Sequence[Sizes], unit: Mapping[str, int], varies_batch: bool) -> list[Sizes]:
+    """Two more points for at least two ``points`` of a family: one of greater sizes, one of smaller ones.
+
+    ``unit``: what a size is a multiple of, at least. Numbers of a program that depend on two sizes can be told from
+    those that depend on one, since the sizes of the four are not in proportion.
+    """
+    high, low = dict(points[0]), dict(points[0])
+    for name in points[0]:
+        values = [point[name] for point in points]
+        if name.startswith(BATCH):
+            if varies_batch:
+                high[name], low[name] = values[0] + 2 * unit[name], values[0] + unit[name]
+            continue
+        if len(set(values)) == 1:
+            continue
+        step = math.gcd(math.lcm(LARGEST_STEP, unit[name]), *values)
+        step = step if step >= LEAST_STEP * unit[name] else unit[name]
+        high[name] = _above(2 * max(values), values[0], step, unit[name])
+        low[name] = _below(min(values), step)
+    return [high, low]
+
+
+def _above(wanted: int, first: int, step: int, unit: int) -> int:
+    """The first of ``first``, ``first + step``, ... from ``wanted`` on; a multiple of many, where one is near.
+
+    What asks whether a length is a multiple of a power of two then gets another answer than for other lengths.
+    """
+    at_least = first + -(-(wanted - first) // step) * step
+    many = math.lcm(LARGEST_STEP, unit)
+    for tries in range(many):
+        if (at_least + tries * step) % many == 0:
+            return at_least + tries * step
+    return at_least
+
+
+def _below(least: int, step: int) -> int:
+    """The smallest from ``SHORTEST`` on that is an odd number of ``step`` away, or one more than that."""
+    away = max((least - SHORTEST) // step, 0)
+    away -= away > 1 and away % 2 == 0
+    return least - away * step
+
+
+def reaching(sizes: Sizes, ranges: Mapping[str, Range]) -> Sizes:
+    """``sizes``, of which those outside of their range are further outside.
+
+    A family that grows by one compile then grows by more than one length.
+    """
+    found = dict(sizes)
+    for name, known in ranges.items():
+        step, size = max(known.step, 1), sizes[name]
+        if name.startswith(BATCH) or (size - known.first) % step:
+            continue
+        if size > known.most:
+            found[name] = _above(2 * size, known.first, step, 1)
+        elif size < known.least:
+            found[name] = _below(size, step)
+    return found

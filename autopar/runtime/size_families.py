@@ -1,0 +1,250 @@
+"""The families of the programs of one module, by kind of call: made when lengths vary, and grown.
+
+At the second length of a kind of call two more programs are compiled, for a greater and a smaller one, and the four are
+fitted. From then on a length inside of the family costs no compile; one outside is one compile, by which the family
+grows. Where the programs are no family, each length is compiled for itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autopar.families.family import Family, Point, fit
+from autopar.families.forms import NoForm, Sizes
+from autopar.families.sizes import BATCH, OTHER, SEQUENCE, Place, Scheme, Shapes, further, reaching
+from autopar.ir.batch import data_ways, input_dims
+from autopar.ir.fingerprint import CallFacts
+from autopar.ir.guards import Guards
+from autopar.ir.program import AnyProgram
+from autopar.mesh import SEQUENCE as SEQUENCE_AXIS
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+from autopar.runtime.calls import Call, kind_of
+from autopar.runtime.family_code import FamilyCode
+
+FEWEST = 3  # points of a family: with fewer nothing checks an expression
+ROUNDS = 2  # of further points for one kind of call, where the first make no family
+POINTS_KEPT = 6
+
+Compiled = tuple[AnyProgram, Guards]
+Compile = Callable[[Call, AnyProgram | None], Compiled]  # (call, a program that decides alike) ->
+
+logger = logging.getLogger("autopar")
+
+
+@dataclass
+class Known:
+    """A family that was made, its code, which sizes it is of, and the state of Python that it assumes."""
+
+    family: Family
+    code: FamilyCode
+    scheme: Scheme
+    guards: Guards
+
+
+@dataclass(frozen=True)
+class Member:
+    """The program of a family for one call, with its ``code`` and the values of the family's expressions."""
+
+    program: AnyProgram
+    guards: Guards
+    code: FamilyCode
+    numbers: Mapping[Any, Any]
+
+
+@dataclass
+class _Kept:
+    """What is known of one kind of call.
+
+    Attributes:
+        first: its first program, as which others decide.
+        calls: the shapes of the calls that came and were compiled.
+        points: programs that are in no family, with their shapes.
+        rounds: how often further points were compiled.
+    """
+
+    first: AnyProgram
+    guards: Guards
+    families: list[Known] = field(default_factory=list)
+    calls: list[Shapes] = field(default_factory=list)
+    points: list[tuple[Shapes, AnyProgram]] = field(default_factory=list)
+    rounds: int = 0
+
+
+class SizeFamilies:
+    """Those of one module on ``mesh`` with ``plan``. All ranks make the same ones, since they make the same calls.
+
+    ``compiled`` makes a program; ``facts`` gives what a fingerprint says of a call.
+    """
+
+    def __init__(self, compiled: Compile, facts: Callable[[Call], CallFacts], mesh: Mesh, plan: Plan) -> None:
+        self._compiled, self._facts, self._mesh, self._plan = compiled, facts, mesh, plan
+        self._kept: dict[Hashable, _Kept] = {}
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """All that there are now."""
+        return tuple(known.family for kept in self._kept.values() for known in kept.families)
+
+    def like(self, kind: Hashable) -> AnyProgram | None:
+        """A program of another call of this kind, whose decisions are to be made again."""
+        kept = self._of(kind)
+        return kept.first if kept is not None else None
+
+    def member(self, kind: Hashable, call: Call) -> Member | None:
+        """The program of a call that is in a family."""
+        kept = self._of(kind)
+        found = (self._in(known, call) for known in kept.families) if kept is not None else ()
+        return next((member for member in found if member is not None), None)
+
+    def grown(self, kind: Hashable, call: Call) -> Member | None:
+        """As :meth:`member`, once a family has grown by one compile; None where no family could hold this call."""
+        kept = self._of(kind)
+        for known in kept.families if kept is not None else ():
+            sizes = known.scheme.sizes(shapes_of(call))
+            if sizes is None or not known.family.could_hold(sizes):
+                continue
+            reached = reaching(sizes, known.family.ranges)
+            if reached != sizes and self._extend(known, call, reached):
+                found = self._in(known, call)
+                if found is not None:
+                    return found
+        return None
+
+    def learn(self, kind: Hashable, call: Call, program: AnyProgram, guards: Guards) -> None:
+        """A program was compiled for ``call``. Where lengths vary this compiles more of them, and makes a family."""
+        if self._plan.lengths == "each" or guards.values:  # what Python sees in tensors depends on all of them
+            return
+        kept = self._of(kind)
+        if kept is None:
+            kept = self._kept[kind] = _Kept(program, guards)
+        shapes = shapes_of(call)
+        kept.calls.append(shapes)
+        for known in kept.families:
+            sizes = known.scheme.sizes(shapes)
+            larger = known.family.extended(program, sizes) if sizes is not None else None
+            if larger is not None:
+                self._replace(known, larger)
+                return
+        kept.points = [*kept.points, (shapes, program)][-POINTS_KEPT:]
+        if len(kept.points) > 1:
+            self._make(kept, call)
+
+    # ------------------------------------------------------------ making
+
+    def _make(self, kept: _Kept, call: Call) -> None:
+        """Compile further points, if lengths vary, and fit a family."""
+        scheme = Scheme.of([shapes for shapes, _ in kept.points], self._roles(call))
+        points = [(sizes, program) for shapes, program in kept.points if (sizes := scheme.sizes(shapes)) is not None]
+        varies = any(len({sizes[name] for sizes, _ in points}) > 1 for name in points[0][0] if name[0] != BATCH)
+        if varies and kept.rounds < ROUNDS:
+            kept.rounds += 1
+            known = [sizes for sizes, _ in points]
+            for sizes in further(known, self._units(scheme), varies_batch=kept.rounds == 1):
+                program = self._tried(kept.first, call, scheme, sizes)
+                points += [(sizes, program)] if program is not None else []
+        family = self._fitted(kept, [Point(sizes, program) for sizes, program in points])
+        if family is not None:
+            kept.families.insert(0, Known(family, FamilyCode(family), scheme, kept.guards))
+            kept.points = []
+            logger.info("lengths vary: one program serves %s", family)
+
+    def _fitted(self, kept: _Kept, points: Sequence[Point]) -> Family | None:
+        """The family of all points or, where they are none, of all but one of those that were compiled in addition."""
+        asked = len(kept.points)
+        for left_out in (None, *range(asked, len(points))):
+            chosen = [point for place, point in enumerate(points) if place != left_out]
+            if len(chosen) < FEWEST:
+                break
+            try:
+                return fit(chosen)
+            except NoForm as problem:
+                logger.debug("no family of programs: %s", problem)
+        return None
+
+    def _tried(self, like: AnyProgram, call: Call, scheme: Scheme, sizes: Sizes) -> AnyProgram | None:
+        """The program of a call like ``call`` of other sizes; None where the model does not take those."""
+        try:
+            program, guards = self._compiled(resized(call, scheme.shapes(shapes_of(call), sizes)), like)
+        except Exception as problem:  # whatever the model raises: the user has not asked for these sizes
+            logger.debug("no program for %s: %s", sizes, problem)
+            return None
+        return None if guards.values else program
+
+    def _extend(self, known: Known, call: Call, sizes: Sizes) -> bool:
+        program = self._tried(known.family.template, call, known.scheme, sizes)
+        larger = known.family.extended(program, sizes) if program is not None else None
+        if larger is not None:
+            self._replace(known, larger)
+        return larger is not None
+
+    @staticmethod
+    def _replace(known: Known, larger: Family) -> None:
+        known.family = larger
+        known.code.family = larger
+
+    # ------------------------------------------------------------ finding
+
+    def _of(self, kind: Hashable) -> _Kept | None:
+        """What is known of a kind of call, unless the model has changed since."""
+        kept = self._kept.get(kind)
+        if kept is not None and not kept.guards.hold():
+            del self._kept[kind]
+            return None
+        return kept
+
+    def _in(self, known: Known, call: Call) -> Member | None:
+        sizes = known.scheme.sizes(shapes_of(call))
+        numbers = known.family.numbers(sizes) if sizes is not None else None
+        if sizes is None or numbers is None:
+            return None
+        return Member(known.family.member(sizes, self._facts(call)), known.guards, known.code, numbers)
+
+    def _roles(self, call: Call) -> dict[Place, str]:
+        roles: dict[Place, str] = {}
+        for tensor, dims in enumerate(input_dims(call.named_tensors, self._plan)):
+            if dims.batch is not None:
+                roles[tensor, dims.batch] = BATCH
+            if dims.sequence is not None:
+                roles.setdefault((tensor, dims.sequence), SEQUENCE)
+        return roles
+
+    def _units(self, scheme: Scheme) -> dict[str, int]:
+        sequence = 2 * self._mesh.size(SEQUENCE_AXIS) if self._mesh.size(SEQUENCE_AXIS) > 1 else 1
+        sequence *= self._mesh.size("tp") if self._plan.sequence == "megatron" else 1
+        batch = data_ways(self._mesh) * self._plan.microbatches
+        return {name: {BATCH: batch, SEQUENCE: sequence, OTHER: 1}[name[0]] for name in scheme.names.values()}
+
+
+def shapes_of(call: Call) -> Shapes:
+    return tuple(tuple(tensor.shape) for tensor in call.tensors)
+
+
+def general(call: Call) -> tuple[Hashable, ...]:
+    """The kind of ``call`` without its sizes."""
+    leaves: list[Hashable] = [
+        (leaf.dim(), leaf.dtype, leaf.requires_grad, leaf.device) if isinstance(leaf, Tensor) else kind_of(leaf)
+        for leaf in call.leaves
+    ]
+    return call.key[0], *leaves, call.rows_of_all
+
+
+def resized(call: Call, shapes: Shapes) -> Call:
+    """A call like ``call`` with zeros of other ``shapes``."""
+    given = iter(shapes)
+
+    def zeros(leaf: Tensor) -> Tensor:
+        return leaf.new_zeros(next(given)).requires_grad_(leaf.requires_grad)
+
+    args, kwargs = pytree.tree_map_only(Tensor, zeros, (call.args, call.kwargs))
+    leaves = pytree.tree_leaves((args, kwargs))
+    return Call(args, kwargs, leaves, (call.key[0], *map(kind_of, leaves)), call.rows_of_all)

@@ -1,0 +1,116 @@
+"""Batches of many lengths on real ranks: a few compiles, then one program for all; numbers as on one device."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autopar
+from autopar import module as parallel_module
+from autopar.mesh import Mesh
+from autopar.models import gpt, llama, moe
+from autopar.plan import Plan
+from tests.launch import run_ranks
+from tests.selection import slow_but
+
+EXACT = 1e-10
+LLAMA = llama.Config(vocab=64, context=128, width=16, layers=2, heads=4, kv_heads=2, ff=32)
+MIXTURE = moe.Config(vocab=64, context=128, width=16, layers=2, heads=4, kv_heads=2, ff=16, experts=4, top_k=2)
+GPT = gpt.Config(vocab=64, context=128, width=16, layers=2, heads=4)
+MODELS: dict[str, Any] = {
+    "llama": lambda: llama.Llama(LLAMA),
+    "mixture": lambda: moe.Mixtral(MIXTURE),
+    "gpt": lambda: gpt.GPT(GPT),
+}
+
+
+def model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    built: nn.Module = MODELS[name]().double()
+    return built
+
+
+def batches(steps: int, unit: int, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Of 8 rows, and a length that a collator might give: multiples of ``unit``; some rows have fewer labels."""
+    lengths = random.Random(seed)
+    found = []
+    for step in range(steps):
+        length = unit * lengths.randint(-(-6 // unit), 60 // unit)
+        ids = torch.randint(0, 64, (8, length), generator=torch.Generator().manual_seed(step))
+        labels = ids.clone()
+        labels[step % 8, 1:] = -100
+        found.append({"input_ids": ids, "labels": labels})
+    return found
+
+
+def train(module: nn.Module, given: list[dict[str, Tensor]]) -> tuple[list[float], dict[str, Tensor]]:
+    optimizer, losses = torch.optim.SGD(module.parameters(), lr=0.1), []
+    for batch in given:
+        if isinstance(module, autopar.ParallelModule):
+            loss = module.train_step(**batch)
+        else:
+            loss = module(**batch)["loss"]
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    if isinstance(module, autopar.ParallelModule):
+        return losses, module.full_state_dict()
+    return losses, {name: tensor.detach() for name, tensor in module.state_dict().items()}
+
+
+def train_parallel(name: str, mesh: str, plan: dict[str, Any], steps: int, unit: int) -> tuple[int, float, float, str]:
+    """Compiles, the largest error of a loss and of a weight after training, and what the family says of itself."""
+    torch.set_default_dtype(torch.float64)
+    given, compiles = batches(steps, unit), 0
+    original = parallel_module.compile_program
+
+    def counted(*args: Any) -> Any:
+        nonlocal compiles
+        compiles += 1
+        return original(*args)
+
+    parallel_module.compile_program = counted  # type: ignore[attr-defined]
+    parallel = autopar.parallelize(model(name), Mesh.parse(mesh), Plan(check_numerics=False, **plan))
+    losses, weights = train(parallel, given)
+    expected, right = train(model(name), given)
+    error = max(float((weights[key] - right[key]).abs().max()) for key in right)
+    family = "; ".join(map(str, parallel.families))
+    return compiles, max(abs(a - b) for a, b in zip(losses, expected)), error, family
+
+
+CASES: dict[str, tuple[str, str, dict[str, Any], int]] = {  # model, mesh, plan, unit of the lengths
+    "alone": ("llama", "dp=1", {}, 1),
+    "dp": ("llama", "dp=2", {}, 1),
+    "zero": ("gpt", "dp=2", {"zero": 3}, 1),
+    "zero-1": ("llama", "dp=2", {"zero": 1}, 1),
+    "tp": ("gpt", "tp=2", {}, 1),
+    "megatron": ("llama", "tp=2", {"sequence": "megatron"}, 2),
+    "sp": ("llama", "sp=2", {}, 4),
+    "ulysses": ("gpt", "sp=2", {"attention": "ulysses"}, 4),
+    "ep": ("mixture", "ep=2", {}, 1),
+    "pp": ("llama", "pp=2", {"microbatches": 4}, 1),
+    "uneven microbatches": ("llama", "pp=2", {"microbatches": 3}, 1),
+    "accumulating": ("llama", "dp=2", {"microbatches": 2}, 1),
+    "recompute": ("llama", "dp=2", {"recompute": "full"}, 1),
+    "dp tp": ("llama", "dp=2,tp=2", {"zero": 2}, 1),
+    "pp dp": ("gpt", "pp=2,dp=2", {"microbatches": 2, "zero": 1}, 1),
+    "dp ep": ("mixture", "dp=2,ep=2", {"zero": 3}, 1),
+    "sp tp": ("llama", "sp=2,tp=2", {}, 4),
+    "pp tp megatron": ("llama", "pp=2,tp=2", {"microbatches": 4, "sequence": "megatron"}, 2),
+}
+
+
+@pytest.mark.parametrize("case", slow_but((1, 6, 9), list(CASES)))
+def test_few_compiles_and_the_numbers_of_one_device(case: str) -> None:
+    name, mesh, plan, unit = CASES[case]
+    steps = 24
+    for compiles, loss, weight, family in run_ranks(
+        train_parallel, Mesh.parse(mesh).world_size, name, mesh, plan, steps, unit
+    ):
+        assert loss <= EXACT and weight <= EXACT
+        assert compiles <= 5, family
