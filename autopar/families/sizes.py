@@ -153,9 +153,11 @@ def reaching(sizes: Sizes, ranges: Mapping[str, Range]) -> Sizes:
     found = dict(sizes)
     for name, known in ranges.items():
         step, size = max(known.step, 1), sizes[name]
-        if name.startswith(BATCH) or (size - known.first) % step:
+        if (size - known.first) % step:
             continue
-        if size > known.most:
+        if name.startswith(BATCH):
+            found[name] = size if size <= known.most else known.first + -(-(2 * size - known.first) // step) * step
+        elif size > known.most:
             found[name] = _above(2 * size, known.first, step, 1)
         elif size < known.least:
             found[name] = _below(size, step)

@@ -51,9 +51,9 @@ SAME_CALLS = (
     "every rank makes the same calls, with inputs of the same shapes and types: pad or drop the rows that are left "
     "over at the end of the data (drop_last=True), and evaluate on all ranks, not only on rank 0."
 )
-MANY = (4, 16, 64)  # programs at which something is said
+MANY = (8, 16, 64)  # programs at which something is said
 MANY_SHAPES = (
-    "%d programs so far, one for each shape of the inputs and mode of the model: %.1f s each; %d are kept\n"
+    "%d programs so far, whose sizes make no family (docs/lengths.md): %.1f s each; %d are kept\n"
     "Way out: pad to few lengths: pad_to_multiple_of=128 of a collator, padding='max_length' of a tokenizer; and\n"
     "drop_last=True of a DataLoader."
 )
@@ -110,6 +110,7 @@ class ProgramCache:
         self._bound: dict[Kind, Entry] = {}
         self._variants = Variants()
         self._seconds: list[float] = []  # that each compiled program took
+        self._told = 0  # how often that was said
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -339,7 +340,8 @@ class ProgramCache:
     def _tell_many(self) -> None:
         """Say what many programs cost, and how to have fewer."""
         number = len(self._seconds)
-        if number in MANY and not is_mute():
+        if self._told < len(MANY) and number >= MANY[self._told] and not is_mute():
+            self._told += 1
             each = sum(self._seconds) / len(self._seconds)
             logger.warning(MANY_SHAPES, number, each, PROGRAMS_KEPT)
 

@@ -63,4 +63,5 @@ def test_a_range_grows_by_more_than_one_length() -> None:
     assert reaching({"b": 4, "s": 41}, ranges) == {"b": 4, "s": 128}
     assert reaching({"b": 4, "s": 9}, ranges)["s"] < 9
     assert reaching({"b": 4, "s": 20}, ranges) == {"b": 4, "s": 20}
-    assert reaching({"b": 8, "s": 20}, ranges) == {"b": 8, "s": 20}
+    assert reaching({"b": 8, "s": 20}, ranges) == {"b": 16, "s": 20}
+    assert reaching({"b": 2, "s": 20}, ranges) == {"b": 2, "s": 20}
