@@ -48,7 +48,8 @@ from autopar.ir.tables import Decision, InputKind
 from autopar.ir.traffic import bytes_of
 from autopar.mesh import REPLICA_AXES, SHARD_AXES
 
-ENTERED, PARAMETERS, VALUES = "entered", "the parameters", "the values made of them"  # decisions, by axis and parameters
+ENTERED = "entered"  # decisions, by axis and parameters:
+PARAMETERS, VALUES = "the parameters", "the values made of them"
 ENTER, RELEASE = comm.OPS.enter.default, comm.OPS.release.default
 
 
