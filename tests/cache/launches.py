@@ -134,7 +134,7 @@ def text_of(program: AnyProgram) -> str:
 
 
 def traced(
-    model: Any, mesh: Mesh, plan: Plan, args: Any, kwargs: Any, layouts: Any = None, homes: Any = None
+    model: Any, mesh: Mesh, plan: Plan, args: Any, kwargs: Any, layouts: Any = None, homes: Any = None, like: Any = None
 ) -> AnyProgram:
     """In place of the compiler: the trace, before any pass, which is a tenth of the time."""
     program = split_program(model, mesh, plan, args, kwargs, after="trace")

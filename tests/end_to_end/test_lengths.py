@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import autopar
-from autopar import module as parallel_module
+from autopar.cache import compiled as cache_compiled
 from autopar.mesh import Mesh
 from autopar.models import gpt, llama, moe
 from autopar.plan import Plan
@@ -67,14 +67,14 @@ def train_parallel(name: str, mesh: str, plan: dict[str, Any], steps: int, unit:
     """Compiles, the largest error of a loss and of a weight after training, and what the family says of itself."""
     torch.set_default_dtype(torch.float64)
     given, compiles = batches(steps, unit), 0
-    original = parallel_module.compile_program
+    original = cache_compiled.compile_program
 
     def counted(*args: Any) -> Any:
         nonlocal compiles
         compiles += 1
         return original(*args)
 
-    parallel_module.compile_program = counted  # type: ignore[attr-defined]
+    cache_compiled.compile_program = counted  # type: ignore[attr-defined]
     parallel = autopar.parallelize(model(name), Mesh.parse(mesh), Plan(check_numerics=False, **plan))
     losses, weights = train(parallel, given)
     expected, right = train(model(name), given)
