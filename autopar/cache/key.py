@@ -132,4 +132,4 @@ def _of_call(request: Request) -> Iterator[tuple[str, str]]:
     if request.like is not None:
         for axis, made in request.like.decisions.items():
             choices = (part for name, decision in made.items() for part in (name, decision.chosen, str(decision.stage)))
-            yield f"decisions on {axis} that are made again", digest(*choices)
+            yield f"decisions on {axis} that are kept", digest(*choices)

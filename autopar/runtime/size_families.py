@@ -96,7 +96,7 @@ class SizeFamilies:
         return tuple(known.family for kept in self._kept.values() for known in kept.families)
 
     def like(self, kind: Hashable) -> AnyProgram | None:
-        """A program of another call of this kind, whose decisions are to be made again."""
+        """A program of another call of this kind, whose decisions are kept."""
         kept = self._of(kind)
         return kept.first if kept is not None else None
 

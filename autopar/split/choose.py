@@ -135,7 +135,7 @@ class _Chooser:
             self.consumers.setdefault(key, []).append(variable)
 
     def _as_pinned(self, owner: Any, domain: list[Strategy], costs: list[float]) -> list[float]:
-        """``costs``, with which another program's choice is made again wherever that is possible."""
+        """``costs``, with which another program's choice is kept wherever that is possible."""
         pinned = self.pinned.get(owner.name) if isinstance(owner, fx.Node) else None
         labels = [_label(strategy) for strategy in domain]
         if pinned not in labels:
