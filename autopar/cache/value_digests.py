@@ -11,6 +11,7 @@ import enum
 import functools
 import inspect
 import logging
+import os
 import re
 import struct
 import types
@@ -255,6 +256,7 @@ _FORMS: tuple[tuple[Any, Of], ...] = (
     (torch.library.CustomOpDef, Digests._custom_operator),  # type: ignore[attr-defined]
     (ContextVar, lambda own, variable: digest("context", variable.name, own.of(variable.get(None)))),
     (weakref.ref, lambda own, reference: digest("weak", own.of(reference()))),
+    (type(os.environ), lambda *_: "the environment"),  # what is read of it is compared variable by variable
     (torch.Generator, lambda _, generator: _refused(generator)),
     (logging.Logger, lambda _, logger: digest("logger", logger.name)),
     (re.Pattern, lambda _, pattern: digest("pattern", repr(pattern.pattern), str(pattern.flags))),
