@@ -30,7 +30,8 @@ def test_what_never_changed_is_fixed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "unit"), [((41, 13), 1), ((54, 30), 1), ((48, 32), 1), ((64, 128), 1), ((20, 36), 4), ((24, 40), 8)]
+    ("lengths", "unit"),
+    [((41, 13), 1), ((58, 28), 1), ((54, 30), 1), ((48, 32), 1), ((64, 128), 1), ((20, 36), 4), ((24, 40), 8)],
 )
 def test_further_points_are_not_in_proportion(lengths: tuple[int, int], unit: int) -> None:
     points = [{"b": 8, "s": length} for length in lengths]
