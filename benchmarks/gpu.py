@@ -289,9 +289,7 @@ def rows_of(run: Run, sections: list[str]) -> Iterator[Row]:
         try:
             yield from SECTIONS[name](run)
         except Exception as problem:  # of one section; the others still say what they have to say
-            yield Row(
-                name, "FAILED", f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
-            )
+            yield Row(name, "FAILED", type(problem).__name__, str(problem).partition("\n")[0])
         yield Row(name, "seconds", f"{time.monotonic() - begun:.0f}")
 
 
