@@ -15,11 +15,14 @@ from typing import Any
 def launched(module: str, ranks: int, arguments: Sequence[object], environment: Mapping[str, str] | None = None) -> Any:
     """What rank 0 of ``python -m module --worker FILE *arguments`` writes to FILE as JSON; one thread a process.
 
+    Nothing comes out of the cache of compiled programs, unless ``environment`` says so.
+
     Raises subprocess.CalledProcessError where a rank fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "found.json")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += ["-m", module, "--worker", str(found), *map(str, arguments)]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})
+        own = {"OMP_NUM_THREADS": "1", "AUTOPAR_CACHE": "0", **(environment or {})}
+        subprocess.run(command, check=True, env={**os.environ, **own})
         return json.loads(found.read_text())

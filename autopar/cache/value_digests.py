@@ -108,7 +108,7 @@ class Digests:
     def function(self, function: FunctionType) -> str:
         code, where = function.__code__, f"{function.__module__}.{function.__qualname__}"
         users = is_users(function.__module__) or is_users_file(code.co_filename)
-        inside = [self.of(cell.cell_contents) for cell in function.__closure__ or () if _may_run(cell)]
+        inside = [self.leniently(cell.cell_contents) for cell in function.__closure__ or () if _may_run(cell)]
         if not users:
             return digest("function", where, str(code.co_firstlineno), *inside)
         self.code.update(inner_code(code))
@@ -207,11 +207,13 @@ _POINTER = struct.calcsize("P")
 
 
 def _may_run(cell: Any) -> bool:
+    """Whether the variable of an enclosing function is, or holds, something to be called."""
     try:
         value = cell.cell_contents
     except ValueError:  # it is empty
         return False
-    return callable(value) and not isinstance(value, (nn.Module, Tensor))
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else (value,)
+    return any(callable(item) and not isinstance(item, (nn.Module, Tensor)) for item in held)
 
 
 def _content(tensor: Tensor) -> str:

@@ -25,7 +25,7 @@ class Change:
     files: dict[str, str] = field(default_factory=dict)
 
 
-def model(body: str, head: str = "", build: str = "return Net()", init: str = "") -> str:
+def model(body: str, head: str = "", build: str = "return Net()", init: str = "", base: str = "nn.Module") -> str:
     """A file of a model whose forward has ``body``."""
     return "\n".join(
         [
@@ -35,7 +35,7 @@ def model(body: str, head: str = "", build: str = "return Net()", init: str = ""
             "from torch.nn import functional as F",
             "import parts, settings",
             *head.splitlines(),
-            "class Net(nn.Module):",
+            f"class Net({base}):",
             "    def __init__(self):",
             "        super().__init__()",
             "        self.up = nn.Linear(4, 4)",
@@ -50,8 +50,9 @@ def model(body: str, head: str = "", build: str = "return Net()", init: str = ""
     )
 
 
-def of_model(before: str, after: str, **given: str) -> Change:
-    return Change("model_file.py", before, after, {"model_file.py": model(**given)})
+def of_model(before: str, after: str, parts: str = "", **given: str) -> Change:
+    files = {"model_file.py": model(**given), **({"parts.py": parts} if parts else {})}
+    return Change("model_file.py", before, after, files)
 
 
 def of_parts(before: str, after: str, parts: str, **given: str) -> Change:
@@ -158,6 +159,60 @@ CHANGES = {
         head="def hook(module, args, out):\n    return out * 2",
         build="net = Net()\nnet.up.register_forward_hook(hook)\nreturn net",
     ),
+    "a method for a kind of argument": of_parts(
+        "@which.register(int)",
+        "@which.register(str)",
+        "import functools\n@functools.singledispatch\ndef which(n, x):\n    return x * 3\n@which.register(int)\n"
+        "def of_int(n, x):\n    return x * 2\n",
+        body="x = parts.which(1, x)",
+    ),
+    "a method for a kind of argument, from elsewhere": of_model(
+        "pass  # patch", "parts.which.register(int, other)", body="x = parts.which(1, x)", head=PATCHES,
+        build="pass  # patch\nreturn Net()",
+        parts="import functools\n@functools.singledispatch\ndef which(n, x):\n    return x * 3\n@which.register(int)\n"
+        "def of_int(n, x):\n    return x * 2\n",
+    ),
+    "a global that a method of what forward makes reads": of_model(
+        "OTHER = 2", "OTHER = 3", body="x = Maker().run(x)",
+        head="OTHER = 2\nclass Maker:\n    def run(self, x):\n        return x * OTHER",
+    ),
+    "an object that a method of what forward makes reads": of_model(
+        "scale = 2", "scale = 3", body="x = Maker().run(x)",
+        head="class Sizes:\n    def __init__(self):\n        self.scale = 2\nSIZES = Sizes()\nclass Maker:\n"
+        "    def run(self, x):\n        return x * SIZES.scale",
+    ),
+    "an attribute that a class answers": of_model(
+        "return 2", "return 3", body="x = x * self.scale",
+        head="class Asked(nn.Module):\n    def __getattr__(self, name):\n        if name == 'scale':\n"
+        "            return 2\n"
+        "        return super().__getattr__(name)",
+        base="Asked",
+    ),
+    "a metaclass": of_model(
+        "return 2", "return 3", body="x = x * Sizes.scale",
+        head="class Meta(type):\n    @property\n    def scale(cls):\n        return 2\nclass Sizes(metaclass=Meta):\n"
+        "    pass",
+    ),
+    "a descriptor": of_model(
+        "return 2", "return 3", body="x = x * self.scale",
+        head="class Two:\n    def __get__(self, owner, cls):\n        return 2",
+        init="type(self).scale = Two()",
+    ),
+    "a module in a list of Python": of_model(
+        "nn.ReLU()", "nn.Tanh()", body="for f in self.steps:\n    x = f(x)", init="self.steps = [nn.ReLU()]"
+    ),
+    "which function is called": of_model(
+        "run = double", "run = triple", body="x = run(x)",
+        head="def double(x):\n    return x * 2\ndef triple(x):\n    return x * 3\nrun = double",
+    ),
+    "a comprehension": of_parts(
+        "x * 2", "x * 3", "def all_of(x):\n    return [y for y in (x * 2, x)]\n", body="x = sum(parts.all_of(x))"
+    ),
+    "a tuple of names": of_parts(
+        "_make((2,))", "_make((3,))",
+        "import collections\nSizes = collections.namedtuple('Sizes', 'scale')\nSIZES = Sizes._make((2,))\n",
+        body="x = x * parts.SIZES.scale",
+    ),
     "a backward by hand": of_parts(
         "grad * 2",
         "grad * 3",
@@ -214,3 +269,25 @@ def test_what_changes_is_compiled_again(name: str, launches: Launches) -> None:
     with launches.imported() as module:
         wanted = traced(module.build(), Mesh(dp=2), Plan(), (torch.ones(4, 4),), {})
     assert third.text == text_of(wanted) != first.text
+
+
+OPERATOR = """
+    import torch
+    from torch.library import custom_op
+
+    @custom_op("cachetest::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @twice.register_fake
+    def of_fakes(x):
+        return x.new_empty(x.shape)
+"""
+
+
+def test_an_operator_that_says_its_shape_otherwise(launches: Launches) -> None:
+    body = "with torch.no_grad():\n    y = parts.twice(x)\nx = x + y"
+    launches.write(**{"model_file.py": model(body), "parts.py": OPERATOR})
+    assert [launches.launch().compiled for _ in range(2)] == [1, 0]
+    launches.edit("parts.py", "x.new_empty(x.shape)", "torch.empty_like(x)")
+    assert launches.launch().compiled == 1

@@ -20,6 +20,7 @@ from autopar.compiler import compile_program
 from tests.launch import run_ranks, try_ranks
 
 RANKS = 3
+ALONE = "each is a launch of its own"
 DIES, FAILS, OWN = "the first to compile is killed", "compiling fails", "each rank has another model"
 
 
@@ -74,6 +75,8 @@ def prepared(folder: str, what: str) -> tuple[int, str]:
     """On each rank, which knows nothing of the others: how often it compiled, and its program or the error."""
     os.environ["AUTOPAR_CACHE"] = folder
     torch.manual_seed(0)
+    if what == ALONE:
+        del os.environ["RANK"]
     model = Net(int(os.environ["RANK"]) if what == OWN else 0)
     with compiling(Path(folder), what) as counted:
         try:
@@ -90,6 +93,13 @@ def test_another_compiles_where_the_first_is_killed(tmp_path: Path) -> None:
     assert len(alive) == RANKS - 1
     assert sorted(count for count, _ in alive) == [0, 1]
     assert len({text for _, text in alive}) == 1
+
+
+@pytest.mark.slow
+def test_launches_at_the_same_time_compile_once(tmp_path: Path) -> None:
+    found = run_ranks(prepared, RANKS, str(tmp_path), ALONE)
+    assert sum(count for count, _ in found) == 1
+    assert len({text for _, text in found}) == 1
 
 
 @pytest.mark.slow

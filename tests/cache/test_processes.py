@@ -1,0 +1,44 @@
+"""Two processes that have nothing in common but their files: other hash seeds, other addresses, another folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import hashlib, sys
+import autopar
+from autopar.zoo.named import named_model
+torch = __import__("torch")
+example = named_model(sys.argv[1])
+parallel = autopar.parallelize(example.model, autopar.Mesh(dp=2, tp=2), example_inputs=example.batch)
+step = parallel.simulate(**example.batch)
+print(hashlib.sha256(str(parallel.program).encode()).hexdigest(), step.loss.item())
+"""
+
+
+def run(folder: Path, seed: int, name: str) -> tuple[str, str]:
+    """What a process prints, and what it logs."""
+    own = folder / str(seed)
+    own.mkdir()
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed), "AUTOPAR_LOG": "debug", "PYTHONPATH": str(ROOT)}
+    environment |= {"AUTOPAR_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", SCRIPT, name]
+    done = subprocess.run(command, cwd=own, env=environment, check=True, capture_output=True, text=True)
+    return done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["hf:llama", "hf:bert", "hf:vit", "hf:mixtral", "hf:t5", "hf:gpt2", "hf:mamba2", "unet"]
+)
+def test_the_second_finds_what_the_first_has_made(name: str, tmp_path: Path) -> None:
+    (first, said), (second, heard) = (run(tmp_path, seed, name) for seed in (1, 2))
+    assert first == second
+    assert "compiling, since" in said and "was compiled before" in heard and "compiling" not in heard, heard
