@@ -18,6 +18,7 @@ from autopar import AutoparError
 from autopar.cache import folder as module
 from autopar.cache.folder import Folder, most_bytes, place
 from tests.cache.launches import Launches, said
+from tests.selection import slow_but
 
 KEY = "0" * 32
 
@@ -123,7 +124,10 @@ def test_it_goes_on_without(trouble: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("case", ["no folder can be made", "nothing can be written", "a full disk"])
+NO_PLACE = ["no folder can be made", "nothing can be written", "a full disk"]
+
+
+@pytest.mark.parametrize("case", slow_but([2], NO_PLACE))
 def test_a_program_is_compiled_where_it_cannot_be_kept(
     case: str, launches: Launches, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
