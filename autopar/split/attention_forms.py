@@ -92,6 +92,9 @@ def size_of(call: Call) -> Size:
     )
 
 
+ZIG_ZAG = "zig-zag order"
+
+
 @lru_cache(maxsize=256)
 def choose_form(
     size: Size, ways: int, tensor_ways: int, mirrored: bool, asked: str, machine: Machine = ACCELERATOR
@@ -185,7 +188,23 @@ class Forms:
     def form(self, call: Call) -> Form:
         """The form of one attention call, the same on all ranks."""
         mesh, asked = self.program.mesh, self.program.plan.attention
+        pinned = self._pinned(call)
+        if asked == "auto" and pinned:
+            asked = pinned.split()[0]
         return choose_form(size_of(call), mesh.size(self.axis), mesh.size("tp"), self.mirrored, asked)
+
+    def _pinned(self, call: Call) -> str:
+        """What another program decided for this attention, see :class:`autopar.ir.tables.Pins`; empty for nothing.
+
+        Its decisions have the names of the operators that an attention became: the order tells which is which.
+        """
+        choices = self.program.pins.choices.get(self.axis)
+        if not choices:
+            return ""
+        chosen = [choice for choice in choices.values() if choice.split()[1:2] in (["attention"], ["attention,"])]
+        here = attentions(self.program)
+        places = [n for n, node in enumerate(here) if node.all_input_nodes[:3] == list(call.operands[:3])]
+        return chosen[places[0]] if len(chosen) == len(here) and places else ""
 
     def decisions(self, flow: Flow) -> dict[str, Decision]:
         """The form of each attention, with the price of the others."""
@@ -199,6 +218,9 @@ class Forms:
         """Whether the ranks would have unequal work if each had one contiguous part."""
         call = call_of(node, self.program.mesh)
         size, ways = size_of(call), self.program.mesh.size(self.axis)
+        pinned = self._pinned(call)
+        if pinned:
+            return ZIG_ZAG in pinned
         work = Work.of(size.where, ways, False, size.queries, size.keys)
         return self.form(call).kind != "ulysses" and work.imbalance > BALANCED
 
@@ -224,7 +246,7 @@ def _decision(form: Form, mirrored: bool) -> Decision:
         for kind, price in prices.items()
         if kind != form.kind
     }
-    order = ", zig-zag order" if mirrored and form.kind != "ulysses" else ""
+    order = f", {ZIG_ZAG}" if mirrored and form.kind != "ulysses" else ""
     group = f", heads over {form.heads} neighbours" if form.kind == "hybrid" else ""
     return Decision(f"{form.kind} attention{group}{order}", others)
 
