@@ -75,7 +75,7 @@ STANDS_ON = {
     "exporters": "checkpoint errors ir mesh operators pipeline program_files runtime schedules simulator traces",
     "pretrained": "api checkpoint errors mesh module plan runtime zoo",
     "frameworks": "checkpoint errors module other_methods pretrained",
-    "training": "api checkpoint cost data errors ir mesh module notes plan runtime traces",
+    "training": "api checkpoint cost data errors ir mesh module notes plan pretrained runtime traces zoo",
     "autopar": "*",  # the package itself: its names are imported at first use
     "commands": "*",
     "__main__": "*",

@@ -30,6 +30,9 @@ Trace = Annotated[Path | None, typer.Option(metavar="DIR", help="write the timel
 FromProgram = Annotated[
     Path | None, typer.Option(metavar="DIR", help="start from what autopar compile wrote, without compiling")
 ]
+Random = Annotated[
+    bool, typer.Option("--random", help="start from random weights, where the folder or id of MODEL has weights too")
+]
 Restarts = Annotated[int, typer.Option(min=0, help="how often all ranks start again when one fails")]
 
 
@@ -38,6 +41,7 @@ class LoopChoices:
     """How a run of training goes, by the names of its options.
 
     ``rate``: of learning. ``every``: steps from one checkpoint to the next, of which the latest ``keep`` stay.
+    ``random``: start from weights that are in no file.
     """
 
     steps: int
@@ -54,6 +58,7 @@ class LoopChoices:
     device: str
     log: Path | None
     trace: Path | None
+    random: bool = False
 
     @classmethod
     def parameters(cls) -> list[inspect.Parameter]:
@@ -72,6 +77,7 @@ class LoopChoices:
             option("device", Device, "auto"),
             option("log", LogFile),
             option("trace", Trace),
+            option("random", Random, False),
         ]
 
     @classmethod

@@ -14,7 +14,7 @@ from autopar.commands.literals import pairs
 from autopar.mesh import Mesh
 
 if TYPE_CHECKING:
-    from autopar.zoo.named import Example
+    from autopar.zoo.named import Example, Start
 
 _MODEL = typer.Argument(
     metavar="MODEL",
@@ -111,14 +111,18 @@ class ModelChoices:
         *,
         shown: bool = False,
         given: Mapping[str, Any] | Sequence[Any] | None = None,
+        start: Start = "usual",
+        outline: bool = False,
     ) -> Example:
         """The model ``name`` and a batch whose rows ``ways`` ranks can share, or ``given``, a batch. Raises ValueError.
 
-        ``shown``: what a user should know about the model is printed first, on stdout.
+        ``shown``: what a user should know about the model is printed first, on stdout. ``start``, ``outline``: as of
+        ``autopar.zoo.named.Wanted``.
         """
         from autopar.zoo.named import named_model  # which imports torch
 
-        more = {"task": self.task, "inputs": self.inputs, "vocab": self.vocab, "loss": self.loss, "given": given}
+        more: dict[str, Any] = {"task": self.task, "inputs": self.inputs, "vocab": self.vocab, "loss": self.loss}
+        more |= {"given": given, "start": start, "outline": outline}
         found = named_model(name, self.config, self.batch, self.length, self.seed, ways, **more)
         if shown and found.words:
             print(f"{name}: {found.words}", flush=True)

@@ -19,7 +19,7 @@ TOLERANCES = {None: 1e-4, "float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bf
 def tolerance_of(settings: Settings) -> float:
     """The allowed difference of the losses: the parallel model computes in the plan's dtypes, the other in its own."""
     precision = settings.plan.precision
-    return max(TOLERANCES[dtype] for dtype in (precision.param, precision.reduce, precision.output))
+    return max(TOLERANCES[dtype] for dtype in (precision.param, precision.reduce, precision.output, settings.dtype))
 
 
 def document_of(model: str, run: Run, settings: Settings, source: Source, seconds: float) -> dict[str, Any]:
@@ -138,8 +138,9 @@ def _print_difference(run: Run, settings: Settings) -> None:
     tolerance = tolerance_of(settings)
     fine = difference <= tolerance
     colour, word = ("green", "the same") if fine else ("bold red", "not the same")
-    lower = settings.plan.precision.param
-    reason = f": the parallel one computes in {lower}" if tolerance > TOLERANCES[None] and lower else ""
+    lower, both = settings.plan.precision.param, settings.dtype
+    reason = f": the parallel one computes in {lower}" if lower else f": both compute in {both}" if both else ""
+    reason *= tolerance > TOLERANCES[None]
     console.print(
         f"[{colour}]{word}[/]: largest difference of the losses {difference:.1e} (tolerance {tolerance:g}{reason})",
         soft_wrap=True,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 
 from autopar.data.token_stream import TokenStream
+from autopar.zoo.named import Example
 
 POSITIONS = "position_ids"
 
@@ -27,16 +29,31 @@ def refuse_model(name: str, model: nn.Module, stream: TokenStream) -> None:
             f"{name} has a vocabulary of {vocabulary}, and {tokens.unit} need {tokens.vocabulary}\n"
             f"Way out: --config {key}={enough}"
         )
-    refuse_without_weights(name, model)
     stream.limit = vocabulary
     if stream.is_separate:
         _refuse_joined(name, model)
 
 
-def refuse_without_weights(name: str, model: nn.Module) -> None:
-    """Raise ValueError where ``model`` is on the meta device."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(f"{name} is too large to be trained from random weights here\nWay out: --config layers=2")
+def refuse_without_weights(example: Example, *, outline: bool) -> None:
+    """Raise ValueError where the model has no weights, and gets none from files. An ``outline`` has none as yet."""
+    if example.files is not None or example.has_weights or (outline and not example.is_large):
+        return
+    count = sum(parameter.numel() for parameter in example.model.parameters())
+    field = _layers_field(example.model)
+    raise ValueError(
+        f"{example.name} has {count / 1e9:.3g} billion parameters and no weights in files; "
+        "that is too large to be trained from random weights here\n"
+        f"Way out: {f'--config {field}=2, or ' if field else ''}a folder, or an id, with weights."
+    )
+
+
+def _layers_field(model: nn.Module) -> str | None:
+    """The field of the model's config that has the number of its layers."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    usual = "num_hidden_layers"
+    field = getattr(text, "attribute_map", {}).get(usual, usual)
+    return next((name for name in (field, "layers") if hasattr(text, name)), None)
 
 
 def _refuse_joined(name: str, model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from autopar.checkpoint.weight_files import files_of
 from autopar.commands.data_options import DATA, EVAL_DATA, DataChoices
 from autopar.commands.options import ModelChoices
 from autopar.commands.trained_model import refuse_model, refuse_without_weights
@@ -14,8 +15,9 @@ from autopar.data.loader_stream import LoaderStream
 from autopar.data.token_stream import TokenStream
 from autopar.mesh import Mesh
 from autopar.plan import Plan
+from autopar.pretrained.hub_models import keep_in_float32, refuse_quantised, settle_problem_type
 from autopar.training.evaluation import Evaluation
-from autopar.zoo.named import Example
+from autopar.zoo.named import Example, is_users_code
 
 TRAIN, EVAL = "train", "eval"  # the splits that a loader may be asked for
 
@@ -46,12 +48,15 @@ def refuse_data(data: DataChoices) -> None:
             found_loader(text, option)
 
 
-def refuse_texts(wanted: Wanted) -> None:
-    """Raise ValueError for texts that cannot be read, before ranks are started."""
-    if wanted.data.loader is None:
-        source_of(wanted)
-    if wanted.data.eval_loader is None:
-        evaluation_of(wanted)
+def refuse_early(name: str, wanted: Wanted, *, random: bool) -> None:
+    """Raise what ranks would raise for texts and for the model ``name``, before they are started.
+
+    Code of the user's, a loader or a model, is left to them, and no weights are made.
+    """
+    source = source_of(wanted) if wanted.data.loader is None else None
+    evaluation = evaluation_of(wanted) if wanted.data.eval_loader is None else None
+    if source is not None and not is_users_code(name):
+        model_for(name, wanted.choices, source, evaluation, random=random, outline=True)
 
 
 def source_of(wanted: Wanted) -> TokenStream | LoaderStream:
@@ -76,16 +81,33 @@ def evaluation_of(wanted: Wanted) -> Evaluation | None:
 
 
 def model_for(
-    name: str, choices: ModelChoices, source: Source, evaluation: Evaluation | None, *, shown: bool
+    name: str,
+    choices: ModelChoices,
+    source: Source,
+    evaluation: Evaluation | None,
+    *,
+    random: bool,
+    shown: bool = False,
+    outline: bool = False,
 ) -> Example:
-    """The model ``name``. Raises ValueError where it cannot be trained on the batches of ``source``, or evaluated."""
+    """The model ``name``, on the meta device where its weights are in files, or for an ``outline``.
+
+    ``random``: whatever its folder has. ``shown``: say what it is, and which weights it starts from.
+    Raises ValueError where it cannot be trained on the batches of ``source``, or evaluated, and CheckpointError for
+    files that are not there, or not to be trained.
+    """
     usual = replace(choices, batch=None, length=None)
+    given = None if isinstance(source, TokenStream) else source.first()
+    example = usual.example(name, shown=shown, given=given, start="random" if random else "files", outline=outline)
+    refuse_without_weights(example, outline=outline)
     if isinstance(source, TokenStream):
-        example = usual.example(name, shown=shown)
         refuse_model(name, example.model, source)
-    else:
-        example = usual.example(name, shown=shown, given=source.first())
-        refuse_without_weights(name, example.model)
     if evaluation is not None and isinstance(evaluation.source, TokenStream):
         refuse_model(name, example.model, evaluation.source)
+    settle_problem_type(example.model, example.batch)
+    if example.files is not None:
+        files_of(example.files.folder)
+        config = getattr(example.model, "config", None)
+        refuse_quantised(example.files.folder, config)
+        keep_in_float32(example.model, getattr(config, "dtype", None))
     return example

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import typer
 from torch import nn
@@ -23,7 +24,7 @@ from autopar.commands.step_traces import fresh_profiles, joined_traces
 from autopar.commands.tables import print_json, stderr
 from autopar.commands.this_machine import device_of_rank, refuse_ranks
 from autopar.commands.train_report import document_of, end_of, print_report, tolerance_of
-from autopar.commands.training_data import Wanted, evaluation_of, model_for, refuse_data, refuse_texts, source_of
+from autopar.commands.training_data import Wanted, evaluation_of, model_for, refuse_data, refuse_early, source_of
 from autopar.commands.watch_options import WatchChoices
 from autopar.commands.watching import Shown, watched
 from autopar.data.batch_source import Source
@@ -37,7 +38,7 @@ from autopar.program_files.program_file import load
 from autopar.training.loop import Run, Settings, train
 from autopar.training.ranks import is_first
 from autopar.training.saving import Saving
-from autopar.zoo.named import rows_for
+from autopar.zoo.named import Example, rows_for
 
 LENGTH = 128
 SHAPE = re.compile(r"i64\[(\d+), (\d+)\]")  # of tokens, as a program knows its inputs
@@ -74,7 +75,7 @@ def run_training(asked: Asked) -> None:
     shown = Shown(f"{asked.model} on {on}", asked.watch, asked.as_json, about)
     if on.world_size > 1 and not is_rank():
         refuse_ranks(on.world_size, where)
-        refuse_texts(wanted)
+        refuse_early(asked.model, wanted, random=loop.random)
         shown.say_launch(on.world_size)
         with joined_traces(loop.trace), fresh_profiles(asked.watch.profile):
             relaunch(on.world_size, sys.argv[1:], loop.max_restarts, stops=True)
@@ -83,11 +84,12 @@ def run_training(asked: Asked) -> None:
         end_with_launcher()
     source = source_of(wanted)
     evaluation = evaluation_of(wanted)
-    example = model_for(asked.model, asked.choices, source, evaluation, shown=is_first() and not asked.as_json)
-    compare = loop.compare and not _has_parts(source, plan, on)  # which says so
+    shows = is_first() and not asked.as_json
+    example = model_for(asked.model, asked.choices, source, evaluation, random=loop.random, shown=shows)
+    compare = loop.compare and not _has_parts(source, plan, on) and not _is_large(example)  # which say so
     settings = Settings(
         on, plan, loop.steps, loop.rate, where, compare, loop.accumulate, loop.clip, saving, loop.log, loop.program,
-        loop.trace, asked.watch.peak, asked.watch.profile, evaluation,
+        loop.trace, asked.watch.peak, asked.watch.profile, evaluation, example.files, _half(example.model),
     )  # fmt: skip
     whole = sum(parameter.numel() for parameter in example.model.parameters())  # a stage of a pipeline has fewer
     start = time.perf_counter()
@@ -104,6 +106,21 @@ def _has_parts(source: Source, plan: Plan, mesh: Mesh) -> bool:
     if has_parts:
         warn("not compared with one device: with --inputs local each rank has its own rows of a batch", stacklevel=2)
     return has_parts
+
+
+def _half(model: nn.Module) -> str | None:
+    """The dtype of fewest bits of the parameters, if they have fewer than float32."""
+    floating = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+    least = min(floating, key=lambda dtype: dtype.itemsize, default=torch.float32)
+    return str(least).removeprefix("torch.") if least in (torch.float16, torch.bfloat16) else None
+
+
+def _is_large(example: Example) -> bool:
+    """Whether the unmodified model would have to be read whole, though it is one that is built without weights."""
+    if example.is_large and is_first():
+        said = "not compared with one device: the unmodified model is too large to be trained beside (--no-compare)"
+        warn(said, stacklevel=2)
+    return example.is_large
 
 
 def _sizes(stored: AnyProgram | None, batch: int | None, length: int | None, mesh: Mesh) -> tuple[int, int]:

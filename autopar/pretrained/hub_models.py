@@ -74,11 +74,11 @@ def meta_model(
     if unknown:
         near = near_names(unknown[0], [*config.to_dict(), "num_labels"])
         raise ValueError(f"{type(config).__name__} has no field '{unknown[0]}'{near}")
-    _refuse_quantised(folder, config)
+    refuse_quantised(folder, config)
     dtype = dtype or _as_dtype(getattr(config, "dtype", None))
     with torch.device("meta"):
         model: Any = _built(_class_of(folder, config, task), config, dtype, trust_remote_code)
-        _keep_in_float32(model, dtype)
+        keep_in_float32(model, dtype)
     if (folder / GENERATION).is_file() and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     plain: nn.Module = model.eval()
@@ -99,7 +99,8 @@ def settle_problem_type(model: nn.Module, batch: Any) -> None:
         config.problem_type = "single_label_classification" if is_class else "multi_label_classification"
 
 
-def _refuse_quantised(folder: Path, config: Any) -> None:
+def refuse_quantised(folder: Path, config: Any) -> None:
+    """Raise CheckpointError where the weights in ``folder`` are quantised, as its config says."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         return
@@ -142,8 +143,8 @@ def _built(cls: Any, config: Any, dtype: torch.dtype | None, trust_remote_code: 
     raise ValueError(f"task={cls.__name__} is no class of transformers: autopar.parallelize takes any nn.Module")
 
 
-def _keep_in_float32(model: Any, dtype: torch.dtype | None) -> None:
-    """What ``from_pretrained`` keeps in float32 beside half precision, as the model's class says."""
+def keep_in_float32(model: Any, dtype: torch.dtype | None) -> None:
+    """Convert what ``from_pretrained`` keeps in float32 beside half precision, as the model's class says."""
     plan = model._get_dtype_plan(dtype) if dtype is not None and hasattr(model, "_get_dtype_plan") else {}
     for pattern, kept in plan.items():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from autopar.api import parallelize
+from autopar.checkpoint.peers import Peers
+from autopar.checkpoint.weights import load_safetensors
 from autopar.data.batch_source import Batch, Counts, Source
 from autopar.data.parts import Share
 from autopar.ir.load import ExpertLoad
@@ -21,6 +23,7 @@ from autopar.ir.traffic import Transfer
 from autopar.mesh import Mesh
 from autopar.module import ParallelModule
 from autopar.plan import Plan
+from autopar.pretrained.gathered import gather
 from autopar.traces.slices import OF_RANKS
 from autopar.training.calls import arguments, loss_after, moved, total
 from autopar.training.evaluation import Evaluation
@@ -32,6 +35,7 @@ from autopar.training.saving import Saver, Saving, Start
 from autopar.training.sinks import Sink
 from autopar.training.step_record import StepRecord
 from autopar.training.stopping import StopSignal, most_of_ranks
+from autopar.zoo.named import Files
 
 TRACED = 2  # the third step: what the first two do once is over
 
@@ -50,6 +54,8 @@ class Settings:
         trace: a directory, in which ``ranks`` gets the timelines of one step: the third of this run, or its last.
         profile: a directory for the files of :func:`autopar.training.profiling.profile`, of the same step.
         evaluation: data that the parallel model is evaluated on, and when.
+        files: where the weights are that the model, which has none, starts from; each rank reads its slices.
+        dtype: in which the unmodified model computes, where that is less than float32.
         peak: operations per second of one device, where :mod:`autopar.cost.device_peaks` does not know it.
     """
 
@@ -68,6 +74,8 @@ class Settings:
     peak: float | None = None
     profile: Path | None = None
     evaluation: Evaluation | None = None
+    files: Files | None = None
+    dtype: str | None = None
 
 
 @dataclass
@@ -131,9 +139,13 @@ def train(
     """
     saving = settings.saving
     resumes = saving is not None and saving.latest is not None
-    compared = settings.compare and is_first() and not resumes
-    reference = copy.deepcopy(model).to(settings.device) if compared else None
-    parallel = parallelize(model.to(settings.device), settings.mesh, settings.plan, program=settings.program)
+    compares = settings.compare and not resumes
+    if settings.files is None:
+        reference = copy.deepcopy(model).to(settings.device) if compares and is_first() else None
+        parallel = parallelize(model.to(settings.device), settings.mesh, settings.plan, program=settings.program)
+    else:
+        parallel = _with_weights(model, settings.files, batches, settings)
+        reference = gather(parallel, device=settings.device) if compares else None
     step = _Stepper(parallel, settings)
     beside = None if reference is None else _Stepper(reference, settings)
     saver, start = None, Start()
@@ -158,6 +170,16 @@ def train(
     other = beside.curve if beside else None
     end = (start, loop.stopped, saved, loop.loads, loop.evaluations)
     return Run(step.curve, other, traffic, max(1, steps - 1), total(loop.counts), *end)
+
+
+def _with_weights(model: nn.Module, files: Files, batches: Source, settings: Settings) -> ParallelModule:
+    """``model``, which is on the meta device, over the mesh, with the weights of ``files``."""
+    parallel = parallelize(model, settings.mesh, settings.plan, program=settings.program)
+    args, kwargs = arguments(moved(batches.first(share_of(settings)), settings.device))
+    parallel.prepare(*args, **kwargs)
+    with Peers(parallel).agreed("loading weights"):
+        load_safetensors(parallel, files.folder, strict=files.complete)
+    return parallel
 
 
 class _Loop:

@@ -21,6 +21,7 @@ from autopar.zoo.batches import Batch
 from autopar.zoo.tasks import Task, task_named, task_of_class, tasks_of
 
 CONFIG = "config.json"
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")  # pickles, which are refused when read
 LENGTH = 128  # tokens in a row, if the model takes as many
 POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
@@ -50,13 +51,40 @@ class HubModel:
     @property
     def words(self) -> str:
         """``LlamaForCausalLM of folder/config.json, task causal-lm``."""
-        classes = self.task.classes.get(self.config.model_type, (self.config.model_type,))
-        named = [name for name in getattr(self.config, "architectures", None) or () if name in classes]
-        return f"{(named or classes)[0]} of {self.name}, task {self.task.name}"
+        return f"{(self._saved or self._classes)[0]} of {self.name}, task {self.task.name}"
+
+    @property
+    def is_saved_class(self) -> bool:
+        """Whether the config names the class that is built, so that its files have all of its tensors."""
+        return bool(self._saved)
+
+    @property
+    def _classes(self) -> tuple[str, ...]:
+        return self.task.classes.get(self.config.model_type, (self.config.model_type,))
+
+    @property
+    def _saved(self) -> list[str]:
+        return [name for name in getattr(self.config, "architectures", None) or () if name in self._classes]
 
 
 def is_folder(name: str) -> bool:
     return (Path(name) / CONFIG).is_file()
+
+
+def weights_folder(name: str) -> Path | None:
+    """The folder with the weights of a folder or an id: itself, or that of the cache; None where only a config is."""
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            from huggingface_hub import try_to_load_from_cache
+
+            found = try_to_load_from_cache(name, CONFIG)
+        except (ImportError, ValueError):  # no such package, no name of a repository
+            return None
+        if not isinstance(found, str):
+            return None
+        folder = Path(found).parent
+    return folder if any(any(folder.glob(pattern)) for pattern in WEIGHTS) else None
 
 
 def may_be_id(name: str) -> bool:

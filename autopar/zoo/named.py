@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from autopar.errors import near_names
 from autopar.models import __file__ as _OUR_MODELS
 from autopar.zoo import example_inputs, user_code
 from autopar.zoo.fitted_loss import with_fitting_loss
-from autopar.zoo.hub_configs import CONFIG, HubModel, hub_model, is_folder, may_be_id
+from autopar.zoo.hub_configs import CONFIG, HubModel, hub_model, is_folder, may_be_id, weights_folder
 from autopar.zoo.put_on_loss import NONE
 from autopar.zoo.rehearsal import rehearse
 from autopar.zoo.tasks import task_of_class
@@ -43,21 +43,39 @@ FORMS = (
 )
 
 
+Start = Literal["usual", "files", "random"]
+
+
+@dataclass(frozen=True)
+class Files:
+    """A folder with a model's weights. ``complete``: they are of the very class, so that they have all its tensors."""
+
+    folder: Path
+    complete: bool
+
+
 @dataclass(frozen=True)
 class Example:
     """A model with the keyword arguments of one call. ``model`` may be on the meta device.
 
-    ``words``: what a user should know about it, in a sentence; empty for models of ours.
+    ``words``: what a user should know about it, in a sentence; empty for models of ours. ``files``: what is to be read
+    into the model, which is on the meta device.
     """
 
     name: str
     model: nn.Module
     batch: dict[str, Any]
     words: str = ""
+    files: Files | None = None
 
     @property
     def has_weights(self) -> bool:
         return not any(parameter.is_meta for parameter in self.model.parameters())
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is built without weights, unless its files have some."""
+        return _bytes(self.model) > LARGE
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,8 @@ class Wanted:
     ``config``: overrides of its config, or arguments of the factory. ``ways``: ranks among which the rows are divided.
     ``inputs``: as ``example_inputs`` reads them. ``vocab``: integers without a range are below it. ``loss``: for a
     model that returns none: ``"auto"``, ``"none"``, or the name of one. ``given``: a batch for it, whatever it brings:
-    a dict by name, or a tuple.
+    a dict by name, or a tuple. ``start``: ``"files"``: from the weights in its folder, if there are some;
+    ``"random"``: from none that are made elsewhere. ``outline``: the model is wanted without weights.
     """
 
     config: Mapping[str, Any]
@@ -80,6 +99,8 @@ class Wanted:
     vocab: int | None = None
     loss: str = NONE
     given: Mapping[str, Any] | Sequence[Any] | None = None
+    start: Start = "usual"
+    outline: bool = False
 
     @property
     def batch(self) -> int:
@@ -152,16 +173,24 @@ def _small(name: str, wanted: Wanted) -> Example:
     if wanted.length is not None and not known.has_length:
         raise ValueError(f"{name} takes images: there is no length\nWay out: leave out --length.")
     config = known.config_of(wanted.config)
-    model = _built(lambda: known.build(config), wanted.seed)
+    model = _built(lambda: known.build(config), wanted)
     words = f"{_count(model)} parameters, small and random: the architecture of {known.model}, not a released model"
     return Example(name, model, known.example_batch(config, wanted.batch, wanted.length, wanted.seed), words)
 
 
 def _of_config(name: str, wanted: Wanted) -> Hub:
     made = hub_model(name, wanted.task, wanted.config)
-    model = _built(made.build, wanted.seed)
-    weights = "no weights are read" if any(p.is_meta for p in model.parameters()) else "weights are random"
-    return Hub(Example(name, model, _batch_of(made, wanted), f"{made.words}, {_count(model)} parameters; {weights}"))
+    folder = weights_folder(name)
+    files = Files(folder, made.is_saved_class) if folder is not None and wanted.start == "files" else None
+    model = _built(made.build, replace(wanted, outline=wanted.outline or files is not None))
+    if files is not None:
+        weights = f"weights of {name}"
+    elif any(parameter.is_meta for parameter in model.parameters()):
+        weights = "no weights are read"
+    else:
+        weights = "random weights" + (f": {name} has only a config" if folder is None else "")
+    words = f"{made.words}, {_count(model)} parameters; {weights}"
+    return Hub(Example(name, model, _batch_of(made, wanted), words, files))
 
 
 def _batch_of(made: HubModel, wanted: Wanted) -> dict[str, Any]:
@@ -198,12 +227,14 @@ def _preset(name: str, module: ModuleType, preset: str, wanted: Wanted) -> Examp
             said = f"the config of {module.__name__} has no field '{key}'{near_names(key, known)}"
             raise ValueError(f"{said}\nWay out: one of {', '.join(sorted(known))}.")
     with user_code.told(f"building {name}"):
-        model = _built(lambda: module.build(preset, **wanted.config), wanted.seed)
+        model = _built(lambda: module.build(preset, **wanted.config), wanted)
         return Example(name, model, module.example_batch(model, wanted.batch, wanted.length, wanted.seed))
 
 
 def _made(name: str, factory: Callable[..., Any], module: ModuleType, wanted: Wanted) -> Example:
     """What the user's own factory, or class, makes; it gets the sizes of the batch where it takes them."""
+    if wanted.start == "random":
+        raise ValueError(f"--random: {name} makes its own weights\nWay out: leave out --random.")
     takes = inspect.signature(factory).parameters
     sizes = {"batch": wanted.rows, "length": wanted.length}
     given = {key: size for key, size in sizes.items() if size is not None}
@@ -289,14 +320,26 @@ def _count(model: nn.Module) -> str:
     return f"{number:,}"
 
 
-def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """The model; a model with many weights is built without them, on the meta device."""
+def _built(build: Callable[[], nn.Module], wanted: Wanted) -> nn.Module:
+    """The model; an outline, and a model with many weights, is built without them, on the meta device."""
     with torch.device("meta"):
         outline = build()
-    if sum(parameter.numel() * parameter.element_size() for parameter in outline.parameters()) > LARGE:
+    if wanted.outline or _bytes(outline) > LARGE:
         return outline
-    torch.manual_seed(seed)
+    torch.manual_seed(wanted.seed)
     return build()
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def is_users_code(name: str) -> bool:
+    """Whether building the model ``name`` runs code of the user's: a file, or a module that is none of ours."""
+    path = name.partition(":")[0]
+    if name.startswith(SMALL) or is_folder(name):
+        return False
+    return user_code.is_file(path) or (_ours(path) is None and _is_importable(path))
 
 
 def _ours(path: str) -> ModuleType | None:
