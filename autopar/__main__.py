@@ -21,6 +21,7 @@ import typer
 from autopar import __version__
 from autopar.commands.deferred import Commands
 from autopar.commands.other_systems import refuse_options_of_others
+from autopar.commands.split_axes import refuse_split_axes
 from autopar.errors import AutoparError
 
 MOST_LINES = 14
@@ -50,6 +51,7 @@ def main() -> None:
         arguments = _without_dump([argument for argument in sys.argv[1:] if argument != DEBUG])
         _quieten()
         refuse_options_of_others(arguments)
+        refuse_split_axes(arguments)
         sys.exit(app(args=arguments, prog_name="autopar", standalone_mode=not as_json) or 0)
     except (AutoparError, ValueError) as error:
         _end(error, traceback.format_exc() if debug else _short(error), 2, as_json)

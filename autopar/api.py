@@ -15,6 +15,7 @@ from autopar.choices import check_choices
 from autopar.compiled_models import refuse_compiled
 from autopar.errors import check_kind
 from autopar.frontend.fingerprint import model_facts
+from autopar.hidden_modules import note_hidden_modules
 from autopar.mesh import Mesh
 from autopar.module import ParallelModule
 from autopar.other_methods import refuse_wrapped
@@ -56,6 +57,7 @@ def parallelize(
     mesh = Mesh.from_device_mesh(mesh) if isinstance(mesh, DeviceMesh) else mesh or stored[0].program.mesh
     plan = plan or (stored[0].program.plan if stored else Plan())
     check_choices(mesh, plan)
+    note_hidden_modules(model)
     for one in stored:
         check_fits(one, model, mesh, plan)
     where = " and ".join(one.where for one in stored)

@@ -67,7 +67,9 @@ STANDS_ON = {
     ),
     "stored_programs": "errors frontend ir mesh plan program_files",
     "compiled_models": "",
-    "api": "choices compiled_models errors frontend mesh module other_methods plan runtime stored_programs",
+    "hidden_modules": "notes",
+    "api": "choices compiled_models errors frontend hidden_modules mesh module other_methods plan runtime "
+    "stored_programs",
     "reference": "compiler errors frontend ir mesh pipeline plan simulate simulator",
     "check": "compiler errors frontend ir mesh pipeline plan precision reference simulate simulator",
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",

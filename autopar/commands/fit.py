@@ -144,6 +144,7 @@ class _Search:
         console.print()
         console.print(table(_title(self.model, wanted), columns, rows))
         console.print("memory: of tensors on the largest rank; ? is estimated, the others are compiled", soft_wrap=True)
+        console.print("free: what a device has left of it, for kernels, fragments and buffers of NCCL", soft_wrap=True)
         links = f"{BETWEEN_NODES / 1e9:.0f} GB/s where an axis leaves its node"
         about = "a roofline of the operators of a block, the pipeline's bubble, and bytes over links"
         said = f"sorted by the estimated time of a step: {about} ({links}), none of it hidden; only ratios matter"

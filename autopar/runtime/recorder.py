@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx
 
 from autopar.ir import collectives as comm
+from autopar.ir.node import origin
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Recorder:
         self.noted: list[Noted] = []
         self._run = ""
         self._since: float | None = None  # from when on this rank computes
-        self._node = ""
+        self._node, self._module = "", ""
         self._latest: Noted | None = None
         self._started: dict[Hashable, Noted] = {}  # address of a result, or id of a message -> what is under way
 
@@ -59,19 +60,22 @@ class Recorder:
             end = time.perf_counter()
             self._computed(end, "")
             self.add("runs", run, start, end)
-            self._run, self._since, self._node = outer, None, ""
+            self._run, self._since = outer, None
+            self._node = self._module = ""
 
-    def called(self, node: str) -> None:
-        """The next collective is that of ``node``."""
-        self._node = node
+    def called(self, node: str, module: str = "") -> None:
+        """The next collective is that of ``node``, of a module of the model."""
+        self._node, self._module = node, module
 
     @contextmanager
     def issuing(self, stream: str, operation: str, size: int) -> Iterator[None]:
         """A collective or message, of which this rank sends ``size`` bytes, runs or is started in between."""
         now = time.perf_counter()
-        name, self._node = self._node or operation, ""
-        self._computed(now, name)
-        self._latest = Noted(stream, name, operation, now, now, {"sent": size, "run": self._run})
+        name, module = self._node or operation, self._module
+        self._node = self._module = ""
+        self._computed(now, name, module)
+        about = {"module": module} if module else {}
+        self._latest = Noted(stream, name, operation, now, now, {"sent": size, "run": self._run, **about})
         self.noted.append(self._latest)
         try:
             yield
@@ -87,8 +91,10 @@ class Recorder:
     @contextmanager
     def waiting(self, key: Hashable, name: str = "") -> Iterator[None]:
         """The rank waits, in between, for what was started. ``name``: what a message turned out to be."""
-        noted, self._node = self._started.pop(key, None), ""
-        self._computed(time.perf_counter(), noted.name if noted is not None else name)
+        noted = self._started.pop(key, None)
+        self._node = self._module = ""
+        module = noted.about.get("module", "") if noted is not None else ""
+        self._computed(time.perf_counter(), noted.name if noted is not None else name, module)
         try:
             yield
         finally:
@@ -101,9 +107,10 @@ class Recorder:
         """Something that was timed elsewhere."""
         self.noted.append(Noted(stream, name, "", start, end))
 
-    def _computed(self, now: float, until: str) -> None:
+    def _computed(self, now: float, until: str, module: str = "") -> None:
+        """The rank has computed up to the collective ``until``, which is of ``module``."""
         if self._since is not None and now > self._since:
-            about = {"until": until} if until else {}
+            about = {key: said for key, said in (("until", until), ("until_module", module)) if said}
             self.noted.append(Noted("compute", self._run, "", self._since, now, about))
 
     def _resume(self) -> None:
@@ -128,7 +135,8 @@ class Named:
     def _call(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for node in self._nodes:  # the position on an axis may be written as a number
             if comm.TARGETS[node.target] == name:
-                self._recorder.called(node.name if name in comm.MOVING else "")
+                moves = name in comm.MOVING
+                self._recorder.called(node.name if moves else "", origin(node).module if moves else "")
                 break
         return method(*args, **kwargs)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autopar.autodiff.hoist import Gathering
 from autopar.ir import collectives as comm
-from autopar.ir.node import Node, last_uses, output_node, value
+from autopar.ir.node import Node, last_uses, origin, output_node, value
 from autopar.runtime.communicator import Communicator
 from autopar.runtime.dtensor import keep_within, local_of
 from autopar.runtime.dtensor_habits import is_shown
@@ -82,7 +82,7 @@ class Gathered:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), held.__getitem__)
         name = comm.TARGETS.get(node.target)  # type: ignore[call-overload]
         if self.comm.recorder is not None:
-            self.comm.recorder.called(node.name)
+            self.comm.recorder.called(node.name, origin(node).module)
         if place is not None:
             own: Any = args[0]
             axis = str(args[1])

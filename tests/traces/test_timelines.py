@@ -16,6 +16,7 @@ import torch.distributed as dist
 from autopar import parallelize
 from autopar.errors import InvariantError, LaunchError
 from autopar.ir import collectives as comm
+from autopar.ir.node import origin
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.mesh import Mesh
 from autopar.models import gpt
@@ -110,7 +111,7 @@ class Ran:
     """What a rank ran in the traced step: bytes by axis, the nodes of collectives by axis, its instructions."""
 
     sent: Counter[str]
-    nodes: dict[str, list[str]]
+    nodes: dict[str, list[tuple[str, str]]]
     instructions: list[str]
     changed: float
 
@@ -137,14 +138,14 @@ def traced(mesh: str, plan: dict[str, Any], directory: str) -> Ran:
     return Ran(sent, collectives(program), instructions, float(again - loss))
 
 
-def collectives(program: AnyProgram) -> dict[str, list[str]]:
-    """The nodes that communicate in a step, by axis, in the order of the graphs."""
-    found: dict[str, list[str]] = defaultdict(list)
+def collectives(program: AnyProgram) -> dict[str, list[tuple[str, str]]]:
+    """The nodes that communicate in a step, with their modules, by axis, in the order of the graphs."""
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for part in program.parts:
         graphs = [part.required_role.forward, part.required_role.backward]
         for node in (node for graph in graphs if graph is not None for node in graph.nodes):
             if comm.moving(node.target) and not comm.is_idle(node, part.mesh):
-                found[str(comm.arguments_of(node)["axis"])].append(node.name)
+                found[str(comm.arguments_of(node)["axis"])].append((node.name, origin(node).module))
     return found
 
 
@@ -179,8 +180,13 @@ def test_a_real_step(mesh: str, plan: dict[str, Any], tmp_path: Path) -> None:
 
 def check_collectives(ran: Ran, found: dict[str, list[Event]]) -> None:
     """One slice for each collective of the program, under the name of its node, in the order of the graph."""
-    for axis, names in ran.nodes.items():
-        assert [event["name"] for event in found[f"communication {axis}"]] == names
+    for axis, nodes in ran.nodes.items():
+        events = found[f"communication {axis}"]
+        assert [(event["name"], event["args"].get("module", "")) for event in events] == nodes
+        assert any(module for _, module in nodes) or axis == "pp"
+    known = {node for nodes in ran.nodes.values() for node in nodes}
+    computes = [event["args"] for event in found["compute"] if "until_module" in event["args"]]
+    assert computes and {(about["until"], about["until_module"]) for about in computes} <= known
 
 
 def check_schedule(ran: Ran, found: dict[str, list[Event]]) -> None:
@@ -192,7 +198,7 @@ def check_schedule(ran: Ran, found: dict[str, list[Event]]) -> None:
         names = [event["name"] for of, own in found.items() if of.startswith(stream) for event in own]
         assert Counter(name for name in names if "a parameter" not in name) == wanted
     slices = {event["name"] for event in found.get("communication tp", ())}
-    assert slices <= set(ran.nodes.get("tp", ()))
+    assert slices <= {name for name, _ in ran.nodes.get("tp", ())}
 
 
 def check_merged(directory: Path, size: int) -> None:
