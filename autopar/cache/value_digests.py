@@ -154,7 +154,8 @@ class Digests:
         if isinstance(container, (set, frozenset)):
             yield from sorted(map(self.of, container))
         elif isinstance(container, Mapping):
-            for key, value in container.items():
+            is_dict = isinstance(container, dict)  # what a class makes of its items may load modules, or fail
+            for key, value in dict.items(container) if is_dict else container.items():
                 yield self.of(key)
                 yield self.of(value)
         else:
