@@ -154,8 +154,8 @@ class Digests:
         if isinstance(container, (set, frozenset)):
             yield from sorted(map(self.of, container))
         elif isinstance(container, Mapping):
-            is_dict = isinstance(container, dict)  # what a class makes of its items may load modules, or fail
-            for key, value in dict.items(container) if is_dict else container.items():
+            own: Any = container  # a dict's own items: what a class makes of them may load modules, or fail
+            for key, value in dict.items(own) if isinstance(own, dict) else own.items():
                 yield self.of(key)
                 yield self.of(value)
         else:
