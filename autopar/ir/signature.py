@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,20 @@ def user_tensors(program: AnyProgram, args: tuple[Any, ...], kwargs: Mapping[str
         if isinstance(found, Tensor) or found != expected:
             raise TraceError(f"argument {position} was {expected!r} when the model was traced and is {found!r} now")
     return [leaf for position, leaf in enumerate(leaves) if position not in static]
+
+
+def restorer(program: AnyProgram) -> Callable[[Sequence[Any]], Any]:
+    """:func:`restore_output` of ``program``; quick where the output is a flat dict or tuple of tensors."""
+    spec = program.out_spec
+    if spec is None:
+        return tuple
+    if not program.static_outputs and all(child.is_leaf() for child in spec.children()):
+        if spec.type is dict:
+            keys = tuple(spec.context)
+            return lambda tensors: dict(zip(keys, tensors))
+        if spec.type is tuple:
+            return tuple
+    return partial(restore_output, program)
 
 
 def restore_output(program: AnyProgram, tensors: Sequence[Any]) -> Any:

@@ -16,11 +16,11 @@ from autopar.errors import InvariantError
 from autopar.ir.loss import loss_of
 from autopar.ir.node import value
 from autopar.ir.program import Program
-from autopar.ir.signature import restore_output
+from autopar.ir.signature import restorer
 from autopar.ir.tables import OutputKind
 from autopar.pipeline.microbatches import Weight, weights
 from autopar.runtime.accumulate import Accumulation
-from autopar.runtime.autograd import accumulating, below_autograd, take_saved
+from autopar.runtime.autograd import accumulating, applied, below_autograd, take_saved
 from autopar.runtime.batch_counts import BatchCounts
 from autopar.runtime.border import Result
 from autopar.runtime.connect import Connection
@@ -45,6 +45,7 @@ class Executable(BoundProgram):
         self._counts = BatchCounts(program, self.slots, connection.comm)
         self._is_weighed, loss = program.is_weighed, program.loss
         self._differentiates_loss_alone = loss is not None and self.role.differentiable == (loss,)
+        self._restored = restorer(program)
         self._leaves = [self._leaf(target) for target in self.role.grads]
         self._gives = [self.giver(target) for target in self.role.grads]
         self._results = [
@@ -66,7 +67,7 @@ class Executable(BoundProgram):
         if not self._differentiates_loss_alone:
             return loss_of(self.run(tensors, seed, weight))
         step = Step(tensors, seed, learns=True, wholes=self._wholes(tensors, weight))
-        (found,) = _Differentiable.apply(self, step, *(leaf(step) for leaf in self._leaves))  # type: ignore[no-untyped-call]
+        (found,) = applied(_Differentiable, self, step, *[leaf(step) for leaf in self._leaves])
         loss: Tensor = found
         return loss
 
@@ -77,7 +78,7 @@ class Executable(BoundProgram):
         """
         step = Step(tensors, seed, wholes=self._wholes(tensors, weight))
         if self.role.backward is not None and torch.is_grad_enabled():
-            found = _Differentiable.apply(self, step, *(leaf(step) for leaf in self._leaves))  # type: ignore[no-untyped-call]
+            found = applied(_Differentiable, self, step, *[leaf(step) for leaf in self._leaves])
             given = dict(zip(self.role.differentiable, found))
         else:
             with torch.no_grad():
@@ -88,7 +89,7 @@ class Executable(BoundProgram):
             for position, result in enumerate(self._results)
             if result is not None
         ]
-        return restore_output(self.program, outputs) if self.program.out_spec is not None else tuple(outputs)
+        return self._restored(outputs)
 
     def _wholes(self, tensors: Sequence[Tensor], weight: Weight | None) -> Mapping[str, Tensor]:
         if not self._is_weighed:

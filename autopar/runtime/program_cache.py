@@ -26,11 +26,13 @@ from autopar.pipeline.microbatches import Weight
 from autopar.plan import Plan
 from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.agreement import Said, UnequalRows, digest_of, told
+from autopar.runtime.autograd import is_autocasting
 from autopar.runtime.calls import Call, global_call, ordinary, shapes
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor_habits import parts_were_shown
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable, open_groups
+from autopar.runtime.freed_memory import give_back
 from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.local_parts import check_parts, check_parts_of_ranks, explained
 from autopar.runtime.parameters import ALONE, Weights
@@ -109,6 +111,8 @@ class ProgramCache:
         self._programs: OrderedDict[Kind, AnyProgram] = OrderedDict()  # the latest used last
         self._bound: dict[Kind, Entry] = {}
         self._variants = Variants()
+        self._latest: tuple[Kind, Entry] | None = None  # of the last call: kinds are large, and take time to look up
+        self._is_alone = mesh.world_size == 1
         self._seconds: list[float] = []  # that each compiled program took
         self._told = 0  # how often that was said
 
@@ -137,6 +141,7 @@ class ProgramCache:
         self._members.clear()
         self.families.clear()
         self._bound.clear()
+        self._latest = None
         self._variants.clear()
 
     def prepared(self, call: Call, training: bool) -> AnyProgram:
@@ -161,12 +166,18 @@ class ProgramCache:
 
     def _entry(self, call: Call, training: bool) -> Entry:
         kind = self._agreed_kind(call, training)
-        entry = self._bound.get(kind)
+        entry = self._known(kind)
         if entry is None:
             entry = self._bound[kind] = Entry(self._new(call, training, kind), digest_of(kind))
-        self._programs.move_to_end(kind)
+        if self._latest is None or kind is not self._latest[0]:
+            self._programs.move_to_end(kind)
+            self._latest = kind, entry
         entry.calls += 1
         return entry
+
+    def _known(self, kind: Kind) -> Entry | None:
+        latest = self._latest
+        return latest[1] if latest is not None and kind is latest[0] else self._bound.get(kind)
 
     def run(self, call: Call, training: bool, seed: int) -> Any:
         """The model's output for ``call``; collective. Raises the errors of :meth:`bound`."""
@@ -209,9 +220,9 @@ class ProgramCache:
         comm = self._required_connection.comm
         while True:
             kind = self._kind(call, training)
-            entry = self._bound.get(kind)
-            if self._mesh.world_size == 1:
+            if self._is_alone:
                 return kind
+            entry = self._known(kind)
             due = entry is None or entry.is_due
             number = entry.number if entry is not None else digest_of(kind)
             described = partial(self._described, call, training, number, kind)
@@ -283,7 +294,12 @@ class ProgramCache:
 
     def _kind(self, call: Call, training: bool, batch: str = "") -> Kind:
         kind = *self._other_facts(training), call.key, batch, call.rows_of_all
+        latest = self._latest[0] if self._latest is not None else None
+        if latest is not None and kind == latest[0]:
+            kind = latest[0]
         number = self._variants.number(kind, call.leaves)
+        if latest is not None and kind is latest[0] and number == latest[1]:
+            return latest
         if number is None and self._weights.take_in():
             return self._kind(call, training, batch)
         return kind, self._variants.next(kind) if number is None else number
@@ -312,7 +328,7 @@ class ProgramCache:
                 self.families.learn(general_kind, call, program, guards)
                 self._tell_many()
         self._weights.lay_out(program)  # before it is kept: a program that requires other layouts never runs
-        self._programs[kind] = program
+        self._programs[kind], self._latest = program, None
         self._variants.add(*kind, guards)
         return program
 
@@ -321,6 +337,7 @@ class ProgramCache:
         start = time.perf_counter()
         with self._weights.given_back_on_failure(), self._weights.traceable():
             found = self._compiled(call, pinned, like, unasked)
+        give_back()
         self._seconds.append(time.perf_counter() - start)
         return found
 
@@ -346,8 +363,13 @@ class ProgramCache:
             logger.warning(MANY_SHAPES, number, each, PROGRAMS_KEPT)
 
 
+_NO_CASTS = (None, None)
+
+
 def cast_to() -> tuple[torch.dtype | None, ...]:
     """The dtype in which autocast computes; a traced program has its casts as nodes."""
+    if not is_autocasting():
+        return _NO_CASTS
     kinds = ("cpu", "cuda")
     return tuple([torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds])
 

@@ -24,7 +24,7 @@ from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
 from autopar.ir.tables import Input, InputKind, OutputKind
 from autopar.runtime.absent import Table
-from autopar.runtime.autograd import below_autograd, is_watched
+from autopar.runtime.autograd import below_autograd, is_autocasting, is_watched
 from autopar.runtime.border import joined, part_of, trimmed
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import local_of, of_local, spec_of
@@ -100,7 +100,7 @@ class BoundProgram:
         resident = self._gathered.get(FORWARD if name == LEARN else name)
         if resident is not None:
             inputs += resident.tensors()
-        autocasting = torch.is_autocast_enabled(self.comm.device.type)
+        autocasting = is_autocasting() and torch.is_autocast_enabled(self.comm.device.type)
         with torch.autocast(self.comm.device.type, enabled=False) if autocasting else _NOTHING, below_autograd():
             found = self.results(name, inputs)
         count = len(self.program.outputs)

@@ -19,6 +19,7 @@ class Variants:
 
     def __init__(self) -> None:
         self._known: dict[Hashable, list[tuple[int, Guards]]] = {}
+        self._latest: tuple[Hashable, Sequence[tuple[int, Guards]]] = None, ()  # what was asked last: keys are large
         self._made: dict[Hashable, int] = {}
 
     def next(self, kind: Hashable) -> int:
@@ -30,11 +31,12 @@ class Variants:
 
         Raises TraceError where too many variants differ by what Python saw in tensors.
         """
-        known = self._known.get(kind, ())
+        known = self._of(kind)
         for place, (number, guards) in enumerate(known):
             if guards.hold() and all(values.hold(leaves) for values in guards.values):
                 if place:
                     self._known[kind] = [known[place], *known[:place], *known[place + 1 :]]
+                    self._latest = None, ()
                 if guards.effects:
                     guards.replay()
                 return number
@@ -48,15 +50,22 @@ class Variants:
             )
         return None
 
+    def _of(self, kind: Hashable) -> Sequence[tuple[int, Guards]]:
+        if kind is not self._latest[0]:
+            self._latest = kind, self._known.get(kind, ())
+        return self._latest[1]
+
     def add(self, kind: Hashable, number: int, guards: Guards) -> None:
         """A variant was made, as the model is now."""
         guards.settle()
+        self._latest = None, ()
         self._known.setdefault(kind, []).insert(0, (number, guards))
         self._made[kind] = number + 1
         guards.replay()
 
     def remove(self, kind: Hashable, number: int) -> None:
         """Forget a variant."""
+        self._latest = None, ()
         self._known[kind] = [pair for pair in self._known.get(kind, ()) if pair[0] != number]
 
     def change(self, kind: Hashable, leaves: Sequence[Any]) -> str:
@@ -69,6 +78,7 @@ class Variants:
         return next(filter(None, (values.change(leaves) for values in guards.values)), "")
 
     def clear(self) -> None:
+        self._latest = None, ()
         self._known.clear()
         self._made.clear()
 
