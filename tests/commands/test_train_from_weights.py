@@ -57,7 +57,11 @@ def plain_losses(folder: Path) -> list[float]:
     return losses
 
 
-MESHES = [(1, ["1"]), (4, ["dp=2,tp=2", "--zero", "3"]), (2, ["pp=2"])]
+MESHES = [
+    (1, ["1"]),
+    (4, ["dp=2,tp=2", "--zero", "3"]),
+    (2, ["pp=2", "--microbatches", "1"]),  # the losses of several are float32, as llama computes it, and are added
+]
 
 
 @pytest.mark.parametrize("ranks, words", slow_but([0], MESHES))
