@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autopar.models import llama
+from autopar.models import gpt, llama, moe
 
 Batch = dict[str, Tensor]
 BATCH, LENGTH, VOCABULARY = 8, 128, 512
@@ -71,13 +71,19 @@ class Subject:
     localised: Callable[[nn.Module], None] = lambda model: None
 
     def batch(self, seed: int, batch: int = BATCH, length: int = LENGTH) -> Batch:
-        """Every token has a label, so that a mean of means is the mean: torch's own parallelism knows no other."""
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(self.vocabulary, (batch, length), generator=generator)
-        return {"input_ids": tokens, "labels": tokens.clone()}
+        return tokens_with_labels(self.vocabulary, seed, batch, length)
 
 
-def hugging_face_llama(width: int, layers: int, vocabulary: int = VOCABULARY, head_width: int = 32) -> nn.Module:
+def tokens_with_labels(vocabulary: int, seed: int, batch: int = BATCH, length: int = LENGTH) -> Batch:
+    """Every token has a label, so that a mean of means is the mean: torch's own parallelism knows no other."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocabulary, (batch, length), generator=generator)
+    return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def hugging_face_llama(
+    width: int, layers: int, vocabulary: int = VOCABULARY, head_width: int = 32, *, tied: bool = False
+) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -88,6 +94,7 @@ def hugging_face_llama(width: int, layers: int, vocabulary: int = VOCABULARY, he
         num_attention_heads=width // head_width,
         num_key_value_heads=width // head_width // 2,
         max_position_embeddings=1024,
+        tie_word_embeddings=tied,
         use_cache=False,
     )
     model: nn.Module = LlamaForCausalLM(config)
@@ -116,6 +123,16 @@ def hugging_face_mixtral(width: int, layers: int, experts: int = 8) -> nn.Module
 def our_llama(width: int, layers: int) -> nn.Module:
     sizes = {"heads": width // 32, "kv_heads": width // 64, "ff": width * 11 // 4}
     return llama.build("tiny", vocab=VOCABULARY, context=LENGTH, width=width, layers=layers, **sizes)
+
+
+def our_gpt(width: int, layers: int) -> nn.Module:
+    sizes = {"context": LENGTH, "width": width, "layers": layers, "heads": width // 32}
+    return gpt.build("tiny", vocab=VOCABULARY, **sizes)
+
+
+def our_mixture(width: int, layers: int) -> nn.Module:
+    sizes = {"heads": width // 32, "kv_heads": width // 64, "ff": width * 11 // 4, "experts": 8}
+    return moe.build("tiny", vocab=VOCABULARY, context=LENGTH, width=width, layers=layers, **sizes)
 
 
 def count_local_heads(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # which import torch
     from autopar.fitting.meshes import Refused, Wanted
     from autopar.fitting.prices import Prices
 
-VARIED = ("zero", "recompute", "sequence")
+VARIED, WEIGHTS = ("zero", "recompute", "sequence"), "microbatch_weights"
 SHOWN_OF_ALIKE = 6  # meshes that are refused for one reason
 
 
@@ -57,7 +57,7 @@ def fit_command(
     prices = Prices(example.model, lambda rows: rows_of(example.batch, rows), plan.plan())
     wanted = Wanted(
         gpus, per_node, choices.batch or gpus, memory.optimizer, device, plan.plan(),
-        frozenset(name for name in VARIED if name in plan.given), _length(example.batch),
+        frozenset(name for name in (*VARIED, WEIGHTS) if name in plan.given), _length(example.batch),
         None if axes is None else read_axes(axes),
     )  # fmt: skip
     search.run(prices, wanted, shown)
@@ -88,13 +88,17 @@ class _Search:
     start: float = field(default_factory=time.perf_counter)
 
     def run(self, prices: Prices, wanted: Wanted, shown: int) -> None:
-        """Price all meshes, then compile those that are estimated to be fastest."""
+        """Guess, price all meshes, then compile those that are estimated to be fastest."""
         from autopar.fitting.counted import compiled
         from autopar.fitting.meshes import tried_axes
+        from autopar.fitting.weights import settled
 
         with stderr().status(f"pricing the blocks of {self.model}"):
-            _, self.left = tried_axes(prices.of_model, wanted)
-            self._say(f"{_title(self.model, wanted)}: estimates first, best-first by guess")
+            wanted, notes = settled(prices, wanted)
+            _, left = tried_axes(prices.of_model, wanted)
+            self.left = (*left, *notes)
+            self._guessed(prices, wanted, shown)
+            self._say("estimated from blocks that are compiled for each way to split them, best-first by guess:")
             fitting = list(self._priced(prices, wanted))
         self._passed("priced")
         fitting.sort(key=lambda one: one.best.seconds)
@@ -106,6 +110,16 @@ class _Search:
         self.found += [one.best for one in fitting[shown:]]
         self.found.sort(key=lambda one: one.seconds)
         self._passed("all")
+
+    def _guessed(self, prices: Prices, wanted: Wanted, shown: int) -> None:
+        """The first table, from the price of one rank; there within seconds."""
+        from autopar.fitting.fit import guesses
+
+        self._say(f"{_title(self.model, wanted)}\nestimated from one rank, not compiled:")
+        for one in guesses(prices, wanted)[:shown]:
+            mesh, plan, memory, free, _, bubble = _cells(one, wanted)
+            self._say(f"{mesh}  {plan}: about {memory}, {free} free, bubble {bubble}")
+        self._passed("guessed")
 
     def _priced(self, prices: Prices, wanted: Wanted) -> Iterator[Fitting]:
         from autopar.fitting.fit import Fitting, fits
@@ -154,7 +168,8 @@ class _Search:
         console.print()
         console.print(table("these do not", ("mesh", "why"), list(_reasons(self.refused))))
         took = self.seconds
-        print(f"priced in {took['priced']:.0f} s, compiled in {took['all']:.0f} s", file=sys.stderr)
+        said = f"guessed in {took['guessed']:.0f} s, priced in {took['priced']:.0f} s, compiled in {took['all']:.0f} s"
+        print(said, file=sys.stderr)
 
     def document(self, wanted: Wanted) -> dict[str, Any]:
         return {
@@ -214,7 +229,7 @@ def _axes(one: Estimate | Refused) -> str:
 def _json(one: Estimate, wanted: Wanted) -> dict[str, Any]:
     return {
         "mesh": dict(one.mesh.axes),
-        "plan": {name: getattr(one.plan, name) for name in (*VARIED, "microbatches", "schedule")},
+        "plan": {name: getattr(one.plan, name) for name in (*VARIED, "microbatches", WEIGHTS, "schedule")},
         "rows": one.rows,
         "memory_bytes": one.memory,
         "free_bytes": -wanted.device.over(one.memory),

@@ -17,12 +17,16 @@ from autopar.fitting.prices import Prices
 from autopar.fitting.repeated import BLOCKS, NotAlike
 from autopar.fitting.stages import Shallow
 from autopar.ir.batch import data_ways
-from autopar.ir.program import AnyProgram, Program
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.memory.table import memory_of
 from autopar.mesh import PIPELINE
+from autopar.pipeline.links import links_of
+from autopar.pipeline.planned_schedule import most_in_flight, planned_schedule
+from autopar.schedules.messages import with_messages
 
 TRIES = 3  # plans of a mesh that are compiled
 BEFORE_THE_CUT = "cast_parameters"  # the pass before that which cuts
+WAVES = 3  # microbatches for each stage of a pipeline: to fill it, in its steady state, and to empty it
 FEWEST = 2  # blocks of a program that is compiled to check an estimate
 
 
@@ -58,7 +62,14 @@ def counted(one: Estimate, prices: Prices) -> Estimate | Refused:
                 return _by_stages(one, prices)
         return _by_depth(one, prices)
     except (AutoparError, ValueError) as problem:
-        return Refused(one.mesh, str(problem).strip().splitlines()[0])
+        return Refused(one.mesh, _with_way_out(str(problem)))
+
+
+def _with_way_out(text: str) -> str:
+    """The first line, and where another choice of the plan is a way out, the first of those."""
+    first, *others = text.strip().splitlines()
+    ways = (line.partition(";")[0] for line in others if line.startswith("Way out: Plan("))
+    return " ".join([first, *(f"({way})" for way in ways)])
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,8 @@ class _Count:
         moved = defaultdict[str, float](float)
         for transfer in sent(program, middle):
             moved[transfer.axis] += transfer.bytes
-        return cls(tuple(rank.peak for rank in memory_of(program, optimizer, timeline=False).ranks), moved)
+        table = memory_of(few_microbatches(program), optimizer, timeline=False)
+        return cls(tuple(rank.peak for rank in table.ranks), moved)
 
     def deeper(self, less: _Count, steps: float) -> _Count:
         """With so many times more of what this has beyond ``less``."""
@@ -84,6 +96,25 @@ class _Count:
             for axis in axes
         }
         return _Count(tuple(int(a + steps * (a - b)) for a, b in zip(self.peaks, less.peaks)), moved)
+
+
+def few_microbatches(program: AnyProgram) -> AnyProgram:
+    """The same with as many as fill its pipeline and show it in its steady state: what follows only repeats that.
+
+    With a schedule by which a stage holds all microbatches at once, they are as many as they were.
+    """
+    if not isinstance(program, PipelinedProgram) or ":" in program.plan.schedule:
+        return program
+    few = WAVES * len(program.stages)
+    if program.plan.microbatches <= few:
+        return program
+    plan = replace(program.plan, microbatches=few)
+    schedule = planned_schedule(plan, program.mesh)
+    if most_in_flight(schedule) != most_in_flight(program.required_schedule):
+        return program
+    if not schedule.has_messages:
+        schedule = with_messages(schedule, links_of(program))
+    return replace(program, plan=plan, schedule=schedule)
 
 
 def _of(one: Estimate, count: _Count) -> Estimate:

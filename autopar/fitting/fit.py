@@ -10,8 +10,10 @@ from typing import Any
 from autopar.fitting.estimate import Estimate, estimate
 from autopar.fitting.meshes import Refused, Wanted, impossible, meshes, tried_axes
 from autopar.fitting.prices import Price, Prices, within_stage
+from autopar.fitting.weights import WEIGHTS
 from autopar.ir.batch import data_ways
 from autopar.ir.traffic import size_text
+from autopar.memory.optimizers import optimizer_named
 from autopar.mesh import PIPELINE, Mesh
 from autopar.plan import Plan
 
@@ -41,6 +43,16 @@ def fits(prices: Prices, wanted: Wanted) -> Iterator[Fitting | Refused]:
     for mesh in sorted(possible, key=lambda mesh: _guess(mesh, prices, wanted)):
         yield plans_of(mesh, prices.of, prices.blocks, wanted)
     yield from (Refused(mesh, why) for mesh, why in reasons if why is not None)
+
+
+def guesses(prices: Prices, wanted: Wanted) -> list[Estimate]:
+    """The plans that are guessed to be fastest, one for each mesh that is likely to fit: from the price of one rank
+    alone, so that they are there at once. What ``tp`` and ``sp`` send is not in them.
+    """
+    model = prices.of_model
+    tried = [mesh for mesh in meshes(wanted, tried_axes(model, wanted)[0]) if impossible(mesh, model, wanted) is None]
+    found = [plans_of(mesh, prices.guess, prices.blocks, wanted) for mesh in tried]
+    return sorted((one.best for one in found if isinstance(one, Fitting)), key=lambda one: one.seconds)
 
 
 def _guess(mesh: Mesh, prices: Prices, wanted: Wanted) -> float:
@@ -88,7 +100,8 @@ def _plans(mesh: Mesh, wanted: Wanted, recompute: Any) -> Iterator[tuple[Plan, i
 
 
 def _zeros(mesh: Mesh, wanted: Wanted) -> Sequence[int]:
-    return _choices("zero", ZERO if mesh.shard_axis() is not None else (0,), wanted)
+    splits = mesh.shard_axis() is not None and not optimizer_named(wanted.optimizer).whole_only
+    return _choices("zero", ZERO if splits else (0,), wanted)
 
 
 def _choices(name: str, usual: Sequence[Any], wanted: Wanted) -> Sequence[Any]:
@@ -99,5 +112,7 @@ def in_words(one: Estimate) -> str:
     """The choices of a plan that were made for it."""
     plan = one.plan
     named = {"zero": (plan.zero, 0), "recompute": (plan.recompute, "none"), "sequence": (plan.sequence, "none")}
+    if plan.microbatches > 1:
+        named[WEIGHTS] = (plan.microbatch_weights, "exact")
     words = [f"{name}={value}" for name, (value, usual) in named.items() if value != usual]
     return " ".join([*words, f"microbatches={plan.microbatches}"])

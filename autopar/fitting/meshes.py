@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from autopar.memory.device import Device
+from autopar.memory.optimizers import optimizer_named
 from autopar.mesh import DATA_AXES, EXPERTS, PIPELINE, SEQUENCE, TENSOR, Mesh
 from autopar.plan import Plan
 
@@ -97,6 +98,8 @@ def _reasons(mesh: Mesh, model: Model, wanted: Wanted) -> Iterator[str]:
         yield f"tp={ways} goes beyond a node of {wanted.node_size}: its collectives wait between any two layers"
     if experts > 1 and not model.experts:
         yield f"experts: the model has none for ep={experts}"
+    if optimizer_named(wanted.optimizer).whole_only and ways * experts > 1:
+        yield f"optimizer: torch's {wanted.optimizer} cannot update split parameters; dp and pp leave them whole"
     if model.experts % experts:
         yield f"experts: {model.experts} do not divide by ep={experts}"
     if wanted.rows % data:

@@ -145,8 +145,9 @@ class _Program:
     def memory(self, optimizer: str = "adamw") -> MemoryTable:
         """What a rank of each pipeline place holds in a training step, and the most at once: nothing is run.
 
-        ``optimizer``: ``"adamw"``, ``"sgd"``, ``"adafactor"``, ... Raises ValueError for one that is not known,
-        InvariantError for a program that is not differentiated.
+        ``optimizer``: ``"adamw"``, ``"sgd"``, ``"adafactor"``, ... Raises ValueError for one that is not known, and for
+        one that cannot update split parameters where there are some; InvariantError for a program that is not
+        differentiated.
         """
         from autopar.memory.table import memory_of
 

@@ -20,10 +20,14 @@ BLOCK, SMALL, CODES = 256, 4096, 256
 
 @dataclass(frozen=True)
 class Optimizer:
-    """``states``: bytes that it keeps for a parameter of a shape and dtype; ``does``: what they are."""
+    """``states``: bytes that it keeps for a parameter of a shape and dtype; ``does``: what they are.
+
+    ``whole_only``: torch has no step of it for parameters that are split over ranks, so that the runtime refuses it.
+    """
 
     states: Count
     does: str
+    whole_only: bool = False
 
 
 def _alike(copies: int, counts: bool = True) -> Count:
@@ -51,7 +55,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adam": Optimizer(_alike(2), "two moments"),
     "adam-amsgrad": Optimizer(_alike(3), "two moments, and the largest second one"),
     "adam8bit": Optimizer(_in_8_bits, "two moments of a byte an element, with scales (torchao)"),
-    "adafactor": Optimizer(_factored, "second moments of rows and columns"),
+    "adafactor": Optimizer(_factored, "second moments of rows and columns", whole_only=True),
     "adagrad": Optimizer(_alike(1), "the sum of squares"),
     "rmsprop": Optimizer(_alike(1), "the mean of squares"),
     "sgd": Optimizer(_alike(0, counts=False), "nothing"),
@@ -64,3 +68,13 @@ def optimizer_named(name: str) -> Optimizer:
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer '{name}' is not known; there are {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name]
+
+
+def refuse_split(name: str, split: str) -> None:
+    """Raise ValueError if the optimizer ``name`` cannot update ``split``, which is split over ranks."""
+    if optimizer_named(name).whole_only:
+        raise ValueError(
+            f"torch's {name} cannot update parameters that are split over ranks, as {split} is: it has no such step "
+            "for DTensors\nWay out: another optimizer (--optimizer adamw, adam8bit, sgd), or whole parameters: dp and pp "
+            "with zero=0."
+        )

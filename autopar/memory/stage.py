@@ -40,7 +40,8 @@ def pipelined_step(program: PipelinedProgram, place: int, tapes: Tapes, account:
         number: Stage([one.stages[number] for one in of_each], number, tensors, tapes)
         for number in program.stages_on(place)
     }
-    mail = _Arrivals([_types(one) for one in of_each], account)
+    types = {id(one): _types(one) for one in (program, *([tail] if tail is not None else []))}
+    mail = _Arrivals([types[id(one)] for one in of_each], account)
     player = Interpreter(Routes(program), schedule, place, stages, mail, lambda _: account.mark())
     for _ in player.run():
         raise AssertionError("every message has arrived")

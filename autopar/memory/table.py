@@ -24,7 +24,7 @@ from autopar.memory.account import (
     WORKING,
     Account,
 )
-from autopar.memory.optimizers import optimizer_named
+from autopar.memory.optimizers import optimizer_named, refuse_split
 from autopar.memory.shapes import Operators
 from autopar.memory.stage import pipelined_step
 from autopar.memory.step import flat_step
@@ -117,9 +117,12 @@ def memory_of(
         uneven: count rows for experts as if all tokens chose those of one rank, which is then the largest.
         small: of a pipeline whose last microbatches have fewer rows, how many these are.
 
-    Raises ValueError for an unknown optimizer, InvariantError for a program that is not differentiated.
+    Raises ValueError for an unknown optimizer, and for one that cannot update parameters that are split as those of
+    ``program``; InvariantError for a program that is not differentiated.
     """
     optimizer_named(optimizer)
+    for stage in program.parts:
+        _refuse_split(stage, optimizer)
     mesh = program.mesh.of_stage if isinstance(program, PipelinedProgram) else program.mesh
     last = mesh.coordinates(mesh.world_size - 1)  # the first rank of an axis may hold less (``keep_first``)
     tapes, found = Tapes(mesh, last, Operators(), uneven=uneven), []
@@ -176,6 +179,12 @@ def _parameters(stages: list[Program]) -> dict[str, tuple[tuple[int, ...], torch
         for stage in stages
         for node, entry in stage.placeholders(InputKind.PARAMETER)
     }
+
+
+def _refuse_split(stage: Program, optimizer: str) -> None:
+    for node, entry in stage.placeholders(InputKind.PARAMETER):
+        if value(node).layout.axes and entry.target in stage.required_role.grads:
+            refuse_split(optimizer, entry.target)
 
 
 def _states(stages: list[Program], optimizer: str) -> int:

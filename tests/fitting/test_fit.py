@@ -14,17 +14,19 @@ import torch
 from autopar.__main__ import main
 from autopar.analysis.footprint import sent
 from autopar.compiler import compile_program
-from autopar.fitting.counted import compiled, counted
+from autopar.fitting.counted import compiled, counted, few_microbatches
 from autopar.fitting.estimate import Estimate, estimate
-from autopar.fitting.fit import Fitting, fits
+from autopar.fitting.fit import Fitting, fits, guesses, in_words
 from autopar.fitting.meshes import AXES, Model, Refused, Wanted, impossible, meshes, read_axes, tried_axes
 from autopar.fitting.prices import ROWS, Price, Prices, rows_of
 from autopar.fitting.shallow import depth_of, shallow
+from autopar.fitting.weights import settled
 from autopar.memory.device import Device
 from autopar.memory.table import memory_of
 from autopar.mesh import Mesh, axes_of
 from autopar.models import llama
 from autopar.plan import Plan
+from autopar.zoo.named import named_model
 from tests.selection import slow_but
 
 BLOCKS, OPTIMIZER = 6, "adamw"
@@ -93,6 +95,64 @@ def test_two_depths_tell_the_memory_of_the_whole_model(mesh: Mesh, choices: dict
     for axis, size in moved.items():
         near = pytest.approx(size, rel=0.1) if mesh.size("tp") > 1 else size  # see test_agreement
         assert found.sent[axis] == near, (axis, found.sent, moved)
+
+
+SCHEDULES = ["1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"]
+
+
+@pytest.mark.parametrize("schedule", slow_but((0,), SCHEDULES), ids=str)
+def test_the_peak_is_that_of_fewer_microbatches_unless_all_are_in_flight(schedule: str) -> None:
+    plan = Plan(schedule=schedule, microbatches=16, check_numerics=False)
+    program = compile_program(llama.build("tiny", layers=4), Mesh(pp=2), plan, (), prices().batch_of(16))
+    fewer = few_microbatches(program)
+    assert fewer.plan.microbatches == {"gpipe": 16, "1f1b": 6, "zb-h1": 6}.get(schedule, 12)
+    peaks = [[rank.peak for rank in memory_of(one, OPTIMIZER).ranks] for one in (program, fewer)]
+    assert peaks[0] == peaks[1]
+
+
+def test_guesses_come_before_any_way_to_split_layers_is_priced() -> None:
+    model = llama.build("tiny", layers=BLOCKS)
+    fresh = Prices(model, prices().batch_of, Plan())
+    sought = wanted(2)
+    guessed = guesses(fresh, sought)
+    assert {key[0] for key in fresh._known} == {Mesh().axes}
+    fitting, _ = found_of(sought)
+    assert {one.mesh.axes for one in guessed} == {one.mesh.axes for one in fitting}
+    assert [one.seconds for one in guessed] == sorted(one.seconds for one in guessed)
+    whole = next(one for one in guessed if one.mesh.axes == Mesh(dp=2).axes)
+    priced = next(one for one in fitting if one.mesh.axes == Mesh(dp=2).axes)
+    assert whole.memory == priced.best.memory  # nothing is divided there, so that the guess is the price
+
+
+def mixture(balance: float) -> Prices:
+    example = named_model("moe", {"layers": 2, "balance": balance}, ROWS, 8)
+    return Prices(example.model, lambda rows: rows_of(example.batch, rows), Plan())
+
+
+def test_microbatches_of_a_loss_that_is_no_sum_are_weighed_by_their_own_statistics() -> None:
+    sought = replace(wanted(2), fixed=frozenset({"zero", "recompute", "sequence"}), axes=("dp",))
+    assert settled(mixture(0.0), sought) == (sought, ())
+    balanced = mixture(0.01)
+    chosen, (line,) = settled(balanced, sought)
+    assert chosen.plan.microbatch_weights == "statistics" and "microbatch_weights=statistics" in line
+    assert settled(balanced, replace(sought, fixed=sought.fixed | {"microbatch_weights"}))[0].plan == sought.plan
+    one = next(found for found in fits(balanced, chosen) if isinstance(found, Fitting))
+    several = next(plan for plan in one.plans if plan.plan.microbatches > 1)
+    assert "microbatch_weights=statistics" in in_words(several)
+    assert isinstance(counted(several, balanced), Estimate)
+    exact = replace(several, plan=replace(several.plan, microbatch_weights="exact"))
+    refused = counted(exact, balanced)
+    assert isinstance(refused, Refused) and 'Plan(microbatch_weights="statistics")' in refused.why
+
+
+def test_an_optimizer_of_whole_parameters_gets_no_mesh_that_splits_them() -> None:
+    sought = replace(wanted(4), optimizer="adafactor", fixed=frozenset({"recompute", "sequence"}))
+    fitting, refused = found_of(sought)
+    assert {one.mesh.axes for one in fitting} == {Mesh(dp=4).axes, Mesh(pp=2, dp=2).axes, Mesh(pp=4).axes}
+    assert all(plan.plan.zero == 0 for one in fitting for plan in one.plans)
+    assert all("cannot update split parameters" in one.why for one in refused)
+    found = counted(next(one for one in fitting if one.mesh.axes == Mesh(dp=4).axes).best, prices())
+    assert isinstance(found, Estimate)
 
 
 def test_every_mesh_fits_or_says_why() -> None:

@@ -65,6 +65,16 @@ def test_states_are_those_that_torch_holds(name: str) -> None:
             assert OPTIMIZERS[name].states(shape, dtype) == sum(x.nbytes for x in held), (shape, dtype)
 
 
+def test_an_optimizer_that_cannot_update_split_parameters_is_refused_there_alone() -> None:
+    whole = memory_of(program_of(Mesh(dp=2)), "adafactor").largest
+    assert 0 < whole.optimizer < whole.parameters
+    for program in (program_of(Mesh(dp=2), zero=1), program_of(Mesh(dp=2), zero=3), program_of(Mesh(tp=2), width=4096)):
+        with pytest.raises(ValueError, match="cannot update parameters that are split") as refused:
+            memory_of(program, "adafactor")
+        assert "Way out" in str(refused.value) and "zero=0" in str(refused.value)
+        assert memory_of(program, "adamw").largest.optimizer
+
+
 def test_what_is_held_between_steps_is_read_off_the_layouts() -> None:
     for zero in (0, 3):
         found = memory_of(program_of(Mesh(dp=2), zero=zero)).largest
