@@ -12,7 +12,6 @@ from autopar.cache.folder import PLACE, SIZE, File, Folder, most_bytes, place
 from autopar.commands.options import Json
 from autopar.commands.tables import print_json, stdout, table
 from autopar.errors import AutoparError
-from autopar.ir.traffic import size_text
 
 
 def cache_command(
@@ -24,6 +23,8 @@ def cache_command(
     AUTOPAR_CACHE=DIR keeps them in another folder, AUTOPAR_CACHE=0 nowhere; AUTOPAR_CACHE_SIZE=2GB is what they may
     have together, the longest unused go first. AUTOPAR_LOG=debug says at each launch why a program was compiled.
     """
+    from autopar.ir.traffic import size_text
+
     path = place()
     if path is None:
         raise AutoparError(f"there is no cache: {PLACE}=0\nWay out: another value, or none.")
@@ -45,6 +46,8 @@ def cache_command(
 
 
 def _row(folder: Folder, file: File) -> tuple[str, ...]:
+    from autopar.ir.traffic import size_text
+
     about = _about(folder, file)
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used))
     seconds = f"{about.get('seconds', '?')} s"

@@ -75,6 +75,6 @@ def refuse_split(name: str, split: str) -> None:
     if optimizer_named(name).whole_only:
         raise ValueError(
             f"torch's {name} cannot update parameters that are split over ranks, as {split} is: it has no such step "
-            "for DTensors\nWay out: another optimizer (--optimizer adamw, adam8bit, sgd), or whole parameters: dp and pp "
-            "with zero=0."
+            "for DTensors\nWay out: another optimizer (--optimizer adamw, adam8bit, sgd), or whole parameters: dp and "
+            "pp with zero=0."
         )
