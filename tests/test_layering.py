@@ -59,7 +59,7 @@ STANDS_ON = {
     "compiler": "choices errors frontend ir mesh passes pipeline plan",
     "other_methods": "errors plan precision",
     "cache": "compiler errors frontend ir mesh notes plain_files plan precision program_files rules schedules",
-    "fitting": "analysis compiler cost errors frontend ir memory mesh pipeline plan",
+    "fitting": "analysis compiler cost errors frontend ir memory mesh pipeline plan schedules",
     "holding": "frontend ir runtime",
     "module": (
         "analysis cache errors families frontend holding ir mesh other_methods pipeline plan runtime schedules"
