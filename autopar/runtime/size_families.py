@@ -239,12 +239,12 @@ def general(call: Call) -> tuple[Hashable, ...]:
 
 
 def resized(call: Call, shapes: Shapes) -> Call:
-    """A call like ``call`` with zeros of other ``shapes``."""
+    """A call like ``call`` with tensors of other ``shapes``, and without data: twice a long batch may have no room."""
     given = iter(shapes)
 
-    def zeros(leaf: Tensor) -> Tensor:
-        return leaf.new_zeros(next(given)).requires_grad_(leaf.requires_grad)
+    def empty(leaf: Tensor) -> Tensor:
+        return leaf.new_empty(next(given), device="meta").requires_grad_(leaf.requires_grad)
 
-    args, kwargs = pytree.tree_map_only(Tensor, zeros, (call.args, call.kwargs))
+    args, kwargs = pytree.tree_map_only(Tensor, empty, (call.args, call.kwargs))
     leaves = pytree.tree_leaves((args, kwargs))
     return Call(args, kwargs, leaves, (call.key[0], *map(kind_of, leaves)), call.rows_of_all)
