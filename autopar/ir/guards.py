@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from autopar.errors import AutoparError
 from autopar.ir.same_values import MISSING, is_same, shown
 from autopar.ir.value_guards import ValueGuard
 
+Thing = TypeVar("Thing")
 Container = list[Any] | tuple[Any, ...] | dict[Any, Any] | set[Any] | frozenset[Any] | deque[Any]
 
 
@@ -146,6 +147,24 @@ class Guards:
             getattr(self, name).extend(getattr(other, name))
         self.settle()
 
+    @classmethod
+    def joined(cls, several: Sequence[Guards]) -> Guards:
+        """What all of ``several`` assume, each thing once; the effects are the first one's."""
+        return cls(
+            _once([one for guards in several for one in guards.readings], lambda one: (id(one.table), one.key)),
+            _once([one for guards in several for one in guards.absent], lambda one: (id(one[0]), one[1])),
+            _once([one for guards in several for one in guards.quiet], lambda one: id(one[0])),
+            _once([one for guards in several for one in guards.contents], lambda one: id(one.container)),
+            _once([one for guards in several for one in guards.written], lambda one: id(one[0])),
+            list(several[0].effects),
+            [one for guards in several for one in guards.values],
+        )
+
+    def leaves_alike(self, other: Guards) -> bool:
+        """Whether forward leaves the same values in the same attributes."""
+        mine, others = ({(id(table), key): value for table, key, value in each.effects} for each in (self, other))
+        return mine.keys() == others.keys() and all(is_same(mine[place], others[place]) for place in mine)
+
     def hold(self) -> bool:
         """Whether all is as it was."""
         try:
@@ -203,6 +222,14 @@ class Guards:
         for tensor, version, label in self._versions:
             if version_of(tensor) != version:
                 yield f"the tensor {label} was written into"
+
+
+def _once(things: Sequence[Thing], key: Callable[[Thing], Hashable]) -> list[Thing]:
+    """The first of those with one key."""
+    found: dict[Hashable, Thing] = {}
+    for thing in things:
+        found.setdefault(key(thing), thing)
+    return list(found.values())
 
 
 def _apart(was: Any, now: Any) -> list[str]:

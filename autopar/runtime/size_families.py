@@ -64,7 +64,7 @@ class _Kept:
 
     Attributes:
         first: its first program, as which others decide.
-        calls: the shapes of the calls that came and were compiled.
+        guards: what all programs of this kind assume.
         points: programs that are in no family, with their shapes.
         rounds: how often further points were compiled.
     """
@@ -72,7 +72,6 @@ class _Kept:
     first: AnyProgram
     guards: Guards
     families: list[Known] = field(default_factory=list)
-    calls: list[Shapes] = field(default_factory=list)
     points: list[tuple[Shapes, AnyProgram]] = field(default_factory=list)
     rounds: int = 0
 
@@ -127,14 +126,17 @@ class SizeFamilies:
         kept = self._of(kind)
         if kept is None:
             kept = self._kept[kind] = _Kept(program, guards)
+        if not kept.guards.leaves_alike(guards):
+            logger.debug("no family of programs: what forward leaves in attributes differs")
+            return
         shapes = shapes_of(call)
-        kept.calls.append(shapes)
         for known in kept.families:
             sizes = known.scheme.sizes(shapes)
             larger = known.family.extended(program, sizes) if sizes is not None else None
             if larger is not None:
-                self._replace(known, larger)
+                self._replace(known, larger, guards)
                 return
+        kept.guards = Guards.joined([kept.guards, guards])
         kept.points = [*kept.points, (shapes, program)][-POINTS_KEPT:]
         if len(kept.points) > 1:
             self._make(kept, call)
@@ -150,8 +152,10 @@ class SizeFamilies:
             kept.rounds += 1
             known = [sizes for sizes, _ in points]
             for sizes in further(known, self._units(scheme), varies_batch=kept.rounds == 1):
-                program = self._tried(kept.first, call, scheme, sizes)
-                points += [(sizes, program)] if program is not None else []
+                tried = self._tried(kept.first, kept.guards, call, scheme, sizes)
+                if tried is not None:
+                    points.append((sizes, tried[0]))
+                    kept.guards = Guards.joined([kept.guards, tried[1]])
         family = self._fitted(kept, [Point(sizes, program) for sizes, program in points])
         if family is not None:
             kept.families.insert(0, Known(family, FamilyCode(family), scheme, kept.guards))
@@ -171,26 +175,30 @@ class SizeFamilies:
                 logger.debug("no family of programs: %s", problem)
         return None
 
-    def _tried(self, like: AnyProgram, call: Call, scheme: Scheme, sizes: Sizes) -> AnyProgram | None:
-        """The program of a call like ``call`` of other sizes; None where the model does not take those."""
+    def _tried(self, like: AnyProgram, assumed: Guards, call: Call, scheme: Scheme, sizes: Sizes) -> Compiled | None:
+        """The program of a call like ``call`` of other sizes; None where the model does not take those.
+
+        Also where it leaves something else in attributes than ``assumed``.
+        """
         try:
             program, guards = self._compiled(resized(call, scheme.shapes(shapes_of(call), sizes)), like)
         except Exception as problem:  # whatever the model raises: the user has not asked for these sizes
             logger.debug("no program for %s: %s", sizes, problem)
             return None
-        return None if guards.values else program
+        return None if guards.values or not assumed.leaves_alike(guards) else (program, guards)
 
     def _extend(self, known: Known, call: Call, sizes: Sizes) -> bool:
-        program = self._tried(known.family.template, call, known.scheme, sizes)
-        larger = known.family.extended(program, sizes) if program is not None else None
-        if larger is not None:
-            self._replace(known, larger)
-        return larger is not None
+        tried = self._tried(known.family.template, known.guards, call, known.scheme, sizes)
+        larger = known.family.extended(tried[0], sizes) if tried is not None else None
+        if tried is None or larger is None:
+            return False
+        self._replace(known, larger, tried[1])
+        return True
 
     @staticmethod
-    def _replace(known: Known, larger: Family) -> None:
-        known.family = larger
-        known.code.family = larger
+    def _replace(known: Known, larger: Family, guards: Guards) -> None:
+        known.family = known.code.family = larger
+        known.guards = Guards.joined([known.guards, guards])
 
     # ------------------------------------------------------------ finding
 

@@ -114,3 +114,45 @@ def test_few_compiles_and_the_numbers_of_one_device(case: str) -> None:
     ):
         assert loss <= EXACT and weight <= EXACT
         assert compiles <= 5, family
+
+
+class Careful(nn.Module):
+    """Reads an attribute for long batches alone; may leave the length in an attribute."""
+
+    def __init__(self, leaves_length: bool) -> None:
+        super().__init__()
+        self.weight, self.scale, self.leaves_length, self.length = nn.Parameter(torch.ones(1)), 2.0, leaves_length, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.leaves_length:
+            self.length = x.shape[1]
+        if x.shape[1] > 20:
+            x = x * self.scale
+        else:
+            x = x * 2.0
+        return (x * self.weight).sum()
+
+
+def change_what_long_batches_read() -> list[float]:
+    model = autopar.parallelize(Careful(False), Mesh(dp=1))
+    for length in (8, 30, 12):
+        model(torch.ones(2, length))
+    model.scale = 3.0
+    return [float(model(torch.ones(2, length)).detach()) for length in (25, 15)]
+
+
+def test_what_other_lengths_read_is_guarded() -> None:
+    assert run_ranks(change_what_long_batches_read, 1) == [[150.0, 60.0]]
+
+
+def leave_lengths() -> list[int]:
+    model = autopar.parallelize(Careful(True), Mesh(dp=1))
+    found = []
+    for length in (8, 30, 12, 25):
+        model(torch.ones(2, length))
+        found.append(model.length)
+    return found
+
+
+def test_what_forward_leaves_is_that_of_the_length() -> None:
+    assert run_ranks(leave_lengths, 1) == [[8, 30, 12, 25]]
