@@ -105,10 +105,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any], int]] = {  # model, mesh, plan,
 }
 
 
-@pytest.mark.parametrize("case", slow_but((1, 6, 9), list(CASES)))
+@pytest.mark.parametrize("case", slow_but((6,), list(CASES)))
 def test_few_compiles_and_the_numbers_of_one_device(case: str) -> None:
     name, mesh, plan, unit = CASES[case]
-    steps = 24
+    steps = 12
     for compiles, loss, weight, family in run_ranks(
         train_parallel, Mesh.parse(mesh).world_size, name, mesh, plan, steps, unit
     ):
