@@ -9,6 +9,7 @@ import pytest
 
 import autopar
 from autopar import Mesh, Plan
+from autopar.cache import compiled as cache_compiled
 from autopar.compiler import compile_program
 from autopar.errors import InvariantError
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
@@ -55,16 +56,16 @@ def with_a_fault(program: AnyProgram, name: str) -> AnyProgram:
 
 def call_with_faults() -> dict[str, str]:
     found = {}
-    compiled = autopar.module.compile_program
+    compiled = cache_compiled.compile_program
     for mesh in (Mesh(dp=2), Mesh(pp=2)):
         for name in ("forward", "backward", "inference"):
             plan = Plan(microbatches=2 if mesh.is_pipelined else 1, microbatch_weights="statistics")
             parallel = autopar.parallelize(float64(Tiny), mesh, plan)
-            autopar.module.compile_program = lambda *args, name=name: with_a_fault(compiled(*args), name)  # type: ignore[assignment]
+            cache_compiled.compile_program = lambda *args, name=name: with_a_fault(compiled(*args), name)  # type: ignore[attr-defined]
             with pytest.raises(InvariantError) as caught:
                 parallel(**tiny_batch())  # training; backward is not asked for, and inference never
             found[f"{mesh} {name}"] = str(caught.value)
-    autopar.module.compile_program = compiled
+    cache_compiled.compile_program = compiled  # type: ignore[attr-defined]
     return found
 
 
