@@ -122,10 +122,10 @@ def further(points: Sequence[Sizes], unit: Mapping[str, int], varies_batch: bool
         step = step if step >= LEAST_STEP * unit[name] else unit[name]
         high[name] = _above(2 * max(values), values[0], step, unit[name])
         low[name] = _below(min(values), step)
-        away = [value - values[0] for value in (*values, high[name])]
-        while low[name] < min(values) and math.gcd(low[name] - values[0], *away) > step:
-            low[name] += step  # so that the four say something of all multiples of ``step``
-        while math.gcd(low[name] - values[0], high[name] - values[0], *away[:-1]) > step:
+        # the four differ by ``step`` and no multiple of it, so that they say something of all its multiples
+        for _ in range(LARGEST_STEP):
+            if math.gcd(*(value - values[0] for value in (*values, high[name], low[name]))) <= step:
+                break
             high[name] += max(step, math.lcm(LARGEST_STEP, unit[name]))
     return [high, low]
 

@@ -46,6 +46,12 @@ def test_further_points_are_not_in_proportion(lengths: tuple[int, int], unit: in
         assert high["s"] % 64 == 0 and any(each["s"] % 2 for each in (*points, low))
 
 
+def test_very_short_batches_end_the_search() -> None:
+    """All are even, whatever multiple of 64 the greatest is: others are compiled when they come."""
+    high, low = further([{"b": 8, "s": 2}, {"b": 8, "s": 66}], {"b": 2, "s": 1}, varies_batch=True)
+    assert high["s"] % 64 == 0 and low["s"] == 2
+
+
 def test_a_batch_that_may_not_change_does_not() -> None:
     points = [{"b": 8, "s": 41}, {"b": 8, "s": 13}]
     assert {point["b"] for point in further(points, {"b": 2, "s": 1}, varies_batch=False)} == {8}
