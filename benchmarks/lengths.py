@@ -25,9 +25,13 @@ from torch import Tensor, nn
 import autopar
 from autopar.cache import compiled as cache_compiled
 from autopar.compiler import compile_program
-from autopar.families.family import Family, Point, fit
-from autopar.families.forms import NoForm
+from autopar.frontend.fingerprint import call_facts
+from autopar.frontend.observation import guards_of_traces
+from autopar.ir.guards import Guards
+from autopar.ir.program import AnyProgram
 from autopar.models import llama
+from autopar.runtime.calls import Call, Signature
+from autopar.runtime.size_families import SizeFamilies, general
 from autopar.zoo import architecture
 from benchmarks.launch import launched
 from benchmarks.paired import Ratio
@@ -39,7 +43,8 @@ MESHES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("tp=2", {"sequence": "megatron"}),
     ("sp=2", {}),
 )
-POINTS = ((4, 28), (4, 40), (8, 12), (12, 60))
+MORE: Mapping[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {"mixtral": (("ep=2", {}), ("dp=2,ep=2", {}))}
+FIRST = ((4, 28), (4, 40))  # the batches before the random ones
 LOOP = llama.Config(vocab=512, context=128, width=96, layers=2, heads=4, kv_heads=2, ff=256)
 ROWS, LONGEST, REPEATED = 8, 60, 6
 
@@ -47,51 +52,78 @@ ROWS, LONGEST, REPEATED = 8, 60, 6
 # ---------------------------------------------------------------- members
 
 
-def batch_of(model: nn.Module, name: str, rows: int, length: int) -> dict[str, Tensor]:
-    return architecture(name).example_batch(model.config, rows, length)
+class Subject:
+    """One model on one mesh: its families, made by calls of several lengths as a module makes them."""
 
+    def __init__(self, name: str, mesh: str, choices: Mapping[str, Any]) -> None:
+        torch.manual_seed(0)
+        self.name, self.mesh = name, autopar.Mesh.parse(mesh)
+        self.model = architecture(name).build(architecture(name).config_of({}))
+        self.plan = autopar.Plan(check_numerics=False, **choices)
+        self.compiles = 0
+        self._signature = Signature(self.model.forward)
+        self.families = SizeFamilies(
+            self.compiled, lambda call: call_facts(self.model, call.args, call.kwargs), self.mesh, self.plan
+        )
 
-def family_of(model: nn.Module, name: str, mesh: str, choices: Mapping[str, Any]) -> Family:
-    plan, first, points = autopar.Plan(check_numerics=False, **choices), None, []
-    for rows, length in POINTS:
-        batch = batch_of(model, name, rows, length)
-        program = compile_program(model, autopar.Mesh.parse(mesh), plan, (), batch, like=first)
-        first = first or program
-        points.append(Point({"b": rows, "s": length}, program))
-    return fit(points)
+    def call(self, rows: int, length: int) -> Call:
+        batch = architecture(self.name).example_batch(self.model.config, rows, length)
+        return self._signature.call((), batch)
+
+    def compiled(self, call: Call, like: AnyProgram | None) -> tuple[AnyProgram, Guards]:
+        self.compiles += 1
+        with guards_of_traces() as guards:
+            program = compile_program(self.model, self.mesh, self.plan, call.args, call.kwargs, like=like)
+        return program, guards
+
+    def program(self, rows: int, length: int) -> tuple[AnyProgram, bool, float]:
+        """The program of a batch, whether it is of a family, and the milliseconds that this took."""
+        call = self.call(rows, length)
+        kind, start = general(call), time.process_time()
+        member = self.families.member(kind, call)
+        milliseconds = 1e3 * (time.process_time() - start)
+        if member is None and (member := self.families.grown(kind, call)) is None:
+            program, guards = self.compiled(call, self.families.like(kind))
+            self.families.learn(kind, call, program, guards)
+            return program, False, milliseconds
+        return member.program, True, milliseconds
+
+    def alone(self, rows: int, length: int) -> AnyProgram:
+        """What the compiler gives for a batch."""
+        call = self.call(rows, length)
+        return compile_program(
+            self.model, self.mesh, self.plan, call.args, call.kwargs, like=self.families.like(general(call))
+        )
 
 
 def members(pairs: int) -> Iterator[str]:
     """A line for each model and mesh: how many of its share of ``pairs`` have the text that the compiler gives."""
     choose = random.Random(0)
-    each = -(-pairs // (len(MODELS) * len(MESHES)))
-    equal = total = 0
-    seconds: list[float] = []
-    for name in MODELS:
-        torch.manual_seed(0)
-        model = architecture(name).build(architecture(name).config_of({}))
-        for mesh, choices in MESHES:
-            try:
-                family = family_of(model, name, mesh, choices)
-            except (NoForm, autopar.AutoparError) as problem:
-                yield f"{name:<8} {mesh:<10} {dict(choices)}  no family: {str(problem).splitlines()[0]}"
-                continue
-            right = 0
-            for _ in range(each):
-                rows, length = choose.choice((4, 8, 12)), choose.choice(range(12, 61, 4))
-                start = time.process_time()
-                text = str(family.member({"b": rows, "s": length}))
-                seconds.append(time.process_time() - start)
-                plan = autopar.Plan(check_numerics=False, **choices)
-                batch = batch_of(model, name, rows, length)
-                right += text == str(
-                    compile_program(model, autopar.Mesh.parse(mesh), plan, (), batch, like=family.template)
-                )
-            equal, total = equal + right, total + each
-            yield f"{name:<8} {mesh:<10} {dict(choices)}  {right} of {each} equal; {family}"
-    made = sorted(seconds)
-    middle = 1e3 * made[len(made) // 2]
-    yield f"{equal} of {total} texts equal; a member with its text: median {middle:.0f} ms of processor time"
+    subjects = [(name, *mesh) for name in MODELS for mesh in (*MESHES, *MORE.get(name, ()))]
+    each, equal, total, of_family = -(-pairs // len(subjects)), 0, 0, 0
+    milliseconds: list[float] = []
+    for name, mesh, choices in subjects:
+        subject = Subject(name, mesh, choices)
+        for rows, length in FIRST:
+            subject.program(rows, length)
+        right = inside = 0
+        for _ in range(each):
+            rows, length = 2 * choose.randint(2, 8), 4 * choose.randint(1, 32)
+            program, is_member, taken = subject.program(rows, length)
+            right += str(program) == str(subject.alone(rows, length))
+            inside += is_member
+            milliseconds += [taken] if is_member else []
+        equal, total, of_family = equal + right, total + each, of_family + inside
+        families = " | ".join(map(str, subject.families.families)) or "no family"
+        yield (
+            f"{name:<8} {mesh:<9} {choices or ''}: {right} of {each} equal, {inside} of a family; "
+            f"{subject.compiles} compiles; {families}"
+        )
+    made = sorted(milliseconds)
+    yield (
+        f"{equal} of {total} texts equal, {of_family} of a family; a member: "
+        f"median {statistics.median(made):.1f} ms of processor time, most {made[-1]:.1f} ms; load {os.getloadavg()[0]}"
+    )
 
 
 # ---------------------------------------------------------------- loop

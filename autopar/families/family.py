@@ -12,7 +12,7 @@ from torch import Tensor
 from autopar.families.constants import Beginning, beginning
 from autopar.families.forms import Evaluator, NoForm, Sizes, Terms
 from autopar.families.sizes import Range
-from autopar.families.walk import constants_of, evaluated, in_order, numbers_of
+from autopar.families.walk import constants_of, evaluated, in_order, numbers_of, unequal_segments
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.program import AnyProgram
 from autopar.ir.sizes import is_expression
@@ -48,6 +48,7 @@ class Family:
         self.template, self.ranges, self.points = template, dict(ranges), tuple(points)
         self.forms, self._constants = tuple(forms), constants
         self._evaluator = Evaluator(self.forms, tuple(ranges))
+        self._unequal = unequal_segments(template)
 
     def __contains__(self, sizes: Sizes) -> bool:
         return self.numbers(sizes) is not None
@@ -58,7 +59,14 @@ class Family:
             return None
         if not all(self.ranges[name].holds(value) for name, value in sizes.items()):
             return None
-        return self._evaluator.at(sizes)
+        return self._at(sizes)
+
+    def _at(self, sizes: Sizes) -> dict[sympy.Expr, Any] | None:
+        """As :meth:`numbers`, inside or outside of the ranges."""
+        found = self._evaluator.at(sizes)
+        if found is None or any(len({found.get(part, part) for part in parts}) == 1 for parts in self._unequal):
+            return None
+        return found
 
     def member(self, sizes: Sizes, call: CallFacts | None = None) -> AnyProgram:
         """The program for ``sizes``, which must be in the family. Decisions and their costs are the first point's.
@@ -81,11 +89,11 @@ class Family:
 
     def could_hold(self, sizes: Sizes) -> bool:
         """Whether all numbers are whole at ``sizes``, inside or outside of the ranges."""
-        return sizes.keys() == self.ranges.keys() and self._evaluator.at(sizes) is not None
+        return sizes.keys() == self.ranges.keys() and self._at(sizes) is not None
 
     def agrees(self, program: AnyProgram, sizes: Sizes) -> bool:
         """Whether ``program``, compiled for ``sizes`` inside or outside of the ranges, is what the family says."""
-        numbers = self._evaluator.at(sizes) if sizes.keys() == self.ranges.keys() else None
+        numbers = self._at(sizes) if sizes.keys() == self.ranges.keys() else None
         if numbers is None:
             return False
         read, skeleton = numbers_of(program)

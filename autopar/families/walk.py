@@ -13,11 +13,13 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from autopar.families.ratios import has_ratio, ratio_of, segments, with_ratios, with_segments
 from autopar.ir.layout import Factor, Layout
 from autopar.ir.node import Node, Value, origin, set_origin, set_values, values
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.sizes import is_expression
 from autopar.ir.tables import Role
+from autopar.mesh import Mesh
 
 Number = Any  # int, float, or an expression of sizes
 Put = Callable[[Number], Number]  # a number -> what stands in its place
@@ -50,6 +52,13 @@ def evaluated(program: AnyProgram, put: Put, constants: Callable[[str, Tensor], 
     return Walk(put, constants=constants, is_lazy=True).program(program)
 
 
+def unequal_segments(program: AnyProgram) -> list[tuple[Number, ...]]:
+    """The sizes of segments in a template that are expressions. Where they are all equal, a layout is another one."""
+    walk = Walk(lambda number: number)
+    walk.program(program)
+    return list(walk.ratios)
+
+
 def evaluated_graph(graph: fx.Graph, numbers: Mapping[Any, Number]) -> fx.Graph:
     """``graph`` with ``numbers`` in the places of expressions."""
     return Walk(lambda number: numbers[number] if is_expression(number) else number).graph(graph)
@@ -65,6 +74,7 @@ class Walk:
         constants: (place in the program and name, tensor) -> the tensor in its place.
         remembers: whether equal types may be put once: ``put`` is a function of the number.
         is_lazy: whether graphs are walked over when somebody asks for them.
+        ratios: the sizes of unequal segments that were come across, of which some are expressions.
     """
 
     put: Put
@@ -73,6 +83,7 @@ class Walk:
     remembers: bool = True
     is_lazy: bool = False
     _types: dict[Value, Value] = field(default_factory=dict)
+    ratios: dict[tuple[Number, ...], None] = field(default_factory=dict)
 
     def program(self, program: AnyProgram, place: str = "") -> AnyProgram:
         """``program`` around new graphs; what is not walked over (decisions, pins, the plan) stays."""
@@ -80,11 +91,12 @@ class Walk:
         self._note(tuple(program.joins.items()))
         if self.is_lazy and isinstance(program, Program):
             return LazyProgram.of(program, self, place)
-        common = {**self.tables(program, place), "graph": self.graph(program.graph)}
+        common = {**self.tables(program, place), "graph": self.graph(program.graph, program.mesh)}
         common |= {"source": self.inner(program.source, f"{place}source.")}
         common |= {"counts": self.inner(program.counts, f"{place}counts.")}
         if isinstance(program, Program):
-            return replace(program, **common, role=None if program.role is None else self.role(program.role))
+            role = None if program.role is None else self.role(program.role, program.mesh)
+            return replace(program, **common, role=role)
         return self._pipelined(program, common, place)
 
     def tables(self, program: AnyProgram, place: str) -> dict[str, Any]:
@@ -105,20 +117,27 @@ class Walk:
         tail = None if program.tail is None else self.program(program.tail, f"{place}tail.")
         return replace(program, **common, stages=stages, tail=tail)  # type: ignore[arg-type]
 
-    def role(self, role: Role) -> Role:
+    def role(self, role: Role, mesh: Mesh | None = None) -> Role:
         self._note(role.saved, role.differentiable, role.grads, role.backward is None)
-        backward = None if role.backward is None else self.graph(role.backward)
-        return replace(role, forward=self.graph(role.forward), backward=backward, inference=self.graph(role.inference))
+        backward = None if role.backward is None else self.graph(role.backward, mesh)
+        forward, inference = self.graph(role.forward, mesh), self.graph(role.inference, mesh)
+        return replace(role, forward=forward, backward=backward, inference=inference)
 
-    def graph(self, graph: fx.Graph) -> fx.Graph:
+    def graph(self, graph: fx.Graph, mesh: Mesh | None = None) -> fx.Graph:
+        """``mesh`` is needed where numbers are read; an expression is put in its place without."""
         new, copies = fx.Graph(), dict[Node, Node]()
         for node in graph.nodes:
             self._note(node.op, node.name, node.target)
-            args, kwargs = self.item(node.args, copies), self.item(node.kwargs, copies)
+            args, kwargs = self._arguments(node, copies, mesh), self.item(node.kwargs, copies)
             made = copies[node] = new.create_node(node.op, node.target, args, kwargs, node.name)
             set_values(made, *map(self._type, values(node)))
             set_origin(made, origin(node))
         return new
+
+    def _arguments(self, node: Node, copies: Mapping[Node, Node], mesh: Mesh | None) -> Any:
+        if not has_ratio(node):
+            return self.item(node.args, copies)
+        return with_ratios(self.item(with_segments(node, mesh), copies))
 
     def item(self, item: Any, copies: Mapping[Node, Node]) -> Any:
         """An argument of a node: numbers in lists, tuples, dicts and slices."""
@@ -149,8 +168,14 @@ class Walk:
         return found
 
     def _factor(self, factor: Factor) -> Factor:
-        self._note(factor.axes, factor.ratio, factor.mirrored, factor.ragged, factor.order)
-        return replace(factor, size=self.put(factor.size))
+        parts = segments(factor.ratio, factor.size)
+        self._note(factor.axes, len(parts), factor.mirrored, factor.ragged, factor.order)
+        if len(parts) == 1:
+            return replace(factor, size=self.put(factor.size))
+        if any(map(is_expression, parts)):
+            self.ratios[parts] = None
+        ratio = ratio_of([self.put(part) for part in parts])
+        return replace(factor, size=self.put(factor.size), ratio=ratio)
 
     def _tensors(self, constants: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
         for name, tensor in constants.items():

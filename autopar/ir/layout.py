@@ -152,7 +152,10 @@ class Factor:
             order = f"<{' '.join(map(str, self.order))}>" if self.order else ""
             return str(self.size) + "?" * self.ragged + order + owned
         unit = self.size // sum(self.ratio)
-        return "+".join(str(part * unit) for part in self.ratio) + "".join(f"@{axis}" for axis in self.axes)
+        parts = (str(part * unit) for part in self.ratio)
+        return "+".join(f"({part})" if " " in part else part for part in parts) + "".join(
+            f"@{axis}" for axis in self.axes
+        )
 
 
 @dataclass(frozen=True)

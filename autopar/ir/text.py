@@ -29,6 +29,7 @@ from autopar.ir import collectives as comm
 from autopar.ir.cursor import PLAIN
 from autopar.ir.layout import Layout
 from autopar.ir.node import Node, Value, origin, values
+from autopar.ir.sizes import is_expression
 from autopar.ir.tables import Input, InputKind, Output, OutputKind
 from autopar.mesh import Mesh
 from autopar.operators.registry import REGISTRY
@@ -248,6 +249,8 @@ def argument_text(value: Any, names: frozenset[str] = frozenset()) -> str:
         return f"({', '.join(argument_text(item, names) for item in value)}{',' if len(value) == 1 else ''})"
     if value is None or isinstance(value, (bool, int, float, torch.layout, torch.memory_format)):
         return repr(value)
+    if is_expression(value):
+        return str(value)
     return f"<{type(value).__name__}: {ascii(value)}>"  # cannot be read back; parse says so
 
 

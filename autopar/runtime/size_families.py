@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.families.family import Family, Point, fit
 from autopar.families.forms import NoForm, Sizes
+from autopar.families.refusals import is_refusal
 from autopar.families.sizes import BATCH, OTHER, SEQUENCE, Place, Scheme, Shapes, further, reaching
 from autopar.ir.batch import data_ways, input_dims
 from autopar.ir.fingerprint import CallFacts
@@ -24,6 +25,7 @@ from autopar.ir.guards import Guards
 from autopar.ir.program import AnyProgram
 from autopar.mesh import SEQUENCE as SEQUENCE_AXIS
 from autopar.mesh import Mesh
+from autopar.notes import warn
 from autopar.plan import Plan
 from autopar.runtime.calls import Call, kind_of
 from autopar.runtime.family_code import FamilyCode
@@ -31,6 +33,11 @@ from autopar.runtime.family_code import FamilyCode
 FEWEST = 3  # points of a family: with fewer nothing checks an expression
 ROUNDS = 2  # of further points for one kind of call, where the first make no family
 POINTS_KEPT = 6
+
+FAILED = (
+    "compiling for another length failed, so that each length may be compiled for itself: {!r}\n"
+    'Way out: report this, it is a fault of autopar; Plan(lengths="each") tries no other lengths.'
+)
 
 Compiled = tuple[AnyProgram, Guards]
 Compile = Callable[[Call, AnyProgram | None], Compiled]  # (call, a program that decides alike) ->
@@ -182,8 +189,10 @@ class SizeFamilies:
         """
         try:
             program, guards = self._compiled(resized(call, scheme.shapes(shapes_of(call), sizes)), like)
-        except Exception as problem:  # whatever the model raises: the user has not asked for these sizes
-            logger.debug("no program for %s: %s", sizes, problem)
+        except Exception as problem:  # the user has not asked for these sizes, and has a program for their own
+            if not is_refusal(problem):
+                warn(FAILED.format(problem))
+            logger.debug("no program for %s: %r", sizes, problem, exc_info=not is_refusal(problem))
             return None
         return None if guards.values or not assumed.leaves_alike(guards) else (program, guards)
 
