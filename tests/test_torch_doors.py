@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.distributed import _state_dict_utils
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.utils import clip_grad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autopar
@@ -21,6 +22,7 @@ from autopar import Mesh, Plan
 from autopar.codegen.python import compile_source, emit
 from autopar.codegen.torch_bindings import BINDINGS
 from autopar.compiler import compile_program
+from autopar.frontend.past_modes import past_modes
 from autopar.ir.node import output_node
 from autopar.ir.operator_facts import runnable
 from autopar.ir.program import Program
@@ -166,6 +168,27 @@ def ask_the_dispatcher() -> dict[str, bool]:
 def test_handlers_of_dtensors_and_helpers_of_torch() -> None:
     found = run_ranks(ask_the_dispatcher, 1)[0]
     assert all(found.values()), [name for name, right in found.items() if not right]
+
+
+class Told(TorchFunctionMode):
+    """What modes are told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.functions.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_reading_past_modes() -> None:
+    tensor = torch.ones(2, 3)
+    with Told() as told:
+        with past_modes():
+            assert (tensor.shape, tensor.stride()) == ((2, 3), (3, 1))
+        assert not told.functions
+        assert tensor.stride() and told.functions
 
 
 # ---------------------------------------------------------------- autograd

@@ -23,8 +23,10 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import TraceError
 from autopar.frontend.any_branches import AnyBranches
+from autopar.frontend.block_copies import write_out_blocks
 from autopar.frontend.capture import fake_like, gradients_kept, inline_no_grad, is_data_dependent, only_plain_outputs
 from autopar.frontend.empty_selections import Selections, differ_by_selections_only, leave_out_rounds
+from autopar.frontend.equal_blocks import EqualBlocks, Read
 from autopar.frontend.equal_conditions import EqualConditions
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.hit_loops import HitLoops
@@ -52,9 +54,12 @@ WHOLE = {  # composite operators that decomposing would keep, or that canonicali
 
 
 def traced(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode | None, build: Build
-) -> Found:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode | None, read: Read,
+    build: Build,
+) -> Found:  # fmt: skip
     """What ``build`` makes of the exported graph of ``model(*args, **kwargs)``, and notes; ``mode``: with fake inputs.
+
+    ``read``: which attributes of a module its forward has read so far, for blocks that need not be traced.
 
     Raises TraceError, or whatever torch raises where the model is no single graph.
     """
@@ -66,7 +71,7 @@ def traced(
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):  # torch prints the graph so far, and it may only be the first try
-            found = _built(model, (args, kwargs), nullcontext(), build)
+            found = _first_try(model, (args, kwargs), read, build)
     except Exception as problem:
         if not _depends_on_values(problem):
             raise
@@ -74,6 +79,18 @@ def traced(
             return _of_values(model, (args, kwargs), given, problem, build)
     sys.stderr.write(printed.getvalue())
     return found
+
+
+def _first_try(model: nn.Module, call: Call, read: Read, build: Build) -> Found:
+    """With two of the blocks that are alike traced, if there are such; else, or where that fails, with all of them."""
+    blocks = EqualBlocks(model, read)
+    try:
+        exported, notes = _functional(model, *call, nullcontext(), blocks)
+    except Exception as problem:
+        if not blocks.marked or _depends_on_values(problem):
+            raise
+        return _built(model, call, nullcontext(), build)
+    return build(exported), notes
 
 
 def _depends_on_values(problem: Exception) -> bool:
@@ -151,15 +168,18 @@ def _built(model: nn.Module, call: Call, selections: AbstractContextManager[Any]
 
 
 def _functional(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], selections: AbstractContextManager[Any]
-) -> tuple[ExportedProgram, list[str]]:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], selections: AbstractContextManager[Any],
+    blocks: EqualBlocks | None = None,
+) -> tuple[ExportedProgram, list[str]]:  # fmt: skip
     """The exported model, without operators that write into their arguments, and notes."""
     with (
         without_fast_paths(), GroupedProducts(), gradients_kept() as notes, only_plain_outputs(model, notes),
-        EqualConditions(), selections,
+        EqualConditions(), selections, blocks.stamping() if blocks else nullcontext(),
     ):  # fmt: skip
         exported = torch.export.export(model, args, kwargs, strict=False)
     inline_no_grad(exported.graph_module)
+    if blocks:
+        write_out_blocks(exported)
     if all(_is_plain(node) for node in exported.graph.nodes):
         return exported, notes  # nothing to decompose, which saves half of the time
     return exported.run_decompositions({}), notes

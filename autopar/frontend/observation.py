@@ -7,6 +7,7 @@ set. When it ends, all is put back: a trace leaves no fake tensors on a model, a
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class Observation:
         self.grown: list[Contents] = []
         self._seen: set[tuple[int, str]] = set()
         self._written: dict[tuple[int, str], tuple[bool, str]] = {}
+        self._met: defaultdict[int, set[str]] = defaultdict(set)  # the names in both, by owner
         self._tables: list[tuple[dict[str, Any], dict[str, Any], Any]] = []
         self._hooks: list[Contents] = []
         self._patched: list[tuple[type, str, Any]] = []
@@ -183,6 +185,7 @@ class Observation:
             return
         self._seen.clear()
         self._written.clear()
+        self._met.clear()
         self._tables.clear()
         self._hooks.clear()
         self.readings.on_class = self._patch
@@ -272,13 +275,19 @@ class Observation:
         if key in self._seen or key in self._written or name[:2] == "__" or not self.readings.knows(owner):
             return
         self._seen.add(key)
+        self._met[key[0]].add(name)
         self.readings.attribute(owner, name)
+
+    def met(self, owner: Any) -> set[str]:
+        """The attributes of ``owner`` that the run of forward has read so far, and those that it has set."""
+        return self._met[id(owner)]
 
     def write(self, owner: Any, name: str) -> None:
         owner = self._itself(owner)
         key = (id(owner), name)
         if key not in self._written and self.readings.knows(owner):
             self._written[key] = (key in self._seen, line_of_user(sys._getframe(2)))
+            self._met[key[0]].add(name)
 
 
 def _attributes(owner: Any) -> Any:

@@ -114,7 +114,7 @@ def _at_rest(
         try:
             faking = faked(model) if fakes else nullcontext()
             with explained(model), no_collection(), faking as mode, observation.watching():
-                found = traced(model, args, kwargs, mode, build)
+                found = traced(model, args, kwargs, mode, observation.met, build)
             if moved is not None or observation.is_at_rest:
                 check_at_rest(observation)
                 observation.report(moved)

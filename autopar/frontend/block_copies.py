@@ -1,0 +1,187 @@
+"""Writes the calls of a traced block in place of the operators that stand for blocks like it.
+
+before (after two blocks that were traced):
+  block_again(h2, parameters of block.2, like block.1)
+after:
+  the calls of block.1, on h2 and the parameters of block.2, with the origins of block.2
+
+See :mod:`autopar.frontend.equal_blocks`. The graph is then what tracing each block would have given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from autopar.frontend.equal_blocks import AGAIN, BEGINS, ENDS, BlocksDiffer
+
+Node = fx.Node
+
+
+@dataclass(frozen=True)
+class _Region:
+    """The nodes of a traced block, what it takes (arguments, then parameters) and the results that it makes."""
+
+    begin: Node
+    taken: tuple[Node, ...]
+    inner: tuple[Node, ...]
+    given: tuple[Node, ...]
+
+
+def write_out_blocks(exported: ExportedProgram) -> None:
+    """Leave none of the operators of ``equal_blocks`` in the graph.
+
+    Raises BlocksDiffer where two blocks that were taken for alike came out with other calls, or where an operator
+    cannot be reached.
+    """
+    graph = exported.graph
+    regions = _regions(graph)
+    constants = _constants(exported)
+    numbers = list(regions)
+    proven: set[int] = set()
+    for node in [node for node in graph.nodes if node.target is AGAIN]:
+        like: Any = node.args[2]
+        if like not in proven:
+            earlier = numbers[: numbers.index(like)]
+            partner = next((n for n in reversed(earlier) if _is_equal(regions[n], regions[like], constants)), None)
+            if partner is None:
+                raise BlocksDiffer(f"the calls of {_path(regions[like].begin)} differ from those of the block before")
+            proven.add(like)
+        _write(node, regions[like])
+    for node in [node for node in graph.nodes if node.target in (BEGINS, ENDS)]:
+        graph.erase_node(node)
+    if proven:
+        _number(graph)
+    inner = [part.graph for part in exported.graph_module.modules() if isinstance(part, fx.GraphModule)]
+    if any(node.target in (BEGINS, ENDS, AGAIN) for part in inner for node in part.nodes):
+        raise BlocksDiffer("export has made a graph of its own of what runs under torch.autocast or the like")
+
+
+def _number(graph: fx.Graph) -> None:
+    """Number the calls of each operator in their order (``linear``, ``linear_1``), as tracing all of them would."""
+    counts = Counter(node.name for node in graph.nodes if node.op != "call_function")
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        base = name = re.sub(r"(_\d+)+$", "", node.name)
+        while counts[name]:
+            name = f"{base}_{counts[base]}"
+            counts[base] += 1
+        counts[name] += 1
+        node.name = name
+
+
+def _regions(graph: fx.Graph) -> dict[int, _Region]:
+    """By the number of the call. Regions do not overlap."""
+    found: dict[int, _Region] = {}
+    begin: Node | None = None
+    taken: Sequence[Node] = ()
+    inner: list[Node] = []
+    for node in graph.nodes:
+        args: Any = node.args
+        if node.target is BEGINS:
+            begin, taken, inner = node, args[0], []
+        elif node.target is ENDS:
+            assert begin is not None and begin.args[1] == args[1], node
+            found[args[1]] = _Region(begin, tuple(taken), tuple(inner), tuple(args[0]))
+            begin = None
+        elif begin is not None:
+            inner.append(node)
+    return found
+
+
+def _constants(exported: ExportedProgram) -> dict[str, Tensor]:
+    """The tensors that forward made of numbers, by the names of their placeholders."""
+    specs = exported.graph_signature.input_specs
+    named = {getattr(spec.arg, "name", ""): exported.constants.get(spec.target or "") for spec in specs}
+    return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
+
+
+def _is_equal(one: _Region, other: _Region, constants: Mapping[str, Tensor]) -> bool:
+    """Whether both are the same calls of what they take, and of the same values from elsewhere."""
+    if len(one.inner) != len(other.inner) or len(one.taken) != len(other.taken):
+        return False
+    partner = dict(zip(one.taken, other.taken))
+
+    def same(mine: Any, its: Any) -> bool:
+        if not isinstance(mine, Node) or not isinstance(its, Node):
+            return type(mine) is type(its) and repr(mine) == repr(its)
+        if mine in partner:
+            return partner[mine] is its
+        return mine is its or _is_same_constant(mine, its, constants)
+
+    for mine, its in zip(one.inner, other.inner):
+        if mine.op != "call_function" or mine.op != its.op or mine.target is not its.target:
+            return False
+        taken = [pytree.tree_flatten((node.args, dict(node.kwargs))) for node in (mine, its)]
+        if taken[0][1] != taken[1][1] or not all(map(same, taken[0][0], taken[1][0])):
+            return False
+        if not _looks_equal(mine.meta.get("val"), its.meta.get("val")):
+            return False
+        partner[mine] = its
+    return len(one.given) == len(other.given) and all(map(same, one.given, other.given))
+
+
+def _is_same_constant(one: Node, other: Node, constants: Mapping[str, Tensor]) -> bool:
+    if one.name not in constants or other.name not in constants:
+        return False
+    mine, its = constants[one.name], constants[other.name]
+    return mine.dtype == its.dtype and mine.device == its.device and torch.equal(mine, its)
+
+
+def _looks_equal(one: Any, other: Any) -> bool:
+    """Sizes that are known only when the graph runs are never equal: each call has its own."""
+    leaves = [pytree.tree_leaves(item) for item in (one, other)]
+    if len(leaves[0]) != len(leaves[1]):
+        return False
+    for mine, its in zip(*leaves):
+        if isinstance(mine, Tensor) and isinstance(its, Tensor):
+            sizes = [(*item.shape, *item.stride()) for item in (mine, its)]
+            if not all(type(size) is int for size in sizes[0]) or sizes[0] != sizes[1] or mine.dtype != its.dtype:
+                return False
+        elif type(mine) is not type(its) or isinstance(mine, torch.SymInt):
+            return False
+    return True
+
+
+def _write(node: Node, region: _Region) -> None:
+    """The calls of ``region`` in place of ``node``, a ``block_again``."""
+    graph = node.graph
+    taken: Sequence[Node] = node.args[0]  # type: ignore[assignment]
+    copies = dict(zip(region.taken, taken))
+    before, after = _stack(region.begin), _stack(node)
+    with graph.inserting_before(node):
+        for inner in region.inner:
+            copy = graph.node_copy(inner, lambda source: copies.get(source, source))
+            copy.meta = {**inner.meta, "nn_module_stack": _restacked(_stack(inner), before, after)}
+            copies[inner] = copy
+    for user in list(node.users):
+        given = region.given[user.args[1]]  # type: ignore[index]
+        user.replace_all_uses_with(copies.get(given, given))
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _stack(node: Node) -> dict[str, tuple[str, Any]]:
+    return node.meta.get("nn_module_stack") or {}
+
+
+def _path(node: Node) -> str:
+    return [path for path, _ in _stack(node).values()][-1] if _stack(node) else "a block"
+
+
+def _restacked(
+    stack: Mapping[str, tuple[str, Any]], before: Mapping[str, Any], after: Mapping[str, tuple[str, Any]]
+) -> dict[str, tuple[str, Any]]:
+    """The modules around a call of the block at the end of ``after``, from those around one of ``before``."""
+    (old, _), (new, _) = list(before.values())[-1], list(after.values())[-1]
+    inner = {key: entry for key, entry in stack.items() if key not in before}
+    return {**after, **{f"{new}|{key}": (new + path.removeprefix(old), kind) for key, (path, kind) in inner.items()}}

@@ -1,0 +1,335 @@
+"""Blocks of a model that would be traced alike: two calls of a kind are traced, the others become one operator each.
+
+    h1 = block.0(h0)                          h1 = block.0(h0)
+    h2 = block.1(h1)             -->          h2 = block.1(h1)
+    h3 = block.2(h2)                          h3 = block_again(h2, parameters of block.2, like block.1)
+
+:mod:`autopar.frontend.block_copies` then writes the calls of block 1 in place of each such operator, if the calls of
+blocks 0 and 1 came out equal. A block is like another when all that its Python has read of the other, by the
+observation of the trace, has the same value on itself, and its arguments look the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autopar.frontend.past_modes import past_modes
+from autopar.frontend.readings import HOOKS, SHAPED
+from autopar.ir.same_values import PLAIN, is_same
+from autopar.operators.registry import library
+
+FEWEST = 4  # modules of a class under one parent: of fewer, nothing would be saved
+TRACED = 2  # calls of a kind, that are compared
+
+_LIBRARY = library(
+    "block_begins(Tensor[] taken, int number) -> ()",
+    "block_ends(Tensor[] given, int number) -> ()",
+    "block_again(Tensor[] taken, int number, int like) -> Tensor[]",
+)
+BEGINS = torch.ops.autopar.block_begins.default
+ENDS = torch.ops.autopar.block_ends.default
+AGAIN = torch.ops.autopar.block_again.default
+_NUMBERS = itertools.count()  # never twice in a process: torch remembers what operators gave for the same arguments
+
+Read = Callable[[nn.Module], Set[str]]
+
+
+class BlocksDiffer(Exception):
+    """Calls of blocks that were taken for equal are not: the model has to be traced without."""
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """How a tensor looks to Python."""
+
+    shape: tuple[Any, ...]
+    stride: tuple[Any, ...]
+    dtype: torch.dtype
+    device: torch.device
+    needs_gradient: bool
+    attributes: frozenset[str]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Tensor:
+        with past_modes():
+            shape, stride, dtype = tuple(tensor.shape), tensor.stride(), tensor.dtype
+            return cls(shape, stride, dtype, tensor.device, tensor.requires_grad, frozenset(vars(tensor)))
+
+    @property
+    def has_fixed_sizes(self) -> bool:
+        return all(type(size) is int for size in (*self.shape, *self.stride))
+
+    def made(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+@dataclass
+class _Call:
+    """A call of a block that was traced. ``given``: of each result its look, or the position of what is passed on."""
+
+    number: int
+    module: nn.Module
+    given: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    is_usable: bool
+
+
+@dataclass
+class _Kind:
+    """Calls with equal arguments of blocks that are alike."""
+
+    calls: list[_Call] = field(default_factory=list)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the next call need not be traced."""
+        latest = self.calls[-TRACED:]
+        if len(latest) < TRACED or not all(call.is_usable for call in latest):
+            return False
+        return all((call.given, call.spec) == (latest[0].given, latest[0].spec) for call in latest)
+
+
+class EqualBlocks:
+    """Of one trace of ``model``; ``read`` tells which attributes of a module its forward has read so far.
+
+    ``marked``: the number of calls of blocks that the graph has between operators of ours; ``stamped``: of those that
+    were not traced.
+    """
+
+    def __init__(self, model: nn.Module, read: Read) -> None:
+        self.marked = self.stamped = 0
+        self._read = read
+        self._blocks = {id(_attributes(block)): block for block in blocks_of(model)}
+        self._kinds: dict[Any, list[_Kind]] = {}
+        self._is_inside = False  # of a block that is being traced
+
+    @contextmanager
+    def stamping(self) -> Iterator[None]:
+        """Within this context, the calls of blocks that are like others are not traced."""
+        original: Callable[..., Any] = nn.Module._call_impl
+        surroundings = _surroundings()
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            block = self._blocks.get(id(_attributes(module)))
+            if block is None or self._is_inside or not torch.compiler.is_exporting():  # type: ignore[no-untyped-call]
+                return original(module, *args, **kwargs)
+            if _surroundings() != surroundings:  # export makes graphs of their own of what runs there
+                return original(module, *args, **kwargs)
+            return self._called(block, args, kwargs, lambda: original(module, *args, **kwargs))
+
+        with mock.patch.object(nn.Module, "_call_impl", call) if self._blocks else _nothing():
+            yield
+
+    def _called(self, block: nn.Module, args: Any, kwargs: Any, trace: Callable[[], Any]) -> Any:
+        if not (_is_simple((args, kwargs)) and _has_no_hooks(block)):
+            return trace()
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        taken = [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *_tensors_of(block)]
+        looks = tuple(_Tensor.of(leaf) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf)) for leaf in leaves)
+        key = (type(block), str(spec), looks, _equal_ones(taken))
+        if not all(look.has_fixed_sizes for look in looks if isinstance(look, _Tensor)):
+            return trace()
+        kinds = self._kinds.setdefault(key, [])
+        for kind in kinds:
+            if not are_alike(kind.calls[-1].module, block, self._read):
+                continue
+            if kind.is_settled:
+                return self._again(kind.calls[-1], block, taken, leaves)
+            break
+        else:
+            kind = _Kind()
+            kinds.append(kind)
+        result, made = self._traced(block, taken, leaves, (args, kwargs), trace)
+        kind.calls.append(made)
+        return result
+
+    def _traced(
+        self, block: nn.Module, taken: Sequence[Tensor], leaves: Sequence[Any], call: Any, trace: Callable[[], Any]
+    ) -> tuple[Any, _Call]:
+        number, self._is_inside, self.marked = next(_NUMBERS), True, self.marked + 1
+        torch.ops.autopar.block_begins(taken, number)
+        try:
+            result = trace()
+        finally:
+            self._is_inside = False
+        is_usable = _is_simple(result) and list(map(id, pytree.tree_leaves(call))) == list(map(id, leaves))
+        results, spec = pytree.tree_flatten(result)
+        positions = {id(leaf): position for position, leaf in reversed(list(enumerate(leaves)))}
+        given = tuple(
+            positions.get(id(item), _Tensor.of(item)) if isinstance(item, Tensor) else (item,) for item in results
+        )
+        made = [item for item, entry in zip(results, given) if isinstance(entry, _Tensor)]
+        torch.ops.autopar.block_ends(made, number)
+        is_usable = is_usable and all(entry.has_fixed_sizes for entry in given if isinstance(entry, _Tensor))
+        return result, _Call(number, block, given, spec, is_usable)
+
+    def _again(self, like: _Call, block: nn.Module, taken: list[Tensor], leaves: Sequence[Any]) -> Any:
+        """The results of ``block``, by the operator that stands for it."""
+        number, self.stamped = next(_NUMBERS), self.stamped + 1
+        _LOOKS[number] = [entry for entry in like.given if isinstance(entry, _Tensor)]
+        made = iter(torch.ops.autopar.block_again(taken, number, like.number))
+        results: list[Any] = []
+        for entry in like.given:
+            if isinstance(entry, _Tensor):
+                results.append(next(made))
+                if _Tensor.of(results[-1]) != entry:
+                    raise BlocksDiffer(f"{_Tensor.of(results[-1])} in place of {entry}")
+            else:
+                results.append(leaves[entry] if isinstance(entry, int) else entry[0])
+        self._read_alike(like.module, block)
+        return pytree.tree_unflatten(results, like.spec)
+
+    def _read_alike(self, traced: nn.Module, block: nn.Module) -> None:
+        """Have the observation note for ``block`` what forward has read of the one that was traced."""
+        for one, other in _pairs(traced, block):
+            for name in sorted(self._read(one)):
+                getattr(other, name, None)
+
+
+_LOOKS: dict[int, list[_Tensor]] = {}  # what block_again gives, by its number
+
+
+def _given(taken: Sequence[Tensor], number: int, like: int) -> list[Tensor]:
+    return [look.made() for look in _LOOKS[number]]
+
+
+torch.library.register_fake("autopar::block_again", _given, lib=_LIBRARY)
+for _name in ("block_begins", "block_ends"):
+    torch.library.register_fake(f"autopar::{_name}", lambda tensors, number: None, lib=_LIBRARY)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+# ---------------------------------------------------------------- which modules
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The modules with submodules of which at least ``FEWEST`` of one class stand under one parent; outermost ones."""
+    found: list[nn.Module] = []
+    waiting = [model]
+    while waiting:
+        children = {id(child): child for child in waiting.pop()._modules.values() if child is not None}.values()
+        counts: dict[type, int] = {}
+        for child in children:
+            counts[type(child)] = counts.get(type(child), 0) + 1
+        for child in children:
+            is_block = counts[type(child)] >= FEWEST and bool(child._modules)
+            (found if is_block else waiting).append(child)
+    return found
+
+
+def are_alike(traced: nn.Module, block: nn.Module, read: Read) -> bool:
+    """Whether all that was read of the module ``traced``, and of those in it, is the same on ``block``."""
+    pairs = list(_pairs(traced, block))
+    partner = {id(_attributes(one)): id(_attributes(other)) for one, other in pairs}
+
+    def same(one: Any, other: Any) -> bool:
+        if is_same(one, other):
+            return True
+        if type(one) is not type(other):
+            return False
+        if isinstance(one, nn.Module):
+            return partner.get(id(_attributes(one))) == id(_attributes(other))
+        if type(one) in (list, tuple):
+            return len(one) == len(other) and all(map(same, one, other))
+        if type(one) is dict:
+            return list(one) == list(other) and all(map(same, one.values(), other.values()))
+        if type(one) is partial:
+            return all(map(same, (one.func, one.args, one.keywords), (other.func, other.args, other.keywords)))
+        if hasattr(one, "__func__") and isinstance(one.__self__, nn.Module):  # a bound method
+            return one.__func__ is other.__func__ and same(one.__self__, other.__self__)
+        return False
+
+    for one, other in pairs:
+        if one is other:
+            continue
+        mine, its = _attributes(one), _attributes(other)
+        if type(one) is not type(other) or not _has_no_hooks(one, other):
+            return False
+        for name in SHAPED:
+            if list(mine[name]) != list(its[name]):
+                return False
+            if not all(_fits(*pair) for pair in zip(mine[name].values(), its[name].values())):
+                return False
+        names = read(one) - {*SHAPED, *HOOKS}
+        if mine["training"] != its["training"]:
+            return False
+        if not all(same(mine.get(name, _ABSENT), its.get(name, _ABSENT)) for name in names):
+            return False
+    return True
+
+
+_ABSENT = object()
+
+
+def _fits(one: Any, other: Any) -> bool:
+    """Two entries of a module's tables: tensors that look the same, or submodules (which are compared themselves)."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return _Tensor.of(one) == _Tensor.of(other) and isinstance(one, nn.Parameter) == isinstance(other, nn.Parameter)
+    return (one is None) == (other is None)
+
+
+def _pairs(one: nn.Module, other: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Both modules and, of those that both have, the submodules under the same names."""
+    yield one, other
+    its = _attributes(other).get("_modules", {})
+    for name, child in _attributes(one)["_modules"].items():
+        if child is not None and its.get(name) is not None:
+            yield from _pairs(child, its[name])
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers in the order of their tables, those with several names several times."""
+    own = _attributes(module)
+    yield from (tensor for name in ("_parameters", "_buffers") for tensor in own[name].values() if tensor is not None)
+    for child in own["_modules"].values():
+        if child is not None:
+            yield from _tensors_of(child)
+
+
+def _has_no_hooks(*modules: nn.Module) -> bool:
+    return not any(_attributes(module)[name] for module in modules for name in HOOKS)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Past what watches the readings of attributes."""
+    found: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    return found
+
+
+# ---------------------------------------------------------------- calls
+
+
+def _is_simple(item: Any) -> bool:
+    """Whether it is made of tensors and plain values in plain containers, so that nothing can be left in it unseen."""
+    if type(item) in (tuple, list):
+        return all(map(_is_simple, item))
+    if type(item) is dict:
+        return all(map(_is_simple, item.values()))
+    return isinstance(item, (Tensor, *PLAIN))
+
+
+def _equal_ones(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """For each tensor the first place at which it stands."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(tensor), position) for position, tensor in enumerate(tensors))
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What torch's own state adds to a call."""
+    devices = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in devices]
+    return (torch.is_grad_enabled(), tuple(autocast), torch.get_default_dtype())
