@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from autopar.frontend.equal_blocks import AGAIN, BEGINS, ENDS, BlocksDiffer
+from autopar.ir.node import copy_traced, traced_modules, traced_value
 
 Node = fx.Node
 
@@ -124,7 +125,7 @@ def _is_equal(one: _Region, other: _Region, constants: Mapping[str, Tensor]) -> 
         taken = [pytree.tree_flatten((node.args, dict(node.kwargs))) for node in (mine, its)]
         if taken[0][1] != taken[1][1] or not all(map(same, taken[0][0], taken[1][0])):
             return False
-        if not _looks_equal(mine.meta.get("val"), its.meta.get("val")):
+        if not _looks_equal(traced_value(mine), traced_value(its)):
             return False
         partner[mine] = its
     return len(one.given) == len(other.given) and all(map(same, one.given, other.given))
@@ -157,11 +158,11 @@ def _write(node: Node, region: _Region) -> None:
     graph = node.graph
     taken: Sequence[Node] = node.args[0]  # type: ignore[assignment]
     copies = dict(zip(region.taken, taken))
-    before, after = _stack(region.begin), _stack(node)
+    before, after = traced_modules(region.begin), traced_modules(node)
     with graph.inserting_before(node):
         for inner in region.inner:
             copy = graph.node_copy(inner, lambda source: copies.get(source, source))
-            copy.meta = {**inner.meta, "nn_module_stack": _restacked(_stack(inner), before, after)}
+            copy_traced(copy, inner, _restacked(traced_modules(inner), before, after))
             copies[inner] = copy
     for user in list(node.users):
         given = region.given[user.args[1]]  # type: ignore[index]
@@ -170,12 +171,9 @@ def _write(node: Node, region: _Region) -> None:
     graph.erase_node(node)
 
 
-def _stack(node: Node) -> dict[str, tuple[str, Any]]:
-    return node.meta.get("nn_module_stack") or {}
-
-
 def _path(node: Node) -> str:
-    return [path for path, _ in _stack(node).values()][-1] if _stack(node) else "a block"
+    modules = [path for path, _ in traced_modules(node).values()]
+    return modules[-1] if modules else "a block"
 
 
 def _restacked(

@@ -102,9 +102,19 @@ def traced_value(node: Node) -> Any:
     return node.meta.get("val")
 
 
+def traced_modules(node: Node) -> dict[str, tuple[str, Any]]:
+    """The modules around ``node``, outermost first, as torch's tracer recorded them: key -> (path, class)."""
+    return node.meta.get("nn_module_stack") or {}
+
+
+def copy_traced(copy: Node, node: Node, modules: dict[str, tuple[str, Any]]) -> None:
+    """Give ``copy`` all that torch's tracer recorded for ``node``, but ``modules`` around it."""
+    copy.meta = {**node.meta, "nn_module_stack": modules}
+
+
 def traced_origin(node: Node) -> Origin:
     """The module path and source line that torch's tracer recorded for ``node``."""
-    stack = node.meta.get("nn_module_stack") or {}
+    stack = traced_modules(node)
     module = [path for path, _ in stack.values()][-1] if stack else ""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
     frames = [
