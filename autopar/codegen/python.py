@@ -32,6 +32,7 @@ import torch
 from torch import fx
 
 from autopar.codegen.in_place import IN_PLACE, reused
+from autopar.codegen.regions import Region, regions_of
 from autopar.codegen.torch_bindings import BINDINGS
 from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
@@ -53,7 +54,7 @@ INFIX = {
     operator.floordiv: "//",
     operator.mod: "%",
 }
-RESERVED = ("comm", "inputs", "sizes", "torch", "op", "math", "operator", "float", "slice")
+RESERVED = ("comm", "inputs", "given", "sizes", "torch", "op", "math", "operator", "float", "slice")
 DEFAULTS = {"outer": 1, "ratio": [1]}  # arguments of collectives that are left out where they say nothing
 
 
@@ -164,6 +165,7 @@ class _Module:
         self.imports: set[str] = set()
         self.taken: frozenset[str] = frozenset()
         self.sizes: dict[Any, str] = {}  # expression of sizes -> the variable that holds its value
+        self.regions: set[str] = set()  # names of those whose functions are written
 
     def head(self) -> list[str]:
         place = "" if self.coordinates is None else f" rank {self.program.mesh.rank(self.coordinates)}:"
@@ -172,17 +174,22 @@ class _Module:
         imports = sorted(self.imports | ({"import torch"} if bound else set()), key=lambda line: line.split()[1])
         return [f"# {self.program.mesh}{place}{where}", *imports, *([""] if bound else []), *bound]
 
-    def function(self, name: str, graph: fx.Graph) -> list[str]:
-        """The lines of one function; names of nodes are those of the graph."""
+    def function(self, name: str, graph: fx.Graph, *, is_region: bool = False) -> list[str]:
+        """The lines of one function, after those of its regions; names of nodes are those of the graph."""
+        before = list[str]()
+        for region in regions_of(graph):
+            if region.__name__ not in self.regions:
+                self.regions.add(region.__name__)
+                before += [*self.function(region.__name__, region.graph, is_region=True), "", ""]
         self.taken = frozenset(node.name for node in graph.nodes)
-        body = _Body(self, graph)
-        calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-        lines = list(body.labelled(calls, name) if self.labelled else body.commented(calls))
+        body = _Body(self, graph, is_region)
+        calls = [node for node in graph.nodes if node.op not in ("placeholder", "output") and not _is_result(node)]
+        lines = list(body.labelled(calls, name) if self.labelled and not is_region else body.commented(calls))
         head = [f"def {name}(comm, inputs{', sizes' if self.sizes else ''}):", *body.unpacking(self._labels(graph))]
         if self.sizes:
             head += ["    (", *(f"        {size},  # {form}" for form, size in self.sizes.items()), "    ) = sizes"]
         end = f"    return {body.text(tuple(output_node(graph).args[0]))}"  # type: ignore[arg-type]
-        return [*head, *lines, end]
+        return [*before, *head, *lines, end]
 
     def _labels(self, graph: fx.Graph) -> dict[str, str]:
         """For each placeholder its kind, name and type: ``param up.weight f32[32@tp,8]``."""
@@ -231,11 +238,11 @@ class _Module:
 class _Body:
     """The lines of one function."""
 
-    def __init__(self, module: _Module, graph: fx.Graph) -> None:
+    def __init__(self, module: _Module, graph: fx.Graph, is_region: bool) -> None:
         self.module, self.graph = module, graph
         self.names = _variables(graph)
         self.dying = last_uses(graph)
-        self.reused = reused(graph, module.program.mesh)
+        self.reused = reused(graph, module.program.mesh) if not is_region else {}
 
     def unpacking(self, labels: Mapping[str, str]) -> list[str]:
         nodes = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -261,12 +268,14 @@ class _Body:
         """A line for each call, those of one module in a context with its label."""
         for label, nodes in groupby(calls, partial(_label, function)):
             yield f"    with comm.inside({label!r}):"
-            yield from (f"    {self.line(node)}" for node in nodes)
+            yield from (indent(self.line(node), "    ") for node in nodes)
 
     def line(self, node: Node) -> str:
         if node.op != "call_function":
             raise InvariantError(f"{node.name} is a {node.op} node; a rank program has only functions and placeholders")
         dying = ", ".join(self.names[dead] for dead in self.dying.get(node, ()))
+        if isinstance(node.target, Region):
+            return self.region(node, node.target.__name__, dying)
         types = ", ".join(_types(node))
         line = f"    {self.names[node]} = {self.call(node)}"
         return line + (f"; del {dying}" if dying else "") + (f"  # {types}" if types else "")
@@ -286,6 +295,14 @@ class _Body:
         arguments = [self.text(value) for value in given]
         arguments += [f"{key}={self.text(value)}" for key, value in node.kwargs.items()]
         return f"{self.module.bind(target, node)}({', '.join(arguments)})"
+
+    def region(self, node: Node, name: str, dying: str) -> str:
+        """The operands in a list, so that the region itself frees those that nothing needs after it."""
+        given = f"    given = {self.text(node.args[0])}" + (f"; del {dying}" if dying else "")
+        results = [(self.names[item], ", ".join(_types(item))) for item in node.users]
+        names = ", ".join(name for name, _ in results) + "," * (len(results) == 1)
+        types = ", ".join(each for _, each in results)
+        return f"{given}\n    {names} = {name}(comm, given)  # {types}"
 
     def collective(self, node: Node) -> str:
         target: Any = node.target
@@ -333,6 +350,11 @@ def _variables(graph: fx.Graph) -> dict[Node, str]:
         taken.add(name)
         found[node] = name
     return found
+
+
+def _is_result(node: Node) -> bool:
+    """Whether ``node`` is a result of a region, whose line has all of them."""
+    return node.target is operator.getitem and isinstance(node.all_input_nodes[0].target, Region)
 
 
 def _printable(text: str) -> str:
