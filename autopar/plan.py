@@ -25,6 +25,7 @@ OUTPUT_FORMS = ("auto", "sharded", "full")
 RECOMPUTE_FORMS = ("none", "selective", "full")
 WEIGHTS_OF_PARTS = ("exact", "statistics", "rows")
 INITIAL_FORMS = ("rank0", "checked")
+COMPILE_FORMS = ("python", "inductor")
 FALLBACKS = ("error", "replicate")
 TENSOR_FORMS = ("column", "row", "replicate", "vocabulary")
 FORMS: Mapping[str, tuple[object, ...]] = {  # choices that are one of a few values
@@ -36,6 +37,7 @@ FORMS: Mapping[str, tuple[object, ...]] = {  # choices that are one of a few val
     "lengths": LENGTH_FORMS,
     "outputs": OUTPUT_FORMS,
     "initial": INITIAL_FORMS,
+    "compile": COMPILE_FORMS,
     "on_unknown": FALLBACKS,
     "on_indivisible": ("auto", *FALLBACKS),
     "microbatch_weights": WEIGHTS_OF_PARTS,
@@ -117,6 +119,8 @@ class Plan:
             ``("model.layers.8", "model.layers.16")``; (): where compute time is balanced best.
         stage_memory_gb: what parameters, gradients, AdamW states and kept activations of one stage may take on a rank,
             in units of 1e9 bytes; None: anything.
+        compile: what runs between collectives: ``"python"``: the generated Python, line by line; ``"inductor"``: what
+            torch's Inductor makes of it, compiled in the first step (docs/inductor.md).
         timeout: seconds after which a collective that a peer never joined ends the run.
 
     Raises ValueError for a value that is not one of those above.
@@ -151,6 +155,7 @@ class Plan:
     initial: str = "rank0"
     cuts: tuple[str, ...] = ()
     stage_memory_gb: float | None = None
+    compile: str = "python"
     timeout: float = 300.0
 
     def __new__(cls, *values: object, **choices: object) -> Plan:

@@ -32,7 +32,7 @@ from autopar.plan import Plan
 from autopar.rules import ADDED
 
 FORMAT = 1  # of entries
-WITHOUT_EFFECT = ("seed", "initial", "timeout", "lengths")  # choices that no program depends on
+WITHOUT_EFFECT = ("seed", "initial", "timeout", "lengths", "compile")  # choices that no program depends on
 # of the compiler's own, and of libraries, which read them where no trace sees it
 PREFIXES = ("TORCH_", "PYTORCH_", "TORCHDYNAMO_", "TRANSFORMERS_", "HF_")
 

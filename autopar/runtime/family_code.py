@@ -13,8 +13,14 @@ from autopar.codegen.python import RankFunction, compile_source, emit_sized
 from autopar.families.family import Family
 from autopar.families.walk import evaluated_graph
 from autopar.ir.program import PipelinedProgram, Program
+from autopar.notes import warn
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_graphs import RankGraphs
+
+AS_PYTHON = (
+    'Plan(compile="inductor"): the program for batches of many lengths runs as generated Python\n'
+    'Way out: batches of few lengths and Plan(lengths="each"), which compiles for each length.'
+)
 
 
 class SizedCode(RankCode):
@@ -25,6 +31,8 @@ class SizedCode(RankCode):
         super().__init__(program, graphs, steps)
 
     def _compiled(self, name: str, labelled: bool) -> RankFunction:
+        if self.program.plan.compile == "inductor":
+            warn(AS_PYTHON)
         source, expressions = emit_sized(name, self.graphs[name], self.program, labelled=labelled)
         self.expressions[name, labelled] = expressions
         return compile_source(source, name)

@@ -50,4 +50,8 @@ class RankCode:
         return known[name]
 
     def _compiled(self, name: str, labelled: bool) -> RankFunction:
+        if self.program.plan.compile == "inductor":
+            from autopar.inductor.functions import regional_function  # it loads Inductor, which takes 2 s
+
+            return regional_function(name, self.graphs[name], self.program, labelled=labelled)
         return compile_source(emit({name: self.graphs[name]}, self.program, labelled=labelled), name)

@@ -66,6 +66,10 @@ class BoundProgram:
     def __init__(self, program: Program, code: RankCode, root: nn.Module, connection: Connection) -> None:
         self.program, self.code, self.graphs, self.comm = program, code, code.graphs, connection.comm
         self.role = code.program.required_role
+        if program.plan.compile == "inductor":
+            from autopar.inductor.functions import refuse_without_compiler
+
+            refuse_without_compiler(self.comm.device)
         self.comm.open(comm.axes_used(code.program.graphs.values()))
         self.slots: dict[str, tuple[Table, str]] = {name: (table, key) for _, table, key, name in tables(root)}
         self.entries = list(program.placeholders(*InputKind))

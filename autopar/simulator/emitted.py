@@ -35,16 +35,20 @@ ERRORS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeEr
 
 
 class EmittedLockstep(Lockstep):
-    """As :class:`Lockstep`, by emitted code. It counts neither bytes sent nor bytes held."""
+    """As :class:`Lockstep`, by emitted code. It counts neither bytes sent nor bytes held.
 
-    def __init__(self, mesh: Mesh) -> None:
+    ``compiles``: what lies between collectives is compiled by Inductor, as on ranks with ``Plan(compile="inductor")``.
+    """
+
+    def __init__(self, mesh: Mesh, compiles: bool = False) -> None:
         super().__init__(mesh)
+        self._compiles = compiles
         self._functions: dict[int, tuple[fx.Graph, Callable[..., Any]]] = {}
 
     def run(self, graph: fx.Graph, inputs: list[Ranks], phase: str = "forward") -> list[Ranks]:
         """Raises InvariantError where the code fails, or leaves a collective under way."""
         if id(graph) not in self._functions:
-            self._functions[id(graph)] = graph, _function(graph, self.mesh, phase)
+            self._functions[id(graph)] = graph, _function(graph, self.mesh, phase, self._compiles)
         given = [Values(ranks) for ranks in inputs]
         inputs.clear()
         communicator = LockstepCommunicator(self)
@@ -92,10 +96,16 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod"):
     setattr(Values, f"__r{_name}__", _back)
 
 
-def _function(graph: fx.Graph, mesh: Mesh, name: str) -> Callable[..., Any]:
-    """The emitted function of ``graph``, whose operators take and give :class:`Values`."""
-    source = emit({name: graph}, Program(graph, mesh, Plan(), (), ()))
-    function: Any = compile_source(source, name)
+def _function(graph: fx.Graph, mesh: Mesh, name: str, compiles: bool) -> Callable[..., Any]:
+    """The emitted function of ``graph``, whose operators and regions take and give :class:`Values`."""
+    program = Program(graph, mesh, Plan(), (), ())
+    function: Any
+    if compiles:
+        from autopar.inductor.functions import regional_function
+
+        function = regional_function(name, graph, program)
+    else:
+        function = compile_source(emit({name: graph}, program), name)
     bound = function.__globals__
     for key, value in list(bound.items()):
         if key == "op":

@@ -188,13 +188,13 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max())
 
 
-def agree(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same but for rounding."""
+def agree(a: Tensor, b: Tensor, scale: float = 0.0) -> bool:
+    """Whether two tensors are the same but for rounding: of their largest element, or of ``scale`` if that is more."""
     if torch.equal(a, b):
         return True
     if a.dtype not in AGREEMENT:
         return False
-    largest = float(torch.where(a.isfinite(), a, 0).abs().max())
+    largest = max(scale, float(torch.where(a.isfinite(), a, 0).abs().max()))
     return torch.allclose(a, b, rtol=0.0, atol=AGREEMENT[a.dtype] * largest, equal_nan=True)
 
 

@@ -56,6 +56,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "--cuts layers.1,layers.2": ("cuts", ("layers.1", "layers.2")),
     "--cuts layers.1 --cuts layers.2": ("cuts", ("layers.1", "layers.2")),
     "--stage-memory-gb 80": ("stage_memory_gb", 80),
+    "--compile inductor": ("compile", "inductor"),
     "--timeout 9": ("timeout", 9),
 }
 

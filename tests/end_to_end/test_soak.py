@@ -58,6 +58,8 @@ RUNS: list[Run] = [
     ("dp=2,ep=2,sp=2", {"zero": 2, "recompute": "full"}),
     ("pp=2,dp=2", {"zero": 1, "schedule": "zb-v", "microbatches": 4}),
     ("pp=2,dp=2,tp=2", {"zero": 3, "schedule": "1f1b", "microbatches": 2}),
+    ("dp=2,tp=2", {"zero": 3, "compile": "inductor"}),
+    ("pp=2", {"microbatches": 4, "compile": "inductor"}),
 ]
 
 

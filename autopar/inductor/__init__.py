@@ -1,0 +1,1 @@
+"""Regions of rank programs compiled by torch's Inductor (``Plan(compile="inductor")``)."""

@@ -1,0 +1,108 @@
+"""Programs whose regions Inductor compiled: all ranks in one process against the unmodified model, in float64.
+
+A simulated step runs the graphs and the compiled regions, and compares them. The numbers that it gives, which are
+compared with the model, are those of the regions (:func:`autopar.simulate.simulate`).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autopar
+from autopar.check import check
+from autopar.inductor import compiled_region
+from autopar.mesh import Mesh
+from autopar.models import gpt, llama
+from autopar.plan import Plan
+from tests.launch import run_ranks
+from tests.selection import slow_but
+
+MODELS = ("llama", "gpt", "bert", "t5", "vit", "moe")
+MESHES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("dp=2", {"zero": 3}),
+    ("tp=2", {"recompute": "selective"}),
+    ("pp=2", {"microbatches": 2}),
+    ("dp=2,tp=2", {"zero": 1}),
+)
+ALSO: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("llama", "sp=2", {"attention": "ring"}),
+    ("llama", "tp=2", {"sequence": "megatron"}),
+    ("llama", "dp=2", {"zero": 2, "microbatches": 2}),
+    ("moe", "ep=2", {}),
+    ("mlp", "dp=1", {}),
+    ("cnn", "dp=2", {}),
+)
+ROWS = [*((name, mesh, plan) for name in MODELS for mesh, plan in MESHES), *ALSO]
+
+
+def built(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    module = importlib.import_module(f"autopar.models.{name}")
+    torch.manual_seed(0)
+    model = module.build()
+    return model, module.example_batch(model.config, 4)
+
+
+@pytest.mark.parametrize("name, mesh, plan", slow_but([], ROWS))
+def test_compiled_ranks_do_what_the_model_does(name: str, mesh: str, plan: dict[str, Any]) -> None:
+    model, batch = built(name)
+    with compiled_region.counted() as count:
+        report = check(model, batch, Mesh.parse(mesh), Plan(compile="inductor", **plan))
+    assert report.passed, report.worst
+    assert count.compiled and not count.left, count
+
+
+def train(cache: str, steps: int) -> tuple[list[float], Counter[str]]:
+    """On a rank: the losses of some steps, and how often regions were found in the cache on disk, or not."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    from torch._dynamo.utils import counters
+
+    config = llama.Config(vocab=32, context=8, width=16, layers=3, heads=2, kv_heads=2, ff=32)
+    torch.manual_seed(0)
+    model: nn.Module = llama.Llama(config).double()
+    if "RANK" in os.environ:
+        model = autopar.parallelize(model, Mesh(dp=2), Plan(compile="inductor", zero=2, check_numerics=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for step in range(steps):
+        loss = model(**llama.example_batch(config, 4, 8, seed=step % 5))["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, Counter({name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")})
+
+
+@pytest.mark.slow
+def test_launched_ranks_train_as_one_device_and_compile_each_region_once(tmp_path: Path) -> None:
+    wanted, _ = train("", 200)
+    ranks = run_ranks(train, 2, str(tmp_path), 200, timeout=600.0)
+    for losses, _ in ranks:
+        assert max(abs(one - other) for one, other in zip(losses, wanted, strict=True)) <= 1e-10
+    found = ranks[0][1] + ranks[1][1]
+    assert found["miss"] == found["hit"] > 0  # what one rank has compiled, the other finds
+    again = run_ranks(train, 2, str(tmp_path), 2, timeout=600.0)
+    assert sum((count for _, count in again), Counter())["miss"] == 0
+
+
+@pytest.mark.slow
+def test_dropout_is_that_of_the_generated_python() -> None:
+    torch.manual_seed(0)
+    model = gpt.build(dropout=0.2).double()
+    batch = gpt.example_batch(model.config, 4)
+    steps = [
+        autopar.parallelize(copy.deepcopy(model), Mesh(dp=2), Plan(compile=choice)).simulate(**batch)
+        for choice in ("python", "inductor")
+    ]
+    assert steps[0].loss is not None and steps[1].loss is not None
+    assert abs(steps[0].loss - steps[1].loss) <= 1e-13
+    for name, grad in steps[0].grads.items():
+        assert (grad - steps[1].grads[name]).abs().max() <= 1e-13, name
