@@ -140,7 +140,9 @@ def one_rank(run: Run) -> Iterator[Row]:
     model, batch = run.language_model()
     ours = autopar.parallelize(copy.deepcopy(model), autopar.Mesh(), autopar.Plan(check_numerics=False))
     contenders: dict[str, nn.Module] = {"eager": model, "autopar": ours}
-    if run.device.type == "cuda":
+    if run.device.type == "cuda":  # on a CPU both compile for a minute
+        plan = autopar.Plan(compile="inductor", check_numerics=False)
+        contenders["autopar, Inductor"] = autopar.parallelize(copy.deepcopy(model), autopar.Mesh(), plan)
         contenders["torch.compile"] = torch.compile(copy.deepcopy(model))  # type: ignore[assignment]
     steps = {name: _step(run, module, batch) for name, module in contenders.items()}
     for name, step in steps.items():
