@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from autopar.checkpoint.checkpoints import Checkpoints, Resumed
     from autopar.checkpoint.weights import LoadedWeights, load_safetensors
     from autopar.checkpoint.written_weights import save_pretrained, save_safetensors
+    from autopar.compiled_family import compile_family
     from autopar.compiler import compile_program
     from autopar.data.padding import PaddedBatch, pad_batch
     from autopar.data.parts import BatchesOfRank, part_of_batch
     from autopar.data.token_file import TokenFile
     from autopar.data.token_sources import pack_tokens
     from autopar.exporters.export import export
+    from autopar.families.family import Family
     from autopar.frameworks.hugging_face import trainer_class
     from autopar.frameworks.lightning import lightning_arguments
     from autopar.ir.program import PipelinedProgram, Program
@@ -75,8 +77,10 @@ _LAZY = {
     "Checkpoints": "checkpoint.checkpoints",
     "LoadedWeights": "checkpoint.weights",
     "lightning_arguments": "frameworks.lightning",
+    "compile_family": "compiled_family",
     "compile_program": "compiler",
     "export": "exporters.export",
+    "Family": "families.family",
     "ExportedWeights": "pretrained.exported_weights",
     "export_weights": "pretrained.exported_weights",
     "diff": "analysis.compare",
@@ -118,6 +122,7 @@ __all__ = [
     "Checkpoints",
     "ExportError",
     "ExportedWeights",
+    "Family",
     "IndivisibleError",
     "InvariantError",
     "LaunchError",
@@ -143,6 +148,7 @@ __all__ = [
     "WrongRuleError",
     "__version__",
     "balanced_placement",
+    "compile_family",
     "compile_program",
     "diff",
     "export",

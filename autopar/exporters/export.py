@@ -13,6 +13,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from autopar.errors import ExportError, check_kind
+from autopar.exporters.dynamic_sizes import DynamicSizes
 from autopar.exporters.job import Job, Options, Writer
 from autopar.exporters.whole_tensors import Source, WholeTensors
+from autopar.families.family import Family
+from autopar.families.forms import Sizes, Terms
+from autopar.families.tables import generalised
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.program_files.exchange import put
 from autopar.program_files.manifest import describe
@@ -29,6 +34,7 @@ from autopar.program_files.manifest import describe
 MANIFEST, FORMAT, VERSION = "manifest.json", "autopar export", 1
 WEIGHTS = ("safetensors", "reference", "none")
 DIALECTS = ("autopar", "tensorrt")
+DYNAMIC = ("pt2", "onnx")  # formats whose files take batches of several sizes
 FORMATS = {  # name -> module and function of its writer, imported when it is asked for: some need more packages
     "pt2": "autopar.exporters.pt2:write",
     "onnx": "autopar.exporters.onnx_file:write",
@@ -38,7 +44,7 @@ FORMATS = {  # name -> module and function of its writer, imported when it is as
 
 
 def export(
-    program: AnyProgram,
+    program: AnyProgram | Family,
     directory: str | Path,
     format: str | Sequence[str] = "pt2",
     *,
@@ -54,7 +60,8 @@ def export(
     """Write ``program`` to ``directory`` in one or several formats (``"pt2"``, ``"onnx,pt2"``, ...); docs/exports.md.
 
     Args:
-        program: compiled (``autopar.compile_program``, ``parallelize(...).program``), or loaded.
+        program: compiled (``autopar.compile_program``, ``parallelize(...).program``), or loaded; or a family
+            (``autopar.compile_family``, ``parallelize(...).families``), whose files take batches of all its sizes.
         rank: write this rank's files only.
         weights: ``safetensors``: the rank's part of each tensor; ``reference``: where in ``weights_from``, files, that
             part is; ``none``: names, shapes and dtypes. By default the first where ``weights_from`` is given.
@@ -68,9 +75,12 @@ def export(
     Returns ``directory``. Raises ExportError, with nothing written, for a program that a format cannot hold, weights
     that are missing, files of others in ``directory``; and where ``verify`` finds other numbers.
     """
-    check_kind("program", program, Program | PipelinedProgram, "compile_program(...), or Program.load(DIR)")
-    _check_finished(program)
+    kinds = Program | PipelinedProgram | Family
+    check_kind("program", program, kinds, "compile_program(...), compile_family(...), or Program.load(DIR)")
     names = _names(format)
+    whole = Whole.of(program, names)
+    program = whole.program
+    _check_finished(program)
     chosen = weights or ("none" if weights_from is None else "safetensors")
     _check_choices(chosen, onnx_dialect, weights_from)
     ranks = tuple(range(program.mesh.world_size))
@@ -85,9 +95,10 @@ def export(
         for name in names:
             (draft / name).mkdir()
             told = lambda words, name=name: progress.update(task, description=f"{name}: {words}")  # noqa: E731
-            entries[name] = writer(name)(Job(program, draft / name, ranks, chosen, tensors, options, told))
+            job = Job(program, draft / name, ranks, chosen, tensors, options, whole.sizes, whole.members, told)
+            entries[name] = writer(name)(job)
         files = sorted(path.relative_to(draft).as_posix() for path in draft.rglob("*") if path.is_file())
-        text = json.dumps({**_head(program), "weights": chosen, "files": files, "formats": entries}, indent=1)
+        text = json.dumps({**whole.head(), "weights": chosen, "files": files, "formats": entries}, indent=1)
         (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return Path(directory)
 
@@ -104,13 +115,41 @@ def writer(name: str) -> Writer:
     return found
 
 
-def _head(program: AnyProgram) -> dict[str, Any]:
-    try:
-        whole = describe(program)
-    except ValueError as error:
-        raise ExportError(f"the program cannot be described: {error}") from error
-    kept = ("torch", "mesh", "plan", "inputs", "outputs", "parameters", "buffers", "groups", "ranks")
-    return {"format": FORMAT, "version": VERSION, **{key: whole[key] for key in kept}}
+@dataclass(frozen=True)
+class Whole:
+    """What is exported: a program or, with ``sizes`` and some of its members, the program of a family."""
+
+    program: AnyProgram
+    sizes: DynamicSizes | None = None
+    members: tuple[AnyProgram, ...] = ()
+    points: tuple[Sizes, ...] = ()
+
+    @classmethod
+    def of(cls, given: AnyProgram | Family, formats: Sequence[str]) -> Whole:
+        """Raises ExportError for a format that has no dynamic sizes, and for a family that has too few of them."""
+        if not isinstance(given, Family):
+            return cls(given)
+        fixed = [name for name in formats if name not in DYNAMIC]
+        if fixed:
+            raise ExportError(
+                f"format '{fixed[0]}' is of a batch of one size, and this is a family of programs\n"
+                "Way out: export(family.member({'b': ..., 's': ...}), ...)."
+            )
+        sizes = DynamicSizes(given)
+        members = tuple(given.member(point) for point in given.points)
+        return cls(given.with_longest_constants(), sizes, members, given.points)
+
+    def head(self) -> dict[str, Any]:
+        """The manifest's part that all formats share; of a family with expressions in the places of sizes."""
+        try:
+            found = [describe(program) for program in self.members or (self.program,)]
+        except ValueError as error:
+            raise ExportError(f"the program cannot be described: {error}") from error
+        kept = ("torch", "mesh", "plan", "inputs", "outputs", "parameters", "buffers", "groups", "ranks")
+        heads = [{"format": FORMAT, "version": VERSION, **{key: whole[key] for key in kept}} for whole in found]
+        if self.sizes is None:
+            return heads[0]
+        return {**generalised(heads, Terms(self.points)), "sizes": self.sizes.to_json()}
 
 
 def _names(format: str | Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from autopar.exporters.dynamic_sizes import DynamicSizes
 from autopar.exporters.whole_tensors import WholeTensors
 from autopar.ir.program import AnyProgram
 
@@ -37,6 +38,8 @@ class Job:
         ranks: of the mesh, those whose files are wanted.
         weights: ``safetensors``, ``reference`` or ``none``; see docs/exports.md.
         tensors: the whole parameters and buffers; None where they are not given.
+        sizes: those of the family that is written; None for a program of fixed sizes.
+        members: of the family, programs at some of its sizes.
         told: called with a few words before each piece of work, for people who wait.
     """
 
@@ -46,6 +49,8 @@ class Job:
     weights: str = "none"
     tensors: WholeTensors | None = None
     options: Options = field(default_factory=Options)
+    sizes: DynamicSizes | None = None
+    members: tuple[AnyProgram, ...] = ()
     told: Callable[[str], None] = lambda words: None
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -168,8 +169,15 @@ def _copies(places: Tensor, x: Tensor) -> int:
     wanted, there = places.shape[0], x.shape[0]
     if isinstance(wanted, int) and isinstance(there, int):
         return wanted // there
+    times = sympy.cancel(_expression(wanted) / _expression(there))
+    if times.is_Integer:
+        return int(times)
     holds(wanted == there)
     return 1
+
+
+def _expression(size: Any) -> Any:
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
 
 
 def columns(x: Tensor, dim: int, start: int, end: int, step: int) -> Tensor:

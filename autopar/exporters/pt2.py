@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from autopar.errors import ExportError
 from autopar.exporters import functional
 from autopar.exporters.counts import write_counts
+from autopar.exporters.dynamic_sizes import DynamicSizes
 from autopar.exporters.job import Job
 from autopar.exporters.rank_module import Part, constants_of, parts_of, rank_tensors
 from autopar.exporters.references import references
@@ -38,12 +39,12 @@ def write(job: Job) -> Mapping[str, Any]:
     for part in parts_of(job.program, job.ranks):
         if part.role not in roles:
             job.told(f"tracing {part.name}")
-            roles[part.role] = plainly_traced(part, "step" if training else "inference")
+            roles[part.role] = plainly_traced(part, "step" if training else "inference", job.sizes)
         role = roles[part.role]
         job.told(f"writing {part.name}.pt2")
         fill(role, part, job)
         torch.export.save(role.exported, job.directory / f"{part.name}.pt2")
-        entry = describe_part(part, role, f"{part.name}.pt2")
+        entry = describe_part(part, role, f"{part.name}.pt2", job.sizes)
         if training:
             entry["gradients"] = list(part.program.required_role.grads)
         if job.weights == "reference" and job.tensors is not None:
@@ -56,7 +57,14 @@ def write_stages(job: Job, program: PipelinedProgram) -> Mapping[str, Any]:
     """``rank0-stage0-forward.pt2`` and ``rank0-stage0-backward.pt2``, and so on; and the order of their calls.
 
     ``counts.pt2`` gives what a microbatch contributes to the sums over the batch that weigh its loss.
+    Raises ExportError for a family: what forward keeps for backward has dims (``b*s``) that are none of torch.export's.
     """
+    if job.sizes is not None:
+        raise ExportError(
+            "a training step on a pipeline is two files, and what passes between them has dims like b*s, which "
+            "torch.export cannot declare\n"
+            "Way out: leave out training; a mesh without pp; or export(family.member({'b': ..., 's': ...}), ...)."
+        )
     roles: dict[tuple[tuple[int, int], str], Traced] = {}
     entries = []
     for part in parts_of(program, job.ranks):
@@ -96,9 +104,9 @@ def _refuse_unknown_sizes(part: Part) -> None:
             )
 
 
-def plainly_traced(part: Part, runs: str) -> Traced:
+def plainly_traced(part: Part, runs: str, sizes: DynamicSizes | None = None) -> Traced:
     """A role in operators of torch alone."""
-    found = traced(part, runs=runs)
+    found = traced(part, runs=runs, sizes=sizes)
     _only_torch(found.exported)
     found.exported.example_inputs = None  # they have no data
     return found

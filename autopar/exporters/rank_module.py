@@ -18,18 +18,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from autopar.errors import ExportError
-from autopar.exporters import functional
+from autopar.exporters import dynamic_cuts, functional
+from autopar.exporters.dynamic_cuts import apart, has_symbols, refuse_symbols, together
+from autopar.exporters.dynamic_sizes import DynamicSizes
 from autopar.exporters.plain_gradients import GRADIENTS
 from autopar.exporters.plain_operators import PLAIN
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Split, owned_indices, shard
 from autopar.ir.node import Node, value, values
 from autopar.ir.program import AnyProgram, Program
+from autopar.ir.sizes import is_expression
 from autopar.ir.tables import Input, InputKind
 from autopar.mesh import PIPELINE, Mesh
-from autopar.runtime.pieces import Crossing, apart, crossing, grown, together
+from autopar.runtime.pieces import Crossing, crossing, grown
 
 HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT)
 OWN = "autopar_rank"  # the submodule of what a rank knows of its own place
@@ -122,13 +126,15 @@ class RankModule(nn.Module):
         *,
         runs: str = "inference",
         forms: Forms | None = None,
+        sizes: DynamicSizes | None = None,
     ) -> None:
         super().__init__()
-        self._forms = forms or {}
+        self._forms, self._sizes = forms or {}, sizes
         self._part, self._make, self._runs = part, make, runs
         self._graph = graph = self._first_graph
         self.own: dict[str, Own] = {}
         self._held: dict[Node, tuple[nn.Module, str]] = {}
+        self._begins: dict[Node, tuple[Any, ...]] = {}  # constants that are the beginning of a longer one
         self.inputs: list[tuple[Node, Input]] = []
         self.add_module(OWN, nn.Module())
         self.takes = [node for node in graph.nodes if node.op == "placeholder"]  # what ``forward`` does, in the end
@@ -140,7 +146,10 @@ class RankModule(nn.Module):
             self.takes.remove(node)
             path, _, key = tensor_name(entry).rpartition(".")
             owner, kind = _submodule(self, path), value(node)
-            tensor = make(kind.layout.local_shape(part.mesh), kind.dtype)
+            shape = kind.layout.local_shape(part.mesh)
+            if any(map(is_expression, shape)):
+                self._begins[node], shape = shape, longest(node, entry, part).shape
+            tensor = make(shape, kind.dtype)
             if entry.kind is InputKind.PARAMETER:
                 owner.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
             else:
@@ -168,7 +177,12 @@ class RankModule(nn.Module):
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         known: dict[Node, Any] = dict(zip(self.takes, given, strict=True))
+        if self._sizes is not None:
+            self._sizes.bind([(value(node).layout.local_shape(self._part.mesh), x) for node, x in known.items()])
         known |= {node: getattr(owner, key) for node, (owner, key) in self._held.items()}
+        for node, shape in self._begins.items():
+            for dim, size in enumerate(shape):
+                known[node] = known[node].narrow(dim, 0, self._number(size)) if is_expression(size) else known[node]
         results = self._run(self._graph, known)
         if self._runs != "step":
             return results
@@ -194,11 +208,11 @@ class RankModule(nn.Module):
         target: Any = node.target
         name = comm.TARGETS.get(target)
         if name is not None:
-            given = fx.map_arg(comm.arguments_of(node), known.__getitem__)
+            given = self._number(fx.map_arg(comm.arguments_of(node), known.__getitem__))
             return self._communicate(node, comm.STARTED.get(name, name), *given.values())
-        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        args, kwargs = self._number(fx.map_arg((node.args, node.kwargs), known.__getitem__))
         if target in self._forms:
-            kinds = [(kind.dtype, kind.layout.local_shape(self._part.mesh)) for kind in values(node)]
+            kinds = [(kind.dtype, self._number(kind.layout.local_shape(self._part.mesh))) for kind in values(node)]
             return self._forms[target](kinds, *args, **kwargs)
         target = FORMS.get(target, target)
         if isinstance(target, torch._ops.OpOverload) and target.namespace == "autopar":
@@ -208,19 +222,25 @@ class RankModule(nn.Module):
             )
         return target(*args, **kwargs)
 
+    def _number(self, item: Any) -> Any:
+        """``item`` with numbers in the places of expressions of sizes."""
+        return item if self._sizes is None else self._sizes.number(item)
+
     # ------------------------------------------------------------ what a rank knows of its place
 
     def _prepare(self, node: Node) -> None:
         """Make the rank's own constants that a collective needs: data, which a trace of shapes does not have."""
         name, mesh = comm.TARGETS[node.target], self._part.mesh  # type: ignore[index]
         _, axis, *rest = comm.arguments_of(node).values() if name != "axis_index" else (None, node.args[0])
-        if name == "axis_index" or (name == "keep_first" and mesh.size(str(axis)) > 1):
+        changes = name in CUTS and any(map(is_expression, pytree.tree_leaves(rest)))  # with the sizes of a batch
+        if name == "axis_index" or changes or (name == "keep_first" and mesh.size(str(axis)) > 1):
             self._add(f"position_{plain_name(str(axis))}", lambda here: torch.tensor(mesh.position(str(axis), here)))
         elif name in CUTS:
             self._add(_name_of(name, axis, rest), partial(_rows if name in TAKES else _places, mesh, str(axis), rest))
         elif name == "reorder":
             ends = [comm.end_of(end) for end in rest[1:]]
             length = value(node).shape[ends[0].dim]
+            length = length if self._sizes is None else self._sizes.example(length)
             place, ways = mesh.position(str(axis), self._part.coordinates), mesh.size(str(axis))
             self._crossings[node] = crossing(*ends, length, place, ways), crossing(*ends[::-1], length, place, ways)
 
@@ -253,11 +273,15 @@ class RankModule(nn.Module):
         if row.form is comm.SIZES:
             return functional.exchange(x, rest[2], rest[1], axis)
         if row.form is comm.PART:
+            refuse_symbols(node.name, rest[3])
             return self._resize(name, x, axis, comm.split_of((axis, *rest)), rest[-1])
         return self._exchange(node, name, x, axis, rest)
 
     def _cut(self, name: str, x: Tensor, axis: str, rest: Sequence[Any]) -> Tensor:
         """This rank's part of a whole, padded with zeros; or a whole of zeros around this rank's part."""
+        if has_symbols(rest):
+            cut = dynamic_cuts.taken if name in TAKES else dynamic_cuts.put
+            return cut(x, self._own(f"position_{plain_name(axis)}"), *rest)
         split, ways, length = comm.split_of((axis, *rest)), self._part.mesh.size(axis), rest[-1]
         if name in TAKES:
             size = -(-length // ways) * ways if split.contiguous else length
@@ -293,9 +317,24 @@ class RankModule(nn.Module):
             return together(got.view(pieces.shape), before, pieces.shape[1 + before.dim] * ways)
         there, back = self._crossings[node]
         dim = comm.end_of(rest[1]).dim
-        blocks = torch.stack([x.narrow(dim, block * there.size, there.size) for block in there.order])
+        size = x.shape[dim] // len(there.order)  # there.size, or that at another length
+        blocks = torch.stack([x.narrow(dim, block * size, size) for block in there.order])
         got = functional.all_to_all(blocks, list(back.counts), list(there.counts), axis)
         return torch.cat([got[back.order.index(block)] for block in range(len(back.order))], dim)
+
+
+def longest(node: Node, entry: Input, part: Part) -> Tensor:
+    """A constant that has other sizes in other members of a family, of which each has the beginning.
+
+    Raises ExportError where the ranks have parts of it.
+    """
+    whole = part.program.constants.get(entry.target)
+    if whole is None or value(node).layout.axes:
+        raise ExportError(
+            f"'{entry.target}', {value(node).layout}, has other sizes in each batch, and each rank a part of it\n"
+            "Way out: export a program of fixed sizes (compile_program) for this mesh."
+        )
+    return whole
 
 
 def _rows(mesh: Mesh, axis: str, rest: Sequence[Any], here: Mapping[str, int]) -> Tensor:
@@ -332,6 +371,8 @@ def _submodule(root: nn.Module, path: str) -> nn.Module:
 def part_of(whole: Tensor, node: Node, part: Part) -> Tensor:
     """What the rank holds of a whole tensor; a short part is padded with zeros."""
     layout = value(node).layout
+    if not layout.axes:
+        return whole
     piece = shard(whole, layout, part.mesh, part.coordinates)
     for dim, size in enumerate(layout.local_shape(part.mesh)):
         piece = grown(piece, dim, size)

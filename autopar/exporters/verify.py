@@ -24,7 +24,7 @@ from autopar.exporters.in_float32 import is_narrow, model_in_float32, widened
 from autopar.exporters.job import Job
 from autopar.exporters.merged import merged
 from autopar.exporters.onnx_check import calls_in, check_together
-from autopar.exporters.rank_module import Part, part_of
+from autopar.exporters.rank_module import Part, is_held, part_of
 from autopar.exporters.state import weights_of
 from autopar.exporters.traced import Traced
 from autopar.exporters.whole_tensors import WholeTensors
@@ -77,6 +77,20 @@ def verify(job: Job, found: Parts) -> Verified:
     feeds = _feeds(replace(job, tensors=tensors, weights="safetensors"), found, inputs)
     wanted = expected(job.program, tensors, inputs)
     return Verified(_errors(found, _run(world, feeds), wanted.outputs), wanted.against, promoted)
+
+
+def verify_members(job: Job, found: Parts) -> Verified:
+    """The files of a family, run at the sizes of some of its members; the errors are the largest of all."""
+    done = []
+    for member in job.members:
+        parts = []
+        for part, role in found:
+            own = replace(part, whole=member)
+            inputs = [(node, entry) for node, entry in own.program.placeholders(*InputKind) if not is_held(entry)]
+            parts.append((own, replace(role, inputs=tuple(inputs))))
+        done.append(verify(replace(job, program=member), parts))
+    errors = {name: max(one.errors[name] for one in done) for name in done[0].errors}
+    return replace(done[0], errors=errors)
 
 
 def _of_the_batch(program: Program, tensors: WholeTensors, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from autopar.exporters.dynamic_sizes import DynamicSizes
 from autopar.exporters.rank_module import Part, plain_name
 from autopar.exporters.traced import Traced
 from autopar.ir.node import Node, value
@@ -13,16 +14,26 @@ from autopar.ir.tables import Input, InputKind, Output, OutputKind
 from autopar.mesh import PIPELINE
 
 
-def describe_part(part: Part, role: Traced, file: str) -> dict[str, Any]:
-    """``tensors``: the shapes of one rank; a layout and the whole shape say what part of the whole that is."""
+def describe_part(part: Part, role: Traced, file: str, sizes: DynamicSizes | None = None) -> dict[str, Any]:
+    """``tensors``: the shapes of one rank; a layout and the whole shape say what part of the whole that is.
+
+    With ``sizes`` of a family the sizes that change are texts, ``"b/2"``.
+    """
+
+    def entry_of(direction: str, entry: Input | Output, node: Node) -> dict[str, Any]:
+        found = _entry(part, direction, entry, node)
+        if sizes is not None:
+            found |= {key: [sizes.words(size) for size in found[key]] for key in ("shape", "whole_shape")}
+        return found
+
     results = zip(role.outputs, part.program.returned)
     return {
         "file": file,
         "rank": part.rank,
         **({} if part.stage is None else {"stage": part.stage}),
         "coordinates": part.whole.mesh.coordinates(part.rank),
-        "inputs": [{"name": input_name(entry), **_entry(part, "from", entry, node)} for node, entry in role.inputs],
-        "outputs": [{"name": output_name(entry), **_entry(part, "to", entry, node)} for entry, node in results],
+        "inputs": [{"name": input_name(entry), **entry_of("from", entry, node)} for node, entry in role.inputs],
+        "outputs": [{"name": output_name(entry), **entry_of("to", entry, node)} for entry, node in results],
     }
 
 

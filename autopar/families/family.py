@@ -12,7 +12,7 @@ from torch import Tensor
 from autopar.families.constants import Beginning, beginning
 from autopar.families.forms import Evaluator, NoForm, Sizes, Terms
 from autopar.families.sizes import Range
-from autopar.families.walk import constants_of, evaluated, in_order, numbers_of, unequal_segments
+from autopar.families.walk import Walk, constants_of, evaluated, in_order, numbers_of, unequal_segments
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.program import AnyProgram
 from autopar.ir.sizes import is_expression
@@ -87,8 +87,16 @@ class Family:
         object.__setattr__(found, "fingerprint", known)  # not dataclasses.replace, which would make all graphs
         return found
 
+    def with_longest_constants(self) -> AnyProgram:
+        """:attr:`template` with the longest of each constant that changes, which those of members begin."""
+        longest = {place: known.longest for place, known in self._constants.items()}
+        walk = Walk(lambda number: number, constants=lambda place, tensor: longest.get(place, tensor))
+        return walk.program(self.template)
+
     def could_hold(self, sizes: Sizes) -> bool:
-        """Whether all numbers are whole at ``sizes``, inside or outside of the ranges."""
+        """Whether all numbers are whole at ``sizes``, inside or outside of the ranges; a size that all share stays."""
+        if any(known.step == 0 and sizes.get(name) != known.first for name, known in self.ranges.items()):
+            return False
         return sizes.keys() == self.ranges.keys() and self._at(sizes) is not None
 
     def agrees(self, program: AnyProgram, sizes: Sizes) -> bool:

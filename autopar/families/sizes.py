@@ -113,7 +113,7 @@ def further(points: Sequence[Sizes], unit: Mapping[str, int], varies_batch: bool
     for name in points[0]:
         values = [point[name] for point in points]
         if name.startswith(BATCH):
-            if varies_batch:
+            if varies_batch and values[0] > unit[name]:  # one row on each rank has a program of its own
                 high[name], low[name] = values[0] + 2 * unit[name], values[0] + unit[name]
             continue
         if len(set(values)) == 1:

@@ -92,6 +92,7 @@ class SizeFamilies:
     def __init__(self, compiled: Compile, facts: Callable[[Call], CallFacts], mesh: Mesh, plan: Plan) -> None:
         self._compiled, self._facts, self._mesh, self._plan = compiled, facts, mesh, plan
         self._kept: dict[Hashable, _Kept] = {}
+        self.why_none = ""  # there is no family for the latest call that was learnt
 
     def clear(self) -> None:
         self._kept.clear()
@@ -128,13 +129,17 @@ class SizeFamilies:
 
     def learn(self, kind: Hashable, call: Call, program: AnyProgram, guards: Guards) -> None:
         """A program was compiled for ``call``. Where lengths vary this compiles more of them, and makes a family."""
-        if self._plan.lengths == "each" or guards.values:  # what Python sees in tensors depends on all of them
+        if self._plan.lengths == "each":
+            self.why_none = 'Plan(lengths="each")'
+            return
+        if guards.values:  # which depends on all of them
+            self.why_none = "Python looks at values in tensors"
             return
         kept = self._of(kind)
         if kept is None:
             kept = self._kept[kind] = _Kept(program, guards)
         if not kept.guards.leaves_alike(guards):
-            logger.debug("no family of programs: what forward leaves in attributes differs")
+            self._note("what forward leaves in attributes differs")
             return
         shapes = shapes_of(call)
         for known in kept.families:
@@ -179,8 +184,12 @@ class SizeFamilies:
             try:
                 return fit(chosen)
             except NoForm as problem:
-                logger.debug("no family of programs: %s", problem)
+                self._note(str(problem))
         return None
+
+    def _note(self, why: str) -> None:
+        self.why_none = why
+        logger.debug("no family of programs: %s", why)
 
     def _tried(self, like: AnyProgram, assumed: Guards, call: Call, scheme: Scheme, sizes: Sizes) -> Compiled | None:
         """The program of a call like ``call`` of other sizes; None where the model does not take those.
@@ -192,6 +201,7 @@ class SizeFamilies:
         except Exception as problem:  # the user has not asked for these sizes, and has a program for their own
             if not is_refusal(problem):
                 warn(FAILED.format(problem))
+            self.why_none = f"{sizes}: {problem!r}"
             logger.debug("no program for %s: %r", sizes, problem, exc_info=not is_refusal(problem))
             return None
         return None if guards.values or not assumed.leaves_alike(guards) else (program, guards)
