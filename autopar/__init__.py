@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from autopar.pretrained.exported_weights import ExportedWeights, export_weights
     from autopar.pretrained.gathered import gather
     from autopar.pretrained.loading import from_pretrained
+    from autopar.program_files.family_file import load_family, save_family
     from autopar.routing.placement import balanced_placement
     from autopar.training.profiling import profile
     from autopar.training.step_record import StepRecord
@@ -86,6 +87,7 @@ _LAZY = {
     "diff": "analysis.compare",
     "from_pretrained": "pretrained.loading",
     "gather": "pretrained.gathered",
+    "load_family": "program_files.family_file",
     "load_safetensors": "checkpoint.weights",
     "pack_tokens": "data.token_sources",
     "pad_batch": "data.padding",
@@ -98,6 +100,7 @@ _LAZY = {
     "Program": "ir.program",
     "Resumed": "checkpoint.checkpoints",
     "register_rule": "verification.register_rule",
+    "save_family": "program_files.family_file",
     "save_pretrained": "checkpoint.written_weights",
     "save_safetensors": "checkpoint.written_weights",
     "StepRecord": "training.step_record",
@@ -156,6 +159,7 @@ __all__ = [
     "from_pretrained",
     "gather",
     "lightning_arguments",
+    "load_family",
     "load_safetensors",
     "pack_tokens",
     "pad_batch",
@@ -163,6 +167,7 @@ __all__ = [
     "part_of_batch",
     "profile",
     "register_rule",
+    "save_family",
     "save_pretrained",
     "save_safetensors",
     "trainer_class",

@@ -41,7 +41,8 @@ def parallelize(
         example_inputs: keyword (dict) or positional (tuple) arguments of one call, to compile now rather than then.
         program: a directory that ``autopar compile`` or ``program.save`` wrote, a program, or several of them. Calls
             like those that they were compiled for are not traced and not compiled; another call is compiled, with a
-            warning. Mesh and plan are then the program's.
+            warning. Mesh and plan are then the program's. Also a family, or its directory (``save_family``): calls of
+            all its sizes.
 
     Raises ValueError for choices that do nothing on this mesh; LaunchError when the processes do not fit it;
     ProgramFileError for a ``program`` that was compiled from another model, by other code, or for another mesh or plan;
@@ -65,7 +66,7 @@ def parallelize(
     if connection is not None:
         facts = model_facts(model) | {f"Plan({name})": repr(choice) for name, choice in plan.to_json().items()}
         connection.comm.agreement.compare(facts, "the same code, model and plan on every rank.")
-    module = ParallelModule(model, mesh, plan, connection, [one.program for one in stored], where)
+    module = ParallelModule(model, mesh, plan, connection, [one.family or one.program for one in stored], where)
     if isinstance(example_inputs, Mapping):
         module.prepare(**example_inputs)
     elif example_inputs is not None:

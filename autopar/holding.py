@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import nn
 
+from autopar.families.family import Family
 from autopar.frontend.fingerprint import call_facts
 from autopar.frontend.readings import everything_of
 from autopar.ir.fingerprint import CallFacts
@@ -32,10 +33,10 @@ class Holding:
     calls: int = 0
 
 
-def given_programs(held: Holding, programs: Sequence[AnyProgram], where: str) -> GivenPrograms:
+def given_programs(held: Holding, programs: Sequence[AnyProgram | Family], where: str) -> GivenPrograms:
     """``programs`` for the calls of a model, which holds its tensors as they require from now on."""
     for program in programs:
-        held.weights.lay_out(program)
+        held.weights.lay_out(program.first_program if isinstance(program, Family) else program)
 
     def state() -> Hashable:
         modes = tuple([module.training == held.model.training for module in held.model.modules()])

@@ -76,7 +76,7 @@ class ParallelModule(nn.Module):
         mesh: Mesh,
         plan: Plan,
         connection: Connection | None,
-        programs: Sequence[AnyProgram] = (),
+        programs: Sequence[AnyProgram | Family] = (),
         where: str = "",
         held: Holding | None = None,
     ) -> None:

@@ -10,28 +10,36 @@ from typing import cast
 from torch import nn
 
 from autopar.errors import ProgramFileError
+from autopar.families.family import Family
 from autopar.frontend.fingerprint import of_model
 from autopar.ir.fingerprint import differences
 from autopar.ir.program import AnyProgram
 from autopar.mesh import Mesh
 from autopar.plan import Plan
+from autopar.program_files.family_file import holds_family, load_family
 from autopar.program_files.program_file import load
 
-OneProgram = str | Path | AnyProgram
+OneProgram = str | Path | AnyProgram | Family
 AT_RUN_TIME = ("seed", "initial", "timeout", "check_numerics")  # choices that no program depends on
 SHOWN, WIDTH = 6, 150
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A program, and the words for where it is from."""
+    """A program, and the words for where it is from. Of a ``family`` it is the first one."""
 
     program: AnyProgram
     where: str
+    family: Family | None = None
 
     @classmethod
     def of(cls, given: OneProgram) -> Stored:
         """Raises ProgramFileError for a directory that holds none."""
+        if isinstance(given, (str, Path)) and holds_family(given):
+            family = load_family(given)
+            return cls(family.first_program, f"the family in {given}", family)
+        if isinstance(given, Family):
+            return cls(given.first_program, "the family", given)
         if isinstance(given, (str, Path)):
             return cls(load(given), f"the program in {given}")
         return cls(given, "the program")

@@ -54,10 +54,10 @@ def run(
 
     from autopar.commands.launch import is_rank, relaunch
     from autopar.commands.this_machine import device_of_rank, refuse_ranks
-    from autopar.program_files.program_file import FAULTS, load
+    from autopar.program_files.program_file import FAULTS
     from autopar.runtime.connect import connect
 
-    program = load(directory, operators=operators or ())
+    program = _program(directory, operators or (), inputs)
     refuse_too_large(program, random=weights is None)
     where = device_of_rank(device, program.mesh.world_size)
     if program.mesh.world_size > 1 and not is_rank():
@@ -89,6 +89,21 @@ def run(
     console.print(table(f"{directory} on {program.mesh}", ("output", "shape", "mean"), rows))
     console.print(traffic_table("sent by rank 0", traffic, RUNS))
     console.print(f"{seconds:.2f} s")
+
+
+def _program(directory: Path, operators: Sequence[str], inputs: Path | None) -> AnyProgram:
+    """That of the directory; of a family the one for the sizes of ``inputs``, or for the first sizes."""
+    from autopar.ir.node import value
+    from autopar.ir.tables import InputKind
+    from autopar.program_files.family_file import holds_family, load_family, member_for
+    from autopar.program_files.program_file import load
+
+    if not holds_family(directory):
+        return load(directory, operators=operators)
+    family = load_family(directory, operators=operators)
+    first, given = family.first_program, _read(inputs)
+    expected = [(entry.target, value(node).shape) for node, entry in first.placeholders(InputKind.INPUT)]
+    return member_for(family, [given[name].shape if name in given else shape for name, shape in expected])
 
 
 def _forward(

@@ -48,13 +48,15 @@ def put(x: Tensor, position: Tensor, ways: int, dim: int, outer: int, ratio: Seq
     own = x.shape[dim]
     rows = _rows(position, ways, outer, ratio, length)
     places = torch.full((own * ways,), own).scatter(0, rows, torch.arange(own))[:length]
-    return grown(x, dim, own + 1).index_select(dim, places)
+    found: Tensor = grown(x, dim, own + 1).index_select(dim, places)
+    return found
 
 
 def _rows(position: Tensor, ways: int, outer: int, ratio: Sequence[Any], length: Any) -> Tensor:
     if outer == 1 and len(ratio) == 1:
         size = -(-length // ways)
-        return torch.arange(size) + position * size
+        rows: Tensor = torch.arange(size) + position * size
+        return rows
     block, found, start = length // abs(outer), [], 0
     segments = _segments(ratio, block)
     for number in range(abs(outer)):

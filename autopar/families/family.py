@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from autopar.families.constants import Beginning, beginning
 from autopar.families.forms import Evaluator, NoForm, Sizes, Terms
-from autopar.families.sizes import Range
+from autopar.families.sizes import Range, Scheme
 from autopar.families.walk import Walk, constants_of, evaluated, in_order, numbers_of, unequal_segments
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.program import AnyProgram
@@ -35,6 +36,8 @@ class Family:
             of the greatest common divisor of their differences. That all between behave alike is the assumption.
         points: the sizes that were compiled.
         forms: the expressions.
+        constants: by place in the program, those that change.
+        scheme: which dims of a call are these sizes.
     """
 
     def __init__(
@@ -44,9 +47,10 @@ class Family:
         points: Sequence[Sizes],
         forms: Sequence[sympy.Expr],
         constants: Mapping[str, Beginning],
+        scheme: Scheme | None = None,
     ) -> None:
         self.template, self.ranges, self.points = template, dict(ranges), tuple(points)
-        self.forms, self._constants = tuple(forms), constants
+        self.forms, self.constants, self.scheme = tuple(forms), constants, scheme
         self._evaluator = Evaluator(self.forms, tuple(ranges))
         self._unequal = unequal_segments(template)
 
@@ -77,19 +81,38 @@ class Family:
         assert numbers is not None, f"{sizes} is outside of {self}"
 
         def constant(place: str, tensor: Tensor) -> Tensor:
-            return self._constants[place].of(numbers) if place in self._constants else tensor
+            return self.constants[place].of(numbers) if place in self.constants else tensor
 
-        def number(given: Any) -> Any:
-            return given if type(given) is int or type(given) is float else numbers[given]
-
-        found = evaluated(self.template, number, constant)
+        found = self._put(numbers, constant)
         known = replace(found.fingerprint, call=call) if found.fingerprint is not None and call is not None else None
         object.__setattr__(found, "fingerprint", known)  # not dataclasses.replace, which would make all graphs
         return found
 
+    def _put(self, numbers: Mapping[Any, Any], constant: Callable[[str, Tensor], Tensor]) -> AnyProgram:
+        """The template with ``numbers`` in the places of expressions, and ``constant`` of each constant."""
+
+        def number(given: Any) -> Any:
+            return given if type(given) is int or type(given) is float else numbers[given]
+
+        return evaluated(self.template, number, constant)
+
+    @property
+    def first_program(self) -> AnyProgram:
+        """The member that was compiled first, with its fingerprint."""
+        return self.member(self.points[0], self._first_call)
+
+    @property
+    def _first_call(self) -> CallFacts | None:
+        return self.template.fingerprint.call if self.template.fingerprint is not None else None
+
+    def called(self, in_spec: pytree.TreeSpec) -> Family:
+        """This family for calls whose arguments have the structure ``in_spec``."""
+        template = replace(self.template, in_spec=in_spec)
+        return Family(template, self.ranges, self.points, self.forms, self.constants, self.scheme)
+
     def with_longest_constants(self) -> AnyProgram:
         """:attr:`template` with the longest of each constant that changes, which those of members begin."""
-        longest = {place: known.longest for place, known in self._constants.items()}
+        longest = {place: known.longest for place, known in self.constants.items()}
         walk = Walk(lambda number: number, constants=lambda place, tensor: longest.get(place, tensor))
         return walk.program(self.template)
 
@@ -106,13 +129,16 @@ class Family:
             return False
         read, skeleton = numbers_of(program)
         expected, own = numbers_of(self.template)
-        if skeleton != own or read != [numbers.get(each, each) if is_expression(each) else each for each in expected]:
+        if skeleton != own:  # one of them was read from a file, which keeps what runs
+            if str(self._put(numbers, lambda place, tensor: tensor)) != str(program):
+                return False
+        elif read != [numbers.get(each, each) if is_expression(each) else each for each in expected]:
             return False
         constants = constants_of(program)
         return all(
             _equal(constants[place], tensor)
             for place, tensor in constants_of(self.template).items()
-            if place not in self._constants
+            if place not in self.constants and place in constants
         )
 
     def extended(self, program: AnyProgram, sizes: Sizes) -> Family | None:
@@ -125,18 +151,21 @@ class Family:
         except NoForm:
             return None
         ranges = {name: Range.of([point[name] for point in points]) for name in self.ranges}
-        return Family(self.template, ranges, points, self.forms, constants)
+        return Family(self.template, ranges, points, self.forms, constants, self.scheme)
 
     def _longer_constants(self, program: AnyProgram, sizes: Sizes) -> dict[str, Beginning]:
         """The constants that change, with those of ``program``, which may be longer."""
         here = constants_of(program)
-        return {place: known.joined(here[place], place) for place, known in self._constants.items()}
+        return {
+            place: known.joined(here[place], place) if place in here else known
+            for place, known in self.constants.items()
+        }
 
     def __str__(self) -> str:
         return "; ".join(f"{name} = {each}" for name, each in self.ranges.items())
 
 
-def fit(points: Sequence[Point]) -> Family:
+def fit(points: Sequence[Point], scheme: Scheme | None = None) -> Family:
     """The family of ``points`` (at least three), the first of which gives decisions and plan.
 
     Raises NoForm, with a reason, where they are not one.
@@ -153,7 +182,7 @@ def fit(points: Sequence[Point]) -> Family:
     constants = _constants(points, terms)
     forms |= {size: None for one in constants.values() for size in one.shape if not isinstance(size, int)}
     ranges = {name: Range.of([point.sizes[name] for point in points]) for name in points[0].sizes}
-    family = Family(template, ranges, [point.sizes for point in points], list(forms), constants)
+    family = Family(template, ranges, [point.sizes for point in points], list(forms), constants, scheme)
     for point in points:  # the arithmetic of the evaluator is that of the fit
         assert point.sizes in family, f"{point.sizes} is not in the family of {family}"
     return family

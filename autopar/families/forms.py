@@ -152,3 +152,34 @@ def _coefficients(form: sympy.Expr, names: Sequence[str]) -> tuple[list[tuple[in
         for powers, factor in polynomial.terms()
     ]
     return terms, denominator, shape
+
+
+# ---------------------------------------------------------------- as data
+
+KINDS = ("integer", "inverse", "float")
+MOST_TERMS, LARGEST_FACTOR = 8, 1 << 48
+
+
+def terms_of(form: sympy.Expr) -> list[Any]:
+    """``form`` as JSON: what is made of the sum of its terms, then each term: numerator, denominator, sizes."""
+    names = sorted(map(str, form.free_symbols))
+    terms, denominator, shape = _coefficients(form, names)
+    return [shape or KINDS[0], *([factor, denominator, *(names[i] for i in powers)] for factor, powers in terms)]
+
+
+def form_of(data: Sequence[Any], names: Sequence[str]) -> sympy.Expr:
+    """The inverse of :func:`terms_of`, of sizes with these ``names``. Raises ValueError for anything else."""
+    kind, *terms = data
+    if kind not in KINDS or not 0 < len(terms) <= MOST_TERMS:
+        raise ValueError(f"no expression: {str(data):.100}")
+    total = sympy.Integer(0)
+    for factor, denominator, *sizes in terms:
+        numbers = (factor, denominator)
+        if not all(type(number) is int and abs(number) <= LARGEST_FACTOR for number in numbers) or denominator < 1:
+            raise ValueError(f"no factor: {factor!r:.40} / {denominator!r:.40}")
+        if len(sizes) > MOST_TERMS or any(size not in names for size in sizes):
+            raise ValueError(f"no sizes of this family: {str(sizes):.100}")
+        total += sympy.Rational(factor, denominator) * sympy.Mul(*map(symbol, sizes))
+    if not total.free_symbols:
+        raise ValueError(f"an expression that is a number: {total}")
+    return total if kind == KINDS[0] else 1 / total if kind == KINDS[1] else sympy.Float(1) * total

@@ -75,6 +75,10 @@ class Scheme:
             names[place] = known[role, seen]
         return cls(names, fixed)
 
+    def fits(self, shapes: Shapes) -> bool:
+        """Whether there are tensors of these numbers of dims."""
+        return set(places(shapes)) == {*self.names, *self.fixed}
+
     def sizes(self, shapes: Shapes) -> Sizes | None:
         """Those of a call; None where it is none of these."""
         if any(shapes[tensor][dim] != size for (tensor, dim), size in self.fixed.items()):

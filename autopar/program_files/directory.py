@@ -18,7 +18,11 @@ from autopar.program_files.manifest import FORMAT, VERSION
 
 MANIFEST, TEXT, CONSTANTS = "manifest.json", "program.txt", "constants.safetensors"
 SOURCE, SOURCE_OF_TAIL = "source.txt", "source_of_tail.txt"  # of programs that keep their source
-MOST_BYTES = {MANIFEST: 1 << 28, TEXT: 1 << 28, CONSTANTS: 1 << 36, SOURCE: 1 << 28, SOURCE_OF_TAIL: 1 << 28}
+SIZES, LONGEST = "sizes.json", "longest.safetensors"  # of a family: its expressions, and the constants that change
+MOST_BYTES = {
+    **dict.fromkeys((MANIFEST, TEXT, SOURCE, SOURCE_OF_TAIL, SIZES), 1 << 28),
+    **dict.fromkeys((CONSTANTS, LONGEST), 1 << 36),
+}
 
 # ---------------------------------------------------------------- writing
 

@@ -10,7 +10,7 @@ source.txt             the model as it was traced, see :mod:`autopar.program_fil
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -65,12 +65,20 @@ DAMAGE = (AutoparError, safetensors.SafetensorError, *FAULTS)
 # ---------------------------------------------------------------- writing
 
 
-def save(program: AnyProgram, directory: str | Path, *, extra_files: Mapping[str, str] | None = None) -> Path:
+def save(
+    program: AnyProgram,
+    directory: str | Path,
+    *,
+    extra_files: Mapping[str, str] | None = None,
+    more: Callable[[AnyProgram], Mapping[str, bytes]] | None = None,
+) -> Path:
     """Write ``program`` to ``directory``, all of it or nothing; an existing program is replaced.
 
     ``extra_files``: relative path -> content of files to be read by people, e.g. generated Python; ``load`` ignores
     them. Not kept: ``program.decisions``; nor, with a warning, a source that has no text form. Raises ProgramFileError,
     with nothing written, if the program cannot be written down or ``directory`` holds other things.
+
+    ``more``: further files of a known name, made of the program as it will be read back.
     """
     target = Path(os.path.realpath(directory))
     extra = checked_names(extra_files or {})
@@ -84,6 +92,9 @@ def save(program: AnyProgram, directory: str | Path, *, extra_files: Mapping[str
     for key in ("static_inputs", "static_outputs"):
         _readable_statics(key, manifest[key])
     manifest["files"] = {name: entry(content) for name, content in contents.items()}
+    if more is not None:
+        contents |= more(_program(manifest, contents, EVERY))
+        manifest["files"] = {name: entry(content) for name, content in contents.items()}
     manifest["extra_files"] = sorted(extra)
     manifest["sha256"] = checksum(manifest)
     contents[MANIFEST] = laid_out(manifest).encode()

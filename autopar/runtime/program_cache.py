@@ -309,6 +309,10 @@ class ProgramCache:
             return self._programs[kind]
         program = self._given.of(call) if self._given is not None else None
         general_kind = *self._other_facts(training), general(call), kind[0][-2]  # type: ignore[index]
+        if program is None and self._given is not None and self.families.like(general_kind) is None:
+            family = self._given.family_of(call)
+            if family is not None:
+                self.families.adopt(general_kind, family, self._given.guards())
         member = self.families.member(general_kind, call) if program is None else None
         if program is None and member is None:
             member = self.families.grown(general_kind, call)

@@ -127,6 +127,13 @@ class SizeFamilies:
                     return found
         return None
 
+    def adopt(self, kind: Hashable, family: Family, guards: Guards) -> None:
+        """Take a family that was made before, with what it assumes, for calls of this kind."""
+        assert family.scheme is not None, "a family without the dims of a call"
+        kept = _Kept(family.template, guards)
+        kept.families.append(Known(family, FamilyCode(family), family.scheme, guards))
+        self._kept[kind] = kept
+
     def learn(self, kind: Hashable, call: Call, program: AnyProgram, guards: Guards) -> None:
         """A program was compiled for ``call``. Where lengths vary this compiles more of them, and makes a family."""
         if self._plan.lengths == "each":
@@ -168,13 +175,13 @@ class SizeFamilies:
                 if tried is not None:
                     points.append((sizes, tried[0]))
                     kept.guards = Guards.joined([kept.guards, tried[1]])
-        family = self._fitted(kept, [Point(sizes, program) for sizes, program in points])
+        family = self._fitted(kept, [Point(sizes, program) for sizes, program in points], scheme)
         if family is not None:
             kept.families.insert(0, Known(family, FamilyCode(family), scheme, kept.guards))
             kept.points = []
             logger.info("lengths vary: one program serves %s", family)
 
-    def _fitted(self, kept: _Kept, points: Sequence[Point]) -> Family | None:
+    def _fitted(self, kept: _Kept, points: Sequence[Point], scheme: Scheme) -> Family | None:
         """The family of all points or, where they are none, of all but one of those that were compiled in addition."""
         asked = len(kept.points)
         for left_out in (None, *range(asked, len(points))):
@@ -182,7 +189,7 @@ class SizeFamilies:
             if len(chosen) < FEWEST:
                 break
             try:
-                return fit(chosen)
+                return fit(chosen, scheme)
             except NoForm as problem:
                 self._note(str(problem))
         return None
