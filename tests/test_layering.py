@@ -39,7 +39,7 @@ STANDS_ON = {
     "cost": "ir mesh operators",
     "codegen": "errors ir mesh operators",
     "families": "errors ir mesh",
-    "program_files": "errors ir mesh notes plain_files plan",
+    "program_files": "errors families ir mesh notes plain_files plan",
     "frontend": "errors ir mesh notes operators plan rules",
     "autodiff": "cost errors ir mesh operators",
     "split": "cost errors ir mesh notes operators rules",
@@ -61,12 +61,13 @@ STANDS_ON = {
     "other_methods": "errors plan precision",
     "cache": "compiler errors frontend ir mesh notes plain_files plan precision program_files rules schedules",
     "fitting": "analysis compiler cost errors frontend ir memory mesh pipeline plan schedules",
-    "holding": "frontend ir runtime",
+    "holding": "families frontend ir runtime",
     "module": (
         "analysis cache errors families frontend holding ir mesh other_methods pipeline plan runtime schedules"
         " simulate simulator traces"
     ),
-    "stored_programs": "errors frontend ir mesh plan program_files",
+    "compiled_family": "cache choices errors families frontend ir mesh plan runtime",
+    "stored_programs": "errors families frontend ir mesh plan program_files",
     "compiled_models": "",
     "hidden_modules": "notes",
     "api": "choices compiled_models errors frontend hidden_modules mesh module other_methods plan runtime "
@@ -75,7 +76,7 @@ STANDS_ON = {
     "check": "compiler errors frontend ir mesh pipeline plan precision reference simulate simulator",
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",
     "checkpoint": "errors ir mesh module plain_files runtime",
-    "exporters": "checkpoint errors ir mesh operators pipeline program_files runtime schedules simulator traces",
+    "exporters": "checkpoint errors families ir mesh operators pipeline program_files runtime schedules simulator traces",
     "pretrained": "api checkpoint errors mesh module plan runtime zoo",
     "frameworks": "checkpoint errors module other_methods pretrained",
     "training": "api checkpoint cost data errors ir mesh module notes plan pretrained runtime traces zoo",
