@@ -76,7 +76,8 @@ STANDS_ON = {
     "check": "compiler errors frontend ir mesh pipeline plan precision reference simulate simulator",
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",
     "checkpoint": "errors ir mesh module plain_files runtime",
-    "exporters": "checkpoint errors families ir mesh operators pipeline program_files runtime schedules simulator traces",
+    "exporters": "checkpoint errors families ir mesh operators pipeline program_files runtime schedules simulator "
+    "traces",
     "pretrained": "api checkpoint errors mesh module plan runtime zoo",
     "frameworks": "checkpoint errors module other_methods pretrained",
     "training": "api checkpoint cost data errors ir mesh module notes plan pretrained runtime traces zoo",
