@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ import autopar
 from benchmarks.subjects import Batch
 
 RATE = 1e-3
+Optimizers = Callable[[Iterable[Tensor]], torch.optim.Optimizer]  # parameters -> what updates them
 
 
 class Contender:
@@ -21,6 +23,11 @@ class Contender:
     def __init__(self, module: nn.Module, fused: bool) -> None:
         self.module = module
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, fused=fused)
+
+    def updated_by(self, optimizer: Optimizers) -> Self:
+        """This, with another optimizer than AdamW."""
+        self.optimizer = optimizer(self.module.parameters())
+        return self
 
     def part(self, batch: Batch) -> Batch:
         """What this side is handed of a whole batch."""

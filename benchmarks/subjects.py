@@ -157,6 +157,7 @@ SUBJECTS: Mapping[str, Subject] = MappingProxyType(
     {
         subject.name: subject
         for subject in (
+            Subject("hf-llama-128", lambda: hugging_face_llama(128, 2, head_width=16), HF_SITES),
             Subject("hf-llama-256", lambda: hugging_face_llama(256, 4), HF_SITES),
             Subject("hf-llama-256-8", lambda: hugging_face_llama(256, 8), HF_SITES),
             Subject("hf-llama-512", lambda: hugging_face_llama(512, 4), HF_SITES),
