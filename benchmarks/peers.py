@@ -5,9 +5,9 @@
     python -m benchmarks.peers --optimizer adamw --json > rows.json
 
 All that are compared start from the same weights, see the same batches, live in the same processes and take their steps
-in turns, see ``paired``. A peer that is not installed, or stops, has a row that says why. The last column is the load of
-the machine (processes that want to run, the mean of a minute) when the row was done: beyond the ranks themselves it is
-other people's.
+in turns, see ``paired``. A peer that is not installed, or stops, has a row that says why. The last column is the load
+of the machine (processes that want to run, the mean of a minute) when the row was done: beyond the ranks themselves it
+is other people's.
 """
 
 from __future__ import annotations
@@ -210,7 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(rows, indent=2))
     else:
-        Console(width=None if sys.stdout.isatty() else 150).print(_table([Row(**row) for row in rows], options.optimizer))
+        Console(width=None if sys.stdout.isatty() else 150).print(
+            _table([Row(**row) for row in rows], options.optimizer)
+        )
     return 1 if any(not row["loss_difference"] <= TOLERANCE for row in rows) else 0
 
 

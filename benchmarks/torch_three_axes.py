@@ -35,14 +35,14 @@ DATA_FORMS = ("ddp", "fully_shard")
 class ThreeAxes(Contender):
     """``model``, a ``LlamaForCausalLM``, on ``mesh`` (dims pp, dp and tp), with the schedule 1F1B."""
 
-    def __init__(
-        self, model: Any, mesh: DeviceMesh, data: str, microbatches: int, batch: Batch, fused: bool
-    ) -> None:
+    def __init__(self, model: Any, mesh: DeviceMesh, data: str, microbatches: int, batch: Batch, fused: bool) -> None:
         self.rank, self.ways = mesh["dp"].get_local_rank(), mesh["dp"].size()
         self.number, self.count = mesh["pp"].get_local_rank(), mesh["pp"].size()
         self.replicas = mesh["dp"].get_group()
         layers = len(model.model.layers)
-        module: nn.Module = LlamaStage(model, self.number * layers // self.count, (self.number + 1) * layers // self.count)
+        module: nn.Module = LlamaStage(
+            model, self.number * layers // self.count, (self.number + 1) * layers // self.count
+        )
         if mesh["tp"].size() > 1:
             parallelize_module(module, mesh["tp"], _tensor_plan(module))
         if self.ways > 1:
@@ -106,7 +106,5 @@ def _tensor_plan(stage: nn.Module) -> dict[str, Any]:
             input_kwarg_layouts={"hidden_states": Replicate()},
             desired_input_kwarg_layouts={"hidden_states": Replicate()},
         )
-        plan[f"{block}.mlp"] = PrepareModuleInput(
-            input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)
-        )
+        plan[f"{block}.mlp"] = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),))
     return plan

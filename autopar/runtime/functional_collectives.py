@@ -10,6 +10,9 @@ are under way (torch 2.13.0 on CPU, in plain torch too: two processes, fifty gat
 of six runs). Its form ``_out`` does not, but CommDebugMode does not see that. The functional ``reduce_scatter_tensor``,
 ``all_reduce`` and ``all_to_all_single`` are safe. ``tests/runtime/test_functional_collectives.py`` has fifty of each
 under way.
+
+On gloo, reduce-scatters, and small gathers and sums, are exchanges of all ranks with all (:mod:`direct_exchange`): to
+CommDebugMode they are ``all_to_all``.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import _register_work
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from autopar.runtime import direct_exchange
 
 _OPS: Any = torch.ops._c10d_functional
 
@@ -42,11 +47,16 @@ _all_gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", None) 
 
 def wait(x: Tensor) -> Tensor:
     """``x``, a result of one of the functions ``start_...``, once it is available."""
+    if direct_exchange.finish(x):
+        return x
     result: Tensor = _wait(x)
     return result
 
 
 def start_all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Tensor:
+    direct = direct_exchange.start_all_reduce(x, group, op) if direct_exchange.is_possible(x, group) else None
+    if direct is not None:
+        return direct
     result: Tensor = _all_reduce(x, op, group.group_name)
     return result
 
@@ -57,11 +67,19 @@ def start_all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def start_all_gather_into(x: Tensor, group: ProcessGroup, out: Tensor) -> Tensor:
     """As :func:`start_all_gather`, into ``out``, of which ``x`` may be this rank's part."""
-    _register_work(out, _all_gather_into(out, x, group=group, async_op=True))  # for wait
+    if direct_exchange.is_possible(x, group) and direct_exchange.gathers(
+        group.size(), out.numel() * out.element_size()
+    ):
+        work = direct_exchange.start_all_gather_into(x, group, out)
+    else:
+        work = _all_gather_into(out, x, group=group, async_op=True)
+    _register_work(out, work)  # for wait
     return out
 
 
 def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
+    if direct_exchange.is_possible(x, group):
+        return direct_exchange.start_reduce_scatter(x, group)
     result: Tensor = _reduce_scatter(x, "sum", group.size(), group.group_name)
     return result
 

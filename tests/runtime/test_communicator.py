@@ -123,7 +123,7 @@ def run_counted() -> dict[str, int]:
 
 def test_torch_counts_the_same_collectives() -> None:
     counts = run_ranks(run_counted, 2)[0]
-    assert sum(counts.values()) == 3 and counts["all_reduce"] == 1, counts
+    assert counts == {"all_reduce": 1, "alltoall_base_": 1, "all_to_all_single": 1}, counts  # small: exchanges
 
 
 # ---------------------------------------------------------------- peers that fail

@@ -1,0 +1,107 @@
+"""Exchanges in place of gloo's rings: what they compute, when they are chosen, what torch counts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopar import Mesh
+from autopar.runtime import direct_exchange, functional_collectives
+from autopar.runtime.connect import connect
+from tests.launch import run_ranks
+from tests.selection import slow_but
+
+Collective = Callable[[Tensor, dist.ProcessGroup], Tensor]
+COLLECTIVES: dict[str, Collective] = {
+    "sum": lambda x, group: functional_collectives.all_reduce(x, group, "sum"),
+    "max": lambda x, group: functional_collectives.all_reduce(x, group, "max"),
+    "scatter": functional_collectives.reduce_scatter,
+    "gather": functional_collectives.all_gather,
+}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool)
+# elements: a scalar; one row; a small sum; one that two exchanges do; one for a ring; none
+SHAPES = ((), (1, 12), (12, 5), (12, 3000), (12, 30_000), (0, 4))
+
+
+def given(shape: tuple[int, ...], dtype: torch.dtype, rank: int) -> Tensor:
+    numbers = torch.arange(math.prod(shape)).add_(rank).remainder_(2 if dtype is torch.bool else 9)
+    return numbers.view(shape).to(dtype)
+
+
+def expected(name: str, inputs: list[Tensor], rank: int) -> Tensor:
+    """Whole numbers are summed without rounding."""
+    if name == "gather":
+        return torch.cat(inputs)
+    stacked = torch.stack(inputs)
+    if name == "max":
+        return stacked.amax(0)
+    whole = stacked.sum(0, dtype=stacked.dtype)
+    return whole.chunk(len(inputs))[rank] if name == "scatter" else whole
+
+
+def wrong_results(size: int) -> list[str]:
+    comm = connect(Mesh(dp=size), 60.0, torch.device("cpu")).comm
+    group, wrong = comm._groups["dp"], []
+    assert group is not None
+    for name, dtype, shape in itertools.product(COLLECTIVES, DTYPES, SHAPES):
+        is_sum = name in ("sum", "max")
+        if (dtype is torch.bool and is_sum) or (not is_sum and not (shape and shape[0])):
+            continue
+        if name == "scatter" and (dtype is torch.bool or shape[0] % size):
+            continue
+        inputs = [given(shape, dtype, rank) for rank in range(size)]
+        own = inputs[comm.rank]
+        if is_sum and len(shape) == 2:
+            own = own.t().contiguous().t()
+        before = own.clone()
+        found, right = COLLECTIVES[name](own, group), expected(name, inputs, comm.rank)
+        if not (torch.equal(found, right) and found.dtype == dtype and torch.equal(own, before)):
+            wrong.append(f"{name} {dtype} {shape}")
+    assert not direct_exchange._pending
+    return wrong
+
+
+def sums_of_thirds(size: int) -> tuple[list[str], list[bytes], dict[str, int]]:
+    """What was wrong; the bytes of sums that have to be rounded; what torch counts of these."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    wrong = wrong_results(size)
+    group, found = dist.group.WORLD, []
+    assert group is not None
+    with CommDebugMode() as counter:
+        for length in (4, 120_000, 4_000_000):
+            x = torch.full((length,), (group.rank() + 1) / 3)
+            started = functional_collectives.start_all_reduce(x, group, "sum")
+            found.append(functional_collectives.wait(started)[-1:].numpy().tobytes())
+    counted = {str(op).rpartition(".")[2]: times for op, times in counter.get_comm_counts().items()}
+    return wrong, found, counted
+
+
+@pytest.mark.parametrize("size", slow_but([1], [2, 4, 3]))
+def test_every_form_is_right_and_alike_on_all_ranks(size: int) -> None:
+    (wrong, first, counted), *others = run_ranks(sums_of_thirds, size, size)
+    assert not wrong and not any(problems for problems, *_ in others), wrong
+    assert all(bits == first for _, bits, _ in others)
+    rings = 3 if size == 2 else 1  # else the first is one exchange, the second are two
+    assert counted["all_reduce"] == rings and sum(counted.values()) == 3 + (rings == 1), counted
+
+
+def test_choices() -> None:
+    """More ranks save more rounds; large tensors go around the ring, where nothing is sent or copied more."""
+    for chooses, most in (
+        (direct_exchange.gathers, 4e6),
+        (direct_exchange.sums_small, 1e6),
+        (direct_exchange.sums_in_two, 4e6),
+    ):
+        for ways in (2, 3, 4, 8, 64):
+            found = [chooses(ways, int(size)) for size in (4, most / 64, most, 64 * most)]
+            assert found == sorted(found, reverse=True), (chooses, ways)
+            assert not chooses(ways, 2**33)
+    assert not direct_exchange.sums_in_two(2, 4) and not direct_exchange.sums_small(2, 4), "a ring of two is two rounds"
+    assert all(direct_exchange.sums_small(ways, 8) and direct_exchange.gathers(ways, 8) for ways in (3, 4, 64))
