@@ -24,7 +24,8 @@ after:
 A bucket of gradients is reduced once its last gradient is available, in the order in which backward makes them. One
 bucket holds ``Plan.bucket_mb`` megabytes of one axis and dtype (Li et al. 2020, PyTorch Distributed, section 3.2).
 A bucket of sharded parameters is gathered before its first use. Where whole gradients (``Plan(zero=2)``) or parameters
-(3) must not accumulate, a bucket holds one block only. A large tensor keeps its own collective, without copies.
+(3) must not accumulate, a bucket holds one block only; but blocks of less than a megabyte of gradients, which are sent
+in less time than a collective takes by itself, share one. A large tensor keeps its own collective, without copies.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ TO = aten._to_copy.default
 REDUCE, SCATTER = OPS.all_reduce.default, OPS.reduce_scatter.default
 FIRST = Split(0)
 ALONE = 0.25e6  # bytes: above, the copies into and out of a bucket cost more than a separate collective
+LEAST = 1e6  # bytes that are sent in the time that a collective takes by itself
 
 Chain = tuple[fx.Node, ...]  # reductions of one gradient over one axis after another, a cast; the last is returned
 
@@ -80,7 +82,7 @@ class _Buckets:
 
     def gather(self, nodes: Sequence[fx.Node]) -> None:
         by_block = self.program.plan.zero == 3 and self.program.plan.reshard_after_forward
-        plain = [(node,) for node in nodes if _is_plain(node) and not self._fills(node)]
+        plain = [(node,) for node in nodes if split_of(node.args[1:]).contiguous and not self._fills(node)]
         keys = [(n.target, n.args[1], value(n).dtype, block_of(n) if by_block else "") for (n,) in plain]
         for bucket in self._filled(plain, keys):
             _gather_together(self.program.mesh, [node for (node,) in bucket])
@@ -88,8 +90,7 @@ class _Buckets:
     def reduce(self) -> None:
         chains = list(self._chains())
         kinds = [tuple((link.target, *link.args[1:2], value(link).dtype) for link in chain) for chain in chains]
-        blocks = [block_of(chain[0]) if self.program.plan.zero > 1 else "" for chain in chains]
-        for bucket in self._filled(chains, list(zip(kinds, blocks))):
+        for bucket in self._filled(chains, kinds, by_block=self.program.plan.zero > 1):
             _reduce_together(self.program.mesh, bucket)
 
     def _chains(self) -> Iterator[Chain]:
@@ -103,13 +104,15 @@ class _Buckets:
                 if chain[0].target is REDUCE or not self._fills(chain[0]):
                     yield chain
 
-    def _filled(self, chains: Sequence[Chain], keys: Sequence[tuple[Any, ...]]) -> list[list[Chain]]:
+    def _filled(self, chains: Sequence[Chain], keys: Sequence[Any], *, by_block: bool = False) -> list[list[Chain]]:
         """Chains with equal keys in buckets, in order, none larger than the limit; without chains that stay alone."""
-        filling: dict[tuple[Any, ...], list[Chain]] = {}
+        filling: dict[Any, list[Chain]] = {}
         full: list[list[Chain]] = []
         for chain, key in zip(chains, keys):
             bucket = filling.setdefault(key, [])
-            if bucket and sum(self._bytes(links[0]) for links in (*bucket, chain)) > self.limit:
+            held = sum(self._sent(links[0]) for links in bucket)
+            ends = by_block and held >= LEAST and block_of(bucket[-1][0]) != block_of(chain[0])
+            if bucket and (ends or held + self._sent(chain[0]) > self.limit):
                 full.append(bucket)
                 bucket = filling[key] = []
             bucket.append(chain)
@@ -117,19 +120,20 @@ class _Buckets:
 
     def _fills(self, node: fx.Node) -> bool:
         """Whether ``node`` is large, and laid out so that it needs no copies by itself."""
+        return split_of(node.args[1:]) == FIRST and self._sent(node) > ALONE
+
+    def _sent(self, node: fx.Node) -> int:
+        """Bytes of what ``node`` sums or gathers, whole."""
         whole = node if node.target is not SCATTER else node.all_input_nodes[0]
-        return split_of(node.args[1:]) == FIRST and self._bytes(whole) > ALONE
-
-    def _bytes(self, node: fx.Node) -> int:
-        return math.prod(value(node).layout.local_shape(self.program.mesh)) * value(node).dtype.itemsize
-
-
-def _is_plain(node: fx.Node) -> bool:
-    return split_of(node.args[1:]).contiguous
+        return math.prod(value(whole).layout.local_shape(self.program.mesh)) * value(whole).dtype.itemsize
 
 
 def _is_sum(node: fx.Node) -> bool:
-    return (node.target is REDUCE and node.args[2] == "sum") or (node.target is SCATTER and _is_plain(node))
+    return (
+        node.args[2] == "sum"
+        if node.target is REDUCE
+        else node.target is SCATTER and split_of(node.args[1:]).contiguous
+    )
 
 
 def _chain(node: fx.Node) -> Chain:

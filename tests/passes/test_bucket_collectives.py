@@ -152,12 +152,15 @@ def test_what_is_large_stays_alone_where_that_needs_no_copies(dim: int, left: in
     assert collectives(role(bucket_collectives(forward(lines, zero=3))).forward) == ["all_gather"] * left
 
 
-@pytest.mark.parametrize("zero, left", [(1, 1), (2, 2)])
-def test_where_whole_gradients_must_not_pile_up_a_bucket_is_of_one_block(zero: int, left: int) -> None:
-    lines = SCATTERED.splitlines()
+@pytest.mark.parametrize("rows, zero, left", [(4, 1, 1), (4, 2, 1), (60_000, 1, 1), (60_000, 2, 2)])
+def test_where_whole_gradients_must_not_pile_up_large_blocks_have_buckets_of_their_own(
+    rows: int, zero: int, left: int
+) -> None:
+    """Gradients that are split along dim 1, so that they need copies; 60,000 rows are 1.44 MB."""
+    lines = SCATTERED.replace("[4,", f"[{rows},").splitlines()
     for number, line in enumerate(lines):
         if "comm." in line:
-            lines[number] += f"  # layers.{int(line.startswith('  p'))}; a.py:1"
+            lines[number] += f"  # layers.{int(not line.startswith('  p'))}; a.py:1"
     text = "\n".join(lines)
     text = f"program mesh(dp=2)\n{EMPTY}forward:\n{EMPTY}backward:{text}\n\ninference:\n{EMPTY}"
     program = bucket_collectives(parse(text, Plan(zero=zero), origins=True))
