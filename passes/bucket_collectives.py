@@ -24,8 +24,8 @@ after:
 A bucket of gradients is reduced once its last gradient is available, in the order in which backward makes them. One
 bucket holds ``Plan.bucket_mb`` megabytes of one axis and dtype (Li et al. 2020, PyTorch Distributed, section 3.2).
 A bucket of sharded parameters is gathered before its first use. Where whole gradients (``Plan(zero=2)``) or parameters
-(3) must not accumulate, a bucket holds one block only; but blocks of less than a megabyte of gradients, which are sent
-in less time than a collective takes by itself, share one. A large tensor keeps its own collective, without copies.
+(3) must not accumulate, a bucket holds one block only, or blocks of less than a megabyte of gradients (2). A large
+tensor keeps its own collective, without copies.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class _Buckets:
     def reduce(self) -> None:
         chains = list(self._chains())
         kinds = [tuple((link.target, *link.args[1:2], value(link).dtype) for link in chain) for chain in chains]
-        for bucket in self._filled(chains, kinds, by_block=self.program.plan.zero > 1):
+        for bucket in self._filled(chains, kinds, {2: LEAST, 3: 0}.get(self.program.plan.zero, math.inf)):
             _reduce_together(self.program.mesh, bucket)
 
     def _chains(self) -> Iterator[Chain]:
@@ -104,15 +104,15 @@ class _Buckets:
                 if chain[0].target is REDUCE or not self._fills(chain[0]):
                     yield chain
 
-    def _filled(self, chains: Sequence[Chain], keys: Sequence[Any], *, by_block: bool = False) -> list[list[Chain]]:
+    def _filled(self, chains: Sequence[Chain], keys: Sequence[Any], least: float = math.inf) -> list[list[Chain]]:
         """Chains with equal keys in buckets, in order, none larger than the limit; without chains that stay alone."""
         filling: dict[Any, list[Chain]] = {}
         full: list[list[Chain]] = []
         for chain, key in zip(chains, keys):
             bucket = filling.setdefault(key, [])
             held = sum(self._sent(links[0]) for links in bucket)
-            ends = by_block and held >= LEAST and block_of(bucket[-1][0]) != block_of(chain[0])
-            if bucket and (ends or held + self._sent(chain[0]) > self.limit):
+            ends = bool(bucket) and held >= least and block_of(bucket[-1][0]) != block_of(chain[0])
+            if ends or (bucket and held + self._sent(chain[0]) > self.limit):
                 full.append(bucket)
                 bucket = filling[key] = []
             bucket.append(chain)
@@ -123,17 +123,13 @@ class _Buckets:
         return split_of(node.args[1:]) == FIRST and self._sent(node) > ALONE
 
     def _sent(self, node: fx.Node) -> int:
-        """Bytes of what ``node`` sums or gathers, whole."""
         whole = node if node.target is not SCATTER else node.all_input_nodes[0]
         return math.prod(value(whole).layout.local_shape(self.program.mesh)) * value(whole).dtype.itemsize
 
 
 def _is_sum(node: fx.Node) -> bool:
-    return (
-        node.args[2] == "sum"
-        if node.target is REDUCE
-        else node.target is SCATTER and split_of(node.args[1:]).contiguous
-    )
+    scatters = node.target is SCATTER and split_of(node.args[1:]).contiguous
+    return scatters or (node.target is REDUCE and node.args[2] == "sum")
 
 
 def _chain(node: fx.Node) -> Chain:
