@@ -45,7 +45,7 @@ from benchmarks.torch_pipeline import TorchPipeline
 from benchmarks.torch_three_axes import ThreeAxes
 
 MODULE = "benchmarks.peers"
-SIZES = {"0.5M": "hf-llama-128", "14M": "hf-llama-512"}
+SIZES = {"0.5M": "hf-llama-128", "14M": "hf-llama-2k"}
 STEPS = {"0.5M": 40, "14M": 16}
 OPTIMIZERS: dict[str, Optimizers] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=RATE),

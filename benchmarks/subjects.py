@@ -161,6 +161,7 @@ SUBJECTS: Mapping[str, Subject] = MappingProxyType(
             Subject("hf-llama-256", lambda: hugging_face_llama(256, 4), HF_SITES),
             Subject("hf-llama-256-8", lambda: hugging_face_llama(256, 8), HF_SITES),
             Subject("hf-llama-512", lambda: hugging_face_llama(512, 4), HF_SITES),
+            Subject("hf-llama-2k", lambda: hugging_face_llama(512, 4, 2048), HF_SITES, 2048),
             Subject("hf-llama-32k", lambda: hugging_face_llama(256, 4, 32_000), HF_SITES, 32_000),
             Subject("hf-llama-long", lambda: hugging_face_llama(512, 2, head_width=64), HF_SITES),
             Subject("hf-mixtral-256", lambda: hugging_face_mixtral(256, 4), HF_SITES),

@@ -48,6 +48,7 @@ COLLECTIVES = {
     "all_reduce": ("all_reduce", "allreduce_", "all_reduce_"),
     "all_gather": ("all_gather_into_tensor", "all_gather_single", "_allgather_base_", "allgather_"),
     "reduce_scatter": ("reduce_scatter_tensor", "reduce_scatter_single", "_reduce_scatter_base_", "reduce_scatter_"),
+    "all_to_all": ("all_to_all_single", "alltoall_base_"),  # in place of the two before, and of small sums
     "broadcast": ("broadcast", "broadcast_"),
 }
 SILENT = ("wait_tensor", "barrier", "monitored_barrier_")
