@@ -23,11 +23,12 @@ from autopar.codegen.python import RankFunction
 from autopar.codegen.regions import Region
 from autopar.errors import AutoparError
 from autopar.inductor.one_at_a_time import one_at_a_time
-from autopar.inductor.torch_inductor import Pure, compiled, takes, traced
+from autopar.inductor.torch_inductor import Check, Pure, check_of, compiled, takes, traced
 from autopar.ir.node import origin
 from autopar.notes import warn
 
 Seen = tuple[Any, ...]  # sizes and strides of the operands
+CHECKED = 4  # kinds of operands that are told at a glance
 
 
 class CompiledRegion:
@@ -39,19 +40,20 @@ class CompiledRegion:
     def __init__(self, region: Region, python: RankFunction) -> None:
         self.region, self.python = region, python
         self._variants: dict[tuple[torch.device, Seen], Pure] = {}
-        self._latest: tuple[torch.device, Seen, Pure] | None = None
+        self._latest: list[tuple[Check, Pure]] = []
 
     def __call__(self, comm: Any, operands: list[Tensor]) -> Sequence[Tensor]:
-        seen = tuple([(x.shape, x.stride()) for x in operands])
-        latest = self._latest
-        if latest is None or seen != latest[1] or comm.device != latest[0]:
-            latest = self._latest = comm.device, seen, self._variant(comm, seen, operands)
-        return latest[2](operands)
+        for fits, pure in self._latest:
+            if fits(*operands):
+                return pure(operands)
+        return self._variant(comm, operands)(operands)
 
-    def _variant(self, comm: Any, seen: Seen, operands: Sequence[Tensor]) -> Pure:
-        key = comm.device, seen
+    def _variant(self, comm: Any, operands: Sequence[Tensor]) -> Pure:
+        key = comm.device, tuple([(x.shape, x.stride()) for x in operands])
         if key not in self._variants:
             self._variants[key] = self._compiled(comm, operands)
+        if operands:
+            self._latest = [(check_of(operands), self._variants[key]), *self._latest[: CHECKED - 1]]
         return self._variants[key]
 
     def _compiled(self, comm: Any, operands: Sequence[Tensor]) -> Pure:

@@ -22,6 +22,18 @@ SETTINGS: dict[str, Any] = {
     "freezing": False,
     "cpp_wrapper": False,
 }
+Check = Callable[..., bool]
+
+
+def check_of(tensors: Sequence[Tensor]) -> Check:
+    """A function that says of as many tensors whether they have the sizes, strides, dtypes, devices of ``tensors``.
+
+    It is the guard of ``torch.compile``, in C++: 0.1 us for each tensor. It holds none of them. What it compares beside
+    that (classes, autograd's modes) only makes it say no where it could say yes.
+    """
+    return torch._C._dynamo.guards.TensorGuards(  # type: ignore[no-any-return, attr-defined]
+        *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+    ).check
 
 
 @cache

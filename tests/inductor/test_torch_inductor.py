@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autopar.inductor import torch_inductor
-from autopar.inductor.torch_inductor import SETTINGS, compiler_missing, takes, traced
+from autopar.inductor.torch_inductor import SETTINGS, check_of, compiler_missing, takes, traced
 
 aten = torch.ops.aten
 
@@ -20,6 +20,7 @@ NAMES = {
     "torch._inductor.exc": ["InvalidCxxCompiler"],
     "torch._inductor.lowering": ["lowerings", "fallbacks"],
     "torch._subclasses.fake_tensor": ["FakeTensorMode"],
+    "torch._C._dynamo.guards": ["TensorGuards"],
     "torch._guards": ["TracingContext", "tracing"],
     "torch.fx.experimental.proxy_tensor": ["make_fx"],
     "torch.fx.experimental.symbolic_shapes": ["ShapeEnv"],
@@ -58,6 +59,14 @@ def test_a_function_is_traced_for_the_strides_of_its_tensors() -> None:
         sum(node.target is aten.clone.default for node in traced(flat, [each]).graph.nodes) for each in (x, x.t())
     ]
     assert copies == [0, 1]
+
+
+def test_tensors_of_other_sizes_strides_and_dtypes_are_told_apart() -> None:
+    x, y = torch.randn(3, 4), torch.nn.Parameter(torch.randn(4))
+    fits = check_of([x, y])
+    assert fits(x, y) and fits(x + 1, torch.nn.Parameter(y + 1))
+    for other in (torch.randn(4, 4), torch.randn(4, 3).t(), x.double(), torch.randn(12), x.to("meta")):
+        assert not fits(other, y)
 
 
 def test_without_a_compiler_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
