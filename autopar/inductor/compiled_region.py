@@ -62,7 +62,8 @@ class CompiledRegion:
         number = hashlib.sha256(self.region.key.encode()).hexdigest()
         try:
             with one_at_a_time(number):
-                found = _undisturbed(partial(_compile, python, [tensor.detach() for tensor in operands]))
+                work = partial(_compile, python, [tensor.detach() for tensor in operands], comm.device)
+                found = _undisturbed(work)
         except (OSError, MemoryError) as problem:
             raise AutoparError(
                 f'Plan(compile="inductor"): compiling {self._place} failed: {type(problem).__name__}: {problem}\n'
@@ -122,7 +123,9 @@ class _NoKernel(Exception):
     """Of an operator that Inductor would only call."""
 
 
-def _compile(python: Pure, operands: Sequence[Tensor]) -> Pure:
+def _compile(python: Pure, operands: Sequence[Tensor], device: torch.device) -> Pure:
+    if device.type == "cuda":  # a new thread is on the first
+        torch.cuda.set_device(device)
     graph = traced(python, operands)
     for node in graph.graph.nodes:
         if node.op == "call_function" and not takes(node.target):
