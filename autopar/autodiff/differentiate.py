@@ -30,7 +30,8 @@ after:
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+import logging
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -38,10 +39,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from autopar.autodiff.deepen import NotAlike, deepened
 from autopar.autodiff.derivatives import DERIVATIVES
 from autopar.autodiff.partition import Joint, Recompute, extract, partition
 from autopar.autodiff.ragged import free_sizes
 from autopar.autodiff.recorder import IDENTITIES, Recorder, fake_mode
+from autopar.autodiff.repeats import Repeat, repeat_of, short
 from autopar.errors import AutoparError, InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.node import Node, origin, set_origin, set_values, value, values
@@ -55,6 +58,8 @@ from autopar.operators import ATTENTIONS
 from autopar.operators.registry import COMPOSITES
 
 aten = torch.ops.aten
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def differentiate(program: AnyProgram) -> AnyProgram:
@@ -144,11 +149,36 @@ def inference_graph(program: Program) -> fx.Graph:
 def joint_graph(
     program: Program, differentiable: tuple[int, ...] | None = None
 ) -> tuple[Joint, tuple[int, ...], tuple[str, ...]]:
-    """Forward and backward as one graph, the positions of the differentiable outputs, the names of the gradients."""
+    """Forward and backward as one graph, the positions of the differentiable outputs, the names of the gradients.
+
+    Of equal blocks one after the other, four are recorded, and the others written out.
+    """
+    repeat = repeat_of(program)
+    if repeat is not None:
+        try:
+            return _joint_of_few(program, repeat, differentiable)
+        except NotAlike as reason:
+            _LOGGER.debug("the blocks of %s are recorded one by one: %s", repeat.name, reason)
+    recorder, joint, differentiable, gradients = _recorded(program, differentiable, {})
+    return joint, differentiable, gradients
+
+
+def _joint_of_few(
+    program: Program, repeat: Repeat, differentiable: tuple[int, ...] | None
+) -> tuple[Joint, tuple[int, ...], tuple[str, ...]]:
+    few = short(program, repeat)
+    recorder, joint, differentiable, gradients = _recorded(few.program, differentiable, few.block)
+    deep, gradients = deepened(joint, recorder.blocks, gradients, few, program, repeat)
+    return deep, differentiable, gradients
+
+
+def _recorded(
+    program: Program, differentiable: tuple[int, ...] | None, blocks: Mapping[Node, int]
+) -> tuple[Recorder, Joint, tuple[int, ...], tuple[str, ...]]:
     graph = fx.Graph()
     names = (node.name for node in program.graph.nodes)
     with fake_mode(), Recorder(graph, program.mesh, names) as recorder:
-        run = _Forward(program, recorder)
+        run = _Forward(program, recorder, blocks)
         outputs = run.outputs()
         if differentiable is None:
             differentiable = _differentiable(program, outputs)
@@ -166,7 +196,7 @@ def joint_graph(
             tuple(map(recorder.node_of, reached.values())),
             recorder.forward_nodes,
         )
-    return joint, differentiable, tuple(reached)
+    return recorder, joint, differentiable, tuple(reached)
 
 
 def _differentiable(program: Program, outputs: Sequence[Tensor]) -> tuple[int, ...]:
@@ -193,6 +223,7 @@ def _backward(
         nodes.append(recorder.placeholder(f"grad_{recorder.node_of(output).name}", tangent))
         tangents.append(tangent)
     found = torch.autograd.grad(list(outputs), list(leaves), tangents, allow_unused=True)
+    recorder.block = None
     # a gradient that is a strided or broadcast view would be a trap for optimizers and buckets
     return tuple(nodes), [None if grad is None else grad.contiguous() for grad in found]
 
@@ -200,8 +231,8 @@ def _backward(
 class _Forward:
     """One run of a program's graph under a recorder, on tensors of the local sizes."""
 
-    def __init__(self, program: Program, recorder: Recorder) -> None:
-        self.program, self.recorder = program, recorder
+    def __init__(self, program: Program, recorder: Recorder, blocks: Mapping[Node, int]) -> None:
+        self.program, self.recorder, self.blocks = program, recorder, blocks
         self.tensors: dict[Node, Any] = {}
         self.named: dict[Any, None] = {}  # nodes of autograd's graph that have their origin already
         self.inputs = tuple(self._input(node) for node in program.graph.nodes if node.op == "placeholder")
@@ -219,15 +250,13 @@ class _Forward:
 
     def leaves(self) -> dict[str, Tensor]:
         """The tensors whose gradients are required: parameters, then inputs and received values, by their names."""
-        kinds = (InputKind.PARAMETER, InputKind.INPUT, InputKind.RECEIVED)
-        found = [(entry, self.tensors[node]) for node, entry in self.program.placeholders(*kinds)]
-        found.sort(key=lambda pair: pair[0].kind is not InputKind.PARAMETER)
-        return {entry.target: tensor for entry, tensor in found if tensor.requires_grad}
+        return {entry.target: self.tensors[node] for node, entry in self.program.leaves()}
 
     def outputs(self) -> list[Tensor]:
         for node in self.program.graph.nodes:
             if node.op not in ("placeholder", "output"):
                 self.recorder.origin, self.recorder.expected = origin(node), (node.target, node.name)
+                self.recorder.block = self.blocks.get(node)
                 self.tensors[node] = self._result(node)
                 self._name_gradients(node)
                 self._keep_layout(node)
@@ -262,10 +291,10 @@ class _Forward:
         """Give the origin of ``node`` to the backward nodes that torch derives from it."""
         tensors = [item for item in pytree.tree_leaves(self.tensors[node]) if isinstance(item, Tensor)]
         wanted = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-        where, recorder = origin(node), self.recorder
+        where, block, recorder = origin(node), self.blocks.get(node), self.recorder
 
         def enter(_: Any) -> None:
-            recorder.origin = where
+            recorder.origin, recorder.block = where, block
 
         while wanted:
             step = wanted.pop()

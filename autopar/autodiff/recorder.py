@@ -85,10 +85,27 @@ def _can_view(tensor: Tensor, like: Tensor) -> bool:
         return False
 
 
+class Names:
+    """Names of nodes by their operators, numbered in the order in which they are asked for; none of ``reserved``."""
+
+    def __init__(self, reserved: Iterable[str] = ()) -> None:
+        self._taken = set(reserved)
+        self._counts: Counter[str] = Counter()
+
+    def name(self, func: Any) -> str:
+        base = func._schema.name.split("::")[1] if isinstance(func, torch._ops.OpOverload) else func.__name__
+        base = name = base.strip("_")
+        while name in self._taken:
+            self._counts[base] += 1
+            name = f"{base}_{self._counts[base]}"
+        self._taken.add(name)
+        return name
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes every operator that runs under it into ``graph``; see the top of this file.
 
-    ``origin`` is given to the nodes recorded from now on. ``expected`` is an operator and the name of its node, in case
+    ``origin`` is given to the nodes recorded from now on, and ``block`` (if any) is noted for them in ``blocks``. ``expected`` is an operator and the name of its node, in case
     it is recorded; ``reserved`` names are given to no other node. Collectives on axes of size 1 are dropped.
     ``backward()`` starts the backward phase: ``forward_nodes`` are those recorded before.
     """
@@ -98,8 +115,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.graph, self.mesh = graph, mesh
         self.origin = Origin()
         self.expected: tuple[Any, str] = (None, "")
-        self._taken = set(reserved)
-        self._counts: Counter[str] = Counter()
+        self._names = Names(reserved)
+        self.block: int | None = None
+        self.blocks: dict[Node, int] = {}
         self.forward_nodes: frozenset[Node] = frozenset()
         self._paused = False
         self._nodes: dict[int, Node] = {}  # id(tensor) -> node
@@ -226,6 +244,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _call(self, func: Any, args: Any[Any, ...], kwargs: dict[str, Any], result: Any) -> Node:
         node = self.graph.create_node("call_function", func, args, kwargs, self._name(func))
         self._finish(node, result)
+        if self.block is not None:
+            self.blocks[node] = self.block
         return node
 
     def _name(self, func: Any) -> str:
@@ -233,13 +253,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is target:
             self.expected = (None, "")
             return name
-        base = func._schema.name.split("::")[1] if isinstance(func, torch._ops.OpOverload) else func.__name__
-        base = name = base.strip("_")
-        while name in self._taken:
-            self._counts[base] += 1
-            name = f"{base}_{self._counts[base]}"
-        self._taken.add(name)
-        return name
+        return self._names.name(func)
 
     def _as_nodes(self, item: Any) -> Any:
         if isinstance(item, Tensor):

@@ -77,6 +77,12 @@ class _Program:
             if node.op == "placeholder" and table[node.name].kind in kinds:
                 yield node, table[node.name]
 
+    def leaves(self) -> list[tuple[Node, Input]]:
+        """What may get a gradient: parameters, then inputs and received values, that require one; in graph order."""
+        kinds = (InputKind.PARAMETER, InputKind.INPUT, InputKind.RECEIVED)
+        found = [(node, entry) for node, entry in self.placeholders(*kinds) if value(node).requires_grad]
+        return sorted(found, key=lambda pair: pair[1].kind is not InputKind.PARAMETER)
+
     @property
     def returned(self) -> tuple[Node, ...]:
         """The nodes that the graph returns, in the order of ``outputs``."""
