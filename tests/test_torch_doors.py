@@ -23,6 +23,7 @@ from autopar.codegen.python import compile_source, emit
 from autopar.codegen.torch_bindings import BINDINGS
 from autopar.compiler import compile_program
 from autopar.frontend.past_modes import past_modes
+from autopar.ir.fast_copy import copied
 from autopar.ir.node import output_node
 from autopar.ir.operator_facts import runnable
 from autopar.ir.program import Program
@@ -189,6 +190,20 @@ def test_reading_past_modes() -> None:
             assert (tensor.shape, tensor.stride()) == ((2, 3), (3, 1))
         assert not told.functions
         assert tensor.stride() and told.functions
+
+
+def test_copies_of_graphs_are_what_torch_makes() -> None:
+    program = compile_program(
+        nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)), Mesh(dp=2), None, (torch.ones(4, 4),)
+    )
+    for graph in program.graphs.values():
+        mine, its = copied(graph), copy.deepcopy(graph)
+        mine.lint()
+        assert str(mine) == str(its) and len(mine.nodes) == len(its.nodes)
+        more = [made.create_node("call_function", operator.add, (1, 2), name="add").name for made in (mine, its)]
+        assert more[0] == more[1]
+        found = [[len(made.find_nodes(op=node.op, target=node.target)) for node in graph.nodes] for made in (mine, its)]
+        assert found[0] == found[1]
 
 
 # ---------------------------------------------------------------- autograd

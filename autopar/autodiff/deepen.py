@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from autopar.autodiff.partition import Joint
 from autopar.autodiff.recorder import Names
 from autopar.autodiff.repeats import Repeat, Short
+from autopar.ir.arguments import flat_arguments
 from autopar.ir.node import Node, origin, set_origin, set_values, value, values
 from autopar.ir.program import Program
 
@@ -68,6 +68,9 @@ class _Writer:
             for block in (FIRST, SECOND)
             for position, node in enumerate(repeat.own[repeat.kept[block]])
         }
+        self.sources: dict[
+            Node, dict[Any, Any]
+        ] = {}  # of the first block's nodes: what they take -> what the second's do
         self.neighbours: dict[Node, Node] = {}  # what the first takes of one block -> what the second takes of the next
         self._compare()
         self._refuse_other_uses()
@@ -76,8 +79,9 @@ class _Writer:
         self.made: dict[tuple[int, Place], Node] = {}  # by the deep block
         self.placeholders: dict[Node, Node] = {}  # by the deep node
         self.names = Names(node.name for node in program.graph.nodes)
-        self.numbered = {node.name: node for node in short.sources}  # of the short program
-        self.counterparts = self._counterparts()
+        self.numbered = {node.name for node in short.sources}
+        first = repeat.kept[FIRST]
+        self.named = {node.name: position for position, node in enumerate(repeat.blocks[first])}
 
     # ------------------------------------------------------------ what has to hold
 
@@ -93,9 +97,10 @@ class _Writer:
             for mine, its in zip(one, other):
                 if mine.target is not its.target or values(mine) != values(its):
                     raise NotAlike(f"{mine.format_node()} and {its.format_node()}")
-                taken = [pytree.tree_flatten((node.args, dict(node.kwargs))) for node in (mine, its)]
-                if taken[0][1] != taken[1][1] or not all(map(self._fits, taken[0][0], taken[1][0])):
+                (taken, shape), (others, other_shape) = flat_arguments(mine), flat_arguments(its)
+                if shape != other_shape or not all(map(self._fits, taken, others)):
                     raise NotAlike(f"{mine.format_node()} and {its.format_node()}")
+                self.sources[mine] = dict(zip(taken, others))
 
     def _fits(self, one: Any, other: Any) -> bool:
         if not isinstance(one, Node) or not isinstance(other, Node):
@@ -181,39 +186,46 @@ class _Writer:
     def _copy_blocks(self, is_forward: bool) -> None:
         dropped = self.repeat.dropped
         for number in dropped if is_forward else reversed(dropped):
-            for one, other in zip(*(self.halves[block, is_forward] for block in (FIRST, SECOND))):
-                self._copy_into(number, one, other)
+            for node in self.halves[FIRST, is_forward]:
+                self._copy_into(number, node)
 
-    def _copy_into(self, number: int, one: Node, other: Node) -> None:
-        """The node of the deep block ``number`` that stands where ``one`` and ``other`` do in theirs."""
-        theirs = dict(zip(_operands(one), _operands(other)))
-        dropped, kept = self.repeat.dropped, self.repeat.kept
+    def _copy_into(self, number: int, node: Node) -> None:
+        """The node of the deep block ``number`` that stands where ``node`` does in the first one in the middle."""
+        own, theirs = self.repeat.own[number], self.sources[node]
 
         def operand(source: Node) -> Node:  # as the first takes it
-            its = theirs[source]
             if source in self.own:
-                return self.placeholders[self.repeat.own[number][self.own[source][1]]]
+                return self.placeholders[own[self.own[source][1]]]
+            its = theirs[source]
             if source is its:
                 return self.copies[source]
             mine, place = self.place[source], self.place[its]
             if place.block == SECOND:  # its own
                 return self.made[number, mine]
-            before = place.block == FIRST
-            where, at = (number - 1, place) if before else (number + 1, mine)
-            if where in dropped:
-                return self.made[where, replace(at, block=FIRST)]
-            kept_one = replace(at, block=FIRST if before else SECOND)
-            return self.copies[self.halves[kept_one.block, kept_one.is_forward][kept_one.position]]
+            if place.block == FIRST:  # of the block before
+                return self._in_block(number - 1, place)
+            return self._in_block(number + 1, replace(mine, block=FIRST))
 
-        counterpart = self.counterparts.get(one.name)
-        name = None if counterpart is None else self.repeat.blocks[number][counterpart].name
-        made = self._node(one, name, operand)
-        where = origin(one)
-        before, after = (f"{self.repeat.name}.{self.repeat.numbers[n]}" for n in (kept[FIRST], number))
-        if f"{where.module}.".startswith(f"{before}."):
-            where = replace(where, module=after + where.module.removeprefix(before))
-        set_origin(made, where)
-        self.made[number, self.place[one]] = made
+        position = self.named.get(node.name)
+        name = None if position is None else self.repeat.blocks[number][position].name
+        made = self._node(node, name, operand)
+        set_origin(made, replace(origin(node), module=self._module(origin(node).module, number)))
+        self.made[number, self.place[node]] = made
+
+    def _module(self, path: str, number: int) -> str:
+        """The path of a module in the deep block, from that in the first one in the middle."""
+        for one, other in zip(self.repeat.numbers[self.repeat.kept[FIRST]], self.repeat.numbers[number]):
+            before = f"{self.repeat.name}.{one}".lstrip(".")
+            if f"{path}.".startswith(f"{before}."):
+                return f"{self.repeat.name}.{other}".lstrip(".") + path.removeprefix(before)
+        return path
+
+    def _in_block(self, number: int, place: Place) -> Node:
+        """The node of a deep block that stands where one of the first block in the middle does."""
+        if number in self.repeat.dropped:
+            return self.made[number, place]
+        block = FIRST if number < self.repeat.dropped[0] else SECOND
+        return self.copies[self.halves[block, place.is_forward][place.position]]
 
     def _node(self, node: Node, name: str | None, operand: Any) -> Node:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), operand)
@@ -221,10 +233,6 @@ class _Writer:
         made = self.graph.create_node(node.op, node.target, args, kwargs, name)
         set_values(made, *values(node))
         return made
-
-    def _counterparts(self) -> dict[str, int]:
-        """Of the nodes of the first block that have their names from the program, their places in it."""
-        return {node.name: place for place, node in enumerate(self.repeat.blocks[self.repeat.kept[FIRST]])}
 
     # ------------------------------------------------------------ gradients
 
@@ -245,8 +253,7 @@ class _Writer:
                 continue
             number, position = owner[node]
             nodes = [
-                known.get(targets[self.repeat.own[self.repeat.kept[block]][position].name])
-                for block in (FIRST, SECOND)
+                known.get(targets[self.repeat.own[self.repeat.kept[block]][position].name]) for block in (FIRST, SECOND)
             ]
             if nodes == [None, None]:
                 continue
@@ -262,7 +269,3 @@ class _Writer:
         if number is None:
             return self.copies[node]
         return self.made[number, self.place[node]]
-
-
-def _operands(node: Node) -> list[Node]:
-    return [leaf for leaf in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(leaf, Node)]

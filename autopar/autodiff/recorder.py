@@ -105,8 +105,9 @@ class Names:
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes every operator that runs under it into ``graph``; see the top of this file.
 
-    ``origin`` is given to the nodes recorded from now on, and ``block`` (if any) is noted for them in ``blocks``. ``expected`` is an operator and the name of its node, in case
-    it is recorded; ``reserved`` names are given to no other node. Collectives on axes of size 1 are dropped.
+    ``origin`` is given to the nodes recorded from now on, and ``block`` (if any) is noted for them in ``blocks``.
+    ``expected`` is an operator and the name of its node, in case it is recorded; ``reserved`` names are given to no
+    other node. Collectives on axes of size 1 are dropped.
     ``backward()`` starts the backward phase: ``forward_nodes`` are those recorded before.
     """
 

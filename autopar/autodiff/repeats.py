@@ -11,16 +11,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from autopar.ir.arguments import flat_arguments
 from autopar.ir.node import Node, origin, set_origin, set_values, values
 from autopar.ir.program import Program
 
 KEPT = 4  # blocks of the short program: what surrounds the two in the middle may look otherwise
 FEWEST = 3  # that are left out; for fewer it does not pay
+PERIODS = range(1, 7)  # modules in a block: kinds that take turns (one layer in six with full attention)
 _NUMBERED = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
@@ -30,18 +32,18 @@ class Repeat:
     (parameters, buffers) that a block alone uses, in the order in which its calls name them."""
 
     name: str  # of the list that holds the blocks, ``model.layers``
-    numbers: tuple[str, ...]  # of the blocks in that list
+    numbers: tuple[tuple[str, ...], ...]  # in that list, of the modules in each block: several where kinds take turns
     blocks: tuple[tuple[Node, ...], ...]
     own: tuple[tuple[Node, ...], ...]
 
-    @property
+    @cached_property
     def dropped(self) -> range:
         """The blocks that the short program leaves out, by their places."""
         return range(KEPT // 2, len(self.blocks) - KEPT // 2)
 
-    @property
+    @cached_property
     def kept(self) -> tuple[int, ...]:
-        return tuple(place for place in range(len(self.blocks)) if place not in self.dropped)
+        return (*range(self.dropped.start), *range(self.dropped.stop, len(self.blocks)))
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,19 @@ class Short:
 def repeat_of(program: Program) -> Repeat | None:
     """The longest run of equal blocks; None if there is none that is worth it."""
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    best: Repeat | None = None
+    found: list[Repeat] = []
     for name, members in _lists(calls).items():
-        starts = list(members.values())
-        if len(starts) < KEPT + FEWEST + 1:
-            continue
-        ends = [*starts[1:], None]
-        blocks = [tuple(calls[start:end]) for start, end in zip(starts, ends)][:-1]  # the last one ends somewhere
-        found = _longest(name, list(members), blocks, set(program.returned))
-        if found is not None and (best is None or len(found.blocks) > len(best.blocks)):
-            best = found
-    return best
+        for period in PERIODS:
+            starts = list(members.values())[::period]
+            if len(starts) < KEPT + FEWEST + 1:
+                break
+            numbers = [tuple(members)[place : place + period] for place in range(0, len(members), period)]
+            blocks = [tuple(calls[start:end]) for start, end in zip(starts, starts[1:])]  # the last one ends somewhere
+            repeat = _longest(name, numbers, blocks, set(program.returned))
+            if repeat is not None:
+                found.append(repeat)
+                break
+    return max(found, key=lambda repeat: sum(map(len, repeat.blocks)), default=None)
 
 
 def _lists(calls: Sequence[Node]) -> dict[str, dict[str, int]]:
@@ -82,7 +86,7 @@ def _lists(calls: Sequence[Node]) -> dict[str, dict[str, int]]:
 
 
 def _longest(
-    name: str, numbers: Sequence[str], blocks: Sequence[tuple[Node, ...]], returned: Set[Node]
+    name: str, numbers: Sequence[tuple[str, ...]], blocks: Sequence[tuple[Node, ...]], returned: Set[Node]
 ) -> Repeat | None:
     """The longest run of blocks of which each is the same calls as the next, and used by the next alone."""
     place = {node: (number, position) for number, calls in enumerate(blocks) for position, node in enumerate(calls)}
@@ -91,7 +95,7 @@ def _longest(
     best = range(0)
     start = 0
     for number in range(len(blocks)):
-        if number and not (pairs[number - 1].is_equal and closed[number]):
+        if number and not (pairs[number - 1].is_equal and (closed[number - 1] or number - 1 == start)):
             start = number
         if number + 1 - start > len(best):
             best = range(start, number + 1)
@@ -124,8 +128,8 @@ class _Pair:
     def _is_equal(self, one: Node, other: Node) -> bool:
         if one.target is not other.target or values(one) != values(other):
             return False
-        taken = [pytree.tree_flatten((node.args, dict(node.kwargs))) for node in (one, other)]
-        return taken[0][1] == taken[1][1] and all(map(self._fits, taken[0][0], taken[1][0]))
+        (mine, shape), (its, other_shape) = flat_arguments(one), flat_arguments(other)
+        return shape == other_shape and all(map(self._fits, mine, its))
 
     def _fits(self, one: Any, other: Any) -> bool:
         if not isinstance(one, Node) or not isinstance(other, Node):
@@ -142,9 +146,7 @@ class _Pair:
         return its[0] == self._number and self._before.setdefault(one, other) is other
 
 
-def _is_closed(
-    calls: Sequence[Node], number: int, place: Mapping[Node, tuple[int, int]], returned: Set[Node]
-) -> bool:
+def _is_closed(calls: Sequence[Node], number: int, place: Mapping[Node, tuple[int, int]], returned: Set[Node]) -> bool:
     """Whether nothing but the block itself and the next one uses what it computes."""
     users = {user for node in calls for user in node.users}
     return returned.isdisjoint(calls) and all(place.get(user, (-1, 0))[0] in (number, number + 1) for user in users)
@@ -165,8 +167,6 @@ def short(program: Program, repeat: Repeat) -> Short:
     graph.output(tuple(copies[node] for node in program.returned))
     left = {node.name for node in dropped}
     inputs = tuple(entry for entry in program.inputs if entry.node not in left)
-    block = {
-        copies[node]: place for place, number in enumerate(repeat.kept) for node in repeat.blocks[number]
-    }
+    block = {copies[node]: place for place, number in enumerate(repeat.kept) for node in repeat.blocks[number]}
     shortened = replace(program, graph=graph, inputs=inputs, decisions={}, source=None)
     return Short(shortened, block, {copy: node for node, copy in copies.items()})

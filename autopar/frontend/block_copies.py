@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from autopar.frontend.equal_blocks import AGAIN, BEGINS, ENDS, BlocksDiffer
+from autopar.ir.arguments import flat_arguments
 from autopar.ir.node import copy_traced, traced_modules, traced_value
 
 Node = fx.Node
@@ -122,8 +123,8 @@ def _is_equal(one: _Region, other: _Region, constants: Mapping[str, Tensor]) -> 
     for mine, its in zip(one.inner, other.inner):
         if mine.op != "call_function" or mine.op != its.op or mine.target is not its.target:
             return False
-        taken = [pytree.tree_flatten((node.args, dict(node.kwargs))) for node in (mine, its)]
-        if taken[0][1] != taken[1][1] or not all(map(same, taken[0][0], taken[1][0])):
+        (taken, shape), (others, other_shape) = flat_arguments(mine), flat_arguments(its)
+        if shape != other_shape or not all(map(same, taken, others)):
             return False
         if not _looks_equal(traced_value(mine), traced_value(its)):
             return False

@@ -92,6 +92,11 @@ def set_origin(node: Node, where: Origin) -> None:
     node.meta[_ORIGIN] = where
 
 
+def copy_meta(copy: Node, node: Node) -> None:
+    """Give ``copy`` all that is known of ``node``."""
+    copy.meta.update(node.meta)
+
+
 def clear_meta(node: Node) -> None:
     """Drop everything torch left in ``node.meta``; ours is set by :func:`set_values` and :func:`set_origin`."""
     node.meta = {key: item for key, item in node.meta.items() if key in (_VALUES, _ORIGIN)}

@@ -7,7 +7,6 @@ plan, and tables of inputs and outputs. Parameters are placeholders, so a progra
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopar.errors import InvariantError
+from autopar.ir.fast_copy import copied
 from autopar.ir.fingerprint import Fingerprint
 from autopar.ir.layout import Layout
 from autopar.ir.loss import loss_position
@@ -201,7 +201,7 @@ class Program(_Program):
     def clone(self) -> Program:
         """The same program around copies of its graphs, which a pass may then rewrite."""
         role = self.role.clone() if self.role is not None else None
-        return replace(self, graph=copy.deepcopy(self.graph), role=role)
+        return replace(self, graph=copied(self.graph), role=role)
 
     def cut_into(self, stages: Sequence[Program]) -> PipelinedProgram:
         """The pipelined program of this program, which describes one microbatch, and its stages."""
@@ -253,7 +253,7 @@ class PipelinedProgram(_Program):
     def clone(self) -> PipelinedProgram:
         """The same program around copies of its graphs, which a pass may then rewrite."""
         stages = tuple(stage.clone() for stage in self.stages)
-        return replace(self, graph=copy.deepcopy(self.graph), stages=stages)
+        return replace(self, graph=copied(self.graph), stages=stages)
 
     def loss_in(self, stage: Program) -> int | None:
         """The position of the whole program's loss among the outputs of a stage; None where another stage makes it."""

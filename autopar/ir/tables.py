@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar.ir.fast_copy import copied
 from autopar.ir.layout import Layout
 
 SUM, SAME, MIXED = "sum", "same", "mixed"  # how microbatches join an output; else the number of the dim of its rows
@@ -152,5 +152,7 @@ class Role:
         return {name: graph for name, graph in found.items() if graph is not None}
 
     def clone(self) -> Role:
-        graphs = copy.deepcopy((self.forward, self.backward, self.inference))
-        return replace(self, forward=graphs[0], backward=graphs[1], inference=graphs[2])
+        made = {id(graph): copied(graph) for graph in self.graphs.values()}  # inference may be forward itself
+        forward, backward, inference = (made.get(id(g)) for g in (self.forward, self.backward, self.inference))
+        assert forward is not None and inference is not None
+        return replace(self, forward=forward, backward=backward, inference=inference)
