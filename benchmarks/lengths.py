@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ MORE: Mapping[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {"mixtral": (("e
 FIRST = ((4, 28), (4, 40))  # the batches before the random ones
 LOOP = llama.Config(vocab=512, context=128, width=96, layers=2, heads=4, kv_heads=2, ff=256)
 ROWS, LONGEST, REPEATED = 8, 60, 6
+LOOPS: tuple[tuple[str, Mapping[str, Any], int], ...] = (  # mesh, plan, what lengths are multiples of
+    ("dp=2", {}, 1),
+    ("tp=2", {}, 1),
+    ("sp=2", {}, 4),
+    ("dp=2", {"zero": 3}, 1),
+)
 
 
 # ---------------------------------------------------------------- members
@@ -129,10 +136,14 @@ def members(pairs: int) -> Iterator[str]:
 # ---------------------------------------------------------------- loop
 
 
-def random_batches(steps: int) -> Iterator[dict[str, Tensor]]:
+def random_batches(steps: int, unit: int) -> Iterator[dict[str, Tensor]]:
+    """As a collator pads them: to the longest row, in multiples of ``unit``; rows have unequally many labels."""
     choose = random.Random(0)
     for step in range(steps):
-        yield llama.example_batch(LOOP, ROWS, choose.randint(4, LONGEST), seed=step)
+        batch = llama.example_batch(LOOP, ROWS, unit * choose.randint(-(-4 // unit), LONGEST // unit), seed=step)
+        for row in range(1, ROWS):
+            batch["labels"][row, choose.randint(2, batch["labels"].shape[1]) :] = -100
+        yield batch
 
 
 def loop_model() -> nn.Module:
@@ -146,10 +157,8 @@ def loss_of_step(module: nn.Module, batch: Mapping[str, Tensor]) -> float:
     return float(loss.detach())
 
 
-def loop(steps: int) -> dict[str, Any]:
-    """On this rank of dp=2: compiles, the largest error of a loss, and steps against a program for each length."""
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
+def loop(steps: int, mesh: autopar.Mesh, choices: Mapping[str, Any], unit: int) -> dict[str, Any]:
+    """On this rank: compiles, the largest error of a loss, and steps against a program for each length."""
     compiles, original = 0, cache_compiled.compile_program
 
     def counted(*args: Any) -> Any:
@@ -158,11 +167,11 @@ def loop(steps: int) -> dict[str, Any]:
         return original(*args)
 
     cache_compiled.compile_program = counted  # type: ignore[attr-defined]
-    plan = autopar.Plan(check_numerics=False)
-    ours, alone = autopar.parallelize(loop_model(), autopar.Mesh(dp=2), plan), loop_model()
+    plan = autopar.Plan(check_numerics=False, **choices)
+    ours, alone = autopar.parallelize(loop_model(), mesh, plan), loop_model()
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.02) for module in (ours, alone)]
     worst, lengths, fresh = 0.0, set[int](), list[float]()
-    for batch in random_batches(steps):
+    for batch in random_batches(steps, unit):
         is_new = batch["input_ids"].shape[1] not in lengths
         lengths.add(batch["input_ids"].shape[1])
         start = time.perf_counter()
@@ -174,8 +183,9 @@ def loop(steps: int) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
     family, compiled = "; ".join(map(str, ours.families)), compiles
-    each = autopar.parallelize(loop_model(), autopar.Mesh(dp=2), autopar.Plan(check_numerics=False, lengths="each"))
-    fixed = [llama.example_batch(LOOP, ROWS, 10 * (n + 1), seed=n) for n in range(REPEATED)]
+    cache_compiled.compile_program = original  # type: ignore[attr-defined]
+    each = autopar.parallelize(loop_model(), mesh, replace(plan, lengths="each"))
+    fixed = [llama.example_batch(LOOP, ROWS, 8 * (n + 1), seed=n) for n in range(REPEATED)]
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(40 + REPEATED):
         for place, module in enumerate((ours, each)):
@@ -186,6 +196,7 @@ def loop(steps: int) -> dict[str, Any]:
             times[place].append(time.perf_counter() - start)
     ratio = Ratio.of(times[0][REPEATED:], times[1][REPEATED:])
     return {
+        "mesh": f"{mesh} {dict(choices)}",
         "steps": steps,
         "lengths": len(lengths),
         "compiles": compiled,
@@ -202,10 +213,16 @@ def main() -> None:
     parser.add_argument("what", choices=("members", "loop"), nargs="?", default="loop")
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--loops", type=int, nargs="*", default=range(len(LOOPS)), help="some of them, by number")
     parser.add_argument("--worker", type=Path)
     given = parser.parse_args()
     if given.worker is not None:
-        found = loop(given.steps)
+        torch.set_num_threads(1)
+        torch.set_default_dtype(torch.float64)
+        found = [
+            loop(given.steps, autopar.Mesh.parse(mesh), choices, unit)
+            for mesh, choices, unit in (LOOPS[n] for n in given.loops)
+        ]
         if torch.distributed.get_rank() == 0:
             given.worker.write_text(json.dumps(found))
         torch.distributed.barrier()
@@ -214,7 +231,9 @@ def main() -> None:
         for line in members(given.pairs):
             print(line, flush=True)
     else:
-        json.dump(launched("benchmarks.lengths", 2, ["--steps", given.steps]), sys.stdout, indent=2)
+        json.dump(
+            launched("benchmarks.lengths", 2, ["--steps", given.steps, "--loops", *given.loops]), sys.stdout, indent=2
+        )
 
 
 if __name__ == "__main__":

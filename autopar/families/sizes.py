@@ -16,6 +16,7 @@ Shapes = tuple[tuple[int, ...], ...]  # of the tensors of a call
 Place = tuple[int, int]  # (tensor, dim)
 BATCH, SEQUENCE, OTHER = "b", "s", "n"
 LARGEST_STEP = 64  # lengths that are multiples of more are compared as multiples of this
+HIGHER = 8  # multiples of that are tried
 LEAST_STEP = 8  # of two lengths that have less in common, others may have nothing
 SHORTEST = 3  # 1 and 2 have programs of their own: a dim that broadcasts, a shift that leaves one label
 
@@ -124,14 +125,22 @@ def further(points: Sequence[Sizes], unit: Mapping[str, int], varies_batch: bool
             continue
         step = math.gcd(math.lcm(LARGEST_STEP, unit[name]), *values)
         step = step if step >= LEAST_STEP * unit[name] else unit[name]
-        high[name] = _above(2 * max(values), values[0], step, unit[name])
-        low[name] = _below(min(values), step)
-        # the four differ by ``step`` and no multiple of it, so that they say something of all its multiples
-        for _ in range(LARGEST_STEP):
-            if math.gcd(*(value - values[0] for value in (*values, high[name], low[name]))) <= step:
-                break
-            high[name] += max(step, math.lcm(LARGEST_STEP, unit[name]))
+        high[name], low[name] = _ends(values, step, unit[name])
     return [high, low]
+
+
+def _ends(values: Sequence[int], step: int, unit: int) -> tuple[int, int]:
+    """A greater and a smaller length than ``values``.
+
+    All of them differ by ``step`` and no multiple of it, so that they say something of all its multiples. The greatest
+    gives way to that first: short batches come, and batches of more than twice the longest do not.
+    """
+    high, low = _above(2 * max(values), values[0], step, unit), _below(min(values), step)
+    for least in range(low, min(low + 2 * step, min(values)) + 1, step):
+        for most in range(high, high + HIGHER * math.lcm(step, LARGEST_STEP, unit), math.lcm(step, LARGEST_STEP, unit)):
+            if math.gcd(*(value - values[0] for value in (*values, most, least))) <= step:
+                return most, least
+    return high, low
 
 
 def _above(wanted: int, first: int, step: int, unit: int) -> int:
@@ -148,10 +157,8 @@ def _above(wanted: int, first: int, step: int, unit: int) -> int:
 
 
 def _below(least: int, step: int) -> int:
-    """The smallest from ``SHORTEST`` on that is an odd number of ``step`` away, or one more than that."""
-    away = max((least - SHORTEST) // step, 0)
-    away -= away > 1 and away % 2 == 0
-    return least - away * step
+    """The smallest from ``SHORTEST`` on that is a number of ``step`` away."""
+    return least - max((least - SHORTEST) // step, 0) * step
 
 
 def reaching(sizes: Sizes, ranges: Mapping[str, Range]) -> Sizes:

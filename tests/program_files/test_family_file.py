@@ -20,7 +20,7 @@ from autopar.errors import ProgramFileError
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.program_files.directory import checksum, entry, laid_out
-from autopar.program_files.family_file import load_family, save_family
+from autopar.program_files.family_file import load_family, member_for, save_family
 from tests.exporters.test_families import batch_of, family_of, model_of
 from tests.launch import run_ranks
 from tests.selection import slow_but
@@ -73,18 +73,12 @@ def train(folder: str, name: str, batches: list[tuple[int, int]]) -> tuple[list[
 
 @pytest.mark.parametrize(("name", "mesh", "plan"), slow_but((0,), CASES))
 def test_all_sizes_without_compiling(name: str, mesh: str, plan: dict[str, Any], tmp_path: Path) -> None:
+    """The fifth is outside of the family, which grows by one compile, and by more than that batch."""
     folder = saved(tmp_path, name, mesh, plan)
-    sizes = [(8, 16), (12, 40), (8, 12), (12, 128), (8, 24)]
+    sizes = [(8, 16), (12, 40), (8, 12), (12, 128), (24, 16), (20, 60)]
     for compiles, errors, weights in run_ranks(train, Mesh.parse(mesh).world_size, str(folder), name, sizes):
-        assert compiles == [0] * len(sizes)
+        assert compiles == [0, 0, 0, 0, 1, 1]
         assert max(*errors, weights) <= EXACT
-
-
-def test_outside_it_grows_by_one_compile(directory: Path) -> None:
-    sizes = [(8, 16), (8, 8), (24, 16), (20, 60)]
-    for compiles, errors, _ in run_ranks(train, 2, str(directory), "llama", sizes):
-        assert compiles == [0, 0, 1, 1]
-        assert max(errors) <= EXACT
 
 
 def test_read_back(directory: Path) -> None:
@@ -96,6 +90,15 @@ def test_read_back(directory: Path) -> None:
     assert isinstance(autopar.Program.load(directory), autopar.Program)  # the program of the first batch
 
 
+def test_what_is_outside_is_told(directory: Path) -> None:
+    family = load_family(directory)
+    assert member_for(family, [(10, 28), (10, 28)]) is not None
+    for shapes in ([(10, 300), (10, 300)], [(10, 28), (10, 32)], [(10, 28)]):
+        with pytest.raises(ProgramFileError, match="none of this family"):
+            member_for(family, shapes)
+
+
+@pytest.mark.slow
 def test_run_without_the_model(directory: Path, tmp_path: Path) -> None:
     weights = {name: tensor.clone() for name, tensor in model_of("llama").state_dict().items()}
     safetensors.torch.save_file(weights, tmp_path / "weights.safetensors")
