@@ -14,6 +14,7 @@ from autopar.frontend.fingerprint import fingerprint
 from autopar.frontend.observation import guards_of_traces
 from autopar.frontend.trace import trace
 from autopar.ir.batch import batches_of_rows
+from autopar.ir.collection import no_collection
 from autopar.ir.graph_pass import run_phases, steps_of
 from autopar.ir.layout import Layout
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program, weight_layouts
@@ -50,7 +51,7 @@ def compile_program(
     plan = plan or Plan()
     check_choices(mesh, plan)
     known = fingerprint(model, args, kwargs or {})
-    with guards_of_traces() as guards:
+    with no_collection(), guards_of_traces() as guards:
         program = _compiled(model, mesh, plan, args, kwargs, layouts, homes, like)
     seen = "; ".join(f"{look.line} ({look.seen})" for values in guards.values for look in values.looks)
     if seen:  # no model has that, so such a program serves the process that made it alone

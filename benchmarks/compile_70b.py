@@ -102,15 +102,17 @@ def _compiled(layers: int, mesh: str, sequence: str) -> Compilation:
 def compilation(model: nn.Module, batch: dict[str, Tensor], layers: int, mesh: Mesh, plan: Plan) -> Compilation:
     """Compile ``model`` in this process, which has compiled nothing yet, step by step."""
     from autopar.frontend.trace import trace
+    from autopar.ir.collection import no_collection
     from autopar.ir.graph_pass import run_phases, steps_of
     from autopar.passes import COMPILER
 
     warnings.filterwarnings("ignore")
     found = Compilation(layers, str(mesh), baseline_mb=_peak_mb())
     start = time.perf_counter()
-    program = _timed(found, "trace", lambda: trace(model, (), batch, mesh, plan))
-    for _, step in steps_of(COMPILER):
-        program = _timed(found, step.name, partial(run_phases, program, COMPILER, step.name, step.name))
+    with no_collection():  # as in compile_program
+        program = _timed(found, "trace", lambda: trace(model, (), batch, mesh, plan))
+        for _, step in steps_of(COMPILER):
+            program = _timed(found, step.name, partial(run_phases, program, COMPILER, step.name, step.name))
     code = _timed(found, "emit", lambda: _emitted(program))
     found.clock_seconds, found.peak_mb = time.perf_counter() - start, _peak_mb()
     for part in program.parts:
