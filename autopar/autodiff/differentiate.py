@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from autopar.autodiff.alike import Recorded, made_like
 from autopar.autodiff.deepen import NotAlike, deepened
 from autopar.autodiff.derivatives import DERIVATIVES
 from autopar.autodiff.partition import Joint, Recompute, extract, partition
@@ -70,6 +71,7 @@ def differentiate(program: AnyProgram) -> AnyProgram:
     """
     if isinstance(program, Program):
         return replace(program, role=role_of(program, recompute=always_recomputed(program)))
+    known: list[Recorded] = []
     stages: list[Program] = []  # from the last: later stages determine which values of a stage get gradients
     reached: set[str] = set()
     for number in reversed(range(len(program.stages))):
@@ -80,7 +82,7 @@ def differentiate(program: AnyProgram) -> AnyProgram:
             for position, entry in enumerate(stage.outputs)
             if position == loss or (entry.kind is OutputKind.SENT and f"{number}.{entry.target}" in reached)
         )
-        role = role_of(stage, wanted, always_recomputed(stage))
+        role = role_of(stage, wanted, always_recomputed(stage), known)
         received = {entry.target for entry in stage.inputs if entry.kind is InputKind.RECEIVED}
         for target in received.intersection(role.grads):
             source, _, name = target.partition(".")
@@ -107,19 +109,29 @@ def is_gathered(node: Node, parameters: Set[str]) -> bool:
     return source.op == "placeholder" and source.name in parameters
 
 
-def role_of(program: Program, differentiable: tuple[int, ...] | None = None, recompute: Recompute = is_free) -> Role:
+def role_of(
+    program: Program,
+    differentiable: tuple[int, ...] | None = None,
+    recompute: Recompute = is_free,
+    known: list[Recorded] | None = None,
+) -> Role:
     """The graphs of one role; a pipeline stage is a program of its own here.
 
     ``differentiable``: positions of the outputs that get a gradient; by default the loss alone, or else all user
     outputs that need one. ``recompute``: the forward nodes that backward recomputes
-    (:mod:`autopar.autodiff.partition`).
+    (:mod:`autopar.autodiff.partition`). ``known``: programs that are differentiated already, to which it is added.
     """
     inference = inference_graph(program)
-    joint, differentiable, grads = joint_graph(program, differentiable)
-    if not grads:
+    known = known if known is not None else []
+    likes = (made_like(other, program, differentiable) for other in known)
+    found = next((like for like in likes if like is not None), None)
+    if found is None:
+        found = Recorded(program, differentiable, *joint_graph(program, differentiable))
+    known.append(found)
+    if not found.gradients:
         return Role(inference, None, inference)
-    forward, backward, saved = partition(joint, recompute)
-    return Role(forward, backward, inference, len(saved), differentiable, grads)
+    forward, backward, saved = partition(found.joint, recompute)
+    return Role(forward, backward, inference, len(saved), found.differentiable, found.gradients)
 
 
 def inference_graph(program: Program) -> fx.Graph:

@@ -104,6 +104,23 @@ def test_programs_are_those_of_all_blocks(case: str, monkeypatch: pytest.MonkeyP
     assert both(monkeypatch, build(), mesh, plan, x=X) == expected
 
 
+def test_stages_that_are_alike_are_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = Model(Block, depth=16), []
+    original = differentiate.made_like
+    plan = Plan(microbatches=2, check_numerics=False, cuts=("blocks.4", "blocks.8", "blocks.12"))
+
+    def program() -> AnyProgram:
+        return compile_program(model, Mesh.parse("pp=4,dp=2"), plan, (), {"x": X})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(differentiate, "made_like", lambda *given: (found.append(original(*given)), found[-1])[1])
+        alike = program()
+    assert len([one for one in found if one is not None]) == 1  # the second and the third stage
+    with monkeypatch.context() as patch:
+        patch.setattr(differentiate, "made_like", lambda *given: None)
+        assert str(alike) == str(program())
+
+
 def test_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = hugging_face.build("llama", torch.float32, num_hidden_layers=DEPTH)
     assert both(monkeypatch, model, "dp=2,tp=2", PLAIN, **batch) == 1
