@@ -117,10 +117,7 @@ def _listed(numbers: Sequence[Any]) -> str:
 
 
 class Evaluator:
-    """Gives ``forms`` at any sizes: integers exactly, or None where one is no integer there, or is negative.
-
-    A number that was never below 1 at the fitted points must not be there: a size of 0 has other programs.
-    """
+    """Gives ``forms`` at any sizes: integers exactly, or None where one is no integer, or the inverse of 0, there."""
 
     def __init__(self, forms: Sequence[sympy.Expr], names: Sequence[str]) -> None:
         self._names = tuple(names)
@@ -132,7 +129,7 @@ class Evaluator:
         for form, (terms, denominator, shape) in self._forms.items():
             total = sum(factor * math.prod(values[i] for i in term) for factor, term in terms)
             number, rest = divmod(total, denominator)
-            if rest:
+            if rest or (shape == "inverse" and not number):
                 return None
             found[form] = number if shape is None else 1.0 / number if shape == "inverse" else float(number)
         return found

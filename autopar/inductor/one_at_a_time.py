@@ -6,13 +6,13 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
 def one_at_a_time(name: str) -> Iterator[None]:
-    """Within this context no other process of this user is in that of ``name``; without a disk, some may be.
+    """Within this context no other process of this user is in that of ``name``; without a disk, or locks, some may be.
 
     The system lets go of a lock when its process ends, however it does.
     """
@@ -24,7 +24,8 @@ def one_at_a_time(name: str) -> Iterator[None]:
         yield
         return
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

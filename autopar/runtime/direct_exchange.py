@@ -10,9 +10,10 @@ on a plain network, the rounds are what takes the time. Here each rank sends eve
     all-reduce       of a small tensor: all of it to all others, each of which adds up: (n - 1) bytes sent for each, in
                      place of 2 (n - 1) / n; of a larger one a reduce-scatter and an all-gather
 
-All ranks add up in the order of the ranks, so that what they have is the same bit for bit. Bytes are those of a ring,
-except for small sums. The choice depends on sizes alone, so that all ranks make the same one. Constants are measured:
-gloo, 2 and 4 processes on two cores (benchmarks/README.md, peers).
+All ranks have the same bit for bit: a part is added up on one rank, and a small sum in the order of the ranks, which on
+none depends on its processor or threads. Bytes are those of a ring, except for small sums. The choice depends on sizes
+alone, so that all ranks make the same one. Constants are measured: gloo, 2 and 4 processes on two cores
+(benchmarks/README.md, peers).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ ROUND = 0.25e-3  # seconds of a message that others wait for
 SENT = 0.5e9  # bytes per second to another process
 COPIED = 4e9  # bytes per second of a copy, or of a sum
 EXCHANGED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64)
+HALVES = (torch.bfloat16, torch.float16)
 SUMS: dict[str, Callable[..., Any]] = {
     "sum": lambda rows, out: torch.sum(rows, 0, dtype=out.dtype, out=out),
     "max": lambda rows, out: torch.amax(rows, 0, out=out),
@@ -84,7 +86,8 @@ def start_all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Tensor | None:
     if sums_small(ways, size):
         found = torch.empty(x.shape, dtype=x.dtype)
         received = _exchanged(x.detach().reshape(-1).repeat(ways), group)
-        return _later(found, lambda: SUMS[op](_wait(received).view(ways, *x.shape), out=found))
+        of_rows = _in_order if op == "sum" else SUMS[op]
+        return _later(found, lambda: of_rows(_wait(received).view(ways, *x.shape), out=found))
     if x.numel() % ways == 0 and sums_in_two(ways, size):
         found = torch.empty(x.shape, dtype=x.dtype)
         received = _exchanged(x.detach().reshape(-1), group)
@@ -107,6 +110,15 @@ def finish(x: Tensor) -> bool:
         return False
     complete()
     return True
+
+
+def _in_order(rows: Tensor, out: Tensor) -> Tensor:
+    """The sum of ``rows``, one after the other. That of torch has, from five rows on, another order for the last few
+    elements, as many as vectors of this processor do not fill, and for those where the part of a thread ends."""
+    total = rows[0].to(torch.float32 if out.dtype in HALVES else out.dtype, copy=True)
+    for row in rows[1:]:
+        total.add_(row)
+    return out.copy_(total)
 
 
 def _exchanged(x: Tensor, group: ProcessGroup) -> Tensor:

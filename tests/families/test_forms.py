@@ -55,6 +55,13 @@ def test_means_are_inverse_sizes() -> None:
         Terms(POINTS).form((0.3, 0.4, 0.5, 0.6))
 
 
+def test_there_is_no_mean_over_nothing() -> None:
+    """The size of a call outside of the family: whether it could hold that is asked of every call."""
+    found = Terms(POINTS).form(tuple(1.0 / (point["s"] - 1) for point in POINTS))
+    evaluator = Evaluator([found], ("b", "s"))
+    assert evaluator.at({"b": 4, "s": 1}) is None and evaluator.at({"b": 4, "s": 3}) == {found: 0.5}
+
+
 def test_a_float_that_grows_stays_a_float() -> None:
     found = Terms(POINTS).form(tuple(float(point["s"]) for point in POINTS))
     (value,) = Evaluator([found], ("b", "s")).at({"b": 8, "s": 33}).values()  # type: ignore[union-attr]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import errno
+import fcntl
 import gc
+import tempfile
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from autopar.compiler import compile_program
 from autopar.errors import AutoparError
 from autopar.inductor import compiled_region, functions, torch_inductor
 from autopar.inductor.compiled_region import CompiledRegion, Counts, counted
+from autopar.inductor.one_at_a_time import one_at_a_time
 from autopar.ir.program import Program
 from autopar.mesh import Mesh
 from autopar.notes import heard
@@ -103,7 +108,8 @@ def test_equal_blocks_are_compiled_once_and_what_fails_runs_as_python(monkeypatc
     x = torch.randn(3, 4, dtype=torch.float64)
     numbers = []
     for layers in (2, 5):
-        model = Blocks(layers)
+        model, parallel = Blocks(layers), None
+        gc.collect()  # of the first program, whose regions the second would share
         graphs.clear()
         with counted() as count, heard() as notes, torch.no_grad():
             parallel = launched(model)
@@ -128,6 +134,18 @@ def test_a_full_disk_is_an_error_and_not_other_rounding(monkeypatch: pytest.Monk
     monkeypatch.setattr(compiled_region, "compiled", full)
     with pytest.raises(AutoparError, match=r"No space left(.|\n)*Way out: .*TORCHINDUCTOR_CACHE_DIR"), torch.no_grad():
         launched(Curved())(torch.randn(6, 4, dtype=torch.float64))
+
+
+def test_a_disk_without_locks_lets_all_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refused(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with one_at_a_time("region"), one_at_a_time("region"):
+        assert [path.name for path in tmp_path.rglob("region")] == ["region"]
+    with pytest.raises(OSError, match="is full"), one_at_a_time("region"):
+        raise OSError("it is full")  # of what is done within it: that is not let pass
 
 
 def test_a_machine_without_a_compiler_is_told_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

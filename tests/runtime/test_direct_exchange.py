@@ -92,6 +92,22 @@ def test_every_form_is_right_and_alike_on_all_ranks(size: int) -> None:
     assert counted["all_reduce"] == rings and sum(counted.values()) == 3 + (rings == 1), counted
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_small_sum_does_not_depend_on_vectors_and_threads(dtype: torch.dtype) -> None:
+    """Each rank makes it: one whose vectors, or parts of threads, end elsewhere has to have the same."""
+    rows = torch.randn(8, 1001, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+    def added(part: Tensor) -> Tensor:
+        return direct_exchange._in_order(part, part.new_empty(part.shape[1]))
+
+    whole = added(rows)
+    assert all(torch.equal(whole[:end], added(rows[:, :end].contiguous())) for end in range(1, 1001, 7))
+    exact = rows.double().sum(0)
+    assert (whole.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+    if dtype is torch.float64:
+        assert any(not torch.equal(rows.sum(0)[:end], rows[:, :end].contiguous().sum(0)) for end in range(1, 1001, 7))
+
+
 def test_choices() -> None:
     """More ranks save more rounds; large tensors go around the ring, where nothing is sent or copied more."""
     for chooses, most in (
