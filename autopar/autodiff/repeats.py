@@ -91,11 +91,14 @@ def _longest(
     """The longest run of blocks of which each is the same calls as the next, and used by the next alone."""
     place = {node: (number, position) for number, calls in enumerate(blocks) for position, node in enumerate(calls)}
     pairs = [_Pair(one, other, number, place) for number, (one, other) in enumerate(zip(blocks, blocks[1:]))]
-    closed = [_is_closed(calls, number, place, returned) for number, calls in enumerate(blocks)]
+    fits = [
+        pair.is_in_place and _is_closed(calls, number, place, returned)
+        for number, (pair, calls) in enumerate(zip(pairs, blocks))
+    ]
     best = range(0)
     start = 0
     for number in range(len(blocks)):
-        if number and not (pairs[number - 1].is_equal and (closed[number - 1] or number - 1 == start)):
+        if number and not (pairs[number - 1].is_equal and (fits[number - 1] or number - 1 == start)):
             start = number
         if number + 1 - start > len(best):
             best = range(start, number + 1)
@@ -104,6 +107,8 @@ def _longest(
     own = [tuple(pairs[best[0]].own), *(tuple(pairs[number - 1].own.values()) for number in best[1:])]
     order = [dict(zip(pairs[number].own, range(len(own[0])))) for number in best[:-1]]
     if len({len(entries) for entries in own}) != 1 or not _in_one_order(own, order):
+        return None
+    if not all(_is_used_within(own[n], blocks[best[n]], returned) for n in range(1, len(best) - 1)):
         return None
     return Repeat(name, tuple(numbers[n] for n in best), tuple(blocks[n] for n in best), tuple(own))
 
@@ -114,15 +119,23 @@ def _in_one_order(own: Sequence[tuple[Node, ...]], order: Sequence[Mapping[Node,
     return alike and len({node for nodes in own for node in nodes}) == sum(map(len, own))
 
 
+def _is_used_within(own: Sequence[Node], calls: Sequence[Node], returned: Set[Node]) -> bool:
+    """Whether nothing but the block uses its placeholders: a penalty on all weights does."""
+    return returned.isdisjoint(own) and {user for node in own for user in node.users if user.op != "output"} <= set(
+        calls
+    )
+
+
 class _Pair:
-    """Two neighbouring blocks. ``own``: the placeholders of the first -> those of the second in their places."""
+    """Two neighbouring blocks. ``own``: the placeholders of the first -> those of the second in their places;
+    ``is_in_place``: what the second takes of the first, the first takes in the same places of the one before."""
 
     def __init__(
         self, one: Sequence[Node], other: Sequence[Node], number: int, place: Mapping[Node, tuple[int, int]]
     ) -> None:
         self.own: dict[Node, Node] = {}
         self._before: dict[Node, Node] = {}  # what the first takes from before -> what the second takes from the first
-        self._number, self._place = number, place
+        self._number, self._place, self.is_in_place = number, place, True
         self.is_equal = len(one) == len(other) and all(map(self._is_equal, one, other))
 
     def _is_equal(self, one: Node, other: Node) -> bool:
@@ -143,6 +156,7 @@ class _Pair:
             return False
         if its[0] == self._number + 1:
             return mine == (self._number, its[1])
+        self.is_in_place = self.is_in_place and mine == (self._number - 1, its[1])
         return its[0] == self._number and self._before.setdefault(one, other) is other
 
 

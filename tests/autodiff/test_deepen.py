@@ -58,6 +58,45 @@ class Model(nn.Module):
         return x.square().mean() + (aux if self.adds else 0.0)
 
 
+class Double(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x + self.up(x).tanh(), y * self.down(y).sigmoid()
+
+
+class Swapping(nn.Module):
+    """One block takes what the one before it gives the other way round: the calls are equal, their places are not."""
+
+    def __init__(self, *swapped: int, depth: int = DEPTH) -> None:
+        super().__init__()
+        self.swapped, self.embedding = swapped, nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Double() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        y = x * 2
+        for number, block in enumerate(self.blocks):
+            x, y = block(y, x) if number in self.swapped else block(x, y)
+        return (x.square() + y).mean()
+
+
+class Penalized(Model):
+    """Uses the weights of its blocks outside of them too; ``returns``: gives one."""
+
+    def __init__(self, *kinds: type[Block], returns: bool = False) -> None:
+        super().__init__(*kinds)
+        self.returns = returns
+
+    def forward(self, x: Tensor) -> Any:
+        loss = super().forward(x)
+        if self.returns:
+            return loss, self.blocks[4].up.weight  # type: ignore[union-attr]
+        return loss + sum(weight.square().sum() for weight in self.blocks.parameters())
+
+
 X = torch.linspace(-1, 1, 4 * 3 * WIDTH).view(4, 3, WIDTH)
 
 
@@ -93,6 +132,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, Plan, int]] = {
     "a sum over blocks": (lambda: Model(Block, adds=True), "dp=2", PLAIN, 1),
     "a weight of all": (lambda: Model(Block, tied=True), "dp=2", PLAIN, 1),
     "dropout": (lambda: Model(Dropping), "dp=2", PLAIN, 0),  # each has numbers of its own
+    "in another order once": (lambda: Swapping(4), "dp=2", PLAIN, 0),
+    "in another order each time": (lambda: Swapping(*range(DEPTH)), "dp=2", PLAIN, 1),
+    "in another order before the run": (lambda: Swapping(2, depth=12), "dp=2", PLAIN, 1),
+    "a penalty on all weights": (lambda: Penalized(Block), "dp=2", PLAIN, 0),
+    "a weight is returned": (lambda: Penalized(Block, returns=True), "dp=2", PLAIN, 0),
     "too few": (lambda: Model(Block, depth=5), "dp=2", PLAIN, 0),
 }
 
