@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from autopar.frontend.equal_blocks import AGAIN, BEGINS, ENDS, BlocksDiffer
 from autopar.ir.arguments import flat_arguments
 from autopar.ir.node import copy_traced, traced_modules, traced_value
+from autopar.ir.operator_facts import is_overload, writes
 
 Node = fx.Node
 
@@ -56,6 +57,8 @@ def write_out_blocks(exported: ExportedProgram) -> None:
             partner = next((n for n in reversed(earlier) if _is_equal(regions[n], regions[like], constants)), None)
             if partner is None:
                 raise BlocksDiffer(f"the calls of {_path(regions[like].begin)} differ from those of the block before")
+            if _leaves_something(regions[like]):
+                raise BlocksDiffer(f"what {_path(regions[like].begin)} computes is found elsewhere than in its results")
             proven.add(like)
         _write(node, regions[like])
     for node in [node for node in graph.nodes if node.target in (BEGINS, ENDS)]:
@@ -130,6 +133,17 @@ def _is_equal(one: _Region, other: _Region, constants: Mapping[str, Tensor]) -> 
             return False
         partner[mine] = its
     return len(one.given) == len(other.given) and all(map(same, one.given, other.given))
+
+
+def _leaves_something(region: _Region) -> bool:
+    """Whether other calls use what the block computes and does not return, as from a variable of a thread."""
+    kept = {*region.inner, *region.given}
+    hidden = [node for node in region.inner if node not in region.given and not _writes(node)]
+    return any(user not in kept and user.target is not ENDS for node in hidden for user in node.users)
+
+
+def _writes(node: Node) -> bool:
+    return is_overload(node.target) and writes(node.target)
 
 
 def _is_same_constant(one: Node, other: Node, constants: Mapping[str, Tensor]) -> bool:

@@ -6,24 +6,30 @@
 
 :mod:`autopar.frontend.block_copies` then writes the calls of block 1 in place of each such operator, if the calls of
 blocks 0 and 1 came out equal. A block is like another when all that its Python has read of the other, by the
-observation of the trace, has the same value on itself, and its arguments look the same.
+observation of the trace, has the same value on itself, its arguments look the same, and nothing that forward has
+changed elsewhere (an attribute of a config, a global, an item of a list) has changed since. A block whose call changes
+such a thing is traced, and so is each like it.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from autopar.frontend.past_modes import past_modes
+from autopar.frontend.observation import State, is_same_state
+from autopar.frontend.past_modes import function_modes, past_modes
 from autopar.frontend.readings import HOOKS, SHAPED
 from autopar.ir.same_values import PLAIN, is_same
 from autopar.operators.registry import library
@@ -44,6 +50,36 @@ _NUMBERS = itertools.count()  # never twice in a process: torch remembers what o
 Read = Callable[[nn.Module], Set[str]]
 
 
+class Seen(Protocol):
+    """What an :class:`autopar.frontend.observation.Observation` tells."""
+
+    def met(self, owner: Any) -> set[str]: ...
+
+    def state(self) -> State: ...
+
+
+@dataclass
+class Stamps:
+    """Of one trace: whether blocks may be left untraced, and how many were."""
+
+    are_allowed: bool = True
+    made: int = 0
+
+
+_STAMPS: ContextVar[Stamps] = ContextVar("stamps")
+
+
+@contextmanager
+def stamps(*, are_allowed: bool = True) -> Iterator[Stamps]:
+    """Counts the blocks that traces within this context leave untraced."""
+    found = Stamps(are_allowed)
+    token = _STAMPS.set(found)
+    try:
+        yield found
+    finally:
+        _STAMPS.reset(token)
+
+
 class BlocksDiffer(Exception):
     """Calls of blocks that were taken for equal are not: the model has to be traced without."""
 
@@ -57,13 +93,14 @@ class _Tensor:
     dtype: torch.dtype
     device: torch.device
     needs_gradient: bool
-    attributes: frozenset[str]
+    is_marked: bool  # with attributes of the user's
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Tensor:
         with past_modes():
             shape, stride, dtype = tuple(tensor.shape), tensor.stride(), tensor.dtype
-            return cls(shape, stride, dtype, tensor.device, tensor.requires_grad, frozenset(vars(tensor)))
+            is_marked = not _own_attributes().issuperset(vars(tensor))
+            return cls(shape, stride, dtype, tensor.device, tensor.requires_grad, is_marked)
 
     @property
     def has_fixed_sizes(self) -> bool:
@@ -81,6 +118,7 @@ class _Call:
     module: nn.Module
     given: tuple[Any, ...]
     spec: pytree.TreeSpec
+    state: State  # in which it was called
     is_usable: bool
 
 
@@ -100,16 +138,18 @@ class _Kind:
 
 
 class EqualBlocks:
-    """Of one trace of ``model``; ``read`` tells which attributes of a module its forward has read so far.
+    """Of one trace of ``model``; ``seen`` tells what its forward has read and changed so far.
 
     ``marked``: the number of calls of blocks that the graph has between operators of ours; ``stamped``: of those that
     were not traced.
     """
 
-    def __init__(self, model: nn.Module, read: Read) -> None:
+    def __init__(self, model: nn.Module, seen: Seen) -> None:
         self.marked = self.stamped = 0
-        self._read = read
-        self._blocks = {id(_attributes(block)): block for block in blocks_of(model)}
+        self._seen, self._stamps = seen, _STAMPS.get(Stamps())
+        _own_attributes()  # before there are modes in which it would be part of the graph
+        blocks = blocks_of(model) if self._stamps.are_allowed else ()
+        self._blocks = {id(_attributes(block)): block for block in blocks}
         self._kinds: dict[Any, list[_Kind]] = {}
         self._is_inside = False  # of a block that is being traced
 
@@ -136,12 +176,15 @@ class EqualBlocks:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         taken = [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *_tensors_of(block)]
         looks = tuple(_Tensor.of(leaf) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf)) for leaf in leaves)
-        key = (type(block), str(spec), looks, _equal_ones(taken))
-        if not all(look.has_fixed_sizes for look in looks if isinstance(look, _Tensor)):
+        key = (type(block), str(spec), looks, _equal_ones(taken), function_modes())
+        if not all(look.has_fixed_sizes and not look.is_marked for look in looks if isinstance(look, _Tensor)):
             return trace()
+        state = self._seen.state()
         kinds = self._kinds.setdefault(key, [])
         for kind in kinds:
-            if not are_alike(kind.calls[-1].module, block, self._read):
+            if not is_same_state(kind.calls[-1].state, state):
+                continue
+            if not are_alike(kind.calls[-1].module, block, self._seen.met):
                 continue
             if kind.is_settled:
                 return self._again(kind.calls[-1], block, taken, leaves)
@@ -149,20 +192,25 @@ class EqualBlocks:
         else:
             kind = _Kind()
             kinds.append(kind)
-        result, made = self._traced(block, taken, leaves, (args, kwargs), trace)
+        result, made = self._traced(block, taken, (args, kwargs), state, trace)
         kind.calls.append(made)
         return result
 
     def _traced(
-        self, block: nn.Module, taken: Sequence[Tensor], leaves: Sequence[Any], call: Any, trace: Callable[[], Any]
+        self, block: nn.Module, taken: Sequence[Tensor], call: Any, state: State, trace: Callable[[], Any]
     ) -> tuple[Any, _Call]:
+        leaves, looks = pytree.tree_leaves(call), [_Tensor.of(tensor) for tensor in taken]
         number, self._is_inside, self.marked = next(_NUMBERS), True, self.marked + 1
         torch.ops.autopar.block_begins(taken, number)
         try:
             result = trace()
         finally:
             self._is_inside = False
+        after = [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *_tensors_of(block)]
         is_usable = _is_simple(result) and list(map(id, pytree.tree_leaves(call))) == list(map(id, leaves))
+        is_usable = is_usable and list(map(id, after)) == list(map(id, taken))
+        is_usable = is_usable and looks == [_Tensor.of(tensor) for tensor in after]
+        is_usable = is_usable and is_same_state(state, self._seen.state())
         results, spec = pytree.tree_flatten(result)
         positions = {id(leaf): position for position, leaf in reversed(list(enumerate(leaves)))}
         given = tuple(
@@ -170,12 +218,14 @@ class EqualBlocks:
         )
         made = [item for item, entry in zip(results, given) if isinstance(entry, _Tensor)]
         torch.ops.autopar.block_ends(made, number)
-        is_usable = is_usable and all(entry.has_fixed_sizes for entry in given if isinstance(entry, _Tensor))
-        return result, _Call(number, block, given, spec, is_usable)
+        looks = [entry for entry in given if isinstance(entry, _Tensor)]
+        is_usable = is_usable and all(look.has_fixed_sizes and not look.is_marked for look in looks)
+        return result, _Call(number, block, given, spec, state, is_usable)
 
     def _again(self, like: _Call, block: nn.Module, taken: list[Tensor], leaves: Sequence[Any]) -> Any:
         """The results of ``block``, by the operator that stands for it."""
         number, self.stamped = next(_NUMBERS), self.stamped + 1
+        self._stamps.made += 1
         _LOOKS[number] = [entry for entry in like.given if isinstance(entry, _Tensor)]
         made = iter(torch.ops.autopar.block_again(taken, number, like.number))
         results: list[Any] = []
@@ -192,7 +242,7 @@ class EqualBlocks:
     def _read_alike(self, traced: nn.Module, block: nn.Module) -> None:
         """Have the observation note for ``block`` what forward has read of the one that was traced."""
         for one, other in _pairs(traced, block):
-            for name in sorted(self._read(one)):
+            for name in sorted(self._seen.met(one)):
                 getattr(other, name, None)
 
 
@@ -320,6 +370,12 @@ def _is_simple(item: Any) -> bool:
     if type(item) is dict:
         return all(map(_is_simple, item.values()))
     return isinstance(item, (Tensor, *PLAIN))
+
+
+@functools.cache
+def _own_attributes() -> frozenset[str]:
+    """The attributes that torch's own fake tensors have."""
+    return frozenset(vars(FakeTensorMode().from_tensor(torch.empty(()))))
 
 
 def _equal_ones(tensors: Sequence[Tensor]) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from autopar.frontend.any_branches import AnyBranches
 from autopar.frontend.block_copies import write_out_blocks
 from autopar.frontend.capture import fake_like, gradients_kept, inline_no_grad, is_data_dependent, only_plain_outputs
 from autopar.frontend.empty_selections import Selections, differ_by_selections_only, leave_out_rounds
-from autopar.frontend.equal_blocks import EqualBlocks, Read
+from autopar.frontend.equal_blocks import EqualBlocks, Seen
 from autopar.frontend.equal_conditions import EqualConditions
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.hit_loops import HitLoops
@@ -54,12 +54,12 @@ WHOLE = {  # composite operators that decomposing would keep, or that canonicali
 
 
 def traced(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode | None, read: Read,
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode | None, seen: Seen,
     build: Build,
 ) -> Found:  # fmt: skip
     """What ``build`` makes of the exported graph of ``model(*args, **kwargs)``, and notes; ``mode``: with fake inputs.
 
-    ``read``: which attributes of a module its forward has read so far, for blocks that need not be traced.
+    ``seen``: what forward has read and changed so far, for blocks that need not be traced.
 
     Raises TraceError, or whatever torch raises where the model is no single graph.
     """
@@ -71,7 +71,7 @@ def traced(
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):  # torch prints the graph so far, and it may only be the first try
-            found = _first_try(model, (args, kwargs), read, build)
+            found = _first_try(model, (args, kwargs), seen, build)
     except Exception as problem:
         if not _depends_on_values(problem):
             raise
@@ -81,16 +81,16 @@ def traced(
     return found
 
 
-def _first_try(model: nn.Module, call: Call, read: Read, build: Build) -> Found:
+def _first_try(model: nn.Module, call: Call, seen: Seen, build: Build) -> Found:
     """With two of the blocks that are alike traced, if there are such; else, or where that fails, with all of them."""
-    blocks = EqualBlocks(model, read)
+    blocks = EqualBlocks(model, seen)
     try:
         exported, notes = _functional(model, *call, nullcontext(), blocks)
+        return build(exported), notes
     except Exception as problem:
         if not blocks.marked or _depends_on_values(problem):
             raise
         return _built(model, call, nullcontext(), build)
-    return build(exported), notes
 
 
 def _depends_on_values(problem: Exception) -> bool:

@@ -17,7 +17,7 @@ from unittest import mock
 from torch import Tensor, nn
 
 from autopar.frontend.forbidden import nothing_forbidden
-from autopar.frontend.readings import HOOKS, SHAPED, Readings
+from autopar.frontend.readings import HOOKS, MOST_ITEMS, SHAPED, Readings
 from autopar.frontend.source_lines import line_of_user
 from autopar.frontend.trace_record import (
     Effect,
@@ -28,12 +28,15 @@ from autopar.frontend.trace_record import (
     recorded_code,
     recorded_variables,
 )
-from autopar.ir.guards import Contents, Guards, Unavailable
+from autopar.ir.guards import Contents, Guards, Reading, Unavailable
 from autopar.ir.same_values import MISSING, is_plain, is_same
 from autopar.ir.value_guards import ValueGuard
 
 # torch's own, which no forward of a user's sets
 _HIDDEN = ("_flat_weights", "_flat_weight_refs", "_forward_hooks", "_forward_pre_hooks")
+
+
+State = dict[Any, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ class Observation:
         self._seen: set[tuple[int, str]] = set()
         self._written: dict[tuple[int, str], tuple[bool, str]] = {}
         self._met: defaultdict[int, set[str]] = defaultdict(set)  # the names in both, by owner
+        self._writers: dict[tuple[int, str], Any] = {}  # the owners of what was written
+        self._variables: list[Reading] = []  # of modules, functions and classes, among the first _looked_at readings
+        self._looked_at = 0
         self._tables: list[tuple[dict[str, Any], dict[str, Any], Any]] = []
         self._hooks: list[Contents] = []
         self._patched: list[tuple[type, str, Any]] = []
@@ -186,6 +192,7 @@ class Observation:
         self._seen.clear()
         self._written.clear()
         self._met.clear()
+        self._writers.clear()
         self._tables.clear()
         self._hooks.clear()
         self.readings.on_class = self._patch
@@ -282,12 +289,58 @@ class Observation:
         """The attributes of ``owner`` that the run of forward has read so far, and those that it has set."""
         return self._met[id(owner)]
 
+    def state(self) -> State:
+        """What the run of forward has changed so far of what Python can read, by place."""
+        found: State = {key: (_value(owner, key[1]),) for key, owner in self._writers.items()}
+        for met in self.readings.started:
+            if len(met.items) <= MOST_ITEMS and not met.hold():
+                found[id(met.container)] = Contents.of(met.container, "").items
+        readings = self.readings.guards.readings
+        for one in readings[self._looked_at :]:
+            if not isinstance(one.table, dict) or "__name__" in one.table:
+                self._variables.append(one)
+        self._looked_at = len(readings)
+        for one in self._variables:
+            try:
+                now = one.table[one.key]
+            except (KeyError, AttributeError, ValueError):
+                now = MISSING
+            if now is not one.value:
+                found[id(one.table), one.key] = (now,)
+        return found
+
     def write(self, owner: Any, name: str) -> None:
         owner = self._itself(owner)
         key = (id(owner), name)
         if key not in self._written and self.readings.knows(owner):
             self._written[key] = (key in self._seen, line_of_user(sys._getframe(2)))
+            self._writers[key] = owner
             self._met[key[0]].add(name)
+
+
+def is_same_state(one: State, other: State) -> bool:
+    """Whether two results of :meth:`Observation.state` of one run are the same to what reads them."""
+    if one.keys() != other.keys():
+        return False
+    pairs = [(mine, other[place]) for place, mine in one.items()]
+    return all(len(mine) == len(its) and all(map(is_same, mine, its)) for mine, its in pairs)
+
+
+def _value(owner: Any, name: str) -> Any:
+    """An attribute as it is kept, by no code of its class."""
+    try:
+        own = _attributes(owner)
+    except AttributeError:  # of a class with slots
+        return _slot(owner, name)
+    tables = [own, *(own[key] for key in SHAPED)] if issubclass(type(owner), nn.Module) else [own]
+    return next((table[name] for table in tables if name in table), MISSING)
+
+
+def _slot(owner: Any, name: str) -> Any:
+    try:
+        return object.__getattribute__(owner, name)
+    except AttributeError:
+        return MISSING
 
 
 def _attributes(owner: Any) -> Any:

@@ -22,13 +22,14 @@ from torch.export.graph_signature import InputKind as ExportInput
 from torch.export.graph_signature import OutputKind as ExportOutput
 from torch.utils import _pytree as pytree
 
-from autopar.errors import TraceError
+from autopar.errors import NumericsError, TraceError
 from autopar.frontend.capture import (
     explained,
     faked,
     needs_fakes,
 )
-from autopar.frontend.exported import Build, traced
+from autopar.frontend.equal_blocks import stamps
+from autopar.frontend.exported import Build, Call, Found, traced
 from autopar.frontend.looked_at import Replayed, looks_of
 from autopar.frontend.numerics import check_numerics
 from autopar.frontend.observation import Observation
@@ -78,14 +79,31 @@ def trace(
     dtype, given = plan.precision.param_dtype, (tuple(args), dict(kwargs or {}))
     with recast(model, dtype) as dtypes:
         call: tuple[tuple[Any, ...], dict[str, Any]] = recast_call(given, dtype)
-        fakes = needs_fakes(model, pytree.tree_leaves(call))
-        program, notes = _at_rest(model, *call, lambda exported: _program(exported, model, mesh, plan))
-        if plan.check_numerics and not fakes:
-            with Observation(model).watching():
-                check_numerics(program, model, *call)
+        checked = plan.check_numerics and not needs_fakes(model, pytree.tree_leaves(call))
+
+        def build(exported: ExportedProgram) -> Program:
+            return _program(exported, model, mesh, plan)
+
+        with stamps() as stamped:
+            (program, notes), seen, moved = _at_rest(model, *call, build)
+        try:
+            if checked:
+                _check(program, model, call)
+        except NumericsError:
+            if not stamped.made:
+                raise
+            with stamps(are_allowed=False):  # blocks look alike, and are not: one asks whether it is the last one
+                (program, notes), seen, moved = _at_rest(model, *call, build, moved)
+            _check(program, model, call)
+        seen.report(moved)  # adds what was read to the guards of traces, and what this trace was to the records
     for note in dict.fromkeys(notes):
         warn(note, stacklevel=2)
     return replace(program, pins=Pins(dtypes=_passed_dtypes(program, dtypes, given)))
+
+
+def _check(program: Program, model: nn.Module, call: Call) -> None:
+    with Observation(model).watching():
+        check_numerics(program, model, *call)
 
 
 def _passed_dtypes(program: Program, parameters: Mapping[str, torch.dtype], call: Any) -> dict[str, torch.dtype]:
@@ -100,25 +118,23 @@ def _passed_dtypes(program: Program, parameters: Mapping[str, torch.dtype], call
 
 
 def _at_rest(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], build: Build
-) -> tuple[Program, list[str]]:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], build: Build, moved: Observation | None = None
+) -> tuple[Found, Observation, Observation | None]:
     """The program of the model, once its forward leaves nothing for the next call to read, and notes.
 
-    What was read is added to the guards of :func:`autopar.frontend.observation.guards_of_traces`.
+    With them, what was seen, and the run that brought the model to rest (``moved``, if that was before).
     """
     refuse_backward_hooks(model)
-    moved: Observation | None = None
     while True:
         observation = Observation(model)
         fakes = needs_fakes(model, pytree.tree_leaves((args, kwargs)))
         try:
             faking = faked(model) if fakes else nullcontext()
             with explained(model), no_collection(), faking as mode, observation.watching():
-                found = traced(model, args, kwargs, mode, observation.met, build)
+                found = traced(model, args, kwargs, mode, observation, build)
             if moved is not None or observation.is_at_rest:
                 check_at_rest(observation)
-                observation.report(moved)
-                return found
+                return found, observation, moved
         except TraceError:
             if moved is not None:
                 moved.undo()
