@@ -30,7 +30,7 @@ from autopar.pipeline.duplicated import duplicated_nodes
 from autopar.pipeline.intervals import Event, Table, events_of, totals
 
 ADAM_STATES = 2  # moments of each parameter, in its dtype
-MOST_PLACES = 4000  # a table has the square of it
+MOST_PLACES = 2000  # a table has the square of it: 32 MB
 
 
 class StageGraph:

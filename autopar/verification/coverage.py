@@ -40,6 +40,7 @@ from autopar.rules import rule_for
 
 TENSOR = "tp"
 TO_EXPERTS = ("dispatch_rows", "return_rows")
+STATISTICS = ("all_reduce", "all_gather", "all_gather_invariant")  # of a batch, where a layer normalises by them
 ABSENT: Mapping[type[Exception], str] = {NoExpertsError: "experts", NoSequenceError: "sequence"}
 MOST_OF_IT = 0.9  # of the bytes of the parameters
 LARGE = 0.01  # a parameter with less than this share is not worth a remark
@@ -267,7 +268,7 @@ def _irregular(program: AnyProgram, axis: str, normalised: frozenset[str]) -> It
                 continue
             if not value(node).dtype.is_floating_point:
                 continue
-            if name == "all_reduce" and origin(node).module in normalised:
+            if name in STATISTICS and origin(node).module in normalised:
                 yield f"statistics of batch normalisation reduced over {axis}"
             elif name != "all_reduce" or _feeds_a_product(node):
                 yield f"{name} over {axis}: {_place(node)}"
