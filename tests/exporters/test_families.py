@@ -54,7 +54,6 @@ def batch_of(rows: int, length: int) -> dict[str, Tensor]:
 
 def model_of(name: str) -> nn.Module:
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
     built: nn.Module = MODELS[name]().double()
     return built
 
@@ -131,7 +130,6 @@ def check_gradients(outputs: dict[str, Tensor], model: nn.Module, family: Family
 def test_onnx_runs_at_all_sizes(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.float32)
     model = MODELS["gpt"]()
     family = family_of(model, "dp=2", {})
     export(family, tmp_path / "out", "onnx", weights_from=model, verify=True)
