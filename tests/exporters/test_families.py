@@ -101,7 +101,7 @@ def number(size: Any, rows: int, length: int) -> int:
     return int(found)
 
 
-@pytest.mark.parametrize(("name", "mesh", "plan"), slow_but((1,), CASES))
+@pytest.mark.parametrize(("name", "mesh", "plan"), slow_but((), CASES))
 @pytest.mark.parametrize("training", slow_but((0,), [True, False]))
 def test_ranks_give_what_the_model_gives(
     name: str, mesh: str, plan: dict[str, Any], training: bool, tmp_path: Path
