@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -167,8 +167,11 @@ class EqualBlocks:
                 return original(module, *args, **kwargs)
             return self._called(block, args, kwargs, lambda: original(module, *args, **kwargs))
 
-        with mock.patch.object(nn.Module, "_call_impl", call) if self._blocks else _nothing():
-            yield
+        try:
+            with mock.patch.object(nn.Module, "_call_impl", call) if self._blocks else nullcontext():
+                yield
+        finally:
+            _LOOKS.clear()  # the graph knows by now
 
     def _called(self, block: nn.Module, args: Any, kwargs: Any, trace: Callable[[], Any]) -> Any:
         if not (_is_simple((args, kwargs)) and _has_no_hooks(block)):
@@ -246,7 +249,7 @@ class EqualBlocks:
                 getattr(other, name, None)
 
 
-_LOOKS: dict[int, list[_Tensor]] = {}  # what block_again gives, by its number
+_LOOKS: dict[int, list[_Tensor]] = {}  # what block_again gives, by its number, while a model is traced
 
 
 def _given(taken: Sequence[Tensor], number: int, like: int) -> list[Tensor]:
@@ -256,11 +259,6 @@ def _given(taken: Sequence[Tensor], number: int, like: int) -> list[Tensor]:
 torch.library.register_fake("autopar::block_again", _given, lib=_LIBRARY)
 for _name in ("block_begins", "block_ends"):
     torch.library.register_fake(f"autopar::{_name}", lambda tensors, number: None, lib=_LIBRARY)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 # ---------------------------------------------------------------- which modules
