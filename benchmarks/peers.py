@@ -104,6 +104,10 @@ def _three(ranks: int) -> dict[str, int]:
     return {"pp": 2, "dp": ranks // 4, "tp": 2}
 
 
+def _data_parallel(plan: dict[str, Any], peers: dict[str, Maker]) -> Form:
+    return Form((2, 4), lambda ranks: {"dp": ranks}, plan, peers)
+
+
 FORMS: dict[str, Form] = {
     "one": Form(
         (1,),
@@ -114,33 +118,25 @@ FORMS: dict[str, Form] = {
             "Inductor": lambda s, model: s.finished(Contender(torch.compile(model), False)),  # type: ignore[arg-type]
         },
     ),
-    "zero0": Form(
-        (2, 4),
-        lambda ranks: {"dp": ranks},
+    "zero0": _data_parallel(
         {},
         {"DDP": lambda s, model: s.torch(model), "DeepSpeed ZeRO-0": lambda s, model: s.deepspeed(model, zero=0)},
     ),
-    "zero1": Form(
-        (2, 4),
-        lambda ranks: {"dp": ranks},
+    "zero1": _data_parallel(
         {"zero": 1},
         {
             "DDP + ZeroRedundancyOptimizer": lambda s, model: s.torch(model, "zero_redundancy"),
             "DeepSpeed ZeRO-1": lambda s, model: s.deepspeed(model, zero=1),
         },
     ),
-    "zero2": Form(
-        (2, 4),
-        lambda ranks: {"dp": ranks},
+    "zero2": _data_parallel(
         {"zero": 2},
         {
             "FSDP2, kept": lambda s, model: s.torch(model, "fully_shard_kept"),
             "DeepSpeed ZeRO-2": lambda s, model: s.deepspeed(model, zero=2),
         },
     ),
-    "zero3": Form(
-        (2, 4),
-        lambda ranks: {"dp": ranks},
+    "zero3": _data_parallel(
         {"zero": 3},
         {
             "FSDP2": lambda s, model: s.torch(model, "fully_shard"),
