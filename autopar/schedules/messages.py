@@ -5,7 +5,8 @@
 
 A send follows immediately after the compute that makes its message. A receive is posted one compute ahead of its use.
 It is posted earlier where the sender sends it before a message that is used earlier: receives of one channel (all that
-one rank sends to another) are posted in the order of the sends.
+one rank sends to another) are posted in the order of the sends; and where ranks would otherwise wait for each other in
+sends that wait for their receivers (:mod:`autopar.schedules.rendezvous`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from itertools import chain
 
 from autopar.errors import ScheduleError
 from autopar.schedules.instructions import Flow, Instruction, Link, Message, Receive, Schedule, Send
+from autopar.schedules.rendezvous import with_early_posts
 
 
 def with_messages(schedule: Schedule, links: Sequence[Link]) -> Schedule:
@@ -45,7 +47,7 @@ def with_messages(schedule: Schedule, links: Sequence[Link]) -> Schedule:
             merged.append(step)
             merged += [Send(m.kind, m.source, m.microbatch, m.target) for m in sends[rank][position]]
         ranks.append(tuple(merged))
-    return replace(schedule, ranks=tuple(ranks))
+    return with_early_posts(replace(schedule, ranks=tuple(ranks)), flow)
 
 
 def _crossing(schedule: Schedule, messages: Iterable[Message]) -> list[Message]:
