@@ -33,6 +33,7 @@ def simulate(
     seed: int = 0,
     emitted: bool = True,
     wholes: Mapping[str, Tensor] | None = None,
+    make: Callable[[Mesh], Lockstep] = Lockstep,
 ) -> Step:
     """One step of a differentiated program (``program.role``) on all ranks of its mesh.
 
@@ -43,17 +44,18 @@ def simulate(
         tangents: whole gradients of the differentiable outputs; ones by default (right for a loss).
         seed: the step's seed for dropout.
         wholes: what the call is weighed with, as a part of a batch (``InputKind.WHOLE``); by default it is the batch.
+        make: gives what runs the graphs of a mesh.
         emitted: run also the code that ranks run (:mod:`autopar.simulator.emitted`), and compare. With
             ``Plan(compile="inductor")`` the results are those of that code.
 
     Raises InvariantError where ranks that should hold the same value do not, or where the code gives something else
     than the graphs that it was written from; KeyError or ValueError for a tensor that is missing or of another shape.
     """
-    step = _simulated(program, Lockstep, parameters, args, kwargs or {}, backward, tangents, seed, wholes)
+    step = _simulated(program, make, parameters, args, kwargs or {}, backward, tangents, seed, wholes)
     if emitted:
         compiles = program.plan.compile == "inductor"
-        make = partial(EmittedLockstep, compiles=compiles)
-        run = _simulated(program, make, parameters, args, kwargs or {}, backward, tangents, seed, wholes)
+        of_code = partial(EmittedLockstep, compiles=compiles)
+        run = _simulated(program, of_code, parameters, args, kwargs or {}, backward, tangents, seed, wholes)
         _refuse_other_numbers(step, run, compiles)
         if compiles:  # compiled code rounds otherwise: its numbers are those that ranks have
             step = replace(step, output=run.output, loss=run.loss, grads=run.grads, buffers=run.buffers)

@@ -50,6 +50,7 @@ STANDS_ON = {
     "inductor": "codegen errors ir notes",
     "simulator": "autodiff codegen errors inductor ir mesh pipeline plan schedules",
     "simulate": "errors ir mesh simulator",
+    "proof": "errors ir mesh operators simulate simulator",
     "runtime": "autodiff codegen errors families inductor ir mesh notes pipeline plan schedules",
     "traces": "autodiff cost errors ir mesh pipeline runtime schedules",
     "report": "analysis ir memory mesh pipeline plan schedules",

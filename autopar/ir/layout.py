@@ -331,7 +331,7 @@ def unshard(parts: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Tensor:
     Where several ranks hold the same part, the first one's is taken. Padding of uneven splits is dropped.
     """
     assert all(op == "sum" for _, op in layout.partial), layout
-    out = torch.zeros(layout.shape, dtype=parts[0].dtype, device=parts[0].device)
+    out = parts[0].new_zeros(layout.shape)
     counted = set[tuple[int, ...]]()
     for rank, part in enumerate(parts):
         here = mesh.coordinates(rank)

@@ -247,10 +247,14 @@ class Lockstep:
                 self.hold(known[result] for result in repeated(results))
                 return [known[result] for result in results]
             known[node] = waiting.pop() if node.op == "placeholder" else self._step(node, known, phase)
+            self.note(node, known[node], phase)
             self.hold([known[node]])
             for dead in dying.get(node, ()):
                 self.drop([known.pop(dead)])
         raise AssertionError("a graph ends with its output")
+
+    def note(self, node: Node, ranks: Ranks, phase: str) -> None:
+        """Called with each value as it is known, for who wants to look at it."""
 
     def hold(self, values: Iterable[Ranks]) -> None:
         """Count values as alive until they are dropped; the results of :meth:`run` are counted so, each by itself."""

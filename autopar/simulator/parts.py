@@ -165,10 +165,18 @@ def parts(whole: Tensor, layout: Layout, mesh: Mesh) -> Ranks:
     return found
 
 
+class RanksDisagree(InvariantError):
+    """``ranks`` should hold the same part of the value ``name`` and do not."""
+
+    def __init__(self, message: str, name: str, ranks: tuple[int, int]) -> None:
+        super().__init__(message)
+        self.name, self.ranks = name, ranks
+
+
 def joined(name: str, ranks: Ranks, layout: Layout, mesh: Mesh) -> Tensor:
     """The whole tensor from the parts of all ranks.
 
-    Raises InvariantError, naming ``name``, where ranks that should hold the same part do not.
+    Raises RanksDisagree, naming ``name``, where ranks that should hold the same part do not.
     """
     first: dict[tuple[int, ...], int] = {}
     for rank, part in enumerate(ranks):
@@ -176,10 +184,12 @@ def joined(name: str, ranks: Ranks, layout: Layout, mesh: Mesh) -> Tensor:
             raise InvariantError(f"{name}: rank {rank} holds {list(part.shape)}, its layout {layout} says otherwise")
         peer = first.setdefault(layout.part(mesh.coordinates(rank), mesh), rank)
         if ranks[peer] is not part and not agree(ranks[peer], part):
-            raise InvariantError(
+            raise RanksDisagree(
                 f"{name}: ranks {peer} and {rank} of {mesh} should hold the same value ({layout}) and do not, "
                 f"they differ by up to {_difference(ranks[peer], part):.3g}; "
-                "a collective is missing or has the wrong dual"
+                "a collective is missing or has the wrong dual",
+                name,
+                (peer, rank),
             )
     return unshard(ranks, layout, mesh)
 

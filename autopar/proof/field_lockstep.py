@@ -1,0 +1,31 @@
+"""All ranks in one process, in the field: :class:`Lockstep` on tensors whose operators are those of the field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from autopar.ir.node import Node
+from autopar.mesh import Mesh
+from autopar.proof import field_attention, field_forms, field_layers  # noqa: F401 - they register their forms
+from autopar.simulator.lockstep import Lockstep, Ranks
+
+
+class FieldLockstep(Lockstep):
+    """Operators and reductions are those of the tensors that are given; no memory is counted.
+
+    ``seen``: where values are kept, by phase and node.
+    """
+
+    def __init__(self, mesh: Mesh, seen: dict[str, dict[Node, Ranks]] | None = None) -> None:
+        super().__init__(mesh)
+        self._seen = seen
+
+    def note(self, node: Node, ranks: Ranks, phase: str) -> None:
+        if self._seen is not None:
+            self._seen.setdefault(phase, {})[node] = ranks
+
+    def hold(self, values: Iterable[Ranks]) -> None:
+        pass
+
+    def drop(self, values: Iterable[Ranks]) -> None:
+        pass

@@ -1,0 +1,266 @@
+"""A compiled program against the model that it was made of, all ranks executed exactly over a prime field.
+
+Parameters and inputs are random elements of the field of 2^31 - 1. The traced graph is run on one rank and
+differentiated by torch (:mod:`autopar.proof.field_reference`); the graphs that ranks run are run on all ranks of the
+mesh, with their collectives, and with their schedule where there are stages. Every output, new buffer and gradient must
+be equal, element by element: there is no rounding and no tolerance.
+
+**How sure that is.** Hash functions and reciprocals are taken for random functions (the random oracle model). A
+program that differs from the model gives equal numbers by chance only: somewhere on the way from the first difference
+to a result, two polynomials that differ have one value, which happens with a probability of at most ``degree / PRIME``
+at each of ``depth`` applications of such a function (Schwartz 1980, Zippel 1979). Both are counted as the values are
+computed, and the seeds are independent: ``bound = product over seeds of depth * degree / PRIME``. There are more seeds
+where that is not below ``ENOUGH``.
+
+What is not looked at: rounding, kernels, the network; and floating-point constants up to the eleventh digit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autopar.errors import InvariantError
+from autopar.ir.batch import batch_dims
+from autopar.ir.node import Node, value
+from autopar.ir.operator_facts import only_moves
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program
+from autopar.ir.tables import InputKind, OutputKind
+from autopar.proof import field
+from autopar.proof.field_causes import Difference, Seen, disagreement, likely_causes
+from autopar.proof.field_lockstep import FieldLockstep
+from autopar.proof.field_reference import FieldStep, reference_step
+from autopar.proof.field_tensor import FieldTensor, NoFieldForm, elements_of
+from autopar.simulate import simulate
+from autopar.simulator.parts import Step
+
+aten = torch.ops.aten
+
+ENOUGH = 1e-6
+MORE = 6  # seeds at most, after those that were asked for
+
+
+@dataclass(frozen=True)
+class FieldProof:
+    """``proved``: the names of the values that are equal for all seeds; ``unproved``: why nothing could be said.
+
+    ``bound``: of the probability that an equality is one by chance.
+    """
+
+    proved: tuple[str, ...] = ()
+    differences: tuple[Difference, ...] = ()
+    unproved: tuple[str, ...] = ()
+    bound: float = 1.0
+    seconds: float = 0.0
+
+    @property
+    def holds(self) -> bool:
+        return bool(self.proved) and not self.differences and not self.unproved and self.bound < ENOUGH
+
+
+def prove_in_field(
+    program: AnyProgram,
+    *,
+    seeds: Sequence[int] = (0, 1),
+    source: Program | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> FieldProof:
+    """Compare a differentiated ``program`` with its source on random elements, once for each of ``seeds``.
+
+    Args:
+        source: the traced model; ``program.source`` by default. That of a pipeline is of one microbatch only: give the
+            trace of the whole batch where there are several.
+        tensors: parameters and buffers by name; only whole numbers and bools among them are used.
+        args, kwargs: a call of the model: whole numbers and bools of it are used, rows in another order for each seed.
+    """
+    start = time.perf_counter()
+    source = source or program.source
+    if source is None:
+        return FieldProof(unproved=("the program has no source: it was read from a file without one",))
+    proved: set[str] | None = None
+    differences: list[Difference] = []
+    bound = 1.0
+    for seed in more_seeds(seeds):
+        if seed not in seeds and bound < ENOUGH:
+            break
+        try:
+            with field.hashing(seed), torch.no_grad():
+                one = _Once(program, source, tensors or {}, args, kwargs or {}, seed)
+                equal, found = one.compared()
+        except NoFieldForm as problem:
+            return FieldProof(unproved=(str(problem),), seconds=time.perf_counter() - start)
+        proved = equal if proved is None else proved & equal
+        bound *= one.chance()
+        differences += found
+        if found:
+            break
+    return FieldProof(tuple(sorted(proved or ())), tuple(differences), (), bound, time.perf_counter() - start)
+
+
+def more_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    """``seeds``, and those that follow where they are not enough."""
+    return (*seeds, *range(max(seeds) + 1, max(seeds) + 1 + MORE))
+
+
+class _Once:
+    """The comparison for one seed."""
+
+    def __init__(
+        self, program: AnyProgram, source: Program, tensors: Mapping[str, Tensor], args: Any, kwargs: Any, seed: int
+    ) -> None:
+        self.program, self.source, self.seed = program, source, seed
+        self.tensors = drawn_tensors(source, {**source.made_buffers, **program.made_buffers, **tensors}, seed)
+        self.args, self.kwargs = drawn_call(source, tuple(args), dict(kwargs), seed)
+        self.values: list[Any] = []
+
+    def compared(self) -> tuple[set[str], list[Difference]]:
+        tangents = self._tangents()
+        given = self._tangents_of_program(tangents)
+        with torch.enable_grad():
+            wanted = reference_step(self.source, self.tensors, self.args, self.kwargs, tangents, self.seed)
+        try:
+            step = simulate(
+                self.program, self.tensors, self.args, self.kwargs,
+                tangents=given, seed=self.seed, emitted=False, make=FieldLockstep,
+            )  # fmt: skip
+        except InvariantError as problem:
+            if isinstance(problem.__cause__, NoFieldForm | NotImplementedError):
+                raise NoFieldForm(str(problem)) from problem
+            return set(), [disagreement(problem)]
+        found = named(step, self.source)
+        equal, differences = self._judged(wanted, found)
+        if differences:
+            causes = likely_causes(self._seen(given), wanted, found, [one.name for one in differences])
+            differences = [replace(one, **causes.get(one.name, {})) for one in differences]
+        return equal, differences
+
+    def _seen(self, given: list[Tensor] | None) -> Seen:
+        """The values of all nodes, from one more run that keeps them."""
+        seen = Seen(self.program)
+        simulate(
+            self.program, self.tensors, self.args, self.kwargs,
+            tangents=given, seed=self.seed, emitted=False, make=seen.lockstep,
+        )  # fmt: skip
+        return seen
+
+    def _judged(self, wanted: FieldStep, found: Mapping[str, Tensor]) -> tuple[set[str], list[Difference]]:
+        equal, differences = set[str](), []
+        for name, one in wanted.named.items():
+            self.values.append(one)
+            if name not in found:
+                differences.append(Difference(name, "the program does not give it"))
+            elif not same(one, found[name]):
+                differences.append(Difference(name, "it is another function of the parameters and inputs"))
+            else:
+                equal.add(name)
+        differences += [
+            Difference(name, "the model has none") for name in found.keys() - wanted.named.keys()
+            if field.has_codes(elements_of(found[name])) or bool(elements_of(found[name]).any())
+        ]  # fmt: skip
+        return equal, differences
+
+    def _tangents(self) -> dict[str, Tensor]:
+        """Of the loss one; of the outputs of a model without one random elements."""
+        source = self.source
+        users = [
+            (out.target, node) for out, node in zip(source.outputs, source.returned) if out.kind is OutputKind.USER
+        ]
+        if source.loss is not None:
+            target = source.outputs[source.loss].target
+            return {target: torch.ones(())}
+        if isinstance(self.program, PipelinedProgram):
+            return {}
+        role = self.program.required_role
+        wanted = {self.program.outputs[place].target for place in role.differentiable}
+        return {
+            target: FieldTensor(field.drawn(value(node).shape, f"tangent {target}", self.seed), value(node).dtype)
+            for target, node in users
+            if target in wanted
+        }
+
+    def _tangents_of_program(self, tangents: Mapping[str, Tensor]) -> list[Tensor] | None:
+        if self.source.loss is not None or isinstance(self.program, PipelinedProgram):
+            return None
+        return [tangents[self.program.outputs[place].target] for place in self.program.required_role.differentiable]
+
+    def chance(self) -> float:
+        facts = [x.facts for x in self.values if isinstance(x, FieldTensor)]
+        degree = max((fact.degree for fact in facts), default=1)
+        return min(1.0, max((fact.depth + 1 for fact in facts), default=1) * degree / field.PRIME)
+
+
+def named(step: Step, source: Program) -> dict[str, Tensor]:
+    """The tensors of a step by the words of :func:`reference_step`."""
+    outputs = [leaf for leaf in pytree.tree_leaves(step.output) if isinstance(leaf, Tensor)]
+    users = [out.target for out in source.outputs if out.kind is OutputKind.USER]
+    found = {f"output {target}": leaf for target, leaf in zip(users, outputs, strict=True)}
+    found |= {f"buffer {name}": buffer for name, buffer in step.buffers.items()}
+    return found | {f"gradient of {name}": grad for name, grad in step.grads.items()}
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(elements_of(a, hides=False), elements_of(b, hides=False))
+
+
+# ---------------------------------------------------------------- what is drawn
+
+
+def drawn_tensors(source: Program, known: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Random parameters and buffers by all their names; whole numbers and bools are those that are known."""
+    found: dict[str, Tensor] = {}
+    for node, entry in source.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
+        shape, dtype = value(node).shape, value(node).dtype
+        if dtype.is_floating_point:
+            one: Tensor = FieldTensor(field.drawn(shape, entry.target, seed), dtype)
+        else:
+            one = next((known[name] for name in entry.names if name in known), torch.zeros(shape, dtype=dtype))
+        found |= dict.fromkeys(entry.names, one)
+    return found
+
+
+def drawn_call(
+    source: Program, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call with random floating-point numbers, its rows in another order for each seed, and fewer labels in one row.
+
+    So ranks count unequally many tokens: a third of the first row of what is nothing but labels is ignored.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors = [(place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    entries = source.placeholders(InputKind.INPUT)
+    for (place, leaf), (node, entry) in zip(tensors, entries):
+        if leaf.dtype.is_floating_point:
+            leaves[place] = FieldTensor(field.drawn(leaf.shape, f"input {entry.target}", seed), leaf.dtype)
+            continue
+        (dim,) = batch_dims([(entry.target, leaf.shape)], source.plan.batch_dims)
+        leaves[place] = leaf if dim is None else leaf.roll(seed, dim)
+        ignored = ignored_label(node)
+        if ignored is not None and leaf.dim() and dim == 0 and len(leaf) > 1:
+            leaves[place] = leaves[place].clone()
+            first = leaves[place][0].view(-1)
+            first[: len(first) // 3] = ignored
+    return pytree.tree_unflatten(leaves, spec)  # type: ignore[no-any-return]
+
+
+def ignored_label(node: Node) -> int | None:
+    """The label that every loss leaves out to which an input goes; None where it is used for anything else."""
+    found: set[int | None] = set()
+    waiting = list(node.users)
+    while waiting:
+        user = waiting.pop()
+        if user.target is aten.cross_entropy_loss.default:
+            given: Any = user.args[4] if len(user.args) > 4 else user.kwargs.get("ignore_index", -100)
+            found.add(given if given < 0 else None)
+        elif only_moves(user.target) or user.target is aten._to_copy.default:
+            waiting += user.users
+        elif user.users:
+            return None
+    return found.pop() if len(found) == 1 else None

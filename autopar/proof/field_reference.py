@@ -1,0 +1,198 @@
+"""The step of the unmodified model in the field: its traced graph on one rank, differentiated by torch.
+
+No pass has a hand in it: the graph is ``Program.source``, and the derivatives are those of torch's autograd, which runs
+on the tensors of the field as on any others. So the canonical form, the losses as sums, recognised masks and experts,
+the derived backward pass and all optimisations are compared with something that knows nothing of them.
+
+Random numbers are drawn as a program draws them: the k-th operator of the source that draws has salt k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autopar.ir.node import Origin, origin, value
+from autopar.ir.operator_facts import is_random
+from autopar.ir.program import Program
+from autopar.ir.signature import user_tensors
+from autopar.ir.tables import InputKind, OutputKind
+from autopar.operators.random import random_keep, random_uniform
+from autopar.proof.field_tensor import FieldTensor, NoFieldForm
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FieldStep:
+    """``named``: outputs, new buffers and gradients with words for each. ``nodes``, ``origins``: by names of nodes."""
+
+    named: Mapping[str, Tensor]
+    nodes: Mapping[str, Any]
+    origins: Mapping[str, Origin]
+
+
+def reference_step(
+    source: Program,
+    tensors: Mapping[str, Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    tangents: Mapping[str, Tensor],
+    seed: int = 0,
+) -> FieldStep:
+    """Loss, outputs, buffers and gradients of ``source``; ``tangents``: of the outputs that get one, by their targets.
+
+    ``tensors``: whole parameters and buffers by name. Raises NoFieldForm, naming the operator and the user's line.
+    """
+    known: dict[fx.Node, Any] = {}
+    leaves: dict[str, Tensor] = {}
+    given = iter(user_tensors(source, tuple(args), kwargs) if source.in_spec is not None else [*args, *kwargs.values()])
+    table = {entry.node: entry for entry in source.inputs}
+    salt = 0
+    for node in source.graph.nodes:
+        if node.op == "placeholder":
+            entry = table[node.name]
+            known[node] = _placed(entry.kind, entry.names, source, tensors, given)
+            if value(node).requires_grad and isinstance(known[node], FieldTensor):
+                known[node] = leaves[entry.target] = known[node].detach().requires_grad_()
+        elif node.op == "call_function" and _gives_something(node):
+            draws = node.target in DRAWING and not _is_idle(node)
+            if is_random(node.target) and node.target not in DRAWING:
+                raise NoFieldForm(f"{node.target} draws numbers in {origin(node).source}")
+            known[node] = _call(node, known, salt, seed)
+            salt += draws
+    results = dict(zip([(out.kind, out.target) for out in source.outputs], [known[node] for node in source.returned]))
+    named = {_words(kind, target): result for (kind, target), result in results.items()}
+    named |= _gradients(results, leaves, tangents)
+    nodes, origins = {node.name: x for node, x in known.items()}, {node.name: origin(node) for node in known}
+    return FieldStep(named, nodes, origins)
+
+
+def _placed(
+    kind: InputKind, names: Sequence[str], source: Program, tensors: Mapping[str, Tensor], given: Any
+) -> Tensor:
+    if kind is InputKind.INPUT:
+        found: Tensor = next(given)
+        return found
+    if kind is InputKind.CONSTANT and names[0] in source.constants:
+        return source.constants[names[0]]
+    return next(tensors[name] for name in names if name in tensors)
+
+
+def _gives_something(node: fx.Node) -> bool:
+    """Not an assertion of the tracer's, of a dtype that is another one in this arithmetic."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or bool(schema.returns)
+
+
+def _words(kind: OutputKind, target: str) -> str:
+    return f"buffer {target}" if kind is OutputKind.BUFFER_UPDATE else f"output {target}"
+
+
+def _gradients(
+    results: Mapping[tuple[OutputKind, str], Any], leaves: Mapping[str, Tensor], tangents: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    wanted = {target: results[OutputKind.USER, target] for target in tangents}
+    if not wanted or not leaves:
+        return {}
+    with torch.enable_grad():
+        found = torch.autograd.grad(
+            list(wanted.values()), list(leaves.values()), [tangents[target] for target in wanted], allow_unused=True
+        )
+    return {f"gradient of {name}": grad for name, grad in zip(leaves, found) if grad is not None}
+
+
+def _call(node: fx.Node, known: Mapping[fx.Node, Any], salt: int, seed: int) -> Any:
+    args: Any
+    kwargs: Any
+    args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+    target: Any = node.target
+    try:
+        if target in DRAWING and not _is_idle(node):
+            return DRAWING[target](torch.tensor(seed), salt, *args, **kwargs)
+        if target is aten.scaled_dot_product_attention.default:
+            return _attention(torch.tensor(seed), salt, *args, **kwargs)
+        return target(*args, **kwargs)
+    except NoFieldForm as problem:
+        where = origin(node)
+        raise NoFieldForm(f"{str(problem)}; {node.name} of {where.module or 'the model'}: {where.source}") from None
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AssertionError) as problem:
+        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        raise NoFieldForm(
+            f"{target}: {first}; {node.name} of {origin(node).module}: {origin(node).source}"
+        ) from problem
+
+
+# ---------------------------------------------------------------- what is random
+
+
+def _positions(x: Tensor | Sequence[int]) -> list[Tensor]:
+    return [torch.arange(size) for size in (x.shape if isinstance(x, Tensor) else x)]
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """A dropout outside of training."""
+    if node.target is aten.scaled_dot_product_attention.default:
+        given: Any = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return float(given) == 0.0
+    return node.target is aten.dropout.default and not (node.args[2] and node.args[1])
+
+
+def _dropout(seed: Tensor, salt: int, x: Tensor, p: float, train: bool = True) -> Tensor:
+    keep = random_keep(seed, salt, p, *_positions(x))
+    return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
+
+
+def _uniform(seed: Tensor, salt: int, x: Tensor, low: float = 0.0, high: float = 1.0, **rest: Any) -> Tensor:
+    return random_uniform(seed, salt, low, high, rest.get("dtype") or x.dtype, *_positions(x))
+
+
+def _normal(seed: Tensor, salt: int, x: Any, *rest: Any, **more: Any) -> Tensor:
+    """By two uniform numbers (Box and Muller, 1958)."""
+    at = _positions(x)
+    radius = random_uniform(seed, 2 * salt, 2.0**-32, 1.0, torch.float64, *at)
+    angle = random_uniform(seed, -2 * salt - 1, 0.0, 2 * math.pi, torch.float64, *at)
+    dtype = more.get("dtype") or (x.dtype if isinstance(x, Tensor) else torch.get_default_dtype())
+    return (radius.log().mul(-2.0).sqrt() * angle.cos()).to(dtype)
+
+
+def _coins(seed: Tensor, salt: int, x: Tensor, p: float | None = None, **rest: Any) -> Tensor:
+    drawn = random_uniform(seed, salt, 0.0, 1.0, torch.float64, *_positions(x))
+    return (drawn < (x if p is None else p)).to(x.dtype)
+
+
+def _attention(
+    seed: Tensor, salt: int, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """scaled_dot_product_attention as torch documents it: scores, softmax, dropout, product."""
+    if q.dim() > 3 and k.shape[-3] != q.shape[-3]:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    scores = torch.matmul(q, k.transpose(-2, -1)) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if attn_mask is not None:
+        is_bool = attn_mask.dtype is torch.bool
+        scores = scores.masked_fill(attn_mask.logical_not(), -math.inf) if is_bool else scores + attn_mask
+    if is_causal:
+        later = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+    weights = aten._safe_softmax.default(scores, -1)
+    if dropout_p > 0:
+        weights = _dropout(seed, salt, weights, dropout_p)
+    return torch.matmul(weights, v)
+
+
+DRAWING: dict[Any, Callable[..., Tensor]] = {
+    aten.dropout.default: _dropout,
+    aten.uniform.default: _uniform,
+    aten.rand_like.default: _uniform,
+    aten.randn.default: _normal,
+    aten.randn_like.default: _normal,
+    aten.bernoulli.default: _coins,
+    aten.bernoulli.p: _coins,
+    aten.scaled_dot_product_attention.default: _attention,
+}
