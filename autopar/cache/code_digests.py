@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+import marshal
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -26,12 +27,33 @@ def digest(*parts: str) -> str:
 
 @cache
 def code_digest(code: CodeType) -> str:
-    """Of what ``code`` does, of the lines on which it stands, with their text, and of the functions inside it.
+    """Of what ``code`` does, of the lines on which it stands, and of the functions inside it.
 
-    The text counts since programs quote it (``program.explain``); the folder of the file does not.
+    The folder of its file does not count; the text does where it has run (:func:`text_digest`).
     """
-    last = max((line for *_, line in code.co_lines() if line is not None), default=code.co_firstlineno)
-    lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 : last]
+    try:
+        return _digest_at_once(code)
+    except ValueError:  # it holds what marshal writes otherwise in each process, or not at all
+        return _digest_of_parts(code)
+
+
+def _digest_at_once(code: CodeType) -> str:
+    """In marshal's second version equal code gives equal bytes: the later ones depend on who else has a string."""
+    if _has_sets(code):
+        raise ValueError("the order of a set is another in each process")
+    path = code.co_filename.encode(errors="surrogatepass")
+    content = marshal.dumps(code, 2).replace(len(path).to_bytes(4, "little") + path, b"")
+    name = Path(code.co_filename).name.encode(errors="surrogatepass")
+    return hashlib.sha256(name + b"\0" + content).hexdigest()[:DIGITS]
+
+
+def _has_sets(constant: object) -> bool:
+    if isinstance(constant, CodeType):
+        return any(map(_has_sets, constant.co_consts))
+    return isinstance(constant, frozenset) or isinstance(constant, tuple) and any(map(_has_sets, constant))
+
+
+def _digest_of_parts(code: CodeType) -> str:
     return digest(
         Path(code.co_filename).name,
         code.co_qualname,
@@ -40,8 +62,13 @@ def code_digest(code: CodeType) -> str:
         repr((code.co_varnames, code.co_freevars, code.co_cellvars, code.co_code, code.co_linetable)),
         repr(code.co_exceptiontable),
         *map(_constant, code.co_consts),
-        "".join(lines),
     )
+
+
+def text_digest(code: CodeType) -> str:
+    """Of the lines of ``code`` as they are in its file: programs quote them (``program.explain``)."""
+    last = max((line for *_, line in code.co_lines() if line is not None), default=code.co_firstlineno)
+    return digest(*linecache.getlines(code.co_filename)[code.co_firstlineno - 1 : last])
 
 
 def _constant(value: object) -> str:

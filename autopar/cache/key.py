@@ -31,7 +31,7 @@ from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.rules import ADDED
 
-FORMAT = 1  # of entries
+FORMAT = 2  # of entries
 WITHOUT_EFFECT = ("seed", "initial", "timeout", "lengths", "compile")  # choices that no program depends on
 # of the compiler's own, and of libraries, which read them where no trace sees it
 PREFIXES = ("TORCH_", "PYTORCH_", "TORCHDYNAMO_", "TRANSFORMERS_", "HF_")

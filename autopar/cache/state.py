@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopar.cache.code_digests import code_digest, digest, variables_named
+from autopar.cache.code_digests import code_digest, digest, text_digest, variables_named
 from autopar.cache.impure import refuse_impure
 from autopar.cache.names import Name, names_in
 from autopar.cache.reasons import Unstorable
@@ -171,6 +171,7 @@ def _add(state: dict[str, str], number: str, readings: Readings, digests: Digest
             return
         for function in new:
             done.add(id(function))
+            lines.add_text(function)
             readings.function(function)
 
 
@@ -188,6 +189,10 @@ class _Lines:
                     self._done[name] += 1
                     label, found = _LINES[name](self._digests, one)
                     self._put(label, found)
+
+    def add_text(self, function: FunctionType) -> None:
+        """The lines of a function that ran."""
+        self._put(f"the text of {function.__module__}.{function.__qualname__}", text_digest(function.__code__))
 
     def _put(self, label: str, found: str) -> None:
         """Two things may have one label; in which order they come is the same in every process."""

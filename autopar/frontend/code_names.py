@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -36,15 +36,14 @@ def names_of(code: CodeType) -> Names:
     found: set[tuple[str, str | None]] = set()
     cells: set[tuple[str, str | None]] = set()
     attributes: set[str] = set()
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL")]
-    for step, following in zip(steps, [*steps[1:], None]):
-        then = following.argval if following is not None and following.opname in ATTRIBUTES else None
-        if step.opname in GLOBALS:
-            found.add((step.argval, then))
-        elif step.opname in CELLS:
-            cells.add((step.argval, then))
-        elif step.opname in (*ATTRIBUTES, "LOAD_SUPER_ATTR"):
-            attributes.add(step.argval)
+    steps = list(_steps(code))
+    for (step, name), (following, then) in zip(steps, [*steps[1:], (-1, "")]):
+        if step in _GLOBALS:
+            found.add((name, then if following in _ATTRIBUTES else None))
+        elif step in _CELLS:
+            cells.add((name, then if following in _ATTRIBUTES else None))
+        elif name:
+            attributes.add(name)
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             known = names_of(inner)
@@ -52,6 +51,39 @@ def names_of(code: CodeType) -> Names:
             cells |= known.cells
             attributes |= known.attributes
     return Names(frozenset(found), frozenset(cells), frozenset(attributes))
+
+
+def _steps(code: CodeType) -> Iterator[tuple[int, str]]:
+    """The instructions of ``code``, with the names that they read: as ``dis`` has them, in a tenth of its time."""
+    variables = (*code.co_varnames, *(name for name in code.co_cellvars if name not in code.co_varnames))
+    variables += code.co_freevars
+    content, names, wide = code.co_code, code.co_names, 0
+    for step, low in zip(content[::2], content[1::2]):
+        if step == _WIDE:
+            wide = (wide | low) << 8
+        elif step in _SHIFTS:
+            yield step, names[(wide | low) >> _SHIFTS[step]]
+            wide = 0
+        elif step in _CELLS:
+            yield step, variables[wide | low]
+            wide = 0
+        elif step not in _PASSING:
+            yield step, ""
+            wide = 0
+
+
+def _numbers(names: Iterable[str]) -> frozenset[int]:
+    return frozenset(dis.opmap[name] for name in names if name in dis.opmap)
+
+
+_GLOBALS, _CELLS, _ATTRIBUTES = map(_numbers, (GLOBALS, CELLS, ATTRIBUTES))
+_PASSING = _numbers(("CACHE", "PUSH_NULL"))
+_WIDE = dis.opmap["EXTENDED_ARG"]
+# instruction -> lowest bits of its argument that are flags, not part of the number of a name
+_FLAGS = {"LOAD_GLOBAL": 1, "LOAD_ATTR": int(sys.version_info >= (3, 12)), "LOAD_SUPER_ATTR": 2}
+_SHIFTS = {
+    dis.opmap[name]: _FLAGS.get(name, 0) for name in (*GLOBALS, *ATTRIBUTES, "LOAD_SUPER_ATTR") if name in dis.opmap
+}
 
 
 def is_users(module: str | None) -> bool:

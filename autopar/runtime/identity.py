@@ -8,7 +8,6 @@ the latest before its first step, with its states.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from autopar.errors import InvariantError
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import HELD, local_of
+from autopar.runtime.made_optimizers import made_optimizers
 from autopar.runtime.stored import Stored, cut
 
 _NOW = "autopar_now"  # on a parameter that another has replaced: that one
@@ -85,9 +85,8 @@ def kept(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 def give_to_optimizers() -> None:
     """Let all optimizers have the present parameters in place of those that were replaced."""
-    for thing in gc.get_objects():
-        if issubclass(type(thing), Optimizer):
-            _renew(thing)
+    for optimizer in made_optimizers():
+        _renew(optimizer)
 
 
 def mark_gone(parameter: Tensor, name: str) -> None:

@@ -1,0 +1,55 @@
+"""The names that code reads, against Python's own disassembler."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import json.decoder
+import logging
+import typing
+from collections.abc import Iterator
+from types import CodeType, FunctionType, ModuleType
+
+import torch.nn.modules.module
+
+from autopar.frontend.code_names import ATTRIBUTES, CELLS, GLOBALS, Names, names_of
+
+
+def _by_dis(code: CodeType) -> Names:
+    places: tuple[set[tuple[str, str | None]], ...] = (set(), set())
+    attributes: set[str] = set()
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL")]
+    for step, following in zip(steps, [*steps[1:], None]):
+        then = following.argval if following is not None and following.opname in ATTRIBUTES else None
+        for kinds, place in zip((GLOBALS, CELLS), places):
+            if step.opname in kinds:
+                place.add((step.argval, then))
+        if step.opname in (*ATTRIBUTES, "LOAD_SUPER_ATTR"):
+            attributes.add(step.argval)
+    for inner in (each for each in code.co_consts if isinstance(each, CodeType)):
+        known = _by_dis(inner)
+        places[0].update(known.globals)
+        places[1].update(known.cells)
+        attributes |= known.attributes
+    return Names(frozenset(places[0]), frozenset(places[1]), frozenset(attributes))
+
+
+def _functions(module: ModuleType) -> Iterator[FunctionType]:
+    for value in vars(module).values():
+        for inner in (value, *(vars(value).values() if isinstance(value, type) else ())):
+            if isinstance(inner, FunctionType):
+                yield inner
+
+
+def test_names_are_those_that_dis_finds() -> None:
+    functions = [
+        function
+        for module in (torch.nn.modules.module, inspect, typing, logging, json.decoder)
+        for function in _functions(module)
+    ]
+    wide = "def wide():\n" + "".join(f"    name{number}.part{number}\n" for number in range(300))  # beyond one byte
+    code = [function.__code__ for function in functions] + [compile(wide, "wide.py", "exec")]
+    assert len(code) > 400
+    for each in code:
+        assert names_of(each) == _by_dis(each), each
+    assert any(names_of(each).cells for each in code)
