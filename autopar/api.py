@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,9 @@ from autopar.module import ParallelModule
 from autopar.other_methods import refuse_wrapped
 from autopar.plan import Plan
 from autopar.runtime.connect import Connection, connect, launched
-from autopar.stored_programs import OneProgram, check_fits, stored_programs
+
+if TYPE_CHECKING:
+    from autopar.stored_programs import OneProgram, Stored
 
 
 def parallelize(
@@ -49,7 +51,7 @@ def parallelize(
     what :func:`autopar.compile_program` raises.
     """
     _check_arguments(model, mesh, plan, example_inputs)
-    stored = stored_programs(program) if program is not None else []
+    stored = _stored(program)
     if mesh is None and not stored:
         raise ValueError(
             "parallelize needs a mesh\nWay out: parallelize(model, Mesh(dp=2, tp=2)), or program=, which has one."
@@ -60,7 +62,7 @@ def parallelize(
     check_choices(mesh, plan)
     note_hidden_modules(model)
     for one in stored:
-        check_fits(one, model, mesh, plan)
+        one.check_fits(model, mesh, plan)
     where = " and ".join(one.where for one in stored)
     connection = _connection(model, mesh, plan, device_mesh)
     if connection is not None:
@@ -72,6 +74,14 @@ def parallelize(
     elif example_inputs is not None:
         module.prepare(*example_inputs)
     return module
+
+
+def _stored(program: OneProgram | Sequence[OneProgram] | None) -> list[Stored]:
+    if program is None:
+        return []
+    from autopar.stored_programs import stored_programs  # which reads files and families
+
+    return stored_programs(program)
 
 
 def _check_arguments(model: nn.Module, mesh: object, plan: object, example_inputs: object) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from autopar.choices import check_choices, check_names
 from autopar.errors import check_kind
@@ -17,8 +17,9 @@ from autopar.ir.batch import batches_of_rows
 from autopar.ir.collection import no_collection
 from autopar.ir.graph_pass import run_phases, steps_of
 from autopar.ir.layout import Layout
+from autopar.ir.made_buffers import made_buffers_of
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program, weight_layouts
-from autopar.ir.tables import InputKind, Pins
+from autopar.ir.tables import Pins
 from autopar.mesh import Mesh
 from autopar.passes import COMPILER, differentiate
 from autopar.passes.cut_stages import cut_stages
@@ -75,22 +76,6 @@ def _compiled(
     if mesh.is_pipelined:
         return pipelined(traced, mesh, plan, args, kwargs, layouts, homes, like)
     return finish_program(split_program(model, mesh, plan, args, kwargs, layouts, like=like))
-
-
-def made_buffers_of(model: nn.Module, program: AnyProgram) -> dict[str, Tensor]:
-    """The buffers that ``program`` or its source takes and that the model computes whenever it is built, by name."""
-    graphs = [program, *([program.source] if program.source is not None else [])]
-    taken = {name for graph in graphs for _, entry in graph.placeholders(InputKind.BUFFER) for name in entry.names}
-    found = {
-        f"{path}.{key}" if path else key: module._buffers.get(key)
-        for path, module in model.named_modules()
-        for key in module._non_persistent_buffers_set
-    }
-    return {
-        name: tensor.detach()
-        for name, tensor in found.items()
-        if name in taken and type(tensor) is Tensor and not tensor.is_meta
-    }
 
 
 def pipelined(

@@ -8,12 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from autopar.analysis.notebook import module_html
 from autopar.cache.compiled import cached_program
 from autopar.cache.key import Request
 from autopar.errors import InvariantError
@@ -48,9 +47,9 @@ from autopar.runtime.state_dicts import warning_state_dict
 from autopar.runtime.variants import check_whole_batches
 from autopar.runtime.whole_tensors import full_grads, full_state_dict
 from autopar.schedules.timing import Timeline
-from autopar.simulate import simulate
-from autopar.simulator.parts import Step
-from autopar.traces.recorded import recorded
+
+if TYPE_CHECKING:  # imported at use, as most launches use none of them
+    from autopar.simulator.parts import Step
 
 SEED_STRIDE = 1_000_003  # seeds of runs with neighbouring plan.seed do not overlap for that many steps
 
@@ -207,6 +206,8 @@ class ParallelModule(nn.Module):
 
     def simulate(self, *args: Any, **kwargs: Any) -> Step:
         """One step of all ranks in this process: output, loss, whole gradients, traffic. Takes whole batches."""
+        from autopar.simulate import simulate
+
         call = self._signature.call(args, kwargs)
         program = self._programs.of_whole(call, self.training)
         with torch.no_grad():  # a state dict would lack buffers that are not persistent
@@ -269,10 +270,14 @@ class ParallelModule(nn.Module):
         """
         if self._connection is None:
             raise not_launched(self.mesh)
+        from autopar.traces.recorded import recorded
+
         return recorded(self._connection.comm, directory)
 
     def _repr_html_(self) -> str:
         """For notebooks."""
+        from autopar.analysis.notebook import module_html
+
         return module_html(type(self._held.model).__name__, str(self.mesh), self._programs.latest)
 
     def prepare(self, *args: Any, **kwargs: Any) -> AnyProgram:

@@ -44,6 +44,10 @@ class Stored:
             return cls(load(given), f"the program in {given}")
         return cls(given, "the program")
 
+    def check_fits(self, model: nn.Module, mesh: Mesh, plan: Plan) -> None:
+        """Raise ProgramFileError, which names what differs, unless it was compiled from this model for these."""
+        check_fits(self, model, mesh, plan)
+
 
 def stored_programs(given: OneProgram | Sequence[OneProgram]) -> list[Stored]:
     """One or several programs of one model: of training and evaluation, or of other shapes. Raises ProgramFileError."""

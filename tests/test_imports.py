@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.selection import slow_but
+from tests.test_layering import OURS, imported, tree_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,3 +92,69 @@ CHANGES = ["sys.excepthook = print", "atexit.register(int)", "warnings.simplefil
 def test_a_change_is_seen(line: str) -> None:
     (said,) = lines_of(f"{WATCH}\nbefore = state()\n{line}\nprint(changed(before))")
     assert said
+
+
+# In a process that was forked before anything was compiled, so that this one has no more than it needs itself.
+LAUNCH = """
+import os, sys
+import torch
+import autopar
+
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+
+def step(**program):
+    parallel = autopar.parallelize(model(), autopar.Mesh(dp=1), **program)
+    loss = parallel(torch.ones(2, 4)).sum()
+    loss.backward()
+    return loss.item(), [name for name in sys.argv[2:] if name in sys.modules]
+
+if os.fork() == 0:
+    autopar.compile_program(model(), autopar.Mesh(dp=1), None, (torch.ones(2, 4),)).save(sys.argv[1])
+    print(*step(), sep="\\n", flush=True)
+    os._exit(0)
+assert os.wait()[1] == 0
+print(*step(), *step(program=sys.argv[1]), sep="\\n")
+"""
+OF_THE_COMPILER = (
+    "autopar.compiler", "autopar.passes", "autopar.frontend.trace", "autopar.split", "autopar.rules",
+    "torch.export._trace",
+)  # fmt: skip
+OF_OTHERS = ("autopar.analysis", "autopar.simulator", "networkx", "rich", "torch.distributed.checkpoint")
+
+
+def test_parallelize_is_imported_without_the_compiler() -> None:
+    """As the statements say; what is inside functions and for typing is not run by an import."""
+    found, waiting = set[str](), ["autopar.api"]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += [parent for parent, _, _ in [name.rpartition(".")] if parent]
+            waiting += _imported_at_once(tree_of(OURS[name]).body) if name in OURS else []
+    assert {"autopar.module", "autopar.cache.compiled", "torch"} <= found
+    assert found.isdisjoint((*OF_THE_COMPILER, *OF_OTHERS, "autopar.stored_programs"))
+
+
+def _imported_at_once(body: Iterable[ast.stmt]) -> Iterator[str]:
+    for statement in body:
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            yield from imported(statement)
+        elif isinstance(statement, ast.If) and "TYPE_CHECKING" not in ast.dump(statement.test):
+            yield from _imported_at_once([*statement.body, *statement.orelse])
+        elif isinstance(statement, (ast.Try, ast.With)):
+            yield from _imported_at_once(statement.body)
+
+
+@pytest.mark.slow
+def test_a_launch_whose_program_is_there_loads_no_compiler(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LAUNCH, str(tmp_path / "program"), *OF_THE_COMPILER, *OF_OTHERS]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "AUTOPAR_CACHE": str(tmp_path / "cache")}
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    losses, loaded = ran.stdout.splitlines()[::2], ran.stdout.splitlines()[1::2]
+    assert len(set(losses)) == 1 and len(losses) == 3, losses
+    cold, warm, from_disk = map(ast.literal_eval, loaded)
+    assert set(cold) >= set(OF_THE_COMPILER), "the names are those of what a compile loads"
+    assert warm == [] == from_disk

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import networkx as nx
+if TYPE_CHECKING:
+    import networkx as nx
 
 SOURCE, SINK = -1, -2
 
@@ -82,6 +84,8 @@ def _between(region: Region, heavy: Choice, light: Choice) -> tuple[Choice, ...]
 @lru_cache(maxsize=4096)
 def _cheapest(region: Region, byte: int, operation: int) -> Choice:
     """The choice of the lowest price, where keeping a byte costs ``byte`` and an operation ``operation``."""
+    import networkx as nx  # 10 MB, for who recomputes
+
     graph = nx.DiGraph()
     graph.add_nodes_from((SOURCE, SINK))
     for position, item in enumerate(region):

@@ -21,11 +21,10 @@ from autopar.cache.key import Request, facts_of, key_of
 from autopar.cache.once import Turn, folder_of_launch, is_one_of_many, remove_folder_of_launch, turn
 from autopar.cache.packing import packed, unpacked
 from autopar.cache.reasons import Unstorable
-from autopar.compiler import compile_program, made_buffers_of
-from autopar.frontend.observation import guards_of_traces
 from autopar.frontend.trace_record import TraceRecord, records_of_traces
 from autopar.ir.graph_pass import DUMP
 from autopar.ir.guards import Guards
+from autopar.ir.made_buffers import made_buffers_of
 from autopar.ir.program import AnyProgram
 from autopar.notes import heard, start_log, warn
 from autopar.plan import Plan
@@ -150,6 +149,10 @@ def _say_why(folder: Folder, key: str, facts: Mapping[str, str]) -> None:
 
 
 def _compiled(request: Request) -> Found:
+    # here: a launch whose programs are all there needs no compiler, whose modules take 30 MB
+    from autopar.compiler import compile_program
+    from autopar.frontend.observation import guards_of_traces
+
     with guards_of_traces() as guards:
         program = compile_program(
             request.model,

@@ -29,7 +29,6 @@ from autopar.ir.layout import Layout
 from autopar.ir.program import AnyProgram
 from autopar.mesh import Mesh
 from autopar.plan import Plan
-from autopar.rules import ADDED
 
 FORMAT = 2  # of entries
 WITHOUT_EFFECT = ("seed", "initial", "timeout", "lengths", "compile")  # choices that no program depends on
@@ -83,7 +82,8 @@ def _of_installation() -> Iterator[tuple[str, str]]:
             yield f"device {number}", torch.cuda.get_device_name(number)
     yield "process groups", str(dist.is_available() and dist.is_initialized())
     digests = Digests(lambda _: None)
-    for target, rule in ADDED.items():
+    rules = sys.modules.get("autopar.rules")  # that compile; where they were never loaded, nobody has added any
+    for target, rule in (rules.ADDED if rules is not None else {}).items():
         yield f"rule of {target}", digests.of(rule)
 
 

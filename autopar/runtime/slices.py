@@ -10,16 +10,19 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, Shard
 
 from autopar.ir.layout import runs
 from autopar.runtime.dtensor import is_first, local_of
 from autopar.runtime.placements import Pieces, orders, owned_positions
+
+if TYPE_CHECKING:  # which a rank needs when it writes a checkpoint
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem
 
 Offsets = tuple[int, ...]
 
@@ -81,6 +84,9 @@ class Slices:
         return dict(self.pieces())
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
         properties = TensorProperties.create_from_tensor(self.local)
         return [
             WriteItem(
@@ -92,6 +98,8 @@ class Slices:
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
         return [ChunkStorageMetadata(torch.Size(offsets), view.shape) for offsets, view in self._views.items()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
