@@ -60,7 +60,7 @@ STANDS_ON = {
     "choices": "ir mesh plan",
     "compiler": "choices errors frontend ir mesh passes pipeline plan",
     "other_methods": "errors plan precision",
-    "cache": "compiler errors frontend ir mesh notes plain_files plan precision program_files rules schedules",
+    "cache": "compiler errors frontend ir mesh notes plain_files plan precision program_files schedules",
     "fitting": "analysis compiler cost errors frontend ir memory mesh pipeline plan schedules",
     "holding": "families frontend ir runtime",
     "module": (

@@ -25,16 +25,20 @@ def digest(*parts: str) -> str:
     return found.hexdigest()[:DIGITS]
 
 
-@cache
 def code_digest(code: CodeType) -> str:
     """Of what ``code`` does, of the lines on which it stands, and of the functions inside it.
 
     The folder of its file does not count; the text does where it has run (:func:`text_digest`).
     """
-    try:
-        return _digest_at_once(code)
-    except ValueError:  # it holds what marshal writes otherwise in each process, or not at all
-        return _digest_of_parts(code)
+    if id(code) not in _KNOWN:
+        try:
+            _KNOWN[id(code)] = code, _digest_at_once(code)
+        except ValueError:  # it holds what marshal writes otherwise in each process, or not at all
+            _KNOWN[id(code)] = code, _digest_of_parts(code)
+    return _KNOWN[id(code)][1]
+
+
+_KNOWN: dict[int, tuple[CodeType, str]] = {}  # by address, kept alive: equal code may be of another file
 
 
 def _digest_at_once(code: CodeType) -> str:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from torch import Tensor
 
@@ -148,9 +149,14 @@ def _say_why(folder: Folder, key: str, facts: Mapping[str, str]) -> None:
 # ---------------------------------------------------------------- making
 
 
-def _compiled(request: Request) -> Found:
-    # here: a launch whose programs are all there needs no compiler, whose modules take 30 MB
+def compile_program(*call: Any) -> AnyProgram:
+    """The compiler's. A launch whose programs are all there does not load it: its modules take 30 MB."""
     from autopar.compiler import compile_program
+
+    return compile_program(*call)
+
+
+def _compiled(request: Request) -> Found:
     from autopar.frontend.observation import guards_of_traces
 
     with guards_of_traces() as guards:
