@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from autopar.commands.batch_sizes import BatchSizes, sizes_json, sizes_text
 from autopar.commands.bundles import expanded
 from autopar.commands.memory_tables import MemoryChoices
 from autopar.commands.options import Json, MeshText, ModelChoices, ModelName, read_mesh
 from autopar.commands.plan_options import PlanChoices
 from autopar.commands.tables import held_json, print_json, stderr, stdout, traffic_json
-from autopar.mesh import PIPELINE
+from autopar.mesh import PIPELINE, Mesh
+from autopar.plan import Plan
 
 if TYPE_CHECKING:  # which import torch
+    from autopar.families.family import Family
     from autopar.ir.program import AnyProgram
+    from autopar.zoo.named import Example
 
 
 @expanded
@@ -27,6 +31,7 @@ def compile_command(
     *,
     plan: PlanChoices,
     choices: ModelChoices,
+    sizes: BatchSizes,
     memory: MemoryChoices,
     as_json: Json = False,
 ) -> None:
@@ -34,6 +39,7 @@ def compile_command(
 
     autopar run and autopar train --program start from it. Weights are not part of it. stage0/rank.py is what the ranks
     run, to be read; of a pipeline one for each stage, and in schedule/ what each pipeline rank does in order.
+    With --to-length or --to-batch a family of programs, for all batches between these sizes.
     """
     from autopar.analysis.footprint import held, sent
     from autopar.commands.run import refuse_too_large
@@ -41,6 +47,7 @@ def compile_command(
     from autopar.ir.batch import data_ways
     from autopar.ir.traffic import size_text
     from autopar.pipeline.microbatches import first_part
+    from autopar.program_files.family_file import save_family
     from autopar.program_files.program_file import save
     from autopar.runtime.calls import Signature
 
@@ -48,22 +55,42 @@ def compile_command(
     example = choices.example(model, data_ways(on), shown=not as_json)
     with stderr().status(f"making the program of {model} on {on}"):
         batch_by_signature = Signature(example.model.forward).call((), example.batch).kwargs
-        program = compile_program(example.model, on, plan.plan(), (), first_part(batch_by_signature, on, plan.plan()))
-        save(program, output, extra_files=dict(_to_read(program)))
+        if sizes.are_several:
+            family = _family(model, example, on, plan.plan(), choices, sizes)
+            program = family.first_program
+            save_family(family, output, extra_files=dict(_to_read(program)))
+        else:
+            family, batch = None, first_part(batch_by_signature, on, plan.plan())
+            program = compile_program(example.model, on, plan.plan(), (), batch)
+            save(program, output, extra_files=dict(_to_read(program)))
     files = {path.relative_to(output).as_posix(): path.stat().st_size for path in output.rglob("*") if path.is_file()}
     if as_json:
         parts = {"parameters": held_json(held(program)), "traffic": traffic_json(sent(program))}
+        parts |= {"family": sizes_json(family)} if family is not None else {}
         parts |= memory.document(program, batch_by_signature)
         print_json({"model": model, "mesh": dict(on.axes), "directory": str(output), "files": files, **parts})
         return
     for name, size in sorted(files.items()):
         print(f"{output / name}  {size_text(size)}")
-    stdout().print("", *memory.tables(program, batch_by_signature), sep="\n")
+    print(*(["", sizes_text(family)] if family is not None else []), sep="\n")
+    stdout().print(*memory.tables(program, batch_by_signature), sep="\n")
     try:
         refuse_too_large(program, random=True)
         print(f"to run it: autopar run {output}")
     except ValueError as problem:
         print(str(problem).partition("\n")[0])
+
+
+def _family(model: str, example: Example, mesh: Mesh, plan: Plan, choices: ModelChoices, sizes: BatchSizes) -> Family:
+    from autopar.compiled_family import compile_family
+    from autopar.ir.batch import data_ways
+    from autopar.pipeline.microbatches import first_part
+    from autopar.runtime.calls import Signature
+
+    signature = Signature(example.model.forward)
+    batches = sizes.batches(example, choices, model, data_ways(mesh))
+    calls = [first_part(signature.call((), batch).kwargs, mesh, plan) for batch in batches]
+    return compile_family(example.model, mesh, plan, calls)
 
 
 def _to_read(program: AnyProgram) -> Iterator[tuple[str, str]]:

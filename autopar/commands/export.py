@@ -12,9 +12,11 @@ from autopar.commands.bundles import expanded
 from autopar.commands.known_names import DIALECTS, FORMATS, WEIGHTS
 from autopar.commands.options import Json, MeshText, ModelChoices, read_mesh
 from autopar.commands.plan_options import PlanChoices
+from autopar.commands.stored import is_stored, load_either, mesh_of
 from autopar.commands.tables import print_json, stderr
 
 if TYPE_CHECKING:  # which import torch
+    from autopar.families.family import Family
     from autopar.ir.program import AnyProgram
 
 
@@ -39,18 +41,17 @@ def export_command(
 ) -> None:
     """Write a program for other tools: a file for each rank, and manifest.json, which says what they are.
 
-    DIR is a program on disk; of a MODEL the program on --mesh is made, and its weights are written.
+    DIR is a program on disk, or a family of programs, whose files take batches of all its sizes; of a MODEL
+    the program on --mesh is made, and its weights are written.
     """
     from autopar.compiler import compile_program
     from autopar.exporters.export import export
     from autopar.ir.batch import data_ways
     from autopar.ir.traffic import size_text
-    from autopar.program_files.program_file import load
-    from autopar.zoo.hub_configs import is_folder
 
     given: Any = weights_from
-    if Path(source).is_dir() and not is_folder(source):
-        program: AnyProgram = load(source)
+    if is_stored(source):
+        program: AnyProgram | Family = load_either(source)
     else:
         on = read_mesh(mesh)
         if choices.loss == "auto" and not training:
@@ -65,7 +66,7 @@ def export_command(
     )  # fmt: skip
     files = {path.relative_to(output).as_posix(): path.stat().st_size for path in output.rglob("*") if path.is_file()}
     if as_json:
-        print_json({"directory": str(output), "mesh": dict(program.mesh.axes), "files": files})
+        print_json({"directory": str(output), "mesh": dict(mesh_of(program).axes), "files": files})
         return
     for name, size in sorted(files.items()):
         print(f"{output / name}  {size_text(size)}")

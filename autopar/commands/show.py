@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from autopar.commands.bundles import expanded
 from autopar.commands.memory_tables import MemoryChoices
 from autopar.commands.options import Json, MeshText, ModelChoices, OptionalModelName, read_mesh
 from autopar.commands.plan_options import PlanChoices
+from autopar.commands.stored import Shown, is_stored
 from autopar.commands.tables import (
     WIDTH_OF_A_PIPE,
     held_json,
@@ -68,6 +70,7 @@ def show(
 ) -> None:
     """Print the program of MODEL on a mesh: the text form, or with --rank what that rank runs.
 
+    Or of DIR, which autopar compile wrote: of a family of programs with expressions for sizes, and for which it is.
     Repeated blocks are printed once, with what differs; --full prints every line, as --json does. It needs no weights.
     """
     from autopar.analysis.selected_text import selected
@@ -77,6 +80,11 @@ def show(
 
     if passes:
         _print_compiler(as_json)
+        return
+    if model is not None and is_stored(model):
+        _refuse_after(after or explain, timeline or picture is not None)
+        chosen = partial(_stored_text, full or as_json, origins, module, grep, rank, inference)
+        Shown.of(model).print(model, None if summary else chosen, rank or 0, as_json)
         return
     on, loads = read_mesh(mesh), read_loads(expert_load) if expert_load is not None else {}
     model = _given(model)
@@ -104,6 +112,25 @@ def show(
     if pipeline is not None:
         pipeline.print(stdout(), timeline)
     _print_tables(split, loads, *_tables(whole, rank or 0), *memory.tables(whole, rows, rank or 0))
+
+
+def _refuse_after(asked: str | None, schedule: bool) -> None:
+    if asked or schedule:
+        raise ValueError(
+            "a directory has the finished program alone, without its decisions\n"
+            "Way out: autopar show MODEL, for --after, --explain and --timeline."
+        )
+
+
+def _stored_text(
+    full: bool, origins: bool, module: str | None, grep: str | None, rank: int | None, inference: bool,
+    program: AnyProgram,
+) -> str:  # fmt: skip
+    from autopar.analysis.selected_text import selected
+
+    if module is not None or grep is not None:
+        return selected(program, module, grep)
+    return _text(program, full, origins) if rank is None else _code(program, rank, inference)
 
 
 def _given(model: str | None) -> str:

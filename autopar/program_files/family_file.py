@@ -38,9 +38,10 @@ MOST = 1 << 48  # of a size or a factor in a file
 # ---------------------------------------------------------------- writing
 
 
-def save_family(family: Family, directory: str | Path) -> Path:
+def save_family(family: Family, directory: str | Path, *, extra_files: Mapping[str, str] | None = None) -> Path:
     """Write ``family`` to ``directory``, all of it or nothing. :func:`load_family` reads it, no code is needed then.
 
+    ``extra_files``: as of :func:`autopar.program_files.program_file.save`.
     Decisions are kept without the costs of their alternatives. Raises ProgramFileError as
     :func:`autopar.program_files.program_file.save` does.
     """
@@ -52,7 +53,7 @@ def save_family(family: Family, directory: str | Path) -> Path:
         described = json.dumps(_described(family, read, numbers)).encode()
         return {SIZES: described, LONGEST: bytes(safetensors.torch.save(copies))}
 
-    return save(family.first_program, directory, more=files)
+    return save(family.first_program, directory, extra_files=extra_files, more=files)
 
 
 def _described(family: Family, read: AnyProgram, tensors: Mapping[int, str]) -> dict[str, Any]:
