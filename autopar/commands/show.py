@@ -73,7 +73,6 @@ def show(
     Or of DIR, which autopar compile wrote: of a family of programs with expressions for sizes, and for which it is.
     Repeated blocks are printed once, with what differs; --full prints every line, as --json does. It needs no weights.
     """
-    from autopar.analysis.selected_text import selected
     from autopar.commands.expert_loads import read_loads
     from autopar.commands.pipeline_tables import pipeline_of
     from autopar.ir.batch import data_ways
@@ -81,9 +80,9 @@ def show(
     if passes:
         _print_compiler(as_json)
         return
+    chosen = partial(_chosen, full or as_json, origins, module, grep, rank, inference)
     if model is not None and is_stored(model):
         _refuse_after(after or explain, timeline or picture is not None)
-        chosen = partial(_stored_text, full or as_json, origins, module, grep, rank, inference)
         Shown.of(model).print(model, None if summary else chosen, rank or 0, as_json)
         return
     on, loads = read_mesh(mesh), read_loads(expert_load) if expert_load is not None else {}
@@ -93,12 +92,7 @@ def show(
     with stderr().status(f"making the program of {model} on {on}"):
         split, whole = _programs(example, on, plan.plan(), after)
     rows = example.batch if after is None else None
-    if module is not None or grep is not None:
-        text = selected(whole, module, grep)
-    elif explain or rank is not None:
-        text = split.explain(explain) if explain else _code(whole, rank or 0, inference)
-    else:
-        text = _text(split, full or as_json, origins)
+    text = split.explain(explain) if explain and module is grep is None else chosen(split, whole)
     pipeline = pipeline_of(whole)
     pipeline.write(picture) if picture is not None and pipeline is not None else None
     if as_json:
@@ -122,15 +116,16 @@ def _refuse_after(asked: str | None, schedule: bool) -> None:
         )
 
 
-def _stored_text(
+def _chosen(
     full: bool, origins: bool, module: str | None, grep: str | None, rank: int | None, inference: bool,
-    program: AnyProgram,
+    split: AnyProgram, whole: AnyProgram,
 ) -> str:  # fmt: skip
+    """What is printed of a program: lines of it, what a rank runs, or all of it as it was split."""
     from autopar.analysis.selected_text import selected
 
     if module is not None or grep is not None:
-        return selected(program, module, grep)
-    return _text(program, full, origins) if rank is None else _code(program, rank, inference)
+        return selected(whole, module, grep)
+    return _text(split, full, origins) if rank is None else _code(whole, rank, inference)
 
 
 def _given(model: str | None) -> str:

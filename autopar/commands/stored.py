@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # which import torch
     from autopar.families.family import Family
     from autopar.ir.program import AnyProgram
 
+    Text = Callable[[AnyProgram, AnyProgram], str]  # of the program as it was split, and as a whole
+
 
 def is_stored(name: str) -> bool:
     """Whether ``name`` is the directory of a program, not that of a model."""
@@ -59,7 +61,7 @@ class Shown:
             return cls(found.template, found.first_program, found)
         return cls(found, found, None)
 
-    def print(self, directory: str, text: Callable[[AnyProgram], str] | None, rank: int, as_json: bool) -> None:
+    def print(self, directory: str, text: Text | None, rank: int, as_json: bool) -> None:
         """``text`` of the program, with what a rank holds and sends; without, only tables."""
         from autopar.analysis.footprint import held, sent
 
@@ -68,12 +70,14 @@ class Shown:
             family = {"family": sizes_json(self.family)} if self.family is not None else {}
             own = {"directory": directory, "mesh": dict(self.first.mesh.axes), "passes": list(self.first.passes)}
             more = {"parameters": held_json(holdings), "traffic": traffic_json(traffic)}
-            print_json({**own, **family, "text": text(self.program) if text is not None else None, **more})
+            print_json(
+                {**own, **family, "text": text(self.program, self.program) if text is not None else None, **more}
+            )
             return
         if self.family is not None:
             print(sizes_text(self.family), end="\n\n")
         if text is not None:
-            print(text(self.program), end="\n\n")
+            print(text(self.program, self.program), end="\n\n")
         of_first = "" if self.family is None else ", of the first sizes"
         title = f"sent by rank {rank} of {self.first.mesh} in a step{of_first}"
         stdout().print(held_table(holdings), traffic_table(title, traffic), sep="\n")
