@@ -83,6 +83,10 @@ class ScheduleError(AutoparError):
     """A pipeline schedule would compute something twice or never, mix up messages, wait for ever or hold too much."""
 
 
+class ProofError(AutoparError):
+    """A program could not be proved to compute its model, or what was handed in for a proof is no program."""
+
+
 class RankFailedError(AutoparError):
     """A peer rank ended or stopped answering while this rank waited for it."""
 

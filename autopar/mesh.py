@@ -177,6 +177,10 @@ class Mesh:
         """Ranks in a group of ``axis``, which may be several (see above); 1 for an axis that is not on this mesh."""
         return math.prod(digit.size for digit in _digits(self, axis))
 
+    def digits(self, group: str) -> tuple[Digit, ...]:
+        """What distinguishes the ranks of ``group``, outermost first. Raises ValueError for a name that is none."""
+        return _digits(self, group)
+
     def merged(self, groups: Iterable[str]) -> str:
         """The name, in normal form, of the groups over all of ``groups`` (names of axes or groups, in any order).
 

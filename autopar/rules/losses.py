@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def _by_vocabulary(emit: Emit, node: Node, axis: str, ways: int) -> Node:
     maximum = emit.all_reduce(largest, axis, "max")
     part = emit.partial(rows, axis)
     arguments = (logits, maximum, target, rank, classes, smoothing, ignore_index)
-    sums = emit(operators.vocabulary_sums, arguments, part, part, part)
+    third = part if smoothing else emit.partial(replace(rows, layout=Layout(()), requires_grad=False), axis)
+    sums = emit(operators.vocabulary_sums, arguments, part, part, third)
     reduced = [emit.all_reduce(emit(operator.getitem, (sums, i), part), axis) for i in range(3 if smoothing else 2)]
     summed = reduced[2] if smoothing else None
     wide = torch.promote_types(source.dtype, torch.float32)
