@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from autopar.pretrained.gathered import gather
     from autopar.pretrained.loading import from_pretrained
     from autopar.program_files.family_file import load_family, save_family
+    from autopar.proof.report import Verification
+    from autopar.proof.verify import verify
     from autopar.routing.placement import balanced_placement
     from autopar.training.profiling import profile
     from autopar.training.step_record import StepRecord
@@ -57,6 +59,7 @@ from autopar.errors import (
     NothingSplitError,
     NumericsError,
     ProgramFileError,
+    ProofError,
     RankFailedError,
     SequenceError,
     TraceError,
@@ -105,6 +108,8 @@ _LAZY = {
     "save_safetensors": "checkpoint.written_weights",
     "StepRecord": "training.step_record",
     "TokenFile": "data.token_file",
+    "Verification": "proof.report",
+    "verify": "proof.verify",
     "Watch": "training.watch",
     "trainer_class": "frameworks.hugging_face",
 }
@@ -140,6 +145,7 @@ __all__ = [
     "Precision",
     "Program",
     "ProgramFileError",
+    "ProofError",
     "RankFailedError",
     "Resumed",
     "SequenceError",
@@ -147,6 +153,7 @@ __all__ = [
     "TokenFile",
     "TraceError",
     "UnknownOperatorError",
+    "Verification",
     "Watch",
     "WrongRuleError",
     "__version__",
@@ -171,4 +178,5 @@ __all__ = [
     "save_pretrained",
     "save_safetensors",
     "trainer_class",
+    "verify",
 ]

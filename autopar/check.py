@@ -73,7 +73,10 @@ class Reference(UnmodifiedSteps):
 
     def check(self, mesh: Mesh, plan: Plan | None = None, steps: int = STEPS) -> Report:
         """Compare ``steps`` steps of :meth:`program`, simulated on all ranks. Raises what that raises."""
-        program = self.program(mesh, plan)
+        return self.compare(self.program(mesh, plan), steps)
+
+    def compare(self, program: AnyProgram, steps: int = STEPS) -> Report:
+        """Compare ``steps`` steps of a program of this model and batch, in float64. Raises what simulation raises."""
         tangents = None if isinstance(program, PipelinedProgram) else self.tangents(program)
         trains = not (isinstance(program, PipelinedProgram) and self.whole(0).loss is None)
         pairs: list[tuple[Step, Outcome]] = []

@@ -50,7 +50,6 @@ STANDS_ON = {
     "inductor": "codegen errors ir notes",
     "simulator": "autodiff codegen errors inductor ir mesh pipeline plan schedules",
     "simulate": "errors ir mesh simulator",
-    "proof": "errors ir mesh operators simulate simulator",
     "runtime": "autodiff codegen errors families inductor ir mesh notes pipeline plan schedules",
     "traces": "autodiff cost errors ir mesh pipeline runtime schedules",
     "report": "analysis ir memory mesh pipeline plan schedules",
@@ -75,6 +74,8 @@ STANDS_ON = {
     "stored_programs",
     "reference": "compiler errors frontend ir mesh pipeline plan simulate simulator",
     "check": "compiler errors frontend ir mesh pipeline plan precision reference simulate simulator",
+    "proof": "autodiff check codegen compiler errors frontend ir levels mesh operators pipeline plan runtime schedules "
+    "simulate simulator",
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",
     "checkpoint": "errors ir mesh module plain_files runtime",
     "exporters": "checkpoint errors families ir mesh operators pipeline program_files runtime schedules simulator "

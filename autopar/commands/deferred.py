@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "check", "check_command",
         "Compare the parallel MODEL with the unmodified one: loss, outputs and every gradient, in float64.",
     ),
+    "verify": (
+        "verify", "verify_command",
+        "Prove that all ranks compute MODEL's loss and gradients and cannot hang: nothing runs on a device.",
+    ),
     "coverage": (
         "coverage", "coverage",
         "Build small models of many architectures, parallelise each, simulate it in float64, compare and "

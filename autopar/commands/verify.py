@@ -1,0 +1,81 @@
+"""``autopar verify``: a proof, before anything runs on devices, that the programs of all ranks compute MODEL's step."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autopar.commands.bundles import expanded
+from autopar.commands.options import Json, ModelChoices, ModelName, read_mesh
+from autopar.commands.plan_options import PlanChoices
+from autopar.commands.tables import print_json, stderr
+from autopar.mesh import Mesh
+
+if TYPE_CHECKING:  # which import torch
+    from autopar.ir.program import AnyProgram
+    from autopar.proof.report import Verification
+    from autopar.zoo.named import Example
+
+NAMES = ("structure", "relations", "field", "float64")
+
+ProgramFolder = Annotated[
+    Path | None,
+    typer.Option("--program", metavar="DIR", help="a program that autopar compile has written, in place of a new one"),
+]
+
+
+@expanded
+def verify_command(
+    model: ModelName,
+    mesh: Annotated[
+        list[str] | None, typer.Option("--mesh", metavar="AXES", help="e.g. dp=2,tp=2; may be given several times")
+    ] = None,
+    program: ProgramFolder = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option("--layer", metavar="NAME", help=f"{', '.join(NAMES)}; may be given several times; default: all"),
+    ] = None,
+    *,
+    plan: PlanChoices,
+    choices: ModelChoices,
+    as_json: Json = False,
+) -> None:
+    """Prove that all ranks compute MODEL's loss and gradients and cannot hang: nothing runs on a device.
+
+    Exit code 0 where all of it is proved, 1 where something is refused, or could not be proved.
+    """
+    from autopar.ir.batch import data_ways
+
+    given = _stored(program)
+    meshes = [given.mesh] if given is not None else [read_mesh(text) for text in mesh or ["dp=2,tp=2"]]
+    if given is not None and mesh:
+        raise ValueError(f"--program has its own mesh, {given.mesh}\nWay out: leave out --mesh.")
+    example = choices.example(model, math.lcm(*map(data_ways, meshes)), shown=not as_json)
+    found = [_verified(example, on, plan, given, layer or list(NAMES)) for on in meshes]
+    if as_json:
+        print_json({"model": model, "proofs": [one.document() for one in found]})
+    else:
+        print("\n\n".join(map(str, found)))
+    if not all(one.proved for one in found):
+        raise typer.Exit(1)
+
+
+def _stored(folder: Path | None) -> AnyProgram | None:
+    if folder is None:
+        return None
+    from autopar.ir.program import Program
+
+    return Program.load(folder)
+
+
+def _verified(
+    example: Example, mesh: Mesh, plan: PlanChoices, program: AnyProgram | None, layers: list[str]
+) -> Verification:
+    from autopar.proof.verify import verify
+
+    with stderr().status(f"proving {example.name} on {mesh}"):
+        asked = plan.plan(program.plan if program is not None else None)
+        return verify(example.model, mesh, asked, example_inputs=example.batch, program=program, layers=layers)

@@ -1,0 +1,174 @@
+"""Prove, before a device is touched, that the programs of all ranks compute the unmodified model's step.
+
+Four layers, none of which believes what a pass has written:
+
+    structure   no run can hang, mix up collectives, or read memory that is written meanwhile
+    relations   loss and gradients are the same on all ranks that hold the same, and no sum counts anything twice
+    field       all ranks, executed exactly over a prime field, give the traced model's outputs and gradients
+    float64     all ranks, simulated by the code that they run, give the model's own numbers to 1e-10
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from autopar.check import TOLERANCE, Reference, Report
+from autopar.compiler import compile_program
+from autopar.errors import AutoparError, check_kind
+from autopar.frontend.numerics import promote_float32
+from autopar.frontend.trace import trace
+from autopar.ir.program import AnyProgram, Program
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+from autopar.proof.field_proof import prove_in_field
+from autopar.proof.in_double import in_double, is_exact
+from autopar.proof.refusal import Layer, Refusal, Shown
+from autopar.proof.relations import relations
+from autopar.proof.report import Verification
+from autopar.proof.structure import structure
+
+LAYERS = tuple(Layer)
+MOST_ELEMENTS = 1 << 23  # of parameters: what the layers that compute run in seconds
+
+
+def verify(
+    model: nn.Module,
+    mesh: Mesh,
+    plan: Plan | None = None,
+    *,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    program: AnyProgram | None = None,
+    codes: Mapping[int, str] | None = None,
+    layers: Collection[str] = LAYERS,
+) -> Verification:
+    """Prove the program of ``model`` on ``mesh``, or refuse it: with the node, two ranks, and the likely cause.
+
+    Args:
+        model: unmodified; weights may be on the meta device, but for the layer ``float64``.
+        example_inputs: keyword (dict) or positional (tuple) arguments of one call: the whole batch.
+        program: any program for this model, mesh and batch, in place of the one that is compiled here: from a file,
+            or edited as text and parsed again.
+        codes: the code of single ranks as text, changed by hand (``program.rank(3).code``); without a pipeline.
+        layers: which of ``structure``, ``relations``, ``field``, ``float64`` to try.
+
+    Returns what was shown and what is refused; it raises nothing for a wrong program. Raises ValueError for arguments
+    of another kind, and the errors of the compiler for a model that cannot be compiled.
+    """
+    check_kind("model", model, nn.Module, "a module that was built: verify(Net(), autopar.Mesh(dp=2), ...)")
+    check_kind("mesh", mesh, Mesh, "autopar.Mesh(dp=2, tp=2)")
+    args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+    unknown = [name for name in layers if name not in LAYERS]
+    if unknown:
+        raise ValueError(f"layer {unknown[0]!r} is unknown\nWay out: one of {', '.join(LAYERS)}.")
+    if program is not None and program.mesh != mesh:
+        raise ValueError(
+            f"the program is for {program.mesh}, not for {mesh}\nWay out: verify(model, program.mesh, ...)."
+        )
+    plan = plan or (program.plan if program is not None else Plan())
+    is_given = program is not None
+    program = program or compile_program(model, mesh, replace(plan, check_numerics=False), args, kwargs)
+    found: list[Shown] = []
+    if Layer.STRUCTURE in layers:
+        found.append(structure(program, codes))
+    if Layer.RELATIONS in layers:
+        found.append(_relations(program))
+    if Layer.FIELD in layers:
+        found.append(_in_a_field(model, program, args, kwargs))
+    if Layer.FLOAT64 in layers:
+        found.append(_in_float64(model, program, is_given, args, kwargs))
+    return Verification(program, tuple(found))
+
+
+def _relations(program: AnyProgram) -> Shown:
+    start = time.perf_counter()
+    found = relations(program)
+    seconds = time.perf_counter() - start
+    return Shown(Layer.RELATIONS, found.facts, tuple(found.refusals), seconds=seconds)
+
+
+def _elements(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _too_large(layer: Layer, model: nn.Module) -> Shown | None:
+    """What is said of a model that is too large to be run here by this layer."""
+    if _elements(model) <= MOST_ELEMENTS:
+        return None
+    words = f"{_elements(model):,} parameters are more than the {MOST_ELEMENTS:,} that are run here in seconds; "
+    return Shown(layer, unproved=(words + "give the same model with smaller sizes",))
+
+
+# ---------------------------------------------------------------- the layers that compute
+
+
+def _in_a_field(model: nn.Module, program: AnyProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shown:
+    if (large := _too_large(Layer.FIELD, model)) is not None:
+        return large
+    start = time.perf_counter()
+    source = _traced(model, args, kwargs)
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    proof = prove_in_field(program, source=source, tensors=tensors, args=args, kwargs=kwargs)
+    refusals = tuple(
+        Refusal(Layer.FIELD, f"{one.name}{f' at {one.node}' if one.node else ''}", one.why, ranks=one.ranks or ())
+        for one in proof.differences
+    )
+    gradients = sum(name.startswith("gradient") for name in proof.proved)
+    facts = {"gradients equal": gradients, "outputs and buffers equal": len(proof.proved) - gradients}
+    facts = {words: count for words, count in facts.items() if count}
+    return Shown(Layer.FIELD, facts, refusals, proof.unproved, time.perf_counter() - start)
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
+    """The model as it is traced now: no program that was handed in says what it is to compute."""
+    return trace(model, args, kwargs, plan=Plan(check_numerics=False))
+
+
+def _in_float64(
+    model: nn.Module, program: AnyProgram, is_given: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Shown:
+    """The laptop check: of a program that was handed in, that one in float64; else one that is compiled in float64."""
+    if (large := _too_large(Layer.FLOAT64, model)) is not None:
+        return large
+    start = time.perf_counter()
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return Shown(Layer.FLOAT64, unproved=("the model has no weights: it is on the meta device",))
+    try:
+        reference = Reference(model, batch_by_name(model, args, kwargs))
+        with promote_float32():
+            asked = in_double(program) if is_given else None
+        report = reference.check(program.mesh, program.plan) if asked is None else reference.compare(asked)
+    except AutoparError as problem:
+        refusal = Refusal(Layer.FLOAT64, "the simulated step", str(problem).partition("\n")[0])
+        return Shown(Layer.FLOAT64, {}, (refusal,), seconds=time.perf_counter() - start)
+    wrong, right = _errors(report)
+    if wrong and is_given and not is_exact(program):
+        words = "the program has constants in float32, which differ from the model's in float64: compile it for float64"
+        return Shown(Layer.FLOAT64, unproved=(words,), seconds=time.perf_counter() - start)
+    facts = {f"numbers within {TOLERANCE:g} of the model": right}
+    return Shown(Layer.FLOAT64, facts, wrong, seconds=time.perf_counter() - start)
+
+
+def _errors(report: Report) -> tuple[tuple[Refusal, ...], int]:
+    """The numbers that are wrong, largest error first, and how many are right."""
+    errors = {"the loss": report.loss or 0.0}
+    errors |= {f"output {name}": error for name, error in report.outputs.items()}
+    errors |= {f"the gradient of '{name}'": error for name, error in report.grads.items()}
+    wrong = sorted(((error, name) for name, error in errors.items() if not error <= TOLERANCE), reverse=True)
+    problem = "its error is {:.1e}, {:g} is allowed"
+    found = [Refusal(Layer.FLOAT64, name, problem.format(error, TOLERANCE)) for error, name in wrong]
+    return tuple(found), len(errors) - len(wrong)
+
+
+def batch_by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that ``forward`` gives them. Raises ValueError for too many."""
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as problem:
+        raise ValueError(f"example_inputs do not fit the model: {problem}\nWay out: a dict by name.") from problem
+    return {**bound.arguments.get("kwargs", {}), **{k: v for k, v in bound.arguments.items() if k != "kwargs"}}
