@@ -53,7 +53,7 @@ def _layer(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], cell:
 def _layer_backward(
     grad_y: Tensor, grad_last: Tensor, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], cell: str
 ) -> list[Tensor]:
-    with _autograd():
+    with autograd_within():
         leaves = [tensor.detach().requires_grad_() for tensor in (x, *states, *weights)]
         count = 1 + len(states)
         results = _run(leaves[0], leaves[1:count], leaves[count:], cell, True)
@@ -62,7 +62,7 @@ def _layer_backward(
 
 
 @contextmanager
-def _autograd() -> Iterator[None]:
+def autograd_within() -> Iterator[None]:
     """Autograd within a kernel, where torch has it turned off."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _AUTOGRAD_KEYS:

@@ -26,7 +26,7 @@ PRIME = 2**31 - 1
 LOWEST, NEGATIVE, POSITIVE, UNDEFINED = -1, -2, -3, -4
 HIDES = -9999.0  # a number as low as this hides a score
 STEPS = 12  # of a continued fraction
-CHUNK = 256  # terms of a product of matrices that float64 adds exactly: 2^15 * 2^30 * 2^8 = 2^53
+CHUNK = 128  # terms of a product of matrices that float64 adds exactly: 2^16 * 2^30 * 2^7 = 2^53
 _I64, _F64 = torch.int64, torch.float64
 _seed = [0]
 
@@ -182,10 +182,8 @@ def total(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False) -> Tenso
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``torch.matmul`` of elements, by two exact products in float64: (..., m, k) and (..., k, n)."""
-    a, b = (torch.where(x > PRIME // 2, x - PRIME, x) for x in (a, b))
-    low = ((a + 2**15) & 0xFFFF) - 2**15  # a = high * 2^16 + low, both at most 2^15
-    high, wide = ((a - low) >> 16).double(), b.double()
-    low = low.double()
+    high, low = (a >> 16).double(), (a & 0xFFFF).double()
+    wide = torch.where(b > PRIME // 2, b - PRIME, b).double()
     found = None
     for start in range(0, a.shape[-1], CHUNK):
         some = slice(start, start + CHUNK)

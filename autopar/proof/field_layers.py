@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.operators.recurrent import autograd_within
 from autopar.proof.field_tensor import FORMS, form
 
 aten = torch.ops.aten
@@ -22,23 +23,39 @@ FORMS["autopar::straight_through"] = lambda value, surrogate: value.clone()
 # ---------------------------------------------------------------- experts
 
 
-def _repeated(x: Tensor, count: int) -> Tensor:
-    """``count`` rows, of which each of ``x`` is equally many in a row."""
-    return x if len(x) == count or not len(x) else x.repeat_interleave(count // len(x), 0)
+def _seats(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, int]:
+    """The rows that some expert takes, their places in a table of (experts, most rows of one), and that number."""
+    known = (ids < experts).nonzero().flatten()
+    order = known[ids[known].argsort(stable=True)]
+    counts = ids[order].bincount(minlength=experts)
+    most, first = int(counts.max()) if len(order) else 0, counts.cumsum(0) - counts
+    turn = torch.arange(len(order)) - first[ids[order]]
+    return order, ids[order] * most + turn, most
+
+
+def _seated(x: Tensor, count: int, order: Tensor, places: Tensor, experts: int, most: int) -> Tensor:
+    """(experts, most, width): the rows ``order`` of ``count`` ones, for which those of ``x`` stand."""
+    rows = x.index_select(0, order // (count // max(len(x), 1)))
+    return x.new_zeros(experts * most, x.shape[1]).index_copy(0, places, rows).unflatten(0, (experts, most))  # type: ignore[no-untyped-call, no-any-return]
 
 
 @form("autopar::expert_linear")
 def expert_linear(rows: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    matrices = weight.index_select(0, ids.clamp(0, len(weight) - 1))
-    found = torch.bmm(_repeated(rows, len(ids)).unsqueeze(1), matrices).squeeze(1)
-    return torch.where((ids < len(weight)).unsqueeze(1), found, 0.0)
+    order, places, most = _seats(ids, len(weight))
+    out = rows.new_zeros(len(ids), weight.shape[2])
+    if not len(order):
+        return out
+    found = torch.bmm(_seated(rows, len(ids), order, places, len(weight), most), weight).flatten(0, 1)
+    return out.index_copy(0, order, found.index_select(0, places))
 
 
 @form("autopar::expert_outer")
 def expert_outer(left: Tensor, right: Tensor, ids: Tensor, experts: int) -> Tensor:
-    own = (ids == torch.arange(experts, dtype=ids.dtype)[:, None]).unsqueeze(1)  # (E, 1, T)
-    chosen = torch.where(own, _repeated(left, len(ids)).t(), 0.0)
-    return torch.matmul(chosen, _repeated(right, len(ids)))
+    order, places, most = _seats(ids, experts)
+    if not len(order):
+        return left.new_zeros(experts, left.shape[1], right.shape[1])
+    one, other = (_seated(x, len(ids), order, places, experts, most) for x in (left, right))
+    return torch.bmm(one.transpose(1, 2), other)
 
 
 @form("_grouped_mm")
@@ -320,6 +337,17 @@ def embedding_bags_backward(
 def recurrent_layer(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], cell: str) -> tuple[Tensor, Tensor]:
     outs, *_, last = _steps(x, states, weights, cell)
     return outs, last
+
+
+@form("autopar::recurrent_layer_backward")
+def recurrent_layer_backward(
+    grad_y: Tensor, grad_last: Tensor, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], cell: str
+) -> list[Tensor]:
+    with autograd_within():
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, *states, *weights)]
+        count = 1 + len(states)
+        outs, _, last = _steps(leaves[0], leaves[1:count], leaves[count:], cell)
+        return list(torch.autograd.grad((outs, last), leaves, (grad_y, grad_last)))
 
 
 def _steps(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], cell: str) -> tuple[Tensor, Tensor, Tensor]:

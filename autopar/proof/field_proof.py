@@ -18,7 +18,8 @@ What is not looked at: rounding, kernels, the network; and floating-point consta
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,18 +28,20 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopar.errors import InvariantError
+from autopar.frontend.numerics import promote_float32
 from autopar.ir.batch import batch_dims
 from autopar.ir.node import Node, value
 from autopar.ir.operator_facts import only_moves
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import InputKind, OutputKind
+from autopar.mesh import Mesh
 from autopar.proof import field
 from autopar.proof.field_causes import Difference, Seen, disagreement, likely_causes
 from autopar.proof.field_lockstep import FieldLockstep
 from autopar.proof.field_reference import FieldStep, reference_step
+from autopar.proof.field_steps import program_step
 from autopar.proof.field_tensor import FieldTensor, NoFieldForm, elements_of
-from autopar.simulate import simulate
-from autopar.simulator.parts import Step
+from autopar.simulator.lockstep import Lockstep
 
 aten = torch.ops.aten
 
@@ -92,7 +95,7 @@ def prove_in_field(
         if seed not in seeds and bound < ENOUGH:
             break
         try:
-            with field.hashing(seed), torch.no_grad():
+            with field.hashing(seed), torch.no_grad(), _precision(source):
                 one = _Once(program, source, tensors or {}, args, kwargs or {}, seed)
                 equal, found = one.compared()
         except NoFieldForm as problem:
@@ -108,6 +111,12 @@ def prove_in_field(
 def more_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     """``seeds``, and those that follow where they are not enough."""
     return (*seeds, *range(max(seeds) + 1, max(seeds) + 1 + MORE))
+
+
+def _precision(source: Program) -> AbstractContextManager[None]:
+    """What was traced in float64 is run as it was traced: what depends on no input is computed in numbers."""
+    wide = any(value(node).dtype is torch.float64 for node, _ in source.placeholders(InputKind.PARAMETER))
+    return promote_float32() if wide else nullcontext()
 
 
 class _Once:
@@ -127,15 +136,11 @@ class _Once:
         with torch.enable_grad():
             wanted = reference_step(self.source, self.tensors, self.args, self.kwargs, tangents, self.seed)
         try:
-            step = simulate(
-                self.program, self.tensors, self.args, self.kwargs,
-                tangents=given, seed=self.seed, emitted=False, make=FieldLockstep,
-            )  # fmt: skip
+            found = self._run(given, FieldLockstep)
         except InvariantError as problem:
             if isinstance(problem.__cause__, NoFieldForm | NotImplementedError):
                 raise NoFieldForm(str(problem)) from problem
             return set(), [disagreement(problem)]
-        found = named(step, self.source)
         equal, differences = self._judged(wanted, found)
         if differences:
             causes = likely_causes(self._seen(given), wanted, found, [one.name for one in differences])
@@ -145,11 +150,12 @@ class _Once:
     def _seen(self, given: list[Tensor] | None) -> Seen:
         """The values of all nodes, from one more run that keeps them."""
         seen = Seen(self.program)
-        simulate(
-            self.program, self.tensors, self.args, self.kwargs,
-            tangents=given, seed=self.seed, emitted=False, make=seen.lockstep,
-        )  # fmt: skip
+        self._run(given, seen.lockstep)
         return seen
+
+    def _run(self, tangents: list[Tensor] | None, make: Callable[[Mesh], Lockstep]) -> dict[str, Tensor]:
+        call = (self.args, self.kwargs)
+        return program_step(self.program, self.source, self.tensors, call, tangents, self.seed, make)
 
     def _judged(self, wanted: FieldStep, found: Mapping[str, Tensor]) -> tuple[set[str], list[Difference]]:
         equal, differences = set[str](), []
@@ -195,15 +201,6 @@ class _Once:
         facts = [x.facts for x in self.values if isinstance(x, FieldTensor)]
         degree = max((fact.degree for fact in facts), default=1)
         return min(1.0, max((fact.depth + 1 for fact in facts), default=1) * degree / field.PRIME)
-
-
-def named(step: Step, source: Program) -> dict[str, Tensor]:
-    """The tensors of a step by the words of :func:`reference_step`."""
-    outputs = [leaf for leaf in pytree.tree_leaves(step.output) if isinstance(leaf, Tensor)]
-    users = [out.target for out in source.outputs if out.kind is OutputKind.USER]
-    found = {f"output {target}": leaf for target, leaf in zip(users, outputs, strict=True)}
-    found |= {f"buffer {name}": buffer for name, buffer in step.buffers.items()}
-    return found | {f"gradient of {name}": grad for name, grad in step.grads.items()}
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -23,6 +23,7 @@ from autopar.ir.program import Program
 from autopar.ir.signature import user_tensors
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.operators.random import random_keep, random_uniform
+from autopar.proof.field_layers import embedding_bags
 from autopar.proof.field_tensor import FieldTensor, NoFieldForm
 
 aten = torch.ops.aten
@@ -58,11 +59,12 @@ def reference_step(
         if node.op == "placeholder":
             entry = table[node.name]
             known[node] = _placed(entry.kind, entry.names, source, tensors, given)
+            _check_shape(node, entry.target, known[node])
             if value(node).requires_grad and isinstance(known[node], FieldTensor):
                 known[node] = leaves[entry.target] = known[node].detach().requires_grad_()
         elif node.op == "call_function" and _gives_something(node):
             draws = node.target in DRAWING and not _is_idle(node)
-            if is_random(node.target) and node.target not in DRAWING:
+            if is_random(node.target) and node.target not in DRAWING and not _is_calm(node):
                 raise NoFieldForm(f"{node.target} draws numbers in {origin(node).source}")
             known[node] = _call(node, known, salt, seed)
             salt += draws
@@ -82,6 +84,14 @@ def _placed(
     if kind is InputKind.CONSTANT and names[0] in source.constants:
         return source.constants[names[0]]
     return next(tensors[name] for name in names if name in tensors)
+
+
+def _check_shape(node: fx.Node, target: str, tensor: Tensor) -> None:
+    if tensor.shape != value(node).shape:
+        raise NoFieldForm(
+            f"{target} is {list(tensor.shape)}, and the model was traced for {list(value(node).shape)}: it was traced "
+            "for one microbatch, so give the trace of the whole batch as `source`"
+        )
 
 
 def _gives_something(node: fx.Node) -> bool:
@@ -117,6 +127,8 @@ def _call(node: fx.Node, known: Mapping[fx.Node, Any], salt: int, seed: int) -> 
             return DRAWING[target](torch.tensor(seed), salt, *args, **kwargs)
         if target is aten.scaled_dot_product_attention.default:
             return _attention(torch.tensor(seed), salt, *args, **kwargs)
+        if target is aten.embedding_bag.padding_idx or target is aten.embedding_bag.default:
+            return _bags(*args, **kwargs)
         return target(*args, **kwargs)
     except NoFieldForm as problem:
         where = origin(node)
@@ -141,6 +153,14 @@ def _is_idle(node: fx.Node) -> bool:
         given: Any = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
         return float(given) == 0.0
     return node.target is aten.dropout.default and not (node.args[2] and node.args[1])
+
+
+def _is_calm(node: fx.Node) -> bool:
+    """A stack of recurrent layers without dropout between them."""
+    if node.target not in RECURRENT:
+        return False
+    dropout, train = node.args[5:7]
+    return not dropout or not train
 
 
 def _dropout(seed: Tensor, salt: int, x: Tensor, p: float, train: bool = True) -> Tensor:
@@ -184,6 +204,19 @@ def _attention(
     if dropout_p > 0:
         weights = _dropout(seed, salt, weights, dropout_p)
     return torch.matmul(weights, v)
+
+
+RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+
+
+def _bags(
+    table: Tensor, ids: Tensor, offsets: Tensor, by_frequency: bool = False, mode: int = 0, sparse: bool = False,
+    weights: Tensor | None = None, with_last: bool = False, padding_idx: int | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """embedding_bag as torch documents it; the results after the first are of its kernel."""
+    bags = torch.arange(len(offsets) - with_last)
+    kind, padding = ("sum", "mean", "max")[mode], -1 if padding_idx is None else padding_idx
+    return embedding_bags(table, ids, offsets, bags, weights, None, kind, padding), offsets, offsets, offsets
 
 
 DRAWING: dict[Any, Callable[..., Tensor]] = {

@@ -182,7 +182,7 @@ def _default(func: Any, name: str) -> Form:
         return functools.partial(_in_place, func)
     if func is aten.view.dtype:
         return functools.partial(_nothing, func)
-    if name in MOVES or is_view(func) and name != "to":
+    if is_moved(func, name):
         return functools.partial(moved, func)
     if name in ORDERED:
         return functools.partial(ordered, func)
@@ -197,6 +197,11 @@ def _default(func: Any, name: str) -> Form:
     if is_composite(func):
         return func.decompose  # type: ignore[no-any-return]
     return functools.partial(_nothing, func)
+
+
+def is_moved(func: Any, name: str) -> bool:
+    """Whether an operator runs on elements as they are: it puts them elsewhere."""
+    return name in MOVES or (is_view(func) and name != "to")
 
 
 def _nothing(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -218,6 +223,9 @@ def _in_place(func: Any, *args: Any, **kwargs: Any) -> Any:
     packet = getattr(torch.ops, func.namespace)
     functional = getattr(getattr(packet, func._schema.name.split("::")[1].removesuffix("_")), func._overloadname)
     result = form_of(functional)(*args, **kwargs)
+    if torch.Tag.inplace_view in func.tags and result.shape == target.shape:  # other strides, and nothing is written
+        target.elements = result.elements
+        return target
     target.elements.copy_(elements_of(result))
     if isinstance(result, FieldTensor):
         facts = target.facts

@@ -16,7 +16,7 @@ from autopar.operators.attention import ATTENTION, ATTENTION_BACKWARD
 from autopar.operators.attention_tile import MERGE, TILE, TILE_BACKWARD
 from autopar.operators.bags import EMBEDDING_BAGS, EMBEDDING_BAGS_BACKWARD
 from autopar.operators.experts import EXPERT_LINEAR, EXPERT_OUTER
-from autopar.operators.recurrent import RECURRENT_LAYER
+from autopar.operators.recurrent import RECURRENT_LAYER, RECURRENT_LAYER_BACKWARD
 from autopar.proof import field
 from autopar.proof import field_lockstep as registers_the_forms  # noqa: F401
 from autopar.proof.field_tensor import FORMS, FieldTensor, NoFieldForm
@@ -142,6 +142,19 @@ def test_in_place_through_a_view() -> None:
     assert torch.equal(x.elements, field.embedded(wanted))
 
 
+def test_complex_numbers() -> None:
+    def turned(x: Tensor, y: Tensor) -> Tensor:
+        product = torch.view_as_complex(x) * torch.view_as_complex(y).conj().unsqueeze(0)
+        return torch.view_as_real(product[:, 1:] + product[:, :-1]).flatten(1)
+
+    given = fraction(3, 4, 2), fraction(4, 2, seed=1)
+    assert same(turned(*map(in_field, given)), turned(*given))
+    angle = in_field(X)
+    found = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
+    assert torch.equal(found[..., 0].elements, angle.cos().elements)
+    assert torch.equal(found[..., 1].elements, angle.sin().elements)
+
+
 def test_an_unknown_operator_is_refused() -> None:
     with pytest.raises(NoFieldForm, match=r"aten._linalg_svd.default on \[\[3, 4\]\] has no form in the field"):
         aten.linalg_svd.default(in_field(X))
@@ -254,6 +267,7 @@ REAL: list[tuple[Any, tuple[Any, ...]]] = [
     (EMBEDDING_BAGS_BACKWARD, (real(4, 3), real(5, 3), ids(4, 2, below=5), None, None, real(4, 2), None, "sum", 2, 0)),
     (EMBEDDING_BAGS_BACKWARD, (real(2, 3), real(5, 3), FLAT, OFFSETS, torch.tensor([1, 2]), None, RANK, "mean", -1, 0)),
     *((RECURRENT_LAYER, cell(name)) for name in CELLS),
+    *((RECURRENT_LAYER_BACKWARD, (real(5, 2, 3), real(2, 3), *cell(name))) for name in CELLS),
 ]  # fmt: skip
 
 

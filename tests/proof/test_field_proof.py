@@ -15,9 +15,10 @@ from autopar.compiler import compile_program, finish_program, place
 from autopar.frontend.trace import trace
 from autopar.ir import collectives as comm
 from autopar.ir.node import set_values, value, values
-from autopar.ir.program import Program
+from autopar.ir.program import PipelinedProgram, Program
 from autopar.mesh import Mesh
 from autopar.models import llama, moe
+from autopar.pipeline import microbatches
 from autopar.plan import Plan
 from autopar.proof.field_proof import ENOUGH, FieldProof, prove_in_field
 from tests.selection import slow_but
@@ -79,6 +80,46 @@ def test_right_programs_are_proved(kind: str, mesh: Mesh, choices: dict[str, Any
     names = [entry.target for _, entry in traced(kind)[0].leaves()]
     assert found.holds and found.bound < ENOUGH, found
     assert set(found.proved) >= {"output loss", *(f"gradient of {name}" for name in names)}
+
+
+@pytest.mark.parametrize("mesh", slow_but((1,), [Mesh(), Mesh(dp=2)]), ids=str)
+def test_microbatches_are_added(mesh: Mesh) -> None:
+    source, batch = traced("llama")
+    plan = replace(PLAN, microbatches=2)
+    part = microbatches.parts((), batch, mesh, plan)[0]
+    model, _ = MODELS["llama"]()
+    found = compile_program(model, mesh, plan, (), part)
+    assert prove_in_field(found, source=source, kwargs=batch).holds
+    (reason,) = prove_in_field(found, kwargs=batch).unproved
+    assert "input_ids is [4, 8], and the model was traced for [2, 8]" in reason
+
+
+@pytest.mark.parametrize("mesh", slow_but((0,), [Mesh(pp=2), Mesh(dp=2, pp=2)]), ids=str)
+def test_pipelines_are_proved(mesh: Mesh) -> None:
+    torch.manual_seed(0)
+    model = llama.build("tiny", layers=2)
+    batch = llama.example_batch(model.config, 4, 8)
+    found = compile_program(model, mesh, replace(PLAN, microbatches=2), (), batch)
+    assert prove_in_field(found, source=trace(model, (), batch, plan=PLAN), kwargs=batch).holds
+    spoiled = found.clone()
+    assert isinstance(spoiled, PipelinedProgram)
+    reduce_a_gradient_twice(spoiled.stages[1])
+    refused = prove_in_field(spoiled, source=trace(model, (), batch, plan=PLAN), kwargs=batch, seeds=(0,))
+    assert any("this is 2 times that of the model" in one.why for one in refused.differences), refused
+
+
+def reduce_a_gradient_twice(stage: Program) -> None:
+    """One gradient of the stage is added to itself."""
+    backward = stage.required_role.backward
+    assert backward is not None
+    end = next(node for node in reversed(backward.nodes) if node.op == "output")
+    results: Any = list(end.args[0])  # type: ignore[arg-type]
+    place = stage.required_role.grads.index("norm.weight")
+    with backward.inserting_before(end):
+        twice = backward.call_function(aten.add.Tensor, (results[place], results[place]))
+    set_values(twice, *values(results[place]))
+    results[place] = twice
+    end.args = (tuple(results),)
 
 
 # ---------------------------------------------------------------- planted faults

@@ -1,0 +1,92 @@
+"""The step of a program on all ranks, in the field: of one call, or of all microbatches of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program
+from autopar.ir.tables import OutputKind
+from autopar.mesh import Mesh
+from autopar.pipeline import microbatches
+from autopar.proof.field_tensor import NoFieldForm
+from autopar.simulate import simulate
+from autopar.simulator.lockstep import Lockstep
+from autopar.simulator.parts import Step, counts_of
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+def program_step(
+    program: AnyProgram,
+    source: Program,
+    tensors: Mapping[str, Tensor],
+    call: Call,
+    tangents: Sequence[Tensor] | None,
+    seed: int,
+    make: Callable[[Mesh], Lockstep],
+) -> dict[str, Tensor]:
+    """Outputs, new buffers and gradients, named as :func:`autopar.proof.field_reference.reference_step` names them.
+
+    A program of one microbatch, without a pipeline, runs as often as there are some, and its gradients are added.
+    """
+    args, kwargs = call
+    count = 1 if isinstance(program, PipelinedProgram) else program.plan.microbatches
+    if count > 1:
+        return _accumulated(program, source, tensors, kwargs, seed, make)
+    trains = not (isinstance(program, PipelinedProgram) and source.loss is None)
+    step = simulate(
+        program, tensors, args, kwargs, backward=trains, tangents=tangents, seed=seed, emitted=False, make=make
+    )
+    return _named(step, source)
+
+
+def _named(step: Step, source: Program) -> dict[str, Tensor]:
+    outputs = [leaf for leaf in pytree.tree_leaves(step.output) if isinstance(leaf, Tensor)]
+    users = [out.target for out in source.outputs if out.kind is OutputKind.USER]
+    found = {f"output {target}": leaf for target, leaf in zip(users, outputs, strict=True)}
+    found |= {f"buffer {name}": buffer for name, buffer in step.buffers.items()}
+    return found | {f"gradient of {name}": grad for name, grad in step.grads.items()}
+
+
+def _accumulated(
+    program: AnyProgram,
+    source: Program,
+    tensors: Mapping[str, Tensor],
+    kwargs: Mapping[str, Any],
+    seed: int,
+    make: Callable[[Mesh], Lockstep],
+) -> dict[str, Tensor]:
+    batches = microbatches.parts((), kwargs, program.mesh, program.plan)
+    rows = microbatches.rows(kwargs, batches, program.plan)
+    if len(set(rows)) > 1:
+        raise NoFieldForm(
+            f"microbatches of {sorted(set(rows))} rows are of several programs: give a batch that divides"
+        )
+    shares = microbatches.shares(rows)
+    counted = [counts_of(program, tensors, (), batch, share) for batch, share in zip(batches, shares)]
+    weights = microbatches.weights(program, counted, rows)
+    total: dict[str, Tensor] = {}
+    parts: dict[str, list[Tensor]] = {}
+    for number, (batch, weight) in enumerate(zip(batches, weights)):
+        step = simulate(
+            program, tensors, (), batch, tangents=[torch.tensor(weight.loss)], seed=seed + number, emitted=False,
+            make=make, wholes=weight.wholes,
+        )  # fmt: skip
+        for name, value in _named(step, source).items():
+            if name == _loss(source):
+                value = value * weight.loss
+            if name == _loss(source) or name.startswith("gradient of "):
+                total[name] = total[name] + value if name in total else value
+            else:
+                parts.setdefault(name, []).append(value)
+    joins = {f"output {target}": join for target, join in program.joins.items()}
+    return total | {name: microbatches.together(name, each, joins.get(name)) for name, each in parts.items()}
+
+
+def _loss(source: Program) -> str:
+    return "" if source.loss is None else f"output {source.outputs[source.loss].target}"
