@@ -63,8 +63,8 @@ def reference_step(
             if value(node).requires_grad and isinstance(known[node], FieldTensor):
                 known[node] = leaves[entry.target] = known[node].detach().requires_grad_()
         elif node.op == "call_function" and _gives_something(node):
-            draws = node.target in DRAWING and not _is_idle(node)
-            if is_random(node.target) and node.target not in DRAWING and not _is_calm(node):
+            draws = _draws(node)
+            if is_random(node.target) and node.target not in (*DRAWING, *RECURRENT):
                 raise NoFieldForm(f"{node.target} draws numbers in {origin(node).source}")
             known[node] = _call(node, known, salt, seed)
             salt += draws
@@ -123,7 +123,10 @@ def _call(node: fx.Node, known: Mapping[fx.Node, Any], salt: int, seed: int) -> 
     args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
     target: Any = node.target
     try:
-        if target in DRAWING and not _is_idle(node):
+        if target in RECURRENT and len(args) == 9:
+            with torch.backends.mkldnn.flags(enabled=False):  # whose kernel is no composite  # type: ignore[no-untyped-call]
+                return _layers(target, torch.tensor(seed), salt, *args)
+        if target in DRAWING and _draws(node):
             return DRAWING[target](torch.tensor(seed), salt, *args, **kwargs)
         if target is aten.scaled_dot_product_attention.default:
             return _attention(torch.tensor(seed), salt, *args, **kwargs)
@@ -147,20 +150,17 @@ def _positions(x: Tensor | Sequence[int]) -> list[Tensor]:
     return [torch.arange(size) for size in (x.shape if isinstance(x, Tensor) else x)]
 
 
-def _is_idle(node: fx.Node) -> bool:
-    """A dropout outside of training."""
+def _draws(node: fx.Node) -> int:
+    """How many times an operator draws."""
+    args: Any = node.args
     if node.target is aten.scaled_dot_product_attention.default:
-        given: Any = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return float(given) == 0.0
-    return node.target is aten.dropout.default and not (node.args[2] and node.args[1])
-
-
-def _is_calm(node: fx.Node) -> bool:
-    """A stack of recurrent layers without dropout between them."""
-    if node.target not in RECURRENT:
-        return False
-    dropout, train = node.args[5:7]
-    return not dropout or not train
+        return int(float(args[4] if len(args) > 4 else node.kwargs.get("dropout_p", 0.0)) > 0)  # type: ignore[arg-type]
+    if node.target in RECURRENT:
+        layers, dropout, train = args[4:7]
+        return layers - 1 if dropout and train else 0
+    if node.target is aten.dropout.default:
+        return int(bool(args[2] and args[1]))
+    return int(node.target in DRAWING)
 
 
 def _dropout(seed: Tensor, salt: int, x: Tensor, p: float, train: bool = True) -> Tensor:
@@ -207,6 +207,25 @@ def _attention(
 
 
 RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+
+
+def _layers(
+    target: Any, seed: Tensor, salt: int, x: Tensor, states: Any, weights: Sequence[Tensor], has_biases: bool,
+    layers: int, dropout: float, train: bool, bidirectional: bool, batch_first: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """A stack of recurrent layers, one after the other, with dropout between them; steps come first."""
+    x = x.transpose(0, 1) if batch_first else x
+    ways, each = 1 + bidirectional, len(weights) // layers
+    last: list[tuple[Tensor, ...]] = []
+    for layer in range(layers):
+        rows = slice(layer * ways, (layer + 1) * ways)
+        own = [state[rows] for state in states] if isinstance(states, list) else states[rows]
+        of_layer = weights[layer * each : (layer + 1) * each]
+        x, *final = target(x, own, of_layer, has_biases, 1, 0.0, train, bidirectional, False)
+        last.append(tuple(final))
+        if dropout and train and layer < layers - 1:
+            x = _dropout(seed, salt + layer, x, dropout)
+    return (x.transpose(0, 1) if batch_first else x, *(torch.cat(parts) for parts in zip(*last)))
 
 
 def _bags(
