@@ -30,6 +30,7 @@ from autopar.operators.attention_operands import (
     empty,
     four_dims,
     grouped,
+    heads_inside,
     is_later,
     like_operand,
     rows_of,
@@ -49,6 +50,8 @@ _SCHEMAS = (
 _LIBRARY = library(*_SCHEMAS)
 ATTENTION = torch.ops.autopar.attention.default
 ATTENTION_BACKWARD = torch.ops.autopar.attention_backward.default
+_FLASH: Any = torch._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD: Any = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def attend(
@@ -109,17 +112,20 @@ def _backward_shape(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if q.dim() < 3 or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1] or q.dim() != k.dim():
-        raise ValueError(f"attention: {shapes} do not fit together")
+        raise ValueError(f"attention: {_shapes(q, k, v)} do not fit together")
     if q.dim() > 3 and (q.shape[:-3] != k.shape[:-3] or q.shape[-3] % k.shape[-3]):
-        raise ValueError(f"attention: {shapes}: the heads of q must be a multiple of those of k and v")
+        raise ValueError(f"attention: {_shapes(q, k, v)}: the heads of q must be a multiple of those of k and v")
     if q.dim() == 3 and q.shape[0] != k.shape[0]:
-        raise ValueError(f"attention: {shapes}: the batches differ")
+        raise ValueError(f"attention: {_shapes(q, k, v)}: the batches differ")
     if mask is not None:
         scores = (*q.shape[:-1], k.shape[-2])
         if torch.broadcast_shapes(mask.shape, scores) != scores:  # type: ignore[no-untyped-call]
             raise ValueError(f"attention: mask {list(mask.shape)} does not broadcast to the scores {list(scores)}")
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -208,10 +214,27 @@ def _fits_cpu(q: Tensor, k: Tensor) -> bool:
     return q.numel() > 0 and k.numel() > 0 and q.dtype in (torch.float32, torch.float64, *HALVES)
 
 
+def _is_direct(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether torch's CPU kernels take, and give, these operands as they are: without a mask every row has a key, so
+    no log-sum-exp is -inf."""
+    if mask is not None or q.dim() != 4 or q.shape[-1] != v.shape[-1] or not _fits_cpu(q, k):
+        return False
+    return q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """:func:`heads_inside` of four dims, which the kernel's results mostly are."""
+    _, heads, length, width = x.shape
+    return x if x.stride() == (length * heads * width, width, heads * width, 1) else heads_inside(x)
+
+
 def _cpu(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     _check(q, k, v, mask)
+    if _is_direct(q, k, v, mask):
+        out, logsumexp = _FLASH(q, k, v, 0.0, is_causal, scale=scale)
+        return _laid_out(out), logsumexp.contiguous()
     if not _fits_cpu(q, k):
         return _plain(q, k, v, mask, is_causal, scale)
     width, bias = max(q.shape[-1], v.shape[-1]), bias_of(mask, q, k, is_causal)
@@ -229,6 +252,9 @@ def _cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
     out: Tensor, logsumexp: Tensor, is_causal: bool, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if _is_direct(q, k, v, mask) and grad.stride(-1) == out.stride(-1) == 1:
+        dq, dk, dv = _FLASH_BACKWARD(grad, q, k, v, out, logsumexp, 0.0, is_causal, scale=scale)
+        return _laid_out(dq), _laid_out(dk), _laid_out(dv)
     if not _fits_cpu(q, k):
         return _plain_backward(grad, q, k, v, mask, out, logsumexp, is_causal, scale)
     width, bias = max(q.shape[-1], v.shape[-1]), bias_of(mask, q, k, is_causal)
