@@ -14,6 +14,9 @@ from torch import Tensor
 from autopar.operators.embedding import within
 from autopar.operators.registry import operator
 
+aten = torch.ops.aten
+SUM = 2  # of losses, as aten's kernels number the ways to reduce them
+
 
 @operator
 def cross_entropy_sums(
@@ -25,6 +28,12 @@ def cross_entropy_sums(
     logits (C), (N, C) or (N, C, d1, ...); target without C.
     """
     wide = _wide(logits.dtype)
+    if logits.dim() == 2 and wide == logits.dtype and not label_smoothing:
+        # the kernel counts as it goes; aten's own, for the one of torch.nn.functional gives the sum alone
+        found: tuple[Tensor, Tensor] = aten.nll_loss_forward(
+            F.log_softmax(logits, 1), target, weight, SUM, ignore_index
+        )
+        return found
     reduction = "sum" if wide == logits.dtype else "none"
     total = F.cross_entropy(
         logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing

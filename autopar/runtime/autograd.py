@@ -28,6 +28,15 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+def _node_elsewhere() -> Any:
+    """A node of a graph through which no backward pass goes."""
+    with torch.enable_grad():
+        return torch.zeros((), requires_grad=True).view(()).grad_fn
+
+
+_ELSEWHERE = _node_elsewhere()
+
+
 def take_saved(backward: Any) -> list[Tensor]:
     """The saved tensors of an ``autograd.Function`` context, which releases them unless the graph is retained."""
     saved = list(backward.saved_tensors)
@@ -38,8 +47,11 @@ def take_saved(backward: Any) -> list[Tensor]:
 def accumulating(backward: Any) -> list[bool]:
     """For each tensor that an ``autograd.Function`` took, whether this pass adds its gradient to ``.grad`` (of a leaf).
 
-    False for all under ``torch.autograd.grad``, which returns the gradients themselves.
+    False for all under ``torch.autograd.grad``, which returns the gradients themselves. A pass that has not been told
+    whose gradients it computes would execute any node, and adds all.
     """
+    if _runs(_ELSEWHERE):
+        return list(backward.needs_input_grad)
     try:
         return [node is not None and _runs(node) for node, _ in backward.next_functions]
     except RuntimeError:

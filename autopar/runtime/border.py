@@ -39,7 +39,7 @@ def part_of(layout: Layout, comm: Communicator, *, is_local: bool = False) -> Pa
         cuts.append((dim, *pieces[0]) if len(pieces) == 1 else (dim, owned.to(comm.device)))
 
     def part(tensor: Tensor) -> Tensor:
-        x = tensor.detach()
+        x = tensor.detach() if tensor.requires_grad else tensor
         if x.device != comm.device:
             x = x.to(comm.device)
         for cut in cuts:
@@ -87,6 +87,7 @@ class Result:
 
     def __post_init__(self) -> None:
         layout, comm = self.value.layout, self.connection.comm
+        self._local_shape = layout.local_shape(comm.mesh)
         if layout.partial:
             raise InvariantError(f"output '{self.name}' is still partial: {layout}; a reduction is missing before it")
         if not layout.axes:
@@ -110,10 +111,10 @@ class Result:
         """The program's part of the gradient of the user's value; zeros where there is none."""
         comm, layout = self.connection.comm, self.value.layout
         if grad is None:
-            return torch.zeros(layout.local_shape(comm.mesh), dtype=self.value.dtype, device=comm.device)
+            return torch.zeros(self._local_shape, dtype=self.value.dtype, device=comm.device)
         if self._join:
             return part_of(layout, comm)(grad)
         if isinstance(grad, DTensor):
             wanted = self._spec.placements if self._spec else [Replicate()] * grad.device_mesh.ndim
             grad = local_of(grad if grad.placements == wanted else grad.redistribute(placements=wanted))
-        return padded(grad, layout.local_shape(comm.mesh)).contiguous()
+        return padded(grad, self._local_shape).contiguous()

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,14 @@ _new: Any = torch.Tensor._dtensor__new__  # type: ignore[attr-defined]
 def local_of(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, without autograd; any other tensor is its own part."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def locals_of(places: Sequence[tuple[Mapping[str, Any], str]]) -> list[Tensor]:
+    """:func:`local_of` of what is held in tables, each by its key."""
+    try:
+        return [table[key]._local_tensor for table, key in places]
+    except AttributeError:  # not all are DTensors
+        return [local_of(table[key]) for table, key in places]
 
 
 def full_of(tensor: Any) -> Any:

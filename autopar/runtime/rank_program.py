@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,7 +28,7 @@ from autopar.runtime.absent import Table
 from autopar.runtime.autograd import below_autograd, is_autocasting, is_watched
 from autopar.runtime.border import joined, part_of, trimmed
 from autopar.runtime.connect import Connection
-from autopar.runtime.dtensor import local_of, of_local, spec_of
+from autopar.runtime.dtensor import local_of, locals_of, of_local, spec_of
 from autopar.runtime.labelled import Labelled
 from autopar.runtime.parameters import tables
 from autopar.runtime.pieces import padded
@@ -53,6 +54,18 @@ class Step:
 
 
 Fetch = Callable[[Step], Tensor]
+
+
+class Held(NamedTuple):
+    """Fetches the local tensor of a parameter or buffer as it is."""
+
+    table: Table
+    key: str
+
+    def __call__(self, step: Step) -> Tensor:
+        return local_of(self.table[self.key])
+
+
 Give = Callable[[Tensor, bool], Tensor | None]
 _NOTHING = nullcontext()
 
@@ -79,7 +92,9 @@ class BoundProgram:
             for position, entry in enumerate(program.outputs)
             if entry.kind is OutputKind.BUFFER_UPDATE
         ]
-        self._fetch = [self._fetcher(node, entry) for node, entry in self.entries]
+        fetch = [self._fetcher(node, entry) for node, entry in self.entries]
+        self._first = [one for one in takewhile(lambda one: isinstance(one, Held), fetch) if isinstance(one, Held)]
+        self._fetch = fetch[len(self._first) :]
         self._gathered = code.resident
         for name, gathering in self.graphs.gathered.items():
             if name not in self._gathered:
@@ -100,7 +115,8 @@ class BoundProgram:
     def call(self, name: str, step: Step) -> tuple[Any, ...]:
         """Run ``name``, keep its outputs in ``step``, write buffer updates back; gives the results after outputs."""
         self.comm.phase = FORWARD if name == LEARN else name
-        inputs = [fetch(step) for fetch in self._fetch]
+        inputs = locals_of(self._first)
+        inputs += [fetch(step) for fetch in self._fetch]
         resident = self._gathered.get(FORWARD if name == LEARN else name)
         if resident is not None:
             inputs += resident.tensors()
@@ -153,7 +169,7 @@ class BoundProgram:
             return lambda step: padded(local_of(table[key]), shape)
         if any(updated is table and name == key for _, updated, name in self._updates):
             return lambda step: local_of(table[key]).clone()  # forward may save it, and then it is written to
-        return lambda step: local_of(table[key])
+        return Held(table, key)
 
     def _gather(self, gathering: Gathering) -> Gathered:
         targets = {entry.node: entry.target for _, entry in self.entries if entry.kind is InputKind.PARAMETER}
@@ -180,13 +196,14 @@ class BoundProgram:
                 grad = trimmed(grad, local.shape)
             accumulate = accumulate and not is_watched(parameter)
             spec = spec_of(parameter)
-            if accumulate and held is not None and (spec_of(held) is spec or spec_of(held) == spec):
+            if not accumulate:
+                return of_local(grad, spec)
+            if held is None:
+                parameter.grad = of_local(grad, spec)  # as autograd would, without 20 us of DTensor's dispatch for each
+            elif spec_of(held) is spec or spec_of(held) == spec:
                 local_of(held).add_(grad)
-                return None
-            whole = of_local(grad, spec)
-            if not accumulate or held is not None:
-                return whole
-            parameter.grad = whole  # as autograd would, without 20 us of DTensor's dispatch for each parameter
+            else:
+                return of_local(grad, spec)
             return None
 
         return give
