@@ -1,6 +1,7 @@
 """Which operators of a rank graph may write their result over an argument whose last use they are.
 
     add = aten.add(mm, x)     -->     add = aten.add_(mm, x)      where no later node needs the memory of mm
+    s = comm.all_reduce(cat)  -->     s = comm.all_reduce(cat, in_place=True)
 
 The graph itself stays functional; only the Python emitted from it writes in place. On a CPU new memory costs more than
 a pointwise operator itself: large blocks come from the system page by page, each filled with zeros first.
@@ -8,6 +9,7 @@ a pointwise operator itself: large blocks come from the system page by page, eac
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import fx
 from autopar.ir import collectives as comm
 from autopar.ir.node import Node, values
 from autopar.ir.operator_facts import is_composite, is_overload, is_view
+from autopar.ir.sizes import is_expression
 from autopar.mesh import Mesh
 
 aten = torch.ops.aten
@@ -44,6 +47,8 @@ FLAT = (
 DENSE = (*FLAT, operator.getitem, aten.t.default, aten.transpose.int, aten.permute.default)
 ORDERED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default, aten.embedding.default)
 STARTING = comm.targets(comm.STARTED)
+REDUCING = comm.targets(("all_reduce", "start_all_reduce"))
+FEWEST = 4096  # elements that a sum over ranks leaves where they are: a copy of fewer takes no time to speak of
 KEEPING_ORDER = frozenset((*IN_PLACE, *FLAT, aten.cat.default, *(comm.ELEMENTWISE & comm.targets(comm.MOVING))))
 
 
@@ -53,6 +58,8 @@ def reused(graph: fx.Graph, mesh: Mesh) -> dict[Node, int]:
     found: dict[Node, int] = {}
     for node in graph.nodes:
         if node.target in IN_PLACE and memory.is_free(node, 0):
+            found[node] = 0
+        elif node.target in REDUCING and memory.is_free(node, 0) and memory.is_large(node):
             found[node] = 0
         elif node.target in SYMMETRIC and not node.kwargs and memory.is_free(node, 1) and memory.is_ordered(node):
             found[node] = 1  # in the first argument's memory it has that one's strides, as it would in new memory
@@ -66,6 +73,7 @@ class _Memory:
         self.mesh = mesh
         self.base: dict[Node, Node] = {}  # value -> the node whose memory it is in
         self.shared: set[Node] = set()  # bases whose memory is not, or may not be, the graph's own to the end
+        self.starts: dict[Node, set[Node]] = {}  # base -> the collectives that read it until they are waited for
         self.last: dict[Node, Node] = {}  # base -> the last node that reads it
         self.ordered: set[Node] = set()  # values that are stored row by row, without gaps
         for node in graph.nodes:
@@ -80,9 +88,12 @@ class _Memory:
         sources = node.all_input_nodes
         passes_on = node.target is operator.getitem or node.target in comm.TARGETS or is_view(node.target)
         self.base[node] = self.base[sources[0]] if passes_on and sources else node
-        if node.target in STARTING:  # read until the wait
-            self.shared.update(self.base[source] for source in sources)
+        if node.target in STARTING:
+            for source in sources:
+                self.starts.setdefault(self.base[source], set()).add(node)
             self.base[node] = node
+        elif node.target in REDUCING and self.mesh.size(str(comm.arguments_of(node)["axis"])) > 1:
+            self.base[node] = node  # new memory, or that of an operand which nobody reads any more
         elif not sources or not passes_on and not _allocates(node.target):  # inputs, constants, maybe an argument
             self.shared.update(self.base[source] for source in (node, *sources))
         if node.target in ORDERED or node.target in KEEPING_ORDER and self.is_ordered(node):
@@ -99,9 +110,16 @@ class _Memory:
             return False
         base = self.base[source]
         others = [other for other in node.all_input_nodes if other is not source]
-        if base in self.shared or self.last[base] is not node or any(self.base[other] is base for other in others):
+        if base in self.shared or self.starts.get(base, set()) - {node} or self.last[base] is not node:
+            return False
+        if any(self.base[other] is base for other in others):
             return False
         return self._size(source) == self._size(node) and self._is_dense(source)
+
+    def is_large(self, node: Node) -> bool:
+        """Whether a copy of ``node`` may take some time."""
+        size = math.prod(self._size(node)[1])
+        return is_expression(size) or size >= FEWEST
 
     def _size(self, node: Node) -> tuple[torch.dtype, tuple[int, ...]]:
         (kind,) = values(node)

@@ -314,6 +314,7 @@ class _Body:
             return f"torch.tensor({position}, device=comm.device)"
         leading = [self.text(given.pop(key)) for key in ("x", "axis", "op") if key in given]
         shown = [f"{key}={self.text(value)}" for key, value in given.items() if DEFAULTS.get(key) != value]
+        shown += ["in_place=True"] * (node in self.reused)
         return f"comm.{name}({', '.join(leading + shown)})"
 
     def text(self, value: Any) -> str:

@@ -132,10 +132,11 @@ class Communicator:
 
     # ------------------------------------------------------------ with communication
 
-    def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
+    def all_reduce(self, x: Tensor, axis: str, op: str = "sum", in_place: bool = False) -> Tensor:
+        """``in_place``: the result may take the memory of ``x``, which nobody reads any more."""
         if self.group(axis) is None:
             return x
-        return self._send("all_reduce", axis, x, torch_collectives.all_reduce, op)
+        return self._send("all_reduce", axis, x, torch_collectives.all_reduce, op, in_place)
 
     def all_gather(
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0
@@ -203,11 +204,11 @@ class Communicator:
         """As :meth:`return_rows`; see :meth:`start_all_reduce`."""
         return self._start_rows("return_rows", x, axis, send.tolist(), receive.tolist())
 
-    def start_all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
+    def start_all_reduce(self, x: Tensor, axis: str, op: str = "sum", in_place: bool = False) -> Tensor:
         """As :meth:`all_reduce`, but the result is available only after :meth:`wait`; ``x`` must not change before."""
         if self.group(axis) is None:
             return x
-        return self._start("all_reduce", axis, x, torch_collectives.start_all_reduce, op)
+        return self._start("all_reduce", axis, x, torch_collectives.start_all_reduce, op, in_place)
 
     def start_all_gather(
         self, x: Tensor, axis: str, ways: int, dim: int, outer: int = 1, ratio: Sequence[int] = PLAIN, length: int = 0

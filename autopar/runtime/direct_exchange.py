@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,8 @@ SUMS: dict[str, Callable[..., Any]] = {
 _all_to_all: Any = torch.ops._c10d_functional.all_to_all_single.default
 _wait: Any = torch.ops._c10d_functional.wait_tensor.default
 _all_to_all_into: Callable[..., Any] = dist.all_to_all_single
-_pending: dict[int, tuple[Tensor, Callable[[], object]]] = {}  # address of a result -> it, and what it waits for
+# address of a result -> it, while anybody has it, and what gives it its values
+_pending: dict[int, tuple[ref[Tensor], Callable[[Tensor], object]]] = {}
 
 
 def is_possible(x: Tensor, group: ProcessGroup) -> bool:
@@ -70,7 +72,7 @@ def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     ways = group.size()
     own = x.new_empty((x.shape[0] // ways, *x.shape[1:]))
     received = _exchanged(x.detach(), group)
-    return _later(own, lambda: SUMS["sum"](_wait(received).view(ways, *own.shape), out=own))
+    return _later(own, lambda out: SUMS["sum"](_wait(received).view(ways, *out.shape), out=out))
 
 
 def start_all_gather_into(x: Tensor, group: ProcessGroup, out: Tensor) -> Any:
@@ -87,15 +89,15 @@ def start_all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Tensor | None:
         found = torch.empty(x.shape, dtype=x.dtype)
         received = _exchanged(x.detach().reshape(-1).repeat(ways), group)
         of_rows = _in_order if op == "sum" else SUMS[op]
-        return _later(found, lambda: of_rows(_wait(received).view(ways, *x.shape), out=found))
+        return _later(found, lambda out: of_rows(_wait(received).view(ways, *out.shape), out=out))
     if x.numel() % ways == 0 and sums_in_two(ways, size):
         found = torch.empty(x.shape, dtype=x.dtype)
         received = _exchanged(x.detach().reshape(-1), group)
 
-        def finish() -> None:
-            rows = found.view(ways, -1)
+        def finish(out: Tensor) -> None:
+            rows = out.view(ways, -1)
             own = SUMS[op](_wait(received).view_as(rows), out=rows.new_empty(rows.shape[1]))
-            start_all_gather_into(own, group, found.view(-1)).wait()
+            start_all_gather_into(own, group, out.view(-1)).wait()
 
         return _later(found, finish)
     return None
@@ -105,10 +107,10 @@ def finish(x: Tensor) -> bool:
     """Wait for ``x``, a result of one of the functions ``start_...`` of this module; False where it is none."""
     if not _pending:
         return False
-    _, complete = _pending.pop(x.data_ptr(), (x, None))
+    _, complete = _pending.pop(x.data_ptr(), (None, None))
     if complete is None:
         return False
-    complete()
+    complete(x)
     return True
 
 
@@ -128,8 +130,12 @@ def _exchanged(x: Tensor, group: ProcessGroup) -> Tensor:
     return result
 
 
-def _later(result: Tensor, complete: Callable[[], object]) -> Tensor:
-    """``result``, which has its values once :func:`finish` has called ``complete``. It is kept until then, so that no
-    other tensor has its address."""
-    _pending[result.data_ptr()] = result, complete
+def _later(result: Tensor, complete: Callable[[Tensor], object]) -> Tensor:
+    """``result``, which has its values once :func:`finish` has called ``complete`` with it.
+
+    Where nobody waits for it any more (a step has failed), it and what it waits for are given back with its last user,
+    before another tensor has its address.
+    """
+    address = result.data_ptr()
+    _pending[address] = ref(result, lambda _: _pending.pop(address, None)), complete
     return result

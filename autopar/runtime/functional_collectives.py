@@ -1,6 +1,7 @@
 """The one door to torch's functional collectives, whose names torch is about to change (``*_tensor`` to ``*_single``).
 
-Each returns a new tensor (except ``..._into``), works along dim 0 and, except those called ``start_...``, has ended
+Each returns a new tensor (except ``..._into``, and a sum ``in_place``, which is without the functional form's copy of
+its operand), works along dim 0 and, except those called ``start_...``, has ended
 when it returns. They are ordinary operators, so ``torch.distributed.tensor.debug.CommDebugMode`` and c10d's hooks see
 them.
 
@@ -42,6 +43,7 @@ _wait = _named("wait_tensor")
 _all_reduce = _named("all_reduce")
 _reduce_scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
 _all_to_all = _named("all_to_all_single")
+_REDUCTIONS: dict[str, Any] = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 _all_gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -53,10 +55,16 @@ def wait(x: Tensor) -> Tensor:
     return result
 
 
-def start_all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Tensor:
+def start_all_reduce(x: Tensor, group: ProcessGroup, op: str, in_place: bool = False) -> Tensor:
+    """``in_place``: in the memory of ``x``, unless the way that is taken has a result of its own anyway."""
     direct = direct_exchange.start_all_reduce(x, group, op) if direct_exchange.is_possible(x, group) else None
     if direct is not None:
         return direct
+    if in_place and x.is_contiguous():
+        chosen: Any = dist.AllreduceOptions()
+        chosen.reduceOp, chosen.asyncOp = _REDUCTIONS[op], True
+        _register_work(x, group.allreduce([x], chosen))  # for wait
+        return x
     result: Tensor = _all_reduce(x, op, group.group_name)
     return result
 
@@ -92,8 +100,8 @@ def start_shift(x: Tensor, group: ProcessGroup, by: int) -> Tensor:
     return result
 
 
-def all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Tensor:
-    return wait(start_all_reduce(x, group, op))
+def all_reduce(x: Tensor, group: ProcessGroup, op: str, in_place: bool = False) -> Tensor:
+    return wait(start_all_reduce(x, group, op, in_place))
 
 
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:

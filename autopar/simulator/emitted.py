@@ -199,9 +199,7 @@ class LockstepCommunicator:
         if _key(x) not in self._under_way:
             raise InvariantError(f"a wait over axis '{axis}' for what was never started")
         _, compute, _ = self._under_way.pop(_key(x))
-        for memory, value in {id(memory): (memory, value) for memory, value in zip(x.of, compute())}.values():
-            memory.copy_(value)
-        return x
+        return _arrived(x, compute())
 
     def refuse_left_over(self) -> None:
         """Raise InvariantError for a collective that nobody has waited for."""
@@ -220,12 +218,16 @@ class LockstepCommunicator:
             return Values([part.clone() for part in x.of]) if name.endswith("shift") else x
         names = argument_names(getattr(comm.OPS, name).default)
         rest = [arguments[key] for key in names if key not in ("x", "axis")]
-        compute = partial(self._computed, name, x, axis, rest)
-        if name not in comm.STARTED:
+        compute: Callable[[], Ranks] = partial(self._computed, name, x, axis, rest)
+        in_place = bool(arguments.get("in_place"))
+        if name not in comm.STARTED and not in_place:
             return Values(compute())
-        poison = _poisoned(compute())
-        self._under_way[_key(poison)] = poison, compute, f"{name} over axis '{axis}'"
-        return poison
+        results = compute()
+        memory = _in_memory_of(x, results) if in_place else _poisoned(results)
+        if name not in comm.STARTED:
+            return _arrived(memory, results)
+        self._under_way[_key(memory)] = memory, (lambda: results) if in_place else compute, f"{name} over axis '{axis}'"
+        return memory
 
     def _computed(self, name: str, x: Values, axis: str, rest: Sequence[Any]) -> Ranks:
         results: Ranks = [None] * self._mesh.world_size
@@ -239,6 +241,24 @@ class LockstepCommunicator:
 
 def _key(values: Values) -> tuple[int, ...]:
     return tuple(map(id, values.of))
+
+
+def _arrived(x: Values, results: Ranks) -> Values:
+    """``x``, in whose memory ``results`` are now."""
+    for memory, value in {id(memory): (memory, value) for memory, value in zip(x.of, results)}.values():
+        memory.copy_(value)
+    return x
+
+
+def _in_memory_of(x: Values, results: Ranks) -> Values:
+    """Memory for ``results``, shared as they are, from that of ``x``, in which nobody may read any more."""
+    found: dict[int, Tensor] = {}
+    for part, result in zip(x.of, results):
+        if not any(part is memory for memory in found.values()):
+            found.setdefault(id(result), part)
+    for part in x.of:
+        part.copy_(_poison(part))
+    return Values([found.setdefault(id(result), _poison(result)) for result in results])
 
 
 def _poisoned(results: Ranks) -> Values:

@@ -20,6 +20,7 @@ from tests.selection import slow_but
 Collective = Callable[[Tensor, dist.ProcessGroup], Tensor]
 COLLECTIVES: dict[str, Collective] = {
     "sum": lambda x, group: functional_collectives.all_reduce(x, group, "sum"),
+    "sum in place": lambda x, group: functional_collectives.all_reduce(x.clone(), group, "sum", in_place=True),
     "max": lambda x, group: functional_collectives.all_reduce(x, group, "max"),
     "scatter": functional_collectives.reduce_scatter,
     "gather": functional_collectives.all_gather,
@@ -50,7 +51,7 @@ def wrong_results(size: int) -> list[str]:
     group, wrong = comm._groups["dp"], []
     assert group is not None
     for name, dtype, shape in itertools.product(COLLECTIVES, DTYPES, SHAPES):
-        is_sum = name in ("sum", "max")
+        is_sum = name in ("sum", "sum in place", "max")
         if (dtype is torch.bool and is_sum) or (not is_sum and not (shape and shape[0])):
             continue
         if name == "scatter" and (dtype is torch.bool or shape[0] % size):
@@ -106,6 +107,17 @@ def test_a_small_sum_does_not_depend_on_vectors_and_threads(dtype: torch.dtype) 
     assert (whole.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
     if dtype is torch.float64:
         assert any(not torch.equal(rows.sum(0)[:end], rows[:, :end].contiguous().sum(0)) for end in range(1, 1001, 7))
+
+
+def test_what_nobody_waits_for_is_given_back() -> None:
+    """A step that fails after the start of a collective holds no memory by it."""
+    result = direct_exchange._later(torch.empty(3), lambda out: out.fill_(2.0))
+    lost = direct_exchange._later(torch.empty(3), lambda out: out.fill_(3.0))
+    assert len(direct_exchange._pending) == 2
+    del lost
+    assert list(direct_exchange._pending) == [result.data_ptr()]
+    assert direct_exchange.finish(result) and torch.equal(result, torch.full((3,), 2.0))
+    assert not direct_exchange._pending and not direct_exchange.finish(result)
 
 
 def test_choices() -> None:

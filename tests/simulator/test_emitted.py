@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from autopar.codegen import in_place
+from autopar.codegen.python import emit
 from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.parse import parse
@@ -88,6 +89,40 @@ def test_memory_of_a_collective_under_way(monkeypatch: pytest.MonkeyPatch) -> No
     assert same(both(text, EARLY))
     monkeypatch.setattr(in_place._Memory, "is_free", free_too_early)
     assert not same(both(text, EARLY))
+
+
+LARGE = """
+program mesh(dp=2)
+  x    = input : f64[128@dp,64]
+  g    = aten.mul.Tensor(x, 2) : f64[128@dp,64]
+  s    = comm.{start}all_reduce(g, dp) : f64[64,64]
+  {rest}
+"""
+MORE = {
+    "start_": "  k = aten.add.Tensor(g, 1) : f64[128@dp,64]\n  w = comm.wait(s, dp) : f64[64,64]\n  return w, k",
+    "": "  k = aten.add.Tensor(g, s) : f64[128@dp,64]\n  return s, k",
+}
+
+
+@pytest.mark.parametrize("start", MORE)
+def test_a_large_sum_takes_the_memory_of_what_nobody_reads(monkeypatch: pytest.MonkeyPatch, start: str) -> None:
+    lonely = "w = comm.wait(s, dp) : f64[64,64]\n  return w" if start else "return s"
+    read_later = MORE[start].strip()
+
+    def results(rest: str) -> bool:
+        graph = parse(LARGE.format(start=start, rest=rest).strip()).graph
+        given = [[torch.randn(64, 64, dtype=torch.float64) for _ in range(2)]]
+        plain = Lockstep(Mesh(dp=2)).run(graph, list(given))
+        return same((plain, EmittedLockstep(Mesh(dp=2)).run(graph, list(given))))
+
+    def written(rest: str) -> int:
+        program = parse(LARGE.format(start=start, rest=rest).strip())
+        return emit({"f": program.graph}, program).count("in_place=True")
+
+    assert written(lonely) == 1 and results(lonely)
+    assert written(read_later) == 0 and results(read_later)
+    monkeypatch.setattr(in_place._Memory, "is_free", free_too_early)
+    assert written(read_later) == 1 and not results(read_later)
 
 
 SHARED = """program mesh(dp=2)
