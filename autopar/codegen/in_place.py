@@ -57,9 +57,13 @@ def reused(graph: fx.Graph, mesh: Mesh) -> dict[Node, int]:
     memory = _Memory(graph, mesh)
     found: dict[Node, int] = {}
     for node in graph.nodes:
-        if node.target in IN_PLACE and memory.is_free(node, 0):
-            found[node] = 0
-        elif node.target in REDUCING and memory.is_free(node, 0) and memory.is_large(node):
+        if (
+            node.target in IN_PLACE
+            and memory.is_free(node, 0)
+            or node.target in REDUCING
+            and memory.is_free(node, 0)
+            and memory.is_large(node)
+        ):
             found[node] = 0
         elif node.target in SYMMETRIC and not node.kwargs and memory.is_free(node, 1) and memory.is_ordered(node):
             found[node] = 1  # in the first argument's memory it has that one's strides, as it would in new memory

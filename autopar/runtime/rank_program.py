@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -56,7 +56,8 @@ class Step:
 Fetch = Callable[[Step], Tensor]
 
 
-class Held(NamedTuple):
+@dataclass(frozen=True)
+class Held:
     """Fetches the local tensor of a parameter or buffer as it is."""
 
     table: Table
@@ -93,7 +94,8 @@ class BoundProgram:
             if entry.kind is OutputKind.BUFFER_UPDATE
         ]
         fetch = [self._fetcher(node, entry) for node, entry in self.entries]
-        self._first = [one for one in takewhile(lambda one: isinstance(one, Held), fetch) if isinstance(one, Held)]
+        leading = takewhile(lambda one: isinstance(one, Held), fetch)
+        self._first = [(one.table, one.key) for one in leading if isinstance(one, Held)]
         self._fetch = fetch[len(self._first) :]
         self._gathered = code.resident
         for name, gathering in self.graphs.gathered.items():

@@ -29,7 +29,7 @@ def counted(sequence: str, bucket_mb: float) -> dict[str, int]:
     found: Counter[str] = Counter()
     for operator, times in counter.get_comm_counts().items():
         kind = str(operator).rpartition(".")[2]
-        kind = "all_gather" if kind == "_allgather_base_" else kind
+        kind = {"_allgather_base_": "all_gather", "allreduce_": "all_reduce"}.get(kind, kind)  # in place
         found[kind.replace("_into_tensor", "").replace("_tensor", "").replace("_single", "")] += times
     return dict(found)
 
