@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autopar.exporters.functional import holds
+from autopar.operators import losses
 from autopar.operators.attention_operands import accumulated, alike, scale_of
 from autopar.operators.attention_tile import MERGE, TILE
 from autopar.operators.bags import EMBEDDING_BAGS
@@ -261,6 +262,25 @@ def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
     return value.clone()
 
 
+# ---------------------------------------------------------------- losses
+
+
+def cross_entropy_sums(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """As :mod:`autopar.operators.losses`."""
+    total, count = losses.cross_entropy_sums(logits, target, weight, ignore_index, label_smoothing)
+    return total, losses.count_of(target, weight, ignore_index, count.dtype)
+
+
+def nll_loss_forward(
+    logarithms: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """As aten's, whose second result is 1 in what torch.onnx makes of it (torch 2.13)."""
+    total, count = torch.ops.aten.nll_loss_forward(logarithms, target, weight, reduction, ignore_index)
+    return total, losses.count_of(target, weight, ignore_index, count.dtype) if reduction else count
+
+
 PLAIN: dict[Any, Callable[..., Any]] = {
     TILE: attention_tile,
     MERGE: merge_tiles,
@@ -276,5 +296,7 @@ PLAIN: dict[Any, Callable[..., Any]] = {
     EMBEDDING_BAGS: embedding_bags,
     RECURRENT_LAYER: recurrent_layer,
     STRAIGHT_THROUGH: straight_through,
+    losses.cross_entropy_sums: cross_entropy_sums,
+    torch.ops.aten.nll_loss_forward.default: nll_loss_forward,
     torch.ops.aten.view.default: torch.reshape,  # results are not always laid out as the kernels lay theirs out
 }

@@ -38,14 +38,15 @@ def cross_entropy_sums(
     total = F.cross_entropy(
         logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )
-    return total if reduction == "sum" else total.sum(dtype=wide), _count(target, weight, ignore_index, wide)
+    return total if reduction == "sum" else total.sum(dtype=wide), count_of(target, weight, ignore_index, wide)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _count(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+def count_of(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """The divisor of a mean over the labels ``target``: how many count, or the sum of their weights."""
     counted = target != ignore_index
     if weight is None:
         return counted.sum().to(dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopar.exporters.rank_module import FORMS
+from autopar.operators import losses
 from autopar.operators.attention import ATTENTION, ATTENTION_BACKWARD
 from autopar.operators.attention_tile import MERGE, TILE, TILE_BACKWARD
 from autopar.operators.bags import EMBEDDING_BAGS
@@ -151,6 +152,12 @@ def formulas() -> Samples:
     ]
 
 
+def labelled_rows() -> Samples:
+    """(logarithms, labels, weights of classes or None) of rows some of which do not count."""
+    labels = torch.tensor([0, 1, -100, 3, 4, -100, 2])
+    return [(numbers(7, 5), labels, None), (numbers(7, 5), labels, numbers(5).exp())]
+
+
 SAMPLES: dict[Any, Callable[[], Samples]] = {
     ATTENTION: attentions,
     ATTENTION_BACKWARD: attention_gradients,
@@ -171,6 +178,10 @@ SAMPLES: dict[Any, Callable[[], Samples]] = {
     EMBEDDING_BAGS: bags,
     RECURRENT_LAYER: layers,
     STRAIGHT_THROUGH: lambda: [(numbers(3), numbers(3))],
+    losses.cross_entropy_sums: lambda: [
+        (*rows, -100, smoothing) for rows in labelled_rows() for smoothing in (0.0, 0.1)
+    ],
+    torch.ops.aten.nll_loss_forward.default: lambda: [(*rows, 2, -100) for rows in labelled_rows()],
     torch.ops.aten.view.default: lambda: [(numbers(4, 6), [3, 8])],
 }
 
