@@ -20,6 +20,7 @@ from autopar import Mesh, NumericsError, Plan, TraceError
 from autopar.check import Reference, Report, check
 from autopar.frontend.trace import trace
 from autopar.simulate import simulate
+from tests.selection import slow_but
 
 MESHES = (Mesh(dp=2, tp=2), Mesh(pp=2))
 
@@ -162,7 +163,7 @@ DRAWING: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWING)
+@pytest.mark.parametrize("name", slow_but([1], DRAWING))
 def test_models_with_dropout(name: str) -> None:
     build, shape = DRAWING[name]
     reference = Reference(build(), {"x": torch.randn(shape)})

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.selection import slow_but
 from tests.test_layering import OURS, imported, tree_of
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +87,8 @@ def test_hooks_are_set_once_when_this_process_becomes_a_rank() -> None:
 CHANGES = ["sys.excepthook = print", "atexit.register(int)", "warnings.simplefilter('error')"]
 
 
-@pytest.mark.parametrize("line", slow_but([1], CHANGES))
+@pytest.mark.slow
+@pytest.mark.parametrize("line", CHANGES)
 def test_a_change_is_seen(line: str) -> None:
     (said,) = lines_of(f"{WATCH}\nbefore = state()\n{line}\nprint(changed(before))")
     assert said

@@ -25,7 +25,7 @@ from tests.test_layering import STANDS_ON
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BY_DEFAULT = ("README.md", "pipeline.md")  # whose scripts for torchrun are not slow
+BY_DEFAULT = ("README.md",)  # whose scripts for torchrun are not slow
 NEEDS = {  # page -> what its blocks import, beside what every installation has
     "checkpoints.md": ("transformers",),
     "frameworks.md": ("transformers", "accelerate", "lightning", "peft"),
@@ -94,7 +94,7 @@ def scripts() -> list[Block]:
 
 
 def of_which_some_are_slow() -> list[Any]:
-    """The numbers of the scripts; those of two pages run by default."""
+    """The numbers of the scripts; those of one page run by default."""
     pages = [page.name for page in PAGES for block, _ in blocks(page, "python") if is_script(block)]
     return slow_but([place for place, page in enumerate(pages) if page in BY_DEFAULT], range(len(pages)))
 

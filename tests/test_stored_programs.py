@@ -22,6 +22,7 @@ from autopar.ir.program import PipelinedProgram
 from autopar.models import gpt
 from tests.against_one_process import difference
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 
 class Small(nn.Module):
@@ -77,11 +78,14 @@ def gpt_batch(rows: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("mesh", "plan", "rows"),
-    [
-        (Mesh(dp=1), Plan(), 4),
-        (Mesh(dp=2, tp=2), Plan(zero=3), 4),
-        (Mesh(pp=2, tp=2), Plan(microbatches=2, schedule="gpipe"), 3),  # the last microbatch has one row: the tail
-    ],
+    slow_but(
+        [0],
+        [
+            (Mesh(dp=1), Plan(), 4),
+            (Mesh(dp=2, tp=2), Plan(zero=3), 4),
+            (Mesh(pp=2, tp=2), Plan(microbatches=2, schedule="gpipe"), 3),  # the last microbatch has one row: the tail
+        ],
+    ),
     ids=["one", "zero", "pipeline"],
 )
 def test_the_numbers_of_the_model(

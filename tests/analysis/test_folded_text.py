@@ -83,7 +83,7 @@ CASES: list[tuple[str, Mesh, Plan, bool, dict[str, object]]] = [
 ]
 
 
-@pytest.mark.parametrize("model, mesh, plan, finish, config", CASES)
+@pytest.mark.parametrize("model, mesh, plan, finish, config", slow_but([0, 3, 5, 6], CASES))
 def test_folds_say_exactly_what_they_hide(
     model: str,
     mesh: Mesh,

@@ -99,7 +99,7 @@ def leg(build: Callable[[], nn.Module], mesh: str, zero: int, directory: Path) -
 
 
 @pytest.mark.parametrize(
-    ("build", "legs"), slow_but([0], JOURNEYS), ids=["tiny", "grouped", "from a split sequence", "to one"]
+    ("build", "legs"), slow_but([2], JOURNEYS), ids=["tiny", "grouped", "from a split sequence", "to one"]
 )
 def test_from_mesh_to_mesh(build: type[nn.Module], legs: tuple[tuple[str, int], ...], tmp_path: Path) -> None:
     model = prepared(build, "", 0)
@@ -201,7 +201,7 @@ def be_killed(directory: Path, victim: int, where: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize(("victim", "where"), [(1, "write_data"), (0, "finish")])
+@pytest.mark.parametrize(("victim", "where"), slow_but([1], [(1, "write_data"), (0, "finish")]))
 def test_a_rank_killed_while_saving(victim: int, where: str, tmp_path: Path) -> None:
     results = try_ranks(be_killed, 2, tmp_path, victim, where, timeout=100.0)
     assert results[victim] is None

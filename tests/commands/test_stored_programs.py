@@ -60,7 +60,7 @@ def test_train_from_a_program(
 def test_a_program_runs_where_its_model_is_not_installed(tmp_path: Path) -> None:
     """Compiled from a Hugging Face model in this process, run by ranks that cannot import transformers."""
     example = named_model("hf:llama", {"num_hidden_layers": 1}, 4, 8, seed=3)
-    program = autopar.compile_program(example.model, autopar.Mesh(dp=2, tp=2), None, (), example.batch)
+    program = autopar.compile_program(example.model, autopar.Mesh(dp=2), None, (), example.batch)
     program.save(tmp_path / "out")
     save_file({name: p.detach().clone() for name, p in example.model.named_parameters()}, tmp_path / "weights")
     save_file(example.batch, tmp_path / "inputs")

@@ -115,8 +115,28 @@ def test_a_killed_rank(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["step-00000008", "step-00000010"]
 
 
+def test_stopped_and_resumed(tmp_path: Path) -> None:
+    """SIGTERM to one rank of two: both end the step, save and stop; another mesh goes on from there."""
+    run = ["--steps", "5", "--no-compare", "--accumulate", "2"]
+    whole, log, saved = (str(tmp_path / name) for name in ("whole.jsonl", "log.jsonl", "saved"))
+    assert train(*run, "--mesh", "1", "--log", whole)[0] == 0
+    kept = [*run, "--checkpoint", saved, "--log", log, "--resume"]
+    stopped = run_ranks(stopped_rank, 2, 5, 1, *kept, "--mesh", "dp=2", "--zero", "1")
+    assert [code for code, *_ in stopped] == [0, 0]
+    assert f"stopped by SIGTERM after 3 of 5 steps; saved {saved}/step-00000003" in stopped[0][2]
+    code, out, _ = train(*kept, "--mesh", "1", "--json")
+    document = json.loads(out)
+    assert code == 0 and document["first_step"] == 3 and document["checkpoint"] == f"{saved}/step-00000005"
+    torch.testing.assert_close(losses(Path(log)), losses(Path(whole)), rtol=0, atol=1e-5)
+    assert document["losses"] == losses(Path(log))[3:]
+    assert [record["event"] for record in records(Path(log)) if "event" in record] == ["stopped", "resumed"]
+    code, out, _ = train(*kept, "--mesh", "1")
+    assert code == 0 and "has 5 steps already" in out
+
+
+@pytest.mark.slow
 def test_stopped_and_resumed_on_other_meshes(tmp_path: Path) -> None:
-    """SIGTERM to one rank of two: both end the step, save and stop; other meshes and stages go on from there."""
+    """The same on three meshes and stages, one after the other."""
     run = ["--steps", "7", "--no-compare", "--accumulate", "2"]
     whole, log, saved = (str(tmp_path / name) for name in ("whole.jsonl", "log.jsonl", "saved"))
     assert train(*run, "--mesh", "1", "--log", whole)[0] == 0
@@ -264,7 +284,8 @@ def test_a_step_is_traced(tmp_path: Path) -> None:
     """The timeline of all ranks in one file, and one file for each; those of an earlier run are gone."""
     (tmp_path / "ranks").mkdir()
     (tmp_path / "ranks/rank7.json").write_text("of a run with more ranks")
-    code, _, said = train("--mesh", "dp=2", "--steps", "2", "--no-compare", "--trace", str(tmp_path))
+    words = ["--mesh", "dp=2", "--steps", "2", "--no-compare", "--trace", str(tmp_path)]
+    (code, _, said), _ = run_ranks(train, 2, *words)
     assert code == 0 and "timeline of a step" in said
     assert sorted(path.name for path in (tmp_path / "ranks").iterdir()) == ["rank0.json", "rank1.json"]
     events = json.loads((tmp_path / "step.json").read_text())["traceEvents"]

@@ -20,6 +20,7 @@ from autopar.models import gpt
 from autopar.simulate import simulate
 from tests import hugging_face
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 EXACT = 1e-12
 LENGTHS = {"llama": (13, 13), "bert": (13, 13), "t5": (13, 10), "gpt2": (13, 13), "bart": (11, 14)}  # ids, labels
@@ -32,7 +33,8 @@ def batch_of(name: str, **changes: Any) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"), [*((name, "sp=2") for name in LENGTHS), ("llama", "sp=4"), ("t5", "dp=2,sp=2")]
+    ("name", "mesh"),
+    slow_but([1, 2, 3, 5], [*((name, "sp=2") for name in LENGTHS), ("llama", "sp=4"), ("t5", "dp=2,sp=2")]),
 )
 def test_results_are_those_without_padding(name: str, mesh: str) -> None:
     model, batch = batch_of(name)

@@ -44,20 +44,21 @@ QUADRUPLES = [",".join(f"{axis}=2" for axis in chosen) for chosen in itertools.c
 
 
 @cache
-def reference() -> Reference:
-    """Four layers, for stages of one; labels that are ignored unequally often by row."""
-    example = named_model("hf:mixtral", {"num_hidden_layers": 4}, batch=24)
+def reference(layers: int) -> Reference:
+    """Labels that are ignored unequally often by row."""
+    example = named_model("hf:mixtral", {"num_hidden_layers": layers}, batch=24)
     return Reference(example.model, example.batch)
 
 
 def exact(mesh: str, choices: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*microbatch.*")  # bubbles: these are short
-        report = reference().check(Mesh.parse(mesh), Plan(**choices, check_numerics=False))
+        layers = 2 if Mesh.parse(mesh).world_size > 16 else 4  # for stages of one
+        report = reference(layers).check(Mesh.parse(mesh), Plan(**choices, check_numerics=False))
     assert report.grads and report.worst <= TOLERANCE, report
 
 
-FAST = [number for number, mesh in enumerate(CASES) if number in (3, 8) or mesh.count(",") > 2]
+FAST = [number for number, mesh in enumerate(CASES) if mesh.count(",") > 2]
 
 
 @pytest.mark.parametrize("mesh", slow_but(FAST, list(CASES)))

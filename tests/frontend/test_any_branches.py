@@ -13,6 +13,7 @@ from autopar.frontend.trace import trace
 from autopar.mesh import Mesh
 from tests.loops_over_experts import Loop, Mixture
 from tests.passes.test_stack_experts import products, program, rows
+from tests.selection import slow_but
 
 
 def if_any(experts: nn.ModuleList, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -109,7 +110,9 @@ def more(experts: nn.ModuleList, x: Tensor, weights: Tensor, chosen: Tensor) -> 
     return out
 
 
-@pytest.mark.parametrize("loop", [of_another, until_none, nested, kept, more], ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize(
+    "loop", slow_but([0, 2, 3], [of_another, until_none, nested, kept, more]), ids=lambda loop: loop.__name__
+)
 def test_another_branch_is_refused(loop: Loop) -> None:
     with pytest.raises(TraceError) as info:
         trace(Mixture(loop), (), rows())

@@ -24,6 +24,7 @@ from autopar.frontend.trace import trace
 from autopar.operators.straight_through import STRAIGHT_THROUGH
 from tests.frontend.test_trace import UNCHECKED, Base, run
 from tests.frontend.test_trace_gradients import gradients
+from tests.selection import one_each
 
 
 class Amplified(Function):
@@ -157,8 +158,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("mesh", ["dp=2", "tp=2", "dp=2,tp=2", "tp=4"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name, mesh", one_each(NETS, ["dp=2", "tp=2", "dp=2,tp=2", "tp=4"]))
 def test_exact_on_every_mesh(name: str, mesh: str) -> None:
     report = check(NETS[name](), {"x": torch.randn(4, 6, 8)}, Mesh.parse(mesh))
     assert report.worst < 1e-14

@@ -14,6 +14,7 @@ from autopar.mesh import Mesh
 from autopar.plan import Plan
 from tests.loops_over_experts import EXPERTS, WIDTH, Mixture
 from tests.passes.test_stack_experts import products, program, rows
+from tests.selection import slow_but
 
 
 class Skips(Mixture):
@@ -84,7 +85,7 @@ class HitExperts(Mixture):
         return out.square().mean()
 
 
-@pytest.mark.parametrize("unused", [False, True], ids=["all_used", "one_unused"])
+@pytest.mark.parametrize("unused", slow_but([1], [False, True]), ids=["all_used", "one_unused"])
 def test_one_graph_serves_both(unused: bool, capfd: pytest.CaptureFixture[str]) -> None:
     model = Skips(unused=unused)
     assert len(products(program(model))) == 2

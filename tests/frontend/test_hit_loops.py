@@ -14,6 +14,7 @@ from autopar.mesh import Mesh
 from autopar.plan import Plan
 from tests.loops_over_experts import EXPERTS, Gated, Loop, Mixture
 from tests.passes.test_stack_experts import products, program, rows
+from tests.selection import slow_but
 
 
 def mixtral(experts: nn.ModuleList, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def others(experts: nn.ModuleList, x: Tensor, weights: Tensor, chosen: Tensor) -
     return out
 
 
-@pytest.mark.parametrize("loop", [busy, others], ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize("loop", slow_but([0], [busy, others]), ids=lambda loop: loop.__name__)
 def test_what_the_rows_do_not_tell_is_exact(loop: Loop) -> None:
     reference = Reference(Mixture(loop, Gated, unused=True), rows())
     assert reference.check(Mesh(dp=2)).worst <= 1e-12

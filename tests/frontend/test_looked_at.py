@@ -19,6 +19,7 @@ from autopar.ir.value_guards import MOST_OUTCOMES
 from tests.against_one_process import difference
 from tests.frontend.test_observation import compare
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +90,7 @@ def batches() -> list[Tensor]:
     return [positive, some, fewer, -positive]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but([0, 3, 4, 5, 6], FORMS))
 def test_each_batch_takes_its_branch(form: str) -> None:
     torch.manual_seed(0)
     model = Net(form)
@@ -191,13 +192,15 @@ def test_refused_with_the_line(look: Any, plan: dict[str, Any], words: tuple[str
     model(x)
 
 
-def test_too_many_outcomes() -> None:
+def test_too_many_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MOST_OUTCOMES > 3
+    monkeypatch.setattr("autopar.runtime.variants.MOST_OUTCOMES", 3)
     parallel = autopar.parallelize(Looks(lambda h, x: int(x[0, 0]) == -1), Mesh(dp=2))
-    for number in range(MOST_OUTCOMES):
+    for number in range(3):
         parallel.simulate(torch.full((4, 8), float(number)))
-    with pytest.raises(TraceError, match=r"(?s)16 programs.*int\(x\[0, 0\]\).*Way out"):
+    with pytest.raises(TraceError, match=r"(?s)3 programs.*int\(x\[0, 0\]\).*Way out"):
         parallel.simulate(torch.full((4, 8), 99.0))
-    parallel.simulate(torch.full((4, 8), 3.0))
+    parallel.simulate(torch.full((4, 8), 2.0))
 
 
 def test_such_a_program_is_not_taken_from_a_file(tmp_path: Path) -> None:

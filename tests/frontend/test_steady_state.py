@@ -19,6 +19,7 @@ from autopar import Mesh, Plan
 from autopar.check import check
 from autopar.errors import AutoparError, TraceError
 from tests.frontend.test_observation import compare
+from tests.selection import one_each
 
 
 @pytest.fixture(autouse=True)
@@ -293,10 +294,9 @@ class Rotary(nn.Module):
         return (y if padding is None else y.masked_fill(padding, 0)).square().mean()
 
 
-def test_a_table_is_made_where_python_looks_at_inputs() -> None:
-    for number in (1.0, 0.0):
-        torch.manual_seed(0)
-        x = torch.randn(4, 6, 4, dtype=torch.float64)
-        x[0, 0, 0] = number
-        for mesh in (Mesh(dp=2), Mesh(tp=2)):
-            assert check(Rotary().double(), {"x": x}, mesh, Plan()).worst < 1e-12
+@pytest.mark.parametrize(("number", "mesh"), one_each([1.0, 0.0], [Mesh(dp=2), Mesh(tp=2)]), ids=str)
+def test_a_table_is_made_where_python_looks_at_inputs(number: float, mesh: Mesh) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 4, dtype=torch.float64)
+    x[0, 0, 0] = number
+    assert check(Rotary().double(), {"x": x}, mesh, Plan()).worst < 1e-12

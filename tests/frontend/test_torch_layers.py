@@ -14,6 +14,7 @@ from autopar import Mesh, Plan
 from autopar.analysis.footprint import held, sent
 from autopar.check import TOLERANCE, check
 from autopar.models import transformer
+from tests.selection import one_each
 
 WIDTH, HEADS, ROWS = 24, 12, 12
 
@@ -87,8 +88,11 @@ def test_attention(form: str, mesh: str, need_weights: bool, batch_first: bool) 
         assert share.split["tp"] >= 0.95 * share.whole
 
 
-@pytest.mark.parametrize("mesh", ["dp=3", "tp=4", "dp=2,tp=2"])
-@pytest.mark.parametrize("options", [{}, {"classes": 12}, {"classes": 12, "norm_first": True}], ids=str)
+@pytest.mark.parametrize(
+    "options, mesh",
+    one_each([{}, {"classes": 12}, {"classes": 12, "norm_first": True}], ["dp=3", "tp=4", "dp=2,tp=2"]),
+    ids=str,
+)
 def test_inference_by_the_fast_path(options: dict[str, Any], mesh: str) -> None:
     """Eager runs fused kernels and nested tensors here; the program has neither, and the same numbers."""
     model = transformer.build(**options).double().eval()
@@ -104,8 +108,11 @@ def test_inference_by_the_fast_path(options: dict[str, Any], mesh: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "normed"])
-@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize(
+    "padding, norm",
+    one_each(["right", "left"], [False, True]),
+    ids=["right-plain", "right-normed", "left-plain", "left-normed"],
+)
 def test_padding_comes_out_as_eager_gives_it(padding: str, norm: bool) -> None:
     """Zeros without gradients and with padding at the end; else what the layers make of it."""
     torch.manual_seed(0)

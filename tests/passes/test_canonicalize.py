@@ -13,6 +13,7 @@ from autopar.ir.node import origin, values
 from autopar.ir.tables import InputKind
 from tests.hugging_face import MODELS, build, errors
 from tests.passes.canonical import Function, aten, attentions, body, canonical, counts, traced
+from tests.selection import slow_but
 
 
 def test_identities_vanish() -> None:
@@ -64,7 +65,7 @@ def test_new_nodes_carry_type_and_origin() -> None:
 # ---------------------------------------------------------------- whole models
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but([2, 4, 6, 8], MODELS))
 def test_model_is_exact(name: str) -> None:
     model, batch = build(name)
     with promote_float32():

@@ -14,6 +14,7 @@ from autopar.mesh import Mesh
 from autopar.operators.random import random_uniform
 from autopar.plan import Plan
 from autopar.simulate import simulate
+from tests.selection import slow_but
 
 
 class Noisy(nn.Module):
@@ -37,7 +38,7 @@ def _loss(mesh: str, seed: int) -> float:
     return float(step.loss)
 
 
-@pytest.mark.parametrize("mesh", ["dp=2", "tp=3", "dp=3,tp=2"])
+@pytest.mark.parametrize("mesh", slow_but([2], ["dp=2", "tp=3", "dp=3,tp=2"]))
 def test_any_mesh_draws_the_same(mesh: str) -> None:
     assert abs(_loss(mesh, 5) - _loss("dp=1", 5)) < 1e-14
     assert abs(_loss(mesh, 6) - _loss("dp=1", 5)) > 1e-5
@@ -69,7 +70,7 @@ class Drawing(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:the numerics check was skipped")
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("draw", slow_but([0, 2, 3, 6, 9], DRAWS))
 def test_noise_is_the_same_on_any_mesh(draw: str) -> None:
     """All have mean 0 and variance 1."""
     torch.manual_seed(0)
@@ -106,7 +107,7 @@ class Gumbel(nn.Module):
         return self.up(x - drawn.log()).softmax(-1).square().mean(), drawn
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", slow_but([1], [torch.float32, torch.float64]))
 def test_exponential_noise_is_exponential(dtype: torch.dtype) -> None:
     model, batch = Gumbel().to(dtype), {"x": torch.randn(200, 500, 8, dtype=dtype)[:, :, :8]}
     found = []

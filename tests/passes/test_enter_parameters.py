@@ -64,7 +64,7 @@ CASES = [("dp=2", 0), ("dp=2", 2), ("dp=3", 2), ("dp=2,tp=2", 3), ("dp_replicate
 
 
 @pytest.mark.parametrize("alike", slow_but([1], [False, True]), ids=["", "alike too"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but([0, 2, 4, 5, 7, 9, 11, 12], FORMS))
 def test_gradients_are_exact_and_send_what_the_formulas_say(form: str, alike: bool) -> None:
     """Rajbhandari et al. 2020, section 7: P (n-1)/n with ZeRO, twice that without, whatever is made of the weights."""
     reference = Reference(Made(form, alike), {"x": torch.randn(12, WIDTH)})

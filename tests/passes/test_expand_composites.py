@@ -16,7 +16,7 @@ from autopar.mesh import Mesh
 from autopar.passes import expand_composites as expand
 from autopar.plan import Plan
 from autopar.rules import rule_for
-from tests.selection import slow_but
+from tests.selection import one_each, slow_but
 
 
 class Between(nn.Module):
@@ -75,7 +75,7 @@ BATCHED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BATCHED)
+@pytest.mark.parametrize("name", slow_but(range(0, len(BATCHED), 3), BATCHED))
 @pytest.mark.parametrize("mesh", slow_but([1], ["dp=2", "dp=3,tp=2"]))
 def test_what_lies_below_is_split_by_batch(name: str, mesh: str) -> None:
     before = torch.get_default_dtype()
@@ -122,8 +122,9 @@ class Steps(nn.Module):
         return loss
 
 
-@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
-@pytest.mark.parametrize("mesh", ["dp=1", "dp=2", "pp=2", "tp=2"])
+@pytest.mark.parametrize(
+    "mesh, kind", one_each(["dp=1", "dp=2", "pp=2", "tp=2"], [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+)
 def test_cells_of_recurrent_layers(kind: type[nn.Module], mesh: str) -> None:
     """torch's own kernels write into parts of a product, whose gradient must not get lost."""
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from autopar.passes.overlap_collectives import overlap_collectives
 from autopar.plan import Plan, Precision
 from autopar.simulate import simulate
 from autopar.zoo.named import named_model
+from tests.selection import slow_but
 
 STARTING = {getattr(comm.OPS, name).default for name in comm.STARTED}
 WAIT = comm.OPS.wait.default
@@ -66,7 +67,7 @@ def test_a_block_is_gathered_while_the_one_before_is_computed() -> None:
         assert hidden >= len(gathers) - 3, "all but the first ones"
 
 
-@pytest.mark.parametrize("limit", [0.05, 0.4])
+@pytest.mark.parametrize("limit", slow_but([0], [0.05, 0.4]))
 def test_what_is_under_way_is_bounded(limit: float) -> None:
     role = program(Plan(zero=3, overlap_mb=limit)).required_role
     assert role.backward is not None
@@ -97,7 +98,12 @@ def test_tensor_parallel_sums_of_gradients_are_hidden_by_the_weight_gradient() -
     ("mesh", "plan"),
     [
         pytest.param("dp=2,tp=2", Plan(sequence="megatron"), id="sums over tp, then dp"),
-        pytest.param("tp=2", Plan(sequence="megatron", precision=Precision(param="bf16")), id="sums and casts"),
+        pytest.param(
+            "tp=2",
+            Plan(sequence="megatron", precision=Precision(param="bf16")),
+            id="sums and casts",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_weight_gradients_do_not_hold_the_activations_of_other_blocks(mesh: str, plan: Plan) -> None:
@@ -110,7 +116,9 @@ def test_weight_gradients_do_not_hold_the_activations_of_other_blocks(mesh: str,
     assert all(number <= max(numbers[place:]) <= number + 1 for place, number in enumerate(numbers))
 
 
-@pytest.mark.parametrize("plan", [Plan(), Plan(zero=2), Plan(zero=3), Plan(zero=3, sequence="megatron")], ids=str)
+@pytest.mark.parametrize(
+    "plan", slow_but([1, 3], [Plan(), Plan(zero=2), Plan(zero=3), Plan(zero=3, sequence="megatron")]), ids=str
+)
 def test_the_same_bits(plan: Plan) -> None:
     example = named_model("gpt", batch=4)
     reference = Reference(example.model, example.batch)

@@ -21,6 +21,7 @@ from autopar.mesh import Mesh
 from autopar.operators.experts import EXPERT_LINEAR
 from autopar.plan import Plan
 from autopar.zoo.named import named_model
+from tests.selection import one_each, slow_but
 
 TOKENS, CHOICES, EXPERTS, WIDTH, INNER = 12, 2, 4, 8, 16
 SORTING = {"aten.sort", "aten.argsort", "aten.histc", "aten.index_put", "aten._grouped_mm", "aten.floor_divide"}
@@ -120,8 +121,7 @@ def test_forms_become_expert_linear(form: type[nn.Module]) -> None:
     torch.testing.assert_close(found, model(**batch))
 
 
-@pytest.mark.parametrize("mesh", ["dp=2", "dp=3,tp=2", "tp=4"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form, mesh", one_each(FORMS, ["dp=2", "dp=3,tp=2", "tp=4"]))
 def test_forms_are_exact_on_any_mesh(form: type[nn.Module], mesh: str) -> None:
     report = check(_model(form), _batch(torch.float64), Mesh.parse(mesh), Plan(bucket_mb=0))
     assert report.worst <= TOLERANCE and report.grads
@@ -241,7 +241,7 @@ def _mixtral(mesh: str, plan: Plan | None = None, **config: Any) -> Report:
     return check(example.model, example.batch, Mesh.parse(mesh), plan)
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", slow_but([0], ["grouped_mm", "batched_mm"]))
 def test_mixtral_as_it_comes(implementation: str) -> None:
     """Data parallelism sends gradients and the loss with its count, nothing else; tensor parallelism splits experts."""
     plan = Plan(bucket_mb=0)

@@ -295,7 +295,9 @@ MODELS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "form", "expected"), MODELS, ids=[f"{name} {form}".strip() for name, form, _ in MODELS]
+    ("name", "form", "expected"),
+    slow_but([0, 2, 5, 6, 7, 9, 10], MODELS),
+    ids=[f"{name} {form}".strip() for name, form, _ in MODELS],
 )
 def test_models(name: str, form: str, expected: set[str]) -> None:
     model, batch = build(name)
@@ -315,7 +317,8 @@ def test_models(name: str, form: str, expected: set[str]) -> None:
 
 @pytest.mark.parametrize("axes", slow_but([2], ({"dp": 2}, {"tp": 2}, {"dp": 2, "tp": 2})), ids=("dp", "tp", "dp tp"))
 @pytest.mark.parametrize(
-    ("name", "form"), [("llama", "padded left"), ("mistral", "packed"), ("bart", "padded"), ("t5", "padded")]
+    ("name", "form"),
+    slow_but([0, 1, 3], [("llama", "padded left"), ("mistral", "packed"), ("bart", "padded"), ("t5", "padded")]),
 )
 def test_models_on_a_mesh(name: str, form: str, axes: dict[str, int]) -> None:
     model, batch = build(name)

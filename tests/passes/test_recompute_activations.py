@@ -169,7 +169,7 @@ def _calls(graph: fx.Graph) -> list[str]:
 # ---------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("mesh", slow_but([1], ["dp=1", "dp=2,tp=2"]))
+@pytest.mark.parametrize("mesh", slow_but([0], ["dp=1", "dp=2,tp=2"]))
 def test_the_same_bit_for_bit(mesh: str) -> None:
     whole = _step("none", mesh)
     for choice in CHOICES[1:]:
@@ -183,7 +183,7 @@ def _assert_same(found: Step, expected: Step) -> None:
         assert torch.equal(found.grads[name], grad), name
 
 
-@pytest.mark.parametrize("mesh", slow_but([1], ["dp=1", "dp=2,tp=2"]))
+@pytest.mark.parametrize("mesh", slow_but([0], ["dp=1", "dp=2,tp=2"]))
 def test_dropout_is_the_same(mesh: str) -> None:
     example = named_model("gpt", {"dropout": 0.3, "layers": 3})
     steps = []
@@ -195,7 +195,7 @@ def test_dropout_is_the_same(mesh: str) -> None:
         assert step.peak_bytes[0] < steps[0].peak_bytes[0]
 
 
-@pytest.mark.parametrize("name", slow_but([1], ["t5", "moe", "gpt"]))
+@pytest.mark.parametrize("name", slow_but([2], ["t5", "moe", "gpt"]))
 def test_equals_the_model(name: str) -> None:
     example = named_model(name)
     reference = Reference(example.model, example.batch)
@@ -209,6 +209,7 @@ def test_equals_the_model(name: str) -> None:
             assert report.worst <= TOLERANCE, (choice, mesh, report)
 
 
+@pytest.mark.slow
 def test_hugging_face() -> None:
     pytest.importorskip("transformers")
     example = named_model("hf:llama")
@@ -221,7 +222,8 @@ def test_hugging_face() -> None:
 
 def test_what_runs() -> None:
     """The emitted program, twice, for gradients that add up."""
-    example = _llama()
+    example = named_model("llama", {"layers": 2}, batch=4, length=16)
+    example.model.double()
     grads = []
     for choice in ("none", "full"):
         module = parallelize(copy.deepcopy(example.model), Mesh(), Plan(recompute=choice, check_numerics=False))

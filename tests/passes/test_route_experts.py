@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.precision import Precision
 from autopar.simulator.parts import Step
+from tests.selection import one_each, slow_but
 
 EXACT, TINY = 1e-12, 1e-10  # of all tokens alike, gradients are tiny in places
 EXCHANGES = ("dispatch_rows", "return_rows")
@@ -90,9 +92,10 @@ def exchanges(report: Report, phase: str) -> list[tuple[str, str, int]]:
     return [(t.axis, t.name, t.operations) for t in report.step.traffic if t.phase == phase and t.name in EXCHANGES]
 
 
-@pytest.mark.parametrize("kind", ["usual", "alike"])
-@pytest.mark.parametrize("experts", [12, 10, 3])
-@pytest.mark.parametrize("ways", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(
+    ("ways", "experts", "kind"),
+    slow_but([0, 8, 11, 13, 16, 21, 24, 29], product([1, 2, 3, 4, 6], [12, 10, 3], ["usual", "alike"])),
+)
 def test_exact_for_any_number_of_ranks_and_experts(ways: int, experts: int, kind: str) -> None:
     """Uneven parts, ranks without an expert, and, where all tokens are alike, ranks without a row."""
     report = checked(reference(experts, kind).check(Mesh(ep=ways), Plan()), TINY if kind == "alike" else EXACT)
@@ -106,16 +109,19 @@ def test_exact_for_any_number_of_ranks_and_experts(ways: int, experts: int, kind
             assert value(node).layout.local_shape(program.mesh)[0] == own
 
 
-@pytest.mark.parametrize("choices", [{}, {"biased": True}, {"shared": True}], ids=["plain", "biased", "shared"])
+AXES: list[tuple[str, dict[str, Any]]] = [
+    ("dp=2,ep=3", {}), ("ep=2,tp=2", {}), ("dp=2,ep=2,tp=3", {}), ("pp=2,ep=2", {"microbatches": 3}),
+    ("ep=2,sp=2", {"sequence_dims": {"ids": 1, "labels": 1}}), ("ep=2", {"recompute": "full"}),
+    ("ep=3", {"microbatches": 2}), ("ep=2", {"overlap_mb": 0.0}),
+]  # fmt: skip
+KINDS: dict[str, dict[str, bool]] = {"plain": {}, "biased": {"biased": True}, "shared": {"shared": True}}
+
+
 @pytest.mark.parametrize(
-    ("mesh", "plan"),
-    [
-        ("dp=2,ep=3", {}), ("ep=2,tp=2", {}), ("dp=2,ep=2,tp=3", {}), ("pp=2,ep=2", {"microbatches": 3}),
-        ("ep=2,sp=2", {"sequence_dims": {"ids": 1, "labels": 1}}), ("ep=2", {"recompute": "full"}),
-        ("ep=3", {"microbatches": 2}), ("ep=2", {"overlap_mb": 0.0}),
-    ],
-    ids=str,
-)  # fmt: skip
+    ("mesh", "plan", "choices"),
+    one_each(AXES, KINDS.values()),
+    ids=[f"{mesh}-{plan}-{kind}" for (mesh, plan), kind in product(AXES, KINDS)],
+)
 def test_exact_with_every_other_axis(mesh: str, plan: dict[str, Any], choices: dict[str, bool]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of statistics of microbatches
@@ -174,8 +180,11 @@ FOLDED: list[tuple[str, str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
-@pytest.mark.parametrize(("mesh", "axes", "plan"), FOLDED, ids=[f"{m}-{len(p)}" for m, _, p in FOLDED])
+@pytest.mark.parametrize(
+    ("mesh", "axes", "plan", "biased"),
+    one_each(FOLDED, [False, True]),
+    ids=[f"{m}-{len(p)}-{kind}" for (m, _, p), kind in product(FOLDED, ["plain", "biased"])],
+)
 def test_whole_experts_over_several_axes(mesh: str, axes: str, plan: dict[str, Any], biased: bool) -> None:
     """In place of a split inside experts: fewer rows are sent, and gradients of experts need no sum over the group."""
     dims = {"ids": 1, "labels": 1} if "sp" in mesh else {}
@@ -225,7 +234,9 @@ class WithDropout(Experts):
 
 @pytest.mark.parametrize(
     ("mesh", "plan"),
-    [("ep=2", {}), ("ep=3", {"recompute": "full"}), ("ep=2,tp=2", {}), ("ep=2,tp=2", {"expert_axes": "ep"})],
+    slow_but(
+        [1, 3], [("ep=2", {}), ("ep=3", {"recompute": "full"}), ("ep=2,tp=2", {}), ("ep=2,tp=2", {"expert_axes": "ep"})]
+    ),
     ids=str,
 )
 def test_dropout_inside_experts_draws_the_same_masks(mesh: str, plan: dict[str, Any]) -> None:

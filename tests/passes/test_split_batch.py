@@ -16,6 +16,7 @@ from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 from autopar.models import transformer
 from autopar.plan import Plan
+from tests.selection import slow_but
 
 
 class Contrast(nn.Module):
@@ -32,7 +33,7 @@ class Contrast(nn.Module):
         return (losses * weights).sum() / weights.sum() + (scores.mean() * scores.std())
 
 
-@pytest.mark.parametrize("ways", [2, 3, 4])
+@pytest.mark.parametrize("ways", slow_but([1], [2, 3, 4]))
 def test_rows_that_meet_other_rows(ways: int) -> None:
     batch = {"a": torch.randn(12, 6), "b": torch.randn(12, 6), "weights": torch.rand(12)}
     report = check(Contrast(), batch, Mesh(dp=ways))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.zoo.named import named_model
 from tests import hugging_face
-from tests.selection import slow_but
+from tests.selection import one_each, slow_but
 
 EXACT = 1e-12
 FORMS = ("ring", "gather", "ulysses", "auto")
@@ -58,31 +59,28 @@ def sent(report: Report, phase: str, name: str, axis: str = "sp") -> tuple[int, 
     return sum(t.operations for t in found), sum(t.bytes for t in found)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "name",
-    ["llama", "t5", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "bert", "bart", "mistral", "gemma2"))],
+    ("name", "form"),  # llama in every form below
+    slow_but([4, 6], product(["llama", "t5", "gpt2", "bert", "bart", "mistral", "gemma2"], FORMS)),
 )
 def test_every_model_in_every_form(name: str, form: str) -> None:
     checked(name, "sp=2", attention=form)
 
 
-@pytest.mark.parametrize("ways", slow_but([0, 2], [1, 2, 4, 8]))
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form, ways", one_each(FORMS, [1, 2, 4, 8], [(0, 2), (1, 2), (2, 2), (3, 0)]))
 def test_any_number_of_ranks(form: str, ways: int) -> None:
     if form == "ulysses" and ways == 8:
         pytest.skip("4 heads")
     checked("llama", f"sp={ways}", attention=form)
 
 
-@pytest.mark.parametrize("mesh", ["sp=4", "sp=8", "dp=2,sp=4", "pp=2,sp=4"])
+@pytest.mark.parametrize("mesh", slow_but([1, 3], ["sp=4", "sp=8", "dp=2,sp=4", "pp=2,sp=4"]))
 def test_hybrid(mesh: str) -> None:
     found = checked("llama", mesh, attention="hybrid")
     assert sent(found, "forward", "all_to_all", "sp:inner2")[0]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("padding", ["left", "right", "packed"])
+@pytest.mark.parametrize("padding, form", one_each(["left", "right", "packed"], FORMS, [(0, 0), (1, 2), (2, 1)]))
 def test_padding_and_documents(padding: str, form: str) -> None:
     """Rows of unequal lengths have unequal token counts on each rank; left padding leaves rows without any key."""
     for ways in (2, 4):
@@ -103,11 +101,12 @@ MESHES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("mesh", "choices"),
-    slow_but([1, 3, 7], MESHES),
-    ids=[f"{mesh}-{number}" for number, (mesh, _) in enumerate(MESHES)],
+    ("form", "mesh", "choices"),
+    one_each(["ring", "ulysses", "gather"], MESHES, [(0, 7), (1, 1), (2, 3)]),
+    ids=[
+        f"{form}-{mesh}-{number}" for form in ("ring", "ulysses", "gather") for number, (mesh, _) in enumerate(MESHES)
+    ],
 )
-@pytest.mark.parametrize("form", ["ring", "ulysses", "gather"])
 def test_with_all_other_axes(form: str, mesh: str, choices: dict[str, Any]) -> None:
     checked("llama", mesh, attention=form, **choices)
 
@@ -123,7 +122,7 @@ def test_windows_of_an_image(form: str) -> None:
 OTHERS = ["models.transformer", "hf:deepseek_v2", "hf:gpt_neox", "hf:gemma3", "hf:modernbert"]
 
 
-@pytest.mark.parametrize("name", slow_but([1, 3], OTHERS))
+@pytest.mark.parametrize("name", slow_but([1], OTHERS))
 def test_other_architectures(name: str) -> None:
     example = named_model(name, batch=4)
     checked_example = Reference(example.model, example.batch)
@@ -131,7 +130,7 @@ def test_other_architectures(name: str) -> None:
         assert checked_example.check(Mesh(sp=2), Plan(attention=form)).worst <= EXACT
 
 
-@pytest.mark.parametrize("ways", [2, 4])
+@pytest.mark.parametrize("ways", slow_but([1], [2, 4]))
 def test_traffic_of_each_form(ways: int) -> None:
     """Llama: 2 layers, K and V of 2 rows x 2 heads x 16 positions x 16 numbers of 8 bytes."""
     layers, keys = 2, 2 * (2 * 2 * 16 * 16 * 8) // ways  # K + V of one rank

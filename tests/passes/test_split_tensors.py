@@ -20,6 +20,7 @@ from autopar.passes.split_tensors import split_tensors
 from autopar.plan import Plan
 from autopar.zoo.named import named_model
 from tests.conftest import Golden
+from tests.selection import one_each
 
 MLP = """
 program mesh(tp=2)
@@ -279,8 +280,7 @@ class OddVocabulary(nn.Module):
         return loss + logits.logsumexp(-1).square().mean() + logits.mean(-1).square().mean() + logits.square().mean()
 
 
-@pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(tp=3), Mesh(dp=2, tp=2)], ids=str)
-@pytest.mark.parametrize("vocabulary", [5, 7, 8])
+@pytest.mark.parametrize("vocabulary, mesh", one_each([5, 7, 8], [Mesh(tp=2), Mesh(tp=3), Mesh(dp=2, tp=2)]), ids=str)
 def test_uneven_parts_are_not_exchanged_as_equal_ones(vocabulary: int, mesh: Mesh) -> None:
     """From parts of the vocabulary to parts of the sequence: an all-to-all would count padding as elements."""
     torch.manual_seed(0)

@@ -54,7 +54,7 @@ def products(found: Program) -> list[tuple[Any, ...]]:
     return [tuple(tuple(value(source).shape) for source in node.all_input_nodes[:2]) for node in nodes]
 
 
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize("loop", slow_but([1, 2, 3, 6], LOOPS), ids=lambda loop: loop.__name__)
 def test_every_spelling_is_two_products(loop: Loop) -> None:
     found = program(Mixture(loop))
     assert products(found) == [((12, WIDTH), (EXPERTS, WIDTH, 12)), ((24, 12), (EXPERTS, 12, WIDTH))]
@@ -64,7 +64,7 @@ def test_every_spelling_is_two_products(loop: Loop) -> None:
 
 
 @pytest.mark.parametrize("unused", slow_but([0], [False, True]), ids=["all_used", "one_unused"])
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize("loop", slow_but([0, 4, 5], LOOPS), ids=lambda loop: loop.__name__)
 def test_every_spelling_is_exact(loop: Loop, unused: bool) -> None:
     reference = Reference(Mixture(loop, unused=unused), rows())
     for mesh, plan in ALL_AT_ONCE if unused else MESHES:

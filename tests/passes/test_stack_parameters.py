@@ -16,6 +16,7 @@ from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.split.obstacles import parameter_names
 from tests.loops_over_experts import WIDTH, Gated, Mixture, where
+from tests.selection import slow_but
 
 STACKS = ["mixture.experts.*.w1.weight", "mixture.experts.*.w3.weight", "mixture.experts.*.w2.weight"]
 
@@ -62,7 +63,7 @@ def test_a_plan_may_name_the_experts_own_parameters() -> None:
     assert parameter_names(program, weight) == [STACKS[0], *(f"mixture.experts.{i}.w1.weight" for i in range(4))]
 
 
-@pytest.mark.parametrize("mesh", ["ep=2", "ep=3", "dp=2,ep=2", "ep=2,tp=2", "dp=2,ep=2,tp=2"])
+@pytest.mark.parametrize("mesh", slow_but([1, 4], ["ep=2", "ep=3", "dp=2,ep=2", "ep=2,tp=2", "dp=2,ep=2,tp=2"]))
 def test_exact_on_meshes(mesh: str) -> None:
     data = {"x": torch.randn(12, 1, WIDTH, generator=torch.Generator().manual_seed(1))}
     reference = Reference(Net(), data)

@@ -16,7 +16,7 @@ from autopar.models import moe
 from autopar.plan import Plan
 from tests.dropping import limited, ranks_of_tokens
 from tests.passes.test_route_experts import WIDTH, Experts, NoAuxiliary, batch, checked, reference, split
-from tests.selection import slow_but
+from tests.selection import one_each, slow_but
 
 ROWS, LENGTH = 12, 8
 MORE_THAN_ENOUGH = 100.0
@@ -78,8 +78,11 @@ AXES: list[tuple[str, dict[str, Any], tuple[int, int, int]]] = [
 ]
 
 
-@pytest.mark.parametrize("experts", [12, 10])
-@pytest.mark.parametrize(("mesh", "plan", "ranks"), AXES, ids=[f"{m}-{'-'.join(map(str, p))}" for m, p, _ in AXES])
+@pytest.mark.parametrize(
+    ("mesh", "plan", "ranks", "experts"),
+    one_each(AXES, [12, 10]),
+    ids=[f"{m}-{'-'.join(map(str, p))}-{experts}" for m, p, _ in AXES for experts in (12, 10)],
+)
 def test_every_other_axis(mesh: str, plan: dict[str, Any], ranks: tuple[int, int, int], experts: int) -> None:
     """The rows of a rank are a group of their own, where ``tp`` shares them out too, and those of a microbatch."""
     dims = {"ids": 1, "labels": 1} if "sp" in mesh else {}

@@ -245,6 +245,7 @@ NOT_OFFERED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_dtensor_splits_and_we_do_not(capsys: pytest.CaptureFixture[str]) -> None:
     lacking: dict[str, list[tuple[Case, str]]] = {}
     for target in OURS:

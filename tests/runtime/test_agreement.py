@@ -17,6 +17,7 @@ from autopar.errors import AutoparError, RanksDifferError
 from autopar.runtime.agreement import digest_of, ranks_text
 from autopar.runtime.digests import digest
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 PATIENCE = 60.0  # seconds: far above what the errors may take
 
@@ -119,15 +120,22 @@ def evaluation_on_one_rank(rank: int) -> None:
 
 @pytest.mark.parametrize(
     ("work", "ranks", "words"),
-    [
-        (
-            another_shape_later,
-            4,
-            ["ranks 0, 1, 2: a call to train, x [4, 8], y [4, 8]", "rank 3: a call to train, x [2, 8]"],
-        ),
-        (another_shape_in_parts, 2, ["rank 0: a call to train, x [4, 8]", "rank 1: a call to train, x [2, 8]"]),
-        (evaluation_on_one_rank, 2, ["rank 0: a call to evaluate", "rank 1: a call to train", "evaluate on all ranks"]),
-    ],
+    slow_but(
+        [1, 2],
+        [
+            (
+                another_shape_later,
+                4,
+                ["ranks 0, 1, 2: a call to train, x [4, 8], y [4, 8]", "rank 3: a call to train, x [2, 8]"],
+            ),
+            (another_shape_in_parts, 2, ["rank 0: a call to train, x [4, 8]", "rank 1: a call to train, x [2, 8]"]),
+            (
+                evaluation_on_one_rank,
+                2,
+                ["rank 0: a call to evaluate", "rank 1: a call to train", "evaluate on all ranks"],
+            ),
+        ],
+    ),
     ids=["shape", "shape-pp", "evaluation"],
 )
 def test_one_rank_that_makes_another_call(work: Callable[[int], Any], ranks: int, words: list[str]) -> None:
@@ -190,7 +198,9 @@ def own_weights(initial: str, axes: dict[str, int]) -> tuple[dict[str, Tensor], 
     return before, module.full_state_dict(), step
 
 
-@pytest.mark.parametrize("axes", [{"dp": 2}, {"tp": 2}, {"pp": 2}, {"dp": 2, "tp": 2}], ids=["dp", "tp", "pp", "dp-tp"])
+@pytest.mark.parametrize(
+    "axes", slow_but([0, 1, 2], [{"dp": 2}, {"tp": 2}, {"pp": 2}, {"dp": 2, "tp": 2}]), ids=["dp", "tp", "pp", "dp-tp"]
+)
 def test_all_take_the_weights_of_rank_0(axes: dict[str, int]) -> None:
     results = run_ranks(own_weights, Mesh(**axes).world_size, "rank0", axes)
     wanted = results[0][0]

@@ -73,7 +73,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh", "plan"), slow_but([1, 2, 5, 6], CASES), ids=[f"{n} {m} zero {p.zero}" for n, m, p in CASES]
+    ("name", "mesh", "plan"), slow_but([1, 2, 6], CASES), ids=[f"{n} {m} zero {p.zero}" for n, m, p in CASES]
 )
 def test_equals_one_device(name: str, mesh: str, plan: Plan) -> None:
     parsed = Mesh.parse(mesh)

@@ -13,6 +13,10 @@ from tests.launch import run_ranks
 LAYERS = 2
 
 
+def of_buckets(*bucket_mb: float) -> list[dict[str, int]]:
+    return [counted("none", size) for size in bucket_mb]
+
+
 def counted(sequence: str, bucket_mb: float) -> dict[str, int]:
     """Collectives of one training step by kind, counted by torch's CommDebugMode."""
     from torch.distributed.tensor.debug import CommDebugMode
@@ -37,11 +41,10 @@ def counted(sequence: str, bucket_mb: float) -> dict[str, int]:
 def test_a_llama_sends_what_megatron_sends() -> None:
     pytest.importorskip("transformers")
     parameters = 9 * LAYERS + 3
-    for found in run_ranks(counted, 4, "none", 0):
-        on_tp = 4 * LAYERS + 5  # 2 a layer each way; embedding, maximum, sum and target of the loss, entry of the head
-        assert found == {"all_reduce": on_tp + parameters + 2}  # and on dp every gradient, the loss, its count
-    for found in run_ranks(counted, 4, "none", 25):
-        assert found == {"all_reduce": on_tp + 1 + 2}
+    on_tp = 4 * LAYERS + 5  # 2 a layer each way; embedding, maximum, sum and target of the loss, entry of the head
+    for alone, in_one in run_ranks(of_buckets, 4, 0, 25):
+        assert alone == {"all_reduce": on_tp + parameters + 2}  # and on dp every gradient, the loss, its count
+        assert in_one == {"all_reduce": on_tp + 1 + 2}
 
 
 @pytest.mark.slow

@@ -230,7 +230,7 @@ def average(axes: dict[str, int]) -> list[float]:
     return errors
 
 
-@pytest.mark.parametrize("axes", MESHES, ids=ids)
+@pytest.mark.parametrize("axes", slow_but([1], MESHES), ids=ids)
 def test_an_average_of_models(axes: dict[str, int]) -> None:
     for errors in run_ranks(average, 2, axes):
         assert max(errors) < 1e-12, errors
@@ -384,12 +384,15 @@ def _train(model: Any, is_parallel: bool, optimizer: torch.optim.Optimizer) -> N
 
 @pytest.mark.parametrize(
     ("axes", "zero", "refused"),
-    [
-        ({"dp": 2}, 0, ()),
-        ({"dp": 2}, 3, ("adafactor", "rprop")),
-        ({"tp": 2}, 0, ("adafactor", "rprop")),
-        ({"pp": 2}, 0, ("lbfgs",)),
-    ],
+    slow_but(
+        [1, 3],
+        [
+            ({"dp": 2}, 0, ()),
+            ({"dp": 2}, 3, ("adafactor", "rprop")),
+            ({"tp": 2}, 0, ("adafactor", "rprop")),
+            ({"pp": 2}, 0, ("lbfgs",)),
+        ],
+    ),
     ids=["dp", "zero3", "tp", "pp"],
 )
 def test_optimizers_are_right_or_refused(axes: dict[str, int], zero: int, refused: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.runtime.rank_graphs import model_graphs
 from tests.against_one_process import Tiny, float64, tiny_batch
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 # (mesh, plan): what runs at every step, what only under no_sync, and what takes whole parameters
 GRAPHS = [
@@ -27,7 +28,9 @@ GRAPHS = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "plan", "rare", "gathered"), GRAPHS, ids=["tp", "dp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("mesh", "plan", "rare", "gathered"), slow_but([0, 2, 4], GRAPHS), ids=["tp", "dp", "zero1", "zero2", "zero3"]
+)
 def test_the_graphs_of_a_model(mesh: Mesh, plan: Plan, rare: set[str], gathered: set[str]) -> None:
     program = compile_program(float64(Tiny), mesh, plan, (), tiny_batch())
     assert isinstance(program, Program)
@@ -54,23 +57,23 @@ def with_a_fault(program: AnyProgram, name: str) -> AnyProgram:
     return replace(program, role=role)
 
 
-def call_with_faults() -> dict[str, str]:
+def call_with_faults(mesh: Mesh) -> dict[str, str]:
     found = {}
     compiled = cache_compiled.compile_program
-    for mesh in (Mesh(dp=2), Mesh(pp=2)):
-        for name in ("forward", "backward", "inference"):
-            plan = Plan(microbatches=2 if mesh.is_pipelined else 1, microbatch_weights="statistics")
-            parallel = autopar.parallelize(float64(Tiny), mesh, plan)
-            cache_compiled.compile_program = lambda *args, name=name: with_a_fault(compiled(*args), name)  # type: ignore[attr-defined]
-            with pytest.raises(InvariantError) as caught:
-                parallel(**tiny_batch())  # training; backward is not asked for, and inference never
-            found[f"{mesh} {name}"] = str(caught.value)
+    for name in ("forward", "backward", "inference"):
+        plan = Plan(microbatches=2 if mesh.is_pipelined else 1, microbatch_weights="statistics")
+        parallel = autopar.parallelize(float64(Tiny), mesh, plan)
+        cache_compiled.compile_program = lambda *args, name=name: with_a_fault(compiled(*args), name)  # type: ignore[attr-defined]
+        with pytest.raises(InvariantError) as caught:
+            parallel(**tiny_batch())  # training; backward is not asked for, and inference never
+        found[name] = str(caught.value)
     cache_compiled.compile_program = compiled  # type: ignore[attr-defined]
     return found
 
 
-def test_what_cannot_be_written_as_python_fails_at_the_first_call() -> None:
-    for found in run_ranks(call_with_faults, 2):
-        assert len(found) == 6
+@pytest.mark.parametrize("mesh", slow_but([0], [Mesh(dp=2), Mesh(pp=2)]), ids=str)
+def test_what_cannot_be_written_as_python_fails_at_the_first_call(mesh: Mesh) -> None:
+    for found in run_ranks(call_with_faults, 2, mesh):
+        assert len(found) == 3
         for where, message in found.items():
             assert "has no name that another process could find" in message, where

@@ -13,7 +13,7 @@ from autopar.compiler import compile_program
 from autopar.errors import IndivisibleError
 from autopar.mesh import Mesh
 from autopar.plan import Plan
-from tests.selection import slow_but
+from tests.selection import one_each, slow_but
 from tests.split import along
 
 EXACT = 1e-12
@@ -33,7 +33,7 @@ def sent(report: Report, phase: str, name: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("causal", slow_but([0], [True, False]), ids=["zigzag", "plain"])
-@pytest.mark.parametrize("name", along.ENDS)
+@pytest.mark.parametrize("name", slow_but(range(0, len(along.ENDS), 3), along.ENDS))
 def test_exact_on_any_number_of_ranks(name: str, causal: bool) -> None:
     for ways in (1, 2, 3, 4):
         checked(name, f"sp={ways}", causal)
@@ -48,28 +48,23 @@ MESHES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+SOME = [
+    "shifted", "weighted_smoothed", "each_token", "two_ahead", "differences", "prompt", "last_token", "twice", "scans",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("mesh", "choices"), slow_but([0, 3], MESHES), ids=[f"{mesh}-{i}" for i, (mesh, _) in enumerate(MESHES)]
-)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "shifted",
-        "weighted_smoothed",
-        "each_token",
-        "two_ahead",
-        "differences",
-        "prompt",
-        "last_token",
-        "twice",
-        "scans",
-    ],
+    ("name", "mesh", "choices"),
+    one_each(SOME, MESHES),
+    ids=[f"{name}-{mesh}-{i}" for name in SOME for i, (mesh, _) in enumerate(MESHES)],
 )
 def test_with_other_axes(name: str, mesh: str, choices: dict[str, Any]) -> None:
     checked(name, mesh, **choices)
 
 
-@pytest.mark.parametrize("name", ["shifted", "each_token", "shorter", "shift_by_cat", "causal", "last_token"])
+@pytest.mark.parametrize(
+    "name", slow_but([2, 3, 4], ["shifted", "each_token", "shorter", "shift_by_cat", "causal", "last_token"])
+)
 def test_with_a_pipeline(name: str) -> None:
     checked(name, "pp=2,sp=2", microbatches=2)
 
@@ -77,8 +72,7 @@ def test_with_a_pipeline(name: str) -> None:
 ATTENTION = 2 * ROW * along.LENGTH  # bytes of whole keys and values
 
 
-@pytest.mark.parametrize("ways", [2, 4])
-@pytest.mark.parametrize("name", [end.__name__ for end in along.LOSSES[:-1]])
+@pytest.mark.parametrize("name, ways", one_each([end.__name__ for end in along.LOSSES[:-1]], [2, 4]))
 def test_a_shifted_loss_sends_only_numbers(name: str, ways: int) -> None:
     found = checked(name, f"sp={ways}", False, attention="gather")
     assert sent(found, "forward", "all_gather") == (2, (ways - 1) * ATTENTION // ways)
@@ -93,8 +87,11 @@ HALOS = {"causal": 3, "padded_in_front": 3, "centred": 2, "dilated": 4, "two_dim
 HALOS |= {"twice": 6, "token_shift": 1, "shift_by_cat": 1, "prompt": 3, "turned": 3}
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["zigzag", "plain"])
-@pytest.mark.parametrize("name", HALOS)
+@pytest.mark.parametrize(
+    ("name", "causal"),
+    one_each(HALOS, [True, False]),
+    ids=[f"{name}-{order}" for name in HALOS for order in ("zigzag", "plain")],
+)
 def test_only_the_positions_beside_a_part_travel(name: str, causal: bool) -> None:
     for ways in (2, 4):
         found = checked(name, f"sp={ways}", causal, attention="gather")

@@ -24,13 +24,14 @@ from autopar.traces.chakra_schema import schema
 from autopar.traces.operations import Operation, What
 from autopar.traces.scheduled import timed
 from autopar.traces.steps import pairs, places_of, step_of
+from tests.selection import slow_but
 from tests.traces.programs import PROGRAMS, compiled
 from tests.traces.simulator import Simulation
 from tests.traces.wire import Node, delimited, read
 
 KINDS = {"all_reduce": 0, "all_gather": 2, "all_gather_invariant": 2, "all_to_all": 6, "reduce_scatter": 7}
 KINDS |= {"reorder": 6, "dispatch_rows": 6, "return_rows": 6}
-every = pytest.mark.parametrize("name", list(PROGRAMS))
+every = pytest.mark.parametrize("name", slow_but([3, 4, 6, 7], PROGRAMS))
 
 
 @cache

@@ -12,7 +12,7 @@ from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.zoo.named import OURS, named_model
 
-QUICK = {"llama", "deberta_v2", "swin", "mamba2", *OURS}
+QUICK = {"llama", "deberta_v2", "mamba2", *OURS}
 FEW = {"mixtral", "gpt_oss", "llama4_text", "granitemoe", "qwen3_moe", "moe"}
 EXPERTS, CHOICES = 12, 2
 ONE_CHOICE = {"llama4_text"}

@@ -20,7 +20,7 @@ NOT_ALL_SPLIT = {  # and what the report says of them
     "models.lstm": "recurrent_layer",
 }
 QUICK = {  # one of each kind; the others take long together: pytest -m slow tests/zoo/test_zoo.py
-    "llama", "gpt2", "bloom", "mixtral", "deberta_v2", "whisper", "swin", "mamba2", "models.dlrm", "models.lstm",
+    "llama", "gpt2", "bloom", "mixtral", "deberta_v2", "whisper", "mamba2", "models.dlrm", "models.lstm",
 }  # fmt: skip
 NAMES = [*zoo.ARCHITECTURES, *(f"models.{name}" for name in OURS)]
 
