@@ -21,10 +21,12 @@ import torch
 
 from autopar.data.token_sources import byte_tokens
 from autopar.data.token_stream import Tokens, TokenStream
+from autopar.mesh import Mesh
 from autopar.training import loop
 from autopar.training.log import Log
 from tests.command_line import Outcome, autopar
 from tests.launch import run_ranks
+from tests.selection import slow_but
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--config", "vocab=288", "--config", "layers=1", "--config", "width=48", "--config", "heads=12"]
@@ -280,15 +282,16 @@ def test_a_log_is_appended_to(tmp_path: Path) -> None:
         assert path.read_text() == ""
 
 
-def test_a_step_is_traced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mesh", slow_but([0], ["dp=1", "dp=2"]))
+def test_a_step_is_traced(mesh: str, tmp_path: Path) -> None:
     """The timeline of all ranks in one file, and one file for each; those of an earlier run are gone."""
     (tmp_path / "ranks").mkdir()
     (tmp_path / "ranks/rank7.json").write_text("of a run with more ranks")
-    words = ["--mesh", "dp=2", "--steps", "2", "--no-compare", "--trace", str(tmp_path)]
-    (code, _, said), _ = run_ranks(train, 2, *words)
+    code, _, said = train("--mesh", mesh, "--steps", "2", "--no-compare", "--trace", str(tmp_path))
     assert code == 0 and "timeline of a step" in said
-    assert sorted(path.name for path in (tmp_path / "ranks").iterdir()) == ["rank0.json", "rank1.json"]
+    ranks = Mesh.parse(mesh).world_size
+    assert sorted(path.name for path in (tmp_path / "ranks").iterdir()) == ["rank0.json", "rank1.json"][:ranks]
     events = json.loads((tmp_path / "step.json").read_text())["traceEvents"]
-    assert {event["pid"] for event in events} == {0, 1}
+    assert {event["pid"] for event in events} == set(range(ranks))
     streams = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
-    assert streams == {"compute", "communication dp", "runs"}
+    assert streams == {"compute", "runs"} | ({"communication dp"} if ranks > 1 else set())

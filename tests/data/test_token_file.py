@@ -14,6 +14,7 @@ from autopar import Mesh
 from autopar.data.parts import BatchesOfRank
 from autopar.data.token_file import TokenFile
 from autopar.errors import IndivisibleError
+from tests.selection import slow_but
 
 LENGTH, ROWS = 64, 10
 MESH = Mesh(dp=2, sp=4)
@@ -49,7 +50,7 @@ def test_ranks_read_all_of_it_together_and_each_its_part_only(path: Path, monkey
     assert torch.equal(whole.flatten(), torch.arange(8 * LENGTH))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", slow_but([0], ["fork", "spawn"]))
 def test_with_worker_processes(path: Path, method: str) -> None:
     data = TokenFile(path, LENGTH, MESH, rank=2)
     first = data[0]["input_ids"]  # the file is open before the workers start
