@@ -127,7 +127,7 @@ def pow_(x: FieldTensor, exponent: float) -> FieldTensor:
         whole = int(exponent)
         return made(field.power(x.elements, whole), x, facts=Facts(facts.codes, facts.degree * whole, facts.depth))
     if float(2 * exponent).is_integer():
-        return pow_(sqrt(x), 2 * exponent)
+        return pow_(elementary("sqrt", x), 2 * exponent)
     return hashed("pow", x, attributes=float(exponent))
 
 
@@ -144,43 +144,56 @@ def pow_of(base: Any, exponent: Any) -> FieldTensor:
 # ---------------------------------------------------------------- elementary functions: hash functions by their names
 
 
-@form("exp")
-def exp(x: FieldTensor) -> FieldTensor:
-    """Zero for what is hidden. The exponential of a logarithm that is kept with its operand is that operand."""
-    if x.exponential is not None:
-        return x.exponential
-    found = hashed("exp", x)
-    if x.facts.codes:
-        found = made(
-            found.elements.masked_fill((x.elements == NEGATIVE) | (x.elements == LOWEST), 0), x, facts=found.facts
-        )
+def elementary(name: str, x: FieldTensor) -> FieldTensor:
+    """A hash of the operand, but at the points at which the function has a value that programs may count on."""
+    found = hashed(name, x)
+    for point, value in POINTS[name].items():
+        if point >= 0 or x.facts.codes:
+            found.elements.masked_fill_(x.elements == point, value)
+            found.facts.codes = found.facts.codes or (value < 0 and field.has_codes(found.elements))
     return found
 
 
-@form("sqrt")
-def sqrt(x: FieldTensor) -> FieldTensor:
-    return hashed("sqrt", x)
+POINTS: dict[str, dict[int, int]] = {  # function -> argument -> value, both elements or codes
+    "exp": {0: 1, NEGATIVE: 0, LOWEST: 0, POSITIVE: POSITIVE},
+    "log": {1: 0, 0: NEGATIVE, POSITIVE: POSITIVE},
+    "sqrt": {0: 0, 1: 1, POSITIVE: POSITIVE},
+    "sigmoid": {0: field.number(0.5), NEGATIVE: 0, LOWEST: 0, POSITIVE: 1},
+    "tanh": {0: 0, NEGATIVE: PRIME - 1, LOWEST: PRIME - 1, POSITIVE: 1},
+    "erf": {0: 0, NEGATIVE: PRIME - 1, LOWEST: PRIME - 1, POSITIVE: 1},
+    "sin": {0: 0},
+    "cos": {0: 1},
+    "atan": {0: 0},
+    "sinh": {0: 0},
+    "cosh": {0: 1},
+}
+
+
+@form("exp")
+def exp(x: FieldTensor) -> FieldTensor:
+    """The exponential of a logarithm that is kept with its operand is that operand."""
+    return x.exponential if x.exponential is not None else elementary("exp", x)
 
 
 @form("log")
 def log(x: FieldTensor) -> FieldTensor:
     """Of a sum of shifted exponentials: the logarithm of the sum of those that are not, minus the shift."""
     if x.shift is None:
-        return hashed("log", x)
+        return elementary("log", x)
     shift = FieldTensor(x.shift, x.dtype, x.facts)
-    return sub(hashed("log", mul(x, exp(shift))), shift)
+    return sub(elementary("log", mul(x, exp(shift))), shift)
 
 
+for _name in POINTS.keys() - {"exp", "log"}:
+    FORMS[_name] = lambda x, _name=_name: elementary(_name, x)
 FORMS["rsqrt"] = lambda x: x.sqrt().reciprocal()
 FORMS["expm1"] = lambda x: x.exp() - 1
-FORMS["log1p"] = lambda x: hashed("log", x + 1)
+FORMS["log1p"] = lambda x: (x + 1).log()
 FORMS["tan"] = lambda x: aten.sin(x) / aten.cos(x)
 FORMS["silu"] = lambda x: x * aten.sigmoid(x)
 FORMS["softplus"] = lambda x, beta=1, threshold=20: hashed("softplus", x * beta, attributes=float(threshold)) / beta
 FORMS["log_sigmoid_forward"] = lambda x: (aten.log(aten.sigmoid(x)), x * 0)
 FORMS["gelu"] = lambda x, approximate="none": x * _gelu_factor(x, approximate)
-for _name in ("sigmoid", "tanh", "erf", "sin", "cos", "atan", "sinh", "cosh"):
-    FORMS[_name] = lambda x, _name=_name: hashed(_name, x)
 
 
 def _gelu_factor(x: FieldTensor, approximate: str) -> FieldTensor:

@@ -35,10 +35,11 @@ from autopar.ir.operator_facts import only_moves
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.mesh import Mesh
+from autopar.pipeline import microbatches
 from autopar.proof import field
 from autopar.proof.field_causes import Difference, Seen, disagreement, likely_causes
 from autopar.proof.field_lockstep import FieldLockstep
-from autopar.proof.field_reference import FieldStep, reference_step
+from autopar.proof.field_reference import FieldStep, Seeds, reference_step
 from autopar.proof.field_steps import program_step
 from autopar.proof.field_tensor import FieldTensor, NoFieldForm, elements_of
 from autopar.simulator.lockstep import Lockstep
@@ -134,7 +135,7 @@ class _Once:
         tangents = self._tangents()
         given = self._tangents_of_program(tangents)
         with torch.enable_grad():
-            wanted = reference_step(self.source, self.tensors, self.args, self.kwargs, tangents, self.seed)
+            wanted = reference_step(self.source, self.tensors, self.args, self.kwargs, tangents, self._seeds())
         try:
             found = self._run(given, FieldLockstep)
         except InvariantError as problem:
@@ -172,6 +173,12 @@ class _Once:
             if field.has_codes(elements_of(found[name])) or bool(elements_of(found[name]).any())
         ]  # fmt: skip
         return equal, differences
+
+    def _seeds(self) -> Seeds:
+        if self.program.plan.microbatches == 1 or self.args:
+            return Seeds(self.seed)
+        batches = microbatches.parts((), self.kwargs, self.program.mesh, self.program.plan)
+        return Seeds(self.seed, tuple(microbatches.rows(self.kwargs, batches, self.program.plan)))
 
     def _tangents(self) -> dict[str, Tensor]:
         """Of the loss one; of the outputs of a model without one random elements."""
@@ -218,7 +225,8 @@ def drawn_tensors(source: Program, known: Mapping[str, Tensor], seed: int) -> di
         if dtype.is_floating_point:
             one: Tensor = FieldTensor(field.drawn(shape, entry.target, seed), dtype)
         else:
-            one = next((known[name] for name in entry.names if name in known), torch.zeros(shape, dtype=dtype))
+            given = (known[name] for name in entry.names if name in known and not known[name].is_meta)
+            one = next(given, torch.zeros(shape, dtype=dtype))
         found |= dict.fromkeys(entry.names, one)
     return found
 

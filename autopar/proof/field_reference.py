@@ -4,7 +4,8 @@ No pass has a hand in it: the graph is ``Program.source``, and the derivatives a
 on the tensors of the field as on any others. So the canonical form, the losses as sums, recognised masks and experts,
 the derived backward pass and all optimisations are compared with something that knows nothing of them.
 
-Random numbers are drawn as a program draws them: the k-th operator of the source that draws has salt k.
+Random numbers are drawn as a program draws them: the k-th operator of the source that draws has salt k, and each
+microbatch has its own seed.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ def reference_step(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     tangents: Mapping[str, Tensor],
-    seed: int = 0,
+    seeds: Seeds,
 ) -> FieldStep:
     """Loss, outputs, buffers and gradients of ``source``; ``tangents``: of the outputs that get one, by their targets.
 
-    ``tensors``: whole parameters and buffers by name. Raises NoFieldForm, naming the operator and the user's line.
+    ``tensors``: whole parameters and buffers by name; ``seeds``: from which numbers are drawn. Raises NoFieldForm, naming the operator and the user's line.
     """
     known: dict[fx.Node, Any] = {}
     leaves: dict[str, Tensor] = {}
@@ -66,7 +67,7 @@ def reference_step(
             draws = _draws(node)
             if is_random(node.target) and node.target not in (*DRAWING, *RECURRENT):
                 raise NoFieldForm(f"{node.target} draws numbers in {origin(node).source}")
-            known[node] = _call(node, known, salt, seed)
+            known[node] = _call(node, known, salt, seeds)
             salt += draws
     results = dict(zip([(out.kind, out.target) for out in source.outputs], [known[node] for node in source.returned]))
     named = {_words(kind, target): result for (kind, target), result in results.items()}
@@ -117,7 +118,7 @@ def _gradients(
     return {f"gradient of {name}": grad for name, grad in zip(leaves, found) if grad is not None}
 
 
-def _call(node: fx.Node, known: Mapping[fx.Node, Any], salt: int, seed: int) -> Any:
+def _call(node: fx.Node, known: Mapping[fx.Node, Any], salt: int, seeds: Seeds) -> Any:
     args: Any
     kwargs: Any
     args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
@@ -125,11 +126,11 @@ def _call(node: fx.Node, known: Mapping[fx.Node, Any], salt: int, seed: int) -> 
     try:
         if target in RECURRENT and len(args) == 9:
             with torch.backends.mkldnn.flags(enabled=False):  # whose kernel is no composite  # type: ignore[no-untyped-call]
-                return _layers(target, torch.tensor(seed), salt, *args)
+                return _layers(target, seeds, salt, *args)
         if target in DRAWING and _draws(node):
-            return DRAWING[target](torch.tensor(seed), salt, *args, **kwargs)
+            return DRAWING[target](seeds, salt, *args, **kwargs)
         if target is aten.scaled_dot_product_attention.default:
-            return _attention(torch.tensor(seed), salt, *args, **kwargs)
+            return _attention(seeds, salt, *args, **kwargs)
         if target is aten.embedding_bag.padding_idx or target is aten.embedding_bag.default:
             return _bags(*args, **kwargs)
         return target(*args, **kwargs)
@@ -146,8 +147,23 @@ def _call(node: fx.Node, known: Mapping[fx.Node, Any], salt: int, seed: int) -> 
 # ---------------------------------------------------------------- what is random
 
 
-def _positions(x: Tensor | Sequence[int]) -> list[Tensor]:
-    return [torch.arange(size) for size in (x.shape if isinstance(x, Tensor) else x)]
+@dataclass(frozen=True)
+class Seeds:
+    """The seed of the step, and the rows of its microbatches, of which the n-th draws from the n-th seed after it."""
+
+    seed: int
+    rows: tuple[int, ...] = (1,)
+
+    def drawn(self, shape: Sequence[int], draw: Callable[[Tensor, list[Tensor]], Tensor]) -> Tensor:
+        """What ``draw(seed, positions of each dim)`` gives; in parts along the first dim where there are some."""
+        if len(self.rows) == 1:
+            return draw(torch.tensor(self.seed), list(map(torch.arange, shape)))
+        total = sum(self.rows)
+        if not shape or shape[0] % total:
+            raise NoFieldForm(f"numbers of shape {list(shape)} are drawn, and {total} rows are not its first dim")
+        sizes = [(shape[0] // total * rows, *shape[1:]) for rows in self.rows]
+        parts = [draw(torch.tensor(self.seed + n), list(map(torch.arange, size))) for n, size in enumerate(sizes)]
+        return torch.cat(parts)
 
 
 def _draws(node: fx.Node) -> int:
@@ -163,31 +179,32 @@ def _draws(node: fx.Node) -> int:
     return int(node.target in DRAWING)
 
 
-def _dropout(seed: Tensor, salt: int, x: Tensor, p: float, train: bool = True) -> Tensor:
-    keep = random_keep(seed, salt, p, *_positions(x))
+def _dropout(seeds: Seeds, salt: int, x: Tensor, p: float, train: bool = True) -> Tensor:
+    keep = seeds.drawn(x.shape, lambda seed, at: random_keep(seed, salt, p, *at))
     return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
 
 
-def _uniform(seed: Tensor, salt: int, x: Tensor, low: float = 0.0, high: float = 1.0, **rest: Any) -> Tensor:
-    return random_uniform(seed, salt, low, high, rest.get("dtype") or x.dtype, *_positions(x))
+def _uniform(seeds: Seeds, salt: int, x: Tensor, low: float = 0.0, high: float = 1.0, **rest: Any) -> Tensor:
+    dtype = rest.get("dtype") or x.dtype
+    return seeds.drawn(x.shape, lambda seed, at: random_uniform(seed, salt, low, high, dtype, *at))
 
 
-def _normal(seed: Tensor, salt: int, x: Any, *rest: Any, **more: Any) -> Tensor:
+def _normal(seeds: Seeds, salt: int, x: Any, *rest: Any, **more: Any) -> Tensor:
     """By two uniform numbers (Box and Muller, 1958)."""
-    at = _positions(x)
-    radius = random_uniform(seed, 2 * salt, 2.0**-32, 1.0, torch.float64, *at)
-    angle = random_uniform(seed, -2 * salt - 1, 0.0, 2 * math.pi, torch.float64, *at)
+    shape, wide = x.shape if isinstance(x, Tensor) else x, torch.float64
+    radius = seeds.drawn(shape, lambda seed, at: random_uniform(seed, 2 * salt, 2.0**-32, 1.0, wide, *at))
+    angle = seeds.drawn(shape, lambda seed, at: random_uniform(seed, -2 * salt - 1, 0.0, 2 * math.pi, wide, *at))
     dtype = more.get("dtype") or (x.dtype if isinstance(x, Tensor) else torch.get_default_dtype())
     return (radius.log().mul(-2.0).sqrt() * angle.cos()).to(dtype)
 
 
-def _coins(seed: Tensor, salt: int, x: Tensor, p: float | None = None, **rest: Any) -> Tensor:
-    drawn = random_uniform(seed, salt, 0.0, 1.0, torch.float64, *_positions(x))
+def _coins(seeds: Seeds, salt: int, x: Tensor, p: float | None = None, **rest: Any) -> Tensor:
+    drawn = seeds.drawn(x.shape, lambda seed, at: random_uniform(seed, salt, 0.0, 1.0, torch.float64, *at))
     return (drawn < (x if p is None else p)).to(x.dtype)
 
 
 def _attention(
-    seed: Tensor, salt: int, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    seeds: Seeds, salt: int, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """scaled_dot_product_attention as torch documents it: scores, softmax, dropout, product."""
@@ -202,7 +219,7 @@ def _attention(
         scores = scores.masked_fill(later, -math.inf)
     weights = aten._safe_softmax.default(scores, -1)
     if dropout_p > 0:
-        weights = _dropout(seed, salt, weights, dropout_p)
+        weights = _dropout(seeds, salt, weights, dropout_p)
     return torch.matmul(weights, v)
 
 
@@ -210,7 +227,7 @@ RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu
 
 
 def _layers(
-    target: Any, seed: Tensor, salt: int, x: Tensor, states: Any, weights: Sequence[Tensor], has_biases: bool,
+    target: Any, seeds: Seeds, salt: int, x: Tensor, states: Any, weights: Sequence[Tensor], has_biases: bool,
     layers: int, dropout: float, train: bool, bidirectional: bool, batch_first: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """A stack of recurrent layers, one after the other, with dropout between them; steps come first."""
@@ -224,7 +241,7 @@ def _layers(
         x, *final = target(x, own, of_layer, has_biases, 1, 0.0, train, bidirectional, False)
         last.append(tuple(final))
         if dropout and train and layer < layers - 1:
-            x = _dropout(seed, salt + layer, x, dropout)
+            x = _dropout(seeds, salt + layer, x, dropout)
     return (x.transpose(0, 1) if batch_first else x, *(torch.cat(parts) for parts in zip(*last)))
 
 

@@ -19,7 +19,7 @@ from autopar.operators.experts import EXPERT_LINEAR, EXPERT_OUTER
 from autopar.operators.recurrent import RECURRENT_LAYER, RECURRENT_LAYER_BACKWARD
 from autopar.proof import field
 from autopar.proof import field_lockstep as registers_the_forms  # noqa: F401
-from autopar.proof.field_tensor import FORMS, FieldTensor, NoFieldForm
+from autopar.proof.field_tensor import FORMS, Facts, FieldTensor, NoFieldForm
 
 aten = torch.ops.aten
 F64 = torch.float64
@@ -116,7 +116,10 @@ RATIONAL: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
 
 def in_field(x: Any) -> Any:
     is_number = isinstance(x, Tensor) and x.dtype.is_floating_point
-    return FieldTensor(field.embedded(x), x.dtype) if is_number else x
+    if not is_number:
+        return x
+    elements = field.embedded(x)
+    return FieldTensor(elements, x.dtype, Facts(codes=field.has_codes(elements)))
 
 
 def same(found: Any, wanted: Any) -> bool:
@@ -165,6 +168,16 @@ def test_any_other_elementwise_operator_is_a_hash() -> None:
     one, other = aten.digamma.default(x), aten.lgamma.default(x)
     assert torch.equal(one.elements, aten.digamma.default(x).elements)
     assert not bool((one.elements == other.elements).any())
+
+
+def test_functions_have_the_values_that_programs_count_on() -> None:
+    given = torch.tensor([0.0, 1.0, -math.inf, math.inf], dtype=F64)
+    for function, at in (
+        (torch.exp, [0, 2, 3]), (torch.log, [0, 1, 3]), (torch.sqrt, [0, 1, 3]), (torch.sigmoid, [0, 2, 3]),
+        (torch.tanh, [0, 2, 3]), (torch.erf, [0, 2, 3]), (torch.sin, [0]), (torch.cos, [0]), (torch.atan, [0]),
+    ):  # fmt: skip
+        found, wanted = function(in_field(given)).elements, field.embedded(function(given))
+        assert found[at].tolist() == wanted[at].tolist(), function
 
 
 def test_stable_sums_of_exponentials_do_not_depend_on_what_is_subtracted() -> None:
