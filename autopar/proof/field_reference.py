@@ -49,7 +49,8 @@ def reference_step(
 ) -> FieldStep:
     """Loss, outputs, buffers and gradients of ``source``; ``tangents``: of the outputs that get one, by their targets.
 
-    ``tensors``: whole parameters and buffers by name; ``seeds``: from which numbers are drawn. Raises NoFieldForm, naming the operator and the user's line.
+    ``tensors``: whole parameters and buffers by name; ``seeds``: from which numbers are drawn.
+    Raises NoFieldForm, naming the operator and the user's line.
     """
     known: dict[fx.Node, Any] = {}
     leaves: dict[str, Tensor] = {}
