@@ -19,8 +19,8 @@ from autopar.models import gpt, llama, moe
 from autopar.plan import Plan
 from tests.selection import slow_but
 
-POINTS = ((4, 28), (4, 40), (8, 12), (12, 60))
-OTHERS = ((4, 12), (8, 44), (12, 36))
+POINTS = ((8, 28), (8, 40), (16, 12), (24, 60))  # two rows or more on each rank: one row has a program of its own
+OTHERS = ((8, 12), (16, 44), (24, 36))
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: llama.Llama(llama.Config(vocab=64, context=64, width=16, layers=2, heads=4, kv_heads=2, ff=32)),
     "gpt": lambda: gpt.GPT(gpt.Config(vocab=64, context=64, width=16, layers=2, heads=4)),
