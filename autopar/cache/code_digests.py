@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import linecache
 import marshal
+import os
 import re
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from types import CodeType
 
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9]*_[A-Z0-9_]+")  # what may be the name of an environment variable
@@ -17,12 +17,8 @@ DIGITS = 32
 
 def digest(*parts: str) -> str:
     """Of texts in their order; ``("ab", "c")`` and ``("a", "bc")`` differ."""
-    found = hashlib.sha256()
-    for part in parts:
-        content = part.encode(errors="surrogatepass")
-        found.update(b"%d:" % len(content))
-        found.update(content)
-    return found.hexdigest()[:DIGITS]
+    contents = [part.encode(errors="surrogatepass") for part in parts]
+    return hashlib.sha256(b"".join([b"%d:%b" % (len(content), content) for content in contents])).hexdigest()[:DIGITS]
 
 
 def code_digest(code: CodeType) -> str:
@@ -47,7 +43,7 @@ def _digest_at_once(code: CodeType) -> str:
         raise ValueError("the order of a set is another in each process")
     path = code.co_filename.encode(errors="surrogatepass")
     content = marshal.dumps(code, 2).replace(len(path).to_bytes(4, "little") + path, b"")
-    name = Path(code.co_filename).name.encode(errors="surrogatepass")
+    name = os.path.basename(code.co_filename).encode(errors="surrogatepass")
     return hashlib.sha256(name + b"\0" + content).hexdigest()[:DIGITS]
 
 
@@ -59,7 +55,7 @@ def _has_sets(constant: object) -> bool:
 
 def _digest_of_parts(code: CodeType) -> str:
     return digest(
-        Path(code.co_filename).name,
+        os.path.basename(code.co_filename),
         code.co_qualname,
         str(code.co_firstlineno),
         repr((code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags, code.co_names)),

@@ -90,9 +90,9 @@ class Digests:
             return digest("module", self._address(value) or "", self._class_of_module(kind))
         if isinstance(value, Tensor):
             return self.of_tensor(value, content=True)
-        for kinds, made in _FORMS:
-            if isinstance(value, kinds):
-                return made(self, value)
+        made = _form_of(value, kind)
+        if made is not None:
+            return made(self, value)
         if isinstance(value, _BY_TEXT) or kind.__module__ in _BY_TEXT_IN:
             return digest(_name(kind), repr(value))
         if kind.__module__ in _BY_KIND:
@@ -245,6 +245,17 @@ def _refused(value: Any) -> str:
     raise Unstorable(f"a {_name(type(value))}, which gives another value each time")
 
 
+def _form_of(value: Any, kind: type) -> Of | None:
+    """What makes the digest of a value of these kinds, looked up once for each; a proxy says itself what it is."""
+    if kind in _KNOWN_FORMS and value.__class__ is kind:
+        return _KNOWN_FORMS[kind]
+    found = next((made for kinds, made in _FORMS if isinstance(value, kinds)), None)
+    if value.__class__ is kind:
+        _KNOWN_FORMS[kind] = found
+    return found
+
+
+_KNOWN_FORMS: dict[type, Of | None] = {}
 _FORMS: tuple[tuple[Any, Of], ...] = (
     (FunctionType, Digests.function),
     (type, Digests.cls),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from autopar.errors import RanksDifferError
+from autopar.ir.collection import no_collection
 from autopar.ir.collectives import axes_used
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards
@@ -267,6 +268,7 @@ class ProgramCache:
         assert self._connection is not None, "only a launched module runs programs"
         return self._connection
 
+    @no_collection()
     def _new(self, call: Call, training: bool, kind: Kind) -> Bound:
         connection = self._required_connection
         laid_out = self._weights.is_laid_out
