@@ -89,7 +89,7 @@ class Connection:
 
     def agree(self, program: AnyProgram) -> None:
         """Raise RanksDifferError unless all ranks have the same program; all of them call this at the same time."""
-        constants = {name: digest(tensor) for name, tensor in _constants(program).items()}
+        constants = {name: digest(tensor) for name, tensor in sorted(_constants(program).items())}
         agreement = self.comm.agreement
         agreement.start(digest_of((str(program), constants)), lambda: "this one", "")
         if not agreement.agrees():

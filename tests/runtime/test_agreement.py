@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import autopar
 from autopar import Mesh, Plan
 from autopar.errors import AutoparError, RanksDifferError
+from autopar.ir.program import Program
 from autopar.runtime.agreement import digest_of, ranks_text
+from autopar.runtime.connect import Connection
 from autopar.runtime.digests import digest
 from tests.launch import run_ranks
 from tests.selection import slow_but
@@ -266,3 +269,19 @@ def test_texts_of_ranks_and_of_things() -> None:
 
 def test_the_errors_are_of_the_launch() -> None:
     assert issubclass(RanksDifferError, autopar.errors.LaunchError)
+
+
+def test_the_order_of_constants_does_not_count() -> None:
+    """A file gives them in another order in each process (safetensors reads them into a table without one)."""
+    graph, tensors = fx.Graph(), {"cos": torch.ones(2), "sin": torch.zeros(2)}
+    graph.output(())
+    known, backwards, other = (
+        Program(graph, Mesh(dp=2), Plan(), (), (), constants=constants)
+        for constants in (tensors, dict(reversed(tensors.items())), {**tensors, "sin": torch.ones(2)})
+    )
+    said: list[int] = []
+    agreement = SimpleNamespace(start=lambda digest, *_: said.append(digest), agrees=lambda: True)
+    connection: Any = SimpleNamespace(comm=SimpleNamespace(agreement=agreement))
+    for program in (known, backwards, other):
+        Connection.agree(connection, program)
+    assert said[0] == said[1] != said[2]
