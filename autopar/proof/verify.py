@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from autopar.errors import AutoparError, check_kind
 from autopar.frontend.numerics import promote_float32
 from autopar.frontend.trace import trace
 from autopar.ir.program import AnyProgram, Program
-from autopar.mesh import Mesh
+from autopar.mesh import PIPELINE, Mesh
 from autopar.plan import Plan
+from autopar.proof.alike import likeness
 from autopar.proof.field_proof import prove_in_field
 from autopar.proof.in_double import in_double, is_exact
 from autopar.proof.refusal import Layer, Refusal, Shown
@@ -34,6 +35,21 @@ from autopar.proof.report import Verification
 from autopar.proof.structure import structure
 
 LAYERS = tuple(Layer)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """The same model with smaller sizes, on a smaller mesh, for the layers that compute.
+
+    ``words``: of its sizes. See :func:`autopar.zoo.reduced.reduced_sizes`.
+    """
+
+    model: nn.Module
+    mesh: Mesh
+    example_inputs: Mapping[str, Any] | Sequence[Any]
+    words: str = ""
+
+
 MOST_ELEMENTS = 1 << 23  # of parameters: what the layers that compute run in seconds
 
 
@@ -46,6 +62,7 @@ def verify(
     program: AnyProgram | None = None,
     codes: Mapping[int, str] | None = None,
     layers: Collection[str] = LAYERS,
+    reduced: Reduced | None = None,
 ) -> Verification:
     """Prove the program of ``model`` on ``mesh``, or refuse it: with the node, two ranks, and the likely cause.
 
@@ -56,13 +73,15 @@ def verify(
             or edited as text and parsed again.
         codes: the code of single ranks as text, changed by hand (``program.rank(3).code``); without a pipeline.
         layers: which of ``structure``, ``relations``, ``field``, ``float64`` to try.
+        reduced: of a model that is too large to be executed here; its program has to be that of ``model`` but for sizes
+            and the number of equal blocks. Not for a ``program`` that is handed in.
 
     Returns what was shown and what is refused; it raises nothing for a wrong program. Raises ValueError for arguments
     of another kind, and the errors of the compiler for a model that cannot be compiled.
     """
     check_kind("model", model, nn.Module, "a module that was built: verify(Net(), autopar.Mesh(dp=2), ...)")
     check_kind("mesh", mesh, Mesh, "autopar.Mesh(dp=2, tp=2)")
-    args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+    args, kwargs = _call(example_inputs)
     unknown = [name for name in layers if name not in LAYERS]
     if unknown:
         raise ValueError(f"layer {unknown[0]!r} is unknown\nWay out: one of {', '.join(LAYERS)}.")
@@ -78,11 +97,52 @@ def verify(
         found.append(structure(program, codes))
     if Layer.RELATIONS in layers:
         found.append(_relations(program))
+    run, words = _Subject(model, program, is_given, args, kwargs), ""
+    if reduced is not None:
+        if is_given:
+            raise ValueError("a program that is handed in is proved at its own sizes\nWay out: leave out reduced=.")
+        run, words = _small(reduced, plan), f"{reduced.words or 'a reduced model'}, {reduced.mesh}"
+        found.append(_alike(program, run.program))
     if Layer.FIELD in layers:
-        found.append(_in_a_field(model, program, args, kwargs))
+        found.append(_in_a_field(run))
     if Layer.FLOAT64 in layers:
-        found.append(_in_float64(model, program, is_given, args, kwargs))
-    return Verification(program, tuple(found))
+        found.append(_in_float64(run))
+    return Verification(program, tuple(found), words)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What the layers that compute run. ``is_given``: the program was handed in."""
+
+    model: nn.Module
+    program: AnyProgram
+    is_given: bool
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def _call(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    return ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+
+
+def _small(reduced: Reduced, plan: Plan) -> _Subject:
+    """The reduced model and its program; of many microbatches a few, and stages cut anew."""
+    args, kwargs = _call(reduced.example_inputs)
+    few = min(plan.microbatches, 2 * reduced.mesh.size(PIPELINE))
+    plan = replace(plan, check_numerics=False, microbatches=few, cuts=())
+    return _Subject(
+        reduced.model, compile_program(reduced.model, reduced.mesh, plan, args, kwargs), False, args, kwargs
+    )
+
+
+def _alike(program: AnyProgram, small: AnyProgram) -> Shown:
+    """Whether the reduced program stands for the other."""
+    start = time.perf_counter()
+    found = likeness(program.graph, small.graph)
+    unproved = (f"the reduced program is another one: {found.difference}",) if found.difference else ()
+    facts = {} if unproved else {"lines that are those of the reduced program": found.lines}
+    facts |= {"times a block is repeated there": found.repeats} if found.repeats and not unproved else {}
+    return Shown(Layer.RELATIONS, facts, (), unproved, time.perf_counter() - start)
 
 
 def _relations(program: AnyProgram) -> Shown:
@@ -96,9 +156,14 @@ def _elements(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def is_runnable(model: nn.Module) -> bool:
+    """Whether the layers that compute run this model here in seconds."""
+    return _elements(model) <= MOST_ELEMENTS
+
+
 def _too_large(layer: Layer, model: nn.Module) -> Shown | None:
     """What is said of a model that is too large to be run here by this layer."""
-    if _elements(model) <= MOST_ELEMENTS:
+    if is_runnable(model):
         return None
     words = f"{_elements(model):,} parameters are more than the {MOST_ELEMENTS:,} that are run here in seconds; "
     return Shown(layer, unproved=(words + "give the same model with smaller sizes",))
@@ -107,13 +172,14 @@ def _too_large(layer: Layer, model: nn.Module) -> Shown | None:
 # ---------------------------------------------------------------- the layers that compute
 
 
-def _in_a_field(model: nn.Module, program: AnyProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shown:
+def _in_a_field(run: _Subject) -> Shown:
+    model, args, kwargs = run.model, run.args, run.kwargs
     if (large := _too_large(Layer.FIELD, model)) is not None:
         return large
     start = time.perf_counter()
     source = _traced(model, args, kwargs)
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    proof = prove_in_field(program, source=source, tensors=tensors, args=args, kwargs=kwargs)
+    proof = prove_in_field(run.program, source=source, tensors=tensors, args=args, kwargs=kwargs)
     refusals = tuple(
         Refusal(Layer.FIELD, f"{one.name}{f' at {one.node}' if one.node else ''}", one.why, ranks=one.ranks or ())
         for one in proof.differences
@@ -129,17 +195,16 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return trace(model, args, kwargs, plan=Plan(check_numerics=False))
 
 
-def _in_float64(
-    model: nn.Module, program: AnyProgram, is_given: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Shown:
+def _in_float64(run: _Subject) -> Shown:
     """The laptop check: of a program that was handed in, that one in float64; else one that is compiled in float64."""
+    model, program, is_given = run.model, run.program, run.is_given
     if (large := _too_large(Layer.FLOAT64, model)) is not None:
         return large
     start = time.perf_counter()
     if any(parameter.is_meta for parameter in model.parameters()):
         return Shown(Layer.FLOAT64, unproved=("the model has no weights: it is on the meta device",))
     try:
-        reference = Reference(model, batch_by_name(model, args, kwargs))
+        reference = Reference(model, batch_by_name(model, run.args, run.kwargs))
         with promote_float32():
             asked = in_double(program) if is_given else None
         report = reference.check(program.mesh, program.plan) if asked is None else reference.compare(asked)

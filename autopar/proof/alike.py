@@ -1,0 +1,71 @@
+"""Whether a program of a large model is that of a small one with its blocks more often, on a larger mesh.
+
+Compared are the split graphs, line by line: the operator, the axis of a collective, and over which axes each dim of the
+result is split; not the sizes. Where the lines part, the large graph has to repeat the lines just before.
+
+    embedding  norm linear ... add    norm linear ... add   head                       the small one
+    embedding  norm linear ... add    norm linear ... add   norm linear ... add  head  the large one: one more
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from autopar.ir import collectives as comm
+from autopar.ir.layout import Layout
+from autopar.ir.node import Node, values
+from autopar.ir.operator_facts import is_overload
+
+LEAST = 6  # lines of a block
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """``repeats``: how many times a block is in the large graph that is not in the small one.
+
+    ``difference``: the first line of the large graph that is neither in the small one nor a repetition; "" for none.
+    """
+
+    lines: int = 0
+    repeats: int = 0
+    difference: str = ""
+
+
+def likeness(large: fx.Graph, small: fx.Graph) -> Likeness:
+    """Compare two split graphs of one kind of model."""
+    nodes = [node for node in large.nodes if node.op == "call_function"]
+    full, kept = [_line(node) for node in nodes], [_line(node) for node in small.nodes if node.op == "call_function"]
+    here = there = repeats = 0
+    while here < len(full):
+        if there < len(kept) and full[here] == kept[there]:
+            here, there = here + 1, there + 1
+            continue
+        period = _period(full, here)
+        if not period:
+            return Likeness(len(full), repeats, f"{nodes[here].name} = {full[here]}")
+        here, repeats = here + period, repeats + 1
+    if there < len(kept):
+        return Likeness(len(full), repeats, f"the end: the small one goes on with {kept[there]}")
+    return Likeness(len(full), repeats)
+
+
+def _period(lines: list[str], at: int) -> int:
+    """The shortest block that ends before ``at`` and stands there again; 0 for none."""
+    for period in range(LEAST, min(at, len(lines) - at) + 1):
+        if lines[at] == lines[at - period] and lines[at : at + period] == lines[at - period : at]:
+            return period
+    return 0
+
+
+def _line(node: Node) -> str:
+    name = str(node.target) if is_overload(node.target) else getattr(node.target, "__name__", str(node.target))
+    axis = f" over {comm.arguments_of(node)['axis']}" if node.target in comm.TARGETS else ""
+    return f"{name}{axis} : {', '.join(_places(kind.layout) for kind in values(node))}"
+
+
+def _places(layout: Layout) -> str:
+    dims = ["+".join(axis for factor in dim for axis in factor.axes) or "-" for dim in layout.dims]
+    pending = "".join(f"{{{op}:{axis}}}" for axis, op in layout.partial)
+    return f"[{','.join(dims)}]{pending}"

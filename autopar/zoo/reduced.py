@@ -1,0 +1,110 @@
+"""Smaller sizes of a model that keep what matters to how it is split: what divides by what, and what does not.
+
+    llama:llama_70b on pp=8,dp=4,tp=8     heads=64 kv_heads=8 width=8192 ff=28672 vocab=128256 layers=80
+    -->  on pp=2,dp=2,tp=2                heads=4  kv_heads=2 width=32   ff=32    vocab=64     layers=4
+
+Each axis of the mesh becomes one of 2 ranks. A size that an axis divides is a multiple of 2, one that it does not
+divide is odd; heads, and heads that share keys and values, keep their relation to the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from autopar.mesh import PIPELINE, Mesh
+
+WAYS = 2  # ranks of each axis
+HEAD = 8  # elements of a head
+
+HEADS = ("heads", "num_attention_heads", "n_head", "n_heads", "num_heads")
+KEYS = ("kv_heads", "num_key_value_heads")
+WIDTHS = ("width", "hidden_size", "n_embd", "d_model")
+HEAD_SIZES = ("head_dim", "d_kv", "v_head_dim", "qk_nope_head_dim")
+ROTARY = ("qk_rope_head_dim",)
+RANKS = ("q_lora_rank", "kv_lora_rank")
+INNER = ("ff", "intermediate_size", "n_inner", "d_ff", "ffn_dim", "moe_intermediate_size")
+SHARED = ("shared_expert_intermediate_size",)
+VOCABULARIES = ("vocab", "vocab_size")
+LAYERS = ("layers", "num_hidden_layers", "n_layer", "num_layers")
+EXPERTS = ("experts", "num_experts", "n_routed_experts", "num_local_experts")
+CHOICES = ("chosen", "num_experts_per_tok", "top_k")
+GROUPS, CHOSEN_GROUPS = ("n_group",), ("topk_group",)
+DENSE = ("first_k_dense_replace",)
+
+
+def reduced_mesh(mesh: Mesh) -> Mesh:
+    """The same axes, each of at most ``WAYS`` ranks."""
+    return Mesh(**{axis: min(size, WAYS) for axis, size in mesh.axes})
+
+
+def reduced_sizes(config: Any, mesh: Mesh, stages: int = 1) -> dict[str, Any]:
+    """Overrides for the fields of a model's ``config``, for :func:`reduced_mesh` of ``mesh``.
+
+    ``stages``: of a rank of the pipeline. {} for a config without a field that is known here.
+    """
+    known = {name: size for name in _names(config) if isinstance(size := getattr(config, name), int)}
+    tp = mesh.size("tp")
+    heads, keys = _heads(_first(known, HEADS), _first(known, KEYS), tp)
+    data = [axis for axis in mesh.names if axis not in (PIPELINE, "tp")]
+    ways = WAYS if mesh.size(PIPELINE) > 1 else 1
+    experts = _scaled(_first(known, EXPERTS) or 0, [mesh.size("ep")], 2 * WAYS)
+    wanted: dict[tuple[str, ...], int] = {
+        HEADS: heads,
+        KEYS: keys,
+        WIDTHS: heads * HEAD,
+        HEAD_SIZES: HEAD,
+        ROTARY: HEAD // 2,
+        RANKS: 2 * HEAD,
+        INNER: _scaled(_first(known, INNER) or 0, [tp, *map(mesh.size, data)], 4 * HEAD),
+        SHARED: 4 * HEAD,
+        VOCABULARIES: _scaled(_first(known, VOCABULARIES) or 0, [tp], 6 * HEAD),
+        EXPERTS: experts,
+        CHOICES: min(_first(known, CHOICES) or 2, 2),
+        GROUPS: min(_first(known, GROUPS) or 1, 2),
+        CHOSEN_GROUPS: 1,
+        DENSE: min(_first(known, DENSE) or 0, 1),
+        LAYERS: max(2, ways * stages) + min(_first(known, DENSE) or 0, 1),
+    }
+    return {name: size for names, size in wanted.items() for name in names if name in known}
+
+
+def reduced_rows(rows: int, mesh: Mesh) -> int:
+    """Rows of a batch for the reduced mesh: as many for a data rank as there are, at most 2 where they divide."""
+    ways, small = _data(mesh), _data(reduced_mesh(mesh))
+    each = max(1, rows // ways)
+    return small * min(each, 2) + (1 if rows % ways else 0)
+
+
+def _data(mesh: Mesh) -> int:
+    ways = 1
+    for axis in ("dp", "dp_replicate", "dp_shard", "ep"):
+        ways *= mesh.size(axis)
+    return ways
+
+
+def _names(config: Any) -> Iterable[str]:
+    found = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+    assert isinstance(found, Mapping)
+    return list(found)
+
+
+def _first(known: Mapping[str, int], names: Iterable[str]) -> int | None:
+    return next((known[name] for name in names if name in known), None)
+
+
+def _heads(heads: int | None, keys: int | None, tp: int) -> tuple[int, int]:
+    """(heads, heads of keys) for 2 ranks, as these are to ``tp`` ranks."""
+    heads = heads or 2
+    keys = keys or heads
+    ways = min(tp, WAYS)
+    if tp > 1 and keys % tp and tp % keys == 0:  # fewer than ranks: each is on several
+        return ways, 1
+    small = ways if keys % tp == 0 else ways + 1
+    small = max(small, 1 if keys == 1 else 2)
+    return small * (1 if heads == keys else 2), small
+
+
+def _scaled(size: int, ways: Iterable[int], usual: int) -> int:
+    """``usual``, which 2 divides, where all of ``ways`` divide ``size``; else the next odd number."""
+    return usual if all(size % each == 0 for each in ways) else usual + 1
