@@ -86,8 +86,8 @@ def _read(function: ast.FunctionDef, names: Mapping[str, str], texts: Sequence[s
     lines: list[Line] = []
     returned: tuple[str, ...] = ()
     for statement in _statements(function.body):
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.value) == "inputs":
-            inputs = _names(statement.targets[0])
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Name):
+            inputs += _names(statement.targets[0])  # of ``inputs``, or of ``sizes``
         elif isinstance(statement, ast.Return):
             returned = _names(statement.value)
         elif isinstance(statement, ast.Delete):
@@ -119,7 +119,7 @@ def _line(statement: ast.Assign, names: Mapping[str, str], text: str) -> Line:
     results, reads = _names(statement.targets[0]), tuple(_reads(call))
     if not isinstance(call, ast.Call):
         return Line(statement.lineno, shown, comment, results, reads)
-    called = ast.unparse(call.func)
+    called = _dotted(call.func)
     if called.startswith("comm."):
         name = called.removeprefix("comm.")
         given = dict(zip(_FIRST, map(ast.unparse, call.args)))
@@ -135,13 +135,25 @@ def _names(target: ast.expr | None) -> tuple[str, ...]:
     return (target.id,) if isinstance(target, ast.Name) else ()
 
 
-def _reads(call: ast.expr) -> Iterator[str]:
-    """The variables in an expression, without modules, functions and constants."""
-    called = {id(node.func) for node in ast.walk(call) if isinstance(node, ast.Call)}
-    inner = {id(node.value) for node in ast.walk(call) if isinstance(node, ast.Attribute)}
-    for node in ast.walk(call):
-        if isinstance(node, ast.Name) and id(node) not in called and id(node) not in inner and node.id != "comm":
-            yield node.id
+def _dotted(function: ast.expr) -> str:
+    if isinstance(function, ast.Attribute):
+        return f"{_dotted(function.value)}.{function.attr}"
+    return function.id if isinstance(function, ast.Name) else ast.unparse(function)
+
+
+def _reads(value: ast.expr) -> Iterator[str]:
+    """The variables in an expression, without modules (``torch.float32``), functions and constants."""
+    if isinstance(value, ast.Name):
+        yield value.id
+    elif isinstance(value, ast.Call):
+        for argument in value.args:
+            yield from _reads(argument)
+        for word in value.keywords:
+            yield from _reads(word.value)
+    elif not isinstance(value, ast.Constant | ast.Attribute):
+        for child in ast.iter_child_nodes(value):
+            if isinstance(child, ast.expr):
+                yield from _reads(child)
 
 
 @cache

@@ -19,7 +19,7 @@ from autopar.proof.rank_events import Collective, Ranks, Sending
 from autopar.proof.refusal import Layer, Refusal, Shown
 from autopar.proof.structure_memory import check_memory
 from autopar.proof.structure_order import check_order
-from autopar.proof.structure_types import check_types
+from autopar.proof.structure_types import Types
 from autopar.schedules.check import check_schedule
 
 MOST_WALKED = 64  # ranks, each by itself
@@ -75,6 +75,7 @@ def _order(ranks: Ranks, facts: dict[str, int]) -> Iterator[Refusal]:
 
 
 def _types(program: AnyProgram) -> Iterator[Refusal]:
+    types = Types()
     for part in program.parts:
         for name, graph in part.required_role.graphs.items():
-            yield from check_types(graph, part.mesh, name)
+            yield from types.check(graph, part.mesh, name)

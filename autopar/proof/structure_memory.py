@@ -33,7 +33,10 @@ class _Walk:
 
     def __init__(self, code: Code) -> None:
         self.code = code
-        self.memory: dict[str, frozenset[str]] = {name: frozenset([name]) for name in code.inputs}
+        self.memory: dict[str, frozenset[str]] = {}
+        self.users: dict[str, set[str]] = {}  # memory -> the variables that may be in it
+        for name in code.inputs:
+            self._keep(name, frozenset([name]))
         self.given = frozenset(code.inputs)  # memory that is not the function's own
         self.under_way: dict[str, tuple[Line, frozenset[str]]] = {}  # result of a start -> what must not be written
         self.last: dict[str, int] = {}  # variable -> the number of the last line that reads it
@@ -47,7 +50,7 @@ class _Walk:
         for name in dict.fromkeys((*line.reads, *line.deleted)):
             if name not in self.memory:
                 yield self._refused(line, f"'{name}' has no value here", "it is deleted, or made, at another line")
-                self.memory[name] = frozenset([name])
+                self._keep(name, frozenset([name]))
         if line.collective == "wait":
             yield from self._wait(line)
         else:
@@ -55,11 +58,11 @@ class _Walk:
             if writes(line.target) and line.reads:
                 yield from self._write(line)
         for name in line.deleted:
-            self.memory.pop(name, None)
+            self._forget(name)
         for name in line.results:
             if name in self.under_way:
                 yield self._refused(line, f"'{name}' is written anew before its collective has ended", "wait for it")
-            self.memory[name] = self._memory_of(line, name)
+            self._keep(name, self._memory_of(line, name))
         if line.collective in comm.STARTED:
             self.under_way[line.results[0]] = line, self._of(line.reads)
 
@@ -70,6 +73,16 @@ class _Walk:
             if name not in self.memory:
                 cause = "it is deleted before the end"
                 yield Refusal(Layer.STRUCTURE, f"{self.code.name}: return", f"'{name}' has no value here", cause)
+
+    def _keep(self, name: str, memory: frozenset[str]) -> None:
+        self._forget(name)
+        self.memory[name] = memory
+        for each in memory:
+            self.users.setdefault(each, set()).add(name)
+
+    def _forget(self, name: str) -> None:
+        for each in self.memory.pop(name, frozenset()):
+            self.users[each].discard(name)
 
     def _wait(self, line: Line) -> Iterator[Refusal]:
         name = line.reads[0] if line.reads else ""
@@ -97,9 +110,8 @@ class _Walk:
             if written & busy:
                 problem = f"it writes into what {started.collective} (line {started.number}) is still reading"
                 yield self._refused(line, problem, "its memory is used again before the wait")
-        for name, memory in self.memory.items():
-            lives = self.last.get(name, -1) > self.position and name not in line.results
-            if lives and written & memory:
+        for name in sorted(set[str]().union(*(self.users.get(each, ()) for each in written))):
+            if self.last.get(name, -1) > self.position and name not in line.results:
                 problem = f"it writes into the memory of '{name}', which a later line reads"
                 yield self._refused(line, problem, "its memory is used again too early")
 
