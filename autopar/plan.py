@@ -109,6 +109,8 @@ class Plan:
             sizes do not divide: ``"error"``, or ``"replicate"``: every rank does it whole, and a warning says so;
             ``"auto"``: the latter for up to a fifth of the parameters, an error for more.
         check_numerics: compare the traced graph with the eager model once, on the example inputs.
+        verify: prove each program before it runs (docs/verify.md): a program that does not compute the model's loss and
+            gradients, or that could hang, is an error.
         bucket_mb: gradients are reduced together in buckets of this many megabytes; 0: each by itself.
         overlap_mb: megabytes that collectives under way may hold: parameters are gathered ahead of their use, and
             gradients reduced beside the computation that follows, as far as this allows; 0: none of it.
@@ -149,6 +151,7 @@ class Plan:
     on_unknown: str = "error"
     on_indivisible: str = "auto"
     check_numerics: bool = True
+    verify: bool = False
     bucket_mb: float = 25.0
     overlap_mb: float = 64.0
     seed: int = 0

@@ -59,7 +59,11 @@ STANDS_ON = {
     "choices": "ir mesh plan",
     "compiler": "choices errors frontend ir mesh passes pipeline plan",
     "other_methods": "errors plan precision",
-    "cache": "compiler errors frontend ir mesh notes plain_files plan precision program_files schedules",
+    "reference": "compiler errors frontend ir mesh pipeline plan simulate simulator",
+    "check": "compiler errors frontend ir mesh pipeline plan precision reference simulate simulator",
+    "proof": "autodiff check codegen compiler errors frontend ir levels mesh notes operators pipeline plan runtime "
+    "schedules simulate simulator",
+    "cache": "compiler errors frontend ir mesh notes plain_files plan precision program_files proof schedules",
     "fitting": "analysis compiler cost errors frontend ir memory mesh pipeline plan schedules",
     "holding": "families frontend ir runtime",
     "module": (
@@ -72,10 +76,6 @@ STANDS_ON = {
     "hidden_modules": "notes",
     "api": "choices compiled_models errors frontend hidden_modules mesh module other_methods plan runtime "
     "stored_programs",
-    "reference": "compiler errors frontend ir mesh pipeline plan simulate simulator",
-    "check": "compiler errors frontend ir mesh pipeline plan precision reference simulate simulator",
-    "proof": "autodiff check codegen compiler errors frontend ir levels mesh operators pipeline plan runtime schedules "
-    "simulate simulator",
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",
     "checkpoint": "errors ir mesh module plain_files runtime",
     "exporters": "checkpoint errors families ir mesh operators pipeline program_files runtime schedules simulator "

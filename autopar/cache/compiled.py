@@ -170,6 +170,10 @@ def _compiled(request: Request) -> Found:
             request.homes,
             request.like,
         )
+    if request.plan.verify:
+        from autopar.proof.verify import prove  # after the guards: what it traces is not what the program assumes
+
+        prove(request.model, program, request.args, request.kwargs)
     return program, guards
 
 

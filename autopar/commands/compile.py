@@ -49,6 +49,7 @@ def compile_command(
     from autopar.pipeline.microbatches import first_part
     from autopar.program_files.family_file import save_family
     from autopar.program_files.program_file import save
+    from autopar.proof.verify import prove
     from autopar.runtime.calls import Signature
 
     on = read_mesh(mesh)
@@ -62,6 +63,8 @@ def compile_command(
         else:
             family, batch = None, first_part(batch_by_signature, on, plan.plan())
             program = compile_program(example.model, on, plan.plan(), (), batch)
+            if program.plan.verify:
+                prove(example.model, program, (), batch)
             save(program, output, extra_files=dict(_to_read(program)))
     files = {path.relative_to(output).as_posix(): path.stat().st_size for path in output.rglob("*") if path.is_file()}
     if as_json:

@@ -48,6 +48,7 @@ def export_command(
     from autopar.exporters.export import export
     from autopar.ir.batch import data_ways
     from autopar.ir.traffic import size_text
+    from autopar.proof.verify import prove
 
     given: Any = weights_from
     if is_stored(source):
@@ -59,6 +60,8 @@ def export_command(
         example = choices.example(source, data_ways(on), shown=not as_json)
         with stderr().status(f"making the program of {source} on {on}"):
             program = compile_program(example.model, on, plan.plan(), (), example.batch)
+            if program.plan.verify:
+                prove(example.model, program, (), example.batch)
         given = [weights_from, example.model] if weights_from else None if weights == "none" else example.model
     export(
         program, output, format, rank=rank, weights=weights, weights_from=given, verify=verify, training=training,

@@ -23,7 +23,8 @@ from autopar.schedules.named import NAMES
 
 PANEL = "The plan (autopar.Plan)"
 NARROW = 18  # columns of the values in --help; longer lists are in the text
-RENAMED = {"seed": "dropout-seed"}  # --seed is that of the weights and the batch
+# --seed is that of the weights and the batch, --verify of export runs what was written
+RENAMED = {"seed": "dropout-seed", "verify": "prove"}
 WORDS: Mapping[str, tuple[object, ...]] = {**FORMS, "recompute": RECOMPUTE_FORMS, "schedule": tuple(NAMES)}
 FORM = {  # of a value, by the type of the field
     "int": "N",

@@ -96,8 +96,8 @@ def _stored(folder: Path | None) -> AnyProgram | None:
 
 def _reduced(name: str, example: Example, choices: ModelChoices, mesh: Mesh, plan: Plan) -> Reduced:
     """The model ``name`` with smaller sizes. Raises ValueError for one whose config has no sizes that are known."""
+    from autopar.proof.reduced import reduced_mesh, reduced_rows, reduced_sizes
     from autopar.proof.verify import Reduced
-    from autopar.zoo.reduced import reduced_mesh, reduced_rows, reduced_sizes
 
     config = getattr(example.model, "config", None)
     sizes = (

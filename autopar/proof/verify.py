@@ -25,6 +25,7 @@ from autopar.frontend.numerics import promote_float32
 from autopar.frontend.trace import trace
 from autopar.ir.program import AnyProgram, Program
 from autopar.mesh import PIPELINE, Mesh
+from autopar.notes import warn
 from autopar.plan import Plan
 from autopar.proof.alike import likeness
 from autopar.proof.field_proof import prove_in_field
@@ -41,7 +42,7 @@ LAYERS = tuple(Layer)
 class Reduced:
     """The same model with smaller sizes, on a smaller mesh, for the layers that compute.
 
-    ``words``: of its sizes. See :func:`autopar.zoo.reduced.reduced_sizes`.
+    ``words``: of its sizes. See :func:`autopar.proof.reduced.reduced_sizes`.
     """
 
     model: nn.Module
@@ -145,6 +146,26 @@ def _alike(program: AnyProgram, small: AnyProgram) -> Shown:
     return Shown(Layer.RELATIONS, facts, (), unproved, time.perf_counter() - start)
 
 
+def prove(model: nn.Module, program: AnyProgram, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """For ``Plan(verify=True)``: raise ProofError for a compiled program that is refused; all layers but ``float64``.
+
+    What could not be proved, as of a model that is too large to be executed here, is a warning.
+    """
+    layers = [structure(program), _relations(program)]
+    if is_runnable(model):
+        layers.append(_in_a_field(_Subject(model, program, False, tuple(args), kwargs)))
+    found = Verification(program, tuple(layers))
+    found.raise_if_refused()
+    for words in found.unproved:
+        warn(f"Plan(verify=True): not all of the program is proved: {words}")
+    if not is_runnable(model):
+        warn(
+            f"Plan(verify=True): {_elements(model):,} parameters are too many to be executed exactly here: order, "
+            "messages, memory and relations are proved, the values are not\n"
+            "Way out: autopar verify MODEL --mesh ... executes the same model with smaller sizes."
+        )
+
+
 def _relations(program: AnyProgram) -> Shown:
     start = time.perf_counter()
     found = relations(program)
@@ -177,7 +198,8 @@ def _in_a_field(run: _Subject) -> Shown:
     if (large := _too_large(Layer.FIELD, model)) is not None:
         return large
     start = time.perf_counter()
-    source = _traced(model, args, kwargs)
+    stands = not run.is_given and not run.program.mesh.is_pipelined and run.program.plan.microbatches == 1
+    source = run.program.source if stands else _traced(model, args, kwargs)
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     proof = prove_in_field(run.program, source=source, tensors=tensors, args=args, kwargs=kwargs)
     refusals = tuple(

@@ -49,6 +49,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "--on-unknown replicate": ("on_unknown", "replicate"),
     "--on-indivisible error": ("on_indivisible", "error"),
     "--no-check-numerics": ("check_numerics", False),
+    "--prove": ("verify", True),
     "--bucket-mb 0": ("bucket_mb", 0),
     "--overlap-mb 1e3": ("overlap_mb", 1000.0),
     "--dropout-seed 7": ("seed", 7),
