@@ -17,7 +17,8 @@ from autopar.ir import collectives as comm
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.mesh import PIPELINE, Mesh
 from autopar.pipeline.links import links_of
-from autopar.proof.rank_lines import Code, read_code
+from autopar.proof.rank_lines import Code, axis_of, read_code
+from autopar.proof.rank_operands import operand_of, returned_of, walked
 from autopar.runtime.rank_graphs import INPUTS, REDUCE, WEIGHTS, WHOLE, model_graphs, stage_graphs
 from autopar.schedules.instructions import Compute, Flow, Kind, Message, Send
 
@@ -26,11 +27,16 @@ FUNCTIONS = {Kind.B: WHOLE, Kind.I: INPUTS, Kind.W: WEIGHTS}  # what a compute o
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """A collective on one rank. ``tag``: what all ranks of the group must agree on, in words."""
+    """A collective on one rank. ``tag``: what all ranks of the group must agree on, in words.
+
+    ``name``, ``operand``: the variable that is sent; where that is compared, the digest of what it comes from.
+    """
 
     axis: str
     tag: str
     where: str
+    name: str = ""
+    operand: str = ""
 
     def __str__(self) -> str:
         return f"{self.tag} ({self.where})"
@@ -73,20 +79,27 @@ class Taking:
 Event = Collective | Sending | Posting | Taking
 
 
-def collectives_of(code: Code, mesh: Mesh) -> tuple[Collective, ...]:
-    """The collectives of a function that any rank waits for: those over an axis of more than one rank."""
+def collectives_of(code: Code, mesh: Mesh, compared: bool = False) -> tuple[Collective, ...]:
+    """The collectives of a function that any rank waits for: those over an axis of more than one rank.
+
+    ``compared``: with the digests of their operands.
+    """
     found = []
+    lines = walked(code) if compared else ()
+    operands = {line.number: operand_of(line, known) for line, known in lines if line is not None and line.given}
     for line in code.collectives():
-        axis = line.given["axis"].strip("'\"")
+        axis = axis_of(line)
         if mesh.size(axis) > 1:
             more = {key: value for key, value in line.given.items() if key not in ("x", "axis")}
             words = ", ".join([line.type, *(f"{key}={value}" for key, value in more.items() if key not in _LOCAL)])
             name = comm.moving(getattr(comm.OPS, line.collective).default)
-            found.append(Collective(axis, f"{name} over {axis} of {words}", f"{code.name}, line {line.number}"))
+            where = f"{code.name}, line {line.number}"
+            sent = line.given.get("x", ""), operands.get(line.number, "")
+            found.append(Collective(axis, f"{name} over {axis} of {words}", where, *sent))
     return tuple(found)
 
 
-_LOCAL = ("send", "receive")  # variables: counts of rows, other on each rank
+_LOCAL = ("send", "receive", "in_place")  # counts of rows, other on each rank; where a rank has its result
 
 
 class Ranks:
@@ -117,6 +130,14 @@ class Ranks:
         for code in (*self.codes, *self.changed.values()):
             yield from code.values()
 
+    def computed_otherwise(self) -> Iterator[str]:
+        """In words: functions of a rank's changed code that compute something else than its graphs."""
+        for rank, codes in self.changed.items():
+            for name, code in codes.items():
+                right = self.codes[0].get(name)
+                if right is not None and returned_of(right) != returned_of(code):
+                    yield f"rank {rank}: '{name}' was changed, and may compute something else: no layer runs its text"
+
     def of_rank(self, rank: int) -> list[Event]:
         """The events of a training step of ``rank``."""
         if rank in self.changed:
@@ -132,7 +153,7 @@ class Ranks:
 
     def _of_functions(self, codes: Mapping[str, Code]) -> list[Event]:
         names = [name for name in (_function(Kind.F, codes), "backward") if name in codes]
-        return [event for name in names for event in collectives_of(codes[name], self.mesh)]
+        return [event for name in names for event in collectives_of(codes[name], self.mesh, bool(self.changed))]
 
     def _of_pipeline(self, place: int) -> Iterator[Event]:
         assert isinstance(self.program, PipelinedProgram)

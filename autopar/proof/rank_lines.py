@@ -65,6 +65,11 @@ class Code:
                 yield line
 
 
+def axis_of(line: Line) -> str:
+    """The axis of a collective."""
+    return line.given["axis"].strip("'\"")
+
+
 def read_code(source: str) -> dict[str, Code]:
     """The functions in an emitted module by name. Raises ProofError for text that is no such module."""
     try:

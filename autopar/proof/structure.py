@@ -33,14 +33,16 @@ def structure(program: AnyProgram, changed: Mapping[int, str] | None = None) -> 
     start = time.perf_counter()
     refusals = list(_contracts(program))
     facts: dict[str, int] = {}
+    unproved: tuple[str, ...] = ()
     if not refusals:  # else its code may not even be written
         ranks = Ranks(program, changed)
         codes = list(ranks.all_codes())
-        refusals += [refusal for code in codes for refusal in check_memory(code)]
+        refusals += [refusal for code in codes for refusal in check_memory(code, program.mesh)]
         facts["lines of code that write no memory too early"] = sum(len(code.lines) for code in codes)
         refusals += [] if refusals else _order(ranks, facts)
         refusals += [] if refusals else _types(program)
-    return Shown(Layer.STRUCTURE, facts, tuple(refusals), seconds=time.perf_counter() - start)
+        unproved = tuple(ranks.computed_otherwise())
+    return Shown(Layer.STRUCTURE, facts, tuple(refusals), unproved, time.perf_counter() - start)
 
 
 def _contracts(program: AnyProgram) -> Iterator[Refusal]:

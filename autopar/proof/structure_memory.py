@@ -4,6 +4,7 @@
     start = comm.start_all_reduce(add, "dp")
     add_1 = aten_mul_(add, 2)               refused: the collective reads ``add`` until it is waited for
     sum = aten_sum(start)                   refused: its result is there after ``comm.wait``
+    s = comm.all_reduce(mm, "dp", in_place=True)    writes into ``mm``: nobody may read that from here on
 
 Two variables may share memory where the schema of an operator says that it returns a view; what is composed of other
 operators, and may or may not copy (``reshape``), is taken to share.
@@ -16,13 +17,14 @@ from typing import Any
 
 from autopar.ir import collectives as comm
 from autopar.ir.operator_facts import is_composite, is_overload, is_view, writes
-from autopar.proof.rank_lines import Code, Line
+from autopar.mesh import Mesh
+from autopar.proof.rank_lines import Code, Line, axis_of
 from autopar.proof.refusal import Layer, Refusal
 
 
-def check_memory(code: Code) -> Iterator[Refusal]:
+def check_memory(code: Code, mesh: Mesh) -> Iterator[Refusal]:
     """What is wrong with the memory of the variables of one function."""
-    walk = _Walk(code)
+    walk = _Walk(code, mesh)
     for line in code.lines:
         yield from walk.step(line)
     yield from walk.end()
@@ -31,8 +33,8 @@ def check_memory(code: Code) -> Iterator[Refusal]:
 class _Walk:
     """The function, line by line: which memory each variable may be in, and which collectives are under way."""
 
-    def __init__(self, code: Code) -> None:
-        self.code = code
+    def __init__(self, code: Code, mesh: Mesh) -> None:
+        self.code, self.mesh = code, mesh
         self.memory: dict[str, frozenset[str]] = {}
         self.users: dict[str, set[str]] = {}  # memory -> the variables that may be in it
         for name in code.inputs:
@@ -55,7 +57,7 @@ class _Walk:
             yield from self._wait(line)
         else:
             yield from self._unfinished(line)
-            if writes(line.target) and line.reads:
+            if _writes(line):
                 yield from self._write(line)
         for name in line.deleted:
             self._forget(name)
@@ -89,12 +91,17 @@ class _Walk:
         started = self.under_way.pop(name, None)
         if started is None:
             yield self._refused(line, f"no collective that gives '{name}' is under way", "it was never started")
-        elif started[0].given.get("axis") != line.given.get("axis"):
-            problem = f"it waits over {line.given.get('axis')} for {started[0].collective} over "
-            yield self._refused(line, f"{problem}{started[0].given.get('axis')}", "another group is meant")
+        elif axis_of(started[0]) != axis_of(line):
+            problem = f"it waits over {axis_of(line)} for {started[0].collective} over {axis_of(started[0])}"
+            yield self._refused(line, problem, "the group of the wait is not that of the start")
 
     def _unfinished(self, line: Line) -> Iterator[Refusal]:
-        """Reads of what a collective has yet to give."""
+        """Reads of what a collective has yet to give, or is writing over."""
+        for started, busy in self.under_way.values():
+            for name in line.reads if _writes(started) else ():
+                if self._of((name,)) & busy and name not in self.under_way:
+                    problem = f"it reads '{name}', which {started.collective} (line {started.number}) is writing over"
+                    yield self._refused(line, problem, "its memory is used again before the wait")
         for name in line.reads:
             if name in self.under_way:
                 started = self.under_way[name][0]
@@ -120,16 +127,26 @@ class _Walk:
 
     def _memory_of(self, line: Line, name: str) -> frozenset[str]:
         own = frozenset([f"{name}@{line.number}"])
-        if line.collective:
-            return own if line.collective in comm.STARTED else own | self._of(line.reads)
-        if writes(line.target):
+        if _writes(line):
             return self._of(line.reads[:1])
+        if line.collective:
+            return own if self._is_new(line) else own | self._of(line.reads)
         if line.target is None or is_view(line.target):  # x[0] of several results; x + y shares nothing, and is rare
             return self._of(line.reads)
         return own if _allocates(line.target) else own | self._of(line.reads)
 
+    def _is_new(self, line: Line) -> bool:
+        """Whether a collective gives memory of its own; over one rank it may give its operand."""
+        name = comm.STARTED.get(line.collective, line.collective)
+        return line.collective in comm.STARTED or name == "all_reduce" and self.mesh.size(axis_of(line)) > 1
+
     def _refused(self, line: Line, problem: str, cause: str) -> Refusal:
         return Refusal(Layer.STRUCTURE, f"{self.code.name}, line {line.number}: {line.text}", problem, cause)
+
+
+def _writes(line: Line) -> bool:
+    """Whether a line writes into the first variable that it reads."""
+    return bool(line.reads) and (writes(line.target) or line.given.get("in_place") == "True")
 
 
 def _allocates(target: Any) -> bool:

@@ -14,7 +14,7 @@ in another order may hang although each waits later.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from autopar.mesh import PIPELINE, Mesh
 from autopar.proof.rank_events import Collective, Event, Posting, Sending, Taking
@@ -101,12 +101,24 @@ class _Walk:
         found = {rank: self.events[rank][self.at[rank]] for rank in met}
         first = min(met)
         other = next((rank for rank in sorted(met) if _tag(found[rank]) != _tag(found[first])), None)
-        if other is None:
-            return None
         number = f"collective {self.done[group] + 1} of ranks {_ranks(group[1])} over {group[0]}"
+        if other is None:
+            return self._swapped(number, found)
         problem = f"rank {first} issues {found[first]}, rank {other} issues {found[other]}"
-        cause = "their code has these in another order, or of other sizes"
+        cause = "one of them leaves a collective out, or has it twice, in another order or of another size"
         return Refusal(Layer.STRUCTURE, number, problem, cause, (first, other))
+
+    def _swapped(self, number: str, found: Mapping[int, Event]) -> Refusal | None:
+        """The refusal of members whose operands belong to other collectives: they do not hang, and add other things."""
+        first = min(found)
+        for other, event in sorted(found.items()):
+            one, two = _collective(found[first]), _collective(event)
+            elsewhere = {each.operand for each in self.events[first] if isinstance(each, Collective)}
+            if one.operand != two.operand and two.operand in elsewhere:
+                problem = f"rank {first} sends '{one.name}' in {one}, rank {other} sends '{two.name}' in {two}: of one "
+                cause = "the code of one rank has two collectives of one size in another order"
+                return Refusal(Layer.STRUCTURE, number, f"{problem}size, and not the same value", cause, (first, other))
+        return None
 
     def _circle(self) -> Refusal:
         """The ranks that wait for each other; or for one that has ended."""
@@ -143,9 +155,13 @@ class _Walk:
         return self.lines[rank][event.place]
 
 
-def _tag(event: Event) -> str:
+def _collective(event: Event) -> Collective:
     assert isinstance(event, Collective)
-    return event.tag
+    return event
+
+
+def _tag(event: Event) -> str:
+    return _collective(event).tag
 
 
 def _ranks(members: Sequence[int]) -> str:

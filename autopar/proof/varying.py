@@ -25,7 +25,7 @@ from torch import fx
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Layout
 from autopar.ir.node import Node, output_node, values
-from autopar.ir.operator_facts import is_random
+from autopar.ir.operator_facts import argument_names, is_random
 from autopar.mesh import Digit, Mesh
 
 aten = torch.ops.aten
@@ -128,7 +128,7 @@ class AbstractRun:
     def _result(self, node: Node) -> Varying:
         if node.target in comm.TARGETS:
             return self._collective(node)
-        if is_random(node.target):
+        if _draws(node):
             return Varying(frozenset(atom for axis in self.atoms.mesh.names for atom in self.atoms.of(axis)))
         sources = [self.known[source] for source in node.all_input_nodes]
         over = SAME.union(*(source.over for source in sources)) if sources else SAME
@@ -205,6 +205,14 @@ class AbstractRun:
         if node.target is not operator.getitem and sizes == before:
             return source  # element by element
         return Varying(source.over)
+
+
+def _draws(node: Node) -> bool:
+    """Whether a node draws random numbers: attention with a probability of 0 does not."""
+    if not is_random(node.target):
+        return False
+    given = {**dict(zip(argument_names(node.target), node.args)), **node.kwargs}
+    return bool(given.get("dropout_p", given.get("p", True)))
 
 
 def _between(source: Varying, start: int, end: int) -> Over:
