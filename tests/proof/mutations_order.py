@@ -216,7 +216,9 @@ def view_whose_base_is_written(program: Program) -> Codes:
 
     codes = texts(program)
     for rank, code in codes.items():
-        codes[rank] = code.replace("aten_mul__Tensor =", "aten_mul__Scalar = torch.ops.aten.mul_.Scalar\naten_mul__Tensor =")
+        codes[rank] = code.replace(
+            "aten_mul__Tensor =", "aten_mul__Scalar = torch.ops.aten.mul_.Scalar\naten_mul__Tensor ="
+        )
     return edited(codes, "forward", write)
 
 
@@ -329,10 +331,6 @@ def backward_before_forward(program: PipelinedProgram) -> Any:
 @bug("schedule that hangs", "pipeline")
 def all_forwards_awaited_before_a_backward(program: PipelinedProgram) -> Any:
     """Rank 0 waits for a gradient before its last forward, rank 1 for that forward before its first backward."""
-
-    def first(steps: list[Instruction]) -> list[Instruction]:
-        last = [n for n, step in enumerate(steps) if isinstance(step, Compute) and step.kind is Kind.F][-1]
-        return steps
 
     def change(steps: list[Instruction]) -> list[Instruction]:
         forwards = [s for s in steps if isinstance(s, Compute | Receive) and s.kind is Kind.F]

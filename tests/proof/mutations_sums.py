@@ -1,4 +1,4 @@
-"""Planted bugs of collectives: sums that are missing, done twice, over other ranks, of another kind, wrongly weighed."""
+"""Planted bugs of collectives: sums that are missing, done twice, over other ranks, wrongly weighed."""
 
 from __future__ import annotations
 
