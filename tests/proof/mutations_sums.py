@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from autopar.ir import collectives as comm
-from autopar.ir.node import value
+from autopar.ir.node import set_values, value, values
 from autopar.ir.program import AnyProgram
 from tests.proof.planting import (
     after,
@@ -93,7 +93,7 @@ def moments_of_one_rank(program: AnyProgram) -> None:
     (node,) = found(program, "forward", "all_gather_invariant")
     with node.graph.inserting_before(node):
         alike = node.graph.call_function(aten.cat.default, ([node.args[0], node.args[0]], 0))
-    alike.meta.update(node.meta)
+    set_values(alike, *values(node))
     node.replace_all_uses_with(alike)
     node.graph.erase_node(node)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from autopar.ir.layout import Factor, Layout
-from autopar.ir.node import value
+from autopar.ir.node import set_values, value, values
 from autopar.ir.program import AnyProgram
 from tests.proof.planting import (
     after,
@@ -168,7 +168,7 @@ def _positions(program: AnyProgram, axis: str) -> None:
     size = value(node).layout.local_shape(program.mesh)[0]
     with node.graph.inserting_before(node):
         first = node.graph.call_function(aten.slice.Tensor, (node.args[0], 0, 0, size))
-    first.meta.update(node.meta)
+    set_values(first, *values(node))
     node.replace_all_uses_with(first)
     node.graph.erase_node(node)
 
@@ -193,7 +193,7 @@ def seed_of_each_rank(program: AnyProgram) -> None:
     node = found(program, "forward", aten.add.Tensor)[0]
     with node.graph.inserting_before(node):
         index = node.graph.call_function(op.axis_index.default, ("dp",))
-    index.meta.update(node.meta)
+    set_values(index, *values(node))
     argument(node, 1, index)
 
 
@@ -261,7 +261,7 @@ def expert_of_one_product_only(program: AnyProgram) -> None:
     ids = node.args[2]
     with node.graph.inserting_before(node):
         other = node.graph.call_function(aten.bitwise_xor.Scalar, (ids, 1))
-    other.meta.update(ids.meta)  # type: ignore[union-attr]
+    set_values(other, *values(ids))  # type: ignore[arg-type]
     argument(node, 2, other)
 
 
