@@ -61,6 +61,12 @@ def logsumexp(x: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
     return _with_exponential(total.log(), total)
 
 
+@form("logcumsumexp")
+def logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    total = x.exp().cumsum(dim)
+    return _with_exponential(total.log(), total)
+
+
 FORMS["logaddexp"] = lambda a, b: aten.logsumexp(torch.stack([a, b]), [0])
 
 # ---------------------------------------------------------------- attention

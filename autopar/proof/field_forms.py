@@ -290,6 +290,34 @@ def cumsum(x: FieldTensor, dim: int, *, dtype: Any = None) -> FieldTensor:
     return FieldTensor(x.elements.cumsum(dim) % PRIME, dtype or x.dtype, x.facts)
 
 
+@form("prod")
+def prod(
+    x: FieldTensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = None, output_dtype: Any = None
+) -> FieldTensor:
+    """By halves, one dim after the other."""
+    found, degree = x.elements, x.facts.degree
+    for dim in sorted(_dims(x, dims), reverse=True) if x.dim() else ():
+        degree *= max(found.shape[dim], 1)
+        while found.shape[dim] > 1:
+            half = found.shape[dim] // 2
+            pairs = found.narrow(dim, 0, half) * found.narrow(dim, half, half) % PRIME
+            found = torch.cat([pairs, found.narrow(dim, 2 * half, found.shape[dim] - 2 * half)], dim)
+        found = found if found.shape[dim] else found.new_ones([1 if d == dim else s for d, s in enumerate(found.shape)])
+        found = found if keepdim else found.squeeze(dim)
+    return FieldTensor(found, dtype or x.dtype, Facts(x.facts.codes, degree, x.facts.depth))
+
+
+@form("_trilinear")
+def trilinear(a: Any, b: Any, c: Any, of_a: Any, of_b: Any, of_c: Any, dims: Any, unroll: int = 1) -> Tensor:
+    """Products of three, each with new dims where it has none, summed over ``dims``."""
+    for number, new in enumerate((of_a, of_b, of_c)):
+        operand = (a, b, c)[number]
+        for dim in sorted(new):
+            operand = operand.unsqueeze(dim)
+        a, b, c = (operand if number == place else one for place, one in enumerate((a, b, c)))
+    return (a * b * c).sum(list(dims))  # type: ignore[no-any-return]
+
+
 @form("trace")
 def trace(x: FieldTensor) -> Tensor:
     return x.diagonal().sum()

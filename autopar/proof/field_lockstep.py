@@ -6,7 +6,13 @@ from collections.abc import Iterable
 
 from autopar.ir.node import Node
 from autopar.mesh import Mesh
-from autopar.proof import field_attention, field_complex, field_forms, field_layers  # noqa: F401 - they register their forms
+from autopar.proof import (  # noqa: F401 - they register their forms
+    field_attention,
+    field_complex,
+    field_forms,
+    field_layers,
+    field_windows,
+)
 from autopar.simulator.lockstep import Lockstep, Ranks
 
 

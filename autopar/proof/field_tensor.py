@@ -246,22 +246,23 @@ MOVES = _names("""
     _reshape_copy _unsafe_index as_strided_scatter autopar::columns autopar::columns_backward autopar::permute_rows
     autopar::pick_rows broadcast_in_dim cat channel_shuffle clone constant_pad_nd contiguous detach_copy
     diagonal_backward diagonal_scatter empty_like expand_copy fill flip full_like gather index index_copy index_fill
-    index_put index_select lift_fresh lift_fresh_copy masked_fill masked_scatter movedim new_empty new_empty_strided
-    new_full new_ones new_zeros ones_like pad permute_copy pixel_shuffle pixel_unshuffle repeat repeat_interleave
-    roll scatter select_backward select_copy select_scatter slice_backward slice_copy slice_scatter
-    split_with_sizes_copy squeeze_copy stack t_copy take trace_copy transpose_copy tril triu unsqueeze_copy
-    view_copy where zeros_like
+    index_put index_select lift_fresh lift_fresh_copy masked_fill masked_scatter masked_scatter_backward movedim
+    new_empty new_empty_strided new_full new_ones new_zeros ones_like pad permute_copy pixel_shuffle pixel_unshuffle
+    repeat repeat_interleave roll scatter select_backward select_copy select_scatter slice_backward slice_copy
+    slice_scatter split_with_sizes_copy squeeze_copy stack t_copy take trace_copy transpose_copy tril triu
+    unsqueeze_copy view_copy where zeros_like
 """)
 ORDERED = _names("""
     _unique2 abs adaptive_max_pool2d all amax amin aminmax any argmax argmin argsort bucketize clamp clamp_max
-    clamp_min cummax cummin eq equal fmax fmin ge gt hardtanh heaviside isclose isfinite isinf isnan isneginf
-    isposinf kthvalue le logical_and logical_not logical_or lt max max_pool2d_with_indices max_pool3d_with_indices
-    maximum median min minimum mode nan_to_num ne nonzero reflection_pad1d reflection_pad1d_backward
-    reflection_pad2d reflection_pad2d_backward reflection_pad3d reflection_pad3d_backward relu relu_backward
-    replication_pad1d replication_pad1d_backward replication_pad2d replication_pad2d_backward replication_pad3d
-    replication_pad3d_backward scatter_reduce searchsorted sgn sign signbit sort threshold threshold_backward topk
-    unique_dim upsample_nearest1d upsample_nearest1d_backward upsample_nearest2d upsample_nearest2d_backward
-    upsample_nearest3d upsample_nearest3d_backward
+    clamp_min cummax cummin eq equal fmax fmin ge gt hardshrink_backward hardtanh heaviside isclose isfinite isinf
+    isnan isneginf isposinf kthvalue le logical_and logical_not logical_or lt max max_pool1d_with_indices
+    max_pool2d_with_indices max_pool3d_with_indices maximum median min minimum mode nan_to_num ne nonzero
+    reflection_pad1d reflection_pad1d_backward reflection_pad2d reflection_pad2d_backward reflection_pad3d
+    reflection_pad3d_backward relu relu_backward replication_pad1d replication_pad1d_backward replication_pad2d
+    replication_pad2d_backward replication_pad3d replication_pad3d_backward scatter_reduce searchsorted sgn sign
+    signbit softshrink_backward sort threshold threshold_backward topk unique_dim upsample_nearest1d
+    upsample_nearest1d_backward upsample_nearest2d upsample_nearest2d_backward upsample_nearest3d
+    upsample_nearest3d_backward
 """)
 _FACTORIES = _names("""
     empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like zeros_like
