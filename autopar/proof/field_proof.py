@@ -35,12 +35,11 @@ from autopar.ir.operator_facts import only_moves
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.mesh import Mesh
-from autopar.pipeline import microbatches
 from autopar.proof import field
 from autopar.proof.field_causes import Difference, Seen, disagreement, likely_causes
 from autopar.proof.field_lockstep import FieldLockstep
 from autopar.proof.field_reference import FieldStep, Seeds, reference_step
-from autopar.proof.field_steps import program_step
+from autopar.proof.field_steps import program_step, rows_of_parts
 from autopar.proof.field_tensor import FieldTensor, NoFieldForm, elements_of
 from autopar.simulator.lockstep import Lockstep
 
@@ -175,10 +174,7 @@ class _Once:
         return equal, differences
 
     def _seeds(self) -> Seeds:
-        if self.program.plan.microbatches == 1 or self.args:
-            return Seeds(self.seed)
-        batches = microbatches.parts((), self.kwargs, self.program.mesh, self.program.plan)
-        return Seeds(self.seed, tuple(microbatches.rows(self.kwargs, batches, self.program.plan)))
+        return Seeds(self.seed, rows_of_parts(self.program, (self.args, self.kwargs)))
 
     def _tangents(self) -> dict[str, Tensor]:
         """Of the loss one; of the outputs of a model without one random elements."""

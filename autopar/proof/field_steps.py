@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from autopar.ir.node import value
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
-from autopar.ir.tables import OutputKind
+from autopar.ir.tables import InputKind, OutputKind
 from autopar.mesh import Mesh
 from autopar.pipeline import microbatches
 from autopar.proof.field_tensor import NoFieldForm
@@ -35,14 +36,26 @@ def program_step(
     A program of one microbatch, without a pipeline, runs as often as there are some, and its gradients are added.
     """
     args, kwargs = call
-    count = 1 if isinstance(program, PipelinedProgram) else program.plan.microbatches
-    if count > 1:
+    if not isinstance(program, PipelinedProgram) and len(rows_of_parts(program, call)) > 1:
         return _accumulated(program, source, tensors, kwargs, seed, make)
     trains = not (isinstance(program, PipelinedProgram) and source.loss is None)
     step = simulate(
         program, tensors, args, kwargs, backward=trains, tangents=tangents, seed=seed, emitted=False, make=make
     )
     return _named(step, source)
+
+
+def rows_of_parts(program: AnyProgram, call: Call) -> tuple[int, ...]:
+    """The rows of each microbatch of a call: one, where the program takes all of it at once."""
+    args, kwargs = call
+    if args or program.plan.microbatches == 1:
+        return (1,)
+    shapes = [leaf.shape for leaf in pytree.tree_leaves(kwargs) if isinstance(leaf, Tensor)]
+    takes = [value(node).shape for node, _ in program.placeholders(InputKind.INPUT)]
+    if not isinstance(program, PipelinedProgram) and shapes == takes:
+        return (1,)
+    batches = microbatches.parts((), kwargs, program.mesh, program.plan)
+    return tuple(microbatches.rows(kwargs, batches, program.plan))
 
 
 def _named(step: Step, source: Program) -> dict[str, Tensor]:
@@ -77,13 +90,13 @@ def _accumulated(
             program, tensors, (), batch, tangents=[torch.tensor(weight.loss)], seed=seed + number, emitted=False,
             make=make, wholes=weight.wholes,
         )  # fmt: skip
-        for name, value in _named(step, source).items():
+        for name, found in _named(step, source).items():
             if name == _loss(source):
-                value = value * weight.loss
+                found = found * weight.loss
             if name == _loss(source) or name.startswith("gradient of "):
-                total[name] = total[name] + value if name in total else value
+                total[name] = total[name] + found if name in total else found
             else:
-                parts.setdefault(name, []).append(value)
+                parts.setdefault(name, []).append(found)
     joins = {f"output {target}": join for target, join in program.joins.items()}
     return total | {name: microbatches.together(name, each, joins.get(name)) for name, each in parts.items()}
 

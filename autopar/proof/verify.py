@@ -199,7 +199,7 @@ def _in_a_field(run: _Subject) -> Shown:
         return large
     start = time.perf_counter()
     stands = not run.is_given and not run.program.mesh.is_pipelined and run.program.plan.microbatches == 1
-    source = run.program.source if stands else _traced(model, args, kwargs)
+    source = run.program.source if stands else _traced(model, run.program.plan, args, kwargs)
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     proof = prove_in_field(run.program, source=source, tensors=tensors, args=args, kwargs=kwargs)
     refusals = tuple(
@@ -212,9 +212,9 @@ def _in_a_field(run: _Subject) -> Shown:
     return Shown(Layer.FIELD, facts, refusals, proof.unproved, time.perf_counter() - start)
 
 
-def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
-    """The model as it is traced now: no program that was handed in says what it is to compute."""
-    return trace(model, args, kwargs, plan=Plan(check_numerics=False))
+def _traced(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
+    """The model as it is traced now, in the plan's precision: no program that was handed in says what it computes."""
+    return trace(model, args, kwargs, plan=replace(plan, check_numerics=False))
 
 
 def _in_float64(run: _Subject) -> Shown:
