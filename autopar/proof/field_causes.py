@@ -14,6 +14,7 @@ from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.node import Node, origin, values
 from autopar.ir.program import AnyProgram
+from autopar.ir.text import argument_text, operator_name
 from autopar.mesh import Mesh
 from autopar.proof import field
 from autopar.proof.field_lockstep import FieldLockstep
@@ -88,7 +89,7 @@ def likely_causes(
     seen: Seen, wanted: FieldStep, found: Mapping[str, Tensor], names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """For the names of values that differ: the fields of :class:`Difference` that say why."""
-    first = seen.first_difference(wanted)
+    first = seen.first_difference(wanted) if any(not name.startswith("gradient of ") for name in names) else None
     if first is not None:
         node, problem = first
         where = f"{node.name} of {origin(node).module or 'the model'} ({origin(node).source})"
@@ -96,7 +97,7 @@ def likely_causes(
         if problem is not None:
             why += f": ranks {problem.ranks[0]} and {problem.ranks[1]} should hold the same and do not"
         near = _nearest_collective(node)
-        why += f"; before it stands {near.format_node()}" if near is not None else ""
+        why += f"; before it stands {_line(near)}" if near is not None else ""
         return {name: {"why": why, "node": node.name, "ranks": problem and problem.ranks} for name in names}
     if any(not name.startswith("gradient of ") for name in names):
         why = "the forward pass differs, though no line does that has its name and its place in the model"
@@ -114,7 +115,7 @@ def _of_gradient(seen: Seen, wanted: Tensor | None, found: Tensor | None, name: 
     node = _result(seen, name)
     near = _nearest_collective(node) if node is not None else None
     if near is not None:
-        return {"why": f"{why}; the nearest collective is {near.format_node()}", "node": near.name}
+        return {"why": f"{why}; the nearest collective is {_line(near)}", "node": near.name}
     return {"why": f"{why}; no collective stands before it", "node": node.name if node is not None else ""}
 
 
@@ -128,6 +129,11 @@ def _result(seen: Seen, name: str) -> Node | None:
             found = results[role.grads.index(target)]
             return found if isinstance(found, Node) else None
     return None
+
+
+def _line(node: Node) -> str:
+    """``all_reduce_9 = autopar.all_reduce(mm_1, "dp", "sum")``."""
+    return f"{node.name} = {operator_name(node.target)}({', '.join(map(argument_text, node.args))})"
 
 
 def _nearest_collective(node: Node) -> Node | None:

@@ -181,6 +181,14 @@ class Memory:
                 self.live -= storage.nbytes()
 
 
+FAILURES = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    IndexError,
+)  # of operators and collectives, for operands that do not fit
+
+
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
@@ -320,10 +328,15 @@ class Lockstep:
         for group in self.groups(axis):
             own = [parts[rank] for rank in group]
             given = (axis, *([known[x][rank] for rank in group] if isinstance(x, Node) else x for x in rest))
-            if self.gradients:
-                members = _Differentiable.apply(name, given, *own)  # type: ignore[no-untyped-call]
-            else:
-                members = collective(name, own, given)
+            try:
+                if self.gradients:
+                    members = _Differentiable.apply(name, given, *own)  # type: ignore[no-untyped-call]
+                else:
+                    members = collective(name, own, given)
+            except AutoparError:
+                raise
+            except FAILURES as problem:
+                raise _failed(node, group[0], own, problem) from problem
             for rank, result in zip(group, members):
                 results[rank] = result
         return results
@@ -344,9 +357,12 @@ def _call(node: Node, here: dict[Node, Any], rank: int) -> Any:
         return runnable(node.target)(*args, **kwargs)
     except AutoparError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as problem:
-        shapes = [list(tensor.shape) for tensor in _tensors((args, kwargs))]
-        where = f" (from {origin(node).module})" if origin(node).module else ""
-        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        message = f"rank {rank}: {node.name} = {node.target}{where} failed on shapes {shapes}: {first}"
-        raise InvariantError(message) from problem
+    except FAILURES as problem:
+        raise _failed(node, rank, _tensors((args, kwargs)), problem) from problem
+
+
+def _failed(node: Node, rank: int, operands: Iterable[Tensor], problem: Exception) -> InvariantError:
+    shapes = [list(tensor.shape) for tensor in operands]
+    where = f" (from {origin(node).module})" if origin(node).module else ""
+    first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+    return InvariantError(f"rank {rank}: {node.name} = {node.target}{where} failed on shapes {shapes}: {first}")
