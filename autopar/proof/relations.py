@@ -110,7 +110,7 @@ def _backward(found: Relations, stage: Program, number: int, atoms: Atoms, saved
         if extra := varying.over - allowed:
             words = atoms.words(extra)
             problem = f"it differs from rank to rank over {words}, where the ranks hold the same '{target}'"
-            cause = f"a reduction over {words} is missing before it is returned"
+            cause = f"a reduction over {words} is missing: before it is returned, or of a value that it is made from"
             result = results_of(role.backward)[role.grads.index(target)]
             _refuse(found, f"backward: the gradient of '{target}', {_named(result)}", problem, cause, extra)
         else:

@@ -19,7 +19,7 @@ from autopar.proof.rank_events import Collective, Ranks, Sending
 from autopar.proof.refusal import Layer, Refusal, Shown
 from autopar.proof.structure_memory import check_memory
 from autopar.proof.structure_order import check_order
-from autopar.proof.structure_types import Types
+from autopar.proof.structure_types import Types, check_gradients
 from autopar.schedules.check import check_schedule
 
 MOST_WALKED = 64  # ranks, each by itself
@@ -81,3 +81,4 @@ def _types(program: AnyProgram) -> Iterator[Refusal]:
     for part in program.parts:
         for name, graph in part.required_role.graphs.items():
             yield from types.check(graph, part.mesh, name)
+        yield from check_gradients(part)

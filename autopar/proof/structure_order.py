@@ -105,7 +105,7 @@ class _Walk:
         if other is None:
             return self._swapped(number, found)
         problem = f"rank {first} issues {found[first]}, rank {other} issues {found[other]}"
-        cause = "one of them leaves a collective out, or has it twice, in another order or of another size"
+        cause = "one of them leaves a collective out, or has it twice, in another order, of another size or op"
         return Refusal(Layer.STRUCTURE, number, problem, cause, (first, other))
 
     def _swapped(self, number: str, found: Mapping[int, Event]) -> Refusal | None:
@@ -142,7 +142,9 @@ class _Walk:
             lines[half:-half] = [f"... {len(lines) - 2 * half} more ranks ..."]
         how = "wait for each other for ever" + (" where a send waits for its receiver" if self.blocking else "")
         problem = "".join(f"\n      {line}" for line in lines)
-        cause = "post the receive before the send that the other rank waits in" if self.blocking else ""
+        cause = "a rank does these things in another order than the others, or waits before it makes what they need"
+        if self.blocking:
+            cause = "a receive is posted behind a send: post it before the send that the other rank waits in"
         return Refusal(Layer.STRUCTURE, f"{len(path)} ranks", f"{how}:{problem}", cause, tuple(path[:2]))
 
     def _awaited(self, rank: int) -> int:

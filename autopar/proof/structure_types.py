@@ -6,6 +6,7 @@ some node other than it says, or fail.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,16 +15,21 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.ir import collectives as comm
-from autopar.ir.node import Node, origin, values
-from autopar.ir.operator_facts import runnable
+from autopar.ir.node import Node, origin, value, values
+from autopar.ir.operator_facts import only_moves, runnable
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 from autopar.proof.refusal import Layer, Refusal
+from autopar.proof.varying import results_of
+
+aten = torch.ops.aten
 
 CAUSE = "an argument, or a cast, is not the one that this layout needs"
 Type = tuple[tuple[int, ...], torch.dtype]
 
 
-Verdict = tuple[tuple[Type, ...], str]  # what an operator gives, or why it fails
+Verdict = tuple[tuple[Type | None, ...], str]  # what an operator gives, None for no tensor; or why it fails
 
 
 class Types:
@@ -41,7 +47,8 @@ class Types:
             if any(not values(source) or _is_ragged(source) for source in (node, *node.all_input_nodes)):
                 continue
             wanted = local[node]
-            found, problem = self._given(node, local)
+            every, problem = self._given(node, local)
+            found = tuple([kind for kind in every if kind is not None])
             if problem:
                 shapes = [list(shape) for source in node.all_input_nodes for shape, _ in local[source]]
                 yield _refused(node, where, f"{node.target} fails on local sizes {shapes}: {problem}")
@@ -49,10 +56,42 @@ class Types:
                 yield _refused(node, where, f"{node.target} gives {_words(found)}, the node says {_words(wanted)}")
 
     def _given(self, node: Node, local: Mapping[Node, tuple[Type, ...]]) -> Verdict:
+        source = node.args[0] if node.target is operator.getitem else None
+        if isinstance(source, Node) and source.op == "call_function" and source.target is not operator.getitem:
+            every, _ = self._given(source, local) if source.target not in comm.TARGETS else ((), "")
+            place: Any = node.args[1]  # gradients that nobody asked a convolution for are no tensors
+            return every[place : place + 1], ""
         key = node.target, repr(fx.map_arg((node.args, node.kwargs), lambda source: local[source]))  # type: ignore[arg-type, return-value]
         if key not in self._known:
             self._known[key] = _run(node, local)
         return self._known[key]
+
+
+def check_gradients(program: Program) -> Iterator[Refusal]:
+    """Refuse gradients of another dtype than their parameter's, or summed over ranks in another than the plan's."""
+    role, asked = program.required_role, program.plan.precision.reduce_dtype
+    dtypes = {entry.target: value(node).dtype for node, entry in program.placeholders(InputKind.PARAMETER)}
+    results = results_of(role.backward) if role.backward is not None else ()
+    for target, node in zip(role.grads, results):
+        wanted = dtypes.get(target, value(node).dtype)
+        if value(node).dtype != wanted:
+            problem = f"the gradient of '{target}' is {_short(value(node).dtype)}, the parameter {_short(wanted)}"
+            yield _refused(node, "backward", problem, "the cast back to the parameter's dtype is missing")
+        while comm.moving(node.target) is None and _passes_on(node.target):
+            node = node.all_input_nodes[0]
+        if comm.moving(node.target) is not None and asked is not None and value(node).dtype != asked:
+            problem = (
+                f"the gradient of '{target}' is summed in {_short(value(node).dtype)}, the plan says {_short(asked)}"
+            )
+            yield _refused(node, "backward", problem, "the cast before the sum is missing")
+
+
+def _passes_on(target: Any) -> bool:
+    return target in (aten._to_copy.default, comm.OPS.wait.default) or only_moves(target)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _run(node: Node, local: Mapping[Node, tuple[Type, ...]]) -> Verdict:
@@ -71,7 +110,7 @@ def _run(node: Node, local: Mapping[Node, tuple[Type, ...]]) -> Verdict:
         except (RuntimeError, TypeError, ValueError, IndexError) as problem:
             return (), (str(problem).strip().splitlines() or [type(problem).__name__])[0]
     results = result if isinstance(result, tuple | list) else [result]
-    return tuple((tuple(each.shape), each.dtype) for each in results if isinstance(each, Tensor)), ""
+    return tuple((tuple(each.shape), each.dtype) if isinstance(each, Tensor) else None for each in results), ""
 
 
 def _is_ragged(node: Node) -> bool:
@@ -86,6 +125,6 @@ def _words(types: Sequence[Type]) -> str:
     return ", ".join(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for shape, dtype in types)
 
 
-def _refused(node: Node, where: str, problem: str) -> Refusal:
+def _refused(node: Node, where: str, problem: str, cause: str = CAUSE) -> Refusal:
     module = origin(node).module
-    return Refusal(Layer.STRUCTURE, f"{where}: {node.name}{f' ({module})' if module else ''}", problem, CAUSE)
+    return Refusal(Layer.STRUCTURE, f"{where}: {node.name}{f' ({module})' if module else ''}", problem, cause)

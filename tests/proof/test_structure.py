@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+import operator
 
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autopar.compiler import compile_program
 from autopar.errors import ProofError
 from autopar.mesh import Mesh
+from autopar.plan import Plan
 from autopar.proof.rank_events import Collective, Event, Posting, Sending, Taking
 from autopar.proof.rank_lines import read_code
+from autopar.proof.structure import structure
 from autopar.proof.structure_memory import check_memory
 from autopar.proof.structure_order import check_order
 from autopar.schedules.instructions import Kind, Message
@@ -139,6 +146,29 @@ def test_a_rank_that_has_ended_is_named() -> None:
     assert "rank 0 waits at all_reduce over dp of f32[8] (backward of dp) for rank 1, which has ended" in found
 
 
+class Convolution(nn.Module):
+    """Its input needs no gradient: the backward operator gives two tensors, at places 1 and 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).square().sum()  # type: ignore[no-any-return]
+
+
+def test_types_of_operators_that_give_no_tensor_at_a_place() -> None:
+    program = compile_program(Convolution(), Mesh(dp=2), Plan(check_numerics=False), (torch.randn(4, 3, 8, 8),))
+    assert not structure(program).refusals
+    backward = program.parts[0].required_role.backward
+    assert backward is not None
+    node = next(node for node in backward.nodes if node.target is operator.getitem)
+    node.args = (node.args[0], 3 - node.args[1])  # type: ignore[operator]
+    assert any(
+        "<built-in function getitem> gives float32[" in refusal.problem for refusal in structure(program).refusals
+    )
+
+
 FORWARD, BACKWARD = Message(Kind.F, 0, 1, 0), Message(Kind.B, 1, 0, 0)
 
 
@@ -159,7 +189,7 @@ def test_a_schedule_that_hangs_only_where_sends_wait_is_refused() -> None:
     ]
     found = order(*late, mesh=Mesh(pp=2))
     assert "wait for each other for ever where a send waits for its receiver" in found
-    assert "rank 1 stands at SEND B1.0 -> 0, and waits for rank 0" in found and "post the receive before" in found
+    assert "rank 1 stands at SEND B1.0 -> 0, and waits for rank 0" in found and "post it before the send" in found
     assert order(*[[own[1], own[0], own[2]] for own in late], mesh=Mesh(pp=2)) == ""
 
 
