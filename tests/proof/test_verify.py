@@ -1,0 +1,91 @@
+"""``autopar.verify``: what it takes, what it gives, and how that is printed."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+import autopar
+from autopar.errors import ProofError
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+from autopar.proof.report import Verification
+from autopar.proof.verify import verify
+from tests.proof.mutated_programs import made, right
+from tests.proof.mutations import MUTATIONS, planted
+
+MODEL, BATCH = made("net")
+QUICK = ("structure", "relations")
+
+
+def wrong(*layers: str) -> Verification:
+    (bug,) = (mutation for mutation in MUTATIONS if mutation.name == "bias_whose_gradient_is_that_of_one_rank")
+    program, _ = planted(bug)
+    return verify(MODEL, program.mesh, example_inputs=BATCH, program=program, layers=layers)
+
+
+def test_a_right_program_is_proved_by_all_layers() -> None:
+    found = verify(MODEL, Mesh(dp=2, tp=2), Plan(check_numerics=False), example_inputs=BATCH)
+    assert found.proved and not found.refusals and not found.unproved, str(found)
+    assert str(found).startswith("mesh(dp=2 tp=2): proved in ")
+    shown = found.document()
+    assert shown["proved"] and [row["layer"] for row in shown["layers"]] == list(autopar.proof.verify.LAYERS)
+    assert json.loads(json.dumps(shown))["mesh"] == {"dp": 2, "tp": 2}
+    facts = {words: count for row in shown["layers"] for words, count in row["shown"].items()}
+    assert facts["gradients equal"] == 6 and facts["gradients that differ only where their parameter does"] == 6
+    found.raise_if_refused()
+
+
+@pytest.mark.parametrize("axis", ["dp", "tp", "pp", "sp", "ep"])
+def test_an_axis_of_one_rank(axis: str) -> None:
+    found = verify(MODEL, Mesh(**{axis: 1}), example_inputs=BATCH, layers=QUICK)
+    assert found.proved, str(found)
+
+
+def test_positional_inputs_and_a_model_without_weights() -> None:
+    model = copy.deepcopy(MODEL).to("meta")
+    args = (BATCH["x"], BATCH["labels"])
+    found = verify(model, Mesh(dp=2), Plan(check_numerics=False), example_inputs=args, layers=("structure", "float64"))
+    assert found.unproved == ("the model has no weights: it is on the meta device",)
+    assert not found.proved and not found.refusals and "not proved in" in str(found).splitlines()[0]
+
+
+def test_a_wrong_program_is_refused() -> None:
+    found = wrong(*QUICK)
+    (refusal,) = found.refusals
+    assert refusal.layer == "relations" and refusal.ranks == (0, 1) and "'down.bias'" in refusal.where
+    assert "refused in" in str(found) and "refused: relations: backward: the gradient of 'down.bias'" in str(found)
+    assert found.document()["layers"][1]["refusals"] == [refusal.document()]
+    with pytest.raises(ProofError, match="(?s)does not compute its model's step:\n  relations: .*Way out: "):
+        found.raise_if_refused()
+
+
+def test_many_refusals_are_cut_in_the_report() -> None:
+    (bug,) = (mutation for mutation in MUTATIONS if mutation.name == "bias_on_every_rank")
+    program, _ = planted(bug)
+    found = verify(MODEL, program.mesh, example_inputs=BATCH, program=program, layers=("float64",))
+    assert len(found.refusals) == 8 and "... and 2 more refusals" in str(found)
+
+
+def test_code_of_a_rank_that_computes_something_else_is_not_proved() -> None:
+    program = right("net")
+    code = program.rank(3).code  # type: ignore[union-attr]
+    other = code.replace("aten_gelu(", "aten_neg(").replace("aten_gelu =", "aten_neg = torch.neg\naten_gelu =")
+    found = verify(MODEL, program.mesh, example_inputs=BATCH, program=program, codes={3: other}, layers=("structure",))
+    assert not found.refusals and not found.proved
+    assert "rank 3: 'forward' was changed, and may compute something else" in found.unproved[0]
+    same = verify(MODEL, program.mesh, example_inputs=BATCH, program=program, codes={3: code}, layers=("structure",))
+    assert same.proved
+
+
+def test_arguments_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="layer 'types' is unknown\nWay out: one of structure, relations"):
+        verify(MODEL, Mesh(dp=2), example_inputs=BATCH, layers=("types",))
+    with pytest.raises(ValueError, match=r"the program is for mesh\(dp=2 tp=2\), not for mesh\(dp=2\)"):
+        verify(MODEL, Mesh(dp=2), example_inputs=BATCH, program=right("net"))
+    with pytest.raises(ValueError, match="a module that was built"):
+        verify("net", Mesh(dp=2), example_inputs=BATCH)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mesh"):
+        verify(MODEL, "dp=2", example_inputs=BATCH)  # type: ignore[arg-type]
