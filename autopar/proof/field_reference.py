@@ -138,7 +138,7 @@ def _call(node: fx.Node, known: Mapping[fx.Node, Any], salt: int, seeds: Seeds) 
     except NoFieldForm as problem:
         where = origin(node)
         raise NoFieldForm(f"{str(problem)}; {node.name} of {where.module or 'the model'}: {where.source}") from None
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AssertionError) as problem:
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError) as problem:
         first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         raise NoFieldForm(
             f"{target}: {first}; {node.name} of {origin(node).module}: {origin(node).source}"

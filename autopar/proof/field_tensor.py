@@ -252,6 +252,11 @@ MOVES = _names("""
     slice_scatter split_with_sizes_copy squeeze_copy stack t_copy take trace_copy transpose_copy tril triu
     unsqueeze_copy view_copy where zeros_like
 """)
+# of which every element of the result is one of the operand: none is made
+REARRANGES = _names("""
+    _reshape_copy autopar::columns autopar::permute_rows clone contiguous flip gather index index_select repeat roll
+    take
+""")
 ORDERED = _names("""
     _unique2 abs adaptive_max_pool2d all amax amin aminmax any argmax argmin argsort bucketize clamp clamp_max
     clamp_min cummax cummin eq equal fmax fmin ge gt hardshrink_backward hardtanh heaviside isclose isfinite isinf
@@ -324,12 +329,13 @@ def moved(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _carry(result: FieldTensor, x: FieldTensor, func: Any, args: Any, kwargs: Any) -> None:
     """Move what is known of ``x`` as its elements were; where some are hidden by a number, their exponential is 0."""
-    if x.exponential is not None:
-        given = _scalars(func, args, kwargs, lambda value: float("nan") if elements_of(value) >= 0 else 0)
-        if not any(value != value for value in given.values() if isinstance(value, float)):
-            result.exponential = func(**_mapped(lambda y: x.exponential if y is x else y, given))
-    if x.shift is not None:
-        result.shift = func(**_numbers_as(lambda y: x.shift, _scalars(func, args, kwargs, int), func))
+    name = bare_name(func)
+    given = _scalars(func, args, kwargs, lambda value: 0 if elements_of(value) < 0 else None)
+    hides = name == "masked_fill" and given.get("value") == 0
+    if x.exponential is not None and (hides or name in REARRANGES or is_view(func)):
+        result.exponential = func(**_mapped(lambda y: x.exponential if y is x else y, given))
+    if x.shift is not None and (name in REARRANGES or is_view(func)):
+        result.shift = func(**_numbers_as(lambda y: x.shift, given, func))
 
 
 def _like(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:

@@ -198,6 +198,18 @@ def test_stable_sums_of_exponentials_do_not_depend_on_what_is_subtracted() -> No
     assert not torch.equal((parts[0] + other).log().elements, total.log().squeeze(1).elements)
 
 
+def test_exponentials_go_with_what_is_moved() -> None:
+    """And not with elements that are made: a logarithm that is padded with zeros has ones for exponentials there."""
+    logs = torch.log_softmax(in_field(X), 1)
+    chances = torch.softmax(in_field(X), 1)
+    assert torch.equal(logs[:, 1:].t().exp().elements, chances[:, 1:].t().elements)
+    assert torch.equal(logs.index_select(0, torch.tensor([2])).exp().elements, chances[2:].elements)
+    hidden = logs.masked_fill(BOOL, -math.inf).exp()
+    assert torch.equal(hidden.elements, chances.masked_fill(BOOL, 0.0).elements)
+    assert torch.nn.functional.pad(logs, (1, 0)).exp().elements[:, 0].tolist() == [1, 1, 1]
+    assert logs.masked_fill(BOOL, 0.0).exp().elements[BOOL].tolist() == [1] * 9
+
+
 def test_a_row_that_is_hidden_by_finite_numbers_attends_evenly() -> None:
     x = in_field(X)
     x[1] = torch.finfo(F64).min

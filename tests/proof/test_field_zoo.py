@@ -33,7 +33,7 @@ NAMES = [*(f"hf:{name}" for name in zoo.ARCHITECTURES), *(f"models.{name}" for n
 def test_right_programs_are_not_refused(name: str) -> None:
     example = named_model(name, batch=4)
     reference = Reference(example.model, example.batch)
-    given = {"source": reference.traced, "tensors": reference.state, "kwargs": reference.batch}
+    given: dict[str, Any] = {"source": reference.traced, "tensors": reference.state, "kwargs": reference.batch}
     refused = {}
     for case, (mesh, choices) in CASES.items():
         try:
