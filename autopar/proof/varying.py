@@ -32,6 +32,13 @@ aten = torch.ops.aten
 
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
+# backward operators -> for each result the places of the operands that it is computed from
+SOURCES: dict[Any, tuple[tuple[int, ...], ...]] = {
+    aten.convolution_backward.default: ((0, 2), (0, 1), (0,)),
+    aten.native_layer_norm_backward.default: ((0, 1, 3, 4, 5), (0, 1, 3, 4), (0,)),
+    aten.native_group_norm_backward.default: ((0, 1, 2, 3, 4), (0, 1, 2, 3), (0,)),
+}
+
 Atom = tuple[str, int, int]  # axis, stride, size: a part of the position on an axis
 Over = frozenset[Atom]
 Piece = tuple[int, int, Over]  # first and last column, and over what the values there differ
@@ -130,7 +137,7 @@ class AbstractRun:
             return self._collective(node)
         if _draws(node):
             return Varying(frozenset(atom for axis in self.atoms.mesh.names for atom in self.atoms.of(axis)))
-        sources = [self.known[source] for source in node.all_input_nodes]
+        sources = [self.known[source] for source in _sources(node)]
         over = SAME.union(*(source.over for source in sources)) if sources else SAME
         if node.target is aten.cat.default:
             return Varying(over, self._joined(node))
@@ -205,6 +212,15 @@ class AbstractRun:
         if node.target is not operator.getitem and sizes == before:
             return source  # element by element
         return Varying(source.over)
+
+
+def _sources(node: Node) -> list[Node]:
+    """The nodes that a node is computed from; of one of several results those of that."""
+    source = node.args[0] if node.target is operator.getitem else None
+    if isinstance(source, Node) and source.target in SOURCES:
+        place: Any = node.args[1]
+        return [given for at in SOURCES[source.target][place] if isinstance(given := source.args[at], Node)]
+    return node.all_input_nodes
 
 
 def _draws(node: Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,6 +108,19 @@ def test_pieces_of_a_bucket_are_looked_at_one_by_one() -> None:
 
     found, seen = run(summed, "dp")
     assert found == "" and len(seen.counted) == 1  # the second piece
+
+
+@pytest.mark.parametrize("place, wanted", [(0, "tp"), (1, "dp"), (2, "")])
+def test_each_result_of_a_backward_operator_has_its_own_sources(place: int, wanted: str) -> None:
+    """A bias' gradient is a sum of those of the result, whatever the rank has of input and weight."""
+
+    def build(call: Any, x: fx.Node) -> fx.Node:
+        of_rank, weight = call(aten.mul.Tensor, x, call("axis_index", "dp")), call("keep_first", x, "tp")
+        stride = ([8], [1], [0], [1], False, [0], 1, [True, True, True])
+        every = call(aten.convolution_backward.default, x, of_rank, weight, *stride)
+        return call(operator.getitem, every, place)  # type: ignore[no-any-return]
+
+    assert run(build, "")[0] == wanted
 
 
 GRADIENTS = "gradients that differ only where their parameter does"
