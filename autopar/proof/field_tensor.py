@@ -336,6 +336,9 @@ def _carry(result: FieldTensor, x: FieldTensor, func: Any, args: Any, kwargs: An
         result.exponential = func(**_mapped(lambda y: x.exponential if y is x else y, given))
     if x.shift is not None and (name in REARRANGES or is_view(func)):
         result.shift = func(**_numbers_as(lambda y: x.shift, given, func))
+    value = kwargs.get("value", args[-1])
+    if x.shift is not None and name == "masked_fill" and isinstance(value, int | float) and value == 0:
+        result.shift = x.shift  # an exponential that is left out is 0 whatever the shift
 
 
 def _like(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:

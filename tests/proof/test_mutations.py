@@ -9,8 +9,9 @@ import pytest
 
 from autopar.proof.relations import relations
 from autopar.proof.structure import structure
+from autopar.proof.verify import verify
 from tests.proof import mutations
-from tests.proof.mutated_programs import CASES, right
+from tests.proof.mutated_programs import CASES, made, right
 from tests.proof.mutations import MUTATIONS, Mutation, verdict
 from tests.selection import slow_but
 
@@ -48,6 +49,17 @@ def test_bugs_are_refused(mutation: Mutation) -> None:
 def test_right_programs_are_accepted(case: str) -> None:
     assert not structure(right(case)).refusals
     assert not relations(right(case)).refusals
+
+
+FIELD = ("odd vocabulary", "bf16")
+
+
+@pytest.mark.parametrize("case", slow_but([place for place, case in enumerate(CASES) if case in FIELD], list(CASES)))
+def test_right_programs_are_proved_in_a_field(case: str) -> None:
+    """Padded columns of the vocabulary, and counts that bfloat16 would round, among them."""
+    model, batch = made(CASES[case].model)
+    program = right(case)
+    assert verify(model, program.mesh, example_inputs=batch, program=program, layers=("field",)).proved
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
