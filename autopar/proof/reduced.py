@@ -20,7 +20,8 @@ HEAD = 8  # elements of a head
 HEADS = ("heads", "num_attention_heads", "n_head", "n_heads", "num_heads")
 KEYS = ("kv_heads", "num_key_value_heads")
 WIDTHS = ("width", "hidden_size", "n_embd", "d_model")
-HEAD_SIZES = ("head_dim", "d_kv", "v_head_dim", "qk_nope_head_dim")
+HEAD_SIZES = ("d_kv", "v_head_dim", "qk_nope_head_dim")
+TURNED = ("head_dim",)  # the elements of a head that positions turn: of latent attention, a part of it
 ROTARY = ("qk_rope_head_dim",)
 RANKS = ("q_lora_rank", "kv_lora_rank")
 INNER = ("ff", "intermediate_size", "n_inner", "d_ff", "ffn_dim", "moe_intermediate_size")
@@ -54,6 +55,7 @@ def reduced_sizes(config: Any, mesh: Mesh, stages: int = 1) -> dict[str, Any]:
         KEYS: keys,
         WIDTHS: heads * HEAD,
         HEAD_SIZES: HEAD,
+        TURNED: HEAD // 2 if _first(known, ROTARY) else HEAD,
         ROTARY: HEAD // 2,
         RANKS: 2 * HEAD,
         INNER: _scaled(_first(known, INNER) or 0, [tp, *map(mesh.size, data)], 4 * HEAD),
