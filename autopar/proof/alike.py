@@ -9,16 +9,20 @@ result is split; not the sizes. Where the lines part, the large graph has to rep
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from autopar.compiler import place
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Layout
 from autopar.ir.node import Node, values
 from autopar.ir.operator_facts import is_overload
+from autopar.ir.program import AnyProgram, Program
 
 LEAST = 6  # lines of a block
+CANONICAL = "pad_rows"  # the last pass before anything is split
 
 
 @dataclass(frozen=True)
@@ -26,29 +30,52 @@ class Likeness:
     """``repeats``: how many times a block is in the large graph that is not in the small one.
 
     ``difference``: the first line of the large graph that is neither in the small one nor a repetition; "" for none.
+    ``pairs``: the nodes of the small graph, and which they are in the large one, up to there.
     """
 
     lines: int = 0
     repeats: int = 0
     difference: str = ""
+    pairs: Mapping[str, str] = field(default_factory=dict)
 
 
 def likeness(large: fx.Graph, small: fx.Graph) -> Likeness:
     """Compare two split graphs of one kind of model."""
-    nodes = [node for node in large.nodes if node.op == "call_function"]
-    full, kept = [_line(node) for node in nodes], [_line(node) for node in small.nodes if node.op == "call_function"]
+    nodes, others = _calls(large), _calls(small)
+    full, kept = list(map(_line, nodes)), list(map(_line, others))
     here = there = repeats = 0
+    pairs: dict[str, str] = {}
     while here < len(full):
         if there < len(kept) and full[here] == kept[there]:
+            pairs[others[there].name] = nodes[here].name
             here, there = here + 1, there + 1
             continue
         period = _period(full, here)
         if not period:
-            return Likeness(len(full), repeats, f"{nodes[here].name} = {full[here]}")
+            return Likeness(len(full), repeats, f"{nodes[here].name} = {full[here]}", pairs)
         here, repeats = here + period, repeats + 1
-    if there < len(kept):
-        return Likeness(len(full), repeats, f"the end: the small one goes on with {kept[there]}")
-    return Likeness(len(full), repeats)
+    rest = f"the end: the small one goes on with {kept[there]}" if there < len(kept) else ""
+    return Likeness(len(full), repeats, rest, pairs)
+
+
+def decided_alike(large: AnyProgram, small: Program) -> Program:
+    """What the program of a traced model, ``small`` on its mesh, has to be like: the decisions of ``large``.
+
+    They are for nodes of the canonical form, which has more of them than the trace.
+    """
+    assert large.source is not None
+    forms = [
+        place(one, mesh, large.plan, after=CANONICAL) for one, mesh in ((large.source, large.mesh), (small, small.mesh))
+    ]
+    pairs = likeness(forms[0].graph, forms[1].graph).pairs
+    decisions = {
+        axis: {name: of[other] for name, other in pairs.items() if other in of} for axis, of in large.decisions.items()
+    }
+    return replace(small, decisions=decisions)
+
+
+def _calls(graph: fx.Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "call_function"]
 
 
 def _period(lines: list[str], at: int) -> int:

@@ -16,6 +16,7 @@ from autopar.mesh import PIPELINE, Mesh
 
 WAYS = 2  # ranks of each axis
 HEAD = 8  # elements of a head
+MOST_DENSE = 3  # layers without experts before those with: the first, one between others, the last
 
 HEADS = ("heads", "num_attention_heads", "n_head", "n_heads", "num_heads")
 KEYS = ("kv_heads", "num_key_value_heads")
@@ -50,6 +51,7 @@ def reduced_sizes(config: Any, mesh: Mesh, stages: int = 1) -> dict[str, Any]:
     data = [axis for axis in mesh.names if axis not in (PIPELINE, "tp")]
     ways = WAYS if mesh.size(PIPELINE) > 1 else 1
     experts = _scaled(_first(known, EXPERTS) or 0, [mesh.size("ep")], 2 * WAYS)
+    dense = min(_first(known, DENSE) or 0, MOST_DENSE)
     wanted: dict[tuple[str, ...], int] = {
         HEADS: heads,
         KEYS: keys,
@@ -65,8 +67,8 @@ def reduced_sizes(config: Any, mesh: Mesh, stages: int = 1) -> dict[str, Any]:
         CHOICES: min(_first(known, CHOICES) or 2, 2),
         GROUPS: min(_first(known, GROUPS) or 1, 2),
         CHOSEN_GROUPS: 1,
-        DENSE: min(_first(known, DENSE) or 0, 1),
-        LAYERS: max(2, ways * stages) + min(_first(known, DENSE) or 0, 1),
+        DENSE: dense,
+        LAYERS: max(2, ways * stages) + dense,
     }
     return {name: size for names, size in wanted.items() for name in names if name in known}
 

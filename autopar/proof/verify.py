@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autopar.check import TOLERANCE, Reference, Report
-from autopar.compiler import compile_program
+from autopar.compiler import compile_program, split_program
 from autopar.errors import AutoparError, check_kind
 from autopar.frontend.numerics import promote_float32
 from autopar.frontend.trace import trace
@@ -27,7 +27,7 @@ from autopar.ir.program import AnyProgram, Program
 from autopar.mesh import PIPELINE, Mesh
 from autopar.notes import warn
 from autopar.plan import Plan
-from autopar.proof.alike import likeness
+from autopar.proof.alike import decided_alike, likeness
 from autopar.proof.field_proof import prove_in_field
 from autopar.proof.in_double import in_double, is_exact
 from autopar.proof.refusal import Layer, Refusal, Shown
@@ -102,7 +102,7 @@ def verify(
     if reduced is not None:
         if is_given:
             raise ValueError("a program that is handed in is proved at its own sizes\nWay out: leave out reduced=.")
-        run, words = _small(reduced, plan), f"{reduced.words or 'a reduced model'}, {reduced.mesh}"
+        run, words = _small(reduced, plan, program), f"{reduced.words or 'a reduced model'}, {reduced.mesh}"
         found.append(_alike(program, run.program))
     if Layer.FIELD in layers:
         found.append(_in_a_field(run))
@@ -126,14 +126,16 @@ def _call(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any,
     return ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
 
 
-def _small(reduced: Reduced, plan: Plan) -> _Subject:
-    """The reduced model and its program; of many microbatches a few, and stages cut anew."""
+def _small(reduced: Reduced, plan: Plan, program: AnyProgram) -> _Subject:
+    """The reduced model and its program, which decides as ``program``; of many microbatches a few, stages cut anew."""
     args, kwargs = _call(reduced.example_inputs)
     few = min(plan.microbatches, 2 * reduced.mesh.size(PIPELINE))
     plan = replace(plan, check_numerics=False, microbatches=few, cuts=())
-    return _Subject(
-        reduced.model, compile_program(reduced.model, reduced.mesh, plan, args, kwargs), False, args, kwargs
-    )
+    traced = split_program(reduced.model, reduced.mesh, plan, args, kwargs, after="trace")
+    assert isinstance(traced, Program)
+    like = decided_alike(program, traced)
+    small = compile_program(reduced.model, reduced.mesh, plan, args, kwargs, like=like)
+    return _Subject(reduced.model, small, False, args, kwargs)
 
 
 def _alike(program: AnyProgram, small: AnyProgram) -> Shown:

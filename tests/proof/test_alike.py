@@ -1,0 +1,111 @@
+"""A large program that is proved by a small one: sizes that keep what matters, and the comparison line by line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autopar import Mesh, Plan
+from autopar.compiler import compile_program
+from autopar.models import llama
+from autopar.proof.alike import likeness
+from autopar.proof.in_double import in_double, is_exact
+from autopar.proof.reduced import reduced_mesh, reduced_rows, reduced_sizes
+from autopar.proof.verify import Reduced, verify
+from autopar.simulate import simulate
+
+
+class Blocks(nn.Module):
+    def __init__(self, count: int, width: int, acts: bool = True) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(count))
+        self.downs = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(count))
+        self.head, self.acts = nn.Linear(width, width), acts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for up, down in zip(self.ups, self.downs):
+            h = torch.tanh(up(x)) if self.acts else up(x)
+            x = x + down(h).sigmoid() * 2
+        return self.head(x).square().mean()
+
+
+def test_a_large_program_is_the_small_one_with_more_blocks() -> None:
+    large, small = Blocks(7, 16), Blocks(2, 8)
+    reduced = Reduced(small, Mesh(dp=2, tp=2), (torch.randn(4, 8),), "2 blocks")
+    found = verify(large, Mesh(dp=8, tp=4), example_inputs=(torch.randn(16, 16),), reduced=reduced)
+    assert found.proved, found
+    assert "times a block is repeated there" in str(found) and "computed on 2 blocks" in str(found)
+
+
+def test_a_small_program_that_is_another_proves_nothing() -> None:
+    reduced = Reduced(Blocks(2, 8, acts=False), Mesh(dp=2, tp=2), (torch.randn(4, 8),))
+    found = verify(Blocks(7, 16), Mesh(dp=8, tp=4), example_inputs=(torch.randn(16, 16),), reduced=reduced)
+    assert not found.proved and not found.refusals
+    assert "the reduced program is another one" in found.unproved[0]
+
+
+def test_one_block_that_differs_is_seen() -> None:
+    """In the middle of the large one, where a block of equal lines would be taken for a repetition."""
+    large = Blocks(5, 8)
+    large.downs[3] = nn.Linear(16, 8, bias=False)
+    programs = [compile_program(one, Mesh(dp=2), Plan(), (torch.randn(4, 8),)) for one in (large, Blocks(2, 8))]
+    found = likeness(programs[0].graph, programs[1].graph)
+    assert found.difference
+
+
+def test_a_program_that_is_handed_in_is_not_reduced() -> None:
+    model, inputs = Blocks(2, 8), (torch.randn(4, 8),)
+    program = compile_program(model, Mesh(dp=2), Plan(), inputs)
+    with pytest.raises(ValueError, match="proved at its own sizes"):
+        verify(
+            model, Mesh(dp=2), example_inputs=inputs, program=program, reduced=Reduced(model, Mesh(dp=2), inputs)
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mesh, sizes, wanted",
+    [
+        (Mesh(pp=8, dp=4, tp=8), {}, {"heads": 4, "kv_heads": 2, "layers": 2, "ff": 32}),
+        (Mesh(tp=16), {}, {"heads": 2, "kv_heads": 1}),  # each head of keys is on two ranks
+        (Mesh(tp=8), {"vocab": 1001}, {"vocab": 49}),  # 8 does not divide it: 2 does not either
+        (Mesh(dp=3), {"ff": 28672}, {"ff": 33}),
+    ],
+    ids=str,
+)
+def test_sizes_keep_what_divides(mesh: Mesh, sizes: dict[str, int], wanted: dict[str, int]) -> None:
+    found = reduced_sizes(replace(llama.PRESETS["llama_70b"], **sizes), mesh)
+    assert {name: found[name] for name in wanted} == wanted
+    assert found["width"] == found["heads"] * 8
+
+
+def test_sizes_of_latent_attention_and_experts() -> None:
+    config = SimpleNamespace(
+        num_attention_heads=128, qk_rope_head_dim=64, head_dim=64, n_routed_experts=256, n_group=8, topk_group=4,
+        num_experts_per_tok=8, first_k_dense_replace=3, num_hidden_layers=61, hidden_size=7168,
+    )  # fmt: skip
+    found = reduced_sizes(config, Mesh(ep=8, tp=2))
+    assert found["head_dim"] == found["qk_rope_head_dim"] and found["n_routed_experts"] % (2 * found["n_group"]) == 0
+    assert found["num_hidden_layers"] == 5 and found["first_k_dense_replace"] == 3
+
+
+def test_meshes_and_rows() -> None:
+    assert reduced_mesh(Mesh(pp=16, dp=128, tp=8)) == Mesh(pp=2, dp=2, tp=2)
+    assert reduced_rows(4096, Mesh(dp=128)) == 4 and reduced_rows(128, Mesh(dp=128)) == 2
+    assert reduced_rows(130, Mesh(dp=4)) % 2 == 1  # rows that do not divide stay so
+    assert reduced_sizes(SimpleNamespace(other=3), Mesh(tp=2)) == {}
+
+
+def test_a_program_in_float64() -> None:
+    model, x = Blocks(2, 8), torch.randn(4, 8)
+    program = compile_program(model, Mesh(dp=2, tp=2), Plan(precision="bf16"), (x,))
+    doubled: Any = in_double(program)
+    assert "f32" not in str(doubled) and "bf16" not in str(doubled) and "bf16" in str(program) and is_exact(program)
+    exact = model.double()
+    step = simulate(doubled, dict(exact.state_dict()), (x.double(),))
+    loss = exact(x.double())
+    assert step.loss is not None and torch.allclose(step.loss, loss, rtol=1e-12, atol=0.0)
