@@ -22,6 +22,7 @@ from autopar.proof.structure_order import check_order
 from autopar.proof.structure_types import Types, check_gradients
 from autopar.schedules.check import check_schedule
 
+CONTRACT = "a contract"  # where a refusal of the compiler's own contracts stands
 MOST_WALKED = 64  # ranks, each by itself
 
 
@@ -54,7 +55,7 @@ def _contracts(program: AnyProgram) -> Iterator[Refusal]:
     except (InvariantError, ScheduleError) as error:
         problem, _, fix = str(error).partition("\n")
         cause = fix.removeprefix("Likely fix: ").partition("\n")[0]
-        yield Refusal(Layer.STRUCTURE, "a contract", problem, cause)
+        yield Refusal(Layer.STRUCTURE, CONTRACT, problem, cause)
 
 
 def _order(ranks: Ranks, facts: dict[str, int]) -> Iterator[Refusal]:

@@ -33,7 +33,7 @@ from autopar.proof.in_double import in_double, is_exact
 from autopar.proof.refusal import Layer, Refusal, Shown
 from autopar.proof.relations import relations
 from autopar.proof.report import Verification
-from autopar.proof.structure import structure
+from autopar.proof.structure import CONTRACT, structure
 
 LAYERS = tuple(Layer)
 
@@ -104,10 +104,11 @@ def verify(
             raise ValueError("a program that is handed in is proved at its own sizes\nWay out: leave out reduced=.")
         run, words = _small(reduced, plan, program), f"{reduced.words or 'a reduced model'}, {reduced.mesh}"
         found.append(_alike(program, run.program))
-    if Layer.FIELD in layers:
-        found.append(_in_a_field(run))
-    if Layer.FLOAT64 in layers:
-        found.append(_in_float64(run))
+    broken = any(refusal.where == CONTRACT for shown in found for refusal in shown.refusals)
+    for layer, shown_by in ((Layer.FIELD, _in_a_field), (Layer.FLOAT64, _in_float64)):
+        if layer in layers:
+            words = "it cannot be executed: it breaks a contract of the compiler"
+            found.append(Shown(layer, unproved=(words,)) if broken else shown_by(run))
     return Verification(program, tuple(found), words)
 
 

@@ -62,6 +62,15 @@ def test_a_wrong_program_is_refused() -> None:
         found.raise_if_refused()
 
 
+@pytest.mark.parametrize("name", ["sends_in_another_order", "value_of_another_name"])
+def test_a_program_that_cannot_be_executed_is_refused(name: str) -> None:
+    (bug,) = (mutation for mutation in MUTATIONS if mutation.name == name)
+    program, _ = planted(bug)
+    model, batch = made("two layers")
+    found = verify(model, program.mesh, example_inputs=batch, program=program)
+    assert found.refusals and "it cannot be executed" in found.unproved[0]
+
+
 def test_many_refusals_are_cut_in_the_report() -> None:
     (bug,) = (mutation for mutation in MUTATIONS if mutation.name == "bias_on_every_rank")
     program, _ = planted(bug)
