@@ -82,34 +82,38 @@ def verify(
     """
     check_kind("model", model, nn.Module, "a module that was built: verify(Net(), autopar.Mesh(dp=2), ...)")
     check_kind("mesh", mesh, Mesh, "autopar.Mesh(dp=2, tp=2)")
-    args, kwargs = _call(example_inputs)
-    unknown = [name for name in layers if name not in LAYERS]
-    if unknown:
-        raise ValueError(f"layer {unknown[0]!r} is unknown\nWay out: one of {', '.join(LAYERS)}.")
+    _check_layers(layers)
     if program is not None and program.mesh != mesh:
         raise ValueError(
             f"the program is for {program.mesh}, not for {mesh}\nWay out: verify(model, program.mesh, ...)."
         )
+    if program is not None and reduced is not None:
+        raise ValueError("a program that is handed in is proved at its own sizes\nWay out: leave out reduced=.")
+    args, kwargs = _call(example_inputs)
     plan = plan or (program.plan if program is not None else Plan())
-    is_given = program is not None
-    program = program or compile_program(model, mesh, replace(plan, check_numerics=False), args, kwargs)
+    made = program or compile_program(model, mesh, replace(plan, check_numerics=False), args, kwargs)
     found: list[Shown] = []
     if Layer.STRUCTURE in layers:
-        found.append(structure(program, codes))
+        found.append(structure(made, codes))
     if Layer.RELATIONS in layers:
-        found.append(_relations(program))
-    run, words = _Subject(model, program, is_given, args, kwargs), ""
+        found.append(_relations(made))
+    run, sizes = _Subject(model, made, program is not None, args, kwargs), ""
     if reduced is not None:
-        if is_given:
-            raise ValueError("a program that is handed in is proved at its own sizes\nWay out: leave out reduced=.")
-        run, words = _small(reduced, plan, program), f"{reduced.words or 'a reduced model'}, {reduced.mesh}"
-        found.append(_alike(program, run.program))
+        run, sizes = _small(reduced, plan, made), f"{reduced.words or 'a reduced model'}, {reduced.mesh}"
+        found.append(_alike(made, run.program))
     broken = any(refusal.where == CONTRACT for shown in found for refusal in shown.refusals)
     for layer, shown_by in ((Layer.FIELD, _in_a_field), (Layer.FLOAT64, _in_float64)):
         if layer in layers:
             words = "it cannot be executed: it breaks a contract of the compiler"
             found.append(Shown(layer, unproved=(words,)) if broken else shown_by(run))
-    return Verification(program, tuple(found), words)
+    return Verification(made, tuple(found), sizes)
+
+
+def _check_layers(layers: Collection[str]) -> None:
+    unknown = [name for name in layers if name not in LAYERS]
+    if unknown or not layers:
+        problem = f"layer {unknown[0]!r} is unknown" if unknown else "layers=(): nothing would be proved"
+        raise ValueError(f"{problem}\nWay out: some of {', '.join(LAYERS)}.")
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,10 @@ def _in_a_field(run: _Subject) -> Shown:
     gradients = sum(name.startswith("gradient") for name in proof.proved)
     facts = {"gradients equal": gradients, "outputs and buffers equal": len(proof.proved) - gradients}
     facts = {words: count for words, count in facts.items() if count}
-    return Shown(Layer.FIELD, facts, refusals, proof.unproved, time.perf_counter() - start)
+    unproved = proof.unproved
+    if not (refusals or unproved or proof.holds):
+        unproved = ("it gives nothing that could be compared",)
+    return Shown(Layer.FIELD, facts, refusals, unproved, time.perf_counter() - start)
 
 
 def _traced(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:

@@ -90,8 +90,10 @@ def test_code_of_a_rank_that_computes_something_else_is_not_proved() -> None:
 
 
 def test_arguments_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="layer 'types' is unknown\nWay out: one of structure, relations"):
+    with pytest.raises(ValueError, match="layer 'types' is unknown\nWay out: some of structure, relations"):
         verify(MODEL, Mesh(dp=2), example_inputs=BATCH, layers=("types",))
+    with pytest.raises(ValueError, match=r"layers=\(\): nothing would be proved"):
+        verify(MODEL, Mesh(dp=2), example_inputs=BATCH, layers=())
     with pytest.raises(ValueError, match=r"the program is for mesh\(dp=2 tp=2\), not for mesh\(dp=2\)"):
         verify(MODEL, Mesh(dp=2), example_inputs=BATCH, program=right("net"))
     with pytest.raises(ValueError, match="a module that was built"):
