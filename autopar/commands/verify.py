@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,16 +12,10 @@ from autopar.commands.bundles import expanded
 from autopar.commands.options import Json, ModelChoices, ModelName, read_mesh
 from autopar.commands.plan_options import PlanChoices
 from autopar.commands.tables import print_json, stderr
-from autopar.mesh import Mesh
-from autopar.schedules.named import stages_per_rank
 
 if TYPE_CHECKING:  # which import torch
     from autopar.ir.program import AnyProgram
-    from autopar.plan import Plan
-    from autopar.proof.verify import Reduced
-    from autopar.zoo.named import Example
 
-LENGTH = 8  # tokens of a rank, in a reduced batch
 NAMES = ("structure", "relations", "field", "float64")
 
 ProgramFolder = Annotated[
@@ -59,23 +52,21 @@ def verify_command(
     Exit code 0 where all of it is proved, 1 where something is refused, or could not be proved.
     """
     from autopar.ir.batch import data_ways
-    from autopar.proof.verify import is_runnable, verify
+    from autopar.proof.verify import verify
 
     given = _stored(program)
     meshes = [given.mesh] if given is not None else [read_mesh(text) for text in mesh or ["dp=2,tp=2"]]
     if given is not None and mesh:
         raise ValueError(f"--program has its own mesh, {given.mesh}\nWay out: leave out --mesh.")
     example = choices.example(model, math.lcm(*map(data_ways, meshes)), shown=not as_json)
-    is_small = reduced is False or reduced is None and (given is not None or is_runnable(example.model))
     found = []
     for on in meshes:
         asked = plan.plan(given.plan if given is not None else None)
-        small = None if is_small else _reduced(model, example, choices, on, asked)
         with stderr().status(f"proving {model} on {on}"):
             found.append(
                 verify(
                     example.model, on, asked,
-                    example_inputs=example.batch, program=given, layers=layer or list(NAMES), reduced=small,
+                    example_inputs=example.batch, program=given, layers=layer or NAMES, reduced=reduced,
                 )
             )  # fmt: skip
     if as_json:
@@ -92,34 +83,3 @@ def _stored(folder: Path | None) -> AnyProgram | None:
     from autopar.ir.program import Program
 
     return Program.load(folder)
-
-
-def _reduced(name: str, example: Example, choices: ModelChoices, mesh: Mesh, plan: Plan) -> Reduced:
-    """The model ``name`` with smaller sizes. Raises ValueError for one whose config has no sizes that are known."""
-    from autopar.proof.reduced import reduced_mesh, reduced_rows, reduced_sizes
-    from autopar.proof.verify import Reduced
-
-    config = getattr(example.model, "config", None)
-    sizes = (
-        reduced_sizes(config, mesh, stages_per_rank(plan.schedule, plan.virtual_stages)) if config is not None else {}
-    )
-    if not sizes:
-        raise ValueError(
-            f"{name} is too large to be executed here, and its sizes are no fields of a config that is known\n"
-            "Way out: the model with smaller sizes, by --config or another factory; or --layer structure "
-            "--layer relations, which need no sizes."
-        )
-    on = reduced_mesh(mesh)
-    batch = [tensor for tensor in example.batch.values() if hasattr(tensor, "shape")]
-    rows = len(batch[0])
-    length = (
-        8 * on.size("sp") if choices.length is not None or hasattr(example.batch.get("input_ids"), "shape") else None
-    )
-    few = replace(
-        choices,
-        config={**choices.config, **sizes},
-        batch=reduced_rows(rows, mesh) * min(plan.microbatches, 2 * on.size("pp")),
-        length=length,
-    )
-    small = few.example(name)
-    return Reduced(small.model, on, small.batch, " ".join(f"{key}={size}" for key, size in sizes.items()))

@@ -9,13 +9,23 @@ divide is odd; heads, and heads that share keys and values, keep their relation 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from autopar.mesh import PIPELINE, Mesh
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autopar.ir.batch import data_ways
+from autopar.mesh import PIPELINE, SEQUENCE, Mesh
+from autopar.plan import Plan
+from autopar.schedules.named import stages_per_rank
 
 WAYS = 2  # ranks of each axis
 HEAD = 8  # elements of a head
+LENGTH = 8  # tokens of a rank
 MOST_DENSE = 3  # layers without experts before those with: the first, one between others, the last
 
 HEADS = ("heads", "num_attention_heads", "n_head", "n_heads", "num_heads")
@@ -33,6 +43,69 @@ EXPERTS = ("experts", "num_experts", "n_routed_experts", "num_local_experts")
 CHOICES = ("chosen", "num_experts_per_tok", "top_k")
 GROUPS, CHOSEN_GROUPS = ("n_group",), ("topk_group",)
 DENSE = ("first_k_dense_replace",)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """The same model with smaller sizes, on a smaller mesh, for the layers that compute. ``words``: of its sizes."""
+
+    model: nn.Module
+    mesh: Mesh
+    example_inputs: Mapping[str, Any] | Sequence[Any]
+    words: str = ""
+
+
+def reduced(
+    model: nn.Module, mesh: Mesh, plan: Plan, example_inputs: Mapping[str, Any] | Sequence[Any]
+) -> Reduced | None:
+    """``model`` built anew from its ``config`` with smaller sizes, with random weights, and a part of its inputs.
+
+    None for a model whose config has no sizes that are known here, or that cannot be built from such a one.
+    """
+    config = getattr(model, "config", None)
+    stages = stages_per_rank(plan.schedule, plan.virtual_stages)
+    sizes = reduced_sizes(config, mesh, stages) if config is not None else {}
+    if not sizes:
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            small = type(model)(_with_sizes(config, sizes)).train(model.training)
+    except Exception:  # a class of its own mind: it is built in another way, or these sizes do not fit it
+        return None
+    on = reduced_mesh(mesh)
+    words = " ".join(f"{name}={size}" for name, size in sizes.items())
+    return Reduced(small, on, _part(example_inputs, mesh, on, plan, _first(sizes, VOCABULARIES)), words)
+
+
+def _with_sizes(config: Any, sizes: Mapping[str, int]) -> Any:
+    if not hasattr(config, "to_dict"):
+        return replace(config, **sizes)
+    found = copy.deepcopy(config)
+    for name, size in sizes.items():
+        setattr(found, name, size)
+    return found
+
+
+def _part(
+    inputs: Mapping[str, Any] | Sequence[Any], mesh: Mesh, on: Mesh, plan: Plan, vocabulary: int | None
+) -> Mapping[str, Any] | Sequence[Any]:
+    """Rows and tokens for the reduced mesh; whole numbers below the reduced vocabulary."""
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    lengths = [leaf.shape[1] for leaf in tensors if leaf.dim() == 2 and not leaf.is_floating_point()]
+    rows = reduced_rows(len(tensors[0]), mesh) * min(plan.microbatches, 2 * on.size(PIPELINE)) if tensors else 0
+    tokens = LENGTH * on.size(SEQUENCE)
+
+    def part(leaf: Tensor) -> Tensor:
+        if not leaf.dim() or len(leaf) != len(tensors[0]):
+            return leaf
+        leaf = leaf[torch.arange(rows) % len(leaf)]
+        for dim in range(1, leaf.dim()):
+            if lengths and leaf.shape[dim] == lengths[0]:
+                leaf = leaf.index_select(dim, torch.arange(tokens) % lengths[0])
+        whole = not (leaf.is_floating_point() or leaf.is_complex() or leaf.dtype is torch.bool)
+        return torch.where(leaf >= 0, leaf % vocabulary, leaf) if whole and vocabulary else leaf
+
+    return pytree.tree_map_only(Tensor, part, inputs)  # type: ignore[no-any-return]
 
 
 def reduced_mesh(mesh: Mesh) -> Mesh:
@@ -75,16 +148,8 @@ def reduced_sizes(config: Any, mesh: Mesh, stages: int = 1) -> dict[str, Any]:
 
 def reduced_rows(rows: int, mesh: Mesh) -> int:
     """Rows of a batch for the reduced mesh: as many for a data rank as there are, at most 2 where they divide."""
-    ways, small = _data(mesh), _data(reduced_mesh(mesh))
-    each = max(1, rows // ways)
-    return small * min(each, 2) + (1 if rows % ways else 0)
-
-
-def _data(mesh: Mesh) -> int:
-    ways = 1
-    for axis in ("dp", "dp_replicate", "dp_shard", "ep"):
-        ways *= mesh.size(axis)
-    return ways
+    ways = data_ways(mesh)
+    return data_ways(reduced_mesh(mesh)) * min(max(1, rows // ways), 2) + (1 if rows % ways else 0)
 
 
 def _names(config: Any) -> Iterable[str]:

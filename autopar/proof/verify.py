@@ -30,25 +30,14 @@ from autopar.plan import Plan
 from autopar.proof.alike import decided_alike, likeness
 from autopar.proof.field_proof import prove_in_field
 from autopar.proof.in_double import in_double, is_exact
+from autopar.proof.reduced import Reduced
+from autopar.proof.reduced import reduced as reduced_of
 from autopar.proof.refusal import Layer, Refusal, Shown
 from autopar.proof.relations import relations
 from autopar.proof.report import Verification
 from autopar.proof.structure import CONTRACT, structure
 
 LAYERS = tuple(Layer)
-
-
-@dataclass(frozen=True)
-class Reduced:
-    """The same model with smaller sizes, on a smaller mesh, for the layers that compute.
-
-    ``words``: of its sizes. See :func:`autopar.proof.reduced.reduced_sizes`.
-    """
-
-    model: nn.Module
-    mesh: Mesh
-    example_inputs: Mapping[str, Any] | Sequence[Any]
-    words: str = ""
 
 
 MOST_ELEMENTS = 1 << 23  # of parameters: what the layers that compute run in seconds
@@ -63,7 +52,7 @@ def verify(
     program: AnyProgram | None = None,
     codes: Mapping[int, str] | None = None,
     layers: Collection[str] = LAYERS,
-    reduced: Reduced | None = None,
+    reduced: Reduced | bool | None = None,
 ) -> Verification:
     """Prove the program of ``model`` on ``mesh``, or refuse it: with the node, two ranks, and the likely cause.
 
@@ -74,8 +63,10 @@ def verify(
             or edited as text and parsed again.
         codes: the code of single ranks as text, changed by hand (``program.rank(3).code``); without a pipeline.
         layers: which of ``structure``, ``relations``, ``field``, ``float64`` to try.
-        reduced: of a model that is too large to be executed here; its program has to be that of ``model`` but for sizes
-            and the number of equal blocks. Not for a ``program`` that is handed in.
+        reduced: what the layers that compute execute in place of a model that is too large: its program has to be
+            that of ``model`` but for sizes and the number of equal blocks. None: where that is so, ``model`` is built
+            anew from its ``config``, with smaller sizes; True: always; False: never. Not for a ``program`` that is
+            handed in.
 
     Returns what was shown and what is refused; it raises nothing for a wrong program. Raises ValueError for arguments
     of another kind, and the errors of the compiler for a model that cannot be compiled.
@@ -87,7 +78,7 @@ def verify(
         raise ValueError(
             f"the program is for {program.mesh}, not for {mesh}\nWay out: verify(model, program.mesh, ...)."
         )
-    if program is not None and reduced is not None:
+    if program is not None and reduced:
         raise ValueError("a program that is handed in is proved at its own sizes\nWay out: leave out reduced=.")
     args, kwargs = _call(example_inputs)
     plan = plan or (program.plan if program is not None else Plan())
@@ -98,8 +89,9 @@ def verify(
     if Layer.RELATIONS in layers:
         found.append(_relations(made))
     run, sizes = _Subject(model, made, program is not None, args, kwargs), ""
-    if reduced is not None:
-        run, sizes = _small(reduced, plan, made), f"{reduced.words or 'a reduced model'}, {reduced.mesh}"
+    small = _reduced(reduced, run, mesh, plan, example_inputs) if {Layer.FIELD, Layer.FLOAT64} & set(layers) else None
+    if small is not None:
+        run, sizes = _small(small, plan, made), f"{small.words or 'a reduced model'}, {small.mesh}"
         found.append(_alike(made, run.program))
     broken = any(refusal.where == CONTRACT for shown in found for refusal in shown.refusals)
     for layer, shown_by in ((Layer.FIELD, _in_a_field), (Layer.FLOAT64, _in_float64)):
@@ -129,6 +121,26 @@ class _Subject:
 
 def _call(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+
+
+def _reduced(
+    asked: Reduced | bool | None,
+    run: _Subject,
+    mesh: Mesh,
+    plan: Plan,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+) -> Reduced | None:
+    if isinstance(asked, Reduced):
+        return asked
+    if asked is False or run.is_given or (asked is None and is_runnable(run.model)):
+        return None
+    found = reduced_of(run.model, mesh, plan, example_inputs)
+    if found is None and asked:
+        raise ValueError(
+            f"{type(run.model).__name__} cannot be built with smaller sizes: its config has none that are known\n"
+            "Way out: reduced=Reduced(small_model, small_mesh, small_inputs), of autopar.proof.reduced."
+        )
+    return found
 
 
 def _small(reduced: Reduced, plan: Plan, program: AnyProgram) -> _Subject:
@@ -194,7 +206,7 @@ def _too_large(layer: Layer, model: nn.Module) -> Shown | None:
     if is_runnable(model):
         return None
     words = f"{_elements(model):,} parameters are more than the {MOST_ELEMENTS:,} that are run here in seconds; "
-    return Shown(layer, unproved=(words + "give the same model with smaller sizes",))
+    return Shown(layer, unproved=(words + "give the same model with smaller sizes, reduced=Reduced(...)",))
 
 
 # ---------------------------------------------------------------- the layers that compute

@@ -13,11 +13,13 @@ from torch import nn
 from autopar import Mesh, Plan
 from autopar.compiler import compile_program
 from autopar.models import llama
+from autopar.proof import verify as verification
 from autopar.proof.alike import likeness
 from autopar.proof.in_double import in_double, is_exact
-from autopar.proof.reduced import reduced_mesh, reduced_rows, reduced_sizes
-from autopar.proof.verify import Reduced, verify
+from autopar.proof.reduced import Reduced, reduced, reduced_mesh, reduced_rows, reduced_sizes
+from autopar.proof.verify import verify
 from autopar.simulate import simulate
+from autopar.zoo.named import named_model
 
 
 class Blocks(nn.Module):
@@ -109,3 +111,28 @@ def test_a_program_in_float64() -> None:
     step = simulate(doubled, dict(exact.state_dict()), (x.double(),))
     loss = exact(x.double())
     assert step.loss is not None and torch.allclose(step.loss, loss, rtol=1e-12, atol=0.0)
+
+
+def test_a_large_model_is_built_anew_from_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours, and one of Hugging Face; what has no config that is known counts as not proved."""
+    monkeypatch.setattr(verification, "MOST_ELEMENTS", 100_000)
+    mesh = Mesh(dp=4, tp=4)
+    config = llama.Config(vocab=96, context=16, width=128, layers=5, heads=16, kv_heads=8, ff=256)
+    ours = llama.Llama(config)
+    found = verify(ours, mesh, example_inputs=llama.example_batch(ours, 8, 16), layers=("relations", "field"))
+    assert found.proved and "heads=4 kv_heads=2" in found.reduced, str(found)
+    assert found.layers[1].facts["times a block is repeated there"] == 3
+    blocks = verify(Blocks(3, 128), mesh, example_inputs=(torch.randn(8, 128),), layers=("field",))
+    assert not blocks.proved and "give the same model with smaller sizes" in blocks.unproved[0]
+    with pytest.raises(ValueError, match="Blocks cannot be built with smaller sizes"):
+        verify(Blocks(3, 128), mesh, example_inputs=(torch.randn(8, 128),), reduced=True)
+
+
+def test_inputs_of_the_reduced_model() -> None:
+    model = named_model("tiny:gpt2", {"n_layer": 4, "n_embd": 64, "n_head": 8, "vocab_size": 500}, 8, 24).model
+    given = {"input_ids": torch.arange(8 * 24).view(8, 24) % 500, "labels": torch.full((8, 24), -100)}
+    found = reduced(model, Mesh(dp=4, sp=4), Plan(), given)
+    assert found is not None and found.mesh == Mesh(dp=2, sp=2)
+    ids, labels = found.example_inputs["input_ids"], found.example_inputs["labels"]  # type: ignore[call-overload]
+    assert ids.shape == labels.shape == (4, 16) and int(ids.max()) < 49 and bool((labels == -100).all())
+    assert sum(parameter.numel() for parameter in found.model.parameters()) < 30_000
