@@ -12,7 +12,7 @@ from functools import cached_property
 from torch import fx
 
 from autopar.autodiff.halves import backward_steps
-from autopar.codegen.python import emit
+from autopar.codegen.python import RankProgram, emit
 from autopar.ir import collectives as comm
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.mesh import PIPELINE, Mesh
@@ -133,9 +133,11 @@ class Ranks:
     def computed_otherwise(self) -> Iterator[str]:
         """In words: functions of a rank's changed code that compute something else than its graphs."""
         for rank, codes in self.changed.items():
-            for name, code in codes.items():
-                right = self.codes[0].get(name)
-                if right is not None and returned_of(right) != returned_of(code):
+            right = read_code(RankProgram(self.program, rank).code)  # with the numbers of this rank
+            for name in dict.fromkeys((*right, *codes)):
+                if name not in right or name not in codes:
+                    yield f"rank {rank}: '{name}' is {'missing' if name in right else 'no function of the program'}"
+                elif returned_of(right[name]) != returned_of(codes[name]):
                     yield f"rank {rank}: '{name}' was changed, and may compute something else: no layer runs its text"
 
     def of_rank(self, rank: int) -> list[Event]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from autopar.codegen.python import RESERVED
 from autopar.codegen.torch_bindings import BINDINGS
 from autopar.errors import ProofError
 from autopar.ir import collectives as comm
@@ -21,6 +22,7 @@ from autopar.operators.registry import REGISTRY
 
 _OVERLOADS = {text: target for target, text in BINDINGS.items()}
 _FIRST = ("x", "axis", "op")  # arguments of a collective that stand without a name
+_IMPORTS = ("import torch", "import math", "import operator", "from autopar import operators as op")
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,26 @@ def read_code(source: str) -> dict[str, Code]:
     except SyntaxError as problem:
         raise ProofError(f"the code of a rank is no Python: {problem}\nWay out: emit it again.") from problem
     texts = source.splitlines()
-    names = {
-        node.targets[0].id: ast.unparse(node.value)
-        for node in module.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
-    functions = [node for node in module.body if isinstance(node, ast.FunctionDef)]
+    names: dict[str, str] = {}
+    functions: list[ast.FunctionDef] = []
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list and not node.args.defaults:
+            functions.append(node)
+        elif _binds(node):
+            names |= {node.targets[0].id: ast.unparse(node.value)}  # type: ignore[attr-defined]
+        elif ast.unparse(node) not in _IMPORTS:
+            raise ProofError(
+                f"line {node.lineno}: {ast.unparse(node).splitlines()[0]}: around its functions a rank's code has "
+                "imports and names of operators only\nWay out: emit it again."
+            )
     return {function.name: _read(function, names, texts) for function in functions}
+
+
+def _binds(node: ast.stmt) -> bool:
+    """Whether a statement gives an operator a name, ``aten_mm = torch.mm``, and changes nothing of torch."""
+    if not isinstance(node, ast.Assign) or len(node.targets) > 1 or not isinstance(node.targets[0], ast.Name):
+        return False
+    return node.targets[0].id not in RESERVED and isinstance(node.value, ast.Attribute)
 
 
 def _read(function: ast.FunctionDef, names: Mapping[str, str], texts: Sequence[str]) -> Code:
@@ -91,8 +106,8 @@ def _read(function: ast.FunctionDef, names: Mapping[str, str], texts: Sequence[s
     lines: list[Line] = []
     returned: tuple[str, ...] = ()
     for statement in _statements(function.body):
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Name):
-            inputs += _names(statement.targets[0])  # of ``inputs``, or of ``sizes``
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.value) in ("inputs", "sizes"):
+            inputs += _names(statement.targets[0])
         elif isinstance(statement, ast.Return):
             returned = _names(statement.value)
         elif isinstance(statement, ast.Delete):
@@ -111,7 +126,7 @@ def _read(function: ast.FunctionDef, names: Mapping[str, str], texts: Sequence[s
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
     """Those inside ``with comm.inside(...)`` too."""
     for statement in body:
-        if isinstance(statement, ast.With):
+        if isinstance(statement, ast.With) and ast.unparse(statement.items[0]).startswith("comm.inside("):
             yield from _statements(statement.body)
         else:
             yield statement

@@ -4,7 +4,7 @@
     all_reduce_12 = comm.all_reduce(mm_5, "dp")    rank 1 sums mm_5 where rank 3 sums mm_7: both f32[96,96]
 
 Two collectives of one size that stand in another order on one rank do not hang, and add what does not belong together.
-Names of variables do not count, nor does the position of a rank, nor whether an operator writes in place.
+Names of variables do not count, nor whether an operator writes in place; nor, between ranks, the position of a rank.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ IN_PLACE = re.compile(r"_(?=\.|$)")  # aten.mul_.Tensor
 NAME = re.compile(r"\b[A-Za-z_]\w*\b(?!\s*[(=])")
 
 
-def walked(code: Code) -> Iterator[tuple[Line | None, Mapping[str, str]]]:
-    """Each line with the digests of all variables before it, inputs by their places; None for the end."""
+def walked(code: Code, of_one_rank: bool = False) -> Iterator[tuple[Line | None, Mapping[str, str]]]:
+    """Each line with the digests of all variables before it, inputs by their places; None for the end.
+
+    ``of_one_rank``: the position of the rank counts.
+    """
     known = {name: f"input {place}" for place, name in enumerate(code.inputs)}
     for line in code.lines:
         yield line, known
         if line.results:
-            made = _digest(line, known)
+            made = _digest(line, known, of_one_rank)
             known = known | {name: f"{made}.{place}" for place, name in enumerate(line.results)}
     yield None, known
 
@@ -38,13 +41,14 @@ def operand_of(line: Line, known: Mapping[str, str]) -> str:
 
 
 def returned_of(code: Code) -> tuple[str, ...]:
-    """The digests of what a function returns."""
-    *_, (_, known) = walked(code)
+    """The digests of what a function of a rank returns, with the position of that rank."""
+    *_, (_, known) = walked(code, of_one_rank=True)
     return tuple(known.get(name, name) for name in code.returned)
 
 
-def _digest(line: Line, known: Mapping[str, str]) -> str:
-    call = POSITION.sub("POSITION", line.text.partition(" = ")[2])
+def _digest(line: Line, known: Mapping[str, str], of_one_rank: bool) -> str:
+    call = line.text.partition(" = ")[2]
+    call = call if of_one_rank else POSITION.sub("POSITION", call)
     if line.target is not None and call != "POSITION":
         call = f"{IN_PLACE.sub('', str(line.target))}({call.partition('(')[2]}"
     words = NAME.sub(lambda found: known.get(found.group(), found.group()), call)

@@ -103,6 +103,16 @@ def test_what_is_no_code_of_a_rank_is_an_error() -> None:
         read_code("def forward(:")
     with pytest.raises(ProofError, match="has assignments, del and a return only"):
         read_code("def forward(comm, inputs):\n    print(inputs)\n")
+    for line in ("torch.mm = torch.add", "torch = operator", "import os", "aten_mm = torch.mm(x, y)", "print(1)"):
+        with pytest.raises(ProofError, match="imports and names of operators only"):
+            read_code(f"import torch\n{line}{HEAD}    return (x,)\n")
+    with pytest.raises(ProofError, match="has assignments, del and a return only"):
+        read_code(f"{HEAD}    with torch.enable_grad():\n        y = aten_mm(x, w)\n    return (y,)\n")
+
+
+def test_a_second_name_is_in_the_same_memory() -> None:
+    found = refusals("y = aten_mm(x, w)", "z = y", "u = aten_add__Tensor(y, x)", "return (z, u)")
+    assert any("writes into the memory of 'z'" in refusal for refusal in found), found
 
 
 # ---------------------------------------------------------------- order

@@ -12,6 +12,7 @@ from autopar.errors import ProofError
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.proof.report import Verification
+from autopar.proof.structure import structure
 from autopar.proof.verify import verify
 from tests.proof.mutated_programs import made, right
 from tests.proof.mutations import MUTATIONS, planted
@@ -87,6 +88,16 @@ def test_code_of_a_rank_that_computes_something_else_is_not_proved() -> None:
     assert "rank 3: 'forward' was changed, and may compute something else" in found.unproved[0]
     same = verify(MODEL, program.mesh, example_inputs=BATCH, program=program, codes={3: code}, layers=("structure",))
     assert same.proved
+
+
+def test_code_of_a_rank_with_the_position_of_another_is_not_proved() -> None:
+    program = right("odd vocabulary")
+    code = program.rank(1).code  # type: ignore[union-attr]
+    assert "torch.tensor(1, device=comm.device)" in code and not structure(program, {1: code}).unproved
+    found = structure(program, {1: code.replace("torch.tensor(1, device", "torch.tensor(0, device")})
+    assert not found.refusals and "rank 1: 'forward' was changed" in found.unproved[0]
+    missing = structure(program, {1: code[: code.index("def backward(")]})
+    assert "rank 1: 'backward' is missing" in missing.unproved
 
 
 def test_arguments_that_do_not_fit() -> None:
