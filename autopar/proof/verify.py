@@ -10,17 +10,17 @@ Four layers, none of which believes what a pass has written:
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from autopar.check import TOLERANCE, Reference, Report
 from autopar.compiler import compile_program, split_program
-from autopar.errors import AutoparError, check_kind
+from autopar.errors import AutoparError, TraceError, check_kind
 from autopar.frontend.numerics import promote_float32
 from autopar.frontend.trace import trace
 from autopar.ir.program import AnyProgram, Program
@@ -30,6 +30,7 @@ from autopar.plan import Plan
 from autopar.proof.alike import decided_alike, likeness
 from autopar.proof.field_proof import prove_in_field
 from autopar.proof.in_double import in_double, is_exact
+from autopar.proof.named_call import batch_by_name, called_by_name
 from autopar.proof.reduced import Reduced
 from autopar.proof.reduced import reduced as reduced_of
 from autopar.proof.refusal import Layer, Refusal, Shown
@@ -40,6 +41,7 @@ from autopar.proof.structure import CONTRACT, structure
 LAYERS = tuple(Layer)
 
 
+OTHERS = (KeyError, ValueError, AssertionError, TraceError)  # of a program that takes, or gives, other things
 MOST_ELEMENTS = 1 << 23  # of parameters: what the layers that compute run in seconds
 
 
@@ -213,14 +215,21 @@ def _too_large(layer: Layer, model: nn.Module) -> Shown | None:
 
 
 def _in_a_field(run: _Subject) -> Shown:
-    model, args, kwargs = run.model, run.args, run.kwargs
+    model, program, args, kwargs = run.model, run.program, run.args, run.kwargs
     if (large := _too_large(Layer.FIELD, model)) is not None:
         return large
     start = time.perf_counter()
-    stands = not run.is_given and not run.program.mesh.is_pipelined and run.program.plan.microbatches == 1
-    source = run.program.source if stands else _traced(model, run.program.plan, args, kwargs)
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    proof = prove_in_field(run.program, source=source, tensors=tensors, args=args, kwargs=kwargs)
+    by_name = run.is_given and program.in_spec != pytree.tree_structure((args, dict(kwargs)))
+    if by_name:
+        args, kwargs = (), batch_by_name(model, args, kwargs)
+    try:
+        program, kwargs = called_by_name(model, program, kwargs) if by_name else (program, kwargs)
+        stands = not run.is_given and not program.mesh.is_pipelined and program.plan.microbatches == 1
+        source = program.source if stands else _traced(model, program.plan, args, kwargs)
+        tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        proof = prove_in_field(program, source=source, tensors=tensors, args=args, kwargs=kwargs)
+    except OTHERS as problem:
+        return _refused_or_raised(Layer.FIELD, run, problem, start)
     refusals = tuple(
         Refusal(Layer.FIELD, f"{one.name}{f' at {one.node}' if one.node else ''}", one.why, ranks=one.ranks or ())
         for one in proof.differences
@@ -230,8 +239,19 @@ def _in_a_field(run: _Subject) -> Shown:
     facts = {words: count for words, count in facts.items() if count}
     unproved = proof.unproved
     if not (refusals or unproved or proof.holds):
-        unproved = ("it gives nothing that could be compared",)
+        chance = f"that all is equal may be chance: a probability of up to {proof.bound:.0e}"
+        unproved = (chance if proof.proved else "it gives nothing that could be compared",)
     return Shown(Layer.FIELD, facts, refusals, unproved, time.perf_counter() - start)
+
+
+def _refused_or_raised(layer: Layer, run: _Subject, problem: Exception, start: float) -> Shown:
+    """The refusal of a program that was handed in, and that does not even take what the model takes."""
+    if not run.is_given:
+        raise problem
+    words = f"it takes, or gives, other things than the model: {type(problem).__name__}: {problem}"
+    cause = "it is of another model, batch or plan than this"
+    refusal = Refusal(layer, "the program", words.removesuffix(": ").splitlines()[0], cause)
+    return Shown(layer, {}, (refusal,), seconds=time.perf_counter() - start)
 
 
 def _traced(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
@@ -247,11 +267,15 @@ def _in_float64(run: _Subject) -> Shown:
     start = time.perf_counter()
     if any(parameter.is_meta for parameter in model.parameters()):
         return Shown(Layer.FLOAT64, unproved=("the model has no weights: it is on the meta device",))
+    batch = batch_by_name(model, run.args, run.kwargs)
     try:
-        reference = Reference(model, batch_by_name(model, run.args, run.kwargs))
+        program, batch = called_by_name(model, program, batch) if is_given else (program, batch)
+        reference = Reference(model, batch)
         with promote_float32():
             asked = in_double(program) if is_given else None
         report = reference.check(program.mesh, program.plan) if asked is None else reference.compare(asked)
+    except OTHERS as problem:
+        return _refused_or_raised(Layer.FLOAT64, run, problem, start)
     except AutoparError as problem:
         refusal = Refusal(Layer.FLOAT64, "the simulated step", str(problem).partition("\n")[0])
         return Shown(Layer.FLOAT64, {}, (refusal,), seconds=time.perf_counter() - start)
@@ -265,19 +289,10 @@ def _in_float64(run: _Subject) -> Shown:
 
 def _errors(report: Report) -> tuple[tuple[Refusal, ...], int]:
     """The numbers that are wrong, largest error first, and how many are right."""
-    errors = {"the loss": report.loss or 0.0}
+    errors = {} if report.loss is None else {"the loss": report.loss}
     errors |= {f"output {name}": error for name, error in report.outputs.items()}
     errors |= {f"the gradient of '{name}'": error for name, error in report.grads.items()}
     wrong = sorted(((error, name) for name, error in errors.items() if not error <= TOLERANCE), reverse=True)
     problem = "its error is {:.1e}, {:g} is allowed"
     found = [Refusal(Layer.FLOAT64, name, problem.format(error, TOLERANCE)) for error, name in wrong]
     return tuple(found), len(errors) - len(wrong)
-
-
-def batch_by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the names that ``forward`` gives them. Raises ValueError for too many."""
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as problem:
-        raise ValueError(f"example_inputs do not fit the model: {problem}\nWay out: a dict by name.") from problem
-    return {**bound.arguments.get("kwargs", {}), **{k: v for k, v in bound.arguments.items() if k != "kwargs"}}
