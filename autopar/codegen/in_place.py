@@ -92,11 +92,12 @@ class _Memory:
         sources = node.all_input_nodes
         passes_on = node.target is operator.getitem or node.target in comm.TARGETS or is_view(node.target)
         self.base[node] = self.base[sources[0]] if passes_on and sources else node
-        if node.target in STARTING:
+        alone = node.target in comm.TARGETS and self.mesh.size(str(comm.arguments_of(node)["axis"])) == 1
+        if node.target in STARTING and not alone:
             for source in sources:
                 self.starts.setdefault(self.base[source], set()).add(node)
             self.base[node] = node
-        elif node.target in REDUCING and self.mesh.size(str(comm.arguments_of(node)["axis"])) > 1:
+        elif node.target in REDUCING and not alone:
             self.base[node] = node  # new memory, or that of an operand which nobody reads any more
         elif not sources or not passes_on and not _allocates(node.target):  # inputs, constants, maybe an argument
             self.shared.update(self.base[source] for source in (node, *sources))

@@ -21,6 +21,8 @@ from autopar.mesh import Mesh
 from autopar.proof.rank_lines import Code, Line, axis_of
 from autopar.proof.refusal import Layer, Refusal
 
+POSITION = "axis_index"  # which a communicator makes once and keeps
+
 
 def check_memory(code: Code, mesh: Mesh) -> Iterator[Refusal]:
     """What is wrong with the memory of the variables of one function."""
@@ -39,7 +41,7 @@ class _Walk:
         self.users: dict[str, set[str]] = {}  # memory -> the variables that may be in it
         for name in code.inputs:
             self._keep(name, frozenset([name]))
-        self.given = frozenset(code.inputs)  # memory that is not the function's own
+        self.given = frozenset([*code.inputs, POSITION])  # memory that is not the function's own
         self.under_way: dict[str, tuple[Line, frozenset[str]]] = {}  # result of a start -> what must not be written
         self.last: dict[str, int] = {}  # variable -> the number of the last line that reads it
         for position, line in enumerate(code.lines):
@@ -129,6 +131,8 @@ class _Walk:
         own = frozenset([f"{name}@{line.number}"])
         if _writes(line):
             return self._of(line.reads[:1])
+        if line.collective == "axis_index":
+            return frozenset([POSITION])
         if line.collective:
             return own if self._is_new(line) else own | self._of(line.reads)
         if line.target is None or is_view(line.target):  # x[0] of several results; x + y shares nothing, and is rare
@@ -137,8 +141,8 @@ class _Walk:
 
     def _is_new(self, line: Line) -> bool:
         """Whether a collective gives memory of its own; over one rank it may give its operand."""
-        name = comm.STARTED.get(line.collective, line.collective)
-        return line.collective in comm.STARTED or name == "all_reduce" and self.mesh.size(axis_of(line)) > 1
+        gives = line.collective in comm.STARTED or line.collective == "all_reduce"
+        return gives and self.mesh.size(axis_of(line)) > 1
 
     def _refused(self, line: Line, problem: str, cause: str) -> Refusal:
         return Refusal(Layer.STRUCTURE, f"{self.code.name}, line {line.number}: {line.text}", problem, cause)

@@ -96,6 +96,14 @@ def test_a_sum_over_one_rank_is_its_operand() -> None:
     lines = ("y = aten_mm(x, w)", 's = comm.all_reduce(y, "dp", "sum")', "z = aten_mul__Tensor(s, x)", "return (y, z)")
     assert refusals(*lines) == []
     assert "writes into the memory of 'y'" in refusals(*lines, mesh=Mesh(tp=2))[0]
+    started = ("y = aten_neg(x)", START, 's = comm.wait(s, "dp")', "z = aten_mul__Tensor(s, x)", "return (y, z)")
+    assert refusals(*started) == []
+    assert "writes into the memory of 'y'" in refusals(*started, mesh=Mesh(tp=2))[0]
+
+
+def test_the_position_of_a_rank_is_not_written_to() -> None:
+    found = refusals('i = comm.axis_index("dp")', "y = aten_add__Tensor(i, 1)", "return (y,)")
+    assert "writes into the memory of the input 'axis_index'" in found[0]
 
 
 def test_what_is_no_code_of_a_rank_is_an_error() -> None:

@@ -125,6 +125,21 @@ def test_a_large_sum_takes_the_memory_of_what_nobody_reads(monkeypatch: pytest.M
     assert written(read_later) == 1 and not results(read_later)
 
 
+ALONE = """program mesh(dp=1)
+  x = input : f64[4,3]
+  s = comm.start_all_reduce(x, dp) : f64[4,3]
+  w = comm.wait(s, dp) : f64[4,3]
+  y = aten.mul.Tensor(w, 2) : f64[4,3]
+  return y"""
+
+
+def test_a_start_over_one_rank_is_its_operand() -> None:
+    graph, x = parse(ALONE).graph, torch.randn(4, 3, dtype=torch.float64)
+    before = x.clone()
+    (y,) = EmittedLockstep(Mesh(dp=1)).run(graph, [[x]])
+    assert torch.equal(x, before) and torch.equal(y[0], before * 2)
+
+
 SHARED = """program mesh(dp=2)
   x = input : f64[8@dp,3]
   y = input : f64[4,3]
