@@ -1,7 +1,8 @@
 """Whether a program of a large model is that of a small one with its blocks more often, on a larger mesh.
 
-Compared are the split graphs, line by line: the operator, the axis of a collective, and over which axes each dim of the
-result is split; not the sizes. Where the lines part, the large graph has to repeat the lines just before.
+Compared are the split graphs, line by line: the operator, the axis of a collective, over which axes each dim of the
+result is split, and which lines its operands are; not the sizes. Where the lines part, the large graph has to repeat
+the lines just before.
 
     embedding  norm linear ... add    norm linear ... add   head                       the small one
     embedding  norm linear ... add    norm linear ... add   norm linear ... add  head  the large one: one more
@@ -9,7 +10,8 @@ result is split; not the sizes. Where the lines part, the large graph has to rep
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -22,6 +24,7 @@ from autopar.ir.operator_facts import is_overload
 from autopar.ir.program import AnyProgram, Program
 
 LEAST = 6  # lines of a block
+_NUMBER = re.compile(r"_?\d+")  # of a block, in the name of a parameter
 CANONICAL = "pad_rows"  # the last pass before anything is split
 
 
@@ -44,18 +47,55 @@ def likeness(large: fx.Graph, small: fx.Graph) -> Likeness:
     nodes, others = _calls(large), _calls(small)
     full, kept = list(map(_line, nodes)), list(map(_line, others))
     here = there = repeats = 0
-    pairs: dict[str, str] = {}
+    stands: dict[Node, Node] = {}
     while here < len(full):
         if there < len(kept) and full[here] == kept[there]:
-            pairs[others[there].name] = nodes[here].name
+            stands[nodes[here]] = others[there]
             here, there = here + 1, there + 1
             continue
         period = _period(full, here)
         if not period:
-            return Likeness(len(full), repeats, f"{nodes[here].name} = {full[here]}", pairs)
+            return Likeness(len(full), repeats, f"{nodes[here].name} = {full[here]}", _named(stands))
+        stands |= {nodes[at]: nodes[at - period] for at in range(here, here + period)}
         here, repeats = here + period, repeats + 1
     rest = f"the end: the small one goes on with {kept[there]}" if there < len(kept) else ""
-    return Likeness(len(full), repeats, rest, pairs)
+    return Likeness(len(full), repeats, rest or _otherwise_wired(nodes, stands), _named(stands))
+
+
+def _named(stands: Mapping[Node, Node]) -> dict[str, str]:
+    return {other.name: node.name for node, other in stands.items() if other not in stands}
+
+
+def _otherwise_wired(nodes: Sequence[Node], stands: Mapping[Node, Node]) -> str:
+    """The first line that is computed from other values than the one that it stands for; "" for none.
+
+    What repeats a line takes what that takes, or as much later as it is itself.
+    """
+    places = {node: place for place, node in enumerate(nodes)}
+
+    def root(node: Node) -> Node | str:
+        if node.op == "placeholder":  # whose name stands in the line
+            return ""
+        while node in stands:
+            node = stands[node]
+        return node
+
+    def follows(given: Node, other: Node, period: int) -> bool:
+        if given in places and other in places:
+            return places[given] - places[other] in (0, period)
+        return root(given) == root(other)
+
+    for node, other in stands.items():
+        given, wanted = node.all_input_nodes, other.all_input_nodes
+        if len(given) != len(wanted):  # of all blocks together
+            alike = {*map(root, given)} == {*map(root, wanted)}
+        elif other in stands:
+            alike = all(follows(*pair, places[node] - places[other]) for pair in zip(given, wanted))
+        else:
+            alike = all(root(one) == root(two) for one, two in zip(given, wanted))
+        if not alike:
+            return f"{node.name}({', '.join(map(str, given))}), other values than {other.name} takes"
+    return ""
 
 
 def decided_alike(large: AnyProgram, small: Program) -> Program:
@@ -89,7 +129,8 @@ def _period(lines: list[str], at: int) -> int:
 def _line(node: Node) -> str:
     name = str(node.target) if is_overload(node.target) else getattr(node.target, "__name__", str(node.target))
     axis = f" over {comm.arguments_of(node)['axis']}" if node.target in comm.TARGETS else ""
-    return f"{name}{axis} : {', '.join(_places(kind.layout) for kind in values(node))}"
+    given = " ".join(_NUMBER.sub("", source.name) for source in node.all_input_nodes if source.op == "placeholder")
+    return f"{name}{axis} {given} : {', '.join(_places(kind.layout) for kind in values(node))}"
 
 
 def _places(layout: Layout) -> str:

@@ -136,3 +136,16 @@ def test_inputs_of_the_reduced_model() -> None:
     ids, labels = found.example_inputs["input_ids"], found.example_inputs["labels"]  # type: ignore[call-overload]
     assert ids.shape == labels.shape == (4, 16) and int(ids.max()) < 49 and bool((labels == -100).all())
     assert sum(parameter.numel() for parameter in found.model.parameters()) < 30_000
+
+
+def test_a_block_that_is_wired_otherwise_is_seen() -> None:
+    """Each line is there; a block takes the weight of another, or adds to what went into the first."""
+    batch = (torch.randn(4, 8),)
+    small = compile_program(Blocks(2, 8), Mesh(dp=2), Plan(check_numerics=False), batch)
+    for operator, place in (("aten.linear.default", 1), ("aten.add.Tensor", 0)):
+        large = compile_program(Blocks(5, 8), Mesh(dp=2), Plan(check_numerics=False), batch)
+        assert not likeness(large.graph, small.graph).difference
+        nodes = [node for node in large.graph.nodes if str(node.target) == operator]
+        wrong = nodes[2 * (place + 1)]  # of the third block
+        wrong.args = tuple(nodes[0].args[at] if at == place else given for at, given in enumerate(wrong.args))
+        assert likeness(large.graph, small.graph).difference
