@@ -28,7 +28,8 @@ def cross_entropy_sums(
     logits (C), (N, C) or (N, C, d1, ...); target without C.
     """
     wide = _wide(logits.dtype)
-    if logits.dim() == 2 and wide == logits.dtype and not label_smoothing:
+    of_classes = logits.dim() == 2 and target.dim() == 1  # with chances of classes the target is as the logits are
+    if of_classes and wide == logits.dtype and not label_smoothing:
         # the kernel counts as it goes; aten's own, for the one of torch.nn.functional gives the sum alone
         found: tuple[Tensor, Tensor] = aten.nll_loss_forward(
             F.log_softmax(logits, 1), target, weight, SUM, ignore_index
