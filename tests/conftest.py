@@ -6,8 +6,14 @@ import difflib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch.distributed
+
+from tests.selection import is_repeated
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # no test fails for a busy machine
+hypothesis.settings.load_profile("any machine")
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -16,6 +22,13 @@ Golden = Callable[[str, object], None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/*.txt instead of comparing")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the marks choose what runs
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_repeated(item.nodeid.partition("tests/")[2]):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

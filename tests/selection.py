@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -32,3 +33,75 @@ def one_each(first: Iterable[Any], second: Iterable[Any], fast: Sequence[tuple[i
         number for number, pair in enumerate(pairs) if (pair in fast if fast else pair[0] % less == pair[1] % less)
     ]
     return slow_but(chosen, [firsts[i] + seconds[j] for i, j in pairs])
+
+
+# Rows and tests that repeat a kind which another default one shows, and take seconds: slow, wherever they are made.
+REPEATED = """
+autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[recomputed]
+autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[a sum over blocks]
+autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[a weight of all]
+autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[in another order once]
+autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[in another order before the run]
+autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[a weight is returned]
+end_to_end/test_data_axes.py::test_training_a_transformer_equals_one_process[*
+end_to_end/test_experts_over_data.py::test_equals_the_model[ep=2-*
+end_to_end/test_experts_over_data.py::test_equals_the_model[ep=3-3]
+end_to_end/test_experts_over_data.py::test_equals_the_model[dp=2,ep=3-*
+end_to_end/test_sequence.py::test_real_ranks[sp=3-ring]
+end_to_end/test_training.py::test_training_equals_one_process[llama-*
+end_to_end/test_training.py::test_training_with_sharded_parameters_equals_one_process[llama-*
+exporters/test_verify.py::test_a_program_on_disk_is_compared_with_its_source[{'pp': 2}-*
+fitting/test_fit.py::test_microbatches_of_a_loss_that_is_no_sum_are_weighed_by_their_own_statistics
+frontend/test_looked_at.py::test_on_two_processes
+frontend/test_looked_at.py::test_each_batch_takes_its_branch[initialised]
+frontend/test_observation.py::test_a_change_makes_another_program[1 to 1.0 of a power]
+frontend/test_observation.py::test_a_change_makes_another_program[another config]
+frontend/test_observation.py::test_a_change_makes_another_program[a dict in place]
+frontend/test_observation.py::test_a_change_makes_another_program[momentum]
+frontend/test_observation.py::test_a_change_makes_another_program[epsilon]
+frontend/test_observation.py::test_a_change_makes_another_program[a layer more]
+frontend/test_observation.py::test_a_change_makes_another_program[no bias]
+frontend/test_observation.py::test_a_change_makes_another_program[a hook before]
+frontend/test_torch_layers.py::test_inference_by_the_fast_path[{'classes': 12}-tp=4]
+frontend/test_torch_layers.py::test_inference_by_the_fast_path[{}-dp=3]
+inductor/test_compiled_region.py::test_a_region_is_compiled_once_for_each_kind_of_strides_and_frees_what_it_takes
+masks/test_long.py::test_nothing_is_quadratic[*-dp]
+passes/test_enter_parameters.py::test_gradients_are_exact_and_send_what_the_formulas_say[as they are-*
+passes/test_enter_parameters.py::test_gradients_are_exact_and_send_what_the_formulas_say[concatenated-*
+passes/test_enter_parameters.py::test_gradients_are_exact_and_send_what_the_formulas_say[scaled by the other-*
+passes/test_overlap_collectives.py::test_the_same_bits[Plan(sequence='none'*
+passes/test_pad_rows.py::test_a_transformer_with_any_number_of_rows[dp-tp]
+passes/test_stack_experts.py::test_experts_of_other_forms[matrices]
+passes/test_stack_experts.py::test_one_and_three_choices*
+passes/test_weigh_microbatches.py::test_losses_that_people_have[over the batch size]
+passes/test_weigh_microbatches.py::test_losses_that_people_have[two counts]
+pipeline/test_simulated.py::test_the_unmodified_model[moe-*
+pipeline/test_simulated.py::test_the_unmodified_model[t5-*
+pipeline/test_simulated.py::test_other_axes_and_choices[llama-*
+routing/test_placement.py::test_the_load_is_that_of_the_whole_batch[ep=2-0]
+rules/test_dtensor.py::test_every_difference_is_listed
+split/test_seams.py::test_only_the_positions_beside_a_part_travel[two_dims-zigzag]
+split/test_seams.py::test_exact_on_any_number_of_ranks[from_log_softmax-zigzag]
+split/test_state_space.py::test_exact[mamba-*
+test_stored_programs.py::test_four_ranks_start_from_one_program[pipeline]
+verification/test_coverage.py::test_the_command
+zoo/test_experts.py::test_all_layers_of_a_mixture_are_recognised[granitemoe]
+zoo/test_experts.py::test_all_layers_of_a_mixture_are_recognised[qwen3_moe]
+zoo/test_experts.py::test_no_experts_are_seen_in_a_dense_model[mamba2]
+zoo/test_zoo.py::test_architecture[whisper]
+"""
+
+
+@cache
+def _entries() -> tuple[frozenset[str], tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Whole ids, beginnings of ids, and pairs of a beginning and an end."""
+    lines = [line for line in REPEATED.splitlines() if line]
+    cut = [line.partition("*")[::2] for line in lines if "*" in line]
+    whole = frozenset(line for line in lines if "*" not in line)
+    return whole, tuple(start for start, end in cut if not end), tuple((start, end) for start, end in cut if end)
+
+
+def is_repeated(name: str) -> bool:
+    """Whether ``name``, the id of a test without ``tests/``, is one of :data:`REPEATED`, where ``*`` is anything."""
+    whole, starts, pairs = _entries()
+    return name in whole or name.startswith(starts) or any(name.startswith(a) and name.endswith(b) for a, b in pairs)
