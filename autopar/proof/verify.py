@@ -75,7 +75,7 @@ def verify(
     """
     check_kind("model", model, nn.Module, "a module that was built: verify(Net(), autopar.Mesh(dp=2), ...)")
     check_kind("mesh", mesh, Mesh, "autopar.Mesh(dp=2, tp=2)")
-    _check_layers(layers)
+    _check_layers(layers, codes, mesh)
     if program is not None and program.mesh != mesh:
         raise ValueError(
             f"the program is for {program.mesh}, not for {mesh}\nWay out: verify(model, program.mesh, ...)."
@@ -103,11 +103,15 @@ def verify(
     return Verification(made, tuple(found), sizes)
 
 
-def _check_layers(layers: Collection[str]) -> None:
+def _check_layers(layers: Collection[str], codes: Mapping[int, str] | None, mesh: Mesh) -> None:
     unknown = [name for name in layers if name not in LAYERS]
     if unknown or not layers:
         problem = f"layer {unknown[0]!r} is unknown" if unknown else "layers=(): nothing would be proved"
         raise ValueError(f"{problem}\nWay out: some of {', '.join(LAYERS)}.")
+    if codes and Layer.STRUCTURE not in layers:
+        raise ValueError("codes= are looked at by the layer structure alone\nWay out: add it to layers=.")
+    if codes and mesh.is_pipelined:
+        raise ValueError(f"codes= of ranks of {mesh}: on a pipeline they cannot be given\nWay out: program=.")
 
 
 @dataclass(frozen=True)
