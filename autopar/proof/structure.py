@@ -43,6 +43,8 @@ def structure(program: AnyProgram, changed: Mapping[int, str] | None = None) -> 
         refusals += [] if refusals else _order(ranks, facts)
         refusals += [] if refusals else _types(program)
         unproved = tuple(ranks.computed_otherwise())
+        if isinstance(program, PipelinedProgram) and program.tail is not None:  # the smaller last microbatches
+            refusals += structure(program.tail).refusals
     return Shown(Layer.STRUCTURE, facts, tuple(refusals), unproved, time.perf_counter() - start)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from autopar.compiler import compile_program
 from autopar.errors import ProofError
+from autopar.ir.node import set_values, value
+from autopar.ir.program import PipelinedProgram
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.proof.rank_events import Collective, Event, Posting, Sending, Taking
@@ -219,3 +222,25 @@ def test_lines_of_a_pipeline_do_not_mix() -> None:
     assert "rank 3 waits at F1.0, which needs F0.0 -> 1 for rank 1" in order(
         first, [], second, second, mesh=Mesh(pp=2, tp=2)
     )
+
+
+def test_the_program_of_a_smaller_last_microbatch_is_looked_at_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    plan = Plan(microbatches=2, check_numerics=False)
+    program = compile_program(Squared(model), Mesh(pp=2), plan, (), {"x": torch.randn(5, 4)})
+    assert isinstance(program, PipelinedProgram) and program.tail is not None
+    assert structure(program).refusals == ()
+    backward = program.tail.stages[0].required_role.backward
+    assert backward is not None
+    node = next(node for node in backward.nodes if node.op == "call_function")
+    set_values(node, replace(value(node), dtype=torch.float64))
+    assert "the node says float64" in structure(program).refusals[0].problem
+
+
+class Squared(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x).square().mean()
