@@ -254,10 +254,16 @@ def _measured(size: str, name: str, options: argparse.Namespace) -> list[Row]:
     sides: list[Contender] = []
     found: dict[str, Row] = {}
     for peer, make in form.peers.items():
+        side, why = None, ""
         try:
-            sides.append(make(setting, copy.deepcopy(model)))
+            side = make(setting, copy.deepcopy(model))
         except Exception as problem:  # it says so in the table
-            found[peer] = Row(size, setting.ranks, name, peer, why=f"{problem}".strip().splitlines()[0][:90])
+            why = f"{problem}".strip().splitlines()[0]
+        why = _of_any_rank(why)
+        if why or side is None:
+            found[peer] = Row(size, setting.ranks, name, peer, why=why[:90])
+        else:
+            sides.append(side)
     peers = [peer for peer in form.peers if peer not in found]
     ours = _ours(setting, form, model)
     times, difference = measure((ours, *sides), setting.subject.batch, options.steps, options.warm_up)
@@ -267,6 +273,13 @@ def _measured(size: str, name: str, options: argparse.Namespace) -> list[Row]:
         ratios = [str(Ratio.of(getattr(times[0], clock), getattr(theirs, clock))) for clock in ("wall", "cpu")]
         found[peer] = Row(size, setting.ranks, name, peer, *middles, *ratios, difference, load)
     return [found[peer] for peer in form.peers]
+
+
+def _of_any_rank(why: str) -> str:
+    """Where a peer cannot be made on one rank, it takes part on none, or the others would wait for it."""
+    reasons: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, why)
+    return next((f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason), "")
 
 
 def _ours(setting: Setting, form: Form, model: nn.Module) -> Contender:

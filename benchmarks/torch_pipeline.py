@@ -2,7 +2,8 @@
 
 As that package's tutorial does it: each stage is a module with a part of the layers, the first one also with the
 embedding, the last one with the norm and the head; microbatches and their losses are the schedule's business. Layers
-are dealt out evenly. Rotary tables are computed by each stage, the causal mask is left to attention.
+are dealt out evenly; where there are fewer than stages, embedding and head have stages of their own. Rotary tables are
+computed by each stage, the causal mask is left to attention.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ SCHEDULES: dict[str, tuple[Callable[..., Any], int]] = {
 
 
 class LlamaStage(nn.Module):
-    """Layers [start, stop) of a ``LlamaForCausalLM``, with what stands before the first and behind the last."""
+    """Stage ``number`` of ``count`` of a ``LlamaForCausalLM``."""
 
-    def __init__(self, model: Any, start: int, stop: int) -> None:
+    def __init__(self, model: Any, number: int, count: int) -> None:
         super().__init__()
-        layers = model.model.layers
-        self.layers = layers[start:stop]
+        layers, is_last = model.model.layers, number == count - 1
+        self.layers = layers[slice(*(_first_layer(place, count, len(layers)) for place in (number, number + 1)))]
         self.rotary = model.model.rotary_emb
-        self.embedding = model.model.embed_tokens if start == 0 else None
-        self.norm = model.model.norm if stop == len(layers) else None
-        self.head = model.lm_head if stop == len(layers) else None
+        self.embedding = model.model.embed_tokens if number == 0 else None
+        self.norm = model.model.norm if is_last else None
+        self.head = model.lm_head if is_last else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, T), or hidden states (B, T, C), to hidden states, or of the last stage to logits (B, T, V)."""
@@ -89,9 +90,16 @@ class TorchPipeline(Contender):
 
 def _stage(model: Any, number: int, count: int, tokens: Tensor) -> PipelineStage:
     """``tokens``: those of one microbatch. Shapes are given, so that ranks need not ask each other for them."""
-    layers, width = len(model.model.layers), model.config.hidden_size
-    module = LlamaStage(model, number * layers // count, (number + 1) * layers // count)
-    hidden = torch.zeros(*tokens.shape, width, requires_grad=True)  # gradients cross where this says so
+    module = LlamaStage(model, number, count)
+    # gradients cross where this says so
+    hidden = torch.zeros(*tokens.shape, model.config.hidden_size, requires_grad=True)
     taken = tokens if number == 0 else hidden
     made = torch.zeros(*tokens.shape, model.config.vocab_size, requires_grad=True) if number == count - 1 else hidden
     return PipelineStage(module, number, count, torch.device("cpu"), input_args=(taken,), output_args=(made,))
+
+
+def _first_layer(number: int, count: int, layers: int) -> int:
+    """Of stage ``number`` of ``count``; that of the stage behind the last is the number of layers."""
+    if count <= layers:
+        return number * layers // count
+    return min(max(number * (layers + 2) // count - 1, 0), layers)

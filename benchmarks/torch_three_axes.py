@@ -39,10 +39,7 @@ class ThreeAxes(Contender):
         self.rank, self.ways = mesh["dp"].get_local_rank(), mesh["dp"].size()
         self.number, self.count = mesh["pp"].get_local_rank(), mesh["pp"].size()
         self.replicas = mesh["dp"].get_group()
-        layers = len(model.model.layers)
-        module: nn.Module = LlamaStage(
-            model, self.number * layers // self.count, (self.number + 1) * layers // self.count
-        )
+        module: nn.Module = LlamaStage(model, self.number, self.count)
         if mesh["tp"].size() > 1:
             parallelize_module(module, mesh["tp"], _tensor_plan(module))
         if self.ways > 1:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import autopar
 from autopar import Mesh, Plan
+from autopar.cache.launch_store import launch_store
 from autopar.codegen.python import compile_source, emit
 from autopar.codegen.torch_bindings import BINDINGS
 from autopar.compiler import compile_program
@@ -366,3 +367,18 @@ def test_calls_of_modules_go_through_one_method() -> None:
         patch.setattr(nn.Module, "_call_impl", call)
         torch.export.export(model, (torch.ones(2, 2),))
     assert {"Sequential", "Linear"} <= set(seen)
+
+
+# ---------------------------------------------------------------- the store of a launch
+
+
+def counted_in_the_store() -> int:
+    connect(Mesh(dp=2), 60.0, torch.device("cpu"))
+    store = launch_store()
+    assert store is not None, "torch gives the store of the process group"
+    return int(store.add("ranks", 1))
+
+
+def test_ranks_share_a_store() -> None:
+    assert launch_store() is None
+    assert sorted(run_ranks(counted_in_the_store, 2)) == [1, 2]

@@ -1,4 +1,4 @@
-"""The program of a call: out of the cache if it is there, else compiled and kept, once for all ranks of a machine."""
+"""The program of a call: out of the cache if it is there, else compiled and kept, once for all ranks of a launch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from autopar.cache.assumptions import NotMet, assumptions_of, listed, met
+from autopar.cache.between_machines import Delivery
 from autopar.cache.code_digests import digest
 from autopar.cache.entry import Header, live_guard, stored_guard
 from autopar.cache.folder import Folder, most_bytes, place
@@ -54,11 +55,15 @@ def cached_program(request: Request) -> Found:
     found = _in(folder, key, request)
     if found is not None:
         return found
-    with turn(folder, key, request.plan.timeout / 2) as mine:
+    longest = request.plan.timeout / 2
+    with turn(folder, key, longest) as mine:
         found = _in(folder, key, request) if mine.waited else None
         if found is None:
+            delivery = Delivery(key)
+            found = _delivered(folder, delivery.taken(longest), request)
+        if found is None:
             _say_why(folder, key, facts)
-            found = _made(folder, key, facts, request, mine)
+            found = _made(folder, key, facts, request, mine, delivery)
     return found
 
 
@@ -106,6 +111,24 @@ def _in(folder: Folder, key: str, request: Request) -> Found | None:
         logger.debug("%s was compiled before (%.2f s)", file.path.name, time.perf_counter() - start)
         return found
     return None
+
+
+def _delivered(folder: Folder, entry: list[bytes], request: Request) -> Found | None:
+    """The program of an ``entry`` that another machine gave, put into the folder; None if it does not serve."""
+    if not entry:
+        return None
+    name, *parts = entry
+    try:
+        found = _of_entry(request, *parts[1:])
+    except NotMet as reason:
+        logger.debug("what another machine compiled does not serve: %s", reason)
+        return None
+    except Exception as problem:
+        logger.warning("what another machine compiled cannot be read (%r)", problem)
+        return None
+    logger.debug("%s was compiled on another machine", name.decode())
+    folder.write(name.decode(), *parts)
+    return found
 
 
 def _of_entry(request: Request, header_bytes: bytes, content: bytes) -> Found:
@@ -177,26 +200,32 @@ def _compiled(request: Request) -> Found:
     return program, guards
 
 
-def _made(folder: Folder, key: str, facts: Mapping[str, str], request: Request, mine: Turn) -> Found:
+def _made(
+    folder: Folder, key: str, facts: Mapping[str, str], request: Request, mine: Turn, delivery: Delivery
+) -> Found:
     start = time.perf_counter()
     try:
         with records_of_traces() as records, heard() as notes:
-            program, guards = _compiled(request)
+            found = _compiled(request)
     except BaseException as problem:
-        mine.left_nothing(f"{type(problem).__name__}")
+        mine.left_nothing(type(problem).__name__)
+        delivery.give([])
         raise
     seconds = time.perf_counter() - start
     try:
-        if not _kept(folder, key, facts, request, (program, guards), records, tuple(dict.fromkeys(notes)), seconds):
-            mine.left_nothing("it could not be written")
+        name, parts = _entry(key, facts, request, found, records, tuple(dict.fromkeys(notes)), seconds)
     except Unstorable as reason:
         logger.debug("not kept in the cache: %s", reason)
         mine.left_nothing(str(reason))
-    return program, guards
+        delivery.give([])
+        return found
+    if not folder.write(name, *parts):
+        mine.left_nothing("it could not be written")
+    delivery.give([name.encode(), *parts])
+    return found
 
 
-def _kept(
-    folder: Folder,
+def _entry(
     key: str,
     facts: Mapping[str, str],
     request: Request,
@@ -204,8 +233,8 @@ def _kept(
     records: Sequence[TraceRecord],
     notes: tuple[str, ...],
     seconds: float,
-) -> bool:
-    """Whether the entry was written. Raises Unstorable."""
+) -> tuple[str, list[bytes]]:
+    """The name and the parts of an entry. Raises Unstorable."""
     program, guards = found
     assumptions = assumptions_of(records, guards, request.model, program.out_spec)
     about = {
@@ -220,4 +249,4 @@ def _kept(
     content = packed(replace(program, made_buffers={}), request.plan)
     states = [part for one in assumptions for pair in sorted(one.state.items()) for part in pair]
     seen = [repr(look.seen) for guard in guards.values for look in guard.looks]
-    return folder.write(f"{key}-{digest(*states, *seen)[:8]}", json.dumps(about).encode(), header, content)
+    return f"{key}-{digest(*states, *seen)[:8]}", [json.dumps(about).encode(), header, content]

@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +104,7 @@ class Folder:
 
     def write(self, name: str, *parts: bytes) -> bool:
         """Put an entry in place, then delete what is too much. A full disk or the like is told once; False then."""
-        rest = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+        rest = joined_parts(parts)
         content = MAGIC + hashlib.sha256(rest).digest() + rest
         if len(content) > min(self._most, LARGEST):
             logger.debug("not kept: %d bytes, and all programs may have %d", len(content), self._most)
@@ -163,10 +163,20 @@ def _parts(content: bytes) -> list[bytes] | None:
     rest = content[start:]
     if not content.startswith(MAGIC) or hashlib.sha256(rest).digest() != content[len(MAGIC) : start]:
         return None
+    return split_parts(rest)
+
+
+def joined_parts(parts: Sequence[bytes]) -> bytes:
+    """Each after its length."""
+    return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+
+
+def split_parts(content: bytes) -> list[bytes]:
+    """The inverse of :func:`joined_parts`."""
     found, place = [], 0
-    while place < len(rest):
-        end = place + 8 + int.from_bytes(rest[place : place + 8], "big")
-        found.append(rest[place + 8 : end])
+    while place < len(content):
+        end = place + 8 + int.from_bytes(content[place : place + 8], "big")
+        found.append(content[place + 8 : end])
         place = end
     return found
 

@@ -11,10 +11,12 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 import autopar
 from autopar import AutoparError, Mesh, Plan
-from autopar.cache import compiled
+from autopar.cache import between_machines, compiled
+from autopar.cache.between_machines import PIECE, Delivery
 from autopar.cache.key import Request
 from autopar.compiler import compile_program
 from tests.launch import run_ranks, try_ranks
@@ -127,3 +129,54 @@ def test_they_share_where_there_can_be_no_cache(tmp_path: Path) -> None:
     found = run_ranks(prepared, RANKS, str(tmp_path / "file" / "cache"), "")
     assert sum(count for count, _ in found) == 1
     assert len({text for _, text in found}) == 1
+
+
+# ---------------------------------------------------------------- machines with folders of their own
+
+
+def on_machines(folder: str, what: str, size: int = PIECE) -> tuple[int, list[Any], int]:
+    """On each rank, as if it were a machine of its own: how often it compiled, its losses or the error, its entries."""
+    own = Path(folder, os.environ["RANK"])
+    os.environ["AUTOPAR_CACHE"] = str(own)
+    torch.manual_seed(0)
+    model = Net(int(os.environ["RANK"]) if what == OWN else 0).double()
+    x = torch.randn(6, 6, dtype=torch.float64)
+    losses: list[Any] = []
+    with compiling(Path(folder), what) as counted, mock.patch.object(between_machines, "PIECE", size):
+        try:
+            parallel = autopar.parallelize(model, Mesh(dp=FEW))
+            losses = [parallel.train_step(x).item() for _ in range(2)]
+        except AutoparError as error:
+            losses = [str(error).splitlines()[0]]
+    return counted.call_count, losses, len(list(own.glob("*.program")))
+
+
+def test_one_machine_compiles_and_the_other_gets_it(tmp_path: Path) -> None:
+    found = run_ranks(on_machines, FEW, str(tmp_path), "", 1000)
+    assert sorted(count for count, *_ in found) == [0, 1]
+    assert [entries for *_, entries in found] == [1, 1]
+    assert found[0][1] == found[1][1]
+    again = run_ranks(on_machines, FEW, str(tmp_path), "")
+    assert [count for count, *_ in again] == [0, 0]
+
+
+@pytest.mark.slow
+def test_what_does_not_serve_another_machine_is_compiled_there(tmp_path: Path) -> None:
+    found = run_ranks(on_machines, FEW, str(tmp_path), OWN)
+    assert [count for count, *_ in found] == [1, 1]
+    assert {losses[0] for _, losses, _ in found} == {"the ranks have made different programs of this call"}
+
+
+@pytest.mark.slow
+def test_a_failure_is_that_of_every_machine(tmp_path: Path) -> None:
+    found = run_ranks(on_machines, FEW, str(tmp_path), FAILS)
+    assert found == [(1, ["it cannot be split"], 0)] * FEW
+
+
+def test_what_no_other_machine_gives_is_compiled_after_the_longest_wait() -> None:
+    store = HashStore()
+    first, second, third = (Delivery("key", store) for _ in range(3))
+    assert (first.is_mine, second.is_mine, third.is_mine) == (True, False, False)
+    assert second.taken(0.01) == []
+    first.give([b"name", b"", b"rest"])
+    assert third.taken(0.01) == [b"name", b"", b"rest"]
