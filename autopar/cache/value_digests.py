@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import struct
+import threading
 import types
 import weakref
 from collections import deque
@@ -269,6 +270,7 @@ _FORMS: tuple[tuple[Any, Of], ...] = (
     ((torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator), lambda _, op: _operator(op)),
     (torch.library.CustomOpDef, Digests._custom_operator),  # type: ignore[attr-defined]
     (ContextVar, lambda own, variable: digest("context", variable.name, own.of(variable.get(None)))),
+    (threading.local, lambda own, local: digest("of this thread", *own.items(vars(local)))),
     (weakref.ref, lambda own, reference: digest("weak", own.of(reference()))),
     (type(os.environ), lambda *_: "the environment"),  # what is read of it is compared variable by variable
     (torch.Generator, lambda _, generator: _refused(generator)),

@@ -23,27 +23,28 @@ OUR_MODELS = "autopar.models"  # are models like others
 
 @dataclass(frozen=True)
 class Names:
-    """Each with the attribute that is read of it at once (``settings.SCALE``), or None; ``attributes`` are all."""
+    """Each with the attributes that are read of it at once (``settings.model.SCALE``); ``attributes`` are all."""
 
-    globals: frozenset[tuple[str, str | None]]
-    cells: frozenset[tuple[str, str | None]]
+    globals: frozenset[tuple[str, tuple[str, ...]]]
+    cells: frozenset[tuple[str, tuple[str, ...]]]
     attributes: frozenset[str]
 
 
 @functools.cache
 def names_of(code: CodeType) -> Names:
     """Of ``code`` and of the functions that are written inside it."""
-    found: set[tuple[str, str | None]] = set()
-    cells: set[tuple[str, str | None]] = set()
+    found: set[tuple[str, tuple[str, ...]]] = set()
+    cells: set[tuple[str, tuple[str, ...]]] = set()
     attributes: set[str] = set()
-    steps = list(_steps(code))
-    for (step, name), (following, then) in zip(steps, [*steps[1:], (-1, "")]):
+    chain: tuple[str, ...] = ()  # of the attributes that are read after the step that is looked at
+    for step, name in reversed(list(_steps(code))):
         if step in _GLOBALS:
-            found.add((name, then if following in _ATTRIBUTES else None))
+            found.add((name, chain))
         elif step in _CELLS:
-            cells.add((name, then if following in _ATTRIBUTES else None))
+            cells.add((name, chain))
         elif name:
             attributes.add(name)
+        chain = (name, *chain) if step in _ATTRIBUTES else ()
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             known = names_of(inner)

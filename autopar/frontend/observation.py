@@ -10,15 +10,16 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 from torch import Tensor, nn
 
+from autopar.frontend.changes import Change, put
 from autopar.frontend.forbidden import nothing_forbidden
+from autopar.frontend.other_state import question_of_variable, variables_of_users
 from autopar.frontend.readings import HOOKS, MOST_ITEMS, SHAPED, Readings
-from autopar.frontend.source_lines import line_of_user
+from autopar.frontend.source_lines import is_users_file, line_of_user
 from autopar.frontend.trace_record import (
     Effect,
     Moved,
@@ -37,29 +38,6 @@ _HIDDEN = ("_flat_weights", "_flat_weight_refs", "_forward_hooks", "_forward_pre
 
 
 State = dict[Any, tuple[Any, ...]]
-
-
-@dataclass(frozen=True)
-class Change:
-    """What forward left in a namespace; ``read_first``: it looks at what the call before has left there."""
-
-    label: str
-    table: dict[str, Any]
-    key: str
-    before: Any
-    now: Any
-    read_first: bool
-    line: str
-
-    def undo(self) -> None:
-        _set(self.table, self.key, self.before)
-
-
-def _set(table: dict[str, Any], key: str, value: Any) -> None:
-    if value is MISSING:
-        table.pop(key, None)
-    else:
-        table[key] = value
 
 
 class Observation:
@@ -87,7 +65,7 @@ class Observation:
         self._tables: list[tuple[dict[str, Any], dict[str, Any], Any]] = []
         self._hooks: list[Contents] = []
         self._patched: list[tuple[type, str, Any]] = []
-        self._generators: list[Any] = []
+        self._variables_met: set[str] = set()  # of the environment
         self._stack = ExitStack()
         self._modules: dict[int, nn.Module] = {}  # by their attributes
         self._depth = 0
@@ -96,6 +74,8 @@ class Observation:
     def guards(self) -> Guards:
         """What has to be as it was, and what forward leaves in attributes."""
         guards = self.readings.guards
+        guards.questions += map(question_of_variable, sorted(self._variables_met))
+        self._variables_met.clear()
         guards.effects = [
             (one.table, one.key, Unavailable(one.label) if _holds_tensor(one.now) else one.now)
             for one in self.changes
@@ -131,7 +111,7 @@ class Observation:
                 yield
             finally:
                 for change in self.changes:
-                    _set(change.table, change.key, change.now)
+                    put(change.table, change.key, change.now)
 
         return Moved(record, record.effects, undone)
 
@@ -208,6 +188,7 @@ class Observation:
         if is_recording():
             self._stack.enter_context(recorded_variables(self._record))
             self._stack.enter_context(recorded_code(self._record))
+        self._stack.enter_context(variables_of_users(self._variables_met)())
         for owner, _ in list(self.readings.objects.values()):
             self._take(owner)
             self._patch(type(owner))
@@ -246,7 +227,12 @@ class Observation:
                 read, line = self._written.get((id(owner), key), ((id(owner), key) in self._seen, ""))
                 yield Change(self.readings.label(owner, key), table, key, was, now, read, line)
         for one in self.readings.guards.readings:  # globals, and variables of enclosing functions
-            if isinstance(one.table, dict) and "__name__" in one.table and one.table.get(one.key) is not one.value:
+            if (
+                not one.of_torch
+                and isinstance(one.table, dict)
+                and "__name__" in one.table
+                and one.table.get(one.key) is not one.value
+            ):
                 now = one.table.get(one.key, MISSING)
                 yield Change(one.label, one.table, str(one.key), one.value, now, True, "")
 
@@ -284,6 +270,12 @@ class Observation:
         self._seen.add(key)
         self._met[key[0]].add(name)
         self.readings.attribute(owner, name)
+
+    def read_all(self, owner: Any) -> None:
+        """A user's code reads ``vars(owner)``."""
+        owner = self._itself(owner)
+        if self.readings.knows(owner):
+            self.readings.names_of(owner)
 
     def met(self, owner: Any) -> set[str]:
         """The attributes of ``owner`` that the run of forward has read so far, and those that it has set."""
@@ -350,6 +342,8 @@ def _attributes(owner: Any) -> Any:
 def _reads(observation: Observation, original: Callable[..., Any]) -> Callable[..., Any]:
     def __getattribute__(self: Any, name: str) -> Any:
         observation.read(self, name)
+        if name == "__dict__" and is_users_file(sys._getframe(1).f_code.co_filename):
+            observation.read_all(self)
         return original(self, name)
 
     return __getattribute__

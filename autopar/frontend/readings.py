@@ -6,17 +6,17 @@ object of the user's (a config) the attributes that are read of it.
 
 from __future__ import annotations
 
-import random
-from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autopar.frontend.code_names import functions_of, is_users, is_users_class, names_of
+from autopar.frontend.other_state import HOLDERS, question_of, question_of_names, state_of
 from autopar.ir.guards import Contents, Guards, Reading, version_of
 from autopar.ir.same_values import is_plain
 
@@ -93,6 +93,7 @@ class Readings:
             address = f"{label} ({number})"
         self._owners[address] = owner
         self._addresses[id(owner)] = address
+        self.guards.owners.append(owner)
 
     def repeat(self, asked: Iterable[tuple[str, str]]) -> str | None:
         """Read the attributes that another trace :attr:`asked` for; the address of the first owner that is missing."""
@@ -144,7 +145,31 @@ class Readings:
             if hasattr(type(found), "__set__") and not isinstance(found, property):  # a slot
                 self.reading(_Slots(owner), name, label)
             else:
-                self.reading(vars(cls), name, f"{cls.__name__}.{name}")
+                self.reading(self._class(cls), name, f"{cls.__name__}.{name}")
+                for function in functions_of(found):
+                    self._by_class(type(owner), names_of(function.__code__).attributes)
+
+    def _by_class(self, cls: type, names: frozenset[str]) -> None:
+        """What a method may read of its class: ``cls.scale``, ``type(self).scale``, ``self.__class__.scale``."""
+        for name in sorted(names):
+            holder = next((base for base in cls.__mro__ if name in vars(base)), None)
+            if holder is None or not is_users_class(holder):
+                continue
+            if not hasattr(type(vars(holder)[name]), "__get__"):  # a method is seen when it is read
+                self.reading(self._class(holder), name, f"{holder.__name__}.{name}")
+                for base in cls.__mro__[: cls.__mro__.index(holder)]:
+                    self.missing(self._class(base), name, f"{base.__name__}.{name}")
+
+    def names_of(self, owner: Any) -> None:
+        """``vars(owner)`` was read, and with it any attribute that there is, or is not."""
+        own, label = _own_names(owner), self.label(owner, "").rstrip(".") or "the model"
+        if not self._is_new(own, "names"):
+            return
+        is_module = isinstance(owner, nn.Module)
+        self.guards.questions.append(question_of_names(own, _OWN if is_module else set(), label))
+        for name in list(own):
+            if not is_module or name not in _OWN:
+                self.attribute(owner, name)
 
     def _class(self, cls: type) -> Mapping[str, Any]:
         return self._classes.setdefault(cls, vars(cls))  # vars gives another view each time
@@ -170,7 +195,7 @@ class Readings:
             self.guards.readings.append(Reading(table, key, value, label, by_type))
             self.look_into(value, label)
 
-    def missing(self, table: dict[str, Any], key: str, label: str) -> None:
+    def missing(self, table: Mapping[str, Any], key: str, label: str) -> None:
         """``table[key]`` has no value."""
         if self._is_new(table, key):
             self.guards.absent.append((table, key, label))
@@ -196,13 +221,19 @@ class Readings:
             return
         for function in functions_of(value):
             self.function(function)
+        question = question_of(value, label)
+        if question is not None and self._is_new(value, "asked"):
+            self.guards.questions.append(question)
         if isinstance(value, MethodType):
             self.look_into(value.__self__, label)
+        elif isinstance(value, partial):
+            self._contents(value.args, label)
+            self._contents(value.keywords, label)
         elif isinstance(value, CONTAINERS):
             self._contents(value, label)
-        elif isinstance(value, (SimpleNamespace, Namespace)):
+        elif isinstance(value, HOLDERS):
             self._contents(vars(value), label)
-        elif (state := _state_of(value)) is not None and self._is_new(value, "state"):
+        elif (state := state_of(value)) is not None and self._is_new(value, "state"):
             self.generators.append((label, state, repr(state())))
         elif (
             is_users_class(type(value))
@@ -243,14 +274,14 @@ class Readings:
 
     def _names(self, function: FunctionType) -> None:
         names, where = names_of(function.__code__), function.__module__
-        for name, attribute in sorted(names.globals, key=str):  # in every process in the same order
+        for name, chain in sorted(names.globals, key=str):  # in every process in the same order
             if name in function.__globals__:
-                self._global(function.__globals__, name, f"{name} (global of {where})", attribute)
+                self._global(function.__globals__, name, f"{name} (global of {where})", chain)
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
-        for name, attribute in sorted(names.cells, key=str):
+        for name, chain in sorted(names.cells, key=str):
             if name in cells and not _is_empty(cells[name]):
                 label = f"{name} (variable around {function.__qualname__})"
-                self._global(_Cell(cells[name]), "cell_contents", label, attribute)
+                self._global(_Cell(cells[name]), "cell_contents", label, chain)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.look_into(value, f"a default argument of {function.__qualname__}")
         for cls in self._bases(function) if "super" in {name for name, _ in names.globals} else ():
@@ -258,19 +289,36 @@ class Readings:
                 for inner in functions_of(vars(cls).get(name)):
                     self.function(inner)
 
-    def _global(self, table: Any, key: str, label: str, attribute: str | None) -> None:
+    def _global(self, table: Any, key: str, label: str, chain: Iterable[str]) -> None:
+        """``table[key]`` is read, and of it the attributes of ``chain``, each of the one before."""
         value = table[key]
         if isinstance(value, nn.Module) and value.__class__.__module__.startswith("torch.fx"):
             return
         self.reading(table, key, label)
-        if attribute is None:
-            return
-        if isinstance(value, ModuleType) and is_users(value.__name__) and attribute in vars(value):
-            self.reading(vars(value), attribute, f"{value.__name__}.{attribute}")
-        elif isinstance(value, type) and is_users_class(value):
-            cls = next((base for base in value.__mro__ if attribute in vars(base)), None)
-            if cls is not None and is_users_class(cls):
-                self.reading(self._class(cls), attribute, f"{value.__name__}.{attribute}")
+        for attribute in chain:
+            space = self._space_of(value, attribute)
+            if space is None:
+                return
+            label = f"{getattr(value, '__name__', '')}.{attribute}"
+            if any(space is one for one in _OF_TORCH):
+                self._of_torch(space, attribute, label)
+            elif not isinstance(value, ModuleType) or is_users(value.__name__):
+                self.reading(space, attribute, label)
+            value = space[attribute]
+
+    def _of_torch(self, space: dict[str, Any], name: str, label: str) -> None:
+        if self._is_new(space, name):
+            self.guards.readings.append(Reading(space, name, space[name], label, of_torch=True))
+            for function in functions_of(space[name]):
+                self.function(function)
+
+    def _space_of(self, value: Any, name: str) -> Any:
+        """The table in which ``value``, a module, a class or a function, has the attribute ``name``, if it has it."""
+        if isinstance(value, type):
+            cls = next((base for base in value.__mro__ if name in vars(base)), None)
+            return self._class(cls) if cls is not None and is_users_class(cls) else None
+        is_followed = isinstance(value, ModuleType) or isinstance(value, FunctionType) and is_users(value.__module__)
+        return vars(value) if is_followed and name in vars(value) else None
 
     @staticmethod
     def _bases(function: FunctionType) -> list[type]:
@@ -298,6 +346,10 @@ def everything_of(model: nn.Module, modes: bool = True) -> Guards:
             readings.attribute(owner, name)
     readings.guards.settle()
     return readings.guards
+
+
+# where somebody may put another function in place of torch's own: F.scaled_dot_product_attention = ...
+_OF_TORCH = (vars(torch), vars(torch.nn.functional))
 
 
 def is_of_hooks(contents: Contents) -> bool:
@@ -336,15 +388,3 @@ class _Slots:
 
 def _is_empty(cell: CellType) -> bool:
     return not hasattr(cell, "cell_contents")
-
-
-def _state_of(value: Any) -> Callable[[], Any] | None:
-    """What gives the state of a random number generator; None for anything else."""
-    if isinstance(value, random.Random):
-        return value.getstate
-    if type(value).__module__.startswith("numpy.random"):
-        bits = getattr(value, "bit_generator", None) or getattr(value, "_bit_generator", value)
-        return lambda: bits.state
-    if isinstance(value, torch.Generator):
-        return lambda: value.get_state().tolist()
-    return None

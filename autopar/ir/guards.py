@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -59,6 +59,7 @@ class Reading:
     """``table[key]`` was ``value``; ``label`` is its name for a user, such as ``layers.0.dropout.p``.
 
     ``by_type``: the value is a parameter or buffer, which a program takes as it is then; any of its type will do.
+    ``of_torch``: it is one of torch's functions, in whose places others stand while a model is traced.
     """
 
     table: Any
@@ -66,6 +67,7 @@ class Reading:
     value: Any
     label: str
     by_type: bool = False
+    of_torch: bool = False
 
     def holds_with(self, now: Any) -> bool:
         if self.by_type and isinstance(self.value, Tensor) and isinstance(now, Tensor):
@@ -107,6 +109,18 @@ class Contents:
             container.update(self.items)
 
 
+@dataclass(frozen=True)
+class Question:
+    """What ``ask`` gave: of state that is no entry of a table, such as a context variable or the data of an array."""
+
+    ask: Callable[[], Any]
+    answer: Any
+    label: str
+
+    def hold(self) -> bool:
+        return is_same(self.answer, self.ask())
+
+
 @dataclass
 class Guards:
     """The readings of one trace.
@@ -119,6 +133,8 @@ class Guards:
         written: tensors in containers, with the number of times that each was written into.
         effects: (namespace, name, value) of plain values that forward leaves in attributes.
         values: what Python has seen in tensors.
+        questions: what is asked in each call.
+        owners: modules and objects that were met, whose classes are compared.
     """
 
     readings: list[Reading] = field(default_factory=list)
@@ -128,13 +144,16 @@ class Guards:
     written: list[tuple[Tensor, int, str]] = field(default_factory=list)
     effects: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
     values: list[ValueGuard] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    owners: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.settle()
 
     def settle(self) -> None:
-        """Take tensors as they are now: while a model is traced, others stand in their places."""
-        self.readings = [_now(one) if isinstance(one.value, Tensor) else one for one in self.readings]
+        """Take tensors, and what is torch's, as they are now: while a model is traced, others stand in their places."""
+        self.readings = [_now(one) if isinstance(one.value, Tensor) or one.of_torch else one for one in self.readings]
+        self._classes = [type(owner) for owner in self.owners]
         baked = [one for one in self.readings if isinstance(one.value, Tensor) and not one.by_type]
         self._versions = [*self.written, *((one.value, version_of(one.value), one.label) for one in baked)]
         self._present = tuple((one.table, one.key, one.value) for one in self.readings)
@@ -143,7 +162,7 @@ class Guards:
 
     def extend(self, other: Guards) -> None:
         """Hold what ``other`` holds too."""
-        for name in ("readings", "absent", "quiet", "contents", "written", "effects", "values"):
+        for name in (one.name for one in fields(self)):
             getattr(self, name).extend(getattr(other, name))
         self.settle()
 
@@ -158,6 +177,8 @@ class Guards:
             _once([one for guards in several for one in guards.written], lambda one: id(one[0])),
             list(several[0].effects),
             [one for guards in several for one in guards.values],
+            [one for guards in several for one in guards.questions],
+            _once([one for guards in several for one in guards.owners], id),
         )
 
     def leaves_alike(self, other: Guards) -> bool:
@@ -179,22 +200,31 @@ class Guards:
         for table, key in self._absent:
             if key in table:
                 return False
-        if any(self._quiet):
+        if any(self._quiet) or [*map(type, self.owners)] != self._classes:
             return False
         for contents in self.contents:
             if not contents.hold():
+                return False
+        for question in self.questions:
+            if not question.hold():
                 return False
         return not self._versions or all(version_of(tensor) == version for tensor, version, _ in self._versions)
 
     def _hold_by_value(self) -> bool:
         """As :meth:`hold`, where some object is another one; equal ones are remembered instead."""
-        for place, one in enumerate(self.readings):
-            now = _get(one.table, one.key)
-            if not one.holds_with(now):
-                return False
-            self.readings[place] = replace(one, value=now)
+        found = [_get(one.table, one.key) for one in self.readings]
+        if not all(one.holds_with(now) for one, now in zip(self.readings, found)) or self._ties() != self._ties(found):
+            return False
+        self.readings = [replace(one, value=now) for one, now in zip(self.readings, found)]
         self._present = tuple((one.table, one.key, one.value) for one in self.readings)
         return self._rest_holds()
+
+    def _ties(self, values: Sequence[Any] | None = None) -> list[int]:
+        """Which parameters and buffers are one tensor: of each, the place of the first that it is. ``values``: now."""
+        values = [one.value for one in self.readings] if values is None else values
+        first: dict[int, int] = {}
+        pairs = zip(self.readings, values)
+        return [first.setdefault(id(value), place) for place, (one, value) in enumerate(pairs) if one.by_type]
 
     def replay(self) -> None:
         """Leave in attributes what forward would leave there."""
@@ -210,6 +240,8 @@ class Guards:
             now = _get(one.table, one.key)
             if not one.holds_with(now):
                 yield f"{one.label} was {' and is '.join(_apart(one.value, now))}"
+        if self._ties() != self._ties([_get(one.table, one.key) for one in self.readings]):
+            yield "which parameters are one tensor has changed"
         for table, key, label in self.absent:
             if key in table:
                 yield f"{label} was {MISSING} and is {shown(table[key])}"
@@ -219,6 +251,12 @@ class Guards:
         for contents in self.contents:
             if not contents.hold():
                 yield f"what {contents.label} holds has changed"
+        for question in self.questions:
+            if not question.hold():
+                yield f"{question.label} has changed"
+        for owner, cls in zip(self.owners, self._classes):
+            if type(owner) is not cls:
+                yield f"a {cls.__name__} is a {type(owner).__name__} now"
         for tensor, version, label in self._versions:
             if version_of(tensor) != version:
                 yield f"the tensor {label} was written into"

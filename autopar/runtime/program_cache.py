@@ -292,7 +292,7 @@ class ProgramCache:
     def _other_facts(self, training: bool) -> tuple[Hashable, ...]:
         """What determines a program beside the call."""
         packs = self._packs_padding and not torch.is_grad_enabled()
-        return training, cast_to(), self._weights.requires_grad(), packs
+        return training, torch_settings(), cast_to(), self._weights.requires_grad(), packs
 
     def _kind(self, call: Call, training: bool, batch: str = "") -> Kind:
         kind = *self._other_facts(training), call.key, batch, call.rows_of_all
@@ -370,6 +370,11 @@ class ProgramCache:
 
 
 _NO_CASTS = (None, None)
+
+
+def torch_settings() -> tuple[Hashable, ...]:
+    """What torch is set to, and a trace depends on: Python may ask, and what is made without a dtype has that one."""
+    return torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
 
 
 def cast_to() -> tuple[torch.dtype | None, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import itertools
 import json.decoder
 import logging
 import typing
@@ -16,11 +17,12 @@ from autopar.frontend.code_names import ATTRIBUTES, CELLS, GLOBALS, Names, names
 
 
 def _by_dis(code: CodeType) -> Names:
-    places: tuple[set[tuple[str, str | None]], ...] = (set(), set())
+    places: tuple[set[tuple[str, tuple[str, ...]]], ...] = (set(), set())
     attributes: set[str] = set()
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL")]
-    for step, following in zip(steps, [*steps[1:], None]):
-        then = following.argval if following is not None and following.opname in ATTRIBUTES else None
+    for number, step in enumerate(steps):
+        after = itertools.takewhile(lambda each: each.opname in ATTRIBUTES, steps[number + 1 :])
+        then = tuple(each.argval for each in after)
         for kinds, place in zip((GLOBALS, CELLS), places):
             if step.opname in kinds:
                 place.add((step.argval, then))

@@ -1,0 +1,221 @@
+"""What forward reads of Python that is no attribute of a module and no item of a container is guarded too."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import os
+import sys
+import threading
+from collections import UserDict
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import autopar
+from autopar import Mesh
+from autopar.cache.value_digests import Digests
+from autopar.frontend.observation import guards_of_traces
+from autopar.frontend.trace import trace
+from autopar.ir.guards import Guards
+from autopar.module import ParallelModule
+
+CONTEXT: contextvars.ContextVar[float] = contextvars.ContextVar("context", default=1.0)
+OF_THREAD = threading.local()
+OF_THREAD.scale = 1.0
+PACKAGE = ModuleType("package")
+PACKAGE.settings = ModuleType("package.settings")  # type: ignore[attr-defined]
+PACKAGE.settings.scale = 1.0
+
+
+class Settings:
+    class Model:
+        scale = 1.0
+
+
+def asked() -> float:
+    return float(asked.scale)  # type: ignore[attr-defined]
+
+
+asked.scale = 1.0  # type: ignore[attr-defined]
+
+
+class Answering:
+    """Gives its attributes itself, from its ``__dict__``."""
+
+    def __init__(self) -> None:
+        self.__dict__["kept"] = {"scale": 1.0}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["kept"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Linear(nn.Linear):
+    """Another class with the same attributes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Reader(nn.Module):
+    of_class = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.squash = functools.partial(functional.leaky_relu, negative_slope=0.5)
+        self.array = numpy.ones(4)
+        self.held = UserDict({"scale": 1.0})
+        self.answering = Answering()
+
+    @classmethod
+    def by_class(cls) -> float:
+        return cls.of_class
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.softsign(self.squash(self.linear(x) + self.other(x)))
+        x = x * float(self.array[1]) * self.held["scale"] * self.answering.scale
+        x = x * CONTEXT.get() * OF_THREAD.scale * PACKAGE.settings.scale * Settings.Model.scale * asked()
+        x = x * float(os.environ.get("SCALE_OF_READER", "1")) * vars(self).get("late", 1.0) * self.by_class()
+        return (2 * x if os.getenv("READER_IS_DOUBLED") else x).square().mean()
+
+
+def undone(table: Any, name: str, value: Any) -> tuple[Callable[[Reader], Any], Callable[[Reader], Any]]:
+    """Sets an attribute, and takes it back."""
+    before = getattr(table, name)
+    return lambda model: setattr(table, name, value), lambda model: setattr(table, name, before)
+
+
+Steps = tuple[Callable[[Reader], Any], Callable[[Reader], Any]]
+CHANGES: dict[str, Steps] = {
+    "an argument of a partial": (
+        lambda m: m.squash.keywords.update(negative_slope=0.9),
+        lambda m: m.squash.keywords.update(negative_slope=0.5),
+    ),
+    "an array": (lambda m: m.array.__setitem__(1, 3.0), lambda m: m.array.__setitem__(1, 1.0)),
+    "an object of Python's library": (lambda m: m.held.update(scale=3.0), lambda m: m.held.update(scale=1.0)),
+    "an object that answers itself": (
+        lambda m: m.answering.kept.update(scale=3.0),
+        lambda m: m.answering.kept.update(scale=1.0),
+    ),
+    "a context variable": (lambda m: CONTEXT.set(3.0), lambda m: CONTEXT.set(1.0)),
+    "an attribute of the thread": undone(OF_THREAD, "scale", 3.0),
+    "an attribute of a module in a module": undone(PACKAGE.settings, "scale", 3.0),
+    "an attribute of a class in a class": undone(Settings.Model, "scale", 3.0),
+    "an attribute of a function": undone(asked, "scale", 3.0),
+    "an environment variable": (
+        lambda m: os.environ.update(SCALE_OF_READER="3"),
+        lambda m: os.environ.pop("SCALE_OF_READER"),
+    ),
+    "one that is asked for": (
+        lambda m: os.environ.update(READER_IS_DOUBLED="1"),
+        lambda m: os.environ.pop("READER_IS_DOUBLED"),
+    ),
+    "a name in vars": (lambda m: setattr(m, "late", 3.0), lambda m: delattr(m, "late")),
+    "an attribute read through the class": undone(Reader, "of_class", 3.0),
+    "a class": (lambda m: setattr(m.linear, "__class__", Linear), lambda m: setattr(m.linear, "__class__", nn.Linear)),
+    "a function of torch's": undone(functional, "softsign", torch.tanh),
+}
+
+
+@pytest.fixture(scope="module")
+def traced() -> tuple[Reader, Guards]:
+    model = Reader()
+    with guards_of_traces() as guards:
+        trace(model, (torch.ones(2, 4),))
+    return model, guards
+
+
+@pytest.mark.parametrize("change, back", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_seen(traced: tuple[Reader, Guards], change: Callable[..., Any], back: Callable[..., Any]) -> None:
+    model, guards = traced
+    assert guards.hold() and not guards.change()
+    change(model)
+    try:
+        assert not guards.hold() and guards.change()
+    finally:
+        back(model)
+    assert guards.hold(), guards.change()
+
+
+def test_parameters_that_become_one(traced: tuple[Reader, Guards]) -> None:
+    model, guards = traced
+    before = model.other.weight
+    model.other.weight = model.linear.weight
+    assert not guards.hold() and guards.change() == "which parameters are one tensor has changed"
+    model.other.weight = nn.Parameter(before.detach().clone())
+    assert guards.hold()
+
+
+@pytest.fixture
+def _double() -> Iterator[None]:
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.use_deterministic_algorithms(False)
+
+
+class Making(nn.Module):
+    """Makes a tensor of the default dtype, and asks how torch is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = torch.full((4,), 1 / 3) * (2 if torch.are_deterministic_algorithms_enabled() else 1)
+        return (self.linear(x) * made).square().mean()
+
+
+def test_what_torch_is_set_to(_double: None) -> None:
+    torch.manual_seed(0)
+    model, x = Making(), torch.randn(2, 4)
+    parallel = autopar.parallelize(model, Mesh(dp=2), example_inputs=(x,))
+
+    def loss() -> Tensor | None:
+        return parallel.simulate(x).loss
+
+    def expected() -> Tensor:
+        return model(x)  # type: ignore[no-any-return]
+
+    torch.testing.assert_close(loss(), expected())
+    torch.use_deterministic_algorithms(True)
+    torch.testing.assert_close(loss(), expected())
+    torch.set_default_dtype(torch.float64)
+    found = loss()
+    assert found is not None and found.dtype is expected().dtype is torch.float64
+    assert isinstance(parallel, ParallelModule) and len(parallel._programs) == 3
+
+
+def test_a_kept_program_is_for_the_attributes_of_the_thread() -> None:
+    before = Digests(lambda _: None).of(OF_THREAD)
+    OF_THREAD.scale = 2.0
+    try:
+        assert Digests(lambda _: None).of(OF_THREAD) != before
+    finally:
+        OF_THREAD.scale = 1.0
+    assert Digests(lambda _: None).of(OF_THREAD) == before
+
+
+def test_nothing_is_left_in_the_environment() -> None:
+    get = type(os.environ).__getitem__
+    trace(Reader(), (torch.ones(2, 4),))
+    assert type(os.environ).__getitem__ is get and sys.modules["os"] is os
+
+
+def test_plain_holders(traced: tuple[Reader, Guards]) -> None:
+    """What forward does not read may change."""
+    model, guards = traced
+    model.unread = SimpleNamespace(scale=1.0)  # type: ignore[assignment]
+    del model.unread
+    os.environ["NOT_READ_BY_READER"] = "1"
+    del os.environ["NOT_READ_BY_READER"]
+    assert guards.hold(), guards.change()
