@@ -42,10 +42,12 @@ def deepspeed() -> Any:
 class DeepSpeed(Contender):
     """``model`` in DeepSpeed's engine with ZeRO stage ``zero``, or split over all ranks by AutoTP; collective.
 
-    ``optimizer`` makes the optimizer that the engine wraps.
+    ``optimizer`` makes the optimizer that the engine wraps. ``more``: other sections of the engine's settings.
     """
 
-    def __init__(self, model: nn.Module, batch: int, optimizer: Optimizers, *, zero: int = 0, tensor: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, batch: int, optimizer: Optimizers, *, zero: int = 0, tensor: int = 1, **more: Any
+    ) -> None:
         self.ranks = dist.get_world_size() // tensor
         self.rank = dist.get_rank() // tensor
         config: dict[str, Any] = {
@@ -54,6 +56,7 @@ class DeepSpeed(Contender):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
+            **more,
         }
         if tensor > 1:
             config["tensor_parallel"] = {"autotp_size": tensor}

@@ -9,6 +9,10 @@ weights, live in the same processes and take their steps in turns; memory is mea
 
     replicated   autopar on dp = n: every rank has all experts
     torchtitan   an expert-parallel layer by hand in torchtitan's scheme, see ``torch_experts``
+    deepspeed    DeepSpeed's engine with its own layer of experts, see ``deepspeed_experts``
+    autoep       DeepSpeed's engine, which replaces the layers of the unmodified model
+
+A peer that is not installed, or cannot be made, has a row that says why.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import gc
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +37,7 @@ from rich.table import Table
 from torch import nn
 
 import autopar
+from benchmarks import deepspeed_experts, deepspeed_parallel
 from benchmarks.contenders import Autopar, Contender
 from benchmarks.launch import launched
 from benchmarks.paired import Comparison, Ratio, held_and_peak, measure, phases_text
@@ -40,8 +46,8 @@ from benchmarks.subjects import SUBJECTS, Subject
 from benchmarks.torch_experts import HandWritten
 
 MODULE = "benchmarks.expert_step"
-OURS, REPLICATED, BY_HAND = "autopar", "replicated", "torchtitan"
-PEERS = (REPLICATED, BY_HAND)
+OURS, REPLICATED, BY_HAND, LAYERS, AUTOMATIC = "autopar", "replicated", "torchtitan", "deepspeed", "autoep"
+PEERS = (REPLICATED, BY_HAND, LAYERS, AUTOMATIC)
 TOLERANCE = 1e-4
 Row = dict[str, Any]
 
@@ -102,10 +108,19 @@ def _rows(options: argparse.Namespace, ranks: int) -> list[Row]:
         found = launched(MODULE, ranks, [*given, "--rounds", options.rounds])
         rows = [row | entry for row, entry in zip(rows, found)]
     if options.skip != "memory":
-        sides = (OURS, *options.peer)
-        ours, *peers = (launched(MODULE, ranks, [*given, "--rounds", 3, "--only", side], EXACT) for side in sides)
-        rows = [row | {"ours_memory": ours, "peer_memory": peer} for row, peer in zip(rows, peers)]
+        measured = [row for row in rows if "why" not in row]
+        ours, *peers = (_memory_of(side, ranks, given) for side in (OURS, *(row["peer"] for row in measured)))
+        for row, peer in zip(measured, peers, strict=True):
+            row |= peer if "why" in peer else {"ours_memory": ours, "peer_memory": peer}
     return rows
+
+
+def _memory_of(side: str, ranks: int, given: Sequence[object]) -> Row:
+    """Of one side, which its ranks compile once."""
+    with tempfile.TemporaryDirectory() as cache:
+        given = [*given, "--warm-up", 1, "--rounds", 3, "--only", side]
+        found: Row = launched(MODULE, ranks, given, {**EXACT, "AUTOPAR_CACHE": cache})
+        return found
 
 
 # ---------------------------------------------------------------- ranks
@@ -128,22 +143,34 @@ def _timings(options: argparse.Namespace) -> list[Row]:
     subject = SUBJECTS[options.model]
     torch.manual_seed(0)
     model = subject.build()
-    ours, *peers = (SIDES[name](copy.deepcopy(model), subject) for name in (OURS, *options.peer))
+    sides: dict[str, Contender] = {}
+    found: dict[str, Row] = {}
+    for name in (OURS, *options.peer):
+        try:
+            sides[name] = SIDES[name](copy.deepcopy(model), subject)
+        except Exception as problem:  # it says so in the table
+            found[name] = _stopped(name, problem)
+    ours = sides.pop(OURS)
     assert isinstance(ours, Autopar)
-    (mine, *theirs), difference = measure((ours, *peers), subject.batch, options.rounds, options.warm_up)
+    (mine, *theirs), difference = measure((ours, *sides.values()), subject.batch, options.rounds, options.warm_up)
     steps, load = options.rounds + options.warm_up, os.getloadavg()[0]
-    return [
-        asdict(
-            Timing(
-                **vars(Comparison.of(mine, times, difference)),
-                ours_sent=_sent(ours, steps),
-                peer_sent=_sent(peer, steps),
-                compile_seconds=ours.compile_seconds,
-                load=load,
-            )
+    for (name, peer), times in zip(sides.items(), theirs):
+        timing = Timing(
+            **vars(Comparison.of(mine, times, difference)),
+            ours_sent=_sent(ours, steps),
+            peer_sent=_sent(peer, steps),
+            compile_seconds=ours.compile_seconds,
+            load=load,
         )
-        for peer, times in zip(peers, theirs)
-    ]
+        found[name] = asdict(timing)
+    return [found[name] for name in options.peer]
+
+
+def _stopped(name: str, problem: Exception) -> Row:
+    """The row of a peer that cannot be made here. Raises ``problem`` for a side that is made of torch alone."""
+    if name not in (LAYERS, AUTOMATIC):
+        raise problem
+    return {"why": f"{problem}".strip().splitlines()[0][:90]}
 
 
 def _memory(options: argparse.Namespace) -> Row:
@@ -153,7 +180,10 @@ def _memory(options: argparse.Namespace) -> Row:
     def make() -> Contender:
         return side(subject.build(), subject)
 
-    held_and_peak(make, subject.batch, options.rounds, options.warm_up)  # what is loaded on first use does not count
+    try:
+        held_and_peak(make, subject.batch, 1, options.warm_up)  # what is loaded on first use does not count
+    except Exception as problem:
+        return _stopped(options.only, problem)
     return asdict(Memory(*held_and_peak(make, subject.batch, options.rounds, options.warm_up)))
 
 
@@ -169,14 +199,29 @@ def _by_hand(model: nn.Module, subject: Subject) -> Contender:
     return HandWritten(model, True)
 
 
-SIDES = {OURS: _ours("ep"), REPLICATED: _ours("dp"), BY_HAND: _by_hand}
+def _deepspeed(kind: type[deepspeed_experts.Experts]) -> Callable[[nn.Module, Subject], Contender]:
+    def side(model: nn.Module, subject: Subject) -> Contender:
+        if why := deepspeed_parallel.missing():
+            raise RuntimeError(why)
+        return kind(model, True)
+
+    return side
+
+
+SIDES = {
+    OURS: _ours("ep"),
+    REPLICATED: _ours("dp"),
+    BY_HAND: _by_hand,
+    LAYERS: _deepspeed(deepspeed_experts.Layers),
+    AUTOMATIC: _deepspeed(deepspeed_experts.Automatic),
+}
 
 
 def _sent(side: Contender, steps: int) -> int:
-    """Bytes of a step, on the mean of ``steps``."""
+    """Bytes of a step, on the mean of ``steps``; collective."""
     if isinstance(side, Autopar):
         return side.sent().total() // steps
-    return side.sent() if isinstance(side, HandWritten) else 0
+    return side.sent() if isinstance(side, HandWritten | deepspeed_experts.Experts) else 0
 
 
 # ---------------------------------------------------------------- the table
@@ -192,7 +237,8 @@ def _table(rows: Sequence[Row]) -> Table:
     for name in ("peak MB", "peer", "peak", "between"):
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(str(row["ranks"]), row["peer"], *_time_cells(row), *_memory_cells(row))
+        cells = [row["why"]] if "why" in row else [*_time_cells(row), *_memory_cells(row)]
+        table.add_row(str(row["ranks"]), row["peer"], *cells)
     return table
 
 

@@ -68,6 +68,63 @@ def test_the_peer_computes_what_the_model_computes(ranks: int) -> None:
     assert 0 < rows < 4 * chosen * row if ranks > 1 else rows == 0
 
 
+# ---------------------------------------------------------------- DeepSpeed
+
+
+def step_of_deepspeed(name: str) -> tuple[tuple[float, dict[str, Tensor]], tuple[float, dict[str, Tensor]], int]:
+    """The whole loss and the gradients, of DeepSpeed and of the model alone; bytes this rank sends."""
+    from benchmarks.deepspeed_experts import Automatic, Layers
+
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = hugging_face_mixtral(WIDTH, LAYERS, EXPERTS)
+    alone = Contender(copy.deepcopy(model), False)
+    peer = {"deepspeed": Layers, "autoep": Automatic}[name](model, False)
+    (loss, _), expected = _step(peer), _step(alone)
+    module = peer.engine.module
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    sent = peer.sent()
+    dist.barrier()
+    dist.destroy_process_group()
+    return (loss, found), expected, sent
+
+
+def as_the_model_has_them(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of a rank's experts stacked, of fused weights put together, under the names of the model."""
+    named: dict[str, Tensor] = {}
+    stacks: dict[str, list[Tensor]] = {}
+    for name, gradient in found.items():
+        layer, _, last = name.partition(".mlp.")
+        if "deepspeed_experts" in last:
+            key = f"{layer}.mlp.experts.{'gate_up_proj' if '.both.' in last else 'down_proj'}"
+            stacks.setdefault(key, []).append(gradient)
+        elif last in ("experts.w1", "experts.w3"):
+            stacks.setdefault(f"{layer}.mlp.experts.gate_up_proj", []).append(gradient)
+        elif last == "experts.w2":
+            named[f"{layer}.mlp.experts.down_proj"] = gradient
+        elif last:
+            named[f"{layer}.mlp.gate.weight"] = gradient
+        else:
+            named[name] = gradient
+    joined = {key: torch.cat(parts, 1) if parts[0].dim() == 3 else torch.stack(parts) for key, parts in stacks.items()}
+    return {**named, **joined}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepspeed", "autoep"])
+def test_deepspeed_computes_what_the_model_computes(name: str) -> None:
+    pytest.importorskip("deepspeed")
+    for rank, ((loss, found), (expected_loss, expected), sent) in enumerate(run_ranks(step_of_deepspeed, 2, name)):
+        assert abs(loss - expected_loss) < 1e-5
+        gradients = as_the_model_has_them(found)
+        assert gradients.keys() == expected.keys() and expected
+        for key, gradient in expected.items():
+            own = gradient.chunk(2)[rank] if EXPERT_WEIGHTS in key else gradient
+            torch.testing.assert_close(gradients[key], own, rtol=1e-3, atol=1e-6, msg=key)
+        assert sent > 0
+
+
 def test_the_compiled_model_has_the_published_size() -> None:
     dense, mixed = (
         sum(p.numel() for p in deepseek_v3(count).parameters()) for count in (DENSE_LAYERS, DENSE_LAYERS + 1)
