@@ -139,7 +139,7 @@ class Automatic(Experts):
 
         for (
             module
-        ) in model.modules():  # DeepSpeed 0.19 cannot read what transformers 5.24 records; and none is returned
+        ) in model.modules():  # DeepSpeed 0.19 cannot read transformers 5.24's records, of which there are none
             if hasattr(module, "_can_record_outputs"):
                 module._can_record_outputs = {}  # type: ignore[assignment]
         ranks = dist.get_world_size()

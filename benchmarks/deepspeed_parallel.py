@@ -3,8 +3,8 @@
     pip install wheel einops && DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed
 
 It runs on CPUs without any operator of its own built, on the process group that there is. Its settings are its own
-defaults, but for what an optimizer that it has not been tried with needs. Where it is not installed, or on no CPU,
-:func:`missing` says so in words.
+defaults, but for what an optimizer that it has not been tried with needs, and that gradients are not clipped. Where it
+is not installed, or on no CPU, :func:`missing` says so in words.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class DeepSpeed(Contender):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
+            "gradient_clipping": 0.0,  # of itself it clips to a norm of 1, which none of the others does
             **more,
         }
         if tensor > 1:

@@ -39,7 +39,7 @@ from torch import nn
 import autopar
 from benchmarks import deepspeed_experts, deepspeed_parallel
 from benchmarks.contenders import Autopar, Contender
-from benchmarks.launch import launched
+from benchmarks.launch import launched, of_any_rank
 from benchmarks.paired import Comparison, Ratio, held_and_peak, measure, phases_text
 from benchmarks.process_memory import EXACT
 from benchmarks.subjects import SUBJECTS, Subject
@@ -146,10 +146,11 @@ def _timings(options: argparse.Namespace) -> list[Row]:
     sides: dict[str, Contender] = {}
     found: dict[str, Row] = {}
     for name in (OURS, *options.peer):
-        try:
-            sides[name] = SIDES[name](copy.deepcopy(model), subject)
-        except Exception as problem:  # it says so in the table
-            found[name] = _stopped(name, problem)
+        side, why = _made(name, copy.deepcopy(model), subject)
+        if side is None:
+            found[name] = {"why": why}
+        else:
+            sides[name] = side
     ours = sides.pop(OURS)
     assert isinstance(ours, Autopar)
     (mine, *theirs), difference = measure((ours, *sides.values()), subject.batch, options.rounds, options.warm_up)
@@ -166,24 +167,31 @@ def _timings(options: argparse.Namespace) -> list[Row]:
     return [found[name] for name in options.peer]
 
 
-def _stopped(name: str, problem: Exception) -> Row:
-    """The row of a peer that cannot be made here. Raises ``problem`` for a side that is made of torch alone."""
+def _made(name: str, model: nn.Module, subject: Subject) -> tuple[Contender | None, str]:
+    """A side; or, on every rank, None with the reason why DeepSpeed cannot make it. Collective."""
     if name not in (LAYERS, AUTOMATIC):
-        raise problem
-    return {"why": f"{problem}".strip().splitlines()[0][:90]}
+        return SIDES[name](model, subject), ""
+    side, why = None, deepspeed_parallel.missing()
+    try:
+        side = None if why else SIDES[name](model, subject)
+    except Exception as problem:  # it says so in the table
+        why = f"{problem}".strip().splitlines()[0][:90]
+    why = of_any_rank(why)
+    return (None, why) if why else (side, "")
 
 
 def _memory(options: argparse.Namespace) -> Row:
-    subject, side = SUBJECTS[options.model], SIDES[options.only]
+    subject = SUBJECTS[options.model]
     torch.manual_seed(0)
+    side, why = _made(options.only, subject.build(), subject)
+    if side is None:
+        return {"why": why}
+    measure((side,), subject.batch, 1, options.warm_up)  # what is loaded on first use does not count
+    del side
 
     def make() -> Contender:
-        return side(subject.build(), subject)
+        return SIDES[options.only](subject.build(), subject)
 
-    try:
-        held_and_peak(make, subject.batch, 1, options.warm_up)  # what is loaded on first use does not count
-    except Exception as problem:
-        return _stopped(options.only, problem)
     return asdict(Memory(*held_and_peak(make, subject.batch, options.rounds, options.warm_up)))
 
 
@@ -200,12 +208,7 @@ def _by_hand(model: nn.Module, subject: Subject) -> Contender:
 
 
 def _deepspeed(kind: type[deepspeed_experts.Experts]) -> Callable[[nn.Module, Subject], Contender]:
-    def side(model: nn.Module, subject: Subject) -> Contender:
-        if why := deepspeed_parallel.missing():
-            raise RuntimeError(why)
-        return kind(model, True)
-
-    return side
+    return lambda model, subject: kind(model, True)
 
 
 SIDES = {

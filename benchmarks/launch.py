@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 
 def launched(module: str, ranks: int, arguments: Sequence[object], environment: Mapping[str, str] | None = None) -> Any:
     """What rank 0 of ``python -m module --worker FILE *arguments`` writes to FILE as JSON; one thread a process.
@@ -26,3 +28,13 @@ def launched(module: str, ranks: int, arguments: Sequence[object], environment: 
         own = {"OMP_NUM_THREADS": "1", "AUTOPAR_CACHE": "0", **(environment or {})}
         subprocess.run(command, check=True, env={**os.environ, **own})
         return json.loads(found.read_text())
+
+
+def of_any_rank(why: str) -> str:
+    """The first reason that a rank has, if any, or "". Collective.
+
+    A peer that cannot be made on one rank takes part on none, or the others would wait for it.
+    """
+    reasons: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, why)
+    return next((f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason), "")

@@ -37,7 +37,7 @@ from benchmarks import deepspeed_parallel
 from benchmarks.contenders import RATE, Autopar, AutoparPipeline, Contender, Optimizers
 from benchmarks.deepspeed_parallel import DeepSpeed
 from benchmarks.hugging_face_parallel import TensorPlan
-from benchmarks.launch import launched
+from benchmarks.launch import launched, of_any_rank
 from benchmarks.paired import Ratio, measure
 from benchmarks.subjects import BATCH, SUBJECTS, Subject
 from benchmarks.torch_parallel import TorchParallel
@@ -259,7 +259,7 @@ def _measured(size: str, name: str, options: argparse.Namespace) -> list[Row]:
             side = make(setting, copy.deepcopy(model))
         except Exception as problem:  # it says so in the table
             why = f"{problem}".strip().splitlines()[0]
-        why = _of_any_rank(why)
+        why = of_any_rank(why)
         if why or side is None:
             found[peer] = Row(size, setting.ranks, name, peer, why=why[:90])
         else:
@@ -273,13 +273,6 @@ def _measured(size: str, name: str, options: argparse.Namespace) -> list[Row]:
         ratios = [str(Ratio.of(getattr(times[0], clock), getattr(theirs, clock))) for clock in ("wall", "cpu")]
         found[peer] = Row(size, setting.ranks, name, peer, *middles, *ratios, difference, load)
     return [found[peer] for peer in form.peers]
-
-
-def _of_any_rank(why: str) -> str:
-    """Where a peer cannot be made on one rank, it takes part on none, or the others would wait for it."""
-    reasons: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, why)
-    return next((f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason), "")
 
 
 def _ours(setting: Setting, form: Form, model: nn.Module) -> Contender:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks import expert_step
 from benchmarks.contenders import Contender
 from benchmarks.expert_compile import DENSE_LAYERS, deepseek_v3
 from benchmarks.subjects import SUBJECTS, Batch, hugging_face_mixtral
@@ -123,6 +125,21 @@ def test_deepspeed_computes_what_the_model_computes(name: str) -> None:
             own = gradient.chunk(2)[rank] if EXPERT_WEIGHTS in key else gradient
             torch.testing.assert_close(gradients[key], own, rtol=1e-3, atol=1e-6, msg=key)
         assert sent > 0
+
+
+@pytest.mark.slow
+def test_a_short_run(capfd: pytest.CaptureFixture[str]) -> None:
+    """Every peer is measured, or its row says why it is not."""
+    assert expert_step.main(["--ranks", "2", "--rounds", "2", "--warm-up", "1", "--json"]) == 0
+    out = capfd.readouterr().out
+    rows = json.loads(out[out.index("[\n") :])
+    assert [row["peer"] for row in rows] == list(expert_step.PEERS)
+    for row in rows:
+        if row["peer"] in (expert_step.LAYERS, expert_step.AUTOMATIC) and "why" in row:
+            assert "DeepSpeed is not installed" in row["why"]
+            continue
+        assert row["loss_difference"] <= 1e-4 and 0 < row["ours_sent"] <= row["peer_sent"], row
+        assert all(0 < row[side]["between"] < row[side]["peak"] for side in ("ours_memory", "peer_memory")), row
 
 
 def test_the_compiled_model_has_the_published_size() -> None:
