@@ -205,6 +205,12 @@ def hashed(name: str, *operands: Tensor, attributes: Any = ()) -> Tensor:
     return _element(state)
 
 
+def folded(x: Tensor) -> Tensor:
+    """One number for the elements of the last dim and their places; not yet an element of the field."""
+    places = _mixed(torch.arange(1, x.shape[-1] + 1))
+    return _mixed(_mixed(x ^ places).sum(-1))
+
+
 def _element(state: Tensor) -> Tensor:
     return ((state >> 20) & 0x7FFFFFFF) % PRIME
 

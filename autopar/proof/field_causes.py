@@ -32,13 +32,15 @@ class Difference:
 
     Attributes:
         name: of the output or the gradient, with words for it.
-        why: what is wrong, and the likely cause.
+        problem: what is wrong.
+        cause: the likely cause.
         ranks: two that should hold the same and do not.
         node: the first line of the forward pass that differs, or the collective next to a gradient.
     """
 
     name: str
-    why: str
+    problem: str
+    cause: str = ""
     ranks: tuple[int, int] | None = None
     node: str = ""
 
@@ -47,9 +49,10 @@ def disagreement(problem: InvariantError) -> Difference:
     """What the simulator refused: ranks that hold different values, or a line that fails."""
     if isinstance(problem, RanksDisagree):
         one, other = problem.ranks
-        why = f"ranks {one} and {other} should hold the same and do not: a collective is missing, or has the wrong dual"
-        return Difference(problem.name, why, problem.ranks)
-    return Difference("all values", str(problem))
+        words = f"ranks {one} and {other} should hold the same and do not"
+        return Difference(problem.name, words, "a collective is missing, or has the wrong dual", problem.ranks)
+    words, _, fix = str(problem).partition("\n")
+    return Difference("all values", words, fix.removeprefix("Likely fix: ").partition("\n")[0])
 
 
 class Seen:
@@ -89,34 +92,38 @@ def likely_causes(
     seen: Seen, wanted: FieldStep, found: Mapping[str, Tensor], names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """For the names of values that differ: the fields of :class:`Difference` that say why."""
-    first = seen.first_difference(wanted) if any(not name.startswith("gradient of ") for name in names) else None
+    forward = any(not name.startswith("gradient of ") for name in names)
+    first = seen.first_difference(wanted) if forward else None
     if first is not None:
-        node, problem = first
+        node, disagree = first
         where = f"{node.name} of {origin(node).module or 'the model'} ({origin(node).source})"
-        why = f"the first line of the forward pass that differs is {where}"
-        if problem is not None:
-            why += f": ranks {problem.ranks[0]} and {problem.ranks[1]} should hold the same and do not"
+        problem = f"the first line of the forward pass that differs is {where}"
+        if disagree is not None:
+            problem += f": ranks {disagree.ranks[0]} and {disagree.ranks[1]} should hold the same and do not"
         near = _nearest_collective(node)
-        why += f"; before it stands {_line(near)}" if near is not None else ""
-        return {name: {"why": why, "node": node.name, "ranks": problem and problem.ranks} for name in names}
-    if any(not name.startswith("gradient of ") for name in names):
-        why = "the forward pass differs, though no line does that has its name and its place in the model"
-        return {name: {"why": why} for name in names}
+        cause = f"that line, or the collective before it: {_line(near)}" if near is not None else "that line"
+        said = {"problem": problem, "cause": cause, "node": node.name, "ranks": disagree and disagree.ranks}
+        return dict.fromkeys(names, said)
+    if forward:
+        problem = "the forward pass differs, though no line does that has its name and its place in the model"
+        return dict.fromkeys(names, {"problem": problem, "cause": "a line that the compiler has made"})
     return {name: _of_gradient(seen, wanted.named.get(name), found.get(name), name) for name in names}
 
 
 def _of_gradient(seen: Seen, wanted: Tensor | None, found: Tensor | None, name: str) -> dict[str, Any]:
     if wanted is None or found is None:
         return {}
-    why = "the forward pass is right"
+    problem, cause = "the forward pass is right, and this is another function of the parameters and inputs", ""
     factor = _factor(elements_of(wanted), elements_of(found))
     if factor:
-        why += f", and this is {factor} times that of the model: reduced too often or not at all, or a wrong scale"
+        problem = f"the forward pass is right, and this is {factor} times that of the model"
+        cause = "reduced too often or not at all, or a wrong scale; "
     node = _result(seen, name)
     near = _nearest_collective(node) if node is not None else None
     if near is not None:
-        return {"why": f"{why}; the nearest collective is {_line(near)}", "node": near.name}
-    return {"why": f"{why}; no collective stands before it", "node": node.name if node is not None else ""}
+        return {"problem": problem, "cause": f"{cause}the nearest collective is {_line(near)}", "node": near.name}
+    named = node.name if node is not None else ""
+    return {"problem": problem, "cause": f"{cause}no collective stands before it", "node": named}
 
 
 def _result(seen: Seen, name: str) -> Node | None:

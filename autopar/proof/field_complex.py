@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autopar.ir.operator_facts import bare_name, is_composite
-from autopar.proof.field_tensor import FieldTensor, Form, NoFieldForm, form, is_moved
+from autopar.ir.operator_facts import bare_name, is_composite, writes
+from autopar.proof.field_tensor import FORMS as OF_REAL
+from autopar.proof.field_tensor import LEAVES, FieldTensor, Form, NoFieldForm, form, functional_of, is_moved
 
 aten = torch.ops.aten
 COMPLEX_OF = {torch.float64: torch.complex128, torch.float32: torch.complex64, torch.float16: torch.complex32}
@@ -30,12 +31,25 @@ class ComplexFieldTensor(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"ComplexFieldTensor({self.re}, {self.im})"
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _form_of(func, bare_name(func))(*args, **(kwargs or {}))
 
 
-def _parts(x: Any) -> tuple[Any, Any]:
+LEAVES.add(ComplexFieldTensor)
+
+
+def joined(re: Any, im: Any) -> Tensor:
+    """A complex tensor of its two parts: of the field, or of numbers."""
+    if isinstance(re, FieldTensor) or isinstance(im, FieldTensor):
+        return ComplexFieldTensor(re, im)
+    return torch.complex(re, im)
+
+
+def parts(x: Any) -> tuple[Any, Any]:
     """The real and the imaginary part of an operand."""
     if isinstance(x, ComplexFieldTensor):
         return x.re, x.im
@@ -56,13 +70,47 @@ def _split(x: Any) -> tuple[Any, Any]:
         pairs = [_split(one) for one in x]
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     if isinstance(x, Tensor) and (isinstance(x, ComplexFieldTensor) or x.dtype.is_complex):
-        return _parts(x)
+        return parts(x)
     return x, x
 
 
 def _product(a: Any, b: Any) -> ComplexFieldTensor:
-    (x, y), (u, v) = _parts(a), _parts(b)
+    (x, y), (u, v) = parts(a), parts(b)
     return ComplexFieldTensor(x * u - y * v, x * v + y * u)
+
+
+def _quotient(a: Any, b: Any) -> ComplexFieldTensor:
+    (x, y), (u, v) = parts(a), parts(b)
+    if isinstance(b, Tensor) and b.dtype.is_complex:
+        size = u * u + v * v
+        return ComplexFieldTensor((x * u + y * v) / size, (y * u - x * v) / size)
+    return ComplexFieldTensor(x / u, y / u)
+
+
+def _product_of_matrices(a: Any, b: Any) -> ComplexFieldTensor:
+    (x, y), (u, v) = (_both_parts(one) for one in (a, b))
+    return ComplexFieldTensor(torch.matmul(x, u) - torch.matmul(y, v), torch.matmul(x, v) + torch.matmul(y, u))
+
+
+def _both_parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    return (x.re, x.im) if isinstance(x, ComplexFieldTensor) else (x.real, x.imag)
+
+
+def _size(x: ComplexFieldTensor) -> Tensor:
+    return (x.re * x.re + x.im * x.im).sqrt()
+
+
+def _sign(x: ComplexFieldTensor) -> ComplexFieldTensor:
+    return _quotient(x, _size(x))
+
+
+def _in_place(func: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+    """The functional operator, and then a copy into both parts, which views share."""
+    if not isinstance(target, ComplexFieldTensor):
+        raise NoFieldForm(f"{func} of complex numbers has no form in the field")
+    for own, fresh in zip(parts(target), parts(functional_of(func)(target, *args, **kwargs))):
+        own.copy_(fresh)
+    return target
 
 
 def _cast(x: ComplexFieldTensor, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
@@ -73,6 +121,12 @@ def _cast(x: ComplexFieldTensor, dtype: torch.dtype | None = None, **rest: Any) 
 
 FORMS: dict[str, Form] = {
     "mul": _product,
+    "div": _quotient,
+    "mm": _product_of_matrices,
+    "bmm": _product_of_matrices,
+    "abs": _size,
+    "sgn": _sign,
+    "copy": lambda x, source, non_blocking=False: ComplexFieldTensor(*(part + 0 * x.re for part in parts(source))),
     "_conj": lambda x: ComplexFieldTensor(x.re, -x.im),
     "_conj_physical": lambda x: ComplexFieldTensor(x.re, -x.im),
     "resolve_conj": lambda x: x,
@@ -90,9 +144,11 @@ def _form_of(func: Any, name: str) -> Form:
         return FORMS[name]
     if is_moved(func, name) or name in LINEAR:
         return functools.partial(_of_each_part, func)
+    if writes(func):
+        return functools.partial(_in_place, func)
     if is_composite(func):
         return func.decompose  # type: ignore[no-any-return]
-    raise NoFieldForm(f"{func} of complex numbers has no form in the field")
+    return functools.partial(OF_REAL["any other"], func)
 
 
 @form("polar")

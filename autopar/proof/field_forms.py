@@ -34,7 +34,7 @@ aten = torch.ops.aten
 
 
 @form("add")
-def add(a: Any, b: Any, *, alpha: Any = 1) -> FieldTensor:
+def add(a: Any, b: Any, alpha: Any = 1) -> FieldTensor:
     x, y = elements_of(a), elements_of(b if alpha == 1 else _times(b, alpha))
     found, facts = (x + y) % PRIME, facts_of(a, b)
     if facts.codes or _may_have_codes(a, b):
@@ -64,7 +64,7 @@ def _times(b: Any, alpha: Any) -> Any:
 
 
 @form("sub")
-def sub(a: Any, b: Any, *, alpha: Any = 1) -> FieldTensor:
+def sub(a: Any, b: Any, alpha: Any = 1) -> FieldTensor:
     result = add(a, _times(b, -alpha))
     if isinstance(a, FieldTensor) and isinstance(b, FieldTensor) and b.facts.maximum:
         result.exponential = div(exp(a), exp(b))  # the one law of exponentials that stable sums of them need
@@ -84,6 +84,8 @@ def neg(x: FieldTensor) -> FieldTensor:
 
 @form("mul")
 def mul(a: Any, b: Any) -> FieldTensor:
+    if isinstance(b, complex):
+        return FORMS["complex"](a * b.real, a * b.imag)  # type: ignore[no-any-return]
     x, y = elements_of(a, hides=False), elements_of(b, hides=False)
     found, facts = x * y % PRIME, facts_of(a, b, degree=sum)
     if facts.codes:
@@ -210,6 +212,8 @@ def to_copy(x: FieldTensor, dtype: torch.dtype | None = None, **rest: Any) -> Te
     dtype = dtype or x.dtype
     if dtype is torch.bool:
         return x.elements != 0
+    if dtype.is_complex:
+        return FORMS["complex"](x, x * 0)  # type: ignore[no-any-return]
     if not dtype.is_floating_point:
         return hashed("whole number", x).elements
     return _kept(FieldTensor(x.elements.clone(), dtype, x.facts, x.exponential), x)
@@ -341,6 +345,21 @@ FORMS["embedding"] = lambda table, ids, *rest: aten.index_select(table, 0, ids.r
 )
 
 
+@form("put")
+def put(x: Any, index: Tensor, source: Any, accumulate: bool = False) -> FieldTensor:
+    found: FieldTensor = index_put(x.reshape(-1), [index.reshape(-1)], source.reshape(-1), accumulate).reshape(x.shape)
+    return found
+
+
+@form("_weight_norm_interface_backward")
+def weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Of v * g / |v|, with a length for each index of ``dim``."""
+    others = [other for other in range(v.dim()) if other != dim % v.dim()]
+    lengths = norms.reshape(g.shape)
+    of_g = (grad * v).sum(others, keepdim=True) / lengths
+    return g / lengths * (grad - v * of_g / lengths), of_g.reshape(g.shape)
+
+
 @form("index_put", "_unsafe_index_put")
 def index_put(x: Any, indices: Sequence[Any], source: Any, accumulate: bool = False) -> FieldTensor:
     if accumulate:
@@ -358,6 +377,7 @@ def embedding_dense_backward(grad: Tensor, ids: Tensor, count: int, padding_idx:
 
 @form("unfold_backward")
 def unfold_backward(grad: Tensor, sizes: Sequence[int], dim: int, size: int, step: int) -> Tensor:
+    dim %= len(sizes)
     places = torch.arange(grad.shape[dim])[:, None] * step + torch.arange(size)
     flat = grad.movedim(-1, dim + 1).flatten(dim, dim + 1)
     return grad.new_zeros(sizes).index_add(dim, places.flatten(), flat)
@@ -382,6 +402,7 @@ def product(a: Any, b: Any) -> FieldTensor:
 FORMS["mv"] = lambda a, b: (product(a, b.unsqueeze(-1))).squeeze(-1)
 FORMS["dot"] = FORMS["vdot"] = lambda a, b: (a * b).sum()
 FORMS["addmm"] = FORMS["baddbmm"] = lambda m, a, b, *, beta=1, alpha=1: m * beta + (product(a, b)) * alpha
+FORMS["addbmm"] = lambda m, a, b, *, beta=1, alpha=1: m * beta + product(a, b).sum(0) * alpha
 FORMS["addmv"] = lambda m, a, b, *, beta=1, alpha=1: m * beta + aten.mv(a, b) * alpha
 FORMS["addcmul"] = lambda m, a, b, *, value=1: m + a * b * value
 FORMS["addcdiv"] = lambda m, a, b, *, value=1: m + a / b * value

@@ -10,7 +10,9 @@ from autopar.proof import (  # noqa: F401 - they register their forms
     field_attention,
     field_complex,
     field_forms,
+    field_fourier,
     field_layers,
+    field_uninterpreted,
     field_windows,
 )
 from autopar.simulator.lockstep import Lockstep, Ranks

@@ -37,15 +37,18 @@ from autopar.ir.tables import InputKind, OutputKind
 from autopar.mesh import Mesh
 from autopar.proof import field
 from autopar.proof.field_causes import Difference, Seen, disagreement, likely_causes
+from autopar.proof.field_complex import ComplexFieldTensor
 from autopar.proof.field_lockstep import FieldLockstep
 from autopar.proof.field_reference import FieldStep, Seeds, reference_step
 from autopar.proof.field_steps import program_step, rows_of_parts
 from autopar.proof.field_tensor import FieldTensor, NoFieldForm, elements_of
+from autopar.proof.field_uninterpreted import recorded
 from autopar.simulator.lockstep import Lockstep
 
 aten = torch.ops.aten
 
 ENOUGH = 1e-6
+MOST_NAMED = 3  # values in one message
 MORE = 6  # seeds at most, after those that were asked for
 
 
@@ -53,7 +56,8 @@ MORE = 6  # seeds at most, after those that were asked for
 class FieldProof:
     """``proved``: the names of the values that are equal for all seeds; ``unproved``: why nothing could be said.
 
-    ``bound``: of the probability that an equality is one by chance.
+    ``bound``: of the probability that an equality is one by chance. ``unknown``: operators without a form, which were
+    taken as unknown functions: what is equal with them is proved, what differs is not refused.
     """
 
     proved: tuple[str, ...] = ()
@@ -61,6 +65,7 @@ class FieldProof:
     unproved: tuple[str, ...] = ()
     bound: float = 1.0
     seconds: float = 0.0
+    unknown: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -75,6 +80,7 @@ def prove_in_field(
     tensors: Mapping[str, Tensor] | None = None,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
+    smaller: AnyProgram | None = None,
 ) -> FieldProof:
     """Compare a differentiated ``program`` with its source on random elements, once for each of ``seeds``.
 
@@ -83,6 +89,7 @@ def prove_in_field(
             trace of the whole batch where there are several.
         tensors: parameters and buffers by name; only whole numbers and bools among them are used.
         args, kwargs: a call of the model: whole numbers and bools of it are used, rows in another order for each seed.
+        smaller: of microbatches without a pipeline, the program of those that have fewer rows than the first.
     """
     start = time.perf_counter()
     source = source or program.source
@@ -91,21 +98,35 @@ def prove_in_field(
     proved: set[str] | None = None
     differences: list[Difference] = []
     bound = 1.0
-    for seed in more_seeds(seeds):
-        if seed not in seeds and bound < ENOUGH:
-            break
-        try:
-            with field.hashing(seed), torch.no_grad(), _precision(source):
-                one = _Once(program, source, tensors or {}, args, kwargs or {}, seed)
-                equal, found = one.compared()
-        except NoFieldForm as problem:
-            return FieldProof(unproved=(str(problem),), seconds=time.perf_counter() - start)
-        proved = equal if proved is None else proved & equal
-        bound *= one.chance()
-        differences += found
-        if found:
-            break
-    return FieldProof(tuple(sorted(proved or ())), tuple(differences), (), bound, time.perf_counter() - start)
+    with recorded() as met:
+        for seed in more_seeds(seeds):
+            if seed not in seeds and bound < ENOUGH:
+                break
+            try:
+                with field.hashing(seed), torch.no_grad(), _precision(source):
+                    one = _Once(program, source, tensors or {}, args, kwargs or {}, seed, smaller)
+                    equal, found = one.compared()
+            except NoFieldForm as problem:
+                return FieldProof(unproved=(str(problem),), seconds=time.perf_counter() - start)
+            proved = equal if proved is None else proved & equal
+            bound *= one.chance()
+            differences += found
+            if found:
+                break
+    unproved = _not_known(differences, sorted(met)) if met else ()
+    differences = [] if met else differences
+    seconds = time.perf_counter() - start
+    return FieldProof(tuple(sorted(proved or ())), tuple(differences), unproved, bound, seconds, tuple(sorted(met)))
+
+
+def _not_known(differences: Sequence[Difference], operators: Sequence[str]) -> tuple[str, ...]:
+    """In words: values that differ where operators are unknown functions, of which a law may make them equal."""
+    if not differences:
+        return ()
+    names = ", ".join(one.name for one in differences[:MOST_NAMED])
+    more = f" and {len(differences) - MOST_NAMED} more" if len(differences) > MOST_NAMED else ""
+    words = f"{names}{more}: not equal where {', '.join(operators)} are unknown functions; {differences[0].problem}"
+    return (words,)
 
 
 def more_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
@@ -123,9 +144,16 @@ class _Once:
     """The comparison for one seed."""
 
     def __init__(
-        self, program: AnyProgram, source: Program, tensors: Mapping[str, Tensor], args: Any, kwargs: Any, seed: int
+        self,
+        program: AnyProgram,
+        source: Program,
+        tensors: Mapping[str, Tensor],
+        args: Any,
+        kwargs: Any,
+        seed: int,
+        smaller: AnyProgram | None = None,
     ) -> None:
-        self.program, self.source, self.seed = program, source, seed
+        self.program, self.source, self.seed, self.smaller = program, source, seed, smaller
         self.tensors = drawn_tensors(source, {**source.made_buffers, **program.made_buffers, **tensors}, seed)
         self.args, self.kwargs = drawn_call(source, tuple(args), dict(kwargs), seed)
         self.values: list[Any] = []
@@ -155,7 +183,7 @@ class _Once:
 
     def _run(self, tangents: list[Tensor] | None, make: Callable[[Mesh], Lockstep]) -> dict[str, Tensor]:
         call = (self.args, self.kwargs)
-        return program_step(self.program, self.source, self.tensors, call, tangents, self.seed, make)
+        return program_step(self.program, self.source, self.tensors, call, tangents, self.seed, make, self.smaller)
 
     def _judged(self, wanted: FieldStep, found: Mapping[str, Tensor]) -> tuple[set[str], list[Difference]]:
         equal, differences = set[str](), []
@@ -184,13 +212,14 @@ class _Once:
         ]
         if source.loss is not None:
             target = source.outputs[source.loss].target
-            return {target: torch.ones(())}
+            kind = value(source.returned[source.loss])
+            return {target: FieldTensor(torch.ones(kind.shape, dtype=torch.int64), kind.dtype)}  # that no dtype rounds
         if isinstance(self.program, PipelinedProgram):
             return {}
         role = self.program.required_role
         wanted = {self.program.outputs[place].target for place in role.differentiable}
         return {
-            target: FieldTensor(field.drawn(value(node).shape, f"tangent {target}", self.seed), value(node).dtype)
+            target: _drawn(value(node).shape, value(node).dtype, f"tangent {target}", self.seed)
             for target, node in users
             if target in wanted
         }
@@ -198,7 +227,7 @@ class _Once:
     def _tangents_of_program(self, tangents: Mapping[str, Tensor]) -> list[Tensor] | None:
         if isinstance(self.program, PipelinedProgram):
             return None
-        if self.source.loss is not None:  # elements of the field, which no dtype rounds: 1/3 in bfloat16 is not that
+        if self.source.loss is not None:  # elements of the field: 1/3 in bfloat16, 1/600 in float32 are not those
             results = [self.program.returned[place] for place in self.program.required_role.differentiable]
             kinds = [(value(node).shape, value(node).dtype) for node in results]
             return [FieldTensor(torch.ones(shape, dtype=torch.int64), dtype) for shape, dtype in kinds]
@@ -222,13 +251,20 @@ def drawn_tensors(source: Program, known: Mapping[str, Tensor], seed: int) -> di
     found: dict[str, Tensor] = {}
     for node, entry in source.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
         shape, dtype = value(node).shape, value(node).dtype
-        if dtype.is_floating_point:
-            one: Tensor = FieldTensor(field.drawn(shape, entry.target, seed), dtype)
+        if dtype.is_floating_point or dtype.is_complex:
+            one = _drawn(shape, dtype, entry.target, seed)
         else:
             given = (known[name] for name in entry.names if name in known and not known[name].is_meta)
             one = next(given, torch.zeros(shape, dtype=dtype))
         found |= dict.fromkeys(entry.names, one)
     return found
+
+
+def _drawn(shape: Sequence[int], dtype: torch.dtype, name: str, seed: int) -> Tensor:
+    if dtype.is_complex:
+        real = torch.float64 if dtype is torch.complex128 else torch.float32
+        return ComplexFieldTensor(*(_drawn(shape, real, f"{name} {part}", seed) for part in ("re", "im")))
+    return FieldTensor(field.drawn(shape, name, seed), dtype)
 
 
 def drawn_call(
@@ -242,8 +278,8 @@ def drawn_call(
     tensors = [(place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     entries = source.placeholders(InputKind.INPUT)
     for (place, leaf), (node, entry) in zip(tensors, entries):
-        if leaf.dtype.is_floating_point:
-            leaves[place] = FieldTensor(field.drawn(leaf.shape, f"input {entry.target}", seed), leaf.dtype)
+        if leaf.dtype.is_floating_point or leaf.dtype.is_complex:
+            leaves[place] = _drawn(leaf.shape, leaf.dtype, f"input {entry.target}", seed)
             continue
         (dim,) = batch_dims([(entry.target, leaf.shape)], source.plan.batch_dims)
         leaves[place] = leaf if dim is None else leaf.roll(seed, dim)

@@ -24,6 +24,8 @@ from autopar.ir.program import Program
 from autopar.ir.signature import user_tensors
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.operators.random import random_keep, random_uniform
+from autopar.proof.field_complex import ComplexFieldTensor
+from autopar.proof.field_fourier import spectrogram
 from autopar.proof.field_layers import embedding_bags
 from autopar.proof.field_tensor import FieldTensor, NoFieldForm
 
@@ -62,7 +64,7 @@ def reference_step(
             entry = table[node.name]
             known[node] = _placed(entry.kind, entry.names, source, tensors, given)
             _check_shape(node, entry.target, known[node])
-            if value(node).requires_grad and isinstance(known[node], FieldTensor):
+            if value(node).requires_grad and isinstance(known[node], FieldTensor | ComplexFieldTensor):
                 known[node] = leaves[entry.target] = known[node].detach().requires_grad_()
         elif node.op == "call_function" and _gives_something(node):
             draws = _draws(node)
@@ -132,6 +134,8 @@ def _call(node: fx.Node, known: Mapping[fx.Node, Any], salt: int, seeds: Seeds) 
             return DRAWING[target](seeds, salt, *args, **kwargs)
         if target is aten.scaled_dot_product_attention.default:
             return _attention(seeds, salt, *args, **kwargs)
+        if target is aten.stft.default:
+            return spectrogram(*args, **kwargs)
         if target is aten.embedding_bag.padding_idx or target is aten.embedding_bag.default:
             return _bags(*args, **kwargs)
         return target(*args, **kwargs)

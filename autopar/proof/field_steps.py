@@ -30,14 +30,16 @@ def program_step(
     tangents: Sequence[Tensor] | None,
     seed: int,
     make: Callable[[Mesh], Lockstep],
+    smaller: AnyProgram | None = None,
 ) -> dict[str, Tensor]:
     """Outputs, new buffers and gradients, named as :func:`autopar.proof.field_reference.reference_step` names them.
 
-    A program of one microbatch, without a pipeline, runs as often as there are some, and its gradients are added.
+    A program of one microbatch, without a pipeline, runs as often as there are some, and its gradients are added;
+    ``smaller`` runs for those that have fewer rows.
     """
     args, kwargs = call
     if not isinstance(program, PipelinedProgram) and len(rows_of_parts(program, call)) > 1:
-        return _accumulated(program, source, tensors, kwargs, seed, make)
+        return _accumulated((program, smaller), source, tensors, kwargs, seed, make)
     trains = not (isinstance(program, PipelinedProgram) and source.loss is None)
     step = simulate(
         program, tensors, args, kwargs, backward=trains, tangents=tangents, seed=seed, emitted=False, make=make
@@ -67,27 +69,27 @@ def _named(step: Step, source: Program) -> dict[str, Tensor]:
 
 
 def _accumulated(
-    program: AnyProgram,
+    programs: tuple[AnyProgram, AnyProgram | None],
     source: Program,
     tensors: Mapping[str, Tensor],
     kwargs: Mapping[str, Any],
     seed: int,
     make: Callable[[Mesh], Lockstep],
 ) -> dict[str, Tensor]:
+    program, smaller = programs
     batches = microbatches.parts((), kwargs, program.mesh, program.plan)
     rows = microbatches.rows(kwargs, batches, program.plan)
-    if len(set(rows)) > 1:
-        raise NoFieldForm(
-            f"microbatches of {sorted(set(rows))} rows are of several programs: give a batch that divides"
-        )
+    if len(set(rows)) > 1 and smaller is None:
+        raise NoFieldForm(f"microbatches of {sorted(set(rows))} rows: the program of the smaller ones was not given")
+    runs = [program if smaller is None or count == rows[0] else smaller for count in rows]
     shares = microbatches.shares(rows)
-    counted = [counts_of(program, tensors, (), batch, share) for batch, share in zip(batches, shares)]
+    counted = [counts_of(run, tensors, (), batch, share) for run, batch, share in zip(runs, batches, shares)]
     weights = microbatches.weights(program, counted, rows)
     total: dict[str, Tensor] = {}
     parts: dict[str, list[Tensor]] = {}
-    for number, (batch, weight) in enumerate(zip(batches, weights)):
+    for number, (run, batch, weight) in enumerate(zip(runs, batches, weights)):
         step = simulate(
-            program, tensors, (), batch, tangents=[torch.tensor(weight.loss)], seed=seed + number, emitted=False,
+            run, tensors, (), batch, tangents=[torch.tensor(weight.loss)], seed=seed + number, emitted=False,
             make=make, wholes=weight.wholes,
         )  # fmt: skip
         for name, found in _named(step, source).items():

@@ -27,7 +27,8 @@ from autopar.proof import field as arithmetic
 aten = torch.ops.aten
 Form = Callable[..., Any]
 _F = TypeVar("_F", bound=Form)
-FORMS: dict[str, Form] = {}  # by the operator's name without its overload, or with it
+FORMS: dict[str, Form] = {}  # by the operator's name without its overload, or with it; "any other" for the rest
+LEAVES: set[type] = set()  # other kinds of tensors of the field, whose operators take these for operands
 
 
 class NoFieldForm(AutoparError):
@@ -78,6 +79,8 @@ class FieldTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if len(types) > 1 and not LEAVES.isdisjoint(types):
+            return NotImplemented
         return form_of(func)(*args, **(kwargs or {}))
 
 
@@ -100,6 +103,8 @@ def elements_of(x: Any, *, hides: bool = True) -> Tensor:
     """The elements of an operand: of the field, of integers, of floats or a Python number."""
     if isinstance(x, FieldTensor):
         return x.elements
+    if isinstance(x, Tensor) and x.dtype.is_complex:
+        return torch.stack([elements_of(part, hides=hides) for part in (x.real, x.imag)], -1)
     if isinstance(x, Tensor):
         return arithmetic.embedded(x, hides=hides)
     if isinstance(x, float) and hides and x <= arithmetic.HIDES:
@@ -196,7 +201,7 @@ def _default(func: Any, name: str) -> Form:
         return functools.partial(_hashed_call, func, name)
     if is_composite(func):
         return func.decompose  # type: ignore[no-any-return]
-    return functools.partial(_nothing, func)
+    return functools.partial(FORMS.get("any other", _nothing), func)
 
 
 def is_moved(func: Any, name: str) -> bool:
@@ -220,9 +225,7 @@ def _in_place(func: Any, *args: Any, **kwargs: Any) -> Any:
     target = args[0]
     if not isinstance(target, FieldTensor):
         return _nothing(func, *args, **kwargs)
-    packet = getattr(torch.ops, func.namespace)
-    functional = getattr(getattr(packet, func._schema.name.split("::")[1].removesuffix("_")), func._overloadname)
-    result = form_of(functional)(*args, **kwargs)
+    result = form_of(functional_of(func))(*args, **kwargs)
     if torch.Tag.inplace_view in func.tags and result.shape == target.shape:  # other strides, and nothing is written
         target.elements = result.elements
         return target
@@ -236,6 +239,13 @@ def _in_place(func: Any, *args: Any, **kwargs: Any) -> Any:
         )
     target.exponential = None
     return target
+
+
+def functional_of(func: Any) -> Any:
+    """The operator that gives what ``func`` writes into its first operand."""
+    packet = getattr(getattr(torch.ops, func.namespace), func._schema.name.split("::")[1].removesuffix("_"))
+    same = func._overloadname in packet.overloads()  # transpose_ is transpose.int
+    return getattr(packet, func._overloadname if same else packet.overloads()[0])
 
 
 def _names(text: str) -> frozenset[str]:

@@ -205,17 +205,15 @@ def _behind(length: int, size: int, step: int, side: int, ceil_mode: bool) -> in
     return max((count - 1) * step + size - length - 2 * side, 0)
 
 
-@form("adaptive_max_pool2d_backward")
-def adaptive_max_pool_backward(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    return max_pool_backward(grad, x, (), (), (), (), (), indices)
+def max_pool_backward(dims: int, grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    """``rest``: the places of the largest, numbered in each image, behind what says the windows."""
+    flat = grad.new_zeros(*x.shape[:-dims], math.prod(x.shape[-dims:]))
+    return flat.scatter_add(-1, rest[-1].flatten(-dims), grad.flatten(-dims)).reshape(x.shape)
 
 
-@form("max_pool2d_with_indices_backward")
-def max_pool_backward(
-    grad: Tensor, x: Tensor, size: Any, stride: Any, padding: Any, dilation: Any, ceil: Any, indices: Tensor
-) -> Tensor:
-    flat = grad.new_zeros(*x.shape[:-2], x.shape[-2] * x.shape[-1])
-    return flat.scatter_add(-1, indices.flatten(-2), grad.flatten(-2)).reshape(x.shape)
+for _dims in (2, 3):
+    FORMS[f"max_pool{_dims}d_with_indices_backward"] = functools.partial(max_pool_backward, _dims)
+    FORMS[f"adaptive_max_pool{_dims}d_backward"] = functools.partial(max_pool_backward, _dims)
 
 
 def _bins(size: int, count: int) -> Tensor:
@@ -253,5 +251,8 @@ def _adjoint(forward: Any) -> Any:
     return backward
 
 
-for _name in ("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d"):
+for _name in (
+    "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
+    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
+):  # fmt: skip
     FORMS[f"{_name}_backward"] = _adjoint(getattr(aten, _name).default)

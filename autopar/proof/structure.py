@@ -41,7 +41,7 @@ def structure(program: AnyProgram, changed: Mapping[int, str] | None = None) -> 
         refusals += [refusal for code in codes for refusal in check_memory(code, program.mesh)]
         facts["lines of code that write no memory too early"] = sum(len(code.lines) for code in codes)
         refusals += [] if refusals else _order(ranks, facts)
-        refusals += [] if refusals else _types(program)
+        refusals += [] if refusals else _types(program, facts)
         unproved = tuple(ranks.computed_otherwise())
         if isinstance(program, PipelinedProgram) and program.tail is not None:  # the smaller last microbatches
             refusals += structure(program.tail).refusals
@@ -79,9 +79,11 @@ def _order(ranks: Ranks, facts: dict[str, int]) -> Iterator[Refusal]:
         facts["messages of a step between stages, each sent and received"] = sends
 
 
-def _types(program: AnyProgram) -> Iterator[Refusal]:
+def _types(program: AnyProgram, facts: dict[str, int]) -> Iterator[Refusal]:
     types = Types()
     for part in program.parts:
         for name, graph in part.required_role.graphs.items():
             yield from types.check(graph, part.mesh, name)
         yield from check_gradients(part)
+    facts["lines whose operator gives the sizes and dtypes that they say"] = types.seen
+    facts |= {f"{words}: of unknown type": count for words, count in types.unknown.items()}

@@ -7,6 +7,7 @@ some node other than it says, or fail.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from autopar.proof.varying import results_of
 
 aten = torch.ops.aten
 
+NO_KERNEL = "lines whose operator does not run without data"
 CAUSE = "an argument, or a cast, is not the one that this layout needs"
 Type = tuple[tuple[int, ...], torch.dtype]
 
@@ -33,10 +35,16 @@ Verdict = tuple[tuple[Type | None, ...], str]  # what an operator gives, None fo
 
 
 class Types:
-    """The types that operators give for operands of given types; each is found once, since blocks repeat."""
+    """The types that operators give for operands of given types; each is found once, since blocks repeat.
+
+    ``seen``: the lines that were looked at; ``unknown``: those that do not run without data, or on sizes that are known
+    at run time only (rows sent to experts), by which it is.
+    """
 
     def __init__(self) -> None:
         self._known: dict[Any, Verdict] = {}
+        self.seen = 0
+        self.unknown: Counter[str] = Counter()
 
     def check(self, graph: fx.Graph, mesh: Mesh, where: str) -> Iterator[Refusal]:
         """Refuse nodes of a role's graph whose operator gives other sizes or dtypes than they say."""
@@ -44,11 +52,18 @@ class Types:
         for node in graph.nodes:
             if node.op != "call_function" or node.target in comm.TARGETS or not values(node):
                 continue
-            if any(not values(source) or _is_ragged(source) for source in (node, *node.all_input_nodes)):
+            if any(not values(source) for source in node.all_input_nodes):
                 continue
+            ragged = any(_is_ragged(source) for source in (node, *node.all_input_nodes))
             wanted = local[node]
             every, problem = self._given(node, local)
             found = tuple([kind for kind in every if kind is not None])
+            if problem == NO_KERNEL or (ragged and problem):
+                self.unknown["lines of sizes that are known at run time only" if ragged else NO_KERNEL] += 1
+                continue
+            self.seen += 1
+            if ragged:
+                wanted, found = _whole_dims(node, wanted), _whole_dims(node, found)
             if problem:
                 shapes = [list(shape) for source in node.all_input_nodes for shape, _ in local[source]]
                 yield _refused(node, where, f"{node.target} fails on local sizes {shapes}: {problem}")
@@ -106,11 +121,21 @@ def _run(node: Node, local: Mapping[Node, tuple[Type, ...]]) -> Verdict:
         try:
             result = runnable(node.target)(*args, **kwargs)
         except NotImplementedError:
-            return (), ""
+            return (), NO_KERNEL
         except (RuntimeError, TypeError, ValueError, IndexError) as problem:
             return (), (str(problem).strip().splitlines() or [type(problem).__name__])[0]
     results = result if isinstance(result, tuple | list) else [result]
     return tuple((tuple(each.shape), each.dtype) if isinstance(each, Tensor) else None for each in results), ""
+
+
+def _whole_dims(node: Node, kinds: Sequence[Type]) -> tuple[Type, ...]:
+    """Types with 0 for the sizes that a rank knows at run time only."""
+    dims = [[any(factor.ragged for factor in dim) for dim in kind.layout.dims] for kind in values(node)]
+    found = []
+    for (shape, dtype), ragged in zip(kinds, dims):
+        same = len(shape) == len(ragged)
+        found.append((tuple(0 if same and ragged[at] else size for at, size in enumerate(shape)), dtype))
+    return tuple(found)
 
 
 def _is_ragged(node: Node) -> bool:

@@ -23,14 +23,17 @@ from autopar.compiler import compile_program, split_program
 from autopar.errors import AutoparError, TraceError, check_kind
 from autopar.frontend.numerics import promote_float32
 from autopar.frontend.trace import trace
-from autopar.ir.program import AnyProgram, Program
+from autopar.ir.program import AnyProgram, Program, weight_layouts
+from autopar.ir.tables import OutputKind
 from autopar.mesh import PIPELINE, Mesh
 from autopar.notes import warn
+from autopar.pipeline import microbatches
 from autopar.plan import Plan
 from autopar.proof.alike import decided_alike, likeness
 from autopar.proof.field_proof import prove_in_field
 from autopar.proof.in_double import in_double, is_exact
 from autopar.proof.named_call import batch_by_name, called_by_name
+from autopar.proof.numbers import compare_numbers
 from autopar.proof.reduced import Reduced
 from autopar.proof.reduced import reduced as reduced_of
 from autopar.proof.refusal import Layer, Refusal, Shown
@@ -84,13 +87,14 @@ def verify(
         raise ValueError("a program that is handed in is proved at its own sizes\nWay out: leave out reduced=.")
     args, kwargs = _call(example_inputs)
     plan = plan or (program.plan if program is not None else Plan())
-    made = program or compile_program(model, mesh, replace(plan, check_numerics=False), args, kwargs)
+    made, smaller = (program, None) if program is not None else _compiled(model, mesh, plan, args, kwargs)
+    every = (made,) if smaller is None else (made, smaller)
     found: list[Shown] = []
     if Layer.STRUCTURE in layers:
-        found.append(structure(made, codes))
+        found.append(_together([structure(one, codes) for one in every]))
     if Layer.RELATIONS in layers:
-        found.append(_relations(made))
-    run, sizes = _Subject(model, made, program is not None, args, kwargs), ""
+        found.append(_together(list(map(_relations, every))))
+    run, sizes = _Subject(model, made, program is not None, args, kwargs, smaller), ""
     small = _reduced(reduced, run, mesh, plan, example_inputs) if {Layer.FIELD, Layer.FLOAT64} & set(layers) else None
     if small is not None:
         run, sizes = _small(small, plan, made), f"{small.words or 'a reduced model'}, {small.mesh}"
@@ -101,6 +105,13 @@ def verify(
             words = "it cannot be executed: it breaks a contract of the compiler"
             found.append(Shown(layer, unproved=(words,)) if broken else shown_by(run))
     return Verification(made, tuple(found), sizes)
+
+
+def _together(shown: Sequence[Shown]) -> Shown:
+    """What one layer says of the program of a microbatch and of that of smaller ones, which have the same facts."""
+    refusals = tuple(refusal for one in shown for refusal in one.refusals)
+    unproved = tuple(words for one in shown for words in one.unproved)
+    return Shown(shown[0].layer, shown[0].facts, refusals, unproved, sum(one.seconds for one in shown))
 
 
 def _check_layers(layers: Collection[str], codes: Mapping[int, str] | None, mesh: Mesh) -> None:
@@ -114,15 +125,36 @@ def _check_layers(layers: Collection[str], codes: Mapping[int, str] | None, mesh
         raise ValueError(f"codes= of ranks of {mesh}: on a pipeline they cannot be given\nWay out: program=.")
 
 
+def _compiled(
+    model: nn.Module,
+    mesh: Mesh,
+    plan: Plan,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    like: AnyProgram | None = None,
+) -> tuple[AnyProgram, AnyProgram | None]:
+    """The program that ranks run: of the first microbatch where there are some, and that of smaller ones."""
+    plan = replace(plan, check_numerics=False)
+    if mesh.is_pipelined or plan.microbatches == 1:
+        return compile_program(model, mesh, plan, args, kwargs, like=like), None
+    batches = microbatches.parts(args, kwargs, mesh, plan)
+    rows = microbatches.rows(kwargs, batches, plan)
+    first = compile_program(model, mesh, plan, (), batches[0], like=like)
+    if rows[-1] == rows[0]:
+        return first, None
+    return first, compile_program(model, mesh, plan, (), batches[-1], layouts=weight_layouts(first), like=first)
+
+
 @dataclass(frozen=True)
 class _Subject:
-    """What the layers that compute run. ``is_given``: the program was handed in."""
+    """What the layers that compute run. ``is_given``: the program was handed in. ``smaller``: see _compiled."""
 
     model: nn.Module
     program: AnyProgram
     is_given: bool
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    smaller: AnyProgram | None = None
 
 
 def _call(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -157,18 +189,21 @@ def _small(reduced: Reduced, plan: Plan, program: AnyProgram) -> _Subject:
     traced = split_program(reduced.model, reduced.mesh, plan, args, kwargs, after="trace")
     assert isinstance(traced, Program)
     like = decided_alike(program, traced)
-    small = compile_program(reduced.model, reduced.mesh, plan, args, kwargs, like=like)
-    return _Subject(reduced.model, small, False, args, kwargs)
+    small, smaller = _compiled(reduced.model, reduced.mesh, plan, args, kwargs, like)
+    return _Subject(reduced.model, small, False, args, kwargs, smaller)
 
 
 def _alike(program: AnyProgram, small: AnyProgram) -> Shown:
-    """Whether the reduced program stands for the other."""
+    """Whether the reduced program stands for the other: its lines, and the numbers in them."""
     start = time.perf_counter()
     found = likeness(program.graph, small.graph)
     unproved = (f"the reduced program is another one: {found.difference}",) if found.difference else ()
     facts = {} if unproved else {"lines that are those of the reduced program": found.lines}
     facts |= {"times a block is repeated there": found.repeats} if found.repeats and not unproved else {}
-    return Shown(Layer.RELATIONS, facts, (), unproved, time.perf_counter() - start)
+    compared = compare_numbers(program, small)
+    if not compared.refusals:
+        facts["numbers that are those of the reduced program, or grow as sizes do"] = compared.count
+    return Shown(Layer.RELATIONS, facts, tuple(compared.refusals), unproved, time.perf_counter() - start)
 
 
 def prove(model: nn.Module, program: AnyProgram, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -231,15 +266,19 @@ def _in_a_field(run: _Subject) -> Shown:
         stands = not run.is_given and not program.mesh.is_pipelined and program.plan.microbatches == 1
         source = program.source if stands else _traced(model, program.plan, args, kwargs)
         tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        proof = prove_in_field(program, source=source, tensors=tensors, args=args, kwargs=kwargs)
+        given: dict[str, Any] = {"tensors": tensors, "args": args, "kwargs": kwargs, "smaller": run.smaller}
+        proof = prove_in_field(program, source=source, **given)
     except OTHERS as problem:
         return _refused_or_raised(Layer.FIELD, run, problem, start)
     refusals = tuple(
-        Refusal(Layer.FIELD, f"{one.name}{f' at {one.node}' if one.node else ''}", one.why, ranks=one.ranks or ())
+        Refusal(
+            Layer.FIELD, f"{one.name}{f' at {one.node}' if one.node else ''}", one.problem, one.cause, one.ranks or ()
+        )
         for one in proof.differences
     )
     gradients = sum(name.startswith("gradient") for name in proof.proved)
     facts = {"gradients equal": gradients, "outputs and buffers equal": len(proof.proved) - gradients}
+    facts["operators without a form, taken as unknown functions"] = len(proof.unknown)
     facts = {words: count for words, count in facts.items() if count}
     unproved = proof.unproved
     if not (refusals or unproved or proof.holds):
@@ -284,11 +323,19 @@ def _in_float64(run: _Subject) -> Shown:
         refusal = Refusal(Layer.FLOAT64, "the simulated step", str(problem).partition("\n")[0])
         return Shown(Layer.FLOAT64, {}, (refusal,), seconds=time.perf_counter() - start)
     wrong, right = _errors(report)
+    wrong += _left_out(reference.traced, program) if is_given else ()
     if wrong and is_given and not is_exact(program):
         words = "the program has constants in float32, which differ from the model's in float64: compile it for float64"
         return Shown(Layer.FLOAT64, unproved=(words,), seconds=time.perf_counter() - start)
     facts = {f"numbers within {TOLERANCE:g} of the model": right}
     return Shown(Layer.FLOAT64, facts, wrong, seconds=time.perf_counter() - start)
+
+
+def _left_out(source: Program, program: AnyProgram) -> tuple[Refusal, ...]:
+    """The outputs of the model that a program which was handed in does not give: they are compared with nothing."""
+    given = {out.target for part in program.parts for out in part.outputs if out.kind is OutputKind.USER}
+    missing = [out.target for out in source.outputs if out.kind is OutputKind.USER and out.target not in given]
+    return tuple(Refusal(Layer.FLOAT64, f"output {name}", "the program does not give it") for name in missing)
 
 
 def _errors(report: Report) -> tuple[tuple[Refusal, ...], int]:
