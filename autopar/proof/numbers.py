@@ -6,8 +6,8 @@
 
 A number that an operator is given (a factor, an epsilon, what is added to a position) has to be that of the small
 program at such a line, or that of the model itself at that place in both, or the same product of the sizes that meet at
-the line in both. What scales a pending sum has to be such a product, without any other factor; and what goes backward
-through a scale is scaled alike.
+the line in both: those of whole dims where one rank alone has the number too, else any. What scales a pending sum has
+to be such a product, and it has to be in the graphs that run as it is in the split one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from torch import fx
 
@@ -29,10 +29,14 @@ from autopar.ir.program import AnyProgram
 from autopar.mesh import Mesh
 from autopar.proof.refusal import Layer, Refusal
 
-NUMBERS = ("number", "Optional[number]", "float", "Optional[float]")  # of a schema, that are no sizes or dims
+NUMBERS = ("number", "Optional[number]", "float", "Optional[float]", "Tensor")  # of a schema: no sizes, no dims
 CLOSE = 1e-9
-MOST_FACTORS = 3  # of a product of sizes
+LOCAL, AXES = "dims of a rank", "axes"
 SPLIT = ""  # the graph that collectives were put into, before it was differentiated
+FORMS: tuple[Callable[[int], float], ...] = (  # how numbers depend on a product of sizes: counts, means, variances
+    lambda n: n, lambda n: 1 / n, lambda n: n - 1, lambda n: 1 / (n - 1), lambda n: n / (n - 1),
+    lambda n: 2 / n, lambda n: 2 / (n - 1), lambda n: 1 / math.sqrt(n),
+)  # fmt: skip
 _COUNTED = re.compile(r"\d+")  # of a block, in the path of a module
 Key = tuple[str, str, str, str]  # graph, operator, argument, module without the number of its block
 Sizes = Mapping[str, int]
@@ -47,6 +51,7 @@ class Number:
     argument: str
     key: Key
     mesh: Mesh
+    parameters: Mapping[str, Node]  # those that nodes of its module take, by their names without the number of a block
 
     @property
     def factor(self) -> float | None:
@@ -64,16 +69,28 @@ class Number:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """The sizes that meet here: of dims, whole and local, of operands and theirs, and of axes in their layouts."""
+        """The sizes that meet here, by words: of some dims of one value, whole or on a rank, and of its axes.
+
+        The values are the result, its operands and theirs, and what the module holds.
+        """
         found: dict[str, int] = {}
-        for words, node in _near(self.node):
+        for words, node in (*_near(self.node), *self.parameters.items()):
             for number, kind in enumerate(values(node)):
+                axes = {**dict.fromkeys(kind.layout.groups), **{axis: None for axis, _ in kind.layout.partial}}
                 local = kind.layout.local_shape(self.mesh)
-                for dim, (size, part) in enumerate(zip(kind.shape, local)):
-                    found[f"{words} {number} dim {dim}"], found[f"{words} {number} local dim {dim}"] = size, part
-                groups = [*kind.layout.groups, *(axis for axis, _ in kind.layout.partial)]
-                found |= {f"axis {axis}": self.mesh.size(axis) for axis in groups}
+                for name, sizes in (
+                    ("dims", kind.shape), (LOCAL, local), (AXES, [self.mesh.size(axis) for axis in axes]),
+                ):  # fmt: skip
+                    for count in range(1, len(sizes) + 1):
+                        for some in itertools.combinations(range(len(sizes)), count):
+                            found[f"{words} {number} {name} {some}"] = math.prod(sizes[at] for at in some)
         return found
+
+    @cached_property
+    def is_size(self) -> bool:
+        """Whether some product of sizes gives it."""
+        every = {size for size in self.sizes.values() if size > 1}
+        return any(math.isclose(follows(size), abs(self.value), rel_tol=CLOSE) for follows in FORMS for size in every)
 
 
 def _near(node: Node) -> Iterator[tuple[str, Node]]:
@@ -86,31 +103,67 @@ def _near(node: Node) -> Iterator[tuple[str, Node]]:
 
 @dataclass
 class Compared:
-    """``count``: the numbers of the large program that were looked at."""
+    """``count``: the numbers of the large program that were looked at, once for blocks that are equal."""
 
     count: int = 0
     refusals: list[Refusal] = field(default_factory=list)
+    unproved: list[str] = field(default_factory=list)
 
 
-def compare_numbers(large: AnyProgram, small: AnyProgram) -> Compared:
-    """Refuse numbers of ``large`` that are neither those of ``small``, nor the model's, nor follow from sizes."""
+def compare_numbers(large: AnyProgram, small: AnyProgram, single: AnyProgram) -> Compared:
+    """Refuse numbers of ``large`` that are neither those of ``small``, nor the model's, nor follow from sizes.
+
+    ``single``: the program of the small model on one rank, whose numbers do not depend on the mesh.
+    """
     found = Compared()
-    known: dict[tuple[Key, float, int], str] = {}
-    wanted, scales = _by_key(small), [_scales(large), _scales(small)]
-    own = [_of_model(large), _of_model(small)]
-    for number in _numbers(large):
-        found.count += 1
-        place = number.key, number.value, hash(tuple(number.sizes.items()))
-        if place not in known:
-            candidates = wanted.get(number.key, [])
-            right = any(_follows(number, one, scales, own) for one in candidates)
-            known[place] = "" if right else _problem(number, candidates)
-            if not right:
-                module = origin(number.node).module
-                where = f"{number.key[0] or 'the split graph'}: {number.node.name}{f' ({module})' if module else ''}"
-                cause = "a scale that is not that of this mesh, or a number of another place"
-                found.refusals.append(Refusal(Layer.RELATIONS, where, known[place], cause))
+    given, wanted = _by_key(large), _by_key(small)
+    means = _Means([_scales(large), _scales(small)], [_of_model(large), _of_model(small)], _alone(single))
+    for key, numbers in given.items():
+        found.count += len(numbers)
+        for number in numbers:
+            if not any(means.follows(number, one) for one in wanted.get(key, [])):
+                found.refusals.append(_refused(number, _problem(number, wanted.get(key, []))))
+    found.refusals += [] if found.refusals else _lost_scales(large, small)
+    for key, numbers in wanted.items():
+        for one in numbers:
+            if not any(means.follows(number, one) for number in given.get(key, [])):
+                where = f"{one.key[0] or 'the split graph'}: {one.key[1]} with {one.value:g} of '{one.key[3]}'"
+                found.unproved.append(f"the reduced program has {where}, and nothing here is that")
     return found
+
+
+def _refused(number: Number, problem: str) -> Refusal:
+    module = origin(number.node).module
+    where = f"{number.key[0] or 'the split graph'}: {number.node.name}{f' ({module})' if module else ''}"
+    return Refusal(
+        Layer.RELATIONS, where, problem, "a scale that is not that of this mesh, or a number of another place"
+    )
+
+
+def _lost_scales(large: AnyProgram, small: AnyProgram) -> list[Refusal]:
+    """Scales of pending sums that fewer lines of a graph that runs have than of the split one, not so in ``small``."""
+    (here, first), (there, _) = _counted(large), _counted(small)
+    kept = {name for name in here if name != SPLIT and all(n >= there[SPLIT][key] for key, n in _found(there, name))}
+    lost = [(name, key) for name in kept for key, n in _found(here, name) if n < here[SPLIT][key]]
+    words = "it is in fewer lines of {} than of the split graph: another number stands in one"
+    return [_refused(first[key], words.format(name)) for name, key in lost]
+
+
+def _counted(program: AnyProgram) -> tuple[dict[str, Counter[tuple[str, float]]], dict[tuple[str, float], Number]]:
+    """How often each graph scales by a number that the split graph scales pending sums by, in each module."""
+    first = {(one.key[3], factor): one for one in _of_graph(program.graph, program.mesh, SPLIT)
+             if one.is_pending and (factor := one.factor) is not None}  # fmt: skip
+    found: dict[str, Counter[tuple[str, float]]] = {}
+    for one in _numbers(program):
+        counts = found.setdefault(one.key[0], Counter())
+        factor = one.factor
+        if factor is not None and (one.key[3], factor) in first and (one.key[0] != SPLIT or one.is_pending):
+            counts[one.key[3], factor] += 1
+    return found, first
+
+
+def _found(counts: Mapping[str, Counter[tuple[str, float]]], name: str) -> list[tuple[tuple[str, float], int]]:
+    return [(key, counts.get(name, Counter())[key]) for key in counts.get(SPLIT, ())]
 
 
 def _problem(number: Number, candidates: list[Number]) -> str:
@@ -133,13 +186,17 @@ def _numbers(program: AnyProgram) -> Iterator[Number]:
 
 
 def _of_graph(graph: fx.Graph, mesh: Mesh, name: str) -> Iterator[Number]:
+    held: dict[str, dict[str, Node]] = {}
+    for node in graph.nodes:
+        own = held.setdefault(origin(node).module, {})
+        own |= {_COUNTED.sub("#", one.name): one for one in node.all_input_nodes if one.op == "placeholder"}
     for node in graph.nodes:
         if node.op != "call_function" or node.target in comm.TARGETS:
             continue
         operator = str(node.target) if is_overload(node.target) else getattr(node.target, "__name__", "")
         for argument, given in _given(node):
             key = name, operator, argument, _COUNTED.sub("#", origin(node).module)
-            yield Number(float(given), node, argument, key, mesh)
+            yield Number(float(given), node, argument, key, mesh, held[origin(node).module])
 
 
 def _given(node: Node) -> Iterator[tuple[str, float]]:
@@ -179,38 +236,51 @@ def _scales(program: AnyProgram) -> dict[tuple[str, float], Number]:
 # ---------------------------------------------------------------- why a number is right
 
 
-def _follows(number: Number, small: Number, scales: list[dict[tuple[str, float], Number]], own: list[set[Any]]) -> bool:
-    """Whether a number of the large program is at its line what ``small`` is at the line of the small one."""
-    here, there = ((one.key[3], one.value) for one in (number, small))
-    if number.key[0] != SPLIT and small.factor is not None:
-        scale = scales[1].get((small.key[3], small.factor))
-        if scale is not None:
-            assert number.factor is not None
-            other = scales[0].get((number.key[3], number.factor))
-            return other is not None and _is_product(other, scale, alone=True)
-    if number.is_pending and here not in own[0]:
-        return _is_product(number, small, alone=True)
-    if math.isclose(number.value, small.value, rel_tol=CLOSE) or (here in own[0] and there in own[1]):
-        return True
-    return _is_product(number, small, alone=False)
+@dataclass(frozen=True)
+class _Means:
+    """Of the large and of the small program: what scales pending sums, and the model's own numbers, each by module.
+
+    ``alone``: the numbers that one rank has.
+    """
+
+    scales: list[dict[tuple[str, float], Number]]
+    own: list[set[tuple[str, float]]]
+    alone: set[tuple[Key, float]]
+
+    def follows(self, number: Number, small: Number) -> bool:
+        """Whether a number of the large program is at its line what ``small`` is at the line of the small one."""
+        here, there = ((one.key[3], one.value) for one in (number, small))
+        if number.key[0] != SPLIT and small.factor is not None:
+            scale = self.scales[1].get((small.key[3], small.factor))
+            if scale is not None:
+                other = self.scales[0].get((number.key[3], number.factor or 0.0))
+                return other is not None and _is_product(other, scale, whole=False)
+        if number.is_pending and here not in self.own[0]:
+            return _is_product(number, small, whole=False)
+        whole = (small.key, small.value) in self.alone
+        if here in self.own[0] and there in self.own[1]:
+            return True
+        if number.value == small.value and (whole or not small.is_size):
+            return True
+        return _is_product(number, small, whole)
 
 
-def _is_product(large: Number, small: Number, alone: bool) -> bool:
-    """Whether one product of sizes, or of their inverses, gives both numbers; else only how they grow."""
+def _alone(single: AnyProgram) -> set[tuple[Key, float]]:
+    return {(one.key, one.value) for one in _numbers(single)}
+
+
+def _is_product(large: Number, small: Number, whole: bool) -> bool:
+    """Whether one product of sizes gives both numbers, in one of the forms. ``whole``: of whole dims."""
     if not large.value or not small.value or large.value * small.value < 0:
         return large.value == small.value
-    names = [name for name in large.sizes if name in small.sizes]
-    pairs = {(large.sizes[name], small.sizes[name]) for name in names}
-    pairs = {pair for pair in pairs if pair[0] > 1 or pair[1] > 1}
-    logs = [(math.log(one), math.log(other)) for one, other in pairs if 0 not in (one, other)]
-    goals = math.log(abs(large.value)), math.log(abs(small.value))
-    if not alone:
-        grown = {round(one - other, 9) for one, other in logs} - {0.0}
-        logs, goals = [(each, 0.0) for each in grown], (goals[0] - goals[1], 0.0)
-    signed = [(sign * one, sign * other) for one, other in logs for sign in (1, -1)]
-    for count in range(MOST_FACTORS + 1):
-        for chosen in itertools.combinations_with_replacement(signed, count):
-            sums = [sum(pair[place] for pair in chosen) for place in (0, 1)]
-            if all(math.isclose(one, goal, abs_tol=CLOSE) for one, goal in zip(sums, goals)):
+    pairs = {
+        (size, small.sizes[name])
+        for name, size in large.sizes.items()
+        if name in small.sizes and not (whole and (f" {LOCAL} " in name or f" {AXES} " in name))
+    }
+    goals = abs(large.value), abs(small.value)
+    for follows in FORMS:
+        for sizes in pairs:
+            if min(sizes) > 1 and all(math.isclose(follows(n), goal, rel_tol=CLOSE) for n, goal in zip(sizes, goals)):
                 return True
-    return False
+    return goals == (1.0, 1.0)
