@@ -67,7 +67,7 @@ def logcumsumexp(x: Tensor, dim: int) -> Tensor:
     return _with_exponential(total.log(), total)
 
 
-FORMS["logaddexp"] = lambda a, b: aten.logsumexp(torch.stack(torch.broadcast_tensors(a, b)), [0])
+FORMS["logaddexp"] = lambda a, b: aten.logsumexp(torch.stack(torch.broadcast_tensors(a, b)), [0])  # type: ignore[no-untyped-call]
 
 # ---------------------------------------------------------------- attention
 

@@ -346,18 +346,8 @@ FORMS["embedding"] = lambda table, ids, *rest: aten.index_select(table, 0, ids.r
 
 
 @form("put")
-def put(x: Any, index: Tensor, source: Any, accumulate: bool = False) -> FieldTensor:
-    found: FieldTensor = index_put(x.reshape(-1), [index.reshape(-1)], source.reshape(-1), accumulate).reshape(x.shape)
-    return found
-
-
-@form("_weight_norm_interface_backward")
-def weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Of v * g / |v|, with a length for each index of ``dim``."""
-    others = [other for other in range(v.dim()) if other != dim % v.dim()]
-    lengths = norms.reshape(g.shape)
-    of_g = (grad * v).sum(others, keepdim=True) / lengths
-    return g / lengths * (grad - v * of_g / lengths), of_g.reshape(g.shape)
+def put(x: Any, index: Tensor, source: Any, accumulate: bool = False) -> Tensor:
+    return index_put(x.reshape(-1), [index.reshape(-1)], source.reshape(-1), accumulate).reshape(x.shape)
 
 
 @form("index_put", "_unsafe_index_put")

@@ -1,4 +1,4 @@
-"""The field forms of experts and routing, bags and recurrent layers.
+"""The field forms of experts and routing, bags, weight normalisation and recurrent layers.
 
 They are written in operators that have forms: so each runs on numbers too, and there it is the operator
 (``tests/proof/test_field_forms.py``).
@@ -136,6 +136,15 @@ def embedding_bags_backward(
         return of_table, table.new_empty(0)
     products = torch.matmul(grad, table.index_select(0, rows).t())  # (B, n)
     return of_table, torch.where(member, products, 0.0).sum(0).reshape(weights.shape)
+
+
+@form("_weight_norm_interface_backward")
+def weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Of v * g / |v|, with a length for each index of ``dim``."""
+    others = [other for other in range(v.dim()) if other != dim % v.dim()]
+    lengths = norms.reshape(g.shape)
+    of_g = (grad * v).sum(others, keepdim=True) / lengths
+    return g / lengths * (grad - v * of_g / lengths), of_g.reshape(g.shape)
 
 
 # ---------------------------------------------------------------- recurrent layers

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch import fx
 
@@ -205,7 +206,8 @@ def _given(node: Node) -> Iterator[tuple[str, float]]:
         places = {**{str(place): given for place, given in enumerate(node.args)}, **node.kwargs}
         yield from ((name, given) for name, given in places.items() if isinstance(given, float))
         return
-    for place, argument in enumerate(node.target._schema.arguments):
+    target: Any = node.target
+    for place, argument in enumerate(target._schema.arguments):
         given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
         if str(argument.type) in NUMBERS and isinstance(given, int | float) and not isinstance(given, bool):
             yield argument.name, given

@@ -204,7 +204,9 @@ def _alike(program: AnyProgram, small: AnyProgram, single: AnyProgram) -> Shown:
     """Whether the reduced program stands for the other: its lines, and the numbers in them."""
     start = time.perf_counter()
     found = likeness(program.graph, small.graph)
-    unproved = (f"the reduced program is another one: {found.difference}",) if found.difference else ()
+    unproved: tuple[str, ...] = ()
+    if found.difference:
+        unproved = (f"the reduced program is another one: {found.difference}",)
     facts = {} if unproved else {"lines that are those of the reduced program": found.lines}
     facts |= {"times a block is repeated there": found.repeats} if found.repeats and not unproved else {}
     compared = compare_numbers(program, small, single)
