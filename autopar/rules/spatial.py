@@ -246,9 +246,10 @@ _MEANS = (
     aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default, aten.adaptive_avg_pool1d.default,
     aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default, aten.upsample_nearest1d.vec,
     aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec, aten._upsample_nearest_exact2d.vec,
-    aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact3d.vec, aten._upsample_lanczos2d_aa.vec,
+    aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact3d.vec,
     aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
     aten.upsample_trilinear3d.vec, aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec,
+    *([aten._upsample_lanczos2d_aa.vec] if hasattr(aten, "_upsample_lanczos2d_aa") else []),  # torch 2.11 lacks it
 )  # fmt: skip
 _MAXIMA = (
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.max_pool2d_with_indices.default,

@@ -8,14 +8,17 @@ must be the same on all of them. ``torch.distributed.destroy_process_group()`` e
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from autopar.errors import LaunchError
 from autopar.runtime.functional_collectives import set_timeout
 
 
@@ -29,10 +32,9 @@ def new_group(ranks: Sequence[int], seconds: float) -> ProcessGroup:
     if list(ranks) == list(range(world.size())):
         set_timeout(world, seconds)
         return world
-    order: dict[str, Any] = {} if list(ranks) == sorted(ranks) else {"sort_ranks": False}
     with _of_its_own(world):
         made: ProcessGroup = dist.new_group(
-            list(ranks), timeout=timedelta(seconds=seconds), use_local_synchronization=True, **order
+            list(ranks), timeout=timedelta(seconds=seconds), use_local_synchronization=True, **_in_order(ranks)
         )
     return made
 
@@ -42,9 +44,21 @@ def agreement_group(ranks: Sequence[int], seconds: float) -> ProcessGroup | None
     if len(ranks) < 2 or not dist.is_gloo_available():
         return None
     made: ProcessGroup = dist.new_group(
-        list(ranks), timedelta(seconds=seconds), "gloo", use_local_synchronization=True, sort_ranks=False
+        list(ranks), timedelta(seconds=seconds), "gloo", use_local_synchronization=True, **_in_order(ranks)
     )
     return made
+
+
+def _in_order(ranks: Sequence[int]) -> dict[str, Any]:
+    """What keeps torch from sorting ``ranks``. Raises LaunchError where it always does."""
+    if list(ranks) == sorted(ranks):
+        return {}
+    if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
+        raise LaunchError(
+            f"torch {torch.__version__} sorts the ranks of a process group, and these are {list(ranks)}\n"
+            "Way out: torch 2.13, or a DeviceMesh with its ranks in rising order."
+        )
+    return {"sort_ranks": False}
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement
 
+from autopar.errors import AutoparError
 from autopar.runtime.dtensor import local_of, of_local, spec_of
 from autopar.runtime.order_keeping import in_stored_order, keeps_order
 from autopar.runtime.placements import Pieces, orders, plain
@@ -186,7 +187,24 @@ def dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], sh
     if not orders(placements):
         return found
     spec = PiecesSpec(mesh, tuple(placements), tensor_meta=spec_of(found).tensor_meta)
-    return of_local(local_of(found), spec)
+    made = of_local(local_of(found), spec)
+    _check_torch(made)
+    return made
+
+
+_checked: set[bool] = set()
+
+
+def _check_torch(made: DTensor) -> None:
+    """Raise AutoparError where torch (2.11) runs operators of ``made`` as those of any DTensor, past this file."""
+    if not _checked:
+        _checked.add(isinstance(made.detach(), PiecewiseDTensor))
+    if False in _checked:
+        raise AutoparError(
+            f"a parameter of several parts (a fused query, key, value or gate) is split over {made.device_mesh}, and "
+            f"torch {torch.__version__} has no DTensors of such parts\n"
+            "Way out: torch 2.13."
+        )
 
 
 _from_local: Callable[..., DTensor] = DTensor.from_local

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from autopar.errors import RankFailedError
+from autopar.errors import LaunchError, RankFailedError
 from autopar.ir.traffic import Transfer, moved_bytes
 from autopar.mesh import Mesh
 from autopar.runtime.communicator import Communicator
 from autopar.runtime.connect import connect
+from autopar.runtime.groups import agreement_group
 from autopar.simulator.lockstep import collective
 from tests.launch import run_ranks, try_ranks
 from tests.traffic import sent_since
@@ -206,3 +207,13 @@ def test_a_member_that_does_not_come_to_a_new_group() -> None:
     results = run_ranks(stay_away_from_a_group, 4, 3, timeout=120.0)
     assert results[:2] == ["made", "made"] and results[3] == "absent"
     assert "over axis 'sp:inner2' for rank 3" in results[2] or "group of axis 'sp:inner2' for rank 3" in results[2]
+
+
+def test_torch_that_sorts_ranks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def new_group(ranks: Any, timeout: Any, backend: Any, use_local_synchronization: bool = False) -> None:
+        """As in torch 2.11."""
+
+    monkeypatch.setattr(torch.distributed, "new_group", new_group)
+    assert agreement_group([0, 1, 2], 60.0) is None  # what the function above gives
+    with pytest.raises(LaunchError, match=r"sorts the ranks of a process group, and these are \[2, 0\]"):
+        agreement_group([2, 0], 60.0)

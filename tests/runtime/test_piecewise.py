@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.tensor as tensor_package
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils import _pytree as pytree
 
 import autopar
-from autopar import Mesh
+from autopar import AutoparError, Mesh
+from autopar.runtime import piecewise
 from autopar.runtime.connect import connect
 from autopar.runtime.dtensor_habits import is_shown, take_over
 from autopar.runtime.piecewise import PiecewiseDTensor, cut_whole
@@ -186,3 +188,17 @@ def called_by_name() -> list[bool]:
 
 def test_functions_of_torch_keep_the_names_of_their_arguments() -> None:
     assert run_ranks(called_by_name, 1) == [[True] * 3]
+
+
+def test_torch_that_has_no_such_tensors_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain:
+        device_mesh = "DeviceMesh((tp=2))"
+
+        def detach(self) -> Tensor:
+            """As in torch 2.11, where no operator of a class of its own runs."""
+            return torch.ones(1)
+
+    monkeypatch.setattr(piecewise, "_checked", set())
+    for _ in range(2):
+        with pytest.raises(AutoparError, match=r"is split over DeviceMesh\(\(tp=2\)\), and torch .* has no DTensors"):
+            piecewise._check_torch(Plain())  # type: ignore[arg-type]
