@@ -10,6 +10,7 @@ See :mod:`autopar.frontend.equal_blocks`. The graph is then what tracing each bl
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,19 +25,30 @@ from torch.utils import _pytree as pytree
 from autopar.frontend.equal_blocks import AGAIN, BEGINS, ENDS, BlocksDiffer
 from autopar.ir.arguments import flat_arguments
 from autopar.ir.node import copy_traced, traced_modules, traced_value
-from autopar.ir.operator_facts import is_overload, writes
+from autopar.ir.operator_facts import is_composite, is_overload, writes
 
 Node = fx.Node
 
 
 @dataclass(frozen=True)
 class _Region:
-    """The nodes of a traced block, what it takes (arguments, then parameters) and the results that it makes."""
+    """The nodes of a traced block."""
 
     begin: Node
-    taken: tuple[Node, ...]
     inner: tuple[Node, ...]
-    given: tuple[Node, ...]
+    end: Node
+
+    @property
+    def taken(self) -> tuple[Node, ...]:
+        """Arguments, then parameters; as they are now, after blocks before this one were written out."""
+        taken: Any = self.begin.args[0]
+        return tuple(taken)
+
+    @property
+    def given(self) -> tuple[Node, ...]:
+        """The results that it makes."""
+        given: Any = self.end.args[0]
+        return tuple(given)
 
 
 def write_out_blocks(exported: ExportedProgram) -> None:
@@ -70,6 +82,47 @@ def write_out_blocks(exported: ExportedProgram) -> None:
         raise BlocksDiffer("export has made a graph of its own of what runs under torch.autocast or the like")
 
 
+def writes_within_blocks(graph: fx.Graph) -> bool:
+    """Whether each operator that writes, writes into what was made new in the same block, or before all blocks.
+
+    Then the graph may be decomposed before the blocks are written out: no operator that stands for a block would have
+    to write into what it takes, or give what shares memory with something that is written.
+    """
+    region = {inner: number for number, found in _regions(graph).items() for inner in found.inner}
+    is_before = True
+    for node in graph.nodes:
+        is_before = is_before and node.target is not BEGINS
+        if _writes(node) and not is_before:
+            made = [_made_by(source) for source in _written(node)]
+            if node not in region or not all(source in region and region[source] == region[node] for source in made):
+                return False
+    return True
+
+
+def _written(node: Node) -> list[Node]:
+    target: Any = node.target
+    arguments = target._schema.arguments
+    given = {**dict(zip((argument.name for argument in arguments), node.args)), **node.kwargs}
+    taken = [given.get(each.name) for each in arguments if each.alias_info is not None and each.alias_info.is_write]
+    return [source for source in pytree.tree_leaves(taken) if isinstance(source, Node)]
+
+
+def _made_by(node: Node) -> Node | None:
+    """The call that has made the memory in which the result of ``node`` lies; None where that may be no call."""
+    while node.op == "call_function":
+        if node.target is operator.getitem:
+            node = node.all_input_nodes[0]
+        elif not is_overload(node.target):
+            return None
+        elif any(result.alias_info is not None for result in node.target._schema.returns):  # a view, or the written
+            node = node.all_input_nodes[0]
+        elif is_composite(node.target):  # which may give what it takes
+            return None
+        else:
+            return node
+    return None
+
+
 def _number(graph: fx.Graph) -> None:
     """Number the calls of each operator in their order (``linear``, ``linear_1``), as tracing all of them would."""
     counts = Counter(node.name for node in graph.nodes if node.op != "call_function")
@@ -88,15 +141,14 @@ def _regions(graph: fx.Graph) -> dict[int, _Region]:
     """By the number of the call. Regions do not overlap."""
     found: dict[int, _Region] = {}
     begin: Node | None = None
-    taken: Sequence[Node] = ()
     inner: list[Node] = []
     for node in graph.nodes:
         args: Any = node.args
         if node.target is BEGINS:
-            begin, taken, inner = node, args[0], []
+            begin, inner = node, []
         elif node.target is ENDS:
             assert begin is not None and begin.args[1] == args[1], node
-            found[args[1]] = _Region(begin, tuple(taken), tuple(inner), tuple(args[0]))
+            found[args[1]] = _Region(begin, tuple(inner), node)
             begin = None
         elif begin is not None:
             inner.append(node)
@@ -172,7 +224,7 @@ def _write(node: Node, region: _Region) -> None:
     """The calls of ``region`` in place of ``node``, a ``block_again``."""
     graph = node.graph
     taken: Sequence[Node] = node.args[0]  # type: ignore[assignment]
-    copies = dict(zip(region.taken, taken))
+    copies, given = dict(zip(region.taken, taken)), region.given
     before, after = traced_modules(region.begin), traced_modules(node)
     with graph.inserting_before(node):
         for inner in region.inner:
@@ -180,8 +232,8 @@ def _write(node: Node, region: _Region) -> None:
             copy_traced(copy, inner, _restacked(traced_modules(inner), before, after))
             copies[inner] = copy
     for user in list(node.users):
-        given = region.given[user.args[1]]  # type: ignore[index]
-        user.replace_all_uses_with(copies.get(given, given))
+        made = given[user.args[1]]  # type: ignore[index]
+        user.replace_all_uses_with(copies.get(made, made))
         graph.erase_node(user)
     graph.erase_node(node)
 

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -154,6 +154,14 @@ class EqualBlocks:
         self._is_inside = False  # of a block that is being traced
 
     @contextmanager
+    def known(self) -> Iterator[None]:
+        """Within this context, the operators that stand for blocks can be run on fake tensors."""
+        try:
+            yield
+        finally:
+            _LOOKS.clear()
+
+    @contextmanager
     def stamping(self) -> Iterator[None]:
         """Within this context, the calls of blocks that are like others are not traced."""
         original: Callable[..., Any] = nn.Module._call_impl
@@ -167,11 +175,8 @@ class EqualBlocks:
                 return original(module, *args, **kwargs)
             return self._called(block, args, kwargs, lambda: original(module, *args, **kwargs))
 
-        try:
-            with mock.patch.object(nn.Module, "_call_impl", call) if self._blocks else nullcontext():
-                yield
-        finally:
-            _LOOKS.clear()  # the graph knows by now
+        with mock.patch.object(nn.Module, "_call_impl", call) if self._blocks else nullcontext():
+            yield
 
     def _called(self, block: nn.Module, args: Any, kwargs: Any, trace: Callable[[], Any]) -> Any:
         if not (_is_simple((args, kwargs)) and _has_no_hooks(block)):
@@ -259,6 +264,8 @@ def _given(taken: Sequence[Tensor], number: int, like: int) -> list[Tensor]:
 torch.library.register_fake("autopar::block_again", _given, lib=_LIBRARY)
 for _name in ("block_begins", "block_ends"):
     torch.library.register_fake(f"autopar::{_name}", lambda tensors, number: None, lib=_LIBRARY)
+for _marker in (BEGINS, ENDS):  # torch leaves out calls without results, as it decomposes a graph
+    fx.node.has_side_effect(_marker)
 
 
 # ---------------------------------------------------------------- which modules

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import TraceError
 from autopar.frontend.any_branches import AnyBranches
-from autopar.frontend.block_copies import write_out_blocks
+from autopar.frontend.block_copies import write_out_blocks, writes_within_blocks
 from autopar.frontend.capture import fake_like, gradients_kept, inline_no_grad, is_data_dependent, only_plain_outputs
 from autopar.frontend.empty_selections import Selections, differ_by_selections_only, leave_out_rounds
 from autopar.frontend.equal_blocks import EqualBlocks, Seen
@@ -172,17 +172,25 @@ def _functional(
     blocks: EqualBlocks | None = None,
 ) -> tuple[ExportedProgram, list[str]]:  # fmt: skip
     """The exported model, without operators that write into their arguments, and notes."""
-    with (
-        without_fast_paths(), GroupedProducts(), gradients_kept() as notes, only_plain_outputs(model, notes),
-        EqualConditions(), selections, blocks.stamping() if blocks else nullcontext(),
-    ):  # fmt: skip
-        exported = torch.export.export(model, args, kwargs, strict=False)
-    inline_no_grad(exported.graph_module)
-    if blocks:
-        write_out_blocks(exported)
+    with blocks.known() if blocks else nullcontext():
+        with (
+            without_fast_paths(), GroupedProducts(), gradients_kept() as notes, only_plain_outputs(model, notes),
+            EqualConditions(), selections, blocks.stamping() if blocks else nullcontext(),
+        ):  # fmt: skip
+            exported = torch.export.export(model, args, kwargs, strict=False)
+        inline_no_grad(exported.graph_module)
+        if blocks:
+            if writes_within_blocks(exported.graph):
+                exported = _decomposed(exported)  # while it is short
+            write_out_blocks(exported)
+    return _decomposed(exported), notes
+
+
+def _decomposed(exported: ExportedProgram) -> ExportedProgram:
     if all(_is_plain(node) for node in exported.graph.nodes):
-        return exported, notes  # nothing to decompose, which saves half of the time
-    return exported.run_decompositions({}), notes
+        return exported  # nothing to decompose, which saves half of the time
+    decomposed: ExportedProgram = exported.run_decompositions({})
+    return decomposed
 
 
 def _is_plain(node: fx.Node) -> bool:

@@ -25,8 +25,10 @@ from autopar.ir.tables import Decision, Input, InputKind, OutputKind
 from autopar.rules import Rule
 from autopar.rules.factoring import Call, Factoring, Strategy
 from autopar.split.conversions import BIG, ELEMENTWISE, PENDING, WHOLE_PARAMETER, normalised, plan_placements
+from autopar.split.cost_model import CostModel, Table
+from autopar.split.equal_calls import equal_nodes
 from autopar.split.flow import Flow, Key, key_of
-from autopar.split.solve import CostModel, Table, minimise
+from autopar.split.solve import minimise
 
 OTHERWISE = 10.0  # seconds: for another choice than the pinned one; all of them cost less than one that is impossible
 NO_RULES: Mapping[Any, Rule] = MappingProxyType({})
@@ -101,6 +103,7 @@ class _Chooser:
         self.pinned = flow.program.pins.choices.get(policy.axis, {})
         self.consumers: dict[Key, list[_Variable]] = {}
         self.types: dict[Key, Value] = {}
+        self.hubs: dict[Key, tuple[int, tuple[frozenset[Placement], ...]]] = {}  # variables of values, and their sets
 
     def run(self) -> Choice:
         program = self.flow.program
@@ -112,7 +115,7 @@ class _Chooser:
             self._add_returned(index, node)
         for key, consumers in self.consumers.items():
             self._connect(key, consumers)
-        picked = minimise(self.model)
+        picked = minimise(self.model, self._alike)
         chosen = {owner: self.domains[owner][picked[v.number]] for owner, v in self.variables.items()}
         calls = {call: chosen[call] for call in self.flow.calls}
         inputs = {node: chosen[node].outputs[0] for node, _ in program.placeholders(*InputKind)}
@@ -185,9 +188,24 @@ class _Chooser:
         placements = {placement for consumer in consumers for needed in consumer.required for placement in needed[key]}
         sets = _placement_sets(placements, {needed[key] for consumer in consumers for needed in consumer.required})
         hub = self.model.variable(len(sets))
+        self.hubs[key] = hub, sets
         self.model.add((producer.number, hub), _table(produced, sets, edge))
         for consumer in consumers:
             self.model.add((hub, consumer.number), _covers(sets, tuple(needed[key] for needed in consumer.required)))
+
+    def _alike(self) -> list[list[int]]:
+        """The variables of equal nodes of equal blocks that have the same values."""
+        groups: dict[Any, list[int]] = {}
+        for place, nodes in enumerate(equal_nodes(self.flow.program.graph)):
+            for node in nodes:
+                if node in self.variables:
+                    domain = tuple((s.inputs, s.outputs) for s in self.domains[node])
+                    groups.setdefault((place, domain), []).append(self.variables[node].number)
+                for index in range(len(values(node))):
+                    if (node, index) in self.hubs:
+                        hub, sets = self.hubs[node, index]
+                        groups.setdefault((place, index, sets), []).append(hub)
+        return [group for group in groups.values() if len(group) > 1]
 
     def _decisions(self, picked: list[int]) -> dict[str, Decision]:
         """For each call, the choice and the extra cost of each alternative while all else stays as chosen."""

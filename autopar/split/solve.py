@@ -4,86 +4,131 @@ The graphs are long and narrow (a transformer is a chain of blocks), so eliminat
 smallest resulting table stays cheap and exact: min-sum bucket elimination (Dechter 1999), linear in depth. Blocks that
 repeat have equal tables, and variables of equal weight go in the order of the graph: what was worked out for one block
 is taken for the others, so that time and memory hardly grow with depth.
+
+Values that no cheapest assignment needs go first. Where tables would be too large even so, equal blocks are decided
+alike, and if that is not enough variables are fixed one by one, which fixes them in all equal blocks at once.
 """
 
 from __future__ import annotations
 
 import heapq
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Table = NDArray[np.float64]
-Entry = tuple[tuple[int, ...], Table]  # a table over these variables
+from autopar.split.conversions import BIG
+from autopar.split.cost_model import CostModel, Entry, Table, tied
+from autopar.split.dominated import without_dominated
+
 Choices = NDArray[np.unsignedinteger[Any]]
-LARGEST_TABLE = 20_000_000  # entries; beyond it variables are fixed one by one instead
+Groups = Sequence[Sequence[int]]  # of variables
+LARGEST_TABLE = 20_000_000  # entries
+SMALL = 4096  # entries of a table of which it is worth knowing whether it was there before
+QUANTUM = 2.0**-52  # seconds: less is rounding
 
 
-@dataclass
-class CostModel:
-    """Variables with finite domains, and cost tables over one or more of them; the sum of the tables is minimised."""
+def minimise(model: CostModel, alike: Callable[[], Groups] = tuple) -> list[int]:
+    """The assignment of least total cost. Among equals, the one with the smallest values in elimination order.
 
-    sizes: list[int] = field(default_factory=list)
-    tables: list[Entry] = field(default_factory=list)
-
-    def variable(self, size: int) -> int:
-        self.sizes.append(size)
-        return len(self.sizes) - 1
-
-    def add(self, variables: Sequence[int], table: Any) -> None:
-        """Add a table whose dims are the domains of ``variables`` (distinct), in their order."""
-        array = np.asarray(table, dtype=np.float64)
-        assert array.shape == tuple(self.sizes[v] for v in variables), (array.shape, variables)
-        open_ones = tuple(v for v in variables if self.sizes[v] > 1)  # a variable with one value decides nothing
-        self.tables.append((open_ones, array.reshape([self.sizes[v] for v in open_ones])))
-
-    def cost(self, assignment: Sequence[int]) -> float:
-        return float(sum(table[tuple(assignment[v] for v in variables)] for variables, table in self.tables))
+    ``alike``: the variables that stand for the same in equal blocks. They may get values that cost a little more, but
+    are the same, where tables of more than ``LARGEST_TABLE`` entries would be needed.
+    """
+    found = _without_dominated(model, fixes=False)
+    if found is None and (groups := alike()):
+        one, place = tied(model, groups)
+        of_one = _without_dominated(one, fixes=True)
+        found = [of_one[place[v]] for v in range(len(place))] if of_one is not None else None
+        found = None if found is not None and model.cost(found) > BIG / 2 else found
+    if found is None:
+        found = _without_dominated(model, fixes=True)
+    assert found is not None
+    return found
 
 
-def minimise(model: CostModel) -> list[int]:
-    """The assignment of least total cost. Among equals, the one with the smallest values in elimination order."""
-    known = _Known()
-    buckets: list[dict[int, Entry]] = [{} for _ in model.sizes]
-    for key, (scope, table) in enumerate(model.tables):
-        entry = scope, known.one_of(table)
-        for variable in scope:
-            buckets[variable][key] = entry
-    queue = [(_weight(model, buckets, v), v) for v in range(len(model.sizes))]
-    heapq.heapify(queue)
-    done = [False] * len(model.sizes)
-    trail: list[tuple[int, tuple[int, ...], Choices]] = []
-    next_key = len(model.tables)
-    while queue:
-        weight, variable = heapq.heappop(queue)
-        if done[variable]:
-            continue
-        current = _weight(model, buckets, variable)
-        if current > weight:
-            heapq.heappush(queue, (current, variable))
-            continue
-        if current > LARGEST_TABLE:
-            _simplify(model, buckets, variable)
-        entries = list(buckets[variable].values())
-        others = tuple(sorted({v for scope, _ in entries for v in scope} - {variable}))
-        least, best = known.least(model, entries, variable, others)
-        trail.append((variable, others, best))
-        done[variable] = True
-        for key, (scope, _) in list(buckets[variable].items()):
+def _without_dominated(model: CostModel, fixes: bool) -> list[int] | None:
+    smaller, kept = without_dominated(model)
+    found = _Elimination(smaller, fixes).run()
+    return None if found is None else [int(values[number]) for values, number in zip(kept, found)]
+
+
+class _Elimination:
+    """``fixes``: variables are fixed where a table would be too large; else there is no result then."""
+
+    def __init__(self, model: CostModel, fixes: bool = False) -> None:
+        self.model, self.fixes, self.known = model, fixes, _Known()
+        self.buckets: list[dict[int, Entry]] = [{} for _ in model.sizes]
+        self.next_key = 0
+        for scope, table in model.tables:
+            self._put((scope, self.known.one_of(table)))
+        self.done = [False] * len(model.sizes)
+        self.trail: list[tuple[int, tuple[int, ...], Choices]] = []
+
+    def run(self) -> list[int] | None:
+        queue = [(_weight(self.model, self.buckets, v), v) for v in range(len(self.model.sizes))]
+        heapq.heapify(queue)
+        while queue:
+            weight, variable = heapq.heappop(queue)
+            if self.done[variable] or weight != _weight(self.model, self.buckets, variable):
+                continue
+            if weight > LARGEST_TABLE and not self.fixes:
+                return None
+            if weight > LARGEST_TABLE:
+                wide = max(self._near(variable), key=lambda v: (self.model.sizes[v], -v))
+                near = self._near(wide)
+                self._fix(wide)
+            else:
+                near = self._near(variable)
+                self._eliminate(variable)
+            for v in near:
+                if not self.done[v]:
+                    heapq.heappush(queue, (_weight(self.model, self.buckets, v), v))
+        assignment = [0] * len(self.model.sizes)
+        for variable, others, best in reversed(self.trail):
+            assignment[variable] = int(best[tuple(assignment[v] for v in others)])
+        return assignment
+
+    def _near(self, variable: int) -> set[int]:
+        """``variable`` and those with which it has a table."""
+        return {v for scope, _ in self.buckets[variable].values() for v in scope} | {variable}
+
+    def _put(self, entry: Entry) -> None:
+        for variable in entry[0]:
+            self.buckets[variable][self.next_key] = entry
+        self.next_key += 1
+
+    def _taken(self, variable: int) -> list[Entry]:
+        """The tables on ``variable``, which are no more."""
+        entries = list(self.buckets[variable].items())
+        for key, (scope, _) in entries:
             for v in scope:
-                del buckets[v][key]
+                del self.buckets[v][key]
+        self.done[variable] = True
+        return [entry for _, entry in entries]
+
+    def _eliminate(self, variable: int) -> None:
+        entries = self._taken(variable)
+        others = tuple(sorted({v for scope, _ in entries for v in scope} - {variable}))
+        least, best = self.known.least(self.model, entries, variable, others)
+        self.trail.append((variable, others, best))
         if others:
-            for v in others:
-                buckets[v][next_key] = (others, least)
-            next_key += 1
-    assignment = [0] * len(model.sizes)
-    for variable, others, best in reversed(trail):
-        assignment[variable] = int(best[tuple(assignment[v] for v in others)])
-    return assignment
+            self._put((others, least))
+
+    def _fix(self, variable: int) -> None:
+        """Fix ``variable`` to the value of the least lower bound."""
+        bound = np.zeros(self.model.sizes[variable])
+        entries = self._taken(variable)
+        for entry_scope, table in entries:
+            bound += table.min(axis=tuple(axis for axis, v in enumerate(entry_scope) if v != variable))
+        number = int(bound.argmin())
+        self.trail.append((variable, (), np.array(number, dtype=np.min_scalar_type(number))))
+        for entry_scope, table in entries:
+            rest = tuple(v for v in entry_scope if v != variable)
+            if rest:
+                part = np.ascontiguousarray(table.take(number, axis=entry_scope.index(variable)))
+                self._put((rest, self.known.one_of(part)))
 
 
 class _Known:
@@ -110,21 +155,21 @@ class _Known:
             if table is not None and all(term() is entry[1] for term, entry in zip(terms, entries)):
                 return table, choices
         least, best = _least(model, entries, variable, others)
+        least = self.one_of(least) if least.size <= SMALL else least
         self._results[key] = weakref.ref(least), [weakref.ref(table) for _, table in entries], best
         return least, best
 
 
 def _weight(model: CostModel, buckets: list[dict[int, Entry]], variable: int) -> int:
-    scope = {v for entry_scope, _ in buckets[variable].values() for v in entry_scope} | {variable}
     weight = 1
-    for v in scope:
+    for v in {v for scope, _ in buckets[variable].values() for v in scope} | {variable}:
         weight *= model.sizes[v]
     return weight
 
 
 def _least(model: CostModel, entries: Sequence[Entry], variable: int, others: tuple[int, ...]) -> tuple[Table, Choices]:
-    """The least of the sum of ``entries`` over ``variable``, by the values of ``others``, and the first value that has
-    it. The sum is held for one value at a time."""
+    """The least of the sum of ``entries`` over ``variable``, by the values of ``others``, less the least of all; and the
+    first value that has it. The sum is held for one value at a time."""
     position = {v: i for i, v in enumerate(others)}
     aligned = [_aligned(scope, table, variable, position) for scope, table in entries]
     shape = [model.sizes[v] for v in others]
@@ -134,7 +179,8 @@ def _least(model: CostModel, entries: Sequence[Entry], variable: int, others: tu
         total = _sum(aligned, number, shape)
         np.copyto(best, number, where=total < least)
         np.minimum(least, total, out=least)
-    return least, best
+    least -= least.min()  # what all values cost decides nothing
+    return np.asarray(np.round(least / QUANTUM) * QUANTUM), best  # along a chain of equal blocks, tables become equal
 
 
 def _aligned(scope: tuple[int, ...], table: Table, variable: int, position: dict[int, int]) -> Table:
@@ -151,14 +197,3 @@ def _sum(aligned: Sequence[Table], number: int, shape: Sequence[int]) -> Table:
     for table in aligned:
         total += table[number]
     return total
-
-
-def _simplify(model: CostModel, buckets: list[dict[int, Entry]], variable: int) -> None:
-    """Replace wide tables on ``variable`` by lower bounds on one neighbour each (mini-buckets): no longer exact."""
-    for key, (scope, table) in list(buckets[variable].items()):
-        if len(scope) <= 2:
-            continue
-        for v in scope:
-            del buckets[v][key]
-        axes = tuple(i for i, v in enumerate(scope) if v != variable)
-        buckets[variable][key] = ((variable,), table.min(axis=axes))

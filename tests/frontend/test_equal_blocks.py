@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from autopar.frontend import equal_blocks
+from autopar.frontend import equal_blocks, exported
 from autopar.frontend.equal_blocks import TRACED, EqualBlocks, blocks_of
 from autopar.frontend.observation import guards_of_traces
 from autopar.frontend.trace import trace
@@ -60,6 +60,16 @@ class Writing(Block):
         y += x
         self.offset.mul_(0.5)
         return y.relu_() + self.offset
+
+
+class Filling(Block):
+    """Writes into what it makes, and into views of that."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        y = x.new_zeros(x.shape)
+        y[:, :2].copy_(self.linear(x)[:, :2])
+        y[:, 2:].add_(x[:, 2:])
+        return y + self.offset
 
 
 class Model(nn.Module):
@@ -158,6 +168,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], int]] = {
     "a number that is not read differs": (lambda: changed(number=[3, 1, 4, 1, 5, 9]), (X,), STAMPED),
     "a number that is read differs": (lambda: changed(inner__scale=[1.0, 1.0, 1.0, 2.0, 1.0, 1.0]), (X,), 3),
     "each has its own": (lambda: changed(inner__scale=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), (X,), 0),
+    "a kind behind another": (lambda: changed(inner__scale=[1.0, 1.0, 1.0, 2.0, 2.0, 2.0]), (X,), 2),
     "two kinds in turns": (lambda: changed(inner__scale=[1.0, 2.0] * 3), (X,), 2),
     "a function of their own": (lambda: changed(inner__act=[lambda x: x.abs() for _ in range(6)]), (X,), 0),
     "dropout": (lambda: changed(dropout__p=[0.5] * 6), (X,), STAMPED),
@@ -168,6 +179,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], int]] = {
     "another module within": (wider, (X,), 3),
     "arguments passed on": (lambda: Model(Passing), (X, MASK), STAMPED),
     "writes": (lambda: Model(Writing), (X,), STAMPED),
+    "writes into what it makes": (lambda: Model(Filling), (X,), STAMPED),
 }
 
 
@@ -175,7 +187,20 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], int]] = {
 def test_blocks_are_written_out_as_they_would_be_traced(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build, args, expected = CASES[case]
     torch.manual_seed(0)
+    monkeypatch.setattr(exported, "_built", None)  # which would trace all of them
     assert stamped(monkeypatch, build(), *args) == expected
+
+
+@pytest.mark.parametrize(("block", "is_short"), [(Filling, True), (Writing, False), (Block, True)])
+def test_the_graph_is_decomposed_while_it_is_short(
+    block: type[Block], is_short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where blocks write into nothing but what they make."""
+    found: list[bool] = []
+    plain = exported.writes_within_blocks
+    monkeypatch.setattr(exported, "writes_within_blocks", lambda graph: found.append(plain(graph)) or found[-1])
+    trace(Model(block), (X,))
+    assert found[0] is is_short
 
 
 class Collecting(Model):
