@@ -92,6 +92,8 @@ def writes_within_blocks(graph: fx.Graph) -> bool:
     is_before = True
     for node in graph.nodes:
         is_before = is_before and node.target is not BEGINS
+        if node.op == "get_attr":  # a graph of its own, which may write
+            return False
         if _writes(node) and not is_before:
             made = [_made_by(source) for source in _written(node)]
             if node not in region or not all(source in region and region[source] == region[node] for source in made):
@@ -110,16 +112,14 @@ def _written(node: Node) -> list[Node]:
 def _made_by(node: Node) -> Node | None:
     """The call that has made the memory in which the result of ``node`` lies; None where that may be no call."""
     while node.op == "call_function":
-        if node.target is operator.getitem:
-            node = node.all_input_nodes[0]
-        elif not is_overload(node.target):
+        target: Any = node.target
+        is_part = target is operator.getitem
+        if not (is_part or is_overload(target)):
             return None
-        elif any(result.alias_info is not None for result in node.target._schema.returns):  # a view, or the written
+        if is_part or any(result.alias_info is not None for result in target._schema.returns):  # a view, or the written
             node = node.all_input_nodes[0]
-        elif is_composite(node.target):  # which may give what it takes
-            return None
         else:
-            return node
+            return None if is_composite(target) else node  # a composite may give what it takes
     return None
 
 

@@ -48,7 +48,7 @@ def tied(model: CostModel, groups: Sequence[Sequence[int]]) -> tuple[CostModel, 
     for scope, table in model.tables:
         found = tuple(place[variable] for variable in scope)
         where = tuple(dict.fromkeys(found))
-        dims: list[Any] = [[where.index(variable) for variable in found], list(range(len(where)))]
-        once = np.einsum(table, *dims)  # type: ignore[call-overload]
+        operands: list[Any] = [table, [where.index(variable) for variable in found], list(range(len(where)))]
+        once = np.einsum(*operands)
         sums[where] = sums[where] + once if where in sums else once
     return CostModel([model.sizes[variable] for variable in kept], list(sums.items())), place

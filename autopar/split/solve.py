@@ -168,8 +168,8 @@ def _weight(model: CostModel, buckets: list[dict[int, Entry]], variable: int) ->
 
 
 def _least(model: CostModel, entries: Sequence[Entry], variable: int, others: tuple[int, ...]) -> tuple[Table, Choices]:
-    """The least of the sum of ``entries`` over ``variable``, by the values of ``others``, less the least of all; and the
-    first value that has it. The sum is held for one value at a time."""
+    """The least of the sum of ``entries`` over ``variable``, by the values of ``others``, less the least of all, and
+    the first value that has it. The sum is held for one value at a time."""
     position = {v: i for i, v in enumerate(others)}
     aligned = [_aligned(scope, table, variable, position) for scope, table in entries]
     shape = [model.sizes[v] for v in others]
