@@ -76,7 +76,7 @@ def write_out_blocks(exported: ExportedProgram) -> None:
     for node in [node for node in graph.nodes if node.target in (BEGINS, ENDS)]:
         graph.erase_node(node)
     if proven:
-        _number(graph)
+        number_calls(graph)
     inner = [part.graph for part in exported.graph_module.modules() if isinstance(part, fx.GraphModule)]
     if any(node.target in (BEGINS, ENDS, AGAIN) for part in inner for node in part.nodes):
         raise BlocksDiffer("export has made a graph of its own of what runs under torch.autocast or the like")
@@ -123,7 +123,7 @@ def _made_by(node: Node) -> Node | None:
     return None
 
 
-def _number(graph: fx.Graph) -> None:
+def number_calls(graph: fx.Graph) -> None:
     """Number the calls of each operator in their order (``linear``, ``linear_1``), as tracing all of them would."""
     counts = Counter(node.name for node in graph.nodes if node.op != "call_function")
     for node in graph.nodes:
