@@ -147,6 +147,17 @@ def weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim:
     return g / lengths * (grad - v * of_g / lengths), of_g.reshape(g.shape)
 
 
+@form("_native_batch_norm_legit_no_training")
+def frozen_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By the moments that it holds; what is saved of those of the batch is empty."""
+    sizes = [-1, *[1] * (x.dim() - 2)]
+    found = (x - mean.reshape(sizes)) * (variance + eps).rsqrt().reshape(sizes)
+    found = found if weight is None else found * weight.reshape(sizes)
+    return found if bias is None else found + bias.reshape(sizes), x.new_zeros([0]), x.new_zeros([0])
+
+
 # ---------------------------------------------------------------- recurrent layers
 
 

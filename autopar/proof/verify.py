@@ -44,7 +44,13 @@ from autopar.proof.structure import CONTRACT, structure
 LAYERS = tuple(Layer)
 
 
-OTHERS = (KeyError, ValueError, AssertionError, TraceError)  # of a program that takes, or gives, other things
+OTHERS = (
+    KeyError,
+    ValueError,
+    AssertionError,
+    RuntimeError,
+    TraceError,
+)  # of a program that takes, or gives, other things
 MOST_ELEMENTS = 1 << 23  # of parameters: what the layers that compute run in seconds
 
 

@@ -17,6 +17,7 @@ from autopar.mesh import Mesh
 from autopar.models import llama, moe
 from autopar.plan import Plan
 from autopar.precision import Precision
+from tests.proof import case_models
 
 Batch = dict[str, Tensor]
 Made = tuple[nn.Module, Batch]
@@ -108,6 +109,22 @@ MODELS: dict[str, Callable[[], Made]] = {
     "odd net": lambda: (Net(7, 0.0), {"x": torch.randn(7, 7), "labels": _labels(7, below=7)}),
     "batch norm": lambda: (Normalised(), {"x": torch.randn(8, 8), "labels": _labels(8, below=4)}),
     "fused": lambda: (Fused(), {"x": torch.randn(4, TOKENS, 16), "documents": torch.arange(TOKENS).repeat(4, 1) // 6}),
+    "scheduled": lambda: (case_models.Scheduled(), {"x": torch.randn(8, 8), "labels": _labels(8, below=4)}),
+    "scratch": lambda: (case_models.Scratch(), {"x": torch.randn(4, 8)}),
+    "cell": lambda: (case_models.Cell(), {name: torch.randint(0, 12, (4, 3)) for name in ("tokens", "labels")}),
+    "noisy": lambda: (case_models.Noisy(), {"x": torch.randn(4, 8)}),
+    "uneven head": lambda: (
+        case_models.UnevenHead(),
+        {name: torch.randint(0, 7, (4, 6)) for name in ("tokens", "labels")},
+    ),
+    "grouped": lambda: (case_models.Grouped(), {"x": torch.randn(4, 4, 5)}),
+    "few keys": lambda: (case_models.FewKeys(), {"x": torch.randn(4, 8, 16)}),
+    "contrasted": lambda: (case_models.Contrasted(), {"x": torch.randn(8, 8), "y": torch.randn(8, 8)}),
+    "masked": lambda: (
+        case_models.Masked(),
+        {"x": torch.randn(4, 6, 8), "mask": (torch.arange(24).view(4, 6) > 7).double()},
+    ),
+    "reporting": lambda: (case_models.Reporting(), {"x": torch.randn(4, 6)}),
     "tied": lambda: (Tied(), {"tokens": torch.randint(0, 16, (4, 8)), "labels": _labels(4, 8, below=16)}),
 }
 
@@ -143,6 +160,16 @@ CASES: dict[str, Case] = {
     "fused": Case("fused", {"tp": 2}, BARE),
     "documents": Case("fused", {"sp": 2}, {"attention": "ring", **BARE}),
     "pipeline": Case("two layers", {"pp": 2, "tp": 2}, {"microbatches": 4, **BARE}),
+    "scheduled": Case("scheduled", {"dp": 2}, BARE),
+    "scratch": Case("scratch", {"dp": 2}, BARE),
+    "cell": Case("cell", {"dp": 2}, BARE),
+    "noisy": Case("noisy", {"tp": 2}, BARE),
+    "uneven head": Case("uneven head", {"tp": 2}, {"sequence": "megatron", "on_indivisible": "replicate", **BARE}),
+    "grouped": Case("grouped", {"dp": 4}, {"zero": 3}),
+    "few keys": Case("few keys", {"tp": 2}, BARE),
+    "contrasted": Case("contrasted", {"dp": 2}, BARE),
+    "masked": Case("masked", {"dp": 2}, BARE),
+    "reporting": Case("reporting", {"pp": 2}, {"microbatches": 2, **BARE}),
     "tied": Case("tied", {"pp": 2}, {"microbatches": 2, **BARE}),
 }
 

@@ -17,7 +17,7 @@ from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.levels import SCHEDULED
 from autopar.proof.refusal import Refusal
 from autopar.proof.verify import LAYERS, verify
-from tests.proof import mutations_order, mutations_sums, mutations_values  # noqa: F401 - they register theirs
+from tests.proof import mutations_cases, mutations_order, mutations_sums, mutations_values  # noqa: F401 - they register theirs
 from tests.proof.mutated_programs import CASES, made, right
 from tests.proof.planting import MUTATIONS, Codes, Mutation
 
@@ -63,7 +63,7 @@ def planted(mutation: Mutation) -> tuple[AnyProgram, Codes | None]:
 def described(program: AnyProgram) -> str:
     """All that ranks run, as text."""
     parts = [words for part in program.parts for words in _graphs(part)]
-    return "\n".join([*parts, str(getattr(program, "schedule", ""))])
+    return "\n".join([*parts, str(getattr(program, "schedule", "")), str(program.joins)])
 
 
 def _graphs(part: Program) -> list[str]:

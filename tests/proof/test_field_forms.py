@@ -296,6 +296,8 @@ REAL: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.avg_pool3d.default, (real(1, 2, 4, 4, 5), [2], [2, 1, 2])),
     (aten.avg_pool2d_backward.default, (real(2, 2, 4, 4), real(2, 2, 7, 6), [3, 2], [2], [1], True, False, None)),
     (aten.upsample_bilinear2d_backward.default, (real(1, 2, 4, 6), [4, 6], [1, 2, 2, 3], False)),
+    (aten._native_batch_norm_legit_no_training.default,
+     (real(2, 3, 4), real(3), real(3, seed=1), real(3, seed=2), real(3).abs(), 0.1, 1e-3)),
     (aten._upsample_nearest_exact2d_backward.default, (real(1, 2, 4, 6), [4, 6], [1, 2, 2, 3])),
     (aten.max_pool3d_with_indices_backward.default,
      (real(1, 2, 1, 2, 2), real(1, 2, 2, 4, 4), [2], [2], [0], [1], False, ids(1, 2, 1, 2, 2, below=32))),

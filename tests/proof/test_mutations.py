@@ -6,11 +6,15 @@ import json
 import sys
 
 import pytest
+import torch
 
+from autopar.mesh import Mesh
+from autopar.plan import Plan
 from autopar.proof.relations import relations
 from autopar.proof.structure import structure
 from autopar.proof.verify import verify
 from tests.proof import mutations
+from tests.proof.case_models import Hooked
 from tests.proof.mutated_programs import CASES, made, right
 from tests.proof.mutations import MUTATIONS, Mutation, verdict
 from tests.selection import slow_but
@@ -30,7 +34,7 @@ USED = sorted({MUTATIONS[place].case for place in PLACES})
 
 def test_there_are_enough() -> None:
     assert len(PLACES) == len(CHEAP)
-    assert len(MUTATIONS) >= 130 and len({mutation.kind for mutation in MUTATIONS}) >= 26
+    assert len(MUTATIONS) >= 149 and len({mutation.kind for mutation in MUTATIONS}) >= 29
     assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)
     assert {mutation.case for mutation in MUTATIONS} == set(CASES)
 
@@ -60,6 +64,14 @@ def test_right_programs_are_proved_in_a_field(case: str) -> None:
     model, batch = made(CASES[case].model)
     program = right(case)
     assert verify(model, program.mesh, example_inputs=batch, program=program, layers=("field",)).proved
+
+
+def test_a_hook_that_no_trace_has_is_seen_by_numbers_alone() -> None:
+    """Gradients that are scaled within forward: the program and its source are alike, and neither is the model."""
+    model, batch = Hooked().double(), {"x": torch.randn(4, 8).double(), "labels": torch.arange(4)}
+    found = verify(model, Mesh(dp=2), Plan(check_numerics=False), example_inputs=batch, layers=("field", "float64"))
+    assert {str(refusal.layer) for refusal in found.refusals} == {"float64"}
+    assert "the gradient of 'up.weight'" in {refusal.where for refusal in found.refusals}
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
