@@ -54,7 +54,7 @@ class Types:
                 continue
             if any(not values(source) for source in node.all_input_nodes):
                 continue
-            ragged = any(_is_ragged(source) for source in (node, *node.all_input_nodes))
+            ragged = any(is_ragged(source) for source in (node, *node.all_input_nodes))
             wanted = local[node]
             every, problem = self._given(node, local)
             found = tuple([kind for kind in every if kind is not None])
@@ -138,7 +138,8 @@ def _whole_dims(node: Node, kinds: Sequence[Type]) -> tuple[Type, ...]:
     return tuple(found)
 
 
-def _is_ragged(node: Node) -> bool:
+def is_ragged(node: Node) -> bool:
+    """Whether a rank knows some size of the node's results at run time only."""
     return any(factor.ragged for kind in values(node) for dim in kind.layout.dims for factor in dim)
 
 

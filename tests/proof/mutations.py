@@ -15,7 +15,7 @@ from autopar.errors import InvariantError
 from autopar.ir.node import values
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.levels import SCHEDULED
-from autopar.proof.refusal import Refusal
+from autopar.proof.refusal import Layer, Refusal
 from autopar.proof.verify import LAYERS, verify
 from tests.proof import mutations_cases, mutations_order, mutations_sums, mutations_values  # noqa: F401 - they register theirs
 from tests.proof.mutated_programs import CASES, made, right
@@ -80,7 +80,8 @@ def verdict(mutation: Mutation, layers: Sequence[str] = LAYERS, every: bool = Tr
     model, batch = made(CASES[mutation.case].model)
     refusals: dict[str, tuple[Refusal, ...]] = {}
     for layer in layers:
-        found = verify(model, program.mesh, example_inputs=batch, program=program, codes=codes, layers=(layer,))
+        own = codes if layer == Layer.STRUCTURE else None  # no other layer looks at the code of single ranks
+        found = verify(model, program.mesh, example_inputs=batch, program=program, codes=own, layers=(layer,))
         if found.refusals:
             refusals[str(layer)] = found.refusals
             if not every:

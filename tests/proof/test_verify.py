@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils import _pytree as pytree
 
 import autopar
+from autopar.compiler import compile_program
 from autopar.errors import ProofError
+from autopar.ir import collectives as comm
+from autopar.ir.node import output_node, value
+from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.proof.report import Verification
 from autopar.proof.structure import structure
+from autopar.proof.structure_types import Types, is_ragged
 from autopar.proof.verify import verify
 from tests.proof.mutated_programs import made, right
 from tests.proof.mutations import MUTATIONS, planted
+from tests.proof.planting import graph_of, with_kinds
 
 MODEL, BATCH = made("net")
 QUICK = ("structure", "relations")
@@ -39,6 +49,33 @@ def test_a_right_program_is_proved_by_all_layers() -> None:
     found.raise_if_refused()
 
 
+def test_microbatches_of_two_sizes_are_two_programs() -> None:
+    """8 rows in 3 parts of 4, 2 and 2, over two data ranks: what runs is the program of 4 rows, and that of 2."""
+    plan = Plan(check_numerics=False, microbatches=3)
+    found = verify(MODEL, Mesh(dp=2), plan, example_inputs=BATCH, layers=(*QUICK, "field"))
+    assert found.proved and found.layers[2].facts["gradients equal"] == 6, str(found)
+    rows = [value(node).shape[0] for node, _ in found.program.placeholders(InputKind.INPUT)]  # type: ignore[union-attr]
+    assert rows == [4, 4]
+
+
+def test_an_output_that_is_left_out_is_refused() -> None:
+    model, batch = made("reporting")
+    program = compile_program(model, Mesh(dp=2), Plan(check_numerics=False), (), batch)
+    assert isinstance(program, Program)
+    graph, outputs = program.graph, program.outputs
+    end = output_node(graph)
+    end.args = (end.args[0][:2],)  # type: ignore[index]
+    role = program.required_role
+    for each in {role.forward, role.inference}:
+        last = output_node(each)
+        results = list(last.args[0])  # type: ignore[arg-type]
+        last.args = (tuple(results[:2] + results[3:]),)
+    spec = pytree.tree_structure({"loss": 0, "size": 0})
+    wrong = replace(program, outputs=outputs[:2], out_spec=spec)
+    found = verify(model, Mesh(dp=2), example_inputs=batch, program=wrong, layers=("float64",))
+    assert [one.where for one in found.refusals] == ["output turned"], str(found)
+
+
 @pytest.mark.parametrize("axis", ["dp", "tp", "pp", "sp", "ep"])
 def test_an_axis_of_one_rank(axis: str) -> None:
     found = verify(MODEL, Mesh(**{axis: 1}), example_inputs=BATCH, layers=QUICK)
@@ -56,6 +93,7 @@ def test_positional_inputs_and_a_model_without_weights() -> None:
 def test_a_wrong_program_is_refused() -> None:
     found = wrong(*QUICK)
     (refusal,) = found.refusals
+    assert refusal.document()["cause"].startswith("a reduction over tp is missing")
     assert refusal.layer == "relations" and refusal.ranks == (0, 1) and "'down.bias'" in refusal.where
     assert "refused in" in str(found) and "refused: relations: backward: the gradient of 'down.bias'" in str(found)
     assert found.document()["layers"][1]["refusals"] == [refusal.document()]
@@ -115,3 +153,20 @@ def test_arguments_that_do_not_fit() -> None:
         verify("net", Mesh(dp=2), example_inputs=BATCH)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mesh"):
         verify(MODEL, "dp=2", example_inputs=BATCH)  # type: ignore[arg-type]
+
+
+def test_lines_of_sizes_that_are_known_at_run_time_only_have_their_dtype() -> None:
+    program = right("ep").clone()
+    graph, types = graph_of(program, "forward"), Types()
+    assert not list(types.check(graph, program.mesh, "forward"))
+    seen = types.seen
+    node = next(node for node in graph.nodes if node.target not in comm.TARGETS and is_ragged(node) and node.args)
+    with_kinds(node, dtype=torch.float16)
+    (refusal, *_) = Types().check(graph, program.mesh, "forward")
+    assert node.name in refusal.where and "the node says float16" in refusal.problem and seen > 0
+
+
+def test_a_refusal_of_the_field_has_a_cause_of_its_own() -> None:
+    found = wrong("field").refusals[0].document()
+    assert found["layer"] == "field" and "times that of the model" not in found["cause"] and found["cause"]
+    assert "nearest collective" not in found["problem"] and found["problem"]
