@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=SUBJECTS, default="hf-mixtral-256")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--peer", nargs="+", choices=PEERS, default=PEERS)
-    parser.add_argument("--rounds", type=int, default=16, help="measured steps of each side")
+    parser.add_argument("--rounds", type=int, default=12, help="measured steps of each side")
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--skip", choices=("time", "memory"))
     parser.add_argument("--json", action="store_true")

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -132,7 +132,7 @@ class WithoutBalance(nn.Module):
         return {"loss": found["loss"], "logits": found["logits"]}
 
 
-@cache
+@lru_cache(maxsize=3)  # of one model after the other
 def references(name: str, experts: int, in_parts: bool = False) -> dict[str, Reference]:
     """The model with the weights that it starts with, and with others, of which programs know nothing.
 
