@@ -64,6 +64,7 @@ from autopar.routing.groups import asked_group, group_of, is_asked_for
 from autopar.routing.placement import orders_of
 from autopar.routing.placing import CannotPlace, Placing
 from autopar.routing.regions import regions_of
+from autopar.split.flow import weights_of
 
 
 @graph_pass(when=lambda program: isinstance(program, Program) and _is_needed(program))
@@ -74,13 +75,13 @@ def route_experts(program: Program) -> Program:
         for layer, region in zip(orders, regions):
             Counting(program.mesh, EXPERTS, region, layer=layer).write()
         return program
-    dealt = []
+    dealt, weights = [], weights_of(program)
     for region, (layer, order) in zip(regions, orders.items()):
         axis = group_of(program, region)
         placing = Placing(program, axis, order if program.mesh.size(axis) > 1 else ())
         try:
             check_tokens(region, placing.axis)
-            placing.add([region])
+            placing.add([region], weights)
         except CannotPlace as problem:
             reasons |= dict.fromkeys(region.products, str(problem))
             continue

@@ -6,7 +6,7 @@ another shape) is split along its experts as well, and no longer enters the axis
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -20,7 +20,6 @@ from autopar.mesh import axes_of
 from autopar.routing.regions import Region
 from autopar.rules import call_of, rule_for
 from autopar.rules.factoring import Call, Factoring, Part, Strategy
-from autopar.split.flow import weights_of
 
 ENTER = comm.OPS.enter.default
 
@@ -48,11 +47,13 @@ class Placing:
     splits: dict[fx.Node, Split] = field(default_factory=dict)  # of each value on the way
     steps: dict[fx.Node, _Step] = field(default_factory=dict)
 
-    def add(self, regions: Iterable[Region]) -> None:
-        """Note how the weights of ``regions`` are split: not at all on an axis of one rank. Raises CannotPlace."""
+    def add(self, regions: Iterable[Region], weights: Collection[fx.Node]) -> None:
+        """Note how the weights of ``regions`` are split: not at all on an axis of one rank. Raises CannotPlace.
+
+        ``weights``: parameters and what is made of them alone.
+        """
         if self.program.mesh.size(self.axis) == 1:
             return
-        weights = weights_of(self.program)
         users: set[fx.Node] = set()
         for region in regions:
             users.update(region.inside)

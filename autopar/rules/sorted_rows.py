@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import operator
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -257,7 +258,12 @@ def is_arange(program: Program, node: fx.Node, length: int) -> bool:
     tensor = constants.get(node.name)
     if tensor is None or isinstance(tensor, FakeTensor) or tensor.shape != (length,):
         return False
-    return bool((tensor == torch.arange(length)).all())
+    return bool((tensor == _arange(length)).all())
+
+
+@lru_cache(maxsize=2)  # each layer of experts asks for the rows of one batch
+def _arange(length: int) -> torch.Tensor:
+    return torch.arange(length)
 
 
 SPECIAL: dict[Any, Callable[[SortedRows, fx.Node], bool]] = {
