@@ -125,7 +125,7 @@ def retraced(
     """What traces the call of ``known`` ``again`` with any number of rows, up to the pass that asks for it."""
 
     def traced(rows: int) -> Program:
-        resized = batches_of_rows(known, args, kwargs, rows)
+        resized = batches_of_rows(replace(known, plan=plan), args, kwargs, rows)  # one trace serves many plans
         program: AnyProgram = replace(again(*resized), mesh=Mesh(), plan=plan)
         for _, step in steps_of(COMPILER, until=weigh_microbatches.name)[:-1]:
             program = step(program)  # not run_phases: a failure leaves no evidence behind, it only ends the question

@@ -20,6 +20,15 @@ from autopar.ir.reach import ancestors
 from autopar.ir.tables import MIXED, SAME, SUM, OutputKind
 from autopar.mesh import Mesh
 from autopar.split.flow import key_of
+from autopar.split.numbers_of_rows import (
+    constant_names,
+    has_numbers,
+    is_in_proportion,
+    is_moved,
+    numbers_of,
+    operands_of,
+    shown,
+)
 from autopar.split.row_sums import SAME as SAME_ROWS
 from autopar.split.row_sums import Kind, Rows, RowSums, row_sums
 
@@ -52,29 +61,20 @@ def summands(program: Program, rows: int, of_rows: Callable[[int], Program] | No
 
     ``of_rows`` gives the same program for another number of rows.
     """
-    looked_at, many = (program, rows) if rows > 1 else (_of(of_rows, MANY), MANY)
+    looked_at, many, twins = _looked_at(program, rows, of_rows)
     sums = _row_sums(looked_at, many)
-    if (
-        many < MANY and (_loss_is(sums, Kind.MIXED) or sums.statistics) and of_rows is not None
-    ):  # one row for each part may hide its dim
-        looked_at, many = of_rows(MANY), MANY
-        sums = _row_sums(looked_at, many)
     if _loss_is(sums, Kind.MIXED) and program.plan.microbatch_weights == "statistics":
         returned = sums.flow.program.returned[program.loss or 0]
         sums.found[key_of(returned)] = SAME_ROWS
         sums.statistics[output_node(sums.flow.program.graph), returned] = None
     if _loss_is(sums, Kind.MIXED) or _loss_is(sums, Kind.ROWS):
         raise InvariantError(_refusal(program, sums.of(sums.flow.program.returned[program.loss or 0])))
-    twins = {node.name: node.name for node in program.graph.nodes}
     proportional: list[str] = []
     if looked_at is not program:
-        twins = _twins((program, rows), (looked_at, many))
         proportional = _proportional((program, rows), (looked_at, many), twins, sums)
     elif program.loss is not None and _depends_on_numbers(sums):
-        other = _of(of_rows, rows + 1)
-        proportional = _proportional(
-            (other, rows + 1), (program, rows), _twins((other, rows + 1), (program, rows)), sums
-        )
+        other = _of(of_rows, 2 * rows), 2 * rows
+        proportional = _proportional(other, (program, rows), _twins(other, (program, rows)), sums)
     alone = _of_statistics_alone(sums) if sums.statistics else set()
     return Summands(
         tuple((twins[user.name], twins[operand.name]) for user, operand in sums.wholes if user not in alone),
@@ -82,6 +82,27 @@ def summands(program: Program, rows: int, of_rows: Callable[[int], Program] | No
         tuple((twins[user.name], twins[operand.name]) for user, operand in sums.shared if user not in alone),
         dict(_joins(sums)),
     )
+
+
+def _looked_at(
+    program: Program, rows: int, of_rows: Callable[[int], Program] | None
+) -> tuple[Program, int, dict[str, str]]:
+    """The program that tells what becomes of rows, their number, and the names of its nodes in ``program``.
+
+    It has twice as many rows: a model may take them in groups, and a single group does not show which dim has the rows.
+    """
+    own = {node.name: node.name for node in program.graph.nodes}
+    if rows > 1 and (program.loss is None or of_rows is None):
+        return program, rows, own
+    many = max(MANY, 2 * rows)
+    looked_at = _of(of_rows, many)
+    try:
+        return looked_at, many, _twins((program, rows), (looked_at, many))
+    except InvariantError:
+        # a loop over rows is written out; without numbers, none of them can be made of how many there are
+        if rows == 1 or has_numbers(program, ancestors([program.returned[program.loss or 0]])):
+            raise
+    return program, rows, own
 
 
 def _loss_is(sums: RowSums, kind: Kind) -> bool:
@@ -183,19 +204,20 @@ def _proportional(
     found: list[str] = []
     for theirs in second.graph.nodes:
         node = cone.get(theirs.name)
-        if node is None or theirs.target not in SCALING:
+        if node is None or theirs.op != "call_function":
             continue
         twin = mine[twins[theirs.name]]
         is_written = twin.target == theirs.target  # else it is x / 1, of one row, which is x
-        numbers = _numbers(twin) if is_written else [1.0]
-        if numbers == _numbers(theirs):
+        now = list(numbers_of(second, theirs))
+        numbers = list(numbers_of(first, twin)) if is_written else [1.0] * len(now)
+        if len(numbers) == len(now) and not any(map(is_moved, numbers, now)):
             continue
-        proportional = all(a * others == b * rows for a, b in zip(numbers, _numbers(theirs)))
+        proportional = all(is_in_proportion(a, rows, b, others) for a, b in zip(numbers, now))
         alone = is_written or list(theirs.all_input_nodes[0].users) == [theirs]
         if sums.of(node).kind is not Kind.SUM or theirs.target not in DIVIDING or not proportional or not alone:
             raise InvariantError(
-                f"{described(theirs)} computes with {numbers} for {rows} rows and with {_numbers(theirs)} for {others}:"
-                f" a number that depends on the batch, so that a microbatch is not a part of it\n{WAY_OUT}"
+                f"{described(theirs)} computes with {shown(numbers)} for {rows} rows and with {shown(now)} for "
+                f"{others}: a number that depends on the batch, so that a microbatch is not a part of it\n{WAY_OUT}"
             )
         found.append(theirs.name)
     return found
@@ -208,12 +230,18 @@ def _twins(one: tuple[Program, int], two: tuple[Program, int]) -> dict[str, str]
     InvariantError for programs that differ in more than numbers.
     """
     (first, rows), (second, others) = one, two
-    waiting = iter(first.graph.nodes)
+    constants = constant_names(first), constant_names(second)  # as many as there are different ones; twins by their use
+    waiting = (node for node in first.graph.nodes if node.name not in constants[0])
     mine = next(waiting, None)
     twins: dict[Node, Node] = {}
     for theirs in second.graph.nodes:
-        operands = [twins[source] for source in theirs.all_input_nodes]
-        if mine is not None and mine.target == theirs.target and mine.all_input_nodes == operands:
+        if theirs.name in constants[1]:
+            continue
+        for source, twin in zip(operands_of(theirs), operands_of(mine) if mine is not None else ()):
+            if source.name in constants[1] and twin.name in constants[0]:
+                twins.setdefault(source, twin)
+        operands = [twins[source] for source in theirs.all_input_nodes if source in twins]
+        if mine is not None and mine.target == theirs.target and _are_twins(theirs, mine, twins, constants):
             twins[theirs] = mine
             mine = next(waiting, None)
         elif rows == 1 and len(operands) == 1 and (is_view(theirs.target) or theirs.target in SCALING):
@@ -224,6 +252,17 @@ def _twins(one: tuple[Program, int], two: tuple[Program, int]) -> dict[str, str]
                 f"microbatch counts for in the loss is not known: {described(theirs)}\nWay out: Plan(microbatches=1)."
             )
     return {theirs.name: twin.name for theirs, twin in twins.items()}
+
+
+def _are_twins(
+    theirs: Node, mine: Node, twins: Mapping[Node, Node], constants: tuple[Mapping[str, str], Mapping[str, str]]
+) -> bool:
+    """Whether the operands of two nodes are twins, or both constants."""
+    pairs = list(zip(operands_of(theirs), operands_of(mine)))
+    is_whole = len(operands_of(theirs)) == len(operands_of(mine)) == len(pairs)
+    return is_whole and all(
+        own.name in constants[0] if source.name in constants[1] else twins[source] is own for source, own in pairs
+    )
 
 
 # ---------------------------------------------------------------- refusing

@@ -1,0 +1,70 @@
+"""A number that the model makes of how many rows there are: right, or refused, where a microbatch has fewer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import autopar
+from autopar import Mesh, Plan
+from autopar.errors import InvariantError
+from tests.against_one_process import difference
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def error(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).square()
+
+
+RIGHT: dict[str, Loss] = {
+    "a number": lambda x, y: error(x, y).sum() / len(x),
+    "a constant": lambda x, y: error(x, y).sum() / torch.tensor(float(x.shape[0])),
+    "a filled one": lambda x, y: error(x, y).sum() / torch.full((), 2.0 * x.shape[0], dtype=x.dtype),
+    "ones that are added up": lambda x, y: error(x, y).sum() / torch.ones(x.shape[0], dtype=x.dtype).sum(),
+    "numbers of other things": lambda x, y: error((x * 0.25 + 8).clamp(max=9) ** 2, y / 4).mean() * 0.5,
+    "pairs of rows": lambda x, y: error(x, y).unflatten(0, (-1, 2)).sum(1).mul(0.5).mean(),
+}
+REFUSED: dict[str, Loss] = {
+    "a divisor before the mean": lambda x, y: error(x / x.shape[0], y).mean(),
+    "a power": lambda x, y: error(x * x.shape[0] ** -0.5, y).mean(),
+    "something that is added": lambda x, y: error(torch.tanh(x + 0.1 * x.shape[0]), y).mean(),
+    "a constant before the mean": lambda x, y: error(x / torch.tensor(float(x.shape[0])), y).mean(),
+    "a limit": lambda x, y: error(x.clamp(max=x.shape[0] * 0.02), y).mean(),
+    "an argument of a loss": lambda x, y: F.huber_loss(x, y, delta=0.1 * x.shape[0]),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.up, self.down, self.loss = nn.Linear(6, 8), nn.Linear(8, 6), loss
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.loss(self.down(torch.tanh(self.up(x))), y)
+
+
+def step(loss: Loss, mesh: Mesh) -> tuple[Tensor, Tensor]:
+    """The loss of a batch of eight rows in four microbatches, and of the unmodified model."""
+    torch.manual_seed(0)
+    model, x, y = Net(loss).double(), torch.randn(8, 6).double(), torch.randn(8, 6).double()
+    parallel = autopar.parallelize(model, mesh, Plan(microbatches=4, check_numerics=False))
+    expected = model(x=x, y=y)
+    found = parallel.simulate(x=x, y=y).loss
+    assert found is not None
+    return found, expected
+
+
+@pytest.mark.parametrize("loss", RIGHT.values(), ids=RIGHT)
+def test_right(loss: Loss) -> None:
+    assert difference(*step(loss, Mesh(pp=2))) < 1e-12
+
+
+@pytest.mark.parametrize("loss", REFUSED.values(), ids=REFUSED)
+def test_refused(loss: Loss) -> None:
+    with pytest.raises(InvariantError, match="a number that depends on the batch, so that a microbatch is not a part"):
+        step(loss, Mesh(pp=2))
