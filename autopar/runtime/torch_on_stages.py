@@ -1,8 +1,8 @@
 """Torch's helpers for gradients on a pipeline, where each rank has the parameters of its stages only.
 
-The door to what they use inside. A ``GradScaler`` skips a step on all stages or on none. ``clip_grad_norm_`` of
-``torch.nn.utils`` would clip each stage by its own norm; it cannot know that a tied parameter is on two stages, so it
-is refused, and ``model.clip_grad_norm_`` does it.
+The door to what they use inside. A ``GradScaler`` skips a step on all stages or on none. ``clip_grad_norm_`` and
+``get_total_norm`` of ``torch.nn.utils`` take the norm of one stage; they cannot know that a tied parameter is on two
+stages, so they are refused, and ``model.clip_grad_norm_`` does it.
 """
 
 from __future__ import annotations
@@ -57,10 +57,12 @@ def _install() -> None:
         found = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         if _stage_of(found) is not None:
             raise InvariantError(
-                "torch.nn.utils.clip_grad_norm_ has the gradients of one pipeline stage, and would clip by their norm\n"
+                "torch.nn.utils.clip_grad_norm_ has the gradients of one pipeline stage, and would clip by their norm "
+                "(so with get_total_norm)\n"
                 "Way out: model.clip_grad_norm_(max_norm), which clips by the norm of all stages."
             )
         return total_norm(found, *args, **kwargs)
 
     handlers[_UNSCALE] = unscale_on_stages
     clip_grad._get_total_norm = norm_of_a_stage  # type: ignore[attr-defined]
+    torch.nn.utils.get_total_norm = norm_of_a_stage  # type: ignore[assignment]

@@ -300,7 +300,12 @@ def refuse_on_a_pipeline() -> list[str]:
     loss = module(**batch(0))
     loss.backward(retain_graph=True)
     said = []
-    for wrong in (loss.backward, lambda: torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)):
+    own = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    norms = (
+        lambda: torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0),
+        lambda: torch.nn.utils.get_total_norm(own),
+    )
+    for wrong in (loss.backward, *norms):
         try:
             wrong()
         except AutoparError as problem:
@@ -316,8 +321,8 @@ def refuse_on_a_pipeline() -> list[str]:
 
 
 def test_helpers_of_torch_on_a_pipeline() -> None:
-    for backward, clipping, scale in run_ranks(refuse_on_a_pipeline, 2):
-        assert "retain_graph" in backward and "model.clip_grad_norm_" in clipping
+    for backward, clipping, norm, scale in run_ranks(refuse_on_a_pipeline, 2):
+        assert "retain_graph" in backward and "model.clip_grad_norm_" in clipping and norm == clipping
         assert scale == "2.0", "both stages have skipped the step"
 
 
