@@ -300,12 +300,8 @@ def refuse_on_a_pipeline() -> list[str]:
     loss = module(**batch(0))
     loss.backward(retain_graph=True)
     said = []
-    own = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    norms = (
-        lambda: torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0),
-        lambda: torch.nn.utils.get_total_norm(own),
-    )
-    for wrong in (loss.backward, *norms):
+    own, norms = list(module.parameters()), torch.nn.utils
+    for wrong in (loss.backward, lambda: norms.clip_grad_norm_(own, 1.0), lambda: norms.get_total_norm(own)):
         try:
             wrong()
         except AutoparError as problem:
