@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from autopar.mesh import Digit, Mesh
 
 aten = torch.ops.aten
 
+SPREADS = (aten.expand.default, aten.full_like.default, aten.ones_like.default)
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 # backward operators -> for each result the places of the operands that it is computed from
@@ -48,17 +49,24 @@ SAME: Over = frozenset()
 
 @dataclass(frozen=True)
 class Varying:
-    """``pieces``: of a bucket, in order; columns are those of the last dim, which repeats them."""
+    """``pieces``: of a bucket, in order; columns are those of the last dim, which repeats them.
+
+    ``spread``: it comes from one number that was put into many places, as the gradient of a mean is: ranks that hold
+    the same may hold it for other rows, and their sum counts nothing twice. What ranks have summed is the same for all.
+    """
 
     over: Over = SAME
     pieces: tuple[Piece, ...] = ()
+    spread: bool = False
 
     @property
     def period(self) -> int:
         return self.pieces[-1][1] if self.pieces else 0
 
     def changed(self, change: Callable[[Over], Over]) -> Varying:
-        return Varying(change(self.over), tuple((start, end, change(over)) for start, end, over in self.pieces))
+        return Varying(
+            change(self.over), tuple((start, end, change(over)) for start, end, over in self.pieces), self.spread
+        )
 
 
 class Atoms:
@@ -135,6 +143,10 @@ class AbstractRun:
     def _result(self, node: Node) -> Varying:
         if node.target in comm.TARGETS:
             return self._collective(node)
+        found = self._computed(node)
+        return replace(found, spread=node.target in SPREADS or any(self.known[one].spread for one in _sources(node)))
+
+    def _computed(self, node: Node) -> Varying:
         if _draws(node):
             return Varying(frozenset(atom for axis in self.atoms.mesh.names for atom in self.atoms.of(axis)))
         sources = [self.known[source] for source in _sources(node)]
@@ -165,19 +177,23 @@ class AbstractRun:
         if name == "shift":
             return source
         if row.after in comm.WHOLE:
-            return self._kept(node, source).changed(lambda old: old - over)
+            return replace(self._kept(node, source).changed(lambda old: old - over), spread=False)
         return self._kept(node, source).changed(lambda old: old | over)
 
     def _count(self, node: Node, source: Varying, over: Over) -> None:
         for old in [old for _, _, old in source.pieces] or [source.over]:
-            if not over <= old:
+            if not over <= old and not source.spread:
                 self.counted.append((node, over - old))
                 return
 
     def _kept(self, node: Node, source: Varying) -> Varying:
         """``source`` with its pieces, if the result still repeats them along its last dim."""
         last = self._sizes(node)[-1:]
-        return source if source.pieces and last and last[0] % source.period == 0 else Varying(source.over)
+        return (
+            source
+            if source.pieces and last and last[0] % source.period == 0
+            else Varying(source.over, (), source.spread)
+        )
 
     # ------------------------------------------------------------ buckets
 

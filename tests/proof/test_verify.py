@@ -58,6 +58,22 @@ def test_microbatches_of_two_sizes_are_two_programs() -> None:
     assert rows == [4, 4]
 
 
+def test_gradients_that_are_the_same_for_other_rows_may_be_summed() -> None:
+    """Of a mean, nothing of which is squared: all rows, and so all ranks, have the same gradient of the last bias."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4), torch.nn.Flatten(0))
+    found = verify(Mean(model), Mesh(dp=2), example_inputs=(torch.randn(4, 8),), layers=("relations", "field"))
+    assert found.proved, str(found)
+
+
+class Mean(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x).mean()  # type: ignore[no-any-return]
+
+
 def test_an_output_that_is_left_out_is_refused() -> None:
     model, batch = made("reporting")
     program = compile_program(model, Mesh(dp=2), Plan(check_numerics=False), (), batch)
