@@ -7,12 +7,14 @@ import functools
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL")
 CELLS = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF", "STORE_DEREF")
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+IMPORTS = ("IMPORT_NAME",)
+PARTS = ("IMPORT_FROM",)
 NOT_USERS = {
     "autopar", "torch", "numpy", "torchgen", "einops", "einx", "jaxtyping", "beartype", "builtins",
     *sys.stdlib_module_names,
@@ -23,11 +25,17 @@ OUR_MODELS = "autopar.models"  # are models like others
 
 @dataclass(frozen=True)
 class Names:
-    """Each with the attributes that are read of it at once (``settings.model.SCALE``); ``attributes`` are all."""
+    """Each with the attributes that are read of it at once (``settings.model.SCALE``).
+
+    Attributes:
+        attributes: all of them, also those that ``from settings import SCALE`` or ``getattr(x, "SCALE")`` reads.
+        imports: modules that are imported within the code.
+    """
 
     globals: frozenset[tuple[str, tuple[str, ...]]]
     cells: frozenset[tuple[str, tuple[str, ...]]]
     attributes: frozenset[str]
+    imports: frozenset[str]
 
 
 @functools.cache
@@ -36,12 +44,15 @@ def names_of(code: CodeType) -> Names:
     found: set[tuple[str, tuple[str, ...]]] = set()
     cells: set[tuple[str, tuple[str, ...]]] = set()
     attributes: set[str] = set()
+    imports: set[str] = set()
     chain: tuple[str, ...] = ()  # of the attributes that are read after the step that is looked at
     for step, name in reversed(list(_steps(code))):
         if step in _GLOBALS:
             found.add((name, chain))
         elif step in _CELLS:
             cells.add((name, chain))
+        elif step in _IMPORTS:
+            imports.add(name)
         elif name:
             attributes.add(name)
         chain = (name, *chain) if step in _ATTRIBUTES else ()
@@ -51,7 +62,22 @@ def names_of(code: CodeType) -> Names:
             found |= known.globals
             cells |= known.cells
             attributes |= known.attributes
-    return Names(frozenset(found), frozenset(cells), frozenset(attributes))
+            imports |= known.imports
+    if any(name == "getattr" for name, _ in found):
+        attributes.update(text for text in code.co_consts if isinstance(text, str) and text.isidentifier())
+    return Names(frozenset(found), frozenset(cells), frozenset(attributes), frozenset(imports))
+
+
+def imported_by(function: FunctionType, name: str) -> Iterator[ModuleType]:
+    """The loaded modules of users that ``import name`` or ``from .name import`` in ``function`` may mean."""
+    package = str(function.__globals__.get("__package__") or "")
+    places = [name]
+    while package:
+        places.append(f"{package}.{name}" if name else package)
+        package = package.rpartition(".")[0]
+    for module in map(sys.modules.get, places):
+        if isinstance(module, ModuleType) and is_users(module.__name__):
+            yield module
 
 
 def _steps(code: CodeType) -> Iterator[tuple[int, str]]:
@@ -77,13 +103,15 @@ def _numbers(names: Iterable[str]) -> frozenset[int]:
     return frozenset(dis.opmap[name] for name in names if name in dis.opmap)
 
 
-_GLOBALS, _CELLS, _ATTRIBUTES = map(_numbers, (GLOBALS, CELLS, ATTRIBUTES))
+_GLOBALS, _CELLS, _ATTRIBUTES, _IMPORTS = map(_numbers, (GLOBALS, CELLS, ATTRIBUTES, IMPORTS))
 _PASSING = _numbers(("CACHE", "PUSH_NULL"))
 _WIDE = dis.opmap["EXTENDED_ARG"]
 # instruction -> lowest bits of its argument that are flags, not part of the number of a name
 _FLAGS = {"LOAD_GLOBAL": 1, "LOAD_ATTR": int(sys.version_info >= (3, 12)), "LOAD_SUPER_ATTR": 2}
 _SHIFTS = {
-    dis.opmap[name]: _FLAGS.get(name, 0) for name in (*GLOBALS, *ATTRIBUTES, "LOAD_SUPER_ATTR") if name in dis.opmap
+    dis.opmap[name]: _FLAGS.get(name, 0)
+    for name in (*GLOBALS, *ATTRIBUTES, *IMPORTS, *PARTS, "LOAD_SUPER_ATTR")
+    if name in dis.opmap
 }
 
 

@@ -20,6 +20,7 @@ from autopar.frontend.forbidden import nothing_forbidden
 from autopar.frontend.other_state import question_of_variable, variables_of_users
 from autopar.frontend.readings import HOOKS, MOST_ITEMS, SHAPED, Readings
 from autopar.frontend.source_lines import is_users_file, line_of_user
+from autopar.frontend.tables import own_names
 from autopar.frontend.trace_record import (
     Effect,
     Moved,
@@ -36,6 +37,8 @@ from autopar.ir.value_guards import ValueGuard
 # torch's own, which no forward of a user's sets
 _HIDDEN = ("_flat_weights", "_flat_weight_refs", "_forward_hooks", "_forward_pre_hooks")
 
+
+ALL = "__dict__"  # in place of the names of all attributes
 
 State = dict[Any, tuple[Any, ...]]
 
@@ -73,7 +76,7 @@ class Observation:
     @property
     def guards(self) -> Guards:
         """What has to be as it was, and what forward leaves in attributes."""
-        guards = self.readings.guards
+        guards = self.readings.settle()
         guards.questions += map(question_of_variable, sorted(self._variables_met))
         self._variables_met.clear()
         guards.effects = [
@@ -265,7 +268,9 @@ class Observation:
     def read(self, owner: Any, name: str) -> None:
         owner = self._itself(owner)
         key = (id(owner), name)
-        if key in self._seen or key in self._written or name[:2] == "__" or not self.readings.knows(owner):
+        if key in self._seen or key in self._written or not self.readings.knows(owner):
+            return
+        if name[:2] == "__" and name not in own_names(owner):  # Python's own
             return
         self._seen.add(key)
         self._met[key[0]].add(name)
@@ -275,10 +280,11 @@ class Observation:
         """A user's code reads ``vars(owner)``."""
         owner = self._itself(owner)
         if self.readings.knows(owner):
+            self._met[id(owner)].add(ALL)
             self.readings.names_of(owner)
 
     def met(self, owner: Any) -> set[str]:
-        """The attributes of ``owner`` that the run of forward has read so far, and those that it has set."""
+        """The attributes of ``owner`` that the run of forward has read so far, those that it has set; or ``ALL``."""
         return self._met[id(owner)]
 
     def state(self) -> State:

@@ -12,12 +12,13 @@ import random
 import sys
 import threading
 from argparse import Namespace
-from collections import UserDict, UserList, UserString
+from array import array
+from collections import ChainMap, UserDict, UserList, UserString
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from types import FrameType, SimpleNamespace
+from types import FrameType, MappingProxyType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,7 +28,14 @@ from autopar.frontend.source_lines import is_users_file
 from autopar.ir.guards import Question
 from autopar.ir.same_values import MISSING
 
-HOLDERS = (SimpleNamespace, Namespace, UserDict, UserList, UserString)  # of Python's library, with attributes to read
+HOLDERS = (
+    SimpleNamespace,
+    Namespace,
+    ChainMap,
+    UserDict,
+    UserList,
+    UserString,
+)  # of Python's library, with attributes to read
 
 
 def question_of(value: Any, label: str) -> Question | None:
@@ -37,8 +45,13 @@ def question_of(value: Any, label: str) -> Question | None:
         ask = partial(_in_context, value)
     elif isinstance(value, threading.local):
         ask = partial(_attributes, value)
-    elif type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
-        ask = partial(_digest, value)
+    elif isinstance(value, MappingProxyType):
+        ask = partial(_entries, value)
+    elif isinstance(value, (bytearray, array)):
+        ask = partial(bytes, value)
+    elif (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray):
+        mask = getattr(value, "mask", None)  # of numpy.ma
+        ask = partial(_digest, value, mask if isinstance(mask, numpy.ndarray) else None)
     return Question(ask, ask(), f"what {label} holds") if ask is not None else None
 
 
@@ -104,8 +117,18 @@ def _names(own: dict[str, Any], but: set[str]) -> tuple[str, ...]:
     return tuple([name for name in own if name not in but])
 
 
-def _digest(array: Any) -> str:
-    return f"{array.dtype} {array.shape} {hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest()}"
+def _entries(proxy: MappingProxyType[Any, Any]) -> tuple[Any, ...]:
+    return (*proxy, *proxy.values())
+
+
+def _digest(values: Any, mask: Any) -> tuple[Any, ...]:
+    """Of an array of objects these themselves."""
+    if values.dtype.hasobject:
+        return str(values.dtype), tuple(values.shape), tuple(values.ravel().tolist())
+    content = [
+        hashlib.blake2b(part.tobytes(), digest_size=16).hexdigest() for part in (values, mask) if part is not None
+    ]
+    return str(values.dtype), tuple(values.shape), *content
 
 
 def state_of(value: Any) -> Callable[[], Any] | None:

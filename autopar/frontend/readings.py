@@ -7,16 +7,19 @@ object of the user's (a config) the attributes that are read of it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from inspect import getmro
+from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autopar.frontend.code_names import functions_of, is_users, is_users_class, names_of
+from autopar.frontend.code_names import functions_of, imported_by, is_users, is_users_class, names_of
 from autopar.frontend.other_state import HOLDERS, question_of, question_of_names, state_of
+from autopar.frontend.spaces import Spaces
+from autopar.frontend.tables import Cell, Slots, is_empty, own_names
 from autopar.ir.guards import Contents, Guards, Reading, version_of
 from autopar.ir.same_values import is_plain
 
@@ -60,6 +63,8 @@ class Readings:
         self._known: set[tuple[int, Any]] = set()
         self._alive: list[Any] = []  # so that no id is used twice
         self._waiting: deque[FunctionType] = deque()  # the first of them is being followed
+        self._spaces = Spaces(self._named)
+        self._importing: list[FunctionType] = []
 
     def label(self, owner: Any, name: str) -> str:
         """``layers.0.dropout.p``."""
@@ -103,14 +108,27 @@ class Readings:
                 return address
             self.attribute(owner, name)
         self.hooks_of(self._root)
+        self.settle()
         return None
+
+    def settle(self) -> Guards:
+        """:attr:`guards`, with what may have been read of modules and classes that were met."""
+        self._spaces.settle()
+        for function in self._importing:  # grows
+            names = names_of(function.__code__)
+            for module in (module for name in sorted(names.imports) for module in imported_by(function, name)):
+                self._named(module, sorted(names.attributes))
+            self._spaces.settle()
+        self._importing.clear()
+        self.guards.settle()
+        return self.guards
 
     # ------------------------------------------------------------ attributes
 
     def attribute(self, owner: Any, name: str) -> None:
         """``owner.name`` was read, whether or not there is one."""
         self.asked.append((self._addresses[id(owner)], name))
-        own = _own_names(owner)
+        own = own_names(owner)
         is_module = isinstance(owner, nn.Module)
         if is_module and name in _OWN:
             return
@@ -143,26 +161,29 @@ class Readings:
                     self.missing(own[table], name, label)
         if cls is not None and is_users_class(cls):
             if hasattr(type(found), "__set__") and not isinstance(found, property):  # a slot
-                self.reading(_Slots(owner), name, label)
+                self.reading(Slots(owner), name, label)
             else:
                 self.reading(self._class(cls), name, f"{cls.__name__}.{name}")
                 for function in functions_of(found):
                     self._by_class(type(owner), names_of(function.__code__).attributes)
 
-    def _by_class(self, cls: type, names: frozenset[str]) -> None:
+    def _by_class(self, cls: type, names: Iterable[str]) -> None:
         """What a method may read of its class: ``cls.scale``, ``type(self).scale``, ``self.__class__.scale``."""
+        bases = (*cls.__mro__, *getmro(type(cls)))
         for name in sorted(names):
-            holder = next((base for base in cls.__mro__ if name in vars(base)), None)
+            holder = next((base for base in bases if name in vars(base)), None)
             if holder is None or not is_users_class(holder):
                 continue
+            if isinstance(vars(holder)[name], property) and holder not in cls.__mro__:  # of the metaclass
+                self.reading(self._class(holder), name, f"{holder.__name__}.{name}")
             if not hasattr(type(vars(holder)[name]), "__get__"):  # a method is seen when it is read
                 self.reading(self._class(holder), name, f"{holder.__name__}.{name}")
-                for base in cls.__mro__[: cls.__mro__.index(holder)]:
+                for base in bases[: bases.index(holder)]:
                     self.missing(self._class(base), name, f"{base.__name__}.{name}")
 
     def names_of(self, owner: Any) -> None:
         """``vars(owner)`` was read, and with it any attribute that there is, or is not."""
-        own, label = _own_names(owner), self.label(owner, "").rstrip(".") or "the model"
+        own, label = own_names(owner), self.label(owner, "").rstrip(".") or "the model"
         if not self._is_new(own, "names"):
             return
         is_module = isinstance(owner, nn.Module)
@@ -201,7 +222,7 @@ class Readings:
             self.guards.absent.append((table, key, label))
 
     def _is_new(self, table: Any, key: Any) -> bool:
-        identity = id(table) if not isinstance(table, (_Cell, _Slots)) else id(table.of)
+        identity = id(table) if not isinstance(table, (Cell, Slots)) else id(table.of)
         if (identity, key) in self._known:
             return False
         self._known.add((identity, key))
@@ -217,6 +238,7 @@ class Readings:
                 if id(module) not in self._paths:
                     self._paths[id(module)] = f"{label}.{path}" if path else label
                     self._settle_at(module, self._paths[id(module)])
+        self._meet(value)
         if is_plain(value) or isinstance(value, (nn.Module, Tensor, ModuleType, type)):
             return
         for function in functions_of(value):
@@ -231,6 +253,8 @@ class Readings:
             self._contents(value.keywords, label)
         elif isinstance(value, CONTAINERS):
             self._contents(value, label)
+        elif isinstance(value, MappingProxyType):
+            self._contents(tuple(value.values()), label)
         elif isinstance(value, HOLDERS):
             self._contents(vars(value), label)
         elif (state := state_of(value)) is not None and self._is_new(value, "state"):
@@ -243,6 +267,10 @@ class Readings:
             self.objects[id(value)] = (value, label)
             self._settle_at(value, label)
             self.on_class(type(value))
+
+    def _meet(self, value: Any) -> None:
+        if isinstance(value, (ModuleType, type)):
+            self._spaces.meet(value)
 
     def _contents(self, container: Any, label: str) -> None:
         if not self._is_new(container, None):
@@ -274,14 +302,17 @@ class Readings:
 
     def _names(self, function: FunctionType) -> None:
         names, where = names_of(function.__code__), function.__module__
+        self._spaces.name(names.attributes)
+        if names.imports:
+            self._importing.append(function)
         for name, chain in sorted(names.globals, key=str):  # in every process in the same order
             if name in function.__globals__:
                 self._global(function.__globals__, name, f"{name} (global of {where})", chain)
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
         for name, chain in sorted(names.cells, key=str):
-            if name in cells and not _is_empty(cells[name]):
+            if name in cells and not is_empty(cells[name]):
                 label = f"{name} (variable around {function.__qualname__})"
-                self._global(_Cell(cells[name]), "cell_contents", label, chain)
+                self._global(Cell(cells[name]), "cell_contents", label, chain)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.look_into(value, f"a default argument of {function.__qualname__}")
         for cls in self._bases(function) if "super" in {name for name, _ in names.globals} else ():
@@ -289,12 +320,24 @@ class Readings:
                 for inner in functions_of(vars(cls).get(name)):
                     self.function(inner)
 
-    def _global(self, table: Any, key: str, label: str, chain: Iterable[str]) -> None:
+    def _named(self, space: ModuleType | type, names: Iterable[str]) -> None:
+        """Of ``space``, a module or a class, the attributes of these names are read, as far as it has them."""
+        if isinstance(space, type):
+            self._by_class(space, names)
+            return
+        for name in (name for name in names if name in vars(space)):
+            self.reading(vars(space), name, f"{space.__name__}.{name}")
+
+    def _global(self, table: Any, key: str, label: str, chain: Sequence[str]) -> None:
         """``table[key]`` is read, and of it the attributes of ``chain``, each of the one before."""
         value = table[key]
         if isinstance(value, nn.Module) and value.__class__.__module__.startswith("torch.fx"):
             return
-        self.reading(table, key, label)
+        if not chain or not isinstance(value, ModuleType):
+            self.reading(table, key, label)
+            self._meet(value)
+        elif self._is_new(table, key):  # of a module no more is read than the chain says
+            self.guards.readings.append(Reading(table, key, value, label))
         for attribute in chain:
             space = self._space_of(value, attribute)
             if space is None:
@@ -315,7 +358,8 @@ class Readings:
     def _space_of(self, value: Any, name: str) -> Any:
         """The table in which ``value``, a module, a class or a function, has the attribute ``name``, if it has it."""
         if isinstance(value, type):
-            cls = next((base for base in value.__mro__ if name in vars(base)), None)
+            bases = (*value.__mro__, *getmro(type(value)))
+            cls = next((base for base in bases if name in vars(base)), None)
             return self._class(cls) if cls is not None and is_users_class(cls) else None
         is_followed = isinstance(value, ModuleType) or isinstance(value, FunctionType) and is_users(value.__module__)
         return vars(value) if is_followed and name in vars(value) else None
@@ -342,10 +386,9 @@ def everything_of(model: nn.Module, modes: bool = True) -> Guards:
             readings.function(function)
     readings.hooks_of(model)
     for owner, _ in list(readings.objects.values()):
-        for name in _own_names(owner):
+        for name in own_names(owner):
             readings.attribute(owner, name)
-    readings.guards.settle()
-    return readings.guards
+    return readings.settle()
 
 
 # where somebody may put another function in place of torch's own: F.scaled_dot_product_attention = ...
@@ -355,36 +398,3 @@ _OF_TORCH = (vars(torch), vars(torch.nn.functional))
 def is_of_hooks(contents: Contents) -> bool:
     """Whether these are hooks of a module, by numbers that are counted in each process."""
     return contents.label.startswith(_A_HOOK)
-
-
-def _own_names(owner: Any) -> dict[str, Any]:
-    """The attributes of an object, by no code of its class; none for one with slots."""
-    try:
-        own = object.__getattribute__(owner, "__dict__")
-    except AttributeError:
-        return {}
-    return own if isinstance(own, dict) else {}
-
-
-class _Cell:
-    """The variable of an enclosing function, as a table with one name."""
-
-    def __init__(self, cell: CellType) -> None:
-        self.of = cell
-
-    def __getitem__(self, key: str) -> Any:
-        return getattr(self.of, key)
-
-
-class _Slots:
-    """The attributes of an object whose class has slots, as a table."""
-
-    def __init__(self, owner: Any) -> None:
-        self.of = owner
-
-    def __getitem__(self, key: str) -> Any:
-        return object.__getattribute__(self.of, key)
-
-
-def _is_empty(cell: CellType) -> bool:
-    return not hasattr(cell, "cell_contents")

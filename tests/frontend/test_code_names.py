@@ -13,12 +13,13 @@ from types import CodeType, FunctionType, ModuleType
 
 import torch.nn.modules.module
 
-from autopar.frontend.code_names import ATTRIBUTES, CELLS, GLOBALS, Names, names_of
+from autopar.frontend.code_names import ATTRIBUTES, CELLS, GLOBALS, IMPORTS, PARTS, Names, names_of
 
 
 def _by_dis(code: CodeType) -> Names:
     places: tuple[set[tuple[str, tuple[str, ...]]], ...] = (set(), set())
     attributes: set[str] = set()
+    imports: set[str] = set()
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL")]
     for number, step in enumerate(steps):
         after = itertools.takewhile(lambda each: each.opname in ATTRIBUTES, steps[number + 1 :])
@@ -26,14 +27,19 @@ def _by_dis(code: CodeType) -> Names:
         for kinds, place in zip((GLOBALS, CELLS), places):
             if step.opname in kinds:
                 place.add((step.argval, then))
-        if step.opname in (*ATTRIBUTES, "LOAD_SUPER_ATTR"):
+        if step.opname in (*ATTRIBUTES, *PARTS, "LOAD_SUPER_ATTR"):
             attributes.add(step.argval)
+        if step.opname in IMPORTS:
+            imports.add(step.argval)
     for inner in (each for each in code.co_consts if isinstance(each, CodeType)):
         known = _by_dis(inner)
         places[0].update(known.globals)
         places[1].update(known.cells)
         attributes |= known.attributes
-    return Names(frozenset(places[0]), frozenset(places[1]), frozenset(attributes))
+        imports |= known.imports
+    if any(name == "getattr" for name, _ in places[0]):
+        attributes |= {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()}
+    return Names(frozenset(places[0]), frozenset(places[1]), frozenset(attributes), frozenset(imports))
 
 
 def _functions(module: ModuleType) -> Iterator[FunctionType]:
@@ -54,4 +60,4 @@ def test_names_are_those_that_dis_finds() -> None:
     assert len(code) > 400
     for each in code:
         assert names_of(each) == _by_dis(each), each
-    assert any(names_of(each).cells for each in code)
+    assert any(names_of(each).cells for each in code) and any(names_of(each).imports for each in code)

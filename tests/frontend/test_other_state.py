@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import array
 import contextvars
 import functools
 import os
 import sys
 import threading
-from collections import UserDict
+from collections import ChainMap, UserDict
 from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy
@@ -34,9 +35,55 @@ PACKAGE.settings = ModuleType("package.settings")  # type: ignore[attr-defined]
 PACKAGE.settings.scale = 1.0
 
 
+for made in ("aliased", "imported", "held_module"):
+    sys.modules[f"{made}_of_reader"] = ModuleType(f"{made}_of_reader")
+    sys.modules[f"{made}_of_reader"].scale = 1.0  # type: ignore[attr-defined]
+ALIASED = sys.modules["aliased_of_reader"]
+ENTRIES = {"scale": 1.0}
+PROXY = MappingProxyType(ENTRIES)
+
+
+class Subclass(numpy.ndarray):  # type: ignore[type-arg]
+    pass
+
+
+STORED = {
+    "an array of objects": numpy.array([1.0, None], dtype=object),
+    "an array with a mask": numpy.ma.array([1.0, 2.0]),
+    "an array of a subclass": numpy.ones(2).view(Subclass),
+    "an array of Python's": array.array("d", [1.0]),
+    "a bytearray": bytearray([1]),
+    "a chain of dicts": ChainMap({0: 1.0}),
+}
+
+
 class Settings:
     class Model:
         scale = 1.0
+
+
+class Config:
+    scale = 1.0
+
+
+class Meta(type):
+    scale = 1.0
+
+    @property
+    def doubled(cls) -> float:
+        return 2 * cls.hidden  # type: ignore[attr-defined, no-any-return]
+
+
+class OfMeta(metaclass=Meta):
+    hidden = 0.5
+
+
+def odd_places() -> float:
+    """Reads modules and classes that nobody can watch."""
+    from imported_of_reader import scale  # type: ignore[import-not-found]
+
+    here = ALIASED
+    return float(here.scale * scale * OfMeta.scale * OfMeta.doubled * PROXY["scale"])
 
 
 def asked() -> float:
@@ -76,6 +123,7 @@ class Reader(nn.Module):
         self.array = numpy.ones(4)
         self.held = UserDict({"scale": 1.0})
         self.answering = Answering()
+        self.config, self.settings = Config, sys.modules["held_module_of_reader"]
 
     @classmethod
     def by_class(cls) -> float:
@@ -86,6 +134,9 @@ class Reader(nn.Module):
         x = x * float(self.array[1]) * self.held["scale"] * self.answering.scale
         x = x * CONTEXT.get() * OF_THREAD.scale * PACKAGE.settings.scale * Settings.Model.scale * asked()
         x = x * float(os.environ.get("SCALE_OF_READER", "1")) * vars(self).get("late", 1.0) * self.by_class()
+        x = x * odd_places() * self.config.scale * getattr(self.settings, "scale")  # noqa: B009
+        for stored in STORED.values():
+            x = x * float(stored[0])  # type: ignore[index]
         return (2 * x if os.getenv("READER_IS_DOUBLED") else x).square().mean()
 
 
@@ -123,8 +174,24 @@ CHANGES: dict[str, Steps] = {
     "a name in vars": (lambda m: setattr(m, "late", 3.0), lambda m: delattr(m, "late")),
     "an attribute read through the class": undone(Reader, "of_class", 3.0),
     "a class": (lambda m: setattr(m.linear, "__class__", Linear), lambda m: setattr(m.linear, "__class__", nn.Linear)),
+    "a class that is an attribute": undone(Config, "scale", 3.0),
+    "a module that is an attribute": undone(sys.modules["held_module_of_reader"], "scale", 3.0),
+    "a module under another name": undone(ALIASED, "scale", 3.0),
+    "a module that is imported within": undone(sys.modules["imported_of_reader"], "scale", 3.0),
+    "an attribute of a metaclass": undone(Meta, "scale", 3.0),
+    "what a property of a metaclass reads": undone(OfMeta, "hidden", 3.0),
+    "a dict behind a proxy": (lambda m: ENTRIES.update(scale=3.0), lambda m: ENTRIES.update(scale=1.0)),
     "a function of torch's": undone(functional, "softsign", torch.tanh),
 }
+
+
+def _set_first(stored: Any, value: Any, model: Reader) -> None:
+    stored[0] = value
+
+
+for name, one in STORED.items():
+    first = one[0]  # type: ignore[index]
+    CHANGES[name] = functools.partial(_set_first, one, 3), functools.partial(_set_first, one, first)
 
 
 @pytest.fixture(scope="module")
