@@ -13,25 +13,29 @@ such a thing is traced, and so is each like it.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from autopar.frontend.observation import State, is_same_state
-from autopar.frontend.past_modes import function_modes, past_modes
-from autopar.frontend.readings import HOOKS, SHAPED
-from autopar.ir.same_values import PLAIN, is_same
+from autopar.frontend.alike import (
+    TensorLook,
+    are_alike,
+    attributes_of,
+    has_no_hooks,
+    own_attributes_of_tensors,
+    pairs_of,
+)
+from autopar.frontend.observation import ALL, State, is_same_state
+from autopar.frontend.past_modes import function_modes
+from autopar.ir.same_values import PLAIN
 from autopar.operators.registry import library
 
 FEWEST = 4  # modules of a class under one parent: of fewer, nothing would be saved
@@ -54,6 +58,8 @@ class Seen(Protocol):
     """What an :class:`autopar.frontend.observation.Observation` tells."""
 
     def met(self, owner: Any) -> set[str]: ...
+
+    def read_all(self, owner: Any) -> None: ...
 
     def state(self) -> State: ...
 
@@ -82,32 +88,6 @@ def stamps(*, are_allowed: bool = True) -> Iterator[Stamps]:
 
 class BlocksDiffer(Exception):
     """Calls of blocks that were taken for equal are not: the model has to be traced without."""
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """How a tensor looks to Python."""
-
-    shape: tuple[Any, ...]
-    stride: tuple[Any, ...]
-    dtype: torch.dtype
-    device: torch.device
-    needs_gradient: bool
-    is_marked: bool  # with attributes of the user's
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Tensor:
-        with past_modes():
-            shape, stride, dtype = tuple(tensor.shape), tensor.stride(), tensor.dtype
-            is_marked = not _own_attributes().issuperset(vars(tensor))
-            return cls(shape, stride, dtype, tensor.device, tensor.requires_grad, is_marked)
-
-    @property
-    def has_fixed_sizes(self) -> bool:
-        return all(type(size) is int for size in (*self.shape, *self.stride))
-
-    def made(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
 @dataclass
@@ -147,9 +127,9 @@ class EqualBlocks:
     def __init__(self, model: nn.Module, seen: Seen) -> None:
         self.marked = self.stamped = 0
         self._seen, self._stamps = seen, _STAMPS.get(Stamps())
-        _own_attributes()  # before there are modes in which it would be part of the graph
+        own_attributes_of_tensors()  # before there are modes in which it would be part of the graph
         blocks = blocks_of(model) if self._stamps.are_allowed else ()
-        self._blocks = {id(_attributes(block)): block for block in blocks}
+        self._blocks = {id(attributes_of(block)): block for block in blocks}
         self._kinds: dict[Any, list[_Kind]] = {}
         self._is_inside = False  # of a block that is being traced
 
@@ -168,7 +148,7 @@ class EqualBlocks:
         surroundings = _surroundings()
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            block = self._blocks.get(id(_attributes(module)))
+            block = self._blocks.get(id(attributes_of(module)))
             if block is None or self._is_inside or not torch.compiler.is_exporting():  # type: ignore[no-untyped-call]
                 return original(module, *args, **kwargs)
             if _surroundings() != surroundings:  # export makes graphs of their own of what runs there
@@ -179,13 +159,13 @@ class EqualBlocks:
             yield
 
     def _called(self, block: nn.Module, args: Any, kwargs: Any, trace: Callable[[], Any]) -> Any:
-        if not (_is_simple((args, kwargs)) and _has_no_hooks(block)):
+        if not (_is_simple((args, kwargs)) and has_no_hooks(block)):
             return trace()
         leaves, spec = pytree.tree_flatten((args, kwargs))
         taken = [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *_tensors_of(block)]
-        looks = tuple(_Tensor.of(leaf) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf)) for leaf in leaves)
+        looks = tuple(TensorLook.of(leaf) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf)) for leaf in leaves)
         key = (type(block), str(spec), looks, _equal_ones(taken), function_modes())
-        if not all(look.has_fixed_sizes and not look.is_marked for look in looks if isinstance(look, _Tensor)):
+        if not all(look.has_fixed_sizes and not look.is_marked for look in looks if isinstance(look, TensorLook)):
             return trace()
         state = self._seen.state()
         kinds = self._kinds.setdefault(key, [])
@@ -207,7 +187,7 @@ class EqualBlocks:
     def _traced(
         self, block: nn.Module, taken: Sequence[Tensor], call: Any, state: State, trace: Callable[[], Any]
     ) -> tuple[Any, _Call]:
-        leaves, looks = pytree.tree_leaves(call), [_Tensor.of(tensor) for tensor in taken]
+        leaves, looks = pytree.tree_leaves(call), [TensorLook.of(tensor) for tensor in taken]
         number, self._is_inside, self.marked = next(_NUMBERS), True, self.marked + 1
         torch.ops.autopar.block_begins(taken, number)
         try:
@@ -217,16 +197,16 @@ class EqualBlocks:
         after = [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *_tensors_of(block)]
         is_usable = _is_simple(result) and list(map(id, pytree.tree_leaves(call))) == list(map(id, leaves))
         is_usable = is_usable and list(map(id, after)) == list(map(id, taken))
-        is_usable = is_usable and looks == [_Tensor.of(tensor) for tensor in after]
+        is_usable = is_usable and looks == [TensorLook.of(tensor) for tensor in after]
         is_usable = is_usable and is_same_state(state, self._seen.state())
         results, spec = pytree.tree_flatten(result)
         positions = {id(leaf): position for position, leaf in reversed(list(enumerate(leaves)))}
         given = tuple(
-            positions.get(id(item), _Tensor.of(item)) if isinstance(item, Tensor) else (item,) for item in results
+            positions.get(id(item), TensorLook.of(item)) if isinstance(item, Tensor) else (item,) for item in results
         )
-        made = [item for item, entry in zip(results, given) if isinstance(entry, _Tensor)]
+        made = [item for item, entry in zip(results, given) if isinstance(entry, TensorLook)]
         torch.ops.autopar.block_ends(made, number)
-        looks = [entry for entry in given if isinstance(entry, _Tensor)]
+        looks = [entry for entry in given if isinstance(entry, TensorLook)]
         is_usable = is_usable and all(look.has_fixed_sizes and not look.is_marked for look in looks)
         return result, _Call(number, block, given, spec, state, is_usable)
 
@@ -234,14 +214,14 @@ class EqualBlocks:
         """The results of ``block``, by the operator that stands for it."""
         number, self.stamped = next(_NUMBERS), self.stamped + 1
         self._stamps.made += 1
-        _LOOKS[number] = [entry for entry in like.given if isinstance(entry, _Tensor)]
+        _LOOKS[number] = [entry for entry in like.given if isinstance(entry, TensorLook)]
         made = iter(torch.ops.autopar.block_again(taken, number, like.number))
         results: list[Any] = []
         for entry in like.given:
-            if isinstance(entry, _Tensor):
+            if isinstance(entry, TensorLook):
                 results.append(next(made))
-                if _Tensor.of(results[-1]) != entry:
-                    raise BlocksDiffer(f"{_Tensor.of(results[-1])} in place of {entry}")
+                if TensorLook.of(results[-1]) != entry:
+                    raise BlocksDiffer(f"{TensorLook.of(results[-1])} in place of {entry}")
             else:
                 results.append(leaves[entry] if isinstance(entry, int) else entry[0])
         self._read_alike(like.module, block)
@@ -249,12 +229,15 @@ class EqualBlocks:
 
     def _read_alike(self, traced: nn.Module, block: nn.Module) -> None:
         """Have the observation note for ``block`` what forward has read of the one that was traced."""
-        for one, other in _pairs(traced, block):
+        for one, other in pairs_of(traced, block):
             for name in sorted(self._seen.met(one)):
-                getattr(other, name, None)
+                if name == ALL:
+                    self._seen.read_all(other)
+                else:
+                    getattr(other, name, None)
 
 
-_LOOKS: dict[int, list[_Tensor]] = {}  # what block_again gives, by its number, while a model is traced
+_LOOKS: dict[int, list[TensorLook]] = {}  # what block_again gives, by its number, while a model is traced
 
 
 def _given(taken: Sequence[Tensor], number: int, like: int) -> list[Tensor]:
@@ -286,83 +269,13 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def are_alike(traced: nn.Module, block: nn.Module, read: Read) -> bool:
-    """Whether all that was read of the module ``traced``, and of those in it, is the same on ``block``."""
-    pairs = list(_pairs(traced, block))
-    partner = {id(_attributes(one)): id(_attributes(other)) for one, other in pairs}
-
-    def same(one: Any, other: Any) -> bool:
-        if is_same(one, other):
-            return True
-        if type(one) is not type(other):
-            return False
-        if isinstance(one, nn.Module):
-            return partner.get(id(_attributes(one))) == id(_attributes(other))
-        if type(one) in (list, tuple):
-            return len(one) == len(other) and all(map(same, one, other))
-        if type(one) is dict:
-            return list(one) == list(other) and all(map(same, one.values(), other.values()))
-        if type(one) is partial:
-            return all(map(same, (one.func, one.args, one.keywords), (other.func, other.args, other.keywords)))
-        if hasattr(one, "__func__") and isinstance(one.__self__, nn.Module):  # a bound method
-            return one.__func__ is other.__func__ and same(one.__self__, other.__self__)
-        return False
-
-    for one, other in pairs:
-        if one is other:
-            continue
-        mine, its = _attributes(one), _attributes(other)
-        if type(one) is not type(other) or not _has_no_hooks(one, other):
-            return False
-        for name in SHAPED:
-            if list(mine[name]) != list(its[name]):
-                return False
-            if not all(_fits(*pair) for pair in zip(mine[name].values(), its[name].values())):
-                return False
-        names = read(one) - {*SHAPED, *HOOKS}
-        if mine["training"] != its["training"]:
-            return False
-        if not all(same(mine.get(name, _ABSENT), its.get(name, _ABSENT)) for name in names):
-            return False
-    return True
-
-
-_ABSENT = object()
-
-
-def _fits(one: Any, other: Any) -> bool:
-    """Two entries of a module's tables: tensors that look the same, or submodules (which are compared themselves)."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return _Tensor.of(one) == _Tensor.of(other) and isinstance(one, nn.Parameter) == isinstance(other, nn.Parameter)
-    return (one is None) == (other is None)
-
-
-def _pairs(one: nn.Module, other: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Both modules and, of those that both have, the submodules under the same names."""
-    yield one, other
-    its = _attributes(other).get("_modules", {})
-    for name, child in _attributes(one)["_modules"].items():
-        if child is not None and its.get(name) is not None:
-            yield from _pairs(child, its[name])
-
-
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers in the order of their tables, those with several names several times."""
-    own = _attributes(module)
+    own = attributes_of(module)
     yield from (tensor for name in ("_parameters", "_buffers") for tensor in own[name].values() if tensor is not None)
     for child in own["_modules"].values():
         if child is not None:
             yield from _tensors_of(child)
-
-
-def _has_no_hooks(*modules: nn.Module) -> bool:
-    return not any(_attributes(module)[name] for module in modules for name in HOOKS)
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Past what watches the readings of attributes."""
-    found: dict[str, Any] = object.__getattribute__(module, "__dict__")
-    return found
 
 
 # ---------------------------------------------------------------- calls
@@ -375,12 +288,6 @@ def _is_simple(item: Any) -> bool:
     if type(item) is dict:
         return all(map(_is_simple, item.values()))
     return isinstance(item, (Tensor, *PLAIN))
-
-
-@functools.cache
-def _own_attributes() -> frozenset[str]:
-    """The attributes that torch's own fake tensors have."""
-    return frozenset(vars(FakeTensorMode().from_tensor(torch.empty(()))))
 
 
 def _equal_ones(tensors: Sequence[Tensor]) -> tuple[int, ...]:

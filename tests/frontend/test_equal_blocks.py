@@ -53,6 +53,45 @@ class Passing(Block):
         return super().forward(x) * mask, mask
 
 
+class OfItsDict(Block):
+    """Reads an attribute past what tells of attributes."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        return super().forward(x) * self.__dict__["number"]
+
+
+class Slotted(Block):
+    __slots__ = ("kept",)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        return super().forward(x) * self.kept
+
+
+class ByModule:
+    """A descriptor with a value for each object."""
+
+    def __init__(self) -> None:
+        self.entries: dict[int, float] = {}
+
+    def __get__(self, owner: Any, cls: type) -> Any:
+        return self.entries[id(owner)]
+
+    def __set__(self, owner: Any, value: float) -> None:
+        self.entries[id(owner)] = value
+
+
+class Described(Block):
+    kept = ByModule()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        return super().forward(x) * self.kept
+
+
+class Dunder(Block):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        return super().forward(x) * self.__kept__
+
+
 class Writing(Block):
     """Writes into what it computes, and into a buffer."""
 
@@ -139,6 +178,14 @@ def changed(**attributes: Any) -> Model:
     return model
 
 
+def of_kind(block: Callable[[int], nn.Module], name: str) -> Model:
+    """The last block is another, by an attribute in an unusual place."""
+    model = Model(block)
+    for number, each in enumerate(model.blocks):
+        setattr(each, name, 2.0 if number == DEPTH - 1 else 1.0)
+    return model
+
+
 def hooked() -> Model:
     model = Model()
     inner: Any = model.blocks[4]
@@ -184,6 +231,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], int]] = {
     "another module within": (wider, (X,), 3),
     "arguments passed on": (lambda: Model(Passing), (X, MASK), STAMPED),
     "writes": (lambda: Model(Writing), (X,), STAMPED),
+    "what vars has": (lambda: of_kind(OfItsDict, "number"), (X,), STAMPED - 1),
+    "a slot": (lambda: of_kind(Slotted, "kept"), (X,), STAMPED - 1),
+    "a descriptor": (lambda: of_kind(Described, "kept"), (X,), 0),
+    "a name of Python's kind": (lambda: of_kind(Dunder, "__kept__"), (X,), STAMPED - 1),
     "writes into what it makes": (lambda: Model(Filling), (X,), STAMPED),
 }
 
