@@ -69,7 +69,10 @@ class _Pruning:
                 lead += self._lead(self.tables[number], position)
             earlier = np.arange(size)[None, :] < np.arange(size)[:, None]
             dominated = (lead > _NOTHING) | ((lead >= -_NOTHING) & earlier)
-            self.rests[key] = np.flatnonzero(~dominated.any(axis=1))
+            left = np.ones(size, dtype=bool)
+            for value in np.flatnonzero(dominated.any(axis=1)):  # by one that is left: leads that are rounding may form
+                left[value] = not (dominated[value] & left).any()  # a circle
+            self.rests[key] = np.flatnonzero(left)
         return self.rests[key]
 
     def _lead(self, table: Table, position: int) -> Table:

@@ -104,6 +104,13 @@ def test_the_first_of_equals() -> None:
     assert minimise(model) == [0, 1]
 
 
+def test_a_circle_of_leads_that_are_rounding() -> None:
+    """Each of the three values is dominated by another one."""
+    model = CostModel()
+    model.add([model.variable(3)], [1.6e-15, 0.8e-15, 0.0])
+    assert model.cost(minimise(model)) < 1e-15
+
+
 def test_more_values_than_a_byte_counts() -> None:
     model = CostModel()
     wide, narrow = model.variable(300), model.variable(2)
