@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from autopar.errors import InvariantError
+from autopar.errors import InvariantError, TraceError
 from autopar.ir.node import Node, origin, output_node
 from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
@@ -61,7 +61,7 @@ def summands(program: Program, rows: int, of_rows: Callable[[int], Program] | No
 
     ``of_rows`` gives the same program for another number of rows.
     """
-    looked_at, many, twins = _looked_at(program, rows, of_rows)
+    looked_at, many, twins, is_limited = _looked_at(program, rows, of_rows)
     sums = _row_sums(looked_at, many)
     if _loss_is(sums, Kind.MIXED) and program.plan.microbatch_weights == "statistics":
         returned = sums.flow.program.returned[program.loss or 0]
@@ -72,8 +72,8 @@ def summands(program: Program, rows: int, of_rows: Callable[[int], Program] | No
     proportional: list[str] = []
     if looked_at is not program:
         proportional = _proportional((program, rows), (looked_at, many), twins, sums)
-    elif program.loss is not None and _depends_on_numbers(sums):
-        other = _of(of_rows, 2 * rows), 2 * rows
+    elif program.loss is not None and (is_limited or _depends_on_numbers(sums)):
+        other = _another(of_rows, rows)
         proportional = _proportional(other, (program, rows), _twins(other, (program, rows)), sums)
     alone = _of_statistics_alone(sums) if sums.statistics else set()
     return Summands(
@@ -86,23 +86,45 @@ def summands(program: Program, rows: int, of_rows: Callable[[int], Program] | No
 
 def _looked_at(
     program: Program, rows: int, of_rows: Callable[[int], Program] | None
-) -> tuple[Program, int, dict[str, str]]:
+) -> tuple[Program, int, dict[str, str], bool]:
     """The program that tells what becomes of rows, their number, and the names of its nodes in ``program``.
 
     It has twice as many rows: a model may take them in groups, and a single group does not show which dim has the rows.
+    Last, whether it is ``program`` itself because the model does not take so many.
     """
     own = {node.name: node.name for node in program.graph.nodes}
     if rows > 1 and (program.loss is None or of_rows is None):
-        return program, rows, own
+        return program, rows, own, False
     many = max(MANY, 2 * rows)
-    looked_at = _of(of_rows, many)
     try:
-        return looked_at, many, _twins((program, rows), (looked_at, many))
+        looked_at = _of(of_rows, many)
+    except TraceError:
+        if rows == 1:
+            raise
+        return program, rows, own, has_numbers(program, ancestors([program.returned[program.loss or 0]]))
+    try:
+        return looked_at, many, _twins((program, rows), (looked_at, many)), False
     except InvariantError:
         # a loop over rows is written out; without numbers, none of them can be made of how many there are
         if rows == 1 or has_numbers(program, ancestors([program.returned[program.loss or 0]])):
             raise
-    return program, rows, own
+    return program, rows, own, False
+
+
+def _another(of_rows: Callable[[int], Program] | None, rows: int) -> tuple[Program, int]:
+    """The program of twice as many rows, or of half as many where the model takes no more; and their number."""
+    try:
+        return _of(of_rows, 2 * rows), 2 * rows
+    except TraceError:
+        if rows == 1:
+            raise
+    try:
+        return _of(of_rows, rows // 2), rows // 2
+    except TraceError as problem:
+        raise InvariantError(
+            f"the model takes a batch of {rows} rows, and none of {2 * rows} or {rows // 2}, so that what a microbatch "
+            f"counts for in the loss is not known\n{WAY_OUT}"
+        ) from problem
 
 
 def _loss_is(sums: RowSums, kind: Kind) -> bool:

@@ -52,8 +52,8 @@ def step(loss: Loss, mesh: Mesh) -> tuple[Tensor, Tensor]:
     """The loss of a batch of eight rows in four microbatches, and of the unmodified model."""
     torch.manual_seed(0)
     model, x, y = Net(loss).double(), torch.randn(8, 6).double(), torch.randn(8, 6).double()
-    parallel = autopar.parallelize(model, mesh, Plan(microbatches=4, check_numerics=False))
     expected = model(x=x, y=y)
+    parallel = autopar.parallelize(model, mesh, Plan(microbatches=4, check_numerics=False))
     found = parallel.simulate(x=x, y=y).loss
     assert found is not None
     return found, expected
@@ -68,3 +68,26 @@ def test_right(loss: Loss) -> None:
 def test_refused(loss: Loss) -> None:
     with pytest.raises(InvariantError, match="a number that depends on the batch, so that a microbatch is not a part"):
         step(loss, Mesh(pp=2))
+
+
+def limited(loss: Loss, *rows: int) -> Loss:
+    """``loss`` of a model that takes no other batches."""
+
+    def checked(x: Tensor, y: Tensor) -> Tensor:
+        assert len(x) in rows, "tables are as large as the largest batch"
+        return loss(x, y)
+
+    return checked
+
+
+def test_a_model_that_takes_no_more_rows_is_told_by_fewer() -> None:
+    assert difference(*step(limited(RIGHT["a number"], 4, 8), Mesh())) < 1e-12
+    assert difference(*step(limited(RIGHT["numbers of other things"], 4, 8), Mesh())) < 1e-12
+    with pytest.raises(InvariantError, match="for 4 rows and with .* for 8: a number that depends on the batch"):
+        step(limited(REFUSED["a power"], 4, 8), Mesh())
+
+
+def test_a_model_of_one_number_of_rows() -> None:
+    with pytest.raises(InvariantError, match="takes a batch of 8 rows, and none of 16 or 4, so that what a microbatch"):
+        step(limited(RIGHT["a number"], 8), Mesh())
+    assert difference(*step(limited(lambda x, y: error(x, y).mean(), 8), Mesh())) < 1e-12
