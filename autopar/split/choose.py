@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -193,10 +193,15 @@ class _Chooser:
         for consumer in consumers:
             self.model.add((hub, consumer.number), _covers(sets, tuple(needed[key] for needed in consumer.required)))
 
+    def _wanted(self, node: fx.Node) -> Hashable:
+        """What a plan, or another program, wants of ``node``: it is wanted of this block, and of no other."""
+        domain = self.domains.get(node, []) if node.op == "placeholder" else []
+        return self.pinned.get(node.name), tuple(strategy.outputs for strategy in domain)
+
     def _alike(self) -> list[list[int]]:
         """The variables of equal nodes of equal blocks that have the same values."""
         groups: dict[Any, list[int]] = {}
-        for place, nodes in enumerate(equal_nodes(self.flow.program.graph)):
+        for place, nodes in enumerate(equal_nodes(self.flow.program.graph, self._wanted)):
             for node in nodes:
                 if node in self.variables:
                     domain = tuple((s.inputs, s.outputs) for s in self.domains[node])

@@ -6,6 +6,8 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from autopar import Mesh, Plan
 from autopar.compiler import split_program
@@ -13,6 +15,7 @@ from autopar.ir import collectives as comm
 from autopar.ir.blocks import block_of
 from autopar.ir.node import Node, values
 from autopar.ir.program import Program
+from autopar.ir.tables import InputKind
 from autopar.split import solve
 from autopar.split.equal_calls import equal_nodes
 from autopar.zoo.named import named_model
@@ -69,3 +72,33 @@ def test_equal_nodes_of_layers() -> None:
         entry.node for entry in program.inputs if ".layers.3." in entry.target and entry.kind.name == "PARAMETER"
     ]
     assert len(weights) > 10 and named.issuperset(weights)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))  # type: ignore[no-any-return]
+
+
+def test_what_a_plan_wants_of_some_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers that are to be split otherwise are, and the others are split as they would be without them."""
+    model = nn.ModuleDict({"layers": nn.Sequential(*(Block() for _ in range(6)))})
+    model.forward = lambda x: model["layers"](x).square().mean()
+
+    def splits(**wanted: str) -> dict[str, str]:
+        plan = Plan(check_numerics=False, tensor={f"layers.{place}.up.weight": form for place, form in wanted.items()})
+        program = split_program(model, Mesh(tp=2), plan, (torch.randn(8, 64),))
+        assert isinstance(program, Program)
+        inputs = program.placeholders(InputKind.PARAMETER)
+        return {entry.target: str(values(node)[0].layout) for node, entry in inputs if ".up.weight" in entry.target}
+
+    exact = splits()
+    monkeypatch.setattr(solve, "LARGEST_TABLE", 30)
+    found = splits(**{"1": "row", "3": "replicate"})
+    assert len(set(exact.values())) == 1 and splits() == exact
+    for name, layout in found.items():
+        row, whole = "[256,64@tp]", "[256,64]"
+        assert layout == {"1": row, "3": whole}.get(name.split(".")[1], exact[name]), found
