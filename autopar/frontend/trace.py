@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -59,6 +60,10 @@ INPUT_KINDS = {  # in the order in which a program takes them
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
+# what is watched while a model is traced belongs to the process: classes of torch and of users, the environment
+_ALONE = threading.RLock()
+
+
 def trace(
     model: nn.Module,
     args: Sequence[Any] = (),
@@ -77,7 +82,7 @@ def trace(
     """
     mesh, plan = mesh or Mesh(), plan or Plan()
     dtype, given = plan.precision.param_dtype, (tuple(args), dict(kwargs or {}))
-    with recast(model, dtype) as dtypes:
+    with _ALONE, recast(model, dtype) as dtypes:
         call: tuple[tuple[Any, ...], dict[str, Any]] = recast_call(given, dtype)
         checked = plan.check_numerics and not needs_fakes(model, pytree.tree_leaves(call))
 

@@ -278,6 +278,24 @@ def test_nothing_is_left_in_the_environment() -> None:
     assert type(os.environ).__getitem__ is get and sys.modules["os"] is os
 
 
+def test_threads_trace_one_after_the_other() -> None:
+    kept = type(os.environ).__getitem__, nn.Module._call_impl, nn.Module.__getattribute__
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            trace(Making(), (torch.ones(2, 4),))
+        except BaseException as problem:
+            failed.append(problem)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and kept == (type(os.environ).__getitem__, nn.Module._call_impl, nn.Module.__getattribute__)
+
+
 def test_plain_holders(traced: tuple[Reader, Guards]) -> None:
     """What forward does not read may change."""
     model, guards = traced
