@@ -33,7 +33,8 @@ class Likeness:
     """``repeats``: how many times a block is in the large graph that is not in the small one.
 
     ``difference``: the first line of the large graph that is neither in the small one nor a repetition; "" for none.
-    ``pairs``: the nodes of the small graph, and which they are in the large one, up to there.
+    ``pairs``: the nodes of the small graph, and which they are in the large one, up to there. Those of the last of
+    several equal blocks are in the last one, as what follows them may be decided with it.
     """
 
     lines: int = 0
@@ -48,22 +49,22 @@ def likeness(large: fx.Graph, small: fx.Graph) -> Likeness:
     full, kept = list(map(_line, nodes)), list(map(_line, others))
     here = there = repeats = 0
     stands: dict[Node, Node] = {}
+    pairs: dict[str, str] = {}
     while here < len(full):
         if there < len(kept) and full[here] == kept[there]:
             stands[nodes[here]] = others[there]
+            pairs[others[there].name] = nodes[here].name
             here, there = here + 1, there + 1
             continue
         period = _period(full, here)
         if not period:
-            return Likeness(len(full), repeats, f"{nodes[here].name} = {full[here]}", _named(stands))
+            return Likeness(len(full), repeats, f"{nodes[here].name} = {full[here]}", pairs)
         stands |= {nodes[at]: nodes[at - period] for at in range(here, here + period)}
+        latest = zip(others[max(there - period, 0) : there], nodes[here + max(period - there, 0) : here + period])
+        pairs |= {other.name: node.name for other, node in latest}
         here, repeats = here + period, repeats + 1
     rest = f"the end: the small one goes on with {kept[there]}" if there < len(kept) else ""
-    return Likeness(len(full), repeats, rest or _otherwise_wired(nodes, stands), _named(stands))
-
-
-def _named(stands: Mapping[Node, Node]) -> dict[str, str]:
-    return {other.name: node.name for node, other in stands.items() if other not in stands}
+    return Likeness(len(full), repeats, rest or _otherwise_wired(nodes, stands), pairs)
 
 
 def _otherwise_wired(nodes: Sequence[Node], stands: Mapping[Node, Node]) -> str:

@@ -32,7 +32,9 @@ from autopar.proof.refusal import Layer, Refusal
 
 NUMBERS = ("number", "Optional[number]", "float", "Optional[float]", "Tensor")  # of a schema: no sizes, no dims
 CLOSE = 1e-9
+STEPS = 6  # from a number among positions to what is looked up by them
 LOCAL, AXES = "dims of a rank", "axes"
+LOOKED_UP = "looked up by "
 SPLIT = ""  # the graph that collectives were put into, before it was differentiated
 FORMS: tuple[Callable[[int], float], ...] = (  # how numbers depend on a product of sizes: counts, means, variances
     lambda n: n, lambda n: 1 / n, lambda n: n - 1, lambda n: 1 / (n - 1), lambda n: n / (n - 1),
@@ -85,6 +87,9 @@ class Number:
                     for count in range(1, len(sizes) + 1):
                         for some in itertools.combinations(range(len(sizes)), count):
                             found[f"{words} {number} {name} {some}"] = math.prod(sizes[at] for at in some)
+                if words.startswith(LOOKED_UP):  # by positions in all of a dim, of which a rank has a part
+                    for axis, (at, size) in itertools.product(self.mesh.names, enumerate(local)):
+                        found[f"{words} {number} dims {(at,)} of all {axis}"] = size * self.mesh.size(axis)
         return found
 
     @cached_property
@@ -100,6 +105,23 @@ def _near(node: Node) -> Iterator[tuple[str, Node]]:
         yield f"operand {place}", operand
         for other, before in enumerate(operand.all_input_nodes):
             yield f"operand {place}.{other}", before
+    yield from _counted_in(node)
+
+
+def _counted_in(node: Node) -> Iterator[tuple[str, Node]]:
+    """What is looked up by positions that are computed from ``node``, or from what it compares: embeddings, logits."""
+    found = {node: "", **{operand: f"operand {place}" for place, operand in enumerate(node.all_input_nodes)}}
+    reached = list(found)
+    for one in reached:
+        if any(kind.dtype.is_floating_point or kind.dtype.is_complex for kind in values(one)):
+            continue
+        for user in one.users:
+            words = f"{found[one]} > {user.target}"
+            if user.op == "call_function" and user not in found and words.count(">") <= STEPS:
+                found[user] = words
+                reached.append(user)
+                operands = enumerate(user.all_input_nodes)
+                yield from ((f"{LOOKED_UP}{words} {place}", operand) for place, operand in operands)
 
 
 @dataclass

@@ -72,9 +72,17 @@ def reduced(
             small = type(model)(_with_sizes(config, sizes)).train(model.training)
     except Exception:  # a class of its own mind: it is built in another way, or these sizes do not fit it
         return None
+    _take_dtypes(small, model)
     on = reduced_mesh(mesh)
     words = " ".join(f"{name}={size}" for name, size in sizes.items())
     return Reduced(small, on, _part(example_inputs, mesh, on, plan, _first(sizes, VOCABULARIES)), words)
+
+
+def _take_dtypes(small: nn.Module, model: nn.Module) -> None:
+    """Give ``small`` the dtypes of ``model``, which may have been cast after it was built."""
+    dtypes = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    for name, tensor in (*small.named_parameters(), *small.named_buffers()):
+        tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
 
 
 def _with_sizes(config: Any, sizes: Mapping[str, int]) -> Any:
@@ -141,7 +149,7 @@ def reduced_sizes(config: Any, mesh: Mesh, stages: int = 1) -> dict[str, Any]:
         GROUPS: min(_first(known, GROUPS) or 1, 2),
         CHOSEN_GROUPS: 1,
         DENSE: dense,
-        LAYERS: max(2, ways * stages) + dense,
+        LAYERS: min(max(2, ways * stages) + dense, _first(known, LAYERS) or 0),
     }
     return {name: size for names, size in wanted.items() for name in names if name in known}
 

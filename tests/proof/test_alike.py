@@ -60,6 +60,14 @@ def test_one_block_that_differs_is_seen() -> None:
     assert found.difference
 
 
+def test_the_last_block_is_the_last_one() -> None:
+    """What follows it may be decided together with it, and that is to be so in the small program too."""
+    programs = [compile_program(Blocks(n, 8), Mesh(dp=2), Plan(), (torch.randn(4, 8),)) for n in (5, 2)]
+    pairs = likeness(programs[0].graph, programs[1].graph).pairs
+    found = [pairs[name] for name in ("linear", "linear_1", "linear_2", "linear_3", "linear_4")]
+    assert found == ["linear", "linear_1", "linear_8", "linear_9", "linear_10"]
+
+
 def test_a_program_that_is_handed_in_is_not_reduced() -> None:
     model, inputs = Blocks(2, 8), (torch.randn(4, 8),)
     program = compile_program(model, Mesh(dp=2), Plan(), inputs)
@@ -76,6 +84,7 @@ def test_a_program_that_is_handed_in_is_not_reduced() -> None:
         (Mesh(tp=16), {}, {"heads": 2, "kv_heads": 1}),  # each head of keys is on two ranks
         (Mesh(tp=8), {"vocab": 1001}, {"vocab": 49}),  # 8 does not divide it: 2 does not either
         (Mesh(dp=3), {"ff": 28672}, {"ff": 33}),
+        (Mesh(pp=2, tp=2), {"layers": 1}, {"layers": 1}),
     ],
     ids=str,
 )
@@ -122,6 +131,9 @@ def test_a_large_model_is_built_anew_from_its_config(monkeypatch: pytest.MonkeyP
     found = verify(ours, mesh, example_inputs=llama.example_batch(ours, 8, 16), layers=("relations", "field"))
     assert found.proved and "heads=4 kv_heads=2" in found.reduced, str(found)
     assert found.layers[1].facts["times a block is repeated there"] == 3
+    plan = Plan(microbatches=2)  # the loss of the last stage looks labels up in a part of the vocabulary
+    found = verify(ours, Mesh(pp=2, tp=4), plan, example_inputs=llama.example_batch(ours, 8, 16), layers=("relations",))
+    assert found.proved, str(found)
     blocks = verify(Blocks(3, 128), mesh, example_inputs=(torch.randn(8, 128),), layers=("field",))
     assert not blocks.proved and "give the same model with smaller sizes" in blocks.unproved[0]
     with pytest.raises(ValueError, match="Blocks cannot be built with smaller sizes"):
@@ -136,6 +148,18 @@ def test_inputs_of_the_reduced_model() -> None:
     ids, labels = found.example_inputs["input_ids"], found.example_inputs["labels"]  # type: ignore[call-overload]
     assert ids.shape == labels.shape == (4, 16) and int(ids.max()) < 49 and bool((labels == -100).all())
     assert sum(parameter.numel() for parameter in found.model.parameters()) < 30_000
+
+
+def test_the_reduced_model_has_the_dtypes_of_a_cast_one() -> None:
+    """Buffers too, which Hugging Face makes in float32 whatever the config says."""
+    given = named_model("tiny:llama", {"num_hidden_layers": 4}, 4, 8)
+    model = given.model.to(torch.bfloat16)
+    found = reduced(model, Mesh(dp=2), Plan(), given.batch)
+    assert found is not None
+    small = dict(found.model.named_buffers())
+    assert small and {name: tensor.dtype for name, tensor in model.named_buffers()} == {
+        name: tensor.dtype for name, tensor in small.items()
+    }
 
 
 def test_a_block_that_is_wired_otherwise_is_seen() -> None:
