@@ -179,11 +179,12 @@ def _functional(
         ):  # fmt: skip
             exported = torch.export.export(model, args, kwargs, strict=False)
         inline_no_grad(exported.graph_module)
+        is_short = blocks is not None and writes_within_blocks(exported.graph)
+        if is_short:
+            exported = _decomposed(exported)
         if blocks:
-            if writes_within_blocks(exported.graph):
-                exported = _decomposed(exported)  # while it is short
             write_out_blocks(exported)
-    return _decomposed(exported), notes
+    return exported if is_short else _decomposed(exported), notes
 
 
 def _decomposed(exported: ExportedProgram) -> ExportedProgram:
