@@ -128,6 +128,7 @@ def test_deepspeed_computes_what_the_model_computes(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_short_run(capfd: pytest.CaptureFixture[str]) -> None:
     """Every peer is measured, or its row says why it is not."""
     assert expert_step.main(["--ranks", "2", "--rounds", "2", "--warm-up", "1", "--json"]) == 0
