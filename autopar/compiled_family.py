@@ -20,6 +20,7 @@ from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.runtime.calls import Call, Signature
 from autopar.runtime.size_families import SizeFamilies, general, shapes_of
+from autopar.runtime.written_code import written
 
 Batch = Mapping[str, Any] | Sequence[Any]
 
@@ -49,7 +50,7 @@ def compile_family(model: nn.Module, mesh: Mesh, plan: Plan | None = None, batch
         )
 
     def compiled(call: Call, like: AnyProgram | None) -> tuple[AnyProgram, Guards]:
-        return cached_program(Request(model, mesh, plan, call.args, call.kwargs, None, {}, like))
+        return cached_program(Request(model, mesh, plan, call.args, call.kwargs, None, {}, like), written)
 
     def facts(call: Call) -> CallFacts:
         return call_facts(model, call.args, call.kwargs)

@@ -46,6 +46,7 @@ from autopar.runtime.stacks import rows_in_place
 from autopar.runtime.state_dicts import warning_state_dict
 from autopar.runtime.variants import check_whole_batches
 from autopar.runtime.whole_tensors import full_grads, full_state_dict
+from autopar.runtime.written_code import written
 from autopar.schedules.timing import Timeline
 
 if TYPE_CHECKING:  # imported at use, as most launches use none of them
@@ -92,7 +93,7 @@ class ParallelModule(nn.Module):
         ) -> tuple[AnyProgram, Guards]:
             chosen, homes = replace(plan, check_numerics=plan.check_numerics and not unasked), held.weights.homes
             request = Request(model, mesh, chosen, call.args, call.kwargs, layouts, homes, like)
-            found, guards = cached_program(request)
+            found, guards = cached_program(request, written)
             check_whole_batches(guards, found, model)
             return found, guards
 

@@ -19,6 +19,7 @@ from autopar.cache.between_machines import Delivery
 from autopar.cache.code_digests import digest
 from autopar.cache.entry import Header, live_guard, stored_guard
 from autopar.cache.folder import Folder, most_bytes, place
+from autopar.cache.kept_program import KeptProgram, Write
 from autopar.cache.key import Request, facts_of, key_of
 from autopar.cache.once import Turn, folder_of_launch, is_one_of_many, remove_folder_of_launch, turn
 from autopar.cache.packing import packed, unpacked
@@ -37,8 +38,10 @@ COMPARED = 8  # entries of other keys, to say why a program is not there
 logger = logging.getLogger("autopar")
 
 
-def cached_program(request: Request) -> Found:
+def cached_program(request: Request, write: Write | None = None) -> Found:
     """The program of ``request``, the same whether it was compiled now or before, and what it assumes.
+
+    ``write``: makes the Python that is kept with the program, for :attr:`autopar.ir.stored_graph.Shelf.code`.
 
     Raises the errors of :func:`autopar.compiler.compile_program`.
     """
@@ -60,10 +63,10 @@ def cached_program(request: Request) -> Found:
         found = _in(folder, key, request) if mine.waited else None
         if found is None:
             delivery = Delivery(key)
-            found = _delivered(folder, delivery.taken(longest), request)
+            found = _delivered(folder, delivery.taken(longest), request, write)
         if found is None:
             _say_why(folder, key, facts)
-            found = _made(folder, key, facts, request, mine, delivery)
+            found = _made(folder, key, facts, request, mine, delivery, write)
     return found
 
 
@@ -99,7 +102,7 @@ def _in(folder: Folder, key: str, request: Request) -> Found | None:
             continue
         start = time.perf_counter()
         try:
-            found = _of_entry(request, *content[1:])
+            found = _of_entry(request, *content[1:], may_run=folder.is_ours_alone(file.path))
         except NotMet as reason:
             logger.debug("%s does not serve: %s", file.path.name, reason)
             continue
@@ -113,13 +116,17 @@ def _in(folder: Folder, key: str, request: Request) -> Found | None:
     return None
 
 
-def _delivered(folder: Folder, entry: list[bytes], request: Request) -> Found | None:
-    """The program of an ``entry`` that another machine gave, put into the folder; None if it does not serve."""
+def _delivered(folder: Folder, entry: list[bytes], request: Request, write: Write | None) -> Found | None:
+    """The program of an ``entry`` that another machine gave, put into the folder; None if it does not serve.
+
+    The Python of it is written here: what comes over a network is data.
+    """
     if not entry:
         return None
     name, *parts = entry
     try:
-        found = _of_entry(request, *parts[1:])
+        program, guards = _of_entry(request, *parts[1:], may_run=False)
+        kept = KeptProgram.of(program, request.plan, write)
     except NotMet as reason:
         logger.debug("what another machine compiled does not serve: %s", reason)
         return None
@@ -127,12 +134,12 @@ def _delivered(folder: Folder, entry: list[bytes], request: Request) -> Found | 
         logger.warning("what another machine compiled cannot be read (%r)", problem)
         return None
     logger.debug("%s was compiled on another machine", name.decode())
-    folder.write(name.decode(), *parts)
-    return found
+    folder.write(name.decode(), *parts[:2], *kept.parts)
+    return _read(kept, request, may_run=True), guards
 
 
-def _of_entry(request: Request, header_bytes: bytes, content: bytes) -> Found:
-    """Raises NotMet."""
+def _of_entry(request: Request, header_bytes: bytes, *program: bytes, may_run: bool) -> Found:
+    """``may_run``: whether the Python that is kept with it is what this user has written. Raises NotMet."""
     header: Header = unpacked(header_bytes, request.plan)
     looks = [live_guard(stored, request.model) for stored in header.looks]
     leaves = request.leaves
@@ -143,11 +150,11 @@ def _of_entry(request: Request, header_bytes: bytes, content: bytes) -> Found:
         if change:
             raise NotMet(change)
     guards = met(header.assumptions, request.model)
-    program: AnyProgram = unpacked(content, request.plan)
+    found = _read(KeptProgram.from_parts(program), request, may_run=may_run)
     guards.values.extend(looks)
     for note in header.notes:
         warn(note, stacklevel=5)
-    return replace(program, made_buffers=made_buffers_of(request.model, program)), guards
+    return found, guards
 
 
 def _say_why(folder: Folder, key: str, facts: Mapping[str, str]) -> None:
@@ -201,7 +208,13 @@ def _compiled(request: Request) -> Found:
 
 
 def _made(
-    folder: Folder, key: str, facts: Mapping[str, str], request: Request, mine: Turn, delivery: Delivery
+    folder: Folder,
+    key: str,
+    facts: Mapping[str, str],
+    request: Request,
+    mine: Turn,
+    delivery: Delivery,
+    write: Write | None,
 ) -> Found:
     start = time.perf_counter()
     try:
@@ -213,16 +226,24 @@ def _made(
         raise
     seconds = time.perf_counter() - start
     try:
-        name, parts = _entry(key, facts, request, found, records, tuple(dict.fromkeys(notes)), seconds)
+        kept = KeptProgram.of(found[0], request.plan, write)
+        name, about = _entry(key, facts, request, found, records, tuple(dict.fromkeys(notes)), seconds)
     except Unstorable as reason:
         logger.debug("not kept in the cache: %s", reason)
         mine.left_nothing(str(reason))
         delivery.give([])
         return found
+    parts = [*about, *kept.parts]
     if not folder.write(name, *parts):
         mine.left_nothing("it could not be written")
     delivery.give([name.encode(), *parts])
-    return found
+    return _read(kept, request, may_run=True), found[1]
+
+
+def _read(kept: KeptProgram, request: Request, *, may_run: bool) -> AnyProgram:
+    """The program for ``request``, whose graphs are read when somebody looks into them."""
+    program = kept.read(request.plan, may_run=may_run)
+    return replace(program, made_buffers=made_buffers_of(request.model, program))
 
 
 def _entry(
@@ -234,7 +255,7 @@ def _entry(
     notes: tuple[str, ...],
     seconds: float,
 ) -> tuple[str, list[bytes]]:
-    """The name and the parts of an entry. Raises Unstorable."""
+    """The name of an entry, and the parts that are not the program. Raises Unstorable."""
     program, guards = found
     assumptions = assumptions_of(records, guards, request.model, program.out_spec)
     about = {
@@ -246,7 +267,6 @@ def _entry(
     }
     looks = tuple(stored_guard(guard, request.model) for guard in guards.values)
     header = packed(Header(dict(facts), assumptions, looks, notes), request.plan)
-    content = packed(replace(program, made_buffers={}), request.plan)
     states = [part for one in assumptions for pair in sorted(one.state.items()) for part in pair]
     seen = [repr(look.seen) for guard in guards.values for look in guard.looks]
-    return f"{key}-{digest(*states, *seen)[:8]}", [json.dumps(about).encode(), header, content]
+    return f"{key}-{digest(*states, *seen)[:8]}", [json.dumps(about).encode(), header]

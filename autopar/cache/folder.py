@@ -27,7 +27,7 @@ PLACE, SIZE = "AUTOPAR_CACHE", "AUTOPAR_CACHE_SIZE"
 OFF = ("0", "off", "no", "false")
 USUAL_SIZE = "1GB"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-MAGIC = b"autopar compiled program, format 1\n"
+MAGIC = b"autopar compiled program, format 2\n"
 ENDING, DRAFT = ".program", ".draft"
 LARGEST = 1 << 32
 ABANDONED = 3600.0  # seconds after which a draft has no writer any more
@@ -102,6 +102,14 @@ class Folder:
             self.delete(path)
         return found
 
+    def is_ours_alone(self, path: Path) -> bool:
+        """Whether nobody but this user (and the system's) can have written the entry."""
+        try:
+            found = [os.lstat(self.path), os.lstat(path)]
+        except OSError:
+            return False
+        return all(about.st_uid == os.getuid() and not about.st_mode & 0o022 for about in found)
+
     def write(self, name: str, *parts: bytes) -> bool:
         """Put an entry in place, then delete what is too much. A full disk or the like is told once; False then."""
         rest = joined_parts(parts)
@@ -111,7 +119,7 @@ class Folder:
             return False
         draft = self.path / f".{name}.{os.getpid()}-{secrets.token_hex(4)}{DRAFT}"
         try:
-            with open(draft, "xb") as stream:
+            with open(draft, "xb", opener=_for_others_to_read) as stream:
                 stream.write(content)
             os.replace(draft, self.path / f"{name}{ENDING}")
         except OSError as problem:
@@ -156,6 +164,10 @@ class Folder:
         """Drafts, locks and what they say."""
         with suppress(OSError):
             yield from [path for path in self.path.iterdir() if path.suffix in (DRAFT, ".lock", ".outcome")]
+
+
+def _for_others_to_read(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o644)
 
 
 def _parts(content: bytes) -> list[bytes] | None:

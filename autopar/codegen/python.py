@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from textwrap import indent
+from types import CodeType
 from typing import Any
 
 import torch
@@ -148,10 +149,19 @@ def emit_sized(
 
 def compile_source(source: str, name: str) -> RankFunction:
     """The function ``name`` of an emitted module; tracebacks and debuggers show its lines."""
-    filename = f"<autopar {name} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    return function_of(code_of(source, name), source, name)
+
+
+def code_of(source: str, name: str) -> CodeType:
+    """An emitted module, the function ``name`` of which is wanted, as it is run."""
+    return compile(source, f"<autopar {name} {hashlib.sha256(source.encode()).hexdigest()[:12]}>", "exec")
+
+
+def function_of(code: CodeType, source: str, name: str) -> RankFunction:
+    """The function ``name`` of the module that :func:`code_of` made of ``source``, in this process or another."""
+    linecache.cache[code.co_filename] = (len(source), None, source.splitlines(keepends=True), code.co_filename)
     namespace: dict[str, Any] = {"__name__": f"autopar.emitted.{name}"}
-    exec(compile(source, filename, "exec"), namespace)  # our own source, never text read from a file
+    exec(code, namespace)  # our own source, or what was kept of it where nobody else can write
     function: RankFunction = namespace[name]
     return function
 

@@ -11,7 +11,7 @@ from autopar.ir.tables import InputKind
 def made_buffers_of(model: nn.Module, program: AnyProgram) -> dict[str, Tensor]:
     """The buffers that ``program`` or its source takes and that the model computes whenever it is built, by name."""
     graphs = [program, *([program.source] if program.source is not None else [])]
-    taken = {name for graph in graphs for _, entry in graph.placeholders(InputKind.BUFFER) for name in entry.names}
+    taken = {name for graph in graphs for _, entry in graph.takes(InputKind.BUFFER) for name in entry.names}
     found = {
         f"{path}.{key}" if path else key: module._buffers.get(key)
         for path, module in model.named_modules()

@@ -7,6 +7,7 @@ plan, and tables of inputs and outputs. Parameters are placeholders, so a progra
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from autopar.ir.fast_copy import copied
 from autopar.ir.fingerprint import Fingerprint
 from autopar.ir.layout import Layout
 from autopar.ir.loss import loss_position
-from autopar.ir.node import Node, output_node, value, values
+from autopar.ir.node import Node, Value, output_node, value
+from autopar.ir.stored_graph import Port, border_of, shelf_of
 from autopar.ir.tables import Decision, Input, InputKind, Output, OutputKind, Pins, Role
 from autopar.ir.text import (
     Lines,
@@ -77,6 +79,13 @@ class _Program:
             if node.op == "placeholder" and table[node.name].kind in kinds:
                 yield node, table[node.name]
 
+    def takes(self, *kinds: InputKind) -> Iterator[tuple[Port, Input]]:
+        """As :meth:`placeholders`, seen from outside: what a rank needs to know of them. A stored graph is not read."""
+        table = {entry.node: entry for entry in self.inputs}
+        for port in border_of(self.graph).takes:
+            if table[port.name].kind in kinds:
+                yield port, table[port.name]
+
     def leaves(self) -> list[tuple[Node, Input]]:
         """What may get a gradient: parameters, then inputs and received values, that require one; in graph order."""
         kinds = (InputKind.PARAMETER, InputKind.INPUT, InputKind.RECEIVED)
@@ -89,11 +98,16 @@ class _Program:
         return tuple(output_node(self.graph).args[0])  # type: ignore[arg-type]
 
     @property
+    def returned_types(self) -> tuple[tuple[Value, ...], ...]:
+        """The types of :attr:`returned`; a stored graph is not read for them."""
+        return border_of(self.graph).returns
+
+    @property
     def loss(self) -> int | None:
         """The position of the loss among the outputs, see :func:`autopar.ir.loss.loss_position`."""
         candidates = [
-            out.kind is OutputKind.USER and any(kind.requires_grad and not kind.shape for kind in values(node))
-            for out, node in zip(self.outputs, self.returned)
+            out.kind is OutputKind.USER and any(kind.requires_grad and not kind.shape for kind in types)
+            for out, types in zip(self.outputs, self.returned_types)
         ]
         return loss_position([out.target for out in self.outputs], candidates)
 
@@ -283,8 +297,8 @@ def _shared(program: _Program) -> dict[str, Any]:
 def weight_layouts(program: AnyProgram) -> dict[str, Layout]:
     """Parameter and buffer names, aliases too, with their layouts."""
     return {
-        name: value(node).layout
-        for node, entry in program.placeholders(InputKind.PARAMETER, InputKind.BUFFER)
+        name: port.value.layout
+        for port, entry in program.takes(InputKind.PARAMETER, InputKind.BUFFER)
         for name in (entry.target, *entry.aliases)
     }
 
@@ -311,6 +325,15 @@ def format_program(program: AnyProgram, *, origins: bool = False, form: Callable
         if program.tail is not None:
             sections.append(format_program(program.tail, origins=origins, form=form).replace("program", "tail", 1))
     return "\n\n".join(sections)
+
+
+def text_digest(program: AnyProgram) -> str:
+    """A digest of ``str(program)``; known of a program whose graphs are stored."""
+    graphs = list(program.graphs.values())
+    shelf = shelf_of(graphs[0])
+    if shelf is not None and all(shelf_of(graph) is shelf for graph in graphs):
+        return shelf.text
+    return hashlib.sha256(str(program).encode()).hexdigest()
 
 
 def _program_sections(program: AnyProgram, title: str, origins: bool, form: Callable[..., Lines]) -> Iterator[str]:

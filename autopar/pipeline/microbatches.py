@@ -163,7 +163,7 @@ def counts(program: AnyProgram, inputs: Sequence[Tensor], others: Mapping[str, T
 def taken(program: AnyProgram) -> set[str]:
     """The targets of the inputs that :func:`counts` looks at."""
     whole = program.counts
-    return set() if whole is None else {entry.target for node, entry in whole.placeholders(*InputKind) if node.users}
+    return set() if whole is None else {entry.target for port, entry in whole.takes(*InputKind) if port.is_used}
 
 
 def together(name: str, parts: Sequence[Tensor], join: str | None) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from autopar.errors import InvariantError
-from autopar.ir.node import Node, origin, set_origin, set_values, value, values
+from autopar.ir.node import Node, origin, set_origin, set_values, values
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.reach import ancestors
 from autopar.ir.tables import Input, InputKind, Output, OutputKind
@@ -159,7 +159,7 @@ def users_of(program: PipelinedProgram) -> dict[str, tuple[int, ...]]:
     """Parameter or buffer name -> the stages that hold it, in order."""
     found: dict[str, tuple[int, ...]] = {}
     for number, stage in enumerate(program.stages):
-        for _, entry in stage.placeholders(InputKind.PARAMETER, InputKind.BUFFER):
+        for _, entry in stage.takes(InputKind.PARAMETER, InputKind.BUFFER):
             found[entry.target] = (*found.get(entry.target, ()), number)
     return found
 
@@ -177,7 +177,7 @@ def holders(program: AnyProgram) -> dict[str, tuple[int, ...]]:
     if isinstance(program, Program):
         return {}
     placement, used = program.required_schedule.placement, users_of(program)
-    entries = [entry for _, entry in program.placeholders(InputKind.PARAMETER, InputKind.BUFFER)]
+    entries = [entry for _, entry in program.takes(InputKind.PARAMETER, InputKind.BUFFER)]
     return {
         name: tuple(sorted({placement[number] for number in used[entry.target]}))
         for entry in entries
@@ -244,6 +244,6 @@ def gradients_of(stage: Program) -> frozenset[str]:
 def types_of(program: PipelinedProgram, crossing: Crossing) -> Mapping[str, Type]:
     """Name -> (local shape, dtype) of the values that cross."""
     stage = program.stages[crossing.target]
-    nodes = {entry.target: node for node, entry in stage.placeholders(InputKind.RECEIVED)}
-    found = {name: value(nodes[f"{crossing.source}.{name}"]) for name in crossing.names}
+    ports = {entry.target: port for port, entry in stage.takes(InputKind.RECEIVED)}
+    found = {name: ports[f"{crossing.source}.{name}"].value for name in crossing.names}
     return {name: (kind.layout.local_shape(stage.mesh), kind.dtype) for name, kind in found.items()}

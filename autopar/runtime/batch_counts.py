@@ -14,7 +14,6 @@ from torch import Tensor
 from autopar.errors import AutoparError
 from autopar.ir.batch import InputDims, input_dims
 from autopar.ir.layout import Layout, Split
-from autopar.ir.node import value
 from autopar.ir.program import AnyProgram
 from autopar.ir.tables import InputKind
 from autopar.mesh import DATA_AXES, SEQUENCE
@@ -46,18 +45,18 @@ class BatchCounts:
         if counting is None:
             return []
         self._comm.phase = "forward"
-        buffers = {entry.target: self._buffer(entry.target) for _, entry in counting.placeholders(InputKind.BUFFER)}
-        entries = list(counting.placeholders(InputKind.INPUT))
+        buffers = {entry.target: self._buffer(entry.target) for _, entry in counting.takes(InputKind.BUFFER)}
+        entries = list(counting.takes(InputKind.INPUT))
         named = [(entry.target, tensor) for (_, entry), tensor in zip(entries, tensors)]
         inputs = []
         with torch.no_grad(), below_autograd():
-            for (node, entry), (_, tensor), dims in zip(entries, named, input_dims(named, counting.plan)):
+            for (port, entry), (_, tensor), dims in zip(entries, named, input_dims(named, counting.plan)):
                 if entry.target not in self._needed:
                     inputs.append(tensor)
                 elif counting.plan.inputs != "local":
                     inputs.append(tensor.to(self._comm.device))
                 else:
-                    inputs.append(self._gathered(tensor.to(self._comm.device), value(node).shape, dims))
+                    inputs.append(self._gathered(tensor.to(self._comm.device), port.value.shape, dims))
             return counts(self._program, inputs, {**self._constants, **buffers}, share)
 
     def _gathered(self, part: Tensor, shape: Sequence[int], dims: InputDims) -> Tensor:

@@ -21,7 +21,7 @@ from torch.distributed import HashStore, PrefixStore, ProcessGroup, rendezvous  
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar.errors import LaunchError, RankFailedError, RanksDifferError
-from autopar.ir.program import AnyProgram, PipelinedProgram
+from autopar.ir.program import AnyProgram, PipelinedProgram, text_digest
 from autopar.mesh import ALIASES, PIPELINE, Mesh, axes_of
 from autopar.runtime import functional_collectives as torch_collectives
 from autopar.runtime.agreement import Agreement, differences, digest_of
@@ -91,7 +91,7 @@ class Connection:
         """Raise RanksDifferError unless all ranks have the same program; all of them call this at the same time."""
         constants = {name: digest(tensor) for name, tensor in sorted(_constants(program).items())}
         agreement = self.comm.agreement
-        agreement.start(digest_of((str(program), constants)), lambda: "this one", "")
+        agreement.start(digest_of((text_digest(program), constants)), lambda: "this one", "")
         if not agreement.agrees():
             raise RanksDifferError(
                 "the ranks have made different programs of this call\n"

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from autopar.errors import InvariantError
 from autopar.ir.loss import loss_of
-from autopar.ir.node import value
 from autopar.ir.program import Program
 from autopar.ir.signature import restorer
 from autopar.ir.tables import OutputKind
@@ -27,6 +26,7 @@ from autopar.runtime.connect import Connection
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_graphs import BACKWARD, FORWARD, INFERENCE, PARTIAL, REDUCED
 from autopar.runtime.rank_program import BoundProgram, Fetch, Step, put
+from autopar.runtime.written_code import code_of_model
 
 
 class Executable(BoundProgram):
@@ -40,7 +40,7 @@ class Executable(BoundProgram):
         accumulation: Accumulation | None = None,
         code: RankCode | None = None,
     ) -> None:
-        super().__init__(program, code or RankCode.of_model(program), root, connection)
+        super().__init__(program, code or code_of_model(program), root, connection)
         self._accumulation = accumulation or Accumulation()
         self._counts = BatchCounts(program, self.slots, connection.comm)
         self._is_weighed, loss = program.is_weighed, program.loss
@@ -49,8 +49,8 @@ class Executable(BoundProgram):
         self._leaves = [self._leaf(target) for target in self.role.grads]
         self._gives = [self.giver(target) for target in self.role.grads]
         self._results = [
-            Result(entry.target, value(node), connection) if entry.kind is OutputKind.USER else None
-            for entry, node in zip(program.outputs, program.returned)
+            Result(entry.target, types[0], connection) if entry.kind is OutputKind.USER else None
+            for entry, types in zip(program.outputs, program.returned_types)
         ]
 
     # ------------------------------------------------------------ running

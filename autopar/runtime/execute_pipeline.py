@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from autopar.errors import InvariantError
-from autopar.ir import collectives as comm
-from autopar.ir.node import value
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.signature import restore_output
 from autopar.ir.tables import InputKind, OutputKind
@@ -36,6 +34,7 @@ from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_program import Give, put
 from autopar.runtime.rank_stage import BoundStage, Microbatch, StageStep
 from autopar.runtime.recorder import epoch
+from autopar.runtime.written_code import axes_of, code_of_stage
 from autopar.schedules import timing
 from autopar.schedules.instructions import Kind, Schedule
 from autopar.schedules.packing import Types
@@ -49,9 +48,7 @@ def open_groups(program: AnyProgram, communicator: Communicator) -> None:
 
     Also those that only other stages need: the names of later groups depend on how many a process has made.
     """
-    tail = program.tail if isinstance(program, PipelinedProgram) else None
-    parts = [part for whole in (program, tail) if whole is not None for part in whole.parts]
-    communicator.open(comm.axes_used(graph for part in parts for graph in part.graphs.values()))
+    communicator.open(axes_of(program))
 
 
 class PipelineExecutable:
@@ -70,7 +67,7 @@ class PipelineExecutable:
         self.events: list[Event] = []  # of the latest step
         self.in_flight = 0  # microbatches, of each stage, that were held for a backward pass at a time in that step
         self._played = program.required_schedule
-        inputs = [entry.target for _, entry in program.placeholders(InputKind.INPUT)]
+        inputs = [entry.target for _, entry in program.takes(InputKind.INPUT)]
         mine = program.stages_on(self.rank)
         programs = [program] if program.tail is None else [program, program.tail]
         if code is None:
@@ -80,7 +77,7 @@ class PipelineExecutable:
         def bound(whole: PipelinedProgram, n: int) -> BoundStage:
             stage = whole.stages[n]
             loss = whole.loss_in(stage)
-            found = code(whole is program, n) if code is not None else RankCode.of_stage(stage, loss)
+            found = code(whole is program, n) if code is not None else code_of_stage(stage, loss)
             return BoundStage(stage, found, root, own, inputs, loss)
 
         self.stages = {n: [bound(whole, n) for whole in programs] for n in mine}
@@ -90,7 +87,7 @@ class PipelineExecutable:
         self._ties = _ties(program, self.rank)
         slots = {name: (table, key) for _, table, key, name in tables(root)}
         self._counts = [BatchCounts(whole, slots, own.comm) for whole in programs]
-        self._takes_counts = any(any(stage.placeholders(InputKind.WHOLE)) for stage in mine.values())
+        self._takes_counts = any(any(stage.takes(InputKind.WHOLE)) for stage in mine.values())
 
     # ------------------------------------------------------------ running
 
@@ -340,4 +337,5 @@ def _ties(program: PipelinedProgram, rank: int) -> dict[str, tuple[int, ...]]:
 
 def _dtype_of_loss(program: PipelinedProgram) -> torch.dtype:
     assert program.loss is not None
-    return value(program.returned[program.loss]).dtype
+    (kind,) = program.returned_types[program.loss]
+    return kind.dtype

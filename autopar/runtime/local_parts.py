@@ -14,7 +14,6 @@ import torch
 
 from autopar.errors import IndivisibleError, InvariantError, TraceError
 from autopar.ir.batch import InputDims, input_dims
-from autopar.ir.node import value
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
@@ -59,8 +58,8 @@ def check_parts(program: AnyProgram, call: Call) -> None:
     if program.plan.inputs != "local":
         return
     dims = input_dims(call.named_tensors, program.plan)
-    for (node, entry), tensor, of in zip(program.placeholders(InputKind.INPUT), call.tensors, dims):
-        expected = list(value(node).layout.local_shape(program.mesh))
+    for (port, entry), tensor, of in zip(program.takes(InputKind.INPUT), call.tensors, dims):
+        expected = list(port.value.layout.local_shape(program.mesh))
         if isinstance(program, PipelinedProgram) and of.batch is not None:
             expected[of.batch] = tensor.shape[of.batch]  # the program is that of one microbatch
         if list(tensor.shape) != expected:

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 
 from autopar.errors import InvariantError
 from autopar.ir.layout import Layout
-from autopar.ir.node import value
 from autopar.ir.program import AnyProgram, weight_layouts
 from autopar.ir.stacked_parameters import by_member, is_stacked, member_names
 from autopar.ir.tables import InputKind
@@ -203,9 +202,9 @@ class Weights:
     def _stack(self, program: AnyProgram) -> None:
         """Put one parameter in place of those that the program takes stacked."""
         places = {name: (table, key) for _, table, key, name in tables(self.root)}
-        for node, entry in program.placeholders(InputKind.PARAMETER):
+        for port, entry in program.takes(InputKind.PARAMETER):
             if is_stacked(entry.target):
-                members = [places[name] for name in member_names(entry.target, value(node).shape[0])]
+                members = [places[name] for name in member_names(entry.target, port.value.shape[0])]
                 parameters = [table[key] for table, key in members]
                 self.stacks.append(stack(self.root, entry.target, members))
                 for parameter in parameters:
@@ -359,8 +358,8 @@ def tables(root: nn.Module) -> Iterator[tuple[nn.Module, Table, str, str]]:
 
 def _unused(program: AnyProgram) -> set[str]:
     """The names of parameters and buffers without which the program does: they stay as they are held."""
-    found = program.placeholders(InputKind.PARAMETER, InputKind.BUFFER)
-    return {name for node, entry in found if not node.users for name in (entry.target, *entry.aliases)}
+    found = program.takes(InputKind.PARAMETER, InputKind.BUFFER)
+    return {name for port, entry in found if not port.is_used for name in (entry.target, *entry.aliases)}
 
 
 def _placed(tensor: Tensor, form: Stored, own: Connection) -> Tensor:

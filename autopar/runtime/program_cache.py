@@ -16,11 +16,10 @@ from torch import Tensor
 
 from autopar.errors import RanksDifferError
 from autopar.ir.collection import no_collection
-from autopar.ir.collectives import axes_used
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards
 from autopar.ir.layout import Layout
-from autopar.ir.program import AnyProgram, PipelinedProgram, Program
+from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.mesh import Mesh
 from autopar.notes import is_mute
 from autopar.pipeline.microbatches import Weight
@@ -80,9 +79,7 @@ class Entry:
 
     @cached_property
     def _communicates(self) -> bool:
-        program = self.bound.program
-        graphs = [program.graphs.get("inference", program.graph)] if isinstance(program, Program) else []
-        return isinstance(program, PipelinedProgram) or bool(axes_used(graphs))
+        return isinstance(self.bound, PipelineExecutable) or bool(self.bound.code.axes_of_inference)
 
 
 class ProgramCache:

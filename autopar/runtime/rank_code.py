@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 from torch import fx
 
 from autopar.autodiff.halves import BackwardSteps, backward_steps
 from autopar.codegen.python import RankFunction, compile_source, emit
+from autopar.ir.collectives import axes_used
 from autopar.ir.program import Program
-from autopar.runtime.rank_graphs import RankGraphs, model_graphs, stage_graphs
+from autopar.runtime.rank_graphs import INFERENCE, RankGraphs, model_graphs, passed_on, stage_graphs
 from autopar.runtime.resident_parameters import Gathered
 
 
@@ -38,6 +40,25 @@ class RankCode:
         """``loss``: the position of the whole model's loss among the stage's outputs, if it makes it."""
         steps = backward_steps(program)
         return cls(program, stage_graphs(program, steps, loss), steps)
+
+    @property
+    def axes(self) -> list[str]:
+        """Those over which any rank communicates that runs one of the program's graphs."""
+        return axes_used(self.program.graphs.values())
+
+    @property
+    def axes_of_inference(self) -> list[str]:
+        """Those without which the program gives no output."""
+        return axes_used([self.program.graphs.get(INFERENCE, self.program.graph)])
+
+    @property
+    def gradients(self) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+        """Of a stage with a backward pass, the targets of gradients that are due at once, and later."""
+        return (self.steps.at_once, self.steps.later) if self.steps is not None else None
+
+    def passed_on(self, name: str) -> Sequence[int]:
+        """The positions of results of the graph ``name`` that are inputs, or views of inputs."""
+        return passed_on(self.graphs[name])
 
     def graph(self, name: str) -> fx.Graph:
         return self.graphs[name]

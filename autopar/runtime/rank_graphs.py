@@ -5,6 +5,7 @@ They are all made when the program is bound to a module.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,7 +13,9 @@ from torch import fx
 
 from autopar.autodiff.halves import BackwardSteps
 from autopar.autodiff.hoist import Gathering, Reducing, without_gathers, without_reductions
+from autopar.ir import collectives as comm
 from autopar.ir.node import output_node
+from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
 from autopar.ir.rewrite import remove_unused
 from autopar.ir.tables import InputKind, OutputKind
@@ -114,3 +117,19 @@ def _deferred(program: Program) -> Reducing | None:
     if role.backward is None or program.plan.zero > 1 or not axes or not parameters.issuperset(role.grads):
         return None
     return without_reductions(role.backward, axes)
+
+
+def passed_on(graph: fx.Graph) -> list[int]:
+    """The positions of results of ``graph`` that are inputs, or views of inputs."""
+    returned: tuple[fx.Node, ...] = output_node(graph).args[0]  # type: ignore[assignment]
+    return [position for position, node in enumerate(returned) if _base(node).op == "placeholder"]
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The node that allocated the memory of which ``node`` is a view."""
+    while node.op == "call_function":
+        passes_on = node.target in comm.TARGETS and comm.moving(node.target) is None
+        if not (is_view(node.target) or node.target is operator.getitem or passes_on):
+            break
+        node = node.all_input_nodes[0]
+    return node

@@ -6,8 +6,7 @@ is asked for (:mod:`rank_graphs` has them), and writes new values of buffers bac
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,14 +14,12 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from autopar.autodiff.hoist import Gathering
 from autopar.errors import AutoparError, InvariantError
-from autopar.ir import collectives as comm
-from autopar.ir.node import Node, output_node, value
-from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
+from autopar.ir.stored_graph import Port
 from autopar.ir.tables import Input, InputKind, OutputKind
 from autopar.runtime.absent import Table
 from autopar.runtime.autograd import below_autograd, is_autocasting, is_watched
@@ -108,16 +105,16 @@ class BoundProgram:
             from autopar.inductor.functions import refuse_without_compiler
 
             refuse_without_compiler(self.comm.device)
-        self.comm.open(comm.axes_used(code.program.graphs.values()))
+        self.comm.open(code.axes)
         self.slots: dict[str, tuple[Table, str]] = {name: (table, key) for _, table, key, name in tables(root)}
-        self.entries = list(program.placeholders(*InputKind))
+        self.entries = list(program.takes(*InputKind))
         self.users = [entry.target for _, entry in self.entries if entry.kind is InputKind.INPUT]
         self._updates = [
             (position, *self.slots[entry.target])
             for position, entry in enumerate(program.outputs)
             if entry.kind is OutputKind.BUFFER_UPDATE
         ]
-        fetch = [self._fetcher(node, entry) for node, entry in self.entries]
+        fetch = [self._fetcher(port, entry) for port, entry in self.entries]
         leading = takewhile(lambda one: isinstance(one, Held), fetch)
         self._first = [(one.table, one.key) for one in leading if isinstance(one, Held)]
         self._fetch = fetch[len(self._first) :]
@@ -133,7 +130,7 @@ class BoundProgram:
         """The results of the function ``name``, each tensor in memory of its own."""
         found = list(self.results(name, given))
         if name not in self._shared:
-            self._shared[name] = sharing(self.graphs[name], found)
+            self._shared[name] = sharing(self.code.passed_on(name), found)
         for position in self._shared[name]:
             found[position] = found[position].clone()
         return found
@@ -168,9 +165,9 @@ class BoundProgram:
 
     # ------------------------------------------------------------ binding
 
-    def _fetcher(self, node: Node, entry: Input) -> Fetch:
+    def _fetcher(self, port: Port, entry: Input) -> Fetch:
         """A function that finds the local tensor of one placeholder."""
-        layout, comm = value(node).layout, self.comm
+        layout, comm = port.value.layout, self.comm
         if entry.kind is InputKind.SEED:
             return lambda step: torch.tensor(step.seed, device=comm.device)
         if entry.kind is InputKind.WHOLE:
@@ -191,7 +188,7 @@ class BoundProgram:
                 "Way out: model.to_empty(device=...), then model.load_state_dict(...) or your own initialisation."
             )
         shape = layout.local_shape(comm.mesh)
-        if node.users and tuple(local_of(table[key]).shape) != shape:
+        if port.is_used and tuple(local_of(table[key]).shape) != shape:
             return lambda step: padded(local_of(table[key]), shape)
         if any(updated is table and name == key for _, updated, name in self._updates):
             return lambda step: local_of(table[key]).clone()  # forward may save it, and then it is written to
@@ -210,7 +207,7 @@ class BoundProgram:
     def giver(self, target: str) -> Give:
         """A function that makes a local gradient the gradient of the tensor ``target``."""
         if target not in self.slots:
-            layout = next(value(node).layout for node, entry in self.entries if entry.target == target)
+            layout = next(port.value.layout for port, entry in self.entries if entry.target == target)
             is_local = self.program.plan.inputs == "local"
             return lambda grad, _: grad if is_local else joined(grad, layout, self.comm)
         return Giver(*self.slots[target])
@@ -224,14 +221,13 @@ def put(give: Give, parameter: Tensor, grad: Tensor) -> None:
             torch.autograd.backward((parameter,), (whole,))
 
 
-def sharing(graph: fx.Graph, found: Sequence[Tensor]) -> list[int]:
-    """Positions of results of ``graph`` that share memory with an input or with another result.
+def sharing(passed_on: Iterable[int], found: Sequence[Tensor]) -> list[int]:
+    """Positions of results of a graph that share memory with an input (those ``passed_on``) or with another result.
 
     ``found``: the results. As gradients they need memory of their own: they are scaled and added to in place. Slices of
     one bucket do not overlap and may stay.
     """
-    returned: tuple[Node, ...] = output_node(graph).args[0]  # type: ignore[assignment]
-    shared = {position for position, node in enumerate(returned) if _base(node).op == "placeholder"}
+    shared = set(passed_on)
     last: dict[int, tuple[int, int]] = {}  # storage -> (end, position) of the result before, in order of memory
     for pointer, start, end, position in sorted(_span(tensor, i) for i, tensor in enumerate(found)):
         before, other = last.get(pointer, (0, position))
@@ -247,13 +243,3 @@ def _span(tensor: Tensor, position: int) -> tuple[int, int, int, int]:
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
     end = start + (reach * tensor.element_size() if tensor.numel() else 0)
     return tensor.untyped_storage().data_ptr(), start, end, position
-
-
-def _base(node: Node) -> Node:
-    """The node that allocated the memory of which ``node`` is a view."""
-    while node.op == "call_function":
-        passes_on = node.target in comm.TARGETS and comm.moving(node.target) is None
-        if not (is_view(node.target) or node.target is operator.getitem or passes_on):
-            break
-        node = node.all_input_nodes[0]
-    return node

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autopar.ir.node import value
+from autopar.ir.node import Value
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.pipeline.interpreter import Values
@@ -38,13 +38,13 @@ class BoundStage(BoundProgram):
         loss: int | None,
     ) -> None:
         super().__init__(program, code, root, connection)
-        steps = code.steps
         self.loss = loss
         self._places = [inputs.index(target) for target in self.users]
-        self.parameters = {entry.target: node for node, entry in program.placeholders(InputKind.PARAMETER)}
-        self.at_once, self.later = (steps.at_once, steps.later) if steps else ((), ())
-        self.trains = steps is not None
+        self.parameters = {entry.target: port for port, entry in program.takes(InputKind.PARAMETER)}
+        self.at_once, self.later = code.gradients or ((), ())
+        self.trains = code.gradients is not None
         self.gives = {target: self.giver(target) for target in self.later}
+        self._types = program.returned_types
         self._partial: list[Tensor] | None = None  # gradients of all microbatches until now, not yet reduced
 
     def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -52,13 +52,17 @@ class BoundStage(BoundProgram):
         return [tensors[place] for place in self._places]
 
     def whole_output(self, position: int, local: Tensor) -> Tensor:
-        return joined(local, value(self.program.returned[position]).layout, self.comm)
+        return joined(local, self._result(position).layout, self.comm)
+
+    def _result(self, position: int) -> Value:
+        (kind,) = self._types[position]
+        return kind
 
     def tangents(self, grads: Values, share: Tensor | float) -> list[Tensor]:
         """The gradients of the stage's results: of sent values, and of the loss, which has the weight ``share``."""
         found = []
         for position in self.role.differentiable:
-            entry, kind = self.program.outputs[position], value(self.program.returned[position])
+            entry, kind = self.program.outputs[position], self._result(position)
             if entry.kind is OutputKind.SENT:
                 found.append(grads.pop(entry.target))
             else:
@@ -86,7 +90,7 @@ class BoundStage(BoundProgram):
             return dict(zip(self.later, self.own(REDUCE, partial)))
 
     def no_gradient(self, target: str) -> Tensor:
-        kind = value(self.parameters[target])
+        kind = self.parameters[target].value
         return torch.zeros(kind.layout.local_shape(self.comm.mesh), dtype=kind.dtype, device=self.comm.device)
 
     def forget(self) -> None:

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import IndivisibleError
 from autopar.ir.batch import data_axes, data_ways, input_dims
-from autopar.ir.node import value
 from autopar.ir.program import AnyProgram
 from autopar.ir.tables import OutputKind
 from autopar.mesh import Mesh
@@ -57,8 +56,8 @@ class Joined:
         """Raise IndivisibleError where outputs would be in other parts than the rows that ranks passed."""
         split = set(data_axes(mesh))
         in_parts = any(
-            entry.kind is OutputKind.USER and split & value(node).layout.axes
-            for entry, node in zip(program.outputs, program.returned)
+            entry.kind is OutputKind.USER and any(split & kind.layout.axes for kind in types)
+            for entry, types in zip(program.outputs, program.returned_types)
         )
         total, ways = sum(self.counts), len(self.counts)
         part = -(-total // ways)

@@ -101,7 +101,7 @@ def fails(number: int) -> Any:
     return raised
 
 
-def full(path: Any, mode: str = "r", *_: Any) -> Any:
+def full(path: Any, mode: str = "r", *_: Any, **choices: Any) -> Any:
     """A file on a full disk."""
     return builtins.open("/dev/full" if "x" in mode else path, mode.replace("x", "w"))
 
