@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from types import CodeType
+from typing import Any
 
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9]*_[A-Z0-9_]+")  # what may be the name of an environment variable
 DIGITS = 32
@@ -17,8 +18,12 @@ DIGITS = 32
 
 def digest(*parts: str) -> str:
     """Of texts in their order; ``("ab", "c")`` and ``("a", "bc")`` differ."""
-    contents = [part.encode(errors="surrogatepass") for part in parts]
-    return hashlib.sha256(b"".join([b"%d:%b" % (len(content), content) for content in contents])).hexdigest()[:DIGITS]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:DIGITS]  # which escapes what cannot be encoded
+
+
+def digest_of_bytes(content: bytes | memoryview) -> str:
+    """Of the data of an array."""
+    return hashlib.sha256(content).hexdigest()[:DIGITS]
 
 
 def code_digest(code: CodeType) -> str:
@@ -47,10 +52,19 @@ def _digest_at_once(code: CodeType) -> str:
     return hashlib.sha256(name + b"\0" + content).hexdigest()[:DIGITS]
 
 
-def _has_sets(constant: object) -> bool:
-    if isinstance(constant, CodeType):
-        return any(map(_has_sets, constant.co_consts))
-    return isinstance(constant, frozenset) or isinstance(constant, tuple) and any(map(_has_sets, constant))
+def _has_sets(code: CodeType) -> bool:
+    return _have_sets(code.co_consts)
+
+
+def _have_sets(constants: Any) -> bool:
+    kinds = set(map(type, constants))
+    if frozenset in kinds:
+        return True
+    inner = [one.co_consts if isinstance(one, CodeType) else one for one in constants if type(one) in _HOLDING]
+    return any(map(_have_sets, inner)) if not kinds.isdisjoint(_HOLDING) else False
+
+
+_HOLDING = frozenset((CodeType, tuple))
 
 
 def _digest_of_parts(code: CodeType) -> str:

@@ -7,10 +7,12 @@ A value that has no such digest (a socket, a random number generator, an object 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import functools
 import inspect
 import logging
+import operator
 import os
 import re
 import struct
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autopar.cache.code_digests import code_digest, digest, inner_code
+from autopar.cache.code_digests import code_digest, digest, digest_of_bytes, inner_code
 from autopar.cache.reasons import Unstorable
 from autopar.frontend.code_names import is_users, is_users_class
 from autopar.frontend.source_lines import is_users_file
@@ -55,6 +57,7 @@ class Digests:
         self._known: dict[int, str] = {}
         self._alive: list[Any] = []  # so that no id is used twice
         self._open: set[int] = set()
+        self._slots: dict[type, dict[str, Any] | None] = {}
         self.code: set[CodeType] = set()
         self.functions: list[FunctionType] = []
 
@@ -146,7 +149,7 @@ class Digests:
         address = self._address(value)
         if address is not None:  # its attributes are compared one by one
             return digest("object", address, self.of(kind))
-        own = vars_of(value)
+        own = vars_of(value, self._slots)
         if own is None:
             raise Unstorable(f"a {_name(kind)}, whose state cannot be compared")
         return digest("object", self.of(kind), *(f"{key} {self.of(own[key])}" for key in sorted(own)))
@@ -181,14 +184,36 @@ class Digests:
     def _property(self, found: property) -> str:
         return digest("property", *map(self.of, (found.fget, found.fset, found.fdel)))
 
+    def _field(self, field: dataclasses.Field[Any]) -> str:
+        if type(field) is not dataclasses.Field:
+            return self._object(field, type(field))
+        return digest("field", *map(self.of, _FIELD(field)), *self.items(field.metadata))
+
     def _custom_operator(self, found: Any) -> str:
         own = [value for value in vars(found).values() if isinstance(value, FunctionType)]
         return digest("custom operator", found._qualname, *map(self.of, own))
 
 
-def vars_of(value: Any) -> dict[str, Any] | None:
-    """The attributes of an object, those in slots too; None where its class keeps more than these, as those in C do."""
+def vars_of(value: Any, known: dict[type, dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The attributes of an object, those in slots too; None where its class keeps more than these, as those in C do.
+
+    ``known``: the slots of classes that were looked at already.
+    """
     cls = type(value)
+    if cls not in known:
+        known[cls] = _slots_of(cls)
+    slots = known[cls]
+    if slots is None:
+        return None
+    found: dict[str, Any] = dict(getattr(value, "__dict__", {}))
+    for key, slot in slots.items():
+        with contextlib.suppress(AttributeError):  # it was never set
+            found[key] = slot.__get__(value)
+    return found
+
+
+def _slots_of(cls: type) -> dict[str, Any] | None:
+    """Name -> slot; None where instances keep more than in these and in their attributes."""
     slots = {
         key: found
         for base in cls.__mro__
@@ -196,13 +221,7 @@ def vars_of(value: Any) -> dict[str, Any] | None:
         if isinstance(found, types.MemberDescriptorType)
     }
     tables = (cls.__dictoffset__ > 0) + (cls.__weakrefoffset__ > 0)  # pointers that an object holds itself
-    if cls.__basicsize__ > object.__basicsize__ + _POINTER * (len(slots) + tables):
-        return None
-    found: dict[str, Any] = dict(getattr(value, "__dict__", {}))
-    for key, slot in slots.items():
-        with contextlib.suppress(AttributeError):  # it was never set
-            found[key] = slot.__get__(value)
-    return found
+    return None if cls.__basicsize__ > object.__basicsize__ + _POINTER * (len(slots) + tables) else slots
 
 
 _POINTER = struct.calcsize("P")
@@ -222,7 +241,7 @@ def _content(tensor: Tensor) -> str:
     if tensor.is_meta or tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
         raise Unstorable(f"a {type(tensor).__name__} without plain data ({tensor.device}, {tensor.layout})")
     flat = tensor.detach().cpu().contiguous().flatten()
-    return digest(str(tuple(tensor.stride())), flat.view(torch.uint8).numpy().tobytes().hex())
+    return digest(str(tuple(tensor.stride())), digest_of_bytes(flat.view(torch.uint8).numpy().data))
 
 
 def _of_numpy(value: Any) -> str:
@@ -231,7 +250,7 @@ def _of_numpy(value: Any) -> str:
         return f"{getattr(value, '__module__', '')}.{name or value!r}"
     if data is None or value.dtype.hasobject:
         raise Unstorable(f"a {_name(type(value))}, whose state cannot be compared")
-    return f"{value.dtype} {getattr(value, 'shape', ())} {data().hex()}"
+    return f"{value.dtype} {getattr(value, 'shape', ())} {digest_of_bytes(data())}"
 
 
 def _name(cls: type) -> str:
@@ -256,6 +275,8 @@ def _form_of(value: Any, kind: type) -> Of | None:
     return found
 
 
+# a third of what there is to compare in a model of transformers
+_FIELD = operator.attrgetter(*(name for name in dataclasses.Field.__slots__ if name != "metadata"))
 _KNOWN_FORMS: dict[type, Of | None] = {}
 _FORMS: tuple[tuple[Any, Of], ...] = (
     (FunctionType, Digests.function),
@@ -275,6 +296,7 @@ _FORMS: tuple[tuple[Any, Of], ...] = (
     (type(os.environ), lambda *_: "the environment"),  # what is read of it is compared variable by variable
     (torch.Generator, lambda _, generator: _refused(generator)),
     (logging.Logger, lambda _, logger: digest("logger", logger.name)),
+    (dataclasses.Field, Digests._field),
     (re.Pattern, lambda _, pattern: digest("pattern", repr(pattern.pattern), str(pattern.flags))),
     (CodeType, lambda _, code: code_digest(code)),
     (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -81,22 +82,24 @@ def imported_by(function: FunctionType, name: str) -> Iterator[ModuleType]:
 
 
 def _steps(code: CodeType) -> Iterator[tuple[int, str]]:
-    """The instructions of ``code``, with the names that they read: as ``dis`` has them, in a tenth of its time."""
+    """The instructions of ``code`` that read names, with these; those between them as one without.
+
+    As ``dis`` has them, in a tenth of its time.
+    """
     variables = (*code.co_varnames, *(name for name in code.co_cellvars if name not in code.co_varnames))
     variables += code.co_freevars
-    content, names, wide = code.co_code, code.co_names, 0
-    for step, low in zip(content[::2], content[1::2]):
-        if step == _WIDE:
-            wide = (wide | low) << 8
-        elif step in _SHIFTS:
-            yield step, names[(wide | low) >> _SHIFTS[step]]
-            wide = 0
-        elif step in _CELLS:
-            yield step, variables[wide | low]
-            wide = 0
-        elif step not in _PASSING:
-            yield step, ""
-            wide = 0
+    steps, arguments, names, wide = code.co_code[::2], code.co_code[1::2], code.co_names, 0
+    for run in _RUN.finditer(steps):
+        for step, low in zip(run[0], arguments[run.start() : run.end()]):
+            if step == _WIDE:
+                wide = (wide | low) << 8
+            elif step in _SHIFTS:
+                yield step, names[(wide | low) >> _SHIFTS[step]]
+                wide = 0
+            elif step in _CELLS:
+                yield step, variables[wide | low]
+                wide = 0
+        yield _ANOTHER, ""
 
 
 def _numbers(names: Iterable[str]) -> frozenset[int]:
@@ -113,8 +116,20 @@ _SHIFTS = {
     for name in (*GLOBALS, *ATTRIBUTES, *IMPORTS, *PARTS, "LOAD_SUPER_ATTR")
     if name in dis.opmap
 }
+_ANOTHER = -1
 
 
+def _any_of(steps: Iterable[int]) -> bytes:
+    return b"[" + re.escape(bytes(sorted(steps))) + b"]"
+
+
+# what reads names one after the other
+_RUN = re.compile(
+    b"(?:" + _any_of([_WIDE]) + b"*" + _any_of([*_SHIFTS, *_CELLS]) + _any_of(_PASSING) + b"*)+", re.DOTALL
+)
+
+
+@functools.cache
 def is_users(module: str | None) -> bool:
     """Whether what is defined in the module of that name is the user's, or of a library of models."""
     name = module or ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -168,9 +169,22 @@ def _file(path: str) -> str:
 
 @cache
 def _own_files() -> str:
-    links = ("passes", "models")
-    files = sorted({*ROOT.rglob("*.py"), *(path for link in links for path in (ROOT / link).rglob("*.py"))})
-    return _digest(b"".join(path.relative_to(ROOT).as_posix().encode() + path.read_bytes() for path in files))
+    """Of all our files; some of our folders may be links."""
+    digest, length = hashlib.sha256(), len(str(ROOT)) + 1
+    for path in sorted(_python_files(str(ROOT))):
+        with open(path, "rb", buffering=0) as stream:
+            content = stream.read()
+        digest.update(f"{path[length:]} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:DIGITS]
+
+
+def _python_files(folder: str) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".py"):
+                yield entry.path
+            elif not entry.name.startswith((".", "__")) and entry.is_dir():
+                yield from _python_files(entry.path)
 
 
 def _digest(content: bytes) -> str:

@@ -170,10 +170,13 @@ class Readings:
     def _by_class(self, cls: type, names: Iterable[str]) -> None:
         """What a method may read of its class: ``cls.scale``, ``type(self).scale``, ``self.__class__.scale``."""
         bases = (*cls.__mro__, *getmro(type(cls)))
-        for name in sorted(names):
-            holder = next((base for base in bases if name in vars(base)), None)
-            if holder is None or not is_users_class(holder):
-                continue
+        holders, left = dict[str, type](), set(names)
+        for base in bases:
+            here = self._class(base).keys() & left
+            holders.update(dict.fromkeys(here, base))
+            left -= here
+        for name in sorted(name for name, holder in holders.items() if is_users_class(holder)):
+            holder = holders[name]
             if isinstance(vars(holder)[name], property) and holder not in cls.__mro__:  # of the metaclass
                 self.reading(self._class(holder), name, f"{holder.__name__}.{name}")
             if not hasattr(type(vars(holder)[name]), "__get__"):  # a method is seen when it is read
