@@ -9,6 +9,7 @@ from typing import cast
 
 from torch import nn
 
+from autopar.cache.read_programs import read_program
 from autopar.errors import ProgramFileError
 from autopar.families.family import Family
 from autopar.frontend.fingerprint import of_model
@@ -17,7 +18,7 @@ from autopar.ir.program import AnyProgram
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.program_files.family_file import holds_family, load_family
-from autopar.program_files.program_file import load
+from autopar.runtime.written_code import written
 
 OneProgram = str | Path | AnyProgram | Family
 AT_RUN_TIME = ("seed", "initial", "timeout", "check_numerics")  # choices that no program depends on
@@ -41,7 +42,7 @@ class Stored:
         if isinstance(given, Family):
             return cls(given.first_program, "the family", given)
         if isinstance(given, (str, Path)):
-            return cls(load(given), f"the program in {given}")
+            return cls(read_program(given, written), f"the program in {given}")
         return cls(given, "the program")
 
     def check_fits(self, model: nn.Module, mesh: Mesh, plan: Plan) -> None:

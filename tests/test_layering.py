@@ -71,7 +71,7 @@ STANDS_ON = {
         " simulate simulator traces"
     ),
     "compiled_family": "cache choices errors families frontend ir mesh plan runtime",
-    "stored_programs": "errors families frontend ir mesh plan program_files",
+    "stored_programs": "cache errors families frontend ir mesh plan program_files runtime",
     "compiled_models": "",
     "hidden_modules": "notes",
     "api": "choices compiled_models errors frontend hidden_modules mesh module other_methods plan runtime "

@@ -41,12 +41,12 @@ logger = logging.getLogger("autopar")
 def cached_program(request: Request, write: Write | None = None) -> Found:
     """The program of ``request``, the same whether it was compiled now or before, and what it assumes.
 
-    ``write``: makes the Python that is kept with the program, for :attr:`autopar.ir.stored_graph.Shelf.code`.
+    ``write``: makes the Python that is kept with the program, for :class:`autopar.ir.stored_graph.Shelf`.
 
     Raises the errors of :func:`autopar.compiler.compile_program`.
     """
     start_log()
-    folder = _folder()
+    folder = folder_in_use()
     if folder is None:
         return _compiled(request)
     try:
@@ -70,7 +70,7 @@ def cached_program(request: Request, write: Write | None = None) -> Found:
     return found
 
 
-def _folder() -> Folder | None:
+def folder_in_use() -> Folder | None:
     """The cache; where nothing can be written there, a folder that the ranks of this launch share; None for none."""
     path = place()
     if path is None or DUMP in os.environ:  # then somebody wants to see the passes at work

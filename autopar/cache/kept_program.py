@@ -28,9 +28,9 @@ class KeptProgram:
     code: bytes
 
     @classmethod
-    def of(cls, program: AnyProgram, plan: Plan, write: Write | None) -> KeptProgram:
-        """``write``: makes the code. Raises Unstorable."""
-        outside, graphs, in_order = packed_apart(replace(program, made_buffers={}), plan)
+    def of(cls, program: AnyProgram, plan: Plan, write: Write | None, *, whole: bool = False) -> KeptProgram:
+        """``write``: makes the code. ``whole``: with the buffers that the model makes. Raises Unstorable."""
+        outside, graphs, in_order = packed_apart(program if whole else replace(program, made_buffers={}), plan)
         number = {id(graph): place for place, graph in enumerate(in_order)}
         code = b""
         if write is not None:

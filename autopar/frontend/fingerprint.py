@@ -142,7 +142,7 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def _code(model: nn.Module) -> dict[str, str]:
-    found = {"torch": str(torch.__version__), "autopar": _own_files()}
+    found = {"torch": str(torch.__version__), "autopar": own_files()}
     for cls in sorted({type(module) for module in model.modules()}, key=_name):
         for base in cls.__mro__:
             if base.__module__.partition(".")[0] not in ("torch", "builtins", "abc", "typing"):
@@ -168,7 +168,7 @@ def _file(path: str) -> str:
 
 
 @cache
-def _own_files() -> str:
+def own_files() -> str:
     """Of all our files; some of our folders may be links."""
     digest, length = hashlib.sha256(), len(str(ROOT)) + 1
     for path in sorted(_python_files(str(ROOT))):

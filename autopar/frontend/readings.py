@@ -28,11 +28,8 @@ MOST_ITEMS = 512  # of a container that are compared in each call; a larger one 
 SHAPED = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _A_HOOK = "a hook of"
-_OWN = {*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"} - {
-    "training",
-    "_modules",
-    *HOOKS,
-}  # how torch keeps a module
+# how torch keeps a module
+_OWN = {*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"} - {"training", "_modules", *HOOKS}
 
 
 class Readings:

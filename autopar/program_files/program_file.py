@@ -182,8 +182,19 @@ def load(directory: str | Path, *, operators: Collection[str] = ()) -> AnyProgra
     this directory, of another format version, say sizes that no program has, or name operators that are not allowed.
     """
     directory = Path(directory)
+    return parsed(directory, *contents_of(directory), operators)
+
+
+def contents_of(directory: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The manifest, and the files that it describes, as they are there. Raises ProgramFileError."""
     manifest = read_manifest(directory)
-    contents = {name: verified(directory, name, manifest) for name in (TEXT, CONSTANTS, *source_files(manifest))}
+    return manifest, {name: verified(directory, name, manifest) for name in (TEXT, CONSTANTS, *source_files(manifest))}
+
+
+def parsed(
+    directory: Path, manifest: Mapping[str, Any], contents: Mapping[str, bytes], operators: Collection[str] = ()
+) -> AnyProgram:
+    """The program in :func:`contents_of` ``directory``. Raises ProgramFileError, as :func:`load` does."""
     try:
         return _program(manifest, contents, operators)
     except DAMAGE as error:

@@ -29,7 +29,7 @@ QUICKLY = 1  # of zlib's levels
 
 
 def written(program: AnyProgram, number: Callable[[fx.Graph], int]) -> bytes:
-    """The Python of all parts of ``program``, for :attr:`autopar.ir.stored_graph.Shelf.code`.
+    """The Python of all parts of ``program``, for :class:`autopar.ir.stored_graph.Shelf`.
 
     ``number``: that of a graph on its shelf. Raises InvariantError where a graph cannot be written as Python.
     """
@@ -117,7 +117,7 @@ def code_of_model(program: Program) -> RankCode:
 
 
 def code_of_stage(program: Program, loss: int | None) -> RankCode:
-    """As :func:`code_of_model`, of a pipeline stage; ``loss`` as :meth:`RankCode.of_stage` has it."""
+    """As :func:`code_of_model`, of a pipeline stage; ``loss`` as :class:`RankCode` has it."""
     kept = _kept(program)
     if kept is None:
         return RankCode.of_stage(program, loss)
@@ -141,7 +141,7 @@ def _parts(program: AnyProgram) -> Iterator[Program]:
 
 
 def _codes(program: AnyProgram) -> Iterator[tuple[Program, RankGraphs, Any]]:
-    """Each part with the graphs that are run, and the targets of its gradients, see :attr:`RankCode.gradients`."""
+    """Each part with the graphs that are run, and the targets of its gradients, as :class:`RankCode` has them."""
     if isinstance(program, Program):
         yield program, model_graphs(program), None
         return

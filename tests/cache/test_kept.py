@@ -18,8 +18,10 @@ from torch import Tensor, fx
 import autopar
 from autopar import Mesh, Plan
 from autopar.cache.packing import packed, unpacked
+from autopar.compiler import compile_program
 from autopar.ir.guards import Guards
 from autopar.ir.node import origin, values
+from autopar.ir.program import AnyProgram
 from autopar.zoo.named import named_model
 from tests.cache.launches import Launch, Launches, launched, said, some_of, text_of
 from tests.cache.test_changed_code import model
@@ -45,13 +47,13 @@ QUICK = ("pipeline",)
 
 def differs(one: Any, other: Any, where: str = "") -> str:
     """Where two programs, or parts of them, are not the same; empty if they are."""
+    if isinstance(one, fx.Graph) and isinstance(other, fx.Graph):
+        one, other = list(map(facts_of_node, one.nodes)), list(map(facts_of_node, other.nodes))
     if type(one) is not type(other):
         return f"{where}: {type(one)} and {type(other)}"
     if isinstance(one, Tensor):
         same = one.dtype == other.dtype and one.stride() == other.stride() and torch.equal(one, other)
         return "" if same else where
-    if isinstance(one, fx.Graph):
-        one, other = list(map(facts_of_node, one.nodes)), list(map(facts_of_node, other.nodes))
     if is_dataclass(one) and not isinstance(one, type):
         names = [entry.name for entry in fields(one) if entry.name != "of_rows"]
         return first(differs(getattr(one, name), getattr(other, name), f"{where}.{name}") for name in names)
@@ -90,23 +92,29 @@ def labels(guards: Guards) -> dict[str, list[str]]:
     }
 
 
-def twice(name: str, mesh: Mesh, plan: Plan) -> tuple[Launch, Launch, dict[str, Any]]:
-    found = []
+def twice(name: str, mesh: Mesh, plan: Plan) -> tuple[AnyProgram, Launch, Launch]:
+    """What the compiler gave, and what two launches have of it."""
+    found, made = [], list[AnyProgram]()
+
+    def compiler(*call: Any) -> AnyProgram:
+        made.append(compile_program(*call))
+        return made[-1]
+
     for _ in range(2):
         example = named_model(name)
-        found.append(launched(example.model, mesh=mesh, plan=plan, kwargs=example.batch))
-    return found[0], found[1], dict(example.batch)
+        found.append(launched(example.model, mesh=mesh, plan=plan, kwargs=example.batch, compiler=compiler))
+    return made[0], found[0], found[1]
 
 
 @pytest.mark.parametrize("case", some_of(QUICK, CASES))
 def test_it_is_the_same_program(case: str, cache_folder: Path, tmp_path: Path) -> None:
     with said() as messages:
-        kept, found, _ = twice(*CASES[case])
+        made, kept, found = twice(*CASES[case])
     assert (kept.compiled, found.compiled) == (1, 0), messages
-    assert differs(kept.program, found.program) == ""
+    assert differs(made, kept.program) == "" and differs(made, found.program) == ""
     assert labels(kept.guards) == labels(found.guards)
     assert found.guards.hold()
-    one, other = kept.program, found.program
+    one, other = made, found.program
     assert text_of(one) == text_of(other) and one.memory() == other.memory()
     ranks = range(one.mesh.world_size)
     assert [one.rank(rank).code for rank in ranks] == [other.rank(rank).code for rank in ranks]

@@ -78,7 +78,7 @@ CHANGES: dict[str, Callable[[Path], Change]] = {
     "another torch": lambda _: put(torch, "__version__", "2.99.0"),
     "another build of torch": lambda _: put(torch.version, "git_version", "0" * 40),
     "another Python": lambda _: put(key.sys, "version", "3.99"),
-    "another autopar": lambda _: mock.patch("autopar.frontend.fingerprint._own_files", lambda: "other"),
+    "another autopar": lambda _: mock.patch("autopar.frontend.fingerprint.own_files", lambda: "other"),
     "another package": installed,
     "another machine": lambda _: put(key.platform, "machine", lambda: "vax"),
     "the default dtype": lambda _: set_by(torch.set_default_dtype, torch.float64, torch.float32),
