@@ -25,6 +25,7 @@ from autopar.cache.code_digests import digest
 from autopar.cache.torch_state import modes_of_torch
 from autopar.cache.value_digests import Digests
 from autopar.frontend.fingerprint import fingerprint
+from autopar.frontend.trace_record import OF_TORCH
 from autopar.ir.layout import Layout
 from autopar.ir.program import AnyProgram
 from autopar.mesh import Mesh
@@ -33,7 +34,8 @@ from autopar.plan import Plan
 FORMAT = 3  # of entries
 WITHOUT_EFFECT = ("seed", "initial", "timeout", "lengths", "compile")  # choices that no program depends on
 # of the compiler's own, and of libraries, which read them where no trace sees it
-PREFIXES = ("TORCH_", "PYTORCH_", "TORCHDYNAMO_", "TRANSFORMERS_", "HF_")
+PREFIXES = (*OF_TORCH, "TRANSFORMERS_", "HF_")
+SET_BY_TORCH = ("TORCHINDUCTOR_CACHE_DIR",)  # once it has compiled something, for other processes
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def _of_installation() -> Iterator[tuple[str, str]]:
     yield "torch", f"{torch.__version__} {torch.version.git_version}"
     yield "installed packages", _installed(tuple(sys.path))
     for name in sorted(os.environ):
-        if name.startswith(PREFIXES):
+        if name.startswith(PREFIXES) and name not in SET_BY_TORCH:
             yield f"environment variable {name}", digest(os.environ[name])
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):

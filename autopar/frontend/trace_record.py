@@ -12,14 +12,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, CodeType, MethodDescriptorType, MethodWrapperType
+from types import BuiltinFunctionType, CodeType, FrameType, MethodDescriptorType, MethodWrapperType
 from types import WrapperDescriptorType as SlotType
 from typing import Any
 from unittest import mock
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 _WITHOUT_PYTHON = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, SlotType)
+OF_TORCH = ("TORCH_", "PYTORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_")  # variables that only torch and its users read
 _ONLY_TORCH = ("torch.nn.functional", "torch.functional", "torch._tensor")
 
 
@@ -99,12 +101,16 @@ def recorded_code(record: TraceRecord) -> Iterator[None]:
 
 @contextmanager
 def recorded_variables(record: TraceRecord) -> Iterator[None]:
-    """Add the environment variables that are read within this context to ``record``."""
+    """Add the environment variables that are read within this context to ``record``.
+
+    But for what torch reads of its own: it does so wherever one of its modules is loaded for the first time.
+    """
     environment: Any = type(os.environ)
     get, walk = environment.__getitem__, environment.__iter__
 
     def read(self: Any, key: Any) -> Any:
-        record.variables.add(str(key))
+        if not (str(key).startswith(OF_TORCH) and _is_torch(sys._getframe(1))):
+            record.variables.add(str(key))
         return get(self, key)
 
     def all_of(self: Any) -> Any:
@@ -115,6 +121,15 @@ def recorded_variables(record: TraceRecord) -> Iterator[None]:
         yield
 
 
+def _is_torch(frame: FrameType | None) -> bool:
+    """Whether torch asks ``os.environ``, perhaps through ``os.getenv`` or ``Mapping.get``."""
+    while frame is not None and frame.f_code.co_filename.startswith(_THROUGH):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(_TORCH)
+
+
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+_THROUGH = ("<frozen os>", "<frozen _collections_abc>", str(os.__file__), os.path.join(os.path.dirname(__file__), ""))
 _RECORDS: list[list[TraceRecord]] = []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from autopar import Mesh, Plan, rules
 from autopar.cache import key
 from autopar.cache.key import Request, facts_of
 from autopar.cache.reasons import Unstorable
+from autopar.frontend.trace_record import TraceRecord, recorded_variables
 from autopar.ir.layout import Layout
 
 Change = Callable[[Request], Request] | AbstractContextManager[Any]
@@ -160,3 +162,19 @@ def test_modes_and_hooks_that_see_each_operator_are_refused() -> None:
             facts_of(request())
     finally:
         handle.remove()
+
+
+def test_what_torch_reads_of_its_own_environment_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads it where one of its modules is loaded first, which is in one process within a trace, in another not."""
+    monkeypatch.setenv("TORCHINDUCTOR_SOMETHING", "1")
+    record = TraceRecord()
+    ask = "import os; os.environ.get('TORCHINDUCTOR_SOMETHING'); os.environ.get('OTHER')"
+    with recorded_variables(record):
+        exec(compile(ask, f"{os.path.dirname(torch.__file__)}/loaded.py", "exec"))
+    assert record.variables == {"OTHER"}
+    with recorded_variables(record):
+        exec(compile(ask, "/home/script.py", "exec"))
+    assert record.variables == {"OTHER", "TORCHINDUCTOR_SOMETHING"}
+    assert "environment variable TORCHINDUCTOR_SOMETHING" in facts_of(request())
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/some")
+    assert "environment variable TORCHINDUCTOR_CACHE_DIR" not in facts_of(request())
