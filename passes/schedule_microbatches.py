@@ -31,11 +31,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autopar.ir.graph_pass import graph_pass
+from autopar.ir.node import value
 from autopar.ir.program import PipelinedProgram
+from autopar.ir.tables import InputKind
 from autopar.notes import warn
 from autopar.pipeline.links import links_of
 from autopar.pipeline.planned_schedule import planned_schedule
 from autopar.pipeline.stage_invariants import is_not_scheduled
+from autopar.pipeline.stages import holders
 from autopar.schedules.check import check_schedule
 from autopar.schedules.messages import with_messages
 from autopar.schedules.timing import timeline
@@ -56,4 +59,13 @@ def schedule_microbatches(program: PipelinedProgram) -> PipelinedProgram:
             f"Way out: Plan(microbatches={2 * ranks}), or more, if the batch has as many rows.",
             stacklevel=2,
         )
-    return replace(program, schedule=schedule)
+    found = replace(program, schedule=schedule)
+    without = sorted(set(range(ranks)).difference(*holders(found).values()))
+    if without and any(value(node).requires_grad for node, _ in program.placeholders(InputKind.PARAMETER)):
+        ranks_of = f"pipeline rank{'s' * (len(without) > 1)} {', '.join(map(str, without))} of {ranks}"
+        warn(
+            f"{ranks_of} will hold no parameter, and torch's optimizers refuse to be made of none\n"
+            "Way out: Mesh(pp=...) with fewer ranks, or, where list(model.parameters()) is empty, no optimizer.",
+            stacklevel=2,
+        )
+    return found

@@ -6,8 +6,9 @@
 The time of the slowest stage for one microbatch is minimised: that of its calls or of its messages, whichever is
 longer, since messages run beside computing. Among all cuts within ``SLACK`` of that optimum, the one over which the
 fewest bytes go is taken. Both are found exactly, by dynamic programming over the places where cutting is cheap; if
-these leave the slowest stage more than ``BALANCE`` above the optimum of all places, over more places. (Balanced
-partitions of chains: Narayanan et al. 2019, PipeDream, section 3.1, without replicated stages.)
+these leave the slowest stage more than ``BALANCE`` above the optimum of all places, over more places. Each rank gets a
+parameter where that is possible. (Balanced partitions of chains: Narayanan et al. 2019, PipeDream, section 3.1, without
+replicated stages.)
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from autopar.cost.machine import ACCELERATOR, Machine
 from autopar.errors import StageError
 from autopar.ir.node import origin
 from autopar.ir.program import Program
+from autopar.mesh import PIPELINE
 from autopar.pipeline.at_home import cuts_at_home
 from autopar.pipeline.interval_costs import StageGraph, Tables
 from autopar.pipeline.intervals import Table, best_bounds, least_worst
@@ -73,14 +75,17 @@ class Search:
             return []
         every = self.graph.places_to_cut
         widest = self._tables(every)
-        costs = self._costs(every, widest)
+        owning = len(self.flights) == self.graph.program.mesh.size(PIPELINE)  # else a rank has several stages
+        costs = self._costs(every, widest, owning)
+        if owning and np.isinf(least_worst(costs)):
+            owning, costs = False, self._costs(every, widest)
         optimum = least_worst(costs)
         if np.isinf(optimum):
             raise self._impossible(every, widest)
         for times in CHEAP:
             some = self.cheap_places(times)
             tables = self._tables(some)
-            found = self._costs(some, tables)
+            found = self._costs(some, tables, owning)
             worst = least_worst(found)
             if worst <= BALANCE * optimum:
                 return self._cuts(some, found, tables, worst)
@@ -102,10 +107,13 @@ class Search:
     def _tables(self, places: Sequence[int]) -> Tables:
         return self.graph.tables([0, *places, len(self.graph)])
 
-    def _costs(self, places: Sequence[int], tables: Tables, limited: bool = True) -> list[Table]:
-        """For each stage its time; inf where it is not allowed: without work, too large, or without the loss."""
+    def _costs(self, places: Sequence[int], tables: Tables, owning: bool = False, limited: bool = True) -> list[Table]:
+        """For each stage its time; inf where it is not allowed: without work, too large, or without the loss.
+
+        With ``owning`` also without a parameter.
+        """
         limit = self._limit if limited else None
-        plain = np.where(tables.works, tables.seconds, np.inf)
+        plain = np.where(tables.works & tables.owns if owning else tables.works, tables.seconds, np.inf)
         memo = {} if limit is not None else dict.fromkeys(self.flights, plain)
         for flight in self.flights:
             if flight not in memo and limit is not None:

@@ -233,6 +233,14 @@ class Tables:
         return totals(events, self.bounds)
 
     @cached_property
+    def owns(self) -> NDArray[np.bool_]:
+        """Whether some parameter is used there: an optimizer of torch refuses a rank that holds none."""
+        graph = self.graph
+        used = [node for node, _ in graph.program.placeholders(InputKind.PARAMETER) if node in graph.uses]
+        events = [event for node in used for event in events_of(graph.uses[node], 1.0)]
+        return np.asarray(totals(events, self.bounds) > 0)
+
+    @cached_property
     def saved(self) -> Table:
         """Bytes that one microbatch keeps for its backward pass."""
         graph, share = self.graph, self.graph.saved_values.share

@@ -9,17 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from torch import fx
+import torch
+from torch import fx, nn
 
-from autopar.compiler import split_program
+from autopar.compiler import compile_program, split_program
 from autopar.cost.machine import Machine
 from autopar.errors import StageError
 from autopar.ir import collectives as comm
 from autopar.ir.blocks import block_of, is_repeated
 from autopar.ir.node import origin
-from autopar.ir.program import Program
+from autopar.ir.program import PipelinedProgram, Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
+from autopar.notes import heard
 from autopar.pipeline import interval_costs
 from autopar.pipeline.assignment import BALANCE, SLACK, assign_stages
 from autopar.pipeline.interval_costs import StageGraph
@@ -131,7 +133,7 @@ def test_as_good_as_trying_every_cut(name: str, count: int) -> None:
     tried = min(
         max(tables.seconds[pair] for pair in itertools.pairwise((0, *cuts, last)))
         for cuts in itertools.combinations(every, count - 1)
-        if all(tables.works[pair] for pair in itertools.pairwise((0, *cuts, last)))
+        if all(tables.works[pair] and tables.owns[pair] for pair in itertools.pairwise((0, *cuts, last)))
     )
     found = assign_stages(program, count)
     stages = [found.stage_of[node] for node in nodes]
@@ -139,6 +141,33 @@ def test_as_good_as_trying_every_cut(name: str, count: int) -> None:
     worst = max(tables.seconds[pair] for pair in itertools.pairwise(bounds))
     assert stages == sorted(stages)
     assert tried <= worst * (1 + 1e-12) <= SLACK * BALANCE * tried * (1 + 1e-9)
+
+
+class WorkWithoutParameters(nn.Module):
+    """Most of its time is spent behind its last parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        for _ in range(12):
+            x = (x @ x.transpose(1, 2)).softmax(-1) @ x
+        return x.square().mean()
+
+
+def test_each_rank_gets_a_parameter_where_that_is_possible() -> None:
+    """Else torch's optimizers stop one rank, and the others wait for it."""
+    batch = {"x": torch.randn(12, 4, 8)}
+    for ranks in (2, 3):
+        with heard() as messages:
+            program = compile_program(WorkWithoutParameters(), Mesh(pp=ranks), Plan(microbatches=6), (), batch)
+        assert isinstance(program, PipelinedProgram)
+        holding = [stage for stage in program.stages if any(stage.placeholders(InputKind.PARAMETER))]
+        assert (len(holding) == ranks) == (ranks == 2)
+        assert ["will hold no parameter" in message for message in messages] == [True] * (ranks == 3)
 
 
 def test_among_equals_the_fewest_bytes() -> None:
