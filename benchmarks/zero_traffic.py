@@ -48,10 +48,11 @@ COLLECTIVES = {
     "all_reduce": ("all_reduce", "allreduce_", "all_reduce_"),
     "all_gather": ("all_gather_into_tensor", "all_gather_single", "_allgather_base_", "allgather_"),
     "reduce_scatter": ("reduce_scatter_tensor", "reduce_scatter_single", "_reduce_scatter_base_", "reduce_scatter_"),
-    "all_to_all": ("all_to_all_single", "alltoall_base_"),  # in place of the two before, and of small sums
+    "all_to_all": ("all_to_all_single", "alltoall_base_"),
     "broadcast": ("broadcast", "broadcast_"),
+    "send": ("send",),  # on gloo in place of gathers, scatters, and small sums
 }
-SILENT = ("wait_tensor", "barrier", "monitored_barrier_")
+SILENT = ("wait_tensor", "barrier", "monitored_barrier_", "recv_")
 
 
 class Counted(TorchDispatchMode):
@@ -74,6 +75,9 @@ class Counted(TorchDispatchMode):
             return
         kind = next(kind for kind, names in COLLECTIVES.items() if name in names)
         tensors = [leaf.nbytes for leaf in tree_leaves((args, found)) if isinstance(leaf, Tensor)]
+        if kind == "send":
+            self.sent[kind] += sum(tensors)
+            return
         whole = max(tensors)  # what is reduced, gathered, scattered or handed on, in one piece
         self.sent[kind] += (2 if kind == "all_reduce" else 1) * whole * (self.ranks - 1) // self.ranks
 

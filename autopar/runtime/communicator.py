@@ -186,7 +186,7 @@ class Communicator:
         """As :meth:`shift`; see :meth:`start_all_reduce`."""
         if self.group(axis) is None or by % ways == 0:
             return x.clone(memory_format=torch.contiguous_format)
-        return self._start("shift", axis, x.unsqueeze(0), torch_collectives.start_shift, by).squeeze(0)
+        return self._start("shift", axis, x, torch_collectives.start_shift, by)
 
     def dispatch_rows(self, x: Tensor, axis: str, ways: int, send: Tensor, receive: Tensor) -> Tensor:
         """Rows of ``x``: the first ``send[0]`` to rank 0 of the axis, and so on; ``receive[i]`` come from rank i."""

@@ -1,106 +1,134 @@
-"""Collectives of gloo in one or two exchanges of all ranks with all, where that takes less time than a ring.
+"""Collectives of gloo as messages of all ranks to all, at once.
 
-gloo passes tensors around a ring: a sum takes 2 (n - 1) messages one after the other, a gather n - 1, and torch's
-reduce-scatter on gloo is a whole sum, of which a rank keeps its part. Between processes that share cores, or machines
-on a plain network, the rounds are what takes the time. Here each rank sends every other one what it is to have, at once
-(Thakur, Rabenseifner and Gropp 2005, Optimization of Collective Communication Operations in MPICH, sections 3 and 4):
+gloo passes tensors around a ring: a sum takes 2 (n - 1) messages one after the other, a gather n - 1; torch's
+reduce-scatter on gloo is a whole sum, of which a rank keeps its part, and its gathers and exchanges copy what they send
+and what they get. Between processes that share cores, or machines on a plain network, rounds and copies are what takes
+the time. Here each rank sends every other one what it is to have (Thakur, Rabenseifner and Gropp 2005, Optimization of
+Collective Communication Operations in MPICH, sections 3 and 4), from where it lies to where it belongs:
 
-    reduce-scatter   every part to the rank that has it in the end, which adds up what came; always
-    all-gather       a rank's own part to all others; where copying it n times takes less than the rounds
+    all-gather       a rank's own part to all others
+    all-to-all       each other rank's block to it; a shift is one of them
+    reduce-scatter   every part to the rank that has it in the end, which adds up what came
     all-reduce       of a small tensor: all of it to all others, each of which adds up: (n - 1) bytes sent for each, in
-                     place of 2 (n - 1) / n; of a larger one a reduce-scatter and an all-gather
+                     place of 2 (n - 1) / n; of a larger one a reduce-scatter and an all-gather; of a large one the ring
 
 All ranks have the same bit for bit: a part is added up on one rank, and a small sum in the order of the ranks, which on
 none depends on its processor or threads. Bytes are those of a ring, except for small sums. The choice depends on sizes
 alone, so that all ranks make the same one. Constants are measured: gloo, 2 and 4 processes on two cores
 (benchmarks/README.md, peers).
+
+The messages of one collective have a number of their own, as gloo's collectives have: ranks that make other calls wait
+for each other, and never take one tensor for another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 
 ROUND = 0.25e-3  # seconds of a message that others wait for
 SENT = 0.5e9  # bytes per second to another process
 COPIED = 4e9  # bytes per second of a copy, or of a sum
-EXCHANGED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64)
+SUMMED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64)
 HALVES = (torch.bfloat16, torch.float16)
-SUMS: dict[str, Callable[..., Any]] = {
-    "sum": lambda rows, out: torch.sum(rows, 0, dtype=out.dtype, out=out),
-    "max": lambda rows, out: torch.amax(rows, 0, out=out),
-}
+FIRST_NUMBER = 1 << 30  # of messages: those of users, and of pipelines, begin with 0
+NUMBERS = 1 << 30
 
-_all_to_all: Any = torch.ops._c10d_functional.all_to_all_single.default
-_wait: Any = torch.ops._c10d_functional.wait_tensor.default
-_all_to_all_into: Callable[..., Any] = dist.all_to_all_single
+_numbers: WeakKeyDictionary[ProcessGroup, Iterator[int]] = WeakKeyDictionary()
 # address of a result -> it, while anybody has it, and what gives it its values
 _pending: dict[int, tuple[ref[Tensor], Callable[[Tensor], object]]] = {}
 
 
 def is_possible(x: Tensor, group: ProcessGroup) -> bool:
-    """Whether ``x`` travels by gloo, which takes its dtype."""
-    return x.device.type == "cpu" and x.dtype in EXCHANGED and x.numel() > 0 and "gloo" in dist.get_backend(group)
-
-
-def gathers(ways: int, size: int) -> bool:
-    """Whether a gather of ``size`` bytes in all is one exchange: it copies as many bytes as it saves rounds."""
-    return size / COPIED <= (ways - 1) * ROUND
+    """Whether ``x`` travels by gloo."""
+    return x.device.type == "cpu" and "gloo" in dist.get_backend(group)
 
 
 def sums_small(ways: int, size: int) -> bool:
-    """Whether a sum of ``size`` bytes is one exchange of all: it sends more, and saves all rounds but one."""
-    if ways == 2:
-        return False  # a ring of two takes as long: measured
+    """Whether a sum of ``size`` bytes is one message to each: that may send more, and saves all rounds but one."""
     more = size * (ways - 1) * (ways - 2) / ways / SENT + 2 * size * ways / COPIED
     return more <= (2 * ways - 3) * ROUND
 
 
 def sums_in_two(ways: int, size: int) -> bool:
-    """Whether a sum of ``size`` bytes is two exchanges: it copies more, and saves all rounds but two."""
+    """Whether a sum of ``size`` bytes is two messages to each, which saves all rounds but two."""
     return ways > 2 and 4 * size / COPIED <= (2 * ways - 4) * ROUND
+
+
+def start_all_gather_into(x: Tensor, group: ProcessGroup, out: Tensor) -> Tensor:
+    """(n, ...) of each rank to ``out`` (ranks * n, ...), of which ``x`` may be this rank's part; see :func:`finish`."""
+    parts = out.data.chunk(group.size()) if len(x) else [out.data] * group.size()
+    mine = parts[group.rank()]
+    if x.data_ptr() != mine.data_ptr():
+        mine.copy_(x.data)
+    wait = _started([mine] * group.size(), parts, group)
+    return _later(out, lambda _: wait())
+
+
+def start_exchange(x: Tensor, group: ProcessGroup, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    """``sent[i]`` rows of ``x`` to rank i; ``received[i]`` rows of the result are from it, after :func:`finish`."""
+    found = torch.empty((sum(received), *x.shape[1:]), dtype=x.dtype)
+    leaving, coming = torch.split(x.data, list(sent)), torch.split(found.data, list(received))
+    coming[group.rank()].copy_(leaving[group.rank()])
+    wait = _started(leaving, coming, group)
+    return _later(found, lambda _: wait())
+
+
+def start_shift(x: Tensor, group: ProcessGroup, by: int) -> Tensor:
+    """``x`` of the rank ``by`` before, in exchange for this rank's to that ``by`` further, after :func:`finish`."""
+    ways, rank = group.size(), group.rank()
+    found, nothing = torch.empty(x.shape, dtype=x.dtype), x.data.view(-1)[:0]
+    sent, received = ([nothing] * ways for _ in range(2))
+    sent[(rank + by) % ways], received[(rank - by) % ways] = x.data, found.data
+    wait = _started(sent, received, group)
+    return _later(found, lambda _: wait())
 
 
 def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     """(n, ...): this rank's part of the sum of (ranks * n, ...) of each rank, after :func:`finish`."""
-    ways = group.size()
-    own = x.new_empty((x.shape[0] // ways, *x.shape[1:]))
-    received = _exchanged(x.detach(), group)
-    return _later(own, lambda out: SUMS["sum"](_wait(received).view(ways, *out.shape), out=out))
+    parts = x.data.contiguous().chunk(group.size())
+    arrived, rows = _of_all(parts, group)
 
+    def complete(out: Tensor) -> None:
+        arrived()
+        _reduced(rows, "sum", out)
 
-def start_all_gather_into(x: Tensor, group: ProcessGroup, out: Tensor) -> Any:
-    """The work that writes the parts ``x`` of all ranks to ``out``, of which ``x`` may be this rank's part."""
-    return _all_to_all_into(out, torch.cat([x.detach()] * group.size()), group=group, async_op=True)
+    return _later(torch.empty(parts[0].shape, dtype=x.dtype), complete)
 
 
 def start_all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Tensor | None:
     """The sum, or maximum, of ``x`` of all ranks, after :func:`finish`; None where that is better done by a ring."""
     ways, size = group.size(), x.numel() * x.element_size()
-    if op not in SUMS:
+    if op not in ("sum", "max") or x.dtype not in SUMMED or not size:
         return None
     if sums_small(ways, size):
-        found = torch.empty(x.shape, dtype=x.dtype)
-        received = _exchanged(x.detach().reshape(-1).repeat(ways), group)
-        of_rows = _in_order if op == "sum" else SUMS[op]
-        return _later(found, lambda out: of_rows(_wait(received).view(ways, *out.shape), out=out))
-    if x.numel() % ways == 0 and sums_in_two(ways, size):
-        found = torch.empty(x.shape, dtype=x.dtype)
-        received = _exchanged(x.detach().reshape(-1), group)
+        arrived, rows = _of_all([x.data.contiguous()] * ways, group)
 
-        def finish(out: Tensor) -> None:
-            rows = out.view(ways, -1)
-            own = SUMS[op](_wait(received).view_as(rows), out=rows.new_empty(rows.shape[1]))
-            start_all_gather_into(own, group, out.view(-1)).wait()
+        def complete(out: Tensor) -> None:
+            arrived()
+            _reduced(rows, op, out)
 
-        return _later(found, finish)
-    return None
+    elif x.numel() % ways == 0 and sums_in_two(ways, size):
+        arrived, rows = _of_all(x.data.reshape(-1).chunk(ways), group)
+
+        def complete(out: Tensor) -> None:
+            arrived()
+            parts = out.view(-1).chunk(ways)
+            own = parts[group.rank()]
+            _reduced(rows, op, own)
+            _started([own] * ways, parts, group)()
+
+    else:
+        return None
+    return _later(torch.empty(x.shape, dtype=x.dtype), complete)
 
 
 def finish(x: Tensor) -> bool:
@@ -114,20 +142,54 @@ def finish(x: Tensor) -> bool:
     return True
 
 
-def _in_order(rows: Tensor, out: Tensor) -> Tensor:
-    """The sum of ``rows``, one after the other. That of torch has, from five rows on, another order for the last few
-    elements, as many as vectors of this processor do not fill, and for those where the part of a thread ends."""
-    total = rows[0].to(torch.float32 if out.dtype in HALVES else out.dtype, copy=True)
-    for row in rows[1:]:
-        total.add_(row)
-    return out.copy_(total)
+def _of_all(parts: Sequence[Tensor], group: ProcessGroup) -> tuple[Callable[[], None], list[Tensor]]:
+    """``parts[i]`` to rank i; what waits for those of all ranks for this one, and these in the order of the ranks."""
+    own = parts[group.rank()]
+    coming = own.new_empty((group.size() - 1, *own.shape))
+    rows = [*coming[: group.rank()], own, *coming[group.rank() :]]
+    return _started(parts, rows, group), rows
 
 
-def _exchanged(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Part i of ``x`` along dim 0 to rank i; part i of the result is from it."""
-    sizes = [x.shape[0] // group.size()] * group.size()
-    result: Tensor = _all_to_all(x, sizes, sizes, group.group_name)
-    return result
+def _started(sent: Sequence[Tensor], received: Sequence[Tensor], group: ProcessGroup) -> Callable[[], None]:
+    """``sent[i]`` to every other rank i, ``received[i]`` from it, both contiguous; what waits until it is done."""
+    ways, rank = group.size(), group.rank()
+    number = FIRST_NUMBER + next(_numbers.setdefault(group, itertools.cycle(range(NUMBERS))))
+    works: list[Work] = []
+    for step in range(1, ways):
+        to, source = (rank + step) % ways, (rank - step) % ways
+        if received[source].numel():
+            works.append(group.recv([received[source]], source, number))
+        if sent[to].numel():
+            works.append(group.send([sent[to]], to, number))
+    backend: Any = group._get_backend(torch.device("cpu"))
+    timeout: timedelta = backend.options._timeout
+
+    def wait() -> None:
+        for work in works:
+            work.wait(timeout)
+
+    return wait
+
+
+def _reduced(rows: Sequence[Tensor], op: str, out: Tensor) -> None:
+    """The sum, or maximum, of ``rows`` in ``out``, one after the other.
+
+    That of torch has, from five rows on, another order for the last few elements, as many as vectors of this processor
+    do not fill, and for those where the part of a thread ends. Halves are added up in float32.
+    """
+    if op == "max":
+        torch.maximum(rows[0], rows[1], out=out)
+        for row in rows[2:]:
+            torch.maximum(out, row, out=out)
+    elif out.dtype in HALVES:
+        total = rows[0].to(torch.float32)
+        for row in rows[1:]:
+            total.add_(row)
+        out.copy_(total)
+    else:
+        torch.add(rows[0], rows[1], out=out)
+        for row in rows[2:]:
+            out.add_(row)
 
 
 def _later(result: Tensor, complete: Callable[[Tensor], object]) -> Tensor:

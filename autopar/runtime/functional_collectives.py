@@ -12,8 +12,8 @@ of six runs). Its form ``_out`` does not, but CommDebugMode does not see that. T
 ``all_reduce`` and ``all_to_all_single`` are safe. ``tests/runtime/test_functional_collectives.py`` has fifty of each
 under way.
 
-On gloo, reduce-scatters, and small gathers and sums, are exchanges of all ranks with all (:mod:`direct_exchange`): to
-CommDebugMode they are ``all_to_all``.
+On gloo all but large sums are messages of all ranks to all (:mod:`direct_exchange`): ``c10d::send`` and
+``c10d::recv_``, which CommDebugMode does not count.
 """
 
 from __future__ import annotations
@@ -75,13 +75,9 @@ def start_all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def start_all_gather_into(x: Tensor, group: ProcessGroup, out: Tensor) -> Tensor:
     """As :func:`start_all_gather`, into ``out``, of which ``x`` may be this rank's part."""
-    if direct_exchange.is_possible(x, group) and direct_exchange.gathers(
-        group.size(), out.numel() * out.element_size()
-    ):
-        work = direct_exchange.start_all_gather_into(x, group, out)
-    else:
-        work = _all_gather_into(out, x, group=group, async_op=True)
-    _register_work(out, work)  # for wait
+    if direct_exchange.is_possible(x, group):
+        return direct_exchange.start_all_gather_into(x, group, out)
+    _register_work(out, _all_gather_into(out, x, group=group, async_op=True))  # for wait
     return out
 
 
@@ -93,11 +89,13 @@ def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def start_shift(x: Tensor, group: ProcessGroup, by: int) -> Tensor:
-    """(1, ...) of this rank to the rank ``by`` further, in exchange for that of the rank ``by`` before."""
+    """``x`` of this rank to the rank ``by`` further, in exchange for that of the rank ``by`` before."""
+    if direct_exchange.is_possible(x, group):
+        return direct_exchange.start_shift(x, group, by)
     ranks, rank = group.size(), group.rank()
     sent, received = ([int((rank + step - other) % ranks == 0) for other in range(ranks)] for step in (by, -by))
-    result: Tensor = _all_to_all(x, received, sent, group.group_name)
-    return result
+    result: Tensor = _all_to_all(x.unsqueeze(0), received, sent, group.group_name)
+    return result.squeeze(0)
 
 
 def all_reduce(x: Tensor, group: ProcessGroup, op: str, in_place: bool = False) -> Tensor:
@@ -124,8 +122,7 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
     """(ranks * n, ...): block i goes to rank i, and block i of the result came from it."""
     ranks = group.size()
     sizes = [x.shape[0] // ranks] * ranks
-    result: Tensor = _wait(_all_to_all(x, sizes, sizes, group.group_name))
-    return result
+    return exchange(x, group, sizes, sizes)
 
 
 def exchange(x: Tensor, group: ProcessGroup, sent: Sequence[int], received: Sequence[int]) -> Tensor:
@@ -134,6 +131,8 @@ def exchange(x: Tensor, group: ProcessGroup, sent: Sequence[int], received: Sequ
 
 
 def start_exchange(x: Tensor, group: ProcessGroup, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    if direct_exchange.is_possible(x, group):
+        return direct_exchange.start_exchange(x, group, sent, received)
     result: Tensor = _all_to_all(x, list(received), list(sent), group.group_name)
     return result
 

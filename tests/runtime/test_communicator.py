@@ -19,6 +19,7 @@ from autopar.mesh import Mesh
 from autopar.runtime import functional_collectives as torch_collectives
 from autopar.runtime.connect import Connection, connect
 from autopar.simulator.lockstep import collective
+from tests.dispatched import Dispatched
 from tests.launch import run_ranks, try_ranks
 from tests.traffic import sent_since
 
@@ -108,22 +109,24 @@ def test_dtypes() -> None:
     assert all(all(equal) for equal in run_ranks(run_dtypes, 2))
 
 
-def run_counted() -> dict[str, int]:
-    from torch.distributed.tensor.debug import CommDebugMode
-
+def run_counted() -> tuple[dict[str, int], int, int]:
+    """Operators of c10d, the bytes of their messages, and the bytes that the communicator has counted."""
     comm = connect(Mesh(tp=2), 60.0, CPU).comm
-    with CommDebugMode() as counter:
+    with Dispatched() as counter:
         comm.all_reduce(torch.ones(4), "tp")
         comm.all_gather(torch.ones(4), "tp", 2, 0, length=8)
         comm.reduce_scatter(torch.ones(4), "tp", 2, 0, length=4)
+        comm.all_to_all(torch.ones(4, 2), "tp", 2, (1, 1, 1), (0, 1, 1))
+        comm.shift(torch.ones(4), "tp", 2, 1)
         comm.enter(torch.ones(4), "tp")
         comm.all_reduce(torch.ones(4), "dp")  # an axis of one rank
-    return {str(key).rsplit(".", 1)[-1]: count for key, count in counter.get_comm_counts().items()}
+    return dict(counter.times), counter.sent, sum(transfer.bytes for transfer in comm.traffic)
 
 
-def test_torch_counts_the_same_collectives() -> None:
-    counts = run_ranks(run_counted, 2)[0]
-    assert counts == {"all_reduce": 1, "alltoall_base_": 1, "all_to_all_single": 1}, counts  # small: exchanges
+def test_torch_is_asked_for_what_is_counted() -> None:
+    for times, sent, counted in run_ranks(run_counted, 2):
+        assert times == {"send": 5, "recv": 5}, "on gloo small collectives are messages"
+        assert sent == counted == 16 + 16 + 8 + 16 + 16
 
 
 # ---------------------------------------------------------------- peers that fail

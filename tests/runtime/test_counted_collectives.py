@@ -1,13 +1,12 @@
-"""What a Llama really sends: torch's own counter under real processes, against what the graphs say."""
+"""What a Llama really sends: counted where torch is asked for it, in real processes, against what the graphs say."""
 
 from __future__ import annotations
-
-from collections import Counter
 
 import pytest
 
 from autopar.mesh import Mesh
 from autopar.plan import Plan
+from tests.dispatched import Dispatched
 from tests.launch import run_ranks
 
 LAYERS = 2
@@ -18,9 +17,7 @@ def of_buckets(*bucket_mb: float) -> list[dict[str, int]]:
 
 
 def counted(sequence: str, bucket_mb: float) -> dict[str, int]:
-    """Collectives of one training step by kind, counted by torch's CommDebugMode."""
-    from torch.distributed.tensor.debug import CommDebugMode
-
+    """Collectives of one training step, counted as torch is asked for them: rings, and messages to the other rank."""
     from autopar.api import parallelize
     from autopar.zoo.named import named_model
 
@@ -28,14 +25,10 @@ def counted(sequence: str, bucket_mb: float) -> dict[str, int]:
     plan = Plan(sequence=sequence, bucket_mb=bucket_mb, check_numerics=False)
     model = parallelize(example.model, Mesh(dp=2, tp=2), plan, example_inputs=example.batch)
     model(**example.batch).loss.backward()  # the first step also compares the programs of the ranks
-    with CommDebugMode() as counter:
+    with Dispatched() as counter:
         model(**example.batch).loss.backward()
-    found: Counter[str] = Counter()
-    for operator, times in counter.get_comm_counts().items():
-        kind = str(operator).rpartition(".")[2]
-        kind = {"_allgather_base_": "all_gather", "allreduce_": "all_reduce"}.get(kind, kind)  # in place
-        found[kind.replace("_into_tensor", "").replace("_tensor", "").replace("_single", "")] += times
-    return dict(found)
+    assert counter.times.keys() <= {"all_reduce", "send", "recv"} and counter.times["send"] == counter.times["recv"]
+    return {"in all": counter.times["all_reduce"] + counter.times["send"], "rings": counter.times["all_reduce"]}
 
 
 def test_a_llama_sends_what_megatron_sends() -> None:
@@ -43,8 +36,9 @@ def test_a_llama_sends_what_megatron_sends() -> None:
     parameters = 9 * LAYERS + 3
     on_tp = 4 * LAYERS + 5  # 2 a layer each way; embedding, maximum, sum and target of the loss, entry of the head
     for alone, in_one in run_ranks(of_buckets, 4, 0, 25):
-        assert alone == {"all_reduce": on_tp + parameters + 2}  # and on dp every gradient, the loss, its count
-        assert in_one == {"all_reduce": on_tp + 1 + 2}
+        assert alone["in all"] == on_tp + parameters + 2  # and on dp every gradient, the loss, its count
+        assert in_one["in all"] == on_tp + 1 + 2
+        assert in_one["rings"] == 1, "of all gradients in one bucket"
 
 
 @pytest.mark.slow
@@ -52,6 +46,6 @@ def test_a_llama_with_its_sequence_split() -> None:
     pytest.importorskip("transformers")
     for found in run_ranks(counted, 4, "megatron", 25):
         # a layer: 2 gathers and 2 scatters each way; embedding and head: one of each, each way
-        assert found["all_to_all"] == found["alltoall_base_"] == 4 * LAYERS + 2  # as gloo does them (direct_exchange)
+        moved = 2 * (4 * LAYERS + 2)
         # the loss; the norm weights over tp and then dp; the other gradients over dp; the loss and its count
-        assert found["all_reduce"] == 3 + 2 + 1 + 2
+        assert found["in all"] == moved + 3 + 2 + 1 + 2

@@ -1,4 +1,4 @@
-"""Exchanges in place of gloo's rings: what they compute, when they are chosen, what torch counts."""
+"""Messages in place of gloo's rings: what they compute, when they are chosen, what torch counts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from autopar import Mesh
 from autopar.runtime import direct_exchange, functional_collectives
 from autopar.runtime.connect import connect
+from tests.dispatched import Dispatched
 from tests.launch import run_ranks
 from tests.selection import slow_but
 
@@ -70,18 +71,15 @@ def wrong_results(size: int) -> list[str]:
 
 def sums_of_thirds(size: int) -> tuple[list[str], list[bytes], dict[str, int]]:
     """What was wrong; the bytes of sums that have to be rounded; what torch counts of these."""
-    from torch.distributed.tensor.debug import CommDebugMode
-
     wrong = wrong_results(size)
     group, found = dist.group.WORLD, []
     assert group is not None
-    with CommDebugMode() as counter:
+    with Dispatched() as counter:
         for length in (4, 120_000, 4_000_000):
             x = torch.full((length,), (group.rank() + 1) / 3)
             started = functional_collectives.start_all_reduce(x, group, "sum")
             found.append(functional_collectives.wait(started)[-1:].numpy().tobytes())
-    counted = {str(op).rpartition(".")[2]: times for op, times in counter.get_comm_counts().items()}
-    return wrong, found, counted
+    return wrong, found, dict(counter.times)
 
 
 @pytest.mark.parametrize("size", slow_but([1], [2, 4, 3]))
@@ -89,8 +87,8 @@ def test_every_form_is_right_and_alike_on_all_ranks(size: int) -> None:
     (wrong, first, counted), *others = run_ranks(sums_of_thirds, size, size)
     assert not wrong and not any(problems for problems, *_ in others), wrong
     assert all(bits == first for _, bits, _ in others)
-    rings = 3 if size == 2 else 1  # else the first is one exchange, the second are two
-    assert counted["all_reduce"] == rings and sum(counted.values()) == 3 + (rings == 1), counted
+    rings = 2 if size == 2 else 1  # the first is one message to each; the second is two, or a ring
+    assert counted["all_reduce"] == rings and counted["send"] == counted["recv"] == (size - 1) * (5 - 2 * rings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -99,7 +97,9 @@ def test_a_small_sum_does_not_depend_on_vectors_and_threads(dtype: torch.dtype) 
     rows = torch.randn(8, 1001, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
     def added(part: Tensor) -> Tensor:
-        return direct_exchange._in_order(part, part.new_empty(part.shape[1]))
+        found = part.new_empty(part.shape[1])
+        direct_exchange._reduced(list(part), "sum", found)
+        return found
 
     whole = added(rows)
     assert all(torch.equal(whole[:end], added(rows[:, :end].contiguous())) for end in range(1, 1001, 7))
@@ -123,7 +123,6 @@ def test_what_nobody_waits_for_is_given_back() -> None:
 def test_choices() -> None:
     """More ranks save more rounds; large tensors go around the ring, where nothing is sent or copied more."""
     for chooses, most in (
-        (direct_exchange.gathers, 4e6),
         (direct_exchange.sums_small, 1e6),
         (direct_exchange.sums_in_two, 4e6),
     ):
@@ -131,5 +130,5 @@ def test_choices() -> None:
             found = [chooses(ways, int(size)) for size in (4, most / 64, most, 64 * most)]
             assert found == sorted(found, reverse=True), (chooses, ways)
             assert not chooses(ways, 2**33)
-    assert not direct_exchange.sums_in_two(2, 4) and not direct_exchange.sums_small(2, 4), "a ring of two is two rounds"
-    assert all(direct_exchange.sums_small(ways, 8) and direct_exchange.gathers(ways, 8) for ways in (3, 4, 64))
+    assert not direct_exchange.sums_in_two(2, 4), "a ring of two is two rounds"
+    assert all(direct_exchange.sums_small(ways, 8) for ways in (2, 3, 4, 64))

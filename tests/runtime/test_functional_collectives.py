@@ -27,7 +27,7 @@ STARTS: dict[str, Start] = {
     ),
     "all_reduce": lambda x, group: torch_collectives.start_all_reduce(x, group, "sum", in_place=bool(x[0, 0] % 2)),
     "reduce_scatter": torch_collectives.start_reduce_scatter,
-    "shift": lambda x, group: torch_collectives.start_shift(x.unsqueeze(0), group, 1).squeeze(0),
+    "shift": lambda x, group: torch_collectives.start_shift(x, group, 1),
 }
 
 
