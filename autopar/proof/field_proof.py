@@ -49,6 +49,7 @@ aten = torch.ops.aten
 
 ENOUGH = 1e-6
 MOST_NAMED = 3  # values in one message
+GRADIENT = "gradient of "  # begins the name of one
 MORE = 6  # seeds at most, after those that were asked for
 
 
@@ -159,31 +160,42 @@ class _Once:
         self.values: list[Any] = []
 
     def compared(self) -> tuple[set[str], list[Difference]]:
+        """The names of the values that are equal, and those that are not: of a step, then of a call under no_grad."""
         tangents = self._tangents()
         given = self._tangents_of_program(tangents)
         with torch.enable_grad():
             wanted = reference_step(self.source, self.tensors, self.args, self.kwargs, tangents, self._seeds())
+        equal, differences = self._against(wanted, lambda make: self._run(given, make))
+        roles = [part.required_role for part in self.program.parts]
+        if not differences and any(role.inference is not role.forward for role in roles):
+            results = {name: one for name, one in wanted.named.items() if not name.startswith(GRADIENT)}
+            _, found = self._against(replace(wanted, named=results), lambda make: self._run(None, make, trains=False))
+            differences = [replace(one, name=f"{one.name} under torch.no_grad()") for one in found]
+        return equal, differences
+
+    def _against(
+        self, wanted: FieldStep, run: Callable[[Callable[[Mesh], Lockstep]], dict[str, Tensor]]
+    ) -> tuple[set[str], list[Difference]]:
         try:
-            found = self._run(given, FieldLockstep)
+            found = run(FieldLockstep)
         except InvariantError as problem:
             if isinstance(problem.__cause__, NoFieldForm | NotImplementedError):
                 raise NoFieldForm(str(problem)) from problem
             return set(), [disagreement(problem)]
         equal, differences = self._judged(wanted, found)
         if differences:
-            causes = likely_causes(self._seen(given), wanted, found, [one.name for one in differences])
+            seen = Seen(self.program)
+            run(seen.lockstep)  # once more, and the values of all nodes are kept
+            causes = likely_causes(seen, wanted, found, [one.name for one in differences])
             differences = [replace(one, **causes.get(one.name, {})) for one in differences]
         return equal, differences
 
-    def _seen(self, given: list[Tensor] | None) -> Seen:
-        """The values of all nodes, from one more run that keeps them."""
-        seen = Seen(self.program)
-        self._run(given, seen.lockstep)
-        return seen
-
-    def _run(self, tangents: list[Tensor] | None, make: Callable[[Mesh], Lockstep]) -> dict[str, Tensor]:
+    def _run(
+        self, tangents: list[Tensor] | None, make: Callable[[Mesh], Lockstep], trains: bool = True
+    ) -> dict[str, Tensor]:
         call = (self.args, self.kwargs)
-        return program_step(self.program, self.source, self.tensors, call, tangents, self.seed, make, self.smaller)
+        given = (self.program, self.source, self.tensors, call, tangents, self.seed, make, self.smaller)
+        return program_step(*given, trains=trains)
 
     def _judged(self, wanted: FieldStep, found: Mapping[str, Tensor]) -> tuple[set[str], list[Difference]]:
         equal, differences = set[str](), []

@@ -31,16 +31,19 @@ def program_step(
     seed: int,
     make: Callable[[Mesh], Lockstep],
     smaller: AnyProgram | None = None,
+    trains: bool = True,
 ) -> dict[str, Tensor]:
     """Outputs, new buffers and gradients, named as :func:`autopar.proof.field_reference.reference_step` names them.
+
+    Without ``trains`` it is a call under ``torch.no_grad()``, which has graphs of its own, and gives no gradients.
 
     A program of one microbatch, without a pipeline, runs as often as there are some, and its gradients are added;
     ``smaller`` runs for those that have fewer rows.
     """
     args, kwargs = call
     if not isinstance(program, PipelinedProgram) and len(rows_of_parts(program, call)) > 1:
-        return _accumulated((program, smaller), source, tensors, kwargs, seed, make)
-    trains = not (isinstance(program, PipelinedProgram) and source.loss is None)
+        return _accumulated((program, smaller), source, tensors, kwargs, seed, make, trains)
+    trains = trains and not (isinstance(program, PipelinedProgram) and source.loss is None)
     step = simulate(
         program, tensors, args, kwargs, backward=trains, tangents=tangents, seed=seed, emitted=False, make=make
     )
@@ -75,6 +78,7 @@ def _accumulated(
     kwargs: Mapping[str, Any],
     seed: int,
     make: Callable[[Mesh], Lockstep],
+    trains: bool,
 ) -> dict[str, Tensor]:
     program, smaller = programs
     batches = microbatches.parts((), kwargs, program.mesh, program.plan)
@@ -90,7 +94,7 @@ def _accumulated(
     for number, (run, batch, weight) in enumerate(zip(runs, batches, weights)):
         step = simulate(
             run, tensors, (), batch, tangents=[torch.tensor(weight.loss)], seed=seed + number, emitted=False,
-            make=make, wholes=weight.wholes,
+            make=make, wholes=weight.wholes, backward=trains,
         )  # fmt: skip
         for name, found in _named(step, source).items():
             if name == _loss(source):

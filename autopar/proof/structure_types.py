@@ -6,9 +6,11 @@ some node other than it says, or fail.
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -116,16 +118,27 @@ def _run(node: Node, local: Mapping[Node, tuple[Type, ...]]) -> Verdict:
         found = tuple([torch.empty(shape, dtype=dtype) for shape, dtype in local[source]])
         return found[0] if len(found) == 1 else found
 
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad(), _unlogged():
         args, kwargs = fx.map_arg((node.args, node.kwargs), made)  # type: ignore[misc]
         try:
             result = runnable(node.target)(*args, **kwargs)
         except NotImplementedError:
             return (), NO_KERNEL
-        except (RuntimeError, TypeError, ValueError, IndexError) as problem:
+        except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError) as problem:
             return (), (str(problem).strip().splitlines() or [type(problem).__name__])[0]
     results = result if isinstance(result, tuple | list) else [result]
     return tuple((tuple(each.shape), each.dtype) if isinstance(each, Tensor) else None for each in results), ""
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without what torch prints of an operator that fails on such tensors: it is said in a refusal."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _whole_dims(node: Node, kinds: Sequence[Type]) -> tuple[Type, ...]:

@@ -351,3 +351,22 @@ def mean_of_the_means_of_microbatches(program: AnyProgram) -> None:
 def labels_that_are_not_moved_on(program: AnyProgram) -> None:
     (node,) = found(program, "forward", aten.slice.Tensor)
     node.args = (*node.args[:2], 0, node.args[3] - 1)  # type: ignore[operator]
+
+
+# ---------------------------------------------------------------- calls without gradients: graphs of their own
+
+
+@bug("wrong without gradients", "dp tp")
+def silu_lost_in_evaluation(program: AnyProgram) -> None:
+    drop(found(program, "inference", aten.silu.default)[0])
+
+
+@bug("wrong without gradients", "net")
+def weight_of_another_parameter_in_evaluation(program: AnyProgram) -> None:
+    first, second = (placeholder(program, "inference", f"p_{name}") for name in ("first", "second"))
+    first.replace_all_uses_with(second)
+
+
+@bug("wrong without gradients", "pipeline")
+def first_stage_forgets_causality_in_evaluation(program: AnyProgram) -> None:
+    argument(found(program, "0.inference", aten.scaled_dot_product_attention.default)[0], 5, False)
