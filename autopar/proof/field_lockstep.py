@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from autopar.ir.node import Node
 from autopar.mesh import Mesh
@@ -15,6 +16,7 @@ from autopar.proof import (  # noqa: F401 - they register their forms
     field_uninterpreted,
     field_windows,
 )
+from autopar.proof.field_reference import COMPOSITES
 from autopar.simulator.lockstep import Lockstep, Ranks
 
 
@@ -31,6 +33,9 @@ class FieldLockstep(Lockstep):
     def note(self, node: Node, ranks: Ranks, phase: str) -> None:
         if self._seen is not None:
             self._seen.setdefault(phase, {})[node] = ranks
+
+    def runnable(self, target: Any) -> Callable[..., Any]:
+        return COMPOSITES.get(target) or super().runnable(target)
 
     def hold(self, values: Iterable[Ranks]) -> None:
         pass

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,13 +133,7 @@ def _call(node: fx.Node, known: Mapping[fx.Node, Any], salt: int, seeds: Seeds) 
                 return _layers(target, seeds, salt, *args)
         if target in DRAWING and _draws(node):
             return DRAWING[target](seeds, salt, *args, **kwargs)
-        if target is aten.scaled_dot_product_attention.default:
-            return _attention(seeds, salt, *args, **kwargs)
-        if target is aten.stft.default:
-            return spectrogram(*args, **kwargs)
-        if target is aten.embedding_bag.padding_idx or target is aten.embedding_bag.default:
-            return _bags(*args, **kwargs)
-        return target(*args, **kwargs)
+        return COMPOSITES.get(target, target)(*args, **kwargs)
     except NoFieldForm as problem:
         where = origin(node)
         raise NoFieldForm(f"{str(problem)}; {node.name} of {where.module or 'the model'}: {where.source}") from None
@@ -269,4 +264,12 @@ DRAWING: dict[Any, Callable[..., Tensor]] = {
     aten.bernoulli.default: _coins,
     aten.bernoulli.p: _coins,
     aten.scaled_dot_product_attention.default: _attention,
+}
+
+# what torch would take apart in a way that the field has no exact numbers for, as roots of a scale
+COMPOSITES: dict[Any, Callable[..., Any]] = {
+    aten.scaled_dot_product_attention.default: partial(_attention, Seeds(0), 0),
+    aten.stft.default: spectrogram,
+    aten.embedding_bag.padding_idx: _bags,
+    aten.embedding_bag.default: _bags,
 }

@@ -283,6 +283,11 @@ class Lockstep:
             for memory, value in zip(self.memory, ranks):
                 memory.release(value)
 
+    def runnable(self, target: Any) -> Callable[..., Any]:
+        """What computes an operator."""
+        found: Callable[..., Any] = runnable(target)
+        return found
+
     def groups(self, axis: str) -> tuple[tuple[int, ...], ...]:
         """All groups of ranks that communicate over ``axis``."""
         if axis not in self._groups:
@@ -308,7 +313,7 @@ class Lockstep:
             here = {source: known[source][rank] for source in node.all_input_nodes}
             key = tuple(map(id, here.values()))
             if is_random(node.target) or key not in done:
-                done[key] = _call(node, here, rank)
+                done[key] = _call(self.runnable(node.target), node, here, rank)
             results.append(done[key])
         return results
 
@@ -351,10 +356,10 @@ class Lockstep:
         return (len(rows) - kept) * rows[:1].numel() * rows.element_size()
 
 
-def _call(node: Node, here: dict[Node, Any], rank: int) -> Any:
+def _call(function: Callable[..., Any], node: Node, here: dict[Node, Any], rank: int) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), here.__getitem__)
     try:
-        return runnable(node.target)(*args, **kwargs)
+        return function(*args, **kwargs)
     except AutoparError:
         raise
     except FAILURES as problem:
