@@ -69,6 +69,7 @@ class ParallelModule(nn.Module):
     _programs: ProgramCache
     _signature: Signature
     _accumulation: Accumulation
+    _is_pipelined: bool
 
     def __init__(
         self,
@@ -104,6 +105,7 @@ class ParallelModule(nn.Module):
         # would put the model itself as a submodule, with a prefix before all names
         self.__dict__.update(mesh=mesh, plan=plan, _held=held, _connection=connection, _programs=cache)
         self.__dict__.update(_signature=Signature(model.forward), _accumulation=accumulation)
+        self.__dict__.update(_is_pipelined=mesh.is_pipelined)  # asked in each call
         self.__dict__.update(for_frameworks(self, plan))
 
     # ------------------------------------------------------------ calling
@@ -115,7 +117,7 @@ class ParallelModule(nn.Module):
         call = self._signature.call(args, kwargs)
         if call.is_split:
             call = gathered(call, self.plan)
-        if self.mesh.is_pipelined:
+        if self._is_pipelined:
             return self._pipelined(call, trains=False)
         return self._programs.run(call, self.training, self._seed())
 
@@ -131,7 +133,7 @@ class ParallelModule(nn.Module):
         With ``Plan(microbatches=m)`` the batch (then passed by name) runs in m parts, one after the other; loss and
         gradients are those of the whole, and the data axes communicate once.
         """
-        if self.mesh.is_pipelined:
+        if self._is_pipelined:
             loss: Tensor = self._pipelined(self._signature.call(args, kwargs), trains=True)
             return loss
         if self.plan.microbatches > 1:

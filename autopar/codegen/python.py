@@ -34,7 +34,7 @@ from torch import fx
 
 from autopar.codegen.in_place import IN_PLACE, reused
 from autopar.codegen.regions import Region, regions_of
-from autopar.codegen.torch_bindings import BINDINGS
+from autopar.codegen.torch_bindings import BINDINGS, sooner
 from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.node import Node, last_uses, origin, output_node, values
@@ -162,6 +162,7 @@ def function_of(code: CodeType, source: str, name: str) -> RankFunction:
     linecache.cache[code.co_filename] = (len(source), None, source.splitlines(keepends=True), code.co_filename)
     namespace: dict[str, Any] = {"__name__": f"autopar.emitted.{name}"}
     exec(code, namespace)  # our own source, or what was kept of it where nobody else can write
+    namespace.update(sooner(namespace))
     function: RankFunction = namespace[name]
     return function
 

@@ -1,13 +1,17 @@
 """Operators for which torch has a Python function with the same arguments, which is about 1 us faster to call.
 
-A rank program calls ``torch.mm(a, b)`` for ``aten.mm``; the dispatcher gets the same operator (tested).
+A rank program calls ``torch.mm(a, b)`` for ``aten.mm``; the dispatcher gets the same operator (tested). Of the others
+it calls what ``torch.ops.aten.name.default`` would call, and for attention the kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from autopar.operators.attention import HERE
 
 aten: Any = torch.ops.aten
 
@@ -97,3 +101,9 @@ BINDINGS: dict[Any, str] = {
     aten.where.self: "torch.where",
     aten.zeros_like.default: "torch.zeros_like",
 }
+
+
+def sooner(names: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the ``names`` in an emitted module those of operators, each with what it calls in the end: 0.3 us less."""
+    operators = {name: bound for name, bound in names.items() if isinstance(bound, torch._ops.OpOverload)}
+    return {name: HERE.get(bound, bound._op) for name, bound in operators.items()}

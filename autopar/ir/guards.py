@@ -16,10 +16,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from autopar.errors import AutoparError
+from autopar.ir.names_hold import names_hold
 from autopar.ir.same_values import MISSING, is_same, shown
 from autopar.ir.value_guards import ValueGuard
 
 Thing = TypeVar("Thing")
+FREQUENT = 4  # calls after which it pays to write the comparisons out, 10 us for each
+WRITTEN_OUT = 1000  # readings, of which more take longer to compile than any call is sooner
 Container = list[Any] | tuple[Any, ...] | dict[Any, Any] | set[Any] | frozenset[Any] | deque[Any]
 
 
@@ -159,6 +162,8 @@ class Guards:
         self._present = tuple((one.table, one.key, one.value) for one in self.readings)
         self._absent = tuple((table, key) for table, key, _ in self.absent)
         self._quiet = tuple(table for table, _ in self.quiet)
+        self._calls = 0
+        self._written_out: Callable[[], bool] | None = None
 
     def extend(self, other: Guards) -> None:
         """Hold what ``other`` holds too."""
@@ -188,19 +193,28 @@ class Guards:
 
     def hold(self) -> bool:
         """Whether all is as it was."""
+        self._calls += 1
+        if self._calls == FREQUENT and len(self._present) <= WRITTEN_OUT:
+            self._written_out = names_hold(self._present, self._absent, self._quiet)
         try:
+            if self._written_out is not None and self._written_out():
+                return self._rest_holds()
             for table, key, value in self._present:
                 if table[key] is not value:
                     return self._hold_by_value()
         except KeyError:
             return False
-        return self._rest_holds()
+        return self._nothing_new() and self._rest_holds()
 
-    def _rest_holds(self) -> bool:
+    def _nothing_new(self) -> bool:
+        """Whether there is nothing where there was nothing."""
         for table, key in self._absent:
             if key in table:
                 return False
-        if any(self._quiet) or [*map(type, self.owners)] != self._classes:
+        return not any(self._quiet)
+
+    def _rest_holds(self) -> bool:
+        if [*map(type, self.owners)] != self._classes:
             return False
         for contents in self.contents:
             if not contents.hold():
@@ -217,7 +231,8 @@ class Guards:
             return False
         self.readings = [replace(one, value=now) for one, now in zip(self.readings, found)]
         self._present = tuple((one.table, one.key, one.value) for one in self.readings)
-        return self._rest_holds()
+        self._calls, self._written_out = FREQUENT, None  # not written out again: this may come often
+        return self._nothing_new() and self._rest_holds()
 
     def _ties(self, values: Sequence[Any] | None = None) -> list[int]:
         """Which parameters and buffers are one tensor: of each, the place of the first that it is. ``values``: now."""

@@ -7,6 +7,8 @@ logit are reduced over the ranks; no rank ever holds all logits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,7 @@ from autopar.operators.embedding import within
 from autopar.operators.registry import operator
 
 aten = torch.ops.aten
+_LIKELIHOODS: Any = aten.nll_loss_forward.default
 SUM = 2  # of losses, as aten's kernels number the ways to reduce them
 
 
@@ -31,9 +34,7 @@ def cross_entropy_sums(
     of_classes = logits.dim() == 2 and target.dim() == 1  # with chances of classes the target is as the logits are
     if of_classes and wide == logits.dtype and not label_smoothing:
         # the kernel counts as it goes; aten's own, for the one of torch.nn.functional gives the sum alone
-        found: tuple[Tensor, Tensor] = aten.nll_loss_forward(
-            F.log_softmax(logits, 1), target, weight, SUM, ignore_index
-        )
+        found: tuple[Tensor, Tensor] = _LIKELIHOODS(torch.log_softmax(logits, 1), target, weight, SUM, ignore_index)
         return found
     reduction = "sum" if wide == logits.dtype else "none"
     total = F.cross_entropy(
@@ -43,7 +44,7 @@ def cross_entropy_sums(
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype in (torch.float32, torch.float64) else torch.promote_types(dtype, torch.float32)
 
 
 def count_of(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:

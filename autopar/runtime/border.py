@@ -38,10 +38,14 @@ def part_of(layout: Layout, comm: Communicator, *, is_local: bool = False) -> Pa
         pieces = runs(owned) or [(0, 0)]
         cuts.append((dim, *pieces[0]) if len(pieces) == 1 else (dim, owned.to(comm.device)))
 
+    device = comm.device
+
     def part(tensor: Tensor) -> Tensor:
+        if not cuts and tensor.shape == shape and tensor.device == device and tensor.is_contiguous():
+            return tensor.detach() if tensor.requires_grad else tensor
         x = tensor.detach() if tensor.requires_grad else tensor
-        if x.device != comm.device:
-            x = x.to(comm.device)
+        if x.device != device:
+            x = x.to(device)
         for cut in cuts:
             x = x.index_select(*cut) if len(cut) == 2 else x.narrow(*cut)
         return padded(x, shape).contiguous()
@@ -103,12 +107,14 @@ class Result:
 
     def give(self, local: Tensor) -> Tensor:
         """The user's value for the program's ``local``."""
-        if self._join:
-            return joined(local, self.value.layout, self.connection.comm)
-        return local if self._spec is None else of_local(trimmed(local, self._shape), self._spec)
+        if self._spec is not None:
+            return of_local(trimmed(local, self._shape), self._spec)
+        return joined(local, self.value.layout, self.connection.comm) if self._join else local
 
     def take(self, grad: Tensor | None) -> Tensor:
         """The program's part of the gradient of the user's value; zeros where there is none."""
+        if type(grad) is Tensor and grad.shape == self._local_shape and not self._join:
+            return grad.contiguous()
         comm, layout = self.connection.comm, self.value.layout
         if grad is None:
             return torch.zeros(self._local_shape, dtype=self.value.dtype, device=comm.device)

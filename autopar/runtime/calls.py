@@ -20,9 +20,12 @@ from autopar.plan import Plan
 NOT_POSITIONAL = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
-    """Arguments by name in the order of the signature (``args`` is empty unless it takes ``*args``), and flat."""
+    """Arguments by name in the order of the signature (``args`` is empty unless it takes ``*args``), and flat.
+
+    Nobody changes one; to be frozen would cost 1 us of each call.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -37,7 +40,7 @@ class Call:
     @property
     def is_split(self) -> bool:
         """Whether a tensor is a DTensor, as another parallel module returns them."""
-        return any(isinstance(leaf, DTensor) for leaf in self.leaves)
+        return not _SIMPLE.issuperset(map(type, self.leaves)) and any(isinstance(leaf, DTensor) for leaf in self.leaves)
 
     @property
     def named_tensors(self) -> list[tuple[str, Tensor]]:
@@ -45,6 +48,9 @@ class Call:
         arguments = [*(("", arg) for arg in self.args), *self.kwargs.items()]
         leaves = [(name, leaf) for name, arg in arguments for leaf in pytree.tree_leaves(arg)]
         return [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor)]
+
+
+_SIMPLE = frozenset((Tensor, int, float, bool, str, type(None)))  # leaves, and none is a DTensor
 
 
 class Signature:
@@ -56,7 +62,7 @@ class Signature:
         self._named = not any(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in parameters)
         self._names = [p.name for p in parameters if p.kind not in NOT_POSITIONAL]
         self._rank = {name: position for position, name in enumerate(self._signature.parameters)}
-        self._orders: dict[Hashable, list[tuple[str, int]]] = {}
+        self._orders: dict[Hashable, _Order] = {}
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Raises TypeError where ``forward`` itself would."""
@@ -64,25 +70,47 @@ class Signature:
         order = self._orders.get(given)
         if order is None:
             order = self._orders[given] = self._order(args, kwargs)
-        if self._named:
-            values = (*args, *kwargs.values())
-            args, kwargs = (), {name: values[position] for name, position in order}
-        else:
-            kwargs = {name: kwargs[name] for name in sorted(kwargs)}
         leaves: list[Any] = [*args, *kwargs.values()]
-        spec: Hashable = (len(args), *kwargs)
-        if not all(leaf is None or isinstance(leaf, (Tensor, int, float, str)) for leaf in leaves):
+        if not order.is_kept:
+            leaves = [leaves[position] for position in order.positions]
+        args, kwargs = tuple(leaves[: order.unnamed]), dict(zip(order.names, leaves[order.unnamed :]))
+        spec: Hashable = order.spec
+        if not _SIMPLE.issuperset(map(type, leaves)) and not all(map(_is_simple, leaves)):
             leaves, spec = pytree.tree_flatten((args, kwargs))
-        return Call(args, kwargs, leaves, (spec, *map(kind_of, leaves)))
+        return Call(args, kwargs, leaves, (spec, *[kind_of(leaf) for leaf in leaves]))
 
-    def _order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, int]]:
+    def _order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Order:
         try:
             self._signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{error}\nWay out: the arguments of forward{self._signature}.") from None
-        names = [*self._names[: len(args)], *kwargs]
+        unnamed = 0 if self._named else len(args)
+        places = [*zip([*self._names[: len(args)]] if self._named else (), range(len(args)))]
+        places += zip(kwargs, range(len(args), len(args) + len(kwargs)))
         last = len(self._rank)
-        return sorted(zip(names, range(len(names))), key=lambda pair: (self._rank.get(pair[0], last), pair[0]))
+        places.sort(key=lambda pair: (self._rank.get(pair[0], last), pair[0]) if self._named else (0, pair[0]))
+        positions = (*range(unnamed), *(position for _, position in places))
+        return _Order(unnamed, tuple(name for name, _ in places), positions)
+
+
+@dataclass
+class _Order:
+    """Where the arguments of one way to call stand: ``unnamed`` ones as they are, then those of ``names``, in order.
+
+    ``positions``: of each, in the call.
+    """
+
+    unnamed: int
+    names: tuple[str, ...]
+    positions: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        self.is_kept = self.positions == tuple(range(len(self.positions)))
+        self.spec = (self.unnamed, *self.names)
+
+
+def _is_simple(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, (Tensor, int, float, str))
 
 
 def kind_of(leaf: Any) -> Hashable:

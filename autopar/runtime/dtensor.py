@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 HELD = "autopar_held"  # on a parameter of a parallel module: how it is held
 
-_new: Any = torch.Tensor._dtensor__new__  # type: ignore[attr-defined]
+new_dtensor: Any = torch.Tensor._dtensor__new__  # type: ignore[attr-defined]  # see :func:`of_local`
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -62,5 +62,10 @@ def spec_of(tensor: DTensor) -> Any:
 
 def of_local(local: Tensor, spec: Any) -> DTensor:
     """The DTensor of ``local`` with the shape, mesh and placements of ``spec``; nothing is checked or copied."""
-    tensor: DTensor = _new(getattr(spec, "kind", DTensor), local, spec, requires_grad=False)
+    tensor: DTensor = new_dtensor(kind_of_spec(spec), local, spec, requires_grad=False)
     return tensor
+
+
+def kind_of_spec(spec: Any) -> Any:
+    """The class of DTensors with ``spec``."""
+    return getattr(spec, "kind", DTensor)

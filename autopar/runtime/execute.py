@@ -19,13 +19,14 @@ from autopar.ir.signature import restorer
 from autopar.ir.tables import OutputKind
 from autopar.pipeline.microbatches import Weight, weights
 from autopar.runtime.accumulate import Accumulation
-from autopar.runtime.autograd import accumulating, applied, below_autograd, take_saved
+from autopar.runtime.autograd import WITNESS, accumulating, applied, below_autograd, take_saved
 from autopar.runtime.batch_counts import BatchCounts
 from autopar.runtime.border import Result
 from autopar.runtime.connect import Connection
+from autopar.runtime.giving import Givers, put
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_graphs import BACKWARD, FORWARD, INFERENCE, PARTIAL, REDUCED
-from autopar.runtime.rank_program import BoundProgram, Fetch, Step, put
+from autopar.runtime.rank_program import NOTHING, BoundProgram, Fetch, Step
 from autopar.runtime.written_code import code_of_model
 
 
@@ -47,11 +48,15 @@ class Executable(BoundProgram):
         self._differentiates_loss_alone = loss is not None and self.role.differentiable == (loss,)
         self._restored = restorer(program)
         self._leaves = [self._leaf(target) for target in self.role.grads]
+        self._parameters = [self.slots[target] for target in self.role.grads if target in self.slots]
         self._gives = [self.giver(target) for target in self.role.grads]
-        self._results = [
-            Result(entry.target, types[0], connection) if entry.kind is OutputKind.USER else None
-            for entry, types in zip(program.outputs, program.returned_types)
-        ]
+        self._givers: Givers | None = None  # made by the first backward pass, which shows what gradients look like
+        self._results = {
+            position: Result(entry.target, types[0], connection)
+            for position, (entry, types) in enumerate(zip(program.outputs, program.returned_types))
+            if entry.kind is OutputKind.USER
+        }
+        self._outputs = [(position, result.give) for position, result in self._results.items()]
 
     # ------------------------------------------------------------ running
 
@@ -66,9 +71,9 @@ class Executable(BoundProgram):
         """
         if not self._differentiates_loss_alone:
             return loss_of(self.run(tensors, seed, weight))
-        step = Step(tensors, seed, learns=True, wholes=self._wholes(tensors, weight))
-        (found,) = applied(_Differentiable, self, step, *[leaf(step) for leaf in self._leaves])
-        loss: Tensor = found
+        wholes = self._wholes(tensors, weight) if self._is_weighed else NOTHING
+        found = self._applied(Step(tensors, seed, learns=True, wholes=wholes))
+        loss: Tensor = found[0]
         return loss
 
     def run(self, tensors: Sequence[Tensor], seed: int, weight: Weight | None = None) -> Any:
@@ -76,36 +81,39 @@ class Executable(BoundProgram):
 
         ``weight``: what they count for as a part of a batch; unless given, they are the batch.
         """
-        step = Step(tensors, seed, wholes=self._wholes(tensors, weight))
-        if self.role.backward is not None and torch.is_grad_enabled():
-            found = applied(_Differentiable, self, step, *[leaf(step) for leaf in self._leaves])
-            given = dict(zip(self.role.differentiable, found))
+        step = Step(tensors, seed, wholes=self._wholes(tensors, weight) if self._is_weighed else NOTHING)
+        if not torch.is_grad_enabled():
+            self.call(INFERENCE, step)
+        elif self.role.backward is not None:
+            found = dict(zip(self.role.differentiable, self._applied(step)))
+            return self._restored([found[at] if at in found else give(step.returned[at]) for at, give in self._outputs])
         else:
             with torch.no_grad():
                 self.call(INFERENCE, step)
-            given = {}
-        outputs = [
-            given[position] if position in given else result.give(step.returned[position])
-            for position, result in enumerate(self._results)
-            if result is not None
-        ]
-        return self._restored(outputs)
+        returned = step.returned
+        return self._restored([give(returned[position]) for position, give in self._outputs])
+
+    def _applied(self, step: Step) -> Sequence[Tensor]:
+        """The differentiable outputs, after a forward pass that autograd knows of."""
+        if len(self._parameters) == len(self._leaves):
+            leaves: list[Any] = [table[key] for table, key in self._parameters]
+        else:
+            leaves = [leaf(step) for leaf in self._leaves]
+        found: Sequence[Tensor] = applied(_Differentiable, self, step, WITNESS, *leaves)
+        return found
 
     def _wholes(self, tensors: Sequence[Tensor], weight: Weight | None) -> Mapping[str, Tensor]:
-        if not self._is_weighed:
-            return {}
         return (weight or weights(self.program, [self.counts(tensors, 1.0)], [1])[0]).wholes
 
     def forward(self, step: Step) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(differentiable outputs, values saved for backward)."""
         saved = self.call(self.graphs.learning if step.learns else FORWARD, step)
-        outputs = []
+        outputs, returned = [], list(step.returned)
         for position in self.role.differentiable:
-            result = self._results[position]
-            assert result is not None, "only user outputs are differentiable"
             # a tensor of its own: autograd writes into what it returns, and this may be a parameter or saved
-            outputs.append(result.give(step.returned[position]).detach())
-            step.returned[position] = None
+            outputs.append(self._results[position].give(returned[position]).detach())
+            returned[position] = None
+        step.returned = returned
         return tuple(outputs), saved
 
     def backward(
@@ -118,15 +126,15 @@ class Executable(BoundProgram):
         """
         self.comm.phase = "backward"
         for position, tangent in zip(self.role.differentiable, tangents):
-            result = self._results[position]
-            assert result is not None
-            saved.append(result.take(tangent))
+            saved.append(self._results[position].take(tangent))
         with below_autograd():
             found = self._accumulation.backward(self, saved)
         if found is None:
             return [None] * len(self._gives)
         self.comm.updates += 1
-        return [give(grad, wanted) for give, grad, wanted in zip(self._gives, found, accumulate)]
+        if self._givers is None:
+            self._givers = Givers(self._gives, found)
+        return self._givers(found, accumulate)
 
     @property
     def defers(self) -> bool:
@@ -162,7 +170,7 @@ class _Differentiable(torch.autograd.Function):
     """The node of a rank program in autograd's graph. Leaves: the parameters and inputs that get gradients."""
 
     @staticmethod
-    def forward(ctx: Any, executable: Executable, step: Step, *leaves: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, executable: Executable, step: Step, witness: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
         outputs, saved = executable.forward(step)
         ctx.executable = executable
         ctx.set_materialize_grads(False)
@@ -173,5 +181,5 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
-        wanted = accumulating(ctx)
-        return (None, None, *ctx.executable.backward(take_saved(ctx), tangents, wanted))
+        wanted = accumulating(ctx, 2)[1:]
+        return (None, None, None, *ctx.executable.backward(take_saved(ctx), tangents, wanted))

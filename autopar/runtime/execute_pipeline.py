@@ -29,9 +29,9 @@ from autopar.runtime.batch_counts import BatchCounts
 from autopar.runtime.channels import Channels
 from autopar.runtime.communicator import Communicator
 from autopar.runtime.connect import Connection
+from autopar.runtime.giving import Give, put
 from autopar.runtime.parameters import tables
 from autopar.runtime.rank_code import RankCode
-from autopar.runtime.rank_program import Give, put
 from autopar.runtime.rank_stage import BoundStage, Microbatch, StageStep
 from autopar.runtime.recorder import epoch
 from autopar.runtime.written_code import axes_of, code_of_stage

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -26,7 +25,6 @@ from autopar.pipeline.microbatches import Weight
 from autopar.plan import Plan
 from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.agreement import Said, UnequalRows, digest_of, told
-from autopar.runtime.autograd import is_autocasting
 from autopar.runtime.calls import Call, global_call, ordinary, shapes
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor_habits import parts_were_shown
@@ -38,6 +36,7 @@ from autopar.runtime.local_parts import check_parts, check_parts_of_ranks, expla
 from autopar.runtime.parameters import ALONE, Weights
 from autopar.runtime.shared_inputs import check_shared_inputs, is_due
 from autopar.runtime.size_families import Member, SizeFamilies, general
+from autopar.runtime.torch_settings import outside_inference, torch_settings
 from autopar.runtime.unequal_rows import joined, said
 from autopar.runtime.variants import Variants
 
@@ -163,7 +162,7 @@ class ProgramCache:
         return self._entry(call, training).bound
 
     def _entry(self, call: Call, training: bool) -> Entry:
-        kind = self._agreed_kind(call, training)
+        kind = self._kind(call, training) if self._is_alone else self._agreed_kind(call, training)
         entry = self._known(kind)
         if entry is None:
             entry = self._bound[kind] = Entry(self._new(call, training, kind), digest_of(kind))
@@ -179,14 +178,23 @@ class ProgramCache:
 
     def run(self, call: Call, training: bool, seed: int) -> Any:
         """The model's output for ``call``; collective. Raises the errors of :meth:`bound`."""
+        if self._is_alone:
+            return self._executable(call, training).run(call.tensors, seed)
         return self._on_all_rows(call, training, lambda program, tensors: program.run(tensors, seed))
 
     def loss(self, call: Call, training: bool, seed: int, weight: Weight | None) -> Tensor:
         """The loss for ``call``, as :meth:`Executable.loss` has it; collective. Raises the errors of :meth:`bound`."""
+        if self._is_alone:
+            return self._executable(call, training).loss(call.tensors, seed, weight)
         found: Tensor = self._on_all_rows(
             call, training, lambda program, tensors: program.loss(tensors, seed, weight), gives_outputs=False
         )
         return found
+
+    def _executable(self, call: Call, training: bool) -> Executable:
+        bound = self._entry(call, training).bound
+        assert isinstance(bound, Executable)
+        return bound
 
     def _on_all_rows(self, call: Call, training: bool, work: Work, gives_outputs: bool = True) -> Any:
         """What ``work`` makes of the program of a call and its tensors: all ranks' where their rows are unequal."""
@@ -218,8 +226,6 @@ class ProgramCache:
         comm = self._required_connection.comm
         while True:
             kind = self._kind(call, training)
-            if self._is_alone:
-                return kind
             entry = self._known(kind)
             due = entry is None or entry.is_due
             number = entry.number if entry is not None else digest_of(kind)
@@ -289,15 +295,16 @@ class ProgramCache:
     def _other_facts(self, training: bool) -> tuple[Hashable, ...]:
         """What determines a program beside the call."""
         packs = self._packs_padding and not torch.is_grad_enabled()
-        return training, torch_settings(), cast_to(), self._weights.requires_grad(), packs
+        return training, *torch_settings(), self._weights.requires_grad(), packs
 
     def _kind(self, call: Call, training: bool, batch: str = "") -> Kind:
-        kind = *self._other_facts(training), call.key, batch, call.rows_of_all
+        kind: Hashable = (self._other_facts(training), call.key, batch, call.rows_of_all)
         latest = self._latest[0] if self._latest is not None else None
-        if latest is not None and kind == latest[0]:
+        is_latest = latest is not None and kind == latest[0]
+        if latest is not None and is_latest:
             kind = latest[0]
         number = self._variants.number(kind, call.leaves)
-        if latest is not None and kind is latest[0] and number == latest[1]:
+        if latest is not None and is_latest and number == latest[1]:
             return latest
         if number is None and self._weights.take_in():
             return self._kind(call, training, batch)
@@ -364,29 +371,3 @@ class ProgramCache:
             self._told += 1
             each = sum(self._seconds) / len(self._seconds)
             logger.warning(MANY_SHAPES, number, each, PROGRAMS_KEPT)
-
-
-_NO_CASTS = (None, None)
-
-
-def torch_settings() -> tuple[Hashable, ...]:
-    """What torch is set to, and a trace depends on: Python may ask, and what is made without a dtype has that one."""
-    return torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
-
-
-def cast_to() -> tuple[torch.dtype | None, ...]:
-    """The dtype in which autocast computes; a traced program has its casts as nodes."""
-    if not is_autocasting():
-        return _NO_CASTS
-    kinds = ("cpu", "cuda")
-    return tuple([torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds])
-
-
-@contextmanager
-def outside_inference() -> Iterator[None]:
-    """Within this context tensors are made that may be trained later, though the caller is in ``inference_mode``."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.set_grad_enabled(False):
-        yield

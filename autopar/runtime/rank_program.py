@@ -7,10 +7,10 @@ is asked for (:mod:`rank_graphs` has them), and writes new values of buffers bac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,10 +22,11 @@ from autopar.ir.program import Program
 from autopar.ir.stored_graph import Port
 from autopar.ir.tables import Input, InputKind, OutputKind
 from autopar.runtime.absent import Table
-from autopar.runtime.autograd import below_autograd, is_autocasting, is_watched
+from autopar.runtime.autograd import below_autograd, is_autocasting
 from autopar.runtime.border import joined, part_of, trimmed
 from autopar.runtime.connect import Connection
-from autopar.runtime.dtensor import local_of, locals_of, of_local, spec_of
+from autopar.runtime.dtensor import local_of, locals_of
+from autopar.runtime.giving import Give, Giver
 from autopar.runtime.labelled import Labelled
 from autopar.runtime.parameters import tables
 from autopar.runtime.pieces import padded
@@ -34,47 +35,30 @@ from autopar.runtime.rank_graphs import FORWARD, LEARN
 from autopar.runtime.recorder import Named
 from autopar.runtime.resident_parameters import Gathered
 
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
-@dataclass
+
 class Step:
     """One call: the user's tensors, the seed, the values sent by other pipeline stages, and the program's results.
 
-    ``learns``: of the outputs for users, the loss alone is wanted.
+    ``learns``: of the outputs for users, the loss alone is wanted. ``wholes``: of the batch that this is a part of.
     """
 
-    tensors: Sequence[Tensor]
-    seed: int
-    received: Mapping[str, Tensor] = field(default_factory=dict)
-    returned: list[Any] = field(default_factory=list)
-    learns: bool = False
-    wholes: Mapping[str, Tensor] = field(default_factory=dict)  # of the batch that this is a part of
+    __slots__ = ("learns", "received", "returned", "seed", "tensors", "wholes")
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        seed: int,
+        received: Mapping[str, Tensor] = NOTHING,
+        learns: bool = False,
+        wholes: Mapping[str, Tensor] = NOTHING,
+    ) -> None:
+        self.tensors, self.seed, self.received, self.learns, self.wholes = tensors, seed, received, learns, wholes
+        self.returned: Sequence[Any] = ()
 
 
 Fetch = Callable[[Step], Tensor]
-
-
-@dataclass(frozen=True)
-class Giver:
-    """Makes a local gradient that of a parameter, or adds it; gives it as a DTensor where autograd is to do so."""
-
-    table: Table
-    key: str
-
-    def __call__(self, grad: Tensor, accumulate: bool) -> Tensor | None:
-        parameter: Any = self.table[self.key]
-        local, held = local_of(parameter), parameter.grad
-        if grad.numel() != local.numel():  # a third of the time of comparing shapes
-            grad = trimmed(grad, local.shape)
-        spec = spec_of(parameter)
-        if not accumulate or is_watched(parameter):
-            return of_local(grad, spec)
-        if held is None:
-            parameter.grad = of_local(grad, spec)  # as autograd would, without 20 us of DTensor's dispatch
-        elif spec_of(held) is spec or spec_of(held) == spec:
-            local_of(held).add_(grad)
-        else:
-            return of_local(grad, spec)
-        return None
 
 
 @dataclass(frozen=True)
@@ -86,10 +70,6 @@ class Held:
 
     def __call__(self, step: Step) -> Tensor:
         return local_of(self.table[self.key])
-
-
-Give = Callable[[Tensor, bool], Tensor | None]
-_NOTHING = nullcontext()
 
 
 class BoundProgram:
@@ -143,11 +123,14 @@ class BoundProgram:
         resident = self._gathered.get(FORWARD if name == LEARN else name)
         if resident is not None:
             inputs += resident.tensors()
-        autocasting = is_autocasting() and torch.is_autocast_enabled(self.comm.device.type)
-        with torch.autocast(self.comm.device.type, enabled=False) if autocasting else _NOTHING, below_autograd():
-            found = self.results(name, inputs)
+        if is_autocasting() and torch.is_autocast_enabled(self.comm.device.type):
+            with torch.autocast(self.comm.device.type, enabled=False), below_autograd():
+                found = self.results(name, inputs)
+        else:
+            with below_autograd():
+                found = self.results(name, inputs)
         count = len(self.program.outputs)
-        step.returned = list(found[:count])
+        step.returned = found[:count]
         for position, table, key in self._updates:
             buffer = local_of(table[key])
             buffer.copy_(trimmed(step.returned[position], buffer.shape))
@@ -211,14 +194,6 @@ class BoundProgram:
             is_local = self.program.plan.inputs == "local"
             return lambda grad, _: grad if is_local else joined(grad, layout, self.comm)
         return Giver(*self.slots[target])
-
-
-def put(give: Give, parameter: Tensor, grad: Tensor) -> None:
-    """Add a local gradient to that of ``parameter``; by autograd where hooks watch it."""
-    whole = give(grad, True)
-    if whole is not None:
-        with torch.enable_grad():
-            torch.autograd.backward((parameter,), (whole,))
 
 
 def sharing(passed_on: Iterable[int], found: Sequence[Tensor]) -> list[int]:

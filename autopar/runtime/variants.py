@@ -33,7 +33,7 @@ class Variants:
         """
         known = self._of(kind)
         for place, (number, guards) in enumerate(known):
-            if guards.hold() and all(values.hold(leaves) for values in guards.values):
+            if guards.hold() and (not guards.values or all(values.hold(leaves) for values in guards.values)):
                 if place:
                     self._known[kind] = [known[place], *known[:place], *known[place + 1 :]]
                     self._latest = None, ()
