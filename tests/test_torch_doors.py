@@ -30,7 +30,7 @@ from autopar.ir.operator_facts import runnable
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.models import cnn, gpt, llama, t5
-from autopar.runtime.autograd import WITNESS, accumulating, below_autograd, is_watched, take_saved
+from autopar.runtime.autograd import accumulating, below_autograd, is_watched, take_saved
 from autopar.runtime.connect import connect
 from autopar.runtime.dtensor import local_of, of_local, spec_of
 from autopar.runtime.functional_collectives import start_maximum
@@ -233,38 +233,6 @@ def test_what_a_backward_pass_is_for() -> None:
     torch.autograd.grad(Probe.apply(leaf, frozen, other), [leaf])
     shapes = [torch.Size([2])]
     assert Probe.seen == [([True, False, True], shapes), ([False, False, True], shapes), ([False] * 3, shapes)]
-
-
-@pytest.mark.parametrize("others", [0, 2])
-def test_a_witness_tells_what_a_backward_pass_is_for(others: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Witnessed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *given: Any) -> Tensor:
-            return given[-1] * 2
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-            seen.append(accumulating(ctx, others)[1:])
-            return (None,) * (others + 1) + (None, grad * 2)
-
-    def called() -> Tensor:
-        found: Tensor = Witnessed.apply(*range(others), WITNESS, leaf, other)
-        return found.sum()
-
-    def counted(node: Any) -> bool:
-        asked.append(node)
-        return bool(torch._C._will_engine_execute_node(node))
-
-    leaf, other, seen = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True), list[list[bool]]()
-    asked = list[Any]()
-    called().backward(inputs=[other])
-    called().backward(inputs=[leaf, other])
-    torch.autograd.grad(called(), [other])
-    monkeypatch.setattr("autopar.runtime.autograd._runs", counted)
-    called().backward()
-    assert len(asked) == 1, "each tensor is asked about by itself"
-    assert seen == [[False, True], [True, True], [False, False], [True, True]]
-    assert WITNESS.grad is None
 
 
 def test_saved_tensors_are_let_go_of_once() -> None:
