@@ -2,7 +2,8 @@
 
     python -m benchmarks.process_size
 
-Each side runs in processes of its own, which have all imported autopar: the difference is what compiling leaves.
+Each side runs in processes of its own, which have all imported autopar: the difference is what compiling leaves, or
+what a launch has that finds its program in the cache ("warm").
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,9 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.worker:
         _work(SUBJECTS[options.model], options.side, options.worker)
         return 0
-    for side in ("autopar", "ddp"):
-        found = launched(MODULE, options.ranks, ["--model", options.model, "--side", side])
-        print(f"{side:8}{found / MB:8.1f} MB")
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"autopar": "0", "cold": folder, "warm": folder, "ddp": "0"}
+        for name, cache in caches.items():
+            arguments = ["--model", options.model, "--side", "ddp" if name == "ddp" else "autopar"]
+            found = launched(MODULE, options.ranks, arguments, {"AUTOPAR_CACHE": cache})
+            print(f"{name:8}{found / MB:8.1f} MB", flush=True)
     return 0
 
 

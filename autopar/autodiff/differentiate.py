@@ -31,6 +31,7 @@ after:
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
@@ -303,10 +304,13 @@ class _Forward:
         """Give the origin of ``node`` to the backward nodes that torch derives from it."""
         tensors = [item for item in pytree.tree_leaves(self.tensors[node]) if isinstance(item, Tensor)]
         wanted = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-        where, block, recorder = origin(node), self.blocks.get(node), self.recorder
+        # autograd holds the hooks, and tensors that the recorder holds hold autograd's nodes: no collector sees that
+        where, block, recorder = origin(node), self.blocks.get(node), weakref.ref(self.recorder)
 
         def enter(_: Any) -> None:
-            recorder.origin, recorder.block = where, block
+            found = recorder()
+            assert found is not None, "recording while torch derives"
+            found.origin, found.block = where, block
 
         while wanted:
             step = wanted.pop()

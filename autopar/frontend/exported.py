@@ -30,6 +30,7 @@ from autopar.frontend.equal_blocks import EqualBlocks, Seen
 from autopar.frontend.equal_conditions import EqualConditions
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.hit_loops import HitLoops
+from autopar.frontend.last_trace import forget_last_trace
 from autopar.frontend.looked_at import Replayed, looks_of, value_guard
 from autopar.frontend.observation import add_value_guard
 from autopar.frontend.ragged import UnknownSize
@@ -184,7 +185,9 @@ def _functional(
             exported = _decomposed(exported)
         if blocks:
             write_out_blocks(exported)
-    return exported if is_short else _decomposed(exported), notes
+    exported = exported if is_short else _decomposed(exported)
+    forget_last_trace()
+    return exported, notes
 
 
 def _decomposed(exported: ExportedProgram) -> ExportedProgram:

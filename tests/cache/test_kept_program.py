@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import marshal
 import zlib
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
 import autopar
 from autopar import Mesh, Plan
@@ -74,6 +76,24 @@ def test_a_step_reads_no_graph(cache_folder: Path) -> None:
     assert "linear" in str(module.program) and shelf_of(module.program.graph) is None
     again = module(**example.batch)["loss"]
     assert again.item() == losses[0]
+
+
+def nodes() -> int:
+    gc.collect()
+    return sum(isinstance(one, fx.Node) for one in gc.get_objects())
+
+
+def test_no_nodes_stay_in_the_process(cache_folder: Path) -> None:
+    """Neither of the program, which is bytes again once it is compiled, nor of what the compiler made on the way."""
+    modules = []
+    step("mlp")  # what torch keeps of a first trace
+    for name in ("gpt", "gpt"):
+        before, example = nodes(), named_model(name)
+        modules.append(autopar.parallelize(example.model, Mesh(dp=1)))
+        modules[-1](**example.batch)["loss"].backward()
+        del example
+        assert nodes() - before < 5  # those of torch's own
+    assert len(list(modules[0].program.graph.nodes)) > 5
 
 
 def test_a_graph_that_was_looked_into_is_written_anew() -> None:
