@@ -187,8 +187,8 @@ CHANGES: tuple[Callable[[fx.Node, Dice], str], ...] = (
 # ---------------------------------------------------------------- what is said of them
 
 
-def changed(case: str, dice: Dice) -> tuple[AnyProgram, str]:
-    """A copy of the program with one change in it, and the change in words."""
+def changed(case: str, dice: Dice) -> tuple[AnyProgram, str, bool]:
+    """A copy of the program with one change in it, the change in words, and whether it is where gradients come from."""
     whole = right(case)
     dice.mesh = whole.mesh
     while True:
@@ -197,11 +197,12 @@ def changed(case: str, dice: Dice) -> tuple[AnyProgram, str]:
         text = str(node.format_node())
         words = dice.choice(CHANGES)(node, dice)
         if words and described(program) != described(whole):
-            return program, f"{text.strip()}: {words}"
+            trains = all(node.graph is not part.required_role.inference for part in program.parts)
+            return program, f"{text.strip()}: {words}", trains
 
 
 def tried(case: str, dice: Dice) -> Tried:
-    program, words = changed(case, dice)
+    program, words, trains = changed(case, dice)
     model, batch = made(CASES[case].model)
 
     def said(*layers: Layer) -> Any:
@@ -212,8 +213,8 @@ def tried(case: str, dice: Dice) -> Tried:
         by = exact.refusals[0].layer
         if by != Layer.FIELD or len({one.layer for one in exact.refusals}) > 1:
             return Tried(case, words, REFUSED, by)
-        numbers = said(Layer.FLOAT64)
-        return Tried(case, words, REFUSED if numbers.refusals else FALSE, by)
+        is_wrong = not trains or bool(said(Layer.FLOAT64).refusals)  # which makes no call without gradients
+        return Tried(case, words, REFUSED if is_wrong else FALSE, by)
     numbers = said(Layer.FLOAT64)
     if exact.unproved:
         return Tried(case, words, UNPROVED, Layer.FLOAT64 if numbers.refusals else "")
