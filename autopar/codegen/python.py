@@ -137,14 +137,15 @@ def emit(
 
 def emit_sized(
     name: str, graph: fx.Graph, program: AnyProgram, *, labelled: bool = False
-) -> tuple[str, tuple[Any, ...]]:
+) -> tuple[str, dict[str, tuple[Any, ...]]]:
     """As :func:`emit`, for a ``graph`` in which expressions stand for sizes: ``name(comm, inputs, sizes) -> tuple``.
 
-    Also gives the expressions whose values ``sizes`` holds, in order; without any, ``sizes`` is not taken.
+    Also gives, for ``name`` and for each of its regions, the expressions whose values ``sizes`` holds, in order;
+    without any, ``sizes`` is not taken.
     """
     module = _Module(program, None, labelled)
     lines = module.function(name, graph)
-    return "\n".join([*module.head(), "", "", *lines, ""]), tuple(module.sizes)
+    return "\n".join([*module.head(), "", "", *lines, ""]), {name: tuple(module.sizes), **module.regions}
 
 
 def compile_source(source: str, name: str) -> RankFunction:
@@ -176,7 +177,7 @@ class _Module:
         self.imports: set[str] = set()
         self.taken: frozenset[str] = frozenset()
         self.sizes: dict[Any, str] = {}  # expression of sizes -> the variable that holds its value
-        self.regions: set[str] = set()  # names of those whose functions are written
+        self.regions: dict[str, tuple[Any, ...]] = {}  # names of those whose functions are written -> their sizes
 
     def head(self) -> list[str]:
         place = "" if self.coordinates is None else f" rank {self.program.mesh.rank(self.coordinates)}:"
@@ -190,8 +191,12 @@ class _Module:
         before = list[str]()
         for region in regions_of(graph):
             if region.__name__ not in self.regions:
-                self.regions.add(region.__name__)
+                around, self.sizes = self.sizes, {}
+                self.taken = frozenset(node.name for node in region.graph.nodes)
+                for symbol in region.symbols:
+                    self.size(symbol)
                 before += [*self.function(region.__name__, region.graph, is_region=True), "", ""]
+                self.regions[region.__name__], self.sizes = tuple(self.sizes), around
         self.taken = frozenset(node.name for node in graph.nodes)
         body = _Body(self, graph, is_region)
         calls = [node for node in graph.nodes if node.op not in ("placeholder", "output") and not _is_result(node)]
@@ -313,7 +318,8 @@ class _Body:
         results = [(self.names[item], ", ".join(_types(item))) for item in node.users]
         names = ", ".join(name for name, _ in results) + "," * (len(results) == 1)
         types = ", ".join(each for _, each in results)
-        return f"{given}\n    {names} = {name}(comm, given)  # {types}"
+        sizes = "".join(f"{self.module.size(each)}, " for each in self.module.regions[name])
+        return f"{given}\n    {names} = {name}(comm, given{f', ({sizes.rstrip()})' if sizes else ''})  # {types}"
 
     def collective(self, node: Node) -> str:
         target: Any = node.target

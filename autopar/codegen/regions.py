@@ -26,6 +26,7 @@ from autopar.ir import collectives as comm
 from autopar.ir.blocks import block_of, is_repeated
 from autopar.ir.node import Node, origin, set_origin, set_values, values
 from autopar.ir.operator_facts import bare_name, facts_of, is_overload, is_random, is_view, only_moves, writes
+from autopar.ir.sizes import is_expression
 from autopar.mesh import Mesh
 from autopar.operators.random import random_keep, random_uniform
 
@@ -41,10 +42,12 @@ class Region:
     """The target of a node that stands for a run of lines: ``node.args[0]`` are its operands, items its results.
 
     ``key``: all that it does, as text; regions with equal ones are one function. ``graph``: (operands) -> results.
+    ``symbols``: in a family of programs, the sizes of a batch on which it depends.
     """
 
     key: str
     graph: fx.Graph = field(compare=False, repr=False)
+    symbols: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def __name__(self) -> str:
@@ -194,7 +197,24 @@ def _region(run: Sequence[Node], operands: Sequence[Node], results: Sequence[Nod
         lines.append(f"{copies[node].name} = {_name(node.target)}{args}{kwargs}")
     graph.output(tuple(copies[node] for node in results))
     lines.append(f"return {[copies[node].name for node in results]}")
-    return Region("\n".join(lines), graph)
+    return Region("\n".join(lines), graph, _symbols(graph, mesh))
+
+
+def _symbols(graph: fx.Graph, mesh: Mesh) -> tuple[Any, ...]:
+    """The sizes of a batch, by name, of which expressions in ``graph`` are made."""
+    found: dict[str, Any] = {}
+
+    def note(item: Any) -> None:
+        if is_expression(item):
+            found.update({str(symbol): symbol for symbol in item.free_symbols})
+        elif isinstance(item, (tuple, list)):
+            for each in item:
+                note(each)
+
+    for node in graph.nodes:
+        note((*node.args, *node.kwargs.values()))
+        note([kind.layout.local_shape(mesh) for kind in (values(node) if node.op != "output" else ())])
+    return tuple(found[name] for name in sorted(found))
 
 
 def _name(target: Any) -> str:

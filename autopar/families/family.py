@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopar.families.constants import Beginning, beginning
-from autopar.families.forms import Evaluator, NoForm, Sizes, Terms
+from autopar.families.forms import Evaluator, NoForm, Sizes, Terms, symbol
 from autopar.families.sizes import Range, Scheme
 from autopar.families.walk import Walk, constants_of, evaluated, in_order, numbers_of, unequal_segments
 from autopar.ir.fingerprint import CallFacts
@@ -58,12 +58,13 @@ class Family:
         return self.numbers(sizes) is not None
 
     def numbers(self, sizes: Sizes) -> dict[sympy.Expr, Any] | None:
-        """The value of each of :attr:`forms` at ``sizes``; None where the family does not hold."""
+        """The value of each of :attr:`forms`, and of each size, at ``sizes``; None where the family does not hold."""
         if sizes.keys() != self.ranges.keys():
             return None
         if not all(self.ranges[name].holds(value) for name, value in sizes.items()):
             return None
-        return self._at(sizes)
+        found = self._at(sizes)
+        return None if found is None else found | {symbol(name): value for name, value in sizes.items()}
 
     def _at(self, sizes: Sizes) -> dict[sympy.Expr, Any] | None:
         """As :meth:`numbers`, inside or outside of the ranges."""

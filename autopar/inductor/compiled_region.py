@@ -17,7 +17,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from autopar.codegen.python import RankFunction
 from autopar.codegen.regions import Region
@@ -62,8 +62,7 @@ class CompiledRegion:
         number = hashlib.sha256(self.region.key.encode()).hexdigest()
         try:
             with one_at_a_time(number):
-                work = partial(_compile, python, [tensor.detach() for tensor in operands], comm.device)
-                found = _undisturbed(work)
+                found = _undisturbed(partial(self.made, comm, [tensor.detach() for tensor in operands]))
         except (OSError, MemoryError) as problem:
             raise AutoparError(
                 f'Plan(compile="inductor"): compiling {self._place} failed: {type(problem).__name__}: {problem}\n'
@@ -79,6 +78,10 @@ class CompiledRegion:
         for counts in _COUNTING:
             counts.compiled += 1
         return found
+
+    def made(self, comm: Any, operands: Sequence[Tensor]) -> Pure:
+        """What Inductor makes of it for ``operands``. Raises whatever Inductor does."""
+        return _compile(partial(self.python, comm), operands, comm.device)
 
     @property
     def _place(self) -> str:
@@ -127,10 +130,15 @@ def _compile(python: Pure, operands: Sequence[Tensor], device: torch.device) -> 
     if device.type == "cuda":  # a new thread is on the first
         torch.cuda.set_device(device)
     graph = traced(python, operands)
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and not takes(node.target):
-            raise _NoKernel(f"target: {node.target}\nInductor has no kernel for it")
+    refuse_calls(graph)
     return compiled(graph, operands)
+
+
+def refuse_calls(graph: fx.GraphModule, but: Sequence[Any] = ()) -> None:
+    """Raise for a graph with an operator, ``but`` those, that Inductor would only call."""
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target not in but and not takes(node.target):
+            raise _NoKernel(f"target: {node.target}\nInductor has no kernel for it")
 
 
 def _undisturbed(work: Callable[[], Pure]) -> Pure:

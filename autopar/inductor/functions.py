@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
-from autopar.codegen.python import RankFunction, compile_source, emit
+from autopar.codegen.python import RankFunction, compile_source, emit, emit_sized
 from autopar.codegen.regions import regions_of, with_regions
 from autopar.errors import AutoparError
 from autopar.inductor.compiled_region import compiled_region
+from autopar.inductor.sized_region import sized_region
 from autopar.inductor.torch_inductor import compiler_missing, takes
 from autopar.ir.program import Program
 
@@ -24,6 +27,24 @@ def regional_function(name: str, graph: fx.Graph, program: Program, *, labelled:
     for region in regions_of(regional):
         bound[region.__name__] = compiled_region(region, bound[region.__name__])
     return function
+
+
+def regional_sized(
+    name: str, graph: fx.Graph, program: Program, *, labelled: bool = False
+) -> tuple[RankFunction, tuple[Any, ...]]:
+    """As :func:`regional_function`, for a graph of a family's template; see :func:`autopar.codegen.python.emit_sized`.
+
+    Also gives the expressions whose values the function takes.
+    """
+    regional = with_regions(graph, program.mesh, takes)
+    source, sizes = emit_sized(name, regional, program, labelled=labelled)
+    function = compile_source(source, name)
+    bound = function.__globals__
+    for region in regions_of(regional):
+        own, python = sizes[region.__name__], bound[region.__name__]
+        made = sized_region(region, python, own, program.mesh) if own else compiled_region(region, python)
+        bound[region.__name__] = made
+    return function, sizes[name]
 
 
 def regional_source(name: str, graph: fx.Graph, program: Program) -> str:

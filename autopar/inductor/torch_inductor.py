@@ -37,8 +37,8 @@ def check_of(tensors: Sequence[Tensor]) -> Check:
 
 
 @cache
-def _inductor() -> Any:
-    """The module, loaded when it is first needed: that takes 2 s."""
+def inductor_of() -> Any:
+    """What is used of the module, loaded when it is first needed: that takes 2 s."""
     from torch._inductor import compile_fx, config, cpp_builder, decomposition, exc, lowering
 
     class Inductor:
@@ -55,10 +55,15 @@ def takes(target: Any) -> bool:
     """Whether Inductor writes code for ``target``, an operator of torch's or a function of those; not: calls it."""
     if not isinstance(target, torch._ops.OpOverload):
         return True
-    inductor = _inductor()
+    inductor = inductor_of()
     if target in inductor.fallbacks:
         return False
     return target in inductor.decompositions or target in inductor.lowerings or _is_composite(target)
+
+
+def patched() -> Any:
+    """A context with our :data:`SETTINGS`."""
+    return inductor_of().patch(SETTINGS)
 
 
 def _is_composite(target: torch._ops.OpOverload) -> bool:
@@ -73,7 +78,7 @@ def compiler_missing(device: torch.device) -> str:
         from torch.utils._triton import has_triton
 
         return "" if has_triton() else "Triton"
-    inductor = _inductor()
+    inductor = inductor_of()
     try:
         inductor.cxx_of()
     except inductor.no_cxx:
@@ -88,7 +93,7 @@ def traced(function: Callable[[list[Tensor]], Sequence[Tensor]], given: Sequence
     mode = _fake_mode()
     with mode:
         fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in given]
-        trace = make_fx(lambda *args: tuple(function(list(args))), decomposition_table=_inductor().decompositions)
+        trace = make_fx(lambda *args: tuple(function(list(args))), decomposition_table=inductor_of().decompositions)
         graph: fx.GraphModule = trace(*fakes)
     return graph
 
@@ -100,10 +105,10 @@ def compiled(graph: fx.GraphModule, given: Sequence[Tensor]) -> Pure:
     """
     from torch._guards import TracingContext, tracing
 
-    inductor, mode = _inductor(), _fake_mode()
+    inductor, mode = inductor_of(), _fake_mode()
     with mode:
         fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in given]
-    with mode, tracing(TracingContext(mode)), inductor.patch(SETTINGS):
+    with mode, tracing(TracingContext(mode)), patched():
         found = inductor.compile(graph, fakes)
     pure: Pure = found.current_callable or found
     return pure

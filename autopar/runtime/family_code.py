@@ -13,14 +13,8 @@ from autopar.codegen.python import RankFunction, compile_source, emit_sized
 from autopar.families.family import Family
 from autopar.families.walk import evaluated_graph
 from autopar.ir.program import PipelinedProgram, Program
-from autopar.notes import warn
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_graphs import RankGraphs
-
-AS_PYTHON = (
-    'Plan(compile="inductor"): the program for batches of many lengths runs as generated Python\n'
-    'Way out: batches of few lengths and Plan(lengths="each"), which compiles for each length.'
-)
 
 
 class SizedCode(RankCode):
@@ -32,9 +26,13 @@ class SizedCode(RankCode):
 
     def _compiled(self, name: str, labelled: bool) -> RankFunction:
         if self.program.plan.compile == "inductor":
-            warn(AS_PYTHON)
+            from autopar.inductor.functions import regional_sized  # it loads Inductor, which takes 2 s
+
+            function, sizes = regional_sized(name, self.graphs[name], self.program, labelled=labelled)
+            self.expressions[name, labelled] = sizes
+            return function
         source, expressions = emit_sized(name, self.graphs[name], self.program, labelled=labelled)
-        self.expressions[name, labelled] = expressions
+        self.expressions[name, labelled] = expressions[name]
         return compile_source(source, name)
 
 

@@ -106,3 +106,35 @@ def test_dropout_is_that_of_the_generated_python() -> None:
     assert abs(steps[0].loss - steps[1].loss) <= 1e-13
     for name, grad in steps[0].grads.items():
         assert (grad - steps[1].grads[name]).abs().max() <= 1e-13, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh, plan", [("dp=1", {}), ("dp=2,tp=2", {"zero": 1})])
+def test_one_compile_serves_batches_of_many_lengths(mesh: str, plan: dict[str, Any]) -> None:
+    """Of a family each region is compiled once, and the numbers are the model's at lengths that were not compiled."""
+    if mesh == "dp=1":
+        train_lengths(mesh, plan)
+    else:
+        run_ranks(train_lengths, 4, mesh, plan, timeout=900.0)
+
+
+def train_lengths(mesh: str, plan: dict[str, Any]) -> None:
+    from autopar.inductor.sized_region import _REGIONS
+
+    torch.manual_seed(0)
+    model = llama.build(vocab=32, width=16, heads=2, kv_heads=2, ff=32, layers=2).double()
+    whole = copy.deepcopy(model)
+    parallel = autopar.parallelize(model, Mesh.parse(mesh), Plan(compile="inductor", check_numerics=False, **plan))
+    with compiled_region.counted() as count:
+        for length in (16, 24, 20, 36, 40, 28, 52, 44):
+            batch = llama.example_batch(whole.config, 4, length)
+            losses = [module(**batch)["loss"] for module in (parallel, whole)]
+            for loss in losses:
+                loss.backward()
+            assert abs(losses[0] - losses[1]) <= 1e-13
+        assert not count.left and count.compiled
+    assert len(parallel.families) == 1
+    for name, grad in parallel.full_grads().items():
+        wanted = whole.get_parameter(name).grad
+        assert wanted is not None and (grad - wanted).abs().max() <= 1e-13, name
+    assert {len(region._all._made) for region in _REGIONS.values()} <= {0, 1}

@@ -23,7 +23,8 @@ NAMES = {
     "torch._C._dynamo.guards": ["TensorGuards"],
     "torch._guards": ["TracingContext", "tracing"],
     "torch.fx.experimental.proxy_tensor": ["make_fx"],
-    "torch.fx.experimental.symbolic_shapes": ["ShapeEnv"],
+    "torch.fx.experimental.symbolic_shapes": ["ShapeEnv", "DimDynamic"],
+    "torch._dynamo.source": ["ConstantSource"],
 }
 
 
