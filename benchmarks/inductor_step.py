@@ -2,10 +2,13 @@
 
     python -m benchmarks.inductor_step [--subjects gpt,llama,...] [--steps 40] [--without torch.compile]
     python -m benchmarks.inductor_step --compile 1,2,4,8
+    python -m benchmarks.inductor_step --lengths 32,64,96,48,80,112,40,72
 
 The first prints thread time, so that other programs on the machine do not matter; a step is forward, backward and
 forgetting the gradients. The second prints processor seconds, those of the C++ compiler included, until the first step
 of a Llama of so many blocks is done, each in a process with an empty cache, and until it is done once more with that.
+The third trains a small Llama on batches of these lengths, one after the other: seconds of each first step, and then
+steps in turns with the generated Python.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import autopar
+from autopar.inductor.compiled_region import counted
 from autopar.models import bert, gpt, llama, mlp
 from benchmarks.paired import Ratio
 from benchmarks.subjects import our_gpt, our_llama, tokens_with_labels
@@ -99,6 +103,22 @@ def steps_of(subjects: list[str], steps: int, without: list[str]) -> None:
         print(f"{name:12}{middle['eager']:10.2f}{middle['Python']:8.2f}{middle['Inductor']:10.2f}{shown}", flush=True)
 
 
+def steps_of_lengths(lengths: list[int], steps: int) -> None:
+    torch.manual_seed(0)
+    model = our_llama(128, 2)
+    batches = [tokens_with_labels(512, seed, 4, length) for seed, length in enumerate(lengths)]
+    modules = contenders(model, ["eager", "torch.compile"])
+    with counted() as count:
+        for length, batch in zip(lengths, batches):
+            start = time.perf_counter()
+            step(modules["Inductor"], batch)
+            seconds, families = time.perf_counter() - start, len(modules["Inductor"].families)
+            print(f"length {length:4}: first step {seconds:6.1f} s, programs for many lengths {families}", flush=True)
+    each = [timed(modules, batch, steps) for batch in batches]
+    times = {name: [time for one in each for time in one[name]] for name in modules}
+    print("Inductor / Python", Ratio.of(times["Inductor"], times["Python"]), "left as Python:", len(count.left))
+
+
 def _seconds() -> float:
     spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in spent)
@@ -140,13 +160,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--without", default="")
     parser.add_argument("--compile", default="")
+    parser.add_argument("--lengths", default="")
     parser.add_argument("--first-step", type=int, default=0)
     given = parser.parse_args()
     if given.first_step:
         first_step(given.first_step)
         return
     print(f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
-    if given.compile:
+    if given.lengths:
+        steps_of_lengths([int(length) for length in given.lengths.split(",")], given.steps)
+    elif given.compile:
         compiles_of([int(number) for number in given.compile.split(",")])
     else:
         steps_of(given.subjects.split(","), given.steps, given.without.split(","))
