@@ -47,7 +47,7 @@ STANDS_ON = {
     "pipeline": "cost errors ir mesh plan schedules",
     "memory": "autodiff ir mesh operators pipeline plan schedules",
     "analysis": "autodiff cost errors ir memory mesh pipeline plan schedules",
-    "inductor": "codegen errors ir notes",
+    "inductor": "codegen errors ir mesh notes",
     "simulator": "autodiff codegen errors inductor ir mesh pipeline plan schedules",
     "simulate": "errors ir mesh simulator",
     "runtime": "autodiff codegen errors families inductor ir mesh notes pipeline plan schedules",

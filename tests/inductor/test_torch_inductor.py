@@ -72,7 +72,7 @@ def test_tensors_of_other_sizes_strides_and_dtypes_are_told_apart() -> None:
 
 def test_without_a_compiler_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiler_missing(torch.device("cpu")) == ""
-    inductor = torch_inductor._inductor()
+    inductor = torch_inductor.inductor_of()
 
     def none() -> str:
         raise inductor.no_cxx
