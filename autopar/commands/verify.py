@@ -58,6 +58,10 @@ def verify_command(
     meshes = [given.mesh] if given is not None else [read_mesh(text) for text in mesh or ["dp=2,tp=2"]]
     if given is not None and mesh:
         raise ValueError(f"--program has its own mesh, {given.mesh}\nWay out: leave out --mesh.")
+    if given is not None and plan.plan(given.plan) != given.plan:
+        raise ValueError("--program has its own plan, which is another one\nWay out: leave out the choices of a plan.")
+    if given is not None and reduced:
+        raise ValueError("--program is proved at its own sizes\nWay out: leave out --reduced.")
     example = choices.example(model, math.lcm(*map(data_ways, meshes)), shown=not as_json)
     found = []
     for on in meshes:
@@ -80,6 +84,9 @@ def verify_command(
 def _stored(folder: Path | None) -> AnyProgram | None:
     if folder is None:
         return None
+    if not folder.is_dir():
+        kind = "a file" if folder.exists() else "not there"
+        raise ValueError(f"--program {folder}: it is {kind}\nWay out: the folder of autopar compile MODEL -o DIR.")
     from autopar.ir.program import Program
 
     return Program.load(folder)

@@ -45,26 +45,46 @@ class Likeness:
 
 def likeness(large: fx.Graph, small: fx.Graph) -> Likeness:
     """Compare two split graphs of one kind of model."""
-    nodes, others = _calls(large), _calls(small)
-    full, kept = list(map(_line, nodes)), list(map(_line, others))
-    here = there = repeats = 0
-    stands: dict[Node, Node] = {}
-    pairs: dict[str, str] = {}
-    while here < len(full):
-        if there < len(kept) and full[here] == kept[there]:
-            stands[nodes[here]] = others[there]
-            pairs[others[there].name] = nodes[here].name
-            here, there = here + 1, there + 1
-            continue
-        period = _period(full, here)
-        if not period:
-            return Likeness(len(full), repeats, f"{nodes[here].name} = {full[here]}", pairs)
-        stands |= {nodes[at]: nodes[at - period] for at in range(here, here + period)}
-        latest = zip(others[max(there - period, 0) : there], nodes[here + max(period - there, 0) : here + period])
-        pairs |= {other.name: node.name for other, node in latest}
-        here, repeats = here + period, repeats + 1
-    rest = f"the end: the small one goes on with {kept[there]}" if there < len(kept) else ""
-    return Likeness(len(full), repeats, rest or _otherwise_wired(nodes, stands), pairs)
+    walk = _Walk(_calls(large), _calls(small))
+    if walk.difference:
+        return Likeness(len(walk.nodes), walk.repeats, walk.difference, walk.pairs)
+    return Likeness(len(walk.nodes), walk.repeats, _otherwise_wired(walk.nodes, walk.stands), walk.pairs)
+
+
+def aligned(large: fx.Graph, small: fx.Graph) -> dict[Node, Node]:
+    """The node of the small graph that each of the large one is, or repeats; of those before the first difference."""
+    walk = _Walk(_calls(large), _calls(small))
+    found: dict[Node, Node] = {}
+    for node, other in walk.stands.items():  # what is repeated comes before what repeats it
+        found[node] = found.get(other, other)
+    return found
+
+
+class _Walk:
+    """Two graphs, line by line. ``stands``: a node of the large one -> that of the small one, or that it repeats."""
+
+    def __init__(self, nodes: Sequence[Node], others: Sequence[Node]) -> None:
+        self.nodes, self.difference, self.repeats = nodes, "", 0
+        self.stands: dict[Node, Node] = {}
+        self.pairs: dict[str, str] = {}
+        full, kept = list(map(_line, nodes)), list(map(_line, others))
+        here = there = 0
+        while here < len(full):
+            if there < len(kept) and full[here] == kept[there]:
+                self.stands[nodes[here]] = others[there]
+                self.pairs[others[there].name] = nodes[here].name
+                here, there = here + 1, there + 1
+                continue
+            period = _period(full, here)
+            if not period:
+                self.difference = f"{nodes[here].name} = {full[here]}"
+                return
+            self.stands |= {nodes[at]: nodes[at - period] for at in range(here, here + period)}
+            latest = zip(others[max(there - period, 0) : there], nodes[here + max(period - there, 0) : here + period])
+            self.pairs |= {other.name: node.name for other, node in latest}
+            here, self.repeats = here + period, self.repeats + 1
+        if there < len(kept):
+            self.difference = f"the end: the small one goes on with {kept[there]}"
 
 
 def _otherwise_wired(nodes: Sequence[Node], stands: Mapping[Node, Node]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor
+
 from autopar.ir.node import Node
 from autopar.mesh import Mesh
 from autopar.proof import (  # noqa: F401 - they register their forms
@@ -16,7 +18,8 @@ from autopar.proof import (  # noqa: F401 - they register their forms
     field_uninterpreted,
     field_windows,
 )
-from autopar.proof.field_reference import COMPOSITES
+from autopar.proof.field import embedded
+from autopar.proof.field_tensor import FieldTensor
 from autopar.simulator.lockstep import Lockstep, Ranks
 
 
@@ -36,6 +39,10 @@ class FieldLockstep(Lockstep):
 
     def runnable(self, target: Any) -> Callable[..., Any]:
         return COMPOSITES.get(target) or super().runnable(target)
+
+    def weight(self, x: Tensor) -> Tensor:
+        """An element of the field: what is computed from plain numbers alone is rounded."""
+        return FieldTensor(embedded(x), x.dtype) if x.dtype.is_floating_point else x
 
     def hold(self, values: Iterable[Ranks]) -> None:
         pass

@@ -91,10 +91,13 @@ def _accumulated(
     weights = microbatches.weights(program, counted, rows)
     total: dict[str, Tensor] = {}
     parts: dict[str, list[Tensor]] = {}
+    exact = make(program.mesh).weight
     for number, (run, batch, weight) in enumerate(zip(runs, batches, weights)):
+        tangents = [exact(torch.tensor(weight.loss, dtype=torch.float64))]
+        wholes = {name: exact(whole) for name, whole in weight.wholes.items()}
         step = simulate(
-            run, tensors, (), batch, tangents=[torch.tensor(weight.loss)], seed=seed + number, emitted=False,
-            make=make, wholes=weight.wholes, backward=trains,
+            run, tensors, (), batch, tangents=tangents, seed=seed + number, emitted=False, make=make, wholes=wholes,
+            backward=trains,
         )  # fmt: skip
         for name, found in _named(step, source).items():
             if name == _loss(source):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from inspect import Parameter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopar.ir.program import AnyProgram
+from autopar.ir.batch import input_rows
+from autopar.ir.node import value
+from autopar.ir.program import AnyProgram, Program
+from autopar.ir.tables import InputKind
 
 
 def batch_by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,3 +50,33 @@ def called_by_name(
         name: batch[name] for name in sorted(places, key=lambda name: min(pytree.tree_leaves(places[name]), default=-1))
     }
     return replace(program, in_spec=pytree.tree_structure(((), ordered))), ordered
+
+
+def misfits(model: nn.Module, program: AnyProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[str]:
+    """What a program takes that this model and this call do not have, in words: it is of another model, or batch.
+
+    Rows of parts of a batch are not compared, nor arguments that hold several tensors.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    whole = isinstance(program, Program) and program.plan.microbatches == 1
+    for part in program.parts:
+        for node, entry in part.placeholders(InputKind.PARAMETER):
+            known, wanted = parameters.get(entry.target), list(value(node).shape)
+            if known is None:
+                yield f"it has a parameter '{entry.target}' of {wanted}, the model has none of that name"
+            elif list(known.shape) != wanted:
+                yield f"its parameter '{entry.target}' is {wanted}, that of the model {list(known.shape)}"
+        rows = input_rows(part)
+        try:
+            batch = batch_by_name(model, args, kwargs)
+        except ValueError:
+            continue
+        for node, entry in part.placeholders(InputKind.INPUT):
+            given, shape = batch.get(entry.target), list(value(node).shape)
+            if not isinstance(given, Tensor):
+                continue
+            here = list(given.shape)
+            if not whole and node in rows and len(here) == len(shape):
+                here[rows[node]] = shape[rows[node]]
+            if here != shape:
+                yield f"it takes '{entry.target}' of {shape}, the call has {list(given.shape)}"

@@ -16,7 +16,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,7 @@ from autopar.ir.node import Node, origin, values
 from autopar.ir.operator_facts import is_overload
 from autopar.ir.program import AnyProgram
 from autopar.mesh import Mesh
+from autopar.proof.alike import aligned
 from autopar.proof.refusal import Layer, Refusal
 
 NUMBERS = ("number", "Optional[number]", "float", "Optional[float]", "Tensor")  # of a schema: no sizes, no dims
@@ -36,12 +37,15 @@ STEPS = 6  # from a number among positions to what is looked up by them
 LOCAL, AXES = "dims of a rank", "axes"
 LOOKED_UP = "looked up by "
 SPLIT = ""  # the graph that collectives were put into, before it was differentiated
-FORMS: tuple[Callable[[int], float], ...] = (  # how numbers depend on a product of sizes: counts, means, variances
+Form = Callable[[int], float]
+FORMS: tuple[Form, ...] = (  # how numbers depend on a product of sizes: counts, means, variances
     lambda n: n, lambda n: 1 / n, lambda n: n - 1, lambda n: 1 / (n - 1), lambda n: n / (n - 1),
     lambda n: 2 / n, lambda n: 2 / (n - 1), lambda n: 1 / math.sqrt(n),
 )  # fmt: skip
+PARTS = FORMS[1], FORMS[3]  # of a number of the model's own
 _COUNTED = re.compile(r"\d+")  # of a block, in the path of a module
 Key = tuple[str, str, str, str]  # graph, operator, argument, module without the number of its block
+Alone = tuple[str, str, str]  # of a number that one rank has, in whichever graph
 Sizes = Mapping[str, int]
 
 
@@ -133,25 +137,32 @@ class Compared:
     unproved: list[str] = field(default_factory=list)
 
 
-def compare_numbers(large: AnyProgram, small: AnyProgram, single: AnyProgram) -> Compared:
+def compare_numbers(
+    large: AnyProgram, small: AnyProgram, single: AnyProgram, more_rows: Callable[[], AnyProgram] | None = None
+) -> Compared:
     """Refuse numbers of ``large`` that are neither those of ``small``, nor the model's, nor follow from sizes.
 
     ``single``: the program of the small model on one rank, whose numbers do not depend on the mesh.
+    ``more_rows``: gives that on its mesh for a batch of more rows, which tells rows from ranks where both are 2.
     """
     found = Compared()
-    given, wanted = _by_key(large), _by_key(small)
-    means = _Means([_scales(large), _scales(small)], [_of_model(large), _of_model(small)], _alone(single))
-    for key, numbers in given.items():
+    means = _Means([large, small, *([more_rows()] if more_rows is not None else [])], _alone(single))
+    wanted, lines = _by_key(small), _lines(large, small)
+    at_lines = {(one.node, one.argument): one for one in _numbers(small)}
+    meant = set[tuple[Key, float]]()
+    for key, numbers in _by_key(large).items():
         found.count += len(numbers)
         for number in numbers:
-            if not any(means.follows(number, one) for one in wanted.get(key, [])):
-                found.refusals.append(_refused(number, _problem(number, wanted.get(key, []))))
+            line = at_lines.get((lines.get(number.node, number.node), number.argument))
+            candidates = [line] if line is not None and line.key == key else wanted.get(key, [])
+            right = [one for one in candidates if means.follows(number, one)]
+            meant |= {(one.key, one.value) for one in right}
+            if not right:
+                found.refusals.append(_refused(number, _problem(number, candidates)))
     found.refusals += [] if found.refusals else _lost_scales(large, small)
-    for key, numbers in wanted.items():
-        for one in numbers:
-            if not any(means.follows(number, one) for number in given.get(key, [])):
-                where = f"{one.key[0] or 'the split graph'}: {one.key[1]} with {one.value:g} of '{one.key[3]}'"
-                found.unproved.append(f"the reduced program has {where}, and nothing here is that")
+    for one in [one for numbers in wanted.values() for one in numbers if (one.key, one.value) not in meant]:
+        where = f"{one.key[0] or 'the split graph'}: {one.key[1]} with {one.value:g} of '{one.key[3]}'"
+        found.unproved.append(f"the reduced program has {where}, and nothing here is that")
     return found
 
 
@@ -201,11 +212,29 @@ def _problem(number: Number, candidates: list[Number]) -> str:
 # ---------------------------------------------------------------- what is compared
 
 
-def _numbers(program: AnyProgram) -> Iterator[Number]:
-    yield from _of_graph(program.graph, program.mesh, SPLIT)
-    for part in program.parts:
+def _graphs(program: AnyProgram) -> Iterator[tuple[int, str, fx.Graph, Mesh]]:
+    """The split graph, and of each stage those that run: (stage, name, graph, mesh)."""
+    yield 0, SPLIT, program.graph, program.mesh
+    for stage, part in enumerate(program.parts):
         for name, graph in part.required_role.graphs.items():
-            yield from _of_graph(graph, part.mesh, name)
+            yield stage, name, graph, part.mesh
+
+
+def _numbers(program: AnyProgram) -> Iterator[Number]:
+    for _, name, graph, mesh in _graphs(program):
+        yield from _of_graph(graph, mesh, name)
+
+
+def _lines(large: AnyProgram, small: AnyProgram) -> dict[fx.Node, fx.Node]:
+    """The nodes of the small program that those of the large one are; none of stages between the first and the last."""
+    last = len(large.parts) - 1, len(small.parts) - 1
+    there = {(stage, name): graph for stage, name, graph, _ in _graphs(small)}
+    found: dict[fx.Node, fx.Node] = {}
+    for stage, name, graph, _ in _graphs(large):
+        at = 0 if stage == 0 else last[1] if stage == last[0] else -1
+        if (at, name) in there:
+            found |= aligned(graph, there[at, name])
+    return found
 
 
 def _of_graph(graph: fx.Graph, mesh: Mesh, name: str) -> Iterator[Number]:
@@ -251,6 +280,23 @@ def _of_model(program: AnyProgram) -> set[tuple[str, float]]:
     return {(one.key[3], one.value) for one in _of_graph(program.source.graph, program.mesh, SPLIT)}
 
 
+def _copied(programs: Sequence[AnyProgram]) -> dict[str, set[tuple[float, ...]]]:
+    """By module, the values that each number of the traced model has in all programs; {} where their lines differ."""
+    sources = [program.source for program in programs]
+    graphs = [source.graph for source in sources if source is not None]
+    if len(graphs) < len(programs):
+        return {}
+    lines = [aligned(graphs[0], graph) for graph in graphs[1:]]
+    every = [{(one.node, one.argument): one for one in _of_graph(graph, programs[0].mesh, SPLIT)} for graph in graphs]
+    found: dict[str, set[tuple[float, ...]]] = {}
+    for (node, argument), one in every[0].items():
+        others = [known.get((line[node], argument)) if node in line else None for known, line in zip(every[1:], lines)]
+        if None in others:
+            return {}
+        found.setdefault(one.key[3], set()).add((one.value, *(other.value for other in others if other is not None)))
+    return found
+
+
 def _scales(program: AnyProgram) -> dict[tuple[str, float], Number]:
     """What scales pending sums in the split graph, by its module and the factor."""
     found = (one for one in _of_graph(program.graph, program.mesh, SPLIT) if one.is_pending)
@@ -260,51 +306,81 @@ def _scales(program: AnyProgram) -> dict[tuple[str, float], Number]:
 # ---------------------------------------------------------------- why a number is right
 
 
-@dataclass(frozen=True)
 class _Means:
-    """Of the large and of the small program: what scales pending sums, and the model's own numbers, each by module.
+    """Why a number of the large program is right: by what it, its line in the small one, and that for more rows are.
 
-    ``alone``: the numbers that one rank has.
+    ``programs``: these. ``alone``: the numbers that one rank has.
     """
 
-    scales: list[dict[tuple[str, float], Number]]
-    own: list[set[tuple[str, float]]]
-    alone: set[tuple[Key, float]]
+    def __init__(self, programs: Sequence[AnyProgram], alone: set[tuple[Alone, float]]) -> None:
+        self.alone = alone
+        self.scales = [_scales(program) for program in programs]  # what scales pending sums
+        self.own = [_of_model(program) for program in programs]
+        self.copied = _copied(programs)
+        self.more: dict[tuple[fx.Node, str], Number] = {}
+        for (*_, few, _), (_, name, many, mesh) in zip(*map(_graphs, programs[1:])) if len(programs) > 2 else ():
+            by_name = {(one.node.name, one.argument): one for one in _of_graph(many, mesh, name)}
+            for node in few.nodes:
+                self.more |= {(node, argument): one for (known, argument), one in by_name.items() if known == node.name}
 
     def follows(self, number: Number, small: Number) -> bool:
         """Whether a number of the large program is at its line what ``small`` is at the line of the small one."""
-        here, there = ((one.key[3], one.value) for one in (number, small))
-        if number.key[0] != SPLIT and small.factor is not None:
-            scale = self.scales[1].get((small.key[3], small.factor))
-            if scale is not None:
-                other = self.scales[0].get((number.key[3], number.factor or 0.0))
-                return other is not None and _is_product(other, scale, whole=False)
-        if number.is_pending and here not in self.own[0]:
-            return _is_product(number, small, whole=False)
-        whole = (small.key, small.value) in self.alone
-        if here in self.own[0] and there in self.own[1]:
+        more = self.more.get((small.node, small.argument))
+        every = [number, small] if more is None else [number, small, more]
+        own = [(one.key[3], one.value) in known for one, known in zip(every, self.own)]
+        if all(own) and self._is_copied(every):
             return True
-        if number.value == small.value and (whole or not small.is_size):
+        scales = [known.get((one.key[3], one.factor or 0.0)) for one, known in zip(every, self.scales)]
+        if number.key[0] != SPLIT and scales[1] is not None and (more is None or scales[2] is not None):
+            return all(scales) and _is_product([scale for scale in scales if scale is not None])
+        if number.is_pending and not own[0]:
+            return _is_product(every)
+        whole = (small.key[1:], small.value) in self.alone
+        is_equal = len({one.value for one in every}) == 1 and (own[0] or not own[1])
+        if is_equal and (whole or not small.is_size):
             return True
-        return _is_product(number, small, whole)
+        return _is_product(every, whole) or (not own[1] and self._is_share(every, whole))
+
+    def _is_copied(self, every: Sequence[Number]) -> bool:
+        """Whether one number of the traced model has these values, or it cannot be said which one they are."""
+        values_here = tuple(one.value for one in every)
+        module = every[0].key[3]
+        return any(known[: len(values_here)] == values_here for known in self.copied.get(module, ())) or not self.copied
+
+    def _is_share(self, every: Sequence[Number], whole: bool) -> bool:
+        """Whether a number is a part of one of the model's own: ``0.1 / vocabulary`` of smoothed labels."""
+        module = every[0].key[3]
+        own = {
+            value
+            for where, value in set.intersection(*self.own)
+            if where == module and abs(value) not in (0, 1, math.inf)
+        }
+        return any(_is_product(every, whole, times, PARTS) for times in own)
 
 
-def _alone(single: AnyProgram) -> set[tuple[Key, float]]:
-    return {(one.key, one.value) for one in _numbers(single)}
+def _alone(single: AnyProgram) -> set[tuple[Alone, float]]:
+    return {(one.key[1:], one.value) for one in _numbers(single)}
 
 
-def _is_product(large: Number, small: Number, whole: bool) -> bool:
-    """Whether one product of sizes gives both numbers, in one of the forms. ``whole``: of whole dims."""
-    if not large.value or not small.value or large.value * small.value < 0:
-        return large.value == small.value
-    pairs = {
-        (size, small.sizes[name])
-        for name, size in large.sizes.items()
-        if name in small.sizes and not (whole and (f" {LOCAL} " in name or f" {AXES} " in name))
+def _is_product(
+    numbers: Sequence[Number], whole: bool = False, times: float = 1.0, forms: Sequence[Form] = FORMS
+) -> bool:
+    """Whether one product of sizes gives all numbers, in one of the forms, ``times`` a number of the model.
+
+    ``whole``: of whole dims.
+    """
+    values_here = [one.value / times for one in numbers]
+    if not all(values_here) or len({value > 0 for value in values_here}) > 1:
+        return len(set(values_here)) == 1
+    first, *rest = (one.sizes for one in numbers)
+    every = {
+        (size, *(sizes[name] for sizes in rest))
+        for name, size in first.items()
+        if all(name in sizes for sizes in rest) and not (whole and (f" {LOCAL} " in name or f" {AXES} " in name))
     }
-    goals = abs(large.value), abs(small.value)
-    for follows in FORMS:
-        for sizes in pairs:
+    goals = [abs(value) for value in values_here]
+    for follows in forms:
+        for sizes in every:
             if min(sizes) > 1 and all(math.isclose(follows(n), goal, rel_tol=CLOSE) for n, goal in zip(sizes, goals)):
                 return True
-    return goals == (1.0, 1.0)
+    return set(goals) == {1.0}

@@ -32,6 +32,7 @@ class Relations:
     facts: dict[str, int] = field(default_factory=dict)
     sent: dict[Crossing, Varying] = field(default_factory=dict)
     returned: dict[Crossing, Varying] = field(default_factory=dict)  # gradients that come back
+    suspects: list[Refusal] = field(default_factory=list)  # wrong only where a result is: see _check_claims
 
     def note(self, fact: str, count: int = 1) -> None:
         self.facts[fact] = self.facts.get(fact, 0) + count
@@ -48,6 +49,7 @@ def relations(program: AnyProgram) -> Relations:
     if isinstance(program, PipelinedProgram) and program.tail is not None:
         rest = relations(program.tail)
         found.refusals += rest.refusals
+    found.refusals[:0] = found.suspects[:1] if found.refusals else []
     return found
 
 
@@ -123,7 +125,8 @@ def _backward(found: Relations, stage: Program, number: int, atoms: Atoms, saved
 def _check_claims(found: Relations, stage: Program, run: AbstractRun) -> None:
     """Each floating-point value of the split graph differs at most over the axes of its layout.
 
-    Whole numbers may be the positions of a rank, which layouts do not speak of.
+    Whole numbers may be the positions of a rank, which layouts do not speak of. What is computed from them may be meant
+    to be other on each rank (of a running sum, what the ranks before have): it is named where a result is wrong.
     """
     for node, varying in run.known.items():
         for kind in [kind for kind in values(node)[:1] if kind.dtype.is_floating_point]:
@@ -131,7 +134,11 @@ def _check_claims(found: Relations, stage: Program, run: AbstractRun) -> None:
                 words = run.atoms.words(extra)
                 problem = f"its layout {kind.layout} says that ranks along {words} hold the same, and they do not"
                 cause = f"a collective over {words} is missing, or a rule gives the result a wrong layout"
-                _refuse(found, f"the split graph: {_named(node)}", problem, cause, extra)
+                where = f"the split graph: {_named(node)}"
+                if extra <= varying.placed:
+                    found.suspects.append(_refusal(found, where, problem, cause, extra))
+                    continue
+                _refuse(found, where, problem, cause, extra)
                 return  # what follows from it differs too
     found.note("values that differ only where their layout says so", len(run.known))
 
@@ -156,10 +163,13 @@ def _refuse_counted(found: Relations, run: AbstractRun, where: str) -> None:
         _refuse(found, f"{where}: {_named(node)}", problem, cause, over)
 
 
-def _refuse(found: Relations, where: str, problem: str, cause: str, over: Over) -> None:
+def _refusal(found: Relations, where: str, problem: str, cause: str, over: Over) -> Refusal:
     axis, stride, _ = min(over)
-    ranks = 0, found.program.mesh.rank({axis: stride})
-    refusal = Refusal(Layer.RELATIONS, where, problem, cause, ranks)
+    return Refusal(Layer.RELATIONS, where, problem, cause, (0, found.program.mesh.rank({axis: stride})))
+
+
+def _refuse(found: Relations, where: str, problem: str, cause: str, over: Over) -> None:
+    refusal = _refusal(found, where, problem, cause, over)
     if refusal not in found.refusals:
         found.refusals.append(refusal)
 

@@ -29,14 +29,16 @@ MOST_WALKED = 64  # ranks, each by itself
 def structure(program: AnyProgram, changed: Mapping[int, str] | None = None) -> Shown:
     """Check the structure of a differentiated program.
 
-    ``changed``: the code of single ranks, as text, in place of what is emitted for them (not on a pipeline).
+    ``changed``: the code of single ranks, as text, in place of what is emitted for them.
+
+    Raises ProofError for text that is no code of its rank.
     """
     start = time.perf_counter()
-    refusals = list(_contracts(program))
+    ranks = Ranks(program, changed)
+    refusals = list(_contracts(program, ranks))
     facts: dict[str, int] = {}
     unproved: tuple[str, ...] = ()
     if not refusals:  # else its code may not even be written
-        ranks = Ranks(program, changed)
         codes = list(ranks.all_codes())
         refusals += [refusal for code in codes for refusal in check_memory(code, program.mesh)]
         facts["lines of code that write no memory too early"] = sum(len(code.lines) for code in codes)
@@ -48,13 +50,16 @@ def structure(program: AnyProgram, changed: Mapping[int, str] | None = None) -> 
     return Shown(Layer.STRUCTURE, facts, tuple(refusals), unproved, time.perf_counter() - start)
 
 
-def _contracts(program: AnyProgram) -> Iterator[Refusal]:
-    """The contracts of the compiler's last level, and the schedule."""
+def _contracts(program: AnyProgram, ranks: Ranks) -> Iterator[Refusal]:
+    """The contracts of the compiler's last level, and the schedules."""
     try:
         SCHEDULED.check(program, "its last pass")
-        if isinstance(program, PipelinedProgram):
-            check_schedule(program.required_schedule, links_of(program))
-    except (InvariantError, ScheduleError) as error:
+        for schedule in ranks.schedules():
+            assert isinstance(program, PipelinedProgram)
+            check_schedule(schedule, links_of(program))
+    except ScheduleError as error:  # with the circle, line by line
+        yield Refusal(Layer.STRUCTURE, CONTRACT, str(error), "a schedule that was changed")
+    except InvariantError as error:
         problem, _, fix = str(error).partition("\n")
         cause = fix.removeprefix("Likely fix: ").partition("\n")[0]
         yield Refusal(Layer.STRUCTURE, CONTRACT, problem, cause)

@@ -55,8 +55,8 @@ class _Walk:
         self.at = [0] * len(events)
         self.standing: dict[Group, set[int]] = defaultdict(set)  # ranks that stand at a collective of a group
         self.done: Counter[Group] = Counter()
-        self.sent: set[Key] = set()
-        self.posted: set[Key] = set()
+        self.sent: dict[Key, int] = {}  # the rank that has sent a message
+        self.posted: dict[Key, int] = {}  # ... that has memory for it
         self.waiting: dict[Key, int] = {}  # message -> the rank that needs it sent, or its memory posted
 
     def run(self) -> Iterator[Refusal]:
@@ -80,21 +80,33 @@ class _Walk:
                     todo += [member for member in met if member != rank]
                     continue
                 key = self.lines[rank], event.message
-                if not self._passes(event, key, todo):
+                if not self._passes(rank, event, key, todo):
                     self.waiting[key] = rank
                     break
                 self.at[rank] += 1
         if any(position < len(own) for position, own in zip(self.at, self.events)):
             yield self._circle()
+        else:
+            yield from self._left_over()
 
-    def _passes(self, event: Sending | Posting | Taking, key: Key, todo: list[int]) -> bool:
+    def _passes(self, rank: int, event: Sending | Posting | Taking, key: Key, todo: list[int]) -> bool:
         """Whether a rank goes on after ``event``; those that it wakes join ``todo``."""
         if isinstance(event, Taking):
             return key in self.sent
-        (self.sent if isinstance(event, Sending) else self.posted).add(key)
+        (self.sent if isinstance(event, Sending) else self.posted)[key] = rank
         if key in self.waiting:
             todo.append(self.waiting.pop(key))
         return isinstance(event, Posting) or not self.blocking or key in self.posted
+
+    def _left_over(self) -> Iterator[Refusal]:
+        """Messages that nobody takes, and memory for those that nobody sends."""
+        cause = "one rank has more messages in a step than the other, or another one"
+        for key, rank in self.sent.items():
+            if key not in self.posted:
+                yield Refusal(Layer.STRUCTURE, f"rank {rank}", f"it sends {key[1]}, which nobody receives", cause)
+        for key, rank in self.posted.items():
+            if key not in self.sent:
+                yield Refusal(Layer.STRUCTURE, f"rank {rank}", f"it receives {key[1]}, which nobody sends", cause)
 
     def _unlike(self, group: Group, met: Sequence[int]) -> Refusal | None:
         """The refusal of members that mean other collectives."""

@@ -53,20 +53,22 @@ class Varying:
 
     ``spread``: it comes from one number that was put into many places, as the gradient of a mean is: ranks that hold
     the same may hold it for other rows, and their sum counts nothing twice. What ranks have summed is the same for all.
+
+    ``placed``: over what it differs, or may, as it is computed from the position of the rank.
     """
 
     over: Over = SAME
     pieces: tuple[Piece, ...] = ()
     spread: bool = False
+    placed: Over = SAME
 
     @property
     def period(self) -> int:
         return self.pieces[-1][1] if self.pieces else 0
 
     def changed(self, change: Callable[[Over], Over]) -> Varying:
-        return Varying(
-            change(self.over), tuple((start, end, change(over)) for start, end, over in self.pieces), self.spread
-        )
+        pieces = tuple((start, end, change(over)) for start, end, over in self.pieces)
+        return Varying(change(self.over), pieces, self.spread, change(self.placed) & self.placed)
 
 
 class Atoms:
@@ -144,7 +146,9 @@ class AbstractRun:
         if node.target in comm.TARGETS:
             return self._collective(node)
         found = self._computed(node)
-        return replace(found, spread=node.target in SPREADS or any(self.known[one].spread for one in _sources(node)))
+        sources = [self.known[one] for one in _sources(node)]
+        spread = node.target in SPREADS or any(source.spread for source in sources)
+        return replace(found, spread=spread, placed=SAME.union(*(source.placed for source in sources)))
 
     def _computed(self, node: Node) -> Varying:
         if _draws(node):
@@ -165,7 +169,7 @@ class AbstractRun:
         given = comm.arguments_of(node)
         over = self.atoms.of(str(given["axis"]))
         if name == "axis_index":
-            return Varying(over)
+            return Varying(over, placed=over)
         source = self.known[node.all_input_nodes[0]]
         if name in ("wait", "tally") or not over:
             return source
@@ -189,11 +193,7 @@ class AbstractRun:
     def _kept(self, node: Node, source: Varying) -> Varying:
         """``source`` with its pieces, if the result still repeats them along its last dim."""
         last = self._sizes(node)[-1:]
-        return (
-            source
-            if source.pieces and last and last[0] % source.period == 0
-            else Varying(source.over, (), source.spread)
-        )
+        return source if source.pieces and last and last[0] % source.period == 0 else replace(source, pieces=())
 
     # ------------------------------------------------------------ buckets
 

@@ -240,6 +240,10 @@ class Lockstep:
             found[layer] = tally.load(self.mesh, torch.cat([counts[rank] for rank in members]))
         return found
 
+    def weight(self, x: Tensor) -> Tensor:
+        """``x``, what a microbatch counts for in its batch, as this kind of run computes with it."""
+        return x
+
     def run(self, graph: fx.Graph, inputs: list[Ranks], phase: str = "forward") -> list[Ranks]:
         """Run ``graph``; ``inputs`` has one entry per placeholder and is emptied, so that values die at last use.
 

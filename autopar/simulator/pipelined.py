@@ -82,7 +82,8 @@ class _Run:
         weights = microbatches.weights(self.program, counted, rows)
         self.shares = [weight.loss for weight in weights]
         for inputs, weight in zip(given, weights):
-            inputs |= {name: [whole] * self.mesh.world_size for name, whole in weight.wholes.items()}
+            wholes = {name: self.lockstep[0].weight(whole) for name, whole in weight.wholes.items()}
+            inputs |= {name: [whole] * self.mesh.world_size for name, whole in wholes.items()}
         for number, rank in enumerate(self.schedule.placement):
             stages = [program.stages[number] for program in programs]
             parts = [Microbatch(*of) for of in zip(stages, given, self.shares)]

@@ -139,7 +139,7 @@ class SimulatedStage:
             if entry.kind is OutputKind.SENT:
                 saved.append(grads[entry.target])
             else:
-                share = torch.tensor(batch.share, dtype=value(node).dtype)
+                share = self.lockstep.weight(torch.tensor(batch.share, dtype=torch.float64)).to(value(node).dtype)
                 saved.append([share] * self.lockstep.mesh.world_size)
         return saved
 

@@ -170,6 +170,7 @@ CASES: dict[str, Case] = {
     "contrasted": Case("contrasted", {"dp": 2}, BARE),
     "masked": Case("masked", {"dp": 2}, BARE),
     "reporting": Case("reporting", {"pp": 2}, {"microbatches": 2, **BARE}),
+    "pipeline dp": Case("two layers", {"pp": 2, "dp": 2}, {"microbatches": 2, **BARE}),
     "tied": Case("tied", {"pp": 2}, {"microbatches": 2, **BARE}),
 }
 

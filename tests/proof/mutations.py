@@ -15,6 +15,7 @@ from autopar.errors import InvariantError
 from autopar.ir.node import values
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.levels import SCHEDULED
+from autopar.proof.rank_texts import text_of
 from autopar.proof.refusal import Layer, Refusal
 from autopar.proof.verify import LAYERS, verify
 from tests.proof import mutations_cases, mutations_order, mutations_sums, mutations_values  # noqa: F401 - they register theirs
@@ -53,7 +54,7 @@ def planted(mutation: Mutation) -> tuple[AnyProgram, Codes | None]:
     copy = whole.clone()
     changed = mutation.plant(copy)
     if isinstance(changed, dict):
-        assert all(isinstance(whole, Program) and whole.rank(rank).code != code for rank, code in changed.items())
+        assert all(text_of(whole, rank) != code for rank, code in changed.items())
         return whole, changed
     program = changed if isinstance(changed, Program | PipelinedProgram) else copy
     assert described(program) != described(whole), f"{mutation.name} changes nothing"

@@ -345,3 +345,52 @@ def hangs_where_sends_wait(program: PipelinedProgram) -> Any:
     for rank in (0, 1):
         program = with_list(program, rank, _posted_late)
     return program
+
+
+# ---------------------------------------------------------------- the code of single ranks of a pipeline
+
+
+@bug("collectives swapped on one rank", "pipeline dp")
+def sums_of_a_stage_in_another_order(program: PipelinedProgram) -> Codes:
+    """Of two gradients of one shape, once all microbatches are done."""
+
+    def swap(lines: Lines, start: int, end: int) -> None:
+        sums = [place for place in range(start, end) if "comm.all_reduce(" in lines[place]]
+        types = [lines[place].partition("  # ")[2] for place in sums]
+        one = next(n for n, kind in enumerate(types) if kind in types[n + 1 :])
+        other = types.index(types[one], one + 1)
+        _move(lines, sums[one], sums[other])
+
+    return edited(texts(program, [3]), "reduce_gradients", swap)
+
+
+@bug("ranks that wait for each other", "pipeline dp")
+def sum_that_one_rank_of_a_stage_leaves_out(program: PipelinedProgram) -> Codes:
+    def leave_out(lines: Lines, start: int, end: int) -> None:
+        place = line_with(lines, start, end, "comm.all_reduce", '"dp"')
+        lines[place] = re.sub(r"comm\.all_reduce\((\w+), \S+ \"sum\"\)", r"\1", lines[place])
+
+    return edited(texts(program, [2]), "reduce_gradients", leave_out)
+
+
+@bug("memory used again too early", "pipeline")
+def received_value_that_is_written(program: PipelinedProgram) -> Codes:
+    def write(lines: Lines, start: int, end: int) -> None:
+        place = line_with(lines, start, end, "aten_mul_Tensor(add_6, rsqrt)")
+        lines[place] = lines[place].replace("aten_mul_Tensor", "aten_mul__Tensor")
+
+    return edited(texts(program, [2, 3]), "forward", write)
+
+
+@bug("schedule that hangs", "pipeline")
+def schedule_of_one_rank_of_a_stage(program: PipelinedProgram) -> Codes:
+    """One of two ranks that sum over tp does the second forward before the first backward."""
+    lines = texts(program, [3])[3].splitlines()
+    lines.remove("# F1.1")
+    lines.insert(lines.index("# B1.0"), "# F1.1")
+    return {3: "\n".join(lines) + "\n"}
+
+
+@bug("schedule that hangs", "pipeline")
+def message_that_one_rank_does_not_send(program: PipelinedProgram) -> Codes:
+    return {3: texts(program, [3])[3].replace("# SEND B1.1 -> 0\n", "")}

@@ -12,6 +12,7 @@ from autopar.ir import collectives as comm
 from autopar.ir.node import output_node, set_values, value, values
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import Role
+from autopar.proof.rank_texts import text_of
 from autopar.schedules.instructions import Instruction, Schedule
 
 Codes = dict[int, str]  # rank -> the text of its code
@@ -156,8 +157,8 @@ def with_list(program: PipelinedProgram, rank: int, change: Callable[[list[Instr
 # ---------------------------------------------------------------- text
 
 
-def texts(program: Program, ranks: list[int] | None = None) -> Codes:
-    return {rank: program.rank(rank).code for rank in ranks or range(program.mesh.world_size)}
+def texts(program: AnyProgram, ranks: list[int] | None = None) -> Codes:
+    return {rank: text_of(program, rank) for rank in ranks or range(program.mesh.world_size)}
 
 
 def lines_of(code: str, function: str) -> tuple[list[str], int, int]:

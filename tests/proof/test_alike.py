@@ -13,7 +13,7 @@ from torch import nn
 from autopar import Mesh, Plan
 from autopar.compiler import compile_program
 from autopar.models import llama
-from autopar.proof import verify as verification
+from autopar.proof import subject
 from autopar.proof.alike import likeness
 from autopar.proof.in_double import in_double, is_exact
 from autopar.proof.reduced import Reduced, reduced, reduced_mesh, reduced_rows, reduced_sizes
@@ -124,7 +124,7 @@ def test_a_program_in_float64() -> None:
 
 def test_a_large_model_is_built_anew_from_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours, and one of Hugging Face; what has no config that is known counts as not proved."""
-    monkeypatch.setattr(verification, "MOST_ELEMENTS", 100_000)
+    monkeypatch.setattr(subject, "MOST_ELEMENTS", 100_000)
     mesh = Mesh(dp=4, tp=4)
     config = llama.Config(vocab=96, context=16, width=128, layers=5, heads=16, kv_heads=8, ff=256)
     ours = llama.Llama(config)

@@ -17,7 +17,7 @@ from autopar.errors import ProofError
 from autopar.ir import collectives as comm
 from autopar.ir.program import Program
 from autopar.ir.rewrite import remove_unused
-from autopar.proof import verify
+from autopar.proof import subject
 
 
 class Model(nn.Module):
@@ -62,6 +62,6 @@ def test_a_wrong_program_is_refused_and_not_kept(tmp_path: Path, monkeypatch: py
 
 
 def test_what_is_too_large_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "MOST_ELEMENTS", 10)
+    monkeypatch.setattr(subject, "MOST_ELEMENTS", 10)
     with pytest.warns(UserWarning, match="58 parameters are too many to be executed exactly here"):
         autopar.parallelize(Model(), MESH, Plan(verify=True), example_inputs=INPUTS)

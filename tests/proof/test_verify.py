@@ -161,8 +161,8 @@ def test_arguments_that_do_not_fit() -> None:
         verify(MODEL, Mesh(dp=2), example_inputs=BATCH, layers=())
     with pytest.raises(ValueError, match="looked at by the layer structure alone"):
         verify(MODEL, Mesh(dp=2), example_inputs=BATCH, codes={1: ""}, layers=("field",))
-    with pytest.raises(ValueError, match=r"codes= of ranks of mesh\(pp=2\)"):
-        verify(MODEL, Mesh(pp=2), example_inputs=BATCH, codes={1: ""})
+    with pytest.raises(ValueError, match=r"codes= of rank 2: mesh\(pp=2\) has 2"):
+        verify(MODEL, Mesh(pp=2), example_inputs=BATCH, codes={2: ""})
     with pytest.raises(ValueError, match=r"the program is for mesh\(dp=2 tp=2\), not for mesh\(dp=2\)"):
         verify(MODEL, Mesh(dp=2), example_inputs=BATCH, program=right("net"))
     with pytest.raises(ValueError, match="a module that was built"):
