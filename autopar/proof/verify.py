@@ -53,8 +53,7 @@ def verify(
         example_inputs: keyword (dict) or positional (tuple) arguments of one call: the whole batch.
         program: any program for this model, mesh and batch, in place of the one that is compiled here: from a file,
             or edited as text and parsed again.
-        codes: the code of single ranks as text, changed by hand (``program.rank(3).code``; on a pipeline
-            that of :func:`autopar.proof.rank_texts.text_of`, its schedule with it).
+        codes: the code of single ranks as text, changed by hand: what :func:`autopar.proof.rank_texts.text_of` gives.
         layers: which of ``structure``, ``relations``, ``field``, ``float64`` to try.
         reduced: what the layers that compute execute in place of a model that is too large: its program has to be
             that of ``model`` but for sizes and the number of equal blocks. None: where that is so, ``model`` is built
