@@ -15,6 +15,7 @@ from autopar.proof import (  # noqa: F401 - they register their forms
     field_forms,
     field_fourier,
     field_layers,
+    field_statistics,
     field_uninterpreted,
     field_windows,
 )

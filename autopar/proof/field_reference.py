@@ -28,6 +28,7 @@ from autopar.operators.random import random_keep, random_uniform
 from autopar.proof.field_complex import ComplexFieldTensor
 from autopar.proof.field_fourier import spectrogram
 from autopar.proof.field_layers import embedding_bags
+from autopar.proof.field_statistics import WRITTEN
 from autopar.proof.field_tensor import FieldTensor, NoFieldForm
 
 aten = torch.ops.aten
@@ -272,4 +273,5 @@ COMPOSITES: dict[Any, Callable[..., Any]] = {
     aten.stft.default: spectrogram,
     aten.embedding_bag.padding_idx: _bags,
     aten.embedding_bag.default: _bags,
+    **WRITTEN,
 }

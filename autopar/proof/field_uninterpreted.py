@@ -47,6 +47,12 @@ def recorded() -> Iterator[set[str]]:
         _met.pop()
 
 
+def note_unknown(name: str) -> None:
+    """Take an operator for an unknown function: what differs with it is not proved, and not refused."""
+    for met in _met:
+        met.add(name)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Dims that an operator treats row by row: for each, its place in every operand and in every result, or None."""
@@ -66,8 +72,7 @@ def applied(func: Any, *args: Any, **kwargs: Any) -> Any:
     call = _Call(func, tuple(rest), spec, tuple(places))
     operands = [leaves[place] for place in places]
     like, rows = _known(call, operands)
-    for met in _met:
-        met.add(str(func))
+    note_unknown(str(func))
     digests = [_digest(x, [dims[number] for dims in rows.operands]) for number, x in enumerate(operands)]
     attributes = str(func), repr(rest), repr(spec)
     depth = 1 + max((x.facts.depth for x in field_tensors([_pieces(x) for x in operands])), default=0)

@@ -152,3 +152,53 @@ def test_programs(mesh: Mesh) -> None:
     found = prove_in_field(compile_program(Mixed(), mesh, Plan(check_numerics=False), (x,)), args=(x,))
     assert found.holds and found.unknown == ("aten.linalg_inv_ex.default",), found
     assert "gradient of weight" in found.proved
+
+
+# ---------------------------------------------------------------- order statistics, histograms, parts of floats
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "lower", "higher", "nearest", "midpoint"])
+@pytest.mark.parametrize("dim, keepdim", [(0, False), (-1, True), (None, False), (None, True)])
+def test_quantiles_are_torchs(dim: int | None, keepdim: bool, interpolation: str) -> None:
+    x, more = number(4, 7), {"interpolation": interpolation}
+    for q in (0.3, torch.tensor([0.0, 0.3, 0.85], dtype=F64)):
+        for operator in (torch.quantile, torch.nanquantile):
+            wanted = operator(x, q, dim, keepdim, **more)
+            assert torch.allclose(FORMS["quantile"](x, q, dim, keepdim, **more), wanted, atol=1e-12)
+
+
+def test_medians_histograms_and_parts_of_floats() -> None:
+    x = number(4, 7)
+    assert all(map(torch.equal, FORMS["nanmedian.dim"](x, 1), aten.nanmedian.dim(x, 1)))
+    counts = aten.histc.default(drawn(4, 6), 8, -1, 1)
+    assert int(counts.elements.sum()) == 24 and not same(counts, aten.histc.default(drawn(4, 6), 8, -2, 1))
+    halves = [aten.histc.default(drawn(4, 6).narrow(0, place, 2), 8, -1, 1) for place in (0, 2)]
+    assert same(counts, halves[0] + halves[1])
+    assert not same(aten.histc.default(drawn(4, 6), 8), sum(aten.histc.default(h, 8) for h in drawn(4, 6).split(2)))
+    mantissa, exponent = aten.frexp.Tensor(drawn(5))
+    assert exponent.dtype is torch.int32 and mantissa.dtype is F64 and exponent.shape == mantissa.shape
+
+
+class Statistics(nn.Module):
+    def __init__(self, give: Any) -> None:
+        super().__init__()
+        self.up, self.give = nn.Linear(8, 8).double(), give
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.give(self.up(x))  # type: ignore[no-any-return]
+
+
+STATISTICS: dict[str, Any] = {
+    "nanmedian": lambda h: h.nanmedian(-1).values.square().mean(),
+    "quantile": lambda h: h.quantile(0.3, dim=-1).square().mean(),
+    "histogram": lambda h: h.square().mean() + h.detach().histc(4, -1.0, 1.0).square().sum(),
+    "frexp": lambda h: (torch.frexp(h)[0].square() * torch.exp2(torch.frexp(h)[1].double())).mean(),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_are_proved(name: str) -> None:
+    x = number(4, 8)
+    program = compile_program(Statistics(STATISTICS[name]), Mesh(dp=2), Plan(check_numerics=False), (x,))
+    found = prove_in_field(program, args=(x,))
+    assert found.holds and not found.unknown, found
