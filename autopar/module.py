@@ -18,7 +18,7 @@ from autopar.cache.key import Request
 from autopar.errors import InvariantError
 from autopar.families.family import Family
 from autopar.frontend.torch_layers import packs_padding
-from autopar.holding import Holding, facts_of, given_programs
+from autopar.holding import Holding, facts_of, given_programs, prove_derived
 from autopar.ir.guards import Guards
 from autopar.ir.layout import Layout
 from autopar.ir.load import ExpertLoad
@@ -100,7 +100,10 @@ class ParallelModule(nn.Module):
 
         facts = partial(facts_of, held)
         given = given_programs(held, programs, where) if programs else None
-        cache = ProgramCache(compiled, mesh, plan, held.weights, accumulation, facts, packs_padding(model), given)
+        prove = partial(prove_derived, held) if plan.verify else None
+        cache = ProgramCache(
+            compiled, mesh, plan, held.weights, accumulation, facts, packs_padding(model), given, prove
+        )
         # past nn.Module, which would take offence at a submodule or buffer of the model's that is called "plan", and
         # would put the model itself as a submodule, with a prefix before all names
         self.__dict__.update(mesh=mesh, plan=plan, _held=held, _connection=connection, _programs=cache)

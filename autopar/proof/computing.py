@@ -38,7 +38,9 @@ def in_a_field(run: Subject) -> Shown:
         args, kwargs = (), batch_by_name(model, args, kwargs)
     try:
         program, kwargs = called_by_name(model, program, kwargs) if by_name else (program, kwargs)
-        stands = not run.is_given and not program.mesh.is_pipelined and program.plan.microbatches == 1
+        stands = (
+            not (run.is_given or run.is_derived) and not program.mesh.is_pipelined and program.plan.microbatches == 1
+        )
         source = program.source if stands else _traced(model, program.plan, args, kwargs)
         tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         given: dict[str, Any] = {"tensors": tensors, "args": args, "kwargs": kwargs, "smaller": run.smaller}

@@ -16,10 +16,14 @@ aten = torch.ops.aten
 EXPONENTS = 64  # of a float: as many as 2 to their power has room for
 
 
+def _has_undefined(x: Tensor) -> bool:
+    return bool((x.elements == field.UNDEFINED).any() if isinstance(x, FieldTensor) else x.isnan().any())
+
+
 @form("nanmedian.dim")
 def nanmedian(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """Where nothing is undefined, the median."""
-    if bool(aten.isnan(x).any()):
+    if _has_undefined(x):
         raise NoFieldForm("nanmedian of undefined numbers has no form in the field")
     return aten.median.dim(x, dim, keepdim)  # type: ignore[no-any-return]
 
@@ -47,7 +51,7 @@ def quantile(
 
     Where that rounds their weights, so that the two are no longer one together, nothing is known of the derivative.
     """
-    if bool(aten.isnan(x).any()):
+    if _has_undefined(x):
         raise NoFieldForm("a quantile of undefined numbers has no form in the field")
     ends = [1] * x.dim() if dim is None else None
     x, dim = (x.flatten(), 0) if dim is None else (x, dim)

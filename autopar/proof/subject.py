@@ -19,7 +19,10 @@ MOST_ELEMENTS = 1 << 23  # of parameters: what the layers that compute run in se
 
 @dataclass(frozen=True)
 class Subject:
-    """What the layers that compute run. ``is_given``: the program was handed in. ``smaller``: see _compiled."""
+    """What the layers that compute run. ``is_given``: the program was handed in. ``smaller``: see :func:`compiled`.
+
+    ``is_derived``: the program is of a family, and so is what it says that it computes.
+    """
 
     model: nn.Module
     program: AnyProgram
@@ -27,6 +30,7 @@ class Subject:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     smaller: AnyProgram | None = None
+    is_derived: bool = False
 
 
 def call_of(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

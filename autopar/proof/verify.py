@@ -126,14 +126,17 @@ def _check_layers(layers: Collection[str], codes: Mapping[int, str] | None, mesh
         raise ValueError(f"codes= of rank {strange[0]}: {mesh} has {mesh.world_size}\nWay out: ranks from 0 on.")
 
 
-def prove(model: nn.Module, program: AnyProgram, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def prove(
+    model: nn.Module, program: AnyProgram, args: Sequence[Any], kwargs: Mapping[str, Any], is_derived: bool = False
+) -> None:
     """For ``Plan(verify=True)``: raise ProofError for a compiled program that is refused; all layers but ``float64``.
 
+    ``is_derived``: it is of a family of sizes, and was not compiled: the model is traced anew for this call.
     What could not be proved, as of a model that is too large to be executed here, is a warning.
     """
     layers = [structure(program), _relations(program)]
     if is_runnable(model):
-        layers.append(in_a_field(Subject(model, program, False, tuple(args), kwargs)))
+        layers.append(in_a_field(Subject(model, program, False, tuple(args), kwargs, is_derived=is_derived)))
     found = Verification(program, tuple(layers))
     found.raise_if_refused()
     for words in found.unproved:

@@ -86,7 +86,7 @@ class ProgramCache:
 
     ``weights`` are laid out by the first program. ``facts`` gives what a fingerprint says of a call.
     ``packs_padding``: whether the model has layers that compute otherwise where no gradient is required. ``given``:
-    programs that need not be compiled.
+    programs that need not be compiled. ``prove``: raises for a wrong program of a family.
     """
 
     def __init__(
@@ -99,11 +99,13 @@ class ProgramCache:
         facts: Callable[[Call], CallFacts],
         packs_padding: bool = False,
         given: GivenPrograms | None = None,
+        prove: Callable[[AnyProgram, Call], None] | None = None,
     ) -> None:
         self._compiled, self._mesh, self._plan = compiled, mesh, plan
         self._weights, self._connection = weights, weights.connection
         self._accumulation, self._packs_padding, self._given = accumulation, packs_padding, given
         self.families = SizeFamilies(partial(self._compile, unasked=True), facts, mesh, plan)
+        self._prove = prove
         self._members: dict[Kind, Member] = {}
         self._programs: OrderedDict[Kind, AnyProgram] = OrderedDict()  # the latest used last
         self._bound: dict[Kind, Entry] = {}
@@ -332,6 +334,7 @@ class ProgramCache:
         guards = self._given.guards() if self._given is not None and program is not None else Guards()
         if program is None:
             if member is not None:
+                self._prove_member(member, call)
                 program, guards, self._members[kind] = member.program, member.guards, member
             else:
                 program, guards = self._compile(call, self.families.like(general_kind))
@@ -341,6 +344,11 @@ class ProgramCache:
         self._programs[kind], self._latest = program, None
         self._variants.add(*kind, guards)
         return program
+
+    def _prove_member(self, member: Member, call: Call) -> None:
+        if self._prove is not None:  # Plan(verify=True)
+            with self._weights.given_back_on_failure(), self._weights.traceable():
+                self._prove(member.program, call)
 
     def _compile(self, call: Call, like: AnyProgram | None, unasked: bool = False) -> tuple[AnyProgram, Guards]:
         pinned = self._weights.pinned

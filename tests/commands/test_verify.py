@@ -52,3 +52,28 @@ def test_a_program_on_disk(tmp_path: Path) -> None:
     code, out, _ = autopar(*stored[:-4], "--layer", "field", "--json")
     (proof,) = json.loads(out)["proofs"]
     assert code == 1 and not proof["proved"] and proof["layers"][0]["refusals"]
+
+
+def test_what_is_no_program_of_this_model(tmp_path: Path) -> None:
+    """One or two lines and exit code 2 for what cannot be tried, 1 for a program of another model or batch."""
+    folder, file = tmp_path / "out", tmp_path / "file"
+    file.write_text("no program")
+    assert autopar("compile", *SMALL, "--mesh", "dp=2", "-o", str(folder))[0] == 0
+    for arguments, words in (
+        (["--program", str(file)], "it is a file"),
+        (["--program", str(tmp_path / "none")], "it is not there"),
+        (["--program", str(folder), "--zero", "3"], "has its own plan"),
+        (["--program", str(folder), "--reduced"], "at its own sizes"),
+        (["--mesh", "xp=2"], "mesh axis 'xp' is unknown"),
+        (["--mesh", "dp=0"], "a whole number, at least 1"),
+    ):
+        code, out, err = autopar("verify", *SMALL, *QUICK, *arguments)
+        assert code == 2 and words in err and "Way out: " in err and err.count("\n") <= 2 and not out, err
+    code, out, _ = autopar("verify", "mlp", "--batch", "8", "--mesh", "xp=2", "--json")
+    assert code == 2 and json.loads(out)["error"]["exit_code"] == 2
+    program = ["--program", str(folder), *QUICK]
+    code, out, _ = autopar("verify", "mlp", "--batch", "16", *program)
+    assert code == 1 and "the call has [16, 48]" in out
+    code, out, _ = autopar("verify", "tiny:gpt2", *program, "--json")
+    (refusal,) = json.loads(out)["proofs"][0]["layers"][0]["refusals"]
+    assert code == 1 and "the model has none of that name" in refusal["problem"]

@@ -14,6 +14,7 @@ from autopar import Mesh, Plan
 from autopar.cache import compiled
 from autopar.compiler import compile_program
 from autopar.errors import ProofError
+from autopar.families.family import Family
 from autopar.ir import collectives as comm
 from autopar.ir.program import Program
 from autopar.ir.rewrite import remove_unused
@@ -65,3 +66,52 @@ def test_what_is_too_large_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "MOST_ELEMENTS", 10)
     with pytest.warns(UserWarning, match="58 parameters are too many to be executed exactly here"):
         autopar.parallelize(Model(), MESH, Plan(verify=True), example_inputs=INPUTS)
+
+
+# ---------------------------------------------------------------- programs that were derived for another length
+
+
+class Lengths(nn.Module):
+    """Does something else at one length, which lies between others."""
+
+    def __init__(self, special: int = 0) -> None:
+        super().__init__()
+        self.up, self.special = nn.Linear(4, 4), special
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x).tanh()
+        return (h * 2 if x.shape[1] == self.special else h).square().mean()
+
+
+def called(model: nn.Module, *lengths: int) -> Any:
+    """The model after steps with batches of these lengths."""
+    parallel = autopar.parallelize(model, Mesh(dp=1), Plan(verify=True, check_numerics=False))
+    for length in lengths:
+        parallel(torch.randn(4, length, 4)).backward()
+    return parallel
+
+
+def test_a_derived_program_is_proved() -> None:
+    parallel = called(Lengths(), 40, 51, 17)
+    (family,) = parallel.families
+    assert {"s": 17, "b": 4} not in family.points and parallel.program.source is not None
+
+
+def test_a_derived_program_of_a_model_that_does_something_else_there_is_refused() -> None:
+    with pytest.raises(ProofError, match="the gradient of 'up|gradient of up|output"):
+        called(Lengths(17), 40, 51, 17)
+
+
+def test_a_derived_program_with_a_wrong_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Family.member
+
+    def wrong(self: Family, *given: Any) -> Any:
+        program = right(self, *given)
+        backward = program.parts[0].required_role.backward
+        scale = next(node for node in backward.nodes if node.target is torch.ops.aten.div.Scalar)
+        scale.update_arg(1, scale.args[1] + 4)
+        return program
+
+    monkeypatch.setattr(Family, "member", wrong)
+    with pytest.raises(ProofError, match="gradient of up"):
+        called(Lengths(), 40, 51, 17)
