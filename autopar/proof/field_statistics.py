@@ -66,10 +66,10 @@ def quantile(
         weight = torch.full_like(place, 0.5) if interpolation == "midpoint" else place - place.floor()
         if int(field.embedded(weight) + field.embedded(1 - weight)) % field.PRIME != 1:
             note_unknown("aten.quantile, whose weights are rounded,")
-        found = low + (high - low) * weight
-        if not keepdim:
-            return found
-        return found.reshape(ends) if ends is not None else found.unsqueeze(dim)
+        found: Tensor = low + (high - low) * weight
+        if keepdim:
+            found = found.reshape(ends) if ends is not None else found.unsqueeze(dim)
+        return found
 
     return one(fractions) if not fractions.dim() else torch.stack([one(each) for each in fractions])
 
