@@ -20,6 +20,7 @@ from autopar.proof import (  # noqa: F401 - they register their forms
     field_windows,
 )
 from autopar.proof.field import embedded
+from autopar.proof.field_reference import COMPOSITES
 from autopar.proof.field_tensor import FieldTensor
 from autopar.simulator.lockstep import Lockstep, Ranks
 
