@@ -49,10 +49,3 @@ def given_programs(held: Holding, programs: Sequence[AnyProgram | Family], where
 def facts_of(held: Holding, call: Call) -> CallFacts:
     """What a fingerprint says of a call of the model."""
     return call_facts(held.model, call.args, call.kwargs)
-
-
-def prove_derived(held: Holding, program: AnyProgram, call: Call) -> None:
-    """For ``Plan(verify=True)``: raise ProofError for a program of a family of sizes that is not the model's."""
-    from autopar.proof.verify import prove  # which imports the compiler
-
-    prove(held.model, program, call.args, call.kwargs, is_derived=True)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from autopar.cache.compiled import cached_program
+from autopar.cache.compiled import cached_program, prove_derived
 from autopar.cache.key import Request
 from autopar.errors import InvariantError
 from autopar.families.family import Family
 from autopar.frontend.torch_layers import packs_padding
-from autopar.holding import Holding, facts_of, given_programs, prove_derived
+from autopar.holding import Holding, facts_of, given_programs
 from autopar.ir.guards import Guards
 from autopar.ir.layout import Layout
 from autopar.ir.load import ExpertLoad
@@ -100,7 +100,7 @@ class ParallelModule(nn.Module):
 
         facts = partial(facts_of, held)
         given = given_programs(held, programs, where) if programs else None
-        prove = partial(prove_derived, held) if plan.verify else None
+        prove = partial(prove_derived, model) if plan.verify else None
         cache = ProgramCache(
             compiled, mesh, plan, held.weights, accumulation, facts, packs_padding(model), given, prove
         )

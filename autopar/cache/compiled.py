@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from autopar.cache.assumptions import NotMet, assumptions_of, listed, met
 from autopar.cache.between_machines import Delivery
@@ -270,3 +270,10 @@ def _entry(
     states = [part for one in assumptions for pair in sorted(one.state.items()) for part in pair]
     seen = [repr(look.seen) for guard in guards.values for look in guard.looks]
     return f"{key}-{digest(*states, *seen)[:8]}", [json.dumps(about).encode(), header]
+
+
+def prove_derived(model: nn.Module, program: AnyProgram, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """For ``Plan(verify=True)``: raise ProofError for a program of a family of sizes that is not the model's."""
+    from autopar.proof.verify import prove
+
+    prove(model, program, args, kwargs, is_derived=True)

@@ -99,7 +99,7 @@ class ProgramCache:
         facts: Callable[[Call], CallFacts],
         packs_padding: bool = False,
         given: GivenPrograms | None = None,
-        prove: Callable[[AnyProgram, Call], None] | None = None,
+        prove: Callable[[AnyProgram, Sequence[Any], Mapping[str, Any]], None] | None = None,
     ) -> None:
         self._compiled, self._mesh, self._plan = compiled, mesh, plan
         self._weights, self._connection = weights, weights.connection
@@ -348,7 +348,7 @@ class ProgramCache:
     def _prove_member(self, member: Member, call: Call) -> None:
         if self._prove is not None:  # Plan(verify=True)
             with self._weights.given_back_on_failure(), self._weights.traceable():
-                self._prove(member.program, call)
+                self._prove(member.program, call.args, call.kwargs)
 
     def _compile(self, call: Call, like: AnyProgram | None, unasked: bool = False) -> tuple[AnyProgram, Guards]:
         pinned = self._weights.pinned
