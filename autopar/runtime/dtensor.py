@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 HELD = "autopar_held"  # on a parameter of a parallel module: how it is held
@@ -45,14 +45,6 @@ def is_first(tensor: DTensor) -> bool:
     """Whether this rank is the first of those that hold the same part of ``tensor``."""
     here: Sequence[int] = tensor._spec.mesh.get_coordinate() or ()
     return not any(at for at, placement in zip(here, tensor._spec.placements) if placement.is_replicate())
-
-
-def as_parameter(tensor: DTensor, requires_grad: bool) -> nn.Parameter:
-    """A fresh ``tensor`` as a parameter: as ``nn.Parameter(tensor)``, which dispatches a view first."""
-    made: Any = tensor.requires_grad_(requires_grad)
-    made._is_param = True
-    parameter: nn.Parameter = made
-    return parameter
 
 
 def spec_of(tensor: DTensor) -> Any:
