@@ -23,7 +23,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from autopar.errors import LaunchError, RankFailedError, RanksDifferError
 from autopar.ir.program import AnyProgram, PipelinedProgram, text_digest
 from autopar.mesh import ALIASES, PIPELINE, Mesh, axes_of
-from autopar.runtime import functional_collectives as torch_collectives
 from autopar.runtime.agreement import Agreement, differences, digest_of
 from autopar.runtime.channels import group_back
 from autopar.runtime.communicator import Communicator, peer_failed
@@ -31,6 +30,7 @@ from autopar.runtime.digests import digest
 from autopar.runtime.dtensor_habits import take_over
 from autopar.runtime.groups import agreement_group
 from autopar.runtime.process_end import end_shortly
+from autopar.runtime.timeouts import options, set_timeout
 from autopar.runtime.torch_on_stages import is_stage
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
@@ -190,7 +190,7 @@ def _device_mesh(mesh: Mesh, timeout: float, device: torch.device) -> DeviceMesh
     names, shape = tuple(name for name, _ in axes), tuple(size for _, size in axes)
     backend = dist.get_backend()
     smaller = [name for name, size in zip(names, shape) if 1 < size < mesh.world_size]  # the world has its group
-    override: dict[Any, Any] = {name: torch_collectives.options(backend, timeout) for name in smaller}
+    override: dict[Any, Any] = {name: options(backend, timeout) for name in smaller}
     with _peers_needed("making the process groups", dist.get_rank(), mesh.world_size, timeout):
         return init_device_mesh(device.type, shape, mesh_dim_names=names, backend_override=override or None)
 
@@ -216,7 +216,7 @@ def _communicator(
     groups = {}
     for name in device_mesh.mesh_dim_names or ():
         group = device_mesh.get_group(name)
-        torch_collectives.set_timeout(group, timeout)
+        set_timeout(group, timeout)
         groups[ALIASES.get(name, name)] = group
     back = group_back(mesh, groups[PIPELINE], timeout) if mesh.size(PIPELINE) > 1 else None
     coordinate = device_mesh.get_coordinate()

@@ -25,14 +25,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
-from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
+
+from autopar.runtime.timeouts import timeout_of
 
 ROUND = 0.25e-3  # seconds of a message that others wait for
 SENT = 0.5e9  # bytes per second to another process
@@ -161,8 +161,7 @@ def _started(sent: Sequence[Tensor], received: Sequence[Tensor], group: ProcessG
             works.append(group.recv([received[source]], source, number))
         if sent[to].numel():
             works.append(group.send([sent[to]], to, number))
-    backend: Any = group._get_backend(torch.device("cpu"))
-    timeout: timedelta = backend.options._timeout
+    timeout = timeout_of(group)
 
     def wait() -> None:
         for work in works:

@@ -19,7 +19,6 @@ On gloo all but large sums are messages of all ranks to all (:mod:`direct_exchan
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _register_work
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from autopar.runtime import direct_exchange
 
@@ -147,22 +145,3 @@ def start_maximum(x: Tensor, group: ProcessGroup) -> dist.Work:
     backend: Any = group._get_backend(x.device)
     work: dist.Work = backend.allreduce([x], chosen)
     return work
-
-
-def options(backend: str, seconds: float) -> Any:
-    """The options of a new group of ``backend``, so that making it, and using it, fails after ``seconds``."""
-    makers: dict[str, Callable[[], Any]] = {
-        "gloo": lambda: dist.ProcessGroupGloo._Options(),  # type: ignore[attr-defined]
-        "nccl": lambda: dist.ProcessGroupNCCL.Options(),
-    }
-    if backend not in makers:
-        return backend
-    found = makers[backend]()
-    found._timeout = timedelta(seconds=seconds)
-    return found
-
-
-def set_timeout(group: ProcessGroup, seconds: float) -> None:
-    """Let every operation on ``group`` that a peer does not join fail after ``seconds``."""
-    if dist.get_backend(group) in ("gloo", "nccl", "cpu:gloo,cuda:nccl"):
-        _set_pg_timeout(timedelta(seconds=seconds), group)

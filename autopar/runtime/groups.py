@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from autopar.errors import LaunchError
-from autopar.runtime.functional_collectives import set_timeout
+from autopar.runtime.timeouts import set_timeout
 
 
 def new_group(ranks: Sequence[int], seconds: float) -> ProcessGroup:
