@@ -38,7 +38,6 @@ from autopar.runtime.piecewise import PiecewiseDTensor, dtensor
 from autopar.runtime.placements import Pieces, plain
 from autopar.runtime.rank_graphs import passed_on
 from autopar.runtime.rank_program import sharing
-from autopar.runtime.timeouts import set_timeout, timeout_of
 from tests.against_one_process import difference, float64, whole
 from tests.launch import run_ranks
 
@@ -384,26 +383,3 @@ def counted_in_the_store() -> int:
 def test_ranks_share_a_store() -> None:
     assert launch_store() is None
     assert sorted(run_ranks(counted_in_the_store, 2)) == [1, 2]
-
-
-# ---------------------------------------------------------------- timeouts
-
-
-def timeouts() -> list[float]:
-    """Seconds that a group waits: as it was made, and as it was changed; a sum by messages of each."""
-    comm = connect(Mesh(dp=2), 50.0, torch.device("cpu")).comm
-    group, found = comm.group("dp"), []
-    assert group is not None
-    for seconds in (None, 7.5):
-        if seconds is not None:
-            set_timeout(group, seconds)
-        found.append(timeout_of(group).total_seconds())
-        assert float(comm.all_reduce(torch.ones(()), "dp")) == 2.0
-    return found
-
-
-@pytest.mark.parametrize("detail", [False, True])
-def test_the_timeout_of_a_group(detail: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if detail:  # torch wraps each group in one that compares calls
-        monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
-    assert run_ranks(timeouts, 2) == [[50.0, 7.5]] * 2
