@@ -181,12 +181,8 @@ class Memory:
                 self.live -= storage.nbytes()
 
 
-FAILURES = (
-    RuntimeError,
-    TypeError,
-    ValueError,
-    IndexError,
-)  # of operators and collectives, for operands that do not fit
+# of operators and collectives, for operands that do not fit
+FAILURES = (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -324,15 +320,6 @@ class Lockstep:
     def _communicate(self, name: str, node: Node, known: dict[Node, Ranks], phase: str) -> Ranks:
         source, axis, *rest = comm.arguments_of(node).values()
         parts = known[source]
-        if name == "tally":
-            self._note(axis, known[rest[0]], *rest[1:])
-        moving = comm.moving(node.target)
-        if moving is not None and not comm.is_idle(node, self.mesh):
-            size = parts[0].numel() * parts[0].element_size()
-            sent = moved_bytes(moving, self.mesh.size(axis), size)
-            if node.target in comm.started_too(comm.ROUTES):
-                sent = max(self._leaving(axis, rank, parts[rank], known[rest[1]][rank]) for rank in range(len(parts)))
-            self.count(phase, axis, moving, 1, sent)
         results: Ranks = [None] * self.mesh.world_size
         for group in self.groups(axis):
             own = [parts[rank] for rank in group]
@@ -348,6 +335,15 @@ class Lockstep:
                 raise _failed(node, group[0], own, problem) from problem
             for rank, result in zip(group, members):
                 results[rank] = result
+        if name == "tally":
+            self._note(axis, known[rest[0]], *rest[1:])
+        moving = comm.moving(node.target)
+        if moving is not None and not comm.is_idle(node, self.mesh):
+            size = parts[0].numel() * parts[0].element_size()
+            sent = moved_bytes(moving, self.mesh.size(axis), size)
+            if node.target in comm.started_too(comm.ROUTES):
+                sent = max(self._leaving(axis, rank, parts[rank], known[rest[1]][rank]) for rank in range(len(parts)))
+            self.count(phase, axis, moving, 1, sent)
         return results
 
     def _note(self, axis: str, counts: Ranks, layer: str, group: str, places: Sequence[int]) -> None:
