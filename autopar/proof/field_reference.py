@@ -30,6 +30,7 @@ from autopar.proof.field_fourier import spectrogram
 from autopar.proof.field_layers import embedding_bags
 from autopar.proof.field_statistics import WRITTEN
 from autopar.proof.field_tensor import FieldTensor, NoFieldForm
+from autopar.simulator.lockstep import FAILURES
 
 aten = torch.ops.aten
 
@@ -138,7 +139,7 @@ def _call(node: fx.Node, known: Mapping[fx.Node, Any], salt: int, seeds: Seeds) 
     except NoFieldForm as problem:
         where = origin(node)
         raise NoFieldForm(f"{str(problem)}; {node.name} of {where.module or 'the model'}: {where.source}") from None
-    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError) as problem:
+    except FAILURES as problem:
         first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         raise NoFieldForm(
             f"{target}: {first}; {node.name} of {origin(node).module}: {origin(node).source}"

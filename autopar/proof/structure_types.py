@@ -25,6 +25,7 @@ from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
 from autopar.proof.refusal import Layer, Refusal
 from autopar.proof.varying import results_of
+from autopar.simulator.lockstep import FAILURES
 
 aten = torch.ops.aten
 
@@ -124,7 +125,7 @@ def _run(node: Node, local: Mapping[Node, tuple[Type, ...]]) -> Verdict:
             result = runnable(node.target)(*args, **kwargs)
         except NotImplementedError:
             return (), NO_KERNEL
-        except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError) as problem:
+        except FAILURES as problem:
             return (), (str(problem).strip().splitlines() or [type(problem).__name__])[0]
     results = result if isinstance(result, tuple | list) else [result]
     return tuple((tuple(each.shape), each.dtype) if isinstance(each, Tensor) else None for each in results), ""
