@@ -340,6 +340,9 @@ class ProgramCache:
                 program, guards = self._compile(call, self.families.like(general_kind))
                 self.families.learn(general_kind, call, program, guards)
                 self._tell_many()
+                learnt = self.families.member(general_kind, call) if self._plan.compile == "inductor" else None
+                if learnt is not None:  # whose regions serve all lengths, and those of the program one
+                    program, guards, self._members[kind] = learnt.program, learnt.guards, learnt
         self._weights.lay_out(program)  # before it is kept: a program that requires other layouts never runs
         self._programs[kind], self._latest = program, None
         self._variants.add(*kind, guards)
