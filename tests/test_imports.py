@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_layering import OURS, imported, tree_of
+from tests.test_layering import OURS, imported, module_name, sources, tree_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,15 +126,21 @@ OF_OTHERS = ("autopar.analysis", "autopar.simulator", "networkx", "rich", "torch
 
 def test_parallelize_is_imported_without_the_compiler() -> None:
     """As the statements say; what is inside functions and for typing is not run by an import."""
-    found, waiting = set[str](), ["autopar.api"]
+    found = _loaded_with(["autopar.api"])
+    assert {"autopar.module", "autopar.cache.compiled", "torch"} <= found
+    assert found.isdisjoint((*OF_THE_COMPILER, *OF_OTHERS, "autopar.stored_programs"))
+
+
+def _loaded_with(waiting: list[str]) -> set[str]:
+    """These modules and all that their imports load."""
+    found = set[str]()
     while waiting:
         name = waiting.pop()
         if name not in found:
             found.add(name)
             waiting += [parent for parent, _, _ in [name.rpartition(".")] if parent]
             waiting += _imported_at_once(tree_of(OURS[name]).body) if name in OURS else []
-    assert {"autopar.module", "autopar.cache.compiled", "torch"} <= found
-    assert found.isdisjoint((*OF_THE_COMPILER, *OF_OTHERS, "autopar.stored_programs"))
+    return found
 
 
 def _imported_at_once(body: Iterable[ast.stmt]) -> Iterator[str]:
@@ -158,3 +164,64 @@ def test_a_launch_whose_program_is_there_loads_no_compiler(tmp_path: Path) -> No
     cold, warm, from_disk = map(ast.literal_eval, loaded)
     assert set(cold) >= set(OF_THE_COMPILER), "the names are those of what a compile loads"
     assert warm == [] == from_disk
+
+
+REGISTER = {"autopar.operators", "autopar.ir.collectives"}  # what is in ``torch.ops.autopar``
+
+
+def registers(name: str, body: list[ast.stmt]) -> bool:
+    """Whether autopar's operators are there for the module ``name``: by its imports, or since it is one of them."""
+    loaded = _loaded_with(list(_imported_at_once(body)))
+    return not loaded.isdisjoint(REGISTER) or f"{name}.".startswith(tuple(f"{each}." for each in REGISTER))
+
+
+def names_operators(path: Path) -> bool:
+    if "torch.ops.autopar" not in path.read_text(encoding="utf-8"):
+        return False
+    attributes = [
+        node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute) and node.attr == "autopar"
+    ]
+    return any(ast.unparse(node) == "torch.ops.autopar" for node in attributes)
+
+
+def test_who_names_an_operator_of_autopar_imports_it() -> None:
+    """Where another file happens to be imported first it is there by chance; a test file alone was not collected so."""
+    files = {module_name(path): path for path in sources("tests", "benchmarks", "examples")} | OURS
+    naming = [name for name, path in files.items() if names_operators(path)]
+    assert len(naming) > 5
+    assert not [name for name in naming if not registers(name, tree_of(files[name]).body)]
+
+
+def test_an_operator_by_chance_is_found() -> None:
+    line = "OPERATOR = torch.ops.autopar.attention.default"
+    assert not registers("tests.some", ast.parse(f"import torch\nfrom autopar.ir import layout\n{line}").body)
+    assert registers("tests.some", ast.parse(f"import torch\nfrom autopar.operators import attention\n{line}").body)
+
+
+# Forks of a process that has loaded torch and nothing of ours; a module costs 0.3 s, and there are a thousand.
+ALONE = """
+import gc, importlib, os, sys
+import hypothesis, networkx, pytest, rich.console, safetensors.torch, torch, transformers, typer
+import torch.distributed.checkpoint, torch.distributed.tensor, torch.export, torch._functorch.aot_autograd
+
+gc.freeze()
+for name in sys.argv[1:]:
+    if os.fork() == 0:
+        try:
+            importlib.import_module(name)
+        except BaseException as problem:
+            print(f"{name}: {problem!r}", flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_each_module_is_imported_by_itself() -> None:
+    """Those of tests too, as when one file is collected: none needs what another one has imported before it."""
+    names = [*OURS, *(module_name(path) for path in sources("tests"))]
+    command = [sys.executable, "-c", ALONE, *(name for name in names if not name.endswith("__main__"))]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0 and not ran.stdout, ran.stdout + ran.stderr

@@ -9,6 +9,7 @@ import torch
 
 from autopar.inductor import torch_inductor
 from autopar.inductor.torch_inductor import SETTINGS, check_of, compiler_missing, takes, traced
+from autopar.operators import ATTENTION
 
 aten = torch.ops.aten
 
@@ -41,7 +42,7 @@ def test_torch_has_what_is_used(module: str, names: list[str]) -> None:
         (aten._log_softmax.default, True),
         (aten.linear.default, True),
         (aten.convolution_backward.default, False),
-        (torch.ops.autopar.attention.default, False),
+        (ATTENTION, False),
     ],
     ids=str,
 )
