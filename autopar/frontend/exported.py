@@ -30,6 +30,7 @@ from autopar.frontend.equal_blocks import EqualBlocks, Seen
 from autopar.frontend.equal_conditions import EqualConditions
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.hit_loops import HitLoops
+from autopar.frontend.kept_composites import decomposed
 from autopar.frontend.last_trace import forget_last_trace
 from autopar.frontend.looked_at import Replayed, looks_of, value_guard
 from autopar.frontend.observation import add_value_guard
@@ -193,8 +194,7 @@ def _functional(
 def _decomposed(exported: ExportedProgram) -> ExportedProgram:
     if all(_is_plain(node) for node in exported.graph.nodes):
         return exported  # nothing to decompose, which saves half of the time
-    decomposed: ExportedProgram = exported.run_decompositions({})
-    return decomposed
+    return decomposed(exported)
 
 
 def _is_plain(node: fx.Node) -> bool:

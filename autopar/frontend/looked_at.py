@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from autopar.errors import TraceError
 from autopar.frontend.capture import gradients_kept, inline_no_grad
 from autopar.frontend.empty_selections import Selections
+from autopar.frontend.kept_composites import decomposed
 from autopar.frontend.known_sizes import depends_on_values, with_sizes
 from autopar.frontend.source_lines import user_line
 from autopar.frontend.steady_state import buffers_kept, fake_parameters
@@ -164,7 +165,7 @@ def value_guard(
     with without_fast_paths(), gradients_kept(), some:
         exported = torch.export.export(wrapper, args, dict(kwargs), strict=False)
     inline_no_grad(exported.graph_module)
-    exported = exported.run_decompositions({})
+    exported = decomposed(exported)
     graph = exported.graph
     output = output_node(graph)
     wanted = set(exported.graph_signature.user_outputs)
