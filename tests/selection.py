@@ -37,57 +37,114 @@ def one_each(first: Iterable[Any], second: Iterable[Any], fast: Sequence[tuple[i
 
 # Rows and tests that repeat a kind which another default one shows, and take seconds: slow, wherever they are made.
 REPEATED = """
-autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[recomputed]
+analysis/test_folded_text.py::test_folds_say_exactly_what_they_hide[models.llama-mesh3-*
 autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[a sum over blocks]
-autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[a weight of all]
-autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[in another order once]
-autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[in another order before the run]
 autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[a weight is returned]
+autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[a weight of all]
+autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[in another order before the run]
+autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[in another order each time]
+autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[in another order once]
+autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[kinds in turns]
+autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[recomputed]
+benchmarks/test_experts.py::test_the_peer_computes_what_the_model_computes[1]
+checkpoint/test_checkpoints.py::test_from_mesh_to_mesh[from a split sequence]
+data/test_padding.py::test_results_are_those_without_padding[t5-sp=2]
 end_to_end/test_data_axes.py::test_training_a_transformer_equals_one_process[*
+end_to_end/test_experts.py::test_real_ranks[ep=3-1]
+end_to_end/test_experts_over_data.py::test_equals_the_model[dp=2,ep=3-*
+end_to_end/test_experts_over_data.py::test_equals_the_model[ep=2,sp=2-*
+end_to_end/test_experts_over_data.py::test_equals_the_model[ep=2,tp=2-0]
 end_to_end/test_experts_over_data.py::test_equals_the_model[ep=2-*
 end_to_end/test_experts_over_data.py::test_equals_the_model[ep=3-3]
-end_to_end/test_experts_over_data.py::test_equals_the_model[dp=2,ep=3-*
+end_to_end/test_experts_over_data.py::test_equals_the_model[pp=2,ep=2-0]
+end_to_end/test_experts_over_data.py::test_no_byte_of_experts_more_than_the_formulas[gpt_oss-*
+end_to_end/test_scripts.py::test_five_steps[nanogpt-*
+end_to_end/test_sequence.py::test_a_training_step_does_not_make_the_other_outputs[sp=2-2]
+end_to_end/test_sequence.py::test_dropout_draws_the_masks_of_one_rank[dp=2,sp=2]
+end_to_end/test_sequence.py::test_dropout_draws_the_masks_of_one_rank[sp=3]
+end_to_end/test_sequence.py::test_half_precision_is_no_worse_than_on_one_rank[gather]
+end_to_end/test_sequence.py::test_half_precision_is_no_worse_than_on_one_rank[hybrid]
 end_to_end/test_sequence.py::test_real_ranks[sp=3-ring]
 end_to_end/test_training.py::test_training_equals_one_process[llama-*
 end_to_end/test_training.py::test_training_with_sharded_parameters_equals_one_process[llama-*
+end_to_end/test_zero_beside_experts.py::test_each_parameter_is_split_over_what_does_not_split_it_yet[dp=2,ep=2,sp=2]
+end_to_end/test_zero_beside_experts.py::test_each_parameter_is_split_over_what_does_not_split_it_yet[dp=2,ep=3]
 exporters/test_verify.py::test_a_program_on_disk_is_compared_with_its_source[{'pp': 2}-*
 fitting/test_fit.py::test_microbatches_of_a_loss_that_is_no_sum_are_weighed_by_their_own_statistics
-frontend/test_looked_at.py::test_on_two_processes
+fitting/test_fit.py::test_two_depths_tell_the_memory_of_the_whole_model[*
+frontend/test_looked_at.py::test_buffers_decide_for_all_parts[pp]
 frontend/test_looked_at.py::test_each_batch_takes_its_branch[initialised]
+frontend/test_looked_at.py::test_on_two_processes
 frontend/test_observation.py::test_a_change_makes_another_program[1 to 1.0 of a power]
-frontend/test_observation.py::test_a_change_makes_another_program[another config]
 frontend/test_observation.py::test_a_change_makes_another_program[a dict in place]
-frontend/test_observation.py::test_a_change_makes_another_program[momentum]
-frontend/test_observation.py::test_a_change_makes_another_program[epsilon]
-frontend/test_observation.py::test_a_change_makes_another_program[a layer more]
-frontend/test_observation.py::test_a_change_makes_another_program[no bias]
+frontend/test_observation.py::test_a_change_makes_another_program[a function]
 frontend/test_observation.py::test_a_change_makes_another_program[a hook before]
+frontend/test_observation.py::test_a_change_makes_another_program[a layer more]
+frontend/test_observation.py::test_a_change_makes_another_program[a slot]
+frontend/test_observation.py::test_a_change_makes_another_program[an attribute that hides the class's]
+frontend/test_observation.py::test_a_change_makes_another_program[another config]
+frontend/test_observation.py::test_a_change_makes_another_program[epsilon]
+frontend/test_observation.py::test_a_change_makes_another_program[momentum]
+frontend/test_observation.py::test_a_change_makes_another_program[no bias]
 frontend/test_torch_layers.py::test_inference_by_the_fast_path[{'classes': 12}-tp=4]
 frontend/test_torch_layers.py::test_inference_by_the_fast_path[{}-dp=3]
 inductor/test_compiled_region.py::test_a_region_is_compiled_once_for_each_kind_of_strides_and_frees_what_it_takes
 masks/test_long.py::test_nothing_is_quadratic[*-dp]
+passes/test_cast_parameters.py::test_computing_in_float64_is_exact[gpt]
+passes/test_draw_dropout.py::test_noise_is_the_same_on_any_mesh[bernoulli of a number]
+passes/test_draw_dropout.py::test_noise_is_the_same_on_any_mesh[normal]
+passes/test_draw_dropout.py::test_noise_is_the_same_on_any_mesh[randn_like]
 passes/test_enter_parameters.py::test_gradients_are_exact_and_send_what_the_formulas_say[as they are-*
 passes/test_enter_parameters.py::test_gradients_are_exact_and_send_what_the_formulas_say[concatenated-*
 passes/test_enter_parameters.py::test_gradients_are_exact_and_send_what_the_formulas_say[scaled by the other-*
 passes/test_overlap_collectives.py::test_the_same_bits[Plan(sequence='none'*
 passes/test_pad_rows.py::test_a_transformer_with_any_number_of_rows[dp-tp]
+passes/test_recognise_masks.py::test_models_on_a_mesh[t5-padded-*
+passes/test_route_experts.py::test_dropout_inside_experts_draws_the_same_masks[ep=3-{'recompute': 'full'}]
+passes/test_stack_experts.py::test_experts_of_other_forms[*
 passes/test_stack_experts.py::test_experts_of_other_forms[matrices]
+passes/test_stack_experts.py::test_experts_that_differ_stay_apart_and_exact[activation]
+passes/test_stack_experts.py::test_experts_that_differ_stay_apart_and_exact[frozen]
 passes/test_stack_experts.py::test_one_and_three_choices*
+passes/test_stack_parameters.py::test_exact_on_meshes[ep=3]
+passes/test_weigh_microbatches.py::test_losses_that_people_have[over a count and a half]
 passes/test_weigh_microbatches.py::test_losses_that_people_have[over the batch size]
 passes/test_weigh_microbatches.py::test_losses_that_people_have[two counts]
+passes/test_weigh_microbatches.py::test_statistics_of_the_batch_on_one_rank
+passes/test_write_bags.py::test_tables_lie_as_the_plan_says[None-ragged]
+pipeline/test_checkpoints.py::test_safetensors[pp=2,tp=2]
+pipeline/test_commands.py::test_compile_and_run
+pipeline/test_commands.py::test_train_and_resume
+pipeline/test_simulated.py::test_a_loss_that_is_no_mean_counts_by_rows[pp-ep]
+pipeline/test_simulated.py::test_frozen_parameters[blocks-1f1b]
+pipeline/test_simulated.py::test_frozen_parameters[blocks.0-1f1b]
+pipeline/test_simulated.py::test_other_axes_and_choices[llama-*
 pipeline/test_simulated.py::test_the_unmodified_model[moe-*
 pipeline/test_simulated.py::test_the_unmodified_model[t5-*
-pipeline/test_simulated.py::test_other_axes_and_choices[llama-*
+pipeline/test_simulated.py::test_the_unmodified_model[vit-zb-h1-*
+proof/test_alike.py::test_a_large_model_is_built_anew_from_its_config
+routing/test_placement.py::test_the_load_is_that_of_the_whole_batch[ep=2,tp=2-*
 routing/test_placement.py::test_the_load_is_that_of_the_whole_batch[ep=2-0]
+routing/test_placement.py::test_the_load_is_that_of_the_whole_batch[ep=4-0]
 rules/test_dtensor.py::test_every_difference_is_listed
-split/test_seams.py::test_only_the_positions_beside_a_part_travel[two_dims-zigzag]
+rules/test_dtensor.py::test_every_difference_is_proved
+runtime/test_accumulate.py::test_a_step_in_parts_is_the_step_of_the_whole[3-llama]
+runtime/test_accumulate.py::test_counts_of_the_whole_batch[pp-dp-local]
+runtime/test_clipping.py::test_equals_one_device[tied dp=1 zero 0]
+split/test_equal_layers.py::test_equal_layers_of_a_deep_mixture
 split/test_seams.py::test_exact_on_any_number_of_ranks[from_log_softmax-zigzag]
+split/test_seams.py::test_only_the_positions_beside_a_part_travel[two_dims-zigzag]
 split/test_state_space.py::test_exact[mamba-*
 test_stored_programs.py::test_four_ranks_start_from_one_program[pipeline]
 verification/test_coverage.py::test_the_command
 zoo/test_experts.py::test_all_layers_of_a_mixture_are_recognised[granitemoe]
 zoo/test_experts.py::test_all_layers_of_a_mixture_are_recognised[qwen3_moe]
+zoo/test_experts.py::test_no_experts_are_seen_in_a_dense_model[llama1]
 zoo/test_experts.py::test_no_experts_are_seen_in_a_dense_model[mamba2]
+zoo/test_experts.py::test_no_experts_are_seen_in_a_dense_model[t5_1]
+zoo/test_experts.py::test_no_experts_are_seen_in_a_dense_model[transformer]
+zoo/test_experts.py::test_no_experts_are_seen_in_a_dense_model[unet]
+zoo/test_zoo.py::test_architecture[bloom]
 zoo/test_zoo.py::test_architecture[whisper]
 """
 
