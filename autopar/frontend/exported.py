@@ -35,7 +35,9 @@ from autopar.frontend.last_trace import forget_last_trace
 from autopar.frontend.looked_at import Replayed, looks_of, value_guard
 from autopar.frontend.observation import add_value_guard
 from autopar.frontend.ragged import UnknownSize
+from autopar.frontend.short_decomposition import decomposed_without_copies
 from autopar.frontend.source_lines import user_line
+from autopar.frontend.stack_frames import frames_made_once
 from autopar.frontend.torch_layers import without_fast_paths
 from autopar.ir.operator_facts import is_composite, is_overload, writes
 from autopar.ir.program import Program
@@ -174,7 +176,7 @@ def _functional(
     blocks: EqualBlocks | None = None,
 ) -> tuple[ExportedProgram, list[str]]:  # fmt: skip
     """The exported model, without operators that write into their arguments, and notes."""
-    with blocks.known() if blocks else nullcontext():
+    with blocks.known() if blocks else nullcontext(), frames_made_once():
         with (
             without_fast_paths(), GroupedProducts(), gradients_kept() as notes, only_plain_outputs(model, notes),
             EqualConditions(), selections, blocks.stamping() if blocks else nullcontext(),
@@ -183,7 +185,7 @@ def _functional(
         inline_no_grad(exported.graph_module)
         is_short = blocks is not None and writes_within_blocks(exported.graph)
         if is_short:
-            exported = _decomposed(exported)
+            exported = decomposed_without_copies(exported, _decomposed)
         if blocks:
             write_out_blocks(exported)
     exported = exported if is_short else _decomposed(exported)
