@@ -37,8 +37,8 @@ class _GradientBoundaries(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == _DATA_GETTER:
-            return args[0].detach()
+        if getattr(func, "__name__", "") == "__get__":
+            return args[0].detach() if func == _DATA_GETTER else func(*args, **kwargs)
         if torch.is_grad_enabled():
             return func(*args, **kwargs)
         original: dict[int, Tensor] = {}

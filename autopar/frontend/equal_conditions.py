@@ -45,6 +45,8 @@ class EqualConditions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__":  # an attribute: torch reads dozens of each tensor in a trace
+            return func(*args, **kwargs)
         if func in _SELECT:
             source, mask = args[0], args[1] if len(args) > 1 else kwargs["mask"]
             shape = torch.broadcast_shapes(source.shape, mask.shape)  # type: ignore[no-untyped-call]

@@ -21,6 +21,8 @@ class GroupedProducts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__":
+            return func(*args, **kwargs)
         if getattr(func, "_qualified_op_name", "") == _FALLBACK and torch.compiler.is_exporting():  # type: ignore[no-untyped-call]
             return _traced(*args, **kwargs)
         if func is torch._grouped_mm:
