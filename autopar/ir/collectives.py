@@ -177,11 +177,13 @@ def row_of(name: str) -> Collective:
 
 _LIBRARY: Any = torch.library.Library("autopar", "DEF")  # type: ignore[no-untyped-call]
 OPS = torch.ops.autopar
+SHAPES: dict[Any, Callable[..., Tensor]] = {}  # operator -> its shape function: an empty tensor of the result's sizes
 
 
 def _define(name: str, form: Form, shape: Callable[..., Tensor]) -> None:
     _LIBRARY.define(f"{name}(Tensor x, {form.schema}) -> Tensor")
     torch.library.register_fake(f"autopar::{name}", shape, lib=_LIBRARY)
+    SHAPES[getattr(OPS, name).default] = shape
 
 
 def _differentiable(name: str) -> None:
