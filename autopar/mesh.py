@@ -175,7 +175,7 @@ class Mesh:
 
     def size(self, axis: str) -> int:
         """Ranks in a group of ``axis``, which may be several (see above); 1 for an axis that is not on this mesh."""
-        return math.prod(digit.size for digit in _digits(self, axis))
+        return _size(self, axis)
 
     def digits(self, group: str) -> tuple[Digit, ...]:
         """What distinguishes the ranks of ``group``, outermost first. Raises ValueError for a name that is none."""
@@ -294,6 +294,11 @@ def _place(axis: str, group: str) -> int:
             f"'{group}' is over an axis '{axis}' that there is not\nWay out: one of {', '.join(AXIS_ORDER)}"
         )
     return AXIS_ORDER.index(axis)
+
+
+@lru_cache(maxsize=4096)
+def _size(mesh: Mesh, group: str) -> int:
+    return math.prod(digit.size for digit in _digits(mesh, group))
 
 
 @lru_cache(maxsize=4096)

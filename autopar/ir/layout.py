@@ -175,10 +175,10 @@ class Layout:
     @property
     def shape(self) -> tuple[int, ...]:
         """The global shape."""
-        return tuple(math.prod(factor.size for factor in dim) for dim in self.dims)
+        return tuple([_product(dim) for dim in self.dims])
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
-        return tuple(math.prod(factor.local(mesh) for factor in dim) for dim in self.dims)
+        return tuple([_local_product(dim, mesh) for dim in self.dims])
 
     @property
     def ragged(self) -> bool:
@@ -242,6 +242,20 @@ class Layout:
         dims = (str(dim[0]) if len(dim) == 1 else f"({' '.join(map(str, dim))})" for dim in self.dims)
         partial = ",".join(f"{op}:{axis}" for axis, op in self.partial)
         return f"[{','.join(dims)}]" + (f"{{{partial}}}" if partial else "")
+
+
+def _product(factors: tuple[Factor, ...]) -> int:
+    size = 1  # a loop, here and below: passes ask for the shapes of all values, of one factor a dim mostly
+    for factor in factors:
+        size *= factor.size
+    return size
+
+
+def _local_product(factors: tuple[Factor, ...], mesh: Mesh) -> int:
+    size = 1
+    for factor in factors:
+        size *= factor.local(mesh) if factor.axes else factor.size
+    return size
 
 
 def _owned(factor: Factor, coordinates: Coordinates, mesh: Mesh) -> Tensor:

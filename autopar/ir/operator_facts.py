@@ -174,6 +174,7 @@ def packet_of(node: fx.Node) -> Any:
     return node.target.overloadpacket
 
 
+@functools.cache
 def argument_names(target: Any) -> tuple[str, ...]:
     """The names of the arguments of an operator, in their order."""
     return tuple(argument.name for argument in target._schema.arguments)

@@ -6,6 +6,9 @@ See ``invariants.py`` for the others. For a program without a role, only the fir
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import fx
@@ -168,18 +171,34 @@ def collectives_resize_as_they_say(program: Program) -> None:
 
 
 def _check_sizes(node: Node, mesh: Mesh) -> None:
-    """Run the operator's shape function on its local operand."""
     ((shape, _),) = _type(node.all_input_nodes[0], mesh)
 
-    def operand(source: Node) -> torch.Tensor:
-        ((sizes, dtype),) = _type(source, mesh)
-        return torch.empty(sizes, dtype=dtype, device="meta")
+    def operand(item: Any) -> Any:
+        if isinstance(item, Node):
+            ((sizes, dtype),) = _type(item, mesh)
+            return _Operand(sizes, dtype)
+        return tuple(item) if isinstance(item, list) else item
 
-    given = fx.map_arg(tuple(comm.arguments_of(node).values()), operand)
-    result = tuple(node.target(*given).shape)  # type: ignore[operator]
+    result = _result_sizes(node.target, tuple(map(operand, comm.arguments_of(node).values())))
     if result != _type(node, mesh)[0][0]:
         problem = f"comm.{comm.TARGETS[node.target]} of {list(shape)} gives {list(result)}, not {_text(node, mesh)}"
         raise broken(node, problem, "give ways, dim and length that fit the operand, or the result its type")
+
+
+@dataclass(frozen=True)
+class _Operand:
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@lru_cache(maxsize=4096)  # the layers of a model have the same collectives, and each is checked after each pass
+def _result_sizes(target: Any, given: tuple[Any, ...]) -> tuple[int, ...]:
+    """What the operator's shape function says of its local operands."""
+    local = [
+        torch.empty(item.sizes, dtype=item.dtype, device="meta") if isinstance(item, _Operand) else item
+        for item in given
+    ]
+    return tuple(target(*local).shape)
 
 
 def _placeholders(graph: fx.Graph) -> list[Node]:

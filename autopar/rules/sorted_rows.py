@@ -252,11 +252,11 @@ def is_arange(program: Program, node: fx.Node, length: int) -> bool:
     """Whether ``node`` is 0, 1, ..., length - 1."""
     if node.target is aten.arange.default:
         return node.args == (length,)
-    constants = {
-        entry.node: program.constants[entry.target] for entry in program.inputs if entry.kind is InputKind.CONSTANT
-    }
-    tensor = constants.get(node.name)
-    if tensor is None or isinstance(tensor, FakeTensor) or tensor.shape != (length,):
+    if node.op != "placeholder" or value(node).shape != (length,):
+        return False  # before the search among all inputs: a deep model asks for each of its layers
+    entry = next(entry for entry in program.inputs if entry.node == node.name)
+    tensor = program.constants[entry.target] if entry.kind is InputKind.CONSTANT else None
+    if tensor is None or isinstance(tensor, FakeTensor):
         return False
     return bool((tensor == _arange(length)).all())
 

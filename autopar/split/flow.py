@@ -54,6 +54,8 @@ class Flow:
     weights: frozenset[fx.Node] = frozenset()  # parameters and values computed from parameters alone
     fixed: frozenset[fx.Node] = frozenset()  # constants and what is made of them: cut at no cost, for each user anew
     further: dict[fx.Node, dict[Part, None]] = field(default_factory=dict)  # parts that only the second spread found
+    # equal calls, as the layers of a model have, share a factoring, which ``factorings`` keeps alive
+    _carriers: dict[tuple[int, Dims, Split], tuple[Part | None, Strategy | None]] = field(default_factory=dict)
 
     @cached_property
     def parameter_elements(self) -> int:
@@ -95,14 +97,21 @@ class Flow:
             if key[0] in self.factorings:
                 touching.append((key[0], self.factorings[key[0]].outputs[key[1]]))
             for call, dims in touching:
-                part = self.factorings[call].part_of(dims, split, self.ways)
+                part, strategy = self._carrier(self.factorings[call], dims, split)
                 if part is None or part in self.parts.setdefault(call, {}):
                     continue
-                strategy = self.factorings[call].strategy(part, self.ways)
                 if strategy is None:
                     continue
                 self.parts[call][part] = strategy
                 queue.extend(self._implied(call, strategy))
+
+    def _carrier(self, factoring: Factoring, dims: Dims, split: Split) -> tuple[Part | None, Strategy | None]:
+        """The part of an operator to which a split of one of its tensors belongs, and the strategy that splits it."""
+        key = id(factoring), dims, split
+        if key not in self._carriers:
+            part = factoring.part_of(dims, split, self.ways)
+            self._carriers[key] = part, None if part is None else factoring.strategy(part, self.ways)
+        return self._carriers[key]
 
     def spread_further(self, seeds: Iterable[tuple[Key, Split]]) -> None:
         """Spread as :meth:`spread` does, and note in ``further`` the parts that are new."""

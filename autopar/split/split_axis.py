@@ -89,7 +89,6 @@ class _Rewriter:
                 result = tuple(map(self._in_placement, self.program.returned, self.choice.returned))
                 self.graph.output(result)
         self.graph.eliminate_dead_code()
-        self.graph.lint()
         return self.graph
 
     def _note_required(self) -> None:
