@@ -45,6 +45,7 @@ NUMBERS = 1 << 30
 _numbers: WeakKeyDictionary[ProcessGroup, Iterator[int]] = WeakKeyDictionary()
 # address of a result -> it, while anybody has it, and what gives it its values
 _pending: dict[int, tuple[ref[Tensor], Callable[[Tensor], object]]] = {}
+_abandoned: list[Callable[[], None]] = []  # what waits for messages of which nobody wants the result any more
 
 
 def is_possible(x: Tensor, group: ProcessGroup) -> bool:
@@ -70,7 +71,7 @@ def start_all_gather_into(x: Tensor, group: ProcessGroup, out: Tensor) -> Tensor
     if x.data_ptr() != mine.data_ptr():
         mine.copy_(x.data)
     wait = _started([mine] * group.size(), parts, group)
-    return _later(out, lambda _: wait())
+    return _later(out, lambda _: wait(), wait)
 
 
 def start_exchange(x: Tensor, group: ProcessGroup, sent: Sequence[int], received: Sequence[int]) -> Tensor:
@@ -79,7 +80,7 @@ def start_exchange(x: Tensor, group: ProcessGroup, sent: Sequence[int], received
     leaving, coming = torch.split(x.data, list(sent)), torch.split(found.data, list(received))
     coming[group.rank()].copy_(leaving[group.rank()])
     wait = _started(leaving, coming, group)
-    return _later(found, lambda _: wait())
+    return _later(found, lambda _: wait(), wait)
 
 
 def start_shift(x: Tensor, group: ProcessGroup, by: int) -> Tensor:
@@ -89,7 +90,7 @@ def start_shift(x: Tensor, group: ProcessGroup, by: int) -> Tensor:
     sent, received = ([nothing] * ways for _ in range(2))
     sent[(rank + by) % ways], received[(rank - by) % ways] = x.data, found.data
     wait = _started(sent, received, group)
-    return _later(found, lambda _: wait())
+    return _later(found, lambda _: wait(), wait)
 
 
 def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -101,7 +102,7 @@ def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
         arrived()
         _reduced(rows, "sum", out)
 
-    return _later(torch.empty(parts[0].shape, dtype=x.dtype), complete)
+    return _later(torch.empty(parts[0].shape, dtype=x.dtype), complete, arrived)
 
 
 def start_all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Tensor | None:
@@ -128,7 +129,7 @@ def start_all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Tensor | None:
 
     else:
         return None
-    return _later(torch.empty(x.shape, dtype=x.dtype), complete)
+    return _later(torch.empty(x.shape, dtype=x.dtype), complete, arrived)
 
 
 def finish(x: Tensor) -> bool:
@@ -152,6 +153,8 @@ def _of_all(parts: Sequence[Tensor], group: ProcessGroup) -> tuple[Callable[[], 
 
 def _started(sent: Sequence[Tensor], received: Sequence[Tensor], group: ProcessGroup) -> Callable[[], None]:
     """``sent[i]`` to every other rank i, ``received[i]`` from it, both contiguous; what waits until it is done."""
+    while _abandoned:  # by all ranks, so that it has come or will
+        _abandoned.pop()()
     ways, rank = group.size(), group.rank()
     number = FIRST_NUMBER + next(_numbers.setdefault(group, itertools.cycle(range(NUMBERS))))
     works: list[Work] = []
@@ -191,12 +194,18 @@ def _reduced(rows: Sequence[Tensor], op: str, out: Tensor) -> None:
             out.add_(row)
 
 
-def _later(result: Tensor, complete: Callable[[Tensor], object]) -> Tensor:
+def _later(result: Tensor, complete: Callable[[Tensor], object], arrived: Callable[[], None]) -> Tensor:
     """``result``, which has its values once :func:`finish` has called ``complete`` with it.
 
-    Where nobody waits for it any more (a step has failed), it and what it waits for are given back with its last user,
-    before another tensor has its address.
+    Where nobody waits for it any more (a step has failed), it is given back with its last user, before another tensor
+    has its address. Messages may be under way then, which write to its memory: ``arrived`` holds that, and waits for
+    them before the next ones start.
     """
     address = result.data_ptr()
-    _pending[address] = ref(result, lambda _: _pending.pop(address, None)), complete
+
+    def abandon(_: object) -> None:
+        if _pending.pop(address, None) is not None:
+            _abandoned.append(arrived)
+
+    _pending[address] = ref(result, abandon), complete
     return result

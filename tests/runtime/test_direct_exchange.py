@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -111,13 +113,36 @@ def test_a_small_sum_does_not_depend_on_vectors_and_threads(dtype: torch.dtype) 
 
 def test_what_nobody_waits_for_is_given_back() -> None:
     """A step that fails after the start of a collective holds no memory by it."""
-    result = direct_exchange._later(torch.empty(3), lambda out: out.fill_(2.0))
-    lost = direct_exchange._later(torch.empty(3), lambda out: out.fill_(3.0))
+    result = direct_exchange._later(torch.empty(3), lambda out: out.fill_(2.0), lambda: None)
+    lost = direct_exchange._later(torch.empty(3), lambda out: out.fill_(3.0), lambda: None)
     assert len(direct_exchange._pending) == 2
     del lost
-    assert list(direct_exchange._pending) == [result.data_ptr()]
+    assert list(direct_exchange._pending) == [result.data_ptr()] and len(direct_exchange._abandoned) == 1
     assert direct_exchange.finish(result) and torch.equal(result, torch.full((3,), 2.0))
     assert not direct_exchange._pending and not direct_exchange.finish(result)
+    direct_exchange._abandoned.clear()
+
+
+def stopped_steps() -> list[Any]:
+    """Of a step that is stopped when messages are under way: how many hold memory, and the next result."""
+    comm = connect(Mesh(dp=2), 60.0, torch.device("cpu")).comm
+    group, mine = comm._groups["dp"], torch.full((50_000,), float(comm.rank))
+    assert group is not None
+    found: list[Any] = []
+    for step in range(3):
+        time.sleep(0.1 * (comm.rank == step % 2))
+        for start in (functional_collectives.start_all_gather, functional_collectives.start_reduce_scatter):
+            start(mine, group)
+        found.append(len(direct_exchange._abandoned))
+        found.append(functional_collectives.all_gather(mine, group).view(2, -1)[:, [0, -1]].tolist())
+        found.append(len(direct_exchange._abandoned))
+    return found
+
+
+def test_memory_that_messages_write_to_stays_until_they_have_come() -> None:
+    """Where forward is stopped after the start of a collective, what comes would be written to memory of others."""
+    for found in run_ranks(stopped_steps, 2):
+        assert found == [1, [[0.0, 0.0], [1.0, 1.0]], 0] * 3  # the second has waited for the first
 
 
 def test_choices() -> None:
