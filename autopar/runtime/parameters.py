@@ -179,9 +179,15 @@ class Weights:
         self.first, self.homes = first_ranks(program) | self.first, homes_of(program) | self.homes
         self._leave_out(held_elsewhere(program, self._stage).intersection(late))
         self._place(layouts, only=late)
-        parameters = [(table, key) for module, table, key, _ in tables(self.root) if table is module._parameters]
-        away = [({one.key: one.outline}, one.key) for one in self.absent if isinstance(one.outline, nn.Parameter)]
-        self._trained = [*parameters, *away]
+        self._trained = self._of_all_stages()
+
+    def _of_all_stages(self) -> list[tuple[Table, str]]:
+        """Where parameters are, in the order of the model, which is the same on all ranks; outlines of absent ones."""
+        away = {(id(one.table), one.key): {one.key: one.outline} for one in self.absent}
+        modules = self.root.named_modules(remove_duplicate=False)
+        places = [(module._parameters, key) for _, module in modules for key in module._parameters]
+        found = [(away.get((id(table), key), table), key) for table, key in places]
+        return [(table, key) for table, key in found if table[key] is not None]
 
     def _fresh(self) -> dict[str, Tensor]:
         """The parameters that no program has laid out: they have come into the model since the last one."""

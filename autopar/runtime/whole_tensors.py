@@ -24,7 +24,7 @@ def full_state_dict(weights: Weights, held: Mapping[str, Any], device: str, rank
     keeps = connection is None or rank is None or connection.rank == rank
     outlines = _outlines(weights)
     is_pipelined = connection is not None and connection.mesh.is_pipelined
-    names = _of_stages(weights, held) if is_pipelined else list(held)
+    names = list(_holders(weights, held) if is_pipelined else held)
     found: dict[str, Tensor] = {}
     for name in names:
         tensor = held.get(name)
@@ -41,23 +41,28 @@ def full_grads(weights: Weights, grads: Mapping[str, Tensor], first: Mapping[str
     On a pipeline, ``first`` has the first pipeline rank that uses each parameter.
     """
     outlines = _outlines(weights)
-    names = _of_stages(weights, grads) if first else list(grads)
+    holders = _holders(weights, grads) if first else dict.fromkeys(grads)
     wholes = {name: full_of(grad) for name, grad in grads.items()}
     found = {
-        name: _over_stages(weights.connection, wholes.get(name), first.get(name), outlines.get(name)) for name in names
+        name: _over_stages(weights.connection, wholes.get(name), first.get(name, holder), outlines.get(name))
+        for name, holder in holders.items()
     }
     return weights.of_model(found)
 
 
-def _of_stages(weights: Weights, held: Mapping[str, Any]) -> list[str]:
-    """The names that any rank has, in one order; collective.
+def _holders(weights: Weights, held: Mapping[str, Any]) -> dict[str, int]:
+    """The names that any rank has, in one order, each with the first pipeline rank that has it; collective.
 
     Stages differ in what they have: frozen ones have no gradients, and buffers may be in no state dict.
     """
     if weights.connection is None:
-        return list(held)
+        return dict.fromkeys(held, 0)
     everyone, known = weights.connection.comm.agreement.everyone(list(held)), {*held, *_outlines(weights)}
-    return sorted({name for names in everyone for name in names if name in known})
+    mesh, found = weights.connection.mesh, dict[str, int]()
+    for rank, names in enumerate(everyone):
+        stage = mesh.coordinates(rank)[PIPELINE]
+        found |= {name: min(stage, found.get(name, stage)) for name in names if name in known}
+    return dict(sorted(found.items()))
 
 
 def _outlines(weights: Weights) -> dict[str, Tensor]:
