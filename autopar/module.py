@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from autopar.cache.compiled import cached_program, prove_derived
 from autopar.cache.key import Request
@@ -210,6 +211,11 @@ class ParallelModule(nn.Module):
         grads = [(grad, first.get(name, here) == here) for name, grad in pairs if grad is not None]
         return clip_gradients(grads, max_norm, norm_type, self._connection.comm, error_if_nonfinite)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what :meth:`no_sync` has added up is forgotten too."""
+        self._accumulation.forget(self.parameters())
+        super().zero_grad(set_to_none)
+
     def simulate(self, *args: Any, **kwargs: Any) -> Step:
         """One step of all ranks in this process: output, loss, whole gradients, traffic. Takes whole batches."""
         from autopar.simulate import simulate
@@ -342,6 +348,9 @@ class ParallelModule(nn.Module):
         """A model of its own, with copies of this rank's parts, on the same ranks (``AveragedModel``)."""
         before = self._held
         memo |= before.weights.shared_with_copies()
+        # torch copies no DTensor of which the part here lies within other memory, as that of a gradient in a bucket
+        grads = [parameter.grad for parameter in self.parameters() if isinstance(parameter.grad, DTensor)]
+        memo |= {id(grad): grad.clone() for grad in grads}
         model = copy.deepcopy(before.model, memo)
         held = Holding(model, before.weights.copied(before.model, model), before.calls)
         made = ParallelModule(model, self.mesh, self.plan, self._connection, held=held)
