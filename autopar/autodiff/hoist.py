@@ -36,18 +36,23 @@ REDUCING = comm.started_too(comm.REDUCTIONS)
 
 
 @dataclass(frozen=True)
-class Gathering:
-    """``graph``: (parameters called ``parameters``) -> whole ones; ``rest``: (*inputs of before, *whole ones) -> as
-    before.
+class Gathers:
+    """``graph``: (parameters called ``parameters``) -> whole ones.
 
     ``owners``: for each whole one, the parameter from which it is made by stacking the parts of an axis, and that axis;
     None for those made in another way.
     """
 
     graph: fx.Graph
-    rest: fx.Graph
     parameters: tuple[str, ...]
     owners: tuple[tuple[str, str] | None, ...]
+
+
+@dataclass(frozen=True)
+class Gathering(Gathers):
+    """``rest``: (*inputs of before, *whole ones) -> as before."""
+
+    rest: fx.Graph
 
 
 def without_gathers(graph: fx.Graph, parameters: Set[str]) -> Gathering | None:
@@ -71,7 +76,7 @@ def without_gathers(graph: fx.Graph, parameters: Set[str]) -> Gathering | None:
     assert isinstance(returned, (tuple, list))
     owners = tuple(_owner(node) for node in whole)
     rest = extract(graph, [*inputs, *whole], returned)  # type: ignore[arg-type]
-    return Gathering(extract(graph, sources, whole), rest, tuple(node.name for node in sources), owners)
+    return Gathering(extract(graph, sources, whole), tuple(node.name for node in sources), owners, rest)
 
 
 def _owner(node: Node) -> tuple[str, str] | None:

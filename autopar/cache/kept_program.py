@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import fx
 
-from autopar.cache.packing import packed_apart, unpacked_apart
+from autopar.cache.packing import packed_apart, packed_graphs, unpacked_apart
 from autopar.errors import InvariantError
 from autopar.ir.program import AnyProgram, text_digest
 from autopar.plan import Plan
 
-# what ranks run of a program, given the number of each of its graphs; as bytes that only their maker reads
-Write = Callable[[AnyProgram, Callable[[fx.Graph], int]], bytes]
+# what ranks run of a program, given the number of each of its graphs, and what packs other graphs; as bytes that only
+# their maker reads
+Write = Callable[[AnyProgram, Callable[[fx.Graph], int], Callable[[list[fx.Graph]], bytes]], bytes]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class KeptProgram:
         code = b""
         if write is not None:
             with suppress(InvariantError):  # whoever wants to run it is told
-                code = write(program, lambda graph: number[id(graph)])
+                code = write(program, lambda graph: number[id(graph)], partial(packed_graphs, plan=plan))
         return cls(text_digest(program).encode(), outside, graphs, code)
 
     @property

@@ -310,4 +310,16 @@ def unpacked_apart(content: bytes, nodes: bytes, plan: Plan, text: str, code: by
     outside, operators = split_parts(content)
     for name in json.loads(operators):
         _operator(name)
-    return _loaded(outside, plan, Shelf(text, code, partial(unpacked, nodes, plan)))
+    shelf = Shelf(text, code, partial(unpacked, nodes, plan), partial(_unpacked_graphs, plan=plan))
+    return _loaded(outside, plan, shelf)
+
+
+def packed_graphs(graphs: list[fx.Graph], plan: Plan) -> bytes:
+    """Graphs that are no part of a program, for :attr:`autopar.ir.stored_graph.Shelf.others`. Raises Unstorable."""
+    outside, nodes, _ = packed_apart(graphs, plan)
+    return joined_parts([outside, nodes])
+
+
+def _unpacked_graphs(content: bytes, plan: Plan) -> Any:
+    outside, nodes = split_parts(content)
+    return unpacked_apart(outside, nodes, plan, "", None)

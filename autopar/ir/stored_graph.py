@@ -45,10 +45,17 @@ class Shelf:
         text: a digest of the text form of the whole program.
         code: the Python that was written of the graphs, for :mod:`autopar.runtime.written_code`; None where there is
             none, and from when the graphs are read on, since whoever looks at nodes may change them.
+        others: gives graphs that the code needs, and which are no part of the program, from their bytes.
     """
 
-    def __init__(self, text: str, code: Any, read: Callable[[], Sequence[fx.Graph]]) -> None:
-        self.text, self.code = text, code
+    def __init__(
+        self,
+        text: str,
+        code: Any,
+        read: Callable[[], Sequence[fx.Graph]],
+        others: Callable[[bytes], Sequence[fx.Graph]] | None = None,
+    ) -> None:
+        self.text, self.code, self.others = text, code, others
         self._read, self._graphs = read, list[StoredGraph]()
         self._lock = threading.RLock()
         self.is_read = False

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from autopar.autodiff.halves import BackwardSteps
-from autopar.autodiff.hoist import Gathering, Reducing, without_gathers, without_reductions
+from autopar.autodiff.hoist import Gathering, Gathers, Reducing, without_gathers, without_reductions
 from autopar.ir import collectives as comm
 from autopar.ir.node import output_node
 from autopar.ir.operator_facts import is_view
@@ -40,7 +40,7 @@ class RankGraphs:
 
     usual: Mapping[str, fx.Graph]
     rare: Mapping[str, fx.Graph] = field(default_factory=dict)
-    gathered: Mapping[str, Gathering] = field(default_factory=dict)
+    gathered: Mapping[str, Gathers] = field(default_factory=dict)
 
     @property
     def learning(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autopar.autodiff.hoist import Gathering
+from autopar.autodiff.hoist import Gathers
 from autopar.errors import AutoparError, InvariantError
 from autopar.ir.program import Program
 from autopar.ir.stored_graph import Port
@@ -177,7 +177,7 @@ class BoundProgram:
             return lambda step: local_of(table[key]).clone()  # forward may save it, and then it is written to
         return Held(table, key)
 
-    def _gather(self, gathering: Gathering) -> Gathered:
+    def _gather(self, gathering: Gathers) -> Gathered:
         targets = {entry.node: entry.target for _, entry in self.entries if entry.kind is InputKind.PARAMETER}
         finds = [partial(dict.__getitem__, *self.slots[targets[node]]) for node in gathering.parameters]
         return Gathered(gathering, finds, self.comm)

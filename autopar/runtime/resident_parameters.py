@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autopar.autodiff.hoist import Gathering
+from autopar.autodiff.hoist import Gathers
 from autopar.ir import collectives as comm
 from autopar.ir.node import Node, last_uses, origin, output_node, value
 from autopar.runtime.communicator import Communicator
@@ -27,7 +27,7 @@ Find = Callable[[], Tensor]  # the parameter of the module, a DTensor
 class Gathered:
     """The whole parameters of one program; ``parameters`` are those that ``gathering.parameters`` names."""
 
-    def __init__(self, gathering: Gathering, parameters: Sequence[Find], communicator: Communicator) -> None:
+    def __init__(self, gathering: Gathers, parameters: Sequence[Find], communicator: Communicator) -> None:
         self.gathering, self.comm = gathering, communicator
         self._parameters = dict(zip(gathering.parameters, parameters))
         self._held: list[Tensor] = []

@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx
 
 from autopar.autodiff.halves import backward_steps
+from autopar.autodiff.hoist import Gathers
 from autopar.codegen.python import RankFunction, code_of, emit, function_of
 from autopar.ir.collectives import axes_used
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
@@ -28,10 +29,11 @@ QUICKLY = 1  # of zlib's levels
 # ---------------------------------------------------------------- writing
 
 
-def written(program: AnyProgram, number: Callable[[fx.Graph], int]) -> bytes:
+def written(program: AnyProgram, number: Callable[[fx.Graph], int], packed: Callable[[list[fx.Graph]], bytes]) -> bytes:
     """The Python of all parts of ``program``, for :class:`autopar.ir.stored_graph.Shelf`.
 
-    ``number``: that of a graph on its shelf. Raises InvariantError where a graph cannot be written as Python.
+    ``number``: that of a graph on its shelf; ``packed`` makes bytes of other graphs, for ``Shelf.others``. Raises
+    InvariantError where a graph cannot be written as Python.
     """
     found = {}
     for part, graphs, gradients in _codes(program):
@@ -39,7 +41,8 @@ def written(program: AnyProgram, number: Callable[[fx.Graph], int]) -> bytes:
         found[_place(part, number)] = {
             "functions": {name: (source, code_of(source, name)) for name, source in sources.items()},
             "rare": list(graphs.rare),
-            "gathers": bool(graphs.gathered),
+            "gathered": {name: (each.parameters, each.owners) for name, each in graphs.gathered.items()},
+            "gathers": packed([each.graph for each in graphs.gathered.values()]) if graphs.gathered else b"",
             "passed on": {name: passed_on(graphs[name]) for name in (*graphs.usual, *graphs.rare)},
             "axes": axes_used(part.graphs.values()),
             "axes of inference": axes_used([part.graphs.get(INFERENCE, part.graph)]),
@@ -57,14 +60,23 @@ def _place(part: Program, number: Callable[[fx.Graph], int]) -> str:
 
 
 class WrittenCode(RankCode):
-    """As :class:`RankCode`; its graphs are made when somebody asks for one. ``made``: what makes them."""
+    """As :class:`RankCode`; its graphs are made when somebody asks for one.
 
-    def __init__(self, program: Program, kept: Mapping[str, Any], made: Callable[[], RankGraphs]) -> None:
+    ``made``: what makes them; ``gathered``: those that are there already.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        kept: Mapping[str, Any],
+        gathered: Mapping[str, Gathers],
+        made: Callable[[], RankGraphs],
+    ) -> None:
         made = cache(made)
         usual = _Later(tuple(kept["functions"]), lambda: made().usual)
         rare = _Later(tuple(kept["rare"]), lambda: made().rare)
         self._kept = kept
-        super().__init__(program, RankGraphs(usual, rare, made().gathered if kept["gathers"] else {}))
+        super().__init__(program, RankGraphs(usual, rare, gathered))
 
     @property
     def axes(self) -> list[str]:
@@ -113,7 +125,9 @@ class _Later(Mapping[str, fx.Graph]):
 def code_of_model(program: Program) -> RankCode:
     """The code of a model without a pipeline: what was kept with it, else written now."""
     kept = _kept(program)
-    return RankCode.of_model(program) if kept is None else WrittenCode(program, kept, lambda: model_graphs(program))
+    if kept is None:
+        return RankCode.of_model(program)
+    return WrittenCode(program, kept, _gathered(program, kept), lambda: model_graphs(program))
 
 
 def code_of_stage(program: Program, loss: int | None) -> RankCode:
@@ -121,7 +135,20 @@ def code_of_stage(program: Program, loss: int | None) -> RankCode:
     kept = _kept(program)
     if kept is None:
         return RankCode.of_stage(program, loss)
-    return WrittenCode(program, kept, lambda: stage_graphs(program, backward_steps(program), loss))
+
+    def made() -> RankGraphs:
+        return stage_graphs(program, backward_steps(program), loss)
+
+    return WrittenCode(program, kept, _gathered(program, kept), made)
+
+
+def _gathered(program: Program, kept: Mapping[str, Any]) -> dict[str, Gathers]:
+    """How whole, resident parameters are gathered: graphs of their own, so that those of the program are not read."""
+    shelf = shelf_of(program.graph)
+    if not kept["gathered"] or shelf is None or shelf.others is None:
+        return {}
+    graphs = shelf.others(kept["gathers"])
+    return {name: Gathers(graph, *about) for graph, (name, about) in zip(graphs, kept["gathered"].items(), strict=True)}
 
 
 def axes_of(program: AnyProgram) -> list[str]:
