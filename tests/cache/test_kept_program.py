@@ -123,7 +123,7 @@ def harm() -> bytes:
     """A table of code in which every module does harm when it is made."""
     source = "raise __import__('tests.cache.test_kept_program').cache.test_kept_program.Run"
     code = compile(source, "<harm>", "exec")
-    table = {"functions": {"forward": (source, code)}, "rare": [], "gathers": False, "gradients": None}
+    table = {"functions": {"forward": (source, code)}, "rare": [], "gathered": {}, "gathers": b"", "gradients": None}
     table |= {"passed on": {}, "axes": [], "axes of inference": []}
     return zlib.compress(marshal.dumps({f"{main} {forward}": table for main in range(9) for forward in range(9)}))
 
