@@ -107,4 +107,5 @@ def _watch_optimizers() -> None:
             accumulation.forget([parameter for group in optimizer.param_groups for parameter in group["params"]])
         plain(optimizer, set_to_none)
 
-    Optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+    forgetting: Any = zero_grad
+    Optimizer.zero_grad = forgetting  # type: ignore[method-assign]
