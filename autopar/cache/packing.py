@@ -315,7 +315,7 @@ def unpacked_apart(content: bytes, nodes: bytes, plan: Plan, text: str, code: by
 
 
 def packed_graphs(graphs: list[fx.Graph], plan: Plan) -> bytes:
-    """Graphs that are no part of a program, for :attr:`autopar.ir.stored_graph.Shelf.others`. Raises Unstorable."""
+    """Graphs that are no part of a program, for a shelf's ``others``. Raises Unstorable."""
     outside, nodes, _ = packed_apart(graphs, plan)
     return joined_parts([outside, nodes])
 
