@@ -39,6 +39,7 @@ from autopar.frontend.short_decomposition import decomposed_without_copies
 from autopar.frontend.source_lines import user_line
 from autopar.frontend.stack_frames import frames_made_once
 from autopar.frontend.torch_layers import without_fast_paths
+from autopar.frontend.uncompiled_graphs import compiled_when_called
 from autopar.ir.operator_facts import is_composite, is_overload, writes
 from autopar.ir.program import Program
 from autopar.ir.value_guards import Look
@@ -176,7 +177,7 @@ def _functional(
     blocks: EqualBlocks | None = None,
 ) -> tuple[ExportedProgram, list[str]]:  # fmt: skip
     """The exported model, without operators that write into their arguments, and notes."""
-    with blocks.known() if blocks else nullcontext(), frames_made_once():
+    with blocks.known() if blocks else nullcontext(), frames_made_once(), compiled_when_called():
         with (
             without_fast_paths(), GroupedProducts(), gradients_kept() as notes, only_plain_outputs(model, notes),
             EqualConditions(), selections, blocks.stamping() if blocks else nullcontext(),
@@ -188,7 +189,7 @@ def _functional(
             exported = decomposed_without_copies(exported, _decomposed)
         if blocks:
             write_out_blocks(exported)
-    exported = exported if is_short else _decomposed(exported)
+        exported = exported if is_short else _decomposed(exported)
     forget_last_trace()
     return exported, notes
 
