@@ -31,7 +31,7 @@ def compiled_when_called() -> Iterator[None]:
 
     def recompile(module: Any) -> Any:
         own = type(module)
-        if type(module._graph._codegen) is not CodeGen or own.__bases__ != (fx.GraphModule,):
+        if type(module.graph._codegen) is not CodeGen or own.__bases__ != (fx.GraphModule,):
             return at_once(module)
         if "_wrapped_call" not in vars(own):
             own._wrapped_call = _WrappedCall(own, vars(own).get("__call__"))  # type: ignore[no-untyped-call]
