@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,7 @@ from autopar.inductor import compiled_region
 from autopar.mesh import Mesh
 from autopar.models import gpt, llama
 from autopar.plan import Plan
+from autopar.runtime.dtensor import local_of
 from tests.launch import run_ranks
 from tests.selection import slow_but
 
@@ -103,7 +105,10 @@ MOST_GROWTH = 4 << 20  # bytes in 200 steps; one activation that is kept in each
 
 
 def train_beside_python(mesh: str, plan: dict[str, Any], folder: str) -> tuple[list[float], list[int], list[str]]:
-    """On a rank: how far each loss is from that of the generated Python, bytes in memory, and what was left to it."""
+    """On a rank: how far loss and gradients of each step are from those of the generated Python, with the same weights.
+
+    Also bytes in memory after each, and what Inductor left to Python.
+    """
     config = llama.Config(vocab=32, context=12, width=32, layers=3, heads=4, kv_heads=2, ff=64)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     modules = []
@@ -112,18 +117,23 @@ def train_beside_python(mesh: str, plan: dict[str, Any], folder: str) -> tuple[l
         chosen = Plan(compile=choice, check_numerics=False, **plan)
         modules.append(autopar.parallelize(llama.Llama(config).double(), Mesh.parse(mesh), chosen))
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in modules]
-    errors, held = [], []
+    errors, held, losses = [], [], []
     with compiled_region.counted() as count:
         for step in range(STEPS):
             batch = llama.example_batch(config, 4, 12, seed=step % 5)
             batch["labels"][step % 4, 3:] = -100
-            losses = [module.train_step(**batch) for module in modules]
+            losses = [float(module.train_step(**batch).detach()) for module in modules]
+            pairs = list(zip(*(module.parameters() for module in modules), strict=True))
+            grads = [(local_of(one.grad), local_of(other.grad)) for one, other in pairs]
+            errors.append(max([abs(losses[0] - losses[1]), *(float((a - b).abs().max()) for a, b in grads)]))
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            errors.append(abs(float(losses[0].detach()) - float(losses[1].detach())))
+            with torch.no_grad():
+                for one, other in pairs:
+                    one.copy_(other)
             held.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-    assert count.compiled and float(losses[0].detach()) < 0.9 * 3.4, "it learns"
+    assert count.compiled and losses[0] < 0.9 * math.log(config.vocab), "it learns"
     return errors, held, count.left
 
 
@@ -133,8 +143,9 @@ def train_beside_python(mesh: str, plan: dict[str, Any], folder: str) -> tuple[l
 )
 def test_hundreds_of_steps_are_those_of_the_generated_python(mesh: str, plan: dict[str, Any], tmp_path: Path) -> None:
     for errors, held, left in run_ranks(train_beside_python, 2, mesh, plan, str(tmp_path), timeout=560.0):
-        assert max(errors[:2]) <= 1e-13 and max(errors) <= 1e-11 and not left
+        assert max(errors) <= 1e-12 and not left, (max(errors), left)
         assert held[-1] - held[SETTLED] <= MOST_GROWTH, held[::20]
+        print(f"{mesh} {plan}: {max(errors):.1e}, {(held[-1] - held[SETTLED]) >> 10} KiB")
 
 
 @pytest.mark.slow
