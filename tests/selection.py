@@ -126,8 +126,11 @@ proof/test_alike.py::test_a_large_model_is_built_anew_from_its_config
 routing/test_placement.py::test_the_load_is_that_of_the_whole_batch[ep=2,tp=2-*
 routing/test_placement.py::test_the_load_is_that_of_the_whole_batch[ep=2-0]
 routing/test_placement.py::test_the_load_is_that_of_the_whole_batch[ep=4-0]
+rules/test_dtensor.py::test_averages_are_right_elsewhere
 rules/test_dtensor.py::test_every_difference_is_listed
 rules/test_dtensor.py::test_every_difference_is_proved
+rules/test_dtensor.py::test_report
+rules/test_dtensor.py::test_where_dtensor_is_wrong*
 runtime/test_accumulate.py::test_a_step_in_parts_is_the_step_of_the_whole[3-llama]
 runtime/test_accumulate.py::test_counts_of_the_whole_batch[pp-dp-local]
 runtime/test_clipping.py::test_equals_one_device[tied dp=1 zero 0]

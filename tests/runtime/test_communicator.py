@@ -208,7 +208,7 @@ def test_what_a_user_sees_of_it() -> None:
 
 LEFT = """
 import sys, time
-comm = connect(autopar.Mesh(dp=2), 3.0, torch.device("cpu")).comm
+comm = connect(autopar.Mesh(dp=2), 8.0, torch.device("cpu")).comm  # what a busy machine needs to start
 comm.all_reduce(torch.ones(2), "dp")
 if comm.rank == 1:
     time.sleep(1000)
