@@ -30,6 +30,7 @@ from autopar.frontend.autograd_functions import handwritten_gradients_kept
 from autopar.frontend.source_lines import UNKNOWN_LINE, user_line
 
 _DATA_GETTER = Tensor.data.__get__  # type: ignore[attr-defined]
+_VIEWS: set[Any] = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
 
 
 class _GradientBoundaries(TorchFunctionMode):
@@ -38,7 +39,10 @@ class _GradientBoundaries(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "__get__":
-            return args[0].detach() if func == _DATA_GETTER else func(*args, **kwargs)
+            if func == _DATA_GETTER:
+                return args[0].detach()
+            if torch.is_grad_enabled() or func not in _VIEWS:
+                return func(*args, **kwargs)
         if torch.is_grad_enabled():
             return func(*args, **kwargs)
         original: dict[int, Tensor] = {}
@@ -50,7 +54,7 @@ class _GradientBoundaries(TorchFunctionMode):
             original[id(stopped)] = leaf
             return stopped
 
-        if getattr(func, "__name__", "") in ("__get__", "__set__", "requires_grad_", "detach"):
+        if getattr(func, "__name__", "") in ("__set__", "requires_grad_", "detach"):
             return func(*args, **kwargs)
         args, kwargs = pytree.tree_map(stop, (args, kwargs))
         result = func(*args, **kwargs)

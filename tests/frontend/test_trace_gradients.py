@@ -51,6 +51,14 @@ class NoGradOfActivation(Base):
         return (y / scale + same + z).sum()
 
 
+class NoGradOfAttributes(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.v
+        with torch.no_grad():
+            turned, again, same = self.w.T + 1, self.v.mT, y.real  # y itself
+        return (x @ turned + x @ again + same * y).sum()
+
+
 class NoGradInAutocast(Base):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -80,7 +88,8 @@ class CopyWithoutGradient(Base):
 
 
 @pytest.mark.parametrize(
-    "kind", [Detach, Data, NoGrad, NoGradOfActivation, NoGradInAutocast, Inference, CopyWithoutGradient]
+    "kind",
+    [Detach, Data, NoGrad, NoGradOfActivation, NoGradOfAttributes, NoGradInAutocast, Inference, CopyWithoutGradient],
 )
 @pytest.mark.parametrize("under", [torch.enable_grad, torch.no_grad])
 def test_gradients_stop_where_they_did(kind: type[Base], under: Any) -> None:
