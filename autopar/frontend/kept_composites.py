@@ -97,7 +97,7 @@ def _overridden(given: dict[Any, Any], override: Override, rules: dict[Any, Any]
     finally:
         _set_kernels(prepared.before)
         for op in prepared.rules:
-            del rules[op]
+            rules.pop(op, None)  # torch's own, within this one, may have taken it away
         rules.update(rules_before)
 
 

@@ -1,7 +1,8 @@
 """Graphs of torch without their Python, which nobody runs: export writes and compiles it anew after each of its steps.
 
-This is the one file that knows what ``torch.fx.GraphModule.recompile`` leaves on the class that each graph module has
-of its own: ``forward``, ``__call__`` and ``_wrapped_call``. The Python is made when the module is called after all.
+This is the one file that knows what ``torch.fx.GraphModule.recompile`` leaves on a graph module, ``_code`` and what
+belongs to it, and on the class that each has of its own: ``forward``, ``__call__`` and ``_wrapped_call``. The Python is
+made when the module is called, or its code is read, after all.
 """
 
 from __future__ import annotations
@@ -15,16 +16,33 @@ from torch import fx
 from torch.fx.graph import CodeGen
 from torch.fx.graph_module import _WrappedCall
 
+_LEFT = ("_code", "_lineno_map", "_prologue_start")
+
+
+class _Later:
+    """What ``recompile`` leaves on a module, made when it is asked for: on the class, behind the module's own."""
+
+    def __init__(self, name: str, recompile: Any) -> None:
+        self.name, self.recompile = name, recompile
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        if module is None:
+            raise AttributeError(self.name)
+        self.recompile(module)
+        return getattr(module, self.name)
+
 
 @contextmanager
 def compiled_when_called() -> Iterator[None]:
-    """Within this context, graph modules get their Python at their first call; those whose arguments are packed
-    (``_PyTreeCodeGen``) at once, since torch asks for the signature of these."""
+    """Within this context, graph modules get their Python when they are first called or their code is read; those whose
+    arguments are packed (``_PyTreeCodeGen``) at once, since torch asks for the signature of these."""
     at_once: Any = fx.GraphModule.recompile
 
     def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-        at_once(module)
-        return module.forward(*args, **kwargs)
+        own: Any = type(module)
+        if own.forward is forward:  # else somebody has kept this one since before the first call
+            at_once(module)
+        return own.forward(module, *args, **kwargs)  # the module may have another, which calls this one
 
     def call(module: Any, *args: Any, **kwargs: Any) -> Any:
         return module._wrapped_call(module, *args, **kwargs)
@@ -36,6 +54,9 @@ def compiled_when_called() -> Iterator[None]:
         if "_wrapped_call" not in vars(own):
             own._wrapped_call = _WrappedCall(own, vars(own).get("__call__"))  # type: ignore[no-untyped-call]
         own.forward, own.__call__ = forward, call
+        for name in _LEFT:
+            vars(module).pop(name, None)  # of the graph as it was before
+            setattr(own, name, _Later(name, at_once))
         return None
 
     with mock.patch.object(fx.GraphModule, "recompile", recompile):

@@ -36,7 +36,7 @@ def graph_module() -> fx.GraphModule:
 def test_python_is_made_when_the_module_is_called() -> None:
     with compiled_when_called():
         module = graph_module()
-        assert not hasattr(module, "_code"), "torch makes the Python of a graph module elsewhere: nothing is saved"
+        assert "_code" not in vars(module), "torch makes the Python of a graph module elsewhere: nothing is saved"
         torch.testing.assert_close(module(torch.ones(2)), torch.full((2,), 2.0))
         assert "torch.add" in module.code
         later = graph_module()
@@ -45,6 +45,28 @@ def test_python_is_made_when_the_module_is_called() -> None:
     added.update_arg(1, 5)
     later.recompile()
     torch.testing.assert_close(later.forward(torch.ones(2)), torch.full((2,), 6.0))
+
+
+def test_code_that_is_read_is_that_of_the_graph() -> None:
+    module = graph_module()
+    (added,) = module.graph.find_nodes(op="call_function", target=torch.add)
+    with compiled_when_called(), compiled_when_called():
+        added.update_arg(1, 5)
+        module.recompile()
+        assert "torch.add(x, 5)" in module.code and "torch.add(x, 5)" in str(module)
+        added.update_arg(1, 6)
+        module.recompile()
+    assert module._lineno_map is not None
+    assert "torch.add(x, 6)" in module.code
+
+
+def test_a_forward_around_that_of_the_class() -> None:
+    with compiled_when_called():
+        module = graph_module()
+        own = module.forward
+        module.forward = lambda x: 2 * own(x)  # type: ignore[method-assign]
+    for _ in range(2):
+        torch.testing.assert_close(module(torch.ones(2)), torch.full((2,), 4.0))
 
 
 def test_packed_arguments_have_their_signature_at_once() -> None:
