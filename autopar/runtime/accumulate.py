@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -53,7 +53,7 @@ class Accumulation:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         _watch_optimizers()
-        _all.add(self)
+        _all[self] = None
         before, self.active = self.active, True
         try:
             yield
@@ -66,7 +66,11 @@ class Accumulation:
         ``adds``: which of them are to be added to those of parameters. Unless all are (``autograd.grad``), nothing
         waits for this pass, nor it for others.
         """
-        if not (self.active or self._held) or not steps.defers or not all(adds):
+        if not (self.active or self._held) or not all(adds):
+            return steps.whole(saved)
+        if not steps.defers:
+            if not self.active:
+                self._give_all()
             return steps.whole(saved)
         found = steps.partial(saved)
         held = self._held.pop(steps, None)
@@ -77,10 +81,13 @@ class Accumulation:
         if self.active:
             self._held[steps] = found
             return None
+        self._give_all()
+        return steps.reduced(found)
+
+    def _give_all(self) -> None:
         while self._held:
             other, waiting = self._held.popitem()
             other.give(other.reduced(waiting))
-        return steps.reduced(found)
 
     def forget(self, parameters: Iterable[Tensor]) -> None:
         """Forget what waits for ``parameters``; where other parameters have a part in a sum, it is given to all now."""
@@ -93,7 +100,7 @@ class Accumulation:
                     steps.give(steps.reduced(waiting))
 
 
-_all: WeakSet[Accumulation] = WeakSet()
+_all: WeakKeyDictionary[Accumulation, None] = WeakKeyDictionary()  # in one order on all ranks: they may communicate
 
 
 @cache

@@ -17,6 +17,7 @@ from autopar.ir.loss import loss_of
 from autopar.ir.parse import parse
 from autopar.ir.program import Program
 from autopar.models import llama
+from autopar.runtime.accumulate import Accumulation
 from tests.against_one_process import Errors, Tiny, compare_gradients, float64, tiny_batch, worst
 from tests.launch import run_ranks
 from tests.selection import one_each, slow_but
@@ -315,3 +316,44 @@ def test_parts_that_count_by_their_rows() -> None:
     """As accumulated by hand: each part's own loss, which is no mean over its rows, times its share of the rows."""
     for errors, difference in run_ranks(by_rows, 2):
         assert worst(errors) < (1e-12, "") and difference < 1e-12
+
+
+def test_modules_forget_in_one_order_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an optimizer forgets in part is reduced then, so that ranks have to do it alike."""
+    forgotten: list[Accumulation] = []
+    monkeypatch.setattr(Accumulation, "forget", lambda one, parameters: forgotten.append(one))
+    made = [Accumulation() for _ in range(12)]
+    entered = [made[place * 5 % 12] for place in range(12)]
+    for one in (*entered, made[3]):
+        with one.no_sync():
+            pass
+    torch.optim.SGD([torch.zeros(1)]).zero_grad()
+    assert [one for one in forgotten if one in made] == entered
+
+
+class Numbers:
+    """Steps whose gradients are the numbers that are saved."""
+
+    def __init__(self, defers: bool) -> None:
+        self.defers, self.parameters, self.given = defers, [torch.zeros(1)], list[float]()
+
+    def whole(self, saved: list[float]) -> list[Tensor]:
+        return [torch.tensor([number]) for number in saved]
+
+    partial = whole
+
+    def reduced(self, partial: list[Tensor]) -> list[Tensor]:
+        return partial
+
+    def give(self, grads: list[Tensor]) -> None:
+        self.given += [float(grad) for grad in grads]
+
+
+def test_what_waits_is_given_by_a_pass_that_cannot_wait() -> None:
+    """As one that gives an input a gradient; ``autograd.grad`` leaves it where it is."""
+    accumulation, waits, whole = Accumulation(), Numbers(True), Numbers(False)
+    with accumulation.no_sync():
+        assert accumulation.backward(waits, [1.0], [True]) is None
+        assert accumulation.backward(whole, [2.0], [True]) == [torch.tensor([2.0])] and not waits.given
+    assert accumulation.backward(waits, [3.0], [False]) == [torch.tensor([3.0])] and not waits.given
+    assert accumulation.backward(whole, [4.0], [True]) == [torch.tensor([4.0])] and waits.given == [1.0]
