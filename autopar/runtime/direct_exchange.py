@@ -25,6 +25,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -41,11 +44,47 @@ SUMMED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int
 HALVES = (torch.bfloat16, torch.float16)
 FIRST_NUMBER = 1 << 30  # of messages: those of users, and of pipelines, begin with 0
 NUMBERS = 1 << 30
+UNDER_WAY = timedelta(seconds=1)  # for what peers have sent before a group was destroyed
+
+
+@dataclass(frozen=True)
+class _Messages:
+    """Messages of one collective. A call waits for them."""
+
+    works: Sequence[Work]
+    timeout: timedelta
+    group: Callable[[], ProcessGroup | None]  # None when nobody has it any more
+
+    def __call__(self) -> None:
+        self._wait(self.timeout)
+
+    def give_up(self) -> None:
+        """Wait for them where nobody wants what they bring: by all ranks, so that it has come or will.
+
+        Not where the group was destroyed, as before another one is made: peers may have started nothing, and be gone.
+        """
+        if self._has_group():
+            self()
+            return
+        with suppress(RuntimeError):
+            self._wait(UNDER_WAY)
+
+    def _has_group(self) -> bool:
+        group = self.group()
+        try:
+            return group is not None and bool(dist.get_backend(group))
+        except ValueError:  # destroyed, and somebody has it still
+            return False
+
+    def _wait(self, timeout: timedelta) -> None:
+        for work in self.works:
+            work.wait(timeout)
+
 
 _numbers: WeakKeyDictionary[ProcessGroup, Iterator[int]] = WeakKeyDictionary()
 # address of a result -> it, while anybody has it, and what gives it its values
 _pending: dict[int, tuple[ref[Tensor], Callable[[Tensor], object]]] = {}
-_abandoned: list[Callable[[], None]] = []  # what waits for messages of which nobody wants the result any more
+_abandoned: list[_Messages] = []  # what waits for messages of which nobody wants the result any more
 
 
 def is_possible(x: Tensor, group: ProcessGroup) -> bool:
@@ -143,7 +182,7 @@ def finish(x: Tensor) -> bool:
     return True
 
 
-def _of_all(parts: Sequence[Tensor], group: ProcessGroup) -> tuple[Callable[[], None], list[Tensor]]:
+def _of_all(parts: Sequence[Tensor], group: ProcessGroup) -> tuple[_Messages, list[Tensor]]:
     """``parts[i]`` to rank i; what waits for those of all ranks for this one, and these in the order of the ranks."""
     own = parts[group.rank()]
     coming = own.new_empty((group.size() - 1, *own.shape))
@@ -151,10 +190,10 @@ def _of_all(parts: Sequence[Tensor], group: ProcessGroup) -> tuple[Callable[[], 
     return _started(parts, rows, group), rows
 
 
-def _started(sent: Sequence[Tensor], received: Sequence[Tensor], group: ProcessGroup) -> Callable[[], None]:
+def _started(sent: Sequence[Tensor], received: Sequence[Tensor], group: ProcessGroup) -> _Messages:
     """``sent[i]`` to every other rank i, ``received[i]`` from it, both contiguous; what waits until it is done."""
-    while _abandoned:  # by all ranks, so that it has come or will
-        _abandoned.pop()()
+    while _abandoned:
+        _abandoned.pop().give_up()
     ways, rank = group.size(), group.rank()
     number = FIRST_NUMBER + next(_numbers.setdefault(group, itertools.cycle(range(NUMBERS))))
     works: list[Work] = []
@@ -164,13 +203,7 @@ def _started(sent: Sequence[Tensor], received: Sequence[Tensor], group: ProcessG
             works.append(group.recv([received[source]], source, number))
         if sent[to].numel():
             works.append(group.send([sent[to]], to, number))
-    timeout = timeout_of(group)
-
-    def wait() -> None:
-        for work in works:
-            work.wait(timeout)
-
-    return wait
+    return _Messages(works, timeout_of(group), ref(group))
 
 
 def _reduced(rows: Sequence[Tensor], op: str, out: Tensor) -> None:
@@ -194,7 +227,7 @@ def _reduced(rows: Sequence[Tensor], op: str, out: Tensor) -> None:
             out.add_(row)
 
 
-def _later(result: Tensor, complete: Callable[[Tensor], object], arrived: Callable[[], None]) -> Tensor:
+def _later(result: Tensor, complete: Callable[[Tensor], object], arrived: _Messages) -> Tensor:
     """``result``, which has its values once :func:`finish` has called ``complete`` with it.
 
     Where nobody waits for it any more (a step has failed), it is given back with its last user, before another tensor

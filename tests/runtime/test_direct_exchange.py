@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -113,8 +114,9 @@ def test_a_small_sum_does_not_depend_on_vectors_and_threads(dtype: torch.dtype) 
 
 def test_what_nobody_waits_for_is_given_back() -> None:
     """A step that fails after the start of a collective holds no memory by it."""
-    result = direct_exchange._later(torch.empty(3), lambda out: out.fill_(2.0), lambda: None)
-    lost = direct_exchange._later(torch.empty(3), lambda out: out.fill_(3.0), lambda: None)
+    nothing = direct_exchange._Messages([], timedelta(seconds=1), lambda: None)
+    result = direct_exchange._later(torch.empty(3), lambda out: out.fill_(2.0), nothing)
+    lost = direct_exchange._later(torch.empty(3), lambda out: out.fill_(3.0), nothing)
     assert len(direct_exchange._pending) == 2
     del lost
     assert list(direct_exchange._pending) == [result.data_ptr()] and len(direct_exchange._abandoned) == 1
@@ -143,6 +145,32 @@ def test_memory_that_messages_write_to_stays_until_they_have_come() -> None:
     """Where forward is stopped after the start of a collective, what comes would be written to memory of others."""
     for found in run_ranks(stopped_steps, 2):
         assert found == [1, [[0.0, 0.0], [1.0, 1.0]], 0] * 3  # the second has waited for the first
+
+
+class Failing:
+    def wait(self, timeout: timedelta) -> None:
+        raise RuntimeError(f"Connection closed by peer after {timeout.seconds}")
+
+
+def after_the_group_is_destroyed() -> tuple[int, list[float]]:
+    """One rank starts what the others do not, before another group is made."""
+    comm = connect(Mesh(dp=2), 60.0, torch.device("cpu")).comm
+    rank, group = comm.rank, dist.group.WORLD
+    assert group is not None
+    failing = direct_exchange._Messages([Failing()], timedelta(seconds=7), lambda: group)  # type: ignore[list-item]
+    with pytest.raises(RuntimeError, match="after 7"):
+        failing.give_up()  # of a group that is there
+    again = dist.new_group([0, 1])
+    assert again is not None
+    if rank == 0:
+        direct_exchange.start_reduce_scatter(torch.ones(2), again)
+    number = len(direct_exchange._abandoned)
+    dist.destroy_process_group(again)
+    return number, functional_collectives.all_gather(torch.full((1,), float(rank)), group).tolist()
+
+
+def test_messages_of_a_group_that_was_destroyed_are_given_up() -> None:
+    assert run_ranks(after_the_group_is_destroyed, 2) == [(1, [0.0, 1.0]), (0, [0.0, 1.0])]
 
 
 def test_choices() -> None:
