@@ -208,12 +208,12 @@ def test_what_a_user_sees_of_it() -> None:
 
 LEFT = """
 import sys, time
-comm = connect(autopar.Mesh(dp=2), 8.0, torch.device("cpu")).comm  # what a busy machine needs to start
+comm = connect(autopar.Mesh(dp=2), 3.0, torch.device("cpu")).comm
 comm.all_reduce(torch.ones(2), "dp")
 if comm.rank == 1:
     time.sleep(1000)
-comm.start_all_reduce(torch.ones(1000), "dp")
-comm.start_all_gather(torch.ones(1000), "dp", 2, 0)
+total = comm.start_all_reduce(torch.ones(1000), "dp")  # kept: what nobody has any more is waited for by the next
+whole = comm.start_all_gather(torch.ones(1000), "dp", 2, 0)
 sys.exit(3)
 """
 
