@@ -25,14 +25,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/*.txt instead of comparing")
 
 
-def pytest_sessionstart() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
     gc.disable()  # a quarter of the time in which 13,000 tests are collected is looking for garbage
-
-
-def pytest_collection_finish() -> None:
-    gc.enable()
-    gc.collect()
-    gc.freeze()  # nor are tests and modules garbage afterwards
+    try:
+        return (yield)
+    finally:  # also where others collect, as with -n
+        gc.enable()
+        gc.collect()
+        gc.freeze()  # nor are tests and modules garbage afterwards
 
 
 @pytest.hookimpl(tryfirst=True)  # before the marks choose what runs
