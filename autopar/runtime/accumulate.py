@@ -91,6 +91,8 @@ class Accumulation:
 
     def forget(self, parameters: Iterable[Tensor]) -> None:
         """Forget what waits for ``parameters``; where other parameters have a part in a sum, it is given to all now."""
+        if not self._held:
+            return  # as in most steps, before going through all parameters
         forgotten = {id(parameter) for parameter in parameters}
         for steps in list(self._held):
             own = {id(parameter) for parameter in steps.parameters}
@@ -111,7 +113,7 @@ def _watch_optimizers() -> None:
     @wraps(plain)
     def zero_grad(optimizer: Optimizer, set_to_none: bool = True) -> None:
         for accumulation in list(_all):
-            accumulation.forget([parameter for group in optimizer.param_groups for parameter in group["params"]])
+            accumulation.forget(parameter for group in optimizer.param_groups for parameter in group["params"])
         plain(optimizer, set_to_none)
 
     forgetting: Any = zero_grad
