@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from autopar.errors import InvariantError
 from autopar.runtime.dtensor import HELD, local_of, spec_of
 from autopar.runtime.initialising import watch_initialising
+from autopar.runtime.local_steps import let_optimizers_use_parts
 from autopar.runtime.piecewise import PiecewiseDTensor, let_torch_use_pieces
 from autopar.runtime.torch_on_stages import is_of_stage
 from autopar.runtime.whole_operators import whole
@@ -40,6 +41,7 @@ def take_over(mesh: DeviceMesh) -> None:
 @cache
 def _install() -> None:
     let_torch_use_pieces()
+    let_optimizers_use_parts()
     watch_initialising(_is_ours, _is_parameter, is_of_stage)
     dispatcher: Any = DTensor._op_dispatcher
     dispatcher._custom_op_handlers[_SCALAR] = _scalar

@@ -29,7 +29,7 @@ from autopar.runtime.stored import Stored, cut
 
 _NOW = "autopar_now"  # on a parameter that another has replaced: that one
 _GONE = "autopar_gone"  # on a parameter that a stack has replaced: the name of that
-WHOLE_ONLY = (torch.optim.Adafactor, torch.optim.Rprop)
+WHOLE_ONLY = (torch.optim.Adafactor,)
 _OURS = (_NOW, _GONE, HELD)
 
 
