@@ -6,26 +6,33 @@ cache, a setting): when that part holds, this process does to its model what for
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from autopar.cache.reasons import Unstorable
-from autopar.cache.state import Answers, Questions, answered, differences, questions_of
+from autopar.cache.state import Answers, Questions, answered, differences, questions_of, quickly_answered
 from autopar.frontend.trace_record import TraceRecord
 from autopar.ir.guards import Guards
 from autopar.ir.same_values import MISSING
 
+logger = logging.getLogger("autopar")
+
 
 @dataclass(frozen=True)
 class Assumption:
-    """``state``: the answers to ``questions`` that the model gave which was compiled."""
+    """``state``: the answers to ``questions`` that the model gave which was compiled; ``quick``: digests of all these.
+
+    There are several where it is always the same as others see it (another line in the file of a model).
+    """
 
     questions: Questions
     state: dict[str, str]
+    quick: tuple[str, ...] = ()
 
 
 class NotMet(Exception):
@@ -48,21 +55,25 @@ def assumptions_of(
 
 
 def _assumption(questions: Questions, model: nn.Module) -> Assumption:
-    return Assumption(questions, answered(questions, model).state)
+    quick = _quick(questions, model)
+    return Assumption(questions, answered(questions, model).state, (quick.quick,) if quick is not None else ())
 
 
-def met(assumptions: Sequence[Assumption], model: nn.Module) -> Guards:
+def met(assumptions: Sequence[Assumption], model: nn.Module) -> tuple[Guards, tuple[Assumption, ...]]:
     """What ``model`` has to keep from now on; what forward would leave on it is there then.
 
-    Raises NotMet, and leaves it as it was.
+    With the assumptions as they are told the soonest next time. Raises NotMet, and leaves the model as it was.
     """
     done: list[tuple[dict[str, Any], str, Any]] = []
+    renewed = []
     try:
-        for assumption in assumptions[:-1]:
-            for table, key, value in _answers(assumption, model).guards.effects:
+        for assumption in assumptions:
+            answers, now = _answers(assumption, model)
+            renewed.append(now)
+            for table, key, value in answers.guards.effects if len(renewed) < len(assumptions) else ():
                 done.append((table, key, table.get(key, MISSING)))
                 table[key] = value
-        return _answers(assumptions[-1], model).guards
+        return answers.guards, tuple(renewed)
     except BaseException:
         for table, key, value in reversed(done):
             table[key] = value
@@ -71,7 +82,10 @@ def met(assumptions: Sequence[Assumption], model: nn.Module) -> Guards:
         raise
 
 
-def _answers(assumption: Assumption, model: nn.Module) -> Answers:
+def _answers(assumption: Assumption, model: nn.Module) -> tuple[Answers, Assumption]:
+    quick = _quick(assumption.questions, model) if assumption.quick else None
+    if quick is not None and quick.quick in assumption.quick:
+        return quick, assumption
     try:
         answers = answered(assumption.questions, model)
     except Unstorable as reason:
@@ -79,9 +93,20 @@ def _answers(assumption: Assumption, model: nn.Module) -> Answers:
     changed = differences(assumption.state, answers.state)
     if changed:
         raise NotMet(f"{listed(changed)} changed")
-    return answers
+    known = (quick.quick, *assumption.quick)[:QUICK_KEPT] if quick is not None else assumption.quick
+    return answers, replace(assumption, quick=known)
 
 
+def _quick(questions: Questions, model: nn.Module) -> Answers | None:
+    """None where something cannot be written down, or is nested too deeply."""
+    try:
+        return quickly_answered(questions, model)
+    except Exception as problem:
+        logger.debug("compared as a table: %r", problem)
+        return None
+
+
+QUICK_KEPT = 4
 SHOWN = 4
 
 

@@ -46,10 +46,16 @@ def _digest_at_once(code: CodeType) -> str:
     """In marshal's second version equal code gives equal bytes: the later ones depend on who else has a string."""
     if _has_sets(code):
         raise ValueError("the order of a set is another in each process")
-    path = code.co_filename.encode(errors="surrogatepass")
-    content = marshal.dumps(code, 2).replace(len(path).to_bytes(4, "little") + path, b"")
-    name = os.path.basename(code.co_filename).encode(errors="surrogatepass")
-    return hashlib.sha256(name + b"\0" + content).hexdigest()[:DIGITS]
+    path, name = _written(code.co_filename)
+    return hashlib.sha256(name + marshal.dumps(code, 2).replace(path, b"")).hexdigest()[:DIGITS]
+
+
+@cache
+def _written(filename: str) -> tuple[bytes, bytes]:
+    """How marshal writes the name of a file, and what stands for that: the same in every folder."""
+    path = filename.encode(errors="surrogatepass")
+    name = os.path.basename(filename).encode(errors="surrogatepass")
+    return len(path).to_bytes(4, "little") + path, name + b"\0"
 
 
 def _has_sets(code: CodeType) -> bool:
@@ -57,14 +63,11 @@ def _has_sets(code: CodeType) -> bool:
 
 
 def _have_sets(constants: Any) -> bool:
-    kinds = set(map(type, constants))
-    if frozenset in kinds:
-        return True
-    inner = [one.co_consts if isinstance(one, CodeType) else one for one in constants if type(one) in _HOLDING]
-    return any(map(_have_sets, inner)) if not kinds.isdisjoint(_HOLDING) else False
-
-
-_HOLDING = frozenset((CodeType, tuple))
+    for one in constants:
+        kind = type(one)
+        if kind is frozenset or kind is tuple and _have_sets(one) or kind is CodeType and _has_sets(one):
+            return True
+    return False
 
 
 def _digest_of_parts(code: CodeType) -> str:
@@ -83,6 +86,20 @@ def text_digest(code: CodeType) -> str:
     """Of the lines of ``code`` as they are in its file: programs quote them (``program.explain``)."""
     last = max((line for *_, line in code.co_lines() if line is not None), default=code.co_firstlineno)
     return digest(*linecache.getlines(code.co_filename)[code.co_firstlineno - 1 : last])
+
+
+@cache
+def _digest_of_file(path: str) -> str:
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            return digest_of_bytes(stream.read())
+    except (OSError, ValueError):
+        return ""
+
+
+def quick_text_digest(code: CodeType) -> str:
+    """As :func:`text_digest`, where reading and splitting lines takes long: of all of its file, if it has one."""
+    return _digest_of_file(code.co_filename) or text_digest(code)
 
 
 def _constant(value: object) -> str:

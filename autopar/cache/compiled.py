@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import operator
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -101,8 +102,9 @@ def _in(folder: Folder, key: str, request: Request) -> Found | None:
         if content is None:
             continue
         start = time.perf_counter()
+        is_ours = folder.is_ours_alone(file.path)
         try:
-            found = _of_entry(request, *content[1:], may_run=folder.is_ours_alone(file.path))
+            program, guards, renewed = _of_entry(request, *content[1:], may_run=is_ours)
         except NotMet as reason:
             logger.debug("%s does not serve: %s", file.path.name, reason)
             continue
@@ -111,8 +113,10 @@ def _in(folder: Folder, key: str, request: Request) -> Found | None:
             folder.delete(file.path)
             continue
         folder.touch(file.path)
+        if renewed is not None and is_ours:
+            folder.write(file.path.stem, content[0], renewed, *content[2:])
         logger.debug("%s was compiled before (%.2f s)", file.path.name, time.perf_counter() - start)
-        return found
+        return program, guards
     return None
 
 
@@ -125,7 +129,7 @@ def _delivered(folder: Folder, entry: list[bytes], request: Request, write: Writ
         return None
     name, *parts = entry
     try:
-        program, guards = _of_entry(request, *parts[1:], may_run=False)
+        program, guards, _ = _of_entry(request, *parts[1:], may_run=False)
         kept = KeptProgram.of(program, request.plan, write)
     except NotMet as reason:
         logger.debug("what another machine compiled does not serve: %s", reason)
@@ -138,8 +142,13 @@ def _delivered(folder: Folder, entry: list[bytes], request: Request, write: Writ
     return _read(kept, request, may_run=True), guards
 
 
-def _of_entry(request: Request, header_bytes: bytes, *program: bytes, may_run: bool) -> Found:
-    """``may_run``: whether the Python that is kept with it is what this user has written. Raises NotMet."""
+def _of_entry(
+    request: Request, header_bytes: bytes, *program: bytes, may_run: bool
+) -> tuple[AnyProgram, Guards, bytes | None]:
+    """With another header, where that would be told sooner next time.
+
+    ``may_run``: whether the Python that is kept with it is what this user has written. Raises NotMet.
+    """
     header: Header = unpacked(header_bytes, request.plan)
     looks = [live_guard(stored, request.model) for stored in header.looks]
     leaves = request.leaves
@@ -149,12 +158,14 @@ def _of_entry(request: Request, header_bytes: bytes, *program: bytes, may_run: b
         change = values.change(leaves)
         if change:
             raise NotMet(change)
-    guards = met(header.assumptions, request.model)
+    guards, assumptions = met(header.assumptions, request.model)
     found = _read(KeptProgram.from_parts(program), request, may_run=may_run)
     guards.values.extend(looks)
     for note in header.notes:
         warn(note, stacklevel=5)
-    return found, guards
+    if all(map(operator.is_, assumptions, header.assumptions)):
+        return found, guards, None
+    return found, guards, packed(replace(header, assumptions=assumptions), request.plan)
 
 
 def _say_why(folder: Folder, key: str, facts: Mapping[str, str]) -> None:

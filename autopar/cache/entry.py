@@ -12,6 +12,7 @@ from autopar.cache.names import Name
 from autopar.cache.packing import may_be_packed
 from autopar.cache.reasons import Unstorable
 from autopar.cache.state import Questions
+from autopar.frontend.code_names import Names
 from autopar.frontend.trace_record import Effect
 from autopar.ir.guards import Unavailable
 from autopar.ir.value_guards import Look, ValueGuard, guard_of
@@ -41,7 +42,7 @@ class StoredGuard:
     looks: tuple[Look, ...]
 
 
-may_be_packed(Header, Assumption, Questions, Name, Effect, Unavailable, StoredGuard)
+may_be_packed(Header, Assumption, Questions, Name, Names, Effect, Unavailable, StoredGuard)
 
 
 def stored_guard(guard: ValueGuard, model: nn.Module) -> StoredGuard:

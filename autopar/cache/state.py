@@ -10,7 +10,7 @@ from __future__ import annotations
 import builtins
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -19,12 +19,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopar.cache.code_digests import code_digest, digest, text_digest, variables_named
+from autopar.cache.code_digests import code_digest, digest, quick_text_digest, text_digest, variables_named
 from autopar.cache.impure import refuse_impure
 from autopar.cache.names import Name, names_in
 from autopar.cache.reasons import Unstorable
+from autopar.cache.transcript import Transcript
 from autopar.cache.value_digests import Digests
-from autopar.frontend.code_names import is_users
+from autopar.frontend.code_names import Names, is_users, names_found_by, names_of
 from autopar.frontend.readings import Readings, is_of_hooks
 from autopar.frontend.source_lines import is_users_file
 from autopar.frontend.trace_record import Effect, TraceRecord
@@ -46,6 +47,8 @@ class Questions:
         names: that they use, which lead to modules, or into those of others.
         outputs: classes in the structure of the outputs, by the names under which torch knows them.
         variables: names of environment variables.
+        known: digests of code -> the names that it reads, which takes long to find.
+        followed: the functions that ran, or may have been called, by module and name.
     """
 
     asked: tuple[tuple[tuple[str, str], ...], ...]
@@ -55,13 +58,19 @@ class Questions:
     names: tuple[Name, ...] = ()
     outputs: tuple[str, ...] = ()
     variables: tuple[str, ...] = ()
+    known: Mapping[str, Names] = field(default_factory=dict)
+    followed: frozenset[str] = frozenset()
 
 
 @dataclass
 class Answers:
-    """``state``: the table. ``guards``: the same for this process, from now on. ``readings``, ``digests``: made it."""
+    """``state``: the table, or ``quick``: a digest for all of it. ``guards``: the same for this process, from now on.
+
+    ``readings``, ``digests``: made it.
+    """
 
     state: dict[str, str] = field(default_factory=dict)
+    quick: str = ""
     guards: Guards = field(default_factory=Guards)
     readings: list[Readings] = field(default_factory=list)
     digests: list[Digests] = field(default_factory=list)
@@ -97,12 +106,45 @@ def questions_of(
     variables = {name for record in records for name in record.variables}
     variables |= {name for digests in answers.digests for one in digests.code for name in variables_named(one)}
     strange = tuple(replace(name, user="") for name in names if _leads_elsewhere(name))
-    return replace(found, names=strange, variables=tuple(sorted(variables)))
+    met = [(one, readings) for readings, each in zip(answers.readings, answers.digests) for one in each.functions]
+    followed = [one for one, readings in met if readings.has_followed(one) or code_digest(one.__code__) in found.ran]
+    return replace(
+        found,
+        names=strange,
+        variables=tuple(sorted(variables)),
+        known={code_digest(one.__code__): names_of(one.__code__) for one in followed},
+        followed=frozenset(f"{one.__module__}.{one.__qualname__}" for one in followed),
+    )
 
 
 def answered(questions: Questions, model: nn.Module) -> Answers:
     """The state of ``model`` and of this process. Raises Unstorable where what is asked for is missing or has none."""
     found = Answers()
+    _ask(questions, model, found, lambda address: _Lines(Digests(address), found.state))
+    return found
+
+
+def quickly_answered(questions: Questions, model: nn.Module) -> Answers:
+    """As :func:`answered`, without a table: ``quick`` is another one wherever the table would be.
+
+    Raises any exception where there is no such digest.
+    """
+    found, transcripts = Answers(), list[Transcript]()
+
+    def lines(address: Callable[[Any], str | None]) -> _Lines:
+        transcripts.append(Transcript(address, questions.followed))
+        return _QuickLines(transcripts[-1])
+
+    with names_found_by(lambda code: questions.known.get(code_digest(code))):
+        _ask(questions, model, found, lines)
+    found.quick = digest(*(one.digest() for one in transcripts))
+    return found
+
+
+def _ask(
+    questions: Questions, model: nn.Module, found: Answers, new: Callable[[Callable[[Any], str | None]], _Lines]
+) -> None:
+    several = []
     for number, (asked, effects) in enumerate(zip(questions.asked, questions.effects)):
         readings = Readings(model)
         gone = readings.repeat(asked)
@@ -112,19 +154,20 @@ def answered(questions: Questions, model: nn.Module) -> Answers:
         guards.effects = [placed(readings, effect) for effect in effects]
         guards.settle()
         found.guards.extend(guards)
-        digests = Digests(readings.address)
+        lines = new(readings.address)
         found.readings.append(readings)
-        found.digests.append(digests)
-        _add(found.state, f"{number}", readings, digests, questions)
-    digests = found.digests[0] if found.digests else Digests(lambda _: None)
+        found.digests.append(lines.digests)
+        several.append(lines)
+        _add(f"{number}", readings, lines, questions)
+    lines = several[0] if several else new(lambda _: None)
     for name in questions.names:
-        found.state[f"name {'.'.join(name.chain)} in {name.module}"] = _of_name(digests, name)
+        lines.put(f"name {'.'.join(name.chain)} in {name.module}", _of_name(lines.digests, name))
     for output in questions.outputs:
-        found.state[f"class {output}"] = _of_output(digests, output)
+        lines.put(f"class {output}", _of_output(lines.digests, output))
     for variable in questions.variables:
         value = digest(os.environ[variable]) if variable in os.environ else "missing"
-        found.state[f"environment variable {variable}"] = value
-    return found
+        lines.put(f"environment variable {variable}", value)
+    lines.settle()
 
 
 def differences(before: State, now: State) -> list[str]:
@@ -157,53 +200,83 @@ def _package_of(filename: str) -> str:
 # ---------------------------------------------------------------- the table
 
 
-def _add(state: dict[str, str], number: str, readings: Readings, digests: Digests, questions: Questions) -> None:
+def _add(number: str, readings: Readings, lines: _Lines, questions: Questions) -> None:
     """The lines of one trace: first what it read, then what the functions that ran may read beside that."""
     for module, name in questions.places:
         value = vars(sys.modules[module]).get(name) if module in sys.modules else None
-        state[f"{number} {name} of {module}"] = digests.leniently(value)
-    done: set[int] = set()
-    lines = _Lines(state, number, digests)
+        lines.put(f"{number} {name} of {module}", lines.digests.leniently(value))
+    looked_at, done = 0, set[int]()
     while True:
-        lines.add(readings.guards)
-        new = [one for one in digests.functions if id(one) not in done and code_digest(one.__code__) in questions.ran]
+        lines.add(number, readings.guards)
+        lines.settle()
+        new = [one for one in lines.digests.functions[looked_at:] if code_digest(one.__code__) in questions.ran]
+        looked_at = len(lines.digests.functions)
         if not new:
             return
         for function in new:
+            if id(function) in done:
+                continue
             done.add(id(function))
-            lines.add_text(function)
+            label = f"{number} the text of {function.__module__}.{function.__qualname__}"
+            lines.put(label, lines.text_digest(function.__code__))
             readings.function(function)
 
 
 class _Lines:
-    """Puts what guards hold into a table, each thing once."""
+    """Puts what guards hold into a table, each thing once.
 
-    def __init__(self, state: dict[str, str], number: str, digests: Digests) -> None:
-        self._state, self._number, self._digests = state, number, digests
+    Attributes:
+        digests: what makes the lines.
+    """
+
+    def __init__(self, digests: Digests, state: dict[str, str]) -> None:
+        self.digests, self._state = digests, state
         self._done = {"readings": 0, "absent": 0, "quiet": 0, "contents": 0}
 
-    def add(self, guards: Guards) -> None:
+    def add(self, number: str, guards: Guards) -> None:
         while any(len(getattr(guards, name)) > done for name, done in self._done.items()):
             for name in self._done:
                 for one in getattr(guards, name)[self._done[name] :]:
                     self._done[name] += 1
-                    label, found = _LINES[name](self._digests, one)
-                    self._put(label, found)
+                    label, found = _LINES[name](self.digests, one)
+                    self.put(f"{number} {label}", found)
 
-    def add_text(self, function: FunctionType) -> None:
-        """The lines of a function that ran."""
-        self._put(f"the text of {function.__module__}.{function.__qualname__}", text_digest(function.__code__))
-
-    def _put(self, label: str, found: str) -> None:
+    def put(self, label: str, found: Any) -> None:
         """Two things may have one label; in which order they come is the same in every process."""
-        name, count = f"{self._number} {label}", 1
+        name, count = label, 1
         while name in self._state:
             count += 1
-            name = f"{self._number} {label} ({count})"
+            name = f"{label} ({count})"
         self._state[name] = found
 
+    def settle(self) -> None:
+        """All that was put is there, and so are the functions in it."""
 
-def _of_reading(digests: Digests, one: Any) -> tuple[str, str]:
+    def text_digest(self, code: CodeType) -> str:
+        """Of the lines of a function that ran."""
+        return text_digest(code)
+
+
+class _QuickLines(_Lines):
+    """Lines that are written into a transcript."""
+
+    def __init__(self, transcript: Transcript) -> None:
+        super().__init__(transcript.parts, {})
+        self._transcript = transcript
+        self._waiting: list[tuple[str, Any]] = []
+
+    def put(self, label: str, found: Any) -> None:
+        self._waiting.append((label, found))
+
+    def settle(self) -> None:
+        self._transcript.dump(self._waiting)
+        self._waiting = []
+
+    def text_digest(self, code: CodeType) -> str:
+        return quick_text_digest(code)
+
+
+def _of_reading(digests: Digests, one: Any) -> tuple[str, Any]:
     try:
         if one.by_type and isinstance(one.value, Tensor):
             return one.label, digests.of_tensor(one.value, content=False)
@@ -212,11 +285,11 @@ def _of_reading(digests: Digests, one: Any) -> tuple[str, str]:
         raise Unstorable(f"{one.label} is, or holds, {reason}") from None
 
 
-def _of_contents(digests: Digests, one: Any) -> tuple[str, str]:
+def _of_contents(digests: Digests, one: Any) -> tuple[str, Any]:
     label = f"what {one.label} holds"
     try:
         held = one.container
-        return label, digest(*digests.items(list(held.values()) if is_of_hooks(one) else held))
+        return label, digests.join(*digests.items(list(held.values()) if is_of_hooks(one) else held))
     except Unstorable as reason:
         raise Unstorable(f"{label}: {reason}") from None
 
@@ -238,19 +311,19 @@ def placed(readings: Readings, effect: Effect) -> tuple[dict[str, Any], str, Any
     return (own[effect.table] if effect.table else own), effect.key, effect.value
 
 
-def _of_name(digests: Digests, name: Name) -> str:
+def _of_name(digests: Digests, name: Name) -> Any:
     value, _ = name.value()
     if isinstance(value, ModuleType) and is_users(value.__name__):  # its attributes may be taken by any name
         table = {key: item for key, item in vars(value).items() if isinstance(item, (*PLAIN, FunctionType, type))}
-        return digest(*(f"{key} {digests.leniently(table[key])}" for key in sorted(table)))
+        return digests.join(*(part for key in sorted(table) for part in (key, digests.leniently(table[key]))))
     return digests.leniently(value)
 
 
-def _of_output(digests: Digests, name: str) -> str:
+def _of_output(digests: Digests, name: str) -> Any:
     cls = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(name)
     if cls is None or cls not in pytree.SUPPORTED_NODES:
         return "not known"
-    return digest(*map(digests.leniently, pytree.SUPPORTED_NODES[cls][:3]))
+    return digests.join(*map(digests.leniently, pytree.SUPPORTED_NODES[cls][:3]))
 
 
 # ---------------------------------------------------------------- whether it tells all

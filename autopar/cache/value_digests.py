@@ -35,9 +35,9 @@ from autopar.frontend.code_names import is_users, is_users_class
 from autopar.frontend.source_lines import is_users_file
 from autopar.ir.same_values import PLAIN
 
-Of = Callable[["Digests", Any], str]
+Of = Callable[["Digests", Any], Any]
 _PASSING = ("__dict__", "__weakref__", "__doc__", "__module__", "_abc_impl", "__annotations__", "__firstlineno__")
-_BY_TEXT = (types.GenericAlias, types.UnionType, inspect.Signature, inspect.Parameter, slice, range, PurePath)
+_BY_TEXT = (types.GenericAlias, inspect.Signature, inspect.Parameter, slice, range, PurePath)
 _BY_TEXT_IN = ("typing", "datetime", "decimal", "fractions")  # modules whose objects are what they print
 _BY_KIND = ("_thread", "threading", "_weakrefset", "_abc")  # hold nothing that a trace takes
 
@@ -46,6 +46,9 @@ class Digests:
     """Digests of the values of one model, as they are now.
 
     ``address`` says how a module, or an object whose attributes are compared one by one, is known; None for others.
+
+    What a value consists of is said once, for digests and for transcripts (:mod:`autopar.cache.transcript`), which
+    put other things in place of :meth:`of`, :meth:`leniently` and :meth:`join`.
 
     Attributes:
         code: all code of users' that went into a digest.
@@ -58,10 +61,11 @@ class Digests:
         self._alive: list[Any] = []  # so that no id is used twice
         self._open: set[int] = set()
         self._slots: dict[type, dict[str, Any] | None] = {}
+        self._classes: dict[type, Any] = {}
         self.code: set[CodeType] = set()
         self.functions: list[FunctionType] = []
 
-    def of(self, value: Any) -> str:
+    def of(self, value: Any) -> Any:
         """Raises Unstorable."""
         kind = type(value)
         if kind in PLAIN:
@@ -72,91 +76,108 @@ class Digests:
             return "what it is part of"
         self._open.add(id(value))
         try:
-            found = self._of(value, kind)
+            found: str = form_of(value, kind)(self, value)
         finally:
             self._open.discard(id(value))
         self._known[id(value)] = found
         self._alive.append(value)
         return found
 
-    def of_tensor(self, tensor: Tensor, *, content: bool) -> str:
-        """``content``: with the values in it, else of its kind alone."""
-        parts = [_name(type(tensor)), str(tuple(tensor.shape)), str(tensor.dtype), str(tensor.requires_grad)]
-        parts += [str(tensor.layout), tensor.device.type]
-        if content:
-            parts.append(_content(tensor))
-        return digest("tensor", *parts)
-
-    def _of(self, value: Any, kind: type) -> str:
-        if isinstance(value, enum.Enum):
-            return digest("enum", _name(kind), value.name, self.leniently(value.value))
-        if isinstance(value, nn.Module):
-            return digest("module", self._address(value) or "", self._class_of_module(kind))
-        if isinstance(value, Tensor):
-            return self.of_tensor(value, content=True)
-        made = _form_of(value, kind)
-        if made is not None:
-            return made(self, value)
-        if isinstance(value, _BY_TEXT) or kind.__module__ in _BY_TEXT_IN:
-            return digest(_name(kind), repr(value))
-        if kind.__module__ in _BY_KIND:
-            return digest("of no matter", _name(kind))
-        if kind.__module__.partition(".")[0] == "numpy":
-            return digest("numpy", _name(kind), _of_numpy(value))
-        if hasattr(value, "__wrapped__"):  # functools.cache
-            return digest("wrapped", self.of(value.__wrapped__))
-        return self._object(value, kind)
-
-    # ------------------------------------------------------------ code
-
-    def function(self, function: FunctionType) -> str:
-        code, where = function.__code__, f"{function.__module__}.{function.__qualname__}"
-        users = is_users(function.__module__) or is_users_file(code.co_filename)
-        inside = [self.leniently(cell.cell_contents) for cell in function.__closure__ or () if _may_run(cell)]
-        if not users:
-            return digest("function", where, str(code.co_firstlineno), *inside)
-        self.code.update(inner_code(code))
-        self.functions.append(function)
-        defaults = (*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()))
-        return digest("function", where, code_digest(code), *map(self.leniently, defaults), *inside)
-
-    def cls(self, cls: type) -> str:
-        """Of a class of users' all that stands in it and in its bases; another is known by its name."""
-        if not is_users_class(cls):
-            return digest("class", _name(cls))
-        entries = [f"{key} {self.leniently(value)}" for key, value in vars(cls).items() if key not in _PASSING]
-        return digest("class", _name(cls), _name(type(cls)), *map(self.of, cls.__bases__), *entries)
-
-    def _class_of_module(self, cls: type) -> str:
-        """As :meth:`cls`, with what somebody has put into torch's own classes."""
-        parts = [self.of(cls)]
-        for base in cls.__mro__:
-            if not is_users_class(base):
-                ours = [value for value in vars(base).values() if isinstance(value, FunctionType)]
-                parts += [self.of(one) for one in ours if is_users_file(one.__code__.co_filename)]
-        return digest(*parts)
-
-    def leniently(self, value: Any) -> str:
+    def leniently(self, value: Any) -> Any:
         """As :meth:`of`; what has no digest is known by its class."""
         try:
             return self.of(value)
         except Unstorable:
             return digest("some", _name(type(value)))
 
+    def join(self, *parts: Any) -> Any:
+        """Of texts, and of what :meth:`of` and :meth:`leniently` gave."""
+        return digest(*parts)
+
+    def in_order(self, container: Any) -> list[str]:
+        """Of a set: the same for equal ones in every process."""
+        return sorted(map(self.of, container))
+
+    def of_tensor(self, tensor: Tensor, *, content: bool) -> Any:
+        """``content``: with the values in it, else of its kind alone."""
+        parts = [_name(type(tensor)), str(tuple(tensor.shape)), str(tensor.dtype), str(tensor.requires_grad)]
+        parts += [str(tensor.layout), tensor.device.type]
+        if content:
+            parts.append(_content(tensor))
+        return self.join("tensor", *parts)
+
+    # ------------------------------------------------------------ code
+
+    def function(self, function: FunctionType) -> Any:
+        code, where = function.__code__, f"{function.__module__}.{function.__qualname__}"
+        users = is_users(function.__module__) or is_users_file(code.co_filename)
+        inside = [self.leniently(cell.cell_contents) for cell in function.__closure__ or () if _may_run(cell)]
+        if not users:
+            return self.join("function", where, str(code.co_firstlineno), *inside)
+        self.code.update(inner_code(code))
+        self.functions.append(function)
+        defaults = (*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()))
+        return self.join("function", where, code_digest(code), *map(self.leniently, defaults), *inside)
+
+    def cls(self, cls: type) -> Any:
+        """Of a class of users' all that stands in it and in its bases; another is known by its name."""
+        if not is_users_class(cls):
+            return self.join("class", _name(cls))
+        kept = [(key, value) for key, value in vars(cls).items() if key not in _PASSING]
+        entries = [part for key, value in kept for part in (key, self.leniently(value))]
+        return self.join("class", _name(cls), _name(type(cls)), *map(self.of, cls.__bases__), *entries)
+
+    def _class_of_module(self, cls: type) -> Any:
+        """As :meth:`cls`, with what somebody has put into torch's own classes."""
+        if cls not in self._classes:
+            parts = [self.of(cls)]
+            for base in cls.__mro__:
+                if not is_users_class(base):
+                    ours = [value for value in vars(base).values() if type(value) is FunctionType]
+                    parts += [self.of(one) for one in ours if is_users_file(one.__code__.co_filename)]
+            self._classes[cls] = self.join(*parts)
+        return self._classes[cls]
+
     # ------------------------------------------------------------ objects
 
-    def _object(self, value: Any, kind: type) -> str:
+    def _module(self, module: nn.Module) -> Any:
+        return self.join("module", self._address(module) or "", self._class_of_module(type(module)))
+
+    def _enum(self, member: enum.Enum) -> Any:
+        return self.join("enum", _name(type(member)), member.name, self.leniently(member.value))
+
+    def _other(self, value: Any) -> Any:
+        """Of what has no form of its own."""
+        kind = type(value)
+        if isinstance(value, _BY_TEXT) or kind.__module__ in _BY_TEXT_IN:
+            return self.join(_name(kind), repr(value))
+        if kind.__module__ in _BY_KIND:
+            return self.join("of no matter", _name(kind))
+        if kind.__module__.partition(".")[0] == "numpy":
+            return self.join("numpy", _name(kind), _of_numpy(value))
+        if hasattr(value, "__wrapped__"):  # functools.cache
+            return self.join("wrapped", self.of(value.__wrapped__))
+        return self._object(value, kind)
+
+    def _object(self, value: Any, kind: type) -> Any:
         address = self._address(value)
         if address is not None:  # its attributes are compared one by one
-            return digest("object", address, self.of(kind))
+            return self.join("object", address, self.of(kind))
         own = vars_of(value, self._slots)
         if own is None:
             raise Unstorable(f"a {_name(kind)}, whose state cannot be compared")
-        return digest("object", self.of(kind), *(f"{key} {self.of(own[key])}" for key in sorted(own)))
+        return self.join("object", self.of(kind), *self._attributes(own))
 
-    def items(self, container: Any) -> Iterator[str]:
-        if isinstance(container, (set, frozenset)):
-            yield from sorted(map(self.of, container))
+    def _attributes(self, own: Mapping[str, Any]) -> Iterator[Any]:
+        for key in sorted(own):
+            yield key
+            yield self.of(own[key])
+
+    def items(self, container: Any) -> Iterator[Any]:
+        if type(container) in (list, tuple):
+            yield from map(self.of, container)
+        elif isinstance(container, (set, frozenset)):
+            yield from self.in_order(container)
         elif isinstance(container, Mapping):
             own: Any = container  # a dict's own items: what a class makes of them may load modules, or fail
             for key, value in dict.items(own) if isinstance(own, dict) else own.items():
@@ -165,33 +186,33 @@ class Digests:
         else:
             yield from map(self.of, container)
 
-    def _container(self, container: Any) -> str:
+    def _container(self, container: Any) -> Any:
         own = getattr(container, "__dict__", {})
-        more = [f"{key} {self.of(own[key])}" for key in sorted(own)]
-        return digest("container", self.of(type(container)), *self.items(container), *more)
+        return self.join("container", self.of(type(container)), *self.items(container), *self._attributes(own))
 
-    def _method(self, method: MethodType) -> str:
-        return digest("method", self.of(method.__func__), self.of(method.__self__))
+    def _method(self, method: MethodType) -> Any:
+        return self.join("method", self.of(method.__func__), self.of(method.__self__))
 
-    def _builtin(self, function: types.BuiltinFunctionType) -> str:
+    def _builtin(self, function: types.BuiltinFunctionType) -> Any:
         owner = function.__self__
         bound = "" if owner is None or isinstance(owner, ModuleType) else self.of(owner)
-        return digest("builtin", str(function.__module__), function.__qualname__, bound)
+        return self.join("builtin", str(function.__module__), function.__qualname__, bound)
 
-    def _partial(self, partial: functools.partial[Any]) -> str:
-        return digest("partial", self.of(partial.func), self.of(partial.args), self.of(partial.keywords))
+    def _partial(self, partial: functools.partial[Any]) -> Any:
+        return self.join("partial", self.of(partial.func), self.of(partial.args), self.of(partial.keywords))
 
-    def _property(self, found: property) -> str:
-        return digest("property", *map(self.of, (found.fget, found.fset, found.fdel)))
+    def _property(self, found: property) -> Any:
+        return self.join("property", *map(self.of, (found.fget, found.fset, found.fdel)))
 
-    def _field(self, field: dataclasses.Field[Any]) -> str:
+    def _field(self, field: dataclasses.Field[Any]) -> Any:
         if type(field) is not dataclasses.Field:
             return self._object(field, type(field))
-        return digest("field", *map(self.of, _FIELD(field)), *self.items(field.metadata))
+        metadata = self.items(field.metadata) if field.metadata else ()
+        return self.join("field", *map(self.of, _FIELD(field)), *metadata)
 
-    def _custom_operator(self, found: Any) -> str:
+    def _custom_operator(self, found: Any) -> Any:
         own = [value for value in vars(found).values() if isinstance(value, FunctionType)]
-        return digest("custom operator", found._qualname, *map(self.of, own))
+        return self.join("custom operator", found._qualname, *map(self.of, own))
 
 
 def vars_of(value: Any, known: dict[type, dict[str, Any] | None]) -> dict[str, Any] | None:
@@ -265,11 +286,11 @@ def _refused(value: Any) -> str:
     raise Unstorable(f"a {_name(type(value))}, which gives another value each time")
 
 
-def _form_of(value: Any, kind: type) -> Of | None:
-    """What makes the digest of a value of these kinds, looked up once for each; a proxy says itself what it is."""
+def form_of(value: Any, kind: type) -> Of:
+    """What joins the parts of a value of this kind, looked up once for each; a proxy says itself what it is."""
     if kind in _KNOWN_FORMS and value.__class__ is kind:
         return _KNOWN_FORMS[kind]
-    found = next((made for kinds, made in _FORMS if isinstance(value, kinds)), None)
+    found = next((made for kinds, made in _FORMS if isinstance(value, kinds)), Digests._other)
     if value.__class__ is kind:
         _KNOWN_FORMS[kind] = found
     return found
@@ -277,33 +298,37 @@ def _form_of(value: Any, kind: type) -> Of | None:
 
 # a third of what there is to compare in a model of transformers
 _FIELD = operator.attrgetter(*(name for name in dataclasses.Field.__slots__ if name != "metadata"))
-_KNOWN_FORMS: dict[type, Of | None] = {}
+_KNOWN_FORMS: dict[type, Of] = {}
 _FORMS: tuple[tuple[Any, Of], ...] = (
-    (FunctionType, Digests.function),
+    (enum.Enum, Digests._enum),
+    (nn.Module, Digests._module),
+    (Tensor, lambda own, tensor: own.of_tensor(tensor, content=True)),
+    (FunctionType, lambda own, function: own.function(function)),
     (type, Digests.cls),
-    (ModuleType, lambda _, module: digest("module of Python", module.__name__)),
+    (ModuleType, lambda own, module: own.join("module of Python", module.__name__)),
     (MethodType, Digests._method),
     ((types.BuiltinFunctionType, types.BuiltinMethodType), Digests._builtin),
     (functools.partial, Digests._partial),
-    ((staticmethod, classmethod), lambda own, found: digest(type(found).__name__, own.of(found.__func__))),
+    (types.UnionType, lambda own, union: own.join("union", *map(own.of, union.__args__))),
+    ((staticmethod, classmethod), lambda own, found: own.join(type(found).__name__, own.of(found.__func__))),
     (property, Digests._property),
-    (functools.cached_property, lambda own, found: digest("cached property", own.of(found.func))),
+    (functools.cached_property, lambda own, found: own.join("cached property", own.of(found.func))),
     ((torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator), lambda _, op: _operator(op)),
     (torch.library.CustomOpDef, Digests._custom_operator),  # type: ignore[attr-defined]
-    (ContextVar, lambda own, variable: digest("context", variable.name, own.of(variable.get(None)))),
-    (threading.local, lambda own, local: digest("of this thread", *own.items(vars(local)))),
-    (weakref.ref, lambda own, reference: digest("weak", own.of(reference()))),
+    (ContextVar, lambda own, variable: own.join("context", variable.name, own.of(variable.get(None)))),
+    (threading.local, lambda own, local: own.join("of this thread", *own.items(vars(local)))),
+    (weakref.ref, lambda own, reference: own.join("weak", own.of(reference()))),
     (type(os.environ), lambda *_: "the environment"),  # what is read of it is compared variable by variable
     (torch.Generator, lambda _, generator: _refused(generator)),
-    (logging.Logger, lambda _, logger: digest("logger", logger.name)),
+    (logging.Logger, lambda own, logger: own.join("logger", logger.name)),
     (dataclasses.Field, Digests._field),
-    (re.Pattern, lambda _, pattern: digest("pattern", repr(pattern.pattern), str(pattern.flags))),
+    (re.Pattern, lambda own, pattern: own.join("pattern", repr(pattern.pattern), str(pattern.flags))),
     (CodeType, lambda _, code: code_digest(code)),
     (
         (types.WrapperDescriptorType, types.MethodDescriptorType, types.MethodWrapperType, types.GetSetDescriptorType),
-        lambda _, found: digest("descriptor", repr(getattr(found, "__objclass__", "")), found.__name__),
+        lambda own, found: own.join("descriptor", repr(getattr(found, "__objclass__", "")), found.__name__),
     ),
-    (types.MemberDescriptorType, lambda _, found: digest("slot", found.__name__)),
+    (types.MemberDescriptorType, lambda own, found: own.join("slot", found.__name__)),
     ((list, tuple, dict, set, frozenset, deque, types.MappingProxyType), Digests._container),
     ((type(Ellipsis), type(NotImplemented)), lambda _, found: repr(found)),
 )

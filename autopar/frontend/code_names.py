@@ -6,7 +6,8 @@ import dis
 import functools
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -26,22 +27,43 @@ OUR_MODELS = "autopar.models"  # are models like others
 
 @dataclass(frozen=True)
 class Names:
-    """Each with the attributes that are read of it at once (``settings.model.SCALE``).
+    """Each with the attributes that are read of it at once (``settings.model.SCALE``); sorted, as processes differ.
 
     Attributes:
         attributes: all of them, also those that ``from settings import SCALE`` or ``getattr(x, "SCALE")`` reads.
         imports: modules that are imported within the code.
     """
 
-    globals: frozenset[tuple[str, tuple[str, ...]]]
-    cells: frozenset[tuple[str, tuple[str, ...]]]
-    attributes: frozenset[str]
-    imports: frozenset[str]
+    globals: tuple[tuple[str, tuple[str, ...]], ...]
+    cells: tuple[tuple[str, tuple[str, ...]], ...]
+    attributes: tuple[str, ...]
+    imports: tuple[str, ...]
 
 
-@functools.cache
 def names_of(code: CodeType) -> Names:
     """Of ``code`` and of the functions that are written inside it."""
+    found = _KNOWN.get(id(code))
+    if found is None:
+        known = (look(code) for look in _LOOKS)
+        found = _KNOWN[id(code)] = code, next((names for names in known if names is not None), None) or _names_in(code)
+    return found[1]
+
+
+@contextmanager
+def names_found_by(look: Callable[[CodeType], Names | None]) -> Iterator[None]:
+    """Within this context, the names of code that nobody has asked for yet are what ``look`` finds, if anything."""
+    _LOOKS.append(look)
+    try:
+        yield
+    finally:
+        _LOOKS.remove(look)
+
+
+_KNOWN: dict[int, tuple[CodeType, Names]] = {}  # by address, kept alive: hashing code takes longer
+_LOOKS: list[Callable[[CodeType], Names | None]] = []
+
+
+def _names_in(code: CodeType) -> Names:
     found: set[tuple[str, tuple[str, ...]]] = set()
     cells: set[tuple[str, tuple[str, ...]]] = set()
     attributes: set[str] = set()
@@ -60,13 +82,14 @@ def names_of(code: CodeType) -> Names:
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             known = names_of(inner)
-            found |= known.globals
-            cells |= known.cells
-            attributes |= known.attributes
-            imports |= known.imports
+            found.update(known.globals)
+            cells.update(known.cells)
+            attributes.update(known.attributes)
+            imports.update(known.imports)
     if any(name == "getattr" for name, _ in found):
         attributes.update(text for text in code.co_consts if isinstance(text, str) and text.isidentifier())
-    return Names(frozenset(found), frozenset(cells), frozenset(attributes), frozenset(imports))
+    globals_, around = tuple(sorted(found, key=str)), tuple(sorted(cells, key=str))
+    return Names(globals_, around, tuple(sorted(attributes)), tuple(sorted(imports)))
 
 
 def imported_by(function: FunctionType, name: str) -> Iterator[ModuleType]:

@@ -21,8 +21,9 @@ from autopar.frontend.other_state import HOLDERS, question_of, question_of_names
 from autopar.frontend.spaces import Spaces
 from autopar.frontend.tables import Cell, Slots, is_empty, own_names
 from autopar.ir.guards import Contents, Guards, Reading, version_of
-from autopar.ir.same_values import is_plain
+from autopar.ir.same_values import PLAIN, is_plain
 
+_PLAIN = frozenset(PLAIN)
 CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 MOST_ITEMS = 512  # of a container that are compared in each call; a larger one is known by its identity
 SHAPED = ("_parameters", "_buffers", "_modules")
@@ -53,6 +54,7 @@ class Readings:
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._owners: dict[str, Any] = {}  # by what address() says
         self._addresses: dict[int, str] = {}
+        self._modules: dict[int, bool] = {}  # of owners, which live as long as this
         for path, module in model.named_modules():
             self._settle_at(module, path)
         self._root = model  # while it is watched it has hooks of ours
@@ -113,8 +115,8 @@ class Readings:
         self._spaces.settle()
         for function in self._importing:  # grows
             names = names_of(function.__code__)
-            for module in (module for name in sorted(names.imports) for module in imported_by(function, name)):
-                self._named(module, sorted(names.attributes))
+            for module in (module for name in names.imports for module in imported_by(function, name)):
+                self._named(module, names.attributes)
             self._spaces.settle()
         self._importing.clear()
         self.guards.settle()
@@ -126,7 +128,7 @@ class Readings:
         """``owner.name`` was read, whether or not there is one."""
         self.asked.append((self._addresses[id(owner)], name))
         own = own_names(owner)
-        is_module = isinstance(owner, nn.Module)
+        is_module = self._is_module(owner)
         if is_module and name in _OWN:
             return
         label = self.label(owner, name)
@@ -142,6 +144,13 @@ class Readings:
         else:
             self._of_class(owner, own, name, label)
 
+    def _is_module(self, owner: Any) -> bool:
+        """What a class says of itself is asked once for each of its objects: configs answer by code of their own."""
+        found = self._modules.get(id(owner))
+        if found is None:
+            found = self._modules[id(owner)] = isinstance(owner, nn.Module)
+        return found
+
     def _registered(self, own: dict[str, Any], name: str, label: str) -> None:
         table = next(own[key] for key in SHAPED if name in own[key])
         self.reading(table, name, label, by_type=table is not own["_modules"])
@@ -153,7 +162,7 @@ class Readings:
         ours = cls is None or is_users_class(cls) or name == "forward"
         if ours and not hasattr(type(found), "__set__"):
             self.missing(own, name, label)
-            if cls is None and isinstance(owner, nn.Module):
+            if cls is None and self._is_module(owner):
                 for table in SHAPED:
                     self.missing(own[table], name, label)
         if cls is not None and is_users_class(cls):
@@ -233,13 +242,21 @@ class Readings:
 
     def look_into(self, value: Any, label: str) -> None:
         """Follow a value that was read."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return
+        if kind is FunctionType:
+            self.function(value)
+            return
         if isinstance(value, nn.Module) and not self.knows(value):
             for path, module in value.named_modules():
                 if id(module) not in self._paths:
                     self._paths[id(module)] = f"{label}.{path}" if path else label
                     self._settle_at(module, self._paths[id(module)])
-        self._meet(value)
-        if is_plain(value) or isinstance(value, (nn.Module, Tensor, ModuleType, type)):
+        if isinstance(value, (ModuleType, type)):
+            self._spaces.meet(value)
+            return
+        if is_plain(value) or isinstance(value, (nn.Module, Tensor)):
             return
         for function in functions_of(value):
             self.function(function)
@@ -255,7 +272,7 @@ class Readings:
             self._contents(value, label)
         elif isinstance(value, MappingProxyType):
             self._contents(tuple(value.values()), label)
-        elif isinstance(value, HOLDERS):
+        elif kind.__module__ != "builtins" and isinstance(value, HOLDERS):
             self._contents(vars(value), label)
         elif (state := state_of(value)) is not None and self._is_new(value, "state"):
             self.generators.append((label, state, repr(state())))
@@ -300,23 +317,26 @@ class Readings:
         finally:
             self._waiting.clear()
 
+    def has_followed(self, function: FunctionType) -> bool:
+        return (id(function), None) in self._known
+
     def _names(self, function: FunctionType) -> None:
         names, where = names_of(function.__code__), function.__module__
         self._spaces.name(names.attributes)
         if names.imports:
             self._importing.append(function)
-        for name, chain in sorted(names.globals, key=str):  # in every process in the same order
+        for name, chain in names.globals:
             if name in function.__globals__:
                 self._global(function.__globals__, name, f"{name} (global of {where})", chain)
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
-        for name, chain in sorted(names.cells, key=str):
+        for name, chain in names.cells:
             if name in cells and not is_empty(cells[name]):
                 label = f"{name} (variable around {function.__qualname__})"
                 self._global(Cell(cells[name]), "cell_contents", label, chain)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.look_into(value, f"a default argument of {function.__qualname__}")
-        for cls in self._bases(function) if "super" in {name for name, _ in names.globals} else ():
-            for name in sorted(names.attributes):
+        for cls in self._bases(function) if any(name == "super" for name, _ in names.globals) else ():
+            for name in names.attributes:
                 for inner in functions_of(vars(cls).get(name)):
                     self.function(inner)
 

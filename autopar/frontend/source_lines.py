@@ -46,6 +46,10 @@ def line_of_user(frame: FrameType | None) -> str:
 
 @cache
 def is_users_file(filename: str) -> bool:
-    if filename.startswith(("<", *(str(Path(str(file)).parent) for file in (__file__, torch.__file__)))):
+    if filename.startswith(_OF_NO_USER):
         return False
-    return "site-packages" in filename or not filename.startswith(str(Path(traceback.__file__).parent))
+    return "site-packages" in filename or not filename.startswith(_PYTHON)
+
+
+_OF_NO_USER = ("<", *(str(Path(str(file)).parent) for file in (__file__, torch.__file__)))
+_PYTHON = str(Path(traceback.__file__).parent)

@@ -32,8 +32,8 @@ class Spaces:
             self._met.setdefault(id(value), (value, 0))
 
     def name(self, names: Iterable[str]) -> None:
-        """A function reads attributes of these ``names``, of whatever it is."""
-        self._names.update(dict.fromkeys(sorted(names)))
+        """A function reads attributes of these ``names``, which are sorted, of whatever it is."""
+        self._names.update(dict.fromkeys(names))
 
     def settle(self) -> None:
         """Read what is named of what was met."""

@@ -301,7 +301,8 @@ def _get(table: Any, key: Hashable) -> Any:
 
 
 def _now(one: Reading) -> Reading:
-    return replace(one, value=_get(one.table, one.key))
+    now = _get(one.table, one.key)
+    return one if now is one.value else replace(one, value=now)
 
 
 def _items(container: Container) -> tuple[Any, ...]:

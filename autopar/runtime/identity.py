@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from autopar.errors import InvariantError
 from autopar.runtime.connect import Connection
-from autopar.runtime.dtensor import HELD, local_of
+from autopar.runtime.dtensor import HELD, local_of, parameter_of
 from autopar.runtime.made_optimizers import made_optimizers
 from autopar.runtime.stored import Stored, cut
 
@@ -47,7 +47,7 @@ class Holder:
 
 def become(tensor: Tensor, holder: Holder) -> nn.Parameter:
     """The parameter that holds ``tensor``, which is whole, as ``holder`` says: the same object if it is a DTensor."""
-    held = nn.Parameter(holder.cut(tensor), requires_grad=tensor.requires_grad)
+    held = parameter_of(holder.cut(tensor), tensor.requires_grad)
     grad = None if tensor.grad is None else holder.cut(tensor.grad)
     marks = {key: mark for key, mark in vars(tensor).items() if key not in _OURS}
     hooks, after = tensor._backward_hooks, tensor._post_accumulate_grad_hooks

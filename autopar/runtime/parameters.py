@@ -26,7 +26,7 @@ from autopar.pipeline.stages import first_ranks, held_elsewhere, homes_of
 from autopar.runtime.absent import Absent, Table, outline
 from autopar.runtime.agreement import digest_of
 from autopar.runtime.connect import Connection
-from autopar.runtime.dtensor import HELD, local_of
+from autopar.runtime.dtensor import HELD, local_of, parameter_of
 from autopar.runtime.identity import Holder, become, give_to_optimizers, mark_gone
 from autopar.runtime.initial_weights import agree_on_whole, check_copies
 from autopar.runtime.meshes import Meshes
@@ -238,7 +238,7 @@ class Weights:
         """Let a DTensor have no elements, so that an optimizer that still has it holds no memory by it."""
         if isinstance(tensor, DTensor):
             form, own = self._meshes.of(Layout.whole([0]), name)
-            held = nn.Parameter(cut(local_of(tensor).new_empty(0), form, own), requires_grad=tensor.requires_grad)
+            held = parameter_of(cut(local_of(tensor).new_empty(0), form, own), tensor.requires_grad)
             torch.utils.swap_tensors(tensor, held)  # type: ignore[no-untyped-call]
 
     def of_model(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -370,6 +370,9 @@ def _unused(program: AnyProgram) -> set[str]:
 
 def _placed(tensor: Tensor, form: Stored, own: Connection) -> Tensor:
     holder = Holder(form, own)
+    before: Holder | None = getattr(tensor, HELD, None)
+    if before is not None and before.own is own and before.form == form and not form.layout.axes:
+        return tensor  # whole before and now
     return become(tensor, holder) if isinstance(tensor, nn.Parameter) else holder.cut(tensor)
 
 
