@@ -89,17 +89,18 @@ def text_digest(code: CodeType) -> str:
 
 
 @cache
-def _digest_of_file(path: str) -> str:
-    try:
-        with open(path, "rb", buffering=0) as stream:
-            return digest_of_bytes(stream.read())
-    except (OSError, ValueError):
-        return ""
+def _digest_of_file(path: str, *when: int) -> str:
+    with open(path, "rb", buffering=0) as stream:
+        return digest_of_bytes(stream.read())
 
 
 def quick_text_digest(code: CodeType) -> str:
     """As :func:`text_digest`, where reading and splitting lines takes long: of all of its file, if it has one."""
-    return _digest_of_file(code.co_filename) or text_digest(code)
+    try:
+        about = os.stat(code.co_filename)
+        return _digest_of_file(code.co_filename, about.st_mtime_ns, about.st_size, about.st_ino)
+    except (OSError, ValueError):
+        return text_digest(code)
 
 
 def _constant(value: object) -> str:

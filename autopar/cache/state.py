@@ -154,7 +154,7 @@ def _ask(
         guards.effects = [placed(readings, effect) for effect in effects]
         guards.settle()
         found.guards.extend(guards)
-        lines = new(readings.address)
+        lines = new(readings.address_of_watched())
         found.readings.append(readings)
         found.digests.append(lines.digests)
         several.append(lines)

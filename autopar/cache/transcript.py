@@ -17,7 +17,7 @@ from typing import Any
 
 from autopar.cache.code_digests import DIGITS, code_digest
 from autopar.cache.reasons import Unstorable
-from autopar.cache.value_digests import Digests, form_of
+from autopar.cache.value_digests import Digests, form_of, is_code_of_users
 from autopar.ir.same_values import PLAIN
 
 _OF_PICKLE = frozenset((bool, int, float, str, bytes, type(None), tuple))  # which it tells apart
@@ -32,9 +32,9 @@ class _Parts(Digests):
         self._followed = followed
 
     def function(self, function: FunctionType) -> Any:
-        """Of one that neither ran nor was read by any name, no more than where it stands: nothing depends on it."""
+        """Of one of users' that neither ran nor was read by any name, where it stands: nothing depends on the rest."""
         where = f"{function.__module__}.{function.__qualname__}"
-        if where in self._followed:
+        if where in self._followed or not is_code_of_users(function):
             return super().function(function)
         return "function", where, function.__code__.co_firstlineno
 

@@ -110,9 +110,8 @@ class Digests:
 
     def function(self, function: FunctionType) -> Any:
         code, where = function.__code__, f"{function.__module__}.{function.__qualname__}"
-        users = is_users(function.__module__) or is_users_file(code.co_filename)
         inside = [self.leniently(cell.cell_contents) for cell in function.__closure__ or () if _may_run(cell)]
-        if not users:
+        if not is_code_of_users(function):
             return self.join("function", where, str(code.co_firstlineno), *inside)
         self.code.update(inner_code(code))
         self.functions.append(function)
@@ -141,7 +140,10 @@ class Digests:
     # ------------------------------------------------------------ objects
 
     def _module(self, module: nn.Module) -> Any:
-        return self.join("module", self._address(module) or "", self._class_of_module(type(module)))
+        address, cls = self._address(module), self._class_of_module(type(module))
+        if address is not None:  # its attributes are compared one by one
+            return self.join("module", address, cls)
+        return self.join("module", "", cls, *self._attributes(vars(module)))
 
     def _enum(self, member: enum.Enum) -> Any:
         return self.join("enum", _name(type(member)), member.name, self.leniently(member.value))
@@ -213,6 +215,10 @@ class Digests:
     def _custom_operator(self, found: Any) -> Any:
         own = [value for value in vars(found).values() if isinstance(value, FunctionType)]
         return self.join("custom operator", found._qualname, *map(self.of, own))
+
+
+def is_code_of_users(function: FunctionType) -> bool:
+    return is_users(function.__module__) or is_users_file(function.__code__.co_filename)
 
 
 def vars_of(value: Any, known: dict[type, dict[str, Any] | None]) -> dict[str, Any] | None:

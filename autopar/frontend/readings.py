@@ -86,6 +86,14 @@ class Readings:
         """What finds ``owner``, a module or an object that was met, in the readings of another process too."""
         return self._addresses.get(id(owner))
 
+    def address_of_watched(self) -> Callable[[Any], str | None]:
+        """:meth:`address` of modules and of the objects that were met so far, of which the trace saw what was read.
+
+        What a function reads of others that it leads to afterwards, nobody has seen.
+        """
+        watched = self._paths.keys() | self.objects.keys()
+        return lambda owner: self._addresses.get(id(owner)) if id(owner) in watched else None
+
     def owner_at(self, address: str) -> Any:
         """What :meth:`address` said this of; None for what was not met."""
         return self._owners.get(address)

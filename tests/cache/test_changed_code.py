@@ -181,6 +181,15 @@ CHANGES = {
         head="class Sizes:\n    def __init__(self):\n        self.scale = 2\nSIZES = Sizes()\nclass Maker:\n"
         "    def run(self, x):\n        return x * SIZES.scale",
     ),
+    "an object that a method of what forward makes reads, set elsewhere": of_model(
+        "SIZES.scale = 2", "SIZES.scale = 3", body="x = Maker().run(x)",
+        head="class Sizes:\n    pass\nSIZES = Sizes()\nSIZES.scale = 2\nclass Maker:\n    def run(self, x):\n"
+        "        return x * SIZES.scale",
+    ),
+    "a module that a method of what forward makes calls": of_model(
+        "LeakyReLU(0.2)", "LeakyReLU(0.3)", body="x = Maker().run(x)",
+        head="ACT = nn.LeakyReLU(0.2)\nclass Maker:\n    def run(self, x):\n        return ACT(x)",
+    ),
     "an attribute that a class answers": of_model(
         "return 2", "return 3", body="x = x * self.scale",
         head="class Asked(nn.Module):\n    def __getattr__(self, name):\n        if name == 'scale':\n"
