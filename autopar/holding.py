@@ -9,8 +9,8 @@ from functools import partial
 from torch import nn
 
 from autopar.families.family import Family
+from autopar.frontend.everything_read import everything_of
 from autopar.frontend.fingerprint import call_facts
-from autopar.frontend.readings import everything_of
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.program import AnyProgram
 from autopar.runtime.calls import Call

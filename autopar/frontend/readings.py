@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autopar.frontend.code_names import functions_of, imported_by, is_users, is_users_class, names_of
 from autopar.frontend.other_state import HOLDERS, question_of, question_of_names, state_of
 from autopar.frontend.spaces import Spaces
-from autopar.frontend.tables import Cell, Slots, is_empty, own_names
+from autopar.frontend.tables import Cell, Slots, is_empty, own_names, superclasses_of
 from autopar.ir.guards import Contents, Guards, Reading, version_of
 from autopar.ir.same_values import PLAIN, is_plain
 
@@ -293,10 +293,6 @@ class Readings:
             self._settle_at(value, label)
             self.on_class(type(value))
 
-    def _meet(self, value: Any) -> None:
-        if isinstance(value, (ModuleType, type)):
-            self._spaces.meet(value)
-
     def _contents(self, container: Any, label: str) -> None:
         if not self._is_new(container, None):
             return
@@ -343,7 +339,7 @@ class Readings:
                 self._global(Cell(cells[name]), "cell_contents", label, chain)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.look_into(value, f"a default argument of {function.__qualname__}")
-        for cls in self._bases(function) if any(name == "super" for name, _ in names.globals) else ():
+        for cls in superclasses_of(function) if any(name == "super" for name, _ in names.globals) else ():
             for name in names.attributes:
                 for inner in functions_of(vars(cls).get(name)):
                     self.function(inner)
@@ -363,7 +359,8 @@ class Readings:
             return
         if not chain or not isinstance(value, ModuleType):
             self.reading(table, key, label)
-            self._meet(value)
+            if isinstance(value, (ModuleType, type)):
+                self._spaces.meet(value)
         elif self._is_new(table, key):  # of a module no more is read than the chain says
             self.guards.readings.append(Reading(table, key, value, label))
         for attribute in chain:
@@ -391,32 +388,6 @@ class Readings:
             return self._class(cls) if cls is not None and is_users_class(cls) else None
         is_followed = isinstance(value, ModuleType) or isinstance(value, FunctionType) and is_users(value.__module__)
         return vars(value) if is_followed and name in vars(value) else None
-
-    @staticmethod
-    def _bases(function: FunctionType) -> list[type]:
-        """The classes to which ``super()`` may go in a method."""
-        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
-        own = cells.get("__class__")
-        return [cls for cls in own.cell_contents.__mro__[1:] if is_users_class(cls)] if own is not None else []
-
-
-def everything_of(model: nn.Module, modes: bool = True) -> Guards:
-    """Guards of all that ``model`` holds: for a program that was traced elsewhere, so that nobody saw what it reads.
-
-    ``modes``: with training or evaluation of each module.
-    """
-    readings = Readings(model)
-    for module in model.modules():
-        for name in (*vars(module), *module._modules, "_modules", "forward"):
-            if modes or name != "training":
-                readings.attribute(module, name)
-        for function in functions_of(type(module).forward):
-            readings.function(function)
-    readings.hooks_of(model)
-    for owner, _ in list(readings.objects.values()):
-        for name in own_names(owner):
-            readings.attribute(owner, name)
-    return readings.settle()
 
 
 # where somebody may put another function in place of torch's own: F.scaled_dot_product_attention = ...

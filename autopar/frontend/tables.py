@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from types import CellType
+from types import CellType, FunctionType
 from typing import Any
+
+from autopar.frontend.code_names import is_users_class
 
 
 def own_names(owner: Any) -> dict[str, Any]:
@@ -37,3 +39,10 @@ class Slots:
 
 def is_empty(cell: CellType) -> bool:
     return not hasattr(cell, "cell_contents")
+
+
+def superclasses_of(function: FunctionType) -> list[type]:
+    """The classes of users to which ``super()`` may go in a method."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
+    own = cells.get("__class__")
+    return [cls for cls in own.cell_contents.__mro__[1:] if is_users_class(cls)] if own is not None else []
