@@ -29,7 +29,7 @@ class _Parts(Digests):
 
     def __init__(self, address: Callable[[Any], str | None], followed: Container[str]) -> None:
         super().__init__(address)
-        self._followed = followed
+        self._found_at, self._followed = address, followed
 
     def function(self, function: FunctionType) -> Any:
         """Of one of users' that neither ran nor was read by any name, where it stands: nothing depends on the rest."""
@@ -51,7 +51,7 @@ class _Parts(Digests):
         by_name = {_name_of(item): item for item in container}
         if "" not in by_name and len(by_name) == len(container):
             return [by_name[name] for name in sorted(by_name)]
-        digests = Digests(self._address)
+        digests = Digests(self._found_at)
         found = digests.in_order(container)
         self.code.update(digests.code)  # in an order that is another in each process
         self.functions.extend(sorted(digests.functions, key=lambda one: (_name_of(one), code_digest(one.__code__))))
