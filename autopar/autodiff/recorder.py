@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from autopar.autodiff.outline import Outline, strides_of_view
 from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
 from autopar.ir.layout import Layout
@@ -35,6 +36,9 @@ from autopar.mesh import Mesh
 from autopar.operators.straight_through import STRAIGHT_THROUGH
 
 aten = torch.ops.aten
+
+TENSORS = (Tensor, Outline)
+AnyTensor = Tensor | Outline
 
 IDENTITIES = frozenset(  # below autograd they are their first argument
     (aten.detach.default, aten.alias.default, aten.lift_fresh.default, STRAIGHT_THROUGH, *comm.IDENTITIES)
@@ -75,10 +79,13 @@ def _frozen(item: Any) -> Any:
     return item if isinstance(item, Node) else (type(item), item)
 
 
-def _can_view(tensor: Tensor, like: Tensor) -> bool:
+def _can_view(tensor: Tensor | Outline, like: Tensor | Outline) -> bool:
     """Whether ``tensor.view(like.shape)`` is possible and has the strides of ``like``."""
     if tensor.is_contiguous():
         return like.is_contiguous()
+    if isinstance(tensor, Outline) or isinstance(like, Outline):
+        assert isinstance(tensor, Outline) and isinstance(like, Outline)
+        return strides_of_view(tensor.shape, tensor.strides, like.shape) == like.strides
     try:
         return bool(aten.view.default(tensor, like.shape).stride() == like.stride())
     except (RuntimeError, ValueError):
@@ -122,9 +129,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.forward_nodes: frozenset[Node] = frozenset()
         self._paused = False
         self._nodes: dict[int, Node] = {}  # id(tensor) -> node
-        self._alive: list[Tensor] = []  # keeps those ids, and the storages' addresses, unique
+        self._alive: list[AnyTensor] = []  # keeps those ids, and the storages' addresses, unique
         self._views: dict[Any, Node] = {}  # memory, sizes, strides -> node
-        self._below: dict[int, Tensor] = {}  # id(result of a reshape) -> what was reshaped
+        self._below: dict[int, AnyTensor] = {}  # id(result of a reshape) -> what was reshaped
         self._first: dict[int, Tensor] = {}  # storage -> the first tensor on it
         self._equal: dict[Any, Node] = {}
         self._free: dict[Any, Node] = {}  # of _equal, those that cost nothing to recompute
@@ -144,13 +151,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # tensors and nodes
 
-    def placeholder(self, name: str, tensor: Tensor) -> Node:
+    def placeholder(self, name: str, tensor: AnyTensor) -> Node:
         node = self.graph.placeholder(name)
         self._finish(node, tensor)
         self._bind(tensor, node)
         return node
 
-    def node_of(self, tensor: Tensor) -> Node:
+    def node_of(self, tensor: AnyTensor) -> Node:
         found = self._nodes.get(id(tensor))
         if found is None:
             raise InvariantError(f"a tensor of shape {list(tensor.shape)} comes from outside the graph ({self.origin})")
@@ -160,21 +167,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.forward_nodes, self.expected = frozenset(self.graph.nodes), (None, "")
         self._equal = dict(self._free)
 
-    def _memory(self, tensor: Tensor) -> int:
-        return int(tensor.untyped_storage()._cdata)
+    def _memory(self, tensor: AnyTensor) -> int:
+        return tensor.memory if isinstance(tensor, Outline) else int(tensor.untyped_storage()._cdata)
 
-    def _geometry(self, tensor: Tensor) -> Any:
+    def _geometry(self, tensor: AnyTensor) -> Any:
+        if isinstance(tensor, Outline):
+            return (tensor.memory, tensor.kind, tensor.offset)
         flags = (tensor.dtype, tensor.is_conj(), tensor.is_neg())
         return (self._memory(tensor), flags, tensor.shape, tensor.stride(), tensor.storage_offset())
 
-    def _bind(self, tensor: Tensor, node: Node) -> None:
+    def _bind(self, tensor: AnyTensor, node: Node) -> None:
         self._nodes[id(tensor)] = node
         self._alive.append(tensor)
-        self._first.setdefault(self._memory(tensor), tensor)
+        if isinstance(tensor, Tensor):
+            self._first.setdefault(self._memory(tensor), tensor)
         self._views.setdefault(self._geometry(tensor), node)
 
     def _finish(self, node: Node, result: Any) -> None:
-        tensors = [item for item in pytree.tree_leaves(result) if isinstance(item, Tensor)]
+        leaves = [result] if isinstance(result, TENSORS) else pytree.tree_leaves(result)
+        tensors = [item for item in leaves if isinstance(item, TENSORS)]
         set_values(node, *(_type(item.dtype, tuple(item.shape)) for item in tensors))
         set_origin(node, self.origin)
 
@@ -199,7 +210,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def record(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         """Note that ``func(*args, **kwargs)`` gave ``result``, a tensor or a tuple or list of tensors."""
-        if isinstance(result, Tensor):
+        if isinstance(result, TENSORS):
             func, args, kwargs = self._plainest(func, args, kwargs, result)
             known = self._views.get(self._geometry(result)) if is_view(func) else None
             self._bind(result, known or self._node(func, args, kwargs, result))
@@ -208,10 +219,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return  # a size or a flag that torch reads
         node = self._node(func, args, kwargs, result)
         for position, item in enumerate(result):
-            if isinstance(item, Tensor):
+            if isinstance(item, TENSORS):
                 self._bind(item, self._part(node, position, item))
 
-    def _plainest(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Tensor) -> Any:
+    def _plainest(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: AnyTensor) -> Any:
         """The same operator in its simplest form: a view of a view is a view of the first tensor."""
         if func in VIEWS:
             source = args[0]
@@ -219,11 +230,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 source = below
             self._below[id(result)] = source
             return aten.view.default, (source, list(result.shape)), {}
-        if "device" in kwargs and args and isinstance(args[0], Tensor):  # a result on its argument's device
+        if "device" in kwargs and args and isinstance(args[0], TENSORS):  # a result on its argument's device
             kwargs = {key: item for key, item in kwargs.items() if key not in ("device", "layout", "pin_memory")}
         return func, args, kwargs
 
-    def _part(self, node: Node, position: int, item: Tensor) -> Node:
+    def _part(self, node: Node, position: int, item: AnyTensor) -> Node:
         key = (node, position)
         if key not in self._equal:
             self._equal[key] = self._call(operator.getitem, key, {}, item)
@@ -258,7 +269,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._names.name(func)
 
     def _as_nodes(self, item: Any) -> Any:
-        if isinstance(item, Tensor):
+        if isinstance(item, TENSORS):
             return self.node_of(item)
         if isinstance(item, (list, tuple)):
             return type(item)(map(self._as_nodes, item))
@@ -270,8 +281,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten.lift_fresh.default and id(source) not in self._nodes:
             return self._constant(source)
         result: Tensor = aten.alias.default(source)
-        self._bind(result, self.node_of(source))
+        self.same(source, result)
         return result
+
+    def same(self, source: AnyTensor, result: AnyTensor) -> None:
+        """Note that ``result`` is another name of ``source``."""
+        self._bind(result, self.node_of(source))
 
     def _constant(self, source: Tensor) -> Tensor:
         """A number that Python code made into a tensor."""
@@ -298,9 +313,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             where = (list(changed.shape), list(changed.stride()), changed.storage_offset())
             base = self._call(aten.as_strided_scatter.default, (self.node_of(first), node, *where), {}, first)
         self._views = {key: view for key, view in self._views.items() if key[0] != memory}
-        for tensor in [tensor for tensor in self._alive if self._memory(tensor) == memory]:
+        for tensor in [one for one in self._alive if isinstance(one, Tensor) and self._memory(one) == memory]:
             self._nodes[id(tensor)] = self._after_change(tensor, first, base, changed, node)
         return changed
+
+    def changed(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], names: Sequence[AnyTensor]) -> None:
+        """Note that ``func`` writes into ``args[0]``, of which ``names`` are all tensors that share its memory."""
+        node = self._node(_functional(func), args, kwargs, args[0])
+        self._views[self._geometry(args[0])] = node
+        for tensor in names:
+            self._nodes[id(tensor)] = node
 
     def _after_change(self, tensor: Tensor, first: Tensor, base: Node, changed: Tensor, node: Node) -> Node:
         """The node of a tensor whose memory has changed: ``base`` is the new value of the ``first`` tensor on it."""

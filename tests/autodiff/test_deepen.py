@@ -176,8 +176,8 @@ def test_blocks_that_come_out_different_are_recorded_one_by_one(monkeypatch: pyt
     recorded = differentiate._recorded
     seen: list[int] = []
 
-    def spoilt(program: Any, differentiable: Any, blocks: Any) -> Any:
-        found = recorded(program, differentiable, blocks)
+    def spoilt(program: Any, differentiable: Any, blocks: Any, *rest: Any) -> Any:
+        found = recorded(program, differentiable, blocks, *rest)
         seen.append(len(blocks))
         middle = [node for node, block in found[0].blocks.items() if block == 2 and node not in found[1].forward]
         for node in middle[-1:] if blocks else ():
