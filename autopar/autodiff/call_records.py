@@ -270,7 +270,7 @@ class _Listening(Recorder):  # type: ignore[no-untyped-call]
     def _heard(self, first: int) -> Heard:
         made = []
         for tensor in self.tensors[first:]:
-            memory, offset = self.memories[self._memory(tensor)], int(tensor.storage_offset())
+            memory, offset = self.memories[self.memory(tensor)], int(tensor.storage_offset())
             look = tensor.dtype, tensor.shape, tensor.stride()
             made.append(Made(*look, memory, offset, tensor.requires_grad))
         return Heard(tuple(self.steps), tuple(made))
@@ -289,7 +289,7 @@ class _Listening(Recorder):  # type: ignore[no-untyped-call]
                 raise Unheard("a lazy conjugate")
             self.numbers[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)
-            self.memories.setdefault(self._memory(tensor), len(self.memories))
+            self.memories.setdefault(self.memory(tensor), len(self.memories))
         return self.slot(tensor)
 
     def record(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
@@ -300,23 +300,23 @@ class _Listening(Recorder):  # type: ignore[no-untyped-call]
             given, kwargs = _replaced((tuple(args), kwargs), self.slot)
             self.steps.append(Step(func, given, kwargs, made))
 
-    def _identity(self, func: Any, source: Tensor) -> Tensor:
+    def identity(self, func: Any, source: Tensor) -> Tensor:
         if id(source) not in self.numbers:
-            return self._constant(source)
+            return self.constant(source)
         result: Tensor = aten.alias.default(source)
         self.steps.append(Step(None, (self.slot(source),), {}, self._add(result)))
         return result
 
-    def _in_place(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def in_place(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         changed = args[0]
-        memory = self._memory(changed)
-        same = [tensor for tensor in self.tensors if self._memory(tensor) == memory]
-        if memory in self.borrowed or any(self._geometry(tensor) != self._geometry(changed) for tensor in same):
+        memory = self.memory(changed)
+        same = [tensor for tensor in self.tensors if self.memory(tensor) == memory]
+        if memory in self.borrowed or any(self.geometry(tensor) != self.geometry(changed) for tensor in same):
             raise Unheard(f"{func} changes a tensor that others may see")
         given, kwargs_given = _replaced((tuple(args), kwargs), self.slot)
         self.steps.append(Step(func, given, kwargs_given, tuple(map(self.slot, same))))
         func(*args, **kwargs)
-        if self._geometry(changed) != self._geometry(same[0]) or torch.Tag.inplace_view in func.tags:
+        if self.geometry(changed) != self.geometry(same[0]) or torch.Tag.inplace_view in func.tags:
             raise Unheard(f"{func} changes the sizes of a tensor")
         return changed
 

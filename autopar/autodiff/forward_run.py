@@ -33,14 +33,14 @@ class ForwardRun:
         with self.recorder.paused():
             kind = value(node)
             shape = kind.layout.local_shape(self.program.mesh)
-            tensor = self._tensor(shape, kind.dtype, kind.requires_grad)
+            tensor = self.tensor(shape, kind.dtype, kind.requires_grad)
         self.tensors[node] = tensor
         placed = self.recorder.placeholder(node.name, tensor)
         set_values(placed, kind)
         set_origin(placed, origin(node))
         return placed
 
-    def _tensor(self, shape: Sequence[int], dtype: torch.dtype, requires_grad: bool = False) -> Any:
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype, requires_grad: bool = False) -> Any:
         return torch.empty(shape, dtype=dtype, requires_grad=requires_grad)
 
     def leaves(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class ForwardRun:
                 self.recorder.origin, self.recorder.expected = origin(node), (node.target, node.name)
                 self.recorder.block = self.blocks.get(node)
                 self.tensors[node] = self._result(node)
-                self._name_gradients(node)
+                self.name_gradients(node)
                 self._keep_layout(node)
         return [self.tensors[node] for node in self.program.returned]
 
@@ -66,13 +66,13 @@ class ForwardRun:
             given = (given[0], *fewer, *given[3:])
         args, kwargs = fx.map_arg((given, node.kwargs), self.tensors.__getitem__)
         try:
-            return self._called(node, args, kwargs)
+            return self.called(node, args, kwargs)
         except AutoparError:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as problem:
             raise InvariantError(_failure(node, args, kwargs, problem)) from problem
 
-    def _called(self, node: Node, args: Any, kwargs: Any) -> Any:
+    def called(self, node: Node, args: Any, kwargs: Any) -> Any:
         if node.target in DERIVATIVES:
             return DERIVATIVES[node.target](self.recorder, *args, **kwargs)  # type: ignore[index]
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -85,7 +85,7 @@ class ForwardRun:
             if recorded.name == node.name and types[0].layout.local_shape(self.program.mesh) == tensor.shape:
                 set_values(recorded, replace(types[0], requires_grad=False))
 
-    def _name_gradients(self, node: Node) -> None:
+    def name_gradients(self, node: Node) -> None:
         """Give the origin of ``node`` to the backward nodes that torch derives from it."""
         tensors = [item for item in pytree.tree_leaves(self.tensors[node]) if isinstance(item, Tensor)]
         wanted = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
@@ -111,7 +111,7 @@ class ForwardRun:
         tangents, nodes = [], []
         for output in outputs:
             with self.recorder.paused():
-                tangent = self._tensor(output.shape, output.dtype)
+                tangent = self.tensor(output.shape, output.dtype)
             nodes.append(self.recorder.placeholder(f"grad_{self.recorder.node_of(output).name}", tangent))
             tangents.append(tangent)
         found = self.gradients(outputs, tangents, leaves)

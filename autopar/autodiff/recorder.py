@@ -167,21 +167,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.forward_nodes, self.expected = frozenset(self.graph.nodes), (None, "")
         self._equal = dict(self._free)
 
-    def _memory(self, tensor: AnyTensor) -> int:
+    def memory(self, tensor: AnyTensor) -> int:
         return tensor.memory if isinstance(tensor, Outline) else int(tensor.untyped_storage()._cdata)
 
-    def _geometry(self, tensor: AnyTensor) -> Any:
+    def geometry(self, tensor: AnyTensor) -> Any:
         if isinstance(tensor, Outline):
             return (tensor.memory, tensor.kind, tensor.offset)
         flags = (tensor.dtype, tensor.is_conj(), tensor.is_neg())
-        return (self._memory(tensor), flags, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return (self.memory(tensor), flags, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _bind(self, tensor: AnyTensor, node: Node) -> None:
         self._nodes[id(tensor)] = node
         self._alive.append(tensor)
         if isinstance(tensor, Tensor):
-            self._first.setdefault(self._memory(tensor), tensor)
-        self._views.setdefault(self._geometry(tensor), node)
+            self._first.setdefault(self.memory(tensor), tensor)
+        self._views.setdefault(self.geometry(tensor), node)
 
     def _finish(self, node: Node, result: Any) -> None:
         leaves = [result] if isinstance(result, TENSORS) else pytree.tree_leaves(result)
@@ -196,11 +196,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._paused:
             return func(*args, **kwargs)
         if func in IDENTITIES or (self.mesh is not None and comm.does_nothing(func, args, self.mesh)):
-            return self._identity(func, args[0])
+            return self.identity(func, args[0])
         if func is aten.pow.Tensor_Scalar and args[1] == 1 and args[0].is_floating_point():
-            return self._identity(func, args[0])  # from the derivative of a square
+            return self.identity(func, args[0])  # from the derivative of a square
         if writes(func):
-            return self._in_place(func, args, kwargs)
+            return self.in_place(func, args, kwargs)
         run = comm.SHAPES.get(func, func)  # at once: torch remembers results of fake tensors for its own operators only
         result = run(*args, **kwargs)
         if func in UNSAFE_SPLITS:
@@ -212,7 +212,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note that ``func(*args, **kwargs)`` gave ``result``, a tensor or a tuple or list of tensors."""
         if isinstance(result, TENSORS):
             func, args, kwargs = self._plainest(func, args, kwargs, result)
-            known = self._views.get(self._geometry(result)) if is_view(func) else None
+            known = self._views.get(self.geometry(result)) if is_view(func) else None
             self._bind(result, known or self._node(func, args, kwargs, result))
             return
         if not isinstance(result, (tuple, list)):
@@ -277,9 +277,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return {key: self._as_nodes(value) for key, value in item.items()}
         return item
 
-    def _identity(self, func: Any, source: Tensor) -> Tensor:
+    def identity(self, func: Any, source: Tensor) -> Tensor:
         if func is aten.lift_fresh.default and id(source) not in self._nodes:
-            return self._constant(source)
+            return self.constant(source)
         result: Tensor = aten.alias.default(source)
         self.same(source, result)
         return result
@@ -288,7 +288,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note that ``result`` is another name of ``source``."""
         self._bind(result, self.node_of(source))
 
-    def _constant(self, source: Tensor) -> Tensor:
+    def constant(self, source: Tensor) -> Tensor:
         """A number that Python code made into a tensor."""
         if source.dim():
             raise InvariantError(f"a constant of shape {list(source.shape)} is made in {self.origin}: make it an input")
@@ -299,7 +299,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.record(aten.full.default, ([], number), kwargs, result)
         return result
 
-    def _in_place(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def in_place(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         functional, changed = _functional(func), args[0]
         node = self._node(functional, args, kwargs, changed)
         func(*args, **kwargs)
@@ -307,29 +307,29 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._finish(node, changed)
             self._nodes[id(changed)] = node
             return changed
-        memory, first = self._memory(changed), self._first[self._memory(changed)]
+        memory, first = self.memory(changed), self._first[self.memory(changed)]
         base = node
-        if self._geometry(changed) != self._geometry(first):
+        if self.geometry(changed) != self.geometry(first):
             where = (list(changed.shape), list(changed.stride()), changed.storage_offset())
             base = self._call(aten.as_strided_scatter.default, (self.node_of(first), node, *where), {}, first)
         self._views = {key: view for key, view in self._views.items() if key[0] != memory}
-        for tensor in [one for one in self._alive if isinstance(one, Tensor) and self._memory(one) == memory]:
+        for tensor in [one for one in self._alive if isinstance(one, Tensor) and self.memory(one) == memory]:
             self._nodes[id(tensor)] = self._after_change(tensor, first, base, changed, node)
         return changed
 
     def changed(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], names: Sequence[AnyTensor]) -> None:
         """Note that ``func`` writes into ``args[0]``, of which ``names`` are all tensors that share its memory."""
         node = self._node(_functional(func), args, kwargs, args[0])
-        self._views[self._geometry(args[0])] = node
+        self._views[self.geometry(args[0])] = node
         for tensor in names:
             self._nodes[id(tensor)] = node
 
     def _after_change(self, tensor: Tensor, first: Tensor, base: Node, changed: Tensor, node: Node) -> Node:
         """The node of a tensor whose memory has changed: ``base`` is the new value of the ``first`` tensor on it."""
-        geometry = self._geometry(tensor)
-        if geometry == self._geometry(changed):
+        geometry = self.geometry(tensor)
+        if geometry == self.geometry(changed):
             return self._views.setdefault(geometry, node)
-        if geometry == self._geometry(first):
+        if geometry == self.geometry(first):
             return self._views.setdefault(geometry, base)
         if geometry not in self._views:
             where = (list(tensor.shape), list(tensor.stride()), tensor.storage_offset())

@@ -37,13 +37,13 @@ class ReplayRun(ForwardRun):
         if any(self.tensors[node].requires_grad and node not in leaves for node in self.tensors):
             raise Unheard("a gradient that nobody asked for")
 
-    def _tensor(self, shape: Sequence[int], dtype: torch.dtype, requires_grad: bool = False) -> Any:
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype, requires_grad: bool = False) -> Any:
         strides = [1]
         for size in reversed(shape[1:]):
             strides.insert(0, strides[0] * max(size, 1))
         return Outline(dtype, torch.Size(shape), tuple(strides[: len(shape)]), next(self._memories), 0, requires_grad)
 
-    def _called(self, node: Node, args: Any, kwargs: Any) -> Any:
+    def called(self, node: Node, args: Any, kwargs: Any) -> Any:
         if node.target is operator.getitem:
             return args[0][args[1]]
         replayed, result = self._again(node.target, args, kwargs)
@@ -58,7 +58,7 @@ class ReplayRun(ForwardRun):
         replayed = Replayed(record, list(outlines((args, kwargs))), self._memories)
         return replayed, replayed.forward(self.recorder)
 
-    def _name_gradients(self, node: Node) -> None:
+    def name_gradients(self, node: Node) -> None:
         """Done as they are made."""
 
     def gradients(self, outputs: Sequence[Any], tangents: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:

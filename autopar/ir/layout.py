@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -172,13 +173,18 @@ class Layout:
     def whole(cls, shape: Sequence[int]) -> Layout:
         return cls(tuple((Factor(int(size)),) for size in shape))
 
-    @property
+    @cached_property  # a layout is shared by the copies of its node, and asked for its shape after each pass
     def shape(self) -> tuple[int, ...]:
         """The global shape."""
         return tuple([_product(dim) for dim in self.dims])
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
-        return tuple([_local_product(dim, mesh) for dim in self.dims])
+        known = self.__dict__.get("_local")
+        if known is None or known[0] is not mesh:
+            known = mesh, tuple([_local_product(dim, mesh) for dim in self.dims])
+            self.__dict__["_local"] = known
+        found: tuple[int, ...] = known[1]
+        return found
 
     @property
     def ragged(self) -> bool:
@@ -190,7 +196,7 @@ class Layout:
         """Axes of the mesh that split this value (not those over which it is partial)."""
         return frozenset(axis for group in self.groups for axis in axes_of(group))
 
-    @property
+    @cached_property
     def groups(self) -> tuple[str, ...]:
         """As :attr:`axes`, with merged ones as they split it: ``dp+sp``."""
         return tuple([axis for dim in self.dims for factor in dim for axis in factor.axes])

@@ -8,6 +8,7 @@ rows.
 from __future__ import annotations
 
 import enum
+import heapq
 import operator
 from collections.abc import Callable
 from functools import lru_cache
@@ -66,14 +67,20 @@ class SortedRows:
 
     def _follow(self) -> bool:
         """Find the kind of every value that depends on the permutation; False if some value has none."""
-        started = False
-        for node in self.program.graph.nodes:
-            if node is self.permutation:
-                started = True
-                if node.target is aten.argsort.default:
-                    self._source(node, 1)
-            elif started and node.all_input_nodes and not self._note(node):
+        if self.permutation.target is aten.argsort.default:
+            self._source(self.permutation, 1)
+        waiting = list(self.permutation.users)
+        heapq.heapify(waiting)
+        seen = set(waiting)
+        while waiting:  # in the order of the graph: a model has as many sorts as layers, and most of it depends on none
+            node = heapq.heappop(waiting)
+            if not self._note(node):
                 return False
+            if self.kinds.get(node, Kind.RESTORED) is not Kind.RESTORED:
+                new = [user for user in node.users if user not in seen]
+                seen.update(new)
+                for user in new:
+                    heapq.heappush(waiting, user)
         return True
 
     def _note(self, node: fx.Node) -> bool:
