@@ -137,10 +137,14 @@ def every_value_has_a_layout(program: Program) -> None:
 def layouts_fit_the_mesh(program: Program) -> None:
     """Layouts name axes of the mesh, and each axis at most once."""
     names = frozenset(program.mesh.names)
+    fine = set[Layout]()
     for node in program.graph.nodes:
         for kind in values(node):
+            if kind.layout in fine:
+                continue
             groups = [*kind.layout.groups, *(axis for axis, _ in kind.layout.partial)]
             if len(names.intersection(groups)) == len(groups):
+                fine.add(kind.layout)
                 continue  # a fast path for correct layouts, which are nearly all
             for group in groups:
                 fits_the_mesh(node, f"{kind.layout} speaks of", group, program.mesh)

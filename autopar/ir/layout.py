@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,6 +169,15 @@ class Layout:
 
     dims: tuple[tuple[Factor, ...], ...]
     partial: tuple[tuple[str, str], ...] = ()
+
+    def __hash__(self) -> int:
+        known: int | None = self.__dict__.get("_hash")
+        if known is None:
+            known = self.__dict__["_hash"] = hash((self.dims, self.partial))
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:  # what is worked out once is so in one process
+        return {"dims": self.dims, "partial": self.partial}
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Layout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -335,3 +336,14 @@ def test_layouts_read_back(given_: Any, pending: set[str]) -> None:
         layout = layout.place(axis, Partial("max" if axis == "sp" else "sum"), MESH)
     cursor = Cursor(1, str(layout))
     assert take_layout(cursor, MESH) == layout and not cursor.more()
+
+
+def test_what_a_layout_knows_of_itself_stays_in_the_process() -> None:
+    """Hashes of names differ from process to process; and programs are kept on disk."""
+    mesh = Mesh(dp=2, tp=2)
+    layout = Layout.whole((8, 4)).place("dp", Split(0), mesh)
+    fresh = pickle.dumps(layout)
+    assert (hash(layout), layout.local_shape(mesh), layout.shape, layout.groups)[1:] == ((4, 4), (8, 4), ("dp",))
+    assert layout.local_shape(Mesh(dp=4)) == (2, 4)
+    assert pickle.dumps(layout) == fresh and pickle.loads(fresh) == layout
+    assert hash(pickle.loads(fresh)) == hash(layout)
