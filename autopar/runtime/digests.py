@@ -37,10 +37,12 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 def _sum(words: Tensor) -> Tensor:
-    mixed = words ^ (words >> 29)  # a sign alone would be lost in the highest bit
-    return (mixed * _odd(words.device)[: len(words)]).sum()
+    mixed = words >> 29
+    mixed ^= words  # a sign alone would be lost in the highest bit
+    mixed *= _odd(1 << (len(words) - 1).bit_length(), words.device)[: len(words)]
+    return mixed.sum()
 
 
-@lru_cache(maxsize=8)
-def _odd(device: torch.device) -> Tensor:
-    return torch.arange(1, 2 * WORDS, 2, device=device) * 0x5851F42D4C957F2D
+@lru_cache(maxsize=32)
+def _odd(most: int, device: torch.device) -> Tensor:
+    return torch.arange(1, 2 * most, 2, device=device) * 0x5851F42D4C957F2D
