@@ -263,14 +263,16 @@ class _QuickLines(_Lines):
     def __init__(self, transcript: Transcript) -> None:
         super().__init__(transcript.parts, {})
         self._transcript = transcript
-        self._waiting: list[tuple[str, Any]] = []
+        self._labels: list[str] = []
+        self._found: list[Any] = []
 
     def put(self, label: str, found: Any) -> None:
-        self._waiting.append((label, found))
+        self._labels.append(label)
+        self._found.append(found)
 
     def settle(self) -> None:
-        self._transcript.dump(self._waiting)
-        self._waiting = []
+        self._transcript.dump(("\0".join(self._labels), *self._found))
+        self._labels, self._found = [], []
 
     def text_digest(self, code: CodeType) -> str:
         return quick_text_digest(code)

@@ -36,7 +36,7 @@ class _Parts(Digests):
         where = f"{function.__module__}.{function.__qualname__}"
         if where in self._followed or not is_code_of_users(function):
             return super().function(function)
-        return "function", where, function.__code__.co_firstlineno
+        return f"function {where} {function.__code__.co_firstlineno}"
 
     def of(self, value: Any) -> Any:
         return value

@@ -36,6 +36,7 @@ from autopar.frontend.source_lines import is_users_file
 from autopar.ir.same_values import PLAIN
 
 Of = Callable[["Digests", Any], Any]
+SEPARATOR = "\0"  # of names
 _PASSING = ("__dict__", "__weakref__", "__doc__", "__module__", "_abc_impl", "__annotations__", "__firstlineno__")
 _BY_TEXT = (types.GenericAlias, inspect.Signature, inspect.Parameter, slice, range, PurePath)
 _BY_TEXT_IN = ("typing", "datetime", "decimal", "fractions")  # modules whose objects are what they print
@@ -116,15 +117,15 @@ class Digests:
         self.code.update(inner_code(code))
         self.functions.append(function)
         defaults = (*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()))
-        return self.join("function", where, code_digest(code), *map(self.leniently, defaults), *inside)
+        return self.join(f"function {where} {code_digest(code)}", *map(self.leniently, defaults), *inside)
 
     def cls(self, cls: type) -> Any:
         """Of a class of users' all that stands in it and in its bases; another is known by its name."""
         if not is_users_class(cls):
             return self.join("class", _name(cls))
         kept = [(key, value) for key, value in vars(cls).items() if key not in _PASSING]
-        entries = [part for key, value in kept for part in (key, self.leniently(value))]
-        return self.join("class", _name(cls), _name(type(cls)), *map(self.of, cls.__bases__), *entries)
+        about = f"{_name(cls)} {_name(type(cls))} {SEPARATOR.join([str(key) for key, _ in kept])}"
+        return self.join("class", about, *map(self.of, cls.__bases__), *(self.leniently(value) for _, value in kept))
 
     def _class_of_module(self, cls: type) -> Any:
         """As :meth:`cls`, with what somebody has put into torch's own classes."""
@@ -170,10 +171,9 @@ class Digests:
             raise Unstorable(f"a {_name(kind)}, whose state cannot be compared")
         return self.join("object", self.of(kind), *self._attributes(own))
 
-    def _attributes(self, own: Mapping[str, Any]) -> Iterator[Any]:
-        for key in sorted(own):
-            yield key
-            yield self.of(own[key])
+    def _attributes(self, own: Mapping[str, Any]) -> list[Any]:
+        keys = sorted(own)
+        return [SEPARATOR.join(map(str, keys)), *(self.of(own[key]) for key in keys)]
 
     def items(self, container: Any) -> Iterator[Any]:
         if type(container) in (list, tuple):
