@@ -25,7 +25,7 @@ A bucket of gradients is reduced once its last gradient is available, in the ord
 bucket holds ``Plan.bucket_mb`` megabytes of one axis and dtype (Li et al. 2020, PyTorch Distributed, section 3.2).
 A bucket of sharded parameters is gathered before its first use. Where whole gradients (``Plan(zero=2)``) or parameters
 (3) must not accumulate, a bucket holds one block only, or blocks of less than a megabyte of gradients (2). A large
-tensor keeps its own collective, without copies.
+parameter has a gather without copies; so does a gradient above the size of a bucket.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ aten = torch.ops.aten
 TO = aten._to_copy.default
 REDUCE, SCATTER = OPS.all_reduce.default, OPS.reduce_scatter.default
 FIRST = Split(0)
-ALONE = 0.25e6  # bytes: above, the copies into and out of a bucket cost more than a separate collective
+ALONE = 0.25e6  # bytes: above, the copies of a parameter into a bucket and out of it cost more than its own gather
 LEAST = 1e6  # bytes that are sent in the time that a collective takes by itself
 
 Chain = tuple[fx.Node, ...]  # reductions of one gradient over one axis after another, a cast; the last is returned
@@ -120,7 +120,7 @@ class _Buckets:
 
     def _fills(self, node: fx.Node) -> bool:
         """Whether ``node`` is large, and laid out so that it needs no copies by itself."""
-        return split_of(node.args[1:]) == FIRST and self._sent(node) > ALONE
+        return split_of(node.args[1:]) == FIRST and self._sent(node) > (self.limit if node.target is SCATTER else ALONE)
 
     def _sent(self, node: fx.Node) -> int:
         whole = node if node.target is not SCATTER else node.all_input_nodes[0]
