@@ -165,3 +165,20 @@ def test_where_whole_gradients_must_not_pile_up_large_blocks_have_buckets_of_the
     text = f"program mesh(dp=2)\n{EMPTY}forward:\n{EMPTY}backward:{text}\n\ninference:\n{EMPTY}"
     program = bucket_collectives(parse(text, Plan(zero=zero), origins=True))
     assert collectives(backward_of(program)) == ["reduce_scatter"] * left
+
+
+@pytest.mark.parametrize("megabytes, left", [(25, 1), (1, 2)])
+def test_large_gradients_share_a_bucket_that_holds_them(megabytes: float, left: int) -> None:
+    """1.92 MB each, in even parts of the first dim: below the size of a bucket, no copy is saved that matters."""
+    lines = """
+  a = saved : f64[400,600]
+  b = saved : f64[400,600]
+  p = comm.reduce_scatter(a, dp, dim=0) : f64[400@dp,600]
+  q = comm.reduce_scatter(b, dp, dim=0) : f64[400@dp,600]
+  return u=p, v=q
+"""
+    program = backward(lines, zero=1, bucket_mb=megabytes)
+    before = backward_of(backward(lines))
+    after = backward_of(bucket_collectives(program))
+    assert collectives(after) == ["reduce_scatter"] * left
+    assert equal(before, after, (400, 600), (400, 600))
