@@ -63,6 +63,7 @@ class Communicator:
         self._stages = mesh.group(rank, PIPELINE) if PIPELINE in mesh.names else ()  # of the same position within each
         self._positions: dict[str, Tensor] = {}
         self._started: dict[int, str] = {}  # address of the result of one under way -> its name
+        self._messages: dict[dist.Work, Tensor] = {}  # until finished: where a step stops, peers still read and write it
         self._sent: dict[tuple[str, str, str], list[int]] = {}  # (phase, axis, name) -> [operations, bytes]
         self.agreement = agreement or Agreement(None, self.failed)
         self.updates = 0  # backward passes that have given gradients: the parameters may have changed since
@@ -310,6 +311,7 @@ class Communicator:
         except RuntimeError as problem:
             raise peer_failed("a message between pipeline ranks", self.rank, [peer], self.timeout, problem) from None
         assert work is not None
+        self._messages[work] = x
         if self.recorder is not None:
             self.recorder.is_under_way(("message", id(work)))
         return work
@@ -324,6 +326,7 @@ class Communicator:
             peers = [rank for rank in self._stages if rank != self.rank]
             raise peer_failed(what, self.rank, peers, self.timeout, problem) from None
         self.stopwatch.end(begun)
+        del self._messages[work]
 
     def exchange(self, x: Tensor, axis: str) -> Tensor:
         """The ``x`` of every rank of ``axis``: (ways, ...). Used between programs; not counted as traffic."""

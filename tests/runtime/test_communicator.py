@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from autopar.errors import LaunchError, RankFailedError
 from autopar.ir.traffic import moved_bytes
 from autopar.mesh import Mesh
 from autopar.runtime import functional_collectives as torch_collectives
+from autopar.runtime.communicator import Communicator
 from autopar.runtime.connect import Connection, connect
 from autopar.simulator.lockstep import collective
 from tests.dispatched import Dispatched
@@ -227,6 +230,23 @@ def test_a_script_that_ends_amid_collectives_does_not_wait_for_a_peer_beyond_the
         ranks[1].kill()
         ranks[1].communicate(timeout=100)
     assert ranks[0].returncode == 3 and "terminate called" not in stderr, stderr
+
+
+class Coming:
+    """A message that is under way until somebody waits."""
+
+    def wait(self, timeout: timedelta) -> None: ...
+
+
+def test_messages_of_a_step_that_stopped_keep_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "irecv", lambda *_, **__: Coming())
+    comm = Communicator(Mesh(pp=2), {"pp": None}, 0, TIMEOUT, CPU)  # type: ignore[dict-item]
+    room = torch.zeros(8)
+    work, held = comm.receive(room, 1), weakref.ref(room)
+    del room
+    assert held() is not None, "its peer will write there"
+    comm.finish(work, "a message")
+    assert held() is None
 
 
 # ---------------------------------------------------------------- launching
