@@ -6,12 +6,14 @@ Two steps are compared, with SGD between them: weights that start at zero (a LoR
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from autopar.compiler import finish_program, pipelined, place
 from autopar.errors import check_kind
@@ -85,6 +87,9 @@ class Reference(UnmodifiedSteps):
             with promote_float32():
                 given: dict[str, Any] = {"backward": trains, "tangents": tangents, "emitted": number == 0}
                 step = simulate(program, state, (), self.batch, **given)
+            for leaf in pytree.tree_leaves(step.output) if number == 0 else ():
+                if isinstance(leaf, microbatches.Untold):
+                    warnings.warn(f"not compared: {leaf}", stacklevel=4)
             shares = self._shares(program, step)
             wanted = self.whole(number) if shares is None else self.in_parts(program, wanted_state, shares)
             wanted = wanted if trains else replace(wanted, grads={})

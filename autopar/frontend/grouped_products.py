@@ -1,4 +1,4 @@
-"""``torch.nn.functional.grouped_mm`` where torch refuses it: in float64, and of any type but bfloat16 in a trace.
+"""``torch.nn.functional.grouped_mm`` where torch refuses it: in float64, and of any type but bfloat16 without numbers.
 
 There transformers calls an operator of its own instead. In a trace that becomes one of ours too, so that a graph can be
 read where transformers is not installed.
@@ -17,7 +17,9 @@ from autopar.operators.experts import EXPERT_LINEAR
 
 
 class GroupedProducts(TorchFunctionMode):
-    """Within this context, grouped products (rows with one matrix a group) run in float64, and any dtype is traced."""
+    """Within this context, grouped products (rows with one matrix a group) run in float64; in a trace, and with fake
+    tensors, of any dtype.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -28,8 +30,8 @@ class GroupedProducts(TorchFunctionMode):
         if func is torch._grouped_mm:
             exporting = torch.compiler.is_exporting()  # type: ignore[no-untyped-call]
             fake = any(isinstance(arg, FakeTensor) for arg in args)  # it has no numbers to loop by
-            product = _traced if exporting or fake else _looped
-            if _is_plain(*args, **kwargs) and args[0].dtype in (_REFUSED_IN_A_TRACE if exporting else _REFUSED):
+            product, refused = (_traced, _REFUSED_IN_A_TRACE) if exporting or fake else (_looped, _REFUSED)
+            if _is_plain(*args, **kwargs) and args[0].dtype in refused:
                 return product(args[0], args[1], kwargs.get("offs", args[-1]))
         return func(*args, **kwargs)
 

@@ -26,7 +26,7 @@ from autopar.frontend.empty_selections import Selections
 from autopar.frontend.kept_composites import decomposed
 from autopar.frontend.known_sizes import depends_on_values, with_sizes
 from autopar.frontend.source_lines import user_line
-from autopar.frontend.steady_state import buffers_kept, fake_parameters
+from autopar.frontend.steady_state import runnable_on_fakes
 from autopar.frontend.torch_layers import without_fast_paths
 from autopar.ir.node import output_node
 from autopar.ir.operator_facts import is_random
@@ -120,7 +120,7 @@ def looks_of(
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     recorded = Recorded(sizes)
     try:
-        with fake_parameters(model, mode), buffers_kept(model), torch.no_grad(), recorded:
+        with runnable_on_fakes(model, mode), recorded:
             model(*args, **kwargs)
     except DependsOnParameters as problem:
         line, kind = problem.args

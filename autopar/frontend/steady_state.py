@@ -17,7 +17,9 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import TraceError
 from autopar.frontend.capture import fake_like
+from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.observation import Observation
+from autopar.frontend.torch_layers import without_fast_paths
 from autopar.ir.same_values import shown
 
 KEEPS = "a program computes what forward returns, and leaves nothing for the next call but what it writes into buffers"
@@ -77,7 +79,7 @@ def bring_to_rest(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = pytree.tree_map_only(Tensor, lambda tensor: fake_like(mode, tensor), (args, dict(kwargs)))
     try:
-        with fake_parameters(model, mode), buffers_kept(model), torch.no_grad(), run.watching(), answering:
+        with runnable_on_fakes(model, mode), run.watching(), answering:
             model(*fake[0], **fake[1])
     except Exception:
         run.undo()
@@ -91,7 +93,14 @@ def bring_to_rest(
 
 
 @contextmanager
-def fake_parameters(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+def runnable_on_fakes(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+    """Within this context forward runs on fake parameters whatever a trace can take, and leaves buffers as they are."""
+    with without_fast_paths(), GroupedProducts(), _fake_parameters(model, mode), _buffers_kept(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def _fake_parameters(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
     """Within this context the parameters are fake; buffers and whatever is computed from them are not."""
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []
     made: dict[int, Tensor] = {}
@@ -112,7 +121,7 @@ def fake_parameters(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 
 
 @contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Undo what is written into buffers within this context."""
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     try:

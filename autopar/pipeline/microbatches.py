@@ -26,6 +26,20 @@ from autopar.plan import Plan
 
 
 @dataclass(frozen=True)
+class Untold:
+    """Stands for an output that is made of all rows at once, where there are only parts of it."""
+
+    name: str
+    count: int
+
+    def __repr__(self) -> str:
+        return (
+            f"output '{self.name}' is made of all rows of the batch at once, and {self.count} microbatches do not "
+            "tell it"
+        )
+
+
+@dataclass(frozen=True)
 class Weight:
     """What one part counts for: ``loss`` multiplies its loss, ``wholes`` are the values of ``InputKind.WHOLE``."""
 
@@ -173,7 +187,7 @@ def together(name: str, parts: Sequence[Tensor], join: str | None) -> Tensor:
     """
     if join == MIXED:
         raise InvariantError(
-            f"output '{name}' is made of all rows of the batch at once, and {len(parts)} microbatches do not tell it\n"
+            f"{Untold(name, len(parts))}\n"
             "Way out: train_step, which makes no other output than the loss; return it for each row, or as a sum or a "
             "mean over rows; or Plan(microbatches=1)."
         )
@@ -182,6 +196,11 @@ def together(name: str, parts: Sequence[Tensor], join: str | None) -> Tensor:
     if join == SAME or not parts[0].dim():
         return parts[-1]
     return torch.cat(list(parts), int(join or 0))
+
+
+def told(name: str, parts: Sequence[Tensor], join: str | None) -> Tensor | Untold:
+    """As :func:`together`, with what stands for an output that the parts do not tell."""
+    return Untold(name, len(parts)) if join == MIXED else together(name, parts, join)
 
 
 def normalised(traced: Program) -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from autopar.frontend.trace import trace
 from autopar.ir.program import AnyProgram, Program
 from autopar.ir.tables import OutputKind
 from autopar.plan import Plan
+from autopar.proof.field_parts import traced_parts
 from autopar.proof.field_proof import prove_in_field
 from autopar.proof.in_double import in_double, is_exact
 from autopar.proof.named_call import batch_by_name, called_by_name
@@ -44,7 +46,8 @@ def in_a_field(run: Subject) -> Shown:
         source = program.source if stands else _traced(model, program.plan, args, kwargs)
         tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         given: dict[str, Any] = {"tensors": tensors, "args": args, "kwargs": kwargs, "smaller": run.smaller}
-        proof = prove_in_field(program, source=source, **given)
+        of_part = partial(_traced, model, program.plan, ())
+        proof = prove_in_field(program, source=source, traced=traced_parts(of_part, kwargs, program), **given)
     except OTHERS as problem:
         return _refused_or_raised(Layer.FIELD, run, problem, start)
     refusals = tuple(

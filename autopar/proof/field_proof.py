@@ -35,12 +35,14 @@ from autopar.ir.operator_facts import only_moves
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.mesh import Mesh
+from autopar.pipeline.microbatches import Untold
 from autopar.proof import field
 from autopar.proof.field_causes import Difference, Seen, disagreement, likely_causes
 from autopar.proof.field_complex import ComplexFieldTensor
 from autopar.proof.field_lockstep import FieldLockstep
+from autopar.proof.field_parts import STATISTICS, Trace, is_in_parts, step_in_parts, takes_statistics
 from autopar.proof.field_reference import FieldStep, Seeds, reference_step
-from autopar.proof.field_steps import program_step, rows_of_parts
+from autopar.proof.field_steps import Named, program_step, rows_of_parts
 from autopar.proof.field_tensor import FieldTensor, NoFieldForm, elements_of
 from autopar.proof.field_uninterpreted import recorded
 from autopar.simulator.lockstep import Lockstep
@@ -82,6 +84,7 @@ def prove_in_field(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     smaller: AnyProgram | None = None,
+    traced: Trace | None = None,
 ) -> FieldProof:
     """Compare a differentiated ``program`` with its source on random elements, once for each of ``seeds``.
 
@@ -91,6 +94,7 @@ def prove_in_field(
         tensors: parameters and buffers by name; only whole numbers and bools among them are used.
         args, kwargs: a call of the model: whole numbers and bools of it are used, rows in another order for each seed.
         smaller: of microbatches without a pipeline, the program of those that have fewer rows than the first.
+        traced: gives the trace of the model for a microbatch, where the plan asks for the step of each by itself.
     """
     start = time.perf_counter()
     source = source or program.source
@@ -105,7 +109,7 @@ def prove_in_field(
                 break
             try:
                 with field.hashing(seed), torch.no_grad(), _precision(source):
-                    one = _Once(program, source, tensors or {}, args, kwargs or {}, seed, smaller)
+                    one = _Once(program, source, tensors or {}, args, kwargs or {}, seed, smaller, traced)
                     equal, found = one.compared()
             except NoFieldForm as problem:
                 return FieldProof(unproved=(str(problem),), seconds=time.perf_counter() - start)
@@ -115,7 +119,9 @@ def prove_in_field(
             if found:
                 break
     unproved = _not_known(differences, sorted(met)) if met else ()
-    differences = [] if met else differences
+    if differences and not met and takes_statistics(program.plan, rows_of_parts(program, (tuple(args), kwargs or {}))):
+        unproved = (STATISTICS,)
+    differences = [] if unproved else differences
     seconds = time.perf_counter() - start
     return FieldProof(tuple(sorted(proved or ())), tuple(differences), unproved, bound, seconds, tuple(sorted(met)))
 
@@ -153,8 +159,9 @@ class _Once:
         kwargs: Any,
         seed: int,
         smaller: AnyProgram | None = None,
+        traced: Trace | None = None,
     ) -> None:
-        self.program, self.source, self.seed, self.smaller = program, source, seed, smaller
+        self.program, self.source, self.seed, self.smaller, self.traced = program, source, seed, smaller, traced
         self.tensors = drawn_tensors(source, {**source.made_buffers, **program.made_buffers, **tensors}, seed)
         self.args, self.kwargs = drawn_call(source, tuple(args), dict(kwargs), seed)
         self.values: list[Any] = []
@@ -164,7 +171,7 @@ class _Once:
         tangents = self._tangents()
         given = self._tangents_of_program(tangents)
         with torch.enable_grad():
-            wanted = reference_step(self.source, self.tensors, self.args, self.kwargs, tangents, self._seeds())
+            wanted = self._wanted(tangents)
         equal, differences = self._against(wanted, lambda make: self._run(given, make))
         roles = [part.required_role for part in self.program.parts]
         if not differences and any(role.inference is not role.forward for role in roles):
@@ -173,8 +180,14 @@ class _Once:
             differences = [replace(one, name=f"{one.name} under torch.no_grad()") for one in found]
         return equal, differences
 
+    def _wanted(self, tangents: Mapping[str, Tensor]) -> FieldStep:
+        rows = rows_of_parts(self.program, (self.args, self.kwargs))
+        if self.traced is not None and is_in_parts(self.program.plan, rows):
+            return step_in_parts(self.program, self.traced, self.tensors, self.kwargs, tangents, self.seed)
+        return reference_step(self.source, self.tensors, self.args, self.kwargs, tangents, Seeds(self.seed, rows))
+
     def _against(
-        self, wanted: FieldStep, run: Callable[[Callable[[Mesh], Lockstep]], dict[str, Tensor]]
+        self, wanted: FieldStep, run: Callable[[Callable[[Mesh], Lockstep]], Named]
     ) -> tuple[set[str], list[Difference]]:
         try:
             found = run(FieldLockstep)
@@ -190,19 +203,19 @@ class _Once:
             differences = [replace(one, **causes.get(one.name, {})) for one in differences]
         return equal, differences
 
-    def _run(
-        self, tangents: list[Tensor] | None, make: Callable[[Mesh], Lockstep], trains: bool = True
-    ) -> dict[str, Tensor]:
+    def _run(self, tangents: list[Tensor] | None, make: Callable[[Mesh], Lockstep], trains: bool = True) -> Named:
         call = (self.args, self.kwargs)
         given = (self.program, self.source, self.tensors, call, tangents, self.seed, make, self.smaller)
         return program_step(*given, trains=trains)
 
-    def _judged(self, wanted: FieldStep, found: Mapping[str, Tensor]) -> tuple[set[str], list[Difference]]:
+    def _judged(self, wanted: FieldStep, found: Named) -> tuple[set[str], list[Difference]]:
         equal, differences = set[str](), []
         for name, one in wanted.named.items():
             self.values.append(one)
             if name not in found:
                 differences.append(Difference(name, "the program does not give it"))
+            elif isinstance(found[name], Untold):
+                continue  # nor do ranks
             elif not same(one, found[name]):
                 differences.append(Difference(name, "it is another function of the parameters and inputs"))
             else:
@@ -212,9 +225,6 @@ class _Once:
             if field.has_codes(elements_of(found[name])) or bool(elements_of(found[name]).any())
         ]  # fmt: skip
         return equal, differences
-
-    def _seeds(self) -> Seeds:
-        return Seeds(self.seed, rows_of_parts(self.program, (self.args, self.kwargs)))
 
     def _tangents(self) -> dict[str, Tensor]:
         """Of the loss one; of the outputs of a model without one random elements."""

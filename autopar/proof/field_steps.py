@@ -14,11 +14,13 @@ from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.mesh import Mesh
 from autopar.pipeline import microbatches
+from autopar.pipeline.microbatches import Untold, told
 from autopar.proof.field_tensor import NoFieldForm
 from autopar.simulate import simulate
 from autopar.simulator.lockstep import Lockstep
 from autopar.simulator.parts import Step, counts_of
 
+Named = dict[str, Any]  # name -> tensor, or an output that microbatches do not tell
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
@@ -32,7 +34,7 @@ def program_step(
     make: Callable[[Mesh], Lockstep],
     smaller: AnyProgram | None = None,
     trains: bool = True,
-) -> dict[str, Tensor]:
+) -> Named:
     """Outputs, new buffers and gradients, named as :func:`autopar.proof.field_reference.reference_step` names them.
 
     Without ``trains`` it is a call under ``torch.no_grad()``, which has graphs of its own, and gives no gradients.
@@ -63,8 +65,8 @@ def rows_of_parts(program: AnyProgram, call: Call) -> tuple[int, ...]:
     return tuple(microbatches.rows(kwargs, batches, program.plan))
 
 
-def _named(step: Step, source: Program) -> dict[str, Tensor]:
-    outputs = [leaf for leaf in pytree.tree_leaves(step.output) if isinstance(leaf, Tensor)]
+def _named(step: Step, source: Program) -> Named:
+    outputs = [leaf for leaf in pytree.tree_leaves(step.output) if isinstance(leaf, Tensor | Untold)]
     users = [out.target for out in source.outputs if out.kind is OutputKind.USER]
     found = {f"output {target}": leaf for target, leaf in zip(users, outputs, strict=True)}
     found |= {f"buffer {name}": buffer for name, buffer in step.buffers.items()}
@@ -79,7 +81,7 @@ def _accumulated(
     seed: int,
     make: Callable[[Mesh], Lockstep],
     trains: bool,
-) -> dict[str, Tensor]:
+) -> Named:
     program, smaller = programs
     batches = microbatches.parts((), kwargs, program.mesh, program.plan)
     rows = microbatches.rows(kwargs, batches, program.plan)
@@ -107,7 +109,7 @@ def _accumulated(
             else:
                 parts.setdefault(name, []).append(found)
     joins = {f"output {target}": join for target, join in program.joins.items()}
-    return total | {name: microbatches.together(name, each, joins.get(name)) for name, each in parts.items()}
+    return total | {name: told(name, each, joins.get(name)) for name, each in parts.items()}
 
 
 def _loss(source: Program) -> str:

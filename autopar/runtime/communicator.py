@@ -63,7 +63,7 @@ class Communicator:
         self._stages = mesh.group(rank, PIPELINE) if PIPELINE in mesh.names else ()  # of the same position within each
         self._positions: dict[str, Tensor] = {}
         self._started: dict[int, str] = {}  # address of the result of one under way -> its name
-        self._messages: dict[dist.Work, Tensor] = {}  # until finished: where a step stops, peers still read and write it
+        self._messages: dict[dist.Work, Tensor] = {}  # until finished: peers of a step that stopped use it
         self._sent: dict[tuple[str, str, str], list[int]] = {}  # (phase, axis, name) -> [operations, bytes]
         self.agreement = agreement or Agreement(None, self.failed)
         self.updates = 0  # backward passes that have given gradients: the parameters may have changed since

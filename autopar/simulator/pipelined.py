@@ -21,6 +21,7 @@ from autopar.mesh import PIPELINE, Mesh
 from autopar.pipeline import microbatches
 from autopar.pipeline.interpreter import Interpreter, Routes
 from autopar.pipeline.links import inference_schedule
+from autopar.pipeline.microbatches import Untold, told
 from autopar.schedules.instructions import Message, Schedule
 from autopar.schedules.packing import together
 from autopar.simulator.lockstep import Lockstep, Ranks
@@ -122,9 +123,9 @@ class _Run:
         loads = {layer: load for lockstep in self.lockstep for layer, load in lockstep.loads.items()}
         return Step(output, loss, grads, buffers, traffic, peaks, tuple(self.in_flight), loads, tuple(self.shares))
 
-    def _outputs(self) -> tuple[list[Tensor], Tensor | None]:
+    def _outputs(self) -> tuple[list[Tensor | Untold], Tensor | None]:
         """The model's output for the whole batch, and its loss."""
-        found: list[Tensor] = []
+        found: list[Tensor | Untold] = []
         loss: Tensor | None = None
         for position, entry in enumerate(self.program.outputs):
             if entry.kind is not OutputKind.USER:
@@ -135,7 +136,7 @@ class _Run:
                 loss = torch.stack([part * share for part, share in zip(parts, self.shares)]).sum(0)
                 found.append(loss)
                 continue
-            found.append(microbatches.together(entry.target, parts, self.program.joins.get(entry.target)))
+            found.append(told(entry.target, parts, self.program.joins.get(entry.target)))
         return found, loss
 
     def _grads(self) -> dict[str, Tensor]:

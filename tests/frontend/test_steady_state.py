@@ -300,3 +300,50 @@ def test_a_table_is_made_where_python_looks_at_inputs(number: float, mesh: Mesh)
     x = torch.randn(4, 6, 4, dtype=torch.float64)
     x[0, 0, 0] = number
     assert check(Rotary().double(), {"x": x}, mesh, Plan()).worst < 1e-12
+
+
+class Grouped(nn.Module):
+    """Products of groups of rows, which torch takes in bfloat16 alone where there are no numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        ends = torch.tensor([3, x[..., 0].numel()], dtype=torch.int32)
+        return torch._grouped_mm(x.flatten(0, 1), self.weight, offs=ends).view_as(x)  # type: ignore[no-any-return]
+
+
+class Packing(nn.Module):
+    """torch's encoder, which without gradients packs rows into a nested tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        found: Tensor = self.encoder(x, src_key_padding_mask=mask)
+        return found
+
+
+class Marked(nn.Module):
+    """Makes something at its first call, and may look at its inputs: its forward runs on fakes before the trace."""
+
+    def __init__(self, body: nn.Module, looks: bool) -> None:
+        super().__init__()
+        self.body, self.looks, self.ready = body, looks, False
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if not self.ready:
+            self.ready = True
+        y = self.body(x, mask)
+        return (y * 2 if self.looks and mask.any() else y).square().mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("body", "looks"), one_each([Grouped, Packing], [False, True]), ids=str)
+def test_what_a_trace_takes_runs_on_fakes_too(body: type[nn.Module], looks: bool) -> None:
+    torch.manual_seed(0)
+    model = Marked(body(), looks).float().eval()
+    x, mask = torch.randn(4, 6, 8, dtype=torch.float32), torch.arange(6).expand(4, 6) > 4
+    expected = copy.deepcopy(model)(x, mask)
+    torch.testing.assert_close(autopar.parallelize(model, Mesh())(x, mask), expected)

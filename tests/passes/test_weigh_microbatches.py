@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 import autopar
 from autopar import InvariantError, Mesh, Plan
-from autopar.check import Reference
+from autopar.check import Reference, check
 from autopar.compiler import compile_program, split_program
 from autopar.errors import TraceError
 from autopar.ir.program import Program
+from autopar.proof.verify import verify
 from autopar.simulate import simulate
 from tests.against_one_process import difference, whole
 from tests.selection import slow_but
@@ -146,8 +147,19 @@ class Largest(nn.Module):
 def test_an_output_that_parts_do_not_tell() -> None:
     whole, x = Largest().double(), torch.randn(4, 6, dtype=torch.float64)
     program = compile_program(whole, Mesh(pp=2), Plan(microbatches=2), (), {"x": x})
-    with pytest.raises(InvariantError, match=r"output 'largest' is made of all rows of the batch at once"):
-        simulate(program, dict(whole.state_dict()), (), {"x": x})
+    found = simulate(program, dict(whole.state_dict()), (), {"x": x}).output
+    assert "'largest' is made of all rows of the batch at once" in str(found["largest"])
+    torch.testing.assert_close(found["loss"], whole(x)["loss"], atol=1e-13, rtol=0)
+    with pytest.warns(UserWarning, match="not compared: output 'largest'"):
+        report = check(whole, {"x": x}, Mesh(pp=2), Plan(microbatches=2))
+    assert report.passed and set(report.outputs) == {"['loss']"}
+
+
+@pytest.mark.parametrize("mesh", slow_but([0], [Mesh(pp=2), Mesh(dp=2)]), ids=str)
+def test_they_do_not_stand_in_the_way_of_a_proof(mesh: Mesh) -> None:
+    torch.manual_seed(0)
+    found = verify(Largest(), mesh, Plan(microbatches=2), example_inputs={"x": torch.randn(8, 6)}, layers=["field"])
+    assert found.proved, str(found)
 
 
 def test_counts_look_at_labels_alone() -> None:
