@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from autopar.errors import InvariantError
 from autopar.ir.node import value
@@ -17,6 +18,7 @@ from autopar.ir.signature import restore_output
 from autopar.ir.stacked_parameters import by_member
 from autopar.ir.tables import InputKind, OutputKind, Role
 from autopar.mesh import Mesh
+from autopar.pipeline.microbatches import Untold
 from autopar.simulator.emitted import EmittedLockstep
 from autopar.simulator.lockstep import Lockstep, Ranks
 from autopar.simulator.parts import Step, agree, gathered_once, joined, parts, rank_inputs
@@ -34,6 +36,7 @@ def simulate(
     emitted: bool = True,
     wholes: Mapping[str, Tensor] | None = None,
     make: Callable[[Mesh], Lockstep] = Lockstep,
+    untold: bool = False,
 ) -> Step:
     """One step of a differentiated program (``program.role``) on all ranks of its mesh.
 
@@ -47,11 +50,15 @@ def simulate(
         make: gives what runs the graphs of a mesh.
         emitted: run also the code that ranks run (:mod:`autopar.simulator.emitted`), and compare. With
             ``Plan(compile="inductor")`` the results are those of that code.
+        untold: take :class:`autopar.pipeline.microbatches.Untold` for outputs that microbatches do not tell.
 
     Raises InvariantError where ranks that should hold the same value do not, or where the code gives something else
-    than the graphs that it was written from; KeyError or ValueError for a tensor that is missing or of another shape.
+    than the graphs that it was written from, for an output that microbatches do not tell; KeyError or ValueError for a tensor that is missing or of another shape.
     """
     step = _simulated(program, make, parameters, args, kwargs or {}, backward, tangents, seed, wholes)
+    for leaf in () if untold else pytree.tree_leaves(step.output):
+        if isinstance(leaf, Untold):
+            raise leaf.error()
     if emitted:
         compiles = program.plan.compile == "inductor"
         of_code = partial(EmittedLockstep, compiles=compiles)

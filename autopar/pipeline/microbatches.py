@@ -38,6 +38,12 @@ class Untold:
             "tell it"
         )
 
+    def error(self) -> InvariantError:
+        return InvariantError(
+            f"{self}\nWay out: train_step, which makes no other output than the loss; return it for each row, or as a "
+            "sum or a mean over rows; or Plan(microbatches=1)."
+        )
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -186,11 +192,7 @@ def together(name: str, parts: Sequence[Tensor], join: str | None) -> Tensor:
     Raises InvariantError for one that the parts do not tell.
     """
     if join == MIXED:
-        raise InvariantError(
-            f"{Untold(name, len(parts))}\n"
-            "Way out: train_step, which makes no other output than the loss; return it for each row, or as a sum or a "
-            "mean over rows; or Plan(microbatches=1)."
-        )
+        raise Untold(name, len(parts)).error()
     if join == SUM:
         return torch.stack(list(parts)).sum(0)
     if join == SAME or not parts[0].dim():

@@ -47,7 +47,8 @@ def program_step(
         return _accumulated((program, smaller), source, tensors, kwargs, seed, make, trains)
     trains = trains and not (isinstance(program, PipelinedProgram) and source.loss is None)
     step = simulate(
-        program, tensors, args, kwargs, backward=trains, tangents=tangents, seed=seed, emitted=False, make=make
+        program, tensors, args, kwargs, backward=trains, tangents=tangents, seed=seed, emitted=False, make=make,
+        untold=True,
     )
     return _named(step, source)
 
@@ -99,7 +100,7 @@ def _accumulated(
         wholes = {name: exact(whole) for name, whole in weight.wholes.items()}
         step = simulate(
             run, tensors, (), batch, tangents=tangents, seed=seed + number, emitted=False, make=make, wholes=wholes,
-            backward=trains,
+            backward=trains, untold=True,
         )  # fmt: skip
         for name, found in _named(step, source).items():
             if name == _loss(source):
