@@ -150,7 +150,8 @@ class ParallelModule(nn.Module):
         """The loss alone: the program makes no other outputs, unless a hook of the user's is to see them."""
         hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
         if any(hooks) or not torch.is_grad_enabled() or self._connection is None:
-            return loss_of(self(*args, **kwargs))
+            with self._programs.weighing(weight):
+                return loss_of(self(*args, **kwargs))
         call = self._signature.call(args, kwargs)
         return self._programs.loss(call, self.training, self._seed(), weight)
 
@@ -170,12 +171,15 @@ class ParallelModule(nn.Module):
 
     def _train_in_parts(self, call: Call) -> Tensor:
         batches, total = self._microbatches(call), None
-        for place, (batch, weight) in enumerate(zip(batches, self._weights(call, batches))):
+        weights = self._weights(call, batches)
+        for place, (batch, weight) in enumerate(zip(batches, weights)):
             last = place == len(batches) - 1
             with nullcontext() if last else self.no_sync():
                 loss = self._loss((), dict(batch), weight) * weight.loss
                 loss.backward()  # type: ignore[no-untyped-call]
             total = loss.detach() if total is None else total + loss.detach()
+        if weights[0].buffers is not None:
+            weights[0].buffers.write()
         assert total is not None
         return total
 

@@ -122,7 +122,7 @@ class UnmodifiedSteps:
         found = (
             self._weighed(program, state, batches)
             if (self.draws or program.plan.microbatch_weights == "statistics") and program.is_weighed
-            else [self._of(state, batch, seed) for seed, batch in enumerate(batches)]
+            else self._one_after_the_other(program, state, batches)
         )
         losses = [outcome.loss * share for outcome, share in zip(found, shares) if outcome.loss is not None]
         last = found[-1]
@@ -134,7 +134,17 @@ class UnmodifiedSteps:
 
         output = pytree.tree_map(joined, *(outcome.output for outcome in found))
         grads = {name: _weighted([one.grads[name] for one in found], shares) for name in last.grads}
-        return Outcome(output, torch.stack(losses).sum() if losses else None, grads, last.buffers)
+        buffers = microbatches.buffers_together(program, [outcome.buffers for outcome in found])
+        return Outcome(output, torch.stack(losses).sum() if losses else None, grads, buffers)
+
+    def _one_after_the_other(self, program: AnyProgram, state: State, batches: Sequence[Batch]) -> list[Outcome]:
+        """The steps of the microbatches, each of which finds the buffers that the one before has written."""
+        found: list[Outcome] = []
+        for seed, batch in enumerate(batches):
+            before = microbatches.found_by_next(program, found[-1].buffers) if found else {}
+            state = {**state, **before}
+            found.append(self._of(state, batch, seed))
+        return found
 
     def next_state(self, state: State, outcome: Outcome) -> dict[str, Tensor]:
         """What a step of SGD makes of ``state``; its rate follows from the first step of the whole batch."""
@@ -215,10 +225,12 @@ class UnmodifiedSteps:
         parts = zip(alone, batches, microbatches.shares(rows))
         counted = [counts_of(one, state, (), batch, share) for one, batch, share in parts]
         weights = microbatches.weights(alone[0], counted, rows)
-        return [
-            self._outcome(one, state, batch, seed, weight.wholes)
-            for seed, (one, batch, weight) in enumerate(zip(alone, batches, weights))
-        ]
+        found: list[Outcome] = []
+        for seed, (one, batch, weight) in enumerate(zip(alone, batches, weights)):
+            before = microbatches.found_by_next(program, found[-1].buffers) if found else {}
+            state = {**state, **before}
+            found.append(self._outcome(one, state, batch, seed, weight.wholes))
+        return found
 
     def _simulated(self, state: State, batch: Batch, seed: int) -> Outcome:
         """The step of the program for one device."""

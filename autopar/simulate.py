@@ -52,8 +52,9 @@ def simulate(
             ``Plan(compile="inductor")`` the results are those of that code.
         untold: take :class:`autopar.pipeline.microbatches.Untold` for outputs that microbatches do not tell.
 
-    Raises InvariantError where ranks that should hold the same value do not, or where the code gives something else
-    than the graphs that it was written from, for an output that microbatches do not tell; KeyError or ValueError for a tensor that is missing or of another shape.
+    Raises InvariantError where ranks that should hold the same value do not, where the code gives something else than
+    the graphs that it was written from, and for an output that microbatches do not tell; KeyError or ValueError for a
+    tensor that is missing or of another shape.
     """
     step = _simulated(program, make, parameters, args, kwargs or {}, backward, tangents, seed, wholes)
     for leaf in () if untold else pytree.tree_leaves(step.output):

@@ -54,7 +54,7 @@ from autopar.ir.node import Node, Value, output_node, set_values, value
 from autopar.ir.program import Program
 from autopar.ir.reach import ancestors
 from autopar.ir.rewrite import drop_unused_constants
-from autopar.ir.tables import SAME, SHARE, Input, InputKind, Output, OutputKind
+from autopar.ir.tables import SAME, SHARE, Input, InputKind, Output, OutputKind, join_key
 from autopar.mesh import Mesh
 from autopar.split.batch_statistics import refuse_statistics
 from autopar.split.summands import Summands, described, summands
@@ -74,7 +74,7 @@ def weigh_microbatches(program: Program) -> Program:
     _count_labels(program)
     again = program.pins.of_rows
     found = summands(program, rows, None if again is None else lambda rows: _count_labels(again(rows)))
-    joins = {program.outputs[place].target: join for place, join in found.joins.items()}
+    joins = {join_key(program.outputs[place]): join for place, join in found.joins.items()}
     known = replace(program.pins, of_rows=None)  # it holds the model
     return replace(_Writer(program).run(found), joins=joins, pins=known)
 

@@ -64,6 +64,11 @@ class Output:
     target: str
 
 
+def join_key(entry: Output) -> str:
+    """The key of an output in ``Program.joins``: a buffer that is written may be called as an output is."""
+    return entry.target if entry.kind is OutputKind.USER else f"{entry.kind.value} {entry.target}"
+
+
 @dataclass(frozen=True)
 class Decision:
     """The decision for one node on one axis.

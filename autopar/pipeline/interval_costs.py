@@ -24,6 +24,7 @@ from autopar.cost.roofline import Costs
 from autopar.ir import collectives as comm
 from autopar.ir.node import value, values
 from autopar.ir.program import Program
+from autopar.ir.reach import descendants
 from autopar.ir.tables import InputKind
 from autopar.mesh import REPLICA_AXES
 from autopar.pipeline.duplicated import duplicated_nodes
@@ -59,16 +60,17 @@ class StageGraph:
         """The place of the loss; without a loss, that of the last output.
 
         The last stage makes the loss, with the sums and counts of which it is the quotient (they are the weights of the
-        microbatches).
+        microbatches). What no input has a part in, as a counter of steps, may come from any.
         """
         results = self.program.returned
         wanted = results if self.program.loss is None else results[self.program.loss : self.program.loss + 1]
         if self.program.loss is None:
             return max((self.place[node] for node in wanted if node in self.place), default=len(self) - 1)
         first, ahead = len(self) - 1, list(wanted)
+        of_inputs = descendants(node for node, _ in self.program.placeholders(InputKind.INPUT))
         while ahead:
             node = ahead.pop()
-            if node in self.place and all(not kind.shape for kind in values(node)):
+            if node in self.place and node in of_inputs and all(not kind.shape for kind in values(node)):
                 first = min(first, self.place[node])
                 ahead += node.all_input_nodes
         return first

@@ -20,7 +20,7 @@ from autopar.ir.batch import batch_dims, data_ways
 from autopar.ir.node import origin, output_node
 from autopar.ir.operator_facts import runnable
 from autopar.ir.program import AnyProgram, Program
-from autopar.ir.tables import MIXED, SAME, SHARE, SUM, InputKind
+from autopar.ir.tables import MIXED, SAME, SHARE, SUM, InputKind, Output, OutputKind, join_key
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 
@@ -45,12 +45,37 @@ class Untold:
         )
 
 
+class NewBuffers:
+    """What the parts of a batch write into buffers, where each reads them as they were before: written at its end."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, buffer: Tensor, made: Tensor, join: str) -> None:
+        """What one part makes of ``buffer``; see ``Program.joins``."""
+        known = self._values.get(id(buffer))
+        if known is None:
+            self._values[id(buffer)] = buffer, made.detach().clone()
+        elif join == SUM:
+            known[1].add_(made.detach())
+
+    def write(self) -> None:
+        with torch.no_grad():
+            for buffer, made in self._values.values():
+                buffer.copy_(made)
+        self._values.clear()
+
+
 @dataclass(frozen=True)
 class Weight:
-    """What one part counts for: ``loss`` multiplies its loss, ``wholes`` are the values of ``InputKind.WHOLE``."""
+    """What one part counts for: ``loss`` multiplies its loss, ``wholes`` are the values of ``InputKind.WHOLE``.
+
+    ``buffers``: takes what it writes into buffers; None where it is all of the batch.
+    """
 
     loss: float
     wholes: Mapping[str, Tensor] = field(default_factory=dict)
+    buffers: NewBuffers | None = None
 
 
 def parts(
@@ -140,12 +165,13 @@ def rows(kwargs: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], plan: 
 def weights(program: AnyProgram, counted: Sequence[Sequence[Tensor]], rows: Sequence[int]) -> list[Weight]:
     """What each part counts for; ``counted``: what :func:`counts` gave for each."""
     total = sum(rows)
+    buffers = NewBuffers() if len(rows) > 1 else None
     if not program.is_weighed:
-        return [Weight(part / total) for part in rows]
+        return [Weight(part / total, buffers=buffers) for part in rows]
     sums = {str(number): torch.stack(list(column)).sum(0) for number, column in enumerate(zip(*counted))}
     device = next(iter(sums.values())).device if sums else None
     shares = [torch.tensor(part / total, dtype=torch.float64, device=device) for part in rows]
-    return [Weight(1.0, {**sums, SHARE: share}) for share in shares]
+    return [Weight(1.0, {**sums, SHARE: share}, buffers) for share in shares]
 
 
 def shares(rows: Sequence[int]) -> list[float]:
@@ -198,6 +224,23 @@ def together(name: str, parts: Sequence[Tensor], join: str | None) -> Tensor:
     if join == SAME or not parts[0].dim():
         return parts[-1]
     return torch.cat(list(parts), int(join or 0))
+
+
+def buffers_together(program: AnyProgram, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The new buffers of a batch, from those that each of its microbatches has made."""
+    return {
+        name: torch.stack([part[name] for part in parts]).sum(0) if join_of(program, name) == SUM else new
+        for name, new in parts[-1].items()
+    }
+
+
+def found_by_next(program: AnyProgram, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the buffers ``made`` by a microbatch that the next one reads."""
+    return {name: tensor for name, tensor in made.items() if join_of(program, name) is None}
+
+
+def join_of(program: AnyProgram, buffer: str) -> str | None:
+    return program.joins.get(join_key(Output(OutputKind.BUFFER_UPDATE, buffer)))
 
 
 def told(name: str, parts: Sequence[Tensor], join: str | None) -> Tensor | Untold:

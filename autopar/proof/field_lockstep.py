@@ -44,7 +44,9 @@ class FieldLockstep(Lockstep):
 
     def weight(self, x: Tensor) -> Tensor:
         """An element of the field: what is computed from plain numbers alone is rounded."""
-        return FieldTensor(embedded(x), x.dtype) if x.dtype.is_floating_point else x
+        if isinstance(x, FieldTensor) or not x.dtype.is_floating_point:
+            return x
+        return FieldTensor(embedded(x), x.dtype)
 
     def hold(self, values: Iterable[Ranks]) -> None:
         pass

@@ -56,6 +56,8 @@ def step_in_parts(
 ) -> FieldStep:
     """The mean of the losses, and gradients, of the microbatches, by their rows; other outputs side by side.
 
+    Each finds the buffers that the one before has written, as in accumulating gradients by hand.
+
     ``tangents``: of the loss, by its target. Raises NoFieldForm.
     """
     batches = microbatches.parts((), kwargs, program.mesh, program.plan)
@@ -66,11 +68,13 @@ def step_in_parts(
     parts: dict[str, list[Tensor]] = {}
     for number, (batch, share) in enumerate(zip(batches, shares)):
         step = reference_step(traced(number), tensors, (), batch, tangents, Seeds(seed + number))
+        made = {name: new for name, new in step.named.items() if name.startswith("buffer ")}
+        tensors = {**tensors, **{name.removeprefix("buffer "): new.detach() for name, new in made.items()}}
         for name, found in step.named.items():
             if name in weighed or name.startswith("gradient of "):
                 summand = found * exact(torch.tensor(share, dtype=torch.float64))
                 total[name] = total[name] + summand if name in total else summand
-            else:
+            elif name not in made:
                 parts.setdefault(name, []).append(found)
     joined = {name: microbatches.together(name, each, None) for name, each in parts.items()}
-    return FieldStep(total | joined, {}, {})
+    return FieldStep(total | joined | made, {}, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,15 @@ def program_step(
         return _accumulated((program, smaller), source, tensors, kwargs, seed, make, trains)
     trains = trains and not (isinstance(program, PipelinedProgram) and source.loss is None)
     step = simulate(
-        program, tensors, args, kwargs, backward=trains, tangents=tangents, seed=seed, emitted=False, make=make,
+        program,
+        tensors,
+        args,
+        kwargs,
+        backward=trains,
+        tangents=tangents,
+        seed=seed,
+        emitted=False,
+        make=make,
         untold=True,
     )
     return _named(step, source)
@@ -94,15 +103,19 @@ def _accumulated(
     weights = microbatches.weights(program, counted, rows)
     total: dict[str, Tensor] = {}
     parts: dict[str, list[Tensor]] = {}
+    buffers: list[Mapping[str, Tensor]] = []
     exact = make(program.mesh).weight
     for number, (run, batch, weight) in enumerate(zip(runs, batches, weights)):
         tangents = [exact(torch.tensor(weight.loss, dtype=torch.float64))]
         wholes = {name: exact(whole) for name, whole in weight.wholes.items()}
+        found_before = microbatches.found_by_next(program, buffers[-1]) if buffers else {}
+        tensors = {**tensors, **found_before}
         step = simulate(
             run, tensors, (), batch, tangents=tangents, seed=seed + number, emitted=False, make=make, wholes=wholes,
             backward=trains, untold=True,
         )  # fmt: skip
-        for name, found in _named(step, source).items():
+        buffers.append(step.buffers)
+        for name, found in _named(replace(step, buffers={}), source).items():
             if name == _loss(source):
                 found = found * weight.loss
             if name == _loss(source) or name.startswith("gradient of "):
@@ -110,6 +123,7 @@ def _accumulated(
             else:
                 parts.setdefault(name, []).append(found)
     joins = {f"output {target}": join for target, join in program.joins.items()}
+    total |= {f"buffer {name}": new for name, new in microbatches.buffers_together(program, buffers).items()}
     return total | {name: told(name, each, joins.get(name)) for name, each in parts.items()}
 
 

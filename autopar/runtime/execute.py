@@ -17,7 +17,7 @@ from autopar.ir.loss import loss_of
 from autopar.ir.program import Program
 from autopar.ir.signature import restorer
 from autopar.ir.tables import OutputKind
-from autopar.pipeline.microbatches import Weight, weights
+from autopar.pipeline.microbatches import NewBuffers, Weight, weights
 from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.autograd import WITNESS, accumulating, applied, below_autograd, is_watched, take_saved
 from autopar.runtime.batch_counts import BatchCounts
@@ -73,7 +73,7 @@ class Executable(BoundProgram):
         if not self._differentiates_loss_alone:
             return loss_of(self.run(tensors, seed, weight))
         wholes = self._wholes(tensors, weight) if self._is_weighed else NOTHING
-        found = self._applied(Step(tensors, seed, learns=True, wholes=wholes))
+        found = self._applied(Step(tensors, seed, learns=True, wholes=wholes, buffers=_buffers(weight)))
         loss: Tensor = found[0]
         return loss
 
@@ -82,7 +82,8 @@ class Executable(BoundProgram):
 
         ``weight``: what they count for as a part of a batch; unless given, they are the batch.
         """
-        step = Step(tensors, seed, wholes=self._wholes(tensors, weight) if self._is_weighed else NOTHING)
+        wholes = self._wholes(tensors, weight) if self._is_weighed else NOTHING
+        step = Step(tensors, seed, wholes=wholes, buffers=_buffers(weight))
         if not torch.is_grad_enabled():
             self.call(INFERENCE, step)
         elif self.role.backward is not None:
@@ -169,6 +170,10 @@ class Executable(BoundProgram):
             return lambda step: table[key]  # type: ignore[no-any-return]
         position = self.users.index(target)
         return lambda step: step.tensors[position]
+
+
+def _buffers(weight: Weight | None) -> NewBuffers | None:
+    return None if weight is None else weight.buffers
 
 
 class _Differentiable(torch.autograd.Function):

@@ -26,6 +26,7 @@ from autopar.pipeline.links import backward_schedule, inference_schedule, links_
 from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import users_of
 from autopar.runtime.batch_counts import BatchCounts
+from autopar.runtime.buffers_of_stages import BuffersOfStages
 from autopar.runtime.channels import Channels
 from autopar.runtime.communicator import Communicator
 from autopar.runtime.connect import Connection
@@ -86,6 +87,7 @@ class PipelineExecutable:
         self._loss = next((n for n, stage in mine.items() if program.loss_in(stage) is not None), None)
         self._ties = _ties(program, self.rank)
         slots = {name: (table, key) for _, table, key, name in tables(root)}
+        self._buffers = BuffersOfStages(program, self.comm, slots, self.rank)
         self._counts = [BatchCounts(whole, slots, own.comm) for whole in programs]
         self._takes_counts = any(any(stage.takes(InputKind.WHOLE)) for stage in mine.values())
 
@@ -173,7 +175,7 @@ class PipelineExecutable:
         steps, weights = {}, self._weights(batches, rows)
         for number, stages in self.stages.items():
             parts = [
-                Microbatch(stages[self._size(rows, n)], tensors, seed + n, weight.loss, weight.wholes)
+                Microbatch(stages[self._size(rows, n)], tensors, seed + n, weight, weight.loss)
                 for n, (tensors, weight) in enumerate(zip(batches, weights))
             ]
             steps[number] = StageStep(number, parts, channels, trains, outputs)
@@ -194,6 +196,10 @@ class PipelineExecutable:
         for _ in interpreter.run():
             raise AssertionError("a rank waits in its messages")
         channels.end()
+        for batch in (batch for step in steps.values() for batch in step.batches):
+            if batch.weight.buffers is not None:
+                batch.weight.buffers.write()
+        self._buffers.pass_on()
         self.events, self._played = interpreter.events, schedule
         if self.comm.recorder is not None:
             for event in self.events:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -106,6 +107,7 @@ class ProgramCache:
         self._accumulation, self._packs_padding, self._given = accumulation, packs_padding, given
         self.families = SizeFamilies(partial(self._compile, unasked=True), facts, mesh, plan)
         self._prove = prove
+        self._weight: Weight | None = None  # of the calls now
         self._members: dict[Kind, Member] = {}
         self._programs: OrderedDict[Kind, AnyProgram] = OrderedDict()  # the latest used last
         self._bound: dict[Kind, Entry] = {}
@@ -181,8 +183,17 @@ class ProgramCache:
     def run(self, call: Call, training: bool, seed: int) -> Any:
         """The model's output for ``call``; collective. Raises the errors of :meth:`bound`."""
         if self._is_alone:
-            return self._executable(call, training).run(call.tensors, seed)
-        return self._on_all_rows(call, training, lambda program, tensors: program.run(tensors, seed))
+            return self._executable(call, training).run(call.tensors, seed, self._weight)
+        return self._on_all_rows(call, training, lambda program, tensors: program.run(tensors, seed, self._weight))
+
+    @contextmanager
+    def weighing(self, weight: Weight | None) -> Iterator[None]:
+        """Within this context a call counts for ``weight`` in a batch: also where a hook is to see it."""
+        before, self._weight = self._weight, weight
+        try:
+            yield
+        finally:
+            self._weight = before
 
     def loss(self, call: Call, training: bool, seed: int, weight: Weight | None) -> Tensor:
         """The loss for ``call``, as :meth:`Executable.loss` has it; collective. Raises the errors of :meth:`bound`."""

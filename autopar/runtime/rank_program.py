@@ -20,7 +20,8 @@ from autopar.autodiff.hoist import Gathers
 from autopar.errors import AutoparError, InvariantError
 from autopar.ir.program import Program
 from autopar.ir.stored_graph import Port
-from autopar.ir.tables import Input, InputKind, OutputKind
+from autopar.ir.tables import Input, InputKind, OutputKind, join_key
+from autopar.pipeline.microbatches import NewBuffers
 from autopar.runtime.absent import Table
 from autopar.runtime.autograd import below_autograd, is_autocasting
 from autopar.runtime.border import joined, part_of, trimmed
@@ -41,10 +42,11 @@ NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 class Step:
     """One call: the user's tensors, the seed, the values sent by other pipeline stages, and the program's results.
 
-    ``learns``: of the outputs for users, the loss alone is wanted. ``wholes``: of the batch that this is a part of.
+    ``learns``: of the outputs for users, the loss alone is wanted. ``wholes``: of the batch that this is a part of, and
+    ``buffers`` takes what its parts write into those.
     """
 
-    __slots__ = ("learns", "received", "returned", "seed", "tensors", "wholes")
+    __slots__ = ("buffers", "learns", "received", "returned", "seed", "tensors", "wholes")
 
     def __init__(
         self,
@@ -53,8 +55,10 @@ class Step:
         received: Mapping[str, Tensor] = NOTHING,
         learns: bool = False,
         wholes: Mapping[str, Tensor] = NOTHING,
+        buffers: NewBuffers | None = None,
     ) -> None:
         self.tensors, self.seed, self.received, self.learns, self.wholes = tensors, seed, received, learns, wholes
+        self.buffers = buffers
         self.returned: Sequence[Any] = ()
 
 
@@ -90,7 +94,7 @@ class BoundProgram:
         self.entries = list(program.takes(*InputKind))
         self.users = [entry.target for _, entry in self.entries if entry.kind is InputKind.INPUT]
         self._updates = [
-            (position, *self.slots[entry.target])
+            (position, *self.slots[entry.target], program.joins.get(join_key(entry)))
             for position, entry in enumerate(program.outputs)
             if entry.kind is OutputKind.BUFFER_UPDATE
         ]
@@ -131,9 +135,13 @@ class BoundProgram:
                 found = self.results(name, inputs)
         count = len(self.program.outputs)
         step.returned = found[:count]
-        for position, table, key in self._updates:
+        for position, table, key, join in self._updates:
             buffer = local_of(table[key])
-            buffer.copy_(trimmed(step.returned[position], buffer.shape))
+            made = trimmed(step.returned[position], buffer.shape)
+            if join is None or step.buffers is None:
+                buffer.copy_(made)
+            else:
+                step.buffers.add(buffer, made, join)
         return found[count:]
 
     def results(self, name: str, given: list[Any]) -> tuple[Any, ...]:
@@ -173,7 +181,7 @@ class BoundProgram:
         shape = layout.local_shape(comm.mesh)
         if port.is_used and tuple(local_of(table[key]).shape) != shape:
             return lambda step: padded(local_of(table[key]), shape)
-        if any(updated is table and name == key for _, updated, name in self._updates):
+        if any(updated is table and name == key for _, updated, name, _ in self._updates):
             return lambda step: local_of(table[key]).clone()  # forward may save it, and then it is written to
         return Held(table, key)
 

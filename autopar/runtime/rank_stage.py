@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from autopar.ir.node import Value
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.pipeline.interpreter import Values
+from autopar.pipeline.microbatches import Weight
 from autopar.runtime.autograd import below_autograd
 from autopar.runtime.border import joined
 from autopar.runtime.channels import Channels
@@ -102,14 +103,14 @@ class BoundStage(BoundProgram):
 class Microbatch:
     """One microbatch on its way through a stage.
 
-    ``tensors``: all inputs of the model; ``share``: of its loss in that of the batch, once it is divided by ``wholes``.
+    ``tensors``: all inputs of the model; ``weight``: what it counts for in the batch; ``share``: of its loss.
     """
 
     stage: BoundStage
     tensors: Sequence[Tensor]
     seed: int
-    share: Tensor | float = 1.0
-    wholes: Mapping[str, Tensor] = field(default_factory=dict)
+    weight: Weight
+    share: Tensor | float
     saved: list[Any] | None = None
     kept: list[Any] | None = None
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -137,7 +138,9 @@ class StageStep:
     def forward(self, number: int, received: Values) -> Values:
         batch = self.batches[number]
         stage = batch.stage
-        step = Step(stage.inputs(batch.tensors), batch.seed, received, wholes=batch.wholes)
+        step = Step(
+            stage.inputs(batch.tensors), batch.seed, received, wholes=batch.weight.wholes, buffers=batch.weight.buffers
+        )
         forward = stage.graphs.learning if self.wanted is None else FORWARD
         saved = stage.call(forward if self.trains else INFERENCE, step)
         if self.trains and stage.trains:

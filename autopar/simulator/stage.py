@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from autopar.autodiff.halves import BackwardSteps, backward_steps
 from autopar.ir.node import value
 from autopar.ir.program import Program
-from autopar.ir.tables import InputKind, OutputKind
+from autopar.ir.tables import SUM, InputKind, Output, OutputKind, join_key
 from autopar.pipeline.interpreter import Values
 from autopar.simulator.lockstep import Lockstep, Ranks
 from autopar.simulator.parts import gathered_once, joined, rank_inputs
@@ -163,9 +163,17 @@ class SimulatedStage:
             if entry.kind is OutputKind.USER:
                 batch.outputs[entry.target] = joined(f"output {entry.target}", ranks, layout, self.lockstep.mesh)
             else:
-                self._held[entry.target] = ranks
-                self.buffers[entry.target] = joined(entry.target, ranks, layout, self.lockstep.mesh)
+                self._write(entry, ranks, joined(entry.target, ranks, layout, self.lockstep.mesh))
         return self._handed_on(sent)
+
+    def _write(self, entry: Output, ranks: Ranks, whole: Tensor) -> None:
+        """The new value of a buffer: found by the next microbatch, or kept until the end of the step."""
+        join = self.program.joins.get(join_key(entry))
+        if join is None:
+            self._held[entry.target] = ranks
+        if join == SUM and entry.target in self.buffers:
+            whole = self.buffers[entry.target] + whole
+        self.buffers[entry.target] = whole
 
     def _handed_on(self, values: Values) -> Values:
         """Values as messages: contiguous, as the stage that takes them expects; it holds them from then on."""

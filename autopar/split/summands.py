@@ -19,6 +19,7 @@ from autopar.ir.program import Program
 from autopar.ir.reach import ancestors
 from autopar.ir.tables import MIXED, SAME, SUM, OutputKind
 from autopar.mesh import Mesh
+from autopar.split.buffers_in_parts import Traced, joins_of_buffers, writes_numbers
 from autopar.split.flow import key_of
 from autopar.split.numbers_of_rows import (
     constant_names,
@@ -47,7 +48,8 @@ class Summands:
         wholes: (user, operand): the user needs the operand of the whole batch.
         shares: nodes that count for a part in proportion to its rows; twice, where they are listed twice.
         shared: (user, operand): so does the operand for that user.
-        joins: position of an output -> ``sum``, ``same``, ``mixed`` or the dim of its rows.
+        joins: position of an output -> ``sum``, ``same``, ``mixed`` or the dim of its rows; of a buffer, see
+            :func:`autopar.split.buffers_in_parts.joins_of_buffers`.
     """
 
     wholes: tuple[tuple[str, str], ...]
@@ -70,17 +72,24 @@ def summands(program: Program, rows: int, of_rows: Callable[[int], Program] | No
     if _loss_is(sums, Kind.MIXED) or _loss_is(sums, Kind.ROWS):
         raise InvariantError(_refusal(program, sums.of(sums.flow.program.returned[program.loss or 0])))
     proportional: list[str] = []
+    asks = program.loss is not None and (is_limited or _depends_on_numbers(sums))
+    pair: tuple[Traced, Traced] | None = None
+    names = twins
     if looked_at is not program:
-        proportional = _proportional((program, rows), (looked_at, many), twins, sums)
-    elif program.loss is not None and (is_limited or _depends_on_numbers(sums)):
-        other = _another(of_rows, rows)
-        proportional = _proportional(other, (program, rows), _twins(other, (program, rows)), sums)
+        pair = (program, rows), (looked_at, many)
+        asks = True
+    elif asks or writes_numbers(program):
+        pair = _another(of_rows, rows), (program, rows)
+        names = _twins(*pair)
+    if pair is not None and asks:
+        proportional = _proportional(*pair, names, sums)
+    buffers = joins_of_buffers(sums, pair, names)
     alone = _of_statistics_alone(sums) if sums.statistics else set()
     return Summands(
         tuple((twins[user.name], twins[operand.name]) for user, operand in sums.wholes if user not in alone),
         tuple(twins[name] for name in (*(node.name for node in sums.shares if node not in alone), *proportional)),
         tuple((twins[user.name], twins[operand.name]) for user, operand in sums.shared if user not in alone),
-        dict(_joins(sums)),
+        dict(_joins(sums)) | buffers,
     )
 
 
