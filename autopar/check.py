@@ -9,7 +9,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ class Report:
         step: the first of the simulated steps.
         loss: None for a model without one; then gradients are those of a random projection of its outputs (and there
             are none on a pipeline, which trains on a loss only).
+        buffers: of those that forward writes.
     """
 
     program: AnyProgram
@@ -51,10 +52,12 @@ class Report:
     loss: float | None
     outputs: Mapping[str, float]
     grads: Mapping[str, float]
+    buffers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def worst(self) -> float:
-        errors = [*([] if self.loss is None else [self.loss]), *self.outputs.values(), *self.grads.values()]
+        of_loss = [] if self.loss is None else [self.loss]
+        errors = [*of_loss, *self.outputs.values(), *self.grads.values(), *self.buffers.values()]
         return math.inf if any(math.isnan(error) for error in errors) else max(errors, default=0.0)
 
     @property
@@ -120,6 +123,7 @@ class Reference(UnmodifiedSteps):
         scales = self._scales(noise)
         losses: list[float] = []
         outputs, grads = dict(self.drawn_otherwise.outputs), dict(self.drawn_otherwise.grads)
+        buffers: dict[str, float] = {}
         of_grads = {name: scale for (kind, name), scale in scales.items() if kind == "gradient"}
         for step, wanted in pairs:
             given = dict(leaves(step.output))
@@ -132,14 +136,17 @@ class Reference(UnmodifiedSteps):
                     outputs[path] = _worse(outputs.get(path, 0.0), error)
             for name, error in gradient_error(step.grads, wanted.grads, of_grads).items():
                 grads[name] = _worse(grads.get(name, 0.0), error)
+            for name in step.buffers.keys() & wanted.buffers.keys():
+                error = relative_error(step.buffers[name], wanted.buffers[name], scales.get(("buffer", name), 0.0))
+                buffers[name] = _worse(buffers.get(name, 0.0), error)
         loss = None
         for error in losses:
             loss = _worse(loss or 0.0, error)
-        return Report(program, pairs[0][0], loss, outputs, grads)
+        return Report(program, pairs[0][0], loss, outputs, grads, dict(sorted(buffers.items())))
 
 
 def check(model: nn.Module, batch: Mapping[str, Any], mesh: Mesh, plan: Plan | None = None) -> Report:
-    """Compare loss, outputs and every gradient of the program for ``mesh`` with the eager model, both in float64.
+    """Compare loss, outputs, buffers and every gradient of the program for ``mesh`` with the eager model, in float64.
 
     See :class:`Reference`, which serves several meshes. Raises what tracing and compiling raise.
     """

@@ -39,7 +39,7 @@ ROUNDINGS = 3  # steps that round otherwise
 HEADROOM = 100.0  # for the many roundings inside one operator
 Batch = Mapping[str, Any]
 State = Mapping[str, Tensor]
-Name = tuple[str, str]  # ("loss", ""), ("output", "['logits']"), ("gradient", "up.weight")
+Name = tuple[str, str]  # ("loss", ""), ("output", "['logits']"), ("gradient", "up.weight"), ("buffer", "seen")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Outcome:
             yield ("loss", ""), self.loss
         yield from ((("output", path), leaf) for path, leaf in leaves(self.output))
         yield from ((("gradient", name), dense(grad)) for name, grad in self.grads.items() if grad is not None)
+        yield from ((("buffer", name), buffer) for name, buffer in self.buffers.items())
 
 
 class UnmodifiedSteps:

@@ -98,6 +98,8 @@ def _print_one(model: str, report: Report, seconds: float) -> None:
     rows = [("loss", _verdict(report.loss))] if report.loss is not None else []
     rows += [(f"output {path}", _verdict(error)) for path, error in report.outputs.items()]
     rows += [(f"gradient of {name}", _verdict(error)) for name, error in worst[:WORST_SHOWN]]
+    written = report.buffers.values()
+    rows += [(f"{len(written)} written buffers, at most", _verdict(max(written)))] if written else []
     rest = worst[WORST_SHOWN:]
     rows += [(f"{len(rest)} more gradients, at most", _verdict(rest[0][1]))] if rest else []
     console = stdout()

@@ -122,6 +122,7 @@ def errors_of(report: Report) -> tuple[tuple[Refusal, ...], int]:
     errors = {} if report.loss is None else {"the loss": report.loss}
     errors |= {f"output {name}": error for name, error in report.outputs.items()}
     errors |= {f"the gradient of '{name}'": error for name, error in report.grads.items()}
+    errors |= {f"buffer '{name}'": error for name, error in report.buffers.items()}
     wrong = sorted(((error, name) for name, error in errors.items() if not error <= TOLERANCE), reverse=True)
     problem = "its error is {:.1e}, {:g} is allowed"
     found = [Refusal(Layer.FLOAT64, name, problem.format(error, TOLERANCE)) for error, name in wrong]

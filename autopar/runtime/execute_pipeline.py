@@ -79,7 +79,7 @@ class PipelineExecutable:
             stage = whole.stages[n]
             loss = whole.loss_in(stage)
             found = code(whole is program, n) if code is not None else code_of_stage(stage, loss)
-            return BoundStage(stage, found, root, own, inputs, loss)
+            return BoundStage(stage, found, root, own, inputs, loss, program.joins)
 
         self.stages = {n: [bound(whole, n) for whole in programs] for n in mine}
         self._routes = Routes(program)

@@ -79,10 +79,19 @@ class Held:
 class BoundProgram:
     """A program compiled for this rank and bound to the tensors of a module; a rank runs its ``graphs``.
 
+    ``joins``: as ``program`` has them, unless given.
+
     Raises InvariantError where the program and the module do not fit together, or a graph cannot be written as Python.
     """
 
-    def __init__(self, program: Program, code: RankCode, root: nn.Module, connection: Connection) -> None:
+    def __init__(
+        self,
+        program: Program,
+        code: RankCode,
+        root: nn.Module,
+        connection: Connection,
+        joins: Mapping[str, str] | None = None,
+    ) -> None:
         self.program, self.code, self.graphs, self.comm = program, code, code.graphs, connection.comm
         self.role = code.program.required_role
         if program.plan.compile == "inductor":
@@ -94,7 +103,7 @@ class BoundProgram:
         self.entries = list(program.takes(*InputKind))
         self.users = [entry.target for _, entry in self.entries if entry.kind is InputKind.INPUT]
         self._updates = [
-            (position, *self.slots[entry.target], program.joins.get(join_key(entry)))
+            (position, *self.slots[entry.target], (program.joins if joins is None else joins).get(join_key(entry)))
             for position, entry in enumerate(program.outputs)
             if entry.kind is OutputKind.BUFFER_UPDATE
         ]

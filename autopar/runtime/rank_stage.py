@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ class BoundStage(BoundProgram):
     """The program of one stage, for microbatches of one size.
 
     ``inputs``: targets of the whole model's inputs. ``loss``: the position of its loss among the stage's outputs.
+    ``joins``: those of the whole program.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class BoundStage(BoundProgram):
         connection: Connection,
         inputs: Sequence[str],
         loss: int | None,
+        joins: Mapping[str, str],
     ) -> None:
-        super().__init__(program, code, root, connection)
+        super().__init__(program, code, root, connection, joins)
         self.loss = loss
         self._places = [inputs.index(target) for target in self.users]
         self.parameters = {entry.target: port for port, entry in program.takes(InputKind.PARAMETER)}

@@ -88,7 +88,7 @@ class _Run:
         for number, rank in enumerate(self.schedule.placement):
             stages = [program.stages[number] for program in programs]
             parts = [Microbatch(*of) for of in zip(stages, given, self.shares)]
-            self.stages.append(SimulatedStage(parts, self.lockstep[rank], tensors, backward))
+            self.stages.append(SimulatedStage(parts, self.lockstep[rank], tensors, backward, self.program.joins))
 
     def play(self) -> None:
         """Run all ranks in turn, each as far as it can advance."""

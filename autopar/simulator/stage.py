@@ -35,13 +35,18 @@ class Microbatch:
 
 
 class SimulatedStage:
-    """``tensors``: whole parameters and buffers by name."""
+    """``tensors``: whole parameters and buffers by name. ``joins``: those of the whole program."""
 
     def __init__(
-        self, microbatches: Sequence[Microbatch], lockstep: Lockstep, tensors: Mapping[str, Tensor], backward: bool
+        self,
+        microbatches: Sequence[Microbatch],
+        lockstep: Lockstep,
+        tensors: Mapping[str, Tensor],
+        backward: bool,
+        joins: Mapping[str, str],
     ) -> None:
         self.microbatches, self.lockstep, self.trains = microbatches, lockstep, backward
-        self.program = microbatches[0].program
+        self.program, self._joins = microbatches[0].program, joins
         self.grads: dict[int, list[Ranks]] = {}  # of parameters, before the data axes reduce them: two sizes, two sums
         self.buffers: dict[str, Tensor] = {}
         self._graphs: dict[int, tuple[fx.Graph, list[Ranks]]] = {}
@@ -168,7 +173,7 @@ class SimulatedStage:
 
     def _write(self, entry: Output, ranks: Ranks, whole: Tensor) -> None:
         """The new value of a buffer: found by the next microbatch, or kept until the end of the step."""
-        join = self.program.joins.get(join_key(entry))
+        join = self._joins.get(join_key(entry))
         if join is None:
             self._held[entry.target] = ranks
         if join == SUM and entry.target in self.buffers:

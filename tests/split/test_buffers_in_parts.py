@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import autopar
 from autopar import InvariantError, Mesh, Plan
 from autopar.check import check
 from autopar.compiler import compile_program
+from autopar.ir.program import Program
 from autopar.proof.verify import verify
 from autopar.simulate import simulate
 from tests.against_one_process import difference
@@ -125,6 +127,16 @@ def test_on_a_mesh(kind: str, mesh: Mesh) -> None:
         net(**batch)
         for name, buffer in step.buffers.items():
             torch.testing.assert_close(buffer, net.get_buffer(name), rtol=1e-12, atol=0)
+
+
+def test_a_program_on_disk_knows_it_too(tmp_path: Path) -> None:
+    net, batch = net_and_batch(running_mean)
+    program = compile_program(net, Mesh(pp=2), Plan(microbatches=3), (), batch)
+    program.save(tmp_path / "program")
+    found = simulate(Program.load(tmp_path / "program"), dict(net.state_dict()), (), batch)
+    wanted = net(**batch)["loss"].detach()
+    torch.testing.assert_close(found.loss, wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.buffers["state"], net.get_buffer("state"), rtol=1e-12, atol=0)
 
 
 def queue(net: Net, h: Tensor, mask: Tensor) -> Tensor:
