@@ -49,7 +49,7 @@ STANDS_ON = {
     "analysis": "autodiff cost errors ir memory mesh pipeline plan schedules",
     "inductor": "codegen errors ir mesh notes",
     "simulator": "autodiff codegen errors inductor ir mesh pipeline plan schedules",
-    "simulate": "errors ir mesh simulator",
+    "simulate": "errors ir mesh pipeline simulator",
     "runtime": "autodiff codegen errors families inductor ir mesh notes pipeline plan schedules",
     "traces": "autodiff cost errors ir mesh pipeline runtime schedules",
     "report": "analysis ir memory mesh pipeline plan schedules",
