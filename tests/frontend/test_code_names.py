@@ -35,11 +35,12 @@ def _by_dis(code: CodeType) -> Names:
         known = _by_dis(inner)
         places[0].update(known.globals)
         places[1].update(known.cells)
-        attributes |= known.attributes
-        imports |= known.imports
+        attributes.update(known.attributes)
+        imports.update(known.imports)
     if any(name == "getattr" for name, _ in places[0]):
         attributes |= {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()}
-    return Names(frozenset(places[0]), frozenset(places[1]), frozenset(attributes), frozenset(imports))
+    globals_, cells = (tuple(sorted(place, key=str)) for place in places)
+    return Names(globals_, cells, tuple(sorted(attributes)), tuple(sorted(imports)))
 
 
 def _functions(module: ModuleType) -> Iterator[FunctionType]:
