@@ -340,7 +340,7 @@ class Marked(nn.Module):
         return (y * 2 if self.looks and mask.any() else y).square().mean()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("body", "looks"), one_each([Grouped, Packing], [False, True]), ids=str)
+@pytest.mark.parametrize(("body", "looks"), one_each([Grouped, Packing], [False, True], [(0, 0)]), ids=str)
 def test_what_a_trace_takes_runs_on_fakes_too(body: type[nn.Module], looks: bool) -> None:
     torch.manual_seed(0)
     model = Marked(body(), looks).float().eval()
