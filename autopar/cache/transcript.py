@@ -30,13 +30,24 @@ class _Parts(Digests):
     def __init__(self, address: Callable[[Any], str | None], followed: Container[str]) -> None:
         super().__init__(address)
         self._found_at, self._followed = address, followed
+        self._of_modules: set[type] = set()
 
-    def function(self, function: FunctionType) -> Any:
-        """Of one of users' that neither ran nor was read by any name, where it stands: nothing depends on the rest."""
-        where = f"{function.__module__}.{function.__qualname__}"
-        if where in self._followed or not is_code_of_users(function):
-            return super().function(function)
-        return f"function {where} {function.__code__.co_firstlineno}"
+    def cls(self, cls: type) -> Any:
+        """As :meth:`Digests.cls`; of a module's class, methods that neither ran nor were read by any name are known by
+        where they stand: nothing depends on the rest. What other functions compute may have been computed before.
+        """
+        found = super().cls(cls)
+        return tuple(map(self._placed, found)) if cls in self._of_modules else found
+
+    def _class_of_module(self, cls: type) -> Any:
+        self._of_modules.update(cls.__mro__)
+        return super()._class_of_module(cls)
+
+    def _placed(self, part: Any) -> Any:
+        if type(part) is not FunctionType or not is_code_of_users(part):
+            return part
+        where = f"{part.__module__}.{part.__qualname__}"
+        return part if where in self._followed else f"function {where} {part.__code__.co_firstlineno}"
 
     def of(self, value: Any) -> Any:
         return value

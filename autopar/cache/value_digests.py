@@ -190,7 +190,8 @@ class Digests:
 
     def _container(self, container: Any) -> Any:
         own = getattr(container, "__dict__", {})
-        return self.join("container", self.of(type(container)), *self.items(container), *self._attributes(own))
+        items = list(self.items(container))
+        return self.join("container", str(len(items)), self.of(type(container)), *items, *self._attributes(own))
 
     def _method(self, method: MethodType) -> Any:
         return self.join("method", self.of(method.__func__), self.of(method.__self__))

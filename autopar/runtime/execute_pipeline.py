@@ -74,12 +74,13 @@ class PipelineExecutable:
         if code is None:
             open_groups(program, self.comm)
         own = connection.of_stage()
+        written = {entry.target for entry in program.outputs if entry.kind is OutputKind.BUFFER_UPDATE}
 
         def bound(whole: PipelinedProgram, n: int) -> BoundStage:
             stage = whole.stages[n]
             loss = whole.loss_in(stage)
             found = code(whole is program, n) if code is not None else code_of_stage(stage, loss)
-            return BoundStage(stage, found, root, own, inputs, loss, program.joins)
+            return BoundStage(stage, found, root, own, inputs, loss, program.joins, written)
 
         self.stages = {n: [bound(whole, n) for whole in programs] for n in mine}
         self._routes = Routes(program)

@@ -6,7 +6,7 @@ is asked for (:mod:`rank_graphs` has them), and writes new values of buffers bac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -79,7 +79,7 @@ class Held:
 class BoundProgram:
     """A program compiled for this rank and bound to the tensors of a module; a rank runs its ``graphs``.
 
-    ``joins``: as ``program`` has them, unless given.
+    ``joins``: as ``program`` has them, unless given. ``written``: buffers that other stages write.
 
     Raises InvariantError where the program and the module do not fit together, or a graph cannot be written as Python.
     """
@@ -91,6 +91,7 @@ class BoundProgram:
         root: nn.Module,
         connection: Connection,
         joins: Mapping[str, str] | None = None,
+        written: Collection[str] = (),
     ) -> None:
         self.program, self.code, self.graphs, self.comm = program, code, code.graphs, connection.comm
         self.role = code.program.required_role
@@ -102,6 +103,7 @@ class BoundProgram:
         self.slots: dict[str, tuple[Table, str]] = {name: (table, key) for _, table, key, name in tables(root)}
         self.entries = list(program.takes(*InputKind))
         self.users = [entry.target for _, entry in self.entries if entry.kind is InputKind.INPUT]
+        self._written = frozenset(written)
         self._updates = [
             (position, *self.slots[entry.target], (program.joins if joins is None else joins).get(join_key(entry)))
             for position, entry in enumerate(program.outputs)
@@ -190,7 +192,10 @@ class BoundProgram:
         shape = layout.local_shape(comm.mesh)
         if port.is_used and tuple(local_of(table[key]).shape) != shape:
             return lambda step: padded(local_of(table[key]), shape)
-        if any(updated is table and name == key for _, updated, name, _ in self._updates):
+        if (
+            any(updated is table and name == key for _, updated, name, _ in self._updates)
+            or entry.target in self._written
+        ):
             return lambda step: local_of(table[key]).clone()  # forward may save it, and then it is written to
         return Held(table, key)
 

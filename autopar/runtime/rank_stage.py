@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ class BoundStage(BoundProgram):
     """The program of one stage, for microbatches of one size.
 
     ``inputs``: targets of the whole model's inputs. ``loss``: the position of its loss among the stage's outputs.
-    ``joins``: those of the whole program.
+    ``joins``: those of the whole program. ``written``: the buffers that any stage writes.
     """
 
     def __init__(
@@ -39,8 +39,9 @@ class BoundStage(BoundProgram):
         inputs: Sequence[str],
         loss: int | None,
         joins: Mapping[str, str],
+        written: Collection[str],
     ) -> None:
-        super().__init__(program, code, root, connection, joins)
+        super().__init__(program, code, root, connection, joins, written)
         self.loss = loss
         self._places = [inputs.index(target) for target in self.users]
         self.parameters = {entry.target: port for port, entry in program.takes(InputKind.PARAMETER)}

@@ -14,12 +14,12 @@ before the step, and what it writes is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 import torch
 
 from autopar.errors import InvariantError
-from autopar.ir.node import Node, origin, value
+from autopar.ir.node import Node, origin, output_node, value
 from autopar.ir.program import Program
 from autopar.ir.reach import ancestors
 from autopar.ir.tables import SAME, SUM, InputKind, OutputKind
@@ -41,12 +41,15 @@ def writes_numbers(program: Program) -> bool:
     return has_numbers(program, ancestors([node for _, node, _ in _written(program)]))
 
 
-def joins_of_buffers(sums: RowSums, pair: tuple[Traced, Traced] | None, twins: Mapping[str, str]) -> dict[int, str]:
+def joins_of_buffers(
+    sums: RowSums, pair: tuple[Traced, Traced] | None, twins: Mapping[str, str]
+) -> dict[int, str] | None:
     """Position of a result that is written into a buffer -> ``sum`` or ``same``; none where each part adds its own.
 
     ``pair``: the program for another number of rows and the one that ``sums`` is of, whose nodes have ``twins`` there;
-    None where no number is in what they write. Leaves out of ``sums.shared`` what is added by each part. Raises
-    InvariantError for a buffer that parts do not tell, unless the plan takes the statistics of each.
+    None where no number is in what they write. Leaves out of ``sums.shared`` what is added by each part. Gives None,
+    and leaves everything there, where there is a buffer that parts do not tell and the plan takes the statistics of
+    each; else raises InvariantError for it.
     """
     program = sums.flow.program
     moved = _moved(*pair, twins) if pair is not None else {}
@@ -61,15 +64,43 @@ def joins_of_buffers(sums: RowSums, pair: tuple[Traced, Traced] | None, twins: M
             added.append(node)
             continue
         join = {Kind.SUM: SUM, Kind.SAME: SAME}.get(kind)
-        if join is None or others or (join == SUM and not value(node).dtype.is_floating_point):
+        has_statistics = any(user in cone for user, _ in sums.statistics)
+        if join is None or has_statistics or others or (join == SUM and not value(node).dtype.is_floating_point):
             if program.plan.microbatch_weights == "statistics":
-                return {}
+                return None
             raise InvariantError(_refusal(program, target, others[0] if others else sums.of(node).mixed_at or node))
         found[place] = join
     for user in added:
         for pair_of in [one for one in sums.shared if one[0] is user]:
             del sums.shared[pair_of]
     return found
+
+
+def of_buffers_alone(sums: RowSums, others: Set[Node]) -> set[Node]:
+    """What nothing but buffers depends on, which each part writes by itself: no part of it is weighed.
+
+    ``others``: what is not weighed anyway. Raises InvariantError for what is weighed for a loss and written as well.
+    """
+    program = sums.flow.program
+    written = {node for _, node, _ in _written(program)}
+    useful = ancestors([node for node in program.returned if node not in written])
+    found = ancestors(written)
+    changed = {*sums.shares, *(user for user, _ in (*sums.wholes, *sums.shared))} - others
+    for node in changed & found & useful:
+        raise InvariantError(
+            f"{node.target} at {origin(node).source or node.name} goes into the loss, or an output, of the batch and "
+            "into a buffer of each microbatch; it cannot be both\nWay out: compute it twice, once for each."
+        )
+    return found - useful
+
+
+def refuse_one_number_of_rows(program: Program, rows: int, problem: InvariantError) -> None:
+    """Raise InvariantError where it is not known whether numbers in what is written are those of the rows."""
+    if program.plan.microbatch_weights != "statistics":
+        raise InvariantError(
+            f"the model takes a batch of {rows} rows and no other, so that it is not known whether a number that it "
+            f"writes into a buffer is that of the rows\n{WAY_OUT}"
+        ) from problem
 
 
 def _written(program: Program) -> Iterator[tuple[int, Node, str]]:
@@ -79,9 +110,11 @@ def _written(program: Program) -> Iterator[tuple[int, Node, str]]:
 
 
 def _adds_its_own(program: Program, node: Node, target: str) -> bool:
-    """Whether ``node`` is buffer ``target`` and something else, and nobody else reads the buffer."""
+    """Whether ``node`` is buffer ``target`` and something else, and nobody else reads the buffer or this."""
     if node.target not in ADDING or node.kwargs:
         return False
+    if set(node.users) != {output_node(program.graph)} or program.returned.count(node) > 1:
+        return False  # who reads the new value wants that of the batch
     own = next((at for at, entry in program.placeholders(InputKind.BUFFER) if target in entry.names), None)
     return node.args[0] is own and own is not None and list(own.users) == [node] and node.args[1] is not own
 

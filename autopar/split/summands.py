@@ -19,7 +19,13 @@ from autopar.ir.program import Program
 from autopar.ir.reach import ancestors
 from autopar.ir.tables import MIXED, SAME, SUM, OutputKind
 from autopar.mesh import Mesh
-from autopar.split.buffers_in_parts import Traced, joins_of_buffers, writes_numbers
+from autopar.split.buffers_in_parts import (
+    Traced,
+    joins_of_buffers,
+    of_buffers_alone,
+    refuse_one_number_of_rows,
+    writes_numbers,
+)
 from autopar.split.flow import key_of
 from autopar.split.numbers_of_rows import (
     constant_names,
@@ -74,22 +80,30 @@ def summands(program: Program, rows: int, of_rows: Callable[[int], Program] | No
     proportional: list[str] = []
     asks = program.loss is not None and (is_limited or _depends_on_numbers(sums))
     pair: tuple[Traced, Traced] | None = None
-    names = twins
+    names, is_told = twins, True
     if looked_at is not program:
         pair = (program, rows), (looked_at, many)
         asks = True
     elif asks or writes_numbers(program):
-        pair = _another(of_rows, rows), (program, rows)
-        names = _twins(*pair)
+        try:
+            pair = _another(of_rows, rows), (program, rows)
+            names = _twins(*pair)
+        except InvariantError as problem:
+            if asks:
+                raise
+            refuse_one_number_of_rows(program, rows, problem)
+            pair, is_told = None, False
     if pair is not None and asks:
         proportional = _proportional(*pair, names, sums)
-    buffers = joins_of_buffers(sums, pair, names)
+    buffers = joins_of_buffers(sums, pair, names) if is_told else None
     alone = _of_statistics_alone(sums) if sums.statistics else set()
+    if buffers is None:  # each part finds what the one before has written
+        alone |= of_buffers_alone(sums, alone)
     return Summands(
         tuple((twins[user.name], twins[operand.name]) for user, operand in sums.wholes if user not in alone),
         tuple(twins[name] for name in (*(node.name for node in sums.shares if node not in alone), *proportional)),
         tuple((twins[user.name], twins[operand.name]) for user, operand in sums.shared if user not in alone),
-        dict(_joins(sums)) | buffers,
+        dict(_joins(sums)) | (buffers or {}),
     )
 
 

@@ -59,6 +59,12 @@ def of_parts(before: str, after: str, parts: str, **given: str) -> Change:
     return Change("parts.py", before, after, {"model_file.py": model(**given), "parts.py": parts})
 
 
+def of_settings(before: str, after: str, settings: str, parts: str, **given: str) -> Change:
+    """In a file of which nothing else runs."""
+    files = {"model_file.py": model(**given), "parts.py": parts, "settings.py": settings}
+    return Change("settings.py", before, after, files)
+
+
 PATCHES = "def other(*args, **kwargs):\n    return args[-1] * 5\n"
 
 CHANGES = {
@@ -246,6 +252,35 @@ CHANGES = {
     "a function of torch that another replaces": of_model(
         "pass  # patch", "F.silu = F.gelu", body="x = F.silu(x)", build="pass  # patch\nreturn Net()"
     ),
+    "a method that a function which remembers has called": of_settings(
+        "self.base * 2", "self.base * 3",
+        "class Cfg:\n    def __init__(self):\n        self.base = 2\n    def scale(self):\n"
+        "        return self.base * 2\n",
+        "import functools\nfrom settings import Cfg\nCFG = Cfg()\n@functools.cache\ndef scale_of(cfg):\n"
+        "    return cfg.scale()\nscale_of(CFG)\n",
+        body="x = x * parts.scale_of(parts.CFG)",
+    ),
+    "an object that a function which remembers has made": of_settings(
+        "k * 2", "k * 3",
+        "class Maker:\n    def run(self, n):\n        return [k * 2 for k in range(n)]\n",
+        "import functools\nfrom settings import Maker\n@functools.lru_cache\ndef table(n):\n"
+        "    return Maker().run(n)\ntable(3)\n",
+        body="x = x * parts.table(3)[1]",
+    ),
+    "an object that a callback of torch makes": of_settings(
+        "x * 2", "x * 3",
+        "class Maker:\n    def run(self, x):\n        return (x * 2).square().sum(-1)\n",
+        "from settings import Maker\ndef dist(a, b):\n    return Maker().run(a - b)\n",
+        body="x = F.triplet_margin_with_distance_loss(x, x + 1, x * 2, distance_function=parts.dist)",
+    ),
+    "a backward by hand in a base of another file": of_settings(
+        "grad * 2", "grad * 3",
+        "import torch\nclass Base(torch.autograd.Function):\n    @staticmethod\n    def backward(ctx, grad):\n"
+        "        return grad * 2\n",
+        "import torch\nfrom settings import Base\nclass Own(Base):\n    @staticmethod\n    def forward(ctx, x):\n"
+        "        return x * 2\n",
+        body="x = parts.Own.apply(x)",
+    ),
     "a layer of torch that somebody replaces": of_model(
         "pass  # patch", "nn.Linear.forward = other", body="pass", head=PATCHES, build="pass  # patch\nreturn Net()"
     ),
@@ -258,7 +293,10 @@ def torch_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
-QUICK = ("a line of a helper", "a dataclass of settings", "a function of torch that somebody replaces")
+QUICK = (
+    "a line of a helper", "a dataclass of settings", "a function of torch that somebody replaces",
+    "an object that a function which remembers has made",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", some_of(QUICK, CHANGES))

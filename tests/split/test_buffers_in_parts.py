@@ -84,7 +84,9 @@ def rows_seen(net: Net, h: Tensor, mask: Tensor) -> Tensor:
 
 
 MESHES = [Mesh(pp=2), Mesh(dp=2), Mesh(pp=2, dp=2)]
-KINDS = {
+
+
+KINDS: dict[str, Callable[[Net, Tensor, Tensor], Tensor]] = {
     one.__name__: one
     for one in (counter, decay, of_weights, running_mean, sum_of_rows, mean_of_labelled, tokens_seen, rows_seen)
 }
@@ -97,10 +99,10 @@ def net_and_batch(kind: Callable[[Net, Tensor, Tensor], Tensor]) -> tuple[Net, d
     return Net(kind).double(), {"x": torch.randn(8, 6, dtype=torch.float64), "mask": mask}
 
 
-@pytest.mark.parametrize("kind", slow_but([0, 3, 6, 7], KINDS))
-def test_on_one_rank(kind: str) -> None:
+@pytest.mark.parametrize("kind", slow_but([0, 3, 6, 7], KINDS.values()))
+def test_on_one_rank(kind: Callable[[Net, Tensor, Tensor], Tensor]) -> None:
     """Microbatches of two sizes, two steps."""
-    net, batch = net_and_batch(KINDS[kind])
+    net, batch = net_and_batch(kind)
     parallel = autopar.parallelize(copy.deepcopy(net), Mesh(), Plan(microbatches=3))
     for _ in range(2):
         net.zero_grad()
@@ -180,6 +182,70 @@ def test_by_hand(kind: Callable[[Net, Tensor, Tensor], Tensor], weights: str) ->
         torch.testing.assert_close(parallel.get_buffer(name), buffer, rtol=1e-12, atol=0)
 
 
+def beside_a_maximum(net: Net, h: Tensor, mask: Tensor) -> Tensor:
+    """What parts do not tell, and what they would: both are written by each part."""
+    net.state.copy_(torch.cat([h.detach().amax()[None], (0.5 * net.state + h.detach().sum(0))[1:]]))
+    net.count += mask.bool().sum()
+    return torch.ones(())
+
+
+def of_squares(net: Net, h: Tensor, mask: Tensor) -> Tensor:
+    net.state.copy_(0.9 * net.state + 0.1 * h.detach().square().mean(0).sqrt())
+    return torch.ones(())
+
+
+@pytest.mark.parametrize("kind", [beside_a_maximum, of_squares])
+def test_statistics_that_are_written_by_hand(kind: Callable[[Net, Tensor, Tensor], Tensor]) -> None:
+    """No part of them is weighed, as the loss is."""
+    net, batch = net_and_batch(kind)
+    plan = Plan(microbatches=2, microbatch_weights="statistics")
+    parallel = autopar.parallelize(copy.deepcopy(net), Mesh(), plan)
+    whole = copy.deepcopy(net)(**batch)["loss"].detach()
+    torch.testing.assert_close(parallel.train_step(**batch), whole, rtol=1e-12, atol=0)
+    for i in range(2):
+        net(**{name: tensor.chunk(2)[i] for name, tensor in batch.items()})
+    for name, buffer in net.named_buffers():
+        torch.testing.assert_close(parallel.get_buffer(name), buffer, rtol=1e-12, atol=0)
+
+
+class Added(Net):
+    """The loss reads a sum over rows once those of this batch are in it."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        h = torch.tanh(self.up(x))
+        self.state += h.detach().sum(0)
+        return {"loss": self.down(h).square().mean() + self.state.mean()}
+
+
+def test_the_new_value_is_that_of_the_batch_where_it_is_read() -> None:
+    _, batch = net_and_batch(counter)
+    net = Added(counter).double()
+    parallel = autopar.parallelize(copy.deepcopy(net), Mesh(), Plan(microbatches=2))
+    for _ in range(2):
+        wanted = net(**batch)["loss"].detach()
+        torch.testing.assert_close(parallel.train_step(**batch), wanted, rtol=1e-12, atol=0)
+        torch.testing.assert_close(parallel.get_buffer("state"), net.get_buffer("state"), rtol=1e-12, atol=0)
+
+
+class OfFour(Net):
+    """Takes batches of four rows only."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if len(x) != 4:
+            raise ValueError("four rows")
+        self.count += 1
+        return nn.functional.mse_loss(self.down(self.up(x)), x)
+
+
+def test_a_model_that_takes_one_number_of_rows() -> None:
+    _, batch = net_and_batch(counter)
+    net = OfFour(counter).double()
+    plan = Plan(microbatches=2, microbatch_weights="statistics")
+    compile_program(net, Mesh(pp=2), plan, (), batch)
+    with pytest.raises(InvariantError, match=r"a batch of 4 rows and no other"):
+        compile_program(net, Mesh(pp=2), Plan(microbatches=2), (), batch)
+
+
 def test_a_step_that_stops_writes_nothing() -> None:
     net, batch = net_and_batch(counter)
     parallel = autopar.parallelize(net, Mesh(), Plan(microbatches=2))
@@ -209,11 +275,25 @@ def test_a_forward_hook_changes_nothing() -> None:
     assert len(seen) == 3 and abs(sum(seen) - float(loss)) < 1e-12
 
 
+def after_all(net: Net, h: Tensor, mask: Tensor) -> Tensor:
+    """Written by the last stage; the first one has saved it for backward."""
+    return torch.ones(())
+
+
+class Late(Net):
+    def forward(self, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        h = torch.tanh(self.up(x)) * self.state.clone()
+        error = self.down(h).square().mean(-1)
+        self.state.mul_(0.5).add_(3.0 * error.detach().mean())
+        return {"loss": (error * mask).sum() / mask.sum()}
+
+
 def in_stages(schedule: str) -> list[float]:
-    """The errors of four steps; one stage writes the buffer that the next one reads."""
+    """The errors of four steps; one stage writes the buffer that another one reads."""
     found = []
-    for kind in (counter, running_mean, tokens_seen, of_weights):
+    for kind in (counter, running_mean, tokens_seen, of_weights, after_all):
         net, batch = net_and_batch(kind)
+        net = Late(kind).double() if kind is after_all else net
         plan = Plan(microbatches=3, schedule=schedule, cuts=("down",))
         parallel = autopar.parallelize(copy.deepcopy(net), Mesh(pp=2), plan)
         for step in range(4):
