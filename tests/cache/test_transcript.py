@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from torch import nn
 
 from autopar.cache import assumptions
 from autopar.cache.transcript import Transcript
@@ -83,9 +84,11 @@ def test_equal_texts_count_as_one_whoever_made_them() -> None:
     assert digest_of({shared: [shared]}) == digest_of({text("some text"): [text("some text")]})
 
 
-def test_of_functions_that_nobody_follows_their_place_alone_counts() -> None:
-    assert digest_of(made(1)) == digest_of(made(2))
-    assert digest_of(made(1)) != digest_of(made)
+def test_of_methods_of_modules_that_nobody_follows_their_place_alone_counts() -> None:
+    one, two = (type("Net", (nn.Module,), {"other": made(number)})() for number in (1, 2))
+    assert digest_of(one) == digest_of(two)
+    assert digest_of(one, followed=frozenset((NAME,))) != digest_of(two, followed=frozenset((NAME,)))
+    assert digest_of(made(1)) != digest_of(made(2)), "what it computes may be remembered"
 
 
 def test_a_second_launch_makes_no_table_and_one_after_a_comment_makes_it_once(launches: Launches) -> None:
