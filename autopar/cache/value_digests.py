@@ -311,7 +311,7 @@ _FORMS: tuple[tuple[Any, Of], ...] = (
     (nn.Module, Digests._module),
     (Tensor, lambda own, tensor: own.of_tensor(tensor, content=True)),
     (FunctionType, lambda own, function: own.function(function)),
-    (type, Digests.cls),
+    (type, lambda own, cls: own.cls(cls)),
     (ModuleType, lambda own, module: own.join("module of Python", module.__name__)),
     (MethodType, Digests._method),
     ((types.BuiltinFunctionType, types.BuiltinMethodType), Digests._builtin),
