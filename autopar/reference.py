@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -123,7 +123,9 @@ class UnmodifiedSteps:
         found = (
             self._weighed(program, state, batches)
             if (self.draws or program.plan.microbatch_weights == "statistics") and program.is_weighed
-            else self._one_after_the_other(program, state, batches)
+            else _one_after_the_other(
+                program, state, [partial(self._of, batch=batch, seed=seed) for seed, batch in enumerate(batches)]
+            )
         )
         losses = [outcome.loss * share for outcome, share in zip(found, shares) if outcome.loss is not None]
         last = found[-1]
@@ -137,15 +139,6 @@ class UnmodifiedSteps:
         grads = {name: _weighted([one.grads[name] for one in found], shares) for name in last.grads}
         buffers = microbatches.buffers_together(program, [outcome.buffers for outcome in found])
         return Outcome(output, torch.stack(losses).sum() if losses else None, grads, buffers)
-
-    def _one_after_the_other(self, program: AnyProgram, state: State, batches: Sequence[Batch]) -> list[Outcome]:
-        """The steps of the microbatches, each of which finds the buffers that the one before has written."""
-        found: list[Outcome] = []
-        for seed, batch in enumerate(batches):
-            before = microbatches.found_by_next(program, found[-1].buffers) if found else {}
-            state = {**state, **before}
-            found.append(self._of(state, batch, seed))
-        return found
 
     def next_state(self, state: State, outcome: Outcome) -> dict[str, Tensor]:
         """What a step of SGD makes of ``state``; its rate follows from the first step of the whole batch."""
@@ -226,12 +219,11 @@ class UnmodifiedSteps:
         parts = zip(alone, batches, microbatches.shares(rows))
         counted = [counts_of(one, state, (), batch, share) for one, batch, share in parts]
         weights = microbatches.weights(alone[0], counted, rows)
-        found: list[Outcome] = []
-        for seed, (one, batch, weight) in enumerate(zip(alone, batches, weights)):
-            before = microbatches.found_by_next(program, found[-1].buffers) if found else {}
-            state = {**state, **before}
-            found.append(self._outcome(one, state, batch, seed, weight.wholes))
-        return found
+        steps = [
+            partial(self._outcome, one, batch=batch, seed=seed, wholes=weight.wholes)
+            for seed, (one, batch, weight) in enumerate(zip(alone, batches, weights))
+        ]
+        return _one_after_the_other(program, state, steps)
 
     def _simulated(self, state: State, batch: Batch, seed: int) -> Outcome:
         """The step of the program for one device."""
@@ -257,6 +249,18 @@ class UnmodifiedSteps:
             step = simulate(alone, state, (), batch, seed=seed, tangents=tangents, emitted=False, wholes=wholes)
         every: dict[str, Tensor | None] = {name: None for name, _ in self.model.named_parameters()}
         return Outcome(step.output, step.loss, {**every, **step.grads}, step.buffers)
+
+
+def _one_after_the_other(
+    program: AnyProgram, state: State, steps: Sequence[Callable[[State], Outcome]]
+) -> list[Outcome]:
+    """The ``steps`` of the microbatches, each of which finds the buffers that the one before has written."""
+    found: list[Outcome] = []
+    for step in steps:
+        before = microbatches.found_by_next(program, found[-1].buffers) if found else {}
+        state = {**state, **before}
+        found.append(step(state))
+    return found
 
 
 def _load(model: nn.Module, state: State) -> None:

@@ -112,6 +112,11 @@ class _Program:
         return loss_position([out.target for out in self.outputs], candidates)
 
     @property
+    def written_buffers(self) -> frozenset[str]:
+        """Those of which forward makes new values."""
+        return frozenset(out.target for out in self.outputs if out.kind is OutputKind.BUFFER_UPDATE)
+
+    @property
     def gathers_outputs(self) -> bool:
         """Whether outputs for users are whole on every rank, see :attr:`autopar.plan.Plan.outputs`."""
         without_loss = self.plan.inputs == "global" and self.loss is None

@@ -21,7 +21,7 @@ from autopar.ir import collectives as comm
 from autopar.ir.node import values
 from autopar.ir.operator_facts import is_random, is_view
 from autopar.ir.program import Program
-from autopar.ir.tables import InputKind, OutputKind
+from autopar.ir.tables import InputKind
 
 aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ class _Search:
 
     def start(self) -> None:
         """Enter the placeholders; of the buffers, those that no step changes."""
-        updated = {entry.target for entry in self.program.outputs if entry.kind is OutputKind.BUFFER_UPDATE}
+        updated = self.program.written_buffers
         table = {entry.node: entry for entry in self.program.inputs}
         for node in self.program.graph.nodes:
             if node.op != "placeholder":

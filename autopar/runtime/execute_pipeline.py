@@ -74,13 +74,12 @@ class PipelineExecutable:
         if code is None:
             open_groups(program, self.comm)
         own = connection.of_stage()
-        written = {entry.target for entry in program.outputs if entry.kind is OutputKind.BUFFER_UPDATE}
 
         def bound(whole: PipelinedProgram, n: int) -> BoundStage:
             stage = whole.stages[n]
             loss = whole.loss_in(stage)
             found = code(whole is program, n) if code is not None else code_of_stage(stage, loss)
-            return BoundStage(stage, found, root, own, inputs, loss, program.joins, written)
+            return BoundStage(stage, found, root, own, inputs, loss, program)
 
         self.stages = {n: [bound(whole, n) for whole in programs] for n in mine}
         self._routes = Routes(program)
@@ -197,9 +196,9 @@ class PipelineExecutable:
         for _ in interpreter.run():
             raise AssertionError("a rank waits in its messages")
         channels.end()
-        for batch in (batch for step in steps.values() for batch in step.batches):
-            if batch.weight.buffers is not None:
-                batch.weight.buffers.write()
+        buffers = next(iter(steps.values())).batches[0].weight.buffers  # one for all of the step
+        if buffers is not None:
+            buffers.write()
         self._buffers.pass_on()
         self.events, self._played = interpreter.events, schedule
         if self.comm.recorder is not None:

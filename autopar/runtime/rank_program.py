@@ -6,7 +6,7 @@ is asked for (:mod:`rank_graphs` has them), and writes new values of buffers bac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from autopar.autodiff.hoist import Gathers
 from autopar.errors import AutoparError, InvariantError
-from autopar.ir.program import Program
+from autopar.ir.program import PipelinedProgram, Program
 from autopar.ir.stored_graph import Port
 from autopar.ir.tables import Input, InputKind, OutputKind, join_key
 from autopar.pipeline.microbatches import NewBuffers
@@ -79,7 +79,7 @@ class Held:
 class BoundProgram:
     """A program compiled for this rank and bound to the tensors of a module; a rank runs its ``graphs``.
 
-    ``joins``: as ``program`` has them, unless given. ``written``: buffers that other stages write.
+    ``whole``: that of which ``program`` is a stage: it knows what others write, and how microbatches are joined.
 
     Raises InvariantError where the program and the module do not fit together, or a graph cannot be written as Python.
     """
@@ -90,8 +90,7 @@ class BoundProgram:
         code: RankCode,
         root: nn.Module,
         connection: Connection,
-        joins: Mapping[str, str] | None = None,
-        written: Collection[str] = (),
+        whole: PipelinedProgram | None = None,
     ) -> None:
         self.program, self.code, self.graphs, self.comm = program, code, code.graphs, connection.comm
         self.role = code.program.required_role
@@ -103,9 +102,10 @@ class BoundProgram:
         self.slots: dict[str, tuple[Table, str]] = {name: (table, key) for _, table, key, name in tables(root)}
         self.entries = list(program.takes(*InputKind))
         self.users = [entry.target for _, entry in self.entries if entry.kind is InputKind.INPUT]
-        self._written = frozenset(written)
+        known = program if whole is None else whole
+        self._written = known.written_buffers
         self._updates = [
-            (position, *self.slots[entry.target], (program.joins if joins is None else joins).get(join_key(entry)))
+            (position, *self.slots[entry.target], known.joins.get(join_key(entry)))
             for position, entry in enumerate(program.outputs)
             if entry.kind is OutputKind.BUFFER_UPDATE
         ]

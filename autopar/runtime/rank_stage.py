@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar.ir.node import Value
-from autopar.ir.program import Program
+from autopar.ir.program import PipelinedProgram, Program
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.pipeline.interpreter import Values
 from autopar.pipeline.microbatches import Weight
@@ -27,7 +27,7 @@ class BoundStage(BoundProgram):
     """The program of one stage, for microbatches of one size.
 
     ``inputs``: targets of the whole model's inputs. ``loss``: the position of its loss among the stage's outputs.
-    ``joins``: those of the whole program. ``written``: the buffers that any stage writes.
+    ``whole``: the program of all stages.
     """
 
     def __init__(
@@ -38,10 +38,9 @@ class BoundStage(BoundProgram):
         connection: Connection,
         inputs: Sequence[str],
         loss: int | None,
-        joins: Mapping[str, str],
-        written: Collection[str],
+        whole: PipelinedProgram,
     ) -> None:
-        super().__init__(program, code, root, connection, joins, written)
+        super().__init__(program, code, root, connection, whole)
         self.loss = loss
         self._places = [inputs.index(target) for target in self.users]
         self.parameters = {entry.target: port for port, entry in program.takes(InputKind.PARAMETER)}

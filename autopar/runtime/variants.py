@@ -10,7 +10,6 @@ from torch import nn
 from autopar.errors import TraceError
 from autopar.ir.guards import Guards
 from autopar.ir.program import AnyProgram
-from autopar.ir.tables import OutputKind
 from autopar.ir.value_guards import MOST_OUTCOMES
 
 
@@ -97,7 +96,7 @@ def check_whole_batches(guards: Guards, program: AnyProgram, model: nn.Module) -
     choice = next((name for name, chosen in parts.items() if chosen), None)
     if choice is None:
         return
-    written = {entry.target for entry in program.outputs if entry.kind is OutputKind.BUFFER_UPDATE}
+    written = program.written_buffers
     names = {(id(module._buffers), key): name for name, module, key in _buffers(model)}
     for values in guards.values:
         reads = {names.get((id(one[0]), one[1]), "") for one in values.sources if not isinstance(one, int)}

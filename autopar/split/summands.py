@@ -78,12 +78,11 @@ def summands(program: Program, rows: int, of_rows: Callable[[int], Program] | No
     if _loss_is(sums, Kind.MIXED) or _loss_is(sums, Kind.ROWS):
         raise InvariantError(_refusal(program, sums.of(sums.flow.program.returned[program.loss or 0])))
     proportional: list[str] = []
-    asks = program.loss is not None and (is_limited or _depends_on_numbers(sums))
+    asks = looked_at is not program or (program.loss is not None and (is_limited or _depends_on_numbers(sums)))
     pair: tuple[Traced, Traced] | None = None
     names, is_told = twins, True
     if looked_at is not program:
         pair = (program, rows), (looked_at, many)
-        asks = True
     elif asks or writes_numbers(program):
         try:
             pair = _another(of_rows, rows), (program, rows)
