@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from autopar.cache.compiled import cached_program
+from autopar.cache.kept_families import fitted
 from autopar.cache.key import Request
 from autopar.choices import check_choices
 from autopar.errors import TraceError, check_kind
@@ -55,7 +56,7 @@ def compile_family(model: nn.Module, mesh: Mesh, plan: Plan | None = None, batch
     def facts(call: Call) -> CallFacts:
         return call_facts(model, call.args, call.kwargs)
 
-    known = SizeFamilies(compiled, facts, mesh, plan)
+    known = SizeFamilies(compiled, facts, mesh, plan, fitted)
     kind = general(calls[0])
     for call in calls:
         if known.member(kind, call) is None and known.grown(kind, call) is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autopar.cache.compiled import cached_program, prove_derived
+from autopar.cache.kept_families import fitted
 from autopar.cache.key import Request
 from autopar.errors import InvariantError
 from autopar.families.family import Family
@@ -103,7 +104,7 @@ class ParallelModule(nn.Module):
         given = given_programs(held, programs, where) if programs else None
         prove = partial(prove_derived, model) if plan.verify else None
         cache = ProgramCache(
-            compiled, mesh, plan, held.weights, accumulation, facts, packs_padding(model), given, prove
+            compiled, mesh, plan, held.weights, accumulation, facts, packs_padding(model), given, prove, fitted
         )
         # past nn.Module, which would take offence at a submodule or buffer of the model's that is called "plan", and
         # would put the model itself as a submodule, with a prefix before all names

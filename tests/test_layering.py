@@ -63,7 +63,7 @@ STANDS_ON = {
     "check": "compiler errors frontend ir mesh pipeline plan precision reference simulate simulator",
     "proof": "autodiff check codegen compiler errors frontend ir levels mesh notes operators pipeline plan runtime "
     "schedules simulate simulator",
-    "cache": "compiler errors frontend ir mesh notes plain_files plan precision program_files proof schedules",
+    "cache": "compiler errors families frontend ir mesh notes plain_files plan precision program_files proof schedules",
     "fitting": "analysis compiler cost errors frontend ir memory mesh pipeline plan schedules",
     "holding": "families frontend ir runtime",
     "module": (

@@ -27,13 +27,16 @@ from torch import Tensor, fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
+from autopar.cache.code_digests import digest, digest_of_bytes
 from autopar.cache.folder import joined_parts, split_parts
 from autopar.cache.reasons import Unstorable
+from autopar.families.forms import form_of, terms_of
 from autopar.ir import fingerprint, layout, tables
 from autopar.ir.collection import no_collection
 from autopar.ir.node import Origin, Value, origin, set_origin, set_values, values
 from autopar.ir.program import PipelinedProgram, Program
 from autopar.ir.read_graph import operator_named
+from autopar.ir.sizes import is_expression
 from autopar.ir.stored_graph import Border, Port, Shelf, StoredGraph, border_of
 from autopar.ir.text import operator_name
 from autopar.ir.value_guards import Look
@@ -114,6 +117,12 @@ def _pins(layouts: Any, dtypes: Any, stages: Any, homes: Any) -> tables.Pins:
     return tables.Pins(layouts, dtypes, stages, homes)
 
 
+@cache
+def _expression(terms: str) -> Any:
+    found = json.loads(terms)
+    return form_of(found, sorted({size for _, _, *sizes in found[1:] for size in sizes}))
+
+
 def may_be_packed(*classes: type) -> None:
     """Let programs be packed together with plain values of ``classes``."""
     _FOUND.update({(cls.__module__, cls.__qualname__): cls for cls in classes})
@@ -131,6 +140,7 @@ def _stored_graph(number: int, border: Border) -> fx.Graph:
 
 _MAKERS: tuple[Callable[..., Any], ...] = (
     _graph, _filled, _node, _operator, _named_by_torch, _tensor, _structure, _mapping, _pins, _like_plan, _stored_graph,
+    _expression,
 )  # fmt: skip
 _ALL: tuple[Any, ...] = (*_CLASSES, *_MAKERS)
 _FOUND = {(each.__module__, each.__qualname__): each for each in _ALL}
@@ -153,6 +163,8 @@ class _Writer(pickle.Pickler):
         made = _WRITTEN.get(type(thing))
         if made is not None:
             return made(self, thing)
+        if is_expression(thing):
+            return self._expression(thing)
         if isinstance(thing, torch._ops.OpOverload) or (callable(thing) and not isinstance(thing, type)):
             return self._operator(thing)
         if isinstance(thing, Tensor):
@@ -195,6 +207,12 @@ class _Writer(pickle.Pickler):
             raise Unstorable(f"it calls {name}, which has no name that another process could find")
         self.operators[name] = None
         return _operator, (name,)
+
+    def _expression(self, form: Any) -> Any:
+        terms = json.dumps(terms_of(form))
+        if _expression(terms) != form:
+            raise Unstorable(f"the expression {form} does not read back")
+        return _expression, (terms,)
 
     def _by_name(self, thing: Any) -> Any:
         return _named_by_torch, (str(thing).removeprefix("torch."),)
@@ -310,8 +328,13 @@ def unpacked_apart(content: bytes, nodes: bytes, plan: Plan, text: str, code: by
     outside, operators = split_parts(content)
     for name in json.loads(operators):
         _operator(name)
-    shelf = Shelf(text, code, partial(unpacked, nodes, plan), partial(_unpacked_graphs, plan=plan))
+    read, whole = partial(unpacked, nodes, plan), partial(_digest, content, nodes)
+    shelf = Shelf(text, code, read, partial(_unpacked_graphs, plan=plan), whole)
     return _loaded(outside, plan, shelf)
+
+
+def _digest(*parts: bytes) -> str:
+    return digest(*map(digest_of_bytes, parts))
 
 
 def packed_graphs(graphs: list[fx.Graph], plan: Plan) -> bytes:

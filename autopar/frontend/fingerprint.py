@@ -109,7 +109,7 @@ def _settings(module: nn.Module, configs: dict[int, str]) -> Iterator[tuple[str,
         elif isinstance(value, (tuple, list)) and all(isinstance(item, PLAIN) for item in value):
             yield key, f"{value!r:.200}"
         elif callable(value) and hasattr(value, "__qualname__"):
-            yield key, f"{value.__module__}.{value.__qualname__}"
+            yield key, f"{getattr(value, '__module__', '')}.{value.__qualname__}"
         elif hasattr(value, "to_dict") or dataclasses.is_dataclass(value):
             yield key, configs.setdefault(id(value), _config(value))
         else:

@@ -46,6 +46,7 @@ class Shelf:
         code: the Python that was written of the graphs, for :mod:`autopar.runtime.written_code`; None where there is
             none, and from when the graphs are read on, since whoever looks at nodes may change them.
         others: gives graphs that the code needs, and which are no part of the program, from their bytes.
+        content: gives a digest of the whole program as it is stored; None where it was not stored as a whole.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class Shelf:
         code: Any,
         read: Callable[[], Sequence[fx.Graph]],
         others: Callable[[bytes], Sequence[fx.Graph]] | None = None,
+        content: Callable[[], str] | None = None,
     ) -> None:
-        self.text, self.code, self.others = text, code, others
+        self.text, self.code, self.others, self.content = text, code, others, content
         self._read, self._graphs = read, list[StoredGraph]()
         self._lock = threading.RLock()
         self.is_read = False
@@ -74,7 +76,7 @@ class Shelf:
                 return
             for graph, found in zip(self._graphs, self._read(), strict=True):
                 graph.take_over(found)
-            self.is_read, self.code, self._graphs = True, None, []
+            self.is_read, self.code, self.content, self._graphs = True, None, None, []
             del self._read
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from autopar.errors import RanksDifferError
+from autopar.families.family import fit
 from autopar.ir.collection import no_collection
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards
@@ -36,7 +37,7 @@ from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.local_parts import check_parts, check_parts_of_ranks, explained
 from autopar.runtime.parameters import ALONE, Weights
 from autopar.runtime.shared_inputs import check_shared_inputs, is_due
-from autopar.runtime.size_families import Member, SizeFamilies, general
+from autopar.runtime.size_families import Fit, Member, SizeFamilies, general
 from autopar.runtime.torch_settings import outside_inference, torch_settings
 from autopar.runtime.unequal_rows import joined, said
 from autopar.runtime.variants import Variants
@@ -87,7 +88,7 @@ class ProgramCache:
 
     ``weights`` are laid out by the first program. ``facts`` gives what a fingerprint says of a call.
     ``packs_padding``: whether the model has layers that compute otherwise where no gradient is required. ``given``:
-    programs that need not be compiled. ``prove``: raises for a wrong program of a family.
+    programs that need not be compiled. ``prove``: raises for a wrong program of a family. ``fitted``: makes one.
     """
 
     def __init__(
@@ -101,11 +102,12 @@ class ProgramCache:
         packs_padding: bool = False,
         given: GivenPrograms | None = None,
         prove: Callable[[AnyProgram, Sequence[Any], Mapping[str, Any]], None] | None = None,
+        fitted: Fit = fit,
     ) -> None:
         self._compiled, self._mesh, self._plan = compiled, mesh, plan
         self._weights, self._connection = weights, weights.connection
         self._accumulation, self._packs_padding, self._given = accumulation, packs_padding, given
-        self.families = SizeFamilies(partial(self._compile, unasked=True), facts, mesh, plan)
+        self.families = SizeFamilies(partial(self._compile, unasked=True), facts, mesh, plan, fitted)
         self._prove = prove
         self._weight: Weight | None = None  # of the calls now
         self._members: dict[Kind, Member] = {}

@@ -41,6 +41,7 @@ FAILED = (
 
 Compiled = tuple[AnyProgram, Guards]
 Compile = Callable[[Call, AnyProgram | None], Compiled]  # (call, a program that decides alike) ->
+Fit = Callable[[Sequence[Point], Scheme], Family]  # as :func:`autopar.families.family.fit`
 
 logger = logging.getLogger("autopar")
 
@@ -86,11 +87,13 @@ class _Kept:
 class SizeFamilies:
     """Those of one module on ``mesh`` with ``plan``. All ranks make the same ones, since they make the same calls.
 
-    ``compiled`` makes a program; ``facts`` gives what a fingerprint says of a call.
+    ``compiled`` makes a program; ``facts`` gives what a fingerprint says of a call; ``fitted`` makes a family.
     """
 
-    def __init__(self, compiled: Compile, facts: Callable[[Call], CallFacts], mesh: Mesh, plan: Plan) -> None:
-        self._compiled, self._facts, self._mesh, self._plan = compiled, facts, mesh, plan
+    def __init__(
+        self, compiled: Compile, facts: Callable[[Call], CallFacts], mesh: Mesh, plan: Plan, fitted: Fit = fit
+    ) -> None:
+        self._compiled, self._facts, self._mesh, self._plan, self._fit = compiled, facts, mesh, plan, fitted
         self._kept: dict[Hashable, _Kept] = {}
         self.why_none = ""  # there is no family for the latest call that was learnt
 
@@ -189,7 +192,7 @@ class SizeFamilies:
             if len(chosen) < FEWEST:
                 break
             try:
-                return fit(chosen, scheme)
+                return self._fit(chosen, scheme)
             except NoForm as problem:
                 self._note(str(problem))
         return None
