@@ -22,6 +22,7 @@ from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
@@ -36,7 +37,6 @@ from autopar.ir.collection import no_collection
 from autopar.ir.node import Origin, Value, origin, set_origin, set_values, values
 from autopar.ir.program import PipelinedProgram, Program
 from autopar.ir.read_graph import operator_named
-from autopar.ir.sizes import is_expression
 from autopar.ir.stored_graph import Border, Port, Shelf, StoredGraph, border_of
 from autopar.ir.text import operator_name
 from autopar.ir.value_guards import Look
@@ -163,7 +163,7 @@ class _Writer(pickle.Pickler):
         made = _WRITTEN.get(type(thing))
         if made is not None:
             return made(self, thing)
-        if is_expression(thing):
+        if isinstance(thing, sympy.Expr):
             return self._expression(thing)
         if isinstance(thing, torch._ops.OpOverload) or (callable(thing) and not isinstance(thing, type)):
             return self._operator(thing)
