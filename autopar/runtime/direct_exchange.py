@@ -35,6 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from autopar.runtime.freed_memory import keep_freed
 from autopar.runtime.timeouts import timeout_of
 
 ROUND = 0.25e-3  # seconds of a message that others wait for
@@ -44,6 +45,7 @@ SUMMED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int
 HALVES = (torch.bfloat16, torch.float16)
 FIRST_NUMBER = 1 << 30  # of messages: those of users, and of pipelines, begin with 0
 NUMBERS = 1 << 30
+LARGE = 1e6  # bytes of messages whose memory is that of the next step's too
 UNDER_WAY = timedelta(seconds=1)  # for what peers have sent before a group was destroyed
 
 
@@ -185,6 +187,8 @@ def finish(x: Tensor) -> bool:
 def _of_all(parts: Sequence[Tensor], group: ProcessGroup) -> tuple[_Messages, list[Tensor]]:
     """``parts[i]`` to rank i; what waits for those of all ranks for this one, and these in the order of the ranks."""
     own = parts[group.rank()]
+    if own.numel() * own.element_size() > LARGE:
+        keep_freed()
     coming = own.new_empty((group.size() - 1, *own.shape))
     rows = [*coming[: group.rank()], own, *coming[group.rank() :]]
     return _started(parts, rows, group), rows
