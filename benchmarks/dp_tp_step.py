@@ -1,7 +1,7 @@
 """Time of a training step: the program of autopar against the same model parallelised by hand with torch's own parts.
 
-    python -m benchmarks.dp_tp_step                     all rows; starts its own processes
-    python -m benchmarks.dp_tp_step --mesh dp=4 --model hf-llama-256 --steps 50
+    python -m benchmarks.dp_tp_step                     some minutes on two cores; starts its own processes
+    python -m benchmarks.dp_tp_step --mesh dp=4 --model hf-llama-512 --steps 50 --optimizer loop fused
     python -m benchmarks.dp_tp_step --json > rows.json
 
 Both start from the same weights, see the same batches, live in the same processes and take their steps in turns; a
@@ -31,11 +31,12 @@ import autopar
 from benchmarks.contenders import Autopar, Contender
 from benchmarks.launch import launched
 from benchmarks.paired import Comparison, Ratio, compare, phases_text
-from benchmarks.subjects import DEFAULT, SUBJECTS, Subject
+from benchmarks.subjects import SUBJECTS, Subject
 from benchmarks.torch_parallel import DATA_FORMS, TorchParallel
 
 TOLERANCE = 1e-4
 OPTIMIZERS = ("loop", "fused")  # AdamW(...), on CPUs a loop over the parameters, and AdamW(..., fused=True)
+MODELS = ("hf-llama-256", "our-llama-256")
 MESHES = ("1", "dp=2,tp=2", "dp=2,tp=2,megatron", "dp=4", "tp=4")
 
 
@@ -70,12 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dp_tp_step", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", choices=SUBJECTS, default=DEFAULT)
+    parser.add_argument("--model", nargs="+", choices=SUBJECTS, default=MODELS)
     parser.add_argument("--mesh", nargs="+", default=MESHES, help=f"default: {' '.join(MESHES)}")
-    parser.add_argument("--steps", type=int, default=30, help="measured steps of each side")
+    parser.add_argument("--steps", type=int, default=12, help="measured steps of each side")
     parser.add_argument("--warm-up", type=int, default=4)
     parser.add_argument("--data", choices=DATA_FORMS, default="ddp", help="the peer's data parallelism")
-    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS, help="how AdamW is run")
+    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["loop"], help="how AdamW is run")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # this is a rank; rank 0 writes its rows there
     return parser

@@ -169,4 +169,3 @@ SUBJECTS: Mapping[str, Subject] = MappingProxyType(
         )
     }
 )
-DEFAULT = ("hf-llama-256", "hf-llama-512", "our-llama-256")
