@@ -38,7 +38,6 @@ from autopar.runtime.calls import Call, Signature, gathered
 from autopar.runtime.clipping import clip_gradients
 from autopar.runtime.connect import Connection, not_launched
 from autopar.runtime.dtensor import full_of
-from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable
 from autopar.runtime.expert_loads import gathered_loads
 from autopar.runtime.identity import kept
@@ -119,12 +118,15 @@ class ParallelModule(nn.Module):
         """As the model's own; with ``Plan(inputs="local")`` the tensors are this rank's part of the batch."""
         if self._connection is None:
             raise not_launched(self.mesh)
+        again = self._programs.again(args, kwargs, self.training)
+        if again is not None:
+            return again[0].run(again[1], self._seed())
         call = self._signature.call(args, kwargs)
         if call.is_split:
             call = gathered(call, self.plan)
         if self._is_pipelined:
             return self._pipelined(call, trains=False)
-        return self._programs.run(call, self.training, self._seed())
+        return self._programs.run(call, self.training, self._seed(), args, kwargs)
 
     def _seed(self) -> int:
         """Of the dropout masks: another one in each call that learns."""
@@ -193,8 +195,8 @@ class ParallelModule(nn.Module):
         calls = [self._signature.call((), batch) for batch in batches]
         rows = microbatches.rows(whole.kwargs, batches, self.plan)
         parts = zip(calls, microbatches.shares(rows))
-        counted = [self._executable(call).counts(call.tensors, share) for call, share in parts]
-        return microbatches.weights(self._executable(calls[0]).program, counted, rows)
+        counted = [self._programs.executable(call, self.training).counts(call.tensors, share) for call, share in parts]
+        return microbatches.weights(self._programs.executable(calls[0], self.training).program, counted, rows)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Inside this context, gradients are added up without communication over the data axes.
@@ -383,11 +385,6 @@ class ParallelModule(nn.Module):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._programs.clear()  # dtypes may have changed
         return self
-
-    def _executable(self, call: Call) -> Executable:
-        found = self._programs.bound(call, self.training)
-        assert isinstance(found, Executable)
-        return found
 
 
 def held_by(model: nn.Module) -> Holding:

@@ -28,6 +28,7 @@ from autopar.plan import Plan
 from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.agreement import Said, UnequalRows, digest_of, told
 from autopar.runtime.calls import Call, global_call, ordinary, shapes
+from autopar.runtime.compile_times import CompileTimes
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor_habits import parts_were_shown
 from autopar.runtime.execute import Executable
@@ -36,6 +37,7 @@ from autopar.runtime.freed_memory import give_back
 from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.local_parts import check_parts, check_parts_of_ranks, explained
 from autopar.runtime.parameters import ALONE, Weights
+from autopar.runtime.repeated_calls import RepeatedCall
 from autopar.runtime.shared_inputs import check_shared_inputs, is_due
 from autopar.runtime.size_families import Fit, Member, SizeFamilies, general
 from autopar.runtime.torch_settings import outside_inference, torch_settings
@@ -48,17 +50,12 @@ PROGRAMS_KEPT = 64
 Compile = Callable[[Call, Mapping[str, Layout] | None, AnyProgram | None, bool], tuple[AnyProgram, Guards]]
 Kind = tuple[Hashable, int]  # of call, and which variant of its program
 Bound = Executable | PipelineExecutable
+Again = tuple[Executable, list[Tensor]]
 Work = Callable[[Executable, list[Tensor]], Any]  # (program, tensors of the call) ->
 
 SAME_CALLS = (
     "every rank makes the same calls, with inputs of the same shapes and types: pad or drop the rows that are left "
     "over at the end of the data (drop_last=True), and evaluate on all ranks, not only on rank 0."
-)
-MANY = (8, 16, 64)  # programs at which something is said
-MANY_SHAPES = (
-    "%d programs so far, whose sizes make no family (docs/lengths.md): %.1f s each; %d are kept\n"
-    "Way out: pad to few lengths: pad_to_multiple_of=128 of a collator, padding='max_length' of a tokenizer; and\n"
-    "drop_last=True of a DataLoader."
 )
 DIFFERENT = "the ranks do not do the same:"
 
@@ -67,11 +64,12 @@ logger = logging.getLogger("autopar")
 
 @dataclass
 class Entry:
-    """A bound program, the ``number`` by which ranks compare its kind of call, and how many calls there were."""
+    """A bound program, the ``number`` by which ranks compare its kind of call, and how many ``calls`` there were."""
 
     bound: Bound
     number: int
     calls: int = 0
+    repeated: RepeatedCall | None = None
 
     @property
     def is_due(self) -> bool:
@@ -116,8 +114,7 @@ class ProgramCache:
         self._variants = Variants()
         self._latest: tuple[Kind, Entry] | None = None  # of the last call: kinds are large, and take time to look up
         self._is_alone = mesh.world_size == 1
-        self._seconds: list[float] = []  # that each compiled program took
-        self._told = 0  # how often that was said
+        self._compiles = CompileTimes()
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -182,11 +179,26 @@ class ProgramCache:
         latest = self._latest
         return latest[1] if latest is not None and kind is latest[0] else self._bound.get(kind)
 
-    def run(self, call: Call, training: bool, seed: int) -> Any:
-        """The model's output for ``call``; collective. Raises the errors of :meth:`bound`."""
-        if self._is_alone:
-            return self._executable(call, training).run(call.tensors, seed, self._weight)
-        return self._on_all_rows(call, training, lambda program, tensors: program.run(tensors, seed, self._weight))
+    def again(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Again | None:
+        """On one rank, for a call that is like the latest one: its program and tensors. None for any other."""
+        (kind, variant), entry = self._latest or ((None, 0), None)
+        if entry is None or entry.repeated is None or self._weight is not None:
+            return None
+        tensors = entry.repeated.tensors_of(args, kwargs, training)
+        if tensors is None or self._variants.number(kind, (*args, *kwargs.values())) != variant:
+            return None
+        entry.calls += 1
+        assert isinstance(entry.bound, Executable)
+        return entry.bound, tensors
+
+    def run(self, call: Call, training: bool, seed: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's output for ``call``, made of ``args`` and ``kwargs``; collective. Raises as :meth:`bound`."""
+        if not self._is_alone:
+            return self._on_all_rows(call, training, lambda program, tensors: program.run(tensors, seed, self._weight))
+        executable = self.executable(call, training)
+        if self._latest is not None and self._latest[1].calls == 1 and not self._packs_padding:
+            self._latest[1].repeated = RepeatedCall.of(args, kwargs, call, training, self._weights.requires_grad)
+        return executable.run(call.tensors, seed, self._weight)
 
     @contextmanager
     def weighing(self, weight: Weight | None) -> Iterator[None]:
@@ -200,13 +212,13 @@ class ProgramCache:
     def loss(self, call: Call, training: bool, seed: int, weight: Weight | None) -> Tensor:
         """The loss for ``call``, as :meth:`Executable.loss` has it; collective. Raises the errors of :meth:`bound`."""
         if self._is_alone:
-            return self._executable(call, training).loss(call.tensors, seed, weight)
+            return self.executable(call, training).loss(call.tensors, seed, weight)
         found: Tensor = self._on_all_rows(
             call, training, lambda program, tensors: program.loss(tensors, seed, weight), gives_outputs=False
         )
         return found
 
-    def _executable(self, call: Call, training: bool) -> Executable:
+    def executable(self, call: Call, training: bool) -> Executable:
         bound = self._entry(call, training).bound
         assert isinstance(bound, Executable)
         return bound
@@ -352,7 +364,7 @@ class ProgramCache:
             else:
                 program, guards = self._compile(call, self.families.like(general_kind))
                 self.families.learn(general_kind, call, program, guards)
-                self._tell_many()
+                self._compiles.tell_many(PROGRAMS_KEPT)
                 learnt = self.families.member(general_kind, call) if self._plan.compile == "inductor" else None
                 if learnt is not None:  # whose regions serve all lengths, and those of the program one
                     program, guards, self._members[kind] = learnt.program, learnt.guards, learnt
@@ -372,7 +384,7 @@ class ProgramCache:
         with self._weights.given_back_on_failure(), self._weights.traceable():
             found = self._compiled(call, pinned, like, unasked)
         give_back()
-        self._seconds.append(time.perf_counter() - start)
+        self._compiles.seconds.append(time.perf_counter() - start)
         return found
 
     def _tell(self, kind: Kind, call: Call, training: bool) -> None:
@@ -387,11 +399,3 @@ class ProgramCache:
             logger.warning("making another program: %s", self._given.none_of(call))
         elif self._programs:
             logger.warning("a new kind of call (%s, inputs %s): making another program", name, shapes(call.tensors))
-
-    def _tell_many(self) -> None:
-        """Say what many programs cost, and how to have fewer."""
-        number = len(self._seconds)
-        if self._told < len(MANY) and number >= MANY[self._told] and not is_mute():
-            self._told += 1
-            each = sum(self._seconds) / len(self._seconds)
-            logger.warning(MANY_SHAPES, number, each, PROGRAMS_KEPT)
