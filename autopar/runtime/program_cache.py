@@ -213,9 +213,8 @@ class ProgramCache:
         """The loss for ``call``, as :meth:`Executable.loss` has it; collective. Raises the errors of :meth:`bound`."""
         if self._is_alone:
             return self.executable(call, training).loss(call.tensors, seed, weight)
-        found: Tensor = self._on_all_rows(
-            call, training, lambda program, tensors: program.loss(tensors, seed, weight), gives_outputs=False
-        )
+        work = partial(Executable.loss, seed=seed, weight=weight)
+        found: Tensor = self._on_all_rows(call, training, work, gives_outputs=False)
         return found
 
     def executable(self, call: Call, training: bool) -> Executable:
