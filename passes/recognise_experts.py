@@ -46,6 +46,7 @@ from autopar.experts.dense import FORM as DENSE
 from autopar.experts.dense import make_sparse
 from autopar.experts.report import EXPERTS, decisions_on_experts
 from autopar.ir.builder import Builder
+from autopar.ir.fast_graph import calls_of
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.invariants import every_value_has_a_layout, placeholders_match_inputs
 from autopar.ir.node import value
@@ -55,7 +56,7 @@ from autopar.ir.rewrite import drop_unused_constants, operand, remove_unused, su
 from autopar.operators.experts import EXPERT_LINEAR
 from autopar.rules.gathered_products import GatheredProduct, gathered_product
 from autopar.rules.sorted_ids import same_call, sorted_ids
-from autopar.rules.sorted_rows import SortedRows, is_arange
+from autopar.rules.sorted_rows import PERMUTES, SortedRows, is_arange
 from autopar.split.flow import weights_of
 
 aten = torch.ops.aten
@@ -81,7 +82,7 @@ def recognise_experts(program: Program) -> Program:
             forms[found] = "gathered weights"
             substitute(node, new)
     remove_unused(program.graph)
-    for node in list(program.graph.nodes):
+    for node in calls_of(program.graph, PERMUTES):
         region = SortedRows.made_by(program, node)
         if region is not None and region.closed:
             region.remove()

@@ -28,6 +28,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from autopar.ir.fast_graph import called, calls_of
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.invariants import every_value_has_a_layout, placeholders_match_inputs
 from autopar.ir.node import origin, set_origin, set_values, value
@@ -37,16 +38,16 @@ from autopar.ir.stacked_parameters import stacked_name
 from autopar.ir.tables import Input, InputKind
 from autopar.routing.groups import is_asked_for
 
-aten = torch.ops.aten
+STACK = torch.ops.aten.stack.default
 
 
 @graph_pass(
     ensures=(every_value_has_a_layout, placeholders_match_inputs),
-    when=lambda program: isinstance(program, Program) and is_asked_for(program),
+    when=lambda program: isinstance(program, Program) and is_asked_for(program) and STACK in called(program.graph),
 )
 def stack_parameters(program: Program) -> Program:
     entries = dict(program.placeholders(InputKind.PARAMETER))
-    for node in list(program.graph.nodes):
+    for node in calls_of(program.graph, [STACK]):
         name = _name(node, entries, program.pins.dtypes)
         if name is not None:
             program = _with_stack(program, node, name)
@@ -54,8 +55,8 @@ def stack_parameters(program: Program) -> Program:
 
 
 def _name(node: fx.Node, entries: Mapping[fx.Node, Input], dtypes: Mapping[str, torch.dtype]) -> str | None:
-    """The name of the parameter in place of ``node``; None for a node that is no stack of parameters of its own."""
-    if node.target is not aten.stack.default or len(node.args) > 1:
+    """The name of the parameter in place of ``node``, a stack; None where that is not of parameters of its own."""
+    if len(node.args) > 1:
         return None
     members = node.all_input_nodes
     own = all(member in entries and len(member.users) == 1 and not entries[member].aliases for member in members)

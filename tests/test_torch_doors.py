@@ -24,7 +24,7 @@ from autopar.codegen.python import compile_source, emit
 from autopar.codegen.torch_bindings import BINDINGS
 from autopar.compiler import compile_program
 from autopar.frontend.past_modes import past_modes
-from autopar.ir.fast_copy import copied
+from autopar.ir.fast_graph import copied
 from autopar.ir.node import output_node
 from autopar.ir.operator_facts import runnable
 from autopar.ir.program import Program

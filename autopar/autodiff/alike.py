@@ -15,6 +15,7 @@ from torch import fx
 from autopar.autodiff.partition import Joint
 from autopar.autodiff.recorder import Names
 from autopar.ir.arguments import flat_arguments
+from autopar.ir.fast_graph import created
 from autopar.ir.node import Node, Origin, origin, set_origin, set_values, values
 from autopar.ir.program import Program
 
@@ -98,7 +99,7 @@ def _renamed(known: Recorded, program: Program, names: dict[str, str], origins: 
             name = names.get(node.name) or numbered.name(node.target)
         args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
         target = name if node.op == "placeholder" else node.target
-        copies[node] = graph.create_node(node.op, target, args, kwargs, name)
+        copies[node] = created(graph, node.op, target, args, kwargs, name)
         set_values(copies[node], *values(node))
         set_origin(copies[node], origins.get(origin(node), origin(node)))
         if node in joint.forward:

@@ -19,6 +19,7 @@ from autopar.autodiff.partition import Joint
 from autopar.autodiff.recorder import Names
 from autopar.autodiff.repeats import Repeat, Short
 from autopar.ir.arguments import flat_arguments
+from autopar.ir.fast_graph import created
 from autopar.ir.node import Node, origin, set_origin, set_values, value, values
 from autopar.ir.program import Program
 
@@ -230,7 +231,7 @@ class _Writer:
     def _node(self, node: Node, name: str | None, operand: Any) -> Node:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), operand)
         name = name or self.names.name(node.target)
-        made = self.graph.create_node(node.op, node.target, args, kwargs, name)
+        made = created(self.graph, node.op, node.target, args, kwargs, name)
         set_values(made, *values(node))
         return made
 

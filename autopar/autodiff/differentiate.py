@@ -48,7 +48,8 @@ from autopar.autodiff.recorder import IDENTITIES, Recorder, fake_mode
 from autopar.autodiff.repeats import Repeat, repeat_of, short
 from autopar.autodiff.replay import ReplayRun
 from autopar.ir import collectives as comm
-from autopar.ir.node import Node, origin, set_origin, set_values, values
+from autopar.ir.fast_graph import copied_node
+from autopar.ir.node import Node
 from autopar.ir.operator_facts import is_free
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.reach import ancestors
@@ -161,9 +162,7 @@ def inference_graph(program: Program, calls: Calls | None = None) -> fx.Graph:
             if node.target in IDENTITIES or comm.does_nothing(node.target, node.args, program.mesh):
                 copies[node] = copies[node.all_input_nodes[0]]
                 continue
-            copies[node] = copy.node_copy(node, copies.__getitem__)
-            set_values(copies[node], *values(node))
-            set_origin(copies[node], origin(node))
+            copies[node] = copied_node(copy, node, copies.__getitem__)
     copy.output(tuple(copies[node] for node in results))
     remove_unused(copy)  # nodes that only a straight_through used
     return copy

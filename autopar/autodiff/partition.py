@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from autopar.ir import collectives as comm
+from autopar.ir.fast_graph import copied_node
 from autopar.ir.node import Node, origin, output_node, set_origin, set_values, values
 from autopar.ir.operator_facts import is_free
 from autopar.ir.reach import ancestors
@@ -85,8 +86,7 @@ def _returned(graph: fx.Graph) -> tuple[Node, ...]:
 
 
 def _copied(node: Node, graph: fx.Graph, copies: dict[Node, Node]) -> Node:
-    copies[node] = graph.node_copy(node, copies.__getitem__)
-    _describe(copies[node], node)
+    copies[node] = copied_node(graph, node, copies.__getitem__)
     return copies[node]
 
 
@@ -152,8 +152,7 @@ class _Part:
             if last in self.copies or not missing:
                 pending.pop()
                 if last not in self.copies:
-                    self.copies[last] = self.graph.node_copy(last, self.copies.__getitem__)
-                    _describe(self.copies[last], last)
+                    self.copies[last] = copied_node(self.graph, last, self.copies.__getitem__)
             else:
                 pending += missing
 

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from autopar.autodiff.outline import Outline, strides_of_view
 from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
+from autopar.ir.fast_graph import created
 from autopar.ir.layout import Layout
 from autopar.ir.node import Node, Origin, Value, set_origin, set_values
 from autopar.ir.operator_facts import UNSAFE_SPLITS, VIEWS, is_factory, is_random, is_view, writes
@@ -255,7 +256,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return node
 
     def _call(self, func: Any, args: Any[Any, ...], kwargs: dict[str, Any], result: Any) -> Node:
-        node = self.graph.create_node("call_function", func, args, kwargs, self._name(func))
+        node = created(self.graph, "call_function", func, args, kwargs, self._name(func))
         self._finish(node, result)
         if self.block is not None:
             self.blocks[node] = self.block

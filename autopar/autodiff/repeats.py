@@ -17,7 +17,8 @@ from typing import Any
 from torch import fx
 
 from autopar.ir.arguments import flat_arguments
-from autopar.ir.node import Node, origin, set_origin, set_values, values
+from autopar.ir.fast_graph import copied_node
+from autopar.ir.node import Node, origin, values
 from autopar.ir.program import Program
 
 KEPT = 4  # blocks of the short program: what surrounds the two in the middle may look otherwise
@@ -175,9 +176,7 @@ def short(program: Program, repeat: Repeat) -> Short:
     for node in program.graph.nodes:
         if node.op == "output" or node in dropped:
             continue
-        copies[node] = graph.node_copy(node, lambda source: copies[instead.get(source, source)])
-        set_values(copies[node], *values(node))
-        set_origin(copies[node], origin(node))
+        copies[node] = copied_node(graph, node, lambda source: copies[instead.get(source, source)])
     graph.output(tuple(copies[node] for node in program.returned))
     left = {node.name for node in dropped}
     inputs = tuple(entry for entry in program.inputs if entry.node not in left)

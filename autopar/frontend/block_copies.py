@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.frontend.equal_blocks import AGAIN, BEGINS, ENDS, BlocksDiffer
 from autopar.ir.arguments import flat_arguments
+from autopar.ir.fast_graph import copied_node
 from autopar.ir.node import copy_traced, traced_modules, traced_value
 from autopar.ir.operator_facts import is_composite, is_overload, writes
 
@@ -228,7 +229,7 @@ def _write(node: Node, region: _Region) -> None:
     before, after = traced_modules(region.begin), traced_modules(node)
     with graph.inserting_before(node):
         for inner in region.inner:
-            copy = graph.node_copy(inner, lambda source: copies.get(source, source))
+            copy = copied_node(graph, inner, lambda source: copies.get(source, source))
             copy_traced(copy, inner, _restacked(traced_modules(inner), before, after))
             copies[inner] = copy
     for user in list(node.users):

@@ -38,6 +38,7 @@ from autopar.frontend.recast import recast, recast_call
 from autopar.frontend.selected_rows import SelectedRows
 from autopar.frontend.steady_state import bring_to_rest, check_at_rest, refuse_backward_hooks
 from autopar.ir.collection import no_collection
+from autopar.ir.fast_graph import copied_node
 from autopar.ir.loss import inner_paths, joined_path, leaf_paths
 from autopar.ir.node import clear_meta, output_node, set_origin, set_values, traced_origin, traced_value, value
 from autopar.ir.operator_facts import types_of
@@ -263,7 +264,7 @@ def _copied(source: fx.Graph, placeholders: Sequence[Sequence[fx.Node]], returne
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for group in placeholders:
-        copies.update(dict.fromkeys(group, graph.node_copy(group[0])))
+        copies.update(dict.fromkeys(group, copied_node(graph, group[0], copies.__getitem__)))
         _describe(copies[group[0]], group[0])
     rows = SelectedRows(graph, copies)
     for node in source.nodes:
@@ -291,7 +292,7 @@ def _copy_operator(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.N
         return _call(graph, aten.dropout.default, copies[operand(node)], *node.args[1:])
     if node.target is operator.getitem and copies[operand(node)].target is aten.dropout.default:
         return copies[operand(node)]
-    return graph.node_copy(node, copies.__getitem__)
+    return copied_node(graph, node, copies.__getitem__)
 
 
 def _call(graph: fx.Graph, target: torch._ops.OpOverload[..., Any], *args: Any) -> fx.Node:

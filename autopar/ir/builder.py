@@ -20,6 +20,7 @@ from torch import fx
 
 from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
+from autopar.ir.fast_graph import created
 from autopar.ir.node import Value, origin, set_origin, set_values, value, values
 from autopar.ir.operator_facts import types_of
 from autopar.ir.text import operator_name
@@ -103,7 +104,7 @@ class Builder:
         assert place is not None
         graph = place.graph
         with graph.inserting_before(place) if self._before else graph.inserting_after(place):
-            node = graph.create_node("call_function", target, args, kwargs, name)
+            node = created(graph, "call_function", target, args, kwargs, name)
         set_origin(node, origin(place))
         if self._after:
             self._after = node

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from autopar.ir.fast_graph import called, calls_of
 from autopar.ir.layout import Partial, Placement, Split, Whole
 from autopar.ir.operator_facts import argument_names
 from autopar.mesh import Mesh, axes_of
@@ -280,6 +281,11 @@ def held(placement: Placement) -> Held:
         return "I" if placement.invariant else "R"
     assert isinstance(placement, Split | Partial)
     return "S" if isinstance(placement, Split) else "P"
+
+
+def collectives_of(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of a graph that are collectives, in order."""
+    return calls_of(graph, [target for target in called(graph) if target in TARGETS])
 
 
 # ---------------------------------------------------------------- arguments

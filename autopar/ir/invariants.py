@@ -15,6 +15,7 @@ import torch
 
 from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
+from autopar.ir.fast_graph import called, calls_of
 from autopar.ir.layout import Layout
 from autopar.ir.node import Node, origin, output_node, value, values
 from autopar.ir.operator_facts import argument_names, is_overload, writes
@@ -44,9 +45,8 @@ def broken(node: Node, problem: str, fix: str) -> InvariantError:
 
 def collectives(program: Program) -> Iterator[tuple[Node, str]]:
     """The collective nodes of the program's graph with their names."""
-    for node in program.graph.nodes:
-        if node.target in comm.TARGETS:
-            yield node, comm.TARGETS[node.target]
+    for node in comm.collectives_of(program.graph):
+        yield node, comm.TARGETS[node.target]
 
 
 def state(layout: Layout, axis: str) -> str:
@@ -80,11 +80,8 @@ def is_flat(program: Program) -> None:
 
 def is_functional(program: Program) -> None:
     """No operator writes into its arguments."""
-    for node in program.graph.nodes:
-        if writes(node.target):
-            raise broken(
-                node, f"{node.target} writes into its argument", "functionalise in-place operators when tracing"
-            )
+    for node in calls_of(program.graph, [target for target in called(program.graph) if writes(target)]):
+        raise broken(node, f"{node.target} writes into its argument", "functionalise in-place operators when tracing")
 
 
 def placeholders_match_inputs(program: Program) -> None:
@@ -137,14 +134,14 @@ def every_value_has_a_layout(program: Program) -> None:
 def layouts_fit_the_mesh(program: Program) -> None:
     """Layouts name axes of the mesh, and each axis at most once."""
     names = frozenset(program.mesh.names)
-    fine = set[Layout]()
+    fine = set[int]()  # by their ids: most are shared, and to compare them takes longer than to look at them
     for node in program.graph.nodes:
         for kind in values(node):
-            if kind.layout in fine:
+            if id(kind.layout) in fine:
                 continue
             groups = [*kind.layout.groups, *(axis for axis, _ in kind.layout.partial)]
             if len(names.intersection(groups)) == len(groups):
-                fine.add(kind.layout)
+                fine.add(id(kind.layout))
                 continue  # a fast path for correct layouts, which are nearly all
             for group in groups:
                 fits_the_mesh(node, f"{kind.layout} speaks of", group, program.mesh)
@@ -201,10 +198,10 @@ def loss_is_invariant(program: Program) -> None:
 
 def nothing_is_placed(program: Program) -> None:
     """No value is split or partial on any axis, and nothing is sent: the splitting passes are yet to come."""
+    for node, name in collectives(program):
+        fix = "leave collectives to the splitting passes, or run this pass before them"
+        raise broken(node, f"comm.{name} before anything is split", fix)
     for node in program.graph.nodes:
-        if node.target in comm.TARGETS:
-            fix = "leave collectives to the splitting passes, or run this pass before them"
-            raise broken(node, f"comm.{comm.TARGETS[node.target]} before anything is split", fix)
         for kind in values(node):
             if kind.layout.groups or kind.layout.partial:
                 fix = "leave placing values to the splitting passes, or run this pass before them"
@@ -221,7 +218,7 @@ def _place_of_sizes(target: object) -> int | None:
 def ragged_sizes_are_free(program: Program) -> None:
     """No argument says the size of a ragged dim: it is that of a balanced load, and other on each rank at run time."""
     for graph in program.graphs.values():
-        for node in graph.nodes:
+        for node in calls_of(graph, [target for target in called(graph) if _place_of_sizes(target) is not None]):
             place = _place_of_sizes(node.target)
             if place is None or len(node.args) <= place or not values(node):
                 continue

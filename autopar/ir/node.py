@@ -60,6 +60,7 @@ class Origin:
 
 
 _VALUES, _ORIGIN = "autopar_values", "autopar_origin"
+_NOWHERE = Origin()
 
 
 def output_node(graph: fx.Graph) -> Node:
@@ -84,7 +85,7 @@ def set_values(node: Node, *types: Value) -> None:
 
 
 def origin(node: Node) -> Origin:
-    found: Origin = node.meta.get(_ORIGIN, Origin())
+    found: Origin = node.meta.get(_ORIGIN, _NOWHERE)
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopar.errors import InvariantError
-from autopar.ir.fast_copy import copied
+from autopar.ir.fast_graph import copied
 from autopar.ir.fingerprint import Fingerprint
 from autopar.ir.layout import Layout
 from autopar.ir.loss import loss_position

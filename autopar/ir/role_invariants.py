@@ -15,8 +15,10 @@ from torch import fx
 
 from autopar.errors import InvariantError
 from autopar.ir import collectives as comm
+from autopar.ir.fast_graph import called, calls_of
 from autopar.ir.invariants import broken, is_over_the_mesh
 from autopar.ir.node import Node, output_node, values
+from autopar.ir.operator_facts import writes
 from autopar.ir.program import AnyProgram, Program
 from autopar.ir.tables import InputKind
 from autopar.mesh import Mesh
@@ -136,23 +138,23 @@ def role_graphs_are_sound(program: Program) -> None:
     """
     role = program.role
     for graph in (role.forward, role.backward, role.inference) if role is not None else ():
-        for node in graph.nodes if graph is not None else ():
-            if node.op == "call_function":
-                _check_call(node, program.mesh)
-            elif node.op not in ("placeholder", "output"):
+        if graph is None:
+            continue
+        for node in graph.nodes:
+            if node.op not in ("call_function", "placeholder", "output"):
                 raise broken(node, f"a {node.op} node ({node.target})", "write a function in its place")
-
-
-def _check_call(node: Node, mesh: Mesh) -> None:
-    if node.users and not values(node):
-        raise broken(node, f"{node.target} has no layout", "call set_values on every node that the pass creates")
-    name = comm.TARGETS.get(node.target)
-    if name is None:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            if not values(node) and node.users and node.op == "call_function":
+                fix = "call set_values on every node that the pass creates"
+                raise broken(node, f"{node.target} has no layout", fix)
+        for node in calls_of(graph, [target for target in called(graph) if writes(target)]):
             raise broken(
                 node, f"{node.target} writes into its argument", "leave writing in place to codegen/in_place.py"
             )
-        return
+        for node in comm.collectives_of(graph):
+            _check_collective(node, comm.TARGETS[node.target], program.mesh)
+
+
+def _check_collective(node: Node, name: str, mesh: Mesh) -> None:
     if not node.users:
         raise broken(node, f"nothing uses the result of comm.{name}", "erase the node with the value it was for")
     is_over_the_mesh(node, name, mesh)
@@ -165,8 +167,8 @@ def collectives_resize_as_they_say(program: Program) -> None:
     """In each graph of the role, a collective's result has the local sizes that its operand and arguments give."""
     role = program.role
     for graph in role.graphs.values() if role is not None else ():
-        for node in graph.nodes:
-            if node.target in comm.TARGETS and node.all_input_nodes:
+        for node in comm.collectives_of(graph):
+            if node.all_input_nodes:
                 _check_sizes(node, program.mesh)
 
 

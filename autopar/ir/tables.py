@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.ir.fast_copy import copied
+from autopar.ir.fast_graph import copied
 from autopar.ir.layout import Layout
 
 SUM, SAME, MIXED = "sum", "same", "mixed"  # how microbatches join an output; else the number of the dim of its rows

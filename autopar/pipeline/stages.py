@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from autopar.errors import InvariantError
+from autopar.ir.fast_graph import copied_node
 from autopar.ir.node import Node, origin, set_origin, set_values, values
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.ir.reach import ancestors
@@ -109,7 +110,7 @@ class _Stage:
             copies[node] = graph.placeholder(node.name)
         for node in needed:
             if node not in copies:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
+                copies[node] = copied_node(graph, node, copies.__getitem__)
         for node, copy in copies.items():
             set_values(copy, *values(node))
             set_origin(copy, origin(node))

@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import fx
 
+from autopar.ir.fast_graph import calls_of
 from autopar.ir.node import value
 from autopar.ir.operator_facts import is_pure
 from autopar.ir.program import Program
@@ -39,7 +40,7 @@ def sorted_ids(program: Program, ends: fx.Node, count: int) -> fx.Node | None:
     source = operand(ids) if ids.target is operator.getitem and ids.args[1] == 0 else None
     if source is not None and source.target in SORTS:
         return None if descending(source) else ids
-    sorts = [node for node in program.graph.nodes if node.target in SORTS and same_call(operand(node), ids)]
+    sorts = [node for node in calls_of(program.graph, SORTS) if same_call(operand(node), ids)]
     items = [item for sort in sorts if not descending(sort) for item in sort.users if item.args[1] == 0]
     return items[0] if items else None
 

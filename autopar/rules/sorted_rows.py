@@ -11,8 +11,8 @@ import enum
 import heapq
 import operator
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -29,7 +29,8 @@ from autopar.rules.factoring import Dims
 
 aten = torch.ops.aten
 
-SORTS = {aten.sort.default, aten.sort.stable}
+SORTS = (aten.sort.default, aten.sort.stable)
+PERMUTES = (*SORTS, aten.argsort.default)
 _SHAPE_ONLY = {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
 
 
@@ -56,7 +57,7 @@ class SortedRows:
     @classmethod
     def made_by(cls, program: Program, node: fx.Node) -> SortedRows | None:
         """The rows that ``node``, a sort or argsort of a vector, permutes; None for any other node."""
-        if node.target not in {*SORTS, aten.argsort.default} or len(value_of_operand(node).shape) != 1:
+        if node.target not in PERMUTES or len(value_of_operand(node).shape) != 1:
             return None
         return cls(program, node)
 
@@ -265,12 +266,12 @@ def is_arange(program: Program, node: fx.Node, length: int) -> bool:
     tensor = program.constants[entry.target] if entry.kind is InputKind.CONSTANT else None
     if tensor is None or isinstance(tensor, FakeTensor):
         return False
-    return bool((tensor == _arange(length)).all())
+    if node not in _ARANGES:
+        _ARANGES[node] = bool((tensor == torch.arange(length)).all())
+    return _ARANGES[node]
 
 
-@lru_cache(maxsize=2)  # each layer of experts asks for the rows of one batch
-def _arange(length: int) -> torch.Tensor:
-    return torch.arange(length)
+_ARANGES: WeakKeyDictionary[fx.Node, bool] = WeakKeyDictionary()  # each layer of experts asks for the rows of one batch
 
 
 SPECIAL: dict[Any, Callable[[SortedRows, fx.Node], bool]] = {

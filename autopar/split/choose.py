@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -81,13 +82,17 @@ class Edge:
     pinned: bool  # a split value must be used as it is split: it is never gathered
 
 
+Produced = tuple[Placement, ...]  # by a variable, per choice
+Required = tuple[frozenset[Placement], ...]  # of one operand, per choice
+
+
 @dataclass
 class _Variable:
-    """One variable of the cost model, as its neighbours see it: the placements it produces and those it requires."""
+    """One variable of the cost model, as its neighbours see it: what it produces, and what it requires of operands."""
 
     number: int
-    produced: list[tuple[Placement, ...]]  # per choice, the placement of each output
-    required: list[dict[Key, frozenset[Placement]]]  # per choice, the placements required of each operand
+    domain: list[Strategy]
+    required: dict[Key, Required]
 
 
 def choose(flow: Flow, policy: Policy) -> Choice:
@@ -103,7 +108,8 @@ class _Chooser:
         self.pinned = flow.program.pins.choices.get(policy.axis, {})
         self.consumers: dict[Key, list[_Variable]] = {}
         self.types: dict[Key, Value] = {}
-        self.hubs: dict[Key, tuple[int, tuple[frozenset[Placement], ...]]] = {}  # variables of values, and their sets
+        self.hubs: dict[Key, tuple[int, Required]] = {}  # variables of values, and their sets
+        self.known = _Known()
 
     def run(self) -> Choice:
         program = self.flow.program
@@ -124,23 +130,19 @@ class _Chooser:
 
     def _register(self, owner: Any, domain: list[Strategy], operands: Iterable[fx.Node], costs: list[float]) -> None:
         keys = [key_of(node) for node in operands]
-        gradient = [values(node)[0].requires_grad for node in operands]
-        required = []
-        for strategy in domain:
-            wanted: dict[Key, frozenset[Placement]] = {}
-            for key, placement, flows in zip(keys, strategy.inputs, gradient):
-                wanted[key] = wanted.get(key, frozenset()) | {normalised(placement, flows)}
-            required.append(wanted)
-        variable = _Variable(self.model.variable(len(domain)), [s.outputs for s in domain], required)
+        gradient = tuple([values(node)[0].requires_grad for node in operands])
+        first = tuple(map(keys.index, keys))  # for each operand, the one that is the same value
+        required = {keys[place]: wanted for place, wanted in self.known.required(domain, first, gradient).items()}
+        variable = _Variable(self.model.variable(len(domain)), domain, required)
         self.variables[owner], self.domains[owner] = variable, domain
         self.model.add([variable.number], self._as_pinned(owner, domain, costs))
-        for key in dict.fromkeys(keys):
+        for key in required:
             self.consumers.setdefault(key, []).append(variable)
 
     def _as_pinned(self, owner: Any, domain: list[Strategy], costs: list[float]) -> list[float]:
         """``costs``, with which another program's choice is kept wherever that is possible."""
         pinned = self.pinned.get(owner.name) if isinstance(owner, fx.Node) else None
-        labels = [_label(strategy) for strategy in domain]
+        labels = self.known.labels(domain) if pinned is not None else []
         if pinned not in labels:
             return costs
         return [cost + OTHERWISE * (label != pinned) for label, cost in zip(labels, costs)]
@@ -153,12 +155,10 @@ class _Chooser:
         self._register(node, [Strategy(str(p), (), (p,)) for p in placements], (), costs)
 
     def _add_call(self, call: fx.Node) -> None:
-        factoring, types = self.flow.factorings[call], values(call)
-        for index, value in enumerate(types):
+        for index, value in enumerate(values(call)):
             self.types[call, index] = value
-        possible = distinct([*factoring.unsplit(self.flow.calls[call]), *self.flow.parts.get(call, {}).values()], types)
-        domain = self.policy.allowed(self.flow, call, possible)
-        work = work_of(factoring, self.flow.calls[call])
+        domain = self.known.one_of(self.policy.allowed(self.flow, call, self.known.possible(self.flow, call)))
+        work = work_of(self.flow.factorings[call], self.flow.calls[call])
         costs = [work * s.share + 1e-12 * i + PENDING * (s.label == "partial") for i, s in enumerate(domain)]
         self._register(call, domain, self.flow.calls[call].operands, costs)
 
@@ -178,20 +178,19 @@ class _Chooser:
         value = self.types[key]
         pinned = not self.policy.may_gather(self.flow, key)
         edge = Edge(_bytes(self.flow, value), value.requires_grad, self.flow.ways, pinned)
-        produced = tuple(normalised(placements[key[1]], edge.gradient) for placements in producer.produced)
+        produced = self.known.produced(producer.domain, key[1], edge.gradient)
         if set(produced) == {INVARIANT} and not edge.gradient:
             return  # whole and without gradient: every conversion is free
         if len(consumers) == 1:
-            required = tuple(needed[key] for needed in consumers[0].required)
-            self.model.add((producer.number, consumers[0].number), _table(produced, required, edge))
+            required = consumers[0].required[key]
+            self.model.add((producer.number, consumers[0].number), self.known.table(produced, required, edge))
             return
-        placements = {placement for consumer in consumers for needed in consumer.required for placement in needed[key]}
-        sets = _placement_sets(placements, {needed[key] for consumer in consumers for needed in consumer.required})
+        sets = self.known.sets([consumer.required[key] for consumer in consumers])
         hub = self.model.variable(len(sets))
         self.hubs[key] = hub, sets
-        self.model.add((producer.number, hub), _table(produced, sets, edge))
+        self.model.add((producer.number, hub), self.known.table(produced, sets, edge))
         for consumer in consumers:
-            self.model.add((hub, consumer.number), _covers(sets, tuple(needed[key] for needed in consumer.required)))
+            self.model.add((hub, consumer.number), self.known.covers(sets, consumer.required[key]))
 
     def _wanted(self, node: fx.Node) -> Hashable:
         """What a plan, or another program, wants of ``node``: it is wanted of this block, and of no other."""
@@ -227,7 +226,7 @@ class _Chooser:
                 where = tuple(slice(None) if v == variable.number else picked[v] for v in scope)
                 totals += table[where]
             least = totals[picked[variable.number]]
-            labels = [_label(strategy) for strategy in self.domains[owner]]
+            labels = self.known.labels(self.domains[owner])
             others = {
                 label: ("not possible here" if extra > BIG / 2 else float(extra))
                 for i, (label, extra) in enumerate(zip(labels, totals - least))
@@ -235,6 +234,88 @@ class _Chooser:
             }
             decisions[owner.name] = Decision(labels[picked[variable.number]], others)
         return decisions
+
+
+class _Known:
+    """What was worked out for one call, for those like it: all by ids, of what is held in here.
+
+    Equal calls, as the layers of a model have, share a factoring and its strategies. To compare all that their domains
+    and tables are made of takes longer than all else that is asked of them.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Any] = {}
+        self._held: list[Any] = []
+
+    def _once(self, key: Any, held: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+            self._held.append(held)
+        return self._made[key]
+
+    def possible(self, flow: Flow, call: fx.Node) -> list[Strategy]:
+        """The strategies of ``call``, of which its policy allows some."""
+        factoring, parts = flow.factorings[call], list(flow.parts.get(call, {}).values())
+        looks = tuple([(value.requires_grad, value.dtype) for value in values(call)])
+        key = "possible", id(factoring), tuple(map(id, parts)), looks
+
+        def make() -> list[Strategy]:
+            return distinct([*factoring.unsplit(flow.calls[call]), *parts], values(call))
+
+        found: list[Strategy] = self._once(key, (factoring, parts), make)
+        return found
+
+    def one_of(self, domain: list[Strategy]) -> list[Strategy]:
+        """The first list of these strategies."""
+        found: list[Strategy] = self._once(("domain", *map(id, domain)), domain, lambda: domain)
+        return found
+
+    def labels(self, domain: list[Strategy]) -> list[str]:
+        """In the words of decisions."""
+        found: list[str] = self._once(("labels", id(domain)), domain, lambda: list(map(_label, domain)))
+        return found
+
+    def required(
+        self, domain: list[Strategy], first: tuple[int, ...], gradient: tuple[bool, ...]
+    ) -> dict[int, Required]:
+        """For each operand, those that are the same value together, the placements that each choice requires of it.
+
+        ``first``: for each operand the first one that is the same value; ``gradient``: whether one flows to it.
+        """
+
+        def make() -> dict[int, Required]:
+            found: dict[int, Required] = {}
+            for place, (one, flows) in enumerate(zip(first, gradient)):
+                wanted = tuple(frozenset((normalised(strategy.inputs[place], flows),)) for strategy in domain)
+                found[one] = tuple(map(operator.or_, found[one], wanted)) if one in found else wanted
+            return found
+
+        made: dict[int, Required] = self._once(("required", id(domain), first, gradient), domain, make)
+        return made
+
+    def produced(self, domain: list[Strategy], index: int, gradient: bool) -> Produced:
+        """The placements that the choices give an output."""
+        key = "produced", id(domain), index, gradient
+        make = lambda: tuple(normalised(strategy.outputs[index], gradient) for strategy in domain)  # noqa: E731
+        found: Produced = self._once(key, domain, make)
+        return found
+
+    def sets(self, required: Sequence[Required]) -> Required:
+        """The sets of placements in which a value may be held of which its consumers require these."""
+        key = "sets", *map(id, required)
+        make = lambda: _placement_sets({needed for each in required for needed in each})  # noqa: E731
+        found: Required = self._once(key, required, make)
+        return found
+
+    def table(self, produced: Produced, required: Required, edge: Edge) -> Table:
+        key = "table", id(produced), id(required), edge
+        found: Table = self._once(key, (produced, required), lambda: _table(produced, required, edge))
+        return found
+
+    def covers(self, sets: Required, required: Required) -> Table:
+        key = "covers", id(sets), id(required)
+        found: Table = self._once(key, (sets, required), lambda: _covers(sets, required))
+        return found
 
 
 def _label(strategy: Strategy) -> str:
@@ -266,22 +347,21 @@ def _bytes(flow: Flow, value: Value) -> int:
     return math.prod(value.layout.local_shape(flow.program.mesh)) * value.dtype.itemsize
 
 
-def _placement_sets(
-    placements: set[Placement], required: set[frozenset[Placement]]
-) -> tuple[frozenset[Placement], ...]:
+def _placement_sets(required: set[frozenset[Placement]]) -> Required:
     """The sets of placements in which a value may be held: those required, and unions of two or three of them."""
+    placements = frozenset[Placement]().union(*required)
     largest = 3 if len(required) <= 6 else 2
     sets: dict[frozenset[Placement], None] = {}
     for count in range(1, largest + 1):
         for group in itertools.combinations(sorted(required, key=lambda s: (len(s), sorted(map(str, s)))), count):
             sets[frozenset().union(*group)] = None
     if len(placements) <= 4:
-        sets[frozenset(placements)] = None
+        sets[placements] = None
     return tuple(sets)
 
 
 @lru_cache(maxsize=4096)
-def _table(produced: tuple[Placement, ...], required: tuple[frozenset[Placement], ...], edge: Edge) -> Table:
+def _table(produced: Produced, required: Required, edge: Edge) -> Table:
     def cost(source: Placement, needed: frozenset[Placement]) -> float:
         if edge.pinned and isinstance(source, Split) and needed != {source}:
             return BIG
@@ -291,5 +371,5 @@ def _table(produced: tuple[Placement, ...], required: tuple[frozenset[Placement]
 
 
 @lru_cache(maxsize=4096)
-def _covers(sets: tuple[frozenset[Placement], ...], required: tuple[frozenset[Placement], ...]) -> Table:
+def _covers(sets: Required, required: Required) -> Table:
     return np.array([[0.0 if needed <= have else BIG for needed in required] for have in sets])

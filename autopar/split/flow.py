@@ -55,7 +55,7 @@ class Flow:
     fixed: frozenset[fx.Node] = frozenset()  # constants and what is made of them: cut at no cost, for each user anew
     further: dict[fx.Node, dict[Part, None]] = field(default_factory=dict)  # parts that only the second spread found
     # equal calls, as the layers of a model have, share a factoring, which ``factorings`` keeps alive
-    _carriers: dict[tuple[int, Dims, Split], tuple[Part | None, Strategy | None]] = field(default_factory=dict)
+    _carriers: dict[tuple[int, int, Split], tuple[Part | None, Strategy | None]] = field(default_factory=dict)
 
     @cached_property
     def parameter_elements(self) -> int:
@@ -107,7 +107,7 @@ class Flow:
 
     def _carrier(self, factoring: Factoring, dims: Dims, split: Split) -> tuple[Part | None, Strategy | None]:
         """The part of an operator to which a split of one of its tensors belongs, and the strategy that splits it."""
-        key = id(factoring), dims, split
+        key = id(factoring), id(dims), split
         if key not in self._carriers:
             part = factoring.part_of(dims, split, self.ways)
             self._carriers[key] = part, None if part is None else factoring.strategy(part, self.ways)

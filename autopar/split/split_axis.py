@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from autopar.ir import collectives as comm
-from autopar.ir.layout import Layout, Partial, Placement, Split
+from autopar.ir.fast_graph import copied_node, created
+from autopar.ir.layout import Layout, Partial, Placement, Split, Whole
 from autopar.ir.node import Value, origin, set_origin, set_values, value, values
 from autopar.ir.program import Program
 from autopar.ir.tables import Decision
@@ -75,6 +76,7 @@ class _Rewriter:
         self.required: dict[Key, set[Placement]] = {}
         self.axis_indices: dict[str, fx.Node] = {}
         self.current: fx.Node | None = None
+        self.types: dict[tuple[Value, Placement], Value] = {}
         self.renamed: dict[str, str] = {}  # name of a call -> of what a rule has written in its place
 
     def run(self) -> fx.Graph:
@@ -103,7 +105,12 @@ class _Rewriter:
         self.required.setdefault(key_of(operand), set()).add(normalised(placement, flows))
 
     def placed(self, before: Value, placement: Placement) -> Value:
-        return replace(before, layout=before.layout.place(self.axis, placement, self.mesh))
+        if isinstance(placement, Whole):
+            return before
+        key = before, placement  # as equal blocks have them: the types of the new graph are shared
+        if key not in self.types:
+            self.types[key] = replace(before, layout=before.layout.place(self.axis, placement, self.mesh))
+        return self.types[key]
 
     def _hold(self, key: Key, node: fx.Node, before: Value, produced: Placement) -> None:
         produced = normalised(produced, before.requires_grad)
@@ -152,8 +159,8 @@ class _Rewriter:
     def emit(
         self, target: Any, args: tuple[Any, ...], *types: Value, kwargs: Mapping[str, Any] | None = None
     ) -> fx.Node:
-        name = getattr(target, "_opname", getattr(target, "__name__", None))
-        node = self.graph.create_node("call_function", target, args, dict(kwargs or {}), name)
+        name: str = getattr(target, "_opname", None) or target.__name__
+        node = created(self.graph, "call_function", target, args, dict(kwargs or {}), name)
         set_values(node, *types)
         if self.current is not None and self.current.op != "placeholder":
             set_origin(node, origin(self.current))
@@ -161,7 +168,7 @@ class _Rewriter:
 
     def _placeholder(self, node: fx.Node) -> None:
         placement = self.choice.placeholders[node]
-        copied = self.graph.node_copy(node)
+        copied = copied_node(self.graph, node, lambda source: source)
         set_values(copied, self.placed(value(node), placement))
         self._hold((node, 0), copied, value(node), placement)
 
@@ -175,7 +182,7 @@ class _Rewriter:
             args, kwargs = factoring.localize(call, strategy, shapes, self.ways)
         placements = iter([self._in_placement(operand, p) for operand, p in zip(call.operands, strategy.inputs)])
         args, kwargs = fx.node.map_arg((args, kwargs), lambda n: next(placements))
-        new = self.graph.create_node("call_function", node.target, args, kwargs, node.name)  # type: ignore[arg-type]
+        new = created(self.graph, "call_function", node.target, args, kwargs, node.name)
         set_values(new, *types)
         set_origin(new, origin(node))
         rewrite = factoring.rewrites.get(strategy.part.factor) if strategy.part else None
