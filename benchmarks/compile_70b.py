@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -103,16 +104,19 @@ def compilation(model: nn.Module, batch: dict[str, Tensor], layers: int, mesh: M
     """Compile ``model`` in this process, which has compiled nothing yet, step by step."""
     from autopar.frontend.trace import trace
     from autopar.ir.collection import no_collection
-    from autopar.ir.graph_pass import run_phases, steps_of
+    from autopar.ir.graph_pass import Phase, run_phases
     from autopar.passes import COMPILER
 
     warnings.filterwarnings("ignore")
     found = Compilation(layers, str(mesh), baseline_mb=_peak_mb())
-    start = time.perf_counter()
-    with no_collection():  # as in compile_program
-        program = _timed(found, "trace", lambda: trace(model, (), batch, mesh, plan))
-        for _, step in steps_of(COMPILER):
-            program = _timed(found, step.name, partial(run_phases, program, COMPILER, step.name, step.name))
+    start, run = time.perf_counter(), Phase.run
+
+    def timed(phase: Phase, step: Any, program: AnyProgram, **how: Any) -> Any:
+        return _timed(found, step.name, partial(run, phase, step, program, **how))
+
+    with no_collection(), mock.patch.object(Phase, "run", timed):  # as in compile_program
+        program: AnyProgram = _timed(found, "trace", lambda: trace(model, (), batch, mesh, plan))
+        program = run_phases(program, COMPILER, since=COMPILER[0].passes[0].name)
     code = _timed(found, "emit", lambda: _emitted(program))
     found.clock_seconds, found.peak_mb = time.perf_counter() - start, _peak_mb()
     for part in program.parts:

@@ -32,7 +32,6 @@ from torch import fx
 from autopar import operators
 from autopar.errors import AutoparError
 from autopar.ir.builder import Builder
-from autopar.ir.fast_graph import calls_of
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.invariants import nothing_is_placed
 from autopar.ir.layout import Layout
@@ -42,17 +41,19 @@ from autopar.ir.rewrite import add_constants, substitute
 from autopar.ir.tables import Input, InputKind
 
 aten = torch.ops.aten
-ATTENTION = aten.scaled_dot_product_attention.default
 
 Draw = Callable[[fx.Node, fx.Node, int, list[fx.Node]], None]  # (what draws, seed, salt, positions of each dim)
 
 
-@graph_pass(requires=(nothing_is_placed,), when=lambda program: bool(_drawing(program.graph)))
+@graph_pass(requires=(nothing_is_placed,))
 def draw_dropout(program: Program) -> Program:
-    for node in _drawing(program.graph):
-        if node.target is ATTENTION:
-            program = _write_out(program, node)
-    drawn = _drawing(program.graph)
+    graph = program.graph
+    attentions = [n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default and _p(n) > 0]
+    for node in attentions:
+        program = _write_out(program, node)
+    drawn = [n for n in graph.nodes if n.target in DRAWN]
+    if not drawn:
+        return program
     sizes = {size for node in drawn for size in value(node).shape}
     ranges = {f"0_to_{size}": (torch.arange(size), Origin()) for size in sorted(sizes)}
     program, positions = add_constants(program, ranges)
@@ -62,10 +63,6 @@ def draw_dropout(program: Program) -> Program:
             raise AutoparError(f"{node.target} of a single number at {origin(node).source} is not supported")
         DRAWN[node.target](node, seed, salt, [positions[f"0_to_{size}"] for size in value(node).shape])
     return program
-
-
-def _drawing(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in calls_of(graph, (ATTENTION, *DRAWN)) if node.target is not ATTENTION or _p(node) > 0]
 
 
 def _p(node: fx.Node) -> float:

@@ -68,7 +68,6 @@ import torch
 from torch import fx
 
 from autopar.ir.builder import Builder
-from autopar.ir.fast_graph import called, calls_of
 from autopar.ir.graph_pass import graph_pass
 from autopar.ir.invariants import nothing_is_placed
 from autopar.ir.node import value
@@ -77,16 +76,15 @@ from autopar.ir.rewrite import substitute
 from autopar.mesh import DATA_AXES, Mesh
 
 aten = torch.ops.aten
-NORM = aten._native_batch_norm_legit_functional.default
 
 
 @graph_pass(
     requires=(nothing_is_placed,),
-    when=lambda program: any(program.mesh.size(axis) > 1 for axis in DATA_AXES) and NORM in called(program.graph),
+    when=lambda program: any(program.mesh.size(axis) > 1 for axis in DATA_AXES),
 )
 def synchronise_batch_norm(program: Program) -> Program:
-    for node in calls_of(program.graph, [NORM]):
-        if node.args[5]:
+    for node in list(program.graph.nodes):
+        if node.target is aten._native_batch_norm_legit_functional.default and node.args[5]:
             _write_out(program.graph, node, program.mesh)
     return program
 

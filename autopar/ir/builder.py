@@ -11,7 +11,7 @@ device). New nodes have the origin of the node that they are next to.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,8 @@ from autopar.ir.text import operator_name
 from autopar.mesh import Mesh
 
 META = torch.device("meta")
+MOST_TYPES = 4096  # that are remembered
+_TYPES: dict[Any, tuple[Value, ...]] = {}  # of calls in the graphs of ranks: layers and stages have equal ones
 
 
 class Builder:
@@ -117,8 +119,33 @@ class Builder:
             return (values(source)[position],)
         if self._mesh is None:
             _check_whole(node)
-        types = tuple(types_of(node, self._run(node)))
-        return types if self._mesh is None else tuple(replace(kind, requires_grad=False) for kind in types)
+            return tuple(types_of(node, self._run(node)))
+        key = node.target, *self._looks(node.args), *self._looks(node.kwargs)
+        if key not in _TYPES:
+            found = types_of(node, self._run(node))
+            if len(_TYPES) >= MOST_TYPES:
+                _TYPES.clear()
+            _TYPES[key] = tuple(replace(kind, requires_grad=False) for kind in found)
+        return _TYPES[key]
+
+    def _looks(self, item: Any) -> Iterator[Any]:
+        """What determines the type of a result in the graph of a rank: equal for equal arguments only."""
+        if isinstance(item, fx.Node):
+            yield fx.Node
+            for kind in values(item):
+                yield self._sizes(kind)
+                yield kind.dtype
+        elif isinstance(item, (tuple, list)):
+            yield len(item)
+            for part in item:
+                yield from self._looks(part)
+        elif isinstance(item, dict):
+            for name, part in item.items():
+                yield name
+                yield from self._looks(part)
+        else:
+            yield type(item)
+            yield item
 
     def _run(self, node: fx.Node) -> Any:
         """The result of the operator, without elements."""

@@ -297,6 +297,12 @@ def arguments_of(node: fx.Node) -> Arguments:
     return {name: given[name] for name in argument_names(node.target) if name in given}
 
 
+def axis_of(node: fx.Node) -> str:
+    """The axis of the mesh, or several, over which a collective in a graph runs."""
+    place = argument_names(node.target).index("axis")
+    return str(node.args[place] if place < len(node.args) else node.kwargs["axis"])
+
+
 def dual_of(name: str, arguments: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
     """The dual of ``name`` and its arguments; both lists of arguments are without the tensor."""
     row = COLLECTIVES[name]
@@ -317,7 +323,7 @@ def does_nothing(target: Any, args: Sequence[Any], mesh: Mesh) -> bool:
 
 def axes_over(node: fx.Node) -> frozenset[str]:
     """The axes of the mesh over which a collective in a graph runs."""
-    return frozenset(axes_of(str(arguments_of(node)["axis"])))
+    return frozenset(axes_of(axis_of(node)))
 
 
 def axes_used(graphs: Iterable[fx.Graph]) -> list[str]:

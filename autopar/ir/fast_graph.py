@@ -48,8 +48,9 @@ def copied(graph: fx.Graph) -> fx.Graph:
         made = fx.Node(new, node.name, node.op, node.target, args, kwargs, node.type)
         copy_meta(made, node)
         new._insert(made)
-        operators[node.op, node.target if node.op == "call_function" else None][made] = None
         copies[node] = made
+    for key, known in graph._find_nodes_lookup_table.table.items():  # type: ignore[attr-defined]
+        operators[key] = {copies[node]: None for node in known}
     new._len = len(copies)
     names, old = new._graph_namespace, graph._graph_namespace  # type: ignore[attr-defined]
     names._used_names, names._base_count = copy.copy(old._used_names), copy.copy(old._base_count)
@@ -75,7 +76,7 @@ def is_sound(graph: fx.Graph) -> bool:
     seen: set[fx.Node] = set()
     names: set[str] = set()
     for node in graph.nodes:
-        if node.graph is not graph or not seen.issuperset(node.all_input_nodes):
+        if node.graph is not graph or not seen.issuperset(node._input_nodes):
             return False
         seen.add(node)
         names.add(node.name)

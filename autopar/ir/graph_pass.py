@@ -17,8 +17,9 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ Condition = Callable[[AnyProgram], bool]
 
 @dataclass(frozen=True)
 class Pass(Generic[Before, After]):
-    """A named step of the compiler. Calling it runs it on a copy and checks its contracts.
+    """A named step of the compiler. Calling it runs it, on a copy unless told otherwise, and checks its contracts.
 
     Nearly all passes take a program and give one. ``cut_stages`` turns it into a pipelined one, ``differentiate`` takes
     either, ``schedule_microbatches`` takes pipelined ones.
@@ -75,20 +76,23 @@ class Pass(Generic[Before, After]):
         text = " ".join((sys.modules[self.rewrite.__module__].__doc__ or "").split("\n\n")[0].split())
         return text.partition(". ")[0].rstrip(".:")
 
-    def __call__(self, program: Before) -> Before | After:
+    def __call__(self, program: Before, *, is_own: bool = False) -> Before | After:
         """The program after this pass; ``program`` itself is left as it is, and not copied if the pass is not needed.
 
+        ``is_own``: nobody else has ``program``, which need not be left as it is, and is not copied.
         Raises InvariantError for a broken contract, and whatever the pass itself raises.
         """
         if not self.when(program):
             return replace(program, passes=(*program.passes, self.name))
         _hold(self.requires, program, f"required by pass {self.name}")
-        own: Any = program.clone() if self.copies else program
+        own: Any = program.clone() if self.copies and not is_own else program
         result: Any = self.rewrite(own)
         if not isinstance(result, AnyProgram):
             raise InvariantError(f"pass {self.name} returned {type(result).__name__}\nLikely fix: return the program")
+        kept = () if self.copies else program.graphs.values()
         for graph in result.graphs.values():
-            _lint(graph)
+            if not any(graph is one for one in kept):
+                _lint(graph)
         _hold(self.ensures, result, f"broken by pass {self.name}")
         return cast(After, replace(result, passes=(*program.passes, self.name)))
 
@@ -129,14 +133,18 @@ class Level:
     contracts: tuple[Contract, ...] = ()
     of_stages: tuple[Contract, ...] = ()
 
-    def check(self, program: AnyProgram, step: str) -> None:
-        """Check all contracts. Raises InvariantError with the broken contract, the stage, and ``step`` as the cause."""
+    def check(self, program: AnyProgram, step: str, kept: Collection[Program] = ()) -> None:
+        """Check all contracts. Raises InvariantError with the broken contract, the stage, and ``step`` as the cause.
+
+        ``kept``: stages that are as they were when these contracts were checked.
+        """
         said = f"of a {self.name} program, broken by {step}"
         if isinstance(program, Program):
             _hold(self.contracts, program, said)
             return
         for number, stage in enumerate(program.stages):
-            _hold(self.contracts, stage, f"of stage {number} {said}")
+            if not any(stage is one for one in kept):
+                _hold(self.contracts, stage, f"of stage {number} {said}")
         _hold(self.of_stages, program, said)
 
 
@@ -163,17 +171,27 @@ class Phase:
     level: Level = UNCHECKED
     each_stage: bool = False
 
-    def run(self, step: Pass[Any, Any], program: AnyProgram) -> AnyProgram:
-        """``program`` after ``step`` of this phase. Raises the errors of the pass, and InvariantError for contracts."""
-        parts: tuple[AnyProgram, ...] = (program,)
+    def needs(self, step: Pass[Any, Any], program: AnyProgram) -> bool:
+        """Whether ``step`` of this phase does something to ``program``."""
+        return any(map(step.when, program.parts)) if self.each_stage else step.when(program)
+
+    def run(
+        self, step: Pass[Any, Any], program: AnyProgram, *, is_own: bool = False, checked: Level = UNCHECKED
+    ) -> AnyProgram:
+        """``program`` after ``step`` of this phase. Raises the errors of the pass, and InvariantError for contracts.
+
+        ``is_own``: nobody else has ``program``, which need not be left as it is. ``checked``: its level, where its
+        contracts are known to hold.
+        """
+        is_needed = self.needs(step, program)
         if self.each_stage and isinstance(program, PipelinedProgram):
-            parts = program.stages
-            stages = tuple(step(stage) for stage in program.stages)
+            stages = tuple(step(stage, is_own=is_own) for stage in program.stages)
             after: AnyProgram = replace(program, stages=stages, passes=(*program.passes, step.name))
         else:
-            after = step(program)
-        if any(step.when(part) for part in parts):
-            self.level.check(after, f"pass {step.name}")
+            after = step(program, is_own=is_own)
+        if is_needed:
+            kept = program.parts if not step.copies and {*self.level.contracts} <= {*checked.contracts} else ()
+            self.level.check(after, f"pass {step.name}", kept)
         return after
 
 
@@ -204,21 +222,33 @@ def run_phases(
     Raises ValueError for an unknown pass.
     """
     steps, dumped = steps_of(phases, since, until), _dumped(phases)
+    start, is_own, checked = program, False, UNCHECKED
     if since is None and phases:
         phases[0].level.check(program, TRACE)
     with no_collection(), _as_usual():
-        for phase, step in steps:
+        for number, (phase, step) in enumerate(steps):
             try:
-                after = phase.run(step, program)
+                holds = phase.level if phase.needs(step, program) else checked
+                after = phase.run(step, program, is_own=is_own and step.name not in dumped, checked=checked)
             except (AutoparError, ValueError) as error:
-                error.add_note(_keep_evidence(program, step))
+                error.add_note(_keep_evidence(_again(start, steps[:number]) if is_own else program, step))
                 raise
             except Exception as error:
-                note = _keep_evidence(program, step)
+                note = _keep_evidence(_again(start, steps[:number]) if is_own else program, step)
                 raise AutoparError(f"{type(error).__name__} in pass {step.name}: {error}\n{note}") from error
             if step.name in dumped:
                 print(f"# {step.name}: {count_difference(program, after)}\n{after}\n", file=sys.stderr)
-            program = after
+            program, checked = after, holds
+            is_own = {*map(id, start.graphs.values())}.isdisjoint(map(id, program.graphs.values()))
+    return program
+
+
+def _again(program: AnyProgram, steps: Iterable[tuple[Phase, Pass[Any, Any]]]) -> AnyProgram:
+    """``program`` after ``steps`` once more: a pass that failed may have left half of what it got."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all has been said
+        for phase, step in steps:
+            program = phase.run(step, program)
     return program
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -49,6 +49,7 @@ def collectives(program: Program) -> Iterator[tuple[Node, str]]:
         yield node, comm.TARGETS[node.target]
 
 
+@lru_cache(maxsize=4096)  # the layers of a model have the same layouts, and each is checked after each pass
 def state(layout: Layout, axis: str) -> str:
     """``whole``, ``split`` or ``partial``: the state of ``layout`` on ``axis``, which may be several merged to one.
 
@@ -155,6 +156,8 @@ def layouts_fit_the_mesh(program: Program) -> None:
 
 def fits_the_mesh(node: Node, what: str, group: str, mesh: Mesh) -> None:
     """Raise InvariantError unless ``group`` names, in normal form, an axis of ``mesh`` or several."""
+    if _is_normal(group, mesh):
+        return
     missing = next((axis for axis in axes_of(group) if axis not in mesh.names), None)
     if missing is not None:
         raise broken(node, f"{what} axis '{missing}', {mesh} has none", "use axes of program.mesh")
@@ -167,9 +170,17 @@ def fits_the_mesh(node: Node, what: str, group: str, mesh: Mesh) -> None:
         raise broken(node, written, "take the name from program.mesh.merged(axes)")
 
 
+@lru_cache(maxsize=1024)
+def _is_normal(group: str, mesh: Mesh) -> bool:
+    try:
+        return set(axes_of(group)) <= set(mesh.names) and group == mesh.merged([group])
+    except ValueError:
+        return False
+
+
 def is_over_the_mesh(node: Node, name: str, mesh: Mesh) -> None:
     """Raise InvariantError unless a collective is over an axis of ``mesh``. A rank may note its load alone."""
-    axis = str(comm.arguments_of(node)["axis"])
+    axis = comm.axis_of(node)
     if name != "tally" or mesh.size(axis) > 1:
         fits_the_mesh(node, f"comm.{name} is over", axis, mesh)
 
@@ -220,7 +231,7 @@ def ragged_sizes_are_free(program: Program) -> None:
     for graph in program.graphs.values():
         for node in calls_of(graph, [target for target in called(graph) if _place_of_sizes(target) is not None]):
             place = _place_of_sizes(node.target)
-            if place is None or len(node.args) <= place or not values(node):
+            if place is None or len(node.args) <= place or not any(kind.layout.ragged for kind in values(node)[:1]):
                 continue
             sizes = node.args[place]
             for dim, factors in enumerate(values(node)[0].layout.dims):

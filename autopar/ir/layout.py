@@ -196,7 +196,7 @@ class Layout:
         found: tuple[int, ...] = known[1]
         return found
 
-    @property
+    @cached_property
     def ragged(self) -> bool:
         """Whether the ranks have parts of sizes that they know at run time only."""
         return any(factor.ragged for dim in self.dims for factor in dim)

@@ -6,9 +6,8 @@ See ``invariants.py`` for the others. For a program without a role, only the fir
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -181,14 +180,14 @@ def _check_sizes(node: Node, mesh: Mesh) -> None:
             return _Operand(sizes, dtype)
         return tuple(item) if isinstance(item, list) else item
 
-    result = _result_sizes(node.target, tuple(map(operand, comm.arguments_of(node).values())))
+    given = comm.arguments_of(node).values() if node.kwargs else node.args
+    result = _result_sizes(node.target, tuple(map(operand, given)))
     if result != _type(node, mesh)[0][0]:
         problem = f"comm.{comm.TARGETS[node.target]} of {list(shape)} gives {list(result)}, not {_text(node, mesh)}"
         raise broken(node, problem, "give ways, dim and length that fit the operand, or the result its type")
 
 
-@dataclass(frozen=True)
-class _Operand:
+class _Operand(NamedTuple):
     sizes: tuple[int, ...]
     dtype: torch.dtype
 
