@@ -13,19 +13,19 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from autopar.frontend.equal_blocks import AGAIN, BEGINS, ENDS, BlocksDiffer
+from autopar.frontend.equal_blocks import AGAIN, BEGINS, ENDS, BlocksDiffer, looks_like
 from autopar.ir.arguments import flat_arguments
 from autopar.ir.fast_graph import copied_node
-from autopar.ir.node import copy_traced, traced_modules, traced_value
+from autopar.ir.node import copy_meta, copy_traced, set_traced_value, traced_modules, traced_value
 from autopar.ir.operator_facts import is_composite, is_overload, writes
 
 Node = fx.Node
@@ -52,8 +52,53 @@ class _Region:
         return tuple(given)
 
 
-def write_out_blocks(exported: ExportedProgram) -> None:
-    """Leave none of the operators of ``equal_blocks`` in the graph.
+def leave_out_partners(exported: ExportedProgram) -> dict[int, int]:
+    """Let an operator stand for each block that was traced to be compared with the one behind it, if they are equal.
+
+    Gives the number of that other one, which is proven then (:func:`write_out_blocks`), with the number of the first.
+    Only where the graph may be decomposed before the blocks are written out (:func:`writes_within_blocks`): equal calls
+    are decomposed alike.
+    """
+    graph, regions, proven = exported.graph, _regions(exported.graph), dict[int, int]()
+    for node in [node for node in graph.nodes if node.target is AGAIN]:
+        number, like = cast(tuple[int, int], node.args[1:])
+        partner = _partner(regions, like, {})  # with no constants of their own
+        if like in proven or partner is None or any(map(_leaves_something, (regions[partner], regions[like]))):
+            continue
+        if not {*regions[partner].inner}.issuperset(regions[partner].given):
+            continue
+        looks_like(partner, number)
+        _leave_out(regions.pop(partner), partner, like)
+        proven[like] = partner
+    return proven
+
+
+def _partner(regions: Mapping[int, _Region], like: int, constants: Mapping[str, Tensor]) -> int | None:
+    """The last block in front of one that is equal."""
+    numbers = list(regions)
+    earlier = reversed(numbers[: numbers.index(like)])
+    return next((number for number in earlier if _is_equal(regions[number], regions[like], constants)), None)
+
+
+def _leave_out(region: _Region, number: int, like: int) -> None:
+    """A ``block_again`` in place of ``region``."""
+    graph = region.begin.graph
+    with graph.inserting_before(region.begin):
+        again = graph.call_function(AGAIN, (list(region.taken), number, like))
+        copy_meta(again, region.begin)
+        set_traced_value(again, [traced_value(made) for made in region.given])
+        items = {made: graph.call_function(operator.getitem, (again, n)) for n, made in enumerate(region.given)}
+    for made, item in items.items():
+        copy_meta(item, made)
+        made.replace_all_uses_with(item, lambda user: user is not region.end and user not in region.inner)
+    for node in (region.end, *reversed(region.inner), region.begin):
+        graph.erase_node(node)
+    for made, item in items.items():
+        item.name = made.name  # which the signature may know
+
+
+def write_out_blocks(exported: ExportedProgram, known: Collection[int] = ()) -> None:
+    """Leave none of the operators of ``equal_blocks`` in the graph; ``known``: blocks that are proven already.
 
     Raises BlocksDiffer where two blocks that were taken for alike came out with other calls, or where an operator
     cannot be reached.
@@ -61,14 +106,11 @@ def write_out_blocks(exported: ExportedProgram) -> None:
     graph = exported.graph
     regions = _regions(graph)
     constants = _constants(exported)
-    numbers = list(regions)
-    proven: set[int] = set()
+    proven = {*known}
     for node in [node for node in graph.nodes if node.target is AGAIN]:
         like: Any = node.args[2]
         if like not in proven:
-            earlier = numbers[: numbers.index(like)]
-            partner = next((n for n in reversed(earlier) if _is_equal(regions[n], regions[like], constants)), None)
-            if partner is None:
+            if _partner(regions, like, constants) is None:
                 raise BlocksDiffer(f"the calls of {_path(regions[like].begin)} differ from those of the block before")
             if _leaves_something(regions[like]):
                 raise BlocksDiffer(f"what {_path(regions[like].begin)} computes is found elsewhere than in its results")

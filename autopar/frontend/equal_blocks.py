@@ -240,6 +240,11 @@ class EqualBlocks:
 _LOOKS: dict[int, list[TensorLook]] = {}  # what block_again gives, by its number, while a model is traced
 
 
+def looks_like(number: int, other: int) -> None:
+    """Let the operator for the block ``number`` give what that for the ``other`` one does."""
+    _LOOKS[number] = _LOOKS[other]
+
+
 def _given(taken: Sequence[Tensor], number: int, like: int) -> list[Tensor]:
     return [look.made() for look in _LOOKS[number]]
 

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import TraceError
 from autopar.frontend.any_branches import AnyBranches
-from autopar.frontend.block_copies import write_out_blocks, writes_within_blocks
+from autopar.frontend.block_copies import leave_out_partners, write_out_blocks, writes_within_blocks
 from autopar.frontend.capture import fake_like, gradients_kept, inline_no_grad, is_data_dependent, only_plain_outputs
 from autopar.frontend.empty_selections import Selections, differ_by_selections_only, leave_out_rounds
 from autopar.frontend.equal_blocks import EqualBlocks, Seen
@@ -185,19 +185,20 @@ def _functional(
             exported = torch.export.export(model, args, kwargs, strict=False)
         inline_no_grad(exported.graph_module)
         is_short = blocks is not None and writes_within_blocks(exported.graph)
-        if is_short:
-            exported = decomposed_without_copies(exported, _decomposed)
+        proven = dict[int, int]()
+        if is_short and not _is_decomposed(exported):
+            proven = leave_out_partners(exported)
+            exported = decomposed_without_copies(exported, decomposed, proven.values())
         if blocks:
-            write_out_blocks(exported)
-        exported = exported if is_short else _decomposed(exported)
+            write_out_blocks(exported, proven)
+        exported = exported if is_short or _is_decomposed(exported) else decomposed(exported)
     forget_last_trace()
     return exported, notes
 
 
-def _decomposed(exported: ExportedProgram) -> ExportedProgram:
-    if all(_is_plain(node) for node in exported.graph.nodes):
-        return exported  # nothing to decompose, which saves half of the time
-    return decomposed(exported)
+def _is_decomposed(exported: ExportedProgram) -> bool:
+    """Whether there is nothing to decompose, which saves half of the time."""
+    return all(map(_is_plain, exported.graph.nodes))
 
 
 def _is_plain(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ belong to blocks that are written out afterwards (:mod:`autopar.frontend.block_c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,24 +35,28 @@ class _Left:
     taken: dict[Any, list[str]] = field(default_factory=dict)
 
 
-def decomposed_without_copies(exported: ExportedProgram, decompose: Decompose) -> ExportedProgram:
+def decomposed_without_copies(
+    exported: ExportedProgram, decompose: Decompose, traced: Collection[int] = ()
+) -> ExportedProgram:
     """``decompose(exported)``, at the cost of the parameters of the blocks that are traced; ``exported`` is used up.
 
+    ``traced``: the numbers of those for which operators stand, too: torch orders buffers by the modules it meets first.
     Raises BlocksDiffer where the parameters cannot be put back in their places.
     """
-    left = _take_out(exported)
+    left = _take_out(exported, traced)
     decomposed = decompose(exported)
     if left.nodes:
         _put_back(decomposed, left)
     return decomposed
 
 
-def _take_out(exported: ExportedProgram) -> _Left:
+def _take_out(exported: ExportedProgram, traced: Collection[int]) -> _Left:
     left, graph, signature = _Left(), exported.graph, exported.graph_signature
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     left.order = [node.name for node in placeholders]
     for node, spec in zip(placeholders, signature.input_specs):
-        if spec.kind is InputKind.PARAMETER and node.users and all(user.target is AGAIN for user in node.users):
+        only_again = all(user.target is AGAIN and user.args[1] not in traced for user in node.users)
+        if spec.kind is InputKind.PARAMETER and node.users and only_again:
             left.nodes[node.name], left.specs[node.name] = node, spec
     for node in graph.find_nodes(op="call_function", target=AGAIN) if left.nodes else ():
         taken: Any = node.args[0]

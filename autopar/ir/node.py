@@ -108,6 +108,11 @@ def traced_value(node: Node) -> Any:
     return node.meta.get("val")
 
 
+def set_traced_value(node: Node, value: Any) -> None:
+    """In place of what torch's tracer would record, see :func:`traced_value`."""
+    node.meta["val"] = value
+
+
 def traced_modules(node: Node) -> dict[str, tuple[str, Any]]:
     """The modules around ``node``, outermost first, as torch's tracer recorded them: key -> (path, class)."""
     return node.meta.get("nn_module_stack") or {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -44,13 +46,13 @@ class Deep(nn.Module):
 
 def test_only_parameters_of_traced_blocks_are_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = Deep(), list[int]()
-    plain = exported._decomposed
+    plain = exported.decomposed
 
     def decompose(program: ExportedProgram) -> ExportedProgram:
         seen.append(len(program.graph_signature.input_specs))
         return plain(program)
 
-    monkeypatch.setattr(exported, "_decomposed", decompose)
+    monkeypatch.setattr(exported, "decomposed", decompose)
     program = trace(model, (torch.randn(3, 4),), plan=Plan(check_numerics=False))
     of_block = len(list(Block().parameters()))
     assert seen == [TRACED * of_block + len(["first", "lent", "idle", "last", "x"])]
@@ -83,9 +85,9 @@ def test_what_cannot_be_put_back_is_refused(
 ) -> None:
     refused: list[BlocksDiffer] = []
 
-    def decompose(program: ExportedProgram, _: object) -> ExportedProgram:
+    def decompose(program: ExportedProgram, _: object, traced: Collection[int]) -> ExportedProgram:
         try:
-            return decomposed_without_copies(program, torch_does)
+            return decomposed_without_copies(program, torch_does, traced)
         except BlocksDiffer as problem:
             refused.append(problem)
             raise
