@@ -15,7 +15,7 @@ from autopar.compiler import split_program
 from autopar.errors import InvariantError
 from autopar.ir.graph_pass import Level, Phase, graph_pass, run_phases, steps_of
 from autopar.ir.parse import parse
-from autopar.ir.program import AnyProgram, Program
+from autopar.ir.program import AnyProgram, PipelinedProgram, Program
 from autopar.levels import DIFFERENTIATED, LEVELS, SCHEDULED, SPLIT, TRACED
 from autopar.mesh import Mesh
 from autopar.passes import COMPILER
@@ -97,6 +97,28 @@ def test_a_fault_in_a_stage_names_the_stage(tmp_path: Path, monkeypatch: pytest.
     words = "Contract is_differentiated, of stage 1 of a differentiated program, broken by pass lose_it_in_the_last"
     with pytest.raises(InvariantError, match=words):
         run_phases(right(DIFFERENTIATED, PIPELINE), (phase,))
+
+
+def test_stages_that_a_pass_leaves_are_not_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that it gives are, and all of them where nobody has checked them."""
+    monkeypatch.chdir(tmp_path)
+    checked = list[int]()
+
+    def count(stage: Program) -> None:
+        checked.append(len(stage.graph.nodes))
+        if stage.role is None:
+            raise InvariantError("no role\nLikely fix: none")
+
+    def lose_a_role(program: PipelinedProgram) -> PipelinedProgram:
+        return replace(program, stages=(program.stages[0], replace(program.stages[1], role=None)))
+
+    level, before = Level("counted", (count,)), right(DIFFERENTIATED, PIPELINE)
+    leave = graph_pass(copies=False)(lambda program: program)
+    run_phases(before, (Phase("", (leave,), level),), since="<lambda>")
+    assert len(checked) == 2
+    with pytest.raises(InvariantError, match="Contract count, of stage 1 of a counted program, broken by pass lose"):
+        run_phases(before, (Phase("", (leave, graph_pass(copies=False)(lose_a_role)), level),), since="<lambda>")
+    assert len(checked) == 2 + 2 + 1
 
 
 def test_a_fault_of_the_trace_is_one() -> None:

@@ -17,6 +17,7 @@ from torch import fx
 from autopar.autodiff.hoist import only_returned
 from autopar.ir.blocks import block_of
 from autopar.ir.collectives import GATHERS, OPS, PART, REDUCTIONS, STARTS, TARGETS, row_of, split_of
+from autopar.ir.fast_graph import created
 from autopar.ir.layout import Split
 from autopar.ir.node import origin, output_node, set_origin, set_values, value, values
 from autopar.ir.operator_facts import is_product, is_view
@@ -173,8 +174,8 @@ class Reordering:
     def _start(self, node: fx.Node) -> None:
         with self.graph.inserting_before(self.end):
             start = STARTS[node.target]  # type: ignore[index]
-            started = self.graph.create_node("call_function", start, node.args, node.kwargs, TARGETS[start])
-            arrived = self.graph.create_node("call_function", OPS.wait.default, (started, node.args[1]), name="wait")
+            started = created(self.graph, "call_function", start, node.args, node.kwargs, TARGETS[start])
+            arrived = created(self.graph, "call_function", OPS.wait.default, (started, node.args[1]), {}, "wait")
         for new in (started, arrived):
             set_values(new, *values(node))
             set_origin(new, origin(node))

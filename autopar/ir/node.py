@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -127,14 +128,19 @@ def traced_origin(node: Node) -> Origin:
     """The module path and source line that torch's tracer recorded for ``node``."""
     stack = traced_modules(node)
     module = [path for path, _ in stack.values()][-1] if stack else ""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
+    return Origin(module, _last_line(node.meta.get("stack_trace") or ""))
+
+
+@lru_cache(maxsize=256)  # copies of a block have the stack traces of the block
+def _last_line(stack_trace: str) -> str:
+    lines = [line.strip() for line in stack_trace.strip().splitlines()]
     frames = [
         (frame, code)
         for frame, code in zip(lines, lines[1:])
         if frame.startswith('File "') and "<eval_with_key>" not in frame  # code that torch.fx has written
     ]
     if not frames:
-        return Origin(module)
+        return ""
     (_, file, rest), code = frames[-1][0].split('"', 2), frames[-1][1]
     where = rest.strip(", ").replace("line ", "", 1).replace(", in ", " in ", 1)
-    return Origin(module, f"{file.rsplit('/', 1)[-1]}:{where}: {code}")
+    return f"{file.rsplit('/', 1)[-1]}:{where}: {code}"

@@ -42,7 +42,7 @@ def made_only_of(graph: fx.Graph, sources: Iterable[Node], *, factories: bool = 
     """``sources`` and every call that takes nothing else; with ``factories`` also calls that take no tensor at all."""
     found = set(sources)
     for node in graph.nodes:
-        takes = node.all_input_nodes or factories
-        if node.op == "call_function" and takes and all(source in found for source in node.all_input_nodes):
+        sources = node.all_input_nodes
+        if node.op == "call_function" and (sources or factories) and found.issuperset(sources):
             found.add(node)
     return found

@@ -13,6 +13,7 @@ from autopar.frontend import exported
 from autopar.frontend.equal_blocks import AGAIN, BlocksDiffer
 from autopar.frontend.short_decomposition import decomposed_without_copies
 from autopar.frontend.trace import trace
+from autopar.ir.node import origin
 from autopar.plan import Plan
 
 DEPTH, TRACED = 7, 2
@@ -59,6 +60,23 @@ def test_only_parameters_of_traced_blocks_are_decomposed(monkeypatch: pytest.Mon
     assert [entry.target for entry in program.inputs[:-1]] == [name for name, _ in model.named_parameters()]
     used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
     assert {entry.target for entry in program.inputs if entry.node not in used} == {"idle"}
+
+
+def test_of_two_equal_blocks_one_is_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = exported.decomposed, list[int]()
+
+    def decompose(program: ExportedProgram) -> ExportedProgram:
+        seen.append(sum(node.target is torch.ops.aten.chunk.default for node in program.graph.nodes))
+        return plain(program)
+
+    monkeypatch.setattr(exported, "decomposed", decompose)
+    model = Deep()
+    program = trace(model, (torch.randn(3, 4),))  # compared with the model
+    assert seen == [1]
+    assert sum(node.target is torch.ops.aten.layer_norm.default for node in program.graph.nodes) == DEPTH
+    assert {origin(node).module.split(".")[1] for node in program.graph.nodes if "blocks." in origin(node).module} == {
+        str(number) for number in range(DEPTH)
+    }
 
 
 def renamed(program: ExportedProgram) -> ExportedProgram:

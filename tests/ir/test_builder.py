@@ -57,6 +57,22 @@ def test_sizes_dtype_and_gradient_are_what_the_operator_makes_of_its_operands(pr
     assert value(op(aten.arange.default, 5)) == Value(torch.int64, Layout.whole((5,)))
 
 
+def test_in_the_graph_of_a_rank_types_are_those_of_equal_calls_only(program: Program) -> None:
+    """They are remembered; 2, 2.0 and True are not the same, nor are operands of other sizes and dtypes."""
+    y, ids, b = (node_of(program, name) for name in ("y", "ids", "b"))
+    op = Builder(before=node_of(program, "z"), mesh=program.mesh)
+    for _ in range(2):
+        assert value(op(aten.mul.Tensor, ids, 2)) == Value(torch.int64, Layout.whole((6,)))
+        assert value(op(aten.mul.Tensor, ids, 2.0)) == Value(torch.float32, Layout.whole((6,)))
+        assert value(op(aten.mul.Tensor, b, 2)) == Value(torch.bfloat16, Layout.whole((4,)))
+        assert value(op(aten.mul.Tensor, y, 2)) == Value(torch.float32, Layout.whole((4, 6)))
+        assert value(op(aten.sum.dim_IntList, y, [1], True)) == Value(torch.float32, Layout.whole((4, 1)))
+        assert value(op(aten.sum.dim_IntList, y, [1], False)) == Value(torch.float32, Layout.whole((4,)))
+        assert value(op(aten.sum.dim_IntList, y, [1], dtype=torch.float64)).dtype == torch.float64
+        assert value(op(aten.cat.default, [y, y])) == Value(torch.float32, Layout.whole((8, 6)))
+        assert value(op(aten.cat.default, [y, y, y])) == Value(torch.float32, Layout.whole((12, 6)))
+
+
 def test_several_results_each_have_their_type(program: Program) -> None:
     op = Builder(before=node_of(program, "y"))
     most = op(aten.topk.default, node_of(program, "w"), 2)

@@ -67,6 +67,27 @@ def test_passes_run_in_order_on_copies() -> None:
     assert "aten.neg(relu_default)" in str(after) and "all_reduce" not in str(after)
 
 
+def test_only_the_program_that_was_given_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied, seen = list[str](), list[str]()
+    clone = Program.clone
+    monkeypatch.setattr(Program, "clone", lambda self: (copied.append(str(self)), clone(self))[1])
+
+    @graph_pass(when=lambda program: False)
+    def skipped(program: Program) -> Program:
+        raise AssertionError
+
+    @graph_pass()
+    def look(program: Program) -> Program:
+        seen.append(str(program))
+        return program
+
+    program = parse(MLP)
+    after = run_passes(program, [skipped, replace_gelu, look, drop_reduction])
+    assert copied == [MLP] and str(program) == MLP
+    assert seen == [str(replace_gelu(parse(MLP)))]
+    assert "aten.neg(relu_default)" in str(after) and "all_reduce" not in str(after)
+
+
 def test_no_passes() -> None:
     program = parse(MLP)
     assert run_passes(program, []) is program
