@@ -60,9 +60,12 @@ def leave_out_partners(exported: ExportedProgram) -> dict[int, int]:
     are decomposed alike.
     """
     graph, regions, proven = exported.graph, _regions(exported.graph), dict[int, int]()
-    for node in [node for node in graph.nodes if node.target is AGAIN]:
+    stand_ins = [node for node in graph.nodes if node.target is AGAIN]
+    written = {node.args[2] for node in stand_ins}  # in place of others, and so to be decomposed
+    for node in stand_ins:
         number, like = cast(tuple[int, int], node.args[1:])
-        partner = _partner(regions, like, {})  # with no constants of their own
+        others = {one: region for one, region in regions.items() if one == like or one not in written}
+        partner = _partner(others, like, {})  # with no constants of their own
         if like in proven or partner is None or any(map(_leaves_something, (regions[partner], regions[like]))):
             continue
         if not {*regions[partner].inner}.issuperset(regions[partner].given):

@@ -32,10 +32,10 @@ class Block(nn.Module):
 class Deep(nn.Module):
     """A parameter stands before the blocks, one behind them, one is of no use, one is behind what all take."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: type[Block] = Block) -> None:
         super().__init__()
         self.first, self.lent = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
-        self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(block() for _ in range(DEPTH))
         self.idle, self.last = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +62,22 @@ def test_only_parameters_of_traced_blocks_are_decomposed(monkeypatch: pytest.Mon
     assert {entry.target for entry in program.inputs if entry.node not in used} == {"idle"}
 
 
-def test_of_two_equal_blocks_one_is_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
+class Turns(Block):
+    """Blocks that differ in what Python reads of them, and make the same calls."""
+
+    count = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = Turns.count % 2
+        Turns.count += 1
+
+    def forward(self, x: Tensor, lent: Tensor) -> Tensor:
+        return super().forward(x, lent if self.scale else lent)
+
+
+@pytest.mark.parametrize(("block", "kinds"), [(Block, 1), (Turns, 2)])
+def test_of_two_equal_blocks_one_is_decomposed(block: type[Block], kinds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, seen = exported.decomposed, list[int]()
 
     def decompose(program: ExportedProgram) -> ExportedProgram:
@@ -70,9 +85,9 @@ def test_of_two_equal_blocks_one_is_decomposed(monkeypatch: pytest.MonkeyPatch) 
         return plain(program)
 
     monkeypatch.setattr(exported, "decomposed", decompose)
-    model = Deep()
-    program = trace(model, (torch.randn(3, 4),))  # compared with the model
-    assert seen == [1]
+    monkeypatch.setattr(exported, "_built", None)  # which would trace all of them
+    program = trace(Deep(block), (torch.randn(3, 4),))  # compared with the model
+    assert seen == [kinds]
     assert sum(node.target is torch.ops.aten.layer_norm.default for node in program.graph.nodes) == DEPTH
     assert {origin(node).module.split(".")[1] for node in program.graph.nodes if "blocks." in origin(node).module} == {
         str(number) for number in range(DEPTH)
