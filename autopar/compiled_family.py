@@ -14,13 +14,15 @@ from autopar.choices import check_choices
 from autopar.errors import TraceError, check_kind
 from autopar.families.family import Family
 from autopar.frontend.fingerprint import call_facts
+from autopar.frontend.size_questions import questions
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards
 from autopar.ir.program import AnyProgram
+from autopar.ir.size_conditions import Condition
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.runtime.calls import Call, Signature
-from autopar.runtime.size_families import SizeFamilies, general, shapes_of
+from autopar.runtime.size_families import Dims, SizeFamilies, general, shapes_of
 from autopar.runtime.written_code import written
 
 Batch = Mapping[str, Any] | Sequence[Any]
@@ -56,7 +58,10 @@ def compile_family(model: nn.Module, mesh: Mesh, plan: Plan | None = None, batch
     def facts(call: Call) -> CallFacts:
         return call_facts(model, call.args, call.kwargs)
 
-    known = SizeFamilies(compiled, facts, mesh, plan, fitted)
+    def asked(call: Call, dims: Dims, sizes: Mapping[str, int]) -> list[Condition]:
+        return questions(model, call.args, call.kwargs, dims, sizes)
+
+    known = SizeFamilies(compiled, facts, mesh, plan, asked, fitted)
     kind = general(calls[0])
     for call in calls:
         if known.member(kind, call) is None and known.grown(kind, call) is None:

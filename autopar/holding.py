@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,11 +11,14 @@ from torch import nn
 from autopar.families.family import Family
 from autopar.frontend.everything_read import everything_of
 from autopar.frontend.fingerprint import call_facts
+from autopar.frontend.size_questions import questions
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.program import AnyProgram
+from autopar.ir.size_conditions import Condition
 from autopar.runtime.calls import Call
 from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.parameters import Weights
+from autopar.runtime.size_families import Dims
 
 
 @dataclass
@@ -49,3 +52,9 @@ def given_programs(held: Holding, programs: Sequence[AnyProgram | Family], where
 def facts_of(held: Holding, call: Call) -> CallFacts:
     """What a fingerprint says of a call of the model."""
     return call_facts(held.model, call.args, call.kwargs)
+
+
+def asked_by(held: Holding, call: Call, dims: Dims, sizes: Mapping[str, int]) -> list[Condition]:
+    """What forward asks about ``sizes`` in a call, see :func:`autopar.frontend.size_questions.questions`."""
+    with held.weights.given_back_on_failure(), held.weights.traceable():
+        return questions(held.model, call.args, call.kwargs, dims, sizes)

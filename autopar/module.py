@@ -20,7 +20,7 @@ from autopar.cache.key import Request
 from autopar.errors import InvariantError
 from autopar.families.family import Family
 from autopar.frontend.torch_layers import packs_padding
-from autopar.holding import Holding, facts_of, given_programs
+from autopar.holding import Holding, asked_by, facts_of, given_programs
 from autopar.ir.guards import Guards
 from autopar.ir.layout import Layout
 from autopar.ir.load import ExpertLoad
@@ -99,11 +99,11 @@ class ParallelModule(nn.Module):
             check_whole_batches(guards, found, model)
             return found, guards
 
-        facts = partial(facts_of, held)
+        facts, asked = partial(facts_of, held), partial(asked_by, held)
         given = given_programs(held, programs, where) if programs else None
         prove = partial(prove_derived, model) if plan.verify else None
         cache = ProgramCache(
-            compiled, mesh, plan, held.weights, accumulation, facts, packs_padding(model), given, prove, fitted
+            compiled, mesh, plan, held.weights, accumulation, facts, asked, packs_padding(model), given, prove, fitted
         )
         # past nn.Module, which would take offence at a submodule or buffer of the model's that is called "plan", and
         # would put the model itself as a submodule, with a prefix before all names

@@ -112,7 +112,7 @@ def test_the_cache_of_programs_is_bounded_and_says_so() -> None:
     programs, messages = run_ranks(call_many_shapes, 1)[0]
     assert programs == 8
     many = [said for said in messages if said.startswith("8 programs so far, whose sizes make no family")]
-    assert len(many) == 1 and "s each; 8 are kept\nWay out: pad to few lengths" in many[0]
+    assert len(many) == 1 and 's each; 8 are kept\nWhy: Plan(lengths="each")\nWay out: pad to few' in many[0]
     each = [said for said in messages if said not in many]
     assert len(each) == 10 and "inputs [2]" in each[0] and "\n" not in each[0]
 

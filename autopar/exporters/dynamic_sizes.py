@@ -62,9 +62,16 @@ class DynamicSizes:
     Attributes:
         roots: by the name of a size that is dynamic.
         known: the value of each root, while a module is traced.
+
+    Raises ExportError for a family that leaves out sizes in its ranges, or has too few of them.
     """
 
     def __init__(self, family: Family) -> None:
+        if family.exceptions:
+            raise ExportError(
+                f"the family is for {family}: a file has no way to refuse the other sizes in between\n"
+                "Way out: a file for each size: export(family.member({'b': ..., 's': ...}), ...)."
+            )
         self.family = family
         self.roots = {name: root for name in family.ranges if (root := _root(family, name)) is not None}
         self.known: dict[sympy.Symbol, Any] = {}

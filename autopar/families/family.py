@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from autopar.families.sizes import Range, Scheme
 from autopar.families.walk import Walk, constants_of, evaluated, in_order, numbers_of, unequal_segments
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.program import AnyProgram
+from autopar.ir.size_conditions import Condition
 from autopar.ir.sizes import is_expression
 
 
@@ -38,6 +39,8 @@ class Family:
         forms: the expressions.
         constants: by place in the program, those that change.
         scheme: which dims of a call are these sizes.
+        regions: the sizes at which the model does the same: those where all conditions of one of these hold, which are
+            what it asked about sizes, and was answered, at one of the points.
     """
 
     def __init__(
@@ -48,9 +51,11 @@ class Family:
         forms: Sequence[sympy.Expr],
         constants: Mapping[str, Beginning],
         scheme: Scheme | None = None,
+        regions: Iterable[Sequence[Condition]] = ((),),
     ) -> None:
         self.template, self.ranges, self.points = template, dict(ranges), tuple(points)
         self.forms, self.constants, self.scheme = tuple(forms), constants, scheme
+        self.regions = tuple(tuple(dict.fromkeys(region)) for region in regions)
         self._evaluator = Evaluator(self.forms, tuple(ranges))
         self._unequal = unequal_segments(template)
 
@@ -61,10 +66,14 @@ class Family:
         """The value of each of :attr:`forms`, and of each size, at ``sizes``; None where the family does not hold."""
         if sizes.keys() != self.ranges.keys():
             return None
-        if not all(self.ranges[name].holds(value) for name, value in sizes.items()):
+        if not all(self.ranges[name].holds(value) for name, value in sizes.items()) or not self.is_alike(sizes):
             return None
         found = self._at(sizes)
         return None if found is None else found | {symbol(name): value for name, value in sizes.items()}
+
+    def is_alike(self, sizes: Sizes) -> bool:
+        """Whether what the model asks about sizes is answered at ``sizes`` as it was at one of the points."""
+        return any(all(condition.holds(sizes) for condition in region) for region in self.regions)
 
     def _at(self, sizes: Sizes) -> dict[sympy.Expr, Any] | None:
         """As :meth:`numbers`, inside or outside of the ranges."""
@@ -109,7 +118,11 @@ class Family:
     def called(self, in_spec: pytree.TreeSpec) -> Family:
         """This family for calls whose arguments have the structure ``in_spec``."""
         template = replace(self.template, in_spec=in_spec)
-        return Family(template, self.ranges, self.points, self.forms, self.constants, self.scheme)
+        return Family(template, self.ranges, self.points, self.forms, self.constants, self.scheme, self.regions)
+
+    def within(self, asked: Sequence[Condition]) -> Family:
+        """This one, for sizes at which what the model asks is answered as it was, ``asked``, at all of the points."""
+        return Family(self.template, self.ranges, self.points, self.forms, self.constants, self.scheme, (asked,))
 
     def with_longest_constants(self) -> AnyProgram:
         """:attr:`template` with the longest of each constant that changes, which those of members begin."""
@@ -121,7 +134,7 @@ class Family:
         """Whether all numbers are whole at ``sizes``, inside or outside of the ranges; a size that all share stays."""
         if any(known.step == 0 and sizes.get(name) != known.first for name, known in self.ranges.items()):
             return False
-        return sizes.keys() == self.ranges.keys() and self._at(sizes) is not None
+        return sizes.keys() == self.ranges.keys() and self.is_alike(sizes) and self._at(sizes) is not None
 
     def agrees(self, program: AnyProgram, sizes: Sizes) -> bool:
         """Whether ``program``, compiled for ``sizes`` inside or outside of the ranges, is what the family says."""
@@ -142,8 +155,11 @@ class Family:
             if place not in self.constants and place in constants
         )
 
-    def extended(self, program: AnyProgram, sizes: Sizes) -> Family | None:
-        """The family that holds for ``sizes`` too, of which ``program`` is the program; None where it is no member."""
+    def extended(self, program: AnyProgram, sizes: Sizes, asked: Sequence[Condition] = ()) -> Family | None:
+        """The family that holds for ``sizes`` too, of which ``program`` is the program; None where it is no member.
+
+        ``asked``: what the model asks there, where that is not :meth:`alike <is_alike>`.
+        """
         if not self.agrees(program, sizes):
             return None
         points = [*self.points, sizes]
@@ -152,7 +168,8 @@ class Family:
         except NoForm:
             return None
         ranges = {name: Range.of([point[name] for point in points]) for name in self.ranges}
-        return Family(self.template, ranges, points, self.forms, constants, self.scheme)
+        regions = self.regions if self.is_alike(sizes) else (*self.regions, tuple(asked))
+        return Family(self.template, ranges, points, self.forms, constants, self.scheme, regions)
 
     def _longer_constants(self, program: AnyProgram, sizes: Sizes) -> dict[str, Beginning]:
         """The constants that change, with those of ``program``, which may be longer."""
@@ -162,8 +179,16 @@ class Family:
             for place, known in self.constants.items()
         }
 
+    @property
+    def exceptions(self) -> str:
+        """What has to hold for sizes in the ranges, in words; "" where nothing is left out that was tried."""
+        values = {name: each.values for name, each in self.ranges.items()}
+        told = [" and ".join(str(one) for one in region if one.excludes(values)) for region in self.regions]
+        return " or ".join(dict.fromkeys(told)) if all(told) else ""
+
     def __str__(self) -> str:
-        return "; ".join(f"{name} = {each}" for name, each in self.ranges.items())
+        ranges = [f"{name} = {each}" for name, each in self.ranges.items()]
+        return "; ".join([*ranges, self.exceptions] if self.exceptions else ranges)
 
 
 def fit(points: Sequence[Point], scheme: Scheme | None = None) -> Family:

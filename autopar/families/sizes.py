@@ -7,7 +7,7 @@ changed are none, but for the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.families.forms import Sizes
@@ -18,6 +18,7 @@ BATCH, SEQUENCE, OTHER = "b", "s", "n"
 LARGEST_STEP = 64  # lengths that are multiples of more are compared as multiples of this
 HIGHER = 8  # multiples of that are tried
 LEAST_STEP = 8  # of two lengths that have less in common, others may have nothing
+MOST_STEPS = 1024  # that are tried, to find a size for which a model does the same
 SHORTEST = 3  # 1 and 2 have programs of their own: a dim that broadcasts, a shift that leaves one label
 
 
@@ -36,6 +37,12 @@ class Range:
 
     def holds(self, value: int) -> bool:
         return self.least <= value <= self.most and (value - self.first) % max(self.step, 1) == 0
+
+    @property
+    def values(self) -> range:
+        """All of them."""
+        step = max(self.step, 1)
+        return range(self.first - (self.first - self.least) // step * step, self.most + 1, step)
 
     def __str__(self) -> str:
         if self.least == self.most:
@@ -108,13 +115,18 @@ def places(shapes: Shapes) -> Iterator[Place]:
             yield tensor, dim
 
 
-def further(points: Sequence[Sizes], unit: Mapping[str, int], varies_batch: bool) -> list[Sizes]:
-    """Two more points for at least two ``points`` of a family: one of greater sizes, one of smaller ones.
+def further(
+    points: Sequence[Sizes], unit: Mapping[str, int], varies_batch: bool,
+    is_alike: Callable[[Sizes], bool] = lambda sizes: True,
+) -> list[Sizes]:  # fmt: skip
+    """At most two more points for at least two ``points`` of a family: one of greater sizes, one of smaller ones.
 
-    ``unit``: what a size is a multiple of, at least. Numbers of a program that depend on two sizes can be told from
-    those that depend on one, since the sizes of the four are not in proportion.
+    ``unit``: what a size is a multiple of, at least. ``is_alike``: whether a model does there what it does at
+    ``points``, as far as is known: the next sizes of which it does are taken. Numbers of a program that depend
+    on two sizes can be told from those that depend on one, since the sizes of the four are not in proportion.
     """
     high, low = dict(points[0]), dict(points[0])
+    steps: dict[str, int] = {}
     for name in points[0]:
         values = [point[name] for point in points]
         if name.startswith(BATCH):
@@ -126,7 +138,24 @@ def further(points: Sequence[Sizes], unit: Mapping[str, int], varies_batch: bool
         step = math.gcd(math.lcm(LARGEST_STEP, unit[name]), *values)
         step = step if step >= LEAST_STEP * unit[name] else unit[name]
         high[name], low[name] = _ends(values, step, unit[name])
-    return [high, low]
+        steps[name] = step
+    known = [dict(point) for point in points]
+    found: list[Sizes] = []
+    for sizes in (high, low):
+        other = next_alike(sizes, steps, lambda tried: tried not in known and is_alike(tried))
+        if other is not None:
+            found.append(other)
+            known.append(dict(other))
+    return found
+
+
+def next_alike(sizes: Sizes, steps: Mapping[str, int], is_alike: Callable[[Sizes], bool]) -> Sizes | None:
+    """The first of ``sizes`` and those ``steps`` above that are alike, or the first below; None if none is near."""
+    for count in (*range(MOST_STEPS), *range(-1, -MOST_STEPS, -1)):
+        tried = {name: size + count * steps.get(name, 0) for name, size in sizes.items()}
+        if (count >= 0 or all(tried[name] >= SHORTEST for name in steps)) and is_alike(tried):
+            return tried
+    return None
 
 
 def _ends(values: Sequence[int], step: int, unit: int) -> tuple[int, int]:
@@ -161,12 +190,14 @@ def _below(least: int, step: int) -> int:
     return least - max((least - SHORTEST) // step, 0) * step
 
 
-def reaching(sizes: Sizes, ranges: Mapping[str, Range]) -> Sizes:
-    """``sizes``, of which those outside of their range are further outside.
+def reaching(
+    sizes: Sizes, ranges: Mapping[str, Range], is_alike: Callable[[Sizes], bool] = lambda sizes: True
+) -> Sizes:
+    """``sizes``, of which those outside of their range are further outside; ``is_alike`` as of :func:`further`.
 
     A family that grows by one compile then grows by more than one length.
     """
-    found = dict(sizes)
+    found, steps = dict(sizes), dict[str, int]()
     for name, known in ranges.items():
         step, size = max(known.step, 1), sizes[name]
         if (size - known.first) % step:
@@ -174,7 +205,7 @@ def reaching(sizes: Sizes, ranges: Mapping[str, Range]) -> Sizes:
         if name.startswith(BATCH):
             found[name] = size if size <= known.most else known.first + -(-(2 * size - known.first) // step) * step
         elif size > known.most:
-            found[name] = _above(2 * size, known.first, step, 1)
+            found[name], steps[name] = _above(2 * size, known.first, step, 1), step
         elif size < known.least:
-            found[name] = _below(size, step)
-    return found
+            found[name], steps[name] = _below(size, step), step
+    return next_alike(found, steps, is_alike) or dict(sizes)

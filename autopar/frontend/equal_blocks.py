@@ -159,7 +159,7 @@ class EqualBlocks:
             yield
 
     def _called(self, block: nn.Module, args: Any, kwargs: Any, trace: Callable[[], Any]) -> Any:
-        if not (_is_simple((args, kwargs)) and has_no_hooks(block)):
+        if not (is_simple((args, kwargs)) and has_no_hooks(block)):
             return trace()
         leaves, spec = pytree.tree_flatten((args, kwargs))
         taken = [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *_tensors_of(block)]
@@ -195,7 +195,7 @@ class EqualBlocks:
         finally:
             self._is_inside = False
         after = [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *_tensors_of(block)]
-        is_usable = _is_simple(result) and list(map(id, pytree.tree_leaves(call))) == list(map(id, leaves))
+        is_usable = is_simple(result) and list(map(id, pytree.tree_leaves(call))) == list(map(id, leaves))
         is_usable = is_usable and list(map(id, after)) == list(map(id, taken))
         is_usable = is_usable and looks == [TensorLook.of(tensor) for tensor in after]
         is_usable = is_usable and is_same_state(state, self._seen.state())
@@ -286,12 +286,12 @@ def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
 # ---------------------------------------------------------------- calls
 
 
-def _is_simple(item: Any) -> bool:
+def is_simple(item: Any) -> bool:
     """Whether it is made of tensors and plain values in plain containers, so that nothing can be left in it unseen."""
     if type(item) in (tuple, list):
-        return all(map(_is_simple, item))
+        return all(map(is_simple, item))
     if type(item) is dict:
-        return all(map(_is_simple, item.values()))
+        return all(map(is_simple, item.values()))
     return isinstance(item, (Tensor, *PLAIN))
 
 

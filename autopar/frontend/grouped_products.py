@@ -47,7 +47,7 @@ def _is_plain(rows: Tensor, weight: Tensor, offs: Any = None, bias: Any = None, 
 
 
 def _traced(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    places = torch.arange(len(rows), dtype=offs.dtype, device=offs.device)
+    places = torch.arange(rows.shape[0], dtype=offs.dtype, device=offs.device)
     found: Tensor = EXPERT_LINEAR(rows, weight, torch.searchsorted(offs, places, right=True))
     return found
 

@@ -38,7 +38,7 @@ EXPERT_OUTER = torch.ops.autopar.expert_outer.default
 
 
 def _check(ids: Tensor, matrices: dict[str, Tensor], fits: bool) -> None:
-    repeated = all(x.dim() == 2 and (not len(x) or len(ids) % len(x) == 0) for x in matrices.values())
+    repeated = all(x.dim() == 2 and (x.shape[0] == 0 or ids.shape[0] % x.shape[0] == 0) for x in matrices.values())
     if ids.dim() != 1 or not repeated or not fits:
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in matrices.items())
         raise ValueError(f"experts: {shapes} and ids {list(ids.shape)} do not fit together")
@@ -54,7 +54,7 @@ def _shape(rows: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
             f"experts: rows {rows.dtype} {list(rows.shape)} do not fit the weight {weight.dtype} {list(weight.shape)}"
         )
     _check(ids, {"rows": rows}, fits)
-    return rows.new_empty(len(ids), weight.shape[2])
+    return rows.new_empty(ids.shape[0], weight.shape[2])
 
 
 @torch.library.register_fake("autopar::expert_outer", lib=_LIBRARY)  # type: ignore[untyped-decorator]
@@ -103,7 +103,7 @@ def _pick(x: Tensor, places: Tensor, count: int) -> Tensor:
 
 
 def _linear(rows: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    out = rows.new_empty(len(ids), weight.shape[2])
+    out = rows.new_empty(ids.shape[0], weight.shape[2])
     *chosen, rest = _by_expert(ids, len(weight))
     for matrix, places in zip(weight, chosen):
         if len(places):

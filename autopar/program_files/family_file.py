@@ -26,6 +26,7 @@ from autopar.families.forms import form_of, terms_of
 from autopar.families.sizes import Range, Scheme
 from autopar.families.walk import constants_of, in_order, numbers_of
 from autopar.ir.program import AnyProgram, PipelinedProgram
+from autopar.ir.size_conditions import Condition
 from autopar.ir.sizes import is_expression
 from autopar.ir.tables import Decision
 from autopar.program_files.directory import LONGEST, SIZES, read_manifest, verified
@@ -77,6 +78,7 @@ def _described(family: Family, read: AnyProgram, tensors: Mapping[int, str]) -> 
         },
         "names": [[*at, name] for at, name in family.scheme.names.items()],
         "fixed": [[*at, size] for at, size in family.scheme.fixed.items()],
+        "regions": [[condition.as_json() for condition in region] for region in family.regions],
         "decisions": {
             axis: {node: decision.chosen for node, decision in made.items()}
             for axis, made in family.template.decisions.items()
@@ -165,7 +167,8 @@ def _family(program: AnyProgram, about: Mapping[str, Any], longest: Mapping[str,
     }
     scheme = Scheme(_by_place(about["names"], lambda name: _one_of(name, names)), _by_place(about["fixed"], _size))
     ranges = {name: Range.of([point[name] for point in points]) for name in names}
-    family = Family(template, ranges, points, forms, constants, scheme)
+    regions = [[Condition.of_json(tree, names) for tree in region] for region in about.get("regions", [[]])]
+    family = Family(template, ranges, points, forms, constants, scheme, regions)
     _check(family, program)
     return family
 

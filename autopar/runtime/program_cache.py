@@ -39,7 +39,7 @@ from autopar.runtime.local_parts import check_parts, check_parts_of_ranks, expla
 from autopar.runtime.parameters import ALONE, Weights
 from autopar.runtime.repeated_calls import RepeatedCall
 from autopar.runtime.shared_inputs import check_shared_inputs, is_due
-from autopar.runtime.size_families import Fit, Member, SizeFamilies, general
+from autopar.runtime.size_families import Ask, Fit, Member, SizeFamilies, general
 from autopar.runtime.torch_settings import outside_inference, torch_settings
 from autopar.runtime.unequal_rows import joined, said
 from autopar.runtime.variants import Variants
@@ -84,7 +84,8 @@ class Entry:
 class ProgramCache:
     """The cache.
 
-    ``weights`` are laid out by the first program. ``facts`` gives what a fingerprint says of a call.
+    ``weights`` are laid out by the first program. ``facts`` gives what a fingerprint says of a call, ``asked``
+    what forward asks about its sizes.
     ``packs_padding``: whether the model has layers that compute otherwise where no gradient is required. ``given``:
     programs that need not be compiled. ``prove``: raises for a wrong program of a family. ``fitted``: makes one.
     """
@@ -97,6 +98,7 @@ class ProgramCache:
         weights: Weights,
         accumulation: Accumulation,
         facts: Callable[[Call], CallFacts],
+        asked: Ask,
         packs_padding: bool = False,
         given: GivenPrograms | None = None,
         prove: Callable[[AnyProgram, Sequence[Any], Mapping[str, Any]], None] | None = None,
@@ -105,7 +107,7 @@ class ProgramCache:
         self._compiled, self._mesh, self._plan = compiled, mesh, plan
         self._weights, self._connection = weights, weights.connection
         self._accumulation, self._packs_padding, self._given = accumulation, packs_padding, given
-        self.families = SizeFamilies(partial(self._compile, unasked=True), facts, mesh, plan, fitted)
+        self.families = SizeFamilies(partial(self._compile, unasked=True), facts, mesh, plan, asked, fitted)
         self._prove = prove
         self._weight: Weight | None = None  # of the calls now
         self._members: dict[Kind, Member] = {}
@@ -363,7 +365,7 @@ class ProgramCache:
             else:
                 program, guards = self._compile(call, self.families.like(general_kind))
                 self.families.learn(general_kind, call, program, guards)
-                self._compiles.tell_many(PROGRAMS_KEPT)
+                self._compiles.tell_many(PROGRAMS_KEPT, self.families.why_none)
                 learnt = self.families.member(general_kind, call) if self._plan.compile == "inductor" else None
                 if learnt is not None:  # whose regions serve all lengths, and those of the program one
                     program, guards, self._members[kind] = learnt.program, learnt.guards, learnt

@@ -23,6 +23,7 @@ from autopar.ir.batch import data_ways, input_dims
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards
 from autopar.ir.program import AnyProgram
+from autopar.ir.size_conditions import Condition
 from autopar.mesh import SEQUENCE as SEQUENCE_AXIS
 from autopar.mesh import Mesh
 from autopar.notes import warn
@@ -42,6 +43,8 @@ FAILED = (
 Compiled = tuple[AnyProgram, Guards]
 Compile = Callable[[Call, AnyProgram | None], Compiled]  # (call, a program that decides alike) ->
 Fit = Callable[[Sequence[Point], Scheme], Family]  # as :func:`autopar.families.family.fit`
+Dims = Sequence[Sequence[str | int]]  # of each tensor of a call, of each dim its size, or the name of it
+Ask = Callable[[Call, Dims, Sizes], Sequence[Condition]]  # (call, dims, sizes) -> what the model asks about them
 
 logger = logging.getLogger("autopar")
 
@@ -75,6 +78,7 @@ class _Kept:
         guards: what all programs of this kind assume.
         points: programs that are in no family, with their shapes.
         rounds: how often further points were compiled.
+        is_each: whether forward makes a number of a length, so that no family can hold for another one.
     """
 
     first: AnyProgram
@@ -82,18 +86,27 @@ class _Kept:
     families: list[Known] = field(default_factory=list)
     points: list[tuple[Shapes, AnyProgram]] = field(default_factory=list)
     rounds: int = 0
+    is_each: bool = False
 
 
 class SizeFamilies:
     """Those of one module on ``mesh`` with ``plan``. All ranks make the same ones, since they make the same calls.
 
-    ``compiled`` makes a program; ``facts`` gives what a fingerprint says of a call; ``fitted`` makes a family.
+    ``compiled`` makes a program; ``facts`` gives what a fingerprint says of a call; ``asked`` what forward asks about
+    its sizes; ``fitted`` makes a family.
     """
 
     def __init__(
-        self, compiled: Compile, facts: Callable[[Call], CallFacts], mesh: Mesh, plan: Plan, fitted: Fit = fit
+        self,
+        compiled: Compile,
+        facts: Callable[[Call], CallFacts],
+        mesh: Mesh,
+        plan: Plan,
+        asked: Ask,
+        fitted: Fit = fit,
     ) -> None:
-        self._compiled, self._facts, self._mesh, self._plan, self._fit = compiled, facts, mesh, plan, fitted
+        self._compiled, self._facts, self._mesh, self._plan = compiled, facts, mesh, plan
+        self._asked, self._fit = asked, fitted
         self._kept: dict[Hashable, _Kept] = {}
         self.why_none = ""  # there is no family for the latest call that was learnt
 
@@ -123,7 +136,7 @@ class SizeFamilies:
             sizes = known.scheme.sizes(shapes_of(call))
             if sizes is None or not known.family.could_hold(sizes):
                 continue
-            reached = reaching(sizes, known.family.ranges)
+            reached = reaching(sizes, known.family.ranges, known.family.is_alike)
             if reached != sizes and self._extend(known, call, reached):
                 found = self._in(known, call)
                 if found is not None:
@@ -154,45 +167,88 @@ class SizeFamilies:
         shapes = shapes_of(call)
         for known in kept.families:
             sizes = known.scheme.sizes(shapes)
-            larger = known.family.extended(program, sizes) if sizes is not None else None
+            larger = self._larger(known.family, known.scheme, call, program, sizes) if sizes is not None else None
             if larger is not None:
                 self._replace(known, larger, guards)
                 return
         kept.guards = Guards.joined([kept.guards, guards])
         kept.points = [*kept.points, (shapes, program)][-POINTS_KEPT:]
-        if len(kept.points) > 1:
+        if len(kept.points) > 1 and not kept.is_each:
             self._make(kept, call)
 
     # ------------------------------------------------------------ making
 
     def _make(self, kept: _Kept, call: Call) -> None:
-        """Compile further points, if lengths vary, and fit a family."""
+        """Compile further points, if lengths vary, and fit a family of those at which the model does the same."""
         scheme = Scheme.of([shapes for shapes, _ in kept.points], self._roles(call))
         points = [(sizes, program) for shapes, program in kept.points if (sizes := scheme.sizes(shapes)) is not None]
         varies = any(len({sizes[name] for sizes, _ in points}) > 1 for name in points[0][0] if name[0] != BATCH)
-        if varies and kept.rounds < ROUNDS:
+        if len(points) < FEWEST and not (varies and kept.rounds < ROUNDS):
+            return
+        conditions = self._conditions(call, scheme, points[0][0])
+
+        def is_alike(sizes: Sizes) -> bool:
+            return all(condition.holds(sizes) for condition in conditions)
+
+        kept.is_each = any(one.line and any(name[0] != BATCH for name in one.names) for one in conditions)
+        if varies and kept.rounds < ROUNDS and not kept.is_each:
             kept.rounds += 1
             known = [sizes for sizes, _ in points]
-            for sizes in further(known, self._units(scheme), varies_batch=kept.rounds == 1):
+            for sizes in further(known, self._units(scheme), kept.rounds == 1, is_alike):
                 tried = self._tried(kept.first, kept.guards, call, scheme, sizes)
                 if tried is not None:
                     points.append((sizes, tried[0]))
                     kept.guards = Guards.joined([kept.guards, tried[1]])
-        family = self._fitted(kept, [Point(sizes, program) for sizes, program in points], scheme)
-        if family is not None:
-            kept.families.insert(0, Known(family, FamilyCode(family), scheme, kept.guards))
-            kept.points = []
-            logger.info("lengths vary: one program serves %s", family)
-
-    def _fitted(self, kept: _Kept, points: Sequence[Point], scheme: Scheme) -> Family | None:
-        """The family of all points or, where they are none, of all but one of those that were compiled in addition."""
         asked = len(kept.points)
-        for left_out in (None, *range(asked, len(points))):
+        chosen = [Point(sizes, program) for sizes, program in points if is_alike(sizes)]
+        others = [Point(sizes, program) for sizes, program in points if not is_alike(sizes)]
+        needed = sum(is_alike(sizes) for sizes, _ in points[:asked])
+        if others and len(chosen) < FEWEST:
+            self._note(_unlike(conditions, others[0].sizes))
+        family = self._fitted(chosen, needed, scheme, conditions)
+        if family is None:
+            return
+        for other in others:
+            family = self._larger(family, scheme, call, other.program, other.sizes) or family
+            if other.sizes not in family:
+                self._note(_unlike(conditions, other.sizes))
+        kept.families.insert(0, Known(family, FamilyCode(family), scheme, kept.guards))
+        kept.rounds = 0
+        kept.points = [
+            (shapes, program)
+            for shapes, program in kept.points
+            if (sizes := scheme.sizes(shapes)) is None or sizes not in family
+        ]
+        logger.info("lengths vary: one program serves %s", family)
+
+    def _larger(self, family: Family, scheme: Scheme, call: Call, program: AnyProgram, sizes: Sizes) -> Family | None:
+        """The family that holds for ``sizes`` too; None where ``program`` is none of it."""
+        if family.is_alike(sizes):
+            return family.extended(program, sizes)
+        if not family.agrees(program, sizes):
+            return None
+        asked = self._conditions(call, scheme, sizes)
+        return family.extended(program, sizes, asked) if asked else None
+
+    def _conditions(self, call: Call, scheme: Scheme, sizes: Sizes) -> Sequence[Condition]:
+        """What the model asks about sizes when it is called like ``call`` with tensors of ``sizes``."""
+        shapes = shapes_of(call)
+        dims = [
+            [scheme.names.get((tensor, dim), size) for dim, size in enumerate(shape)]
+            for tensor, shape in enumerate(shapes)
+        ]
+        return self._asked(resized(call, scheme.shapes(shapes, sizes)), dims, sizes)
+
+    def _fitted(
+        self, points: Sequence[Point], needed: int, scheme: Scheme, conditions: Sequence[Condition]
+    ) -> Family | None:
+        """The family of all points or, where they are none, of all but one beyond the first ``needed``."""
+        for left_out in (None, *range(needed, len(points))):
             chosen = [point for place, point in enumerate(points) if place != left_out]
             if len(chosen) < FEWEST:
                 break
             try:
-                return self._fit(chosen, scheme)
+                return self._fit(chosen, scheme).within(conditions)
             except NoForm as problem:
                 self._note(str(problem))
         return None
@@ -260,6 +316,14 @@ class SizeFamilies:
         sequence *= self._mesh.size("tp") if self._plan.sequence == "megatron" else 1
         batch = data_ways(self._mesh) * self._plan.microbatches
         return {name: {BATCH: batch, SEQUENCE: sequence, OTHER: 1}[name[0]] for name in scheme.names.values()}
+
+
+def _unlike(conditions: Sequence[Condition], sizes: Sizes) -> str:
+    """Why a program for ``sizes`` is in no family for which ``conditions`` hold."""
+    failed = [condition for condition in conditions if not condition.holds(sizes)]
+    told = " and ".join(f"{one}: {one.line}" if one.line else str(one) for one in failed)
+    here = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    return f"the model asks about sizes ({told}), and {here} is no such batch"
 
 
 def shapes_of(call: Call) -> Shapes:

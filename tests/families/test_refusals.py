@@ -55,7 +55,7 @@ def test_a_fault_is_told_once(recwarn: pytest.WarningsRecorder) -> None:
     def compiled(call: object, like: object) -> object:
         raise AssertionError("a pass went wrong")
 
-    families = SizeFamilies(compiled, lambda call: None, Mesh(dp=1), plan)  # type: ignore[arg-type]
+    families = SizeFamilies(compiled, lambda call: None, Mesh(dp=1), plan, lambda *_: [])  # type: ignore[arg-type]
     for length in (8, 11):
         call = signature.call((torch.ones(4, length),), {})
         families.learn(general(call), call, first, autopar.ir.guards.Guards())

@@ -1,0 +1,150 @@
+"""What the Python of a model has asked about the sizes of a batch: conditions that a family keeps to.
+
+Programs of a few sizes show whether the model asked whether a length is a multiple of a power of two, or greater than
+some number; they do not show ``length % 3 == 0`` where none of them is. So each question that was answered is kept with
+its answer, as an expression of the sizes: another size is in the family only if all answers are the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+Sizes = Mapping[str, int]  # name -> value
+
+Tree = int | float | str | tuple[Any, ...]  # a number, the name of a size, or (operation, tree, ...)
+
+MOST_PARTS = 200  # of one condition
+MOST_TRIED = 4096  # sizes, to say whether a condition leaves any out
+_FOLDED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {  # of two or more
+    "add": (operator.add, " + "),
+    "mul": (operator.mul, "*"),
+    "and": (lambda one, other: one and other, " and "),
+    "or": (lambda one, other: one or other, " or "),
+    "min": (min, "min"),
+    "max": (max, "max"),
+}
+_BINARY: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "floordiv": (operator.floordiv, "//"),
+    "truediv": (operator.truediv, "/"),
+    "mod": (operator.mod, " % "),
+    "bitand": (operator.and_, " & "),
+    "bitor": (operator.or_, " | "),
+    "eq": (operator.eq, " == "),
+    "ne": (operator.ne, " != "),
+    "lt": (operator.lt, " < "),
+    "le": (operator.le, " <= "),
+    "gt": (operator.gt, " > "),
+    "ge": (operator.ge, " >= "),
+}
+_UNARY: dict[str, Callable[[Any], Any]] = {
+    "not": operator.not_,
+    "float": float,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "trunc": math.trunc,
+    "sqrt": math.sqrt,
+    "log": math.log,
+    "log2": math.log2,
+}
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not")
+_TIGHT = ("mul", "floordiv", "truediv", "mod", "bitand", "bitor")  # operators whose sums are put in brackets
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One question and its answer: ``tree`` is true of the sizes for which a program was made.
+
+    ``line``: where the model has made a number of a size, so that its questions are not seen.
+    """
+
+    tree: Tree
+    line: str = field(default="", compare=False)
+
+    def holds(self, sizes: Sizes) -> bool:
+        """Whether the answer is the same at ``sizes``; it is not where the question has no answer (a zero divides)."""
+        try:
+            return bool(_value(self.tree, sizes))
+        except (ArithmeticError, ValueError):
+            return False
+
+    def excludes(self, values: Mapping[str, Sequence[int]]) -> bool:
+        """Whether it is false for some of ``values`` of the sizes, of which at most ``MOST_TRIED`` are tried."""
+        names = sorted(self.names)
+        each = max(2, int(MOST_TRIED ** (1 / max(len(names), 1))))
+        tried = [values[name][:: -(-len(values[name]) // each)] for name in names]
+        return any(not self.holds(dict(zip(names, sizes))) for sizes in itertools.product(*tried))
+
+    @property
+    def names(self) -> set[str]:
+        """The sizes that it is about."""
+        return _names(self.tree)
+
+    def __str__(self) -> str:
+        return _text(self.tree)
+
+    @classmethod
+    def of_json(cls, data: Any, names: Sequence[str]) -> Condition:
+        """The condition that a file describes, of sizes with these ``names``. Raises ValueError for anything else."""
+        left = [MOST_PARTS]
+        tree = _checked(data, names, left)
+        if not isinstance(tree, tuple) or tree[0] not in COMPARISONS:
+            raise ValueError(f"no condition: {str(data):.100}")
+        return cls(tree)
+
+    def as_json(self) -> Any:
+        return _plain(self.tree)
+
+
+def _names(tree: Tree) -> set[str]:
+    if isinstance(tree, tuple):
+        return set[str]().union(*map(_names, tree[1:]))
+    return {tree} if isinstance(tree, str) else set()
+
+
+def _value(tree: Tree, sizes: Mapping[str, int]) -> Any:
+    if not isinstance(tree, tuple):
+        return sizes[tree] if isinstance(tree, str) else tree
+    name, *parts = tree
+    values = (_value(part, sizes) for part in parts)
+    if name in _FOLDED:
+        return reduce(_FOLDED[name][0], values)
+    return _BINARY[name][0](*values) if name in _BINARY else _UNARY[name](*values)
+
+
+def _text(tree: Tree, is_tight: bool = False) -> str:
+    if not isinstance(tree, tuple):
+        return str(tree)
+    name, *parts = tree
+    if name in ("min", "max") or name in _UNARY and name != "not":
+        return f"{name}({', '.join(map(_text, parts))})"
+    if name == "not":
+        return f"not ({_text(parts[0])})"
+    sign = (_FOLDED.get(name) or _BINARY[name])[1]
+    text = sign.join(_text(part, name in _TIGHT or name in ("and", "or")) for part in parts)
+    return f"({text})" if is_tight else text
+
+
+def _plain(tree: Tree) -> Any:
+    return [tree[0], *map(_plain, tree[1:])] if isinstance(tree, tuple) else tree
+
+
+def _checked(data: Any, names: Sequence[str], left: list[int]) -> Tree:
+    left[0] -= 1
+    if left[0] < 0:
+        raise ValueError("a condition of too many parts")
+    if type(data) in (int, float) and abs(data) < 1 << 62:
+        return data  # type: ignore[no-any-return]
+    if isinstance(data, str) and data in names:
+        return data
+    if isinstance(data, list) and data and isinstance(data[0], str):
+        name, *parts = data
+        count = len(parts)
+        if name in _FOLDED and count > 1 or name in _BINARY and count == 2 or name in _UNARY and count == 1:
+            return (name, *(_checked(part, names, left) for part in parts))
+    raise ValueError(f"no condition of these sizes: {str(data):.100}")
