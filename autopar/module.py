@@ -103,7 +103,7 @@ class ParallelModule(nn.Module):
         given = given_programs(held, programs, where) if programs else None
         prove = partial(prove_derived, model) if plan.verify else None
         cache = ProgramCache(
-            compiled, mesh, plan, held.weights, accumulation, facts, asked, packs_padding(model), given, prove, fitted
+            compiled, mesh, plan, held.weights, accumulation, facts, asked, fitted, packs_padding(model), given, prove
         )
         # past nn.Module, which would take offence at a submodule or buffer of the model's that is called "plan", and
         # would put the model itself as a submodule, with a prefix before all names

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from autopar.errors import RanksDifferError
-from autopar.families.family import fit
 from autopar.ir.collection import no_collection
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards
@@ -84,10 +83,10 @@ class Entry:
 class ProgramCache:
     """The cache.
 
-    ``weights`` are laid out by the first program. ``facts`` gives what a fingerprint says of a call, ``asked``
-    what forward asks about its sizes.
-    ``packs_padding``: whether the model has layers that compute otherwise where no gradient is required. ``given``:
-    programs that need not be compiled. ``prove``: raises for a wrong program of a family. ``fitted``: makes one.
+    ``weights`` are laid out by the first program. ``facts`` gives what a fingerprint says of a call, ``asked`` what
+    forward asks about its sizes; ``fitted`` makes a family. ``packs_padding``: whether the model has layers that
+    compute otherwise where no gradient is required. ``given``: programs that need not be compiled. ``prove``: raises
+    for a wrong program of a family.
     """
 
     def __init__(
@@ -99,18 +98,17 @@ class ProgramCache:
         accumulation: Accumulation,
         facts: Callable[[Call], CallFacts],
         asked: Ask,
+        fitted: Fit,
         packs_padding: bool = False,
         given: GivenPrograms | None = None,
         prove: Callable[[AnyProgram, Sequence[Any], Mapping[str, Any]], None] | None = None,
-        fitted: Fit = fit,
     ) -> None:
         self._compiled, self._mesh, self._plan = compiled, mesh, plan
         self._weights, self._connection = weights, weights.connection
-        self._accumulation, self._packs_padding, self._given = accumulation, packs_padding, given
+        self._accumulation, self._packs_padding, self._given, self._prove = accumulation, packs_padding, given, prove
         self.families = SizeFamilies(partial(self._compile, unasked=True), facts, mesh, plan, asked, fitted)
-        self._prove = prove
         self._weight: Weight | None = None  # of the calls now
-        self._members: dict[Kind, Member] = {}
+        self._members = dict[Kind, Member]()
         self._programs: OrderedDict[Kind, AnyProgram] = OrderedDict()  # the latest used last
         self._bound: dict[Kind, Entry] = {}
         self._variants = Variants()
