@@ -9,12 +9,12 @@ from torch import nn
 
 from autopar.cache.compiled import cached_program
 from autopar.cache.kept_families import fitted
+from autopar.cache.kept_questions import kept_questions
 from autopar.cache.key import Request
 from autopar.choices import check_choices
 from autopar.errors import TraceError, check_kind
 from autopar.families.family import Family
 from autopar.frontend.fingerprint import call_facts
-from autopar.frontend.size_questions import questions
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards
 from autopar.ir.program import AnyProgram
@@ -59,7 +59,7 @@ def compile_family(model: nn.Module, mesh: Mesh, plan: Plan | None = None, batch
         return call_facts(model, call.args, call.kwargs)
 
     def asked(call: Call, dims: Dims, sizes: Mapping[str, int]) -> list[Condition]:
-        return questions(model, call.args, call.kwargs, dims, sizes)
+        return kept_questions(Request(model, mesh, plan, call.args, call.kwargs), dims, sizes)
 
     known = SizeFamilies(compiled, facts, mesh, plan, asked, fitted)
     kind = general(calls[0])

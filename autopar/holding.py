@@ -8,13 +8,16 @@ from functools import partial
 
 from torch import nn
 
+from autopar.cache.kept_questions import kept_questions
+from autopar.cache.key import Request
 from autopar.families.family import Family
 from autopar.frontend.everything_read import everything_of
 from autopar.frontend.fingerprint import call_facts
-from autopar.frontend.size_questions import questions
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.program import AnyProgram
 from autopar.ir.size_conditions import Condition
+from autopar.mesh import Mesh
+from autopar.plan import Plan
 from autopar.runtime.calls import Call
 from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.parameters import Weights
@@ -54,7 +57,9 @@ def facts_of(held: Holding, call: Call) -> CallFacts:
     return call_facts(held.model, call.args, call.kwargs)
 
 
-def asked_by(held: Holding, call: Call, dims: Dims, sizes: Mapping[str, int]) -> list[Condition]:
+def asked_by(
+    held: Holding, mesh: Mesh, plan: Plan, call: Call, dims: Dims, sizes: Mapping[str, int]
+) -> list[Condition]:
     """What forward asks about ``sizes`` in a call, see :func:`autopar.frontend.size_questions.questions`."""
     with held.weights.given_back_on_failure(), held.weights.traceable():
-        return questions(held.model, call.args, call.kwargs, dims, sizes)
+        return kept_questions(Request(held.model, mesh, plan, call.args, call.kwargs), dims, sizes)

@@ -99,7 +99,7 @@ class ParallelModule(nn.Module):
             check_whole_batches(guards, found, model)
             return found, guards
 
-        facts, asked = partial(facts_of, held), partial(asked_by, held)
+        facts, asked = partial(facts_of, held), partial(asked_by, held, mesh, plan)
         given = given_programs(held, programs, where) if programs else None
         prove = partial(prove_derived, model) if plan.verify else None
         cache = ProgramCache(

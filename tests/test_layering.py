@@ -65,7 +65,7 @@ STANDS_ON = {
     "schedules simulate simulator",
     "cache": "compiler errors families frontend ir mesh notes plain_files plan precision program_files proof schedules",
     "fitting": "analysis compiler cost errors frontend ir memory mesh pipeline plan schedules",
-    "holding": "families frontend ir runtime",
+    "holding": "cache families frontend ir mesh plan runtime",
     "module": (
         "analysis cache errors families frontend holding ir mesh other_methods pipeline plan runtime schedules"
         " simulate simulator traces"

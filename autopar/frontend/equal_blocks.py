@@ -224,17 +224,18 @@ class EqualBlocks:
                     raise BlocksDiffer(f"{TensorLook.of(results[-1])} in place of {entry}")
             else:
                 results.append(leaves[entry] if isinstance(entry, int) else entry[0])
-        self._read_alike(like.module, block)
+        read_alike(self._seen, like.module, block)
         return pytree.tree_unflatten(results, like.spec)
 
-    def _read_alike(self, traced: nn.Module, block: nn.Module) -> None:
-        """Have the observation note for ``block`` what forward has read of the one that was traced."""
-        for one, other in pairs_of(traced, block):
-            for name in sorted(self._seen.met(one)):
-                if name == ALL:
-                    self._seen.read_all(other)
-                else:
-                    getattr(other, name, None)
+
+def read_alike(seen: Seen, ran: nn.Module, block: nn.Module) -> None:
+    """Have the observation note for ``block`` what forward has read of the one that ``ran``."""
+    for one, other in pairs_of(ran, block):
+        for name in sorted(seen.met(one)):
+            if name == ALL:
+                seen.read_all(other)
+            else:
+                getattr(other, name, None)
 
 
 _LOOKS: dict[int, list[TensorLook]] = {}  # what block_again gives, by its number, while a model is traced

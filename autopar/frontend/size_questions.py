@@ -58,7 +58,8 @@ def questions(
     ``dims``: for each tensor among the arguments, of each dim its size or the name of it. Where the user's code makes a
     number of a size (``int(length)``, ``len(rows)``, ``math.sqrt(length)``, a key of a dict), what it asks of that is
     not seen, and the condition is that size itself. Nothing is seen of a model that does not run on symbols, or asks
-    more than ``MOST`` questions. The model is as it was, afterwards.
+    more than ``MOST`` questions. The model is as it was, afterwards; a run that came to its end tells those who collect
+    guards and records of traces what it has read.
     """
     environment = ShapeEnv(duck_shape=False)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
@@ -80,6 +81,7 @@ def questions(
             _noticed(equations), _Limited(environment),
         ):  # fmt: skip
             model(*given[0], **given[1])
+        observation.report(None)
     except Exception as problem:  # a family without conditions is what there was before
         logger.debug("what the model asks about sizes was not seen: %r", problem)
     asked = [(guard.expr, "") for guard in environment.guards if not _is_number_of(guard.expr)]

@@ -89,13 +89,13 @@ class Condition:
         return _text(self.tree)
 
     @classmethod
-    def of_json(cls, data: Any, names: Sequence[str]) -> Condition:
+    def of_json(cls, data: Any, names: Sequence[str], line: str = "") -> Condition:
         """The condition that a file describes, of sizes with these ``names``. Raises ValueError for anything else."""
         left = [MOST_PARTS]
         tree = _checked(data, names, left)
         if not isinstance(tree, tuple) or tree[0] not in COMPARISONS:
             raise ValueError(f"no condition: {str(data):.100}")
-        return cls(tree)
+        return cls(tree, line)
 
     def as_json(self) -> Any:
         return _plain(self.tree)

@@ -84,7 +84,7 @@ CASES = [(kind, "dp=1", {}) for kind in KINDS] + [
 ]
 
 
-@pytest.mark.parametrize(("kind", "mesh", "plan"), slow_but((0, 1, 7, 13), CASES))
+@pytest.mark.parametrize(("kind", "mesh", "plan"), slow_but((1,), CASES))
 def test_numbers_at_each_length(kind: str, mesh: str, plan: dict[str, Any]) -> None:
     for wrong, compiles, families in run_ranks(train, Mesh.parse(mesh).world_size, kind, mesh, plan):
         assert not wrong, families

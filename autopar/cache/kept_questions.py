@@ -1,0 +1,86 @@
+"""What forward asks about sizes, as it was seen before: a later launch does not run the model on symbols again.
+
+Kept as a program is (:mod:`autopar.cache.compiled`): under a key of all that is known before, with what the run has
+read of the model, which is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+
+from autopar.cache.assumptions import NotMet, assumptions_of, met
+from autopar.cache.code_digests import digest
+from autopar.cache.compiled import folder_in_use
+from autopar.cache.folder import Folder
+from autopar.cache.key import Request, facts_of, key_of
+from autopar.cache.packing import packed, unpacked
+from autopar.cache.reasons import Unstorable
+from autopar.frontend.observation import guards_of_traces
+from autopar.frontend.size_questions import questions
+from autopar.frontend.trace_record import records_of_traces
+from autopar.ir.size_conditions import Condition
+
+Dims = Sequence[Sequence[str | int]]
+
+logger = logging.getLogger("autopar")
+
+
+def kept_questions(request: Request, dims: Dims, sizes: Mapping[str, int]) -> list[Condition]:
+    """As :func:`autopar.frontend.size_questions.questions` of a call, whether it is asked now or was before."""
+    model, args, kwargs = request.model, tuple(request.args), request.kwargs
+    folder = folder_in_use()
+    if folder is None:
+        return questions(model, args, kwargs, dims, sizes)
+    try:
+        facts = {name: digest(fact) for name, fact in facts_of(request).items()}
+    except Unstorable:
+        return questions(model, args, kwargs, dims, sizes)
+    key = key_of(facts | {"questions": repr((list(map(list, dims)), dict(sizes)))})
+    found = _in(folder, key, request, tuple(sizes))
+    if found is not None:
+        return found
+    start = time.perf_counter()
+    with records_of_traces() as records, guards_of_traces() as guards:
+        asked = questions(model, args, kwargs, dims, sizes)
+    if not records:  # it was not seen to the end
+        return asked
+    try:
+        assumptions = assumptions_of(records, guards, model, None)
+    except Unstorable as reason:
+        logger.debug("what the model asks about sizes is not kept: %s", reason)
+        return asked
+    about = {
+        "model": type(model).__name__,
+        "mesh": "questions about sizes",
+        "call": ", ".join(f"{name}={size}" for name, size in sizes.items()),
+        "compiled": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "seconds": f"{time.perf_counter() - start:.1f}",
+    }
+    state = digest(*(part for one in assumptions for pair in sorted(one.state.items()) for part in pair))
+    told = json.dumps([[condition.as_json(), condition.line] for condition in asked])
+    folder.write(f"{key}-{state[:8]}", json.dumps(about).encode(), packed(assumptions, request.plan), told.encode())
+    return asked
+
+
+def _in(folder: Folder, key: str, request: Request, names: Sequence[str]) -> list[Condition] | None:
+    for file in folder.files(key):
+        content = folder.read(file.path)
+        if content is None:
+            continue
+        try:
+            _, assumptions, told = content
+            met(unpacked(assumptions, request.plan), request.model)
+            found = [Condition.of_json(tree, names, str(line)) for tree, line in json.loads(told)]
+        except NotMet as reason:
+            logger.debug("%s does not serve: %s", file.path.name, reason)
+            continue
+        except Exception as problem:  # whatever it is, it can be asked again
+            logger.warning("what was asked about sizes, %s, cannot be read (%r) and was deleted", file.path, problem)
+            folder.delete(file.path)
+            continue
+        folder.touch(file.path)
+        return found
+    return None
