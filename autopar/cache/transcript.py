@@ -49,6 +49,9 @@ class _Parts(Digests):
         where = f"{part.__module__}.{part.__qualname__}"
         return part if where in self._followed else f"function {where} {part.__code__.co_firstlineno}"
 
+    def _meet(self, function: FunctionType) -> None:
+        self.functions.append(function)  # who asks for the code makes a table
+
     def of(self, value: Any) -> Any:
         return value
 

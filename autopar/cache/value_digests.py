@@ -114,10 +114,13 @@ class Digests:
         inside = [self.leniently(cell.cell_contents) for cell in function.__closure__ or () if _may_run(cell)]
         if not is_code_of_users(function):
             return self.join("function", where, str(code.co_firstlineno), *inside)
-        self.code.update(inner_code(code))
-        self.functions.append(function)
+        self._meet(function)
         defaults = (*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()))
         return self.join(f"function {where} {code_digest(code)}", *map(self.leniently, defaults), *inside)
+
+    def _meet(self, function: FunctionType) -> None:
+        self.code.update(inner_code(function.__code__))
+        self.functions.append(function)
 
     def cls(self, cls: type) -> Any:
         """Of a class of users' all that stands in it and in its bases; another is known by its name."""
@@ -211,7 +214,16 @@ class Digests:
         if type(field) is not dataclasses.Field:
             return self._object(field, type(field))
         metadata = self.items(field.metadata) if field.metadata else ()
-        return self.join("field", *map(self.of, _FIELD(field)), *metadata)
+        flags = _FLAGS(field)
+        if any(type(flag) not in (bool, type(None)) for flag in flags):
+            return self.join("field", *map(self.of, _FIELD(field)), *metadata)
+        about = f"field {field.name} {flags} {getattr(field._field_type, 'name', '')}"  # type: ignore[attr-defined]
+        return self.join(about, *map(self.of, (field.type, field.default, field.default_factory)), *metadata)
+
+    def _union(self, union: types.UnionType) -> Any:
+        if all(type(each) is type and not is_users_class(each) for each in union.__args__):
+            return self.join("union", repr(union))  # as each of these is known by its name
+        return self.join("union", *map(self.of, union.__args__))
 
     def _custom_operator(self, found: Any) -> Any:
         own = [value for value in vars(found).values() if isinstance(value, FunctionType)]
@@ -305,6 +317,7 @@ def form_of(value: Any, kind: type) -> Of:
 
 # a third of what there is to compare in a model of transformers
 _FIELD = operator.attrgetter(*(name for name in dataclasses.Field.__slots__ if name != "metadata"))
+_FLAGS = operator.attrgetter("repr", "hash", "init", "compare", "kw_only")
 _KNOWN_FORMS: dict[type, Of] = {}
 _FORMS: tuple[tuple[Any, Of], ...] = (
     (enum.Enum, Digests._enum),
@@ -316,7 +329,7 @@ _FORMS: tuple[tuple[Any, Of], ...] = (
     (MethodType, Digests._method),
     ((types.BuiltinFunctionType, types.BuiltinMethodType), Digests._builtin),
     (functools.partial, Digests._partial),
-    (types.UnionType, lambda own, union: own.join("union", *map(own.of, union.__args__))),
+    (types.UnionType, Digests._union),
     ((staticmethod, classmethod), lambda own, found: own.join(type(found).__name__, own.of(found.__func__))),
     (property, Digests._property),
     (functools.cached_property, lambda own, found: own.join("cached property", own.of(found.func))),

@@ -111,7 +111,9 @@ def _settings(module: nn.Module, configs: dict[int, str]) -> Iterator[tuple[str,
         elif callable(value) and hasattr(value, "__qualname__"):
             yield key, f"{getattr(value, '__module__', '')}.{value.__qualname__}"
         elif hasattr(value, "to_dict") or dataclasses.is_dataclass(value):
-            yield key, configs.setdefault(id(value), _config(value))
+            if id(value) not in configs:  # all modules of a model share theirs
+                configs[id(value)] = _config(value)
+            yield key, configs[id(value)]
         else:
             yield key, _name(type(value))
 
