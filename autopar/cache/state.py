@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -26,9 +25,10 @@ from autopar.cache.reasons import Unstorable
 from autopar.cache.transcript import Transcript
 from autopar.cache.value_digests import Digests
 from autopar.frontend.code_names import Names, is_users, names_found_by, names_of
-from autopar.frontend.readings import Readings, is_of_hooks
-from autopar.frontend.source_lines import is_users_file
+from autopar.frontend.readings import Readings
+from autopar.frontend.tables import is_of_hooks
 from autopar.frontend.trace_record import Effect, TraceRecord
+from autopar.frontend.what_ran import is_users_code, meet_what_is_remembered
 from autopar.ir.guards import Guards
 from autopar.ir.same_values import PLAIN
 
@@ -152,13 +152,14 @@ def _ask(
             raise Unstorable(f"'{gone}' is missing")
         guards = readings.guards
         guards.effects = [placed(readings, effect) for effect in effects]
-        guards.settle()
-        found.guards.extend(guards)
         lines = new(readings.address_of_watched())
+        readings.is_over = True
         found.readings.append(readings)
         found.digests.append(lines.digests)
         several.append(lines)
         _add(f"{number}", readings, lines, questions)
+        guards.settle()
+        found.guards.extend(guards)
     lines = several[0] if several else new(lambda _: None)
     for name in questions.names:
         lines.put(f"name {'.'.join(name.chain)} in {name.module}", _of_name(lines.digests, name))
@@ -175,28 +176,6 @@ def differences(before: State, now: State) -> list[str]:
     return [name.partition(" ")[2] for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
 
 
-def is_users_code(code: CodeType) -> bool:
-    """Whether ``code`` is neither of torch and what torch stands on, nor ours, nor of Python's library."""
-    if code.co_filename.startswith(_OURS) and not code.co_filename.startswith(_OUR_MODELS):
-        return False
-    return is_users_file(code.co_filename) and _is_of_users(_package_of(code.co_filename))
-
-
-def _is_of_users(package: str) -> bool:
-    return is_users(package) and package not in _TORCH_STANDS_ON
-
-
-_TORCH_STANDS_ON = ("sympy", "mpmath", "tqdm", "networkx", "filelock", "typing_extensions")
-_OURS = f"{Path(__file__).parents[1]}/"
-_OUR_MODELS = f"{_OURS}models/"
-
-
-def _package_of(filename: str) -> str:
-    """The top package of an installed library; else something that is none."""
-    _, installed, rest = filename.rpartition("/site-packages/")
-    return rest.partition("/")[0].removesuffix(".py") if installed else "?"
-
-
 # ---------------------------------------------------------------- the table
 
 
@@ -207,6 +186,8 @@ def _add(number: str, readings: Readings, lines: _Lines, questions: Questions) -
         lines.put(f"{number} {name} of {module}", lines.digests.leniently(value))
     looked_at, done = 0, set[int]()
     while True:
+        meet_what_is_remembered(readings)
+        readings.spread()
         lines.add(number, readings.guards)
         lines.settle()
         new = [one for one in lines.digests.functions[looked_at:] if code_digest(one.__code__) in questions.ran]
@@ -332,11 +313,11 @@ def _of_output(digests: Digests, name: str) -> Any:
 
 
 def _check_same_readings(repeated: Guards, traced: Guards) -> None:
-    """Raise Unstorable unless asking again finds what the trace has found."""
+    """Raise Unstorable unless asking again finds what the trace has found; it may find more, of which nothing ran."""
     for of in (_read_by, _absent_from):
-        again, first = of(repeated), of(traced)
-        if again != first:
-            raise Unstorable(f"{min(again ^ first)} was read, and would not be in another process, or the other way")
+        missing = of(traced) - of(repeated)
+        if missing:
+            raise Unstorable(f"{min(missing)} was read, and would not be in another process")
 
 
 def _read_by(guards: Guards) -> set[str]:

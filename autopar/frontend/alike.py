@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autopar.frontend.code_names import is_users_class
 from autopar.frontend.observation import ALL
 from autopar.frontend.past_modes import past_modes
-from autopar.frontend.readings import HOOKS, SHAPED
+from autopar.frontend.tables import HOOKS, SHAPED
 from autopar.ir.same_values import is_same
 
 Read = Callable[[nn.Module], Set[str]]

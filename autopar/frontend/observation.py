@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from autopar.frontend.changes import Change, put
 from autopar.frontend.forbidden import nothing_forbidden
 from autopar.frontend.other_state import question_of_variable, variables_of_users
-from autopar.frontend.readings import HOOKS, MOST_ITEMS, SHAPED, Readings
+from autopar.frontend.readings import MOST_ITEMS, Readings
 from autopar.frontend.source_lines import is_users_file, line_of_user
-from autopar.frontend.tables import own_names
+from autopar.frontend.tables import HOOKS, SHAPED, own_names
 from autopar.frontend.trace_record import (
     Effect,
     Moved,
@@ -30,6 +30,7 @@ from autopar.frontend.trace_record import (
     recorded_code,
     recorded_variables,
 )
+from autopar.frontend.what_ran import follow_what_ran
 from autopar.ir.guards import Contents, Guards, Reading, Unavailable
 from autopar.ir.same_values import MISSING, is_plain, is_same
 from autopar.ir.value_guards import ValueGuard
@@ -89,6 +90,7 @@ class Observation:
 
     def report(self, moved: Observation | None) -> None:
         """Tell who collects guards and records of traces; ``moved``: the run that brought the model to rest, if any."""
+        follow_what_ran(self.readings, self._record.code)
         guards = self.guards
         for collected in _COLLECTING:
             collected.extend(guards)
@@ -190,7 +192,7 @@ class Observation:
         self._stack.enter_context(nothing_forbidden())
         if is_recording():
             self._stack.enter_context(recorded_variables(self._record))
-            self._stack.enter_context(recorded_code(self._record))
+        self._stack.enter_context(recorded_code(self._record))
         self._stack.enter_context(variables_of_users(self._variables_met)())
         for owner, _ in list(self.readings.objects.values()):
             self._take(owner)

@@ -18,19 +18,14 @@ from torch import Tensor, nn
 
 from autopar.frontend.code_names import functions_of, imported_by, is_users, is_users_class, names_of
 from autopar.frontend.other_state import HOLDERS, question_of, question_of_names, state_of
-from autopar.frontend.spaces import Spaces
-from autopar.frontend.tables import Cell, Slots, is_empty, own_names, superclasses_of
+from autopar.frontend.spaces import Space, Spaces, attributes_named, space_of
+from autopar.frontend.tables import A_HOOK, HOOKS, OWN, SHAPED, Cell, Slots, is_empty, own_names, superclasses_of
 from autopar.ir.guards import Contents, Guards, Reading, version_of
 from autopar.ir.same_values import PLAIN, is_plain
 
 _PLAIN = frozenset(PLAIN)
 CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 MOST_ITEMS = 512  # of a container that are compared in each call; a larger one is known by its identity
-SHAPED = ("_parameters", "_buffers", "_modules")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_A_HOOK = "a hook of"
-# how torch keeps a module
-_OWN = {*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"} - {"training", "_modules", *HOOKS}
 
 
 class Readings:
@@ -42,28 +37,30 @@ class Readings:
         started: containers as they were when they were met.
         generators: (label, function that gives its state, that state) of random number generators that were met.
         asked: (owner, attribute) of all readings of attributes in their order, see :meth:`repeat`.
+        spaces: modules and classes that were met.
+        is_over: the run has ended: of what is met from now on nobody saw what was read, so all counts that is named.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.guards = Guards()
         self.objects: dict[int, tuple[Any, str]] = {}
-        self.started: list[Contents] = []
+        self.started = list[Contents]()
         self.generators: list[tuple[str, Callable[[], Any], str]] = []
         self.asked: list[tuple[str, str]] = []
+        self.is_over, self._late = False, list[nn.Module]()
         self.on_class: Callable[[type], None] = lambda cls: None
-        self._paths = {id(module): path for path, module in model.named_modules()}
-        self._owners: dict[str, Any] = {}  # by what address() says
+        self._paths, self._owners = dict[int, str](), dict[str, Any]()  # the latter by what address() says
         self._addresses: dict[int, str] = {}
         self._modules: dict[int, bool] = {}  # of owners, which live as long as this
         for path, module in model.named_modules():
+            self._paths[id(module)] = path
             self._settle_at(module, path)
         self._root = model  # while it is watched it has hooks of ours
         self._classes: dict[type, Mapping[str, Any]] = {}
         self._known: set[tuple[int, Any]] = set()
         self._alive: list[Any] = []  # so that no id is used twice
-        self._waiting: deque[FunctionType] = deque()  # the first of them is being followed
-        self._spaces = Spaces(self._named)
-        self._importing: list[FunctionType] = []
+        self._waiting = deque[FunctionType]()  # the first of them is being followed
+        self.spaces, self._importing = Spaces(self._named), list[FunctionType]()
 
     def label(self, owner: Any, name: str) -> str:
         """``layers.0.dropout.p``."""
@@ -74,7 +71,7 @@ class Readings:
 
     def label_of_hooks(self, owner: nn.Module, name: str) -> str:
         """``a hook of layers.0 (forward_hooks)``."""
-        return f"{_A_HOOK} {self._paths.get(id(owner), '') or 'the model'} ({name.strip('_')})"
+        return f"{A_HOOK} {self._paths.get(id(owner), '') or 'the model'} ({name.strip('_')})"
 
     def knows(self, owner: Any) -> bool:
         """Whether ``owner`` is a module of the model, or an object that it reads."""
@@ -120,24 +117,35 @@ class Readings:
 
     def settle(self) -> Guards:
         """:attr:`guards`, with what may have been read of modules and classes that were met."""
-        self._spaces.settle()
+        self.spread()
+        self.guards.settle()
+        return self.guards
+
+    def spread(self) -> None:
+        """Read what is named of all that was met."""
+        self.spaces.settle()
         for function in self._importing:  # grows
             names = names_of(function.__code__)
             for module in (module for name in names.imports for module in imported_by(function, name)):
                 self._named(module, names.attributes)
-            self._spaces.settle()
+            self.spaces.settle()
         self._importing.clear()
-        self.guards.settle()
-        return self.guards
+        while self._late:
+            late = self._late.pop()
+            self.hooks_of(late)
+            for name in (*own_names(late), "forward"):
+                self.attribute(late, name)
+            self.spread()
 
     # ------------------------------------------------------------ attributes
 
     def attribute(self, owner: Any, name: str) -> None:
         """``owner.name`` was read, whether or not there is one."""
-        self.asked.append((self._addresses[id(owner)], name))
+        if not self.is_over:
+            self.asked.append((self._addresses[id(owner)], name))
         own = own_names(owner)
         is_module = self._is_module(owner)
-        if is_module and name in _OWN:
+        if is_module and name in OWN:
             return
         label = self.label(owner, name)
         if is_module and name == "_modules":
@@ -204,9 +212,9 @@ class Readings:
         if not self._is_new(own, "names"):
             return
         is_module = isinstance(owner, nn.Module)
-        self.guards.questions.append(question_of_names(own, _OWN if is_module else set(), label))
+        self.guards.questions.append(question_of_names(own, OWN if is_module else set(), label))
         for name in list(own):
-            if not is_module or name not in _OWN:
+            if not is_module or name not in OWN:
                 self.attribute(owner, name)
 
     def _class(self, cls: type) -> Mapping[str, Any]:
@@ -261,8 +269,9 @@ class Readings:
                 if id(module) not in self._paths:
                     self._paths[id(module)] = f"{label}.{path}" if path else label
                     self._settle_at(module, self._paths[id(module)])
+                    self._late += [module] if self.is_over else []
         if isinstance(value, (ModuleType, type)):
-            self._spaces.meet(value)
+            self.spaces.meet(value)
             return
         if is_plain(value) or isinstance(value, (nn.Module, Tensor)):
             return
@@ -292,6 +301,8 @@ class Readings:
             self.objects[id(value)] = (value, label)
             self._settle_at(value, label)
             self.on_class(type(value))
+            if self.is_over:
+                self.spaces.meet(value)
 
     def _contents(self, container: Any, label: str) -> None:
         if not self._is_new(container, None):
@@ -326,7 +337,7 @@ class Readings:
 
     def _names(self, function: FunctionType) -> None:
         names, where = names_of(function.__code__), function.__module__
-        self._spaces.name(names.attributes)
+        self.spaces.name(names.attributes)
         if names.imports:
             self._importing.append(function)
         for name, chain in names.globals:
@@ -344,10 +355,14 @@ class Readings:
                 for inner in functions_of(vars(cls).get(name)):
                     self.function(inner)
 
-    def _named(self, space: ModuleType | type, names: Iterable[str]) -> None:
-        """Of ``space``, a module or a class, the attributes of these names are read, as far as it has them."""
+    def _named(self, space: Space, names: Iterable[str]) -> None:
+        """Of ``space`` the attributes of these names are read, as far as it has them."""
         if isinstance(space, type):
             self._by_class(space, names)
+            return
+        if not isinstance(space, ModuleType):
+            for name in attributes_named(space, names):
+                self.attribute(space, name)
             return
         for name in (name for name in names if name in vars(space)):
             self.reading(vars(space), name, f"{space.__name__}.{name}")
@@ -360,11 +375,11 @@ class Readings:
         if not chain or not isinstance(value, ModuleType):
             self.reading(table, key, label)
             if isinstance(value, (ModuleType, type)):
-                self._spaces.meet(value)
+                self.spaces.meet(value)
         elif self._is_new(table, key):  # of a module no more is read than the chain says
             self.guards.readings.append(Reading(table, key, value, label))
         for attribute in chain:
-            space = self._space_of(value, attribute)
+            space = space_of(value, attribute, self._class)
             if space is None:
                 return
             label = f"{getattr(value, '__name__', '')}.{attribute}"
@@ -380,20 +395,6 @@ class Readings:
             for function in functions_of(space[name]):
                 self.function(function)
 
-    def _space_of(self, value: Any, name: str) -> Any:
-        """The table in which ``value``, a module, a class or a function, has the attribute ``name``, if it has it."""
-        if isinstance(value, type):
-            bases = (*value.__mro__, *getmro(type(value)))
-            cls = next((base for base in bases if name in vars(base)), None)
-            return self._class(cls) if cls is not None and is_users_class(cls) else None
-        is_followed = isinstance(value, ModuleType) or isinstance(value, FunctionType) and is_users(value.__module__)
-        return vars(value) if is_followed and name in vars(value) else None
-
 
 # where somebody may put another function in place of torch's own: F.scaled_dot_product_attention = ...
 _OF_TORCH = (vars(torch), vars(torch.nn.functional))
-
-
-def is_of_hooks(contents: Contents) -> bool:
-    """Whether these are hooks of a module, by numbers that are counted in each process."""
-    return contents.label.startswith(_A_HOOK)

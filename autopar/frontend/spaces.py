@@ -6,12 +6,17 @@ that its functions name as an attribute of anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from types import ModuleType
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import getmro
+from types import FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
 
 from autopar.frontend.code_names import is_users, is_users_class
+from autopar.frontend.tables import SHAPED, own_names
 
-Space = ModuleType | type
+Space = Any  # a module, a class, or an object of which nobody saw what was read
 
 
 class Spaces:
@@ -27,9 +32,12 @@ class Spaces:
 
     def meet(self, value: Space) -> None:
         """``value`` is at hand."""
-        own = is_users_class(value) if isinstance(value, type) else is_users(value.__name__)
-        if own:
+        if is_users(value.__name__) if isinstance(value, ModuleType) else is_users_class(_class_of(value)):
             self._met.setdefault(id(value), (value, 0))
+
+    def classes(self) -> list[type]:
+        """Those that were met."""
+        return [space for space, _ in self._met.values() if isinstance(space, type)]
 
     def name(self, names: Iterable[str]) -> None:
         """A function reads attributes of these ``names``, which are sorted, of whatever it is."""
@@ -44,3 +52,30 @@ class Spaces:
                 if looked_at < len(self._names):
                     self._met[key], is_settled = (space, len(self._names)), False
                     self._read(space, list(self._names)[looked_at:])
+
+
+def space_of(value: Any, name: str, class_of: Callable[[type], Mapping[str, Any]]) -> Any:
+    """The table in which ``value``, a module, a class or a function, has the attribute ``name``, if it has it.
+
+    ``class_of``: gives the table of a class.
+    """
+    if isinstance(value, type):
+        bases = (*value.__mro__, *getmro(type(value)))
+        cls = next((base for base in bases if name in vars(base)), None)
+        return class_of(cls) if cls is not None and is_users_class(cls) else None
+    is_followed = isinstance(value, ModuleType) or isinstance(value, FunctionType) and is_users(value.__module__)
+    return vars(value) if is_followed and name in vars(value) else None
+
+
+def attributes_named(owner: Any, names: Iterable[str]) -> Iterator[str]:
+    """Those of ``names`` that an object has, of its own or by its class."""
+    own = own_names(owner)
+    tables = [own, *(own[name] for name in SHAPED)] if isinstance(owner, nn.Module) else [own]
+    tables += [vars(base) for base in type(owner).__mro__ if is_users_class(base)]
+    for name in names:
+        if any(name in table for table in tables):
+            yield name
+
+
+def _class_of(value: Any) -> type:
+    return value if isinstance(value, type) else type(value)

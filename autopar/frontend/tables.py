@@ -5,7 +5,16 @@ from __future__ import annotations
 from types import CellType, FunctionType
 from typing import Any
 
+from torch import nn
+
 from autopar.frontend.code_names import is_users_class
+from autopar.ir.guards import Contents
+
+SHAPED = ("_parameters", "_buffers", "_modules")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+A_HOOK = "a hook of"
+# how torch keeps a module
+OWN = {*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"} - {"training", "_modules", *HOOKS}
 
 
 def own_names(owner: Any) -> dict[str, Any]:
@@ -46,3 +55,8 @@ def superclasses_of(function: FunctionType) -> list[type]:
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
     own = cells.get("__class__")
     return [cls for cls in own.cell_contents.__mro__[1:] if is_users_class(cls)] if own is not None else []
+
+
+def is_of_hooks(contents: Contents) -> bool:
+    """Whether these are hooks of a module, by numbers that are counted in each process."""
+    return contents.label.startswith(A_HOOK)

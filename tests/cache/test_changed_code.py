@@ -267,6 +267,22 @@ CHANGES = {
         "    return Maker().run(n)\ntable(3)\n",
         body="x = x * parts.table(3)[1]",
     ),
+    "a method that a method which remembers has called": of_settings(
+        "n * 2", "n * 3",
+        "class Maker:\n    def make(self, n):\n        return n * 2\n",
+        "import functools\nimport settings\nclass Cfg:\n    def __init__(self):\n"
+        "        self.maker = settings.Maker()\n    @functools.lru_cache(None)\n    def scale(self):\n        return self.maker.make(2)\n"
+        "CFG = Cfg()\nCFG.scale()\n",
+        init="self.cfg = parts.CFG", body="x = x * self.cfg.scale()",
+    ),
+    "a global of a method that a function which remembers has called": of_settings(
+        "FACTOR = 2", "FACTOR = 3",
+        "FACTOR = 2\nclass Maker:\n    def make(self, n):\n        return n * FACTOR\n",
+        "import functools, types\nimport settings\nclass Cfg:\n    def __init__(self):\n"
+        "        self.maker = settings.Maker()\nCFG = Cfg()\n@functools.cache\ndef scale():\n"
+        "    return CFG.maker.make(2)\nscale()\n",
+        body="x = x * parts.scale()",
+    ),
     "an object that a callback of torch makes": of_settings(
         "x * 2", "x * 3",
         "class Maker:\n    def run(self, x):\n        return (x * 2).square().sum(-1)\n",
