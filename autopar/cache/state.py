@@ -28,7 +28,7 @@ from autopar.frontend.code_names import Names, is_users, names_found_by, names_o
 from autopar.frontend.readings import Readings
 from autopar.frontend.tables import is_of_hooks
 from autopar.frontend.trace_record import Effect, TraceRecord
-from autopar.frontend.what_ran import is_users_code, meet_what_is_remembered
+from autopar.frontend.what_ran import follow_what_ran, is_users_code, places_of
 from autopar.ir.guards import Guards
 from autopar.ir.same_values import PLAIN
 
@@ -42,6 +42,7 @@ class Questions:
     Attributes:
         asked: of each trace, (address of an owner, attribute) in order.
         effects: of each trace, what forward leaves.
+        ran_at: of each trace, the places of the functions that ran.
         ran: digests of the functions that ran.
         places: (module, name in it) from which more of them are reached.
         names: that they use, which lead to modules, or into those of others.
@@ -53,6 +54,7 @@ class Questions:
 
     asked: tuple[tuple[tuple[str, str], ...], ...]
     effects: tuple[tuple[Effect, ...], ...]
+    ran_at: tuple[frozenset[str], ...]
     ran: frozenset[str]
     places: tuple[tuple[str, str], ...] = ()
     names: tuple[Name, ...] = ()
@@ -89,6 +91,7 @@ def questions_of(
     found = Questions(
         tuple(tuple(record.asked) for record in records),
         tuple(tuple(record.effects) for record in records),
+        tuple(places_of(record.code) for record in records),
         frozenset(map(code_digest, code)),
         outputs=tuple(_classes_in(outputs)),
     )
@@ -145,7 +148,7 @@ def _ask(
     questions: Questions, model: nn.Module, found: Answers, new: Callable[[Callable[[Any], str | None]], _Lines]
 ) -> None:
     several = []
-    for number, (asked, effects) in enumerate(zip(questions.asked, questions.effects)):
+    for number, (asked, effects, ran) in enumerate(zip(questions.asked, questions.effects, questions.ran_at)):
         readings = Readings(model)
         gone = readings.repeat(asked)
         if gone is not None:
@@ -153,13 +156,13 @@ def _ask(
         guards = readings.guards
         guards.effects = [placed(readings, effect) for effect in effects]
         lines = new(readings.address_of_watched())
-        readings.is_over = True
+        follow_what_ran(readings, ran)
+        guards.settle()
+        found.guards.extend(guards)
         found.readings.append(readings)
         found.digests.append(lines.digests)
         several.append(lines)
         _add(f"{number}", readings, lines, questions)
-        guards.settle()
-        found.guards.extend(guards)
     lines = several[0] if several else new(lambda _: None)
     for name in questions.names:
         lines.put(f"name {'.'.join(name.chain)} in {name.module}", _of_name(lines.digests, name))
@@ -186,7 +189,6 @@ def _add(number: str, readings: Readings, lines: _Lines, questions: Questions) -
         lines.put(f"{number} {name} of {module}", lines.digests.leniently(value))
     looked_at, done = 0, set[int]()
     while True:
-        meet_what_is_remembered(readings)
         readings.spread()
         lines.add(number, readings.guards)
         lines.settle()
@@ -313,11 +315,11 @@ def _of_output(digests: Digests, name: str) -> Any:
 
 
 def _check_same_readings(repeated: Guards, traced: Guards) -> None:
-    """Raise Unstorable unless asking again finds what the trace has found; it may find more, of which nothing ran."""
+    """Raise Unstorable unless asking again finds what the trace has found."""
     for of in (_read_by, _absent_from):
-        missing = of(traced) - of(repeated)
-        if missing:
-            raise Unstorable(f"{min(missing)} was read, and would not be in another process")
+        again, first = of(repeated), of(traced)
+        if again != first:
+            raise Unstorable(f"{min(again ^ first)} was read, and would not be in another process, or the other way")
 
 
 def _read_by(guards: Guards) -> set[str]:

@@ -38,7 +38,9 @@ from autopar.ir.same_values import PLAIN
 Of = Callable[["Digests", Any], Any]
 SEPARATOR = "\0"  # of names
 _PASSING = ("__dict__", "__weakref__", "__doc__", "__module__", "_abc_impl", "__annotations__", "__firstlineno__")
-_BY_TEXT = (types.GenericAlias, inspect.Signature, inspect.Parameter, slice, range, PurePath)
+_BY_TEXT = (
+    types.GenericAlias, inspect.Signature, inspect.Parameter, slice, range, PurePath, torch.memory_format, torch.layout,
+)  # fmt: skip
 _BY_TEXT_IN = ("typing", "datetime", "decimal", "fractions")  # modules whose objects are what they print
 _BY_KIND = ("_thread", "threading", "_weakrefset", "_abc")  # hold nothing that a trace takes
 

@@ -30,7 +30,7 @@ from autopar.frontend.trace_record import (
     recorded_code,
     recorded_variables,
 )
-from autopar.frontend.what_ran import follow_what_ran
+from autopar.frontend.what_ran import follow_what_ran, places_of
 from autopar.ir.guards import Contents, Guards, Reading, Unavailable
 from autopar.ir.same_values import MISSING, is_plain, is_same
 from autopar.ir.value_guards import ValueGuard
@@ -90,7 +90,7 @@ class Observation:
 
     def report(self, moved: Observation | None) -> None:
         """Tell who collects guards and records of traces; ``moved``: the run that brought the model to rest, if any."""
-        follow_what_ran(self.readings, self._record.code)
+        follow_what_ran(self.readings, places_of(self._record.code))
         guards = self.guards
         for collected in _COLLECTING:
             collected.extend(guards)

@@ -5,78 +5,107 @@ An object that forward makes is no attribute of anything, so nothing tells of th
 the variables around it counts as that of all other functions.
 
 A function that remembers what it gave (``functools.cache``) may have run before, with any object as an argument. Of the
-objects that a run meets then all counts that any function names.
+objects that a run meets then all counts that this function names, or one that it may call.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
+from inspect import getattr_static
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
-from autopar.frontend.code_names import functions_of, is_users, is_users_class
+from autopar.frontend.code_names import functions_of, is_users, is_users_class, names_of
 from autopar.frontend.readings import Readings
 from autopar.frontend.source_lines import is_users_file
+from autopar.frontend.spaces import attributes_named
+from autopar.ir.same_values import PLAIN
 
 
-def follow_what_ran(readings: Readings, ran: Iterable[CodeType]) -> None:
-    """Follow the functions of ``ran``, as far as they are found, in ``readings`` of a run that is over."""
-    code, looked_at = set(filter(is_users_code, ran)), set[type]()
+def follow_what_ran(readings: Readings, ran: Collection[str]) -> None:
+    """Follow the functions that stand at the places ``ran``, in ``readings`` of a run that is over.
+
+    As far as they are methods of classes that were met.
+    """
+    looked_at, names = set[tuple[type, bool]](), {place.rpartition(" ")[0] for place in ran}
     readings.is_over = True
-    for function in _by_place(code):
-        readings.function(function)
+    remembered = _Remembered(readings)
     while True:
-        meet_what_is_remembered(readings)
+        remembered.follow()
         readings.spread()
-        met = (*readings.spaces.classes(), *map(type, readings.guards.owners))
-        classes = [cls for cls in dict.fromkeys(met) if cls not in looked_at]
-        if not classes:
+        made = [(base, True) for cls in readings.spaces.classes() for base in cls.__mro__]
+        known = [(base, False) for owner in readings.guards.owners for base in type(owner).__mro__]
+        new = [kind for kind in dict.fromkeys((*made, *known)) if kind not in looked_at]
+        if not new:
             return
-        looked_at.update(classes)
-        for cls in classes:
-            for function in _methods(cls):
-                if function.__code__ in code:
+        looked_at.update(new)
+        for cls, is_made in new:
+            for function in _methods(cls, "" if is_made else "__"):
+                if function.__code__.co_qualname in names and place_of(function.__code__) in ran:
                     readings.function(function)
 
 
-def meet_what_is_remembered(readings: Readings) -> None:
-    """For ``readings`` of a run that is over, whether it was watched or is repeated."""
-    if not any(_remembers(one.value) for one in readings.guards.readings):
-        return
-    for owner, _ in list(readings.objects.values()):
-        readings.spaces.meet(owner)
-    for owner in readings.guards.owners:
-        if isinstance(owner, nn.Module) and any(map(_remembers, vars(type(owner)).values())):
-            readings.spaces.meet(owner)
+def places_of(ran: Iterable[CodeType]) -> frozenset[str]:
+    """:func:`place_of` what is users'."""
+    return frozenset(map(place_of, filter(is_users_code, ran)))
+
+
+def place_of(code: CodeType) -> str:
+    """The same in every process, and most often another one for each function."""
+    return f"{code.co_qualname} {os.path.basename(code.co_filename)}:{code.co_firstlineno}"
+
+
+class _Remembered:
+    """Follows what functions that remember may have read, in ``readings`` of a run that is over."""
+
+    def __init__(self, readings: Readings) -> None:
+        self._readings, self._looked_at = readings, 0
+        self._done, self._names = set[int](), set[str]()
+        modules = [one for one in readings.guards.owners if isinstance(one, nn.Module)]
+        self._owners = [owner for owner, _ in readings.objects.values()]
+        self._owners += [module for module in modules if any(map(_remembers, vars(type(module)).values()))]
+
+    def follow(self) -> None:
+        """Those that were met since the last time."""
+        new = self._readings.guards.readings[self._looked_at :]
+        self._looked_at += len(new)
+        found = [function for one in new if _remembers(one.value) for function in functions_of(one.value)]
+        while found:
+            found += self._met_by(found.pop())
+
+    def _met_by(self, function: FunctionType) -> Iterator[FunctionType]:
+        """The functions that it may call."""
+        if id(function) in self._done or not is_users(function.__module__):
+            return
+        self._done.add(id(function))
+        known = names_of(function.__code__)
+        for name, _ in known.globals:
+            yield from functions_of(function.__globals__.get(name))
+        new = [name for name in known.attributes if name not in self._names]
+        self._names.update(new)
+        for owner in self._owners:
+            for name in attributes_named(owner, new):
+                self._readings.attribute(owner, name)
+                yield from functions_of(getattr_static(type(owner), name, None))
 
 
 def _remembers(value: Any) -> bool:
-    return isinstance(value, _REMEMBERING) and is_users(value.__module__)
+    return type(value) is _REMEMBERING and is_users(value.__module__)
 
 
 _REMEMBERING = type(cache(lambda: None))
 
 
-def _methods(cls: type) -> Iterator[FunctionType]:
-    for base in cls.__mro__:
-        for value in list(vars(base).values()) if is_users_class(base) else ():
+def _methods(cls: type, beginning: str) -> Iterator[FunctionType]:
+    """Those with names that begin so: of an object that was met, others are seen when they are read."""
+    for name, value in list(vars(cls).items()) if is_users_class(cls) else ():
+        if name.startswith(beginning) and type(value) not in PLAIN:
             yield from functions_of(value)
-
-
-def _by_place(code: Iterable[CodeType]) -> Iterator[FunctionType]:
-    """Those that stand in a module, or in a class there, under their own names."""
-    modules = {getattr(module, "__file__", None): module for module in list(sys.modules.values())}
-    for one in sorted(code, key=lambda one: (one.co_filename, one.co_firstlineno, one.co_qualname)):
-        found: Any = modules.get(one.co_filename)
-        for part in one.co_qualname.split("."):
-            own = getattr(found, "__dict__", {})
-            found = own.get(part)
-        yield from (function for function in functions_of(found) if function.__code__ is one)
 
 
 def is_users_code(code: CodeType) -> bool:

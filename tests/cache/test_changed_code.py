@@ -271,7 +271,8 @@ CHANGES = {
         "n * 2", "n * 3",
         "class Maker:\n    def make(self, n):\n        return n * 2\n",
         "import functools\nimport settings\nclass Cfg:\n    def __init__(self):\n"
-        "        self.maker = settings.Maker()\n    @functools.lru_cache(None)\n    def scale(self):\n        return self.maker.make(2)\n"
+        "        self.maker = settings.Maker()\n    @functools.lru_cache(None)\n"
+        "    def scale(self):\n        return self.maker.make(2)\n"
         "CFG = Cfg()\nCFG.scale()\n",
         init="self.cfg = parts.CFG", body="x = x * self.cfg.scale()",
     ),
