@@ -37,7 +37,8 @@ class Spaces:
 
     def classes(self) -> list[type]:
         """Those that were met."""
-        return [space for space, _ in self._met.values() if isinstance(space, type)]
+        met = sorted(self._met.items(), key=_in_order)
+        return [space for _, (space, _) in met if isinstance(space, type)]
 
     def name(self, names: Iterable[str]) -> None:
         """A function reads attributes of these ``names``, which are sorted, of whatever it is."""
@@ -48,7 +49,7 @@ class Spaces:
         is_settled = False
         while not is_settled:
             is_settled = True
-            for key, (space, looked_at) in list(self._met.items()):
+            for key, (space, looked_at) in sorted(self._met.items(), key=_in_order):
                 if looked_at < len(self._names):
                     self._met[key], is_settled = (space, len(self._names)), False
                     self._read(space, list(self._names)[looked_at:])
@@ -75,6 +76,12 @@ def attributes_named(owner: Any, names: Iterable[str]) -> Iterator[str]:
     for name in names:
         if any(name in table for table in tables):
             yield name
+
+
+def _in_order(item: tuple[int, tuple[Space, int]]) -> str:
+    """Of classes that come out of a set, in another order in each process; others stay as they were met."""
+    space = item[1][0]
+    return f"{space.__module__}.{space.__qualname__}" if isinstance(space, type) else ""
 
 
 def _class_of(value: Any) -> type:
