@@ -12,6 +12,7 @@ from autopar.choices import check_choices, check_names
 from autopar.errors import check_kind
 from autopar.frontend.fingerprint import fingerprint
 from autopar.frontend.observation import guards_of_traces
+from autopar.frontend.rows_asked import check_rows_asked
 from autopar.frontend.trace import trace
 from autopar.ir.batch import batches_of_rows
 from autopar.ir.collection import no_collection
@@ -74,8 +75,28 @@ def _compiled(
         return trace(model, (), batch, plan=plan)
 
     if mesh.is_pipelined:
-        return pipelined(traced, mesh, plan, args, kwargs, layouts, homes, like)
-    return finish_program(split_program(model, mesh, plan, args, kwargs, layouts, like=like))
+        program: AnyProgram = pipelined(traced, mesh, plan, args, kwargs, layouts, homes, like)
+    else:
+        program = finish_program(split_program(model, mesh, plan, args, kwargs, layouts, like=like))
+    if plan.microbatches > 1 and plan.microbatch_weights != "rows":
+        _check_rows_asked(model, mesh, plan, args, kwargs or {}, traced)
+    return program
+
+
+def _check_rows_asked(
+    model: nn.Module, mesh: Mesh, plan: Plan, args: Sequence[Any], kwargs: Mapping[str, Any],
+    traced: Callable[[Mapping[str, Any]], Program],
+) -> None:  # fmt: skip
+    """Raise InvariantError where the model asks how many rows there are, see :mod:`autopar.frontend.rows_asked`.
+
+    On a pipeline the call is the whole batch; else it is one of its microbatches, which are as even as possible.
+    """
+    if args:
+        return
+    batches = microbatches.parts(args, kwargs, mesh, plan) if mesh.is_pipelined else [dict(kwargs)]
+    rows = microbatches.rows(kwargs, batches, plan)
+    whole = sum(rows) if mesh.is_pipelined else rows[0] * plan.microbatches
+    check_rows_asked(model, batches[0], microbatches.cut_dims(batches[0], plan), whole, traced)
 
 
 def pipelined(

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from autopar.cache.assumptions import NotMet, assumptions_of, met
 from autopar.cache.code_digests import digest
@@ -60,7 +61,7 @@ def kept_questions(request: Request, dims: Dims, sizes: Mapping[str, int]) -> li
         "seconds": f"{time.perf_counter() - start:.1f}",
     }
     state = digest(*(part for one in assumptions for pair in sorted(one.state.items()) for part in pair))
-    told = json.dumps([[condition.as_json(), condition.line] for condition in asked])
+    told = json.dumps([[one.as_json(), one.line, one.is_number] for one in asked])
     folder.write(f"{key}-{state[:8]}", json.dumps(about).encode(), packed(assumptions, request.plan), told.encode())
     return asked
 
@@ -73,7 +74,10 @@ def _in(folder: Folder, key: str, request: Request, names: Sequence[str]) -> lis
         try:
             _, assumptions, told = content
             met(unpacked(assumptions, request.plan), request.model)
-            found = [Condition.of_json(tree, names, str(line)) for tree, line in json.loads(told)]
+            found = [
+                replace(Condition.of_json(tree, names), line=str(line), is_number=bool(is_number))
+                for tree, line, is_number in json.loads(told)
+            ]
         except NotMet as reason:
             logger.debug("%s does not serve: %s", file.path.name, reason)
             continue

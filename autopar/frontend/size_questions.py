@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,9 +45,17 @@ _NAMES = {  # of torch's operations on sizes
     "StrictGreaterThan": "gt", "GreaterThan": "ge",
 }  # fmt: skip
 _OPERATORS = str(Path(operators.__file__).parent)
-Equation = tuple[Any, str]  # and at which line of the user's code, where it stands for what was not seen
 MOST_FACTORS = 4  # of a power of a size
 MOST, MOST_CALLS = 64, 20_000  # questions, and calls of operators, of one run
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with its answer, in torch's symbols; ``line`` and ``is_number`` as of :class:`Condition`."""
+
+    expression: Any
+    line: str = ""
+    is_number: bool = False
 
 
 def questions(
@@ -65,7 +74,7 @@ def questions(
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
     symbols = {name: _symint(environment, name, size) for name, size in sizes.items()}
     names = {str(symint.node.expr): name for name, symint in symbols.items()}
-    places, equations = iter(dims), list[Equation]()
+    places, asked = iter(dims), list[Asked]()
 
     def fake(leaf: Tensor) -> Tensor:
         shape = [symbols.get(size, size) if isinstance(size, str) else size for size in next(places)]
@@ -78,14 +87,14 @@ def questions(
         with (
             explained(model), runnable_on_fakes(model, mode), without_checkpointing([]), _as_exported(), mode,
             enable_python_dispatcher(), alike_blocks_run_once(model, observation), observation.watching(),
-            _noticed(equations), _Limited(environment),
+            _noticed(asked), _Limited(environment),
         ):  # fmt: skip
             model(*given[0], **given[1])
         observation.report(None)
     except Exception as problem:  # a family without conditions is what there was before
         logger.debug("what the model asks about sizes was not seen: %r", problem)
-    asked = [(guard.expr, "") for guard in environment.guards if not _is_number_of(guard.expr)]
-    found = list(dict.fromkeys(_conditions([*asked, *equations], names)))
+    asked += [Asked(guard.expr) for guard in environment.guards if not _is_number_of(guard.expr)]
+    found = list(dict.fromkeys(_conditions(asked, names)))
     return found if len(found) <= MOST else []
 
 
@@ -104,39 +113,46 @@ class _Limited(TorchFunctionMode):
 
 
 @contextmanager
-def _noticed(equations: list[Equation]) -> Iterator[None]:
+def _noticed(asked: list[Asked]) -> Iterator[None]:
     """Within this context a number that is made of a symbol is that of the example, and the symbol stays one.
 
-    ``equations`` gets what the user's code made a number of, and asked to be equal to a number, and was: torch notes
-    these too, but as well where it makes a number itself.
+    ``asked`` gets what the user's code made a number of, and what it asked: torch notes neither where, nor whether it
+    made a number itself.
     """
-    asked: Callable[[torch.SymBool], bool] = torch.SymBool.__bool__
+    answered: Callable[[torch.SymBool], bool] = torch.SymBool.__bool__
+    is_not_zero: Callable[[torch.SymInt], bool] = torch.SymInt.__bool__
 
     def number(symint: torch.SymInt) -> int:
         found = int(symint.node.hint)
         if _is_from_user():
-            line = f"Python makes a number of it at {line_of_user(sys._getframe(1))}"
-            equations.append((sympy.Eq(symint.node.expr, found), line))
+            asked.append(Asked(sympy.Eq(symint.node.expr, found), line_of_user(sys._getframe(1)), is_number=True))
         return found
 
     def key(symint: torch.SymInt) -> int:
         found = int(symint.node.hint)
         if _is_from_user():
-            line = f"Python looks it up at {line_of_user(sys._getframe(1))}"
-            equations.append((sympy.Eq(symint.node.expr, found), line))
+            asked.append(Asked(sympy.Eq(symint.node.expr, found), line_of_user(sys._getframe(1)), is_number=True))
         return hash(found)
 
     def truth(symbool: torch.SymBool) -> bool:
         question = symbool.node.expr  # afterwards torch knows the answer, and it is True
-        answer = asked(symbool)
-        if answer and isinstance(question, sympy.Eq) and _is_from_user():
-            equations.append((question, ""))
+        answer = answered(symbool)
+        if _is_from_user():
+            asked.append(Asked(question if answer else sympy.Not(question), line_of_user(sys._getframe(1))))
+        return answer
+
+    def is_some(symint: torch.SymInt) -> bool:
+        question = sympy.Ne(symint.node.expr, 0)
+        answer = is_not_zero(symint)
+        if _is_from_user():
+            asked.append(Asked(question if answer else sympy.Not(question), line_of_user(sys._getframe(1))))
         return answer
 
     def divided(symint: torch.SymInt, by: int) -> tuple[Any, Any]:
         return symint // by, symint % by
 
     methods: dict[str, Any] = {"__int__": number, "__index__": number, "__hash__": key, "__divmod__": divided}
+    methods["__bool__"] = is_some
     with mock.patch.multiple(torch.SymInt, create=True, **methods), mock.patch.object(torch.SymBool, "__bool__", truth):
         yield
 
@@ -172,12 +188,12 @@ class _Unknown(Exception):
     """An expression of other operations than those of a condition."""
 
 
-def _conditions(equations: Iterable[Equation], names: Mapping[str, str]) -> Iterator[Condition]:
-    for expression, line in equations:
+def _conditions(asked: Iterable[Asked], names: Mapping[str, str]) -> Iterator[Condition]:
+    for one in asked:
         with suppress(_Unknown):
-            tree = _tree(expression, names)
+            tree = _tree(one.expression, names)
             if isinstance(tree, tuple):
-                yield Condition(tree, line)
+                yield Condition(tree, one.line, one.is_number)
 
 
 def _tree(expression: Any, names: Mapping[str, str]) -> Tree:

@@ -123,7 +123,8 @@ def _fake_parameters(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Undo what is written into buffers within this context."""
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    known = [buffer for buffer in model.buffers() if not buffer.is_meta and not isinstance(buffer, FakeTensor)]
+    before = [(buffer, buffer.detach().clone()) for buffer in known]
     try:
         yield
     finally:

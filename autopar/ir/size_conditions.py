@@ -60,11 +60,14 @@ _TIGHT = ("mul", "floordiv", "truediv", "mod", "bitand", "bitor")  # operators w
 class Condition:
     """One question and its answer: ``tree`` is true of the sizes for which a program was made.
 
-    ``line``: where the model has made a number of a size, so that its questions are not seen.
+    Attributes:
+        line: where the user's code asks that; "" where torch does.
+        is_number: whether it has made a number of the size there, so that its questions about that are not seen.
     """
 
     tree: Tree
     line: str = field(default="", compare=False)
+    is_number: bool = field(default=False, compare=False)
 
     def holds(self, sizes: Sizes) -> bool:
         """Whether the answer is the same at ``sizes``; it is not where the question has no answer (a zero divides)."""
@@ -85,17 +88,23 @@ class Condition:
         """The sizes that it is about."""
         return _names(self.tree)
 
+    @property
+    def told(self) -> str:
+        """Where it is asked, in words; "" where torch asks."""
+        made = "Python makes a number of it, at " if self.is_number else "at "
+        return made + self.line if self.line else ""
+
     def __str__(self) -> str:
         return _text(self.tree)
 
     @classmethod
-    def of_json(cls, data: Any, names: Sequence[str], line: str = "") -> Condition:
+    def of_json(cls, data: Any, names: Sequence[str]) -> Condition:
         """The condition that a file describes, of sizes with these ``names``. Raises ValueError for anything else."""
         left = [MOST_PARTS]
         tree = _checked(data, names, left)
         if not isinstance(tree, tuple) or tree[0] not in COMPARISONS:
             raise ValueError(f"no condition: {str(data):.100}")
-        return cls(tree, line)
+        return cls(tree)
 
     def as_json(self) -> Any:
         return _plain(self.tree)

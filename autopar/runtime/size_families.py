@@ -190,7 +190,7 @@ class SizeFamilies:
         def is_alike(sizes: Sizes) -> bool:
             return all(condition.holds(sizes) for condition in conditions)
 
-        kept.is_each = any(one.line and any(name[0] != BATCH for name in one.names) for one in conditions)
+        kept.is_each = any(one.is_number and any(name[0] != BATCH for name in one.names) for one in conditions)
         if varies and kept.rounds < ROUNDS and not kept.is_each:
             kept.rounds += 1
             known = [sizes for sizes, _ in points]
@@ -321,7 +321,7 @@ class SizeFamilies:
 def _unlike(conditions: Sequence[Condition], sizes: Sizes) -> str:
     """Why a program for ``sizes`` is in no family for which ``conditions`` hold."""
     failed = [condition for condition in conditions if not condition.holds(sizes)]
-    told = " and ".join(f"{one}: {one.line}" if one.line else str(one) for one in failed)
+    told = "; ".join(f"{one}, {one.told}" if one.told else str(one) for one in failed)
     here = ", ".join(f"{name}={size}" for name, size in sizes.items())
     return f"the model asks about sizes ({told}), and {here} is no such batch"
 

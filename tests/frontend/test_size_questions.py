@@ -31,6 +31,7 @@ class Net(nn.Module):
 KINDS: dict[str, tuple[Act, list[str]]] = {  # of (4, 40) tokens
     "nothing": (lambda x, n: x.view(x.shape[0], n, 2, 4).transpose(1, 2) * n, []),
     "a multiple": (lambda x, n: x if n % 3 else x * 2, ["s % 3 != 0"]),
+    "no multiple": (lambda x, n: x if n % 8 else x * 2, ["s % 8 == 0"]),
     "between": (lambda x, n: x * 2 if 60 < n < 100 else x, ["s <= 60"]),
     "equal": (lambda x, n: x * 2 if n == 40 else x, ["s == 40"]),
     "one of a list": (lambda x, n: x * 2 if n in [7, 45] else x, ["s != 7", "s != 45"]),
@@ -94,7 +95,7 @@ def test_blocks_that_are_alike_run_once() -> None:
     model = Deep([50] * 5 + [60] + [50] * 5)
     with mock.patch.object(torch, "relu", side_effect=torch.relu) as relu:
         found = questions(model, (torch.zeros(2, 40, 8),), {}, [["b", "s", 8]], {"b": 2, "s": 40})
-    assert list(map(str, found)) == ["s <= 50", "s % 7 != 0"]  # at most 60 follows
+    assert list(map(str, found)) == ["s <= 50", "s <= 60", "s % 7 != 0"]
     assert relu.call_count == 2
 
 
@@ -122,6 +123,6 @@ def test_torch_has_what_is_replaced() -> None:
     assert torch.compiler._is_exporting_flag is False and torch.compiler._is_compiling_flag is False
     with size_questions._as_exported():
         assert torch.compiler.is_exporting() and torch.compiler.is_compiling()  # type: ignore[no-untyped-call]
-    for name in ("__int__", "__index__", "__hash__"):
+    for name in ("__int__", "__index__", "__hash__", "__bool__"):
         assert name in vars(torch.SymInt), f"torch.SymInt has no {name} any more"
     assert "__bool__" in vars(torch.SymBool)
