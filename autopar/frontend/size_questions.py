@@ -31,6 +31,7 @@ from autopar.frontend.capture import explained, without_checkpointing
 from autopar.frontend.observation import Observation
 from autopar.frontend.source_lines import is_users_file, line_of_user
 from autopar.frontend.steady_state import runnable_on_fakes
+from autopar.frontend.trace import ALONE
 from autopar.ir.size_conditions import Condition, Tree
 
 logger = logging.getLogger("autopar")
@@ -85,16 +86,16 @@ def questions(
             given = pytree.tree_map_only(Tensor, fake, (args, dict(kwargs)))
         observation = Observation(model)
         with (
-            explained(model), runnable_on_fakes(model, mode), without_checkpointing([]), _as_exported(), mode,
-            enable_python_dispatcher(), alike_blocks_run_once(model, observation), observation.watching(),
-            _noticed(asked), _Limited(environment),
+            ALONE, explained(model), runnable_on_fakes(model, mode, anywhere=True), without_checkpointing([]),
+            _as_exported(), mode, enable_python_dispatcher(), alike_blocks_run_once(model, observation),
+            observation.watching(), _noticed(asked), _Limited(environment),
         ):  # fmt: skip
             model(*given[0], **given[1])
         observation.report(None)
     except Exception as problem:  # a family without conditions is what there was before
         logger.debug("what the model asks about sizes was not seen: %r", problem)
     asked += [Asked(guard.expr) for guard in environment.guards if not _is_number_of(guard.expr)]
-    found = list(dict.fromkeys(_conditions(asked, names)))
+    found = [one for one in dict.fromkeys(_conditions(asked, names)) if one.holds(sizes)]
     return found if len(found) <= MOST else []
 
 

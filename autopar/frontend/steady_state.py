@@ -93,22 +93,30 @@ def bring_to_rest(
 
 
 @contextmanager
-def runnable_on_fakes(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """Within this context forward runs on fake parameters whatever a trace can take, and leaves buffers as they are."""
-    with without_fast_paths(), GroupedProducts(), _fake_parameters(model, mode), _buffers_kept(model), torch.no_grad():
+def runnable_on_fakes(model: nn.Module, mode: FakeTensorMode, *, anywhere: bool = False) -> Iterator[None]:
+    """Within this context forward runs on fake parameters whatever a trace can take, and leaves buffers as they are.
+
+    ``anywhere``: buffers on other devices than the CPU, where the inputs are, are fake too.
+    """
+    fake = _fake_parameters(model, mode, anywhere)
+    with without_fast_paths(), GroupedProducts(), fake, _buffers_kept(model), torch.no_grad():
         yield
 
 
 @contextmanager
-def _fake_parameters(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """Within this context the parameters are fake; buffers and whatever is computed from them are not."""
+def _fake_parameters(model: nn.Module, mode: FakeTensorMode, anywhere: bool) -> Iterator[None]:
+    """Within this context the parameters are fake; buffers and whatever is computed from them are not.
+
+    Buffers without data are, and with ``anywhere`` those that are on no CPU.
+    """
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []
     made: dict[int, Tensor] = {}
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             for key, tensor in table.items():
-                if isinstance(tensor, nn.Parameter) or (tensor is not None and tensor.is_meta):
+                is_elsewhere = tensor is not None and (tensor.is_meta or anywhere and tensor.device.type != "cpu")
+                if isinstance(tensor, nn.Parameter) or (tensor is not None and is_elsewhere):
                     swapped.append((table, key, tensor))
                     made.setdefault(id(tensor), fake_like(mode, tensor))
     for table, key, tensor in swapped:

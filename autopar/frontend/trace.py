@@ -62,7 +62,7 @@ VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
 # what is watched while a model is traced belongs to the process: classes of torch and of users, the environment
-_ALONE = threading.RLock()
+ALONE = threading.RLock()
 
 
 def trace(
@@ -83,7 +83,7 @@ def trace(
     """
     mesh, plan = mesh or Mesh(), plan or Plan()
     dtype, given = plan.precision.param_dtype, (tuple(args), dict(kwargs or {}))
-    with _ALONE, recast(model, dtype) as dtypes:
+    with ALONE, recast(model, dtype) as dtypes:
         call: tuple[tuple[Any, ...], dict[str, Any]] = recast_call(given, dtype)
         checked = plan.check_numerics and not needs_fakes(model, pytree.tree_leaves(call))
 
