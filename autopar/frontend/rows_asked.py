@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from autopar.errors import InvariantError
 from autopar.frontend.size_questions import questions
+from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
 
-ROWS, SEVERAL = "b", 4
+ROWS = "b"
 
 
 def check_rows_asked(
@@ -22,23 +24,20 @@ def check_rows_asked(
     """Raise InvariantError where the model does something else for ``part``, a microbatch, than for ``whole`` rows.
 
     ``dims``: the batch dim of each input that has one. The model is ``traced`` for both where a question of the user's
-    code has another answer for the whole. A microbatch of one row is looked at as one of several.
+    code has another answer for the whole.
     """
     rows = next((part[name].shape[dim] for name, dim in dims.items()), whole)
-    if any(part[name].shape[dim] != rows for name, dim in dims.items()):
+    if rows == whole or any(part[name].shape[dim] != rows for name, dim in dims.items()):
         return
-    if rows == 1:  # what a pass compares with a batch of several (autopar.split.summands)
-        rows, part = SEVERAL, _of_rows(part, dims, SEVERAL)
-    if rows == whole:
-        return
+    like = max(rows, 2)  # one row is no symbol
     shapes = [
         [ROWS if dims.get(name) == dim else size for dim, size in enumerate(value.shape)]
         for name, value in part.items()
         if isinstance(value, Tensor)
     ]
-    asked = [one for one in questions(model, (), part, shapes, {ROWS: rows}) if one.line]
-    other = [one for one in asked if not one.holds({ROWS: whole})]
-    if not other or _operators(traced(part)) == _operators(traced(_of_rows(part, dims, whole))):
+    asked = [one for one in questions(model, (), _of_rows(part, dims, like), shapes, {ROWS: like}) if one.line]
+    other = [one for one in asked if one.holds({ROWS: rows}) != one.holds({ROWS: whole})]
+    if not other or _are_alike(traced(_of_rows(part, dims, rows)), rows, traced(_of_rows(part, dims, whole)), whole):
         return
     lines = "\n".join(f"  {one.told}" for one in other)
     raise InvariantError(
@@ -49,8 +48,37 @@ def check_rows_asked(
     )
 
 
-def _operators(program: Program) -> list[Any]:
-    return [node.target for node in program.graph.nodes if node.op == "call_function"]
+def _are_alike(one: Program, rows: int, other: Program, others: int) -> bool:
+    """Whether two traces, of so many rows, compute the same: numbers are equal, or as many times the rows.
+
+    Where one of them is of a single row, views are left out: of one row there are fewer.
+    """
+    mine, theirs = (
+        [
+            node
+            for node in program.graph.nodes
+            if node.op == "call_function" and not (1 in (rows, others) and is_view(node.target))
+        ]
+        for program in (one, other)
+    )
+    return len(mine) == len(theirs) and all(
+        a.target == b.target and _are_numbers_alike(_numbers(a), rows, _numbers(b), others)
+        for a, b in zip(mine, theirs)
+    )
+
+
+def _are_numbers_alike(mine: list[Any], rows: int, theirs: list[Any], others: int) -> bool:
+    return len(mine) == len(theirs) and all(
+        a == b or a * others == b * rows or a * rows == b * others for a, b in zip(mine, theirs)
+    )
+
+
+def _numbers(node: fx.Node) -> list[Any]:
+    """The numbers among the arguments of ``node``."""
+    found: list[Any] = []
+    leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
+    found.extend(leaf for leaf in leaves if isinstance(leaf, int | float) and not isinstance(leaf, bool))
+    return found
 
 
 def _of_rows(part: Mapping[str, Any], dims: Mapping[str, int], rows: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from autopar.frontend.observation import Observation
 from autopar.frontend.source_lines import is_users_file, line_of_user
 from autopar.frontend.steady_state import runnable_on_fakes
 from autopar.frontend.trace import ALONE
-from autopar.ir.size_conditions import Condition, Tree
+from autopar.ir.size_conditions import Condition, Tree, is_plain
 
 logger = logging.getLogger("autopar")
 
@@ -47,6 +47,7 @@ _NAMES = {  # of torch's operations on sizes
 }  # fmt: skip
 _OPERATORS = str(Path(operators.__file__).parent)
 MOST_FACTORS = 4  # of a power of a size
+LEAST = 2  # sizes that are symbols: torch takes 0 and 1 for numbers, and what is asked about those is not seen
 MOST, MOST_CALLS = 64, 20_000  # questions, and calls of operators, of one run
 
 
@@ -67,18 +68,19 @@ def questions(
 
     ``dims``: for each tensor among the arguments, of each dim its size or the name of it. Where the user's code makes a
     number of a size (``int(length)``, ``len(rows)``, ``math.sqrt(length)``, a key of a dict), what it asks of that is
-    not seen, and the condition is that size itself. Nothing is seen of a model that does not run on symbols, or asks
+    not seen, and the condition is that size itself; so it is for a size of 0 or 1. Nothing is seen of a model that does
+    not run on symbols, or asks
     more than ``MOST`` questions. The model is as it was, afterwards; a run that came to its end tells those who collect
     guards and records of traces what it has read.
     """
     environment = ShapeEnv(duck_shape=False)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
-    symbols = {name: _symint(environment, name, size) for name, size in sizes.items()}
+    symbols = {name: _symint(environment, name, size) for name, size in sizes.items() if size >= LEAST}
     names = {str(symint.node.expr): name for name, symint in symbols.items()}
     places, asked = iter(dims), list[Asked]()
 
     def fake(leaf: Tensor) -> Tensor:
-        shape = [symbols.get(size, size) if isinstance(size, str) else size for size in next(places)]
+        shape = [symbols.get(size, sizes[size]) if isinstance(size, str) else size for size in next(places)]
         return torch.empty(shape, dtype=leaf.dtype).requires_grad_(leaf.requires_grad)
 
     try:
@@ -96,7 +98,8 @@ def questions(
         logger.debug("what the model asks about sizes was not seen: %r", problem)
     asked += [Asked(guard.expr) for guard in environment.guards if not _is_number_of(guard.expr)]
     found = [one for one in dict.fromkeys(_conditions(asked, names)) if one.holds(sizes)]
-    return found if len(found) <= MOST else []
+    alone = [Condition(("eq", name, size)) for name, size in sizes.items() if size < LEAST]
+    return alone + (found if len(found) <= MOST else [])
 
 
 class _Limited(TorchFunctionMode):
@@ -193,7 +196,7 @@ def _conditions(asked: Iterable[Asked], names: Mapping[str, str]) -> Iterator[Co
     for one in asked:
         with suppress(_Unknown):
             tree = _tree(one.expression, names)
-            if isinstance(tree, tuple):
+            if isinstance(tree, tuple) and is_plain(tree):
                 yield Condition(tree, one.line, one.is_number)
 
 

@@ -8,6 +8,7 @@ them. This is the one file that needs ``Graph._insert`` and the tables of names 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -56,6 +57,18 @@ def copied(graph: fx.Graph) -> fx.Graph:
     names._used_names, names._base_count = copy.copy(old._used_names), copy.copy(old._base_count)
     names._obj_to_name = {copies[node]: name for node, name in old._obj_to_name.items() if node in copies}
     return new  # type: ignore[no-any-return]
+
+
+def sort_users(graph: fx.Graph) -> None:
+    """Have the users of each node in the order of the graph, as a copy has them: passes take the first of them."""
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    for node in places:
+        if len(node.users) > 1:
+            order = [places[user] for user in node.users]
+            if any(map(operator.gt, order, order[1:])):
+                users = sorted(node.users, key=places.__getitem__)
+                node.users.clear()
+                node.users.update(dict.fromkeys(users))
 
 
 def called(graph: fx.Graph) -> list[Any]:

@@ -31,7 +31,7 @@ from torch import fx
 
 from autopar.errors import AutoparError, InvariantError, ProgramFileError, near_names
 from autopar.ir.collection import no_collection
-from autopar.ir.fast_graph import called, is_sound
+from autopar.ir.fast_graph import called, is_sound, sort_users
 from autopar.ir.parse import parse
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program, format_program
 from autopar.ir.text import operator_name
@@ -86,6 +86,9 @@ class Pass(Generic[Before, After]):
             return replace(program, passes=(*program.passes, self.name))
         _hold(self.requires, program, f"required by pass {self.name}")
         own: Any = program.clone() if self.copies and not is_own else program
+        if own is program and self.copies:
+            for graph in own.graphs.values():
+                sort_users(graph)
         result: Any = self.rewrite(own)
         if not isinstance(result, AnyProgram):
             raise InvariantError(f"pass {self.name} returned {type(result).__name__}\nLikely fix: return the program")

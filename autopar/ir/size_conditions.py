@@ -143,6 +143,15 @@ def _plain(tree: Tree) -> Any:
     return [tree[0], *map(_plain, tree[1:])] if isinstance(tree, tuple) else tree
 
 
+def is_plain(tree: Tree) -> bool:
+    """Whether a file may say so: of a few parts, with numbers of an ordinary size."""
+    try:
+        _checked(_plain(tree), sorted(_names(tree)), [MOST_PARTS])
+    except ValueError:
+        return False
+    return True
+
+
 def _checked(data: Any, names: Sequence[str], left: list[int]) -> Tree:
     left[0] -= 1
     if left[0] < 0:

@@ -185,7 +185,8 @@ class SizeFamilies:
         varies = any(len({sizes[name] for sizes, _ in points}) > 1 for name in points[0][0] if name[0] != BATCH)
         if len(points) < FEWEST and not (varies and kept.rounds < ROUNDS):
             return
-        conditions = self._conditions(call, scheme, points[0][0])
+        like = next((sizes for sizes, _ in points if min(sizes.values()) > 1), points[0][0])  # a size of 1 is alone
+        conditions = self._conditions(call, scheme, like)
 
         def is_alike(sizes: Sizes) -> bool:
             return all(condition.holds(sizes) for condition in conditions)

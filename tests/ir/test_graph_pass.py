@@ -88,6 +88,40 @@ def test_only_the_program_that_was_given_is_copied(monkeypatch: pytest.MonkeyPat
     assert "aten.neg(relu_default)" in str(after) and "all_reduce" not in str(after)
 
 
+def test_users_are_in_the_order_of_the_graph_where_nothing_is_copied() -> None:
+    """A pass puts what it makes before the first user, which an earlier pass may have added as the last one."""
+
+    def first_users(program: Program) -> list[list[str]]:
+        return [[user.name for user in node.users] for node in program.graph.nodes]
+
+    @graph_pass()
+    def add_a_first_user(program: Program) -> Program:
+        gelu = node_of(program, "gelu")
+        with program.graph.inserting_before(gelu):
+            relu = program.graph.call_function(torch.ops.aten.relu.default, gelu.args)
+            total = program.graph.call_function(torch.ops.aten.add.Tensor, (relu, gelu.args[0]))
+        for node in (relu, total):
+            set_values(node, value(gelu))
+        gelu.replace_all_uses_with(total)
+        program.graph.erase_node(gelu)
+        operand = relu.all_input_nodes[0]
+        users = list(operand.users)
+        operand.users.clear()
+        operand.users.update(dict.fromkeys(reversed(users)))
+        return program
+
+    seen: list[list[list[str]]] = []
+
+    @graph_pass()
+    def look(program: Program) -> Program:
+        seen.append(first_users(program))
+        return program
+
+    run_passes(parse(MLP), [add_a_first_user, look])
+    seen.append(first_users(add_a_first_user(parse(MLP)).clone()))
+    assert seen[0] == seen[1]
+
+
 def test_no_passes() -> None:
     program = parse(MLP)
     assert run_passes(program, []) is program
