@@ -98,13 +98,15 @@ def _in(folder: Folder, key: str, first: AnyProgram) -> Family | None:
         content = folder.read(file.path)
         if content is None:
             continue
-        _, text, *parts = content
         folder.touch(file.path)
-        if text == NO_FAMILY:
-            raise NoForm(parts[0].decode())
         try:
+            _, text, *parts = content
+            if text == NO_FAMILY:
+                raise NoForm(parts[0].decode())
             outside, graphs = parts
             found: Any = unpacked_apart(outside, graphs, first.plan, text.decode(), None)
+        except NoForm:
+            raise
         except Exception as problem:  # whatever it is, the family can be fitted
             logger.warning("the family %s cannot be read (%r) and was deleted", file.path, problem)
             folder.delete(file.path)

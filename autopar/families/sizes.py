@@ -139,10 +139,18 @@ def further(
         step = step if step >= LEAST_STEP * unit[name] else unit[name]
         high[name], low[name] = _ends(values, step, unit[name])
         steps[name] = step
-    known = [dict(point) for point in points]
-    found: list[Sizes] = []
+    known, found = [dict(point) for point in points], list[Sizes]()
+
+    def is_other(tried: Sizes) -> bool:
+        return tried not in known and is_alike(tried)
+
+    def tells(tried: Sizes) -> bool:
+        """Whether all differ by ``steps`` then, and by no multiple of them, with a second one."""
+        gaps = {name: [point[name] - tried[name] for point in known] for name in steps}
+        return is_other(tried) and all(math.gcd(*gaps[name]) <= step for name, step in steps.items())
+
     for sizes in (high, low):
-        other = next_alike(sizes, steps, lambda tried: tried not in known and is_alike(tried))
+        other = sizes if is_other(sizes) else next_alike(sizes, steps, tells) or next_alike(sizes, steps, is_other)
         if other is not None:
             found.append(other)
             known.append(dict(other))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import getattr_static
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -173,5 +174,5 @@ def functions_of(value: Any) -> Iterator[FunctionType]:
         yield from functions_of(value.fget)
     elif isinstance(value, (functools.cached_property, functools.partial, functools.partialmethod)):
         yield from functions_of(value.func)
-    elif hasattr(value, "__wrapped__"):
-        yield from functions_of(value.__wrapped__)
+    elif getattr_static(value, "__wrapped__", None) is not None:  # not hasattr: an object may answer to every name
+        yield from functions_of(getattr_static(value, "__wrapped__"))

@@ -51,11 +51,12 @@ class Observation:
         changes: what the latest run left in attributes; undone.
         grown: containers that the latest run changed; undone.
 
-    ``keeps``: what a run leaves stays until :meth:`undo`.
+    ``keeps``: what a run leaves stays until :meth:`undo`. ``records``: which code runs is written down, by a mode of
+    torch's, in which its layers do not take their fast paths.
     """
 
-    def __init__(self, model: nn.Module, keeps: bool = False) -> None:
-        self._model, self._keeps = model, keeps
+    def __init__(self, model: nn.Module, keeps: bool = False, records: bool = True) -> None:
+        self._model, self._keeps, self._records = model, keeps, records
         self.readings = Readings(model)
         self._record = TraceRecord()
         self.changes: list[Change] = []
@@ -190,9 +191,10 @@ class Observation:
                 self._hooks.append(Contents.of(module.__dict__[name], self.readings.label_of_hooks(module, name)))
         self._patch(nn.Module)
         self._stack.enter_context(nothing_forbidden())
-        if is_recording():
+        if is_recording() and self._records:
             self._stack.enter_context(recorded_variables(self._record))
-        self._stack.enter_context(recorded_code(self._record))
+        if self._records:
+            self._stack.enter_context(recorded_code(self._record))
         self._stack.enter_context(variables_of_users(self._variables_met)())
         for owner, _ in list(self.readings.objects.values()):
             self._take(owner)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from autopar.errors import InvariantError
+from autopar.errors import InvariantError, TraceError
 from autopar.frontend.size_questions import questions
 from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
@@ -37,7 +37,13 @@ def check_rows_asked(
     ]
     asked = [one for one in questions(model, (), _of_rows(part, dims, like), shapes, {ROWS: like}) if one.line]
     other = [one for one in asked if one.holds({ROWS: rows}) != one.holds({ROWS: whole})]
-    if not other or _are_alike(traced(_of_rows(part, dims, rows)), rows, traced(_of_rows(part, dims, whole)), whole):
+    if not other:
+        return
+    try:
+        of_whole = traced(_of_rows(part, dims, whole))
+    except TraceError:  # the model takes a microbatch, and no batch
+        return
+    if _are_alike(traced(_of_rows(part, dims, rows)), rows, of_whole, whole):
         return
     lines = "\n".join(f"  {one.told}" for one in other)
     raise InvariantError(

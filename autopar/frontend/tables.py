@@ -45,6 +45,14 @@ class Slots:
     def __getitem__(self, key: str) -> Any:
         return object.__getattribute__(self.of, key)
 
+    def has(self, key: str) -> bool:
+        """Whether the slot has a value."""
+        try:
+            self[key]
+        except AttributeError:
+            return False
+        return True
+
 
 def is_empty(cell: CellType) -> bool:
     return not hasattr(cell, "cell_contents")

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from inspect import getattr_static
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -39,13 +40,14 @@ def follow_what_ran(readings: Readings, ran: Collection[str]) -> None:
         remembered.follow()
         readings.spread()
         made = [(base, True) for cls in readings.spaces.classes() for base in cls.__mro__]
-        known = [(base, False) for owner in readings.guards.owners for base in type(owner).__mro__]
+        owners = [(type(owner), not isinstance(owner, nn.Module)) for owner in readings.guards.owners]
+        known = [(base, is_object) for cls, is_object in owners for base in cls.__mro__]
         new = [kind for kind in dict.fromkeys((*made, *known)) if kind not in looked_at]
         if not new:
             return
         looked_at.update(new)
-        for cls, is_made in new:
-            for function in _methods(cls, "" if is_made else "__"):
+        for cls, is_whole in new:
+            for function in _methods(cls, "" if is_whole else "__"):
                 if function.__code__.co_qualname in names and place_of(function.__code__) in ran:
                     readings.function(function)
 
@@ -66,15 +68,17 @@ class _Remembered:
     def __init__(self, readings: Readings) -> None:
         self._readings, self._looked_at = readings, 0
         self._done, self._names = set[int](), set[str]()
-        modules = [one for one in readings.guards.owners if isinstance(one, nn.Module)]
         self._owners = [owner for owner, _ in readings.objects.values()]
-        self._owners += [module for module in modules if any(map(_remembers, vars(type(module)).values()))]
+        self._modules = [one for one in readings.guards.owners if isinstance(one, nn.Module)]
 
     def follow(self) -> None:
         """Those that were met since the last time."""
         new = self._readings.guards.readings[self._looked_at :]
         self._looked_at += len(new)
         found = [function for one in new if _remembers(one.value) for function in functions_of(one.value)]
+        if found:  # which may have taken any of the modules
+            self._owners += self._modules
+            self._modules = []
         while found:
             found += self._met_by(found.pop())
 
@@ -85,7 +89,16 @@ class _Remembered:
         self._done.add(id(function))
         known = names_of(function.__code__)
         for name, _ in known.globals:
-            yield from functions_of(function.__globals__.get(name))
+            value = function.__globals__.get(name)
+            yield from functions_of(value)
+            if isinstance(value, ModuleType) and is_users(value.__name__):
+                for attribute in known.attributes:
+                    yield from functions_of(vars(value).get(attribute))
+            elif isinstance(value, type):
+                yield from (one for each in _methods(value, "") for one in functions_of(each))
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # of a variable that has no value yet
+                yield from functions_of(cell.cell_contents)
         new = [name for name in known.attributes if name not in self._names]
         self._names.update(new)
         for owner in self._owners:
@@ -102,7 +115,7 @@ _REMEMBERING = type(cache(lambda: None))
 
 
 def _methods(cls: type, beginning: str) -> Iterator[FunctionType]:
-    """Those with names that begin so: of an object that was met, others are seen when they are read."""
+    """Those with names that begin so: of a module others are seen when they are read, of a copy of an object not."""
     for name, value in list(vars(cls).items()) if is_users_class(cls) else ():
         if name.startswith(beginning) and type(value) not in PLAIN:
             yield from functions_of(value)

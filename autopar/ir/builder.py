@@ -120,7 +120,7 @@ class Builder:
         if self._mesh is None:
             _check_whole(node)
             return tuple(types_of(node, self._run(node)))
-        key = node.target, *self._looks(node.args), *self._looks(node.kwargs)
+        key = node.target, torch.get_default_dtype(), *self._looks(node.args), *self._looks(node.kwargs)
         if key not in _TYPES:
             found = types_of(node, self._run(node))
             if len(_TYPES) >= MOST_TYPES:

@@ -202,7 +202,7 @@ class Guards:
             for table, key, value in self._present:
                 if table[key] is not value:
                     return self._hold_by_value()
-        except KeyError:
+        except (KeyError, AttributeError, ValueError):  # of a slot or a variable that is empty now
             return False
         return self._nothing_new() and self._rest_holds()
 

@@ -193,9 +193,10 @@ class SizeFamilies:
 
         kept.is_each = any(one.is_number and any(name[0] != BATCH for name in one.names) for one in conditions)
         if varies and kept.rounds < ROUNDS and not kept.is_each:
-            kept.rounds += 1
-            known = [sizes for sizes, _ in points]
-            for sizes in further(known, self._units(scheme), kept.rounds == 1, is_alike):
+            known, units = [like, *(sizes for sizes, _ in points if sizes != like)], self._units(scheme)
+            wanted = further(known, units, kept.rounds == 0, is_alike) or further(known, units, False, is_alike)
+            kept.rounds += bool(wanted)
+            for sizes in wanted:
                 tried = self._tried(kept.first, kept.guards, call, scheme, sizes)
                 if tried is not None:
                     points.append((sizes, tried[0]))

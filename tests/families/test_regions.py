@@ -120,9 +120,20 @@ def test_batches_of_several_kinds_are_refused_with_the_question() -> None:
         compiled("a number", 40, 80)
 
 
+def test_batches_of_one_row() -> None:
+    """Among them alone, and once there are larger ones."""
+    one = [{"ids": torch.zeros(1, length, dtype=torch.int64)} for length in (40, 50)]
+    assert str(autopar.compile_family(Net("a multiple"), Mesh(dp=1), batches=one)).startswith("b = 1; s = 5 to 128")
+    more = [{"ids": torch.zeros(4, length, dtype=torch.int64)} for length in (40, 50)]
+    parallel = autopar.parallelize(Net("rows"), Mesh(dp=1))
+    for batch in (one[0], more[0], one[1], more[1], {"ids": torch.zeros(3, 46, dtype=torch.int64)}):
+        assert parallel(**batch)["loss"].isfinite()
+    assert any({"b": 4, "s": 46} in family for family in parallel.families)
+
+
 def test_further_points_keep_to_what_is_asked() -> None:
     points, unit = [{"b": 4, "s": 40}, {"b": 4, "s": 50}], {"b": 1, "s": 1}
-    assert further(points, unit, True, lambda sizes: sizes["s"] % 3 != 0) == [{"b": 6, "s": 128}, {"b": 5, "s": 4}]
+    assert further(points, unit, True, lambda sizes: sizes["s"] % 3 != 0) == [{"b": 6, "s": 128}, {"b": 5, "s": 5}]
     assert further(points, unit, True, lambda sizes: sizes["s"] < 60) == [{"b": 6, "s": 59}, {"b": 5, "s": 3}]
     ranges = compiled("a multiple", 40, 50).ranges
     assert reaching({"b": 4, "s": 200}, ranges, lambda sizes: sizes["s"] % 100 == 0) == {"b": 4, "s": 500}

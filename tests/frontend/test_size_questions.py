@@ -65,6 +65,13 @@ def test_what_is_asked(kind: str) -> None:
     assert model.calls == 0 and {name: id(tensor) for name, tensor in model.named_parameters()} == before
 
 
+def test_sizes_of_one() -> None:
+    """Torch has no symbols for them, so what is asked about them is not seen: the condition is the size."""
+    model, call = Net(KINDS["rows and tokens"][0]), (torch.zeros(1, 400, dtype=torch.int64),)
+    assert list(map(str, questions(model, call, {}, [["b", "s"]], {"b": 1, "s": 400}))) == ["b == 1", "s > 300"]
+    assert list(map(str, questions(model, call, {}, [["b", "s"]], {"b": 1, "s": 1}))) == ["b == 1", "s == 1"]
+
+
 def test_the_line_of_a_number() -> None:
     (found,) = asked(Net(KINDS["a number"][0]))
     assert "test_size_questions.py" in found.line and "int(n) > 50" in found.line

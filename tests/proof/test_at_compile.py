@@ -80,7 +80,8 @@ class Lengths(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.up(x).tanh()
-        return (h * 2 if x.shape[1] == self.special else h).square().mean()
+        is_special = str(x.shape[1]) == str(self.special)  # a question that is not seen
+        return (h * 2 if is_special else h).square().mean()
 
 
 def called(model: nn.Module, *lengths: int) -> Any:
