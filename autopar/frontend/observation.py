@@ -19,8 +19,8 @@ from autopar.frontend.changes import Change, put
 from autopar.frontend.forbidden import nothing_forbidden
 from autopar.frontend.other_state import question_of_variable, variables_of_users
 from autopar.frontend.readings import MOST_ITEMS, Readings
-from autopar.frontend.source_lines import is_users_file, line_of_user
-from autopar.frontend.tables import HOOKS, SHAPED, own_names
+from autopar.frontend.source_lines import line_of_user
+from autopar.frontend.tables import HOOKS, SHAPED, own_names, reads_all
 from autopar.frontend.trace_record import (
     Effect,
     Moved,
@@ -352,7 +352,7 @@ def _attributes(owner: Any) -> Any:
 def _reads(observation: Observation, original: Callable[..., Any]) -> Callable[..., Any]:
     def __getattribute__(self: Any, name: str) -> Any:
         observation.read(self, name)
-        if name == "__dict__" and is_users_file(sys._getframe(1).f_code.co_filename):
+        if reads_all(name, sys._getframe(1).f_code.co_filename):
             observation.read_all(self)
         return original(self, name)
 

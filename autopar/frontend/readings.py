@@ -236,9 +236,7 @@ class Readings:
 
     def reading(self, table: Any, key: Any, label: str, *, by_type: bool = False) -> None:
         """``table[key]`` has a value, which is looked into."""
-        if isinstance(table, Slots) and not table.has(key):
-            return
-        if self._is_new(table, key):
+        if self._is_new(table, key) and (type(table) is not Slots or table.has(key)):
             value = table[key]
             self.guards.readings.append(Reading(table, key, value, label, by_type))
             self.look_into(value, label)

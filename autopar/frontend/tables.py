@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
 
 from autopar.frontend.code_names import is_users_class
+from autopar.frontend.source_lines import is_users_file
 from autopar.ir.guards import Contents
 
 SHAPED = ("_parameters", "_buffers", "_modules")
@@ -52,6 +54,14 @@ class Slots:
         except AttributeError:
             return False
         return True
+
+
+def reads_all(name: str, file: str) -> bool:
+    """Whether code in ``file`` that reads the attribute ``name`` of an object sees all: ``vars(x)``, ``copy(x)``."""
+    return name in _OF_ALL and (file == copy.__file__ or is_users_file(file))
+
+
+_OF_ALL = ("__dict__", "__getstate__", "__reduce_ex__")
 
 
 def is_empty(cell: CellType) -> bool:

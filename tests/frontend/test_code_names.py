@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import itertools
 import json.decoder
@@ -13,7 +14,7 @@ from types import CodeType, FunctionType, ModuleType
 
 import torch.nn.modules.module
 
-from autopar.frontend.code_names import ATTRIBUTES, CELLS, GLOBALS, IMPORTS, PARTS, Names, names_of
+from autopar.frontend.code_names import ATTRIBUTES, CELLS, GLOBALS, IMPORTS, PARTS, Names, functions_of, names_of
 
 
 def _by_dis(code: CodeType) -> Names:
@@ -62,3 +63,16 @@ def test_names_are_those_that_dis_finds() -> None:
     for each in code:
         assert names_of(each) == _by_dis(each), each
     assert any(names_of(each).cells for each in code) and any(names_of(each).imports for each in code)
+
+
+class Proxy:
+    """Answers to every name with another one, as remote objects and mocks do."""
+
+    def __getattr__(self, name: str) -> Proxy:
+        return Proxy()
+
+
+def test_functions_of_what_answers_to_every_name() -> None:
+    assert list(functions_of(Proxy())) == []
+    remembering = functools.cache(_by_dis)
+    assert list(functions_of(remembering)) == [_by_dis]

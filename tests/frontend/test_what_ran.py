@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -109,6 +110,14 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Any, str]] = {
     "a global, by a method that remembers": (lambda net, x: x * net.owner.scale(), HERE, "FACTOR"),
     "an object, by a method that remembers": (lambda net, x: x * net.owner.scale(), vars(OWNER.inner), "factor"),
     "a global, by a function that remembers": (lambda net, x: x * remembered(), HERE, "FACTOR"),
+    "an object, by a copy": (lambda net, x: x * copy.copy(net.owner.inner).factor, vars(OWNER.inner), "factor"),
+    "an object, by a deep copy": (
+        lambda net, x: x * copy.deepcopy(net.owner).inner.factor,
+        vars(OWNER.inner),
+        "factor",
+    ),
+    "a global, by a method of a copy": (lambda net, x: x * copy.copy(net.owner.inner).make(), HERE, "FACTOR"),
+    "a global, by a method of another one": (lambda net, x: x * type(net.owner.inner)().make(), HERE, "FACTOR"),
     "an object, by a function that remembers": (lambda net, x: x * remembered(), vars(OWNER.inner), "factor"),
 }
 
