@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -43,7 +45,8 @@ def check_rows_asked(
         of_whole = traced(_of_rows(part, dims, whole))
     except TraceError:  # the model takes a microbatch, and no batch
         return
-    if _are_alike(traced(_of_rows(part, dims, rows)), rows, of_whole, whole):
+    is_asked = any(not one.is_number for one in other)
+    if _are_alike(traced(_of_rows(part, dims, rows)), rows, of_whole, whole, is_asked):
         return
     lines = "\n".join(f"  {one.told}" for one in other)
     raise InvariantError(
@@ -54,10 +57,12 @@ def check_rows_asked(
     )
 
 
-def _are_alike(one: Program, rows: int, other: Program, others: int) -> bool:
-    """Whether two traces, of so many rows, compute the same: numbers are equal, or as many times the rows.
+def _are_alike(one: Program, rows: int, other: Program, others: int, is_asked: bool) -> bool:
+    """Whether two traces, of so many rows, compute the same.
 
-    Where one of them is of a single row, views are left out: of one row there are fewer.
+    ``is_asked``: with numbers that are equal, or in proportion. Where Python only makes numbers of the rows these may
+    be others: what is computed with them is left to :mod:`autopar.split.summands`. Where one of the two is of a single
+    row, views are left out: of one row there are fewer.
     """
     mine, theirs = (
         [
@@ -68,23 +73,23 @@ def _are_alike(one: Program, rows: int, other: Program, others: int) -> bool:
         for program in (one, other)
     )
     return len(mine) == len(theirs) and all(
-        a.target == b.target and _are_numbers_alike(_numbers(a), rows, _numbers(b), others)
+        a.target == b.target and (not is_asked or _are_numbers_alike(_numbers(a), rows, _numbers(b), others))
         for a, b in zip(mine, theirs)
     )
 
 
 def _are_numbers_alike(mine: list[Any], rows: int, theirs: list[Any], others: int) -> bool:
+    """Whether they are equal, or in proportion to a power of the rows: a mean of pairs has a square."""
+    ratio = Fraction(others, rows)
     return len(mine) == len(theirs) and all(
-        a == b or a * others == b * rows or a * rows == b * others for a, b in zip(mine, theirs)
+        a == b or any(math.isclose(b, a * ratio**power) for power in (-2, -1, 1, 2)) for a, b in zip(mine, theirs)
     )
 
 
 def _numbers(node: fx.Node) -> list[Any]:
     """The numbers among the arguments of ``node``."""
-    found: list[Any] = []
     leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
-    found.extend(leaf for leaf in leaves if isinstance(leaf, int | float) and not isinstance(leaf, bool))
-    return found
+    return [leaf for leaf in leaves if type(leaf) in (int, float)]
 
 
 def _of_rows(part: Mapping[str, Any], dims: Mapping[str, int], rows: int) -> dict[str, Any]:
