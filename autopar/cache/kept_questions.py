@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from autopar.cache.assumptions import NotMet, assumptions_of, met
 from autopar.cache.code_digests import digest
@@ -19,14 +20,19 @@ from autopar.cache.folder import Folder
 from autopar.cache.key import Request, facts_of, key_of
 from autopar.cache.packing import packed, unpacked
 from autopar.cache.reasons import Unstorable
-from autopar.frontend.observation import guards_of_traces
-from autopar.frontend.size_questions import questions
 from autopar.frontend.trace_record import records_of_traces
 from autopar.ir.size_conditions import Condition
 
 Dims = Sequence[Sequence[str | int]]
 
 logger = logging.getLogger("autopar")
+
+
+def questions(*call: Any) -> list[Condition]:
+    """Those of a run on symbols. A launch that finds what was asked does not load it."""
+    from autopar.frontend.size_questions import questions as asked
+
+    return asked(*call)
 
 
 def kept_questions(request: Request, dims: Dims, sizes: Mapping[str, int]) -> list[Condition]:
@@ -43,6 +49,8 @@ def kept_questions(request: Request, dims: Dims, sizes: Mapping[str, int]) -> li
     found = _in(folder, key, request, tuple(sizes))
     if found is not None:
         return found
+    from autopar.frontend.observation import guards_of_traces
+
     start = time.perf_counter()
     with records_of_traces() as records, guards_of_traces() as guards:
         asked = questions(model, args, kwargs, dims, sizes)
