@@ -18,11 +18,11 @@ from autopar.frontend.fingerprint import call_facts
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards
 from autopar.ir.program import AnyProgram
-from autopar.ir.size_conditions import Condition
+from autopar.ir.size_conditions import Condition, Dims
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.runtime.calls import Call, Signature
-from autopar.runtime.size_families import Dims, SizeFamilies, general, shapes_of
+from autopar.runtime.size_families import SizeFamilies, general, shapes_of
 from autopar.runtime.written_code import written
 
 Batch = Mapping[str, Any] | Sequence[Any]

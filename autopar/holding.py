@@ -15,13 +15,12 @@ from autopar.frontend.everything_read import everything_of
 from autopar.frontend.fingerprint import call_facts
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.program import AnyProgram
-from autopar.ir.size_conditions import Condition
+from autopar.ir.size_conditions import Condition, Dims
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.runtime.calls import Call
 from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.parameters import Weights
-from autopar.runtime.size_families import Dims
 
 
 @dataclass

@@ -21,9 +21,7 @@ from autopar.cache.key import Request, facts_of, key_of
 from autopar.cache.packing import packed, unpacked
 from autopar.cache.reasons import Unstorable
 from autopar.frontend.trace_record import records_of_traces
-from autopar.ir.size_conditions import Condition
-
-Dims = Sequence[Sequence[str | int]]
+from autopar.ir.size_conditions import Condition, Dims
 
 logger = logging.getLogger("autopar")
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 import sympy
 
-Sizes = Mapping[str, int]  # name of a size -> its value
+from autopar.ir.size_conditions import Sizes as Sizes
+
 Vector = tuple[Any, ...]  # one number, at each point
 Column = tuple[int, ...]  # one term, at each point
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autopar.errors import InvariantError, TraceError
 from autopar.frontend.size_questions import questions
+from autopar.ir.batch import of_rows
 from autopar.ir.operator_facts import is_view
 from autopar.ir.program import Program
 
@@ -93,10 +93,4 @@ def _numbers(node: fx.Node) -> list[Any]:
 
 
 def _of_rows(part: Mapping[str, Any], dims: Mapping[str, int], rows: int) -> dict[str, Any]:
-    """``part`` with its first rows again and again."""
-    return {
-        name: value.detach().index_select(dims[name], torch.arange(rows, device=value.device) % value.shape[dims[name]])
-        if name in dims
-        else value
-        for name, value in part.items()
-    }
+    return {name: of_rows(value, dims[name], rows) if name in dims else value for name, value in part.items()}

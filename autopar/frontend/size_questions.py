@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from autopar.frontend.observation import Observation
 from autopar.frontend.source_lines import is_users_file, line_of_user
 from autopar.frontend.steady_state import runnable_on_fakes
 from autopar.frontend.trace import ALONE
-from autopar.ir.size_conditions import Condition, Tree, is_plain
+from autopar.ir.size_conditions import Condition, Dims, Sizes, Tree, is_plain
 
 logger = logging.getLogger("autopar")
 
@@ -61,8 +61,8 @@ class Asked:
 
 
 def questions(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dims: Sequence[Sequence[str | int]],
-    sizes: Mapping[str, int],
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dims: Dims,
+    sizes: Sizes,
 ) -> list[Condition]:  # fmt: skip
     """What forward asks, as conditions that hold at ``sizes``.
 

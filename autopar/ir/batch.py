@@ -126,9 +126,14 @@ def batches_of_rows(
     for position, leaf in enumerate(leaves):
         dim = next(dims) if position not in static else None
         if dim is not None:
-            leaves[position] = leaf.detach().index_select(dim, torch.arange(rows, device=leaf.device) % leaf.shape[dim])
+            leaves[position] = of_rows(leaf, dim, rows)
     found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
     return found
+
+
+def of_rows(tensor: Tensor, dim: int, rows: int) -> Tensor:
+    """``tensor`` with another number of rows in ``dim``: the first ones again."""
+    return tensor.detach().index_select(dim, torch.arange(rows, device=tensor.device) % tensor.shape[dim])
 
 
 def sequence_dims(

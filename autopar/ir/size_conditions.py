@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
-Sizes = Mapping[str, int]  # name -> value
+Sizes = Mapping[str, int]  # name of a size -> its value
+Dims = Sequence[Sequence[str | int]]  # of each tensor of a call, of each dim its size, or the name of it
 
 Tree = int | float | str | tuple[Any, ...]  # a number, the name of a size, or (operation, tree, ...)
 

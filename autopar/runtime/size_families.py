@@ -23,7 +23,7 @@ from autopar.ir.batch import data_ways, input_dims
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards
 from autopar.ir.program import AnyProgram
-from autopar.ir.size_conditions import Condition
+from autopar.ir.size_conditions import Condition, Dims
 from autopar.mesh import SEQUENCE as SEQUENCE_AXIS
 from autopar.mesh import Mesh
 from autopar.notes import warn
@@ -43,7 +43,6 @@ FAILED = (
 Compiled = tuple[AnyProgram, Guards]
 Compile = Callable[[Call, AnyProgram | None], Compiled]  # (call, a program that decides alike) ->
 Fit = Callable[[Sequence[Point], Scheme], Family]  # as :func:`autopar.families.family.fit`
-Dims = Sequence[Sequence[str | int]]  # of each tensor of a call, of each dim its size, or the name of it
 Ask = Callable[[Call, Dims, Sizes], Sequence[Condition]]  # (call, dims, sizes) -> what the model asks about them
 
 logger = logging.getLogger("autopar")
