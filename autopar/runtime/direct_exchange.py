@@ -199,7 +199,7 @@ def _started(sent: Sequence[Tensor], received: Sequence[Tensor], group: ProcessG
     while _abandoned:
         _abandoned.pop().give_up()
     ways, rank = group.size(), group.rank()
-    number = FIRST_NUMBER + next(_numbers.setdefault(group, itertools.cycle(range(NUMBERS))))
+    number = FIRST_NUMBER + next(_numbers.setdefault(group, itertools.count())) % NUMBERS  # a cycle would keep them all
     works: list[Work] = []
     for step in range(1, ways):
         to, source = (rank + step) % ways, (rank - step) % ways

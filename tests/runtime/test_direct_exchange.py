@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -171,6 +173,26 @@ def after_the_group_is_destroyed() -> tuple[int, list[float]]:
 
 def test_messages_of_a_group_that_was_destroyed_are_given_up() -> None:
     assert run_ranks(after_the_group_is_destroyed, 2) == [(1, [0.0, 1.0]), (0, [0.0, 1.0])]
+
+
+def kept_after(collectives: int) -> int:
+    """Objects that Python holds more than before, numbers too."""
+    group = connect(Mesh(dp=2), 60.0, torch.device("cpu")).comm._groups["dp"]
+    assert group is not None
+
+    def held() -> int:
+        for _ in range(collectives):
+            functional_collectives.all_reduce(torch.ones(4), group, "sum")
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    held()
+    return held() - held()
+
+
+def test_a_message_leaves_nothing_behind() -> None:
+    """The numbers of messages were kept: 40 bytes for each collective, 4 GB in a million steps of a hundred."""
+    assert max(abs(kept) for kept in run_ranks(kept_after, 2, 500)) < 100
 
 
 def test_choices() -> None:
