@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import getattr_static
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
 GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL")
@@ -24,6 +24,7 @@ NOT_USERS = {
 }  # fmt: skip
 
 OUR_MODELS = "autopar.models"  # are models like others
+WRAPPED = "__wrapped__"
 
 
 @dataclass(frozen=True)
@@ -174,5 +175,21 @@ def functions_of(value: Any) -> Iterator[FunctionType]:
         yield from functions_of(value.fget)
     elif isinstance(value, (functools.cached_property, functools.partial, functools.partialmethod)):
         yield from functions_of(value.func)
-    elif getattr_static(value, "__wrapped__", None) is not None:  # not hasattr: an object may answer to every name
-        yield from functions_of(getattr_static(value, "__wrapped__"))
+    elif _may_wrap(value) and (inner := getattr_static(value, WRAPPED, None)) is not None:  # as functools.cache
+        yield from functions_of(inner)
+
+
+def _may_wrap(value: Any) -> bool:
+    """Whether ``getattr_static``, which takes 8 us, may find what ``value`` wraps.
+
+    Not ``hasattr``: an object may answer to every name.
+    """
+    kinds = type(value).__mro__ if not isinstance(value, type) else (*value.__mro__, *type(value).__mro__)
+    for kind in kinds:
+        if WRAPPED in kind.__dict__:
+            return True
+    try:
+        own = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return False
+    return not isinstance(own, (dict, MappingProxyType)) or WRAPPED in own

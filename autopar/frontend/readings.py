@@ -193,10 +193,11 @@ class Readings:
         """What a method may read of its class: ``cls.scale``, ``type(self).scale``, ``self.__class__.scale``."""
         bases = (*cls.__mro__, *getmro(type(cls)))
         holders, left = dict[str, type](), set(names)
-        for base in bases:
+        for base in bases[: _last_of_users(bases)]:
             here = self._class(base).keys() & left
-            holders.update(dict.fromkeys(here, base))
-            left -= here
+            if here:
+                holders.update(dict.fromkeys(here, base))
+                left -= here
         for name in sorted(name for name, holder in holders.items() if is_users_class(holder)):
             holder = holders[name]
             if isinstance(vars(holder)[name], property) and holder not in cls.__mro__:  # of the metaclass
@@ -394,6 +395,11 @@ class Readings:
             self.guards.readings.append(Reading(space, name, space[name], label, of_torch=True))
             for function in functions_of(space[name]):
                 self.function(function)
+
+
+def _last_of_users(bases: Sequence[type]) -> int:
+    """How many of ``bases`` there are up to the last class of users."""
+    return next((number for number in range(len(bases), 0, -1) if is_users_class(bases[number - 1])), 0)
 
 
 # where somebody may put another function in place of torch's own: F.scaled_dot_product_attention = ...

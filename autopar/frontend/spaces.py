@@ -27,18 +27,19 @@ class Spaces:
 
     def __init__(self, read: Callable[[Space, Iterable[str]], None]) -> None:
         self._read = read
-        self._met: dict[int, tuple[Space, int]] = {}  # with how many of the names were looked for in it
+        self._met: dict[int, tuple[str, Space, int]] = {}  # its place, and how many names were looked for in it
         self._names: dict[str, None] = {}
 
     def meet(self, value: Space) -> None:
         """``value`` is at hand."""
+        if id(value) in self._met:
+            return
         if is_users(value.__name__) if isinstance(value, ModuleType) else is_users_class(_class_of(value)):
-            self._met.setdefault(id(value), (value, 0))
+            self._met[id(value)] = _place_of(value), value, 0
 
     def classes(self) -> list[type]:
         """Those that were met."""
-        met = sorted(self._met.items(), key=_in_order)
-        return [space for _, (space, _) in met if isinstance(space, type)]
+        return [space for _, (_, space, _) in self._in_order() if isinstance(space, type)]
 
     def name(self, names: Iterable[str]) -> None:
         """A function reads attributes of these ``names``, which are sorted, of whatever it is."""
@@ -48,11 +49,14 @@ class Spaces:
         """Read what is named of what was met."""
         is_settled = False
         while not is_settled:
-            is_settled = True
-            for key, (space, looked_at) in sorted(self._met.items(), key=_in_order):
-                if looked_at < len(self._names):
-                    self._met[key], is_settled = (space, len(self._names)), False
-                    self._read(space, list(self._names)[looked_at:])
+            is_settled, names = True, list(self._names)
+            for key, (place, space, looked_at) in self._in_order():
+                if looked_at < len(names):
+                    self._met[key], is_settled = (place, space, len(names)), False
+                    self._read(space, names[looked_at:])
+
+    def _in_order(self) -> list[tuple[int, tuple[str, Space, int]]]:
+        return sorted(self._met.items(), key=lambda item: item[1][0])
 
 
 def space_of(value: Any, name: str, class_of: Callable[[type], Mapping[str, Any]]) -> Any:
@@ -74,13 +78,14 @@ def attributes_named(owner: Any, names: Iterable[str]) -> Iterator[str]:
     tables = [own, *(own[name] for name in SHAPED)] if isinstance(owner, nn.Module) else [own]
     tables += [vars(base) for base in type(owner).__mro__ if is_users_class(base)]
     for name in names:
-        if any(name in table for table in tables):
-            yield name
+        for table in tables:
+            if name in table:
+                yield name
+                break
 
 
-def _in_order(item: tuple[int, tuple[Space, int]]) -> str:
+def _place_of(space: Space) -> str:
     """Of classes that come out of a set, in another order in each process; others stay as they were met."""
-    space = item[1][0]
     return f"{space.__module__}.{space.__qualname__}" if isinstance(space, type) else ""
 
 

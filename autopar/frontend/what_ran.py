@@ -14,7 +14,6 @@ import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
-from inspect import getattr_static
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -80,10 +79,19 @@ class _Remembered:
             self._owners += self._modules
             self._modules = []
         while found:
-            found += self._met_by(found.pop())
+            names = list[str]()
+            while found:
+                found += self._met_by(found.pop(), names)
+            for owner in self._owners:
+                for name in attributes_named(owner, names):
+                    self._readings.attribute(owner, name)
+                    found += functions_of(_of_class(type(owner), name))
 
-    def _met_by(self, function: FunctionType) -> Iterator[FunctionType]:
-        """The functions that it may call."""
+    def _met_by(self, function: FunctionType, names: list[str]) -> Iterator[FunctionType]:
+        """The functions that it may call by global names and variables around it.
+
+        ``names``: takes the attributes that it reads of anything.
+        """
         if id(function) in self._done or not is_users(function.__module__):
             return
         self._done.add(id(function))
@@ -101,10 +109,15 @@ class _Remembered:
                 yield from functions_of(cell.cell_contents)
         new = [name for name in known.attributes if name not in self._names]
         self._names.update(new)
-        for owner in self._owners:
-            for name in attributes_named(owner, new):
-                self._readings.attribute(owner, name)
-                yield from functions_of(getattr_static(type(owner), name, None))
+        names += new
+
+
+def _of_class(cls: type, name: str) -> Any:
+    """As ``getattr_static(cls, name, None)``, in a tenth of the time."""
+    for base in (*cls.__mro__, *type(cls).__mro__):
+        if name in base.__dict__:
+            return base.__dict__[name]
+    return None
 
 
 def _remembers(value: Any) -> bool:
