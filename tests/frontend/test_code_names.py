@@ -11,7 +11,9 @@ import logging
 import typing
 from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
+import pytest
 import torch.nn.modules.module
 
 from autopar.frontend.code_names import ATTRIBUTES, CELLS, GLOBALS, IMPORTS, PARTS, Names, functions_of, names_of
@@ -76,3 +78,43 @@ def test_functions_of_what_answers_to_every_name() -> None:
     assert list(functions_of(Proxy())) == []
     remembering = functools.cache(_by_dis)
     assert list(functions_of(remembering)) == [_by_dis]
+
+
+def _inner() -> None:
+    """Something to be wrapped."""
+
+
+class _AnswersAll:
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+
+class _Wraps:
+    def __init__(self, inner: Any) -> None:
+        self.__wrapped__ = inner
+
+
+class _ByClass:
+    __wrapped__ = staticmethod(_inner)
+
+
+@pytest.mark.parametrize(
+    "value, functions",
+    [
+        (functools.cache(_inner), [_inner]),
+        (_Wraps(_inner), [_inner]),
+        (_ByClass(), [_inner]),
+        (_ByClass, [_inner]),
+        (type("Below", (_ByClass,), {}), [_inner]),
+        (type("Made", (type,), {"__wrapped__": _inner})("OfMeta", (), {}), [_inner]),
+        (_Wraps(None), []),
+        (_AnswersAll(), []),
+        (functools, []),
+        ((1, 2), []),
+        (len, []),
+        (type("Slotted", (), {"__slots__": ()})(), []),
+    ],
+)
+def test_what_a_value_wraps_is_found_as_inspect_finds_it(value: Any, functions: list[Any]) -> None:
+    assert [*functions_of(value)] == functions
+    assert bool(functions) == (inspect.getattr_static(value, "__wrapped__", None) is not None)
