@@ -6,8 +6,9 @@
 Each run is one process group of 4 gloo processes, one thread each, on dp=4 for all, which have imported what they need
 and hold the same model on the same batch when the clock starts. It stops when the first step has its gradients. The
 processes are forked off one that has imported all, so that a run takes two seconds and not ten; memory that they would
-share with it, which a launched process does not, is copied before the clock starts. Each round runs all sides, one after the other, in another order each time; the first launch of a round has an empty cache. Beside the
-clock stand the processor seconds of rank 0, which other work on the machine changes less.
+share with it, which a launched process does not, is copied before the clock starts. Each round runs all sides, one
+after the other, in another order each time; the first launch of a round has an empty cache. Beside the clock stand the
+processor seconds of rank 0, which other work on the machine changes less.
 """
 
 from __future__ import annotations
