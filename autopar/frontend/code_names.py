@@ -184,8 +184,8 @@ def _may_wrap(value: Any) -> bool:
 
     Not ``hasattr``: an object may answer to every name.
     """
-    kinds = type(value).__mro__ if not isinstance(value, type) else (*value.__mro__, *type(value).__mro__)
-    for kind in kinds:
+    bases: tuple[type, ...] = value.__mro__ if isinstance(value, type) else ()
+    for kind in (*bases, *type(value).__mro__):
         if WRAPPED in kind.__dict__:
             return True
     try:
