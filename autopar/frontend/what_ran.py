@@ -114,7 +114,8 @@ class _Remembered:
 
 def _of_class(cls: type, name: str) -> Any:
     """As ``getattr_static(cls, name, None)``, in a tenth of the time."""
-    for base in (*cls.__mro__, *type(cls).__mro__):
+    meta: type = type(cls)
+    for base in (*cls.__mro__, *meta.__mro__):
         if name in base.__dict__:
             return base.__dict__[name]
     return None
