@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from autopar.frontend.code_names import functions_of, imported_by, is_users, is_users_class, names_of
 from autopar.frontend.other_state import HOLDERS, question_of, question_of_names, state_of
-from autopar.frontend.spaces import Space, Spaces, attributes_named, space_of
+from autopar.frontend.spaces import Space, Spaces, attributes_named, space_of, up_to_users
 from autopar.frontend.tables import A_HOOK, HOOKS, OWN, SHAPED, Cell, Slots, is_empty, own_names, superclasses_of
 from autopar.ir.guards import Contents, Guards, Reading, version_of
 from autopar.ir.same_values import PLAIN, is_plain
@@ -193,7 +193,7 @@ class Readings:
         """What a method may read of its class: ``cls.scale``, ``type(self).scale``, ``self.__class__.scale``."""
         bases = (*cls.__mro__, *getmro(type(cls)))
         holders, left = dict[str, type](), set(names)
-        for base in bases[: _last_of_users(bases)]:
+        for base in up_to_users(bases):
             here = self._class(base).keys() & left
             if here:
                 holders.update(dict.fromkeys(here, base))
@@ -395,11 +395,6 @@ class Readings:
             self.guards.readings.append(Reading(space, name, space[name], label, of_torch=True))
             for function in functions_of(space[name]):
                 self.function(function)
-
-
-def _last_of_users(bases: Sequence[type]) -> int:
-    """How many of ``bases`` there are up to the last class of users."""
-    return next((number for number in range(len(bases), 0, -1) if is_users_class(bases[number - 1])), 0)
 
 
 # where somebody may put another function in place of torch's own: F.scaled_dot_product_attention = ...

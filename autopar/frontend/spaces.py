@@ -6,7 +6,7 @@ that its functions name as an attribute of anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from inspect import getmro
 from types import FunctionType, ModuleType
 from typing import Any
@@ -70,6 +70,12 @@ def space_of(value: Any, name: str, class_of: Callable[[type], Mapping[str, Any]
         return class_of(cls) if cls is not None and is_users_class(cls) else None
     is_followed = isinstance(value, ModuleType) or isinstance(value, FunctionType) and is_users(value.__module__)
     return vars(value) if is_followed and name in vars(value) else None
+
+
+def up_to_users(bases: Sequence[type]) -> Sequence[type]:
+    """Those of ``bases`` up to the last class of users: a name that stands only behind it is nobody's of users."""
+    count = next((number for number in range(len(bases), 0, -1) if is_users_class(bases[number - 1])), 0)
+    return bases[:count]
 
 
 def attributes_named(owner: Any, names: Iterable[str]) -> Iterator[str]:
