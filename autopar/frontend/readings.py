@@ -195,9 +195,8 @@ class Readings:
         holders, left = dict[str, type](), set(names)
         for base in up_to_users(bases):
             here = self._class(base).keys() & left
-            if here:
-                holders.update(dict.fromkeys(here, base))
-                left -= here
+            holders.update(dict.fromkeys(here, base))
+            left -= here
         for name in sorted(name for name, holder in holders.items() if is_users_class(holder)):
             holder = holders[name]
             if isinstance(vars(holder)[name], property) and holder not in cls.__mro__:  # of the metaclass
