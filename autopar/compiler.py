@@ -27,7 +27,7 @@ from autopar.passes.cut_stages import cut_stages
 from autopar.passes.weigh_microbatches import weigh_microbatches
 from autopar.pipeline import microbatches
 from autopar.pipeline.at_home import Homes
-from autopar.pipeline.stages import check_same_parameters, homes_of, stages_of_nodes
+from autopar.pipeline.stages import check_same_cut, homes_of, stages_of_nodes
 from autopar.plan import Plan
 
 LOOKED_AT = "values in tensors that Python looks at"
@@ -126,7 +126,7 @@ def pipelined(
     held = {**(layouts or {}), **weight_layouts(program)}
     small = pinned(traced(last), held, stages_of_nodes(program), homes or homes_of(program), of_rows, like)
     tail = _finished_pipeline(small, mesh, plan)
-    check_same_parameters(program, tail)
+    check_same_cut(program, tail)
     return replace(program, tail=tail)
 
 

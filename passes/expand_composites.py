@@ -27,6 +27,7 @@ from torch import fx
 from autopar.autodiff.recorder import Recorder, fake_mode
 from autopar.errors import InvariantError
 from autopar.frontend.trace import VIEWS
+from autopar.ir import canonical_views
 from autopar.ir.builder import Builder
 from autopar.ir.graph_pass import calls, graph_pass
 from autopar.ir.node import values
@@ -82,8 +83,15 @@ def _inserted(node: fx.Node, below: fx.Graph, results: list[fx.Node], operands: 
         target = each.target
         if target in VIEWS:  # valid for any strides
             target, args = aten.reshape.default, (args[0], list(values(each)[0].shape))
-        copies[each] = op(target, *args, **kwargs)
+        copies[each] = _canonical(op(target, *args, **kwargs))
     return [copies[result] for result in results]
+
+
+def _canonical(node: fx.Node) -> fx.Node:
+    """As ``canonicalize`` writes it: an operator of torch's own leaves out arguments."""
+    rewrite = canonical_views.REWRITES.get(node.target)
+    new = rewrite(node) if rewrite else None
+    return node if new is None else new
 
 
 def _replace(node: fx.Node, results: list[fx.Node]) -> None:

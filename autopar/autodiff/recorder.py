@@ -44,9 +44,15 @@ AnyTensor = Tensor | Outline
 IDENTITIES = frozenset(  # below autograd they are their first argument
     (aten.detach.default, aten.alias.default, aten.lift_fresh.default, STRAIGHT_THROUGH, *comm.IDENTITIES)
 )
-_IN_PLACE_NAMES = {
+_IN_PLACE_NAMES = {  # of ``pow.Scalar`` the number is the base
     "bernoulli_.float": aten.bernoulli.p,
+    "float_power_.Scalar": aten.float_power.Tensor_Scalar,
+    "float_power_.Tensor": aten.float_power.Tensor_Tensor,
+    "floor_divide_.Tensor": aten.floor_divide.default,
+    "ldexp_.default": aten.ldexp.Tensor,
     "normal_.default": aten.normal_functional.default,
+    "pow_.Scalar": aten.pow.Tensor_Scalar,
+    "pow_.Tensor": aten.pow.Tensor_Tensor,
     "transpose_.default": aten.transpose.int,
 }
 
@@ -56,14 +62,18 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode()
 
 
+def _types(target: Any) -> list[str]:
+    return [str(argument.type) for argument in target._schema.arguments]
+
+
 @functools.cache
-def _functional(target: Any) -> Any:
+def functional_form(target: Any) -> Any:
     """The operator that returns what the in-place operator ``target`` writes."""
     packet, overload = target._schema.name.split("::")[1], target._overloadname
     found = _IN_PLACE_NAMES.get(f"{packet}.{overload}")
     if found is None and packet.endswith("_"):
         found = getattr(getattr(aten, packet[:-1], None), overload, None)
-    if found is None:
+    if found is None or _types(found) != _types(target):
         raise InvariantError(f"{target} writes to its arguments and has no functional form: return a tensor instead")
     return found
 
@@ -301,7 +311,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def in_place(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        functional, changed = _functional(func), args[0]
+        functional, changed = functional_form(func), args[0]
         node = self._node(functional, args, kwargs, changed)
         func(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags:  # squeeze_: other sizes, and nothing is written
@@ -320,7 +330,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def changed(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], names: Sequence[AnyTensor]) -> None:
         """Note that ``func`` writes into ``args[0]``, of which ``names`` are all tensors that share its memory."""
-        node = self._node(_functional(func), args, kwargs, args[0])
+        node = self._node(functional_form(func), args, kwargs, args[0])
         self._views[self.geometry(args[0])] = node
         for tensor in names:
             self._nodes[id(tensor)] = node

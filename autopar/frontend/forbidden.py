@@ -2,7 +2,8 @@
 
 Python's and numpy's random numbers and clocks give another value in each call, and a graph would keep the first.
 ``torch.autograd.grad`` inside forward asks for a gradient of something that is not yet a graph. ``part.to(device)``
-moves a part of the model; where nothing moves it does nothing.
+moves a part of the model; where nothing moves it does nothing. ``h.register_hook`` changes or reads a gradient of
+autograd's, and the backward pass of a program is its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from autopar.errors import TraceError
 from autopar.frontend.source_lines import UNKNOWN_LINE, is_users_file, line_of_user
 
 CLOCKS = ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time")
+HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 CHANGES = "would be that of the first call in every call"
 PASS_IT = "draw or read it outside and pass it as an argument: a tensor, which may change from call to call."
 
@@ -36,6 +38,8 @@ def nothing_forbidden() -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, name, _refused(getattr(module, name), what)))
         for owner, name in ((torch.autograd, "grad"), (torch.autograd, "backward"), (Tensor, "backward")):
             stack.enter_context(mock.patch.object(owner, name, _differentiates(getattr(owner, name), name)))
+        for name in HOOKS:
+            stack.enter_context(mock.patch.object(Tensor, name, _hooked(getattr(Tensor, name), name)))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _moved(nn.Module._apply)))
         yield
     if random.getstate() != before:
@@ -80,6 +84,21 @@ def _differentiates(original: Callable[..., Any], name: str) -> Callable[..., An
         raise TraceError(
             f"forward differentiates: it calls {name}(...), and a program has no second derivatives\n  at {line}\n"
             "Way out: write the derivative as operators (torch.func, or by hand), or take it outside of the model."
+        )
+
+    return call
+
+
+def _hooked(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        frame = sys._getframe(1)
+        if not is_users_file(frame.f_code.co_filename):
+            return original(*args, **kwargs)
+        raise TraceError(
+            f"forward puts a hook on the gradient of a tensor ({name}), which a program does not call: its backward "
+            f"pass is not autograd's\n  at {line_of_user(frame)}\n"
+            "Way out: change the gradient by an autograd.Function whose backward is linear; put a hook on a parameter "
+            "outside of forward (parameter.register_hook); or clip gradients after the backward pass."
         )
 
     return call

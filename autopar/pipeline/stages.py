@@ -197,15 +197,23 @@ def first_ranks(program: AnyProgram) -> dict[str, int]:
     return {name: ranks[0] for name, ranks in holders(program).items()}
 
 
-def check_same_parameters(program: PipelinedProgram, other: PipelinedProgram) -> None:
-    """Raise InvariantError unless each parameter is in the same stages of both programs."""
+EVEN = "Way out: a batch size that the microbatches divide, or Plan(cuts=...)."
+
+
+def check_same_cut(program: PipelinedProgram, other: PipelinedProgram) -> None:
+    """Raise InvariantError unless the stages of both programs have the same parameters, and send the same values."""
     first, second = users_of(program), users_of(other)
     for name, stages in first.items():
         if second.get(name, ()) != stages:
             raise InvariantError(
                 f"parameter '{name}' is of stages {stages} in one microbatch, and of {second.get(name, ())} "
-                "in the smaller last one\nWay out: a batch size that the microbatches divide, or Plan(cuts=...)."
+                f"in the smaller last one\n{EVEN}"
             )
+    if set(crossings(program)) != set(crossings(other)):
+        raise InvariantError(
+            "the stages send each other other values in one microbatch than in the smaller last one: the model "
+            f"computes otherwise for so few rows\n{EVEN}"
+        )
 
 
 # ---------------------------------------------------------------- what crosses

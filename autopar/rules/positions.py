@@ -145,7 +145,7 @@ def _convolved(taps: _Taps, place: int, chunks: Chunks, node: Node) -> Node:
 def roll(call: Call, split: Split) -> Factoring:
     """Along one dim; the shorter way around."""
     known = views.RULES[aten.roll.default](call)
-    by, dims = (_listed(call.argument(position, name)) for position, name in ((1, "shifts"), (2, "dims")))
+    by, dims = (_listed(call.argument(position, name, ())) for position, name in ((1, "shifts"), (2, "dims")))
     if len(dims) != 1 or len(by) != 1 or not call.inputs[0]:
         return known  # type: ignore[no-any-return]
     dim = dims[0] % len(call.inputs[0])

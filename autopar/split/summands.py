@@ -70,7 +70,7 @@ def summands(program: Program, rows: int, of_rows: Callable[[int], Program] | No
     ``of_rows`` gives the same program for another number of rows.
     """
     looked_at, many, twins, is_limited = _looked_at(program, rows, of_rows)
-    sums = _row_sums(looked_at, many)
+    sums = _row_sums(looked_at, many, rows)
     if _loss_is(sums, Kind.MIXED) and program.plan.microbatch_weights == "statistics":
         returned = sums.flow.program.returned[program.loss or 0]
         sums.found[key_of(returned)] = SAME_ROWS
@@ -183,8 +183,12 @@ def _of_statistics_alone(sums: RowSums) -> set[Node]:
     return of_both - added
 
 
-def _row_sums(program: Program, rows: int) -> RowSums:
-    ways = next(ways for ways in range(2, rows + 1) if rows % ways == 0)
+def _row_sums(program: Program, many: int, rows: int) -> RowSums:
+    """Those of ``program``, a batch of ``many`` rows, in parts as large as a microbatch, of ``rows``.
+
+    In larger parts a model may take rows in pairs (``x[::2] - x[1::2]``). What is a microbatch itself has smaller ones.
+    """
+    ways = many // rows if many > rows else next(ways for ways in range(2, rows + 1) if rows % ways == 0)
     own = replace(
         program.clone(),
         mesh=Mesh(dp=ways),

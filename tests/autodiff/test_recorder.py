@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from autopar.autodiff.recorder import Recorder, fake_mode
+from autopar.autodiff.recorder import Recorder, fake_mode, functional_form
 from autopar.errors import InvariantError
 from autopar.frontend.numerics import run_graph
 from autopar.ir import collectives as comm
@@ -90,6 +90,11 @@ def several_results(x: Tensor, y: Tensor) -> Tensor:
     return top * first + second.gather(1, where % 2)
 
 
+def powers(x: Tensor, y: Tensor) -> Tensor:
+    """In place the number is the exponent of ``pow_.Scalar``; of ``pow.Scalar`` it is the base."""
+    return (x * 1).pow_(3) + (y.abs() + 1).pow_(x) + (y.abs() + 2).float_power_(2).ldexp_(torch.ones(4).double())
+
+
 FUNCTIONS: tuple[Function, ...] = (
     write_to_slice,
     write_through_two_views,
@@ -99,6 +104,7 @@ FUNCTIONS: tuple[Function, ...] = (
     gradient_of_indexing,
     complex_product,
     several_results,
+    powers,
 )
 
 
@@ -168,3 +174,21 @@ def test_kinds_of_operators() -> None:
     assert is_factory(aten.full.default) and is_factory(comm.OPS.axis_index.default)
     assert not is_factory(aten.rand.default) and not is_factory(aten.ones_like.default)
     assert is_random(aten.bernoulli.p) and not is_random(aten.relu.default)
+
+
+def test_the_form_that_writes_nothing_takes_the_same_arguments() -> None:
+    """Of all operators of torch's own that write into their first argument: some names mean others there."""
+    found = 0
+    for name in torch._C._dispatch_get_all_op_names():
+        library, _, rest = name.partition("::")
+        base, _, overload = rest.partition(".")
+        if library == "aten" and base.endswith("_") and not base.endswith("__"):
+            target = getattr(getattr(aten, base), overload or "default")
+            try:
+                plain = functional_form(target)
+            except InvariantError:
+                continue
+            found += 1
+            types = [[str(argument.type) for argument in one._schema.arguments] for one in (target, plain)]
+            assert types[0] == types[1], (target, plain)
+    assert found > 200

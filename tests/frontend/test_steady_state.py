@@ -115,6 +115,13 @@ class Differentiates(Base):
         return torch.autograd.grad(self.linear(x).sum(), x, create_graph=True)[0]
 
 
+class HooksATensor(Base):
+    def use(self, x: Tensor) -> Tensor:
+        h: Tensor = self.linear(x)
+        h.register_hook(lambda grad: grad * 0.5)
+        return h
+
+
 class MovesAPart(Base):
     def use(self, x: Tensor) -> Tensor:
         self.norm.to(torch.float32)
@@ -148,6 +155,7 @@ class Captured(Base):
         (HasGenerator, ("noise",)),
         (Timed, ("the time", "time.time()")),
         (Differentiates, ("differentiates", "torch.autograd.grad(")),
+        (HooksATensor, ("puts a hook on the gradient", "h.register_hook(")),
         (MovesAPart, ("moves a part", "self.norm.to(torch.float32)")),
         (Hooked, ("'linear'", "register_full_backward_hook", "remove")),
         (Captured, ("found (variable around", "hook")),

@@ -131,3 +131,16 @@ def test_cells_of_recurrent_layers(kind: type[nn.Module], mesh: str) -> None:
     plan = Plan(microbatches=2 if mesh == "pp=2" else 1, on_indivisible="replicate")
     report = check(Steps(kind), {"x": torch.randint(11, (4, 3))}, Mesh.parse(mesh), plan)
     assert report.worst <= TOLERANCE, report
+
+
+@pytest.mark.parametrize("name", ["cumulative_trapezoid", "gradient", "norm of another order"])
+def test_what_lies_below_is_canonical(name: str) -> None:
+    """Passes along positions read all arguments of a slice; torch's own code leaves some out."""
+    torch.manual_seed(0)
+    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "cumulative_trapezoid": lambda h, x: F.pad(torch.cumulative_trapezoid(h, dim=1), (0, 0, 1, 0)),
+        "gradient": lambda h, x: torch.gradient(h, dim=1)[0],
+        "norm of another order": lambda h, x: h / (h.norm(p=3, dim=2, keepdim=True) + 1),  # backward: in place
+    }
+    report = check(Between(functions[name]), {"x": torch.randn(2, 8, 8)}, Mesh(sp=2))
+    assert report.worst <= TOLERANCE, report

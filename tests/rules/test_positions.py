@@ -55,3 +55,11 @@ def test_a_part_of_the_positions_equals_the_whole(target: Any, split: Split) -> 
                 prove(case)
             along = [case for case in tried if case.strategy.part and case.strategy.part.factor == POSITIONS]
             assert along, (sample.args[1:], ways)
+
+
+def test_a_roll_of_all_elements_stays_whole() -> None:
+    """Without dims: the elements of all dims in their order, so that no dim has positions of its own."""
+    for sample in (call(x(24, 3), [2]), call(x(24), [1], [])):
+        for case in cases(aten.roll.default, rules_along(Split(0))[aten.roll.default], sample, 2):
+            prove(case)
+            assert case.strategy.part is None or case.strategy.part.factor != POSITIONS

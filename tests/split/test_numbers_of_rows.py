@@ -91,3 +91,31 @@ def test_a_model_of_one_number_of_rows() -> None:
     with pytest.raises(InvariantError, match="takes a batch of 8 rows, and none of 16 or 4, so that what a microbatch"):
         step(limited(RIGHT["a number"], 8), Mesh())
     assert difference(*step(limited(lambda x, y: error(x, y).mean(), 8), Mesh())) < 1e-12
+
+
+def pairs(x: Tensor, y: Tensor) -> Tensor:
+    """Of a row and the next one; of one row alone there is no number, and a mean of none is nan."""
+    errors = error(x, y).sum(1)
+    return F.softplus(errors[::2] - errors[1::2]).mean()
+
+
+def batch_loss(mesh: Mesh, rows: int, count: int) -> tuple[Tensor, Tensor]:
+    """The loss of ``pairs`` over a batch in ``count`` microbatches, and of the unmodified model."""
+    torch.manual_seed(0)
+    model, x, y = Net(pairs).double(), torch.randn(rows, 6).double(), torch.randn(rows, 6).double()
+    expected = model(x=x, y=y)
+    parallel = autopar.parallelize(model, mesh, Plan(microbatches=count, check_numerics=False))
+    if not mesh.is_pipelined:
+        return parallel.train_step(x=x, y=y), expected
+    found = parallel.simulate(x=x, y=y).loss
+    assert found is not None
+    return found, expected
+
+
+@pytest.mark.parametrize("mesh", ["dp=1", "pp=2"])
+def test_a_microbatch_takes_whole_pairs(mesh: str) -> None:
+    """Also where only the smaller ones do not: six rows in four microbatches are 2, 2, 1 and 1."""
+    assert difference(*batch_loss(Mesh.parse(mesh), 6, 3)) < 1e-12
+    for rows, count in ((6, 4), (4, 4)):
+        with pytest.raises(InvariantError, match="the loss is not made of sums and means over the rows"):
+            batch_loss(Mesh.parse(mesh), rows, count)
