@@ -38,7 +38,7 @@ class Readings:
         generators: (label, function that gives its state, that state) of random number generators that were met.
         asked: (owner, attribute) of all readings of attributes in their order, see :meth:`repeat`.
         spaces: modules and classes that were met.
-        is_over: the run has ended: of what is met from now on nobody saw what was read, so all counts that is named.
+        is_over: the run has ended: of what is met from now on all counts that a function names which `may_have_run`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,9 +49,9 @@ class Readings:
         self.asked: list[tuple[str, str]] = []
         self.is_over, self._late = False, list[nn.Module]()
         self.on_class: Callable[[type], None] = lambda cls: None
+        self.may_have_run: Callable[[FunctionType], bool] = lambda function: True
         self._paths, self._owners = dict[int, str](), dict[str, Any]()  # the latter by what address() says
-        self._addresses: dict[int, str] = {}
-        self._modules: dict[int, bool] = {}  # of owners, which live as long as this
+        self._addresses, self._modules = dict[int, str](), dict[int, bool]()  # of owners, which live as long as this
         for path, module in model.named_modules():
             self._paths[id(module)] = path
             self._settle_at(module, path)
@@ -320,7 +320,7 @@ class Readings:
 
     def function(self, function: FunctionType) -> None:
         """The globals and variables of enclosing functions that ``function`` names, and those of what it calls."""
-        if not is_users(function.__module__) or not self._is_new(function, None):
+        if not is_users(function.__module__) or not self.may_have_run(function) or not self._is_new(function, None):
             return
         self._waiting.append(function)
         if len(self._waiting) > 1:

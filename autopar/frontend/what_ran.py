@@ -4,6 +4,9 @@ An object that forward makes is no attribute of anything, so nothing tells of th
 ``x()``, ``x * y`` and ``for y in x`` ask the class. But the code that ran is known. What it reads of globals and of
 the variables around it counts as that of all other functions.
 
+What did not run counts for nothing, whoever names it: of an object that knows all of a program (a trainer, a logger, a
+test's configuration) one would get to all of the program's functions, and all of its objects.
+
 A function that remembers what it gave (``functools.cache``) may have run before, with any object as an argument. Of the
 objects that a run meets then all counts that this function names, or one that it may call.
 """
@@ -33,8 +36,8 @@ def follow_what_ran(readings: Readings, ran: Collection[str]) -> None:
     As far as they are methods of classes that were met.
     """
     looked_at, names = set[tuple[type, bool]](), {place.rpartition(" ")[0] for place in ran}
-    readings.is_over = True
-    remembered = _Remembered(readings)
+    readings.is_over, idle = True, _Idle(readings, ran)
+    remembered = _Remembered(readings, idle)
     while True:
         remembered.follow()
         readings.spread()
@@ -61,11 +64,31 @@ def place_of(code: CodeType) -> str:
     return f"{code.co_qualname} {os.path.basename(code.co_filename)}:{code.co_firstlineno}"
 
 
+class _Idle:
+    """The users' functions that did not run, which ``readings`` of a run that is over leave out."""
+
+    def __init__(self, readings: Readings, ran: Collection[str]) -> None:
+        self._readings, self._ran, self._left_out = readings, ran, list[FunctionType]()
+        if ran:  # else nobody looked: a profiler of the user's was at work
+            readings.may_have_run = self._has_run
+
+    def _has_run(self, function: FunctionType) -> bool:
+        has_run = not is_users_code(function.__code__) or place_of(function.__code__) in self._ran
+        self._left_out += [] if has_run else [function]
+        return has_run
+
+    def follow(self) -> None:
+        """They have run before."""
+        self._readings.may_have_run = lambda function: True
+        while self._left_out:
+            self._readings.function(self._left_out.pop())
+
+
 class _Remembered:
     """Follows what functions that remember may have read, in ``readings`` of a run that is over."""
 
-    def __init__(self, readings: Readings) -> None:
-        self._readings, self._looked_at = readings, 0
+    def __init__(self, readings: Readings, idle: _Idle) -> None:
+        self._readings, self._idle, self._looked_at = readings, idle, 0
         self._done, self._names = set[int](), set[str]()
         self._owners = [owner for owner, _ in readings.objects.values()]
         self._modules = [one for one in readings.guards.owners if isinstance(one, nn.Module)]
@@ -75,7 +98,8 @@ class _Remembered:
         new = self._readings.guards.readings[self._looked_at :]
         self._looked_at += len(new)
         found = [function for one in new if _remembers(one.value) for function in functions_of(one.value)]
-        if found:  # which may have taken any of the modules
+        if found:  # which may have called any function, and taken any of the modules
+            self._idle.follow()
             self._owners += self._modules
             self._modules = []
         while found:

@@ -41,6 +41,30 @@ class Calls(Maker):
         return self.run(x)
 
 
+class World:
+    """Leads to all of a program, as a trainer does, or the configuration of a test."""
+
+    def __init__(self) -> None:
+        self.factor = 2.0
+
+    def described(self) -> str:
+        return f"{FACTOR} {self.factor}"
+
+
+WORLD = World()
+
+
+def fail(x: Tensor) -> None:
+    raise ValueError(f"{x.shape} {WORLD.described()}")
+
+
+class Careful(Maker):
+    def run(self, x: Tensor) -> Tensor:
+        if x.dim() > 8:
+            fail(x)
+        return x * SCALE
+
+
 class OfAnObject:
     @property
     def size(self) -> float:
@@ -135,6 +159,16 @@ def test_what_is_read_has_to_stay(case: str, monkeypatch: pytest.MonkeyPatch) ->
     assert name in guards.change() and not guards.hold()
     monkeypatch.undo()
     assert guards.hold()
+
+
+def test_what_did_not_run_leads_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    with guards_of_traces() as guards:
+        split_program(Net(lambda net, x: Careful().run(x)), Mesh(dp=2), Plan(), (torch.ones(4, 4),), after="trace")
+    monkeypatch.setitem(HERE, "FACTOR", 5.0)
+    monkeypatch.setattr(WORLD, "factor", 3.0)
+    assert guards.hold() and not any("WORLD" in one.label for one in guards.readings)
+    monkeypatch.setitem(HERE, "SCALE", 5.0)
+    assert not guards.hold()
 
 
 def test_what_is_not_read_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
