@@ -113,11 +113,14 @@ class Digests:
 
     def function(self, function: FunctionType) -> Any:
         code, where = function.__code__, f"{function.__module__}.{function.__qualname__}"
-        inside = [self.leniently(cell.cell_contents) for cell in function.__closure__ or () if _may_run(cell)]
+        around = function.__closure__
+        inside = [self.leniently(cell.cell_contents) for cell in around if _may_run(cell)] if around else ()
         if not is_code_of_users(function):
             return self.join("function", where, str(code.co_firstlineno), *inside)
         self._meet(function)
-        defaults = (*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()))
+        defaults = function.__defaults__ or ()
+        if function.__kwdefaults__:
+            defaults = (*defaults, *sorted(function.__kwdefaults__.items()))
         return self.join(f"function {where} {code_digest(code)}", *map(self.leniently, defaults), *inside)
 
     def _meet(self, function: FunctionType) -> None:
@@ -128,9 +131,9 @@ class Digests:
         """Of a class of users' all that stands in it and in its bases; another is known by its name."""
         if not is_users_class(cls):
             return self.join("class", _name(cls))
-        kept = [(key, value) for key, value in vars(cls).items() if key not in _PASSING]
-        about = f"{_name(cls)} {_name(type(cls))} {SEPARATOR.join([str(key) for key, _ in kept])}"
-        return self.join("class", about, *map(self.of, cls.__bases__), *(self.leniently(value) for _, value in kept))
+        kept = {key: value for key, value in vars(cls).items() if key not in _PASSING}
+        about = f"{_name(cls)} {_name(type(cls))} {SEPARATOR.join(map(str, kept))}"
+        return self.join("class", about, *map(self.of, cls.__bases__), *map(self.leniently, kept.values()))
 
     def _class_of_module(self, cls: type) -> Any:
         """As :meth:`cls`, with what somebody has put into torch's own classes."""

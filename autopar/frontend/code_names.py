@@ -13,6 +13,8 @@ from inspect import getattr_static
 from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
+from autopar.ir.same_values import PLAIN
+
 GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL")
 CELLS = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF", "STORE_DEREF")
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
@@ -165,31 +167,39 @@ def is_users_class(cls: type) -> bool:
     return is_users(cls.__module__)
 
 
-def functions_of(value: Any) -> Iterator[FunctionType]:
+def functions_of(value: Any) -> tuple[FunctionType, ...]:
     """The Python functions that run when ``value`` (a function, a method, a property, ...) is called or read."""
-    if isinstance(value, FunctionType):
-        yield value
-    elif isinstance(value, (staticmethod, classmethod, MethodType)):
-        yield from functions_of(value.__func__)
-    elif isinstance(value, property):
-        yield from functions_of(value.fget)
-    elif isinstance(value, (functools.cached_property, functools.partial, functools.partialmethod)):
-        yield from functions_of(value.func)
-    elif _may_wrap(value) and (inner := getattr_static(value, WRAPPED, None)) is not None:  # as functools.cache
-        yield from functions_of(inner)
+    for _ in range(sys.getrecursionlimit()):  # what wraps itself has none
+        kind = type(value)
+        if kind is FunctionType:
+            return (value,)
+        if kind in _PLAIN:
+            return ()
+        if isinstance(value, (staticmethod, classmethod, MethodType)):
+            value = value.__func__
+        elif isinstance(value, property):
+            value = value.fget
+        elif isinstance(value, (functools.cached_property, functools.partial, functools.partialmethod)):
+            value = value.func
+        else:
+            value = _wrapped_by(value)
+    return ()
 
 
-def _may_wrap(value: Any) -> bool:
-    """Whether ``getattr_static``, which takes 8 us, may find what ``value`` wraps.
+_PLAIN = frozenset(PLAIN)
 
-    Not ``hasattr``: an object may answer to every name.
+
+def _wrapped_by(value: Any) -> Any:
+    """As ``getattr_static(value, "__wrapped__", None)``, which takes 8 us: what ``functools.cache`` and others wrap.
+
+    Not ``getattr``: an object may answer to every name.
     """
     bases: tuple[type, ...] = value.__mro__ if isinstance(value, type) else ()
     for kind in (*bases, *type(value).__mro__):
         if WRAPPED in kind.__dict__:
-            return True
+            return getattr_static(value, WRAPPED, None)
     try:
         own = object.__getattribute__(value, "__dict__")
     except AttributeError:
-        return False
-    return not isinstance(own, (dict, MappingProxyType)) or WRAPPED in own
+        return None
+    return own.get(WRAPPED) if type(own) is dict else None if bases else getattr_static(value, WRAPPED, None)

@@ -127,7 +127,7 @@ class _Remembered:
                 for attribute in known.attributes:
                     yield from functions_of(vars(value).get(attribute))
             elif isinstance(value, type):
-                yield from (one for each in _methods(value, "") for one in functions_of(each))
+                yield from _methods(value, "")
         for cell in function.__closure__ or ():
             with suppress(ValueError):  # of a variable that has no value yet
                 yield from functions_of(cell.cell_contents)

@@ -32,7 +32,6 @@ from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor_habits import parts_were_shown
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable, open_groups
-from autopar.runtime.freed_memory import give_back
 from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.local_parts import check_parts, check_parts_of_ranks, explained
 from autopar.runtime.parameters import ALONE, Weights
@@ -382,7 +381,6 @@ class ProgramCache:
         start = time.perf_counter()
         with self._weights.given_back_on_failure(), self._weights.traceable():
             found = self._compiled(call, pinned, like, unasked)
-        give_back()
         self._compiles.seconds.append(time.perf_counter() - start)
         return found
 

@@ -170,7 +170,8 @@ class SizeFamilies:
             if larger is not None:
                 self._replace(known, larger, guards)
                 return
-        kept.guards = Guards.joined([kept.guards, guards])
+        if kept.guards is not guards:  # as those of the first program are
+            kept.guards = Guards.joined([kept.guards, guards])
         kept.points = [*kept.points, (shapes, program)][-POINTS_KEPT:]
         if len(kept.points) > 1 and not kept.is_each:
             self._make(kept, call)

@@ -118,3 +118,9 @@ class _ByClass:
 def test_what_a_value_wraps_is_found_as_inspect_finds_it(value: Any, functions: list[Any]) -> None:
     assert [*functions_of(value)] == functions
     assert bool(functions) == (inspect.getattr_static(value, "__wrapped__", None) is not None)
+
+
+def test_what_wraps_itself_has_no_function() -> None:
+    circle = _Wraps(None)
+    circle.__wrapped__ = circle
+    assert [*functions_of(circle)] == []
