@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from autopar.cache.compiled import cached_program, compiled_so_far, prove_derived
+from autopar.cache.compiled import cached_program, prove_derived
 from autopar.cache.kept_families import fitted
 from autopar.cache.key import Request
 from autopar.errors import InvariantError
@@ -40,7 +40,6 @@ from autopar.runtime.connect import Connection, not_launched
 from autopar.runtime.dtensor import full_of
 from autopar.runtime.execute_pipeline import PipelineExecutable
 from autopar.runtime.expert_loads import gathered_loads
-from autopar.runtime.freed_memory import give_back
 from autopar.runtime.identity import kept
 from autopar.runtime.parameters import Weights
 from autopar.runtime.program_cache import ProgramCache
@@ -96,10 +95,7 @@ class ParallelModule(nn.Module):
         ) -> tuple[AnyProgram, Guards]:
             chosen, homes = replace(plan, check_numerics=plan.check_numerics and not unasked), held.weights.homes
             request = Request(model, mesh, chosen, call.args, call.kwargs, layouts, homes, like)
-            before = compiled_so_far()
             found, guards = cached_program(request, written)
-            if compiled_so_far() > before:
-                give_back()
             check_whole_batches(guards, found, model)
             return found, guards
 

@@ -18,6 +18,7 @@ from autopar.cache.reasons import Unstorable
 from autopar.cache.state import Answers, Questions, answered, differences, questions_of, quickly_answered
 from autopar.frontend.trace_record import TraceRecord
 from autopar.ir.guards import Guards
+from autopar.ir.model_runs import known_since_run
 from autopar.ir.same_values import MISSING
 
 logger = logging.getLogger("autopar")
@@ -68,7 +69,7 @@ def met(assumptions: Sequence[Assumption], model: nn.Module) -> tuple[Guards, tu
     renewed = []
     try:
         for assumption in assumptions:
-            answers, now = _answers(assumption, model)
+            answers, now = _answers(assumption, model, is_alone=len(assumptions) == 1)
             renewed.append(now)
             for table, key, value in answers.guards.effects if len(renewed) < len(assumptions) else ():
                 done.append((table, key, table.get(key, MISSING)))
@@ -82,8 +83,9 @@ def met(assumptions: Sequence[Assumption], model: nn.Module) -> tuple[Guards, tu
         raise
 
 
-def _answers(assumption: Assumption, model: nn.Module) -> tuple[Answers, Assumption]:
-    quick = _quick(assumption.questions, model) if assumption.quick else None
+def _answers(assumption: Assumption, model: nn.Module, is_alone: bool) -> tuple[Answers, Assumption]:
+    ask = _quick_once if is_alone and not any(assumption.questions.effects) else _quick
+    quick = ask(assumption.questions, model) if assumption.quick else None
     if quick is not None and quick.quick in assumption.quick:
         return quick, assumption
     try:
@@ -104,6 +106,30 @@ def _quick(questions: Questions, model: nn.Module) -> Answers | None:
     except Exception as problem:
         logger.debug("compared as a table: %r", problem)
         return None
+
+
+def _quick_once(questions: Questions, model: nn.Module) -> Answers | None:
+    """As :func:`_quick`; what was asked already is not asked again, unless code of users' may have run since.
+
+    So it is with programs of one family. The guards are the caller's own.
+    """
+    asked = known_since_run()
+    for one in asked or ():
+        if one.model is model and one.questions == questions:
+            answers: Answers = one.answers
+            return replace(answers, guards=Guards.joined([answers.guards]))
+    found = _quick(questions, model)
+    if found is not None and asked is not None:
+        own = replace(found, guards=Guards.joined([found.guards]))
+        asked.append(_Asked(questions, model, own))
+    return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    questions: Questions
+    model: nn.Module
+    answers: Answers
 
 
 QUICK_KEPT = 4

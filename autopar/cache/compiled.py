@@ -29,6 +29,7 @@ from autopar.frontend.trace_record import TraceRecord, records_of_traces
 from autopar.ir.graph_pass import DUMP
 from autopar.ir.guards import Guards
 from autopar.ir.made_buffers import made_buffers_of
+from autopar.ir.model_runs import model_runs
 from autopar.ir.program import AnyProgram
 from autopar.notes import heard, start_log, warn
 from autopar.plan import Plan
@@ -197,17 +198,8 @@ def compile_program(*call: Any) -> AnyProgram:
     return compile_program(*call)
 
 
-class _Count:
-    programs = 0
-
-
-def compiled_so_far() -> int:
-    """How many programs this process has compiled."""
-    return _Count.programs
-
-
 def _compiled(request: Request) -> Found:
-    _Count.programs += 1
+    model_runs()
     from autopar.frontend.observation import guards_of_traces
 
     with guards_of_traces() as guards:
@@ -297,4 +289,5 @@ def prove_derived(model: nn.Module, program: AnyProgram, args: Sequence[Any], kw
     """For ``Plan(verify=True)``: raise ProofError for a program of a family of sizes that is not the model's."""
     from autopar.proof.verify import prove
 
+    model_runs()
     prove(model, program, args, kwargs, is_derived=True)

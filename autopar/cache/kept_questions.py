@@ -21,6 +21,7 @@ from autopar.cache.key import Request, facts_of, key_of
 from autopar.cache.packing import packed, unpacked
 from autopar.cache.reasons import Unstorable
 from autopar.frontend.trace_record import records_of_traces
+from autopar.ir.model_runs import model_runs
 from autopar.ir.size_conditions import Condition, Dims
 
 logger = logging.getLogger("autopar")
@@ -30,6 +31,7 @@ def questions(*call: Any) -> list[Condition]:
     """Those of a run on symbols. A launch that finds what was asked does not load it."""
     from autopar.frontend.size_questions import questions as asked
 
+    model_runs()
     return asked(*call)
 
 

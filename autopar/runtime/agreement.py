@@ -23,6 +23,10 @@ from autopar.runtime.functional_collectives import start_maximum
 
 BITS = 62  # of a digest: its negative is an int64 too
 SHOWN, WIDTH = 6, 160
+SAME_CALLS = (
+    "every rank makes the same calls, with inputs of the same shapes and types: pad or drop the rows that are left "
+    "over at the end of the data (drop_last=True), and evaluate on all ranks, not only on rank 0."
+)
 Failed = Callable[[str, Exception], RankFailedError]
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")

@@ -19,19 +19,21 @@ from autopar.ir.collection import no_collection
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards
 from autopar.ir.layout import Layout
+from autopar.ir.model_runs import no_other_runs, runs_so_far
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.mesh import Mesh
 from autopar.notes import is_mute
 from autopar.pipeline.microbatches import Weight
 from autopar.plan import Plan
 from autopar.runtime.accumulate import Accumulation
-from autopar.runtime.agreement import Said, UnequalRows, digest_of, told
+from autopar.runtime.agreement import SAME_CALLS, Said, UnequalRows, digest_of, told
 from autopar.runtime.calls import Call, global_call, ordinary, shapes
 from autopar.runtime.compile_times import CompileTimes
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor_habits import parts_were_shown
 from autopar.runtime.execute import Executable
 from autopar.runtime.execute_pipeline import PipelineExecutable, open_groups
+from autopar.runtime.freed_memory import give_back
 from autopar.runtime.given_programs import GivenPrograms
 from autopar.runtime.local_parts import check_parts, check_parts_of_ranks, explained
 from autopar.runtime.parameters import ALONE, Weights
@@ -51,10 +53,6 @@ Bound = Executable | PipelineExecutable
 Again = tuple[Executable, list[Tensor]]
 Work = Callable[[Executable, list[Tensor]], Any]  # (program, tensors of the call) ->
 
-SAME_CALLS = (
-    "every rank makes the same calls, with inputs of the same shapes and types: pad or drop the rows that are left "
-    "over at the end of the data (drop_last=True), and evaluate on all ranks, not only on rank 0."
-)
 DIFFERENT = "the ranks do not do the same:"
 
 logger = logging.getLogger("autopar")
@@ -300,7 +298,8 @@ class ProgramCache:
     def _new(self, call: Call, training: bool, kind: Kind) -> Bound:
         connection = self._required_connection
         laid_out = self._weights.is_laid_out
-        program = self.prepared(call, training)
+        with no_other_runs():
+            program = self.prepared(call, training)
         member = self._members.get(kind)
         check_parts(program, call)
         if member is None:
@@ -377,10 +376,12 @@ class ProgramCache:
                 self._prove(member.program, call.args, call.kwargs)
 
     def _compile(self, call: Call, like: AnyProgram | None, unasked: bool = False) -> tuple[AnyProgram, Guards]:
-        pinned = self._weights.pinned
+        pinned, before = self._weights.pinned, runs_so_far()
         start = time.perf_counter()
         with self._weights.given_back_on_failure(), self._weights.traceable():
             found = self._compiled(call, pinned, like, unasked)
+        if runs_so_far() > before:  # a program that was found frees next to nothing
+            give_back()
         self._compiles.seconds.append(time.perf_counter() - start)
         return found
 
