@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 import weakref
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed import _state_dict_utils
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._dispatch import OpDispatcher
 from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,6 +132,7 @@ def ask_the_dispatcher() -> dict[str, bool]:
     """What ``dtensor_habits``, ``initialising``, ``torch_on_stages`` and ``start_maximum`` rely on."""
     connection = connect(Mesh(), 60.0, torch.device("cpu"))
     handlers = DTensor._op_dispatcher._custom_op_handlers
+    rules = inspect.signature(OpDispatcher._propagate_op_sharding_dispatch_slow_path)  # type: ignore[attr-defined]
     held = dtensor(torch.ones(2), connection.device_mesh, [Replicate()], (2,))
     seen: list[Any] = []
 
@@ -158,6 +161,8 @@ def ask_the_dispatcher() -> dict[str, bool]:
     return {
         "a handler is asked, and may leave it to torch": seen == [aten.erf_.default] and held.shape == (2,),
         "numbers are asked for by one operator": aten._local_scalar_dense.default in handlers,
+        "a rule is asked for by one method": list(rules.parameters)[1:5] == ["op_call", "args", "kwargs", "op_info"],
+        "plain tensors count as whole ones": DTensor._op_dispatcher._allow_implicit_replication is True,
         "scalers unscale by one operator": aten._amp_foreach_non_finite_check_and_unscale_.default in handlers,
         "data shares the counter of changes": held._version > before,
         "data is a property of tensors": hasattr(torch._C.TensorBase.data, "__set__"),  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.errors import InvariantError
 from autopar.runtime.dtensor import HELD, local_of, spec_of
+from autopar.runtime.dtensor_rules import correct_rules
 from autopar.runtime.initialising import watch_initialising
 from autopar.runtime.local_steps import let_optimizers_use_parts
 from autopar.runtime.piecewise import PiecewiseDTensor, let_torch_use_pieces
@@ -42,6 +43,7 @@ def take_over(mesh: DeviceMesh) -> None:
 def _install() -> None:
     let_torch_use_pieces()
     let_optimizers_use_parts()
+    correct_rules(_is_our_mesh)
     watch_initialising(_is_ours, _is_parameter, is_of_stage)
     dispatcher: Any = DTensor._op_dispatcher
     dispatcher._custom_op_handlers[_SCALAR] = _scalar
@@ -109,7 +111,10 @@ def _is_parameter(tensor: Tensor) -> bool:
 def _is_ours(tensor: Tensor) -> bool:
     if not isinstance(tensor, DTensor):
         return False
-    mesh = spec_of(tensor).mesh
+    return _is_our_mesh(spec_of(tensor).mesh)
+
+
+def _is_our_mesh(mesh: DeviceMesh) -> bool:
     return any(mesh is known or mesh == known for known in _meshes)
 
 

@@ -21,6 +21,7 @@ from autopar.pipeline.microbatches import NewBuffers, Weight, weights
 from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.autograd import WITNESS, accumulating, applied, below_autograd, is_watched, take_saved
 from autopar.runtime.batch_counts import BatchCounts
+from autopar.runtime.beside_loss import BesideLoss
 from autopar.runtime.border import Result
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import zeros_like
@@ -58,6 +59,8 @@ class Executable(BoundProgram):
             if entry.kind is OutputKind.USER
         }
         self._outputs = [(position, result.give) for position, result in self._results.items()]
+        others = [(at, each) for at, each in self._results.items() if at not in self.role.differentiable]
+        self._beside = BesideLoss([(at, each.name, each.give) for at, each in others if each.value.requires_grad])
 
     # ------------------------------------------------------------ running
 
@@ -88,6 +91,7 @@ class Executable(BoundProgram):
             self.call(INFERENCE, step)
         elif self.role.backward is not None:
             found = dict(zip(self.role.differentiable, self._applied(step)))
+            found |= self._beside.of(step.returned)
             return self._restored([found[at] if at in found else give(step.returned[at]) for at, give in self._outputs])
         else:
             with torch.no_grad():

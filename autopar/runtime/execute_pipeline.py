@@ -26,6 +26,7 @@ from autopar.pipeline.links import backward_schedule, inference_schedule, links_
 from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import users_of
 from autopar.runtime.batch_counts import BatchCounts
+from autopar.runtime.beside_loss import beside_loss
 from autopar.runtime.buffers_of_stages import BuffersOfStages
 from autopar.runtime.channels import Channels
 from autopar.runtime.communicator import Communicator
@@ -119,7 +120,7 @@ class PipelineExecutable:
             given = torch.zeros((), device=self.comm.device, requires_grad=True)  # each rank has a backward pass by it
             step = _Forward(self, batches, rows, seed)
             loss: Tensor = _Differentiable.apply(given, step)  # type: ignore[no-untyped-call]
-            return self._output(step.steps, loss)
+            return self._output(step.steps, loss, learns=True)
         with torch.no_grad():
             run = self._steps(batches, rows, seed, False, self._users)
             self._play(self._forward_only, run)
@@ -149,9 +150,9 @@ class PipelineExecutable:
     def _users(self) -> frozenset[str]:
         return frozenset(entry.target for entry in self.program.outputs if entry.kind is OutputKind.USER)
 
-    def _output(self, steps: dict[int, StageStep], loss: Tensor | None) -> Any:
+    def _output(self, steps: dict[int, StageStep], loss: Tensor | None, learns: bool = False) -> Any:
         found: list[Tensor | None] = []
-        for position, entry in enumerate(self.program.outputs):
+        for position, (entry, types) in enumerate(zip(self.program.outputs, self.program.returned_types)):
             if entry.kind is not OutputKind.USER:
                 continue
             makers = [step for step in steps.values() if entry.target in step.batches[0].outputs]
@@ -160,7 +161,10 @@ class PipelineExecutable:
                 found.append(loss)
                 continue
             join = self.program.joins.get(entry.target)
-            found.append(microbatches.together(entry.target, parts, join) if parts else None)
+            whole = microbatches.together(entry.target, parts, join) if parts else None
+            if learns and whole is not None and types[0].requires_grad:
+                (whole,) = beside_loss([entry.target], [whole.detach()])
+            found.append(whole)
         return restore_output(self.program, found) if self.program.out_spec is not None else tuple(found)
 
     def _steps(

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import init
 from torch.utils import _pytree as pytree
 
 from autopar.errors import InvariantError
 from autopar.runtime.dtensor import local_of
-from autopar.runtime.placements import Pieces
+from autopar.runtime.means_of_parts import LOOKED_UP, MEANS, handler
 from autopar.runtime.whole_operators import on_whole, put, refuse
 
 aten = torch.ops.aten
@@ -33,6 +33,7 @@ WHOLE = {  # computed on whole tensors
     *(aten.bernoulli.default, aten.bernoulli.p, aten.native_dropout.default),
     *(aten.eye.m_out, aten.eye.out, aten.linalg_qr.default, aten.diagonal.default),
     *(aten.fill_.Tensor, aten.index_put_.default, aten.index_fill_.int_Scalar, aten.index_copy_.default),
+    *(aten.index_add_.default, aten.index_add.default, aten.index_reduce_.default, aten.index_reduce.default),
 }
 VIEWS = {  # of some of a dim, where that is split: the operator -> the place of the dim in its arguments
     aten.select.int: 1,
@@ -72,12 +73,15 @@ def watch_initialising(is_ours: Owns, is_parameter: Owns, is_of_stage: Owns) -> 
     def view(operator: Any, args: Any, kwargs: Any) -> Any:
         tensor = args[0]
         has_gradient = tensor.requires_grad and torch.is_grad_enabled() and operator is not aten.detach.default
-        if has_gradient or not (is_parameter(tensor) or _OF_PARAMETER in vars(tensor)):
+        if has_gradient or not is_ours(tensor):
             return _usual(operator, args, kwargs)
-        if _cuts(operator, args):
+        owned = is_parameter(tensor) or _OF_PARAMETER in vars(tensor)
+        if (owned or operator not in RESHAPED) and _cuts(operator, args):
             return on_whole(operator, args, kwargs)
         found = _usual(operator, args, kwargs)
-        for one in pytree.tree_leaves(found):
+        if operator in RESHAPED and not owned and not _shares(found, tensor):
+            return on_whole(operator, args, kwargs)
+        for one in pytree.tree_leaves(found) if owned else ():
             setattr(one, _OF_PARAMETER, True)
         return found
 
@@ -99,7 +103,8 @@ def watch_initialising(is_ours: Owns, is_parameter: Owns, is_of_stage: Owns) -> 
     refuse(refuse_on_stages)
     handlers = _handlers()
     handlers.update(dict.fromkeys(DRAWN | WHOLE, whole))
-    handlers.update(dict.fromkeys([*VIEWS, *RESHAPED, *WHOLE_VIEWS], view))
+    handlers.update(dict.fromkeys([*VIEWS, *RESHAPED, *WHOLE_VIEWS, aten.as_strided.default], view))
+    handlers.update(dict.fromkeys(MEANS | LOOKED_UP, handler(is_ours, _usual)))
     handlers[aten.copy_.default] = copied
     handlers[aten.t_.default] = handlers[aten.transpose_.default] = transposed
     _draw_orthogonal(is_ours)
@@ -137,7 +142,7 @@ def _usual(operator: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _split_dims(tensor: DTensor) -> set[int]:
-    return {one.dim for one in tensor.placements if isinstance(one, Shard | Pieces)}
+    return {int(one.dim) for one in tensor.placements if hasattr(one, "dim")}
 
 
 def _cuts(operator: Any, args: Sequence[Any]) -> bool:
@@ -148,11 +153,23 @@ def _cuts(operator: Any, args: Sequence[Any]) -> bool:
         return bool(split) and tuple(args[1]) != tuple(tensor.shape)
     if operator in WHOLE_VIEWS:
         return False
+    if operator is aten.as_strided.default:
+        return tuple(args[1]) != tuple(tensor.shape) or tuple(args[2]) != tensor.stride()
     place = VIEWS[operator]
     dim = (args[place] if len(args) > place else 0) % max(1, tensor.dim())
     if operator is aten.slice.Tensor and _is_all(args, tensor.shape[dim]):
         return False
     return dim in split
+
+
+def _shares(view: Any, tensor: Tensor) -> bool:
+    """Whether ``view`` is one of this rank's part, and not of what was gathered, and can be cut again.
+
+    The same on all ranks.
+    """
+    if not all(type(one) in (Shard, Replicate) for one in view.placements):
+        return False
+    return bool(local_of(view).untyped_storage()._cdata == local_of(tensor).untyped_storage()._cdata)
 
 
 def _is_all(args: Sequence[Any], size: int) -> bool:

@@ -39,6 +39,12 @@ def put(tensor: DTensor, found: Tensor) -> None:
         slices_of(tensor).copy_from(found)
 
 
+def finish(tensor: DTensor) -> None:
+    """Have all of ``tensor``, a sum over ranks, on every rank; collective. It stays the same object."""
+    found = _everywhere(whole(tensor), tensor)
+    tensor._local_tensor, tensor._spec = local_of(found), spec_of(found)
+
+
 _checks: list[Callable[[Any, Any], None]] = []
 
 
@@ -151,6 +157,15 @@ def _is_view(func: Any) -> bool:
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
     """The identities of the tensors that ``func`` writes to."""
+    return [id(leaf) for leaf in _leaves_written(func, args, kwargs)]
+
+
+def tensors_written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[DTensor]:
+    """The DTensors that ``func`` writes to."""
+    return [leaf for leaf in _leaves_written(func, args, kwargs) if isinstance(leaf, DTensor)]
+
+
+def _leaves_written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
     names = [one.name for one in func._schema.arguments if one.alias_info is not None and one.alias_info.is_write]
-    return [id(leaf) for name in names for leaf in pytree.tree_leaves(given.get(name))]
+    return [leaf for name in names for leaf in pytree.tree_leaves(given.get(name))]

@@ -1,0 +1,130 @@
+"""Operators on DTensors of parallel modules that torch does wrongly, or does not do.
+
+The fourth door to the private parts of DTensor. In torch 2.13 a result that is a sum, or a norm, over ranks still to
+be finished (``Partial``) goes wrong where the next operator is not linear: ``weight.norm(dim=0).sum()``,
+``relu(grad.sum() - 0.1)``, ``grad.sum().fill_(1)``. Here it is finished first, unless it is only put beside others.
+Operators without a rule compute on whole tensors; a plain tensor beside a DTensor is one that all ranks have whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor._op_schema import OpSchema, OutputSharding
+from torch.utils import _pytree as pytree
+
+from autopar.errors import InvariantError
+from autopar.runtime.dtensor import spec_of
+from autopar.runtime.whole_operators import finish, on_whole, tensors_written
+
+aten = torch.ops.aten
+OwnsMesh = Callable[[DeviceMesh], bool]
+JOINING = {  # of values that are to be finished they make one such value
+    *(aten.detach.default, aten.alias.default, aten.clone.default, aten.stack.default, aten.cat.default),
+    *(aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.t.default),
+    *(aten.transpose.int, aten.permute.default, aten.expand.default),
+}
+NORMS = {aten.linalg_vector_norm.default}  # of norms of parts
+UNHEARD = (NotImplementedError, RuntimeError, AssertionError, ValueError)  # by what torch says that it has no rule
+
+
+@cache
+def correct_rules(owns: OwnsMesh) -> None:
+    """Let it be so for tensors on meshes that ``owns`` knows."""
+    dispatcher: Any = DTensor._op_dispatcher
+    usual = dispatcher._propagate_op_sharding_dispatch_slow_path
+
+    def propagated(operator: Any, args: Any, kwargs: Any, op_info: Any, *rest: Any) -> Any:
+        """How ``operator`` is computed on parts (an ``OutputSharding``), or its result."""
+        is_ours = owns(op_info.compute_mesh)
+        _check_plain(operator, args, kwargs, is_ours)
+        if not is_ours:
+            return usual(operator, args, kwargs, op_info, *rest)
+        unfinished = [tensor for tensor in tensors_written(operator, args, kwargs) if _is_unfinished(spec_of(tensor))]
+        if unfinished:
+            for tensor in unfinished:
+                finish(tensor)
+            return operator(*args, **kwargs)
+        try:
+            found = _of_finished(usual, operator, args, kwargs, op_info, *rest)
+        except UNHEARD:
+            found = None
+        return on_whole(operator, args, kwargs) if found is None else found
+
+    dispatcher._propagate_op_sharding_dispatch_slow_path = propagated
+    dispatcher._allow_implicit_replication = True  # asked before any Python; see _check_plain
+
+
+def _of_finished(usual: Any, operator: Any, args: Any, kwargs: Any, op_info: Any, *rest: Any) -> Any:
+    """What ``usual`` says of ``operator`` where its arguments are finished before; None: that it cannot be said."""
+    given: OpSchema = op_info.schema
+    in_args, in_kwargs = _specs(given.args_schema), _specs(given.kwargs_schema)
+    if any(map(_is_unfinished, in_kwargs)):
+        return None  # torch finishes arguments by position only
+    if _keeps(operator, in_args):
+        return usual(operator, args, kwargs, op_info, *rest)
+    finished: Any = pytree.tree_map_only(DTensorSpec, _finished, given.args_schema)
+    op_info.schema = OpSchema(operator, finished, given.kwargs_schema, schema_info=given.schema_info)
+    try:
+        found = usual(operator, args, kwargs, op_info, *rest)
+        if not isinstance(found, OutputSharding):
+            return found
+        wanted = found.redistribute_schema or op_info.schema
+        return replace(found, needs_redistribute=True, redistribute_schema=wanted)
+    finally:
+        op_info.schema = given
+
+
+def _keeps(operator: Any, specs: Sequence[DTensorSpec]) -> bool:
+    """Whether ``operator`` is right on arguments that are not finished."""
+    unfinished = list(filter(_is_unfinished, specs))
+    if not unfinished:
+        return True
+    if operator in NORMS:
+        return all(type(one).__name__ == "_NormPartial" for one in unfinished[0].placements if one.is_partial())
+    return operator in JOINING and all(spec.placements == specs[0].placements for spec in specs)
+
+
+def _specs(schema: Any) -> list[DTensorSpec]:
+    return [leaf for leaf in pytree.tree_leaves(schema) if isinstance(leaf, DTensorSpec)]
+
+
+def _is_unfinished(spec: Any) -> bool:
+    return any(placement.is_partial() for placement in spec.placements)
+
+
+def _finished(spec: DTensorSpec) -> DTensorSpec:
+    placements = tuple(Replicate() if one.is_partial() else one for one in spec.placements)
+    return DTensorSpec(spec.mesh, placements, tensor_meta=spec.tensor_meta)
+
+
+def _check_plain(operator: Any, args: Any, kwargs: Any, is_ours: bool) -> None:
+    """Raise InvariantError where a plain tensor meets DTensors that are not ours, as torch would, or could be a part.
+
+    Where it has one row and a DTensor has its rows on several ranks, each rank would broadcast its own.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    split = [one for one in tensors if isinstance(one, DTensor)]
+    for plain in tensors:
+        if isinstance(plain, DTensor) or plain.numel() <= 1:
+            continue
+        if not is_ours or any(_could_be_part(plain, one) for one in split):
+            raise InvariantError(
+                f"{operator} got mixed torch.Tensor and DTensor, shapes {list(plain.shape)} and "
+                f"{[list(one.shape) for one in split]}: is the first whole, or one rank's part?\n"
+                "Way out: give it the shape of the whole (tensor.expand_as(parameter)), or make it of a DTensor "
+                "(torch.ones_like(parameter), parameter.full_tensor())."
+            )
+
+
+def _could_be_part(plain: Tensor, beside: DTensor) -> bool:
+    places = [one.dim - beside.dim() for one in spec_of(beside).placements if hasattr(one, "dim")]
+    return any(-at <= plain.dim() and plain.shape[at] == 1 < beside.shape[at] for at in places)
