@@ -32,7 +32,7 @@ LOOKED_UP = {aten.embedding.default, aten.embedding_dense_backward.default}  # w
 
 
 def handler(is_ours: Callable[[Tensor], bool], usual: Handler) -> Handler:
-    """What computes operators of :data:`MEANS` and :data:`LOOKED_UP`: on whole tensors where one of ours is in parts."""
+    """What computes operators of :data:`MEANS` and :data:`LOOKED_UP`: on whole tensors where ours is in parts."""
 
     def mean(operator: Any, args: Any, kwargs: Any) -> Any:
         tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, DTensor)]
