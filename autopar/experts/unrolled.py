@@ -38,7 +38,7 @@ def roll(graph: fx.Graph, counts: Set[int]) -> list[Rolled]:
     for node in list(graph.nodes):
         try:
             if node.target in (aten.stack.default, aten.cat.default) and len(node.all_input_nodes) in counts:
-                found.append(_stack(node))
+                found += _stack(node)
             elif _is_sum(node) and not (len(node.users) == 1 and _is_sum(next(iter(node.users)))):
                 found += _sum(node, list(_terms(node)), counts)
         except Unlike:
@@ -54,22 +54,26 @@ def unroll_the_rest(graph: fx.Graph, rolled: Sequence[Rolled]) -> None:
             one.new.replace_all_uses_with(one.original)
 
 
-def _stack(node: fx.Node) -> Rolled:
-    """A stack, or tensors of size 1 that are joined along this dim. Raises Unlike."""
+def _stack(node: fx.Node) -> Iterator[Rolled]:
+    """A stack, or tensors of size 1 that are joined along this dim. Raises Unlike.
+
+    A stack of all elements of a tensor is that tensor, which has other users: there is nothing to undo.
+    """
     parts, dim = node.args[0], (*node.args[1:], 0)[0]
     assert isinstance(parts, (list, tuple)) and isinstance(dim, int)
     shape, op = value(node).shape, Builder(before=node)
     dim %= len(shape)
     if shape[dim] != len(parts):
         raise Unlike(node)
-    batch = Batch(node).of(tuple(parts))  # type: ignore[arg-type]
+    known, batch = set(node.graph.nodes), Batch(node).of(tuple(parts))  # type: ignore[arg-type]
     new = op.reshape(batch, len(parts), *shape[:dim], *shape[dim + 1 :])
     if dim:
         order = list(range(1, len(shape)))
         order.insert(dim, 0)
         new = op(aten.permute.default, new, order)
     node.replace_all_uses_with(new)
-    return Rolled(node, new, batch)
+    if new not in known:
+        yield Rolled(node, new, batch)
 
 
 def _sum(node: fx.Node, terms: list[fx.Node], counts: Set[int]) -> Iterator[Rolled]:

@@ -155,3 +155,31 @@ class Mixed(Mixture):
 def test_experts_that_mix_rows_stay_apart() -> None:
     assert not products(program(Mixed()))
     assert check(Mixed(), rows(), Mesh(dp=2)).worst <= TOLERANCE
+
+
+class Indexed(nn.Module):
+    """The experts' matrices are elements of two tensors, as in ``w[number]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.up, self.down = (nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) / 3) for _ in range(2))
+        self.shift = nn.Parameter(torch.randn(EXPERTS, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = torch.topk(self.gate(x).softmax(-1), 2)
+        out = torch.zeros_like(x)
+        for number in range(EXPERTS):
+            token, place = torch.where(chosen == number)
+            y = torch.relu(x[token] @ self.up[number] + self.shift[number]) @ self.down[number]
+            out.index_add_(0, token, y * weights[token, place, None])
+        return out.square().sum()
+
+
+def test_elements_of_one_tensor_are_that_tensor() -> None:
+    """Their stack has nothing of its own that could be undone; and ``ep`` deals out the tensor."""
+    batch = {"x": torch.randn(8, WIDTH)}
+    found = program(Indexed(), batch)
+    assert len(products(found)) == 2 and not {"aten.stack", "aten.select.int"} & set(counts(found))
+    assert Reference(Indexed(), batch).check(Mesh.parse("ep=2,dp=2")).worst <= 1e-12
