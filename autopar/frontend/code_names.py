@@ -25,6 +25,12 @@ NOT_USERS = {
     *sys.stdlib_module_names,
 }  # fmt: skip
 
+# names that something else may be read by, which is named in a text
+BY_TEXT = {"getattr", "hasattr", "vars", "eval", "exec", "__dict__"}
+RUNNING = {"eval", "exec"}
+OF_GLOBALS = {"globals", "f_globals", *RUNNING}
+OF_MODULES = {"modules", "import_module", "__import__"}
+ITSELF = "__name__"  # of the module in which code stands
 OUR_MODELS = "autopar.models"  # are models like others
 WRAPPED = "__wrapped__"
 
@@ -36,12 +42,14 @@ class Names:
     Attributes:
         attributes: all of them, also those that ``from settings import SCALE`` or ``getattr(x, "SCALE")`` reads.
         imports: modules that are imported within the code.
+        texts: names that may be globals' too, as in ``globals()["SCALE"]``.
     """
 
     globals: tuple[tuple[str, tuple[str, ...]], ...]
     cells: tuple[tuple[str, tuple[str, ...]], ...]
     attributes: tuple[str, ...]
     imports: tuple[str, ...]
+    texts: tuple[str, ...] = ()
 
 
 def names_of(code: CodeType) -> Names:
@@ -72,6 +80,7 @@ def _names_in(code: CodeType) -> Names:
     cells: set[tuple[str, tuple[str, ...]]] = set()
     attributes: set[str] = set()
     imports: set[str] = set()
+    words: set[str] = set()
     chain: tuple[str, ...] = ()  # of the attributes that are read after the step that is looked at
     for step, name in reversed(list(_steps(code))):
         if step in _GLOBALS:
@@ -90,14 +99,31 @@ def _names_in(code: CodeType) -> Names:
             cells.update(known.cells)
             attributes.update(known.attributes)
             imports.update(known.imports)
-    if any(name == "getattr" for name, _ in found):
-        attributes.update(text for text in code.co_consts if isinstance(text, str) and text.isidentifier())
+            words.update(known.texts)
+    named = {name for name, _ in found} | attributes
+    texts = [text for text in code.co_consts if isinstance(text, str)]
+    if named & BY_TEXT:
+        attributes.update(filter(str.isidentifier, texts))
+    if named & OF_GLOBALS:
+        words.update(word for text in texts for word in _words(text, bool(named & RUNNING)))
+    if named & OF_MODULES:
+        imports.update(text for text in texts if all(map(str.isidentifier, text.split("."))))
+        imports.update(named & {ITSELF})
     globals_, around = tuple(sorted(found, key=str)), tuple(sorted(cells, key=str))
-    return Names(globals_, around, tuple(sorted(attributes)), tuple(sorted(imports)))
+    return Names(globals_, around, tuple(sorted(attributes)), tuple(sorted(imports)), tuple(sorted(words)))
+
+
+def _words(text: str, is_code: bool) -> list[str]:
+    """The names in ``text``, which is one, or code."""
+    return re.findall(r"[^\W\d]\w*", text) if is_code else [text] * text.isidentifier()
 
 
 def imported_by(function: FunctionType, name: str) -> Iterator[ModuleType]:
-    """The loaded modules of users that ``import name`` or ``from .name import`` in ``function`` may mean."""
+    """The loaded modules of users that ``import name`` or ``from .name import`` in ``function`` may mean.
+
+    ``__name__`` is that in which it stands.
+    """
+    name = str(function.__globals__.get(name)) if name == ITSELF else name
     package = str(function.__globals__.get("__package__") or "")
     places = [name]
     while package:

@@ -7,7 +7,9 @@ attributes of a ``threading.local`` are those of the thread that asks. The envir
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import pickle
 import random
 import sys
 import threading
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from types import FrameType, MappingProxyType, SimpleNamespace
+from types import FrameType, GeneratorType, MappingProxyType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,7 +28,7 @@ import torch
 
 from autopar.frontend.source_lines import is_users_file
 from autopar.ir.guards import Question
-from autopar.ir.same_values import MISSING
+from autopar.ir.same_values import MISSING, is_plain
 
 HOLDERS = (
     SimpleNamespace,
@@ -38,6 +40,9 @@ HOLDERS = (
 )  # of Python's library, with attributes to read
 
 
+VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+
+
 def question_of(value: Any, label: str) -> Question | None:
     """How to ask for what ``value``, which was read, holds; None where it is compared otherwise."""
     ask: Callable[[], Any] | None = None
@@ -47,8 +52,10 @@ def question_of(value: Any, label: str) -> Question | None:
         ask = partial(_attributes, value)
     elif isinstance(value, MappingProxyType):
         ask = partial(_entries, value)
-    elif isinstance(value, (bytearray, array)):
+    elif isinstance(value, (bytearray, array, memoryview)):
         ask = partial(bytes, value)
+    elif isinstance(value, VIEWS):
+        ask = partial(tuple, value)
     elif (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray):
         mask = getattr(value, "mask", None)  # of numpy.ma
         ask = partial(_digest, value, mask if isinstance(mask, numpy.ndarray) else None)
@@ -132,7 +139,7 @@ def _digest(values: Any, mask: Any) -> tuple[Any, ...]:
 
 
 def state_of(value: Any) -> Callable[[], Any] | None:
-    """What gives the state of a random number generator; None for anything else."""
+    """What gives the state of a random number generator, or how far an iterator is; None for anything else."""
     if isinstance(value, random.Random):
         return value.getstate
     if type(value).__module__.startswith("numpy.random"):
@@ -140,4 +147,33 @@ def state_of(value: Any) -> Callable[[], Any] | None:
         return lambda: bits.state
     if isinstance(value, torch.Generator):
         return lambda: value.get_state().tolist()
+    if isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
+        return partial(_position, value)
     return None
+
+
+def is_position(state: Callable[[], Any]) -> bool:
+    """Whether ``state`` is of an iterator."""
+    return isinstance(state, partial) and state.func is _position
+
+
+def _position(iterator: Any) -> Any:
+    """Another one after each ``next(iterator)``, as far as it can be told."""
+    if isinstance(iterator, GeneratorType):
+        frame = iterator.gi_frame
+        here = frame.f_locals.items() if frame is not None else ()
+        return None if frame is None else (frame.f_lasti, [(name, *_known_by(one)) for name, one in here])
+    if hasattr(iterator, "__length_hint__"):
+        return iterator.__length_hint__()
+    if isinstance(iterator, itertools.count):
+        return repr(iterator)
+    try:
+        return hashlib.blake2b(pickle.dumps(iterator)).hexdigest()
+    except Exception:  # of what it goes through, which may be anything
+        return None
+
+
+def _known_by(value: Any) -> tuple[Any, ...]:
+    return (
+        (value,) if is_plain(value) else (type(value), id(value), *([_position(value)] * isinstance(value, Iterator)))
+    )

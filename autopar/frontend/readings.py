@@ -12,13 +12,13 @@ from functools import partial
 from inspect import getmro
 from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
-import torch
 from torch import Tensor, nn
 
 from autopar.frontend.code_names import functions_of, imported_by, is_users, is_users_class, names_of
 from autopar.frontend.other_state import HOLDERS, question_of, question_of_names, state_of
-from autopar.frontend.spaces import Space, Spaces, attributes_named, space_of, up_to_users
+from autopar.frontend.spaces import OF_TORCH, Space, Spaces, attributes_named, space_of, up_to_users
 from autopar.frontend.tables import A_HOOK, HOOKS, OWN, SHAPED, Cell, Slots, is_empty, own_names, superclasses_of
 from autopar.ir.guards import Contents, Guards, Reading, version_of
 from autopar.ir.same_values import PLAIN, is_plain
@@ -280,8 +280,8 @@ class Readings:
         question = question_of(value, label)
         if question is not None and self._is_new(value, "asked"):
             self.guards.questions.append(question)
-        if isinstance(value, MethodType):
-            self.look_into(value.__self__, label)
+        if isinstance(value, (MethodType, ReferenceType)):
+            self.look_into(value.__self__ if isinstance(value, MethodType) else value(), label)
         elif isinstance(value, partial):
             self._contents(value.args, label)
             self._contents(value.keywords, label)
@@ -343,6 +343,9 @@ class Readings:
         for name, chain in names.globals:
             if name in function.__globals__:
                 self._global(function.__globals__, name, f"{name} (global of {where})", chain)
+        for name in names.texts:
+            read = self.reading if name in function.__globals__ else self.missing
+            read(function.__globals__, name, f"{name} (global of {where})")
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
         for name, chain in names.cells:
             if name in cells and not is_empty(cells[name]):
@@ -383,7 +386,7 @@ class Readings:
             if space is None:
                 return
             label = f"{getattr(value, '__name__', '')}.{attribute}"
-            if any(space is one for one in _OF_TORCH):
+            if any(space is one for one in OF_TORCH):
                 self._of_torch(space, attribute, label)
             elif not isinstance(value, ModuleType) or is_users(value.__name__):
                 self.reading(space, attribute, label)
@@ -394,7 +397,3 @@ class Readings:
             self.guards.readings.append(Reading(space, name, space[name], label, of_torch=True))
             for function in functions_of(space[name]):
                 self.function(function)
-
-
-# where somebody may put another function in place of torch's own: F.scaled_dot_product_attention = ...
-_OF_TORCH = (vars(torch), vars(torch.nn.functional))

@@ -11,11 +11,14 @@ from inspect import getmro
 from types import FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from autopar.frontend.code_names import is_users, is_users_class
 from autopar.frontend.tables import SHAPED, own_names
 
+# where somebody may put another function in place of torch's own: F.scaled_dot_product_attention = ...
+OF_TORCH = (vars(torch), vars(torch.nn.functional))
 Space = Any  # a module, a class, or an object of which nobody saw what was read
 
 

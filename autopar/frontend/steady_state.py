@@ -19,6 +19,7 @@ from autopar.errors import TraceError
 from autopar.frontend.capture import fake_like
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.observation import Observation
+from autopar.frontend.other_state import is_position
 from autopar.frontend.torch_layers import without_fast_paths
 from autopar.ir.same_values import shown
 
@@ -43,9 +44,15 @@ def refuse_backward_hooks(model: nn.Module) -> None:
 
 
 def check_at_rest(observation: Observation) -> None:
-    """Raise TraceError for what a call leaves for the next one to read, and for randomness of the user's generators."""
+    """Raise TraceError for what a call leaves for the next one to read, the user's generators and iterators too."""
     for label, state, before in observation.readings.generators:
         if repr(state()) != before:
+            if is_position(state):
+                raise TraceError(
+                    f"forward takes the next item of '{label}', an iterator, in each call, and a graph would keep the "
+                    "first\nWay out: take it outside of the model, and pass it as an argument: a tensor, which may "
+                    "change from call to call."
+                )
             raise TraceError(
                 f"forward draws random numbers from {label}, which would be those of the first call in every call\n"
                 "Way out: draw with torch, or outside of the model, and pass the numbers as a tensor."

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import json.decoder
 import logging
+import re
 import typing
 from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
@@ -23,6 +24,7 @@ def _by_dis(code: CodeType) -> Names:
     places: tuple[set[tuple[str, tuple[str, ...]]], ...] = (set(), set())
     attributes: set[str] = set()
     imports: set[str] = set()
+    words: set[str] = set()
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL")]
     for number, step in enumerate(steps):
         after = itertools.takewhile(lambda each: each.opname in ATTRIBUTES, steps[number + 1 :])
@@ -40,10 +42,20 @@ def _by_dis(code: CodeType) -> Names:
         places[1].update(known.cells)
         attributes.update(known.attributes)
         imports.update(known.imports)
-    if any(name == "getattr" for name, _ in places[0]):
-        attributes |= {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()}
+        words.update(known.texts)
+    texts = {text for text in code.co_consts if isinstance(text, str)}
+    named = {name for name, _ in places[0]} | attributes
+    if named & {"getattr", "hasattr", "vars", "eval", "exec", "__dict__"}:
+        attributes |= {text for text in texts if text.isidentifier()}
+    if named & {"eval", "exec"}:
+        words.update(*(re.findall(r"[A-Za-z_]\w*", text) for text in texts))
+    elif named & {"globals", "f_globals"}:
+        words |= {text for text in texts if text.isidentifier()}
+    if named & {"modules", "import_module", "__import__"}:
+        imports |= {text for text in texts if all(part.isidentifier() for part in text.split("."))}
+        imports |= named & {"__name__"}
     globals_, cells = (tuple(sorted(place, key=str)) for place in places)
-    return Names(globals_, cells, tuple(sorted(attributes)), tuple(sorted(imports)))
+    return Names(globals_, cells, tuple(sorted(attributes)), tuple(sorted(imports)), tuple(sorted(words)))
 
 
 def _functions(module: ModuleType) -> Iterator[FunctionType]:

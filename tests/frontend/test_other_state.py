@@ -8,6 +8,7 @@ import functools
 import os
 import sys
 import threading
+import weakref
 from collections import ChainMap, UserDict
 from collections.abc import Callable, Iterator
 from types import MappingProxyType, ModuleType, SimpleNamespace
@@ -113,6 +114,19 @@ class Linear(nn.Linear):
         return super().forward(x) * 2
 
 
+class Held:
+    scale = 1.0
+
+
+BY_NAME = IN_TEXT = OF_MODULE = 1.0
+VIEWED, HELD, MEMORY = {"scale": 1.0}, Held(), bytearray([1, 1])
+
+
+def by_text() -> float:
+    found = globals()["BY_NAME"] * globals().get("LATER_OF_READER", 1.0) * eval("IN_TEXT + 0")
+    return float(found * vars(sys.modules[__name__])["OF_MODULE"])
+
+
 class Reader(nn.Module):
     of_class = 1.0
 
@@ -124,6 +138,7 @@ class Reader(nn.Module):
         self.held = UserDict({"scale": 1.0})
         self.answering = Answering()
         self.config, self.settings = Config, sys.modules["held_module_of_reader"]
+        self.view, self.weak, self.memory = VIEWED.values(), weakref.ref(HELD), memoryview(MEMORY)
 
     @classmethod
     def by_class(cls) -> float:
@@ -135,6 +150,7 @@ class Reader(nn.Module):
         x = x * CONTEXT.get() * OF_THREAD.scale * PACKAGE.settings.scale * Settings.Model.scale * asked()
         x = x * float(os.environ.get("SCALE_OF_READER", "1")) * vars(self).get("late", 1.0) * self.by_class()
         x = x * odd_places() * self.config.scale * getattr(self.settings, "scale")  # noqa: B009
+        x = x * by_text() * next(iter(self.view)) * getattr(self.weak(), "scale") * self.memory[1]  # noqa: B009
         for stored in STORED.values():
             x = x * float(stored[0])  # type: ignore[index]
         return (2 * x if os.getenv("READER_IS_DOUBLED") else x).square().mean()
@@ -181,6 +197,16 @@ CHANGES: dict[str, Steps] = {
     "an attribute of a metaclass": undone(Meta, "scale", 3.0),
     "what a property of a metaclass reads": undone(OfMeta, "hidden", 3.0),
     "a dict behind a proxy": (lambda m: ENTRIES.update(scale=3.0), lambda m: ENTRIES.update(scale=1.0)),
+    "a global by its name": undone(sys.modules[__name__], "BY_NAME", 3.0),
+    "a global that comes later": (
+        lambda m: globals().update(LATER_OF_READER=3.0),
+        lambda m: globals().pop("LATER_OF_READER"),
+    ),
+    "a global in a text": undone(sys.modules[__name__], "IN_TEXT", 3.0),
+    "a global of a module by its name": undone(sys.modules[__name__], "OF_MODULE", 3.0),
+    "a dict behind a view": (lambda m: VIEWED.update(scale=3.0), lambda m: VIEWED.update(scale=1.0)),
+    "what is held weakly": (lambda m: setattr(HELD, "scale", 3.0), lambda m: delattr(HELD, "scale")),
+    "memory that is looked at": (lambda m: MEMORY.__setitem__(1, 3), lambda m: MEMORY.__setitem__(1, 1)),
     "a function of torch's": undone(functional, "softsign", torch.tanh),
 }
 

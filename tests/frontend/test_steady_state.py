@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import time
 from collections.abc import Iterator
@@ -104,6 +105,31 @@ class HasGenerator(Base):
         return x * float(self.noise.normal())
 
 
+class TakesNext(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = itertools.cycle([0.5, 1.0, 2.0])
+
+    def use(self, x: Tensor) -> Tensor:
+        return x * next(self.turns)
+
+
+def _halved() -> Iterator[float]:
+    value = 1.0
+    while True:
+        yield value
+        value /= 2
+
+
+class TakesNextOfGenerator(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.halved = [_halved()]
+
+    def use(self, x: Tensor) -> Tensor:
+        return x * next(self.halved[0])
+
+
 class Timed(Base):
     def use(self, x: Tensor) -> Tensor:
         return x * (time.time() % 1)
@@ -153,6 +179,8 @@ class Captured(Base):
         (DropsLayersByNumpy, ("numpy", "numpy.random.rand()")),
         (HasRandom, ("rng",)),
         (HasGenerator, ("noise",)),
+        (TakesNext, ("'turns', an iterator", "outside of the model")),
+        (TakesNextOfGenerator, ("'halved', an iterator", "outside of the model")),
         (Timed, ("the time", "time.time()")),
         (Differentiates, ("differentiates", "torch.autograd.grad(")),
         (HooksATensor, ("puts a hook on the gradient", "h.register_hook(")),
