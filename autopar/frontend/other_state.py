@@ -16,7 +16,7 @@ import threading
 from argparse import Namespace
 from array import array
 from collections import ChainMap, UserDict, UserList, UserString
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -40,9 +40,6 @@ HOLDERS = (
 )  # of Python's library, with attributes to read
 
 
-VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
-
-
 def question_of(value: Any, label: str) -> Question | None:
     """How to ask for what ``value``, which was read, holds; None where it is compared otherwise."""
     ask: Callable[[], Any] | None = None
@@ -54,8 +51,8 @@ def question_of(value: Any, label: str) -> Question | None:
         ask = partial(_entries, value)
     elif isinstance(value, (bytearray, array, memoryview)):
         ask = partial(bytes, value)
-    elif isinstance(value, VIEWS):
-        ask = partial(tuple, value)
+    elif isinstance(value, (KeysView, ValuesView, ItemsView)):
+        ask = partial(_seen, value)
     elif (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray):
         mask = getattr(value, "mask", None)  # of numpy.ma
         ask = partial(_digest, value, mask if isinstance(mask, numpy.ndarray) else None)
@@ -126,6 +123,10 @@ def _names(own: dict[str, Any], but: set[str]) -> tuple[str, ...]:
 
 def _entries(proxy: MappingProxyType[Any, Any]) -> tuple[Any, ...]:
     return (*proxy, *proxy.values())
+
+
+def _seen(view: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(view)
 
 
 def _digest(values: Any, mask: Any) -> tuple[Any, ...]:
