@@ -15,14 +15,17 @@ def note_hidden_modules(model: nn.Module) -> None:
 
     Such parameters are neither trained nor saved, nor moved to a device. What needs no gradients is meant to be hidden.
     """
-    known = {id(parameter) for parameter in model.parameters()}
+    known: set[int] = set()
     for owner, module in model.named_modules():
         for attribute, held in vars(module).items():
+            if attribute.startswith("_") or next(_modules(held), None) is None:
+                continue
+            known = known or {id(parameter) for parameter in model.parameters()}
             lost = [
                 entry for entry in _modules(held)
                 if any(own.requires_grad and id(own) not in known for own in entry.parameters())
             ]  # fmt: skip
-            if lost and not attribute.startswith("_"):
+            if lost:
                 where = f"{owner}.{attribute}" if owner else attribute
                 better = "nn.ModuleDict" if isinstance(held, Mapping) else "nn.ModuleList"
                 warn(
