@@ -116,12 +116,13 @@ def _quick_once(questions: Questions, model: nn.Module) -> Answers | None:
     asked = known_since_run()
     for one in asked or ():
         if one.model is model and one.questions == questions:
-            answers: Answers = one.answers
-            return replace(answers, guards=Guards.joined([answers.guards]))
+            guards = Guards.joined([one.answers.guards])
+            guards.values.clear()  # of that program
+            answers: Answers = replace(one.answers, guards=guards)
+            return answers
     found = _quick(questions, model)
     if found is not None and asked is not None:
-        own = replace(found, guards=Guards.joined([found.guards]))
-        asked.append(_Asked(questions, model, own))
+        asked.append(_Asked(questions, model, found))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -81,13 +81,14 @@ def test_each_has_guards_of_its_own() -> None:
     asked = asked_of(model)
     with no_other_runs():
         first, second = (met(asked, model)[0] for _ in range(2))
-        first.readings.clear()
+        first.values.append(cast(Any, "what that program has looked at"))
+        second.readings.clear()
         third = met(asked, model)[0]
-    labels = [one.label for one in second.readings]
+    labels = [one.label for one in first.readings]
     assert "scale" in labels and labels == [one.label for one in third.readings]
-    assert third.hold()
+    assert third.hold() and not third.values
     model.scale = 3.0
-    assert not third.hold() and not second.hold()
+    assert not third.hold()
 
 
 @pytest.mark.parametrize("shared", [True, False])
