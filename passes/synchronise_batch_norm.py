@@ -76,6 +76,8 @@ from autopar.ir.rewrite import substitute
 from autopar.mesh import DATA_AXES, Mesh
 
 aten = torch.ops.aten
+FUNCTIONAL = aten._native_batch_norm_legit_functional.default
+WITHOUT_RUNNING = aten._native_batch_norm_legit.no_stats  # track_running_stats=False
 
 
 @graph_pass(
@@ -84,13 +86,13 @@ aten = torch.ops.aten
 )
 def synchronise_batch_norm(program: Program) -> Program:
     for node in list(program.graph.nodes):
-        if node.target is aten._native_batch_norm_legit_functional.default and node.args[5]:
+        if node.target is FUNCTIONAL and node.args[5] or node.target is WITHOUT_RUNNING and node.args[3]:
             _write_out(program.graph, node, program.mesh)
     return program
 
 
 def _write_out(graph: fx.Graph, node: fx.Node, mesh: Mesh) -> None:
-    x, weight, bias, running_mean, running_var, _, momentum, epsilon = node.args
+    x, weight, bias, *running, _, momentum, epsilon = node.args
     assert isinstance(x, fx.Node) and isinstance(epsilon, float) and isinstance(momentum, float)
     op = Builder(before=node)
     dtype, wide = value(x).dtype, torch.promote_types(value(x).dtype, torch.float32)
@@ -112,9 +114,10 @@ def _write_out(graph: fx.Graph, node: fx.Node, mesh: Mesh) -> None:
         0: op.cast(y, dtype),
         1: _flat(op, mean),
         2: _flat(op, inverse),
-        3: _running(op, running_mean, mean, momentum, 1.0),
-        4: _running(op, running_var, variance, momentum, count / max(count - 1, 1)),
     }
+    for index, old in enumerate(running, 3):
+        moment, correction = ((mean, 1.0), (variance, count / max(count - 1, 1)))[index - 3]
+        results[index] = _running(op, old, moment, momentum, correction)
     for user in list(node.users):
         assert user.target is operator.getitem
         index = user.args[1]

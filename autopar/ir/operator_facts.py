@@ -117,7 +117,8 @@ _DIFFERENTIABLE = {
         bernoulli
     """),
     1: _names("""
-        _native_batch_norm_legit_functional _native_batch_norm_legit_no_training native_dropout op.cross_entropy_sums
+        _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training
+        native_dropout op.cross_entropy_sums
     """),
 }
 

@@ -267,6 +267,7 @@ RULES: dict[Any, Any] = {
     aten.group_norm.default: group_norm,
     aten.instance_norm.default: instance_norm,
     aten._native_batch_norm_legit_functional.default: channel_norm,
+    aten._native_batch_norm_legit.no_stats: channel_norm,
     aten._native_batch_norm_legit_no_training.default: fixed_norm,
     aten.pixel_shuffle.default: pixel_shuffle,
     aten.pixel_unshuffle.default: pixel_unshuffle,

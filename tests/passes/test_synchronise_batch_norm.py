@@ -114,6 +114,15 @@ class Summed(nn.Module):
         return self.body(x).pow(3).sum()  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=3", "tp=2"])
+def test_layers_without_running_statistics(mesh: str) -> None:
+    """``track_running_stats=False``; they take those of the batch in evaluation too."""
+    torch.manual_seed(0)
+    norms = nn.BatchNorm1d(6, track_running_stats=False), nn.BatchNorm1d(6, track_running_stats=False, affine=False)
+    body = nn.Sequential(nn.Linear(4, 6), norms[0], nn.Tanh(), nn.Linear(6, 6), norms[1].eval())
+    assert check(Summed(body), {"x": torch.randn(8, 4)}, Mesh.parse(mesh)).worst <= TOLERANCE
+
+
 def test_a_large_mean_loses_nothing() -> None:
     """In float32: the deviation is a ten-thousandth of the mean, and running statistics say nothing of either."""
     before = program(dtype="f32", affine=False, held="f32")

@@ -294,6 +294,10 @@ SPATIAL: dict[Any, list[Sample]] = {
     aten._native_batch_norm_legit_functional.default: [
         call(x(4, 6, 3), x(6), x(6), x(6), above(6), True, 0.1, 1e-5, still=(3, 4))
     ],
+    aten._native_batch_norm_legit.no_stats: [
+        call(x(4, 6, 3), x(6), x(6), True, 0.1, 1e-5),
+        call(x(6, 4), None, None, True, 0.1, 1e-5),
+    ],
     aten._native_batch_norm_legit_no_training.default: [
         call(x(4, 6, 3), x(6), x(6), x(6), above(6), 0.1, 1e-5, still=(3, 4)),
         call(x(6, 4), x(4), x(4), x(4), above(4), 0.1, 1e-5, still=(3, 4)),
