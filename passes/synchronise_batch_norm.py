@@ -115,9 +115,9 @@ def _write_out(graph: fx.Graph, node: fx.Node, mesh: Mesh) -> None:
         1: _flat(op, mean),
         2: _flat(op, inverse),
     }
-    for index, old in enumerate(running, 3):
-        moment, correction = ((mean, 1.0), (variance, count / max(count - 1, 1)))[index - 3]
-        results[index] = _running(op, old, moment, momentum, correction)
+    moments = (mean, 1.0), (variance, count / max(count - 1, 1))
+    for place, (old, (moment, correction)) in enumerate(zip(running, moments), 3):
+        results[place] = _running(op, old, moment, momentum, correction)
     for user in list(node.users):
         assert user.target is operator.getitem
         index = user.args[1]

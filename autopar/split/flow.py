@@ -20,6 +20,7 @@ from torch import fx
 from autopar.errors import UnknownOperatorError
 from autopar.ir.layout import Partial, Split
 from autopar.ir.node import origin, value, values
+from autopar.ir.operator_facts import is_random
 from autopar.ir.program import Program
 from autopar.ir.reach import made_only_of
 from autopar.ir.tables import InputKind
@@ -205,14 +206,30 @@ def _factoring(
     return cache[key]
 
 
+def refuse_other_draws(program: Program, rules: Mapping[Any, Rule] | None = None) -> None:
+    """Raise UnknownOperatorError for an operator that draws by no positions: run whole, each rank would draw others."""
+    for node in program.graph.nodes:
+        if is_random(node.target) and not (rules or {}).get(node.target) and rule_for(node.target) is None:
+            raise UnknownOperatorError(_unknown(node))
+
+
 def _unknown(node: fx.Node) -> str:
     where = origin(node)
-    return (
+    found = (
         f"no splitting rule for the operator {node.target}\n"
         f"  node    {node.name}\n"
         f"  module  {where.module or '(top level)'}\n"
         f"  source  {where.source or '(unknown)'}\n"
-        f'Teach it with autopar.register_rule("{str(node.target).replace(".", "::", 1)}", "b s k, k -> b s") '
+    )
+    if is_random(node.target):
+        return (
+            f"{found}It draws random numbers, and each rank would draw others.\n"
+            "Way out: torch.rand, randn or bernoulli, which draw alike on any mesh: torch.rand(n).argsort() "
+            "in place of torch.randperm(n), gumbel_softmax(logits, hard=True) in place of multinomial; or draw outside "
+            "of the model, and pass it as an argument."
+        )
+    return (
+        f'{found}Teach it with autopar.register_rule("{str(node.target).replace(".", "::", 1)}", "b s k, k -> b s") '
         '(one name per dim; docs/rules.md),\nor run it whole on every rank with Plan(on_unknown="replicate").'
     )
 

@@ -23,7 +23,7 @@ from autopar.ir.tables import Decision
 from autopar.rules.factoring import Strategy
 from autopar.split.choose import Choice, Policy, choose
 from autopar.split.conversions import Step, normalised, plan_placements, through_whole
-from autopar.split.flow import Flow, Key, flow_of, key_of
+from autopar.split.flow import Flow, Key, flow_of, key_of, refuse_other_draws
 
 Check = Callable[[Flow, Choice], Mapping[str, Decision] | None]
 
@@ -35,6 +35,7 @@ def split_axis(program: Program, policy: Policy, check: Check | None = None) -> 
     """
     if program.mesh.size(policy.axis) == 1:
         return program
+    refuse_other_draws(program, policy.rules)
     flow = spread_flow(program, policy)
     choice = choose(flow, policy)
     made = {**choice.decisions, **((check(flow, choice) if check else None) or {})}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopar.compiler import compile_program
+from autopar.errors import UnknownOperatorError
 from autopar.mesh import Mesh
 from autopar.operators.random import random_uniform
 from autopar.plan import Plan
@@ -120,3 +121,24 @@ def test_exponential_noise_is_exponential(dtype: torch.dtype) -> None:
     levels = torch.tensor([0.1, 0.5, 1.0, 2.0], dtype=torch.float64)
     share = torch.stack([(drawn > level).double().mean() for level in levels])
     assert float((share - (-2 * levels).exp()).abs().max()) < 0.005
+
+
+class Shuffled(nn.Module):
+    """Draws by no positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x[:, torch.randperm(x.shape[1])]).square().mean()
+
+
+def test_ranks_do_not_draw_apart() -> None:
+    """Not even where operators without a rule are to run whole on every rank; on one rank of a pipeline they may."""
+    model, x = Shuffled(), torch.randn(4, 8)
+    for mesh in (Mesh(tp=2), Mesh(dp=2)):
+        for choice in ("error", "replicate"):
+            with pytest.raises(UnknownOperatorError, match=r"randperm[\s\S]*draws random numbers[\s\S]*argsort"):
+                compile_program(model, mesh, Plan(on_unknown=choice, check_numerics=False), (x,))
+    compile_program(model, Mesh(pp=2), Plan(microbatches=2, check_numerics=False), (), {"x": x})
