@@ -17,6 +17,7 @@ from torch.nn import init
 from torch.utils import _pytree as pytree
 
 from autopar.errors import InvariantError
+from autopar.runtime import copied_views
 from autopar.runtime.dtensor import local_of
 from autopar.runtime.means_of_parts import LOOKED_UP, MEANS, handler
 from autopar.runtime.whole_operators import on_whole, put, refuse
@@ -70,21 +71,6 @@ def watch_initialising(is_ours: Owns, is_parameter: Owns, is_of_stage: Owns) -> 
             return _usual(operator, args, kwargs)
         return on_whole(operator, args, kwargs)
 
-    def view(operator: Any, args: Any, kwargs: Any) -> Any:
-        tensor = args[0]
-        has_gradient = tensor.requires_grad and torch.is_grad_enabled() and operator is not aten.detach.default
-        if has_gradient or not is_ours(tensor):
-            return _usual(operator, args, kwargs)
-        owned = is_parameter(tensor) or _OF_PARAMETER in vars(tensor)
-        if (owned or operator not in RESHAPED) and _cuts(operator, args):
-            return on_whole(operator, args, kwargs)
-        found = _usual(operator, args, kwargs)
-        if operator in RESHAPED and not owned and not _shares(found, tensor):
-            return on_whole(operator, args, kwargs)
-        for one in pytree.tree_leaves(found) if owned else ():
-            setattr(one, _OF_PARAMETER, True)
-        return found
-
     def copied(operator: Any, args: Any, kwargs: Any) -> Any:
         target, source = args[:2]
         if isinstance(source, DTensor) or not is_ours(target) or source.shape != target.shape:
@@ -103,11 +89,40 @@ def watch_initialising(is_ours: Owns, is_parameter: Owns, is_of_stage: Owns) -> 
     refuse(refuse_on_stages)
     handlers = _handlers()
     handlers.update(dict.fromkeys(DRAWN | WHOLE, whole))
-    handlers.update(dict.fromkeys([*VIEWS, *RESHAPED, *WHOLE_VIEWS, aten.as_strided.default], view))
+    handlers.update(
+        dict.fromkeys([*VIEWS, *RESHAPED, *WHOLE_VIEWS, aten.as_strided.default], _viewing(is_ours, is_parameter))
+    )
     handlers.update(dict.fromkeys(MEANS | LOOKED_UP, handler(is_ours, _usual)))
     handlers[aten.copy_.default] = copied
     handlers[aten.t_.default] = handlers[aten.transpose_.default] = transposed
     _draw_orthogonal(is_ours)
+
+
+def _viewing(is_ours: Owns, is_parameter: Owns) -> Callable[[Any, Any, Any], Any]:
+    """What computes views, so that what is written to one reaches the tensor, or is refused."""
+
+    def view(operator: Any, args: Any, kwargs: Any) -> Any:
+        tensor = args[0]
+        has_gradient = tensor.requires_grad and torch.is_grad_enabled() and operator is not aten.detach.default
+        if not is_ours(tensor):
+            return _usual(operator, args, kwargs)
+        if has_gradient:
+            found = _usual(operator, args, kwargs)
+            is_copy = (
+                not _shares(found, tensor) if operator in RESHAPED else operator in VIEWS and _cuts(operator, args)
+            )
+            return copied_views.copied(found) if is_copy else found
+        owned = is_parameter(tensor) or _OF_PARAMETER in vars(tensor)
+        if (owned or operator not in RESHAPED) and _cuts(operator, args):
+            return on_whole(operator, args, kwargs)
+        found = _usual(operator, args, kwargs)
+        if operator in RESHAPED and not owned and not _shares(found, tensor):
+            return on_whole(operator, args, kwargs)
+        for one in pytree.tree_leaves(found) if owned else ():
+            setattr(one, _OF_PARAMETER, True)
+        return found
+
+    return view
 
 
 def _draw_orthogonal(is_ours: Owns) -> None:

@@ -114,7 +114,7 @@ def on_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             _leave(parts[key], wholes[key])
     back = {id(wholes[key]): part for key, part in parts.items()}
     like = next(iter(parts.values()))
-    frame = _frame_of(args[0], wholes[id(args[0])]) if _is_view(func) and id(args[0]) in parts else None
+    frame = _frame_of(args[0], wholes[id(args[0])]) if is_view(func) and id(args[0]) in parts else None
 
     def given(tensor: Tensor) -> Tensor:
         if id(tensor) in back:
@@ -150,7 +150,8 @@ def _everywhere(tensor: Tensor, like: DTensor) -> DTensor:
     return of_local(tensor, spec_of(made))
 
 
-def _is_view(func: Any) -> bool:
+def is_view(func: Any) -> bool:
+    """Whether the operator ``func`` gives views of what it is given."""
     found = [one.alias_info for one in func._schema.returns]
     return any(alias is not None and not alias.is_write for alias in found)
 

@@ -116,18 +116,27 @@ def differences(layouts: Layouts, sizes: dict[str, int]) -> dict[str, float]:
     part = torch.ones(1, 6, dtype=torch.float64)  # as this rank's only row would be
     with pytest.raises(InvariantError, match="is the first whole, or one rank's part"):
         dtensor(part, mesh, [Shard(0)] * mesh.ndim, (mesh.size(), 6)) + part
+    output = dtensor(torch.ones(2, 6), mesh, [Shard(0)] * mesh.ndim, (2 * mesh.size(), 6)).requires_grad_() * 2
+    output[:, 1:3].mul_(3)  # of which each rank has its rows
+    for written in (output[1], output[1:][:, 2]):
+        assert written.sum().full_tensor() > 0
+        with pytest.raises(InvariantError, match="writes to a slice of an output"):
+            written.clamp_(max=0)
     return found
 
 
 Layouts = list[tuple[list[Any], tuple[int, int]]]
-TWO: Layouts = [([Shard(0)], (7, 6)), ([Shard(1)], (8, 6))]
+UNEVEN: Layouts = [([Shard(0)], (7, 6))]
+EVEN: Layouts = [([Shard(1)], (8, 6))]
 FOUR: Layouts = [
     ([Shard(0), Shard(1)], (7, 6)), ([Shard(1), Shard(0)], (8, 6)), ([Replicate(), Shard(0)], (7, 6)),
     ([Replicate(), Replicate()], (7, 6)), ([Shard(0), Replicate()], (8, 6)),
 ]  # fmt: skip
 
+RUNS = [({"dp": 2}, UNEVEN), ({"dp": 2}, EVEN), ({"dp": 2, "tp": 2}, FOUR)]
 
-@pytest.mark.parametrize(("sizes", "layouts"), slow_but([0], [({"dp": 2}, TWO), ({"dp": 2, "tp": 2}, FOUR)]))
+
+@pytest.mark.parametrize(("sizes", "layouts"), slow_but([0], RUNS))
 def test_numbers_of_whole_tensors(sizes: dict[str, int], layouts: Layouts) -> None:
     for found in run_ranks(differences, Mesh(**sizes).world_size, layouts, sizes):
         assert max(found.values()) < 1e-12, sorted(found.items(), key=lambda pair: -pair[1])[:5]
