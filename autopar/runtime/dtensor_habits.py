@@ -24,7 +24,7 @@ from autopar.runtime.dtensor_rules import correct_rules
 from autopar.runtime.initialising import watch_initialising
 from autopar.runtime.local_steps import let_optimizers_use_parts
 from autopar.runtime.piecewise import PiecewiseDTensor, let_torch_use_pieces
-from autopar.runtime.torch_on_stages import is_of_stage
+from autopar.runtime.torch_on_stages import hear_of_numbers, is_of_stage
 from autopar.runtime.whole_operators import whole
 
 _SCALAR: Any = torch.ops.aten._local_scalar_dense.default
@@ -139,6 +139,7 @@ def _put(held: DTensor, value: Tensor) -> None:
 def _scalar(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``tensor.item()``, ``float(tensor)``, ``if tensor:``: of the whole; collective where each rank has a part."""
     tensor = args[0]
+    hear_of_numbers([tensor])
     found = whole(tensor) if _is_ours(tensor) else local_of(tensor)
     return operator(found, **kwargs)
 

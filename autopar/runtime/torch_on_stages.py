@@ -7,7 +7,7 @@ stages, so they are refused, and ``model.clip_grad_norm_`` does it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad
 
 from autopar.errors import InvariantError
+from autopar.notes import warn
 from autopar.runtime.dtensor import spec_of
 
 _UNSCALE: Any = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
@@ -39,6 +40,21 @@ def _stage_of(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor] | None:
 def is_of_stage(tensor: Tensor) -> bool:
     """Whether ``tensor`` is held by the ranks of one pipeline stage."""
     return _stage_of([tensor]) is not None
+
+
+def _warn() -> None:
+    warn(
+        "numbers of single parameters or gradients are read on one pipeline stage (norm().item(), or stacked): a sum "
+        "of them is that of this stage and not of the model, another one on each stage\n"
+        "Way out: model.clip_grad_norm_(max_norm) gives the norm of all gradients, with max_norm=float('inf') it "
+        "changes none; torch.distributed.all_reduce adds numbers of stages up."
+    )
+
+
+def hear_of_numbers(tensors: Sequence[Tensor]) -> None:
+    """Some numbers, each of a tensor, are read (one) or put together (several)."""
+    if _stages and all(tensor.dim() == 0 for tensor in tensors) and _stage_of(tensors) is not None:
+        _warn()
 
 
 @cache
@@ -63,6 +79,16 @@ def _install() -> None:
             )
         return total_norm(found, *args, **kwargs)
 
+    def stacked(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args[0]) > 1:
+            hear_of_numbers(args[0])
+        del handlers[operator]
+        try:
+            return operator(*args, **kwargs)
+        finally:
+            handlers[operator] = stacked
+
     handlers[_UNSCALE] = unscale_on_stages
+    handlers[torch.ops.aten.stack.default] = stacked
     clip_grad._get_total_norm = norm_of_a_stage  # type: ignore[attr-defined]
     torch.nn.utils.get_total_norm = norm_of_a_stage  # type: ignore[assignment]
