@@ -16,6 +16,7 @@ from autopar import Mesh, Plan
 from autopar.errors import LaunchError
 from autopar.models import llama
 from autopar.module import ParallelModule
+from autopar.notes import heard
 from autopar.runtime.dtensor import local_of
 from tests.against_one_process import GroupedHeads, Tiny, difference, float64, tiny_batch
 from tests.launch import run_ranks
@@ -142,3 +143,19 @@ def test_a_model_without_parameters() -> None:
 def test_a_process_without_peers() -> None:
     with pytest.raises(LaunchError, match="needs 2 processes"):
         autopar.parallelize(Tiny(), Mesh(dp=2)).clip_grad_norm_(1.0)
+
+
+def add_up_by_hand() -> list[str]:
+    build, batch = MODELS["tied"]
+    model = autopar.parallelize(float64(build), Mesh(pp=2), Plan(timeout=30.0))
+    model.train_step(**batch)
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    with heard() as notes:
+        torch.stack([grad.norm() for grad in grads])
+        grads[0].norm().item()
+    return notes
+
+
+def test_norms_of_a_stage_that_a_script_adds_up() -> None:
+    for notes in run_ranks(add_up_by_hand, 2):
+        assert sum("is that of this stage and not of the model" in note for note in notes) == 2, notes
