@@ -7,6 +7,7 @@ So it is with a microbatch of one row, of which nothing can be split.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -42,6 +43,7 @@ from autopar.split.row_sums import Kind, Rows, RowSums, row_sums
 aten = torch.ops.aten
 AXIS = "dp"
 SCALING = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+TAKING = (aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 DIVIDING = (aten.div.Tensor, aten.div.Scalar)
 MANY = 4  # rows of which each of two parts has several
 
@@ -130,7 +132,19 @@ def _looked_at(
         # a loop over rows is written out; without numbers, none of them can be made of how many there are
         if rows == 1 or has_numbers(program, ancestors([program.returned[program.loss or 0]])):
             raise
+        if _takes_other_parts((program, rows), (looked_at, many)):
+            raise
     return program, rows, own, False
+
+
+def _takes_other_parts(one: Traced, two: Traced) -> bool:
+    """Whether a part of some rows (``x[:3]``) is all of a smaller batch, and is not written there.
+
+    A loop over rows writes as many calls for each row.
+    """
+    (first, rows), (second, others) = one, two
+    mine, its = (Counter(node.target for node in program.graph.nodes) for program in (first, second))
+    return any((its[each] - mine[each]) % (others - rows) or bool(mine[each]) != bool(its[each]) for each in TAKING)
 
 
 def _another(of_rows: Callable[[int], Program] | None, rows: int) -> tuple[Program, int]:

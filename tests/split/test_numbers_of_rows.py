@@ -93,16 +93,27 @@ def test_a_model_of_one_number_of_rows() -> None:
     assert difference(*step(limited(lambda x, y: error(x, y).mean(), 8), Mesh())) < 1e-12
 
 
+def first_rows(x: Tensor, y: Tensor) -> Tensor:
+    """As many as a microbatch has, which does not show that some are left out."""
+    return error(x, y)[:3].square().mean()
+
+
+@pytest.mark.parametrize("mesh", ["dp=1", "pp=2"])
+def test_the_first_rows_are_not_those_of_each_microbatch(mesh: str) -> None:
+    with pytest.raises(InvariantError, match="computes otherwise for a batch of 6 rows than for one of 3"):
+        batch_loss(Mesh.parse(mesh), 6, 2, first_rows)
+
+
 def pairs(x: Tensor, y: Tensor) -> Tensor:
     """Of a row and the next one; of one row alone there is no number, and a mean of none is nan."""
     errors = error(x, y).sum(1)
     return F.softplus(errors[::2] - errors[1::2]).mean()
 
 
-def batch_loss(mesh: Mesh, rows: int, count: int) -> tuple[Tensor, Tensor]:
-    """The loss of ``pairs`` over a batch in ``count`` microbatches, and of the unmodified model."""
+def batch_loss(mesh: Mesh, rows: int, count: int, loss: Loss = pairs) -> tuple[Tensor, Tensor]:
+    """The loss over a batch in ``count`` microbatches, and of the unmodified model."""
     torch.manual_seed(0)
-    model, x, y = Net(pairs).double(), torch.randn(rows, 6).double(), torch.randn(rows, 6).double()
+    model, x, y = Net(loss).double(), torch.randn(rows, 6).double(), torch.randn(rows, 6).double()
     expected = model(x=x, y=y)
     parallel = autopar.parallelize(model, mesh, Plan(microbatches=count, check_numerics=False))
     if not mesh.is_pipelined:
