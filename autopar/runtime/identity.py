@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from autopar.errors import InvariantError
+from autopar.runtime.autograd import is_watched
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import HELD, local_of, parameter_of
 from autopar.runtime.made_optimizers import made_optimizers
@@ -90,7 +91,16 @@ def give_to_optimizers() -> None:
 
 
 def mark_gone(parameter: Tensor, name: str) -> None:
-    """Let an optimizer that has ``parameter``, which the stack ``name`` has replaced, raise InvariantError."""
+    """Let an optimizer that has ``parameter``, which the stack ``name`` has replaced, raise InvariantError.
+
+    So does this where a hook is registered on it.
+    """
+    if is_watched(parameter):
+        raise InvariantError(
+            f"a hook is registered on the gradient of a parameter of one expert, and '{name}' takes its place: the "
+            "hook would not be called\n"
+            "Way out: parallelize(model, mesh, example_inputs=batch), then register hooks on its parameters."
+        )
     setattr(parameter, _GONE, name)
     _watch_optimizers()
     _state.generation += 1

@@ -148,6 +148,11 @@ def of_all_below(module: nn.Module) -> None:
 def initialise_stacks(mesh: Mesh) -> list[float]:
     reference, x = Mixture(LOOPS[0]).double(), torch.randn(24, WIDTH, dtype=torch.float64)
     parallel = autopar.parallelize(copy.deepcopy(reference), mesh, Plan(check_numerics=False))
+    watched = copy.deepcopy(reference)
+    for parameter in watched.parameters():
+        parameter.register_hook(lambda grad: grad * 0)
+    with pytest.raises(InvariantError, match="the hook would not be called"):
+        autopar.parallelize(watched, mesh, Plan(check_numerics=False))(x)
     found = [difference(parallel(x), reference(x))]
     assert any("*" in name for name, _ in parallel.named_parameters()), "the experts are in stacks"
     for function in (LAYERS["reset"], of_the_module, of_all_below):
