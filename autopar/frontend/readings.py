@@ -20,7 +20,7 @@ from autopar.frontend.code_names import functions_of, imported_by, is_users, is_
 from autopar.frontend.other_state import HOLDERS, question_of, question_of_names, state_of
 from autopar.frontend.spaces import OF_TORCH, Space, Spaces, attributes_named, space_of, up_to_users
 from autopar.frontend.tables import A_HOOK, HOOKS, OWN, SHAPED, Cell, Slots, is_empty, own_names, superclasses_of
-from autopar.ir.guards import Contents, Guards, Reading, version_of
+from autopar.ir.guards import PARTS, Contents, Guards, Reading, version_of
 from autopar.ir.same_values import PLAIN, is_plain
 
 _PLAIN = frozenset(PLAIN)
@@ -337,9 +337,10 @@ class Readings:
 
     def _names(self, function: FunctionType) -> None:
         names, where = names_of(function.__code__), function.__module__
+        if "site-packages" not in function.__code__.co_filename:
+            self.guards.functions.append((function, PARTS(function)))
         self.spaces.name(names.attributes)
-        if names.imports:
-            self._importing.append(function)
+        self._importing += [function] * bool(names.imports)
         for name, chain in names.globals:
             if name in function.__globals__:
                 self._global(function.__globals__, name, f"{name} (global of {where})", chain)

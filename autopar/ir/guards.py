@@ -11,6 +11,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from types import FunctionType
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from autopar.ir.value_guards import ValueGuard
 
 Thing = TypeVar("Thing")
 FREQUENT = 4  # calls after which it pays to write the comparisons out, 10 us for each
+PARTS = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")  # of a function
 WRITTEN_OUT = 1000  # readings, of which more take longer to compile than any call is sooner
 Container = list[Any] | tuple[Any, ...] | dict[Any, Any] | set[Any] | frozenset[Any] | deque[Any]
 
@@ -138,6 +140,7 @@ class Guards:
         values: what Python has seen in tensors.
         questions: what is asked in each call.
         owners: modules and objects that were met, whose classes are compared.
+        functions: (function, its :data:`parts <PARTS>`) of those that may be edited while the process runs.
     """
 
     readings: list[Reading] = field(default_factory=list)
@@ -149,6 +152,7 @@ class Guards:
     values: list[ValueGuard] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
     owners: list[Any] = field(default_factory=list)
+    functions: list[tuple[FunctionType, tuple[Any, ...]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.settle()
@@ -184,6 +188,7 @@ class Guards:
             [one for guards in several for one in guards.values],
             [one for guards in several for one in guards.questions],
             _once([one for guards in several for one in guards.owners], id),
+            _once([one for guards in several for one in guards.functions], lambda one: id(one[0])),
         )
 
     def leaves_alike(self, other: Guards) -> bool:
@@ -214,7 +219,7 @@ class Guards:
         return not any(self._quiet)
 
     def _rest_holds(self) -> bool:
-        if [*map(type, self.owners)] != self._classes:
+        if [*map(type, self.owners)] != self._classes or not all(map(_is_unedited, self.functions)):
             return False
         for contents in self.contents:
             if not contents.hold():
@@ -275,6 +280,15 @@ class Guards:
         for tensor, version, label in self._versions:
             if version_of(tensor) != version:
                 yield f"the tensor {label} was written into"
+        for edited in self.functions:
+            if not _is_unedited(edited):
+                yield f"the code of {edited[0].__qualname__} has changed"
+
+
+def _is_unedited(one: tuple[FunctionType, tuple[Any, ...]]) -> bool:
+    """Tools that load edited files anew (IPython's ``%autoreload``) put new code into the functions that there are."""
+    now = PARTS(one[0])
+    return all(map(operator.is_, one[1], now))
 
 
 def _once(things: Sequence[Thing], key: Callable[[Thing], Hashable]) -> list[Thing]:

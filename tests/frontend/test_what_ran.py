@@ -171,6 +171,26 @@ def test_what_did_not_run_leads_nowhere(monkeypatch: pytest.MonkeyPatch) -> None
     assert not guards.hold()
 
 
+def edited(x: Tensor) -> Tensor:
+    return x * 2.0
+
+
+def edited_later(x: Tensor) -> Tensor:
+    return x * 3.0
+
+
+@pytest.mark.parametrize("part", ["__code__", "__defaults__"])
+def test_functions_may_be_edited_while_the_process_runs(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``%autoreload`` of IPython does, which puts new code into the functions that there are."""
+    with guards_of_traces() as guards:
+        split_program(Net(lambda net, x: edited(x)), Mesh(dp=2), Plan(), (torch.ones(4, 4),), after="trace")
+    assert guards.hold()
+    monkeypatch.setattr(edited, part, edited_later.__code__ if part == "__code__" else (torch.ones(4, 4),))
+    assert "the code of edited" in guards.change() and not guards.hold()
+    monkeypatch.undo()
+    assert guards.hold()
+
+
 def test_what_is_not_read_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
     with guards_of_traces() as guards:
         split_program(

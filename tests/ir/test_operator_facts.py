@@ -176,6 +176,7 @@ def test_gradients_flow_through_the_results_that_the_table_says() -> None:
         "_native_batch_norm_legit_functional": lambda: aten._native_batch_norm_legit_functional.default(
             x, scale, scale, *statistics, True, 0.1, 1e-5
         ),
+        "_native_batch_norm_legit": lambda: aten._native_batch_norm_legit.no_stats(x, scale, scale, True, 0.1, 1e-5),
         "_native_batch_norm_legit_no_training": lambda: aten._native_batch_norm_legit_no_training.default(
             x, scale, scale, *statistics, 0.1, 1e-5
         ),
