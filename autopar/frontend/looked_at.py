@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from autopar.errors import TraceError
 from autopar.frontend.capture import gradients_kept, inline_no_grad
 from autopar.frontend.empty_selections import Selections
+from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.kept_composites import decomposed
 from autopar.frontend.known_sizes import depends_on_values, with_sizes
 from autopar.frontend.source_lines import user_line
@@ -162,7 +163,7 @@ def value_guard(
     some = (
         nullcontext() if sizes else Selections(empty=False)
     )  # for torch's own questions: what it computes is left out
-    with without_fast_paths(), gradients_kept(), some:
+    with without_fast_paths(), GroupedProducts(), gradients_kept(), some:
         exported = torch.export.export(wrapper, args, dict(kwargs), strict=False)
     inline_no_grad(exported.graph_module)
     exported = decomposed(exported)
