@@ -170,8 +170,7 @@ class SizeFamilies:
             if larger is not None:
                 self._replace(known, larger, guards)
                 return
-        if kept.guards is not guards:  # as those of the first program are
-            kept.guards = Guards.joined([kept.guards, guards])
+        kept.guards = Guards.joined([kept.guards, guards])  # of parameters as they are now, in place of the model's own
         kept.points = [*kept.points, (shapes, program)][-POINTS_KEPT:]
         if len(kept.points) > 1 and not kept.is_each:
             self._make(kept, call)
