@@ -162,7 +162,7 @@ def ask_the_dispatcher() -> dict[str, bool]:
         "a handler is asked, and may leave it to torch": seen == [aten.erf_.default] and held.shape == (2,),
         "numbers are asked for by one operator": aten._local_scalar_dense.default in handlers,
         "a rule is asked for by one method": list(rules.parameters)[1:5] == ["op_call", "args", "kwargs", "op_info"],
-        "plain tensors count as whole ones": DTensor._op_dispatcher._allow_implicit_replication is True,
+        "views by strides are asked for by one operator": aten.as_strided.default in handlers,
         "scalers unscale by one operator": aten._amp_foreach_non_finite_check_and_unscale_.default in handlers,
         "data shares the counter of changes": held._version > before,
         "data is a property of tensors": hasattr(torch._C.TensorBase.data, "__set__"),  # type: ignore[attr-defined]

@@ -16,16 +16,14 @@ from autopar.errors import InvariantError
 
 Give = Callable[[Tensor], Tensor]
 
-with torch.inference_mode(False), torch.enable_grad():
-    _LEAF = torch.zeros((), requires_grad=True, device="cpu")  # by which autograd takes what follows for differentiable
 
-
-def beside_loss(names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def beside_loss(loss: Tensor, names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The outputs ``tensors``, which nobody else has, so that a backward pass from one names it and stops.
 
-    They require gradients, as those of the unmodified model do.
+    They require gradients, as those of the unmodified model do, and lead to the parameters by way of the ``loss``:
+    where gradients of some are asked for by name, autograd passes by here too.
     """
-    found: tuple[Tensor, ...] = _Refusing.apply(_LEAF, names, tensors)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, ...] = _Refusing.apply(loss, names, tensors)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -35,12 +33,14 @@ class BesideLoss:
     def __init__(self, places: Sequence[tuple[int, str, Give]]) -> None:
         self._places = places
 
-    def of(self, returned: Sequence[Tensor]) -> dict[int, Tensor]:
+    def of(self, loss: Tensor, returned: Sequence[Tensor]) -> dict[int, Tensor]:
         """The user's tensors, by place."""
         if not self._places:
             return {}
         made = [_own(give(returned[at])) for at, _, give in self._places]
-        return dict(zip([at for at, *_ in self._places], beside_loss([name for _, name, _ in self._places], made)))
+        return dict(
+            zip([at for at, *_ in self._places], beside_loss(loss, [name for _, name, _ in self._places], made))
+        )
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 class _Refusing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, loss: Tensor, names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         ctx.names = names
         ctx.set_materialize_grads(False)
         return tuple(tensors)

@@ -3,7 +3,7 @@
 The fourth door to the private parts of DTensor. In torch 2.13 a result that is a sum, or a norm, over ranks still to
 be finished (``Partial``) goes wrong where the next operator is not linear: ``weight.norm(dim=0).sum()``,
 ``relu(grad.sum() - 0.1)``, ``grad.sum().fill_(1)``. Here it is finished first, unless it is only put beside others.
-Operators without a rule compute on whole tensors; a plain tensor beside a DTensor is one that all ranks have whole.
+Operators without a rule compute on whole tensors, but those that draw: a rank would draw other numbers.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor._op_schema import OpSchema, OutputSharding
 from torch.utils import _pytree as pytree
 
-from autopar.errors import InvariantError
 from autopar.runtime.dtensor import spec_of
 from autopar.runtime.whole_operators import finish, on_whole, tensors_written
 
@@ -44,9 +42,7 @@ def correct_rules(owns: OwnsMesh) -> None:
 
     def propagated(operator: Any, args: Any, kwargs: Any, op_info: Any, *rest: Any) -> Any:
         """How ``operator`` is computed on parts (an ``OutputSharding``), or its result."""
-        is_ours = owns(op_info.compute_mesh)
-        _check_plain(operator, args, kwargs, is_ours)
-        if not is_ours:
+        if not owns(op_info.compute_mesh):
             return usual(operator, args, kwargs, op_info, *rest)
         unfinished = [tensor for tensor in tensors_written(operator, args, kwargs) if _is_unfinished(spec_of(tensor))]
         if unfinished:
@@ -56,11 +52,12 @@ def correct_rules(owns: OwnsMesh) -> None:
         try:
             found = _of_finished(usual, operator, args, kwargs, op_info, *rest)
         except UNHEARD:
+            if torch.Tag.nondeterministic_seeded in operator.tags:
+                raise
             found = None
         return on_whole(operator, args, kwargs) if found is None else found
 
     dispatcher._propagate_op_sharding_dispatch_slow_path = propagated
-    dispatcher._allow_implicit_replication = True  # asked before any Python; see _check_plain
 
 
 def _of_finished(usual: Any, operator: Any, args: Any, kwargs: Any, op_info: Any, *rest: Any) -> Any:
@@ -104,27 +101,3 @@ def _is_unfinished(spec: Any) -> bool:
 def _finished(spec: DTensorSpec) -> DTensorSpec:
     placements = tuple(Replicate() if one.is_partial() else one for one in spec.placements)
     return DTensorSpec(spec.mesh, placements, tensor_meta=spec.tensor_meta)
-
-
-def _check_plain(operator: Any, args: Any, kwargs: Any, is_ours: bool) -> None:
-    """Raise InvariantError where a plain tensor meets DTensors that are not ours, as torch would, or could be a part.
-
-    Where it has one row and a DTensor has its rows on several ranks, each rank would broadcast its own.
-    """
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    split = [one for one in tensors if isinstance(one, DTensor)]
-    for plain in tensors:
-        if isinstance(plain, DTensor) or plain.numel() <= 1:
-            continue
-        if not is_ours or any(_could_be_part(plain, one) for one in split):
-            raise InvariantError(
-                f"{operator} got mixed torch.Tensor and DTensor, shapes {list(plain.shape)} and "
-                f"{[list(one.shape) for one in split]}: is the first whole, or one rank's part?\n"
-                "Way out: give it the shape of the whole (tensor.expand_as(parameter)), or make it of a DTensor "
-                "(torch.ones_like(parameter), parameter.full_tensor())."
-            )
-
-
-def _could_be_part(plain: Tensor, beside: DTensor) -> bool:
-    places = [one.dim - beside.dim() for one in spec_of(beside).placements if hasattr(one, "dim")]
-    return any(-at <= plain.dim() and plain.shape[at] == 1 < beside.shape[at] for at in places)

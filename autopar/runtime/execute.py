@@ -90,8 +90,9 @@ class Executable(BoundProgram):
         if not torch.is_grad_enabled():
             self.call(INFERENCE, step)
         elif self.role.backward is not None:
-            found = dict(zip(self.role.differentiable, self._applied(step)))
-            found |= self._beside.of(step.returned)
+            losses = self._applied(step)
+            found = dict(zip(self.role.differentiable, losses))
+            found |= self._beside.of(losses[0], step.returned)
             return self._restored([found[at] if at in found else give(step.returned[at]) for at, give in self._outputs])
         else:
             with torch.no_grad():

@@ -48,6 +48,7 @@ WHOLE_VIEWS = {  # which the parts give
     *(aten.t.default, aten.transpose.int, aten.permute.default, aten.detach.default, aten.alias.default),
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default),
 }
+_OF_TORCH: dict[Any, Any] = {}  # handlers that stood where ours do
 _OF_PARAMETER = "autopar_view"  # on such a view of a parameter
 
 
@@ -88,6 +89,8 @@ def watch_initialising(is_ours: Owns, is_parameter: Owns, is_of_stage: Owns) -> 
 
     refuse(refuse_on_stages)
     handlers = _handlers()
+    if aten.as_strided.default in handlers:
+        _OF_TORCH[aten.as_strided.default] = handlers[aten.as_strided.default]
     handlers.update(dict.fromkeys(DRAWN | WHOLE, whole))
     handlers.update(
         dict.fromkeys([*VIEWS, *RESHAPED, *WHOLE_VIEWS, aten.as_strided.default], _viewing(is_ours, is_parameter))
@@ -149,6 +152,8 @@ def _usual(operator: Any, args: Any, kwargs: Any) -> Any:
     """What torch does by itself."""
     handlers = _handlers()
     handler = handlers.pop(operator, None)
+    if operator in _OF_TORCH:
+        handlers[operator] = _OF_TORCH[operator]
     try:
         return operator(*args, **kwargs)
     finally:

@@ -2,7 +2,7 @@
 
 In torch 2.13 the mean of such a loss is the mean of the ranks' means, wrong where they have unequally many elements,
 and its gradient is over the count of this rank's: that of ``mse_loss(weight, anchor)`` comes out as many times too
-large as there are ranks.
+large as there are ranks. A plain tensor beside it is refused, as torch refuses it elsewhere: it may be one rank's part.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from autopar.errors import InvariantError
 from autopar.runtime.dtensor import spec_of
 from autopar.runtime.whole_operators import on_whole
 
@@ -37,7 +38,21 @@ def handler(is_ours: Callable[[Tensor], bool], usual: Handler) -> Handler:
     def mean(operator: Any, args: Any, kwargs: Any) -> Any:
         tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, DTensor)]
         if any(is_ours(one) and any(hasattr(at, "dim") for at in spec_of(one).placements) for one in tensors):
+            refuse_plain(operator, args, kwargs)
             return on_whole(operator, args, kwargs)
         return usual(operator, args, kwargs)
 
     return mean
+
+
+def refuse_plain(operator: Any, args: Any, kwargs: Any) -> None:
+    """Raise InvariantError where a plain tensor of several elements is among the arguments."""
+    tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+    plain = [list(one.shape) for one in tensors if not isinstance(one, DTensor) and one.numel() > 1]
+    if plain:
+        split = [list(one.shape) for one in tensors if isinstance(one, DTensor)]
+        raise InvariantError(
+            f"{operator} got mixed torch.Tensor and DTensor, shapes {plain[0]} and {split}: is the first whole, or one "
+            "rank's part?\nWay out: compute the loss inside of the model; or make it of a DTensor "
+            "(torch.ones_like(parameter), DTensor.from_local), or the others whole (output.full_tensor())."
+        )

@@ -38,6 +38,11 @@ def go_backward(axes: dict[str, int]) -> float:
         assert found["logits"].requires_grad and not found["best"].requires_grad
         with pytest.raises(InvariantError, match="starts at output 'logits' beside the loss"):
             (found["loss"].detach() + full_of(found["logits"]).square().mean()).backward()
+        for ask in (torch.autograd.grad, lambda loss, inputs: loss.backward(inputs=inputs)) if "pp" not in axes else ():
+            both = found["loss"] + full_of(found["logits"]).square().mean()
+            with pytest.raises(InvariantError, match="starts at output 'logits' beside the loss"):
+                ask(both, [each for each in parallel.parameters() if each.requires_grad][:1])
+            found = parallel(x, y)
         assert all(parameter.grad is None for parameter in parallel.parameters())
         (found["logits"].detach() * 2).sum()
     found["loss"].backward()
