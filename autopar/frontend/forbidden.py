@@ -3,7 +3,7 @@
 Python's and numpy's random numbers and clocks give another value in each call, and a graph would keep the first.
 ``torch.autograd.grad`` inside forward asks for a gradient of something that is not yet a graph. ``part.to(device)``
 moves a part of the model; where nothing moves it does nothing. ``h.register_hook`` changes or reads a gradient of
-autograd's, and the backward pass of a program is its own. Whether gradients are enabled is answered, with a warning.
+autograd's, and the backward pass of a program is its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -22,10 +22,8 @@ from torch import Tensor, nn
 
 from autopar.errors import TraceError
 from autopar.frontend.source_lines import UNKNOWN_LINE, is_users_file, line_of_user
-from autopar.notes import warn
 
 CLOCKS = ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time")
-GRADIENT_MODES = ("is_grad_enabled", "is_inference_mode_enabled")
 HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 CHANGES = "would be that of the first call in every call"
 PASS_IT = "draw or read it outside and pass it as an argument: a tensor, which may change from call to call."
@@ -42,8 +40,6 @@ def nothing_forbidden() -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, _differentiates(getattr(owner, name), name)))
         for name in HOOKS:
             stack.enter_context(mock.patch.object(Tensor, name, _hooked(getattr(Tensor, name), name)))
-        for name in GRADIENT_MODES:
-            stack.enter_context(mock.patch.object(torch, name, _asked(getattr(torch, name), name)))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _moved(nn.Module._apply)))
         yield
     if random.getstate() != before:
@@ -106,25 +102,6 @@ def _hooked(original: Callable[..., Any], name: str) -> Callable[..., Any]:
         )
 
     return call
-
-
-def _asked(original: Callable[[], bool], name: str) -> Callable[[], bool]:
-    def call() -> bool:
-        frame = sys._getframe(1)
-        if is_users_file(frame.f_code.co_filename) and not _is_of_transformers(frame) and torch.is_grad_enabled():
-            warn(
-                f"forward asks torch.{name}(), and a program is made with gradients: calls under torch.no_grad() and "
-                f"torch.inference_mode() take the same branch\n  at {line_of_user(frame)}\n"
-                "Way out: ask self.training, or an argument of forward."
-            )
-        return original()
-
-    return call
-
-
-def _is_of_transformers(frame: FrameType) -> bool:
-    """There only memory depends on it: what is kept for the backward pass."""
-    return str(frame.f_globals.get("__name__")).partition(".")[0] == "transformers"
 
 
 def _moved(original: Callable[..., Any]) -> Callable[..., Any]:

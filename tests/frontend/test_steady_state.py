@@ -209,17 +209,6 @@ def test_refused_by_name_and_left_as_it_was(kind: type[Base], named: tuple[str, 
     model(x)
 
 
-class AsksForGradients(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) * (2.0 if torch.is_grad_enabled() else 1.0)
-
-
-def test_who_asks_whether_there_are_gradients_is_told() -> None:
-    parallel = autopar.parallelize(AsksForGradients(), Mesh(dp=2), Plan(check_numerics=False))
-    with pytest.warns(UserWarning, match=r"take the same branch\n  at test_steady_state.py.*is_grad_enabled"):
-        parallel.simulate(torch.randn(8, 4))
-
-
 class Caches(Base):
     """Makes a table for the longest input so far, and keeps it; ``form`` says where."""
 
