@@ -26,6 +26,11 @@ from autopar.frontend.source_lines import UNKNOWN_LINE, is_users_file, line_of_u
 CLOCKS = ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time")
 HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 CHANGES = "would be that of the first call in every call"
+UNCALLED = "which a program does not call: its backward pass is not autograd's"
+HOOK_ELSEWHERE = (
+    "change the gradient by an autograd.Function whose backward is linear; put a hook on a parameter "
+    "outside of forward (parameter.register_hook); or clip gradients after the backward pass."
+)
 PASS_IT = "draw or read it outside and pass it as an argument: a tensor, which may change from call to call."
 
 
@@ -35,11 +40,13 @@ def nothing_forbidden() -> Iterator[None]:
     before = random.getstate()
     with ExitStack() as stack:
         for module, name, what in _changing():
-            stack.enter_context(mock.patch.object(module, name, _refused(getattr(module, name), what)))
+            said = f"asks for {what} ({name}), which {CHANGES}"
+            stack.enter_context(mock.patch.object(module, name, _refused(getattr(module, name), said, PASS_IT)))
         for owner, name in ((torch.autograd, "grad"), (torch.autograd, "backward"), (Tensor, "backward")):
             stack.enter_context(mock.patch.object(owner, name, _differentiates(getattr(owner, name), name)))
         for name in HOOKS:
-            stack.enter_context(mock.patch.object(Tensor, name, _hooked(getattr(Tensor, name), name)))
+            said = f"puts a hook on the gradient of a tensor ({name}), {UNCALLED}"
+            stack.enter_context(mock.patch.object(Tensor, name, _refused(getattr(Tensor, name), said, HOOK_ELSEWHERE)))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _moved(nn.Module._apply)))
         yield
     if random.getstate() != before:
@@ -62,15 +69,12 @@ def _changing() -> Iterator[tuple[ModuleType, str, str]]:
             yield numpy, name, "a random number of numpy's"
 
 
-def _refused(original: Callable[..., Any], what: str) -> Callable[..., Any]:
+def _refused(original: Callable[..., Any], said: str, way_out: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         frame = sys._getframe(1)
         if not is_users_file(frame.f_code.co_filename):
             return original(*args, **kwargs)
-        raise TraceError(
-            f"forward asks for {what} ({getattr(original, '__name__', '')}), which {CHANGES}\n"
-            f"  at {line_of_user(frame)}\nWay out: {PASS_IT}"
-        )
+        raise TraceError(f"forward {said}\n  at {line_of_user(frame)}\nWay out: {way_out}")
 
     return call
 
@@ -84,21 +88,6 @@ def _differentiates(original: Callable[..., Any], name: str) -> Callable[..., An
         raise TraceError(
             f"forward differentiates: it calls {name}(...), and a program has no second derivatives\n  at {line}\n"
             "Way out: write the derivative as operators (torch.func, or by hand), or take it outside of the model."
-        )
-
-    return call
-
-
-def _hooked(original: Callable[..., Any], name: str) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        frame = sys._getframe(1)
-        if not is_users_file(frame.f_code.co_filename):
-            return original(*args, **kwargs)
-        raise TraceError(
-            f"forward puts a hook on the gradient of a tensor ({name}), which a program does not call: its backward "
-            f"pass is not autograd's\n  at {line_of_user(frame)}\n"
-            "Way out: change the gradient by an autograd.Function whose backward is linear; put a hook on a parameter "
-            "outside of forward (parameter.register_hook); or clip gradients after the backward pass."
         )
 
     return call
