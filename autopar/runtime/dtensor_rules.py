@@ -20,6 +20,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor._op_schema import OpSchema, OutputSharding
 from torch.utils import _pytree as pytree
 
+from autopar.ir.operator_facts import is_random
 from autopar.runtime.dtensor import spec_of
 from autopar.runtime.whole_operators import finish, on_whole, tensors_written
 
@@ -52,7 +53,7 @@ def correct_rules(owns: OwnsMesh) -> None:
         try:
             found = _of_finished(usual, operator, args, kwargs, op_info, *rest)
         except UNHEARD:
-            if torch.Tag.nondeterministic_seeded in operator.tags:
+            if is_random(operator):
                 raise
             found = None
         return on_whole(operator, args, kwargs) if found is None else found
