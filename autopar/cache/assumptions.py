@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from autopar.cache.reasons import Unstorable
+from autopar.cache.reasons import NotMet, Unstorable
 from autopar.cache.state import Answers, Questions, answered, differences, questions_of, quickly_answered
 from autopar.frontend.trace_record import TraceRecord
 from autopar.ir.guards import Guards
@@ -34,10 +34,6 @@ class Assumption:
     questions: Questions
     state: dict[str, str]
     quick: tuple[str, ...] = ()
-
-
-class NotMet(Exception):
-    """A model is another one; the text says in what."""
 
 
 def assumptions_of(

@@ -7,10 +7,13 @@ import linecache
 import marshal
 import os
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from types import CodeType
 from typing import Any
+
+import torch
 
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9]*_[A-Z0-9_]+")  # what may be the name of an environment variable
 DIGITS = 32
@@ -19,6 +22,11 @@ DIGITS = 32
 def digest(*parts: str) -> str:
     """Of texts in their order; ``("ab", "c")`` and ``("a", "bc")`` differ."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:DIGITS]  # which escapes what cannot be encoded
+
+
+def versions() -> tuple[str, ...]:
+    """Of Python and torch, for the key of what depends on nothing else that is installed."""
+    return sys.version, str(sys.implementation.cache_tag), torch.__version__, str(torch.version.git_version)
 
 
 def digest_of_bytes(content: bytes | memoryview) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import operator
 import os
@@ -11,20 +10,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from autopar.cache.assumptions import NotMet, assumptions_of, listed, met
+from autopar.cache.assumptions import assumptions_of, listed, met
 from autopar.cache.between_machines import Delivery
 from autopar.cache.code_digests import digest
 from autopar.cache.entry import Header, live_guard, stored_guard
-from autopar.cache.folder import Folder, most_bytes, place
+from autopar.cache.folder import Folder, described, most_bytes, place
 from autopar.cache.kept_program import KeptProgram, Write
 from autopar.cache.key import Request, facts_of, key_of
 from autopar.cache.once import Turn, folder_of_launch, is_one_of_many, remove_folder_of_launch, turn
 from autopar.cache.packing import packed, unpacked
-from autopar.cache.reasons import Unstorable
+from autopar.cache.reasons import NotMet, Unstorable
 from autopar.frontend.trace_record import TraceRecord, records_of_traces
 from autopar.ir.graph_pass import DUMP
 from autopar.ir.guards import Guards
@@ -98,27 +98,17 @@ def _shared_folder() -> Folder | None:
 
 def _in(folder: Folder, key: str, request: Request) -> Found | None:
     """The entry of ``key`` whose assumptions hold for this model and in this process."""
-    for file in folder.files(key):
-        content = folder.read(file.path)
-        if content is None:
-            continue
+
+    def read(path: Path, parts: list[bytes]) -> Found:
         start = time.perf_counter()
-        is_ours = folder.is_ours_alone(file.path)
-        try:
-            program, guards, renewed = _of_entry(request, *content[1:], may_run=is_ours)
-        except NotMet as reason:
-            logger.debug("%s does not serve: %s", file.path.name, reason)
-            continue
-        except Exception as problem:  # all was written by these very files; whatever it is, the program can be made
-            logger.warning("the compiled program %s cannot be read (%r) and was deleted", file.path, problem)
-            folder.delete(file.path)
-            continue
-        folder.touch(file.path)
+        is_ours = folder.is_ours_alone(path)
+        program, guards, renewed = _of_entry(request, *parts[1:], may_run=is_ours)
         if renewed is not None and is_ours:
-            folder.write(file.path.stem, content[0], renewed, *content[2:])
-        logger.debug("%s was compiled before (%.2f s)", file.path.name, time.perf_counter() - start)
+            folder.write(path.stem, parts[0], renewed, *parts[2:])
+        logger.debug("%s was compiled before (%.2f s)", path.name, time.perf_counter() - start)
         return program, guards
-    return None
+
+    return folder.first(key, "the compiled program", read)
 
 
 def _delivered(folder: Folder, entry: list[bytes], request: Request, write: Write | None) -> Found | None:
@@ -271,18 +261,13 @@ def _entry(
     """The name of an entry, and the parts that are not the program. Raises Unstorable."""
     program, guards = found
     assumptions = assumptions_of(records, guards, request.model, program.out_spec)
-    about = {
-        "model": type(request.model).__name__,
-        "mesh": str(request.mesh),
-        "call": str(program.fingerprint.call) if program.fingerprint is not None else "",
-        "compiled": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "seconds": f"{seconds:.1f}",
-    }
+    call = program.fingerprint.call if program.fingerprint is not None else ""
+    about = described(type(request.model).__name__, request.mesh, call, seconds)
     looks = tuple(stored_guard(guard, request.model) for guard in guards.values)
     header = packed(Header(dict(facts), assumptions, looks, notes), request.plan)
     states = [part for one in assumptions for pair in sorted(one.state.items()) for part in pair]
     seen = [repr(look.seen) for guard in guards.values for look in guard.looks]
-    return f"{key}-{digest(*states, *seen)[:8]}", [json.dumps(about).encode(), header]
+    return f"{key}-{digest(*states, *seen)[:8]}", [about, header]
 
 
 def prove_derived(model: nn.Module, program: AnyProgram, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

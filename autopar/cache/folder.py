@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import platformdirs
 
+from autopar.cache.reasons import NotMet
 from autopar.errors import AutoparError
 from autopar.plain_files import read_plain
 
@@ -33,6 +36,8 @@ LARGEST = 1 << 32
 ABANDONED = 3600.0  # seconds after which a draft has no writer any more
 
 logger = logging.getLogger("autopar")
+
+T = TypeVar("T")
 
 
 def place() -> Path | None:
@@ -102,6 +107,29 @@ class Folder:
             self.delete(path)
         return found
 
+    def first(self, key: str, what: str, read: Callable[[Path, list[bytes]], T]) -> T | None:
+        """What ``read`` makes of the first entry of ``key`` that serves; of one that does not it raises NotMet.
+
+        One at which it fails otherwise is deleted, and the warning says ``what`` it was: these very files wrote it, and
+        whatever is wrong with it, it can be made again.
+        """
+        for file in self.files(key):
+            content = self.read(file.path)
+            if content is None:
+                continue
+            try:
+                found = read(file.path, content)
+            except NotMet as reason:
+                logger.debug("%s does not serve: %s", file.path.name, reason)
+                continue
+            except Exception as problem:
+                logger.warning("%s %s cannot be read (%r) and was deleted", what, file.path, problem)
+                self.delete(file.path)
+                continue
+            self.touch(file.path)
+            return found
+        return None
+
     def is_ours_alone(self, path: Path) -> bool:
         """Whether nobody but this user (and the system's) can have written the entry."""
         try:
@@ -164,6 +192,13 @@ class Folder:
         """Drafts, locks and what they say."""
         with suppress(OSError):
             yield from [path for path in self.path.iterdir() if path.suffix in (DRAFT, ".lock", ".outcome")]
+
+
+def described(model: str, mesh: object, call: object, seconds: float) -> bytes:
+    """The first part of an entry: what ``autopar cache`` lists of it. ``seconds``: what it took to make."""
+    made = time.strftime("%Y-%m-%d %H:%M:%S")
+    about = {"model": model, "mesh": str(mesh), "call": str(call), "compiled": made, "seconds": f"{seconds:.1f}"}
+    return json.dumps(about).encode()
 
 
 def _for_others_to_read(path: str, flags: int) -> int:

@@ -8,19 +8,15 @@ of them, where it comes out of the cache (:mod:`autopar.cache.compiled`).
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
-import torch
-
-from autopar.cache.code_digests import digest
+from autopar.cache.code_digests import digest, versions
 from autopar.cache.compiled import folder_in_use
-from autopar.cache.folder import Folder
+from autopar.cache.folder import Folder, described
 from autopar.cache.packing import may_be_packed, packed_apart, unpacked_apart
 from autopar.cache.reasons import Unstorable
 from autopar.families.constants import Beginning
@@ -43,9 +39,8 @@ def fitted(points: Sequence[Point], scheme: Scheme) -> Family:
     folder, contents = folder_in_use(), [_content_of(point.program) for point in points]
     if folder is None or None in contents:
         return fit(points, scheme)
-    versions = (sys.version, str(sys.implementation.cache_tag), torch.__version__, str(torch.version.git_version))
     described = [part for point, content in zip(points, contents) for part in (repr(dict(point.sizes)), str(content))]
-    key = digest("a family", own_files(), *versions, repr(scheme), *described)
+    key = digest("a family", own_files(), *versions(), repr(scheme), *described)
     found = _in(folder, key, points[0].program)
     if found is not None:
         return found
@@ -74,14 +69,7 @@ def _content_of(program: AnyProgram) -> str | None:
 
 
 def _about(program: AnyProgram, sizes: str, start: float) -> bytes:
-    known = {
-        "model": "a family",
-        "mesh": str(program.mesh),
-        "call": sizes,
-        "compiled": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "seconds": f"{time.perf_counter() - start:.1f}",
-    }
-    return json.dumps(known).encode()
+    return described("a family", program.mesh, sizes, time.perf_counter() - start)
 
 
 def _parts(family: Family) -> list[bytes]:
@@ -94,24 +82,17 @@ def _parts(family: Family) -> list[bytes]:
 
 def _in(folder: Folder, key: str, first: AnyProgram) -> Family | None:
     """``first``: the program of the first point, as this process has it. Raises NoForm, where that was found before."""
-    for file in folder.files(key):
-        content = folder.read(file.path)
-        if content is None:
-            continue
-        folder.touch(file.path)
-        try:
-            _, text, *parts = content
-            if text == NO_FAMILY:
-                raise NoForm(parts[0].decode())
-            outside, graphs = parts
-            found: Any = unpacked_apart(outside, graphs, first.plan, text.decode(), None)
-        except NoForm:
-            raise
-        except Exception as problem:  # whatever it is, the family can be fitted
-            logger.warning("the family %s cannot be read (%r) and was deleted", file.path, problem)
-            folder.delete(file.path)
-            continue
-        family: Family = found
+
+    def read(path: Path, parts: list[bytes]) -> Family | NoForm:
+        _, text, *rest = parts
+        if text == NO_FAMILY:
+            return NoForm(rest[0].decode())
+        outside, graphs = rest
+        family: Family = unpacked_apart(outside, graphs, first.plan, text.decode(), None)
         family.template = replace(family.template, made_buffers=first.made_buffers)
         return family
-    return None
+
+    found = folder.first(key, "the family", read)
+    if isinstance(found, NoForm):
+        raise found
+    return found

@@ -11,12 +11,13 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from autopar.cache.assumptions import NotMet, assumptions_of, met
+from autopar.cache.assumptions import assumptions_of, met
 from autopar.cache.code_digests import digest
 from autopar.cache.compiled import folder_in_use
-from autopar.cache.folder import Folder
+from autopar.cache.folder import Folder, described
 from autopar.cache.key import Request, facts_of, key_of
 from autopar.cache.packing import packed, unpacked
 from autopar.cache.reasons import Unstorable
@@ -61,38 +62,21 @@ def kept_questions(request: Request, dims: Dims, sizes: Mapping[str, int]) -> li
     except Unstorable as reason:
         logger.debug("what the model asks about sizes is not kept: %s", reason)
         return asked
-    about = {
-        "model": type(model).__name__,
-        "mesh": "questions about sizes",
-        "call": ", ".join(f"{name}={size}" for name, size in sizes.items()),
-        "compiled": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "seconds": f"{time.perf_counter() - start:.1f}",
-    }
+    call = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    about = described(type(model).__name__, "questions about sizes", call, time.perf_counter() - start)
     state = digest(*(part for one in assumptions for pair in sorted(one.state.items()) for part in pair))
     told = json.dumps([[one.as_json(), one.line, one.is_number] for one in asked])
-    folder.write(f"{key}-{state[:8]}", json.dumps(about).encode(), packed(assumptions, request.plan), told.encode())
+    folder.write(f"{key}-{state[:8]}", about, packed(assumptions, request.plan), told.encode())
     return asked
 
 
 def _in(folder: Folder, key: str, request: Request, names: Sequence[str]) -> list[Condition] | None:
-    for file in folder.files(key):
-        content = folder.read(file.path)
-        if content is None:
-            continue
-        try:
-            _, assumptions, told = content
-            met(unpacked(assumptions, request.plan), request.model)
-            found = [
-                replace(Condition.of_json(tree, names), line=str(line), is_number=bool(is_number))
-                for tree, line, is_number in json.loads(told)
-            ]
-        except NotMet as reason:
-            logger.debug("%s does not serve: %s", file.path.name, reason)
-            continue
-        except Exception as problem:  # whatever it is, it can be asked again
-            logger.warning("what was asked about sizes, %s, cannot be read (%r) and was deleted", file.path, problem)
-            folder.delete(file.path)
-            continue
-        folder.touch(file.path)
-        return found
-    return None
+    def read(path: Path, parts: list[bytes]) -> list[Condition]:
+        _, assumptions, told = parts
+        met(unpacked(assumptions, request.plan), request.model)
+        return [
+            replace(Condition.of_json(tree, names), line=str(line), is_number=bool(is_number))
+            for tree, line, is_number in json.loads(told)
+        ]
+
+    return folder.first(key, "what was asked about sizes,", read)

@@ -5,19 +5,15 @@ What is in the directory is looked at each time: the key is a digest of all of i
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 import time
 from pathlib import Path
 
-import torch
-
-from autopar.cache.code_digests import digest
+from autopar.cache.code_digests import digest, versions
 from autopar.cache.compiled import folder_in_use
-from autopar.cache.folder import Folder
+from autopar.cache.folder import Folder, described
 from autopar.cache.kept_program import KeptProgram, Write
-from autopar.cache.reasons import Unstorable
+from autopar.cache.reasons import NotMet, Unstorable
 from autopar.frontend.fingerprint import own_files
 from autopar.ir.program import AnyProgram
 from autopar.notes import heard
@@ -39,8 +35,7 @@ def read_program(directory: str | Path, write: Write | None = None) -> AnyProgra
     manifest, contents = contents_of(directory)
     if folder is None:
         return parsed(directory, manifest, contents)
-    versions = (sys.version, str(sys.implementation.cache_tag), torch.__version__, str(torch.version.git_version))
-    key = digest("a directory", str(manifest["sha256"]), own_files(), *versions)
+    key = digest("a directory", str(manifest["sha256"]), own_files(), *versions())
     found = _in(folder, key)
     if found is not None:
         return found
@@ -54,27 +49,17 @@ def read_program(directory: str | Path, write: Write | None = None) -> AnyProgra
     except Unstorable as reason:
         logger.debug("the program in %s is read again each time: %s", directory, reason)
         return program
-    about = {
-        "model": directory.name,
-        "mesh": str(program.mesh),
-        "call": str(program.fingerprint.call) if program.fingerprint is not None else "",
-        "compiled": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "seconds": f"{time.perf_counter() - start:.1f}",
-    }
-    folder.write(f"{key}-read", json.dumps(about).encode(), *kept.parts)
+    call = program.fingerprint.call if program.fingerprint is not None else ""
+    about = described(directory.name, program.mesh, call, time.perf_counter() - start)
+    folder.write(f"{key}-read", about, *kept.parts)
     return kept.read(BESIDE, may_run=True)
 
 
 def _in(folder: Folder, key: str) -> AnyProgram | None:
-    for file in folder.files(key):
-        content = folder.read(file.path)
-        if content is None:
-            continue
+    def read(path: Path, parts: list[bytes]) -> AnyProgram:
         try:
-            found = KeptProgram.from_parts(content[1:]).read(BESIDE, may_run=folder.is_ours_alone(file.path))
+            return KeptProgram.from_parts(parts[1:]).read(BESIDE, may_run=folder.is_ours_alone(path))
         except Exception as problem:  # a class or an operator that this process does not know: reading it says so
-            logger.debug("%s does not serve: %r", file.path.name, problem)
-            continue
-        folder.touch(file.path)
-        return found
-    return None
+            raise NotMet(repr(problem)) from None
+
+    return folder.first(key, "the program of a directory", read)

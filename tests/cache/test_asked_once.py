@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import autopar
 from autopar import Mesh, Plan
 from autopar.cache import assumptions
-from autopar.cache.assumptions import Assumption, NotMet, assumptions_of, met
+from autopar.cache.assumptions import Assumption, assumptions_of, met
+from autopar.cache.reasons import NotMet
 from autopar.compiler import compile_program
 from autopar.frontend.observation import guards_of_traces
 from autopar.frontend.trace_record import records_of_traces

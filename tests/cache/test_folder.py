@@ -17,6 +17,7 @@ import pytest
 from autopar import AutoparError
 from autopar.cache import folder as module
 from autopar.cache.folder import Folder, most_bytes, place
+from autopar.cache.reasons import NotMet
 from tests.cache.launches import Launches, said
 from tests.selection import slow_but
 
@@ -59,6 +60,26 @@ def test_damage_is_a_miss_and_deleted(part: str, tmp_path: Path) -> None:
     with said() as messages:
         assert folder.read(file.path) is None
     assert folder.files() == [] and "is damaged and was deleted" in messages[0]
+
+
+def test_the_first_entry_that_serves_is_read(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    for age, content in enumerate((b"of another model", b"unreadable", b"serves", b"older")):
+        folder.write(f"{KEY}-{age}", b"header", content)
+        os.utime(tmp_path / f"{KEY}-{age}.program", (1000 - age, 1000 - age))
+
+    def read(path: Path, parts: list[bytes]) -> bytes:
+        if parts[1] == b"of another model":
+            raise NotMet("weight changed")
+        if parts[1] == b"unreadable":
+            raise ValueError("no such operator")
+        return parts[1]
+
+    with said() as messages:
+        assert folder.first(KEY, "the program", read) == b"serves"
+    assert [file.path.name[33] for file in folder.files()] == ["2", "0", "3"]  # used last, and what failed is gone
+    assert [message for message in messages if "no such operator" in message and "was deleted" in message]
+    assert folder.first("1" * 32, "the program", read) is None
 
 
 WRITER = """
