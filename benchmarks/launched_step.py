@@ -1,4 +1,4 @@
-"""A script as users have it, which :mod:`benchmarks.first_step` starts under torchrun: one step of one side.
+"""A script as users have it, which ``python -m benchmarks.first_step --whole`` starts: one step of one side.
 
 It imports what its side needs and no more, reads the model and its batch, and writes the seconds since the launch.
 """
