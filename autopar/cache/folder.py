@@ -111,7 +111,7 @@ class Folder:
         """What ``read`` makes of the first entry of ``key`` that serves; of one that does not it raises NotMet.
 
         One at which it fails otherwise is deleted, and the warning says ``what`` it was: these very files wrote it, and
-        whatever is wrong with it, it can be made again.
+        whatever is wrong with it, what it held can be computed.
         """
         for file in self.files(key):
             content = self.read(file.path)
