@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from autopar.choices import check_choices, check_names
@@ -56,6 +57,8 @@ def compile_program(
     with no_collection(), guards_of_traces() as guards:
         program = _compiled(model, mesh, plan, args, kwargs, layouts, homes, like)
     seen = "; ".join(f"{look.line} ({look.seen})" for values in guards.values for look in values.looks)
+    if guards.ask_for_gradients:
+        known = replace(known, call=known.call.asked(torch.is_grad_enabled()))
     if seen:  # no model has that, so such a program serves the process that made it alone
         known = replace(known, code={**known.code, LOOKED_AT: seen})
     return replace(program, fingerprint=known, made_buffers=made_buffers_of(model, program))

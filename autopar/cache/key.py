@@ -31,7 +31,7 @@ from autopar.ir.program import AnyProgram
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 
-FORMAT = 5  # of entries
+FORMAT = 6  # of entries
 WITHOUT_EFFECT = ("seed", "initial", "timeout", "lengths", "compile")  # choices that no program depends on
 # of the compiler's own, and of libraries, which read them where no trace sees it
 PREFIXES = (*OF_TORCH, "TRANSFORMERS_", "HF_")

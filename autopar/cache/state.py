@@ -25,6 +25,7 @@ from autopar.cache.reasons import Unstorable
 from autopar.cache.transcript import Transcript
 from autopar.cache.value_digests import Digests
 from autopar.frontend.code_names import Names, is_users, names_found_by, names_of
+from autopar.frontend.gradient_mode import questions_of_modes
 from autopar.frontend.readings import Readings
 from autopar.frontend.tables import is_of_hooks
 from autopar.frontend.trace_record import Effect, TraceRecord
@@ -50,6 +51,7 @@ class Questions:
         variables: names of environment variables.
         known: digests of code -> the names that it reads, which takes long to find.
         followed: the functions that ran, or may have been called, by module and name.
+        modes: what forward asks about the mode of its caller.
     """
 
     asked: tuple[tuple[tuple[str, str], ...], ...]
@@ -62,6 +64,7 @@ class Questions:
     variables: tuple[str, ...] = ()
     known: Mapping[str, Names] = field(default_factory=dict)
     followed: frozenset[str] = frozenset()
+    modes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -94,6 +97,7 @@ def questions_of(
         tuple(places_of(record.code) for record in records),
         frozenset(map(code_digest, code)),
         outputs=tuple(_classes_in(outputs)),
+        modes=tuple(sorted({mode for record in records for mode in record.modes})),
     )
     answers = answered(found, model)
     if guards is not None:
@@ -163,6 +167,7 @@ def _ask(
         found.digests.append(lines.digests)
         several.append(lines)
         _add(f"{number}", readings, lines, questions)
+    found.guards.questions.extend(questions_of_modes(questions.modes))
     lines = several[0] if several else new(lambda _: None)
     for name in questions.names:
         lines.put(f"name {'.'.join(name.chain)} in {name.module}", _of_name(lines.digests, name))

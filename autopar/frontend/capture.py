@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any
 from unittest import mock
 
@@ -27,6 +27,7 @@ from torch.utils import checkpoint
 
 from autopar.errors import TraceError
 from autopar.frontend.autograd_functions import handwritten_gradients_kept
+from autopar.frontend.gradient_mode import are_off
 from autopar.frontend.source_lines import UNKNOWN_LINE, user_line
 
 _DATA_GETTER = Tensor.data.__get__  # type: ignore[attr-defined]
@@ -70,7 +71,8 @@ def gradients_kept() -> Iterator[list[str]]:
     backward pass cannot be written as operators.
     """
     notes: list[str] = []
-    with handwritten_gradients_kept(), without_checkpointing(notes), torch.enable_grad(), _GradientBoundaries():
+    modes = (torch.no_grad(), nullcontext()) if are_off() else (torch.enable_grad(), _GradientBoundaries())
+    with handwritten_gradients_kept(), without_checkpointing(notes), modes[0], modes[1]:
         yield notes
 
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.errors import NumericsError
 from autopar.frontend.capture import explained, plain_output, without_checkpointing
+from autopar.frontend.gradient_mode import are_off
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.torch_layers import packs_padding
 from autopar.ir.operator_facts import is_random
@@ -177,8 +178,9 @@ def graph_errors(
     packs = packs_padding(model)  # then the caller's mode matters; a mode that sees each call would change it
     devices = sorted({tensor.device.index for tensor in table.values() if tensor.is_cuda}) if replayed else []
     with (
-        torch.set_grad_enabled(torch.is_grad_enabled() or not packs), torch.random.fork_rng(devices=devices),
-        without_checkpointing([]), nullcontext() if packs else GroupedProducts(),
+        torch.set_grad_enabled(torch.is_grad_enabled() or not (packs or are_off())),
+        torch.random.fork_rng(devices=devices), without_checkpointing([]),
+        nullcontext() if packs else GroupedProducts(),
         Replayed() if replayed else nullcontext(),  # type: ignore[no-untyped-call]
     ):  # fmt: skip
         state = torch.get_rng_state()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from autopar.frontend.changes import Change, put
 from autopar.frontend.forbidden import nothing_forbidden
+from autopar.frontend.gradient_mode import questions_of_modes
 from autopar.frontend.other_state import question_of_variable, variables_of_users
 from autopar.frontend.readings import MOST_ITEMS, Readings
 from autopar.frontend.source_lines import line_of_user
@@ -50,6 +51,7 @@ class Observation:
     Attributes:
         changes: what the latest run left in attributes; undone.
         grown: containers that the latest run changed; undone.
+        record: what it met, for other processes.
 
     ``keeps``: what a run leaves stays until :meth:`undo`. ``records``: which code runs is written down, by a mode of
     torch's, in which its layers do not take their fast paths.
@@ -58,7 +60,7 @@ class Observation:
     def __init__(self, model: nn.Module, keeps: bool = False, records: bool = True) -> None:
         self._model, self._keeps, self._records = model, keeps, records
         self.readings = Readings(model)
-        self._record = TraceRecord()
+        self.record = TraceRecord()
         self.changes: list[Change] = []
         self.grown: list[Contents] = []
         self._seen: set[tuple[int, str]] = set()
@@ -80,6 +82,7 @@ class Observation:
         """What has to be as it was, and what forward leaves in attributes."""
         guards = self.readings.settle()
         guards.questions += map(question_of_variable, sorted(self._variables_met))
+        guards.questions += questions_of_modes(self.record.modes)
         self._variables_met.clear()
         guards.effects = [
             (one.table, one.key, Unavailable(one.label) if _holds_tensor(one.now) else one.now)
@@ -91,18 +94,18 @@ class Observation:
 
     def report(self, moved: Observation | None) -> None:
         """Tell who collects guards and records of traces; ``moved``: the run that brought the model to rest, if any."""
-        follow_what_ran(self.readings, places_of(self._record.code))
+        follow_what_ran(self.readings, places_of(self.record.code))
         guards = self.guards
         for collected in _COLLECTING:
             collected.extend(guards)
         if is_recording():
-            self._record.moved = moved._as_moved() if moved is not None else None
+            self.record.moved = moved._as_moved() if moved is not None else None
             add_record(self._recorded(guards.effects))
 
     def _recorded(self, left: Iterable[tuple[dict[str, Any], str, Any]]) -> TraceRecord:
-        self._record.asked = list(self.readings.asked)
-        self._record.effects = list(self._addressed(left))
-        return self._record
+        self.record.asked = list(self.readings.asked)
+        self.record.effects = list(self._addressed(left))
+        return self.record
 
     def _as_moved(self) -> Moved:
         kept = [(one.table, one.key, one.now) for one in self.changes if one.read_first]
@@ -129,7 +132,7 @@ class Observation:
         for table, key, value in left:
             address, name = places.get(id(table), (None, ""))
             if address is None:
-                self._record.obstacle = f"forward sets '{key}' of an object that was not met"
+                self.record.obstacle = f"forward sets '{key}' of an object that was not met"
                 return
             yield Effect(address, name, key, value)
 
@@ -192,9 +195,9 @@ class Observation:
         self._patch(nn.Module)
         self._stack.enter_context(nothing_forbidden())
         if is_recording() and self._records:
-            self._stack.enter_context(recorded_variables(self._record))
+            self._stack.enter_context(recorded_variables(self.record))
         if self._records:
-            self._stack.enter_context(recorded_code(self._record))
+            self._stack.enter_context(recorded_code(self.record))
         self._stack.enter_context(variables_of_users(self._variables_met)())
         for owner, _ in list(self.readings.objects.values()):
             self._take(owner)
@@ -303,12 +306,8 @@ class Observation:
                 self._variables.append(one)
         self._looked_at = len(readings)
         for one in self._variables:
-            try:
-                now = one.table[one.key]
-            except (KeyError, AttributeError, ValueError):
-                now = MISSING
-            if now is not one.value:
-                found[id(one.table), one.key] = (now,)
+            if one.now is not one.value:
+                found[id(one.table), one.key] = (one.now,)
         return found
 
     def write(self, owner: Any, name: str) -> None:

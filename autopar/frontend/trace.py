@@ -31,6 +31,7 @@ from autopar.frontend.capture import (
 )
 from autopar.frontend.equal_blocks import stamps
 from autopar.frontend.exported import Build, Call, Found, traced
+from autopar.frontend.gradient_mode import GRADIENTS, without_gradients
 from autopar.frontend.looked_at import Replayed, looks_of
 from autopar.frontend.numerics import check_numerics
 from autopar.frontend.observation import Observation
@@ -91,24 +92,24 @@ def trace(
             return _program(exported, model, mesh, plan)
 
         with stamps() as stamped:
-            (program, notes), seen, moved = _at_rest(model, *call, build)
+            (program, notes), seen, moved = _as_called(model, *call, build)
         try:
             if checked:
-                _check(program, model, call)
+                _check(program, model, call, seen)
         except NumericsError:
             if not stamped.made:
                 raise
             with stamps(are_allowed=False):  # blocks look alike, and are not: one asks whether it is the last one
-                (program, notes), seen, moved = _at_rest(model, *call, build, moved)
-            _check(program, model, call)
+                (program, notes), seen, moved = _as_called(model, *call, build, moved)
+            _check(program, model, call, seen)
         seen.report(moved)  # adds what was read to the guards of traces, and what this trace was to the records
     for note in dict.fromkeys(notes):
         warn(note, stacklevel=2)
     return replace(program, pins=Pins(dtypes=_passed_dtypes(program, dtypes, given)))
 
 
-def _check(program: Program, model: nn.Module, call: Call) -> None:
-    with Observation(model, records=False).watching():
+def _check(program: Program, model: nn.Module, call: Call, seen: Observation) -> None:
+    with Observation(model, records=False).watching(), without_gradients() if _is_off(seen) else nullcontext():
         check_numerics(program, model, *call)
 
 
@@ -121,6 +122,21 @@ def _passed_dtypes(program: Program, parameters: Mapping[str, torch.dtype], call
         if own is not None and own != value(node).dtype:
             dtypes[node.name] = own
     return dtypes
+
+
+def _as_called(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], build: Build, moved: Observation | None = None
+) -> tuple[Found, Observation, Observation | None]:
+    """As :func:`_at_rest`, without gradients where forward asks for them and the caller has none."""
+    found, seen, moved = _at_rest(model, args, kwargs, build, moved)
+    if not _is_off(seen):
+        return found, seen, moved
+    with without_gradients():
+        return _at_rest(model, args, kwargs, build, moved)
+
+
+def _is_off(seen: Observation) -> bool:
+    return GRADIENTS in seen.record.modes and not torch.is_grad_enabled()
 
 
 def _at_rest(

@@ -20,6 +20,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from autopar.frontend.gradient_mode import GRADIENTS, asked_in, asks_of_tensor
+
 _WITHOUT_PYTHON = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, SlotType)
 OF_TORCH = ("TORCH_", "PYTORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_")  # variables that only torch and its users read
 _ONLY_TORCH = ("torch.nn.functional", "torch.functional", "torch._tensor")
@@ -45,6 +47,7 @@ class TraceRecord:
         code: the functions that ran, those that torch's operators call inside left out.
         variables: the environment variables that were read.
         obstacle: why another process cannot find all of it again; empty if it can.
+        modes: what the model has asked about the mode of its caller (:mod:`autopar.frontend.gradient_mode`).
         moved: the run before, if there was one, in which forward made what it then found (a cache, a setting).
     """
 
@@ -52,6 +55,7 @@ class TraceRecord:
     effects: list[Effect] = field(default_factory=list)
     code: set[CodeType] = field(default_factory=set)
     variables: set[str] = field(default_factory=set)
+    modes: set[str] = field(default_factory=set)
     obstacle: str = ""
     moved: Moved | None = None
 
@@ -68,14 +72,16 @@ class Moved:
 class _Watched(TorchFunctionMode):
     """Within this context it is written down which functions run; not inside of torch's operators, for speed."""
 
-    def __init__(self, profile: cProfile.Profile) -> None:
+    def __init__(self, profile: cProfile.Profile, record: TraceRecord) -> None:
         super().__init__()
-        self._profile = profile
+        self._profile, self._record = profile, record
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not isinstance(func, _WITHOUT_PYTHON) and getattr(func, "__module__", "") not in _ONLY_TORCH:
             return func(*args, **(kwargs or {}))
         self._profile.disable()
+        if asks_of_tensor(func, args, sys._getframe(1)):
+            self._record.modes.add(GRADIENTS)
         try:
             return func(*args, **(kwargs or {}))
         finally:
@@ -87,16 +93,18 @@ def recorded_code(record: TraceRecord) -> Iterator[None]:
     """Add the functions that run within this context to ``record``."""
     if sys.getprofile() is not None:
         record.obstacle = "a profiler runs, and there can be only one"
+        record.modes.add(GRADIENTS)  # nobody can tell
         yield
         return
-    profile = cProfile.Profile(subcalls=False, builtins=False)
-    with _Watched(profile):
+    profile = cProfile.Profile()
+    with _Watched(profile, record):
         try:
             profile.enable()
             yield
         finally:
             profile.disable()
             record.code.update(entry.code for entry in profile.getstats() if isinstance(entry.code, CodeType))
+            record.modes.update(asked_in(profile))
 
 
 @contextmanager

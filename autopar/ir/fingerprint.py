@@ -6,12 +6,13 @@ It is kept with the program, so that a model can be compared with it long after,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 Facts = Mapping[str, str]  # name of a thing -> what is known of it, as text
 NOTHING = "missing"
 SEPARATOR = "; "  # of the settings of a module
+ASKED = " (asked by forward)"
 UNKNOWN = ""  # what could not be found out, and is not compared
 
 
@@ -26,6 +27,14 @@ class CallFacts:
 
     inputs: tuple[tuple[str, str], ...]
     mode: str
+
+    @property
+    def asks_for_gradients(self) -> bool:
+        return self.mode.endswith(ASKED)
+
+    def asked(self, gradients: bool) -> CallFacts:
+        """These, of a model whose forward asks whether gradients are enabled."""
+        return self if self.asks_for_gradients else replace(self, mode=f"{self.mode}, gradients {gradients}{ASKED}")
 
     def __str__(self) -> str:
         return f"{self.mode}, {', '.join(f'{path} {fact}' for path, fact in self.inputs)}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import FunctionType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from autopar.errors import AutoparError
@@ -73,6 +74,10 @@ class Reading:
     label: str
     by_type: bool = False
     of_torch: bool = False
+
+    @property
+    def now(self) -> Any:
+        return _get(self.table, self.key)
 
     def holds_with(self, now: Any) -> bool:
         if self.by_type and isinstance(self.value, Tensor) and isinstance(now, Tensor):
@@ -191,6 +196,11 @@ class Guards:
             _once([one for guards in several for one in guards.functions], lambda one: id(one[0])),
         )
 
+    @property
+    def ask_for_gradients(self) -> bool:
+        """Whether forward asks if gradients are enabled where it is called."""
+        return any(question.ask is torch.is_grad_enabled for question in self.questions)
+
     def leaves_alike(self, other: Guards) -> bool:
         """Whether forward leaves the same values in the same attributes."""
         mine, others = ({(id(table), key): value for table, key, value in each.effects} for each in (self, other))
@@ -231,7 +241,7 @@ class Guards:
 
     def _hold_by_value(self) -> bool:
         """As :meth:`hold`, where some object is another one; equal ones are remembered instead."""
-        found = [_get(one.table, one.key) for one in self.readings]
+        found = [one.now for one in self.readings]
         if not all(one.holds_with(now) for one, now in zip(self.readings, found)) or self._ties() != self._ties(found):
             return False
         self.readings = [replace(one, value=now) for one, now in zip(self.readings, found)]
@@ -257,10 +267,10 @@ class Guards:
 
     def _changes(self) -> Iterator[str]:
         for one in self.readings:
-            now = _get(one.table, one.key)
+            now = one.now
             if not one.holds_with(now):
                 yield f"{one.label} was {' and is '.join(_apart(one.value, now))}"
-        if self._ties() != self._ties([_get(one.table, one.key) for one in self.readings]):
+        if self._ties() != self._ties([one.now for one in self.readings]):
             yield "which parameters are one tensor has changed"
         for table, key, label in self.absent:
             if key in table:
@@ -315,7 +325,7 @@ def _get(table: Any, key: Hashable) -> Any:
 
 
 def _now(one: Reading) -> Reading:
-    now = _get(one.table, one.key)
+    now = one.now
     return one if now is one.value else replace(one, value=now)
 
 

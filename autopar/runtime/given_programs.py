@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
+import torch
 from torch.utils import _pytree as pytree
 
 from autopar.families.family import Family
 from autopar.ir.fingerprint import CallFacts
-from autopar.ir.guards import Guards
+from autopar.ir.guards import Guards, Question
 from autopar.ir.program import AnyProgram
 from autopar.runtime.calls import Call
 from autopar.runtime.size_families import resized, shapes_of
@@ -43,7 +44,7 @@ class GivenPrograms:
             return None
         facts = self._facts(call)
         for program in self.programs:
-            if program.fingerprint is not None and program.fingerprint.call == facts:
+            if program.fingerprint is not None and _is_of(program.fingerprint.call, facts):
                 return replace(program, in_spec=pytree.tree_structure((call.args, call.kwargs)))
         return None
 
@@ -57,16 +58,20 @@ class GivenPrograms:
             if fingerprint is None or scheme is None or not scheme.fits(shapes):
                 continue
             first = resized(call, scheme.shapes(shapes, family.points[0]))
-            if self._facts(first) == fingerprint.call:
+            if _is_of(fingerprint.call, self._facts(first)):
                 return family.called(pytree.tree_structure((call.args, call.kwargs)))
         return None
 
     def _holds(self) -> bool:
         return self._state() == self._before and self._model.hold()
 
-    def guards(self) -> Guards:
-        """What has to stay as it is now for a program that was found."""
-        return self._guards(True)
+    def guards(self, program: AnyProgram | None = None) -> Guards:
+        """What has to stay as it is now for a ``program`` that was found."""
+        guards, known = self._guards(True), program.fingerprint if program is not None else None
+        if known is not None and known.call.asks_for_gradients:
+            mode = Question(torch.is_grad_enabled, torch.is_grad_enabled(), "whether gradients are enabled")
+            guards.questions.append(mode)
+        return guards
 
     def none_of(self, call: Call) -> str:
         """Why there is none, for a message."""
@@ -79,3 +84,8 @@ class GivenPrograms:
         known = "\n            ".join(calls)
         here = self._facts(call)
         return f"{self.where} was compiled for another kind of call\n  compiled  {known}\n  now       {here}"
+
+
+def _is_of(known: CallFacts, facts: CallFacts) -> bool:
+    """Whether a program for calls that are ``known`` so serves one with ``facts``, now."""
+    return known in (facts, facts.asked(torch.is_grad_enabled()))

@@ -81,9 +81,8 @@ class ProgramCache:
     """The cache.
 
     ``weights`` are laid out by the first program. ``facts`` gives what a fingerprint says of a call, ``asked`` what
-    forward asks about its sizes; ``fitted`` makes a family. ``packs_padding``: whether the model has layers that
-    compute otherwise where no gradient is required. ``given``: programs that need not be compiled. ``prove``: raises
-    for a wrong program of a family.
+    forward asks about its sizes; ``fitted`` makes a family. ``packs_padding``: some layer computes otherwise where no
+    gradient is required. ``given``: programs that were compiled before. ``prove``: raises for a wrong one of a family.
     """
 
     def __init__(
@@ -108,10 +107,9 @@ class ProgramCache:
         self._members = dict[Kind, Member]()
         self._programs: OrderedDict[Kind, AnyProgram] = OrderedDict()  # the latest used last
         self._bound: dict[Kind, Entry] = {}
-        self._variants = Variants()
         self._latest: tuple[Kind, Entry] | None = None  # of the last call: kinds are large, and take time to look up
-        self._is_alone = mesh.world_size == 1
-        self._compiles = CompileTimes()
+        self._is_alone, self._asks_for_gradients = mesh.world_size == 1, False  # the latter: does forward
+        self._variants, self._compiles = Variants(), CompileTimes()
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -300,6 +298,7 @@ class ProgramCache:
         laid_out = self._weights.is_laid_out
         with no_other_runs():
             program = self.prepared(call, training)
+        self._variants.number(kind[0], call.leaves)  # asks in the mode of the caller, in which nothing is traced
         member = self._members.get(kind)
         check_parts(program, call)
         if member is None:
@@ -338,11 +337,12 @@ class ProgramCache:
         if kind in self._programs:
             return self._programs[kind]
         program = self._given.of(call) if self._given is not None else None
-        general_kind = *self._other_facts(training), general(call), kind[0][-2]  # type: ignore[index]
+        mode = self._asks_for_gradients and not torch.is_grad_enabled(), kind[0][-2]  # type: ignore[index]
+        general_kind = *self._other_facts(training), *mode, general(call)
         if program is None and self._given is not None and self.families.like(general_kind) is None:
             family = self._given.family_of(call)
             if family is not None:
-                self.families.adopt(general_kind, family, self._given.guards())
+                self.families.adopt(general_kind, family, self._given.guards(family.template))
         member = self.families.member(general_kind, call) if program is None else None
         if program is None and member is None:
             member = self.families.grown(general_kind, call)
@@ -353,7 +353,7 @@ class ProgramCache:
             self._bound.pop(oldest, None)
             self._members.pop(oldest, None)
             self._variants.remove(*oldest)
-        guards = self._given.guards() if self._given is not None and program is not None else Guards()
+        guards = self._given.guards(program) if self._given is not None and program is not None else Guards()
         if program is None:
             if member is not None:
                 self._prove_member(member, call)
@@ -365,6 +365,7 @@ class ProgramCache:
                 learnt = self.families.member(general_kind, call) if self._plan.compile == "inductor" else None
                 if learnt is not None:  # whose regions serve all lengths, and those of the program one
                     program, guards, self._members[kind] = learnt.program, learnt.guards, learnt
+        self._asks_for_gradients |= guards.ask_for_gradients
         self._weights.lay_out(program)  # before it is kept: a program that requires other layouts never runs
         self._programs[kind], self._latest = program, None
         self._variants.add(*kind, guards)
@@ -389,11 +390,11 @@ class ProgramCache:
         """Say once for each kind of call that, and why, it is compiled, where that was not to be expected."""
         if is_mute():
             return
-        name = "training" if training else "evaluation"
         change = self._variants.change(kind[0], call.leaves)
         if change:
             logger.warning("making another program: %s", change)
         elif self._given is not None:
             logger.warning("making another program: %s", self._given.none_of(call))
         elif self._programs:
+            name = "training" if training else "evaluation"
             logger.warning("a new kind of call (%s, inputs %s): making another program", name, shapes(call.tensors))
