@@ -21,7 +21,7 @@ from autopar.pipeline.microbatches import NewBuffers, Weight, weights
 from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.autograd import WITNESS, accumulating, applied, below_autograd, is_watched, take_saved
 from autopar.runtime.batch_counts import BatchCounts
-from autopar.runtime.beside_loss import BesideLoss
+from autopar.runtime.beside_loss import BesideLoss, check_unwatched
 from autopar.runtime.border import Result
 from autopar.runtime.connect import Connection
 from autopar.runtime.dtensor import zeros_like
@@ -60,7 +60,8 @@ class Executable(BoundProgram):
         }
         self._outputs = [(position, result.give) for position, result in self._results.items()]
         others = [(at, each) for at, each in self._results.items() if at not in self.role.differentiable]
-        self._beside = BesideLoss([(at, each.name, each.give) for at, each in others if each.value.requires_grad])
+        beside = [(at, each.name, each.give) for at, each in others if each.value.requires_grad]
+        self._beside = BesideLoss(beside, connection.comm.agreement.everyone)
 
     # ------------------------------------------------------------ running
 
@@ -196,5 +197,6 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
+        check_unwatched(ctx)
         wanted = accumulating(ctx, 2)[1:]
         return (None, None, None, *ctx.executable.backward(take_saved(ctx), tangents, wanted))

@@ -26,7 +26,7 @@ from autopar.pipeline.links import backward_schedule, inference_schedule, links_
 from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import users_of
 from autopar.runtime.batch_counts import BatchCounts
-from autopar.runtime.beside_loss import beside_loss
+from autopar.runtime.beside_loss import beside_loss, check_unwatched
 from autopar.runtime.buffers_of_stages import BuffersOfStages
 from autopar.runtime.channels import Channels
 from autopar.runtime.communicator import Communicator
@@ -318,6 +318,7 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
         if torch.is_grad_enabled():
             raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
+        check_unwatched(ctx)
         if ctx.step.is_done:
             raise InvariantError(
                 "this backward pass has run already: on a pipeline it frees the values of the forward pass\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,6 +29,21 @@ class Net(nn.Module):
         return found if y is None else {"loss": nn.functional.cross_entropy(logits, y), **found}
 
 
+def some_rank_uses_it() -> str:
+    """A gradient that is zero on one rank and not on the other."""
+    model = autopar.parallelize(float64(Net), Mesh(dp=2), Plan(timeout=30.0))
+    found = model(torch.ones(4, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 1]))
+    try:
+        (found["loss"] + full_of(found["logits"])[:1].sum()).backward()
+    except InvariantError as problem:
+        return str(problem)
+    return ""
+
+
+def test_all_ranks_say_so() -> None:
+    assert all("starts at output 'logits' beside the loss" in said for said in run_ranks(some_rank_uses_it, 2))
+
+
 def go_backward(axes: dict[str, int]) -> float:
     model, reference = float64(Net), float64(Net)
     parallel = autopar.parallelize(model, Mesh(**axes), Plan(timeout=30.0))
@@ -43,9 +59,15 @@ def go_backward(axes: dict[str, int]) -> float:
             with pytest.raises(InvariantError, match="starts at output 'logits' beside the loss"):
                 ask(both, [each for each in parallel.parameters() if each.requires_grad][:1])
             found = parallel(x, y)
+        watched: list[Callable[[Tensor], Any]] = [Tensor.retain_grad, lambda logits: logits.register_hook(torch.neg)]
+        for watch in watched if "pp" not in axes else ():
+            watch(found["logits"])
+            with pytest.raises(InvariantError, match="output 'logits' beside the loss .* has no gradient of it"):
+                found["loss"].backward()
+            found = parallel(x, y)
         assert all(parameter.grad is None for parameter in parallel.parameters())
         (found["logits"].detach() * 2).sum()
-    found["loss"].backward()
+    (found["loss"] if "pp" in axes else found["loss"] + 0 * full_of(found["logits"]).square().sum()).backward()
     with torch.no_grad():
         again = parallel(x, y)["logits"]
         assert again is None or not again.requires_grad
