@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -176,10 +176,8 @@ class ParallelModule(nn.Module):
         batches, total = self._microbatches(call), None
         weights = self._weights(call, batches)
         for place, (batch, weight) in enumerate(zip(batches, weights)):
-            last = place == len(batches) - 1
-            with nullcontext() if last else self.no_sync():
-                loss = self._loss((), dict(batch), weight) * weight.loss
-                loss.backward()  # type: ignore[no-untyped-call]
+            loss = self._loss((), dict(batch), weight) * weight.loss
+            self._accumulation.backward_of_part(loss, place == len(batches) - 1, self.parameters())
             total = loss.detach() if total is None else total + loss.detach()
         if weights[0].buffers is not None:
             weights[0].buffers.write()
@@ -201,7 +199,9 @@ class ParallelModule(nn.Module):
     def no_sync(self) -> AbstractContextManager[None]:
         """Inside this context, gradients are added up without communication over the data axes.
 
-        The next backward outside reduces the sum into ``.grad``; with ``Plan(zero=2)`` and ``3`` each does, in parts.
+        The next backward outside reduces the sum into ``.grad``; with ``Plan(zero=2)`` and ``3`` each does, in parts,
+        and with hooks on gradients too. Until then ``.grad`` lacks them; a step of an optimizer is refused. To drop
+        them, :meth:`zero_grad`: setting ``.grad`` to None does not.
         """
         return self._accumulation.no_sync()
 
@@ -212,6 +212,7 @@ class ParallelModule(nn.Module):
         """
         if self._connection is None:
             raise not_launched(self.mesh)
+        self._accumulation.refuse_waiting(self.parameters(), "a norm")
         self._connection.comm.phase = "clipping"
         first, here = self._first_users(), self._connection.comm.coordinates.get(PIPELINE)
         pairs = [(name, parameter.grad) for name, parameter in self.named_parameters()]
@@ -316,6 +317,7 @@ class ParallelModule(nn.Module):
 
     def full_grads(self) -> dict[str, Tensor]:
         """The whole gradients by parameter name, those that there are; collective."""
+        self._accumulation.refuse_waiting(self.parameters(), "what full_grads gives")
         grads = {name: parameter.grad for name, parameter in self.named_parameters() if parameter.grad is not None}
         return full_grads(self._held.weights, grads, self._first_users())
 

@@ -72,9 +72,3 @@ def parameter_of(made: DTensor, requires_grad: bool) -> nn.Parameter:
 def kind_of_spec(spec: Any) -> Any:
     """The class of DTensors with ``spec``."""
     return getattr(spec, "kind", DTensor)
-
-
-def zeros_like(tensor: Tensor) -> Tensor:
-    """Zeros in the form of ``tensor``, as its gradient may be."""
-    zeros = torch.zeros_like(local_of(tensor), requires_grad=False)
-    return of_local(zeros, spec_of(tensor)) if isinstance(tensor, DTensor) else zeros

@@ -19,12 +19,11 @@ from autopar.ir.signature import restorer
 from autopar.ir.tables import OutputKind
 from autopar.pipeline.microbatches import NewBuffers, Weight, weights
 from autopar.runtime.accumulate import Accumulation
-from autopar.runtime.autograd import WITNESS, accumulating, applied, below_autograd, is_watched, take_saved
+from autopar.runtime.autograd import WITNESS, accumulating, applied, below_autograd, take_saved
 from autopar.runtime.batch_counts import BatchCounts
 from autopar.runtime.beside_loss import BesideLoss, check_unwatched
 from autopar.runtime.border import Result
 from autopar.runtime.connect import Connection
-from autopar.runtime.dtensor import zeros_like
 from autopar.runtime.giving import Givers, put
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_graphs import BACKWARD, FORWARD, INFERENCE, PARTIAL, REDUCED
@@ -137,8 +136,8 @@ class Executable(BoundProgram):
             saved.append(self._results[position].take(tangent))
         with below_autograd():
             found = self._accumulation.backward(self, saved, accumulate)
-        if found is None:  # hooks, which autograd calls now, are not for None
-            return [zeros_like(leaf) if is_watched(leaf) else None for leaf in self.parameters]
+        if found is None:
+            return [None] * len(self._leaves)
         self.comm.updates += 1
         if self._givers is None:
             self._givers = Givers(self._gives, found)

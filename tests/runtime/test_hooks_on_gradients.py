@@ -1,0 +1,111 @@
+"""Hooks on gradients where several batches, or parts of one, make a step: they see what they would on one device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+import autopar
+from autopar import AutoparError, Mesh, Plan
+from autopar.ir.loss import loss_of
+from tests.against_one_process import difference, float64
+from tests.launch import run_ranks
+from tests.selection import slow_but
+
+Model = torch.nn.Module
+BATCHES = [
+    {"x": torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))} for seed in range(4)
+]
+
+
+class Net(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(4, 6), torch.nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.down(torch.tanh(self.up(x))) - x).square().mean()  # type: ignore[no-any-return]
+
+
+def clamps(model: Model) -> Callable[[], None]:
+    """Clip each gradient by value, and take a step where ``step`` is called."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.register_hook(lambda grad: grad.clamp(-0.01, 0.01))  # type: ignore[no-untyped-call]
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def steps_in_backward(model: Model) -> Callable[[], None]:
+    own = {parameter: torch.optim.SGD([parameter], lr=0.1, momentum=0.9) for parameter in model.parameters()}
+
+    def step(parameter: Tensor) -> None:
+        own[parameter].step()  # type: ignore[index]
+        own[parameter].zero_grad()  # type: ignore[index]
+
+    for parameter in own:
+        parameter.register_post_accumulate_grad_hook(step)
+    return lambda: None
+
+
+HABITS = {"clamps": clamps, "steps in backward": steps_in_backward}
+
+
+def trained(ranks: int, plan: Plan, habit: str, window: int) -> float:
+    """The worst error of a parameter: each batch in its microbatches, ``window`` of them before a step."""
+    model = float64(Net)
+    reference = copy.deepcopy(model)
+    parallel = autopar.parallelize(model, Mesh(dp=ranks), plan)
+    parallel.prepare(**BATCHES[0])
+    steps = [HABITS[habit](module) for module in (parallel, reference)]
+    for place, batch in enumerate(BATCHES, 1):
+        with nullcontext() if place % window == 0 else parallel.no_sync():
+            parallel.train_step(**batch)
+        loss_of(reference(**batch)).backward()
+        for step in steps if place % window == 0 else ():
+            step()
+    return max(difference(p, q) for p, q in zip(parallel.parameters(), reference.parameters()))
+
+
+RUNS = [(2, 0, 2, 1), (2, 3, 2, 1), (2, 0, 1, 2), (1, 0, 2, 1), (2, 1, 2, 2)]  # ranks, stage, microbatches, window
+
+
+@pytest.mark.parametrize(("habit", "run"), slow_but([0, 7], [(habit, run) for habit in HABITS for run in RUNS]))
+def test_they_see_the_gradients_of_one_device(habit: str, run: tuple[int, int, int, int]) -> None:
+    ranks, stage, microbatches, window = run
+    plan = Plan(zero=stage, microbatches=microbatches, check_numerics=False)
+    assert max(run_ranks(trained, ranks, ranks, plan, habit, window)) < 1e-12
+
+
+def left_waiting() -> list[str]:
+    """What a step, a norm and the whole gradients say where the last window has no backward pass outside."""
+    parallel = autopar.parallelize(float64(Net), Mesh(dp=2), Plan(check_numerics=False))
+    parallel.prepare(**BATCHES[0])
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    with parallel.no_sync():
+        loss_of(parallel(**BATCHES[0])).backward()
+    said = []
+    for call in (optimizer.step, lambda: parallel.clip_grad_norm_(1.0), parallel.full_grads):
+        with pytest.raises(AutoparError) as caught:
+            call()
+        said.append(str(caught.value))
+    optimizer.zero_grad()
+    optimizer.step()
+    loss_of(parallel(**BATCHES[0])).backward()
+    optimizer.step()
+    return said
+
+
+def test_a_step_without_gradients_that_wait_is_refused() -> None:
+    said = run_ranks(left_waiting, 2)[0]
+    for message, what in zip(said, ("a step of SGD", "a norm", "what full_grads gives")):
+        assert f"parameters wait since no_sync(): {what} would be without them\nWay out: the last backward" in message
