@@ -355,14 +355,14 @@ class ParallelModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
         """A model of its own, with copies of this rank's parts, on the same ranks (``AveragedModel``)."""
-        before = self._held
-        memo |= before.weights.shared_with_copies()
+        before, made = self._held, ParallelModule.__new__(ParallelModule)
+        memo |= before.weights.shared_with_copies() | {id(self): made}  # which hooks on state dicts may hold
         # torch copies no DTensor of which the part here lies within other memory, as that of a gradient in a bucket
         grads = [parameter.grad for parameter in self.parameters() if isinstance(parameter.grad, DTensor)]
         memo |= {id(grad): grad.clone() for grad in grads}
         model = copy.deepcopy(before.model, memo)
         held = Holding(model, before.weights.copied(before.model, model), before.calls)
-        made = ParallelModule(model, self.mesh, self.plan, self._connection, held=held)
+        ParallelModule.__init__(made, model, self.mesh, self.plan, self._connection, held=held)
         made._held.weights.root = made
         made._programs.learn(self._programs)
         return made

@@ -25,6 +25,7 @@ from autopar.pipeline.interpreter import Event, Interpreter, Routes
 from autopar.pipeline.links import backward_schedule, inference_schedule, links_of
 from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import users_of
+from autopar.runtime.autograd import WITNESS, accumulating, applied, is_watched
 from autopar.runtime.batch_counts import BatchCounts
 from autopar.runtime.beside_loss import beside_loss, check_unwatched
 from autopar.runtime.buffers_of_stages import BuffersOfStages
@@ -119,7 +120,7 @@ class PipelineExecutable:
         if torch.is_grad_enabled() and self.program.loss is not None:
             given = torch.zeros((), device=self.comm.device, requires_grad=True)  # each rank has a backward pass by it
             step = _Forward(self, batches, rows, seed)
-            loss: Tensor = _Differentiable.apply(given, step)  # type: ignore[no-untyped-call]
+            loss: Tensor = applied(_Differentiable, step, WITNESS, given, *self._trained())
             return self._output(step.steps, loss, learns=True)
         with torch.no_grad():
             run = self._steps(batches, rows, seed, False, self._users)
@@ -137,6 +138,14 @@ class PipelineExecutable:
         for batch in (batch for stage in step.steps.values() for batch in stage.batches):
             batch.share = batch.share * grad
         self._play_and_give(self._backward_only, step.steps)
+
+    def _trained(self) -> list[Tensor]:
+        """The parameters of this rank that get gradients: autograd is to know that the loss depends on them."""
+        slots = {
+            target: stage.slots[target] for stages in self.stages.values() for stage in stages for target in stage.gives
+        }
+        found = [table[key] for table, key in slots.values()]
+        return [parameter for parameter in found if not is_watched(parameter)]  # hooks are not for None
 
     @cached_property
     def _forward_only(self) -> Schedule:
@@ -310,15 +319,21 @@ class _Differentiable(torch.autograd.Function):
     """The node of a pipeline in autograd's graph; it adds gradients of parameters itself."""
 
     @staticmethod
-    def forward(ctx: Any, given: Tensor, step: _Forward) -> Tensor:
+    def forward(ctx: Any, step: _Forward, witness: Tensor, given: Tensor, *parameters: Tensor) -> Tensor:
         ctx.step = step
         return step.executable.forward(step)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         if torch.is_grad_enabled():
             raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
         check_unwatched(ctx)
+        added = zip(accumulating(ctx, 1), ctx.needs_input_grad[1:])
+        if not all(adds for adds, needed in added if needed):
+            raise InvariantError(
+                "gradients are asked for by name (autograd.grad, backward(inputs=)), and a pipeline adds those of all "
+                "parameters to .grad\nWay out: loss.backward(), then parameter.grad; zero_grad() before it."
+            )
         if ctx.step.is_done:
             raise InvariantError(
                 "this backward pass has run already: on a pipeline it frees the values of the forward pass\n"
@@ -327,7 +342,7 @@ class _Differentiable(torch.autograd.Function):
             )
         ctx.step.is_done = True
         ctx.step.executable.backward(ctx.step, grad)
-        return None, None
+        return (None,) * len(ctx.needs_input_grad)
 
 
 def _types(program: PipelinedProgram) -> dict[tuple[Kind, int, int], Types]:
