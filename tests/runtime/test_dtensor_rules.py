@@ -77,7 +77,14 @@ def penalties(a: Any, b: Any) -> Any:
     return [loss, a.grad]
 
 
-CASES: tuple[Case, ...] = (views, unfinished, means, penalties)
+def extremes(a: Any, b: Any) -> Any:
+    inf = float("inf")
+    of_dims = [b.amax(0), b.amin(1), b.max(0).values, b.min(1).indices, b.abs().amax((0, 1)), b.argmax(0)]
+    norms = [b.norm(inf), torch.linalg.vector_norm(b, -inf), b.norm(inf, dim=0), *torch._foreach_norm([a, b], inf)]
+    return [b.max(), b.min(), b.abs().max(), *torch.aminmax(b), *of_dims, *norms, nn.utils.get_total_norm([a, b], inf)]
+
+
+CASES: tuple[Case, ...] = (views, unfinished, means, penalties, extremes)
 
 
 def differences(layouts: Layouts, sizes: dict[str, int]) -> dict[str, float]:
@@ -123,10 +130,11 @@ FOUR: Layouts = [
     ([Replicate(), Replicate()], (7, 6)), ([Shard(0), Replicate()], (8, 6)),
 ]  # fmt: skip
 
-RUNS = [({"dp": 2}, UNEVEN), ({"dp": 2}, EVEN), ({"dp": 2, "tp": 2}, FOUR)]
+EMPTY: Layouts = [([Shard(0)], (5, 6))]  # 2, 2, 1 and no row
+RUNS = [({"dp": 2}, UNEVEN), ({"dp": 2}, EVEN), ({"dp": 2, "tp": 2}, FOUR), ({"dp": 4}, EMPTY)]
 
 
-@pytest.mark.parametrize(("sizes", "layouts"), slow_but([0], RUNS))
+@pytest.mark.parametrize(("sizes", "layouts"), slow_but([0, 3], RUNS))
 def test_numbers_of_whole_tensors(sizes: dict[str, int], layouts: Layouts) -> None:
     for found in run_ranks(differences, Mesh(**sizes).world_size, layouts, sizes):
         assert max(found.values()) < 1e-12, sorted(found.items(), key=lambda pair: -pair[1])[:5]
