@@ -153,3 +153,25 @@ def small_then_large() -> float:
 
 def test_a_mesh_of_one_rank_first() -> None:
     assert small_then_large() < TOLERANCE
+
+
+def copied_and_changed() -> list[float]:
+    """Errors of copies in which an attribute, and a mode, are others than in the original, before and after a call."""
+    model = float64(Maker)
+    reference = copy.deepcopy(model)
+    parallel = autopar.parallelize(model, Mesh(dp=2), Plan(outputs="full"))
+    x = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for module in (parallel, reference):
+        module(x)
+    copies = [copy.deepcopy(module) for module in (parallel, reference)]
+    errors = []
+    for power, momentum in ((3, 0.5), (2, 0.5)):
+        for module in copies:
+            module.power, module.norm.momentum = power, momentum
+        errors.append(difference(*[module(x) for module in copies]))
+        errors.append(difference(*[module.norm.running_mean for module in copies]))
+    return [*errors, difference(parallel(x), reference(x))]
+
+
+def test_a_copy_is_what_it_is_at_its_own_calls() -> None:
+    assert max(max(errors) for errors in run_ranks(copied_and_changed, 2)) < TOLERANCE

@@ -103,6 +103,7 @@ class ProgramCache:
         self._weights, self._connection = weights, weights.connection
         self._accumulation, self._packs_padding, self._given, self._prove = accumulation, packs_padding, given, prove
         self.families = SizeFamilies(partial(self._compile, unasked=True), facts, mesh, plan, asked, fitted)
+        self._of_original: AnyProgram | None = None  # where the module is a copy
         self._weight: Weight | None = None  # of the calls now
         self._members = dict[Kind, Member]()
         self._programs: OrderedDict[Kind, AnyProgram] = OrderedDict()  # the latest used last
@@ -116,20 +117,19 @@ class ProgramCache:
 
     @property
     def latest(self) -> AnyProgram | None:
-        """The program of the latest kind of call; before there was a call, the first that was given."""
-        first = self._given.programs[0] if self._given is not None else None
+        """The program of the latest kind of call; before there was one, the original's, or the first that was given."""
+        first = self._given.programs[0] if self._given is not None else self._of_original
         return next(reversed(self._programs.values()), first)
 
     @property
     def latest_bound(self) -> Bound | None:
         """The bound program of :attr:`latest`; None before it has run."""
-        latest = next(reversed(self._programs), None)
-        entry = self._bound.get(latest) if latest is not None else None
+        entry = self._bound.get(next(reversed(self._programs))) if self._programs else None
         return entry.bound if entry is not None else None
 
     def learn(self, other: ProgramCache) -> None:
-        """Know the programs of a module of which this one's is a copy."""
-        self._programs.update(other._programs)
+        """Know the latest program of a module that was copied; it is not run, as its guards are of other objects."""
+        self._of_original = other.latest
 
     def clear(self) -> None:
         self._programs.clear()

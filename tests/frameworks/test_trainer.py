@@ -71,6 +71,23 @@ def test_parameters_after_five_steps(mesh: str, accumulation: int, tmp_path: Pat
     assert all(torch.allclose(back[name], value, atol=1e-12) for name, value in expected.items())
 
 
+def smoothed(base: bool, directory: Path) -> list[float]:
+    """Losses of a step with smoothed labels, and of an evaluation whose last batch has fewer rows."""
+    with doubles():
+        model: Any = named_model("hf:llama", TINY).model.double()
+        if not base:
+            model = autopar.parallelize(model, Mesh(dp=1), Plan(check_numerics=False))
+        cls = transformers.Trainer if base else autopar.trainer_class()
+        args = arguments(directory, label_smoothing_factor=0.1, per_device_eval_batch_size=ROWS)
+        args.max_steps, args.logging_strategy = 2, "steps"
+        trainer = cls(model=model, args=args, train_dataset=data(2))
+        return [trainer.train().training_loss, trainer.evaluate(data(2)[:6])["eval_loss"]]
+
+
+def test_smoothed_labels_and_a_last_batch(tmp_path: Path) -> None:
+    assert smoothed(False, tmp_path) == pytest.approx(smoothed(True, tmp_path), abs=1e-9)
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     plain = named_model("hf:llama", TINY).model
     with pytest.raises(LaunchError, match="model= is a LlamaForCausalLM: this Trainer is for the result of"):
