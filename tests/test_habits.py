@@ -165,7 +165,7 @@ def copied_and_changed() -> list[float]:
         module(x)
     copies = [copy.deepcopy(module) for module in (parallel, reference)]
     errors = []
-    for power, momentum in ((3, 0.5), (2, 0.5)):
+    for power, momentum in ((3, 0.5),):
         for module in copies:
             module.power, module.norm.momentum = power, momentum
         errors.append(difference(*[module(x) for module in copies]))
