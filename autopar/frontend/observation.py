@@ -390,7 +390,7 @@ def guards_of_traces() -> Iterator[Guards]:
     try:
         yield guards
     finally:
-        _COLLECTING.remove(guards)
+        _COLLECTING[:] = [one for one in _COLLECTING if one is not guards]  # equal ones may be others'
 
 
 def add_value_guard(guard: ValueGuard) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from autopar.errors import InvariantError
 
 is_autocasting: Any = torch._C._is_any_autocast_enabled  # whether on any kind of device
 _runs: Any = torch._C._will_engine_execute_node  # type: ignore[attr-defined]
@@ -21,11 +24,39 @@ def below_autograd() -> AbstractContextManager[Any]:
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply``, without looking through ``args`` for what functorch has left of its wrappers: 5 us of a step.
 
-    Under functorch's transforms torch's own runs, and says what it cannot do.
+    Raises InvariantError within transforms of torch.func.
     """
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)  # type: ignore[no-untyped-call]
+    refuse_transforms()
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+@contextmanager
+def alone_in_autograd() -> Iterator[None]:
+    """Within this context nobody sees what is saved for a backward pass: torch's checkpoint around a call would.
+
+    Raises InvariantError within transforms of torch.func.
+    """
+    refuse_transforms()
+    hooks = list[Any]()
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None:
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def refuse_transforms() -> None:
+    """Raise InvariantError within torch.func's transforms, which see operators of a model, and not of a program."""
+    if torch._C._are_functorch_transforms_active():
+        raise InvariantError(
+            "a parallel model is called within a transform of torch.func (grad, vmap, jvp, ...), which would have to "
+            "see its operators, and a program of ranks is no function of torch's\n"
+            "Way out: put the transform into forward of a small nn.Module around the model, and parallelize that; for "
+            "gradients of inputs, x.requires_grad_() and loss.backward()."
+        )
 
 
 def _node_elsewhere() -> Any:

@@ -16,7 +16,7 @@ from autopar.errors import InvariantError
 from autopar.ir.loss import loss_of
 from autopar.ir.program import Program
 from autopar.ir.signature import restorer
-from autopar.ir.tables import OutputKind
+from autopar.ir.tables import Input, InputKind, OutputKind
 from autopar.pipeline.microbatches import NewBuffers, Weight, weights
 from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.autograd import WITNESS, accumulating, applied, below_autograd, take_saved
@@ -28,6 +28,7 @@ from autopar.runtime.giving import Givers, put
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_graphs import BACKWARD, FORWARD, INFERENCE, PARTIAL, REDUCED
 from autopar.runtime.rank_program import NOTHING, BoundProgram, Fetch, Step
+from autopar.runtime.written_between import WrittenBetween
 from autopar.runtime.written_code import code_of_model
 
 
@@ -50,6 +51,8 @@ class Executable(BoundProgram):
         self._restored = restorer(program)
         self._leaves = [self._leaf(target) for target in self.role.grads]
         self._parameters = [self.slots[target] for target in self.role.grads if target in self.slots]
+        places = {entry.target: self.slots[entry.target] for entry in self._of_parameters}
+        self.kept = WrittenBetween(places, self._resident)
         self._gives = [self.giver(target) for target in self.role.grads]
         self._givers: Givers | None = None  # made by the first backward pass, which shows what gradients look like
         self._results = {
@@ -63,6 +66,15 @@ class Executable(BoundProgram):
         self._beside = BesideLoss(beside, connection.comm.agreement.everyone)
 
     # ------------------------------------------------------------ running
+
+    @property
+    def _of_parameters(self) -> list[Input]:
+        return [entry for _, entry in self.entries if entry.kind is InputKind.PARAMETER]
+
+    def _resident(self) -> list[tuple[str, Tensor]]:
+        resident = self._gathered.get(FORWARD)
+        targets = {entry.node: entry.target for entry in self._of_parameters}
+        return [(targets[node], whole) for node, whole in resident.wholes()] if resident is not None else []
 
     def counts(self, tensors: Sequence[Tensor], share: float) -> list[Tensor]:
         """What these ``tensors``, as a ``share`` of a batch, add to the sums over it; see :class:`BatchCounts`."""
@@ -187,7 +199,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, executable: Executable, step: Step, witness: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
         outputs, saved = executable.forward(step)
-        ctx.executable = executable
+        ctx.executable, ctx.versions = executable, executable.kept.after(saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         return outputs
@@ -197,5 +209,6 @@ class _Differentiable(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
         check_unwatched(ctx)
+        ctx.executable.kept.check(ctx.versions)
         wanted = accumulating(ctx, 2)[1:]
         return (None, None, None, *ctx.executable.backward(take_saved(ctx), tangents, wanted))

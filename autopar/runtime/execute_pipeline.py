@@ -37,6 +37,7 @@ from autopar.runtime.parameters import tables
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_stage import BoundStage, Microbatch, StageStep
 from autopar.runtime.recorder import epoch
+from autopar.runtime.written_between import WrittenBetween
 from autopar.runtime.written_code import axes_of, code_of_stage
 from autopar.schedules import timing
 from autopar.schedules.instructions import Kind, Schedule
@@ -89,6 +90,8 @@ class PipelineExecutable:
         self._loss = next((n for n, stage in mine.items() if program.loss_in(stage) is not None), None)
         self._ties = _ties(program, self.rank)
         slots = {name: (table, key) for _, table, key, name in tables(root)}
+        held = {name: place for name, place in slots.items() if isinstance(place[0][place[1]], nn.Parameter)}
+        self._kept = WrittenBetween(held)
         self._buffers = BuffersOfStages(program, self.comm, slots, self.rank)
         self._counts = [BatchCounts(whole, slots, own.comm) for whole in programs]
         self._takes_counts = any(any(stage.takes(InputKind.WHOLE)) for stage in mine.values())
@@ -131,11 +134,13 @@ class PipelineExecutable:
         """All forward passes, which keep the values that backward needs; gives the loss."""
         step.steps = self._steps(step.batches, step.rows, step.seed, True, self._users)
         self._play(self._forward_only, step.steps)
+        step.versions = self._kept.after(value for batch in _batches(step) for value in batch.saved or ())
         return self._total_loss(step.steps)
 
     def backward(self, step: _Forward, grad: Tensor) -> None:
         """All backward passes; gradients are added to ``.grad``."""
-        for batch in (batch for stage in step.steps.values() for batch in stage.batches):
+        self._kept.check(step.versions)
+        for batch in _batches(step):
             batch.share = batch.share * grad
         self._play_and_give(self._backward_only, step.steps)
 
@@ -312,7 +317,12 @@ class _Forward:
     rows: Sequence[int]
     seed: int
     steps: dict[int, StageStep] = field(default_factory=dict)
+    versions: list[int] = field(default_factory=list)
     is_done: bool = False
+
+
+def _batches(step: _Forward) -> list[Microbatch]:
+    return [batch for stage in step.steps.values() for batch in stage.batches]
 
 
 class _Differentiable(torch.autograd.Function):

@@ -27,6 +27,7 @@ from autopar.pipeline.microbatches import Weight
 from autopar.plan import Plan
 from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.agreement import SAME_CALLS, Said, UnequalRows, digest_of, told
+from autopar.runtime.autograd import alone_in_autograd
 from autopar.runtime.calls import Call, global_call, ordinary, shapes
 from autopar.runtime.compile_times import CompileTimes
 from autopar.runtime.connect import Connection
@@ -54,7 +55,6 @@ Again = tuple[Executable, list[Tensor]]
 Work = Callable[[Executable, list[Tensor]], Any]  # (program, tensors of the call) ->
 
 DIFFERENT = "the ranks do not do the same:"
-
 logger = logging.getLogger("autopar")
 
 
@@ -296,7 +296,7 @@ class ProgramCache:
     def _new(self, call: Call, training: bool, kind: Kind) -> Bound:
         connection = self._required_connection
         laid_out = self._weights.is_laid_out
-        with no_other_runs():
+        with no_other_runs(), alone_in_autograd():
             program = self.prepared(call, training)
         self._variants.number(kind[0], call.leaves)  # asks in the mode of the caller, in which nothing is traced
         member = self._members.get(kind)

@@ -6,7 +6,7 @@ parameter, so that nothing is held twice; from then on they are gathered in plac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,12 @@ class Gathered:
                 self._gather()
             self._state = self._now()
         return self._held
+
+    def wholes(self) -> Iterator[tuple[str, Tensor]]:
+        """The whole parameters as they are held, each with the name of that which is a piece of it."""
+        for owner, whole in zip(self.gathering.owners, self._held):
+            if owner is not None:
+                yield owner[0], whole
 
     def _now(self) -> list[tuple[int, ...]]:
         """A state that changes when a part is written to: the first number through the DTensor, the others past it.

@@ -1,0 +1,119 @@
+"""A parameter that is written into between forward and backward is refused, as on one device.
+
+And what else may be around a call of a parallel module: torch's checkpoint, transforms of torch.func.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import autopar
+from autopar import Mesh, Plan
+from autopar.errors import InvariantError
+from autopar.module import ParallelModule
+from autopar.runtime.dtensor import full_of
+from tests.launch import run_ranks
+from tests.selection import slow_but
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x))).square().mean()
+
+
+def pair(axes: dict[str, int], plan: dict[str, Any]) -> tuple[ParallelModule, nn.Module]:
+    torch.manual_seed(0)
+    model = Net().double()
+    return autopar.parallelize(deepcopy(model), Mesh(**axes), Plan(timeout=30.0, **plan)), model
+
+
+def batch(seed: int) -> Tensor:
+    return torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(model: nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name == "b.weight":
+                parameter.mul_(2)
+
+
+def by_optimizer(model: nn.Module) -> None:
+    torch.optim.Adam(model.parameters(), fused=True).step()
+
+
+def bias(model: nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name == "b.bias":
+                parameter.mul_(2)
+
+
+def written(axes: dict[str, int], plan: dict[str, Any]) -> list[float]:
+    for write in (by_optimizer, by_hand) if "pp" not in axes else (by_optimizer,):  # which torch does not see itself
+        parallel = pair(axes, plan)[0]
+        parallel(batch(0)).backward()
+        losses = [parallel(batch(seed)) for seed in (1, 2)]
+        losses[1].backward()
+        write(parallel)
+        with pytest.raises(InvariantError, match="written into between .*modified by an inplace operation"):
+            losses[0].backward()
+    parallel, model = pair(axes, plan)
+    for each in (parallel, model):
+        loss = each(batch(1))
+        bias(each)
+        loss.backward()
+        by_hand(each)
+        each(batch(2)).backward()
+    wanted = dict(model.named_parameters())
+    grads = [(p.grad, wanted[name].grad) for name, p in parallel.named_parameters()]
+    return [(full_of(found) - grad).abs().max().item() for found, grad in grads if found is not None]
+
+
+@pytest.mark.parametrize(
+    ("axes", "plan"),
+    slow_but([0], [({}, {}), ({"dp": 2}, {"zero": 3}), ({"tp": 2}, {}), ({"pp": 2}, {})]),
+)
+def test_a_parameter_written_into(axes: dict[str, int], plan: dict[str, Any]) -> None:
+    for errors in run_ranks(written, Mesh(**axes).world_size, axes, plan):
+        assert max(errors, default=0.0) < 1e-12
+
+
+def around() -> list[float]:
+    parallel, model = pair({}, {})
+    errors = []
+    for seed in range(2):
+        inputs = [batch(seed).requires_grad_() for _ in range(2)]
+        for each, x in zip((parallel, model), inputs):
+            checkpoint(each, x, use_reentrant=False).backward()
+        errors.append((inputs[0].grad - inputs[1].grad).abs().max().item())  # type: ignore[operator]
+    wanted = dict(model.named_parameters())
+    errors += [(full_of(p.grad) - wanted[name].grad).abs().max().item() for name, p in parallel.named_parameters()]
+    called = pair({}, {})[0]
+    called(batch(0))
+    transforms: list[Callable[[nn.Module], Any]] = [
+        lambda each: torch.func.grad(each)(batch(0)),
+        lambda each: torch.func.vmap(each)(torch.stack([batch(0), batch(1)])),
+        lambda each: torch.func.jvp(each, (batch(0),), (batch(1),)),
+    ]
+    for transform in transforms:
+        for each in (called, pair({}, {})[0]):
+            with pytest.raises(InvariantError, match="within a transform of torch.func"):
+                transform(each)
+    return errors
+
+
+def test_what_is_around_a_call() -> None:
+    (errors,) = run_ranks(around, 1)
+    assert max(errors) < 1e-12
