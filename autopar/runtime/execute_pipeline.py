@@ -139,7 +139,7 @@ class PipelineExecutable:
 
     def backward(self, step: _Forward, grad: Tensor) -> None:
         """All backward passes; gradients are added to ``.grad``."""
-        self._kept.check(step.versions)
+        self._kept.check(step.versions, self._on_any)
         for batch in _batches(step):
             batch.share = batch.share * grad
         self._play_and_give(self._backward_only, step.steps)
@@ -151,6 +151,11 @@ class PipelineExecutable:
         }
         found = [table[key] for table, key in slots.values()]
         return [parameter for parameter in found if not is_watched(parameter)]  # hooks are not for None
+
+    def _on_any(self, flag: bool) -> bool:
+        flags = torch.tensor([int(flag)])
+        self.comm.agreement.reduce(flags)
+        return bool(flags.item())
 
     @cached_property
     def _forward_only(self) -> Schedule:

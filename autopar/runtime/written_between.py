@@ -38,14 +38,18 @@ class WrittenBetween:
             self._kept = [one for one in places if one[0] in whole or _memory(local_of(one[1][one[2]])) in memory]
         return [table[key]._version for _, table, key in self._kept]
 
-    def check(self, before: Sequence[int]) -> None:
-        """Raise InvariantError where one was written into since :meth:`after` gave ``before``."""
+    def check(self, before: Sequence[int], on_any: Callable[[bool], bool] = bool) -> None:
+        """Raise InvariantError where one was written into since :meth:`after` gave ``before``.
+
+        ``on_any``: whether one was on any rank; collective, where ranks keep other parameters.
+        """
         kept = self._kept or []
         now = [table[key]._version for _, table, key in kept]
-        if now == before:
+        if not on_any(now != before):
             return
-        written = [name for (name, *_), was, is_ in zip(kept, before, now) if was != is_]
-        shown = ", ".join(f"'{name}'" for name in written[:3])
+        written = [f"'{name}'" for (name, *_), was, is_ in zip(kept, before, now) if was != is_]
+        written = written or ["parameters of another stage"]
+        shown = ", ".join(written[:3])
         more = f" and {len(written) - 3} others" if len(written) > 3 else ""
         raise InvariantError(
             f"{shown}{more} were written into between the forward pass and this backward pass, which computes with "
