@@ -16,7 +16,7 @@ from autopar.errors import InvariantError
 from autopar.ir.loss import loss_of
 from autopar.ir.program import Program
 from autopar.ir.signature import restorer
-from autopar.ir.tables import Input, InputKind, OutputKind
+from autopar.ir.tables import InputKind, OutputKind
 from autopar.pipeline.microbatches import NewBuffers, Weight, weights
 from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.autograd import WITNESS, accumulating, applied, below_autograd, take_saved
@@ -51,8 +51,8 @@ class Executable(BoundProgram):
         self._restored = restorer(program)
         self._leaves = [self._leaf(target) for target in self.role.grads]
         self._parameters = [self.slots[target] for target in self.role.grads if target in self.slots]
-        places = {entry.target: self.slots[entry.target] for entry in self._of_parameters}
-        self.kept = WrittenBetween(places, self._resident)
+        places = {entry.target: self.slots[entry.target] for _, entry in program.takes(InputKind.PARAMETER)}
+        self.kept = WrittenBetween(places, self.resident)
         self._gives = [self.giver(target) for target in self.role.grads]
         self._givers: Givers | None = None  # made by the first backward pass, which shows what gradients look like
         self._results = {
@@ -66,15 +66,6 @@ class Executable(BoundProgram):
         self._beside = BesideLoss(beside, connection.comm.agreement.everyone)
 
     # ------------------------------------------------------------ running
-
-    @property
-    def _of_parameters(self) -> list[Input]:
-        return [entry for _, entry in self.entries if entry.kind is InputKind.PARAMETER]
-
-    def _resident(self) -> list[tuple[str, Tensor]]:
-        resident = self._gathered.get(FORWARD)
-        targets = {entry.node: entry.target for entry in self._of_parameters}
-        return [(targets[node], whole) for node, whole in resident.wholes()] if resident is not None else []
 
     def counts(self, tensors: Sequence[Tensor], share: float) -> list[Tensor]:
         """What these ``tensors``, as a ``share`` of a batch, add to the sums over it; see :class:`BatchCounts`."""

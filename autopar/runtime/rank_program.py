@@ -119,6 +119,12 @@ class BoundProgram:
                 self._gathered[name] = self._gather(gathering)
         self._shared: dict[str, list[int]] = {}  # results that share memory, known after the first backward
 
+    def resident(self) -> list[tuple[str, Tensor]]:
+        """The whole parameters that stay between steps, each with the name of that which is a piece of it."""
+        held = self._gathered.get(FORWARD)
+        targets = {entry.node: entry.target for _, entry in self.entries if entry.kind is InputKind.PARAMETER}
+        return [(targets[node], whole) for node, whole in held.wholes()] if held is not None else []
+
     # ------------------------------------------------------------ running
 
     def own(self, name: str, given: list[Any]) -> list[Tensor]:
