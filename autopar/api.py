@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.choices import check_choices
+from autopar.communication.connect import Connection, connect, launched
 from autopar.compiled_models import refuse_compiled
 from autopar.errors import check_kind
 from autopar.frontend.fingerprint import model_facts
@@ -20,7 +21,6 @@ from autopar.mesh import Mesh
 from autopar.module import ParallelModule
 from autopar.other_methods import refuse_wrapped
 from autopar.plan import Plan
-from autopar.runtime.connect import Connection, connect, launched
 
 if TYPE_CHECKING:
     from autopar.stored_programs import OneProgram, Stored

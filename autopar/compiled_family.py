@@ -11,6 +11,8 @@ from autopar.cache.compiled import cached_program
 from autopar.cache.kept_families import fitted
 from autopar.cache.kept_questions import kept_questions
 from autopar.cache.key import Request
+from autopar.calls.calls import Call, Signature
+from autopar.calls.size_families import SizeFamilies, general, shapes_of
 from autopar.choices import check_choices
 from autopar.errors import TraceError, check_kind
 from autopar.families.family import Family
@@ -21,8 +23,6 @@ from autopar.ir.program import AnyProgram
 from autopar.ir.size_conditions import Condition, Dims
 from autopar.mesh import Mesh
 from autopar.plan import Plan
-from autopar.runtime.calls import Call, Signature
-from autopar.runtime.size_families import SizeFamilies, general, shapes_of
 from autopar.runtime.written_code import written
 
 Batch = Mapping[str, Any] | Sequence[Any]

@@ -12,7 +12,6 @@ from torch import nn
 from autopar.choices import check_choices, check_names
 from autopar.errors import check_kind
 from autopar.frontend.fingerprint import fingerprint
-from autopar.frontend.observation import guards_of_traces
 from autopar.frontend.rows_asked import check_rows_asked
 from autopar.frontend.trace import trace
 from autopar.ir.batch import batches_of_rows
@@ -23,6 +22,7 @@ from autopar.ir.made_buffers import made_buffers_of
 from autopar.ir.program import AnyProgram, PipelinedProgram, Program, weight_layouts
 from autopar.ir.tables import Pins
 from autopar.mesh import Mesh
+from autopar.observation.observation import guards_of_traces
 from autopar.passes import COMPILER, differentiate
 from autopar.passes.cut_stages import cut_stages
 from autopar.passes.weigh_microbatches import weigh_microbatches

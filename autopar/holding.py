@@ -10,17 +10,17 @@ from torch import nn
 
 from autopar.cache.kept_questions import kept_questions
 from autopar.cache.key import Request
+from autopar.calls.calls import Call
+from autopar.calls.given_programs import GivenPrograms
 from autopar.families.family import Family
-from autopar.frontend.everything_read import everything_of
 from autopar.frontend.fingerprint import call_facts
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.program import AnyProgram
 from autopar.ir.size_conditions import Condition, Dims
 from autopar.mesh import Mesh
+from autopar.observation.everything_read import everything_of
 from autopar.plan import Plan
-from autopar.runtime.calls import Call
-from autopar.runtime.given_programs import GivenPrograms
-from autopar.runtime.parameters import Weights
+from autopar.weights.parameters import Weights
 
 
 @dataclass

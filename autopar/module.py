@@ -17,6 +17,11 @@ from torch.distributed.tensor import DTensor
 from autopar.cache.compiled import cached_program, prove_derived
 from autopar.cache.kept_families import fitted
 from autopar.cache.key import Request
+from autopar.calls.calls import Call, Signature, gathered
+from autopar.calls.program_cache import ProgramCache
+from autopar.calls.variants import check_whole_batches
+from autopar.communication.connect import Connection, not_launched
+from autopar.dtensors.dtensor import full_of
 from autopar.errors import InvariantError
 from autopar.families.family import Family
 from autopar.frontend.torch_layers import packs_padding
@@ -34,21 +39,16 @@ from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import first_ranks
 from autopar.plan import Plan
 from autopar.runtime.accumulate import Accumulation
-from autopar.runtime.calls import Call, Signature, gathered
-from autopar.runtime.clipping import clip_gradients
-from autopar.runtime.connect import Connection, not_launched
-from autopar.runtime.dtensor import full_of
 from autopar.runtime.execute_pipeline import PipelineExecutable
-from autopar.runtime.expert_loads import gathered_loads
-from autopar.runtime.identity import kept
-from autopar.runtime.parameters import Weights
-from autopar.runtime.program_cache import ProgramCache
-from autopar.runtime.stacks import rows_in_place
-from autopar.runtime.state_dicts import warning_state_dict
-from autopar.runtime.variants import check_whole_batches
-from autopar.runtime.whole_tensors import full_grads, full_state_dict
 from autopar.runtime.written_code import written
 from autopar.schedules.timing import Timeline
+from autopar.weights.clipping import clip_gradients
+from autopar.weights.expert_loads import gathered_loads
+from autopar.weights.identity import kept
+from autopar.weights.parameters import Weights
+from autopar.weights.stacks import rows_in_place
+from autopar.weights.state_dicts import warning_state_dict
+from autopar.weights.whole_tensors import full_grads, full_state_dict
 
 if TYPE_CHECKING:  # imported at use, as most launches use none of them
     from autopar.simulator.parts import Step

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.cache import compiled as cache_compiled
+from autopar.calls.calls import Call, Signature
+from autopar.calls.size_families import SizeFamilies, general
 from autopar.compiler import compile_program
 from autopar.frontend.fingerprint import call_facts
-from autopar.frontend.observation import guards_of_traces
 from autopar.ir.guards import Guards
 from autopar.ir.program import AnyProgram
 from autopar.models import llama
-from autopar.runtime.calls import Call, Signature
-from autopar.runtime.size_families import SizeFamilies, general
+from autopar.observation.observation import guards_of_traces
 from autopar.zoo import architecture
 from benchmarks.launch import launched
 from benchmarks.paired import Ratio

@@ -55,7 +55,7 @@ for name in names:
 print(len(names), *found, sep="\\n")
 """
 CONNECT = """
-from autopar.runtime.connect import connect
+from autopar.communication.connect import connect
 from autopar.mesh import Mesh
 before = state()
 connect(Mesh(), 10.0, torch.device("cpu"))

@@ -40,7 +40,9 @@ STANDS_ON = {
     "codegen": "errors ir mesh operators",
     "families": "errors ir mesh",
     "program_files": "errors families ir mesh notes plain_files plan",
-    "frontend": "errors ir mesh notes operators plan rules",
+    "observation": "errors ir",
+    "selections": "errors ir mesh observation rules",
+    "frontend": "errors ir mesh notes observation operators plan selections",
     "autodiff": "cost errors ir mesh operators",
     "split": "cost errors ir mesh notes operators rules",
     "routing": "errors ir mesh operators rules split",
@@ -50,39 +52,52 @@ STANDS_ON = {
     "inductor": "codegen errors ir mesh notes",
     "simulator": "autodiff codegen errors inductor ir mesh pipeline plan schedules",
     "simulate": "errors ir mesh pipeline simulator",
-    "runtime": "autodiff codegen errors families inductor ir mesh notes pipeline plan schedules",
-    "traces": "autodiff cost errors ir mesh pipeline runtime schedules",
+    "dtensors": "errors ir notes",
+    "communication": "dtensors errors ir mesh schedules",
+    "weights": "autodiff communication dtensors errors ir mesh notes pipeline",
+    "runtime": "autodiff codegen communication dtensors errors families inductor ir mesh pipeline schedules weights",
+    "calls": "autodiff communication dtensors errors families ir mesh notes pipeline plan runtime weights",
+    "traces": "autodiff communication cost errors ir mesh pipeline schedules",
     "report": "analysis ir memory mesh pipeline plan schedules",
     "levels": "ir pipeline",
-    "passes": "autodiff errors experts frontend ir levels masks mesh notes operators pipeline routing rules schedules "
-    "split",
+    "passes": (
+        "autodiff errors experts frontend ir levels masks mesh notes operators pipeline routing rules schedules split"
+    ),
     "choices": "ir mesh plan",
-    "compiler": "choices errors frontend ir mesh passes pipeline plan",
+    "compiler": "choices errors frontend ir mesh observation passes pipeline plan",
     "other_methods": "errors plan precision",
     "reference": "compiler errors frontend ir mesh pipeline plan simulate simulator",
     "check": "compiler errors frontend ir mesh pipeline plan precision reference simulate simulator",
-    "proof": "autodiff check codegen compiler errors frontend ir levels mesh notes operators pipeline plan runtime "
-    "schedules simulate simulator",
-    "cache": "compiler errors families frontend ir mesh notes plain_files plan precision program_files proof schedules",
-    "fitting": "analysis compiler cost errors frontend ir memory mesh pipeline plan schedules",
-    "holding": "cache families frontend ir mesh plan runtime",
-    "module": (
-        "analysis cache errors families frontend holding ir mesh other_methods pipeline plan runtime schedules"
-        " simulate simulator traces"
+    "proof": (
+        "autodiff check codegen compiler errors frontend ir levels mesh notes operators pipeline plan "
+        "runtime schedules simulate simulator"
     ),
-    "compiled_family": "cache choices errors families frontend ir mesh plan runtime",
+    "cache": (
+        "compiler errors families frontend ir mesh notes observation plain_files plan precision "
+        "program_files proof schedules"
+    ),
+    "fitting": "analysis compiler cost errors frontend ir memory mesh pipeline plan schedules",
+    "holding": "cache calls families frontend ir mesh observation plan weights",
+    "module": (
+        "analysis cache calls communication dtensors errors families frontend holding ir mesh other_methods "
+        "pipeline plan runtime schedules simulate simulator traces weights"
+    ),
+    "compiled_family": "cache calls choices errors families frontend ir mesh plan runtime",
     "stored_programs": "cache errors families frontend ir mesh plan program_files runtime",
     "compiled_models": "",
     "hidden_modules": "notes",
-    "api": "choices compiled_models errors frontend hidden_modules mesh module other_methods plan runtime "
-    "stored_programs",
+    "api": (
+        "choices communication compiled_models errors frontend hidden_modules mesh module other_methods plan "
+        "stored_programs"
+    ),
     "verification": "analysis check cost errors ir mesh operators pipeline plan rules simulator split",
-    "checkpoint": "errors ir mesh module plain_files runtime",
-    "exporters": "checkpoint errors families ir mesh operators pipeline program_files runtime schedules simulator "
-    "traces",
-    "pretrained": "api checkpoint errors mesh module plan runtime zoo",
+    "checkpoint": "communication dtensors errors ir mesh module plain_files weights",
+    "exporters": (
+        "checkpoint communication errors families ir mesh operators pipeline program_files schedules simulator traces"
+    ),
+    "pretrained": "api checkpoint errors mesh module plan weights zoo",
     "frameworks": "checkpoint errors module other_methods pretrained",
-    "training": "api checkpoint cost data errors ir mesh module notes plan pretrained runtime traces zoo",
+    "training": "api checkpoint communication cost data errors ir mesh module notes plan pretrained traces zoo",
     "autopar": "*",  # the package itself: its names are imported at first use
     "commands": "*",
     "__main__": "*",
@@ -242,9 +257,9 @@ def test_a_circle_is_found() -> None:
     [
         "from autopar.passes.split_batch import split_batch\n",
         "def f():\n    from autopar.compiler import compile_program\n",
-        "if TYPE_CHECKING:\n    from autopar.runtime.connect import Connection\n",
-        "import autopar.runtime.connect\n",
-        "from autopar.runtime import connect\n",
+        "if TYPE_CHECKING:\n    from autopar.communication.connect import Connection\n",
+        "import autopar.communication.connect\n",
+        "from autopar.communication import connect\n",
     ],
 )
 def test_a_planted_upward_import_is_found(line: str, tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import autopar
 from autopar import Mesh, Plan
+from autopar.calls import program_cache
 from autopar.errors import InvariantError, LaunchError
 from autopar.ir.layout import Layout
 from autopar.ir.loss import loss_of
 from autopar.models import gpt
 from autopar.module import held_by
-from autopar.runtime import program_cache
 from tests.against_one_process import Tiny, compare_gradients, difference, float64, tiny_batch, whole, worst
 from tests.launch import run_ranks
 

@@ -21,10 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import autopar
 from autopar import Mesh, Plan
+from autopar.autodiff.autograd import accumulating, below_autograd, is_watched, take_saved
 from autopar.cache.launch_store import launch_store
 from autopar.codegen.python import compile_source, emit
 from autopar.codegen.torch_bindings import BINDINGS
+from autopar.communication.connect import connect
+from autopar.communication.functional_collectives import start_maximum
 from autopar.compiler import compile_program
+from autopar.dtensors.dtensor import local_of, of_local, spec_of
+from autopar.dtensors.piecewise import PiecewiseDTensor, dtensor
+from autopar.dtensors.placements import Pieces, plain
 from autopar.frontend.past_modes import past_modes
 from autopar.ir.fast_graph import copied
 from autopar.ir.node import output_node
@@ -32,12 +38,6 @@ from autopar.ir.operator_facts import runnable
 from autopar.ir.program import Program
 from autopar.ir.tables import InputKind
 from autopar.models import cnn, gpt, llama, t5
-from autopar.runtime.autograd import accumulating, below_autograd, is_watched, take_saved
-from autopar.runtime.connect import connect
-from autopar.runtime.dtensor import local_of, of_local, spec_of
-from autopar.runtime.functional_collectives import start_maximum
-from autopar.runtime.piecewise import PiecewiseDTensor, dtensor
-from autopar.runtime.placements import Pieces, plain
 from autopar.runtime.rank_graphs import passed_on
 from autopar.runtime.rank_program import sharing
 from tests.against_one_process import difference, float64, whole
@@ -360,7 +360,7 @@ def test_gradients_are_kept_apart_and_hooks_run() -> None:
 
 
 def test_calls_of_modules_go_through_one_method() -> None:
-    """As autopar.frontend.observation watches them, while ``torch.export`` has put its own method above."""
+    """As autopar.observation.observation watches them, while ``torch.export`` has put its own method above."""
     model = nn.Sequential(nn.Linear(2, 2))
     seen: list[str] = []
     original = nn.Module._call_impl

@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 
 from autopar.cache.reasons import NotMet, Unstorable
 from autopar.cache.state import Answers, Questions, answered, differences, questions_of, quickly_answered
-from autopar.frontend.trace_record import TraceRecord
 from autopar.ir.guards import Guards
 from autopar.ir.model_runs import known_since_run
 from autopar.ir.same_values import MISSING
+from autopar.observation.trace_record import TraceRecord
 
 logger = logging.getLogger("autopar")
 

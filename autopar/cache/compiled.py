@@ -25,13 +25,13 @@ from autopar.cache.key import Request, facts_of, key_of
 from autopar.cache.once import Turn, folder_of_launch, is_one_of_many, remove_folder_of_launch, turn
 from autopar.cache.packing import packed, unpacked
 from autopar.cache.reasons import NotMet, Unstorable
-from autopar.frontend.trace_record import TraceRecord, records_of_traces
 from autopar.ir.graph_pass import DUMP
 from autopar.ir.guards import Guards
 from autopar.ir.made_buffers import made_buffers_of
 from autopar.ir.model_runs import model_runs
 from autopar.ir.program import AnyProgram
 from autopar.notes import heard, start_log, warn
+from autopar.observation.trace_record import TraceRecord, records_of_traces
 from autopar.plan import Plan
 
 Found = tuple[AnyProgram, Guards]
@@ -190,7 +190,7 @@ def compile_program(*call: Any) -> AnyProgram:
 
 def _compiled(request: Request) -> Found:
     model_runs()
-    from autopar.frontend.observation import guards_of_traces
+    from autopar.observation.observation import guards_of_traces
 
     with guards_of_traces() as guards:
         program = compile_program(

@@ -12,10 +12,10 @@ from autopar.cache.names import Name
 from autopar.cache.packing import may_be_packed
 from autopar.cache.reasons import Unstorable
 from autopar.cache.state import Questions
-from autopar.frontend.code_names import Names
-from autopar.frontend.trace_record import Effect
 from autopar.ir.guards import Unavailable
 from autopar.ir.value_guards import Look, ValueGuard, guard_of
+from autopar.observation.code_names import Names
+from autopar.observation.trace_record import Effect
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from types import BuiltinFunctionType, FunctionType, ModuleType
 
 from autopar.cache.names import IMPORT, Name
 from autopar.cache.reasons import Unstorable
-from autopar.frontend.code_names import is_users
+from autopar.observation.code_names import is_users
 
 _SAME_FOR_SAME = re.compile(
     r"(builtins|math|cmath|operator|_operator|functools|_functools|itertools|collections|_collections|_collections_abc"

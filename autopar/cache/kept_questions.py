@@ -21,9 +21,9 @@ from autopar.cache.folder import Folder, described
 from autopar.cache.key import Request, facts_of, key_of
 from autopar.cache.packing import packed, unpacked
 from autopar.cache.reasons import Unstorable
-from autopar.frontend.trace_record import records_of_traces
 from autopar.ir.model_runs import model_runs
 from autopar.ir.size_conditions import Condition, Dims
+from autopar.observation.trace_record import records_of_traces
 
 logger = logging.getLogger("autopar")
 
@@ -50,7 +50,7 @@ def kept_questions(request: Request, dims: Dims, sizes: Mapping[str, int]) -> li
     found = _in(folder, key, request, tuple(sizes))
     if found is not None:
         return found
-    from autopar.frontend.observation import guards_of_traces
+    from autopar.observation.observation import guards_of_traces
 
     start = time.perf_counter()
     with records_of_traces() as records, guards_of_traces() as guards:

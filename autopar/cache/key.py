@@ -25,10 +25,10 @@ from autopar.cache.code_digests import digest
 from autopar.cache.torch_state import modes_of_torch
 from autopar.cache.value_digests import Digests
 from autopar.frontend.fingerprint import fingerprint
-from autopar.frontend.trace_record import OF_TORCH
 from autopar.ir.layout import Layout
 from autopar.ir.program import AnyProgram
 from autopar.mesh import Mesh
+from autopar.observation.trace_record import OF_TORCH
 from autopar.plan import Plan
 
 FORMAT = 6  # of entries

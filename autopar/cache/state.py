@@ -1,8 +1,9 @@
 """What a program assumes of the process that uses it, as lines of a table: equal tables, equal programs.
 
-A trace says what it asked for (:class:`autopar.frontend.trace_record.TraceRecord`). The same questions are asked of a
-model in any process, and the answers are digests. Of the code that ran, all has to be in the table: it is reached from
-the model by the names that code uses, or from the module that defines it; where some is not, the program is not kept.
+A trace says what it asked for (:class:`autopar.observation.trace_record.TraceRecord`). The same questions are asked of
+a model in any process, and the answers are digests. Of the code that ran, all has to be in the table: it is reached
+from the model by the names that code uses, or from the module that defines it; where some is not, the program is not
+kept.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from autopar.cache.names import Name, names_in
 from autopar.cache.reasons import Unstorable
 from autopar.cache.transcript import Transcript
 from autopar.cache.value_digests import Digests
-from autopar.frontend.code_names import Names, is_users, names_found_by, names_of
-from autopar.frontend.gradient_mode import questions_of_modes
-from autopar.frontend.readings import Readings
-from autopar.frontend.tables import is_of_hooks
-from autopar.frontend.trace_record import Effect, TraceRecord
-from autopar.frontend.what_ran import follow_what_ran, is_users_code, places_of
 from autopar.ir.guards import Guards
 from autopar.ir.same_values import PLAIN
+from autopar.observation.code_names import Names, is_users, names_found_by, names_of
+from autopar.observation.gradient_mode import questions_of_modes
+from autopar.observation.readings import Readings
+from autopar.observation.tables import is_of_hooks
+from autopar.observation.trace_record import Effect, TraceRecord
+from autopar.observation.what_ran import follow_what_ran, is_users_code, places_of
 
 State = Mapping[str, str]  # what something is called -> a digest of it
 

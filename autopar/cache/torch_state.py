@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from autopar.cache.code_digests import digest
 from autopar.cache.reasons import Unstorable
 from autopar.cache.value_digests import Digests
-from autopar.frontend.source_lines import is_users_file
+from autopar.observation.source_lines import is_users_file
 
 _HOOKS = (
     "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from autopar.cache.code_digests import code_digest, digest, digest_of_bytes, inner_code
 from autopar.cache.reasons import Unstorable
-from autopar.frontend.code_names import is_users, is_users_class
-from autopar.frontend.source_lines import is_users_file
 from autopar.ir.same_values import PLAIN
+from autopar.observation.code_names import is_users, is_users_class
+from autopar.observation.source_lines import is_users_file
 
 Of = Callable[["Digests", Any], Any]
 SEPARATOR = "\0"  # of names

@@ -41,9 +41,9 @@ from autopar.checkpoint.peers import Peers
 from autopar.checkpoint.plain_values import packed_plain
 from autopar.checkpoint.training_state import Gather, Owners, random_state
 from autopar.checkpoint.watched_files import Progress
+from autopar.dtensors.slices import Slices, slices_of
 from autopar.errors import AutoparError, CheckpointError
 from autopar.module import ParallelModule, held_by
-from autopar.runtime.slices import Slices, slices_of
 
 ONE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"  # torch says so at each save and load
 

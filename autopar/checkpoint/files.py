@@ -33,9 +33,9 @@ from autopar.checkpoint.disk import sync_directory
 from autopar.checkpoint.peers import Peers
 from autopar.checkpoint.plain_values import unpacked
 from autopar.checkpoint.watched_files import Progress, WatchedFiles, checksum
+from autopar.dtensors.slices import Slices
 from autopar.errors import CheckpointError
 from autopar.plain_files import read_plain
-from autopar.runtime.slices import Slices
 
 MANIFEST, METADATA = "checkpoint.json", ".metadata"
 FORMAT, WITHOUT_CHECKSUMS = 2, 1

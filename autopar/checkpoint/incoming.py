@@ -17,10 +17,10 @@ from autopar.checkpoint.initialise import initialise
 from autopar.checkpoint.named_tensors import Named, materialise, named_tensors
 from autopar.checkpoint.plain_values import unpacked
 from autopar.checkpoint.training_state import NewState, Owners, set_random_state
+from autopar.dtensors.dtensor import local_of
+from autopar.dtensors.slices import Slices
 from autopar.errors import CheckpointError
 from autopar.module import held_by
-from autopar.runtime.dtensor import local_of
-from autopar.runtime.slices import Slices
 
 
 class Incoming:

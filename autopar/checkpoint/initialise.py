@@ -22,7 +22,7 @@ from autopar.checkpoint.named_tensors import Named, every_tensor, materialise
 from autopar.errors import CheckpointError
 from autopar.ir.stacked_parameters import is_stacked
 from autopar.module import held_by
-from autopar.runtime.absent import Table
+from autopar.weights.absent import Table
 
 
 def initialise(model: nn.Module, entries: Sequence[Named], seed: int = 0) -> None:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from autopar.dtensors.dtensor import local_of
+from autopar.dtensors.piecewise import dtensor
+from autopar.dtensors.slices import Slices, slices_of
 from autopar.ir.stacked_parameters import is_stacked, member_names
 from autopar.mesh import PIPELINE
 from autopar.module import held_by
-from autopar.runtime.absent import Table
-from autopar.runtime.dtensor import local_of
-from autopar.runtime.parameters import Weights
-from autopar.runtime.piecewise import dtensor
-from autopar.runtime.slices import Slices, slices_of
+from autopar.weights.absent import Table
+from autopar.weights.parameters import Weights
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Named:
         outline: a meta tensor like one that only other pipeline ranks hold; None for one that this rank holds.
         first: of an ordinary tensor on a rank of a pipeline, and whether it is on the first rank that holds it; of a
             DTensor, whether it is on the first pipeline rank that does. None where there is no pipeline.
-        member: the number of a parameter of the model that is held in a stack (``runtime/stacks.py``); ``tensor`` is
+        member: the number of a parameter of the model that is held in a stack (``weights/stacks.py``); ``tensor`` is
             the stack then.
     """
 

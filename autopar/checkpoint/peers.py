@@ -15,9 +15,9 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from autopar.checkpoint.watched_files import Progress
+from autopar.communication.communicator import peer_failed
 from autopar.errors import AutoparError, CheckpointError, RankFailedError
 from autopar.module import held_by
-from autopar.runtime.communicator import peer_failed
 
 TIMEOUT = 300.0  # seconds, for an ordinary module; as Plan(timeout=) has by default
 FIRST_PAUSE, LONGEST_PAUSE = 0.002, 1.0  # seconds between two looks at each other

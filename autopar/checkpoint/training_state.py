@@ -4,7 +4,7 @@ model.blocks.0.up.weight                          parameters and buffers
 optimizer.state.blocks.0.up.weight.exp_avg        per parameter what its optimizer keeps
 optimizer.param_groups.0.lr                       hyperparameters, and the names of the group's parameters
 
-Of a stack (:mod:`autopar.runtime.stacks`) it has what belongs to each of the model's own parameters, under their names.
+Of a stack (:mod:`autopar.weights.stacks`) it has what belongs to each of the model's own parameters, under their names.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch.optim import LBFGS, Optimizer
 
 from autopar.checkpoint.named_tensors import Named, emptied, every_held, home_of
 from autopar.checkpoint.plain_values import packed
+from autopar.dtensors.dtensor import local_of
+from autopar.dtensors.piecewise import dtensor
+from autopar.dtensors.slices import Slices, slices_of
 from autopar.errors import CheckpointError
 from autopar.ir.stacked_parameters import is_stacked, member_names
-from autopar.runtime.dtensor import local_of
-from autopar.runtime.piecewise import dtensor
-from autopar.runtime.slices import Slices, slices_of
 
 Nested = dict[str, Any]
 Gather = Callable[[Any], list[Any]]  # the value of each rank

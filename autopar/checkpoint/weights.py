@@ -25,10 +25,10 @@ from autopar.checkpoint.named_tensors import Named, every_tensor, materialise
 from autopar.checkpoint.safetensors_file import SafetensorsFile
 from autopar.checkpoint.stored_names import Rectangle
 from autopar.checkpoint.weight_files import files_of
+from autopar.dtensors.dtensor import local_of
+from autopar.dtensors.slices import Slices
 from autopar.errors import CheckpointError
 from autopar.module import held_by
-from autopar.runtime.dtensor import local_of
-from autopar.runtime.slices import Slices
 
 logger = logging.getLogger("autopar")
 

@@ -24,10 +24,10 @@ from autopar.checkpoint.peers import Peers
 from autopar.checkpoint.safetensors_file import SafetensorsFile
 from autopar.checkpoint.watched_files import Progress
 from autopar.checkpoint.weight_files import Files, held, in_shards, outline, publish, targets
+from autopar.dtensors.dtensor import local_of
+from autopar.dtensors.slices import Slices
 from autopar.errors import CheckpointError
 from autopar.module import held_by
-from autopar.runtime.dtensor import local_of
-from autopar.runtime.slices import Slices
 
 
 def save_pretrained(

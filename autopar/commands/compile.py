@@ -42,6 +42,7 @@ def compile_command(
     With --to-length or --to-batch a family of programs, for all batches between these sizes.
     """
     from autopar.analysis.footprint import held, sent
+    from autopar.calls.calls import Signature
     from autopar.commands.run import refuse_too_large
     from autopar.compiler import compile_program
     from autopar.ir.batch import data_ways
@@ -50,7 +51,6 @@ def compile_command(
     from autopar.program_files.family_file import save_family
     from autopar.program_files.program_file import save
     from autopar.proof.verify import prove
-    from autopar.runtime.calls import Signature
 
     on = read_mesh(mesh)
     example = choices.example(model, data_ways(on), shown=not as_json)
@@ -85,10 +85,10 @@ def compile_command(
 
 
 def _family(model: str, example: Example, mesh: Mesh, plan: Plan, choices: ModelChoices, sizes: BatchSizes) -> Family:
+    from autopar.calls.calls import Signature
     from autopar.compiled_family import compile_family
     from autopar.ir.batch import data_ways
     from autopar.pipeline.microbatches import first_part
-    from autopar.runtime.calls import Signature
 
     signature = Signature(example.model.forward)
     batches = sizes.batches(example, choices, model, data_ways(mesh))

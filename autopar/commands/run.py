@@ -25,9 +25,9 @@ if TYPE_CHECKING:  # which import torch
     import torch
     from torch import Tensor, nn
 
+    from autopar.communication.connect import Connection
     from autopar.ir.node import Value
     from autopar.ir.program import AnyProgram, PipelinedProgram, Program
-    from autopar.runtime.connect import Connection
 
 DEVIATION = 0.02  # of random weights
 Allowed = Annotated[list[str] | None, typer.Option("--allow", metavar="LIBRARY", help="of operators: mylib")]
@@ -54,8 +54,8 @@ def run(
 
     from autopar.commands.launch import is_rank, relaunch
     from autopar.commands.this_machine import device_of_rank, refuse_ranks
+    from autopar.communication.connect import connect
     from autopar.program_files.program_file import FAULTS
-    from autopar.runtime.connect import connect
 
     program = _program(directory, operators or (), inputs)
     refuse_too_large(program, random=weights is None)
@@ -141,7 +141,7 @@ def _executable(
     seed: int,
 ) -> Callable[[], Any]:
     from autopar.runtime.execute import Executable
-    from autopar.runtime.parameters import Weights
+    from autopar.weights.parameters import Weights
 
     given = _inputs(program, inputs, generator, connection.comm.device)
     Weights(root, connection).lay_out(program)
@@ -160,7 +160,7 @@ def _pipeline(
     """All microbatches: from the given inputs, else random ones, each as large as the first."""
     from autopar.pipeline import microbatches
     from autopar.runtime.execute_pipeline import PipelineExecutable
-    from autopar.runtime.parameters import Weights
+    from autopar.weights.parameters import Weights
 
     plan = replace(program.plan, inputs="global")
     parts: Sequence[Mapping[str, Tensor]] = [{}] * plan.microbatches

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.communication import pieces
+from autopar.communication.pieces import grown
 from autopar.errors import ExportError
 from autopar.ir.layout import Split
-from autopar.runtime import pieces
-from autopar.runtime.pieces import grown
 
 
 def has_symbols(numbers: Sequence[Any]) -> bool:
@@ -79,7 +79,7 @@ def _segments(ratio: Sequence[Any], block: Any) -> list[Any]:
 
 
 def apart(whole: Tensor, split: Split, ways: int) -> Tensor:
-    """As :func:`autopar.runtime.pieces.apart`, which asks for numbers in zig-zag order."""
+    """As :func:`autopar.communication.pieces.apart`, which asks for numbers in zig-zag order."""
     if not split.mirrored or isinstance(whole.shape[split.dim], int):
         return pieces.apart(whole, split, ways)
     dim, outer = split.dim, split.outer
@@ -92,7 +92,7 @@ def apart(whole: Tensor, split: Split, ways: int) -> Tensor:
 
 
 def together(parts: Tensor, split: Split, length: Any) -> Tensor:
-    """As :func:`autopar.runtime.pieces.together`."""
+    """As :func:`autopar.communication.pieces.together`."""
     if not split.mirrored or isinstance(length, int):
         return pieces.together(parts, split, length)
     dim, outer, ways = split.dim, split.outer, parts.shape[0]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from autopar.communication.pieces import Crossing, crossing, grown
 from autopar.errors import ExportError
 from autopar.exporters import dynamic_cuts, functional
 from autopar.exporters.dynamic_cuts import apart, has_symbols, refuse_symbols, together
@@ -33,7 +34,6 @@ from autopar.ir.program import AnyProgram, Program
 from autopar.ir.sizes import is_expression
 from autopar.ir.tables import Input, InputKind
 from autopar.mesh import PIPELINE, Mesh
-from autopar.runtime.pieces import Crossing, crossing, grown
 
 HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT)
 OWN = "autopar_rank"  # the submodule of what a rank knows of its own place

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autopar.frontend.code_names import is_users_class
-from autopar.frontend.observation import ALL
 from autopar.frontend.past_modes import past_modes
-from autopar.frontend.tables import HOOKS, SHAPED
 from autopar.ir.same_values import is_same
+from autopar.observation.code_names import is_users_class
+from autopar.observation.observation import ALL
+from autopar.observation.tables import HOOKS, SHAPED
 
 Read = Callable[[nn.Module], Set[str]]
 

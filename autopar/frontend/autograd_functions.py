@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from autopar.errors import TraceError
 from autopar.frontend.linearity import not_linear
-from autopar.frontend.source_lines import user_line
+from autopar.observation.source_lines import user_line
 from autopar.operators.straight_through import STRAIGHT_THROUGH
 
 aten = torch.ops.aten

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.frontend.alike import are_alike, attributes_of, has_no_hooks
 from autopar.frontend.equal_blocks import Seen, blocks_of, is_simple, read_alike
-from autopar.frontend.observation import State, is_same_state
+from autopar.observation.observation import State, is_same_state
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from torch.utils import checkpoint
 
 from autopar.errors import TraceError
 from autopar.frontend.autograd_functions import handwritten_gradients_kept
-from autopar.frontend.gradient_mode import are_off
-from autopar.frontend.source_lines import UNKNOWN_LINE, user_line
+from autopar.observation.gradient_mode import are_off
+from autopar.observation.source_lines import UNKNOWN_LINE, user_line
 
 _DATA_GETTER = Tensor.data.__get__  # type: ignore[attr-defined]
 _VIEWS: set[Any] = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}

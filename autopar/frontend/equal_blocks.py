@@ -33,9 +33,9 @@ from autopar.frontend.alike import (
     own_attributes_of_tensors,
     pairs_of,
 )
-from autopar.frontend.observation import ALL, State, is_same_state
 from autopar.frontend.past_modes import function_modes
 from autopar.ir.same_values import PLAIN
+from autopar.observation.observation import ALL, State, is_same_state
 from autopar.operators.registry import library
 
 FEWEST = 4  # modules of a class under one parent: of fewer, nothing would be saved
@@ -55,7 +55,7 @@ Read = Callable[[nn.Module], Set[str]]
 
 
 class Seen(Protocol):
-    """What an :class:`autopar.frontend.observation.Observation` tells."""
+    """What an :class:`autopar.observation.observation.Observation` tells."""
 
     def met(self, owner: Any) -> set[str]: ...
 

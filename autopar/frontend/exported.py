@@ -22,27 +22,27 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autopar.errors import TraceError
-from autopar.frontend.any_branches import AnyBranches
 from autopar.frontend.block_copies import leave_out_partners, write_out_blocks, writes_within_blocks
 from autopar.frontend.capture import fake_like, gradients_kept, inline_no_grad, is_data_dependent, only_plain_outputs
-from autopar.frontend.empty_selections import Selections, differ_by_selections_only, leave_out_rounds
 from autopar.frontend.equal_blocks import EqualBlocks, Seen
-from autopar.frontend.equal_conditions import EqualConditions
 from autopar.frontend.grouped_products import GroupedProducts
-from autopar.frontend.hit_loops import HitLoops
 from autopar.frontend.kept_composites import decomposed
 from autopar.frontend.last_trace import forget_last_trace
 from autopar.frontend.looked_at import Replayed, looks_of, value_guard
-from autopar.frontend.observation import add_value_guard
-from autopar.frontend.ragged import UnknownSize
 from autopar.frontend.short_decomposition import decomposed_without_copies
-from autopar.frontend.source_lines import user_line
 from autopar.frontend.stack_frames import frames_made_once
 from autopar.frontend.torch_layers import without_fast_paths
 from autopar.frontend.uncompiled_graphs import compiled_when_called
 from autopar.ir.operator_facts import is_composite, is_overload, writes
 from autopar.ir.program import Program
 from autopar.ir.value_guards import Look
+from autopar.observation.observation import add_value_guard
+from autopar.observation.source_lines import user_line
+from autopar.selections.any_branches import AnyBranches
+from autopar.selections.empty_selections import Selections, differ_by_selections_only, leave_out_rounds
+from autopar.selections.equal_conditions import EqualConditions
+from autopar.selections.hit_loops import HitLoops
+from autopar.selections.ragged import UnknownSize
 
 aten = torch.ops.aten
 

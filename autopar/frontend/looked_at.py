@@ -3,7 +3,7 @@
 The model runs once on the example's inputs, with fake parameters; what Python looks at there depends on inputs and
 buffers, or the model is refused. While the model is exported Python sees the same again. What it looked at becomes a
 graph of its own (:mod:`autopar.ir.value_guards`), which each call computes before it takes a program. So it is with
-sizes that depend on values (:mod:`autopar.frontend.known_sizes`), where these cannot stay unknown.
+sizes that depend on values (:mod:`autopar.selections.known_sizes`), where these cannot stay unknown.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch.overrides import TorchFunctionMode
 
 from autopar.errors import TraceError
 from autopar.frontend.capture import gradients_kept, inline_no_grad
-from autopar.frontend.empty_selections import Selections
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.kept_composites import decomposed
-from autopar.frontend.known_sizes import depends_on_values, with_sizes
-from autopar.frontend.source_lines import user_line
 from autopar.frontend.steady_state import runnable_on_fakes
 from autopar.frontend.torch_layers import without_fast_paths
 from autopar.ir.node import output_node
 from autopar.ir.operator_facts import is_random
 from autopar.ir.value_guards import READ, SIZE, Look, ValueGuard, guard_of
+from autopar.observation.source_lines import user_line
+from autopar.selections.empty_selections import Selections
+from autopar.selections.known_sizes import depends_on_values, with_sizes
 
 _LOOKS: dict[Callable[..., Any], str] = {
     Tensor.__bool__: "bool",

@@ -20,13 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.errors import NumericsError
 from autopar.frontend.capture import explained, plain_output, without_checkpointing
-from autopar.frontend.gradient_mode import are_off
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.torch_layers import packs_padding
 from autopar.ir.operator_facts import is_random
 from autopar.ir.program import Program
 from autopar.ir.signature import restore_output, user_tensors
 from autopar.ir.tables import InputKind
+from autopar.observation.gradient_mode import are_off
 
 REPLAY = 7  # the seed of each draw that is replayed
 NOISE_FLOOR = 1e-6  # of the model's largest gradient: below it, a gradient that is zero in exact arithmetic is noise

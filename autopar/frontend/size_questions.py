@@ -28,11 +28,11 @@ from torch.utils import _pytree as pytree
 from autopar import operators
 from autopar.frontend.block_stand_ins import alike_blocks_run_once
 from autopar.frontend.capture import explained, without_checkpointing
-from autopar.frontend.observation import Observation
-from autopar.frontend.source_lines import is_users_file, line_of_user
 from autopar.frontend.steady_state import runnable_on_fakes
 from autopar.frontend.trace import ALONE
 from autopar.ir.size_conditions import Condition, Dims, Sizes, Tree, is_plain
+from autopar.observation.observation import Observation
+from autopar.observation.source_lines import is_users_file, line_of_user
 
 logger = logging.getLogger("autopar")
 

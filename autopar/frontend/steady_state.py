@@ -18,10 +18,10 @@ from torch.utils import _pytree as pytree
 from autopar.errors import TraceError
 from autopar.frontend.capture import fake_like
 from autopar.frontend.grouped_products import GroupedProducts
-from autopar.frontend.observation import Observation
-from autopar.frontend.other_state import is_position
 from autopar.frontend.torch_layers import without_fast_paths
 from autopar.ir.same_values import shown
+from autopar.observation.observation import Observation
+from autopar.observation.other_state import is_position
 
 KEEPS = "a program computes what forward returns, and leaves nothing for the next call but what it writes into buffers"
 WAY_OUT = (

@@ -31,12 +31,9 @@ from autopar.frontend.capture import (
 )
 from autopar.frontend.equal_blocks import stamps
 from autopar.frontend.exported import Build, Call, Found, traced
-from autopar.frontend.gradient_mode import GRADIENTS, without_gradients
 from autopar.frontend.looked_at import Replayed, looks_of
 from autopar.frontend.numerics import check_numerics
-from autopar.frontend.observation import Observation
 from autopar.frontend.recast import recast, recast_call
-from autopar.frontend.selected_rows import SelectedRows
 from autopar.frontend.steady_state import bring_to_rest, check_at_rest, refuse_backward_hooks
 from autopar.ir.collection import no_collection
 from autopar.ir.fast_graph import copied_node
@@ -49,7 +46,10 @@ from autopar.ir.signature import user_tensors
 from autopar.ir.tables import Input, InputKind, Output, OutputKind, Pins
 from autopar.mesh import Mesh
 from autopar.notes import warn
+from autopar.observation.gradient_mode import GRADIENTS, without_gradients
+from autopar.observation.observation import Observation
 from autopar.plan import Plan
+from autopar.selections.selected_rows import SelectedRows
 
 aten = torch.ops.aten
 

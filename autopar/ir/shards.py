@@ -1,7 +1,7 @@
 """The parts of a tensor along one dim as rows of a matrix, so that the parts of several tensors fit into one buffer.
 
 It is written once as a list of views: ``op`` puts them into a graph (a :class:`~autopar.ir.builder.Builder`) or runs
-them on tensors (:func:`run`). Only for contiguous parts; :mod:`autopar.runtime.pieces` cuts any split for one
+them on tensors (:func:`run`). Only for contiguous parts; :mod:`autopar.communication.pieces` cuts any split for one
 collective.
 """
 

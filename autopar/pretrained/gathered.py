@@ -10,8 +10,8 @@ from torch import nn
 from autopar.checkpoint.initialise import copy_on_meta
 from autopar.errors import CheckpointError
 from autopar.module import held_by
-from autopar.runtime.plain_copies import fill, forget_our_hooks
-from autopar.runtime.whole_tensors import full_state_dict
+from autopar.weights.plain_copies import fill, forget_our_hooks
+from autopar.weights.whole_tensors import full_state_dict
 
 
 def gather(model: nn.Module, rank: int | None = 0, *, device: torch.device | str = "cpu") -> nn.Module | None:

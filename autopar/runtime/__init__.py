@@ -1,1 +1,1 @@
-"""One rank of a running job: processes, collectives on torch.distributed, parameters, steps."""
+"""A rank's program at work: bound to the tensors of a module, one step or one pipeline stage after the other."""

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from autopar.autodiff.autograd import WITNESS, is_watched
 from autopar.errors import InvariantError
-from autopar.runtime.autograd import WITNESS, is_watched
 
 
 class Steps(Protocol):

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from autopar.autodiff.autograd import below_autograd
+from autopar.communication.communicator import Communicator
 from autopar.errors import AutoparError
 from autopar.ir.batch import InputDims, input_dims
 from autopar.ir.layout import Layout, Split
@@ -18,10 +20,8 @@ from autopar.ir.program import AnyProgram
 from autopar.ir.tables import InputKind
 from autopar.mesh import DATA_AXES, SEQUENCE
 from autopar.pipeline.microbatches import counts, taken
-from autopar.runtime.absent import Table
-from autopar.runtime.autograd import below_autograd
-from autopar.runtime.border import joined
-from autopar.runtime.communicator import Communicator
+from autopar.weights.absent import Table
+from autopar.weights.border import joined
 
 
 class BatchCounts:

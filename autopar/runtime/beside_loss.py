@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from autopar.dtensors.dtensor import local_of
 from autopar.errors import InvariantError
-from autopar.runtime.dtensor import local_of
 
 Give = Callable[[Tensor], Tensor]
 Everyone = Callable[[Any], list[Any]]  # what each rank says of what this one says; collective

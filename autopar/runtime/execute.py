@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autopar.autodiff.autograd import WITNESS, accumulating, applied, below_autograd, take_saved
+from autopar.communication.connect import Connection
 from autopar.errors import InvariantError
 from autopar.ir.loss import loss_of
 from autopar.ir.program import Program
@@ -19,17 +21,15 @@ from autopar.ir.signature import restorer
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.pipeline.microbatches import NewBuffers, Weight, weights
 from autopar.runtime.accumulate import Accumulation
-from autopar.runtime.autograd import WITNESS, accumulating, applied, below_autograd, take_saved
 from autopar.runtime.batch_counts import BatchCounts
 from autopar.runtime.beside_loss import BesideLoss, check_unwatched
-from autopar.runtime.border import Result
-from autopar.runtime.connect import Connection
 from autopar.runtime.giving import Givers, put
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_graphs import BACKWARD, FORWARD, INFERENCE, PARTIAL, REDUCED
 from autopar.runtime.rank_program import NOTHING, BoundProgram, Fetch, Step
 from autopar.runtime.written_between import WrittenBetween
 from autopar.runtime.written_code import code_of_model
+from autopar.weights.border import Result
 
 
 class Executable(BoundProgram):

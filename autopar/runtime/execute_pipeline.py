@@ -15,6 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autopar.autodiff.autograd import WITNESS, accumulating, applied, is_watched
+from autopar.communication.channels import Channels
+from autopar.communication.communicator import Communicator
+from autopar.communication.connect import Connection
+from autopar.communication.recorder import epoch
 from autopar.errors import InvariantError
 from autopar.ir.program import AnyProgram, PipelinedProgram
 from autopar.ir.signature import restore_output
@@ -25,24 +30,19 @@ from autopar.pipeline.interpreter import Event, Interpreter, Routes
 from autopar.pipeline.links import backward_schedule, inference_schedule, links_of
 from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import users_of
-from autopar.runtime.autograd import WITNESS, accumulating, applied, is_watched
 from autopar.runtime.batch_counts import BatchCounts
 from autopar.runtime.beside_loss import beside_loss, check_unwatched
-from autopar.runtime.buffers_of_stages import BuffersOfStages
-from autopar.runtime.channels import Channels
-from autopar.runtime.communicator import Communicator
-from autopar.runtime.connect import Connection
 from autopar.runtime.giving import Give, put
-from autopar.runtime.parameters import tables
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_stage import BoundStage, Microbatch, StageStep
-from autopar.runtime.recorder import epoch
 from autopar.runtime.written_between import WrittenBetween
 from autopar.runtime.written_code import axes_of, code_of_stage
 from autopar.schedules import timing
 from autopar.schedules.instructions import Kind, Schedule
 from autopar.schedules.packing import Types
 from autopar.schedules.timing import Timeline
+from autopar.weights.buffers_of_stages import BuffersOfStages
+from autopar.weights.parameters import tables
 
 StageCode = Callable[[bool, int], RankCode]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from autopar.runtime.absent import Table
-from autopar.runtime.autograd import is_watched
-from autopar.runtime.border import trimmed
-from autopar.runtime.dtensor import kind_of_spec, local_of, new_dtensor, of_local, spec_of
+from autopar.autodiff.autograd import is_watched
+from autopar.dtensors.dtensor import kind_of_spec, local_of, new_dtensor, of_local, spec_of
+from autopar.weights.absent import Table
+from autopar.weights.border import trimmed
 
 Give = Callable[[Tensor, bool], Tensor | None]
 

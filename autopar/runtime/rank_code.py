@@ -12,7 +12,7 @@ from autopar.codegen.python import RankFunction, compile_source, emit
 from autopar.ir.collectives import axes_used
 from autopar.ir.program import Program
 from autopar.runtime.rank_graphs import INFERENCE, RankGraphs, model_graphs, passed_on, stage_graphs
-from autopar.runtime.resident_parameters import Gathered
+from autopar.weights.resident_parameters import Gathered
 
 
 class RankCode:

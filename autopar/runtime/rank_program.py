@@ -16,25 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autopar.autodiff.autograd import below_autograd, is_autocasting
 from autopar.autodiff.hoist import Gathers
+from autopar.communication.connect import Connection
+from autopar.communication.labelled import Labelled
+from autopar.communication.pieces import padded
+from autopar.communication.recorder import Named
+from autopar.dtensors.dtensor import local_of, locals_of
 from autopar.errors import AutoparError, InvariantError
 from autopar.ir.program import PipelinedProgram, Program
 from autopar.ir.stored_graph import Port
 from autopar.ir.tables import Input, InputKind, OutputKind, join_key
 from autopar.pipeline.microbatches import NewBuffers
-from autopar.runtime.absent import Table
-from autopar.runtime.autograd import below_autograd, is_autocasting
-from autopar.runtime.border import joined, part_of, trimmed
-from autopar.runtime.connect import Connection
-from autopar.runtime.dtensor import local_of, locals_of
 from autopar.runtime.giving import Give, Giver
-from autopar.runtime.labelled import Labelled
-from autopar.runtime.parameters import tables
-from autopar.runtime.pieces import padded
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_graphs import FORWARD, LEARN
-from autopar.runtime.recorder import Named
-from autopar.runtime.resident_parameters import Gathered
+from autopar.weights.absent import Table
+from autopar.weights.border import joined, part_of, trimmed
+from autopar.weights.parameters import tables
+from autopar.weights.resident_parameters import Gathered
 
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autopar.autodiff.autograd import below_autograd
+from autopar.communication.channels import Channels
+from autopar.communication.connect import Connection
 from autopar.ir.node import Value
 from autopar.ir.program import PipelinedProgram, Program
 from autopar.ir.tables import InputKind, OutputKind
 from autopar.pipeline.interpreter import Values
 from autopar.pipeline.microbatches import Weight
-from autopar.runtime.autograd import below_autograd
-from autopar.runtime.border import joined
-from autopar.runtime.channels import Channels
-from autopar.runtime.connect import Connection
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_graphs import FORWARD, INFERENCE, INPUTS, REDUCE, WEIGHTS, WHOLE
 from autopar.runtime.rank_program import BoundProgram, Step
+from autopar.weights.border import joined
 
 
 class BoundStage(BoundProgram):

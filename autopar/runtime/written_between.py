@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from autopar.dtensors.dtensor import local_of
 from autopar.errors import InvariantError
-from autopar.runtime.dtensor import local_of
 
 Place = tuple[Any, str]  # (table, key) of a parameter
 

@@ -4,7 +4,7 @@
 runs whole graphs. Ranks that hold the very same tensor share the work on it.
 
 Parts are cut and joined by the indices that their owners have, plainly, and not by the faster code of the runtime
-(:mod:`autopar.runtime.pieces`), on purpose: the runtime is tested against the simulator.
+(:mod:`autopar.communication.pieces`), on purpose: the runtime is tested against the simulator.
 """
 
 from __future__ import annotations

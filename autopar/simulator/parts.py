@@ -77,7 +77,7 @@ def gathered_once(
 ) -> tuple[fx.Graph, list[Ranks]]:
     """With ``Plan(zero=1)`` and ``2``: the graph that takes whole parameters, and these, as a runtime holds them.
 
-    The parts are memory of the whole ones (:mod:`autopar.runtime.resident_parameters`).
+    The parts are memory of the whole ones (:mod:`autopar.weights.resident_parameters`).
     """
     names = {node.name for node, _ in program.placeholders(InputKind.PARAMETER)}
     found = without_gathers(graph, names) if program.plan.zero in (1, 2) else None

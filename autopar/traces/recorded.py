@@ -1,4 +1,4 @@
-"""The timeline of real steps: each rank writes a file with what it did, as :mod:`autopar.runtime.recorder` noted it."""
+"""The timeline of real steps: each rank writes what it did to a file (:mod:`autopar.communication.recorder`)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from autopar.communication.communicator import Communicator
+from autopar.communication.recorder import Recorder, epoch
 from autopar.errors import InvariantError
-from autopar.runtime.communicator import Communicator
-from autopar.runtime.recorder import Recorder, epoch
 from autopar.traces.slices import (
     BUBBLES,
     COMPUTE,

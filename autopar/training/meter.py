@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from autopar.communication.stopwatch import Stopwatch
 from autopar.cost.device_peaks import peak_flops
 from autopar.cost.model_flops import learning_flops
 from autopar.ir.program import AnyProgram
 from autopar.ir.traffic import Transfer
 from autopar.module import ParallelModule, held_by
-from autopar.runtime.stopwatch import Stopwatch
 from autopar.training.log import bytes_by_axis, peak_memory, since
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from autopar.runtime.communicator import peer_failed
+from autopar.communication.communicator import peer_failed
 
 STOP_FILE = "AUTOPAR_STOP_FILE"  # exists once the process that started the ranks was asked to stop
 

@@ -17,9 +17,9 @@ from autopar.cache import assumptions
 from autopar.cache.assumptions import Assumption, assumptions_of, met
 from autopar.cache.reasons import NotMet
 from autopar.compiler import compile_program
-from autopar.frontend.observation import guards_of_traces
-from autopar.frontend.trace_record import records_of_traces
 from autopar.ir.model_runs import known_since_run, model_runs, no_other_runs
+from autopar.observation.observation import guards_of_traces
+from autopar.observation.trace_record import records_of_traces
 
 
 class Net(nn.Module):

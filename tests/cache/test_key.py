@@ -19,8 +19,8 @@ from autopar import Mesh, Plan, rules
 from autopar.cache import key
 from autopar.cache.key import Request, facts_of
 from autopar.cache.reasons import Unstorable
-from autopar.frontend.trace_record import TraceRecord, recorded_variables
 from autopar.ir.layout import Layout
+from autopar.observation.trace_record import TraceRecord, recorded_variables
 
 Change = Callable[[Request], Request] | AbstractContextManager[Any]
 

@@ -20,9 +20,9 @@ import autopar
 from autopar import CheckpointError, Mesh, Plan
 from autopar.checkpoint import safetensors_file
 from autopar.checkpoint.safetensors_file import SafetensorsFile, create
+from autopar.dtensors.dtensor import local_of
 from autopar.models import gpt
 from autopar.module import held_by
-from autopar.runtime.dtensor import local_of
 from tests.against_one_process import GroupedHeads, Tiny, difference, tiny_batch
 from tests.launch import run_ranks
 from tests.selection import slow_but

@@ -18,7 +18,7 @@ import autopar
 from autopar import Checkpoints, Mesh, Plan
 from autopar.analysis.footprint import held, sent
 from autopar.check import TOLERANCE, Reference
-from autopar.runtime.dtensor import local_of
+from autopar.dtensors.dtensor import local_of
 from autopar.zoo.named import named_model
 from tests.against_one_process import Errors, compare_gradients, float64, worst
 from tests.checkpoint.test_checkpoints import everything, same, steps

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar import Mesh, Plan
-from autopar.runtime.piecewise import PiecewiseDTensor
+from autopar.dtensors.piecewise import PiecewiseDTensor
 from autopar.zoo.named import named_model
 from tests.against_one_process import difference
 from tests.launch import run_ranks

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.check import check
+from autopar.dtensors.dtensor import local_of
 from autopar.inductor import compiled_region
 from autopar.mesh import Mesh
 from autopar.models import gpt, llama
 from autopar.plan import Plan
-from autopar.runtime.dtensor import local_of
 from tests.launch import run_ranks
 from tests.selection import slow_but
 

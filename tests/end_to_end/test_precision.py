@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import autopar
 from autopar import Mesh, Plan, Precision
 from autopar.commands.plan_options import read_plan
+from autopar.dtensors.dtensor import local_of
 from autopar.models import gpt, llama
-from autopar.runtime.dtensor import local_of
 from tests.against_one_process import difference
 from tests.launch import run_ranks
 from tests.selection import slow_but

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autopar.autodiff.differentiate import differentiate
 from autopar.codegen.python import compile_source, emit
+from autopar.communication.connect import connect
 from autopar.compiler import compile_program
 from autopar.ir import collectives as comm
 from autopar.ir.parse import parse
@@ -19,7 +20,6 @@ from autopar.mesh import Mesh
 from autopar.models import llama
 from autopar.passes.overlap_collectives import overlap_collectives
 from autopar.plan import Plan
-from autopar.runtime.connect import connect
 from autopar.simulator.lockstep import Lockstep
 from tests.launch import run_ranks
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import autopar
 from autopar import Mesh, Plan
+from autopar.dtensors.dtensor import local_of
 from autopar.errors import InvariantError
-from autopar.runtime.dtensor import local_of
 from tests.against_one_process import Errors, compare_gradients, difference, float64, worst
 from tests.launch import run_ranks
 from tests.loops_over_experts import EXPERTS, WIDTH, Mixture

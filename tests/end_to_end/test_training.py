@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import autopar
 from autopar import Mesh, Plan
+from autopar.dtensors.dtensor import local_of
 from autopar.errors import RankFailedError
 from autopar.ir.loss import loss_of
 from autopar.models import gpt, llama
-from autopar.runtime.dtensor import local_of
 from tests.against_one_process import (
     Errors,
     GroupedHeads,

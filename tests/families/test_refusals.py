@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import autopar
+from autopar.calls.calls import Signature
+from autopar.calls.size_families import SizeFamilies, general
 from autopar.compiler import compile_program
 from autopar.errors import InvariantError, TraceError
 from autopar.families.refusals import is_refusal
 from autopar.mesh import Mesh
-from autopar.runtime.calls import Signature
-from autopar.runtime.size_families import SizeFamilies, general
 
 
 class Short(nn.Module):

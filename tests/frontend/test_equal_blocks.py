@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from autopar.frontend import equal_blocks, exported
 from autopar.frontend.block_copies import number_calls
 from autopar.frontend.equal_blocks import TRACED, EqualBlocks, blocks_of
-from autopar.frontend.observation import guards_of_traces
 from autopar.frontend.trace import trace
 from autopar.ir.node import origin, values
 from autopar.ir.program import Program
+from autopar.observation.observation import guards_of_traces
 from autopar.plan import Plan
 from tests import hugging_face
 

@@ -17,8 +17,8 @@ from autopar.check import Reference, check
 from autopar.errors import ProgramFileError, TraceError
 from autopar.ir.value_guards import MOST_OUTCOMES
 from tests.against_one_process import difference
-from tests.frontend.test_observation import compare
 from tests.launch import run_ranks
+from tests.observation.test_observation import compare
 from tests.selection import slow_but
 
 
@@ -194,7 +194,7 @@ def test_refused_with_the_line(look: Any, plan: dict[str, Any], words: tuple[str
 
 def test_too_many_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MOST_OUTCOMES > 3
-    monkeypatch.setattr("autopar.runtime.variants.MOST_OUTCOMES", 3)
+    monkeypatch.setattr("autopar.calls.variants.MOST_OUTCOMES", 3)
     parallel = autopar.parallelize(Looks(lambda h, x: int(x[0, 0]) == -1), Mesh(dp=2))
     for number in range(3):
         parallel.simulate(torch.full((4, 8), float(number)))

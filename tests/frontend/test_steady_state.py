@@ -19,7 +19,7 @@ import autopar
 from autopar import Mesh, Plan
 from autopar.check import check
 from autopar.errors import AutoparError, TraceError
-from tests.frontend.test_observation import compare
+from tests.observation.test_observation import compare
 from tests.selection import one_each
 
 

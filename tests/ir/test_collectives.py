@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from autopar.communication.communicator import Communicator
 from autopar.ir import collectives as comm
-from autopar.runtime.communicator import Communicator
 from autopar.simulator.lockstep import RULES
 
 DOCS = Path(__file__).parents[2] / "docs" / "text_form.md"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from autopar.communication import pieces
 from autopar.frontend.numerics import run_graph
 from autopar.ir import shards
 from autopar.ir.builder import Builder
@@ -13,7 +14,6 @@ from autopar.ir.layout import Split
 from autopar.ir.node import output_node, value
 from autopar.ir.parse import parse
 from autopar.mesh import Mesh
-from autopar.runtime import pieces
 
 CASES = [((4, 6), 0), ((4, 6), 1), ((5,), 0), ((2, 7, 3), 1), ((2, 3, 5), 2)]  # some divide, some do not
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import autopar
 from autopar import Mesh, Plan
+from autopar.dtensors.dtensor import local_of
 from autopar.frontend.numerics import promote_float32
 from autopar.pretrained import loading
-from autopar.runtime.dtensor import local_of
 from autopar.zoo.named import named_model
 from tests.launch import run_ranks
 from tests.selection import slow_but

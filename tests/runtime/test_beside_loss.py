@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import autopar
 from autopar import Mesh, Plan
+from autopar.dtensors.dtensor import full_of
 from autopar.errors import InvariantError
-from autopar.runtime.dtensor import full_of
 from tests.against_one_process import compare_gradients, float64, worst
 from tests.launch import run_ranks
 from tests.selection import slow_but

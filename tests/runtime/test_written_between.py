@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import autopar
 from autopar import Mesh, Plan
+from autopar.dtensors.dtensor import full_of
 from autopar.errors import InvariantError
 from autopar.module import ParallelModule
-from autopar.runtime.dtensor import full_of
 from tests.launch import run_ranks
 from tests.selection import slow_but
 

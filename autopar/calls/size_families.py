@@ -1,0 +1,352 @@
+"""The families of the programs of one module, by kind of call: made when lengths vary, and grown.
+
+At the second length of a kind of call two more programs are compiled, for a greater and a smaller one, and the four are
+fitted. From then on a length inside of the family costs no compile; one outside is one compile, by which the family
+grows. Where the programs are no family, each length is compiled for itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autopar.calls.calls import Call, kind_of
+from autopar.families.family import Family, Point, fit
+from autopar.families.forms import NoForm, Sizes
+from autopar.families.refusals import is_refusal
+from autopar.families.sizes import BATCH, OTHER, SEQUENCE, Place, Scheme, Shapes, further, reaching
+from autopar.ir.batch import data_ways, input_dims
+from autopar.ir.fingerprint import CallFacts
+from autopar.ir.guards import Guards
+from autopar.ir.program import AnyProgram
+from autopar.ir.size_conditions import Condition, Dims
+from autopar.mesh import SEQUENCE as SEQUENCE_AXIS
+from autopar.mesh import Mesh
+from autopar.notes import warn
+from autopar.plan import Plan
+from autopar.runtime.family_code import FamilyCode
+
+FEWEST = 3  # points of a family: with fewer nothing checks an expression
+ROUNDS = 2  # of further points for one kind of call, where the first make no family
+POINTS_KEPT = 6
+
+FAILED = (
+    "compiling for another length failed, so that each length may be compiled for itself: {!r}\n"
+    'Way out: report this, it is a fault of autopar; Plan(lengths="each") tries no other lengths.'
+)
+
+Compiled = tuple[AnyProgram, Guards]
+Compile = Callable[[Call, AnyProgram | None], Compiled]  # (call, a program that decides alike) ->
+Fit = Callable[[Sequence[Point], Scheme], Family]  # as :func:`autopar.families.family.fit`
+Ask = Callable[[Call, Dims, Sizes], Sequence[Condition]]  # (call, dims, sizes) -> what the model asks about them
+
+logger = logging.getLogger("autopar")
+
+
+@dataclass
+class Known:
+    """A family that was made, its code, which sizes it is of, and the state of Python that it assumes."""
+
+    family: Family
+    code: FamilyCode
+    scheme: Scheme
+    guards: Guards
+
+
+@dataclass(frozen=True)
+class Member:
+    """The program of a family for one call, with its ``code`` and the values of the family's expressions."""
+
+    program: AnyProgram
+    guards: Guards
+    code: FamilyCode
+    numbers: Mapping[Any, Any]
+
+
+@dataclass
+class _Kept:
+    """What is known of one kind of call.
+
+    Attributes:
+        first: its first program, as which others decide.
+        guards: what all programs of this kind assume.
+        points: programs that are in no family, with their shapes.
+        rounds: how often further points were compiled.
+        is_each: whether forward makes a number of a length, so that no family can hold for another one.
+    """
+
+    first: AnyProgram
+    guards: Guards
+    families: list[Known] = field(default_factory=list)
+    points: list[tuple[Shapes, AnyProgram]] = field(default_factory=list)
+    rounds: int = 0
+    is_each: bool = False
+
+
+class SizeFamilies:
+    """Those of one module on ``mesh`` with ``plan``. All ranks make the same ones, since they make the same calls.
+
+    ``compiled`` makes a program; ``facts`` gives what a fingerprint says of a call; ``asked`` what forward asks about
+    its sizes; ``fitted`` makes a family.
+    """
+
+    def __init__(
+        self,
+        compiled: Compile,
+        facts: Callable[[Call], CallFacts],
+        mesh: Mesh,
+        plan: Plan,
+        asked: Ask,
+        fitted: Fit = fit,
+    ) -> None:
+        self._compiled, self._facts, self._mesh, self._plan = compiled, facts, mesh, plan
+        self._asked, self._fit = asked, fitted
+        self._kept: dict[Hashable, _Kept] = {}
+        self.why_none = ""  # there is no family for the latest call that was learnt
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """All that there are now."""
+        return tuple(known.family for kept in self._kept.values() for known in kept.families)
+
+    def like(self, kind: Hashable) -> AnyProgram | None:
+        """A program of another call of this kind, whose decisions are kept."""
+        kept = self._of(kind)
+        return kept.first if kept is not None else None
+
+    def member(self, kind: Hashable, call: Call) -> Member | None:
+        """The program of a call that is in a family."""
+        kept = self._of(kind)
+        found = (self._in(known, call) for known in kept.families) if kept is not None else ()
+        return next((member for member in found if member is not None), None)
+
+    def grown(self, kind: Hashable, call: Call) -> Member | None:
+        """As :meth:`member`, once a family has grown by one compile; None where no family could hold this call."""
+        kept = self._of(kind)
+        for known in kept.families if kept is not None else ():
+            sizes = known.scheme.sizes(shapes_of(call))
+            if sizes is None or not known.family.could_hold(sizes):
+                continue
+            reached = reaching(sizes, known.family.ranges, known.family.is_alike)
+            if reached != sizes and self._extend(known, call, reached):
+                found = self._in(known, call)
+                if found is not None:
+                    return found
+        return None
+
+    def adopt(self, kind: Hashable, family: Family, guards: Guards) -> None:
+        """Take a family that was made before, with what it assumes, for calls of this kind."""
+        assert family.scheme is not None, "a family without the dims of a call"
+        kept = _Kept(family.template, guards)
+        kept.families.append(Known(family, FamilyCode(family), family.scheme, guards))
+        self._kept[kind] = kept
+
+    def learn(self, kind: Hashable, call: Call, program: AnyProgram, guards: Guards) -> None:
+        """A program was compiled for ``call``. Where lengths vary this compiles more of them, and makes a family."""
+        if self._plan.lengths == "each":
+            self.why_none = 'Plan(lengths="each")'
+            return
+        if guards.values:  # which depends on all of them
+            self.why_none = "Python looks at values in tensors"
+            return
+        kept = self._of(kind)
+        if kept is None:
+            kept = self._kept[kind] = _Kept(program, guards)
+        if not kept.guards.leaves_alike(guards):
+            self._note("what forward leaves in attributes differs")
+            return
+        shapes = shapes_of(call)
+        for known in kept.families:
+            sizes = known.scheme.sizes(shapes)
+            larger = self._larger(known.family, known.scheme, call, program, sizes) if sizes is not None else None
+            if larger is not None:
+                self._replace(known, larger, guards)
+                return
+        kept.guards = Guards.joined([kept.guards, guards])  # of parameters as they are now, in place of the model's own
+        kept.points = [*kept.points, (shapes, program)][-POINTS_KEPT:]
+        if len(kept.points) > 1 and not kept.is_each:
+            self._make(kept, call)
+
+    # ------------------------------------------------------------ making
+
+    def _make(self, kept: _Kept, call: Call) -> None:
+        """Compile further points, if lengths vary, and fit a family of those at which the model does the same."""
+        scheme = Scheme.of([shapes for shapes, _ in kept.points], self._roles(call))
+        points = [(sizes, program) for shapes, program in kept.points if (sizes := scheme.sizes(shapes)) is not None]
+        varies = any(len({sizes[name] for sizes, _ in points}) > 1 for name in points[0][0] if name[0] != BATCH)
+        if len(points) < FEWEST and not (varies and kept.rounds < ROUNDS):
+            return
+        like = next((sizes for sizes, _ in points if min(sizes.values()) > 1), points[0][0])  # a size of 1 is alone
+        conditions = self._conditions(call, scheme, like)
+
+        def is_alike(sizes: Sizes) -> bool:
+            return all(condition.holds(sizes) for condition in conditions)
+
+        kept.is_each = any(one.is_number and any(name[0] != BATCH for name in one.names) for one in conditions)
+        if varies and kept.rounds < ROUNDS and not kept.is_each:
+            known, units = [like, *(sizes for sizes, _ in points if sizes != like)], self._units(scheme)
+            wanted = further(known, units, kept.rounds == 0, is_alike) or further(known, units, False, is_alike)
+            kept.rounds += bool(wanted)
+            for sizes in wanted:
+                tried = self._tried(kept.first, kept.guards, call, scheme, sizes)
+                if tried is not None:
+                    points.append((sizes, tried[0]))
+                    kept.guards = Guards.joined([kept.guards, tried[1]])
+        asked = len(kept.points)
+        chosen = [Point(sizes, program) for sizes, program in points if is_alike(sizes)]
+        others = [Point(sizes, program) for sizes, program in points if not is_alike(sizes)]
+        needed = sum(is_alike(sizes) for sizes, _ in points[:asked])
+        if others and len(chosen) < FEWEST:
+            self._note(_unlike(conditions, others[0].sizes))
+        family = self._fitted(chosen, needed, scheme, conditions)
+        if family is None:
+            return
+        for other in others:
+            family = self._larger(family, scheme, call, other.program, other.sizes) or family
+            if other.sizes not in family:
+                self._note(_unlike(conditions, other.sizes))
+        kept.families.insert(0, Known(family, FamilyCode(family), scheme, kept.guards))
+        kept.rounds = 0
+        kept.points = [
+            (shapes, program)
+            for shapes, program in kept.points
+            if (sizes := scheme.sizes(shapes)) is None or sizes not in family
+        ]
+        logger.info("lengths vary: one program serves %s", family)
+
+    def _larger(self, family: Family, scheme: Scheme, call: Call, program: AnyProgram, sizes: Sizes) -> Family | None:
+        """The family that holds for ``sizes`` too; None where ``program`` is none of it."""
+        if family.is_alike(sizes):
+            return family.extended(program, sizes)
+        if not family.agrees(program, sizes):
+            return None
+        asked = self._conditions(call, scheme, sizes)
+        return family.extended(program, sizes, asked) if asked else None
+
+    def _conditions(self, call: Call, scheme: Scheme, sizes: Sizes) -> Sequence[Condition]:
+        """What the model asks about sizes when it is called like ``call`` with tensors of ``sizes``."""
+        shapes = shapes_of(call)
+        dims = [
+            [scheme.names.get((tensor, dim), size) for dim, size in enumerate(shape)]
+            for tensor, shape in enumerate(shapes)
+        ]
+        return self._asked(resized(call, scheme.shapes(shapes, sizes)), dims, sizes)
+
+    def _fitted(
+        self, points: Sequence[Point], needed: int, scheme: Scheme, conditions: Sequence[Condition]
+    ) -> Family | None:
+        """The family of all points or, where they are none, of all but one beyond the first ``needed``."""
+        for left_out in (None, *range(needed, len(points))):
+            chosen = [point for place, point in enumerate(points) if place != left_out]
+            if len(chosen) < FEWEST:
+                break
+            try:
+                return self._fit(chosen, scheme).within(conditions)
+            except NoForm as problem:
+                self._note(str(problem))
+        return None
+
+    def _note(self, why: str) -> None:
+        self.why_none = why
+        logger.debug("no family of programs: %s", why)
+
+    def _tried(self, like: AnyProgram, assumed: Guards, call: Call, scheme: Scheme, sizes: Sizes) -> Compiled | None:
+        """The program of a call like ``call`` of other sizes; None where the model does not take those.
+
+        Also where it leaves something else in attributes than ``assumed``.
+        """
+        try:
+            program, guards = self._compiled(resized(call, scheme.shapes(shapes_of(call), sizes)), like)
+        except Exception as problem:  # the user has not asked for these sizes, and has a program for their own
+            if not is_refusal(problem):
+                warn(FAILED.format(problem))
+            self.why_none = f"{sizes}: {problem!r}"
+            logger.debug("no program for %s: %r", sizes, problem, exc_info=not is_refusal(problem))
+            return None
+        return None if guards.values or not assumed.leaves_alike(guards) else (program, guards)
+
+    def _extend(self, known: Known, call: Call, sizes: Sizes) -> bool:
+        tried = self._tried(known.family.template, known.guards, call, known.scheme, sizes)
+        larger = known.family.extended(tried[0], sizes) if tried is not None else None
+        if tried is None or larger is None:
+            return False
+        self._replace(known, larger, tried[1])
+        return True
+
+    @staticmethod
+    def _replace(known: Known, larger: Family, guards: Guards) -> None:
+        known.family = known.code.family = larger
+        known.guards = Guards.joined([known.guards, guards])
+
+    # ------------------------------------------------------------ finding
+
+    def _of(self, kind: Hashable) -> _Kept | None:
+        """What is known of a kind of call, unless the model has changed since."""
+        kept = self._kept.get(kind)
+        if kept is not None and not kept.guards.hold():
+            del self._kept[kind]
+            return None
+        return kept
+
+    def _in(self, known: Known, call: Call) -> Member | None:
+        sizes = known.scheme.sizes(shapes_of(call))
+        numbers = known.family.numbers(sizes) if sizes is not None else None
+        if sizes is None or numbers is None:
+            return None
+        return Member(known.family.member(sizes, self._facts(call)), known.guards, known.code, numbers)
+
+    def _roles(self, call: Call) -> dict[Place, str]:
+        roles: dict[Place, str] = {}
+        for tensor, dims in enumerate(input_dims(call.named_tensors, self._plan)):
+            if dims.batch is not None:
+                roles[tensor, dims.batch] = BATCH
+            if dims.sequence is not None:
+                roles.setdefault((tensor, dims.sequence), SEQUENCE)
+        return roles
+
+    def _units(self, scheme: Scheme) -> dict[str, int]:
+        sequence = 2 * self._mesh.size(SEQUENCE_AXIS) if self._mesh.size(SEQUENCE_AXIS) > 1 else 1
+        sequence *= self._mesh.size("tp") if self._plan.sequence == "megatron" else 1
+        batch = data_ways(self._mesh) * self._plan.microbatches
+        return {name: {BATCH: batch, SEQUENCE: sequence, OTHER: 1}[name[0]] for name in scheme.names.values()}
+
+
+def _unlike(conditions: Sequence[Condition], sizes: Sizes) -> str:
+    """Why a program for ``sizes`` is in no family for which ``conditions`` hold."""
+    failed = [condition for condition in conditions if not condition.holds(sizes)]
+    told = "; ".join(f"{one}, {one.told}" if one.told else str(one) for one in failed)
+    here = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    return f"the model asks about sizes ({told}), and {here} is no such batch"
+
+
+def shapes_of(call: Call) -> Shapes:
+    return tuple(tuple(tensor.shape) for tensor in call.tensors)
+
+
+def general(call: Call) -> tuple[Hashable, ...]:
+    """The kind of ``call`` without its sizes."""
+    leaves: list[Hashable] = [
+        (leaf.dim(), leaf.dtype, leaf.requires_grad, leaf.device) if isinstance(leaf, Tensor) else kind_of(leaf)
+        for leaf in call.leaves
+    ]
+    return call.key[0], *leaves, call.rows_of_all
+
+
+def resized(call: Call, shapes: Shapes) -> Call:
+    """A call like ``call`` with tensors of other ``shapes``, and without data: twice a long batch may have no room."""
+    given = iter(shapes)
+
+    def empty(leaf: Tensor) -> Tensor:
+        return leaf.new_empty(next(given), device="meta").requires_grad_(leaf.requires_grad)
+
+    args, kwargs = pytree.tree_map_only(Tensor, empty, (call.args, call.kwargs))
+    leaves = pytree.tree_leaves((args, kwargs))
+    return Call(args, kwargs, leaves, (call.key[0], *map(kind_of, leaves)), call.rows_of_all)

@@ -1,0 +1,1 @@
+"""DTensors of a parallel module: where their parts lie, and what scripts do with them, done right."""

@@ -1,0 +1,109 @@
+"""What a forward pass may not do, since a graph could not: each is refused with the line of the user's that does it.
+
+Python's and numpy's random numbers and clocks give another value in each call, and a graph would keep the first.
+``torch.autograd.grad`` inside forward asks for a gradient of something that is not yet a graph. ``part.to(device)``
+moves a part of the model; where nothing moves it does nothing. ``h.register_hook`` changes or reads a gradient of
+autograd's, and the backward pass of a program is its own.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from autopar.errors import TraceError
+from autopar.observation.source_lines import UNKNOWN_LINE, is_users_file, line_of_user
+
+CLOCKS = ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time")
+HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
+CHANGES = "would be that of the first call in every call"
+UNCALLED = "which a program does not call: its backward pass is not autograd's"
+HOOK_ELSEWHERE = (
+    "change the gradient by an autograd.Function whose backward is linear; put a hook on a parameter "
+    "outside of forward (parameter.register_hook); or clip gradients after the backward pass."
+)
+PASS_IT = "draw or read it outside and pass it as an argument: a tensor, which may change from call to call."
+
+
+@contextmanager
+def nothing_forbidden() -> Iterator[None]:
+    """Within this context the user's code, not torch's, is kept from what a graph cannot do. Raises TraceError."""
+    before = random.getstate()
+    with ExitStack() as stack:
+        for module, name, what in _changing():
+            said = f"asks for {what} ({name}), which {CHANGES}"
+            stack.enter_context(mock.patch.object(module, name, _refused(getattr(module, name), said, PASS_IT)))
+        for owner, name in ((torch.autograd, "grad"), (torch.autograd, "backward"), (Tensor, "backward")):
+            stack.enter_context(mock.patch.object(owner, name, _differentiates(getattr(owner, name), name)))
+        for name in HOOKS:
+            said = f"puts a hook on the gradient of a tensor ({name}), {UNCALLED}"
+            stack.enter_context(mock.patch.object(Tensor, name, _refused(getattr(Tensor, name), said, HOOK_ELSEWHERE)))
+        stack.enter_context(mock.patch.object(nn.Module, "_apply", _moved(nn.Module._apply)))
+        yield
+    if random.getstate() != before:
+        random.setstate(before)
+        raise TraceError(
+            f"forward draws random numbers from Python's random module, which {CHANGES}\nWay out: {PASS_IT}"
+        )
+
+
+def _changing() -> Iterator[tuple[ModuleType, str, str]]:
+    """(module, name in it, what it gives)."""
+    for name in CLOCKS:
+        yield time, name, "the time"
+    for name in random.__all__:
+        if isinstance(getattr(getattr(random, name), "__self__", None), random.Random):
+            yield random, name, "a random number of Python's"
+    numpy: Any = sys.modules.get("numpy.random")
+    for name in dir(numpy) if numpy is not None else ():
+        if isinstance(getattr(getattr(numpy, name), "__self__", None), numpy.RandomState):
+            yield numpy, name, "a random number of numpy's"
+
+
+def _refused(original: Callable[..., Any], said: str, way_out: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        frame = sys._getframe(1)
+        if not is_users_file(frame.f_code.co_filename):
+            return original(*args, **kwargs)
+        raise TraceError(f"forward {said}\n  at {line_of_user(frame)}\nWay out: {way_out}")
+
+    return call
+
+
+def _differentiates(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        frame = sys._getframe(1)
+        line = line_of_user(frame)
+        if not is_users_file(frame.f_code.co_filename) or line == UNKNOWN_LINE:
+            return original(*args, **kwargs)
+        raise TraceError(
+            f"forward differentiates: it calls {name}(...), and a program has no second derivatives\n  at {line}\n"
+            "Way out: write the derivative as operators (torch.func, or by hand), or take it outside of the model."
+        )
+
+    return call
+
+
+def _moved(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            moved = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+            if (moved.dtype, moved.device) != (tensor.dtype, tensor.device):
+                line = line_of_user(sys._getframe(1))
+                raise TraceError(
+                    f"forward moves a part of the model: '{name}' of a {type(self).__name__}, {tensor.dtype} on "
+                    f"{tensor.device}, would be {moved.dtype} on {moved.device}\n  at {line}\n"
+                    "Way out: move the whole model before it is parallelised."
+                )
+        return self
+
+    return _apply

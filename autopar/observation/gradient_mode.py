@@ -1,0 +1,86 @@
+"""Whether gradients are enabled, as a model may ask: a graph answers once, and a call without gradients asks again.
+
+``torch.is_grad_enabled()`` says so, and ``h.requires_grad`` of what forward has computed. A model that asks is traced
+in the mode of its caller, and has another program for calls in the other mode. In ``inference_mode`` nothing is traced,
+so a model that asks for that mode is refused there. These functions are in C, and torch's compiler knows them: they
+stay as they are, and the profiler tells who has called them.
+"""
+
+from __future__ import annotations
+
+import cProfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autopar.errors import TraceError
+from autopar.ir.guards import Question
+from autopar.observation.source_lines import is_users_file
+
+GRADIENTS, INFERENCE = "is_grad_enabled", "is_inference_mode_enabled"
+_CALLED = {f"<built-in method torch.{name}>": name for name in (GRADIENTS, INFERENCE)}
+_OF_TENSORS = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
+_off = [False]
+
+
+def asked_in(profile: cProfile.Profile) -> list[str]:
+    """The modes for which functions of users have asked while ``profile`` was enabled.
+
+    Of functions in whose midst it was enabled it does not know the callees: a call by nobody that it knows is theirs.
+    """
+    calls: dict[Any, int] = dict.fromkeys(_CALLED, 0)
+    for entry in profile.getstats():
+        if entry.code in calls:
+            calls[entry.code] += entry.callcount
+        is_users = isinstance(entry.code, CodeType) and is_users_file(entry.code.co_filename)
+        for called in entry.calls or () if not is_users else ():
+            if called.code in calls:
+                calls[called.code] -= called.callcount
+    return [_CALLED[name] for name, count in calls.items() if count]
+
+
+def asks_of_tensor(func: Any, args: Any, frame: FrameType | None) -> bool:
+    """Whether code of a user's asks a tensor for what depends on the mode; ``frame``: that asks, or a mode's below."""
+    if func not in _OF_TENSORS or isinstance(args[0], nn.Parameter):
+        return False
+    while frame is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+    return frame is not None and is_users_file(frame.f_code.co_filename)
+
+
+def questions_of_modes(asked: Iterable[str]) -> Iterator[Question]:
+    """What each call asks again."""
+    for name in sorted(set(asked)):
+        if name == GRADIENTS:
+            yield Question(torch.is_grad_enabled, torch.is_grad_enabled(), f"whether gradients are enabled ({name})")
+        else:
+            yield Question(_not_in_inference, False, f"whether inference mode is on ({name})")
+
+
+def _not_in_inference() -> bool:
+    if torch.is_inference_mode_enabled():
+        raise TraceError(
+            f"forward asks whether inference mode is on ({INFERENCE}), and a program's answer is no: nothing is traced "
+            "in that mode\n"
+            "Way out: call the model under torch.no_grad() instead, or pass what it is to do as an argument."
+        )
+    return False
+
+
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """Within this context a model is traced, and compared, as in ``torch.no_grad()``."""
+    _off[0] = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _off[0] = False
+
+
+def are_off() -> bool:
+    return _off[0]

@@ -1,0 +1,57 @@
+"""The line of the user's code that is running."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import traceback
+from functools import cache
+from pathlib import Path
+from types import CodeType, FrameType
+
+import torch
+
+UNKNOWN_LINE = "an unknown line"
+
+
+Place = tuple[CodeType | None, int]  # an instruction of the user's code
+
+
+def place_of_user() -> Place:
+    """The instruction of the innermost frame that is neither torch's nor ours."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_users_file(frame.f_code.co_filename):
+        frame = frame.f_back
+    return (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
+
+
+def user_line(frames: traceback.StackSummary | None = None) -> str:
+    """``file.py:12 in forward: x = self.up(x)`` of the innermost frame that is neither torch's nor ours."""
+    for frame in reversed(frames if frames is not None else traceback.extract_stack()):
+        if is_users_file(frame.filename):
+            return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"
+    return UNKNOWN_LINE
+
+
+def line_of_user(frame: FrameType | None) -> str:
+    """As :func:`user_line`, from ``frame`` outwards; fast."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if is_users_file(name):
+            line = linecache.getline(name, frame.f_lineno).strip()
+            return f"{Path(name).name}:{frame.f_lineno} in {frame.f_code.co_name}: {line}"
+        frame = frame.f_back
+    return UNKNOWN_LINE
+
+
+@cache
+def is_users_file(filename: str) -> bool:
+    if filename.startswith(_OF_NO_USER):
+        return filename.startswith(_OUR_MODELS)  # which are models like others
+    return "site-packages" in filename or not filename.startswith(_PYTHON)
+
+
+_OURS = Path(__file__).parents[1]
+_OUR_MODELS = str(_OURS / "models")
+_OF_NO_USER = ("<", str(_OURS), str(Path(str(torch.__file__)).parent))
+_PYTHON = str(Path(traceback.__file__).parent)

@@ -1,0 +1,1 @@
+"""Rows that a condition selects, written as operators of fixed sizes."""
