@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autopar.autodiff.autograd import WITNESS, accumulating, applied, is_watched
+from autopar.communication.agreement import digest_of
 from autopar.communication.channels import Channels
 from autopar.communication.communicator import Communicator
 from autopar.communication.connect import Connection
@@ -91,7 +92,7 @@ class PipelineExecutable:
         self._ties = _ties(program, self.rank)
         slots = {name: (table, key) for _, table, key, name in tables(root)}
         held = {name: place for name, place in slots.items() if isinstance(place[0][place[1]], nn.Parameter)}
-        self._kept = WrittenBetween(held)
+        self.kept = WrittenBetween(held)
         self._buffers = BuffersOfStages(program, self.comm, slots, self.rank)
         self._counts = [BatchCounts(whole, slots, own.comm) for whole in programs]
         self._takes_counts = any(any(stage.takes(InputKind.WHOLE)) for stage in mine.values())
@@ -134,12 +135,11 @@ class PipelineExecutable:
         """All forward passes, which keep the values that backward needs; gives the loss."""
         step.steps = self._steps(step.batches, step.rows, step.seed, True, self._users)
         self._play(self._forward_only, step.steps)
-        step.versions = self._kept.after(value for batch in _batches(step) for value in batch.saved or ())
+        step.versions = self.kept.after(value for batch in _batches(step) for value in batch.saved or ())
         return self._total_loss(step.steps)
 
     def backward(self, step: _Forward, grad: Tensor) -> None:
         """All backward passes; gradients are added to ``.grad``."""
-        self._kept.check(step.versions, self._on_any)
         for batch in _batches(step):
             batch.share = batch.share * grad
         self._play_and_give(self._backward_only, step.steps)
@@ -152,10 +152,21 @@ class PipelineExecutable:
         found = [table[key] for table, key in slots.values()]
         return [parameter for parameter in found if not is_watched(parameter)]  # hooks are not for None
 
-    def _on_any(self, flag: bool) -> bool:
-        flags = torch.tensor([int(flag)])
-        self.comm.agreement.reduce(flags)
-        return bool(flags.item())
+    def agree(self, check: Callable[[], None]) -> None:
+        """Raise what ``check`` raises, on this rank or on others: before the first message, which would stay under way.
+
+        Raises InvariantError, RanksDifferError.
+        """
+        refusal = None
+        try:
+            check()
+        except InvariantError as problem:
+            refusal = problem
+        what = "a backward pass" if refusal is None else str(refusal).partition("\n")[0]
+        self.comm.agreement.start(digest_of(refusal is None), lambda: what, "the error of the rank that refuses has one")
+        self.comm.agreement.settle()
+        if refusal is not None:
+            raise refusal
 
     @cached_property
     def _forward_only(self) -> Schedule:
@@ -342,22 +353,28 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         if torch.is_grad_enabled():
             raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
-        check_unwatched(ctx)
-        added = zip(accumulating(ctx, 1), ctx.needs_input_grad[1:])
-        if not all(adds for adds, needed in added if needed):
-            raise InvariantError(
-                "gradients are asked for by name (autograd.grad, backward(inputs=)), and a pipeline adds those of all "
-                "parameters to .grad\nWay out: loss.backward(), then parameter.grad; zero_grad() before it."
-            )
-        if ctx.step.is_done:
-            raise InvariantError(
-                "this backward pass has run already: on a pipeline it frees the values of the forward pass\n"
-                "Way out: call the model again for a second backward pass; retain_graph=True is not supported on pp. "
-                "Scale the loss, loss * 2, for gradients that are twice as large."
-            )
+        ctx.step.executable.agree(partial(_check_backward, ctx))
         ctx.step.is_done = True
         ctx.step.executable.backward(ctx.step, grad)
         return (None,) * len(ctx.needs_input_grad)
+
+
+def _check_backward(ctx: Any) -> None:
+    """Raise InvariantError for a backward pass that the node ``ctx`` of a pipeline cannot do."""
+    check_unwatched(ctx)
+    added = zip(accumulating(ctx, 1), ctx.needs_input_grad[1:])
+    if not all(adds for adds, needed in added if needed):
+        raise InvariantError(
+            "gradients are asked for by name (autograd.grad, backward(inputs=)), and a pipeline adds those of all "
+            "parameters to .grad\nWay out: loss.backward(), then parameter.grad; zero_grad() before it."
+        )
+    if ctx.step.is_done:
+        raise InvariantError(
+            "this backward pass has run already: on a pipeline it frees the values of the forward pass\n"
+            "Way out: call the model again for a second backward pass; retain_graph=True is not supported on pp. "
+            "Scale the loss, loss * 2, for gradients that are twice as large."
+        )
+    ctx.step.executable.kept.check(ctx.step.versions)
 
 
 def _types(program: PipelinedProgram) -> dict[tuple[Kind, int, int], Types]:

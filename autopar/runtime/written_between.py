@@ -38,17 +38,13 @@ class WrittenBetween:
             self._kept = [one for one in places if one[0] in whole or _memory(local_of(one[1][one[2]])) in memory]
         return [table[key]._version for _, table, key in self._kept]
 
-    def check(self, before: Sequence[int], on_any: Callable[[bool], bool] = bool) -> None:
-        """Raise InvariantError where one was written into since :meth:`after` gave ``before``.
-
-        ``on_any``: whether one was on any rank; collective, where ranks keep other parameters.
-        """
+    def check(self, before: Sequence[int]) -> None:
+        """Raise InvariantError where one was written into since :meth:`after` gave ``before``."""
         kept = self._kept or []
         now = [table[key]._version for _, table, key in kept]
-        if not on_any(now != before):
+        if now == before:
             return
         written = [f"'{name}'" for (name, *_), was, is_ in zip(kept, before, now) if was != is_]
-        written = written or ["parameters of another stage"]
         shown = ", ".join(written[:3])
         more = f" and {len(written) - 3} others" if len(written) > 3 else ""
         raise InvariantError(

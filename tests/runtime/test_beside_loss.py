@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import autopar
 from autopar import Mesh, Plan
 from autopar.dtensors.dtensor import full_of
-from autopar.errors import InvariantError
+from autopar.errors import InvariantError, RanksDifferError
 from tests.against_one_process import compare_gradients, float64, worst
 from tests.launch import run_ranks
 from tests.selection import slow_but
@@ -59,13 +59,15 @@ def go_backward(axes: dict[str, int]) -> float:
             with pytest.raises(InvariantError, match="starts at output 'logits' beside the loss"):
                 ask(both, [each for each in parallel.parameters() if each.requires_grad][:1])
             found = parallel(x, y)
-        watched: list[Callable[[Tensor], Any]] = [Tensor.retain_grad, lambda logits: logits.register_hook(torch.neg)]
-        for watch in watched if "pp" not in axes else ():
+    watched: list[Callable[[Tensor], Any]] = [Tensor.retain_grad, lambda logits: logits.register_hook(torch.neg)]
+    for watch in watched:
+        if found["logits"] is not None:  # on a pipeline the last stage has it, and the others hear of it
             watch(found["logits"])
-            with pytest.raises(InvariantError, match="output 'logits' beside the loss .* has no gradient of it"):
-                found["loss"].backward()
-            found = parallel(x, y)
-        assert all(parameter.grad is None for parameter in parallel.parameters())
+        with pytest.raises((InvariantError, RanksDifferError), match="output 'logits' beside the loss .* has "):
+            found["loss"].backward()
+        found = parallel(x, y)
+    assert all(parameter.grad is None for parameter in parallel.parameters())
+    if found["logits"] is not None:
         (found["logits"].detach() * 2).sum()
     (found["loss"] if "pp" in axes else found["loss"] + 0 * full_of(found["logits"]).square().sum()).backward()
     with torch.no_grad():
