@@ -36,7 +36,7 @@ def asked_in(profile: cProfile.Profile) -> list[str]:
     for entry in profile.getstats():
         if entry.code in calls:
             calls[entry.code] += entry.callcount
-        is_users = isinstance(entry.code, CodeType) and is_users_file(entry.code.co_filename)
+        is_users = isinstance(entry.code, CodeType) and _is_of_user(entry.code)
         for called in entry.calls or () if not is_users else ():
             if called.code in calls:
                 calls[called.code] -= called.callcount
@@ -49,7 +49,11 @@ def asks_of_tensor(func: Any, args: Any, frame: FrameType | None) -> bool:
         return False
     while frame is not None and frame.f_code.co_name == "__torch_function__":
         frame = frame.f_back
-    return frame is not None and is_users_file(frame.f_code.co_filename)
+    return frame is not None and _is_of_user(frame.f_code)
+
+
+def _is_of_user(code: CodeType) -> bool:
+    return is_users_file(code.co_filename) or code.co_filename == "<string>"  # by exec: nothing else of there asks
 
 
 def questions_of_modes(asked: Iterable[str]) -> Iterator[Question]:

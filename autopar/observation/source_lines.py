@@ -46,6 +46,10 @@ def line_of_user(frame: FrameType | None) -> str:
 
 @cache
 def is_users_file(filename: str) -> bool:
+    """Whether code of ``filename`` is a user's: neither torch's, ours nor Python's, nor written by a program.
+
+    What is typed is (``<stdin>``, ``<ipython-input-3-...>``, ``<console>``).
+    """
     if filename.startswith(_OF_NO_USER):
         return filename.startswith(_OUR_MODELS)  # which are models like others
     return "site-packages" in filename or not filename.startswith(_PYTHON)
@@ -53,5 +57,7 @@ def is_users_file(filename: str) -> bool:
 
 _OURS = Path(__file__).parents[1]
 _OUR_MODELS = str(_OURS / "models")
-_OF_NO_USER = ("<", str(_OURS), str(Path(str(torch.__file__)).parent))
+_OF_EXEC = () if sys.argv[:1] == ["-c"] else ("<string>",)  # which is also the script of ``python -c``
+_OF_PROGRAMS = ("<frozen ", "<eval_with_key>", "<attrs generated", "<decorator-gen", "<lambdifygenerated", "<__array")
+_OF_NO_USER = (*_OF_PROGRAMS, *_OF_EXEC, str(_OURS), str(Path(str(torch.__file__)).parent))
 _PYTHON = str(Path(traceback.__file__).parent)

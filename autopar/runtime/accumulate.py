@@ -49,8 +49,8 @@ class Steps(Protocol):
     def reduced(self, partial: list[Tensor]) -> Sequence[Tensor]:
         """The reductions; gives gradients."""
 
-    def give(self, grads: Sequence[Tensor]) -> None:
-        """Add gradients to those of the parameters."""
+    def give(self, grads: Sequence[Tensor], past_hooks: bool) -> None:
+        """Add gradients to those of the parameters; ``past_hooks``: hooks on these do not see them."""
 
 
 class Accumulation:
@@ -83,7 +83,7 @@ class Accumulation:
         finally:
             self._collects = False
         if is_last:
-            self._give_all()
+            self._give_all(past_hooks=False)
 
     def backward(self, steps: Steps, saved: list[Any], adds: Sequence[bool]) -> Sequence[Tensor] | None:
         """The gradients of a backward pass and of all that waited for it; None if it waits itself.
@@ -121,10 +121,11 @@ class Accumulation:
             total.add_(part)
         return held
 
-    def _give_all(self) -> None:
+    def _give_all(self, past_hooks: bool = True) -> None:
+        """Hooks that are there now were not in the passes that waited in ``no_sync``."""
         while self._held:
             other, waiting = self._held.popitem()
-            _give(other, waiting)
+            _give(other, waiting, past_hooks)
 
     def forget(self, parameters: Iterable[Tensor]) -> None:
         """Forget what waits for ``parameters``; where other parameters have a part in a sum, it is given to all now."""
@@ -153,8 +154,8 @@ class Accumulation:
             )
 
 
-def _give(steps: Steps, waiting: list[Tensor]) -> None:
-    steps.give(steps.reduced(waiting) if steps.defers else waiting)
+def _give(steps: Steps, waiting: list[Tensor], past_hooks: bool = True) -> None:
+    steps.give(steps.reduced(waiting) if steps.defers else waiting, past_hooks)
 
 
 _all: WeakKeyDictionary[Accumulation, None] = WeakKeyDictionary()  # in one order on all ranks: they may communicate

@@ -163,11 +163,11 @@ class Executable(BoundProgram):
     def reduced(self, partial: list[Tensor]) -> list[Tensor]:
         return self.own(REDUCED, partial)
 
-    def give(self, grads: Sequence[Tensor]) -> None:
+    def give(self, grads: Sequence[Tensor], past_hooks: bool) -> None:
         for target, give, grad in zip(self.role.grads, self._gives, grads):
             if target in self.slots:
                 table, key = self.slots[target]
-                put(give, table[key], grad)
+                put(give, table[key], grad, past_hooks=past_hooks)
 
     # ------------------------------------------------------------ binding
 

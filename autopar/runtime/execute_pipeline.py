@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autopar.autodiff.autograd import WITNESS, accumulating, applied, is_watched
-from autopar.communication.agreement import digest_of
+from autopar.autodiff.autograd import WITNESS, applied, is_watched
 from autopar.communication.channels import Channels
 from autopar.communication.communicator import Communicator
 from autopar.communication.connect import Connection
@@ -32,8 +31,9 @@ from autopar.pipeline.links import backward_schedule, inference_schedule, links_
 from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import users_of
 from autopar.runtime.batch_counts import BatchCounts
-from autopar.runtime.beside_loss import beside_loss, check_unwatched
+from autopar.runtime.beside_loss import beside_loss
 from autopar.runtime.giving import Give, put
+from autopar.runtime.pipelined_backward import agree, check_backward
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_stage import BoundStage, Microbatch, StageStep
 from autopar.runtime.written_between import WrittenBetween
@@ -124,7 +124,8 @@ class PipelineExecutable:
         if torch.is_grad_enabled() and self.program.loss is not None:
             given = torch.zeros((), device=self.comm.device, requires_grad=True)  # each rank has a backward pass by it
             step = _Forward(self, batches, rows, seed)
-            loss: Tensor = applied(_Differentiable, step, WITNESS, given, *self._trained())
+            step.trained = self._trained()
+            loss: Tensor = applied(_Differentiable, step, WITNESS, given, *step.trained.values())
             return self._output(step.steps, loss, learns=True)
         with torch.no_grad():
             run = self._steps(batches, rows, seed, False, self._users)
@@ -144,29 +145,15 @@ class PipelineExecutable:
             batch.share = batch.share * grad
         self._play_and_give(self._backward_only, step.steps)
 
-    def _trained(self) -> list[Tensor]:
+    def _trained(self) -> dict[str, Tensor]:
         """The parameters of this rank that get gradients: autograd is to know that the loss depends on them."""
         slots = {
             target: stage.slots[target] for stages in self.stages.values() for stage in stages for target in stage.gives
         }
-        found = [table[key] for table, key in slots.values()]
-        return [parameter for parameter in found if not is_watched(parameter)]  # hooks are not for None
-
-    def agree(self, check: Callable[[], None]) -> None:
-        """Raise what ``check`` raises, on this rank or on others: before the first message, which would stay under way.
-
-        Raises InvariantError, RanksDifferError.
-        """
-        refusal = None
-        try:
-            check()
-        except InvariantError as problem:
-            refusal = problem
-        what = "a backward pass" if refusal is None else str(refusal).partition("\n")[0]
-        self.comm.agreement.start(digest_of(refusal is None), lambda: what, "the error of the rank that refuses has one")
-        self.comm.agreement.settle()
-        if refusal is not None:
-            raise refusal
+        found = {target: table[key] for target, (table, key) in slots.items()}
+        return {
+            name: parameter for name, parameter in found.items() if not is_watched(parameter)
+        }  # hooks are not for None
 
     @cached_property
     def _forward_only(self) -> Schedule:
@@ -334,6 +321,7 @@ class _Forward:
     seed: int
     steps: dict[int, StageStep] = field(default_factory=dict)
     versions: list[int] = field(default_factory=list)
+    trained: dict[str, Tensor] = field(default_factory=dict)
     is_done: bool = False
 
 
@@ -353,28 +341,10 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         if torch.is_grad_enabled():
             raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
-        ctx.step.executable.agree(partial(_check_backward, ctx))
+        agree(ctx.step.executable.comm.agreement, partial(check_backward, ctx))
         ctx.step.is_done = True
         ctx.step.executable.backward(ctx.step, grad)
         return (None,) * len(ctx.needs_input_grad)
-
-
-def _check_backward(ctx: Any) -> None:
-    """Raise InvariantError for a backward pass that the node ``ctx`` of a pipeline cannot do."""
-    check_unwatched(ctx)
-    added = zip(accumulating(ctx, 1), ctx.needs_input_grad[1:])
-    if not all(adds for adds, needed in added if needed):
-        raise InvariantError(
-            "gradients are asked for by name (autograd.grad, backward(inputs=)), and a pipeline adds those of all "
-            "parameters to .grad\nWay out: loss.backward(), then parameter.grad; zero_grad() before it."
-        )
-    if ctx.step.is_done:
-        raise InvariantError(
-            "this backward pass has run already: on a pipeline it frees the values of the forward pass\n"
-            "Way out: call the model again for a second backward pass; retain_graph=True is not supported on pp. "
-            "Scale the loss, loss * 2, for gradients that are twice as large."
-        )
-    ctx.step.executable.kept.check(ctx.step.versions)
 
 
 def _types(program: PipelinedProgram) -> dict[tuple[Kind, int, int], Types]:

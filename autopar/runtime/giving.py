@@ -33,6 +33,8 @@ class Giver:
         spec = spec_of(parameter)
         if not accumulate or is_watched(parameter):
             return of_local(grad, spec)
+        if not parameter.requires_grad:
+            return None  # frozen since the forward pass: torch's leaves take nothing then
         if held is None:
             parameter.grad = of_local(grad, spec)  # as autograd would, without 20 us of DTensor's dispatch
         elif spec_of(held) is spec or spec_of(held) == spec:
@@ -62,6 +64,7 @@ class Givers:
                 and spec is not None
                 and parameter._spec is spec
                 and parameter.grad is None
+                and parameter.requires_grad
                 and not parameter._backward_hooks
                 and not parameter._post_accumulate_grad_hooks
             ):
@@ -80,8 +83,13 @@ def _usual(give: Give, grad: Tensor) -> tuple[Table, str, Any, Any]:
     return give.table, give.key, spec_of(held), kind_of_spec(spec_of(held))
 
 
-def put(give: Give, parameter: Tensor, grad: Tensor) -> None:
-    """Add a local gradient to that of ``parameter``; by autograd where hooks watch it."""
+def put(give: Give, parameter: Tensor, grad: Tensor, *, past_hooks: bool = False) -> None:
+    """Add a local gradient to that of ``parameter``; by autograd where hooks watch it, which are to see it."""
+    if past_hooks and parameter.requires_grad and is_watched(parameter):
+        whole = give(grad, False)
+        assert whole is not None
+        parameter.grad = whole if parameter.grad is None else parameter.grad.add_(whole)
+        return
     whole = give(grad, True)
     if whole is not None:
         with torch.enable_grad():

@@ -49,8 +49,9 @@ class WrittenBetween:
         more = f" and {len(written) - 3} others" if len(written) > 3 else ""
         raise InvariantError(
             f"{shown}{more} were written into between the forward pass and this backward pass, which computes with "
-            "them: torch refuses that too (modified by an inplace operation)\n"
-            "Way out: loss.backward() before optimizer.step(), or call the model again after it."
+            "them (torch: modified by an inplace operation)\n"
+            "Way out: loss.backward() before optimizer.step(), or call the model again after it. With Plan(recompute=) "
+            "backward computes with more parameters than torch's; recompute='none' keeps to its own."
         )
 
 

@@ -65,6 +65,26 @@ class Asks(nn.Module):
         return {"loss": h.square().mean(), "h": h}
 
 
+TYPED = """
+class Typed(Asks):
+    def forward(self, x):
+        h = torch.tanh(self.up(x))
+        h = self.down(3 * h if self.ask(h) and h.requires_grad else h)
+        return {"loss": h.square().mean(), "h": h}
+"""
+
+
+@pytest.mark.parametrize("name", ["<stdin>", "<ipython-input-3-0a1b>", "<string>", "/tmp/ipykernel_1/1.py"])
+def test_code_that_stands_in_no_file(name: str) -> None:
+    typed = {"Asks": Asks, "torch": torch}
+    exec(compile(TYPED, name, "exec"), typed)
+    model: nn.Module = typed["Typed"](lambda h: True)  # type: ignore[operator]
+    parallel, x = autopar.parallelize(deepcopy(model), Mesh(dp=1)), torch.randn(4, 4)
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            assert torch.allclose(full_of(parallel(x)["loss"]), model(x)["loss"])
+
+
 @pytest.mark.parametrize("ask", [*ASKING, by_nothing])
 def test_who_asks(ask: Callable[[Tensor], bool]) -> None:
     with guards_of_traces() as guards:

@@ -8,12 +8,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import autopar
 from autopar import AutoparError, Mesh, Plan
 from autopar.ir.loss import loss_of
-from tests.against_one_process import difference, float64
+from tests.against_one_process import compare_gradients, difference, float64, worst
 from tests.launch import run_ranks
 from tests.selection import slow_but
 
@@ -84,6 +85,44 @@ def test_they_see_the_gradients_of_one_device(habit: str, run: tuple[int, int, i
     ranks, stage, microbatches, window = run
     plan = Plan(zero=stage, microbatches=microbatches, check_numerics=False)
     assert max(run_ranks(trained, ranks, ranks, plan, habit, window)) < 1e-12
+
+
+def hooks_later(axes: dict[str, int]) -> float:
+    """The worst error of a gradient where a hook comes after passes that wait, and where a parameter is frozen late."""
+    model = float64(Net)
+    reference = copy.deepcopy(model)
+    parallel = autopar.parallelize(model, Mesh(**axes), Plan(check_numerics=False, timeout=20.0))
+    parallel.prepare(**BATCHES[0])
+    for module in (parallel, reference):
+        with parallel.no_sync():
+            loss_of(module(**BATCHES[0])).backward()
+        for parameter in module.parameters():
+            parameter.register_hook(lambda grad: 2 * grad)  # type: ignore[no-untyped-call]
+        loss_of(module(**BATCHES[1])).backward()
+        loss = loss_of(module(**BATCHES[2]))
+        module.get_parameter("up.weight").requires_grad_(False)
+        loss.backward()
+    return worst(compare_gradients(parallel, reference))[0]
+
+
+@pytest.mark.parametrize("axes", slow_but([0], [{"dp": 2}, {"dp": 1}]))
+def test_hooks_see_the_passes_after_them(axes: dict[str, int]) -> None:
+    assert max(run_ranks(hooks_later, Mesh(**axes).world_size, axes)) < 1e-12
+
+
+def hook_on_a_pipeline() -> str:
+    parallel = autopar.parallelize(float64(Net), Mesh(pp=2), Plan(check_numerics=False, timeout=20.0))
+    loss = loss_of(parallel(**BATCHES[0]))
+    if dist.get_rank() == 0:  # the other one has another stage
+        parallel.get_parameter("up.weight").register_hook(lambda grad: 3 * grad)  # type: ignore[no-untyped-call]
+    with pytest.raises(AutoparError) as caught:
+        loss.backward()
+    return str(caught.value)
+
+
+def test_a_hook_after_the_forward_pass_of_a_pipeline_is_refused() -> None:
+    for message in run_ranks(hook_on_a_pipeline, 2):
+        assert "a hook on the gradient of 'up.weight' was registered between the forward pass" in message
 
 
 def left_waiting() -> list[str]:
