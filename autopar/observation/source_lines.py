@@ -57,7 +57,6 @@ def is_users_file(filename: str) -> bool:
 
 _OURS = Path(__file__).parents[1]
 _OUR_MODELS = str(_OURS / "models")
-_OF_EXEC = () if sys.argv[:1] == ["-c"] else ("<string>",)  # which is also the script of ``python -c``
-_OF_PROGRAMS = ("<frozen ", "<eval_with_key>", "<attrs generated", "<decorator-gen", "<lambdifygenerated", "<__array")
-_OF_NO_USER = (*_OF_PROGRAMS, *_OF_EXEC, str(_OURS), str(Path(str(torch.__file__)).parent))
+_OF_PROGRAMS = ("<frozen ", "<string>", "<eval_with_key>", "<attrs gen", "<decorator-gen", "<lambdifygen", "<__array")
+_OF_NO_USER = (*_OF_PROGRAMS, str(_OURS), str(Path(str(torch.__file__)).parent))
 _PYTHON = str(Path(traceback.__file__).parent)
