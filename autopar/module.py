@@ -48,6 +48,7 @@ from autopar.weights.identity import kept
 from autopar.weights.parameters import Weights
 from autopar.weights.stacks import rows_in_place
 from autopar.weights.state_dicts import warning_state_dict
+from autopar.weights.torch_state_dicts import let_torch_have_all_stages
 from autopar.weights.whole_tensors import full_grads, full_state_dict
 
 if TYPE_CHECKING:  # imported at use, as most launches use none of them
@@ -111,6 +112,8 @@ class ParallelModule(nn.Module):
         self.__dict__.update(_signature=Signature(model.forward), _accumulation=accumulation)
         self.__dict__.update(_is_pipelined=mesh.is_pipelined)  # asked in each call
         self.__dict__.update(for_frameworks(self, plan))
+        if self._is_pipelined:
+            let_torch_have_all_stages()
 
     # ------------------------------------------------------------ calling
 
@@ -200,8 +203,8 @@ class ParallelModule(nn.Module):
         """Inside this context, gradients are added up without communication over the data axes.
 
         The next backward outside reduces the sum into ``.grad``; with ``Plan(zero=2)`` and ``3`` each does, in parts,
-        and with hooks on gradients too. Until then ``.grad`` lacks them; a step of an optimizer is refused. To drop
-        them, :meth:`zero_grad`: setting ``.grad`` to None does not.
+        and with hooks on gradients too. What computes with a ``.grad`` before that (a step, a norm) has the sum reduced
+        first, so it does so on every rank. ``zero_grad()`` and ``.grad = None`` drop what waits.
         """
         return self._accumulation.no_sync()
 
@@ -212,17 +215,12 @@ class ParallelModule(nn.Module):
         """
         if self._connection is None:
             raise not_launched(self.mesh)
-        self._accumulation.refuse_waiting(self.parameters(), "a norm")
+        self._accumulation.complete()
         self._connection.comm.phase = "clipping"
         first, here = self._first_users(), self._connection.comm.coordinates.get(PIPELINE)
         pairs = [(name, parameter.grad) for name, parameter in self.named_parameters()]
         grads = [(grad, first.get(name, here) == here) for name, grad in pairs if grad is not None]
         return clip_gradients(grads, max_norm, norm_type, self._connection.comm, error_if_nonfinite)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; what :meth:`no_sync` has added up is forgotten too."""
-        self._accumulation.forget(self.parameters())
-        super().zero_grad(set_to_none)
 
     def simulate(self, *args: Any, **kwargs: Any) -> Step:
         """One step of all ranks in this process: output, loss, whole gradients, traffic. Takes whole batches."""
@@ -317,7 +315,7 @@ class ParallelModule(nn.Module):
 
     def full_grads(self) -> dict[str, Tensor]:
         """The whole gradients by parameter name, those that there are; collective."""
-        self._accumulation.refuse_waiting(self.parameters(), "what full_grads gives")
+        self._accumulation.complete()
         grads = {name: parameter.grad for name, parameter in self.named_parameters() if parameter.grad is not None}
         return full_grads(self._held.weights, grads, self._first_users())
 

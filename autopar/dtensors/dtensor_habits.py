@@ -2,7 +2,8 @@
 
 The other door to the private parts of DTensor (beside ``dtensor.py``). In torch 2.13, ``p.data = x`` is lost without a
 word on a DTensor, ``p.data.add_(x)`` leaves no trace in its version, ``p.grad.norm().item()`` gives the number of this
-rank's part, and ``logits.numpy()`` does not exist. Tensors on DeviceMeshes that no parallel module has are left alone.
+rank's part, ``logits.numpy()`` does not exist, and ``p.share_memory_()`` ends the process. Tensors on DeviceMeshes that
+no parallel module has are left alone.
 
 A script that has called ``p.to_local()`` may write to the part where nobody sees it (``part.data.add_(x)``), so this is
 remembered.
@@ -70,6 +71,7 @@ def _install() -> None:
         kind.to_local = _noting(kind.to_local)
     owner.numpy = _of_whole("numpy")
     owner.tolist = _of_whole("tolist")
+    owner.share_memory_ = _shared
 
 
 def parts_were_shown() -> bool:
@@ -142,6 +144,12 @@ def _scalar(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     hear_of_numbers([tensor])
     found = whole(tensor) if _is_ours(tensor) else local_of(tensor)
     return operator(found, **kwargs)
+
+
+def _shared(self: DTensor) -> DTensor:
+    """``share_memory_()``, of this rank's part: torch takes the memory of the whole, of which there is none."""
+    local_of(self).share_memory_()  # type: ignore[no-untyped-call]
+    return self
 
 
 def _of_whole(name: str) -> Any:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from autopar.autodiff.autograd import WITNESS, accumulating, applied, below_autograd, take_saved
+from autopar.communication.agreement import SAME_CALLS, digest_of
 from autopar.communication.connect import Connection
+from autopar.dtensors.dtensor import local_of
+from autopar.dtensors.waiting import Stand, fill
 from autopar.errors import InvariantError
 from autopar.ir.loss import loss_of
 from autopar.ir.program import Program
@@ -29,7 +32,7 @@ from autopar.runtime.rank_graphs import BACKWARD, FORWARD, INFERENCE, PARTIAL, R
 from autopar.runtime.rank_program import NOTHING, BoundProgram, Fetch, Step
 from autopar.runtime.written_between import WrittenBetween
 from autopar.runtime.written_code import code_of_model
-from autopar.weights.border import Result
+from autopar.weights.border import Result, trimmed
 
 
 class Executable(BoundProgram):
@@ -163,11 +166,21 @@ class Executable(BoundProgram):
     def reduced(self, partial: list[Tensor]) -> list[Tensor]:
         return self.own(REDUCED, partial)
 
-    def give(self, grads: Sequence[Tensor], past_hooks: bool) -> None:
+    def give(self, grads: Sequence[Tensor], past_hooks: bool, waiting: Sequence[Stand] | None) -> None:
+        self.comm.updates += 1
+        if waiting is not None:
+            for parameter, stand, grad in zip(self.parameters, waiting, grads):
+                fill(stand, trimmed(grad, local_of(parameter).shape))
+            return
         for target, give, grad in zip(self.role.grads, self._gives, grads):
             if target in self.slots:
                 table, key = self.slots[target]
                 put(give, table[key], grad, past_hooks=past_hooks)
+
+    def agree(self, what: str) -> None:
+        agreement, self.comm.phase = self.comm.agreement, "backward"
+        agreement.start(digest_of(what), lambda: what, f"what reads .grad does so on every rank. {SAME_CALLS}")
+        agreement.settle()
 
     # ------------------------------------------------------------ binding
 

@@ -23,8 +23,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from autopar.autodiff.autograd import is_watched
 from autopar.communication.connect import Connection
-from autopar.dtensors.dtensor import HELD, local_of, parameter_of
+from autopar.dtensors.dtensor import HELD, parameter_of
 from autopar.dtensors.made_optimizers import made_optimizers
+from autopar.dtensors.whole_operators import whole
 from autopar.errors import InvariantError
 from autopar.weights.stored import Stored, cut
 
@@ -42,12 +43,12 @@ class Holder:
     own: Connection
 
     def cut(self, tensor: Tensor) -> DTensor:
-        """The part of ``tensor``, which is whole and in the model's order."""
-        return cut(local_of(tensor), self.form, self.own)
+        """The part of ``tensor``, which is in the model's order; collective where it is in other parts."""
+        return cut(whole(tensor), self.form, self.own)
 
 
 def become(tensor: Tensor, holder: Holder) -> nn.Parameter:
-    """The parameter that holds ``tensor``, which is whole, as ``holder`` says: the same object if it is a DTensor."""
+    """The parameter that holds ``tensor`` as ``holder`` says: the same object if it is a DTensor."""
     held = parameter_of(holder.cut(tensor), tensor.requires_grad)
     grad = None if tensor.grad is None else holder.cut(tensor.grad)
     marks = {key: mark for key, mark in vars(tensor).items() if key not in _OURS}
@@ -174,10 +175,10 @@ def _fit_state(parameter: Tensor, state: Any) -> None:
     if holder is None:
         return
     for key in _like(parameter, state):
-        whole = state[key]
-        if isinstance(whole, DTensor) and whole.placements == parameter.placements:  # type: ignore[attr-defined]
+        held = state[key]
+        if isinstance(held, DTensor) and held.placements == parameter.placements:  # type: ignore[attr-defined]
             continue
-        state[key] = holder.cut(whole.full_tensor() if isinstance(whole, DTensor) else whole)
+        state[key] = holder.cut(held)
 
 
 def _like(parameter: Tensor, state: Any) -> Iterable[str]:

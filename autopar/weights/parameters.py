@@ -303,7 +303,7 @@ class Weights:
             if only is not None and name not in only:
                 continue
             layout = layouts.get(name, Layout.whole(tensor.shape))
-            if not isinstance(tensor, nn.Parameter) and not layout.axes:
+            if not isinstance(tensor, nn.Parameter | DTensor) and not layout.axes:
                 if not tensor.is_meta:
                     table[key] = tensor.to(self._meshes.device)  # a whole buffer stays an ordinary tensor
                 continue
@@ -371,8 +371,8 @@ def _unused(program: AnyProgram) -> set[str]:
 def _placed(tensor: Tensor, form: Stored, own: Connection) -> Tensor:
     holder = Holder(form, own)
     before: Holder | None = getattr(tensor, HELD, None)
-    if before is not None and before.own is own and before.form == form and not form.layout.axes:
-        return tensor  # whole before and now
+    if before is not None and before.own is own and before.form == form:
+        return tensor  # whole before and now, or under another name in the model
     return become(tensor, holder) if isinstance(tensor, nn.Parameter) else holder.cut(tensor)
 
 

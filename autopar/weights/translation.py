@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from autopar.dtensors.dtensor import HELD, local_of, of_local, parameter_of, spec_of
 from autopar.weights.stored import Stored, in_model_order, in_stored_order, is_in_model_order
 
+ASSIGN = "assign_to_params_buffers"  # of what torch passes on to a module: load_state_dict(assign=True)
 _MARK = "autopar_translates"  # on hooks of this file
 
 
@@ -27,16 +29,28 @@ def translate_state(module: nn.Module, forms: dict[str, Stored], announce: Calla
                     announce("state_dict()")
                 state[prefix + key] = in_model_order(value, form)
 
-    def loading(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def loading(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *rest: Any) -> None:
         for key in forms:
             value, held = state.get(prefix + key), module._parameters.get(key, module._buffers.get(key))
             if isinstance(value, Tensor) and isinstance(held, DTensor) and value.shape == held.shape:
-                state[prefix + key] = in_stored_order(value, held)
+                state[prefix + key] = found = in_stored_order(value, held)
+                if metadata.get(ASSIGN) and isinstance(held, nn.Parameter):
+                    state[prefix + key] = _assigned(module, key, found, held, metadata)
 
     for hook in (saving, loading):
         vars(hook)[_MARK] = True
     module.register_state_dict_post_hook(saving)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_pre_hook(loading)  # type: ignore[no-untyped-call]
+
+
+def _assigned(module: nn.Module, key: str, value: DTensor, held: nn.Parameter, metadata: Any) -> nn.Parameter:
+    """The parameter that takes the place of ``held``, with ``value``: it is one of the parallel module as well."""
+    made = parameter_of(of_local(local_of(value).detach(), spec_of(value)), held.requires_grad)
+    setattr(made, HELD, getattr(held, HELD, None))
+    if "." in key:  # of a stack, which torch would refuse to set by its name
+        module._parameters[key] = made
+        metadata[ASSIGN] = False
+    return made
 
 
 def forget_translation(module: nn.Module) -> None:

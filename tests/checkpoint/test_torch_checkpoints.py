@@ -34,6 +34,7 @@ ZERO: Where = Mesh(dp=2), {"zero": 3}
 ONE: Where = Mesh(dp=2, tp=1), {"zero": 1}
 BOTH: Where = Mesh(dp=2, tp=2), {"zero": 2}
 FOUR: Where = Mesh(dp=4), {"zero": 3}
+STAGES: Where = Mesh(pp=2), {}
 Run = tuple[nn.Module, Optimizer]
 
 
@@ -120,6 +121,9 @@ def move(before: Where, after: Where, ways: list[str]) -> dict[str, float]:
     ("before", "after", "ways"),
     [
         pytest.param(TP, ZERO, ["saved", "from rank 0"], id="tp-zero"),
+        pytest.param(STAGES, ZERO, ["whole", "from rank 0"], id="pp-zero"),
+        pytest.param(STAGES, STAGES, list(WAYS), id="pp-pp", marks=pytest.mark.slow),
+        pytest.param(ZERO, STAGES, list(WAYS), id="zero-pp", marks=pytest.mark.slow),
         pytest.param(TP, ZERO, ["saved meanwhile", "whole"], id="tp-zero-others", marks=pytest.mark.slow),
         pytest.param(ZERO, TP, list(WAYS), id="zero-tp", marks=pytest.mark.slow),
         pytest.param(TP, ONE, list(WAYS), id="tp-one", marks=pytest.mark.slow),

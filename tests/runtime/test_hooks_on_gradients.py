@@ -123,28 +123,3 @@ def hook_on_a_pipeline() -> str:
 def test_a_hook_after_the_forward_pass_of_a_pipeline_is_refused() -> None:
     for message in run_ranks(hook_on_a_pipeline, 2):
         assert "a hook on the gradient of 'up.weight' was registered between the forward pass" in message
-
-
-def left_waiting() -> list[str]:
-    """What a step, a norm and the whole gradients say where the last window has no backward pass outside."""
-    parallel = autopar.parallelize(float64(Net), Mesh(dp=2), Plan(check_numerics=False))
-    parallel.prepare(**BATCHES[0])
-    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
-    with parallel.no_sync():
-        loss_of(parallel(**BATCHES[0])).backward()
-    said = []
-    for call in (optimizer.step, lambda: parallel.clip_grad_norm_(1.0), parallel.full_grads):
-        with pytest.raises(AutoparError) as caught:
-            call()
-        said.append(str(caught.value))
-    optimizer.zero_grad()
-    optimizer.step()
-    loss_of(parallel(**BATCHES[0])).backward()
-    optimizer.step()
-    return said
-
-
-def test_a_step_without_gradients_that_wait_is_refused() -> None:
-    said = run_ranks(left_waiting, 2)[0]
-    for message, what in zip(said, ("a step of SGD", "a norm", "what full_grads gives")):
-        assert f"parameters wait since no_sync(): {what} would be without them\nWay out: the last backward" in message
