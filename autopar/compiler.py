@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from autopar.choices import check_choices, check_names
 from autopar.errors import check_kind
 from autopar.frontend.fingerprint import fingerprint
 from autopar.frontend.rows_asked import check_rows_asked
 from autopar.frontend.trace import trace
+from autopar.ir.asked_of_inputs import answers_of
 from autopar.ir.batch import batches_of_rows
 from autopar.ir.collection import no_collection
 from autopar.ir.graph_pass import run_phases, steps_of
@@ -57,6 +59,9 @@ def compile_program(
     with no_collection(), guards_of_traces() as guards:
         program = _compiled(model, mesh, plan, args, kwargs, layouts, homes, like)
     seen = "; ".join(f"{look.line} ({look.seen})" for values in guards.values for look in values.looks)
+    asked = sorted(set(guards.inputs))
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs or {})))
+    known = replace(known, call=known.call.of_inputs(asked, answers_of(asked, leaves)))
     if guards.ask_for_gradients:
         known = replace(known, call=known.call.asked(torch.is_grad_enabled()))
     if seen:  # no model has that, so such a program serves the process that made it alone

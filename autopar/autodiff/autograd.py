@@ -48,6 +48,11 @@ def alone_in_autograd() -> Iterator[None]:
             torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
+def without_anomalies() -> AbstractContextManager[Any]:
+    """Within this context torch looks for no nan in gradients (``detect_anomaly``): of a trace, there are no values."""
+    return torch.autograd.set_detect_anomaly(False)
+
+
 def refuse_transforms() -> None:
     """Raise InvariantError within torch.func's transforms, which see operators of a model, and not of a program."""
     if torch._C._are_functorch_transforms_active():

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from autopar.autodiff.autograd import without_anomalies
 from autopar.autodiff.outline import Outline
 from autopar.autodiff.recorder import TENSORS, Recorder, fake_mode
 from autopar.ir.operator_facts import writes
@@ -217,7 +218,7 @@ class _Listening(Recorder):  # type: ignore[no-untyped-call]
         reached = [leaf for leaf in self.leaves if leaf.requires_grad]
         self.sums, self.awaited = {}, deque()
         try:
-            with self.mode, self:
+            with self.mode, self, without_anomalies():
                 torch.autograd.grad(outputs, reached, tangents, allow_unused=True)
         finally:
             for handle in handles:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from autopar.autodiff.autograd import without_anomalies
 from autopar.autodiff.derivatives import DERIVATIVES
 from autopar.autodiff.recorder import TENSORS, Recorder
 from autopar.errors import AutoparError, InvariantError
@@ -120,7 +121,8 @@ class ForwardRun:
         return tuple(nodes), [None if grad is None else self.contiguous(grad) for grad in found]
 
     def gradients(self, outputs: Sequence[Any], tangents: Sequence[Any], leaves: Sequence[Any]) -> Sequence[Any]:
-        return torch.autograd.grad(list(outputs), list(leaves), list(tangents), allow_unused=True)
+        with without_anomalies():
+            return torch.autograd.grad(list(outputs), list(leaves), list(tangents), allow_unused=True)
 
     def contiguous(self, gradient: Any) -> Any:
         return gradient.contiguous()

@@ -31,7 +31,7 @@ from autopar.mesh import Mesh
 from autopar.observation.trace_record import OF_TORCH
 from autopar.plan import Plan
 
-FORMAT = 6  # of entries
+FORMAT = 7  # of entries
 WITHOUT_EFFECT = ("seed", "initial", "timeout", "lengths", "compile")  # choices that no program depends on
 # of the compiler's own, and of libraries, which read them where no trace sees it
 PREFIXES = (*OF_TORCH, "TRANSFORMERS_", "HF_")

@@ -25,6 +25,7 @@ from autopar.cache.names import Name, names_in
 from autopar.cache.reasons import Unstorable
 from autopar.cache.transcript import Transcript
 from autopar.cache.value_digests import Digests
+from autopar.ir.asked_of_inputs import STRIDES, told
 from autopar.ir.guards import Guards
 from autopar.ir.same_values import PLAIN
 from autopar.observation.code_names import Names, is_users, names_found_by, names_of
@@ -53,6 +54,7 @@ class Questions:
         known: digests of code -> the names that it reads, which takes long to find.
         followed: the functions that ran, or may have been called, by module and name.
         modes: what forward asks about the mode of its caller.
+        of_inputs: what it asks of inputs beside what a key has of them.
     """
 
     asked: tuple[tuple[tuple[str, str], ...], ...]
@@ -66,6 +68,7 @@ class Questions:
     known: Mapping[str, Names] = field(default_factory=dict)
     followed: frozenset[str] = frozenset()
     modes: tuple[str, ...] = ()
+    of_inputs: tuple[str, ...] = ()
 
 
 @dataclass
@@ -91,6 +94,9 @@ def questions_of(
     obstacle = next((record.obstacle for record in records if record.obstacle), "")
     if obstacle or not records:
         raise Unstorable(obstacle or "nothing was traced")
+    of_inputs = {name for record in records for name in record.of_inputs}
+    if of_inputs - {STRIDES}:
+        raise Unstorable(f"forward asks of its inputs {told(of_inputs)}, which no key has")
     code = {one for record in records for one in record.code if is_users_code(one)}
     found = Questions(
         tuple(tuple(record.asked) for record in records),
@@ -99,6 +105,7 @@ def questions_of(
         frozenset(map(code_digest, code)),
         outputs=tuple(_classes_in(outputs)),
         modes=tuple(sorted({mode for record in records for mode in record.modes})),
+        of_inputs=tuple(sorted(of_inputs)),
     )
     answers = answered(found, model)
     if guards is not None:
@@ -169,6 +176,7 @@ def _ask(
         several.append(lines)
         _add(f"{number}", readings, lines, questions)
     found.guards.questions.extend(questions_of_modes(questions.modes))
+    found.guards.inputs.extend(questions.of_inputs)
     lines = several[0] if several else new(lambda _: None)
     for name in questions.names:
         lines.put(f"name {'.'.join(name.chain)} in {name.module}", _of_name(lines.digests, name))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
@@ -115,7 +115,8 @@ def _is_simple(leaf: Any) -> bool:
 
 def kind_of(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype, leaf.requires_grad
+        facts = leaf.shape, leaf.dtype, leaf.requires_grad
+        return facts if type(leaf) is Tensor else (*facts, class_of(leaf))
     try:
         hash(leaf)
     except TypeError:
@@ -124,6 +125,12 @@ def kind_of(leaf: Any) -> Hashable:
             "Way out: pass tensors, numbers, strings, or lists and dicts of them."
         ) from None
     return type(leaf), leaf
+
+
+def class_of(tensor: Tensor) -> type | None:
+    """What forward may ask for with ``isinstance``: of parameters and of users' classes."""
+    kind = type(tensor)
+    return kind if isinstance(tensor, nn.Parameter) or kind.__module__.partition(".")[0] != "torch" else None
 
 
 def global_call(call: Call, mesh: Mesh, plan: Plan) -> Call:

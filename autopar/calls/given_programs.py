@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from autopar.calls.calls import Call
 from autopar.calls.size_families import resized, shapes_of
 from autopar.families.family import Family
+from autopar.ir.asked_of_inputs import answers_of
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards, Question
 from autopar.ir.program import AnyProgram
@@ -44,7 +45,7 @@ class GivenPrograms:
             return None
         facts = self._facts(call)
         for program in self.programs:
-            if program.fingerprint is not None and _is_of(program.fingerprint.call, facts):
+            if program.fingerprint is not None and _is_of(program.fingerprint.call, facts, call):
                 return replace(program, in_spec=pytree.tree_structure((call.args, call.kwargs)))
         return None
 
@@ -58,7 +59,7 @@ class GivenPrograms:
             if fingerprint is None or scheme is None or not scheme.fits(shapes):
                 continue
             first = resized(call, scheme.shapes(shapes, family.points[0]))
-            if _is_of(fingerprint.call, self._facts(first)):
+            if _is_of(fingerprint.call, self._facts(first), call):
                 return family.called(pytree.tree_structure((call.args, call.kwargs)))
         return None
 
@@ -71,6 +72,7 @@ class GivenPrograms:
         if known is not None and known.call.asks_for_gradients:
             mode = Question(torch.is_grad_enabled, torch.is_grad_enabled(), "whether gradients are enabled")
             guards.questions.append(mode)
+        guards.inputs += known.call.asked_of_inputs if known is not None else ()
         return guards
 
     def none_of(self, call: Call) -> str:
@@ -86,6 +88,7 @@ class GivenPrograms:
         return f"{self.where} was compiled for another kind of call\n  compiled  {known}\n  now       {here}"
 
 
-def _is_of(known: CallFacts, facts: CallFacts) -> bool:
-    """Whether a program for calls that are ``known`` so serves one with ``facts``, now."""
+def _is_of(known: CallFacts, facts: CallFacts, call: Call) -> bool:
+    """Whether a program for calls that are ``known`` so serves ``call``, of which these are the ``facts``, now."""
+    facts = facts.of_inputs(known.asked_of_inputs, answers_of(known.asked_of_inputs, call.leaves))
     return known in (facts, facts.asked(torch.is_grad_enabled()))

@@ -7,8 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,19 +16,21 @@ from torch import Tensor
 from autopar.autodiff.autograd import alone_in_autograd
 from autopar.calls.calls import Call, global_call, ordinary, shapes
 from autopar.calls.compile_times import CompileTimes
+from autopar.calls.entry import Bound, Entry
 from autopar.calls.given_programs import GivenPrograms
 from autopar.calls.local_parts import check_parts, check_parts_of_ranks, explained
 from autopar.calls.repeated_calls import RepeatedCall
-from autopar.calls.shared_inputs import check_shared_inputs, is_due
+from autopar.calls.shared_inputs import check_shared_inputs
 from autopar.calls.size_families import Ask, Fit, Member, SizeFamilies, general
 from autopar.calls.torch_settings import outside_inference, torch_settings
 from autopar.calls.unequal_rows import joined, said
-from autopar.calls.variants import Variants
+from autopar.calls.variants import Variants, check_answers
 from autopar.communication.agreement import SAME_CALLS, Said, UnequalRows, digest_of, told
 from autopar.communication.connect import Connection
 from autopar.communication.freed_memory import give_back
 from autopar.dtensors.dtensor_habits import parts_were_shown
 from autopar.errors import RanksDifferError
+from autopar.ir.asked_of_inputs import unusual_answers
 from autopar.ir.collection import no_collection
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards
@@ -50,31 +51,11 @@ PROGRAMS_KEPT = 64
 # (whole call, layouts held, a program of another call that decides alike, whether nobody has asked for it) ->
 Compile = Callable[[Call, Mapping[str, Layout] | None, AnyProgram | None, bool], tuple[AnyProgram, Guards]]
 Kind = tuple[Hashable, int]  # of call, and which variant of its program
-Bound = Executable | PipelineExecutable
 Again = tuple[Executable, list[Tensor]]
 Work = Callable[[Executable, list[Tensor]], Any]  # (program, tensors of the call) ->
 
 DIFFERENT = "the ranks do not do the same:"
 logger = logging.getLogger("autopar")
-
-
-@dataclass
-class Entry:
-    """A bound program, the ``number`` by which ranks compare its kind of call, and how many ``calls`` there were."""
-
-    bound: Bound
-    number: int
-    calls: int = 0
-    repeated: RepeatedCall | None = None
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the inputs of the next call are compared; never where a rank could run the program by itself."""
-        return is_due(self.calls) and self._communicates
-
-    @cached_property
-    def _communicates(self) -> bool:
-        return isinstance(self.bound, PipelineExecutable) or bool(self.bound.code.axes_of_inference)
 
 
 class ProgramCache:
@@ -110,6 +91,7 @@ class ProgramCache:
         self._bound: dict[Kind, Entry] = {}
         self._latest: tuple[Kind, Entry] | None = None  # of the last call: kinds are large, and take time to look up
         self._is_alone, self._asks_for_gradients = mesh.world_size == 1, False  # the latter: does forward
+        self._asked_of_inputs = list[str]()
         self._variants, self._compiles = Variants(), CompileTimes()
 
     def __len__(self) -> int:
@@ -144,12 +126,12 @@ class ProgramCache:
         with outside_inference():
             whole = global_call(ordinary(call), self._mesh, self._plan)
         with explained(call, whole, self._mesh, self._plan), outside_inference():
-            return self._program(self._kind(call, training), whole, training)
+            return self._program(self._kind(call, training), whole, training, call.leaves)
 
     def of_whole(self, call: Call, training: bool) -> AnyProgram:
         """The program of a call that has the whole batch, whatever ``plan.inputs`` says."""
         local = self._plan.inputs == "local"
-        return self._program(self._kind(call, training, "whole" if local else ""), call, training)
+        return self._program(self._kind(call, training, "whole" if local else ""), call, training, call.leaves)
 
     def bound(self, call: Call, training: bool) -> Bound:
         """The bound program of this call on this rank.
@@ -333,12 +315,18 @@ class ProgramCache:
             return self._kind(call, training, batch)
         return kind, self._variants.next(kind) if number is None else number
 
-    def _program(self, kind: Kind, call: Call, training: bool) -> AnyProgram:
+    def _general_kind(self, kind: Kind, call: Call, training: bool) -> tuple[Hashable, ...]:
+        """That of all sizes, with what forward is known to ask beside them."""
+        mode = self._asks_for_gradients and not torch.is_grad_enabled(), kind[0][-2]  # type: ignore[index]
+        asked = unusual_answers(self._asked_of_inputs, call.leaves)
+        return *self._other_facts(training), *mode, asked, general(call)
+
+    def _program(self, kind: Kind, call: Call, training: bool, leaves: Sequence[Any]) -> AnyProgram:
+        """That of a whole ``call``, which is the caller's own but for what is asked of the arguments, ``leaves``."""
         if kind in self._programs:
             return self._programs[kind]
         program = self._given.of(call) if self._given is not None else None
-        mode = self._asks_for_gradients and not torch.is_grad_enabled(), kind[0][-2]  # type: ignore[index]
-        general_kind = *self._other_facts(training), *mode, general(call)
+        general_kind = self._general_kind(kind, call, training)
         if program is None and self._given is not None and self.families.like(general_kind) is None:
             family = self._given.family_of(call)
             if family is not None:
@@ -360,16 +348,22 @@ class ProgramCache:
                 program, guards, self._members[kind] = member.program, member.guards, member
             else:
                 program, guards = self._compile(call, self.families.like(general_kind))
-                self.families.learn(general_kind, call, program, guards)
+                self._learn(guards)
+                self.families.learn(self._general_kind(kind, call, training), call, program, guards)
                 self._compiles.tell_many(PROGRAMS_KEPT, self.families.why_none)
                 learnt = self.families.member(general_kind, call) if self._plan.compile == "inductor" else None
                 if learnt is not None:  # whose regions serve all lengths, and those of the program one
                     program, guards, self._members[kind] = learnt.program, learnt.guards, learnt
-        self._asks_for_gradients |= guards.ask_for_gradients
+        self._learn(guards)
+        check_answers(guards, program, call.leaves, leaves)
         self._weights.lay_out(program)  # before it is kept: a program that requires other layouts never runs
         self._programs[kind], self._latest = program, None
-        self._variants.add(*kind, guards)
+        self._variants.add(*kind, guards, leaves)
         return program
+
+    def _learn(self, guards: Guards) -> None:
+        self._asks_for_gradients |= guards.ask_for_gradients
+        self._asked_of_inputs += [name for name in guards.inputs if name not in self._asked_of_inputs]
 
     def _prove_member(self, member: Member, call: Call) -> None:
         if self._prove is not None:  # Plan(verify=True)

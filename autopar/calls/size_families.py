@@ -15,11 +15,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from autopar.calls.calls import Call, kind_of
+from autopar.calls.calls import Call, class_of, kind_of
 from autopar.families.family import Family, Point, fit
 from autopar.families.forms import NoForm, Sizes
 from autopar.families.refusals import is_refusal
 from autopar.families.sizes import BATCH, OTHER, SEQUENCE, Place, Scheme, Shapes, further, reaching
+from autopar.ir.asked_of_inputs import unusual_answers
 from autopar.ir.batch import data_ways, input_dims
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards
@@ -156,6 +157,9 @@ class SizeFamilies:
             return
         if guards.values:  # which depends on all of them
             self.why_none = "Python looks at values in tensors"
+            return
+        if unusual_answers(guards.inputs, call.leaves) or any(map(class_of, call.tensors)):
+            self.why_none = "inputs are no tensors that were just made, and forward may ask"
             return
         kept = self._of(kind)
         if kept is None:
@@ -334,7 +338,9 @@ def shapes_of(call: Call) -> Shapes:
 def general(call: Call) -> tuple[Hashable, ...]:
     """The kind of ``call`` without its sizes."""
     leaves: list[Hashable] = [
-        (leaf.dim(), leaf.dtype, leaf.requires_grad, leaf.device) if isinstance(leaf, Tensor) else kind_of(leaf)
+        (leaf.dim(), leaf.dtype, leaf.requires_grad, leaf.device, class_of(leaf))
+        if isinstance(leaf, Tensor)
+        else kind_of(leaf)
         for leaf in call.leaves
     ]
     return call.key[0], *leaves, call.rows_of_all

@@ -8,17 +8,20 @@ from typing import Any
 from torch import nn
 
 from autopar.errors import TraceError
+from autopar.ir.asked_of_inputs import Answers, answers_of, told, unusual_answers
 from autopar.ir.guards import Guards
 from autopar.ir.program import AnyProgram
 from autopar.ir.value_guards import MOST_OUTCOMES
+
+Variant = tuple[int, Guards, Answers]  # its number, what it assumes, and what its inputs answered
 
 
 class Variants:
     """Which of them a call takes: the one whose guards hold now, the latest first."""
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, list[tuple[int, Guards]]] = {}
-        self._latest: tuple[Hashable, Sequence[tuple[int, Guards]]] = None, ()  # what was asked last: keys are large
+        self._known: dict[Hashable, list[Variant]] = {}
+        self._latest: tuple[Hashable, Sequence[Variant]] = None, ()  # what was asked last: keys are large
         self._made: dict[Hashable, int] = {}
 
     def next(self, kind: Hashable) -> int:
@@ -31,7 +34,9 @@ class Variants:
         Raises TraceError where too many variants differ by what Python saw in tensors.
         """
         known = self._of(kind)
-        for place, (number, guards) in enumerate(known):
+        for place, (number, guards, answers) in enumerate(known):
+            if guards.inputs and answers_of(guards.inputs, leaves) != answers:
+                continue
             if guards.hold() and (not guards.values or all(values.hold(leaves) for values in guards.values)):
                 if place:
                     self._known[kind] = [known[place], *known[:place], *known[place + 1 :]]
@@ -39,7 +44,7 @@ class Variants:
                 if guards.effects:
                     guards.replay()
                 return number
-        by_values = [guards for _, guards in known if guards.values]
+        by_values = [guards for _, guards, _ in known if guards.values]
         if len(by_values) >= MOST_OUTCOMES:
             raise TraceError(
                 f"the model looks at values in tensors, and {len(by_values)} programs were made for what it saw there\n"
@@ -49,16 +54,18 @@ class Variants:
             )
         return None
 
-    def _of(self, kind: Hashable) -> Sequence[tuple[int, Guards]]:
+    def _of(self, kind: Hashable) -> Sequence[Variant]:
         if kind is not self._latest[0]:
             self._latest = kind, self._known.get(kind, ())
         return self._latest[1]
 
-    def add(self, kind: Hashable, number: int, guards: Guards) -> None:
-        """A variant was made, as the model is now."""
+    def add(self, kind: Hashable, number: int, guards: Guards, leaves: Sequence[Any]) -> None:
+        """A variant was made, as the model is now, for a call with these arguments."""
         guards.settle()
+        guards.inputs = list(dict.fromkeys(guards.inputs))
+        answers = answers_of(guards.inputs, leaves)
         self._latest = None, ()
-        self._known.setdefault(kind, []).insert(0, (number, guards))
+        self._known.setdefault(kind, []).insert(0, (number, guards, answers))
         self._made[kind] = number + 1
         guards.replay()
 
@@ -70,7 +77,11 @@ class Variants:
     def change(self, kind: Hashable, leaves: Sequence[Any]) -> str:
         """What has changed since the latest variant, in words; empty if nothing, or if there is none."""
         known = self._known.get(kind)
-        return known[0][1].change() or self._seen_otherwise(known[0][1], leaves) if known else ""
+        if not known:
+            return ""
+        _, guards, answers = known[0]
+        asked = "" if answers_of(guards.inputs, leaves) == answers else f"the inputs differ in {told(guards.inputs)}"
+        return guards.change() or asked or self._seen_otherwise(guards, leaves)
 
     @staticmethod
     def _seen_otherwise(guards: Guards, leaves: Sequence[Any]) -> str:
@@ -112,6 +123,25 @@ def check_whole_batches(guards: Guards, program: AnyProgram, model: nn.Module) -
             f"{reason}, and {choice} works on parts of it.\n"
             "Way out: torch.where or a mask instead of 'if'; pass a number that is looked at as an argument of forward."
         )
+
+
+def check_answers(guards: Guards, program: AnyProgram, whole: Sequence[Any], leaves: Sequence[Any]) -> None:
+    """Raise TraceError where forward asks inputs for what a part of them answers otherwise than all of them.
+
+    ``whole``: the arguments for which ``program`` was traced; ``leaves``: those that were passed.
+    """
+    if not guards.inputs:
+        return
+    is_whole = answers_of(guards.inputs, whole) == answers_of(guards.inputs, leaves)
+    if is_whole and (program.plan.microbatches == 1 or not unusual_answers(guards.inputs, leaves)):
+        return
+    raise TraceError(
+        f"forward asks of its inputs {told(guards.inputs)}, and a part of these inputs answers otherwise than all of "
+        f"them: the plan works on parts (inputs={program.plan.inputs!r}, microbatches={program.plan.microbatches}), "
+        "or inputs were made in inference_mode\n"
+        "Way out: x.clone(memory_format=torch.contiguous_format) of the inputs, or pass what the model is to do as an "
+        "argument."
+    )
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -7,19 +7,23 @@
 * ``nn.LSTM`` and its kin keep a list of their parameters, which export mistakes for an assignment of the model.
 * Without gradients, and with padding at the end of each row, ``nn.TransformerEncoder`` packs the rows into a nested
   tensor. Only one effect of it is visible outside: the padding comes out as zeros. The graph writes them.
+* ``nn.BatchNorm`` with ``momentum=None`` makes a number of its counter of batches, another one in each step. The graph
+  divides by the counter.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules import transformer
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function
 
 
@@ -62,11 +66,29 @@ def without_fast_paths() -> Iterator[None]:
             warnings.catch_warnings(),
             mock.patch.object(nn.TransformerEncoder, "forward", encode),
             mock.patch.object(transformer, "_detect_is_causal_mask", is_hint),
+            mock.patch.object(_BatchNorm, "forward", _averaging(_BatchNorm.forward)),
         ):
             warnings.filterwarnings("ignore", message=r"The tensor attributes? self\.(\w+\.)*_flat_weights\[")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _averaging(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    def normalise(self: Any, input: Tensor) -> Tensor:
+        running = self.running_mean, self.running_var
+        if self.momentum is not None or not self.training or self.num_batches_tracked is None:
+            return forward(self, input)
+        self._check_input_dim(input)
+        self.num_batches_tracked.add_(1)
+        of_batch = mean, variance = torch.zeros_like(running[0]), torch.zeros_like(running[1])
+        made = functional.batch_norm(input, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+        for buffer, statistic in zip(running, of_batch):
+            share = 1.0 / self.num_batches_tracked.to(buffer.dtype)
+            buffer.copy_((1.0 - share) * buffer + share * statistic)
+        return made
+
+    return normalise
 
 
 def _packs(encoder: nn.TransformerEncoder, src: Tensor, gradients: bool) -> bool:

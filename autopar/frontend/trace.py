@@ -148,7 +148,7 @@ def _at_rest(
     """
     refuse_backward_hooks(model)
     while True:
-        observation = Observation(model)
+        observation = Observation(model, leaves=pytree.tree_leaves((args, kwargs)))
         fakes = needs_fakes(model, pytree.tree_leaves((args, kwargs)))
         try:
             faking = faked(model) if fakes else nullcontext()

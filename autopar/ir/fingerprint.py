@@ -5,7 +5,7 @@ It is kept with the program, so that a model can be compared with it long after,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ Facts = Mapping[str, str]  # name of a thing -> what is known of it, as text
 NOTHING = "missing"
 SEPARATOR = "; "  # of the settings of a module
 ASKED = " (asked by forward)"
+OF_INPUTS = ", of inputs "
 UNKNOWN = ""  # what could not be found out, and is not compared
 
 
@@ -35,6 +36,16 @@ class CallFacts:
     def asked(self, gradients: bool) -> CallFacts:
         """These, of a model whose forward asks whether gradients are enabled."""
         return self if self.asks_for_gradients else replace(self, mode=f"{self.mode}, gradients {gradients}{ASKED}")
+
+    @property
+    def asked_of_inputs(self) -> list[str]:
+        """What forward asks of inputs, see :mod:`autopar.ir.asked_of_inputs`."""
+        names, _, answers = self.mode.partition(OF_INPUTS)[2].partition(": ")
+        return names.split(", ") if answers else []
+
+    def of_inputs(self, asked: Sequence[str], answers: Sequence[Any]) -> CallFacts:
+        """These, of a model whose forward asks that of its inputs."""
+        return replace(self, mode=f"{self.mode}{OF_INPUTS}{', '.join(asked)}: {answers}") if asked else self
 
     def __str__(self) -> str:
         return f"{self.mode}, {', '.join(f'{path} {fact}' for path, fact in self.inputs)}"

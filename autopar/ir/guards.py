@@ -146,6 +146,7 @@ class Guards:
         questions: what is asked in each call.
         owners: modules and objects that were met, whose classes are compared.
         functions: (function, its :data:`parts <PARTS>`) of those that may be edited while the process runs.
+        inputs: what is asked of the inputs of each call, see :mod:`autopar.ir.asked_of_inputs`.
     """
 
     readings: list[Reading] = field(default_factory=list)
@@ -158,6 +159,7 @@ class Guards:
     questions: list[Question] = field(default_factory=list)
     owners: list[Any] = field(default_factory=list)
     functions: list[tuple[FunctionType, tuple[Any, ...]]] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.settle()
@@ -194,6 +196,7 @@ class Guards:
             [one for guards in several for one in guards.questions],
             _once([one for guards in several for one in guards.owners], id),
             _once([one for guards in several for one in guards.functions], lambda one: id(one[0])),
+            _once([one for guards in several for one in guards.inputs], str),
         )
 
     @property

@@ -8,12 +8,15 @@ autograd's, and the backward pass of a program is its own.
 
 from __future__ import annotations
 
+import os
 import random
+import secrets
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 from unittest import mock
 
@@ -23,7 +26,13 @@ from torch import Tensor, nn
 from autopar.errors import TraceError
 from autopar.observation.source_lines import UNKNOWN_LINE, is_users_file, line_of_user
 
-CLOCKS = ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time")
+CLOCKS = (
+    "time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time",
+    "process_time_ns", "thread_time", "thread_time_ns", "clock_gettime", "clock_gettime_ns", "localtime", "gmtime",
+    "ctime", "asctime", "strftime",
+)  # fmt: skip
+SEEDS = ("seed", "initial_seed")
+DRAWING = (uuid.__file__, secrets.__file__, random.__file__)  # of Python's library, for whoever calls them
 HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 CHANGES = "would be that of the first call in every call"
 UNCALLED = "which a program does not call: its backward pass is not autograd's"
@@ -63,7 +72,14 @@ def _changing() -> Iterator[tuple[ModuleType, str, str]]:
     for name in random.__all__:
         if isinstance(getattr(getattr(random, name), "__self__", None), random.Random):
             yield random, name, "a random number of Python's"
+    for module in (os, random):  # for uuid, secrets, random.SystemRandom
+        yield module, "urandom" if module is os else "_urandom", "a random number of the system's"
+    for module in (torch, torch.random):
+        for name in SEEDS:
+            yield module, name, "a seed of torch's"
     numpy: Any = sys.modules.get("numpy.random")
+    if numpy is not None:
+        yield numpy, "default_rng", "random numbers of numpy's"
     for name in dir(numpy) if numpy is not None else ():
         if isinstance(getattr(getattr(numpy, name), "__self__", None), numpy.RandomState):
             yield numpy, name, "a random number of numpy's"
@@ -71,8 +87,11 @@ def _changing() -> Iterator[tuple[ModuleType, str, str]]:
 
 def _refused(original: Callable[..., Any], said: str, way_out: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        frame = sys._getframe(1)
-        if not is_users_file(frame.f_code.co_filename):
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename in DRAWING:
+            frame = frame.f_back
+        is_seeded = getattr(original, "__name__", "") == "default_rng" and (args or kwargs)
+        if is_seeded or frame is None or not is_users_file(frame.f_code.co_filename):
             return original(*args, **kwargs)
         raise TraceError(f"forward {said}\n  at {line_of_user(frame)}\nWay out: {way_out}")
 

@@ -3,12 +3,15 @@
 ``torch.is_grad_enabled()`` says so, and ``h.requires_grad`` of what forward has computed. A model that asks is traced
 in the mode of its caller, and has another program for calls in the other mode. In ``inference_mode`` nothing is traced,
 so a model that asks for that mode is refused there. These functions are in C, and torch's compiler knows them: they
-stay as they are, and the profiler tells who has called them.
+stay as they are, and the profiler tells who has called them. What C calls (``itertools.starmap``) it does not see: who
+takes such a function as a value, in place of calling it, asks too. Other switches are told alike
+(:mod:`autopar.observation.torch_switches`).
 """
 
 from __future__ import annotations
 
 import cProfile
+import dis
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FrameType
@@ -20,9 +23,11 @@ from torch import Tensor, nn
 from autopar.errors import TraceError
 from autopar.ir.guards import Question
 from autopar.observation.source_lines import is_users_file
+from autopar.observation.torch_switches import SWITCHES, called_in_profiles, name_in_profiles, switches
 
-GRADIENTS, INFERENCE = "is_grad_enabled", "is_inference_mode_enabled"
-_CALLED = {f"<built-in method torch.{name}>": name for name in (GRADIENTS, INFERENCE)}
+GRADIENTS, INFERENCE, DATES = "is_grad_enabled", "is_inference_mode_enabled", "datetime.now"
+_CALLED = {name_in_profiles(getattr(torch, name)): name for name in (GRADIENTS, INFERENCE)} | called_in_profiles()
+_CALLED |= {f"<built-in method {name}>": DATES for name in ("now", "utcnow")}  # of datetime, in C
 _OF_TENSORS = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
 _off = [False]
 
@@ -43,6 +48,23 @@ def asked_in(profile: cProfile.Profile) -> list[str]:
     return [_CALLED[name] for name, count in calls.items() if count]
 
 
+def taken_in(codes: Iterable[CodeType]) -> set[str]:
+    """The modes for which functions of users among ``codes`` let others ask: they load what asks, and never call it."""
+    asked = (GRADIENTS, INFERENCE)
+    found = set[str]()
+    for code in codes:
+        if any(name in code.co_names for name in asked) and _is_of_user(code):
+            steps = [one for one in dis.get_instructions(code) if one.opname not in ("PUSH_NULL", "PRECALL", "CACHE")]
+            pairs = zip(steps, steps[1:])
+            found.update(one.argval for one, then in pairs if one.argval in asked and not _is_call(then))
+    return found
+
+
+def _is_call(step: dis.Instruction) -> bool:
+    """Whether ``step`` calls, without arguments, what was loaded just before."""
+    return step.opname == "CALL" and step.arg == 0
+
+
 def asks_of_tensor(func: Any, args: Any, frame: FrameType | None) -> bool:
     """Whether code of a user's asks a tensor for what depends on the mode; ``frame``: that asks, or a mode's below."""
     if func not in _OF_TENSORS or isinstance(args[0], nn.Parameter):
@@ -59,7 +81,9 @@ def _is_of_user(code: CodeType) -> bool:
 def questions_of_modes(asked: Iterable[str]) -> Iterator[Question]:
     """What each call asks again."""
     for name in sorted(set(asked)):
-        if name == GRADIENTS:
+        if name == SWITCHES:
+            yield Question(switches, switches(), name)
+        elif name == GRADIENTS:
             yield Question(torch.is_grad_enabled, torch.is_grad_enabled(), f"whether gradients are enabled ({name})")
         else:
             yield Question(_not_in_inference, False, f"whether inference mode is on ({name})")

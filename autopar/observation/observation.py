@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from autopar.ir.guards import Contents, Guards, Reading, Unavailable
 from autopar.ir.same_values import MISSING, is_plain, is_same
 from autopar.ir.value_guards import ValueGuard
+from autopar.observation.asked_of_inputs import attributes_of_tensors
 from autopar.observation.changes import Change, put
 from autopar.observation.forbidden import nothing_forbidden
 from autopar.observation.gradient_mode import questions_of_modes
 from autopar.observation.other_state import question_of_variable, variables_of_users
+from autopar.observation.owners import attributes, holds_tensor, restore, value_of
 from autopar.observation.readings import MOST_ITEMS, Readings
 from autopar.observation.source_lines import line_of_user
 from autopar.observation.tables import HOOKS, SHAPED, own_names, reads_all
@@ -54,11 +57,11 @@ class Observation:
         record: what it met, for other processes.
 
     ``keeps``: what a run leaves stays until :meth:`undo`. ``records``: which code runs is written down, by a mode of
-    torch's, in which its layers do not take their fast paths.
+    torch's, in which its layers do not take their fast paths. ``leaves``: the arguments of the call, flat.
     """
 
-    def __init__(self, model: nn.Module, keeps: bool = False, records: bool = True) -> None:
-        self._model, self._keeps, self._records = model, keeps, records
+    def __init__(self, model: nn.Module, keeps: bool = False, records: bool = True, leaves: Sequence[Any] = ()) -> None:
+        self._model, self._keeps, self._records, self._leaves = model, keeps, records, leaves
         self.readings = Readings(model)
         self.record = TraceRecord()
         self.changes: list[Change] = []
@@ -83,11 +86,12 @@ class Observation:
         guards = self.readings.settle()
         guards.questions += map(question_of_variable, sorted(self._variables_met))
         guards.questions += questions_of_modes(self.record.modes)
+        guards.inputs = sorted(self.record.of_inputs)
         self._variables_met.clear()
         guards.effects = [
-            (one.table, one.key, Unavailable(one.label) if _holds_tensor(one.now) else one.now)
+            (one.table, one.key, Unavailable(one.label) if holds_tensor(one.now) else one.now)
             for one in self.changes
-            if not one.read_first and (_holds_tensor(one.now) or is_plain(one.now))
+            if not one.read_first and (holds_tensor(one.now) or is_plain(one.now))
         ]
         guards.settle()
         return guards
@@ -127,7 +131,7 @@ class Observation:
     def _addressed(self, left: Iterable[tuple[dict[str, Any], str, Any]]) -> Iterator[Effect]:
         places: dict[int, tuple[str | None, str]] = {}
         for table, _, owner in self._tables:
-            shaped = [name for name in SHAPED if isinstance(owner, nn.Module) and _attributes(owner)[name] is table]
+            shaped = [name for name in SHAPED if isinstance(owner, nn.Module) and attributes(owner)[name] is table]
             places[id(table)] = self.readings.address(owner), shaped[0] if shaped else ""
         for table, key, value in left:
             address, name = places.get(id(table), (None, ""))
@@ -164,9 +168,9 @@ class Observation:
         """Calls of modules; a hook would not be called where forward raises, and then export has put tensors back."""
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if _attributes(module) is not _attributes(self._model):
+            if attributes(module) is not attributes(self._model):
                 return original(module, *args, **kwargs)
-            self._begin()
+            self._begin(args, kwargs)
             try:
                 return original(module, *args, **kwargs)
             finally:
@@ -174,7 +178,7 @@ class Observation:
 
         return call
 
-    def _begin(self) -> None:
+    def _begin(self, args: Any, kwargs: Any) -> None:
         self._depth += 1
         if self._depth > 1:
             return
@@ -185,7 +189,7 @@ class Observation:
         self._tables.clear()
         self._hooks.clear()
         self.readings.on_class = self._patch
-        self._modules = {id(_attributes(module)): module for module in self._model.modules()}
+        self._modules = {id(attributes(module)): module for module in self._model.modules()}
         for module in self._model.modules():
             self._take(module)
             for name in (*SHAPED,):
@@ -197,11 +201,19 @@ class Observation:
         if is_recording() and self._records:
             self._stack.enter_context(recorded_variables(self.record))
         if self._records:
-            self._stack.enter_context(recorded_code(self.record))
+            stood_for = self._stood_for(pytree.tree_leaves((args, kwargs)))
+            self._stack.enter_context(recorded_code(self.record, stood_for))
+            tensors = (*self._model.parameters(), *self._model.buffers(), *stood_for.values())
+            self._stack.enter_context(attributes_of_tensors(self.record.of_inputs, tensors))
         self._stack.enter_context(variables_of_users(self._variables_met)())
         for owner, _ in list(self.readings.objects.values()):
             self._take(owner)
             self._patch(type(owner))
+
+    def _stood_for(self, given: Sequence[Any]) -> dict[int, Tensor]:
+        """The tensors of the call, by the addresses of those that forward is given in their places."""
+        pairs = zip(given, self._leaves) if len(given) == len(self._leaves) else ()
+        return {id(one): real for one, real in pairs if isinstance(one, Tensor) and isinstance(real, Tensor)}
 
     def _end(self) -> None:
         self._depth -= 1
@@ -210,7 +222,7 @@ class Observation:
         self._stack.close()
         while self._patched:
             cls, name, before = self._patched.pop()
-            _restore(cls, name, before)
+            restore(cls, name, before)
         self.changes = list(self._changes())
         self.grown = [met for met in (*self.readings.started, *self._hooks) if not met.hold()]
         if not self._keeps:
@@ -270,7 +282,7 @@ class Observation:
         traces (``AttrProxy`` of ``torch.fx.experimental.proxy_tensor``).
         """
         is_module = issubclass(type(owner), nn.Module)  # not isinstance, which reads an attribute
-        return self._modules.get(id(_attributes(owner)), owner) if is_module else owner
+        return self._modules.get(id(attributes(owner)), owner) if is_module else owner
 
     def read(self, owner: Any, name: str) -> None:
         owner = self._itself(owner)
@@ -296,7 +308,7 @@ class Observation:
 
     def state(self) -> State:
         """What the run of forward has changed so far of what Python can read, by place."""
-        found: State = {key: (_value(owner, key[1]),) for key, owner in self._writers.items()}
+        found: State = {key: (value_of(owner, key[1]),) for key, owner in self._writers.items()}
         for met in self.readings.started:
             if len(met.items) <= MOST_ITEMS and not met.hold():
                 found[id(met.container)] = Contents.of(met.container, "").items
@@ -327,27 +339,6 @@ def is_same_state(one: State, other: State) -> bool:
     return all(len(mine) == len(its) and all(map(is_same, mine, its)) for mine, its in pairs)
 
 
-def _value(owner: Any, name: str) -> Any:
-    """An attribute as it is kept, by no code of its class."""
-    try:
-        own = _attributes(owner)
-    except AttributeError:  # of a class with slots
-        return _slot(owner, name)
-    tables = [own, *(own[key] for key in SHAPED)] if issubclass(type(owner), nn.Module) else [own]
-    return next((table[name] for table in tables if name in table), MISSING)
-
-
-def _slot(owner: Any, name: str) -> Any:
-    try:
-        return object.__getattribute__(owner, name)
-    except AttributeError:
-        return MISSING
-
-
-def _attributes(owner: Any) -> Any:
-    return object.__getattribute__(owner, "__dict__")
-
-
 def _reads(observation: Observation, original: Callable[..., Any]) -> Callable[..., Any]:
     def __getattribute__(self: Any, name: str) -> Any:
         observation.read(self, name)
@@ -364,19 +355,6 @@ def _writes(observation: Observation, original: Callable[..., None]) -> Callable
         original(self, name, *value)
 
     return write
-
-
-def _restore(cls: type, name: str, before: Any) -> None:
-    if before is MISSING:
-        delattr(cls, name)
-    else:
-        setattr(cls, name, before)
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, (list, tuple, dict)):
-        return any(_holds_tensor(item) for item in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, Tensor)
 
 
 _COLLECTING: list[Guards] = []

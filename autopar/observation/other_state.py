@@ -30,6 +30,7 @@ from autopar.ir.guards import Question
 from autopar.ir.same_values import MISSING, is_plain
 from autopar.observation.source_lines import is_users_file
 
+EVERYTHING = "*"  # in place of the name of a variable
 HOLDERS = (
     SimpleNamespace,
     Namespace,
@@ -61,8 +62,14 @@ def question_of(value: Any, label: str) -> Question | None:
 
 def question_of_variable(name: str) -> Question:
     """Of an environment variable."""
+    if name == EVERYTHING:
+        return Question(_environment, _environment(), "the environment")
     ask = partial(os.environ.get, name)
     return Question(ask, ask(), f"the environment variable {name}")
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(os.environ.items()))
 
 
 def question_of_names(own: dict[str, Any], but: set[str], label: str) -> Question:
@@ -77,19 +84,28 @@ def variables_of_users(met: set[str]) -> Callable[[], Any]:
     @contextmanager
     def watched() -> Iterator[None]:
         environment: Any = type(os.environ)
-        get, walk = environment.__getitem__, environment.__iter__
+        get, walk, count = environment.__getitem__, environment.__iter__, environment.__len__
 
         def read(self: Any, key: Any) -> Any:
             if _is_asked_by_user(sys._getframe(1)):
-                met.add(str(key))
+                met.add(os.fsdecode(key) if isinstance(key, (str, bytes)) else str(key))
             return get(self, key)
 
         def all_of(self: Any) -> Any:
             if _is_asked_by_user(sys._getframe(1)):
-                met.update(map(str, walk(self)))
+                met.add(EVERYTHING)
             return walk(self)
 
-        with mock.patch.object(environment, "__getitem__", read), mock.patch.object(environment, "__iter__", all_of):
+        def count_of(self: Any) -> Any:
+            if _is_asked_by_user(sys._getframe(1)):
+                met.add(EVERYTHING)
+            return count(self)
+
+        with (
+            mock.patch.object(environment, "__getitem__", read),
+            mock.patch.object(environment, "__iter__", all_of),
+            mock.patch.object(environment, "__len__", count_of),
+        ):
             yield
 
     return watched

@@ -9,7 +9,7 @@ from __future__ import annotations
 import cProfile
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, CodeType, FrameType, MethodDescriptorType, MethodWrapperType
@@ -18,9 +18,15 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from autopar.observation.gradient_mode import GRADIENTS, asked_in, asks_of_tensor
+from autopar.errors import TraceError
+from autopar.ir.asked_of_inputs import STRIDES
+from autopar.observation.asked_of_inputs import asks
+from autopar.observation.forbidden import CHANGES, PASS_IT
+from autopar.observation.gradient_mode import DATES, GRADIENTS, asked_in, asks_of_tensor, taken_in
+from autopar.observation.torch_switches import SWITCHES
 
 _WITHOUT_PYTHON = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, SlotType)
 OF_TORCH = ("TORCH_", "PYTORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_")  # variables that only torch and its users read
@@ -48,6 +54,7 @@ class TraceRecord:
         variables: the environment variables that were read.
         obstacle: why another process cannot find all of it again; empty if it can.
         modes: what the model has asked about the mode of its caller (:mod:`autopar.observation.gradient_mode`).
+        of_inputs: what it has asked of tensors (:mod:`autopar.ir.asked_of_inputs`).
         moved: the run before, if there was one, in which forward made what it then found (a cache, a setting).
     """
 
@@ -56,6 +63,7 @@ class TraceRecord:
     code: set[CodeType] = field(default_factory=set)
     variables: set[str] = field(default_factory=set)
     modes: set[str] = field(default_factory=set)
+    of_inputs: set[str] = field(default_factory=set)
     obstacle: str = ""
     moved: Moved | None = None
 
@@ -72,39 +80,48 @@ class Moved:
 class _Watched(TorchFunctionMode):
     """Within this context it is written down which functions run; not inside of torch's operators, for speed."""
 
-    def __init__(self, profile: cProfile.Profile, record: TraceRecord) -> None:
+    def __init__(self, profile: cProfile.Profile, record: TraceRecord, inputs: Mapping[int, Tensor]) -> None:
         super().__init__()
-        self._profile, self._record = profile, record
+        self._profile, self._record, self._inputs = profile, record, inputs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not isinstance(func, _WITHOUT_PYTHON) and getattr(func, "__module__", "") not in _ONLY_TORCH:
             return func(*args, **(kwargs or {}))
         self._profile.disable()
-        if asks_of_tensor(func, args, sys._getframe(1)):
-            self._record.modes.add(GRADIENTS)
         try:
-            return func(*args, **(kwargs or {}))
+            if asks_of_tensor(func, args, sys._getframe(1)):
+                self._record.modes.add(GRADIENTS)
+            asked, answer = asks(func, args, sys._getframe(1), self._inputs)
+            if asked:
+                self._record.of_inputs.add(asked)
+            return answer(*args, **(kwargs or {}))
         finally:
             self._profile.enable()
 
 
 @contextmanager
-def recorded_code(record: TraceRecord) -> Iterator[None]:
-    """Add the functions that run within this context to ``record``."""
+def recorded_code(record: TraceRecord, inputs: Mapping[int, Tensor]) -> Iterator[None]:
+    """Add the functions that run within this context to ``record``; ``inputs``: see :func:`asks`."""
     if sys.getprofile() is not None:
         record.obstacle = "a profiler runs, and there can be only one"
         record.modes.add(GRADIENTS)  # nobody can tell
+        record.of_inputs.add(STRIDES)
         yield
         return
     profile = cProfile.Profile()
-    with _Watched(profile, record):
+    with _Watched(profile, record, inputs):
         try:
             profile.enable()
             yield
         finally:
             profile.disable()
             record.code.update(entry.code for entry in profile.getstats() if isinstance(entry.code, CodeType))
-            record.modes.update(asked_in(profile))
+            record.modes.update(asked_in(profile), taken_in(record.code))
+            if DATES in record.modes:
+                record.modes.remove(DATES)
+                raise TraceError(f"forward asks for the time ({DATES}), which {CHANGES}\nWay out: {PASS_IT}")
+            if SWITCHES in record.modes:
+                record.obstacle = "forward asks for switches of torch, which no key has"
 
 
 @contextmanager

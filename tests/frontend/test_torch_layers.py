@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ import autopar
 from autopar import Mesh, Plan
 from autopar.analysis.footprint import held, sent
 from autopar.check import TOLERANCE, check
+from autopar.frontend.trace import trace
 from autopar.models import transformer
+from autopar.observation.observation import guards_of_traces
 from tests.selection import one_each
 
 WIDTH, HEADS, ROWS = 24, 12, 12
@@ -154,3 +157,30 @@ def test_a_causal_mask_is_recognised() -> None:
     attention = torch.ops.aten.scaled_dot_product_attention.default
     (arguments,) = [node.args[3:] for node in report.program.graph.nodes if node.target is attention]
     assert arguments == (None, 0.0, True)
+
+
+class Averaged(nn.Module):
+    """Batch normalisation whose running statistics are averages over all batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm(torch.tanh(self.up(x)))).square().mean()
+
+
+def test_averages_over_batches_are_one_program() -> None:
+    model = Averaged().double()
+    with guards_of_traces() as guards:
+        trace(model, (torch.randn(7, 6, dtype=torch.float64),))
+    assert not guards.values and model.norm.num_batches_tracked == 0
+    for mesh in (Mesh(dp=2), Mesh(dp=3), Mesh(tp=2)):
+        for steps in (0, 3):
+            model.norm.num_batches_tracked.fill_(steps)
+            x = torch.randn(7, 6, dtype=torch.float64)
+            step = autopar.parallelize(deepcopy(model), mesh, example_inputs=(x,)).simulate(x)
+            reference = deepcopy(model)
+            reference(x).backward()
+            assert all((step.grads[n] - p.grad).abs().max() < TOLERANCE for n, p in reference.named_parameters())  # type: ignore[operator]
+            assert all((step.buffers[n] - b).abs().max() < TOLERANCE for n, b in reference.named_buffers())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from copy import deepcopy
@@ -40,6 +41,10 @@ def by_leaf(h: Tensor) -> bool:
     return not h.is_leaf
 
 
+def by_starmap(h: Tensor) -> bool:
+    return all(itertools.starmap(torch.is_grad_enabled, [()]))
+
+
 def by_inference(h: Tensor) -> bool:
     return not torch.is_inference_mode_enabled()
 
@@ -51,7 +56,7 @@ def by_nothing(h: Tensor) -> bool:
     return h.dim() > 0 or torch.is_grad_enabled()
 
 
-ASKING = (by_function, by_tensor, by_node, by_leaf)
+ASKING = (by_function, by_tensor, by_node, by_leaf, by_starmap)
 
 
 class Asks(nn.Module):
