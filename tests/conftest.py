@@ -11,12 +11,14 @@ import hypothesis
 import pytest
 import torch.distributed
 
-from tests.selection import is_repeated
+from tests.selection import repeated_by, without_a_test
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # no test fails for a busy machine
 hypothesis.settings.load_profile("any machine")
 
 GOLDEN = Path(__file__).parent / "golden"
+
+WITHOUT_A_TEST = pytest.StashKey[list[str]]()  # lines of tests/selection.py
 
 Golden = Callable[[str, object], None]
 
@@ -37,10 +39,13 @@ def pytest_collection() -> Iterator[None]:
 
 
 @pytest.hookimpl(tryfirst=True)  # before the marks choose what runs
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if is_repeated(item.nodeid.partition("tests/")[2]):
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    names = [item.nodeid.partition("tests/")[2] for item in items]
+    for item, name in zip(items, names):
+        if repeated_by(name):
             item.add_marker(pytest.mark.slow)
+    if not any("::" in argument for argument in config.args):  # whole files
+        config.stash[WITHOUT_A_TEST] = without_a_test(names)
 
 
 @pytest.fixture

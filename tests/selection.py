@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache
 from typing import Any
 
 import pytest
@@ -75,21 +74,21 @@ fitting/test_fit.py::test_two_depths_tell_the_memory_of_the_whole_model[*
 frontend/test_looked_at.py::test_buffers_decide_for_all_parts[pp]
 frontend/test_looked_at.py::test_each_batch_takes_its_branch[initialised]
 frontend/test_looked_at.py::test_on_two_processes
-frontend/test_observation.py::test_a_change_makes_another_program[1 to 1.0 of a power]
-frontend/test_observation.py::test_a_change_makes_another_program[a dict in place]
-frontend/test_observation.py::test_a_change_makes_another_program[a function]
-frontend/test_observation.py::test_a_change_makes_another_program[a hook before]
-frontend/test_observation.py::test_a_change_makes_another_program[a layer more]
-frontend/test_observation.py::test_a_change_makes_another_program[a slot]
-frontend/test_observation.py::test_a_change_makes_another_program[an attribute that hides the class's]
-frontend/test_observation.py::test_a_change_makes_another_program[another config]
-frontend/test_observation.py::test_a_change_makes_another_program[epsilon]
-frontend/test_observation.py::test_a_change_makes_another_program[momentum]
-frontend/test_observation.py::test_a_change_makes_another_program[no bias]
 frontend/test_torch_layers.py::test_inference_by_the_fast_path[{'classes': 12}-tp=4]
 frontend/test_torch_layers.py::test_inference_by_the_fast_path[{}-dp=3]
 inductor/test_compiled_region.py::test_a_region_is_compiled_once_for_each_kind_of_strides_and_frees_what_it_takes
 masks/test_long.py::test_nothing_is_quadratic[*-dp]
+observation/test_observation.py::test_a_change_makes_another_program[1 to 1.0 of a power]
+observation/test_observation.py::test_a_change_makes_another_program[a dict in place]
+observation/test_observation.py::test_a_change_makes_another_program[a function]
+observation/test_observation.py::test_a_change_makes_another_program[a hook before]
+observation/test_observation.py::test_a_change_makes_another_program[a layer more]
+observation/test_observation.py::test_a_change_makes_another_program[a slot]
+observation/test_observation.py::test_a_change_makes_another_program[an attribute that hides the class's]
+observation/test_observation.py::test_a_change_makes_another_program[another config]
+observation/test_observation.py::test_a_change_makes_another_program[epsilon]
+observation/test_observation.py::test_a_change_makes_another_program[momentum]
+observation/test_observation.py::test_a_change_makes_another_program[no bias]
 passes/test_cast_parameters.py::test_computing_in_float64_is_exact[gpt]
 passes/test_draw_dropout.py::test_noise_is_the_same_on_any_mesh[bernoulli of a number]
 passes/test_draw_dropout.py::test_noise_is_the_same_on_any_mesh[normal]
@@ -133,13 +132,13 @@ rules/test_dtensor.py::test_report
 rules/test_dtensor.py::test_where_dtensor_is_wrong*
 runtime/test_accumulate.py::test_a_step_in_parts_is_the_step_of_the_whole[3-llama]
 runtime/test_accumulate.py::test_counts_of_the_whole_batch[pp-dp-local]
-runtime/test_clipping.py::test_equals_one_device[tied dp=1 zero 0]
 split/test_equal_layers.py::test_equal_layers_of_a_deep_mixture
 split/test_seams.py::test_exact_on_any_number_of_ranks[from_log_softmax-zigzag]
 split/test_seams.py::test_only_the_positions_beside_a_part_travel[two_dims-zigzag]
 split/test_state_space.py::test_exact[mamba-*
 test_stored_programs.py::test_four_ranks_start_from_one_program[pipeline]
 verification/test_coverage.py::test_the_command
+weights/test_clipping.py::test_equals_one_device[tied dp=1 zero 0]
 zoo/test_experts.py::test_all_layers_of_a_mixture_are_recognised[granitemoe]
 zoo/test_experts.py::test_all_layers_of_a_mixture_are_recognised[qwen3_moe]
 zoo/test_experts.py::test_no_experts_are_seen_in_a_dense_model[llama1]
@@ -152,16 +151,19 @@ zoo/test_zoo.py::test_architecture[whisper]
 """
 
 
-@cache
-def _entries() -> tuple[frozenset[str], tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """Whole ids, beginnings of ids, and pairs of a beginning and an end."""
-    lines = [line for line in REPEATED.splitlines() if line]
-    cut = [line.partition("*")[::2] for line in lines if "*" in line]
-    whole = frozenset(line for line in lines if "*" not in line)
-    return whole, tuple(start for start, end in cut if not end), tuple((start, end) for start, end in cut if end)
+LINES = REPEATED.strip().splitlines()
+_WHOLE = frozenset(line for line in LINES if "*" not in line)
+_CUT = [(line, *line.split("*")) for line in LINES if "*" in line]
 
 
-def is_repeated(name: str) -> bool:
-    """Whether ``name``, the id of a test without ``tests/``, is one of :data:`REPEATED`, where ``*`` is anything."""
-    whole, starts, pairs = _entries()
-    return name in whole or name.startswith(starts) or any(name.startswith(a) and name.endswith(b) for a, b in pairs)
+def repeated_by(name: str) -> set[str]:
+    """The lines of :data:`REPEATED`, where ``*`` is anything, that mean ``name``, an id without ``tests/``."""
+    return {line for line, start, end in _CUT if name.startswith(start) and name.endswith(end)} | (_WHOLE & {name})
+
+
+def without_a_test(names: Iterable[str]) -> list[str]:
+    """The lines of :data:`REPEATED` that mean no test of their file, of which ``names`` has all ids or none."""
+    names = set(names)
+    met = set[str]().union(*map(repeated_by, names))
+    files = {name.partition("::")[0] for name in names}
+    return [line for line in LINES if line not in met and line.partition("::")[0] in files]

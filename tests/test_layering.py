@@ -133,6 +133,11 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(tree_of(path)))
+
+
 def imported(node: ast.AST) -> list[str]:
     """Modules that an import statement may load: of ``from a import b`` both a and a.b."""
     if isinstance(node, ast.Import):
@@ -145,7 +150,7 @@ def imported(node: ast.AST) -> list[str]:
 
 
 def imports(path: Path) -> set[str]:
-    return {name for node in ast.walk(tree_of(path)) for name in imported(node)}
+    return {name for node in nodes_of(path) for name in imported(node)}
 
 
 def test_models_stand_apart() -> None:
@@ -191,13 +196,11 @@ def needed(modules: Mapping[str, Path]) -> dict[str, set[str]]:
     for name, path in modules.items():
         found[name] = {
             f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in modules else str(node.module)
-            for node in ast.walk(tree_of(path))
+            for node in nodes_of(path)
             if isinstance(node, ast.ImportFrom)
             for alias in node.names
         }
-        found[name] |= {
-            name for node in ast.walk(tree_of(path)) if isinstance(node, ast.Import) for name in imported(node)
-        }
+        found[name] |= {name for node in nodes_of(path) if isinstance(node, ast.Import) for name in imported(node)}
         found[name] = {other for other in found[name] if other in modules} - {name}
     return found
 
@@ -273,7 +276,7 @@ def test_only_node_touches_meta() -> None:
     for name, path in OURS.items():
         if name == "autopar.ir.node":
             continue
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.Attribute) and node.attr == "meta":
                 raise AssertionError(f"{path}:{node.lineno} touches .meta; ir/node.py has functions for it")
 
@@ -282,10 +285,11 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name != "_"
 
 
-def private_names(tree: ast.Module) -> set[str]:
+@cache
+def private_names(path: Path) -> set[str]:
     """What a file defines with an underscore: functions, classes, constants, methods, attributes of its objects."""
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes_of(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             found.add(node.name)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -295,30 +299,29 @@ def private_names(tree: ast.Module) -> set[str]:
     return {name for name in found if is_private(name)}
 
 
-def private_reads(tree: ast.Module, elsewhere: set[str]) -> list[tuple[int, str]]:
+def private_reads(path: Path, elsewhere: set[str]) -> list[tuple[int, str]]:
     """(line, name) of private names of ours that a file imports, or reads of an object, and does not define itself."""
     found = [
         (node.lineno, alias.name)
-        for node in ast.walk(tree)
+        for node in nodes_of(path)
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "autopar"
         for alias in node.names
         if is_private(alias.name)
     ]
-    strangers = elsewhere - private_names(tree)
+    strangers = elsewhere - private_names(path)
     found += [
         (node.lineno, node.attr)
-        for node in ast.walk(tree)
+        for node in nodes_of(path)
         if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr in strangers
     ]
     return sorted(found)
 
 
 def check_private_names(modules: Mapping[str, Path]) -> None:
-    trees = {name: tree_of(path) for name, path in modules.items()}
-    ours = set().union(*map(private_names, trees.values())) - TORCHS_OWN
-    for name, tree in trees.items():
-        for line, read in private_reads(tree, ours):
-            raise AssertionError(f"{modules[name]}:{line} reads '{read}', which is private to another file")
+    ours = set().union(*map(private_names, modules.values())) - TORCHS_OWN
+    for path in modules.values():
+        for line, read in private_reads(path, ours):
+            raise AssertionError(f"{path}:{line} reads '{read}', which is private to another file")
 
 
 # names that torch's own objects have too: of such a read the text does not say whose it is
@@ -352,7 +355,7 @@ def test_file(path: Path) -> None:
     lines = text.count("\n")
     assert lines <= MOST_LINES, f"{where} has {lines} lines, at most {MOST_LINES}"
     assert not DULL & set(path.stem.split("_")), f"{where}: a name that says what is in it"
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes_of(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno is not None
             length = node.end_lineno - node.lineno + 1

@@ -52,10 +52,10 @@ def autopar_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
 
 
 def in_processes(*arguments: str, cwd: Path) -> Outcome:
-    """``autopar *arguments`` as a user starts it, which may start ranks."""
+    """``autopar *arguments`` as a user starts it, which may start ranks; one of them compiles."""
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     command = [sys.executable, "-m", "autopar", *arguments]
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path, "AUTOPAR_CACHE": str(cwd / "cache")}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400, check=False)
     return done.returncode, done.stdout, done.stderr
 

@@ -70,7 +70,7 @@ def stopped_rank(at: int, rank: int, *arguments: str) -> Outcome:
 def started(*command: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
     """A command of Python's, with what it prints in ``cwd/printed``; not left running."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "AUTOPAR_CACHE": str(cwd / "cache")}
     with (cwd / "printed").open("w") as printed:
         process = subprocess.Popen(
             [sys.executable, "-m", *command], cwd=cwd, env=environment, stdout=printed, stderr=printed, text=True
