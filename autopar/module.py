@@ -47,7 +47,7 @@ from autopar.weights.expert_loads import gathered_loads
 from autopar.weights.identity import kept
 from autopar.weights.parameters import Weights
 from autopar.weights.stacks import rows_in_place
-from autopar.weights.state_dicts import warning_state_dict
+from autopar.weights.state_dicts import loaded, warning_state_dict
 from autopar.weights.torch_state_dicts import let_torch_have_all_stages
 from autopar.weights.whole_tensors import full_grads, full_state_dict
 
@@ -112,8 +112,7 @@ class ParallelModule(nn.Module):
         self.__dict__.update(_signature=Signature(model.forward), _accumulation=accumulation)
         self.__dict__.update(_is_pipelined=mesh.is_pipelined)  # asked in each call
         self.__dict__.update(for_frameworks(self, plan))
-        if self._is_pipelined:
-            let_torch_have_all_stages()
+        let_torch_have_all_stages(self._is_pipelined)
 
     # ------------------------------------------------------------ calling
 
@@ -305,6 +304,10 @@ class ParallelModule(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's; of parameters, DTensors of this rank's parts. ``torch.save`` of it warns that it is not all."""
         return warning_state_dict(super().state_dict(*args, **kwargs))
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; on a pipeline collective."""
+        return loaded(self._connection, partial(super().load_state_dict, *args, **kwargs))
 
     def full_state_dict(self, *, device: str = "cpu", rank0_only: bool = False) -> dict[str, Tensor]:
         """Copies of the whole tensors under the model's names, on every rank or only on rank 0 (empty elsewhere).

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -125,6 +125,15 @@ _state = _State()
 def _watch_optimizers() -> None:
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
+    plain = Optimizer.load_state_dict
+
+    @wraps(plain)
+    def load_state_dict(optimizer: Optimizer, state_dict: Any) -> None:
+        plain(optimizer, state_dict)
+        _state.seen.pop(optimizer, None)  # what was loaded may be whole
+
+    loading: Any = load_state_dict
+    Optimizer.load_state_dict = loading  # type: ignore[method-assign]
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

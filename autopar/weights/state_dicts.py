@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from autopar.communication.connect import Connection
 from autopar.notes import warn
 
 PARTS = (
@@ -40,6 +41,26 @@ class StateDict(OrderedDict[str, Any]):
 def warning_state_dict(found: Mapping[str, Tensor]) -> StateDict:
     """``found``, what ``nn.Module.state_dict`` returned, with its versions (``_metadata``)."""
     return _with_attributes(StateDict(found), vars(found))
+
+
+def loaded(connection: Connection | None, load: Callable[[], Any]) -> Any:
+    """What ``load()`` returns, torch's ``load_state_dict``; on a pipeline with the keys that any stage misses.
+
+    There it is collective, and where torch refuses on some ranks, RuntimeError on all.
+    """
+    if connection is None or not connection.mesh.is_pipelined:
+        return load()
+    found, refusal = None, ""
+    try:
+        found = load()
+    except RuntimeError as problem:
+        refusal = str(problem)
+    everyone = connection.comm.agreement.everyone((refusal, found.missing_keys if found else []))
+    refusals = list(dict.fromkeys(refusal for refusal, _ in everyone if refusal))
+    if found is None or refusals:
+        raise RuntimeError("\n".join(refusals))
+    found.missing_keys[:] = list(dict.fromkeys(key for _, missing in everyone for key in missing))
+    return found
 
 
 def _with_attributes(made: StateDict, attributes: Mapping[str, Any]) -> StateDict:

@@ -1,8 +1,8 @@
 """``torch.distributed.checkpoint.state_dict`` on a pipeline, where each rank has the tensors of its stage.
 
 The door to what that file has inside. ``full_state_dict=True`` asks for all of a model and an optimizer: here of all
-stages. With ``broadcast_from_rank0=True`` torch sends what one stage has to all; here rank 0 sends all, and each stage
-takes its own.
+stages. Otherwise ``param_groups`` are those of all stages: a file has them once. With ``broadcast_from_rank0=True``
+torch sends to all what one stage has; here rank 0 sends everything, and each stage takes its own.
 """
 
 from __future__ import annotations
@@ -27,10 +27,20 @@ Path = tuple[str, ...]
 GROUPS, MEMBERS = "param_groups", "params"
 
 
+class _Loading:
+    """``is_under_way``: torch looks at what a rank has itself."""
+
+    is_under_way = False
+
+
+_loading = _Loading()
+
+
 @cache
-def let_torch_have_all_stages() -> None:
-    """Let torch's functions do so for parallel modules on a pipeline."""
-    when_imported("torch.distributed.checkpoint.state_dict", _change)
+def let_torch_have_all_stages(is_pipelined: bool) -> None:
+    """Let torch's functions do so for parallel modules on a pipeline, from the first on."""
+    if is_pipelined:
+        when_imported("torch.distributed.checkpoint.state_dict", _change)
 
 
 def _change(module: Any) -> None:
@@ -45,9 +55,11 @@ def _gathering(usual: Any) -> Any:
 
     def gathered(model: nn.Module, *rest: Any) -> dict[str, Any]:
         *others, info = rest
-        connection = _pipeline_of(model) if info.full_state_dict else None
-        if connection is None:
+        connection = _pipeline_of(model)
+        if connection is None or not info.full_state_dict:
             found: dict[str, Any] = usual(model, *rest)
+            if connection is not None and GROUPS in found and not _loading.is_under_way:
+                found[GROUPS] = _together(connection.comm.agreement.everyone(found[GROUPS]), (GROUPS,))
             return found
         held = usual(model, *others, replace(info, full_state_dict=False, cpu_offload=False))
         whole = of_all_stages(held, connection, "cpu" if info.cpu_offload else None)
@@ -65,7 +77,11 @@ def _broadcasting(usual: Any) -> Any:
             box = [state if dist.get_rank() == 0 else None]
             dist.broadcast_object_list(box, src=0)
             state, info = box[0], replace(info, broadcast_from_rank0=False)
-        return usual(model, *others, state, info)
+        before, _loading.is_under_way = _loading.is_under_way, True
+        try:
+            return usual(model, *others, state, info)
+        finally:
+            _loading.is_under_way = before
 
     return broadcast
 

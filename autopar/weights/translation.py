@@ -12,6 +12,7 @@ from autopar.dtensors.dtensor import HELD, local_of, of_local, parameter_of, spe
 from autopar.weights.stored import Stored, in_model_order, in_stored_order, is_in_model_order
 
 ASSIGN = "assign_to_params_buffers"  # of what torch passes on to a module: load_state_dict(assign=True)
+_ASSIGNED = "autopar_assigned"  # on a parameter that was replaced: the memory of what was given, what replaced it
 _MARK = "autopar_translates"  # on hooks of this file
 
 
@@ -35,7 +36,7 @@ def translate_state(module: nn.Module, forms: dict[str, Stored], announce: Calla
             if isinstance(value, Tensor) and isinstance(held, DTensor) and value.shape == held.shape:
                 state[prefix + key] = found = in_stored_order(value, held)
                 if metadata.get(ASSIGN) and isinstance(held, nn.Parameter):
-                    state[prefix + key] = _assigned(module, key, found, held, metadata)
+                    state[prefix + key] = _assigned(module, key, found, value, metadata)
 
     for hook in (saving, loading):
         vars(hook)[_MARK] = True
@@ -43,14 +44,23 @@ def translate_state(module: nn.Module, forms: dict[str, Stored], announce: Calla
     module.register_load_state_dict_pre_hook(loading)  # type: ignore[no-untyped-call]
 
 
-def _assigned(module: nn.Module, key: str, value: DTensor, held: nn.Parameter, metadata: Any) -> nn.Parameter:
-    """The parameter that takes the place of ``held``, with ``value``: it is one of the parallel module as well."""
-    made = parameter_of(of_local(local_of(value).detach(), spec_of(value)), held.requires_grad)
-    setattr(made, HELD, getattr(held, HELD, None))
+def _assigned(module: nn.Module, key: str, value: DTensor, given: Tensor, metadata: Any) -> nn.Parameter:
+    """The parameter with ``value`` that takes the place of the present one; it is one of the parallel module as well.
+
+    ``given``: what ``value`` was made of. Tied parameters of which the same is given stay tied.
+    """
+    held: Any = module._parameters[key]
+    memory = local_of(given).untyped_storage()
+    before, made = vars(held).get(_ASSIGNED, (None, None))
+    if before is None or before.data_ptr() != memory.data_ptr():
+        made = parameter_of(of_local(local_of(value).detach(), spec_of(value)), held.requires_grad)
+        setattr(made, HELD, getattr(held, HELD, None))
+        setattr(held, _ASSIGNED, (memory, made))
     if "." in key:  # of a stack, which torch would refuse to set by its name
         module._parameters[key] = made
         metadata[ASSIGN] = False
-    return made
+    found: nn.Parameter = made
+    return found
 
 
 def forget_translation(module: nn.Module) -> None:

@@ -121,7 +121,7 @@ def move(before: Where, after: Where, ways: list[str]) -> dict[str, float]:
     ("before", "after", "ways"),
     [
         pytest.param(TP, ZERO, ["saved", "from rank 0"], id="tp-zero"),
-        pytest.param(STAGES, ZERO, ["whole", "from rank 0"], id="pp-zero"),
+        pytest.param(STAGES, ZERO, ["saved", "whole", "from rank 0"], id="pp-zero"),
         pytest.param(STAGES, STAGES, list(WAYS), id="pp-pp", marks=pytest.mark.slow),
         pytest.param(ZERO, STAGES, list(WAYS), id="zero-pp", marks=pytest.mark.slow),
         pytest.param(TP, ZERO, ["saved meanwhile", "whole"], id="tp-zero-others", marks=pytest.mark.slow),
