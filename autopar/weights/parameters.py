@@ -203,7 +203,10 @@ class Weights:
         if self.layouts is None or self.connection is None:
             return self.layouts
         fresh = self._fresh()
-        return {name: layout for name, layout in self.layouts.items() if name not in fresh}
+        known = {name: layout for name, layout in self.layouts.items() if name not in fresh}
+        holders = {name: vars(tensor).get(HELD) for name, tensor in self._named().items() if name not in self.layouts}
+        renamed = {name: holder.form.layout for name, holder in holders.items() if holder is not None}
+        return known | {name: layout for name, layout in renamed.items() if layout.axes}
 
     def _stack(self, program: AnyProgram) -> None:
         """Put one parameter in place of those that the program takes stacked."""
