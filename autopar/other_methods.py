@@ -6,9 +6,12 @@ And what they make of a model: methods that their wrappers have, and the wrapper
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 
 from autopar.errors import LaunchError
 from autopar.plan import Plan
@@ -117,7 +120,44 @@ class _AskedByAccelerate:
         asked = AcceleratorState._shared_state.get("_mixed_precision")
         if asked is not None:
             check_precision(self._model, self._plan, str(asked), f"Accelerator(mixed_precision={str(asked)!r})")
+        _watch_accelerate(self._plan.inputs == "global")
         return True
+
+
+@cache
+def _watch_accelerate(every_rank_has_all_rows: bool) -> None:
+    """Let ``accelerate`` neither gather what is whole, nor step once for each process where all take the same batch."""
+    from accelerate import Accelerator
+    from accelerate.scheduler import AcceleratedScheduler
+
+    def gather(usual: Any, name: str) -> Any:
+        def gathered(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+            of_metrics = every_rank_has_all_rows and name == "gather_for_metrics"
+            if self.num_processes > 1 and (of_metrics or _has_dtensor(data)):
+                raise LaunchError(
+                    f"accelerator.{name} joins what each of {self.num_processes} processes has, and outputs of a "
+                    "parallel module are those of all: rows would count several times\n"
+                    f"Way out: leave {name} out; output.full_tensor() on all ranks has all rows."
+                )
+            return usual(self, data, *args, **kwargs)
+
+        return gathered
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> None:
+        if _has_dtensor([optimizer.param_groups for optimizer in self.optimizers]):
+            self.split_batches = True  # then it takes one step
+        usual_step(self, *args, **kwargs)
+
+    kinds: Any = Accelerator, AcceleratedScheduler
+    for name in ("gather", "gather_for_metrics"):
+        setattr(kinds[0], name, gather(getattr(kinds[0], name), name))
+    usual_step = kinds[1].step
+    if every_rank_has_all_rows:
+        kinds[1].step = step
+
+
+def _has_dtensor(data: Any) -> bool:
+    return any(isinstance(leaf, DTensor) for leaf in pytree.tree_leaves(data))
 
 
 class _AskedByDdp:

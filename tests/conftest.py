@@ -36,6 +36,7 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
         gc.collect()
         gc.freeze()  # nor are tests and modules garbage afterwards
+        gc.set_threshold(10_000, 10, 10)  # a trace makes so many objects at once
 
 
 @pytest.hookimpl(tryfirst=True)  # before the marks choose what runs

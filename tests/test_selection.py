@@ -21,6 +21,6 @@ def test_each_line_means_a_test_of_those_collected(request: pytest.FixtureReques
 
 
 def test_a_line_without_a_test_is_seen() -> None:
-    one, other = "zoo/test_zoo.py::test_architecture[bloom]", "zoo/test_zoo.py::test_architecture[whisper]"
-    assert without_a_test([one]) == [other]
-    assert without_a_test([one, other]) == [] == without_a_test(["data/test_batches.py::test_any"])
+    first, *others = [line for line in LINES if line.startswith("zoo/test_zoo.py") and "*" not in line]
+    assert others and without_a_test([first]) == others
+    assert without_a_test([first, *others]) == [] == without_a_test(["data/test_batches.py::test_any"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar import LaunchError, Mesh, Plan, Precision
@@ -57,6 +58,40 @@ def test_parameters_after_five_steps(mesh: str, inputs: str, prepares_loader: bo
         worst = max(float((found[name] - value).abs().max()) for name, value in wanted.items())
         print(f"accelerate on {mesh}, inputs {inputs}, {accumulation} batches a step: {worst:.1e}")
         assert worst < 1e-12
+
+
+def measured(mesh: str) -> tuple[list[float], list[str]]:
+    """The rates of a prepared scheduler after each of three steps, and why what is gathered is refused."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model: Any = autopar.parallelize(model_of(), Mesh.parse(mesh), Plan(check_numerics=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    scheduler: Any = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    rates, refusals = [], []
+    for batch in BATCHES[:3]:
+        output = model(**batch)
+        accelerator.backward(output["loss"])
+        optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    assert float(accelerator.gather(output["loss"].detach()).mean()) == float(output["loss"])
+    gathers = [accelerator.gather_for_metrics]
+    gathers += [accelerator.gather] if isinstance(output["logits"], DTensor) else []
+    for gather in gathers:
+        with pytest.raises(LaunchError) as refused:
+            gather((output["logits"], batch["ids"]))
+        refusals.append(str(refused.value))
+    return rates, refusals
+
+
+@pytest.mark.parametrize(("mesh", "count"), slow_but([0], [("dp=2", 2), ("tp=2", 1)]))
+def test_rows_are_counted_once_and_schedulers_step_once(mesh: str, count: int) -> None:
+    for rates, refusals in run_ranks(measured, 2, mesh):
+        assert len(refusals) == count
+        assert rates == [RATE / 2, RATE / 4, RATE / 8]
+        assert all("each of 2 processes" in one and "output.full_tensor()" in one for one in refusals)
 
 
 @pytest.fixture
