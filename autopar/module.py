@@ -177,10 +177,11 @@ class ParallelModule(nn.Module):
     def _train_in_parts(self, call: Call) -> Tensor:
         batches, total = self._microbatches(call), None
         weights = self._weights(call, batches)
-        for place, (batch, weight) in enumerate(zip(batches, weights)):
-            loss = self._loss((), dict(batch), weight) * weight.loss
-            self._accumulation.backward_of_part(loss, place == len(batches) - 1, self.parameters())
-            total = loss.detach() if total is None else total + loss.detach()
+        with self._accumulation.one_batch():
+            for place, (batch, weight) in enumerate(zip(batches, weights)):
+                loss = self._loss((), dict(batch), weight) * weight.loss
+                self._accumulation.backward_of_part(loss, place == len(batches) - 1, self.parameters())
+                total = loss.detach() if total is None else total + loss.detach()
         if weights[0].buffers is not None:
             weights[0].buffers.write()
         assert total is not None

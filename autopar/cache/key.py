@@ -112,6 +112,10 @@ def _of_tensor(tensor: Tensor) -> str:
     )
 
 
+def _of_input(tensor: Tensor) -> str:
+    return f"{_of_tensor(tensor)} {sorted(vars(tensor))}"
+
+
 def _of_call(request: Request) -> Iterator[tuple[str, str]]:
     known = fingerprint(request.model, request.args, request.kwargs)
     for title, table in (("code", known.code), ("module", known.modules), ("tensor", known.tensors)):
@@ -122,7 +126,7 @@ def _of_call(request: Request) -> Iterator[tuple[str, str]]:
     leaves, spec = pytree.tree_flatten((tuple(request.args), dict(request.kwargs)))
     yield "structure of the inputs", str(spec)
     for place, leaf in enumerate(leaves):
-        yield f"input {place}", _of_tensor(leaf) if isinstance(leaf, Tensor) else digests.of(leaf)
+        yield f"input {place}", _of_input(leaf) if isinstance(leaf, Tensor) else digests.of(leaf)
     yield "mesh", f"{request.mesh} in nodes of {request.mesh.node_size}"
     for name, choice in request.plan.to_json().items():
         if name not in WITHOUT_EFFECT:

@@ -25,13 +25,14 @@ from autopar.cache.names import Name, names_in
 from autopar.cache.reasons import Unstorable
 from autopar.cache.transcript import Transcript
 from autopar.cache.value_digests import Digests
-from autopar.ir.asked_of_inputs import STRIDES, told
+from autopar.ir.asked_of_inputs import ATTRIBUTE, STRIDES, told
 from autopar.ir.guards import Guards
 from autopar.ir.same_values import PLAIN
 from autopar.observation.code_names import Names, is_users, names_found_by, names_of
 from autopar.observation.gradient_mode import questions_of_modes
 from autopar.observation.readings import Readings
 from autopar.observation.tables import is_of_hooks
+from autopar.observation.torch_switches import SWITCHES, switches
 from autopar.observation.trace_record import Effect, TraceRecord
 from autopar.observation.what_ran import follow_what_ran, is_users_code, places_of
 
@@ -95,8 +96,9 @@ def questions_of(
     if obstacle or not records:
         raise Unstorable(obstacle or "nothing was traced")
     of_inputs = {name for record in records for name in record.of_inputs}
-    if of_inputs - {STRIDES}:
-        raise Unstorable(f"forward asks of its inputs {told(of_inputs)}, which no key has")
+    in_no_key = {name for name in of_inputs - {STRIDES} if not name.startswith(ATTRIBUTE)}
+    if in_no_key:
+        raise Unstorable(f"forward asks of its inputs {told(in_no_key)}, which no key has")
     code = {one for record in records for one in record.code if is_users_code(one)}
     found = Questions(
         tuple(tuple(record.asked) for record in records),
@@ -182,6 +184,8 @@ def _ask(
         lines.put(f"name {'.'.join(name.chain)} in {name.module}", _of_name(lines.digests, name))
     for output in questions.outputs:
         lines.put(f"class {output}", _of_output(lines.digests, output))
+    if SWITCHES in questions.modes:
+        lines.put(SWITCHES, digest(*switches()))
     for variable in questions.variables:
         value = digest(os.environ[variable]) if variable in os.environ else "missing"
         lines.put(f"environment variable {variable}", value)

@@ -79,8 +79,11 @@ def can_wait(parameter: Tensor) -> bool:
     return type(grad) in _ORDINARY or (type(grad) in _WAITING and spec_of(grad) == spec_of(parameter))
 
 
-def stand_in(parameter: Tensor, complete: Callable[[], None]) -> Stand:
-    """The gradient of ``parameter``, to which something is to be added by :func:`fill`; ``complete()`` has it added."""
+def stand_in(parameter: Tensor, complete: Callable[[], None], gone: Callable[[Stand], None]) -> Stand:
+    """The gradient of ``parameter``, to which something is to be added by :func:`fill`.
+
+    ``complete()`` has it added; ``gone`` is called where nobody has the gradient any more.
+    """
     grad: Any = parameter.grad
     if grad is None:
         spec = spec_of(parameter)  # type: ignore[arg-type]
@@ -91,7 +94,7 @@ def stand_in(parameter: Tensor, complete: Callable[[], None]) -> Stand:
     elif type(grad) in _WAITING:
         grad.__class__ = _WAITING[type(grad)]
         vars(grad).update({_COMPLETE: complete, _BLANK: False})
-    return ref(grad)
+    return ref(grad, gone)
 
 
 def stands(parameter: Tensor, stand: Stand) -> bool:
@@ -106,6 +109,9 @@ def fill(stand: Stand, part: Tensor) -> None:
     if grad is not None:
         _add(grad, part)
         grad.__class__ = _ORDINARY.get(type(grad), type(grad))
+        for mark in (_COMPLETE, _BLANK):
+            if mark in vars(grad):
+                delattr(grad, mark)
 
 
 def _add(grad: Any, part: Tensor) -> None:

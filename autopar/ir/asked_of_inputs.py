@@ -47,7 +47,7 @@ def answers_of(asked: Sequence[str], leaves: Iterable[Any]) -> Answers:
 
 def _answer(name: str, tensor: Tensor) -> Hashable:
     ask = ANSWERS.get(name)
-    return ask(tensor) if ask is not None else hasattr(tensor, name.removeprefix(ATTRIBUTE))
+    return ask(tensor) if ask is not None else name.removeprefix(ATTRIBUTE) in vars(tensor)
 
 
 def unusual_answers(asked: Sequence[str], leaves: Iterable[Any]) -> Answers:

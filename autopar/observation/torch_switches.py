@@ -34,7 +34,6 @@ _MODULES = tuple(getattr(_backends, name) for name in ("cudnn", "mkldnn", "nnpac
 def _functions() -> Iterator[Callable[..., Any]]:
     yield from (getattr(torch, name) for name in _NAMES)
     yield from (getattr(_backends.cuda, name) for name in _OF_ATTENTION if hasattr(_backends.cuda, name))
-    yield _backends.mha.get_fastpath_enabled
 
 
 _FUNCTIONS = tuple(_functions())

@@ -26,7 +26,6 @@ from autopar.ir.asked_of_inputs import STRIDES
 from autopar.observation.asked_of_inputs import asks
 from autopar.observation.forbidden import CHANGES, PASS_IT
 from autopar.observation.gradient_mode import DATES, GRADIENTS, asked_in, asks_of_tensor, taken_in
-from autopar.observation.torch_switches import SWITCHES
 
 _WITHOUT_PYTHON = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, SlotType)
 OF_TORCH = ("TORCH_", "PYTORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_")  # variables that only torch and its users read
@@ -120,8 +119,6 @@ def recorded_code(record: TraceRecord, inputs: Mapping[int, Tensor]) -> Iterator
             if DATES in record.modes:
                 record.modes.remove(DATES)
                 raise TraceError(f"forward asks for the time ({DATES}), which {CHANGES}\nWay out: {PASS_IT}")
-            if SWITCHES in record.modes:
-                record.obstacle = "forward asks for switches of torch, which no key has"
 
 
 @contextmanager

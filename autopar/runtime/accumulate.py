@@ -18,7 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -60,10 +62,16 @@ class Steps(Protocol):
 
 @dataclass
 class Held:
-    """The sums of one program so far; ``stands``: what waits for them in ``.grad``, unless nobody can look there."""
+    """The sums of one program so far.
+
+    Attributes:
+        stands: what waits for them in ``.grad``; None for parts of one batch, where nobody can look there.
+        gone: how many of these nobody has any more.
+    """
 
     sums: list[Tensor]
     stands: list[Stand] | None = None
+    gone: int = 0
 
 
 class Accumulation:
@@ -83,6 +91,15 @@ class Accumulation:
             yield
         finally:
             self.active, self._is_seen = before
+
+    @contextmanager
+    def one_batch(self) -> Iterator[None]:
+        """Within this context its parts have their backward passes; where one fails, the others add nothing."""
+        try:
+            yield
+        except BaseException:
+            self._held = {steps: held for steps, held in self._held.items() if held.stands is not None}
+            raise
 
     def backward_of_part(self, loss: Tensor, is_last: bool, parameters: Iterable[Tensor]) -> None:
         """``loss.backward()`` of one part of a batch; hooks on ``parameters`` see the gradients of all, once."""
@@ -118,7 +135,8 @@ class Accumulation:
             return steps.whole(saved)
         held = self._add(steps, steps.partial(saved))
         if self._is_seen and held.stands is None:
-            held.stands = [stand_in(parameter, self.complete) for parameter in steps.parameters]
+            gone = partial(self._gone, steps, ref(held))
+            held.stands = [stand_in(parameter, self.complete, gone) for parameter in steps.parameters]
         if self.active:
             return None
         del self._held[steps]
@@ -150,6 +168,7 @@ class Accumulation:
 
     def complete(self) -> None:
         """Give all that waits, as somebody computes with a gradient for which it does; collective."""
+        self._forget_taken()
         if self._held:
             next(iter(self._held)).agree("computing with gradients that wait since no_sync()")
             with torch.inference_mode(False), torch.no_grad():
@@ -164,14 +183,27 @@ class Accumulation:
 
     def _drop(self) -> None:
         """Forget sums for gradients that a script has taken away; where others are part of such a sum, give all now."""
-        gives = False
-        for steps, held in list(self._held.items()):
-            remain = [] if held.stands is None else list(map(stands, steps.parameters, held.stands))
-            if remain and not any(remain):
-                del self._held[steps]
-            gives |= not all(remain)
-        if gives:
+        self._forget_taken()
+        if not all(all(_remain(steps, held)) for steps, held in self._held.items()):
             self._give_all()
+
+    def _forget_taken(self) -> None:
+        """Forget sums of which all gradients were taken away: alike on all ranks, whoever still has one."""
+        for steps, held in list(self._held.items()):
+            if held.stands and not any(_remain(steps, held)):
+                self._held.pop(steps, None)
+
+    def _gone(self, steps: Steps, of: ReferenceType[Held], _: Stand) -> None:
+        """Nobody has one of the gradients any more; free the sums with the last one, not only when they are missed."""
+        held = of()
+        if held is not None and held.stands is not None and self._held.get(steps) is held:
+            held.gone += 1
+            if held.gone == len(held.stands):
+                self._held.pop(steps, None)
+
+
+def _remain(steps: Steps, held: Held) -> Iterator[bool]:
+    return map(stands, steps.parameters, held.stands) if held.stands is not None else iter(())
 
 
 def _give(steps: Steps, held: Held, past_hooks: bool = True) -> None:

@@ -54,6 +54,7 @@ def dropped(model: Model, waits: Callable[..., Tensor]) -> None:
     waits(0)
     for parameter in model.parameters():
         parameter.grad = None
+    assert not isinstance(model, ParallelModule) or not model._accumulation._held  # the memory of sums is free
     waits(1)
 
 
@@ -114,7 +115,9 @@ def kept(model: Model, waits: Callable[..., Tensor]) -> list[Tensor]:
     held = [parameter.grad for parameter in model.parameters()]
     waits(1)
     assert all(one is parameter.grad for one, parameter in zip(held, model.parameters()))
-    return [one * 2 for one in held]
+    found = [one * 2 for one in held]
+    assert not any(vars(one) for one in held)  # no mark of ours is left, which nobody could write to a file
+    return found
 
 
 def frozen(model: Model, waits: Callable[..., Tensor]) -> None:
@@ -137,8 +140,24 @@ def in_parts(model: Model, waits: Callable[..., Tensor]) -> None:
         parameter.grad *= 3
 
 
+def interrupted(model: Model, waits: Callable[..., Tensor]) -> None:
+    """A batch whose second part fails adds nothing."""
+    waits(0)
+    if isinstance(model, ParallelModule):
+        parts = iter((False, True))
+
+        def fail(*_: Any) -> None:
+            if next(parts):
+                raise MemoryError
+
+        handle = model.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            model.train_step(x=batch(1))
+        handle.remove()
+
+
 HABITS: tuple[Habit, ...] = (
-    *(dropped, dropped_in_part, halved, replaced, added_to, stepped, clipped, kept, frozen, in_parts),
+    *(dropped, dropped_in_part, halved, replaced, added_to, stepped, clipped, kept, frozen, in_parts, interrupted),
 )
 
 
