@@ -175,17 +175,16 @@ class ParallelModule(nn.Module):
         return executable.train(tensors, rows, seed) if trains else executable.run(tensors, rows, seed)
 
     def _train_in_parts(self, call: Call) -> Tensor:
-        batches, total = self._microbatches(call), None
+        batches, losses = self._microbatches(call), list[Tensor]()
         weights = self._weights(call, batches)
         with self._accumulation.one_batch():
             for place, (batch, weight) in enumerate(zip(batches, weights)):
                 loss = self._loss((), dict(batch), weight) * weight.loss
                 self._accumulation.backward_of_part(loss, place == len(batches) - 1, self.parameters())
-                total = loss.detach() if total is None else total + loss.detach()
+                losses.append(loss.detach())
         if weights[0].buffers is not None:
             weights[0].buffers.write()
-        assert total is not None
-        return total
+        return sum(losses[1:], losses[0])
 
     def _microbatches(self, call: Call) -> list[dict[str, Any]]:
         return microbatches.parts(call.args, call.kwargs, self.mesh, self.plan, local=self.plan.inputs == "local")
