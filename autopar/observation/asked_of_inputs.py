@@ -9,6 +9,7 @@ happened to it, is refused.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -82,10 +83,11 @@ def attributes_of_tensors(met: set[str], tensors: Iterable[Tensor]) -> Iterator[
     Raises TraceError where one of ``tensors`` has it: what stands for these in a trace does not.
     """
     put = {name for tensor in tensors for name in getattr(tensor, "__dict__", ())}
+    thread = threading.get_ident()
 
     def __getattr__(self: Tensor, name: str) -> Any:
         frame = sys._getframe(1)
-        if name[:2] != "__" and is_users_file(frame.f_code.co_filename):
+        if threading.get_ident() == thread and name[:2] != "__" and is_users_file(frame.f_code.co_filename):
             if name in put:
                 raise TraceError(
                     f"forward reads '{name}', an attribute that was put on a tensor, which a program does not see\n"

@@ -3,7 +3,7 @@
 Python's and numpy's random numbers and clocks give another value in each call, and a graph would keep the first.
 ``torch.autograd.grad`` inside forward asks for a gradient of something that is not yet a graph. ``part.to(device)``
 moves a part of the model; where nothing moves it does nothing. ``h.register_hook`` changes or reads a gradient of
-autograd's, and the backward pass of a program is its own.
+autograd's, and the backward pass of a program is its own. Other threads do as they like meanwhile.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import random
 import secrets
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -31,6 +32,11 @@ CLOCKS = (
     "process_time_ns", "thread_time", "thread_time_ns", "clock_gettime", "clock_gettime_ns", "localtime", "gmtime",
     "ctime", "asctime", "strftime",
 )  # fmt: skip
+_CONVERTING = ("localtime", "gmtime", "ctime", "asctime", "default_rng")
+_UNTOLD = {
+    "strftime": 1,
+    **dict.fromkeys(_CONVERTING, 0),
+}  # with more arguments nothing changes
 SEEDS = ("seed", "initial_seed")
 DRAWING = (uuid.__file__, secrets.__file__, random.__file__)  # of Python's library, for whoever calls them
 HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
@@ -46,19 +52,20 @@ PASS_IT = "draw or read it outside and pass it as an argument: a tensor, which m
 @contextmanager
 def nothing_forbidden() -> Iterator[None]:
     """Within this context the user's code, not torch's, is kept from what a graph cannot do. Raises TraceError."""
-    before = random.getstate()
+    before, elsewhere = random.getstate(), set[Any]()
     with ExitStack() as stack:
         for module, name, what in _changing():
             said = f"asks for {what} ({name}), which {CHANGES}"
-            stack.enter_context(mock.patch.object(module, name, _refused(getattr(module, name), said, PASS_IT)))
+            stack.enter_context(mock.patch.object(module, name, _refused(module, name, said, PASS_IT, elsewhere)))
         for owner, name in ((torch.autograd, "grad"), (torch.autograd, "backward"), (Tensor, "backward")):
             stack.enter_context(mock.patch.object(owner, name, _differentiates(getattr(owner, name), name)))
         for name in HOOKS:
             said = f"puts a hook on the gradient of a tensor ({name}), {UNCALLED}"
-            stack.enter_context(mock.patch.object(Tensor, name, _refused(getattr(Tensor, name), said, HOOK_ELSEWHERE)))
+            refused = _refused(Tensor, name, said, HOOK_ELSEWHERE, elsewhere)
+            stack.enter_context(mock.patch.object(Tensor, name, refused))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _moved(nn.Module._apply)))
         yield
-    if random.getstate() != before:
+    if random.getstate() != before and random not in elsewhere:
         random.setstate(before)
         raise TraceError(
             f"forward draws random numbers from Python's random module, which {CHANGES}\nWay out: {PASS_IT}"
@@ -85,13 +92,19 @@ def _changing() -> Iterator[tuple[ModuleType, str, str]]:
             yield numpy, name, "a random number of numpy's"
 
 
-def _refused(original: Callable[..., Any], said: str, way_out: str) -> Callable[..., Any]:
+def _refused(owner: Any, name: str, said: str, way_out: str, elsewhere: set[Any]) -> Callable[..., Any]:
+    """``elsewhere`` takes ``owner`` where another thread calls it."""
+    original, thread = getattr(owner, name), threading.get_ident()
+
     def call(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            elsewhere.add(owner)
+            return original(*args, **kwargs)
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename in DRAWING:
             frame = frame.f_back
-        is_seeded = getattr(original, "__name__", "") == "default_rng" and (args or kwargs)
-        if is_seeded or frame is None or not is_users_file(frame.f_code.co_filename):
+        is_told = name in _UNTOLD and len(args) + len(kwargs) > _UNTOLD[name] and None not in args
+        if is_told or frame is None or not is_users_file(frame.f_code.co_filename):
             return original(*args, **kwargs)
         raise TraceError(f"forward {said}\n  at {line_of_user(frame)}\nWay out: {way_out}")
 
@@ -99,10 +112,14 @@ def _refused(original: Callable[..., Any], said: str, way_out: str) -> Callable[
 
 
 def _differentiates(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+    thread = threading.get_ident()
+
     def call(*args: Any, **kwargs: Any) -> Any:
         frame = sys._getframe(1)
+        if threading.get_ident() != thread or not is_users_file(frame.f_code.co_filename):
+            return original(*args, **kwargs)
         line = line_of_user(frame)
-        if not is_users_file(frame.f_code.co_filename) or line == UNKNOWN_LINE:
+        if line == UNKNOWN_LINE:
             return original(*args, **kwargs)
         raise TraceError(
             f"forward differentiates: it calls {name}(...), and a program has no second derivatives\n  at {line}\n"
@@ -113,14 +130,19 @@ def _differentiates(original: Callable[..., Any], name: str) -> Callable[..., An
 
 
 def _moved(original: Callable[..., Any]) -> Callable[..., Any]:
+    thread = threading.get_ident()
+
     def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if threading.get_ident() != thread:
+            moved: nn.Module = original(self, fn, recurse)
+            return moved
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-            moved = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
-            if (moved.dtype, moved.device) != (tensor.dtype, tensor.device):
+            one = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+            if (one.dtype, one.device) != (tensor.dtype, tensor.device):
                 line = line_of_user(sys._getframe(1))
                 raise TraceError(
                     f"forward moves a part of the model: '{name}' of a {type(self).__name__}, {tensor.dtype} on "
-                    f"{tensor.device}, would be {moved.dtype} on {moved.device}\n  at {line}\n"
+                    f"{tensor.device}, would be {one.dtype} on {one.device}\n  at {line}\n"
                     "Way out: move the whole model before it is parallelised."
                 )
         return self

@@ -25,9 +25,8 @@ from autopar.ir.guards import Question
 from autopar.observation.source_lines import is_users_file
 from autopar.observation.torch_switches import SWITCHES, called_in_profiles, name_in_profiles, switches
 
-GRADIENTS, INFERENCE, DATES = "is_grad_enabled", "is_inference_mode_enabled", "datetime.now"
+GRADIENTS, INFERENCE = "is_grad_enabled", "is_inference_mode_enabled"
 _CALLED = {name_in_profiles(getattr(torch, name)): name for name in (GRADIENTS, INFERENCE)} | called_in_profiles()
-_CALLED |= {f"<built-in method {name}>": DATES for name in ("now", "utcnow")}  # of datetime, in C
 _OF_TENSORS = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
 _off = [False]
 

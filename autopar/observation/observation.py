@@ -172,9 +172,12 @@ class Observation:
                 return original(module, *args, **kwargs)
             self._begin(args, kwargs)
             try:
-                return original(module, *args, **kwargs)
-            finally:
-                self._end()
+                found = original(module, *args, **kwargs)
+            except BaseException as problem:
+                self._end(problem)
+                raise
+            self._end()
+            return found
 
         return call
 
@@ -215,18 +218,21 @@ class Observation:
         pairs = zip(given, self._leaves) if len(given) == len(self._leaves) else ()
         return {id(one): real for one, real in pairs if isinstance(one, Tensor) and isinstance(real, Tensor)}
 
-    def _end(self) -> None:
+    def _end(self, problem: BaseException | None = None) -> None:
+        """``problem``: what forward raised."""
         self._depth -= 1
         if self._depth:
             return
-        self._stack.close()
-        while self._patched:
-            cls, name, before = self._patched.pop()
-            restore(cls, name, before)
-        self.changes = list(self._changes())
-        self.grown = [met for met in (*self.readings.started, *self._hooks) if not met.hold()]
-        if not self._keeps:
-            self.undo()
+        try:
+            self._stack.__exit__(type(problem), problem, problem.__traceback__) if problem else self._stack.close()
+        finally:
+            while self._patched:
+                cls, name, before = self._patched.pop()
+                restore(cls, name, before)
+            self.changes = list(self._changes())
+            self.grown = [met for met in (*self.readings.started, *self._hooks) if not met.hold()]
+            if not self._keeps:
+                self.undo()
 
     def undo(self) -> None:
         """Put back what the latest run left."""

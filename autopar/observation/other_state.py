@@ -85,19 +85,20 @@ def variables_of_users(met: set[str]) -> Callable[[], Any]:
     def watched() -> Iterator[None]:
         environment: Any = type(os.environ)
         get, walk, count = environment.__getitem__, environment.__iter__, environment.__len__
+        asked = partial(_is_asked_by_user, threading.get_ident())
 
         def read(self: Any, key: Any) -> Any:
-            if _is_asked_by_user(sys._getframe(1)):
+            if asked(sys._getframe(1)):
                 met.add(os.fsdecode(key) if isinstance(key, (str, bytes)) else str(key))
             return get(self, key)
 
         def all_of(self: Any) -> Any:
-            if _is_asked_by_user(sys._getframe(1)):
+            if asked(sys._getframe(1)):
                 met.add(EVERYTHING)
             return walk(self)
 
         def count_of(self: Any) -> Any:
-            if _is_asked_by_user(sys._getframe(1)):
+            if asked(sys._getframe(1)):
                 met.add(EVERYTHING)
             return count(self)
 
@@ -111,8 +112,10 @@ def variables_of_users(met: set[str]) -> Callable[[], Any]:
     return watched
 
 
-def _is_asked_by_user(frame: FrameType | None) -> bool:
-    """Whether ``os.environ`` is asked by a user's file, perhaps through ``os.getenv`` or ``Mapping.get``."""
+def _is_asked_by_user(thread: int, frame: FrameType | None) -> bool:
+    """Whether a user's file asks ``os.environ`` on ``thread``, perhaps through ``os.getenv`` or ``Mapping.get``."""
+    if threading.get_ident() != thread:
+        return False
     while frame is not None and frame.f_code.co_filename.startswith(_THROUGH):
         frame = frame.f_back
     return frame is not None and is_users_file(frame.f_code.co_filename)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import os
 import sys
 import traceback
 from functools import cache
@@ -12,6 +13,7 @@ from types import CodeType, FrameType
 import torch
 
 UNKNOWN_LINE = "an unknown line"
+INSTALLED = "site-packages"
 
 
 Place = tuple[CodeType | None, int]  # an instruction of the user's code
@@ -48,15 +50,19 @@ def line_of_user(frame: FrameType | None) -> str:
 def is_users_file(filename: str) -> bool:
     """Whether code of ``filename`` is a user's: neither torch's, ours nor Python's, nor written by a program.
 
+    Nor is it of a package that writes log lines, in which the time may be.
+
     What is typed is (``<stdin>``, ``<ipython-input-3-...>``, ``<console>``).
     """
     if filename.startswith(_OF_NO_USER):
         return filename.startswith(_OUR_MODELS)  # which are models like others
-    return "site-packages" in filename or not filename.startswith(_PYTHON)
+    _, is_installed, inside = filename.partition(INSTALLED)
+    return not inside.startswith(_LOGGERS) if is_installed else not filename.startswith(_PYTHON)
 
 
 _OURS = Path(__file__).parents[1]
 _OUR_MODELS = str(_OURS / "models")
 _OF_PROGRAMS = ("<frozen ", "<string>", "<eval_with_key>", "<attrs gen", "<decorator-gen", "<lambdifygen", "<__array")
 _OF_NO_USER = (*_OF_PROGRAMS, str(_OURS), str(Path(str(torch.__file__)).parent))
+_LOGGERS = tuple(f"{os.sep}{name}{os.sep}" for name in ("rich", "loguru", "structlog"))
 _PYTHON = str(Path(traceback.__file__).parent)

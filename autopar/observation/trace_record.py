@@ -9,6 +9,7 @@ from __future__ import annotations
 import cProfile
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,11 +22,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from autopar.errors import TraceError
 from autopar.ir.asked_of_inputs import STRIDES
 from autopar.observation.asked_of_inputs import asks
-from autopar.observation.forbidden import CHANGES, PASS_IT
-from autopar.observation.gradient_mode import DATES, GRADIENTS, asked_in, asks_of_tensor, taken_in
+from autopar.observation.dates import refuse_dates
+from autopar.observation.gradient_mode import GRADIENTS, asked_in, asks_of_tensor, taken_in
 
 _WITHOUT_PYTHON = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, SlotType)
 OF_TORCH = ("TORCH_", "PYTORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_")  # variables that only torch and its users read
@@ -112,13 +112,12 @@ def recorded_code(record: TraceRecord, inputs: Mapping[int, Tensor]) -> Iterator
         try:
             profile.enable()
             yield
+            profile.disable()
+            refuse_dates(profile)
         finally:
             profile.disable()
             record.code.update(entry.code for entry in profile.getstats() if isinstance(entry.code, CodeType))
             record.modes.update(asked_in(profile), taken_in(record.code))
-            if DATES in record.modes:
-                record.modes.remove(DATES)
-                raise TraceError(f"forward asks for the time ({DATES}), which {CHANGES}\nWay out: {PASS_IT}")
 
 
 @contextmanager
@@ -128,15 +127,16 @@ def recorded_variables(record: TraceRecord) -> Iterator[None]:
     But for what torch reads of its own: it does so wherever one of its modules is loaded for the first time.
     """
     environment: Any = type(os.environ)
-    get, walk = environment.__getitem__, environment.__iter__
+    get, walk, thread = environment.__getitem__, environment.__iter__, threading.get_ident()
 
     def read(self: Any, key: Any) -> Any:
-        if not (str(key).startswith(OF_TORCH) and _is_torch(sys._getframe(1))):
+        if threading.get_ident() == thread and not (str(key).startswith(OF_TORCH) and _is_torch(sys._getframe(1))):
             record.variables.add(str(key))
         return get(self, key)
 
     def all_of(self: Any) -> Any:
-        record.obstacle = "forward goes through all environment variables"
+        if threading.get_ident() == thread:
+            record.obstacle = "forward goes through all environment variables"
         return walk(self)
 
     with mock.patch.object(environment, "__getitem__", read), mock.patch.object(environment, "__iter__", all_of):

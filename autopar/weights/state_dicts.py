@@ -46,17 +46,23 @@ def warning_state_dict(found: Mapping[str, Tensor]) -> StateDict:
 def loaded(connection: Connection | None, load: Callable[[], Any]) -> Any:
     """What ``load()`` returns, torch's ``load_state_dict``; on a pipeline with the keys that any stage misses.
 
-    There it is collective, and where torch refuses on some ranks, RuntimeError on all.
+    There it is collective, and where some ranks raise (torch refuses, or a hook), those raise that and the others
+    RuntimeError.
     """
     if connection is None or not connection.mesh.is_pipelined:
         return load()
-    found, refusal = None, ""
+    found, refusal, own = None, "", None
     try:
         found = load()
     except RuntimeError as problem:
         refusal = str(problem)
+    except Exception as problem:
+        refusal = f"load_state_dict on rank {connection.comm.rank}: {type(problem).__name__}: {problem}"
+        own = problem
     everyone = connection.comm.agreement.everyone((refusal, found.missing_keys if found else []))
     refusals = list(dict.fromkeys(refusal for refusal, _ in everyone if refusal))
+    if own is not None:
+        raise own
     if found is None or refusals:
         raise RuntimeError("\n".join(refusals))
     found.missing_keys[:] = list(dict.fromkeys(key for _, missing in everyone for key in missing))

@@ -114,10 +114,15 @@ def of_all_stages(held: Mapping[str, Any], connection: Connection, device: str |
         if isinstance(known, _Outline):
             whole = full_of(leaves[path]) if path in leaves else None  # of a stage that has it too: all its ranks do so
             mine = whole if having[0] == comm.coordinates[PIPELINE] else None
-            found[path] = _over_stages(mine, known, connection).to(device or known.device)
+            found[path] = _over_stages(mine, known, connection).to(device or device_of(known.device, comm.device))
         else:
             found[path] = _together([stages[stage][path] for stage in having], path)
     return _nested(found)
+
+
+def device_of(elsewhere: torch.device, own: torch.device) -> torch.device:
+    """That of this rank for what another one has on ``elsewhere``: a GPU of its own."""
+    return elsewhere if elsewhere.type == "cpu" else own
 
 
 def _over_stages(mine: Tensor | None, known: _Outline, connection: Connection) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import io
+import logging
 import os
 import random
 import secrets
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rich.console
 import torch
 from torch import Tensor
 
@@ -65,6 +69,7 @@ def test_anomalies_are_looked_for_in_steps_alone() -> None:
 
 CHANGING: dict[str, Callable[[Tensor], object]] = {
     "strftime": lambda h: time.strftime("%S"),
+    "localtime": lambda h: time.localtime(None).tm_sec,
     "datetime.now": lambda h: datetime.datetime.now().second,
     "urandom": lambda h: uuid.uuid4().int % 2,
     "_urandom": lambda h: secrets.randbelow(2),
@@ -79,6 +84,81 @@ def test_what_changes_in_each_call_is_refused(name: str) -> None:
         trace(Asks(CHANGING[name]), (torch.randn(2, 4),))  # type: ignore[arg-type]
 
 
+def told() -> str:
+    return time.strftime("%S", time.gmtime(3)) + time.ctime(3)
+
+
 def test_what_is_seeded_is_not() -> None:
-    asks = Asks(lambda h: np.random.default_rng(0).random() < random.Random(0).random())
+    asks = Asks(lambda h: np.random.default_rng(0).random() < random.Random(0).random() or told() == "")
     trace(asks, (torch.randn(2, 4),))
+
+
+class Stamped(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{stamp()} {datetime.datetime.now():%H:%M} {record.getMessage()}"
+
+
+def stamp() -> str:
+    return str(datetime.datetime.now())
+
+
+def logged(h: Tensor) -> bool:
+    log = logging.Logger("of the test")
+    handler = logging.StreamHandler(io.StringIO())
+    handler.setFormatter(Stamped())
+    log.addHandler(handler)
+    log.warning("computed %s", h.shape)
+    return True
+
+
+def logged_by_rich(h: Tensor) -> bool:
+    rich.console.Console(file=io.StringIO()).log("computed", h.shape)
+    return True
+
+
+@pytest.mark.parametrize("log", [logged, logged_by_rich])
+def test_log_lines_have_a_date(log: Callable[[Tensor], object]) -> None:
+    trace(Asks(log), (torch.randn(2, 4),))  # type: ignore[arg-type]
+
+
+def test_who_asks_for_the_date_is_named() -> None:
+    asks = Asks(lambda h: logged(h) and len(stamp()) > 3)  # type: ignore[arg-type]
+    with pytest.raises(TraceError, match=r"in stamp of test_torch_switches.py:\d+\nWay out"):
+        trace(asks, (torch.randn(2, 4),))
+    assert "__getattribute__" not in vars(torch.nn.Module)
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: None])
+def test_what_forward_raises_is_not_hidden(draw: Callable[[], object]) -> None:
+    def ask(h: Tensor) -> bool:
+        draw()  # as it was imported
+        stamp()
+        raise KeyError("forward's own")
+
+    with pytest.raises(TraceError, match='cannot be traced: KeyError: "forward.s own"'):
+        trace(Asks(ask), (torch.randn(2, 4),))  # type: ignore[arg-type]
+    assert "__getattribute__" not in vars(torch.nn.Module)
+
+
+def test_other_threads_do_as_they_like() -> None:
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            uuid.uuid4(), time.time(), time.strftime("%S"), random.random(), torch.initial_seed()
+            assert "AUTOPAR_TEST" not in os.environ and not hasattr(torch.ones(1), "of_another_thread")
+            half = torch.nn.Linear(2, 2).to(torch.float64)
+            half.weight.register_hook(lambda gradient: None)
+            half(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
+        except BaseException as problem:
+            raised.append(problem)
+
+    def ask(h: Tensor) -> bool:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return True
+
+    with guards_of_traces() as guards:
+        trace(Asks(ask), (torch.randn(2, 4),))  # type: ignore[arg-type]
+    assert not raised and not guards.inputs and not [one.label for one in guards.questions]

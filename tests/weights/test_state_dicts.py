@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -14,7 +15,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import autopar
-from autopar import Mesh
+from autopar import Mesh, Plan
+from autopar.weights.torch_state_dicts import device_of
+from tests.launch import run_ranks
 
 
 def made() -> Any:
@@ -54,3 +57,29 @@ def test_trees_and_nesting_see_an_ordinary_dict() -> None:
     assert torch.equal(doubled["bias"].full_tensor(), 2 * model.bias.full_tensor())
     outer = nn.Sequential(model)
     assert list(outer.state_dict()) == ["0.weight", "0.bias"]
+
+
+def refused_on_one_stage(problem: type[Exception]) -> str:
+    model = autopar.parallelize(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), Mesh(pp=2), Plan(microbatches=2))
+    model(torch.ones(4, 4))
+
+    def hook(*_: Any) -> None:
+        if os.environ["RANK"] == "1":
+            raise problem("of the hook")
+
+    model.register_load_state_dict_pre_hook(hook)
+    before = model.full_state_dict()
+    with pytest.raises(problem if os.environ["RANK"] == "1" else RuntimeError) as refused:
+        model.load_state_dict(model.state_dict())
+    assert all(torch.equal(before[name], one) for name, one in model.full_state_dict().items())
+    return str(refused.value)
+
+
+def test_an_error_on_one_stage_is_heard_on_all() -> None:
+    told, own = run_ranks(refused_on_one_stage, 2, KeyError, timeout=60)
+    assert told == "load_state_dict on rank 1: KeyError: 'of the hook'" and own == "'of the hook'"
+
+
+def test_what_another_rank_has_on_its_gpu_is_put_on_ones_own() -> None:
+    own, cpu = torch.device("cuda", 1), torch.device("cpu")
+    assert device_of(torch.device("cuda", 0), own) == own and device_of(cpu, own) == cpu
