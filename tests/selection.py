@@ -38,6 +38,8 @@ def one_each(first: Iterable[Any], second: Iterable[Any], fast: Sequence[tuple[i
 REPEATED = """
 analysis/test_folded_text.py::test_folds_say_exactly_what_they_hide[models.llama-mesh3-*
 analysis/test_folded_text.py::test_folds_say_exactly_what_they_hide[models.t5-*
+analysis/test_footprint.py::test_traffic_is_that_of_a_step[dp=2,tp=3-megatron]
+analysis/test_footprint.py::test_traffic_is_that_of_a_step[dp=2-none]
 autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[a sum over blocks]
 autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[a weight is returned]
 autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[a weight of all]
@@ -47,8 +49,10 @@ autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[in another order 
 autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[kinds in turns]
 autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[recomputed]
 benchmarks/test_experts.py::test_the_peer_computes_what_the_model_computes[1]
+benchmarks/test_experts.py::test_the_peer_computes_what_the_model_computes[2]
 checkpoint/test_checkpoints.py::test_from_mesh_to_mesh[from a split sequence]
 checkpoint/test_torch_checkpoints.py::test_a_run_moves_to_another_mesh[tp-zero]
+commands/test_models_by_name.py::test_coverage_takes_a_model_of_any_form
 data/test_padding.py::test_results_are_those_without_padding[t5-sp=2]
 end_to_end/test_data_axes.py::test_training_a_transformer_equals_one_process[*
 end_to_end/test_equivalence.py::test_equals_the_model[cnn-dp=3,tp=2]
@@ -84,6 +88,7 @@ end_to_end/test_zero_beside_experts.py::test_each_parameter_is_split_over_what_d
 end_to_end/test_zero_beside_experts.py::test_each_parameter_is_split_over_what_does_not_split_it_yet[dp=2,ep=3]
 exporters/test_families.py::test_what_has_no_dynamic_form_is_told
 exporters/test_verify.py::test_a_program_on_disk_is_compared_with_its_source[{'pp': 2}-*
+fitting/test_fit.py::test_guesses_come_before_any_way_to_split_layers_is_priced
 fitting/test_fit.py::test_microbatches_of_a_loss_that_is_no_sum_are_weighed_by_their_own_statistics
 fitting/test_fit.py::test_two_depths_tell_the_memory_of_the_whole_model[*
 frontend/test_looked_at.py::test_buffers_decide_for_all_parts[pp]
@@ -106,6 +111,14 @@ frontend/test_torch_layers.py::test_inference_by_the_fast_path[{'classes': 12}-t
 frontend/test_torch_layers.py::test_inference_by_the_fast_path[{}-dp=3]
 inductor/test_compiled_region.py::test_a_region_is_compiled_once_for_each_kind_of_strides_and_frees_what_it_takes
 masks/test_long.py::test_nothing_is_quadratic[*-dp]
+masks/test_long.py::test_nothing_is_quadratic[llama-packed-tp]
+masks/test_long.py::test_nothing_is_quadratic[mistral-plain-tp]
+models/test_models.py::test_the_export_equals_the_model_in_float64[lstm-gru]
+models/test_models.py::test_the_export_equals_the_model_in_float64[moe-balanced]
+models/test_models.py::test_the_export_equals_the_model_in_float64[t5-padded-untied]
+models/test_models.py::test_training_lowers_the_loss[lstm-gru]
+models/test_models.py::test_training_lowers_the_loss[moe-balanced]
+models/test_models.py::test_training_lowers_the_loss[t5-padded-untied]
 observation/test_observation.py::test_a_change_makes_another_program[1 to 1.0 of a power]
 observation/test_observation.py::test_a_change_makes_another_program[a dict in place]
 observation/test_observation.py::test_a_change_makes_another_program[a function]
@@ -128,6 +141,8 @@ passes/test_enter_parameters.py::test_gradients_are_exact_and_send_what_the_form
 passes/test_enter_parameters.py::test_gradients_are_exact_and_send_what_the_formulas_say[scaled by the other-*
 passes/test_overlap_collectives.py::test_the_same_bits[Plan(sequence='none'*
 passes/test_pad_rows.py::test_a_transformer_with_any_number_of_rows[dp-tp]
+passes/test_pad_rows.py::test_copies_count_nothing[dp-mixed]
+passes/test_pad_rows.py::test_copies_count_nothing[replicas-sums]
 passes/test_recognise_masks.py::test_models_on_a_mesh[t5-padded-*
 passes/test_route_experts.py::test_dropout_inside_experts_draws_the_same_masks[ep=3-{'recompute': 'full'}]
 passes/test_route_experts.py::test_exact_for_any_number_of_ranks_and_experts[1-12-usual]
@@ -152,6 +167,8 @@ passes/test_weigh_microbatches.py::test_losses_that_people_have[over a count and
 passes/test_weigh_microbatches.py::test_losses_that_people_have[over the batch size]
 passes/test_weigh_microbatches.py::test_losses_that_people_have[two counts]
 passes/test_weigh_microbatches.py::test_statistics_of_the_batch_on_one_rank
+passes/test_write_bags.py::test_bags_are_split_by_batch[ragged-max]
+passes/test_write_bags.py::test_bags_are_split_by_batch[regular-mean]
 passes/test_write_bags.py::test_tables_lie_as_the_plan_says[None-ragged]
 passes/test_write_bags.py::test_tables_lie_as_the_plan_says[column-ragged]
 passes/test_write_bags.py::test_tables_lie_as_the_plan_says[replicate-ragged]
@@ -161,7 +178,9 @@ pipeline/test_commands.py::test_compile_and_run
 pipeline/test_commands.py::test_train_and_resume
 pipeline/test_simulated.py::test_a_loss_that_is_no_mean_counts_by_rows[pp-ep]
 pipeline/test_simulated.py::test_frozen_parameters[blocks-1f1b]
+pipeline/test_simulated.py::test_frozen_parameters[blocks-dualpipe-v]
 pipeline/test_simulated.py::test_frozen_parameters[blocks.0-1f1b]
+pipeline/test_simulated.py::test_frozen_parameters[head-1f1b]
 pipeline/test_simulated.py::test_other_axes_and_choices[llama-*
 pipeline/test_simulated.py::test_the_unmodified_model[moe-*
 pipeline/test_simulated.py::test_the_unmodified_model[t5-*
@@ -171,6 +190,10 @@ proof/test_sized_models.py::test_wrong_ones_are_refused[mean_over_pairs-*
 routing/test_buffers.py::test_drops_by_the_rule_of_each_rank[1-12-*
 routing/test_buffers.py::test_drops_by_the_rule_of_each_rank[1-3-*
 routing/test_buffers.py::test_drops_by_the_rule_of_each_rank[6-10-*
+routing/test_buffers.py::test_every_other_axis[dp=2,ep=2-zero-12_1]
+routing/test_buffers.py::test_every_other_axis[dp=2,ep=3-zero-recompute-10]
+routing/test_buffers.py::test_every_other_axis[ep=2,sp=2-expert_axes-12_1]
+routing/test_buffers.py::test_every_other_axis[ep=2,tp=2-expert_axes-12_1]
 routing/test_buffers.py::test_recomputation_sends_nothing_again[selective]
 routing/test_placement.py::test_placed_experts_compute_the_same_on_other_ranks[ep=2,sp=2-1]
 routing/test_placement.py::test_the_load_is_that_of_the_whole_batch[dp=2,ep=3-1]
@@ -190,6 +213,8 @@ schedules/test_schedule_orders.py::test_the_work_of_a_check_grows_with_the_instr
 split/test_buffers_in_parts.py::test_on_a_mesh[counter-mesh(pp=2)]
 split/test_buffers_in_parts.py::test_on_one_rank[rows_seen]
 split/test_equal_layers.py::test_equal_layers_of_a_deep_mixture
+split/test_seams.py::test_a_sequence_as_long_as_other_dims[shift_by_cat]
+split/test_seams.py::test_a_sequence_as_long_as_other_dims[twice]
 split/test_seams.py::test_a_shifted_loss_sends_only_numbers[classes_second-4]
 split/test_seams.py::test_a_shifted_loss_sends_only_numbers[each_token-2]
 split/test_seams.py::test_a_shifted_loss_sends_only_numbers[shifted_views-4]
@@ -203,6 +228,7 @@ split/test_seams.py::test_only_the_positions_beside_a_part_travel[padded_in_fron
 split/test_seams.py::test_only_the_positions_beside_a_part_travel[turned-plain]
 split/test_seams.py::test_only_the_positions_beside_a_part_travel[twice-plain]
 split/test_seams.py::test_only_the_positions_beside_a_part_travel[two_dims-zigzag]
+split/test_seams.py::test_with_other_axes[two_ahead-*
 split/test_state_space.py::test_exact[mamba-*
 test_stored_programs.py::test_four_ranks_start_from_one_program[pipeline]
 test_torch_doors.py::test_bindings_call_the_operators_of_the_graph[autopar.models.t5]
