@@ -52,7 +52,7 @@ def _answer(name: str, tensor: Tensor) -> Hashable:
 
 def unusual_answers(asked: Sequence[str], leaves: Iterable[Any]) -> Answers:
     """As :func:`answers_of`; none where they are those of tensors that were just made, each by itself."""
-    found, count = answers_of(asked, leaves), 0
+    found = answers_of(asked, leaves)
     count = len(found) // len(asked) if asked else 0
     return () if found == answers_of(asked, [torch.empty(0)]) * count else found
 
