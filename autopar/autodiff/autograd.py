@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -111,6 +112,11 @@ def _is_unasked() -> bool:
         return bool(_runs(_OF_WITNESS) or _runs(_ELSEWHERE))
     except RuntimeError:
         return False
+
+
+def keep_hooks(tensor: Tensor) -> None:
+    """Keep hooks that are registered on ``tensor``, an output of a node, and do not call them."""
+    tensor._backward_hooks = OrderedDict()  # torch would tell the node of the first hook, where there is no table yet
 
 
 def is_watched(tensor: Tensor) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from autopar.errors import AutoparError
-from autopar.ir.names_hold import names_hold
+from autopar.ir.names_hold import are_told_apart, names_hold
 from autopar.ir.same_values import MISSING, is_same, shown
 from autopar.ir.value_guards import ValueGuard
 
@@ -175,6 +175,7 @@ class Guards:
         self._quiet = tuple(table for table, _ in self.quiet)
         self._calls = 0
         self._written_out: Callable[[], bool] | None = None
+        self._asked: Sequence[Contents] = ()  # those that are not written out
 
     def extend(self, other: Guards) -> None:
         """Hold what ``other`` holds too."""
@@ -213,10 +214,19 @@ class Guards:
         """Whether all is as it was."""
         self._calls += 1
         if self._calls == FREQUENT and len(self._present) <= WRITTEN_OUT:
-            self._written_out = names_hold(self._present, self._absent, self._quiet)
+            alike = [one for one in self.contents if are_told_apart(one.items)]
+            self._asked = [one for one in self.contents if not are_told_apart(one.items)]
+            self._written_out = names_hold(
+                self._present,
+                self._absent,
+                self._quiet,
+                list(zip(self.owners, self._classes)),
+                [(one.container, one.items) for one in alike],
+                self.functions,
+            )
         try:
             if self._written_out is not None and self._written_out():
-                return self._rest_holds()
+                return self._answers_hold(self._asked)
             for table, key, value in self._present:
                 if table[key] is not value:
                     return self._hold_by_value()
@@ -234,7 +244,10 @@ class Guards:
     def _rest_holds(self) -> bool:
         if [*map(type, self.owners)] != self._classes or not all(map(_is_unedited, self.functions)):
             return False
-        for contents in self.contents:
+        return self._answers_hold(self.contents)
+
+    def _answers_hold(self, containers: Sequence[Contents]) -> bool:
+        for contents in containers:
             if not contents.hold():
                 return False
         for question in self.questions:

@@ -8,19 +8,20 @@ rank (``0 * output.logits.sum()``) adds nothing, and passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
-from weakref import ref
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from autopar.autodiff.autograd import keep_hooks
 from autopar.dtensors.dtensor import local_of
 from autopar.errors import InvariantError
 
 Give = Callable[[Tensor], Tensor]
 Everyone = Callable[[Any], list[Any]]  # what each rank says of what this one says; collective
+Watched = list[tuple[str, ReferenceType[Tensor]]]  # outputs with their names, to be asked whether somebody waits
 
 WAY_OUT = (
     "Way out: call the model so that it returns no loss (without labels), and compute all of it from its outputs; or "
@@ -28,55 +29,31 @@ WAY_OUT = (
 )
 
 
-def beside_loss(
-    loss: Tensor, names: Sequence[str], tensors: Sequence[Tensor], everyone: Everyone | None = None
-) -> tuple[Tensor, ...]:
-    """The outputs ``tensors``, which nobody else has, so that a backward pass from one names it and stops.
-
-    They require gradients, as those of the unmodified model do, and lead to the parameters by way of the ``loss``:
-    where gradients of some are asked for by name, autograd passes by here too. ``everyone``: None where not all ranks
-    have these outputs.
-    """
-    found: tuple[Tensor, ...] = _Refusing.apply(loss, names, tensors, everyone)  # type: ignore[no-untyped-call]
-    node: Any = loss.grad_fn
-    node.beside = [*getattr(node, "beside", ()), *map(_Beside, names, map(ref, found))]
-    return found
-
-
-@dataclass(frozen=True)
-class _Beside:
-    name: str
-    tensor: ref[Tensor]
-
-
-def check_unwatched(node: Any) -> None:
-    """Raise InvariantError where somebody waits for the gradient of an output that :func:`beside_loss` gave.
-
-    ``node``: the loss is its output, and a backward pass has come to it.
-    """
-    for one in getattr(node, "beside", ()):
-        tensor = one.tensor()
-        if tensor is not None and (tensor.retains_grad or tensor._backward_hooks):
-            does = "retains its gradient (retain_grad)" if tensor.retains_grad else "has a hook (register_hook)"
-            raise InvariantError(
-                f"output '{one.name}' beside the loss {does}, and the program has no gradient of it: it would be None, "
-                f"and the hook not called\n{WAY_OUT}"
-            )
-
-
 class BesideLoss:
-    """The outputs of a program that :func:`beside_loss` gives: ``places`` among its results, with names and forms."""
+    """The outputs of a program beside its loss, ``outputs``: the place of each among its results, name and form.
 
-    def __init__(self, places: Sequence[tuple[int, str, Give]], everyone: Everyone) -> None:
-        self._places, self._everyone = places, everyone
+    They are outputs of the same node of autograd's graph as the loss, so that its backward pass is told of gradients of
+    theirs, also where those of some parameters are asked for by name.
+    """
 
-    def of(self, loss: Tensor, returned: Sequence[Tensor]) -> dict[int, Tensor]:
-        """The user's tensors, by place."""
-        if not self._places:
-            return {}
-        made = [_own(give(returned[at])) for at, _, give in self._places]
-        found = beside_loss(loss, [name for _, name, _ in self._places], made, self._everyone)
-        return dict(zip([at for at, *_ in self._places], found))
+    def __init__(self, outputs: Sequence[tuple[int, str, Give]], everyone: Everyone) -> None:
+        self.places = [at for at, *_ in outputs]
+        self._names = [name for _, name, _ in outputs]
+        self._gives = [give for *_, give in outputs]
+        self._everyone = everyone
+
+    def of(self, returned: Sequence[Tensor]) -> list[Tensor]:
+        """The user's tensors, of all that the program has returned."""
+        return [_own(give(returned[at])) for at, give in zip(self.places, self._gives)]
+
+    def watched(self, tensors: Sequence[Tensor]) -> Watched:
+        """``tensors`` that were given, for :func:`check_unwatched`."""
+        return watched(self._names, tensors)
+
+    def check(self, grads: Sequence[Tensor | None]) -> None:
+        """Raise InvariantError where gradients of outputs arrive that are not zero on all ranks."""
+        if any(grad is not None for grad in grads):
+            _refuse(self._names, grads, self._everyone)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -84,26 +61,67 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def watched(names: Sequence[str], tensors: Sequence[Tensor]) -> Watched:
+    """What :func:`check_unwatched` takes. Hooks of users are kept, and not called: there is nothing for them."""
+    for tensor in tensors:
+        keep_hooks(tensor)
+    return list(zip(names, map(ref, tensors)))
+
+
+def check_unwatched(outputs: Watched) -> None:
+    """Raise InvariantError where somebody waits for the gradient of one of ``outputs``."""
+    for name, reference in outputs:
+        tensor = reference()
+        if tensor is not None and (tensor.retains_grad or tensor._backward_hooks):
+            does = "retains its gradient (retain_grad)" if tensor.retains_grad else "has a hook (register_hook)"
+            raise InvariantError(
+                f"output '{name}' beside the loss {does}, and the program has no gradient of it: it would be None, "
+                f"and the hook not called\n{WAY_OUT}"
+            )
+
+
+# ---------------------------------------------------------------- outputs that are made after the node of the loss
+
+
+def beside_loss(loss: Tensor, name: str, tensor: Tensor) -> Tensor:
+    """The output ``tensor``, which nobody else has and not all ranks have: a node of its own, that leads to ``loss``.
+
+    Whose gradient is asked for: :func:`check_unwatched` of :func:`outputs_of`.
+    """
+    found: Tensor = _Refusing.apply(loss, name, tensor)  # type: ignore[no-untyped-call]
+    node: Any = loss.grad_fn
+    node.beside = outputs_of(node) + watched([name], [found])
+    return found
+
+
+def outputs_of(node: Any) -> Watched:
+    """Those that :func:`beside_loss` gave for the loss that ``node`` made."""
+    found: Watched = getattr(node, "beside", [])
+    return found
+
+
 class _Refusing(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, loss: Tensor, names: Sequence[str], tensors: Sequence[Tensor], everyone: Everyone | None
-    ) -> tuple[Tensor, ...]:
-        ctx.names, ctx.everyone = names, everyone
+    def forward(ctx: Any, loss: Tensor, name: str, tensor: Tensor) -> Tensor:
+        ctx.name = name
         ctx.set_materialize_grads(False)
-        return tuple(tensors)
+        return tensor
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        given = {name: grad for name, grad in zip(ctx.names, grads) if grad is not None}
-        if not given:
-            return None, None, None, None
-        mine = [name for name, grad in given.items() if ctx.everyone is None or local_of(grad).any()]
-        used = sorted({name for said in ctx.everyone(mine) for name in said}) if ctx.everyone is not None else mine
-        if not used:
-            return None, None, None, None
-        shown = ", ".join(f"'{name}'" for name in used)
-        raise InvariantError(
-            f"a backward pass starts at output {shown} beside the loss, and the program has the gradients of the loss "
-            f"alone\n{WAY_OUT}"
-        )
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
+        _refuse([ctx.name], [grad], None)
+        return None, None, None
+
+
+def _refuse(names: Sequence[str], grads: Sequence[Tensor | None], everyone: Everyone | None) -> None:
+    """``everyone``: None where not all ranks have these outputs."""
+    given = {name: grad for name, grad in zip(names, grads) if grad is not None}
+    mine = [name for name, grad in given.items() if everyone is None or local_of(grad).any()]
+    used = sorted({name for said in everyone(mine) for name in said}) if everyone is not None else mine
+    if not used:
+        return
+    shown = ", ".join(f"'{name}'" for name in used)
+    raise InvariantError(
+        f"a backward pass starts at output {shown} beside the loss, and the program has the gradients of the loss "
+        f"alone\n{WAY_OUT}"
+    )

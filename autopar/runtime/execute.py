@@ -25,7 +25,7 @@ from autopar.ir.tables import InputKind, OutputKind
 from autopar.pipeline.microbatches import NewBuffers, Weight, weights
 from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.batch_counts import BatchCounts
-from autopar.runtime.beside_loss import BesideLoss, check_unwatched
+from autopar.runtime.beside_loss import BesideLoss, Watched, check_unwatched
 from autopar.runtime.giving import Givers, put
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_graphs import BACKWARD, FORWARD, INFERENCE, PARTIAL, REDUCED
@@ -96,9 +96,7 @@ class Executable(BoundProgram):
         if not torch.is_grad_enabled():
             self.call(INFERENCE, step)
         elif self.role.backward is not None:
-            losses = self._applied(step)
-            found = dict(zip(self.role.differentiable, losses))
-            found |= self._beside.of(losses[0], step.returned)
+            found = dict(zip((*self.role.differentiable, *self._beside.places), self._applied(step)))
             return self._restored([found[at] if at in found else give(step.returned[at]) for at, give in self._outputs])
         else:
             with torch.no_grad():
@@ -107,25 +105,29 @@ class Executable(BoundProgram):
         return self._restored([give(returned[position]) for position, give in self._outputs])
 
     def _applied(self, step: Step) -> Sequence[Tensor]:
-        """The differentiable outputs, after a forward pass that autograd knows of."""
+        """The differentiable outputs and those beside the loss, after a forward pass that autograd knows of."""
         if len(self._parameters) == len(self._leaves):
             leaves: list[Any] = [table[key] for table, key in self._parameters]
         else:
             leaves = [leaf(step) for leaf in self._leaves]
-        found: Sequence[Tensor] = applied(_Differentiable, self, step, WITNESS, *leaves)
+        watched: Watched = []
+        found: Sequence[Tensor] = applied(_Differentiable, self, step, watched, WITNESS, *leaves)
+        watched += self._beside.watched(found[len(self.role.differentiable) :])
         return found
 
     def _wholes(self, tensors: Sequence[Tensor], weight: Weight | None) -> Mapping[str, Tensor]:
         return (weight or weights(self.program, [self.counts(tensors, 1.0)], [1])[0]).wholes
 
     def forward(self, step: Step) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """(differentiable outputs, values saved for backward)."""
+        """(differentiable outputs, then those beside the loss; values saved for backward)."""
         saved = self.call(self.graphs.learning if step.learns else FORWARD, step)
         outputs, returned = [], list(step.returned)
         for position in self.role.differentiable:
             # a tensor of its own: autograd writes into what it returns, and this may be a parameter or saved
             outputs.append(self._results[position].give(returned[position]).detach())
             returned[position] = None
+        if not step.learns:
+            outputs += self._beside.of(returned)
         step.returned = returned
         return tuple(outputs), saved
 
@@ -134,8 +136,8 @@ class Executable(BoundProgram):
     ) -> list[Tensor | None]:
         """The gradients of the leaves; None for a parameter whose gradient could be put, or added, to its ``.grad``.
 
-        ``accumulate`` says for which leaves that is allowed. ``saved`` is emptied, so that each value is freed at its
-        last use.
+        ``tangents``: of all that :meth:`forward` gave. ``accumulate`` says for which leaves that is allowed. ``saved``
+        is emptied, so that each value is freed at its last use.
         """
         self.comm.phase = "backward"
         for position, tangent in zip(self.role.differentiable, tangents):
@@ -148,6 +150,10 @@ class Executable(BoundProgram):
         if self._givers is None:
             self._givers = Givers(self._gives, found)
         return self._givers(found, accumulate)
+
+    def check_beside(self, tangents: Sequence[Tensor | None]) -> None:
+        """Raise InvariantError where a backward pass comes from outputs beside the loss; what is saved stays."""
+        self._beside.check(tangents[len(self.role.differentiable) :])
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -201,9 +207,11 @@ class _Differentiable(torch.autograd.Function):
     """The node of a rank program in autograd's graph. Leaves: the parameters and inputs that get gradients."""
 
     @staticmethod
-    def forward(ctx: Any, executable: Executable, step: Step, witness: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, executable: Executable, step: Step, watched: Watched, witness: Tensor, *leaves: Tensor
+    ) -> tuple[Tensor, ...]:
         outputs, saved = executable.forward(step)
-        ctx.executable, ctx.versions = executable, executable.kept.after(saved)
+        ctx.executable, ctx.watched, ctx.versions = executable, watched, executable.kept.after(saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         return outputs
@@ -212,7 +220,8 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
-        check_unwatched(ctx)
+        check_unwatched(ctx.watched)
+        ctx.executable.check_beside(tangents)
         ctx.executable.kept.check(ctx.versions)
-        wanted = accumulating(ctx, 2)[1:]
-        return (None, None, None, *ctx.executable.backward(take_saved(ctx), tangents, wanted))
+        wanted = accumulating(ctx, 3)[1:]
+        return (None, None, None, None, *ctx.executable.backward(take_saved(ctx), tangents, wanted))

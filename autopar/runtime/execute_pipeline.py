@@ -180,7 +180,7 @@ class PipelineExecutable:
             join = self.program.joins.get(entry.target)
             whole = microbatches.together(entry.target, parts, join) if parts else None
             if learns and loss is not None and whole is not None and types[0].requires_grad:
-                (whole,) = beside_loss(loss, [entry.target], [whole.detach()])
+                whole = beside_loss(loss, entry.target, whole.detach())
             found.append(whole)
         return restore_output(self.program, found) if self.program.out_spec is not None else tuple(found)
 

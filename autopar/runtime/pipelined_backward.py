@@ -8,7 +8,7 @@ from typing import Any
 from autopar.autodiff.autograd import accumulating, is_watched
 from autopar.communication.agreement import Agreement, digest_of
 from autopar.errors import InvariantError
-from autopar.runtime.beside_loss import check_unwatched
+from autopar.runtime.beside_loss import check_unwatched, outputs_of
 
 
 def agree(agreement: Agreement, check: Callable[[], None]) -> None:
@@ -30,7 +30,7 @@ def agree(agreement: Agreement, check: Callable[[], None]) -> None:
 
 def check_backward(ctx: Any) -> None:
     """Raise InvariantError for a backward pass that ``ctx``, the node of a pipeline's forward pass, cannot do."""
-    check_unwatched(ctx)
+    check_unwatched(outputs_of(ctx))
     added = zip(accumulating(ctx, 1), ctx.needs_input_grad[1:])
     if not all(adds for adds, needed in added if needed):
         raise InvariantError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from autopar.ir.guards import FREQUENT, Guards, Reading
-from autopar.ir.names_hold import names_hold
+from autopar.ir.guards import FREQUENT, Contents, Guards, Reading
+from autopar.ir.names_hold import are_told_apart, names_hold
 
 SCALE, OTHER = object(), object()
 
@@ -31,6 +34,53 @@ def test_each_name_is_compared() -> None:
     del table["bias"]
     hooks["one"] = 1
     assert not holds()
+
+
+class Table(dict[str, Any]):
+    pass
+
+
+class Other(Table):
+    pass
+
+
+def edited(scale: float = 2.0, *, shift: float = 1.0) -> float:
+    return scale + shift
+
+
+def test_classes_contents_and_functions_are_compared() -> None:
+    owner, held, many = Table(), {"up": SCALE, "down": OTHER}, [SCALE, "names"]
+    before: Any = (edited.__code__, edited.__defaults__, edited.__kwdefaults__)
+    contents: list[Any] = [(held, (*held, *held.values())), (many, tuple(many)), (owner, ())]
+    holds = names_hold([], [], [], [(owner, Table)], contents, [(edited, before)])
+    assert holds()
+    for change, back in (
+        (lambda: setattr(owner, "__class__", Other), lambda: setattr(owner, "__class__", Table)),
+        (lambda: held.update(up=OTHER), lambda: held.update(up=SCALE)),
+        (lambda: held.update(new=SCALE), lambda: held.pop("new")),
+        (lambda: held.update(up=held.pop("up")), lambda: held.update(down=held.pop("down"))),  # in another order
+        (lambda: many.reverse(), lambda: many.reverse()),
+        (lambda: owner.update(one=1), lambda: owner.clear()),
+        (lambda: setattr(edited, "__defaults__", (3.0,)), lambda: setattr(edited, "__defaults__", before[1])),
+        (lambda: setattr(edited, "__kwdefaults__", {}), lambda: setattr(edited, "__kwdefaults__", before[2])),
+    ):
+        change()
+        assert not holds()
+        back()
+        assert holds()
+
+
+def test_what_equals_others_is_not_written_out() -> None:
+    assert are_told_apart((SCALE, "name", nn.Linear(1, 1), nn.functional))
+    assert not any(are_told_apart((value,)) for value in (1, True, 1.0, (1,), torch.ones(1), Path("a")))
+
+
+def test_contents_that_are_not_written_out_are_compared_too() -> None:
+    sizes: list[Any] = [1, 2.5]
+    guards = Guards([Reading({"a": SCALE}, "a", SCALE, "a")], contents=[Contents.of(sizes, "sizes")])
+    assert all(guards.hold() for _ in range(FREQUENT + 2))
+    sizes[0] = True  # which equals 1
+    assert not guards.hold()
 
 
 CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
