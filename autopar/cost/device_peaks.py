@@ -1,7 +1,7 @@
 """The most floating-point operations per second that devices promise, for products of dense matrices.
 
 Numbers are those of the vendors' data sheets, without sparsity, in Tflop/s. ``tf32`` stands for float32 products for
-which ``torch.set_float32_matmul_precision`` allows it.
+which ``torch.backends.cuda.matmul.fp32_precision`` allows it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Operations per second of ``device`` for products of ``dtype``; None for a device or dtype that is not known."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
-    return peak_of(torch.cuda.get_device_name(device), dtype, torch.get_float32_matmul_precision() != "highest")
+    return peak_of(torch.cuda.get_device_name(device), dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def peak_of(name: str, dtype: torch.dtype, allows_tf32: bool = False) -> float | None:

@@ -13,6 +13,7 @@ from autopar.exporters.rank_module import plain_name
 from autopar.ir.node import value
 from autopar.ir.program import PipelinedProgram
 from autopar.ir.tables import InputKind
+from autopar.ir.torch_export import export_as_run
 from autopar.pipeline import microbatches
 
 FILE = "counts.pt2"
@@ -63,7 +64,7 @@ def write_counts(job: Job, program: PipelinedProgram) -> dict[str, Any]:
     examples = [torch.ones(value(node).shape, dtype=value(node).dtype) for node, _ in taken]
     job.told(f"writing {FILE}")
     with torch.no_grad():
-        exported = torch.export.export(module, tuple(examples))
+        exported = export_as_run(module, tuple(examples))
     torch.export.save(exported, job.directory / FILE)
     return {
         "file": FILE,

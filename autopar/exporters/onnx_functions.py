@@ -29,6 +29,7 @@ from autopar.exporters.onnx_notes import without_notes
 from autopar.exporters.onnx_numbers import exact_numbers
 from autopar.exporters.plain_operators import PLAIN
 from autopar.exporters.rank_module import Kind
+from autopar.ir.torch_export import export_as_run
 from autopar.operators.attention_tile import MERGE, TILE
 from autopar.operators.bags import EMBEDDING_BAGS
 from autopar.operators.capacity import PICK_ROWS, SEAT_ROWS
@@ -190,7 +191,7 @@ def _plain_body(
     with mode:
         tensors = tuple(torch.empty(leaf.shape, dtype=leaf.dtype) for leaf in leaves if isinstance(leaf, _Like))
     with torch.no_grad(), without_notes():
-        exported = torch.export.export(_Plain(form, leaves, spec), tensors, strict=False)
+        exported = export_as_run(_Plain(form, leaves, spec), tensors)
         made = torch.onnx.export(
             exported, dynamo=True, optimize=False, opset_version=opset, verbose=False,
             custom_translation_table=exact_numbers(opset),

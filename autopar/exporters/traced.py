@@ -18,6 +18,7 @@ from autopar.exporters.dynamic_sizes import DynamicSizes
 from autopar.exporters.rank_module import Forms, Own, Part, RankModule
 from autopar.ir.node import Node, value
 from autopar.ir.tables import Input, Output
+from autopar.ir.torch_export import export_as_run
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def traced(
         dims = (tuple(_dims(node, shape, sizes) for node, shape in zip(module.takes, shapes)),)
     with torch.no_grad():
         try:
-            exported = torch.export.export(module.eval(), given, strict=False, dynamic_shapes=dims)
+            exported = export_as_run(module.eval(), given, dynamic_shapes=dims)
         except (UserError, ValueError, GuardOnDataDependentSymNode) as error:
             if sizes is None:
                 raise

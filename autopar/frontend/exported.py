@@ -35,6 +35,7 @@ from autopar.frontend.torch_layers import without_fast_paths
 from autopar.frontend.uncompiled_graphs import compiled_when_called
 from autopar.ir.operator_facts import is_composite, is_overload, writes
 from autopar.ir.program import Program
+from autopar.ir.torch_export import export_as_run
 from autopar.ir.value_guards import Look
 from autopar.observation.observation import add_value_guard
 from autopar.observation.source_lines import user_line
@@ -182,7 +183,7 @@ def _functional(
             without_fast_paths(), GroupedProducts(), gradients_kept() as notes, only_plain_outputs(model, notes),
             EqualConditions(), selections, blocks.stamping() if blocks else nullcontext(),
         ):  # fmt: skip
-            exported = torch.export.export(model, args, kwargs, strict=False)
+            exported = export_as_run(model, args, kwargs)
         inline_no_grad(exported.graph_module)
         is_short = blocks is not None and writes_within_blocks(exported.graph)
         proven = dict[int, int]()

@@ -20,6 +20,8 @@ from unittest import mock
 import torch
 from torch.export import ExportedProgram, exported_program
 
+from autopar.ir.torch_export import whatever_allows_tf32
+
 Kernels = dict[Any, Any]  # dispatch key -> what the operator calls for it
 Override = Callable[[dict[Any, Any]], AbstractContextManager[None]]
 
@@ -61,7 +63,8 @@ def decomposed(exported: ExportedProgram) -> ExportedProgram:
 
 
 def _run(exported: ExportedProgram) -> ExportedProgram:
-    found: ExportedProgram = exported.run_decompositions({})
+    with whatever_allows_tf32():
+        found: ExportedProgram = exported.run_decompositions({})
     return found
 
 

@@ -28,6 +28,7 @@ from autopar.frontend.steady_state import runnable_on_fakes
 from autopar.frontend.torch_layers import without_fast_paths
 from autopar.ir.node import output_node
 from autopar.ir.operator_facts import is_random
+from autopar.ir.torch_export import export_as_run
 from autopar.ir.value_guards import READ, SIZE, Look, ValueGuard, guard_of
 from autopar.observation.source_lines import user_line
 from autopar.selections.empty_selections import Selections
@@ -164,7 +165,7 @@ def value_guard(
         nullcontext() if sizes else Selections(empty=False)
     )  # for torch's own questions: what it computes is left out
     with without_fast_paths(), GroupedProducts(), gradients_kept(), some:
-        exported = torch.export.export(wrapper, args, dict(kwargs), strict=False)
+        exported = export_as_run(wrapper, args, kwargs)
     inline_no_grad(exported.graph_module)
     exported = decomposed(exported)
     graph = exported.graph

@@ -24,11 +24,12 @@ _OF_ATTENTION = (
 )  # fmt: skip
 _OF_PRODUCTS = (
     "allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction",
-    "allow_fp16_accumulation",
+    "allow_fp16_accumulation", "fp32_precision",
 )  # fmt: skip
 _backends: Any = torch.backends
 _PROPERTY: Any = _backends.ContextProp
-_MODULES = tuple(getattr(_backends, name) for name in ("cudnn", "mkldnn", "nnpack", "opt_einsum", "mkl"))
+_MODULES = (_backends, *[getattr(_backends, name) for name in ("cudnn", "mkldnn", "nnpack", "opt_einsum", "mkl")])
+_PRECISION: Any = type(_backends.cudnn.conv)  # of one kind of operators, on one kind of device
 
 
 def _functions() -> Iterator[Callable[..., Any]]:
@@ -39,20 +40,36 @@ def _functions() -> Iterator[Callable[..., Any]]:
 _FUNCTIONS = tuple(_functions())
 _PROPERTIES = tuple(
     (module, name) for module in _MODULES for name, one in vars(type(module)).items() if isinstance(one, _PROPERTY)
-) + tuple((_backends.cuda.matmul, name) for name in _OF_PRODUCTS if hasattr(_backends.cuda.matmul, name))
+)
+_PROPERTIES += tuple((_backends.cuda.matmul, name) for name in _OF_PRODUCTS)
+_PROPERTIES += tuple(
+    (getattr(module, kind), "fp32_precision")
+    for module in (_backends.cudnn, _backends.mkldnn)
+    for kind in ("conv", "rnn", "matmul")
+    if hasattr(module, kind)
+)
 
 
 def switches() -> tuple[str, ...]:
     """How all are set."""
-    found = list[Any]()
+    found = list[str]()
     for function in _FUNCTIONS:
-        found += [function("cpu"), function("cuda")] if function.__name__ in _OF_KINDS else [function()]
-    return tuple(map(str, (*found, *[getattr(module, name) for module, name in _PROPERTIES])))
+        kinds = ("cpu", "cuda") if function.__name__ in _OF_KINDS else ()
+        found += [_answer(function, kind) for kind in kinds] or [_answer(function)]
+    return (*found, *[_answer(getattr, module, name) for module, name in _PROPERTIES])
+
+
+def _answer(function: Callable[..., Any], *args: Any) -> str:
+    """torch does not tell of ``allow_tf32`` where ``fp32_precision`` was set; nor has each release each switch."""
+    try:
+        return str(function(*args))
+    except (RuntimeError, AttributeError) as problem:
+        return type(problem).__name__
 
 
 def called_in_profiles() -> dict[Any, str]:
     """How ``cProfile`` knows what tells of a switch -> :data:`SWITCHES`."""
-    functions = (*_FUNCTIONS, _PROPERTY.__get__, type(_backends.cuda.matmul).__getattr__)
+    functions = (*_FUNCTIONS, _PROPERTY.__get__, type(_backends.cuda.matmul).__getattr__, _PRECISION.__getattr__)
     return {name_in_profiles(function): SWITCHES for function in functions}
 
 
