@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autopar.errors import NumericsError
+from autopar.errors import NumericsError, TraceError
 from autopar.frontend.capture import explained, plain_output, without_checkpointing
 from autopar.frontend.grouped_products import GroupedProducts
 from autopar.frontend.torch_layers import packs_padding
@@ -27,6 +27,7 @@ from autopar.ir.program import Program
 from autopar.ir.signature import restore_output, user_tensors
 from autopar.ir.tables import InputKind
 from autopar.observation.gradient_mode import are_off
+from autopar.observation.kept_places import STAND_INS
 
 REPLAY = 7  # the seed of each draw that is replayed
 NOISE_FLOOR = 1e-6  # of the model's largest gradient: below it, a gradient that is zero in exact arithmetic is noise
@@ -187,11 +188,23 @@ def graph_errors(
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with explained(model):
             expected, _ = plain_output(functional_call(model, buffers, args, dict(kwargs)))
+        _refuse_stand_ins(expected)
         torch.set_rng_state(state)
         found = restore_output(program, run_graph(program.graph, input_tensors(program, model, args, kwargs)))
         grads = gradient_error(_gradients(found, trainable), _gradients(expected, trainable))
         dtypes = {leaf.dtype for leaf in pytree.tree_leaves(expected) if _is_floating(leaf)}
         return GraphErrors(_output_errors(found, expected), grads, dtypes)
+
+
+def _refuse_stand_ins(expected: Any) -> None:
+    """Raise TraceError where the model, run by itself, finds what stood for a tensor while it was traced."""
+    if any(isinstance(leaf, STAND_INS) for leaf in pytree.tree_leaves(expected)):
+        raise TraceError(
+            "forward puts a tensor where autopar does not look (an attribute of a module of torch or Python, of an "
+            "object in C), and a later call reads it: it has found there what stood for the tensor in the trace\n"
+            "Way out: keep it in an attribute of a module, or in a dict; or call the model once before it is "
+            "parallelised. Without autopar the model runs in a new process."
+        )
 
 
 class Replayed(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -92,10 +92,14 @@ def bring_to_rest(
         run.undo()
         check_at_rest(moving)
         raise
-    made = [change.now for change in run.changes if change.read_first]
-    if any(isinstance(leaf, FakeTensor) for value in made for leaf in pytree.tree_leaves(value)):
-        run.undo()
-        check_at_rest(moving)
+    of_inputs = [
+        one for one in run.unstable if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(one.now))
+    ]
+    for change in of_inputs:
+        if change.is_seen:
+            run.undo()
+            check_at_rest(moving)
+        run.make_unavailable(change)
     return run
 
 

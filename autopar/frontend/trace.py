@@ -23,7 +23,8 @@ from torch.export.graph_signature import InputKind as ExportInput
 from torch.export.graph_signature import OutputKind as ExportOutput
 from torch.utils import _pytree as pytree
 
-from autopar.errors import NumericsError, TraceError
+from autopar.errors import AutoparError, NumericsError, TraceError
+from autopar.frontend.asked_if_compiled import answered_as_in_a_run, is_asked
 from autopar.frontend.capture import (
     explained,
     faked,
@@ -97,9 +98,11 @@ def trace(
             if checked:
                 _check(program, model, call, seen)
         except NumericsError:
-            if not stamped.made:
+            asks = is_asked(seen.record.code)
+            if not stamped.made and not asks:
                 raise
-            with stamps(are_allowed=False):  # blocks look alike, and are not: one asks whether it is the last one
+            # blocks look alike, and are not: one asks whether it is the last one
+            with stamps(are_allowed=False), answered_as_in_a_run() if asks else nullcontext():
                 (program, notes), seen, moved = _as_called(model, *call, build, moved)
             _check(program, model, call, seen)
         seen.report(moved)  # adds what was read to the guards of traces, and what this trace was to the records
@@ -147,6 +150,7 @@ def _at_rest(
     With them, what was seen, and the run that brought the model to rest (``moved``, if that was before).
     """
     refuse_backward_hooks(model)
+    moving: Observation | None = None
     while True:
         observation = Observation(model, leaves=pytree.tree_leaves((args, kwargs)))
         fakes = needs_fakes(model, pytree.tree_leaves((args, kwargs)))
@@ -157,12 +161,14 @@ def _at_rest(
             if moved is not None or observation.is_at_rest:
                 check_at_rest(observation)
                 return found, observation, moved
-        except TraceError:
+        except TraceError as refusal:
             if moved is not None:
                 moved.undo()
+                if type(refusal.__cause__) is AutoparError:  # what was made unavailable has been read
+                    check_at_rest(moving or moved)
             if moved is not None or observation.is_at_rest:
                 raise  # else it may come from what forward leaves
-        moved = _moved(model, args, kwargs, observation)
+        moved, moving = _moved(model, args, kwargs, observation), observation
 
 
 def _moved(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], moving: Observation) -> Observation:

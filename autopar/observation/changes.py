@@ -10,7 +10,10 @@ from autopar.ir.same_values import MISSING
 
 @dataclass(frozen=True)
 class Change:
-    """What forward left in a namespace; ``read_first``: it looks at what the call before has left there."""
+    """What forward left in a namespace; ``read_first``: it looks at what the call before has left there.
+
+    ``is_seen``: False where nobody is told of what reads and writes; then ``read_first`` is feared, not known.
+    """
 
     label: str
     table: dict[str, Any]
@@ -19,6 +22,7 @@ class Change:
     now: Any
     read_first: bool
     line: str
+    is_seen: bool = True
 
     def undo(self) -> None:
         put(self.table, self.key, self.before)

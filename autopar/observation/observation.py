@@ -10,6 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -23,11 +24,12 @@ from autopar.observation.asked_of_inputs import attributes_of_tensors
 from autopar.observation.changes import Change, put
 from autopar.observation.forbidden import nothing_forbidden
 from autopar.observation.gradient_mode import questions_of_modes
+from autopar.observation.kept_places import MOST_ITEMS
 from autopar.observation.other_state import question_of_variable, variables_of_users
 from autopar.observation.owners import attributes, holds_tensor, restore, value_of
-from autopar.observation.readings import MOST_ITEMS, Readings
+from autopar.observation.readings import Readings
 from autopar.observation.source_lines import line_of_user
-from autopar.observation.tables import HOOKS, SHAPED, own_names, reads_all
+from autopar.observation.tables import HOOKS, SHAPED, Cell, Slots, own_names, reads_all
 from autopar.observation.trace_record import (
     Effect,
     Moved,
@@ -142,8 +144,8 @@ class Observation:
 
     @property
     def unstable(self) -> list[Change]:
-        """What a call leaves for the next one to read."""
-        return [one for one in self.changes if one.read_first]
+        """What a call leaves for the next one to read; not where none could have read what was there before."""
+        return [one for one in self.changes if one.read_first and type(one.before) is not Unavailable]
 
     @property
     def is_at_rest(self) -> bool:
@@ -229,10 +231,18 @@ class Observation:
             while self._patched:
                 cls, name, before = self._patched.pop()
                 restore(cls, name, before)
-            self.changes = list(self._changes())
-            self.grown = [met for met in (*self.readings.started, *self._hooks) if not met.hold()]
+            kept = self.readings.kept
+            kept.forget()
+            self.changes = [*self._changes(), *kept.changes(self.readings.knows)]
+            started = (*self.readings.started, *kept.contents, *self._hooks)
+            self.grown = [met for met in started if not met.hold()]
             if not self._keeps:
                 self.undo()
+
+    def make_unavailable(self, change: Change) -> None:
+        """Put something there that refuses to be read: who writes before it reads does not notice."""
+        self.changes[self.changes.index(change)] = told = replace(change, now=Unavailable(change.label))
+        put(told.table, told.key, told.now)
 
     def undo(self) -> None:
         """Put back what the latest run left."""
@@ -255,14 +265,10 @@ class Observation:
                 read, line = self._written.get((id(owner), key), ((id(owner), key) in self._seen, ""))
                 yield Change(self.readings.label(owner, key), table, key, was, now, read, line)
         for one in self.readings.guards.readings:  # globals, and variables of enclosing functions
-            if (
-                not one.of_torch
-                and isinstance(one.table, dict)
-                and "__name__" in one.table
-                and one.table.get(one.key) is not one.value
-            ):
-                now = one.table.get(one.key, MISSING)
-                yield Change(one.label, one.table, str(one.key), one.value, now, True, "")
+            is_seen = type(one.table) is Slots
+            is_variable = is_seen or type(one.table) is Cell or isinstance(one.table, dict) and "__name__" in one.table
+            if is_variable and not one.of_torch and not is_same(one.value, one.now):
+                yield Change(one.label, one.table, str(one.key), one.value, one.now, True, "", is_seen)
 
     # ------------------------------------------------------------ attributes
 

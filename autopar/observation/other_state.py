@@ -23,6 +23,7 @@ from functools import partial
 from types import FrameType, GeneratorType, MappingProxyType, SimpleNamespace
 from typing import Any
 from unittest import mock
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import torch
 
@@ -38,6 +39,9 @@ HOLDERS = (
     UserDict,
     UserList,
     UserString,
+    WeakKeyDictionary,
+    WeakValueDictionary,
+    WeakSet,
 )  # of Python's library, with attributes to read
 
 

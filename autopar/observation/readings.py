@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from autopar.ir.guards import PARTS, Contents, Guards, Reading, version_of
 from autopar.ir.same_values import PLAIN, is_plain
 from autopar.observation.code_names import functions_of, imported_by, is_users, is_users_class, names_of
+from autopar.observation.kept_places import CONTAINERS, MOST_ITEMS, KeptPlaces
 from autopar.observation.other_state import HOLDERS, question_of, question_of_names, state_of
 from autopar.observation.spaces import OF_TORCH, Space, Spaces, attributes_named, space_of, up_to_users
 from autopar.observation.tables import A_HOOK, HOOKS, OWN, SHAPED, Cell, Slots, is_empty, own_names, superclasses_of
 
 _PLAIN = frozenset(PLAIN)
-CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-MOST_ITEMS = 512  # of a container that are compared in each call; a larger one is known by its identity
 
 
 class Readings:
@@ -37,14 +36,13 @@ class Readings:
         started: containers as they were when they were met.
         generators: (label, function that gives its state, that state) of random number generators that were met.
         asked: (owner, attribute) of all readings of attributes in their order, see :meth:`repeat`.
-        spaces: modules and classes that were met.
+        spaces, kept: modules and classes that were met; classes and functions as they were then.
         is_over: the run has ended: of what is met from now on all counts that a function names which `may_have_run`.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.guards = Guards()
+        self.guards, self.started = Guards(), list[Contents]()
         self.objects: dict[int, tuple[Any, str]] = {}
-        self.started = list[Contents]()
         self.generators: list[tuple[str, Callable[[], Any], str]] = []
         self.asked: list[tuple[str, str]] = []
         self.is_over, self._late = False, list[nn.Module]()
@@ -55,12 +53,10 @@ class Readings:
         for path, module in model.named_modules():
             self._paths[id(module)] = path
             self._settle_at(module, path)
-        self._root = model  # while it is watched it has hooks of ours
-        self._classes: dict[type, Mapping[str, Any]] = {}
-        self._known: set[tuple[int, Any]] = set()
-        self._alive: list[Any] = []  # so that no id is used twice
-        self._waiting = deque[FunctionType]()  # the first of them is being followed
-        self.spaces, self._importing = Spaces(self._named), list[FunctionType]()
+        self._root, self._classes = model, dict[type, Mapping[str, Any]]()  # the root has hooks of ours
+        self._known, self._alive = set[tuple[int, Any]](), list[Any]()  # the latter so that no id is used twice
+        self._waiting, self._importing = deque[FunctionType](), list[FunctionType]()  # the first waiting is followed
+        self.spaces, self.kept = Spaces(self._named), KeptPlaces()
 
     def label(self, owner: Any, name: str) -> str:
         """``layers.0.dropout.p``."""
@@ -218,6 +214,8 @@ class Readings:
                 self.attribute(owner, name)
 
     def _class(self, cls: type) -> Mapping[str, Any]:
+        if cls not in self._classes:
+            self.kept.meet(cls)
         return self._classes.setdefault(cls, vars(cls))  # vars gives another view each time
 
     def hooks_of(self, owner: nn.Module) -> None:
@@ -270,6 +268,7 @@ class Readings:
                     self._paths[id(module)] = f"{label}.{path}" if path else label
                     self._settle_at(module, self._paths[id(module)])
                     self._late += [module] if self.is_over else []
+        self.kept.meet(value)
         if isinstance(value, (ModuleType, type)):
             self.spaces.meet(value)
             return
@@ -322,6 +321,7 @@ class Readings:
         """The globals and variables of enclosing functions that ``function`` names, and those of what it calls."""
         if not is_users(function.__module__) or not self.may_have_run(function) or not self._is_new(function, None):
             return
+        self.kept.meet(function)
         self._waiting.append(function)
         if len(self._waiting) > 1:
             return  # followed below: what calls what may be deeper than Python's stack

@@ -37,6 +37,9 @@ class Cell:
     def __getitem__(self, key: str) -> Any:
         return getattr(self.of, key)
 
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self.of, key, value)
+
 
 class Slots:
     """The attributes of an object whose class has slots, as a table."""
@@ -47,6 +50,9 @@ class Slots:
     def __getitem__(self, key: str) -> Any:
         return object.__getattribute__(self.of, key)
 
+    def __setitem__(self, key: str, value: Any) -> None:
+        object.__setattr__(self.of, key, value)
+
     def has(self, key: str) -> bool:
         """Whether the slot has a value."""
         try:
@@ -54,6 +60,27 @@ class Slots:
         except AttributeError:
             return False
         return True
+
+
+class OfClass:
+    """The attributes of a class, beside those that Python gives it, as a table that may be written."""
+
+    def __init__(self, cls: type) -> None:
+        self.of = cls
+
+    def names(self) -> dict[str, Any]:
+        """All of them, with their values."""
+        return {name: value for name, value in vars(self.of).items() if name[:2] != "__"}
+
+    def get(self, key: str, otherwise: Any = None) -> Any:
+        return vars(self.of).get(key, otherwise)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        type.__setattr__(self.of, key, value)
+
+    def pop(self, key: str, otherwise: Any = None) -> None:
+        if key in vars(self.of):
+            type.__delattr__(self.of, key)
 
 
 def reads_all(name: str, file: str) -> bool:
