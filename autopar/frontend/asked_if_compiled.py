@@ -21,8 +21,8 @@ _ASKS: Any = torch.compiler.is_compiling
 
 
 def is_asked(code: set[CodeType]) -> bool:
-    """Whether a function with that ``code``, which has run, may have asked."""
-    return _ASKS.__code__ in code
+    """Whether a function of users with that ``code``, which has run, may have asked."""
+    return any(_ASKS.__name__ in one.co_names and is_users_file(one.co_filename) for one in code)
 
 
 @contextmanager

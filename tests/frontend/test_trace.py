@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import warnings
 from typing import Any, NamedTuple
@@ -175,13 +176,13 @@ def test_a_big_model_is_not_allocated() -> None:
 # ---------------------------------------------------------------- numerics
 
 
-def test_a_graph_that_computes_something_else_is_found() -> None:
-    class Counting(Base):
-        calls = 0
+def test_a_graph_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(math, "calls", 0, raising=False)  # a place at which nobody looks
 
+    class Counting(Base):
         def forward(self, x: Tensor) -> Tensor:
-            Counting.calls += 1
-            return x @ self.w * Counting.calls
+            math.__dict__["calls"] += 1
+            return x @ self.w * math.__dict__["calls"]  # type: ignore[no-any-return]
 
     with pytest.raises(NumericsError, match=r"output\[?.* differs by 0.5(?s:.*)Way out"):
         trace(Counting(), (torch.randn(4, 4),))
