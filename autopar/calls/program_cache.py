@@ -28,7 +28,7 @@ from autopar.calls.variants import Variants, check_answers
 from autopar.communication.agreement import SAME_CALLS, Said, UnequalRows, digest_of, told
 from autopar.communication.connect import Connection
 from autopar.communication.freed_memory import give_back
-from autopar.dtensors.dtensor_habits import parts_were_shown
+from autopar.dtensors.dtensor_habits import shown_parts
 from autopar.errors import RanksDifferError
 from autopar.ir.asked_of_inputs import unusual_answers
 from autopar.ir.collection import no_collection
@@ -233,7 +233,7 @@ class ProgramCache:
             due = entry is None or entry.is_due
             number = entry.number if entry is not None else digest_of(kind)
             described = partial(self._described, call, training, number, kind)
-            comm.agreement.start(number + due, described, SAME_CALLS, note=parts_were_shown())
+            comm.agreement.start(number + due, described, SAME_CALLS, note=shown_parts())
             if not due and not self._mesh.is_pipelined:
                 return kind
             if comm.agreement.agrees():

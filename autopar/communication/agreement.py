@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from autopar.communication.functional_collectives import start_maximum
-from autopar.errors import RankFailedError, RanksDifferError
+from autopar.errors import InvariantError, RankFailedError, RanksDifferError
 
 BITS = 62  # of a digest: its negative is an int64 too
 SHOWN, WIDTH = 6, 160
@@ -83,13 +83,14 @@ class Agreement:
         self._group, self._failed = group, failed
         self._started: tuple[Tensor, dist.Work, Callable[[], str], str] | None = None
         self.noted = False  # whether a ``note`` was given to :meth:`start`, on any rank, so far
+        self.times_noted = 0  # how often one above 1 was
 
     @property
     def is_open(self) -> bool:
         """Whether this rank has said what it is about to do, and not yet heard the others."""
         return self._started is not None
 
-    def start(self, digest: int, describe: Callable[[], str], way_out: str, note: bool = False) -> None:
+    def start(self, digest: int, describe: Callable[[], str], way_out: str, note: int = 0) -> None:
         """Say what this rank does next, by its ``digest``; all ranks do this at the same time.
 
         ``describe`` and ``way_out`` are for the message of :meth:`settle`. All ranks have :attr:`noted` what one notes.
@@ -97,7 +98,7 @@ class Agreement:
         if self._group is None:
             return
         self.settle()
-        both = torch.tensor((digest, -digest, int(note)))
+        both = torch.tensor((digest, -digest, note))
         self._started = both, start_maximum(both, self._group), describe, way_out
 
     def agrees(self) -> bool:
@@ -109,6 +110,7 @@ class Agreement:
         self._finish(work, "comparing what the ranks do next")
         highest, lowest, noted = both.tolist()
         self.noted |= bool(noted)
+        self.times_noted += noted > 1
         return bool(highest == -lowest)
 
     def settle(self) -> None:
@@ -200,3 +202,20 @@ def ranks_text(ranks: Sequence[int]) -> str:
         return f"ranks {ranks[0]} to {ranks[-1]}"
     more = f" and {len(ranks) - SHOWN} others" if len(ranks) > SHOWN else ""
     return f"ranks {', '.join(map(str, ranks[:SHOWN]))}{more}"
+
+
+def agree(agreement: Agreement, check: Callable[[], None]) -> None:
+    """Raise what ``check`` raises, on this rank or on others: before the first message, which would stay under way.
+
+    Raises InvariantError, RanksDifferError.
+    """
+    refusal = None
+    try:
+        check()
+    except InvariantError as problem:
+        refusal = problem
+    what = "a backward pass" if refusal is None else str(refusal).partition("\n")[0]
+    agreement.start(digest_of(refusal is None), lambda: what, "the error of the rank that refuses has one")
+    agreement.settle()
+    if refusal is not None:
+        raise refusal

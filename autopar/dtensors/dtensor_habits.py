@@ -6,20 +6,21 @@ rank's part, ``logits.numpy()`` does not exist, and ``p.share_memory_()`` ends t
 no parallel module has are left alone.
 
 A script that has called ``p.to_local()`` may write to the part where nobody sees it (``part.data.add_(x)``), so this is
-remembered.
+remembered, and the part gets memory of its own.
 """
 
 from __future__ import annotations
 
 from functools import cache, wraps
 from typing import Any, cast
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from autopar.dtensors.dtensor import HELD, local_of, spec_of
+from autopar.dtensors.dtensor import HELD, keep_within, local_of, spec_of
 from autopar.dtensors.dtensor_rules import correct_rules
 from autopar.dtensors.initialising import watch_initialising
 from autopar.dtensors.local_steps import let_optimizers_use_parts
@@ -30,7 +31,9 @@ from autopar.errors import InvariantError
 
 _SCALAR: Any = torch.ops.aten._local_scalar_dense.default
 _meshes: list[DeviceMesh] = []
-_SHOWN, _DATA_OF = "autopar_shown", "autopar_data_of"  # on a parameter; on its ``.data``
+_SHOWN, _DATA_OF = "autopar_shown", "autopar_data_of"  # on a parameter: its states before and after; on its ``.data``
+_GATHERED = "autopar_gathered"  # on a parameter of which a whole one stays: its part then, if it is shown
+State = tuple[int, int]
 
 
 def take_over(mesh: DeviceMesh) -> None:
@@ -74,9 +77,13 @@ def _install() -> None:
     owner.share_memory_ = _shared
 
 
-def parts_were_shown() -> bool:
-    """Whether this process has called ``to_local()`` of a parameter of any parallel module."""
-    return _shown.any
+def shown_parts() -> int:
+    """1 where this process has called ``to_local()`` of a parameter of any parallel module; 2 if :func:`is_behind`."""
+    if not _shown.any:
+        return 0
+    found = {key: parameter for key, one in _shown.gathered.items() if (parameter := one()) is not None}
+    _shown.gathered = {key: _shown.gathered[key] for key in found}
+    return 1 + any(map(is_behind, found.values()))
 
 
 def is_shown(parameter: Tensor) -> bool:
@@ -84,8 +91,44 @@ def is_shown(parameter: Tensor) -> bool:
     return _SHOWN in vars(parameter)
 
 
+def state_of_part(parameter: Tensor) -> State:
+    """Another one where this rank's part was written to, or replaced; to show it does not count."""
+    before, after = vars(parameter).get(_SHOWN, (None, None))
+    now = _state_of(local_of(parameter))
+    return before if now == after else now
+
+
+def note_gathered(parameter: Tensor) -> None:
+    """Remember that a whole parameter was made of the parts as they are, for :func:`is_behind`."""
+    if is_shown(parameter):
+        _shown.gathered[id(parameter)] = ref(parameter)
+    vars(parameter)[_GATHERED] = local_of(parameter).clone() if is_shown(parameter) else None
+
+
+def is_behind(parameter: Tensor) -> bool:
+    """Whether somebody has written to this rank's part since :func:`note_gathered`, though no version tells."""
+    then, now = vars(parameter).get(_GATHERED), local_of(parameter)
+    return then is not None and not (then.shape == now.shape and bool(((then == now) | (then != then)).all()))
+
+
+def _state_of(part: Tensor) -> State:
+    return part._version, part.data_ptr()
+
+
+def _show(parameter: DTensor) -> None:
+    before = _state_of(part := local_of(parameter))
+    if _GATHERED in vars(parameter):  # the part may be memory of the whole parameter, with which backward computes
+        keep_within(parameter, part.clone())
+    setattr(parameter, _SHOWN, (before, _state_of(local_of(parameter))))
+    if _GATHERED in vars(parameter):
+        note_gathered(parameter)
+    _shown.any = True
+
+
 class _Shown:
-    any = False
+    def __init__(self) -> None:
+        self.any = False
+        self.gathered: dict[int, ReferenceType[Tensor]] = {}  # of shown parameters of which whole ones stay
 
 
 _shown = _Shown()
@@ -97,9 +140,8 @@ def _noting(usual: Any) -> Any:
     @wraps(usual)
     def to_local(self: DTensor, *args: Any, **kwargs: Any) -> Any:
         parameter = vars(self).get(_DATA_OF, self)
-        if HELD in vars(parameter):
-            setattr(parameter, _SHOWN, True)
-            _shown.any = True
+        if HELD in vars(parameter) and _SHOWN not in vars(parameter):
+            _show(parameter)
         return usual(self, *args, **kwargs)
 
     return to_local

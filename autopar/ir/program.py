@@ -104,12 +104,23 @@ class _Program:
 
     @property
     def loss(self) -> int | None:
-        """The position of the loss among the outputs, see :func:`autopar.ir.loss.loss_position`."""
+        """The position of the loss among the outputs, see :func:`autopar.ir.loss.loss_position`.
+
+        On a pipeline all ranks know a loss, also where all parameters are frozen, as in evaluation.
+        """
+        users = [out.kind is OutputKind.USER for out in self.outputs]
+        outputs = [types if user else () for user, types in zip(users, self.returned_types)]
+        any_kind = self.mesh.is_pipelined and not any(kind.requires_grad for types in outputs for kind in types)
         candidates = [
-            out.kind is OutputKind.USER and any(kind.requires_grad and not kind.shape for kind in types)
-            for out, types in zip(self.outputs, self.returned_types)
+            any((kind.requires_grad or any_kind and kind.dtype.is_floating_point) and not kind.shape for kind in types)
+            for types in outputs
         ]
         return loss_position([out.target for out in self.outputs], candidates)
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is a loss with a gradient."""
+        return self.loss is not None and any(kind.requires_grad for kind in self.returned_types[self.loss])
 
     @property
     def written_buffers(self) -> frozenset[str]:

@@ -7,13 +7,14 @@ arrives there; it returns what the model would return, and gives each parameter 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autopar.autodiff.autograd import WITNESS, accumulating, applied, below_autograd, take_saved
-from autopar.communication.agreement import SAME_CALLS, digest_of
+from autopar.communication.agreement import SAME_CALLS, agree, digest_of
 from autopar.communication.connect import Connection
 from autopar.dtensors.dtensor import local_of
 from autopar.dtensors.waiting import Stand, fill
@@ -55,7 +56,7 @@ class Executable(BoundProgram):
         self._leaves = [self._leaf(target) for target in self.role.grads]
         self._parameters = [self.slots[target] for target in self.role.grads if target in self.slots]
         places = {entry.target: self.slots[entry.target] for _, entry in program.takes(InputKind.PARAMETER)}
-        self.kept = WrittenBetween(places, self.resident)
+        self.kept = WrittenBetween(places, self.resident, self.behind)
         self._gives = [self.giver(target) for target in self.role.grads]
         self._givers: Givers | None = None  # made by the first backward pass, which shows what gradients look like
         self._results = {
@@ -222,6 +223,7 @@ class _Differentiable(torch.autograd.Function):
             raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
         check_unwatched(ctx.watched)
         ctx.executable.check_beside(tangents)
-        ctx.executable.kept.check(ctx.versions)
+        check, agreement = partial(ctx.executable.kept.check, ctx.versions), ctx.executable.comm.agreement
+        agree(agreement, check) if agreement.noted and ctx.executable.graphs.gathered else check()
         wanted = accumulating(ctx, 3)[1:]
         return (None, None, None, None, *ctx.executable.backward(take_saved(ctx), tangents, wanted))

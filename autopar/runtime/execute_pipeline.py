@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar.autodiff.autograd import WITNESS, applied, is_watched
+from autopar.communication.agreement import agree
 from autopar.communication.channels import Channels
 from autopar.communication.communicator import Communicator
 from autopar.communication.connect import Connection
@@ -33,7 +34,7 @@ from autopar.pipeline.stages import users_of
 from autopar.runtime.batch_counts import BatchCounts
 from autopar.runtime.beside_loss import beside_loss
 from autopar.runtime.giving import Give, put
-from autopar.runtime.pipelined_backward import agree, check_backward
+from autopar.runtime.pipelined_backward import check_backward
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_stage import BoundStage, Microbatch, StageStep
 from autopar.runtime.written_between import WrittenBetween
@@ -92,10 +93,13 @@ class PipelineExecutable:
         self._ties = _ties(program, self.rank)
         slots = {name: (table, key) for _, table, key, name in tables(root)}
         held = {name: place for name, place in slots.items() if isinstance(place[0][place[1]], nn.Parameter)}
-        self.kept = WrittenBetween(held)
+        self.kept = WrittenBetween(held, behind=self._behind)
         self._buffers = BuffersOfStages(program, self.comm, slots, self.rank)
         self._counts = [BatchCounts(whole, slots, own.comm) for whole in programs]
         self._takes_counts = any(any(stage.takes(InputKind.WHOLE)) for stage in mine.values())
+
+    def _behind(self) -> list[str]:
+        return [name for stages in self.stages.values() for stage in stages for name in stage.behind()]
 
     # ------------------------------------------------------------ running
 
@@ -104,10 +108,15 @@ class PipelineExecutable:
 
         Gives the loss of the whole batch, on every rank. Raises InvariantError for a model without a loss.
         """
-        if self.program.loss is None:
-            raise InvariantError(
-                "train_step needs a model that returns its loss, a scalar with a gradient; this one returns none\n"
+        if not self.program.learns:
+            frozen = "its loss has none\nWay out: requires_grad_(True) for what is to be trained, or model(**batch)."
+            none = (
+                "this one returns none\n"
                 "Way out: pass labels, or compute the loss in a small nn.Module around the model."
+            )
+            raise InvariantError(
+                "train_step needs a model that returns its loss, a scalar with a gradient; "
+                + (none if self.program.loss is None else frozen)
             )
         run = self._steps(batches, rows, seed, True, None)
         with torch.no_grad():
@@ -121,7 +130,7 @@ class PipelineExecutable:
         others. Where gradients are enabled, ``loss.backward()`` on every rank runs the backward passes of all
         microbatches: the order is that of GPipe, whatever the plan's schedule.
         """
-        if torch.is_grad_enabled() and self.program.loss is not None:
+        if torch.is_grad_enabled() and self.program.learns:
             given = torch.zeros((), device=self.comm.device, requires_grad=True)  # each rank has a backward pass by it
             step = _Forward(self, batches, rows, seed)
             step.trained = self._trained()

@@ -1,31 +1,12 @@
-"""Backward passes that a pipeline cannot do: where one rank refuses, all do."""
+"""Backward passes that a pipeline cannot do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from autopar.autodiff.autograd import accumulating, is_watched
-from autopar.communication.agreement import Agreement, digest_of
 from autopar.errors import InvariantError
 from autopar.runtime.beside_loss import check_unwatched, outputs_of
-
-
-def agree(agreement: Agreement, check: Callable[[], None]) -> None:
-    """Raise what ``check`` raises, on this rank or on others: before the first message, which would stay under way.
-
-    Raises InvariantError, RanksDifferError.
-    """
-    refusal = None
-    try:
-        check()
-    except InvariantError as problem:
-        refusal = problem
-    what = "a backward pass" if refusal is None else str(refusal).partition("\n")[0]
-    agreement.start(digest_of(refusal is None), lambda: what, "the error of the rank that refuses has one")
-    agreement.settle()
-    if refusal is not None:
-        raise refusal
 
 
 def check_backward(ctx: Any) -> None:

@@ -125,6 +125,11 @@ class BoundProgram:
         targets = {entry.node: entry.target for _, entry in self.entries if entry.kind is InputKind.PARAMETER}
         return [(targets[node], whole) for node, whole in held.wholes()] if held is not None else []
 
+    def behind(self) -> list[str]:
+        """The parameters of which whole ones stay, with other numbers than the parts that scripts have been shown."""
+        targets = {entry.node: entry.target for _, entry in self.entries if entry.kind is InputKind.PARAMETER}
+        return list(dict.fromkeys(targets[node] for held in self._gathered.values() for node in held.behind()))
+
     # ------------------------------------------------------------ running
 
     def own(self, name: str, given: list[Any]) -> list[Tensor]:

@@ -20,13 +20,17 @@ Place = tuple[Any, str]  # (table, key) of a parameter
 class WrittenBetween:
     """Of one program, with its parameters by name: which of them its first forward pass has kept is known after it.
 
-    ``wholes``: gives whole, resident parameters by name, in whose memory parts may come to lie.
+    ``wholes``: gives whole, resident parameters by name, in whose memory parts may come to lie. ``behind``: the names of
+    those of which parts were written to past their DTensors.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Place], wholes: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
+        self,
+        parameters: Mapping[str, Place],
+        wholes: Callable[[], Iterable[tuple[str, Tensor]]] = tuple,
+        behind: Callable[[], Iterable[str]] = tuple,
     ) -> None:
-        self._parameters, self._wholes = parameters, wholes
+        self._parameters, self._wholes, self._behind = parameters, wholes, behind
         self._kept: list[tuple[str, Any, str]] | None = None
 
     def after(self, saved: Iterable[Any]) -> list[int]:
@@ -42,9 +46,11 @@ class WrittenBetween:
         """Raise InvariantError where one was written into since :meth:`after` gave ``before``."""
         kept = self._kept or []
         now = [table[key]._version for _, table, key in kept]
-        if now == before:
+        behind = list(self._behind())
+        if now == before and not behind:
             return
-        written = [f"'{name}'" for (name, *_), was, is_ in zip(kept, before, now) if was != is_]
+        names = [name for (name, *_), was, is_ in zip(kept, before, now) if was != is_]
+        written = [f"'{name}'" for name in dict.fromkeys(names + behind)]
         shown = ", ".join(written[:3])
         more = f" and {len(written) - 3} others" if len(written) > 3 else ""
         raise InvariantError(

@@ -16,7 +16,7 @@ from autopar.autodiff.hoist import Gathers
 from autopar.communication.communicator import Communicator
 from autopar.communication.pieces import padded
 from autopar.dtensors.dtensor import keep_within, local_of
-from autopar.dtensors.dtensor_habits import is_shown
+from autopar.dtensors.dtensor_habits import is_behind, is_shown, note_gathered, state_of_part
 from autopar.ir import collectives as comm
 from autopar.ir.node import Node, last_uses, origin, output_node, value
 from autopar.weights.identity import optimizer_steps
@@ -39,6 +39,8 @@ class Gathered:
         if not self._held or self._now() != self._state:
             with torch.no_grad():
                 self._gather()
+                for find in self._parameters.values():
+                    note_gathered(find())
             self._state = self._now()
         return self._held
 
@@ -48,17 +50,20 @@ class Gathered:
             if owner is not None:
                 yield owner[0], whole
 
+    def behind(self) -> Iterator[str]:
+        """Parameters of which parts were written to past their DTensors since they were gathered, by their nodes."""
+        return (name for name, find in self._parameters.items() if is_behind(find()))
+
     def _now(self) -> list[tuple[int, ...]]:
         """A state that changes when a part is written to: the first number through the DTensor, the others past it.
 
-        What ``part.data.add_(...)`` does to a part shows in no number. It belongs to the step of an optimizer, or to an
-        update by hand after a backward pass, by a script that has been shown the part on some rank.
+        What ``part.data.add_(...)`` does to a part shows in no number. It belongs to the step of an optimizer, or it is
+        done by a script that has been shown the part: after a backward pass, or where a rank sees other numbers in it.
         """
         parameters = [find() for find in self._parameters.values()]
-        parts = [local_of(parameter) for parameter in parameters]
-        states = [(whole._version, part._version, part.data_ptr()) for whole, part in zip(parameters, parts)]
+        states = [(whole._version, *state_of_part(whole)) for whole in parameters]
         by_hand = self.comm.updates if self.comm.agreement.noted else 0
-        return [(by_hand, optimizer_steps()), *states]
+        return [(by_hand, self.comm.agreement.times_noted, optimizer_steps()), *states]
 
     def _gather(self) -> None:
         """Gather one after the other: an earlier whole one is written to, or freed once the new one is available."""

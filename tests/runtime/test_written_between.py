@@ -90,6 +90,63 @@ def test_a_parameter_written_into(axes: dict[str, int], plan: dict[str, Any]) ->
         assert max(errors, default=0.0) < 1e-12
 
 
+def part(parameter: Any) -> Tensor:
+    found: Tensor = (parameter.to_local() if hasattr(parameter, "to_local") else parameter).data
+    return found
+
+
+def past_dtensors(axes: dict[str, int], plan: dict[str, Any]) -> list[float]:
+    """Between calls what is written is used; after a forward pass it is refused where the old numbers were."""
+    parallel, model = pair(axes, plan)
+    errors = []
+    for seed in range(3):
+        losses = []
+        for each in (parallel, model):
+            with torch.no_grad():
+                losses.append(each(batch(seed)))
+            part(each.b.weight).mul_(1.5)
+            losses[-1] += each(batch(seed))
+            part(each.a.weight).mul_(1.5)
+        errors.append(abs(float(losses[0] - losses[1])))
+    for again in (False, True):
+        loss = parallel(batch(1))
+        if again:
+            parallel(batch(2)).backward()
+        part(parallel.b.weight).mul_(2)
+        with pytest.raises(InvariantError, match="'b.weight' .*written into between"):
+            loss.backward()
+    return errors
+
+
+@pytest.mark.parametrize(("plan"), slow_but([0], [{}, {"bucket_mb": 0}]))
+def test_a_part_written_into(plan: dict[str, Any]) -> None:
+    for errors in run_ranks(past_dtensors, 2, {"dp": 2}, {"zero": 1, **plan}):
+        assert max(errors) < 1e-12
+
+
+def frozen(plan: dict[str, Any]) -> list[float]:
+    """Every stage has the loss of a model in which nothing is trained, from the beginning or later."""
+    errors = []
+    for late in (False, True):
+        parallel, model = pair({"pp": 2}, plan)
+        if late:
+            parallel(batch(0)).backward()
+        for each in (parallel, model):
+            each.requires_grad_(False)
+        loss = parallel(batch(1))
+        assert not loss.requires_grad
+        errors.append(abs(float(loss - model(batch(1)))))
+        with pytest.raises(InvariantError, match="its loss has none"):
+            parallel.train_step(x=batch(1))
+    return errors
+
+
+@pytest.mark.parametrize("plan", slow_but([0], [{"microbatches": 2}, {}]))
+def test_a_frozen_pipeline(plan: dict[str, Any]) -> None:
+    for errors in run_ranks(frozen, 2, plan):
+        assert max(errors) < 1e-12
+
+
 def around() -> list[float]:
     parallel, model = pair({}, {})
     errors = []
