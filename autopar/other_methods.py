@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
@@ -126,22 +127,41 @@ class _AskedByAccelerate:
 
 @cache
 def _watch_accelerate(every_rank_has_all_rows: bool) -> None:
-    """Let ``accelerate`` neither gather what is whole, nor step once for each process where all take the same batch."""
+    """Let ``accelerate`` neither gather what is whole, nor step once for each process where all take the same batch.
+
+    Nor save the parts of one rank: ``save_model`` and ``get_state_dict`` have the whole model.
+    """
     from accelerate import Accelerator
     from accelerate.scheduler import AcceleratedScheduler
 
     def gather(usual: Any, name: str) -> Any:
         def gathered(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
             of_metrics = every_rank_has_all_rows and name == "gather_for_metrics"
-            if self.num_processes > 1 and (of_metrics or _has_dtensor(data)):
+            repeats = self.num_processes > 1 and (of_metrics or _has_dtensor(data))
+            found = None if repeats else usual(self, data, *args, **kwargs)
+            if repeats or every_rank_has_all_rows and _repeats(data, found, self.num_processes):
                 raise LaunchError(
                     f"accelerator.{name} joins what each of {self.num_processes} processes has, and outputs of a "
                     "parallel module are those of all: rows would count several times\n"
                     f"Way out: leave {name} out; output.full_tensor() on all ranks has all rows."
                 )
-            return usual(self, data, *args, **kwargs)
+            return found
 
         return gathered
+
+    def get_state_dict(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return model.full_state_dict() if _is_parallel(model) else usual_state_dict(self, model, *args, **kwargs)
+
+    def refusing(usual: Any, name: str) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if any(map(_is_parallel, self._models)):
+                raise LaunchError(
+                    f"accelerator.{name} has the optimizer states of one process, which are parts\nWay out: {SAVING}; "
+                    "of the model alone: accelerator.save_model(model, directory) on all ranks."
+                )
+            return usual(self, *args, **kwargs)
+
+        return call
 
     def step(self: Any, *args: Any, **kwargs: Any) -> None:
         if _has_dtensor([optimizer.param_groups for optimizer in self.optimizers]):
@@ -151,13 +171,27 @@ def _watch_accelerate(every_rank_has_all_rows: bool) -> None:
     kinds: Any = Accelerator, AcceleratedScheduler
     for name in ("gather", "gather_for_metrics"):
         setattr(kinds[0], name, gather(getattr(kinds[0], name), name))
-    usual_step = kinds[1].step
+    for name in ("save_state", "load_state"):
+        setattr(kinds[0], name, refusing(getattr(kinds[0], name), name))
+    usual_step, usual_state_dict = kinds[1].step, kinds[0].get_state_dict
+    kinds[0].get_state_dict = get_state_dict
     if every_rank_has_all_rows:
         kinds[1].step = step
 
 
 def _has_dtensor(data: Any) -> bool:
     return any(isinstance(leaf, DTensor) for leaf in pytree.tree_leaves(data))
+
+
+def _repeats(data: Any, gathered: Any, count: int) -> bool:
+    """Whether each of ``count`` processes has given the same rows in one of the tensors that were ``gathered``."""
+    pairs = zip(pytree.tree_leaves(data), pytree.tree_leaves(gathered))
+    rows = [found.chunk(count) for one, found in pairs if isinstance(one, Tensor) and one.dim() and one.numel()]
+    return count > 1 and any(all(torch.equal(parts[0], part) for part in parts) for parts in rows)
+
+
+def _is_parallel(model: Any) -> bool:
+    return isinstance(vars(model).get("_ddp_params_and_buffers_to_ignore"), _AskedByDdp)
 
 
 class _AskedByDdp:

@@ -20,8 +20,8 @@ Place = tuple[Any, str]  # (table, key) of a parameter
 class WrittenBetween:
     """Of one program, with its parameters by name: which of them its first forward pass has kept is known after it.
 
-    ``wholes``: gives whole, resident parameters by name, in whose memory parts may come to lie. ``behind``: the names of
-    those of which parts were written to past their DTensors.
+    ``wholes``: gives whole, resident parameters by name, in whose memory parts may come to lie. ``behind``: gives the
+    names of those of which parts were written to past their DTensors.
     """
 
     def __init__(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar import LaunchError, Mesh, Plan, Precision
@@ -77,19 +79,31 @@ def measured(mesh: str) -> tuple[list[float], list[str]]:
         scheduler.step()
         rates.append(scheduler.get_last_lr()[0])
     assert float(accelerator.gather(output["loss"].detach()).mean()) == float(output["loss"])
-    gathers = [accelerator.gather_for_metrics]
-    gathers += [accelerator.gather] if isinstance(output["logits"], DTensor) else []
-    for gather in gathers:
+    own = torch.tensor([accelerator.process_index, 5])
+    assert accelerator.gather(own).tolist() == [0, 5, 1, 5]
+    for gather in (accelerator.gather_for_metrics, accelerator.gather):
         with pytest.raises(LaunchError) as refused:
             gather((output["logits"], batch["ids"]))
         refusals.append(str(refused.value))
+    with tempfile.TemporaryDirectory() as directory:
+        for save in (accelerator.save_state, accelerator.load_state):
+            with pytest.raises(LaunchError, match="(?s)parts.*Way out: autopar.Checkpoints"):
+                save(directory)
+        accelerator.save_model(model, directory)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            saved = load_file(Path(directory) / "model.safetensors")
+        full = model.full_state_dict()
+    if accelerator.is_main_process:
+        assert saved.keys() <= full.keys() and all(torch.equal(one, full[name]) for name, one in saved.items())
+        assert all(any(torch.equal(one, other) for other in saved.values()) for one in full.values())
     return rates, refusals
 
 
-@pytest.mark.parametrize(("mesh", "count"), slow_but([0], [("dp=2", 2), ("tp=2", 1)]))
-def test_rows_are_counted_once_and_schedulers_step_once(mesh: str, count: int) -> None:
+@pytest.mark.parametrize("mesh", slow_but([0], ["dp=2", "tp=2"]))
+def test_rows_are_counted_once_and_schedulers_step_once(mesh: str) -> None:
     for rates, refusals in run_ranks(measured, 2, mesh):
-        assert len(refusals) == count
+        assert len(refusals) == 2
         assert rates == [RATE / 2, RATE / 4, RATE / 8]
         assert all("each of 2 processes" in one and "output.full_tensor()" in one for one in refusals)
 
