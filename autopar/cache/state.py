@@ -30,6 +30,7 @@ from autopar.ir.guards import Guards
 from autopar.ir.same_values import PLAIN
 from autopar.observation.code_names import Names, is_users, names_found_by, names_of
 from autopar.observation.gradient_mode import questions_of_modes
+from autopar.observation.named_state import STATE
 from autopar.observation.readings import Readings
 from autopar.observation.tables import is_of_hooks
 from autopar.observation.torch_switches import SWITCHES, switches
@@ -186,6 +187,8 @@ def _ask(
         lines.put(f"class {output}", _of_output(lines.digests, output))
     if SWITCHES in questions.modes:
         lines.put(SWITCHES, digest(*switches()))
+    for mode in sorted(set(questions.modes) & set(STATE)):
+        lines.put(mode, digest(repr(STATE[mode]())))
     for variable in questions.variables:
         value = digest(os.environ[variable]) if variable in os.environ else "missing"
         lines.put(f"environment variable {variable}", value)

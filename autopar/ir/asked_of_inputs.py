@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 STRIDES = "how they are strided"
-ATTRIBUTE = "the attribute "  # and its name
+ATTRIBUTE, ALL = "the attribute ", "of any name"  # and its name
 
 
 def _strides(tensor: Tensor) -> Hashable:
@@ -47,7 +47,9 @@ def answers_of(asked: Sequence[str], leaves: Iterable[Any]) -> Answers:
 
 def _answer(name: str, tensor: Tensor) -> Hashable:
     ask = ANSWERS.get(name)
-    return ask(tensor) if ask is not None else name.removeprefix(ATTRIBUTE) in vars(tensor)
+    if ask is not None:
+        return ask(tensor)
+    return tuple(vars(tensor)) if name == ATTRIBUTE + ALL else name.removeprefix(ATTRIBUTE) in vars(tensor)
 
 
 def unusual_answers(asked: Sequence[str], leaves: Iterable[Any]) -> Answers:

@@ -12,7 +12,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
+from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,7 @@ from torch.overrides import handle_torch_function
 
 from autopar.errors import TraceError
 from autopar.ir.asked_of_inputs import ANSWERS, ATTRIBUTE, STRIDES
+from autopar.observation.answered_by_strides import compares_identities, is_caught
 from autopar.observation.source_lines import is_users_file, line_of_user
 
 STORED, LEAF, VIEW = STRIDES, "whether they are leaves", "whether they are views"
@@ -49,6 +51,7 @@ _REFUSED: Mapping[Any, str] = {
     _getter("_version"): "how often a tensor was written into (_version)",
     _getter("grad"): "for the gradient that a tensor has (grad)",
 }
+_MAY_FAIL, _ITSELF = (Tensor.view, Tensor.view_as), (Tensor.contiguous,)  # by strides: fail, or give what they got
 _NAMES: Mapping[Any, str] = {_getter("is_leaf"): "is_leaf", _getter("grad_fn"): "grad_fn"}
 WAY_OUT = "Way out: decide outside of the model, and pass what it is to do as an argument."
 
@@ -59,6 +62,10 @@ def asks(func: Any, args: Any, frame: FrameType | None, inputs: Mapping[int, Ten
     ``inputs``: those of the call, by the addresses of what stands for them.
     """
     name = _ASKS.get(func, "")
+    if func in _MAY_FAIL:
+        return (STRIDES if is_caught(frame) else ""), func
+    if func in _ITSELF:
+        return (STRIDES if compares_identities(frame) else ""), func
     if not name and func not in _REFUSED:
         return "", func
     while frame is not None and (frame.f_code.co_name == "__torch_function__" or _is_of(func, frame)):
@@ -74,6 +81,17 @@ def asks(func: Any, args: Any, frame: FrameType | None, inputs: Mapping[int, Ten
 def _is_of(func: Any, frame: FrameType) -> bool:
     """Whether ``frame`` is of ``func`` itself, a Python function of torch's that asks modes before it does anything."""
     return frame.f_code in (getattr(func, "__code__", None), handle_torch_function.__code__)
+
+
+def refuse_listed(code: CodeType | None, tensors: Iterable[Tensor]) -> None:
+    """Raise TraceError where ``code`` lists attributes, and inputs have some that what stands for them has not."""
+    put = sorted({name for tensor in tensors for name in vars(tensor)})
+    if code is not None and put:
+        raise TraceError(
+            f"forward lists attributes (vars, dir), and '{put[0]}' was put on an input, which a program does not see\n"
+            f"  in {code.co_qualname} of {Path(code.co_filename).name}:{code.co_firstlineno}\n"
+            "Way out: pass it as an argument of its own."
+        )
 
 
 @contextmanager

@@ -37,7 +37,8 @@ _UNTOLD = {
     "strftime": 1,
     **dict.fromkeys(_CONVERTING, 0),
 }  # with more arguments nothing changes
-SEEDS = ("seed", "initial_seed")
+SEEDS = ("seed", "initial_seed", "get_rng_state")
+PUT_BACK = {"get_rng_state": "set_rng_state"}  # whoever calls the latter too has no other use for it
 DRAWING = (uuid.__file__, secrets.__file__, random.__file__)  # of Python's library, for whoever calls them
 HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 CHANGES = "would be that of the first call in every call"
@@ -103,6 +104,8 @@ def _refused(owner: Any, name: str, said: str, way_out: str, elsewhere: set[Any]
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename in DRAWING:
             frame = frame.f_back
+        if frame is not None and PUT_BACK.get(name) in frame.f_code.co_names:
+            return original(*args, **kwargs)
         is_told = name in _UNTOLD and len(args) + len(kwargs) > _UNTOLD[name] and None not in args
         if is_told or frame is None or not is_users_file(frame.f_code.co_filename):
             return original(*args, **kwargs)

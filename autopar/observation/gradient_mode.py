@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from autopar.errors import TraceError
 from autopar.ir.guards import Question
+from autopar.observation.named_state import STATE
 from autopar.observation.source_lines import is_users_file
 from autopar.observation.torch_switches import SWITCHES, called_in_profiles, name_in_profiles, switches
 
@@ -82,6 +83,8 @@ def questions_of_modes(asked: Iterable[str]) -> Iterator[Question]:
     for name in sorted(set(asked)):
         if name == SWITCHES:
             yield Question(switches, switches(), name)
+        elif name in STATE:
+            yield Question(STATE[name], STATE[name](), name)
         elif name == GRADIENTS:
             yield Question(torch.is_grad_enabled, torch.is_grad_enabled(), f"whether gradients are enabled ({name})")
         else:

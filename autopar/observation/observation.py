@@ -22,6 +22,7 @@ from autopar.ir.same_values import MISSING, is_plain, is_same
 from autopar.ir.value_guards import ValueGuard
 from autopar.observation.asked_of_inputs import attributes_of_tensors
 from autopar.observation.changes import Change, put
+from autopar.observation.files import files_of_users, question_of_file
 from autopar.observation.forbidden import nothing_forbidden
 from autopar.observation.gradient_mode import questions_of_modes
 from autopar.observation.kept_places import MOST_ITEMS
@@ -77,7 +78,7 @@ class Observation:
         self._tables: list[tuple[dict[str, Any], dict[str, Any], Any]] = []
         self._hooks: list[Contents] = []
         self._patched: list[tuple[type, str, Any]] = []
-        self._variables_met: set[str] = set()  # of the environment
+        self._variables_met, self._files_met = set[str](), set[str]()  # of the environment; read, or looked for
         self._stack = ExitStack()
         self._modules: dict[int, nn.Module] = {}  # by their attributes
         self._depth = 0
@@ -87,9 +88,13 @@ class Observation:
         """What has to be as it was, and what forward leaves in attributes."""
         guards = self.readings.settle()
         guards.questions += map(question_of_variable, sorted(self._variables_met))
+        guards.questions += map(question_of_file, sorted(self._files_met))
         guards.questions += questions_of_modes(self.record.modes)
         guards.inputs = sorted(self.record.of_inputs)
+        if self._files_met:
+            self.record.obstacle = f"forward reads the file {min(self._files_met)}"
         self._variables_met.clear()
+        self._files_met.clear()
         guards.effects = [
             (one.table, one.key, Unavailable(one.label) if holds_tensor(one.now) else one.now)
             for one in self.changes
@@ -211,6 +216,7 @@ class Observation:
             tensors = (*self._model.parameters(), *self._model.buffers(), *stood_for.values())
             self._stack.enter_context(attributes_of_tensors(self.record.of_inputs, tensors))
         self._stack.enter_context(variables_of_users(self._variables_met)())
+        self._stack.enter_context(files_of_users(self._files_met)())
         for owner, _ in list(self.readings.objects.values()):
             self._take(owner)
             self._patch(type(owner))

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from autopar.ir.asked_of_inputs import STRIDES
-from autopar.observation.asked_of_inputs import asks
+from autopar.ir.asked_of_inputs import ALL, ATTRIBUTE, STRIDES
+from autopar.observation.asked_of_inputs import asks, refuse_listed
 from autopar.observation.dates import refuse_dates
 from autopar.observation.gradient_mode import GRADIENTS, asked_in, asks_of_tensor, taken_in
+from autopar.observation.named_state import asks_for_attributes, named_in
 
 _WITHOUT_PYTHON = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, SlotType)
 OF_TORCH = ("TORCH_", "PYTORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_")  # variables that only torch and its users read
@@ -117,7 +118,11 @@ def recorded_code(record: TraceRecord, inputs: Mapping[int, Tensor]) -> Iterator
         finally:
             profile.disable()
             record.code.update(entry.code for entry in profile.getstats() if isinstance(entry.code, CodeType))
-            record.modes.update(asked_in(profile), taken_in(record.code))
+            record.modes.update(asked_in(profile), taken_in(record.code), named_in(record.code))
+            lists = asks_for_attributes(record.code)
+            if lists is not None:
+                record.of_inputs.add(ATTRIBUTE + ALL)
+        refuse_listed(lists, inputs.values())
 
 
 @contextmanager

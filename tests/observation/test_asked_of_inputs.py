@@ -77,6 +77,22 @@ def of_a_view(x: Tensor) -> bool:
     return x.t().is_contiguous()
 
 
+def viewed(x: Tensor) -> bool:
+    try:
+        x.view(-1)
+    except RuntimeError:
+        return True
+    return False
+
+
+def identity(x: Tensor) -> bool:
+    return x.contiguous() is x
+
+
+def lists(x: Tensor) -> bool:
+    return "lengths" in vars(x)
+
+
 def offset(x: Tensor) -> bool:
     return x[1:].storage_offset() == 4
 
@@ -93,6 +109,7 @@ Make = Callable[..., Tensor]
 ASKED: list[tuple[Callable[[Tensor], bool], tuple[Make, ...]]] = [
     (contiguous, (plain, transposed, padded, plain)),
     (stride, (transposed, plain, padded)),
+    (identity, (plain, transposed, plain)),
     (of_a_view, (plain, transposed, plain)),
     (offset, (plain, behind_others, plain)),
     (leaf, (needing, computed, needing)),
@@ -123,14 +140,32 @@ def test_each_call_has_its_own_answer(
         assert max(errors) < 1e-12
 
 
+def test_who_lists_attributes() -> None:
+    with guards_of_traces() as guards:
+        trace(Asks(lists), (torch.randn(2, 4),))
+    assert guards.inputs == ["the attribute of any name"] and guards.hold()
+    assert answers_of(guards.inputs, [plain(), named()]) == ((), ("lengths",))
+    with pytest.raises(TraceError, match=r"lists attributes \(vars, dir\), and 'lengths'.*\n  in lists of .*\nWay out"):
+        trace(Asks(lists).double(), (named(),))
+
+
 def test_who_asks() -> None:
-    for ask, name in ((contiguous, STRIDES), (of_a_view, STRIDES), (offset, "their storage_offset"), (len, "")):
+    for ask, name in (
+        (viewed, STRIDES),
+        (identity, STRIDES),
+        (contiguous, STRIDES),
+        (of_a_view, STRIDES),
+        (offset, "their storage_offset"),
+        (len, ""),
+    ):
         with guards_of_traces() as guards:
             trace(Asks(ask), (torch.randn(2, 4),))
         assert guards.inputs == [name] * bool(name)
     with guards_of_traces() as guards:
         trace(Asks(attribute), (torch.randn(2, 4),))
     assert guards.inputs == ["the attribute lengths"]
+    with pytest.raises(TraceError, match="Cannot view"):  # torch has it in the graph, with what is caught
+        trace(Asks(viewed), (transposed().float(),))
 
 
 def test_answers() -> None:

@@ -8,12 +8,16 @@ import logging
 import os
 import random
 import secrets
+import sys
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,6 +34,17 @@ from autopar.observation.torch_switches import SWITCHES, switches
 from tests.observation.test_gradient_mode import Asks
 
 cuda: Any = torch.backends.cuda
+LOG = logging.getLogger("autopar.test")
+FILE = Path(tempfile.gettempdir()) / f"autopar_test_{os.getpid()}"
+
+
+@contextmanager
+def written(file: Path) -> Iterator[None]:
+    file.write_text("1")
+    yield
+    file.unlink()
+
+
 SWITCHED: dict[str, tuple[Callable[[Tensor], object], Callable[[], AbstractContextManager[Any]]]] = {
     "a property": (lambda h: torch.backends.cudnn.benchmark, lambda: torch.backends.cudnn.flags(benchmark=True)),
     "a function": (
@@ -37,6 +52,16 @@ SWITCHED: dict[str, tuple[Callable[[Tensor], object], Callable[[], AbstractConte
         lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     ),
     "in C": (lambda h: torch.is_anomaly_enabled(), lambda: torch.autograd.set_detect_anomaly(True)),
+    "the arguments of the program (sys.argv)": (
+        lambda h: "--more" in sys.argv,
+        lambda: mock.patch.object(sys, "argv", [*sys.argv, "--more"]),
+    ),
+    "the levels of logging": (
+        lambda h: LOG.isEnabledFor(logging.DEBUG),
+        lambda: mock.patch.object(LOG, "level", logging.DEBUG),
+    ),
+    "numpy's error state": (lambda h: np.geterr()["divide"] == "raise", lambda: np.errstate(divide="raise")),
+    f"the file {FILE}": (lambda h: FILE.exists() and FILE.read_text() == "1", lambda: written(FILE)),
     "the environment": (lambda h: "AUTOPAR_TEST" in dict(os.environ), lambda: pytest.MonkeyPatch.context()),
 }
 
@@ -47,7 +72,7 @@ def test_what_is_asked_is_asked_again(name: str) -> None:
     with guards_of_traces() as guards:
         trace(Asks(ask), (torch.randn(2, 4),))  # type: ignore[arg-type]
     labels = {question.label for question in guards.questions}
-    assert guards.hold() and labels & {SWITCHES, "the environment"}, labels
+    assert guards.hold() and labels & {SWITCHES, name}, labels
     with switched() as patch:
         if isinstance(patch, pytest.MonkeyPatch):
             patch.setenv("AUTOPAR_TEST", "1")
@@ -74,6 +99,7 @@ CHANGING: dict[str, Callable[[Tensor], object]] = {
     "urandom": lambda h: uuid.uuid4().int % 2,
     "_urandom": lambda h: secrets.randbelow(2),
     "seed": lambda h: torch.seed() % 2,
+    "get_rng_state": lambda h: torch.get_rng_state()[0] > 3,
     "default_rng": lambda h: np.random.default_rng().random() < 0.5,
 }
 
