@@ -42,9 +42,9 @@ from autopar.runtime.accumulate import Accumulation
 from autopar.runtime.execute_pipeline import PipelineExecutable
 from autopar.runtime.written_code import written
 from autopar.schedules.timing import Timeline
+from autopar.weights.changed_parts import watch_parts
 from autopar.weights.clipping import clip_gradients
 from autopar.weights.expert_loads import gathered_loads
-from autopar.weights.identity import kept
 from autopar.weights.parameters import Weights
 from autopar.weights.stacks import rows_in_place
 from autopar.weights.state_dicts import loaded, warning_state_dict
@@ -113,6 +113,7 @@ class ParallelModule(nn.Module):
         self.__dict__.update(_is_pipelined=mesh.is_pipelined)  # asked in each call
         self.__dict__.update(for_frameworks(self, plan))
         let_torch_have_all_stages(self._is_pipelined)
+        watch_parts(self, held.weights, self._is_pipelined, cache.clear)
 
     # ------------------------------------------------------------ calling
 
@@ -382,12 +383,6 @@ class ParallelModule(nn.Module):
     def apply(self, fn: Callable[[nn.Module], None]) -> ParallelModule:
         with rows_in_place(self._held.weights.stacks):
             return super().apply(fn)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ParallelModule:
-        with kept(list(self.parameters())):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._programs.clear()  # dtypes may have changed
-        return self
 
 
 def held_by(model: nn.Module) -> Holding:

@@ -7,35 +7,29 @@ from __future__ import annotations
 
 import dis
 from functools import cache
-from pathlib import Path
 from types import CodeType, FrameType
 
 from autopar.observation.source_lines import is_users_file
 
-_OURS = str(Path(__file__).parent)
-
 
 def is_caught(frame: FrameType | None) -> bool:
-    """Whether what fails in ``frame`` is caught by a user's ``try`` within forward."""
-    while frame is not None and not _is_end(frame.f_code):
-        code = frame.f_code
-        may_catch = code.co_exceptiontable and is_users_file(code.co_filename)
-        if may_catch and any(start <= frame.f_lasti < end for start, end in _tries(code)):
-            return True
-        frame = frame.f_back
-    return False
+    """Whether what fails in ``frame`` is within a ``try`` of the user's function that calls there."""
+    frame = _of_function(frame)
+    if frame is None or not frame.f_code.co_exceptiontable or not is_users_file(frame.f_code.co_filename):
+        return False
+    return any(start <= frame.f_lasti < end for start, end in _tries(frame.f_code))
 
 
 def compares_identities(frame: FrameType | None) -> bool:
     """Whether the user's function that calls in ``frame`` asks whether one thing is another, beside None."""
-    while frame is not None and frame.f_code.co_name == "__torch_function__":
-        frame = frame.f_back
+    frame = _of_function(frame)
     return frame is not None and is_users_file(frame.f_code.co_filename) and _compares(frame.f_code)
 
 
-def _is_end(code: CodeType) -> bool:
-    """Whether ``code`` is what watches a run of forward (:mod:`autopar.observation.observation`)."""
-    return code.co_name == "call" and code.co_filename.startswith(_OURS)
+def _of_function(frame: FrameType | None) -> FrameType | None:
+    while frame is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+    return frame
 
 
 @cache

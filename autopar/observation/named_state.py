@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
 from typing import Any
 
-from autopar.observation.source_lines import is_users_file
+from autopar.observation.source_lines import INSTALLED, is_users_file
 
 
 def _levels() -> Any:
@@ -60,6 +60,9 @@ def named_in(codes: Iterable[CodeType]) -> set[str]:
 
 
 def asks_for_attributes(codes: Iterable[CodeType]) -> CodeType | None:
-    """The first of ``codes`` of users that may list the attributes of something, by vars and dir."""
+    """The first of ``codes`` of users that may list the attributes of something, by vars and dir.
+
+    Installed packages do so with their configs.
+    """
     found = (one for one in codes if any(name in one.co_names for name in _OF_ATTRIBUTES))
-    return next((one for one in found if is_users_file(one.co_filename)), None)
+    return next((one for one in found if INSTALLED not in one.co_filename and is_users_file(one.co_filename)), None)
