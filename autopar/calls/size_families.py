@@ -1,15 +1,16 @@
 """The families of the programs of one module, by kind of call: made when lengths vary, and grown.
 
 At the second length of a kind of call two more programs are compiled, for a greater and a smaller one, and the four are
-fitted. From then on a length inside of the family costs no compile; one outside is one compile, by which the family
-grows. Where the programs are no family, each length is compiled for itself.
+fitted; where forward rounds sizes, or several lengths vary, two more beside them. From then on a length inside of the
+family costs no compile; one outside is one compile, by which the family grows. Where the programs are no family, each
+length is compiled for itself. Calls with one row for each rank have families of their own.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -19,13 +20,13 @@ from autopar.calls.calls import Call, class_of, kind_of
 from autopar.families.family import Family, Point, fit
 from autopar.families.forms import NoForm, Sizes
 from autopar.families.refusals import is_refusal
-from autopar.families.sizes import BATCH, OTHER, SEQUENCE, Place, Scheme, Shapes, further, reaching
+from autopar.families.sizes import BATCH, OTHER, SEQUENCE, Place, Scheme, Shapes, between, further, reaching
 from autopar.ir.asked_of_inputs import unusual_answers
 from autopar.ir.batch import data_ways, input_dims
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.guards import Guards
 from autopar.ir.program import AnyProgram
-from autopar.ir.size_conditions import Condition, Dims
+from autopar.ir.size_conditions import Condition, Dims, rounded_in
 from autopar.mesh import SEQUENCE as SEQUENCE_AXIS
 from autopar.mesh import Mesh
 from autopar.notes import warn
@@ -107,7 +108,8 @@ class SizeFamilies:
     ) -> None:
         self._compiled, self._facts, self._mesh, self._plan = compiled, facts, mesh, plan
         self._asked, self._fit = asked, fitted
-        self._kept: dict[Hashable, _Kept] = {}
+        self._rows_at_once = data_ways(mesh) * plan.microbatches  # where each rank, and microbatch, has one
+        self._kept: dict[tuple[Hashable, bool], _Kept] = {}  # by the kind of call, and whether ranks have one row each
         self.why_none = ""  # there is no family for the latest call that was learnt
 
     def clear(self) -> None:
@@ -120,18 +122,18 @@ class SizeFamilies:
 
     def like(self, kind: Hashable) -> AnyProgram | None:
         """A program of another call of this kind, whose decisions are kept."""
-        kept = self._of(kind)
-        return kept.first if kept is not None else None
+        kept = (self._held(kind, has_one_row) for has_one_row in (False, True))
+        return next((one.first for one in kept if one is not None), None)
 
     def member(self, kind: Hashable, call: Call) -> Member | None:
         """The program of a call that is in a family."""
-        kept = self._of(kind)
+        kept = self._of(kind, call)
         found = (self._in(known, call) for known in kept.families) if kept is not None else ()
         return next((member for member in found if member is not None), None)
 
     def grown(self, kind: Hashable, call: Call) -> Member | None:
         """As :meth:`member`, once a family has grown by one compile; None where no family could hold this call."""
-        kept = self._of(kind)
+        kept = self._of(kind, call)
         for known in kept.families if kept is not None else ():
             sizes = known.scheme.sizes(shapes_of(call))
             if sizes is None or not known.family.could_hold(sizes):
@@ -146,9 +148,9 @@ class SizeFamilies:
     def adopt(self, kind: Hashable, family: Family, guards: Guards) -> None:
         """Take a family that was made before, with what it assumes, for calls of this kind."""
         assert family.scheme is not None, "a family without the dims of a call"
-        kept = _Kept(family.template, guards)
-        kept.families.append(Known(family, FamilyCode(family), family.scheme, guards))
-        self._kept[kind] = kept
+        known = Known(family, FamilyCode(family), family.scheme, guards)
+        for has_one_row in (False, True):
+            self._kept[kind, has_one_row] = _Kept(family.template, guards, [known])
 
     def learn(self, kind: Hashable, call: Call, program: AnyProgram, guards: Guards) -> None:
         """A program was compiled for ``call``. Where lengths vary this compiles more of them, and makes a family."""
@@ -161,9 +163,9 @@ class SizeFamilies:
         if unusual_answers(guards.inputs, call.leaves) or any(map(class_of, call.tensors)):
             self.why_none = "inputs are no tensors that were just made, and forward may ask"
             return
-        kept = self._of(kind)
+        kept = self._of(kind, call)
         if kept is None:
-            kept = self._kept[kind] = _Kept(program, guards)
+            kept = self._kept[kind, self._has_one_row(call)] = _Kept(program, guards)
         if not kept.guards.leaves_alike(guards):
             self._note("what forward leaves in attributes differs")
             return
@@ -190,27 +192,37 @@ class SizeFamilies:
             return
         like = next((sizes for sizes, _ in points if min(sizes.values()) > 1), points[0][0])  # a size of 1 is alone
         conditions = self._conditions(call, scheme, like)
+        if self._plan.compile == "python":
+            scheme = replace(scheme, rounded=rounded_in(conditions))
 
         def is_alike(sizes: Sizes) -> bool:
             return all(condition.holds(sizes) for condition in conditions)
 
+        beside: list[Sizes] = []
         kept.is_each = any(one.is_number and any(name[0] != BATCH for name in one.names) for one in conditions)
         if varies and kept.rounds < ROUNDS and not kept.is_each:
             known, units = [like, *(sizes for sizes, _ in points if sizes != like)], self._units(scheme)
             wanted = further(known, units, kept.rounds == 0, is_alike) or further(known, units, False, is_alike)
+            if kept.rounds == 0 and (scheme.rounded or sum(name[0] != BATCH for name in like) > 1):
+                beside = between(known, units, is_alike)
+                wanted += [sizes for sizes in beside if sizes not in wanted]
             kept.rounds += bool(wanted)
             for sizes in wanted:
                 tried = self._tried(kept.first, kept.guards, call, scheme, sizes)
                 if tried is not None:
                     points.append((sizes, tried[0]))
                     kept.guards = Guards.joined([kept.guards, tried[1]])
-        asked = len(kept.points)
+        asked = len(kept.points)  # the first of points
         chosen = [Point(sizes, program) for sizes, program in points if is_alike(sizes)]
         others = [Point(sizes, program) for sizes, program in points if not is_alike(sizes)]
         needed = sum(is_alike(sizes) for sizes, _ in points[:asked])
         if others and len(chosen) < FEWEST:
             self._note(_unlike(conditions, others[0].sizes))
         family = self._fitted(chosen, needed, scheme, conditions)
+        if family is None and beside:
+            scheme, why = replace(scheme, rounded={}), self.why_none
+            family = self._fitted([one for one in chosen if one.sizes not in beside], needed, scheme, conditions)
+            self.why_none = why
         if family is None:
             return
         for other in others:
@@ -292,13 +304,22 @@ class SizeFamilies:
 
     # ------------------------------------------------------------ finding
 
-    def _of(self, kind: Hashable) -> _Kept | None:
-        """What is known of a kind of call, unless the model has changed since."""
-        kept = self._kept.get(kind)
+    def _of(self, kind: Hashable, call: Call) -> _Kept | None:
+        """What is known of calls like ``call``, unless the model has changed since."""
+        return self._held(kind, self._has_one_row(call))
+
+    def _held(self, kind: Hashable, has_one_row: bool) -> _Kept | None:
+        kept = self._kept.get((kind, has_one_row))
         if kept is not None and not kept.guards.hold():
-            del self._kept[kind]
+            del self._kept[kind, has_one_row]
             return None
         return kept
+
+    def _has_one_row(self, call: Call) -> bool:
+        """Whether each rank, and microbatch, has a single row: dims of 1 are viewed otherwise."""
+        dims = input_dims(call.named_tensors, self._plan)
+        rows = [tensor.shape[of.batch] for tensor, of in zip(call.tensors, dims) if of.batch is not None]
+        return self._rows_at_once in rows
 
     def _in(self, known: Known, call: Call) -> Member | None:
         sizes = known.scheme.sizes(shapes_of(call))
@@ -319,8 +340,8 @@ class SizeFamilies:
     def _units(self, scheme: Scheme) -> dict[str, int]:
         sequence = 2 * self._mesh.size(SEQUENCE_AXIS) if self._mesh.size(SEQUENCE_AXIS) > 1 else 1
         sequence *= self._mesh.size("tp") if self._plan.sequence == "megatron" else 1
-        batch = data_ways(self._mesh) * self._plan.microbatches
-        return {name: {BATCH: batch, SEQUENCE: sequence, OTHER: 1}[name[0]] for name in scheme.names.values()}
+        of_role = {BATCH: self._rows_at_once, SEQUENCE: sequence, OTHER: 1}
+        return {name: of_role[name[0]] for name in scheme.names.values()}
 
 
 def _unlike(conditions: Sequence[Condition], sizes: Sizes) -> str:

@@ -63,7 +63,7 @@ class DynamicSizes:
         roots: by the name of a size that is dynamic.
         known: the value of each root, while a module is traced.
 
-    Raises ExportError for a family that leaves out sizes in its ranges, or has too few of them.
+    Raises ExportError for a family that leaves out sizes in its ranges, has too few of them, or rounds some.
     """
 
     def __init__(self, family: Family) -> None:
@@ -71,6 +71,13 @@ class DynamicSizes:
             raise ExportError(
                 f"the family is for {family}: a file has no way to refuse the other sizes in between\n"
                 "Way out: a file for each size: export(family.member({'b': ..., 's': ...}), ...)."
+            )
+        rounded = [name for name in family.rounded if any(symbol(name) in form.free_symbols for form in family.forms)]
+        if rounded:
+            raise ExportError(
+                f"the family has sizes that are rounded, {rounded[0]}, for which a file has no dynamic dim\n"
+                "Way out: compile the family for lengths that are multiples of what divides them; or a file for each "
+                "size: export(family.member({'b': ..., 's': ...}), ...)."
             )
         self.family = family
         self.roots = {name: root for name in family.ranges if (root := _root(family, name)) is not None}

@@ -16,7 +16,7 @@ from autopar.families.sizes import Range, Scheme
 from autopar.families.walk import Walk, constants_of, evaluated, in_order, numbers_of, unequal_segments
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.program import AnyProgram
-from autopar.ir.size_conditions import Condition
+from autopar.ir.size_conditions import Condition, Tree, names_in
 from autopar.ir.sizes import is_expression
 
 
@@ -56,8 +56,13 @@ class Family:
         self.template, self.ranges, self.points = template, dict(ranges), tuple(points)
         self.forms, self.constants, self.scheme = tuple(forms), constants, scheme
         self.regions = tuple(tuple(dict.fromkeys(region)) for region in regions)
-        self._evaluator = Evaluator(self.forms, tuple(ranges))
+        self._evaluator = Evaluator(self.forms, (*ranges, *self.rounded))
         self._unequal = unequal_segments(template)
+
+    @property
+    def rounded(self) -> Mapping[str, Tree]:
+        """The sizes that the model makes of the others by rounding, by their texts."""
+        return self.scheme.rounded if self.scheme is not None else {}
 
     def __contains__(self, sizes: Sizes) -> bool:
         return self.numbers(sizes) is not None
@@ -69,7 +74,7 @@ class Family:
         if not all(self.ranges[name].holds(value) for name, value in sizes.items()) or not self.is_alike(sizes):
             return None
         found = self._at(sizes)
-        return None if found is None else found | {symbol(name): value for name, value in sizes.items()}
+        return None if found is None else found | {symbol(name): value for name, value in self._all(sizes).items()}
 
     def is_alike(self, sizes: Sizes) -> bool:
         """Whether what the model asks about sizes is answered at ``sizes`` as it was at one of the points."""
@@ -77,10 +82,13 @@ class Family:
 
     def _at(self, sizes: Sizes) -> dict[sympy.Expr, Any] | None:
         """As :meth:`numbers`, inside or outside of the ranges."""
-        found = self._evaluator.at(sizes)
+        found = self._evaluator.at(self._all(sizes))
         if found is None or any(len({found.get(part, part) for part in parts}) == 1 for parts in self._unequal):
             return None
         return found
+
+    def _all(self, sizes: Sizes) -> Sizes:
+        return sizes if self.scheme is None else self.scheme.completed(sizes)
 
     def member(self, sizes: Sizes, call: CallFacts | None = None) -> AnyProgram:
         """The program for ``sizes``, which must be in the family. Decisions and their costs are the first point's.
@@ -201,7 +209,9 @@ def fit(points: Sequence[Point], scheme: Scheme | None = None) -> Family:
         if skeleton != read[0][1]:
             here, there = _text(point.sizes), _text(points[0].sizes)
             raise NoForm(f"the program for {here} has other operators than that for {there}")
-    terms = Terms([point.sizes for point in points])
+    rounded = {} if scheme is None else scheme.rounded
+    sizes = [point.sizes if scheme is None else scheme.completed(point.sizes) for point in points]
+    terms = Terms(sizes, {text: names_in(part) for text, part in rounded.items()})
     numbers = [terms.form(vector) for vector in zip(*(numbers for numbers, _ in read), strict=True)]
     template = in_order(points[0].program, numbers)
     forms = {number: None for number in numbers if not isinstance(number, int | float)}

@@ -1,15 +1,15 @@
 """Numbers of programs as expressions of the sizes of a batch, found from the numbers of a few programs.
 
 A number is a constant, or a sum of at most two terms and a constant, each a rational multiple of a size or of a product
-of two sizes: ``s``, ``b*s/4``, ``2*s - 1``. A float may also be the inverse of such a number (a mean). One that no
-expression gives at every point is refused; so is a point set at which two expressions agree.
+of two or three sizes: ``s``, ``b*s/4``, ``2*s - 1``. A float may also be the inverse of such a number (a mean). One
+that no expression gives at every point is refused; so is a point set at which two expressions agree.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -33,13 +33,29 @@ class Terms:
     """The terms that a number may have, for points in the space of sizes.
 
     ``points``: at least three, of which the first is the one that is generalised. Sizes that never change are no terms.
+    ``rounded``: the names of those that are made of others by rounding, with the names of these. One that is a multiple
+    of another at all points, but for a constant, is no term: so it is at all sizes in steps of theirs.
     """
 
-    def __init__(self, points: Sequence[Sizes]) -> None:
-        self.points = points
-        varying = [name for name in points[0] if len({point[name] for point in points}) > 1]
-        pairs = itertools.combinations(varying, 2)
-        names = [*((name,) for name in varying), *pairs]
+    def __init__(self, points: Sequence[Sizes], rounded: Mapping[str, Collection[str]] | None = None) -> None:
+        self.points, rounded = points, rounded or {}
+        varying: list[str] = []
+        for name in points[0]:
+            column = [Fraction(point[name]) for point in points]
+            like = [(symbol(other), tuple(point[other] for point in points)) for other in varying]
+            is_term = len(set(column)) > 1 and not (
+                name in rounded and any(_solved(column, (one,)) is not None for one in like)
+            )
+            varying += [name] * is_term
+        of = {name: {*rounded.get(name, ()), name} for name in varying}
+        most = 3 if len(points) > 4 else 2  # factors: of more terms, some fit a few points by chance
+        names = [
+            term
+            for count in range(1, most + 1)
+            for term in itertools.combinations(varying, count)
+            if len(set[str]().union(*(of[name] for name in term))) == sum(len(of[name]) for name in term)
+        ]
+        self._spare = 1 + any(name in rounded for name in varying)  # points beyond those that solve for an expression
         self.columns: dict[sympy.Expr, Column] = {
             sympy.Mul(*map(symbol, term)): tuple(math.prod(point[name] for name in term) for point in points)
             for term in names
@@ -69,7 +85,7 @@ class Terms:
 
     def _of_integers(self, numbers: Sequence[Fraction]) -> sympy.Expr:
         for count in (1, 2):
-            if count + 1 >= len(self.points):  # nothing would check the expression
+            if count + self._spare >= len(self.points):  # nothing would check the expression
                 break
             fits = [
                 found

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from autopar.families.forms import Sizes
+from autopar.ir.size_conditions import Tree, value_of
 
 Shapes = tuple[tuple[int, ...], ...]  # of the tensors of a call
 Place = tuple[int, int]  # (tensor, dim)
@@ -59,10 +60,18 @@ class Scheme:
     Attributes:
         names: place -> the name of its size.
         fixed: place -> its value in every call.
+        rounded: sizes that the model makes of these by rounding, ``(s - 5)//3``, by their texts.
     """
 
     names: Mapping[Place, str]
     fixed: Mapping[Place, int]
+    rounded: Mapping[str, Tree] = field(default_factory=dict)
+
+    def completed(self, sizes: Sizes) -> Sizes:
+        """``sizes``, and those that are made of them."""
+        if not self.rounded:
+            return sizes
+        return {**sizes, **{text: int(value_of(part, sizes)) for text, part in self.rounded.items()}}
 
     @classmethod
     def of(cls, calls: Sequence[Shapes], roles: Mapping[Place, str]) -> Scheme:
@@ -135,8 +144,7 @@ def further(
             continue
         if len(set(values)) == 1:
             continue
-        step = math.gcd(math.lcm(LARGEST_STEP, unit[name]), *values)
-        step = step if step >= LEAST_STEP * unit[name] else unit[name]
+        step = _step(values, unit[name])
         high[name], low[name] = _ends(values, step, unit[name])
         steps[name] = step
     known, found = [dict(point) for point in points], list[Sizes]()
@@ -155,6 +163,24 @@ def further(
             found.append(other)
             known.append(dict(other))
     return found
+
+
+def between(points: Sequence[Sizes], unit: Mapping[str, int], is_alike: Callable[[Sizes], bool]) -> list[Sizes]:
+    """At most two more points, next to the first of ``points``: what is rounded is seen at other remainders there."""
+    steps = {name: _step([point[name] for point in points], unit[name]) for name in points[0] if name[0] != BATCH}
+    varying = [name for name in steps if len({point[name] for point in points}) > 1]
+    found: list[Sizes] = []
+    for count in (1, 2):
+        tried = {name: size + count * steps[name] if name in varying else size for name, size in points[0].items()}
+        if tried not in (*points, *found) and is_alike(tried):
+            found.append(tried)
+    return found
+
+
+def _step(values: Sequence[int], unit: int) -> int:
+    """In what steps sizes like ``values`` come."""
+    step = math.gcd(math.lcm(LARGEST_STEP, unit), *values)
+    return step if step >= LEAST_STEP * unit else unit
 
 
 def next_alike(sizes: Sizes, steps: Mapping[str, int], is_alike: Callable[[Sizes], bool]) -> Sizes | None:

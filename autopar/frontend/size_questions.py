@@ -30,7 +30,7 @@ from autopar.frontend.block_stand_ins import alike_blocks_run_once
 from autopar.frontend.capture import explained, without_checkpointing
 from autopar.frontend.steady_state import runnable_on_fakes
 from autopar.frontend.trace import ALONE
-from autopar.ir.size_conditions import Condition, Dims, Sizes, Tree, is_plain
+from autopar.ir.size_conditions import ROUNDED, Condition, Dims, Sizes, Tree, is_plain, is_rounded, rounded
 from autopar.observation.observation import Observation
 from autopar.observation.source_lines import is_users_file, line_of_user
 
@@ -49,6 +49,7 @@ _OPERATORS = str(Path(operators.__file__).parent)
 MOST_FACTORS = 4  # of a power of a size
 LEAST = 2  # sizes that are symbols: torch takes 0 and 1 for numbers, and what is asked about those is not seen
 MOST, MOST_CALLS = 64, 20_000  # questions, and calls of operators, of one run
+MOST_ROUNDED = 6  # sizes that are made of others by rounding: of more, too many expressions would give a number
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,14 @@ def questions(
     not seen, and the condition is that size itself; so it is for a size of 0 or 1. Nothing is seen of a model that does
     not run on symbols, or asks
     more than ``MOST`` questions. The model is as it was, afterwards; a run that came to its end tells those who collect
-    guards and records of traces what it has read.
+    guards and records of traces what it has read. The sizes of tensors that forward makes of others by rounding are
+    among the conditions, see :func:`autopar.ir.size_conditions.rounded`.
     """
     environment = ShapeEnv(duck_shape=False)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
     symbols = {name: _symint(environment, name, size) for name, size in sizes.items() if size >= LEAST}
     names = {str(symint.node.expr): name for name, symint in symbols.items()}
-    places, asked = iter(dims), list[Asked]()
+    places, asked, made = iter(dims), list[Asked](), dict[Any, None]()
 
     def fake(leaf: Tensor) -> Tensor:
         shape = [symbols.get(size, sizes[size]) if isinstance(size, str) else size for size in next(places)]
@@ -90,7 +92,7 @@ def questions(
         with (
             ALONE, explained(model), runnable_on_fakes(model, mode, anywhere=True), without_checkpointing([]),
             _as_exported(), mode, enable_python_dispatcher(), alike_blocks_run_once(model, observation),
-            observation.watching(), _noticed(asked), _Limited(environment),
+            observation.watching(), _noticed(asked), _Limited(environment, made),
         ):  # fmt: skip
             model(*given[0], **given[1])
         observation.report(None)
@@ -99,21 +101,47 @@ def questions(
     asked += [Asked(guard.expr) for guard in environment.guards if not _is_number_of(guard.expr)]
     found = [one for one in dict.fromkeys(_conditions(asked, names)) if one.holds(sizes)]
     alone = [Condition(("eq", name, size)) for name, size in sizes.items() if size < LEAST]
-    return alone + (found if len(found) <= MOST else [])
+    return alone + (found if len(found) <= MOST else []) + _rounded(made, names, sizes)
 
 
 class _Limited(TorchFunctionMode):
-    """Ends a run that asks more than can be kept: of long expressions each question takes longer than the last."""
+    """Ends a run that asks more than can be kept: of long expressions each question takes longer than the last.
 
-    def __init__(self, environment: ShapeEnv) -> None:
+    ``made``: takes what is rounded in the sizes of tensors.
+    """
+
+    def __init__(self, environment: ShapeEnv, made: dict[Any, None]) -> None:
         super().__init__()
-        self._environment, self._calls = environment, 0
+        self._environment, self._calls, self._made = environment, 0, made
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._calls += 1
         if len(self._environment.guards) > MOST or self._calls > MOST_CALLS:
             raise RuntimeError(f"it calls {self._calls} operators, and asks {len(self._environment.guards)} questions")
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(tensor, Tensor) and len(self._made) <= MOST_ROUNDED:
+                shape: Any = tensor.shape
+                sizes = [size.node.expr for size in shape if isinstance(size, torch.SymInt)]
+                self._made.update((size, None) for size in sizes if size not in self._made and _rounds(size))
+        return found
+
+
+def _rounds(size: Any) -> bool:
+    """Whether ``size`` is made of one other, in which something is rounded."""
+    names = (_NAMES.get(type(part).__name__) for part in sympy.preorder_traversal(size))
+    return len(size.free_symbols) == 1 and any(name in ROUNDED for name in names)
+
+
+def _rounded(made: Iterable[Any], names: Mapping[str, str], sizes: Sizes) -> list[Condition]:
+    """Conditions of those that can be written as one; none of too many."""
+    found = []
+    for size in made:
+        with suppress(_Unknown):
+            tree = _tree(size, names)
+            if is_plain(tree) and is_rounded(tree):
+                found.append(rounded(tree, sizes))
+    return found if len(found) <= MOST_ROUNDED else []
 
 
 @contextmanager

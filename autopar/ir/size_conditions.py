@@ -57,6 +57,58 @@ COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not")
 _TIGHT = ("mul", "floordiv", "truediv", "mod", "bitand", "bitor")  # operators whose sums are put in brackets
 
 
+# ---------------------------------------------------------------- sizes made of sizes
+
+ROUNDED = ("floordiv", "mod")
+ALIKE = 2  # dims of 0 and 1 are viewed, and broadcast, otherwise
+
+
+def rounded(part: Tree, sizes: Sizes) -> Condition:
+    """Of a size that forward makes of another, ``(s - 5)//3 + 1``: that it is none of 0 and 1, or the one it is."""
+    here = _value(part, sizes)
+    return Condition(("ge", part, ALIKE) if here >= ALIKE else ("eq", part, int(here)))
+
+
+def rounded_in(conditions: Sequence[Condition]) -> dict[str, Tree]:
+    """The sizes of which :func:`rounded` has told among ``conditions``, by their texts; also some that torch asked."""
+    trees = [one.tree for one in conditions if not one.line]
+    parts = [tree[1] for tree in trees if isinstance(tree, tuple) and tree[0] in ("ge", "eq") and type(tree[2]) is int]
+    return {_text(part, is_tight=True): part for part in parts if is_rounded(part) and len(_names(part)) == 1}
+
+
+def is_rounded(part: Tree) -> bool:
+    """Whether something in ``part`` is rounded, and nothing is divided by what may be zero."""
+    if not isinstance(part, tuple):
+        return False
+    divided = (part[0] in ROUNDED or part[0] == "truediv") and not (type(part[2]) is int and part[2] > 0)
+    return not divided and (part[0] in ROUNDED or any(map(is_rounded, part[1:])))
+
+
+def value_of(part: Tree, sizes: Sizes) -> Any:
+    """``part`` at ``sizes``. Raises ArithmeticError where it has no value."""
+    return _value(part, sizes)
+
+
+def names_in(part: Tree) -> set[str]:
+    """The sizes of which ``part`` is made."""
+    return _names(part)
+
+
+def rounded_of_json(data: Any, names: Sequence[str]) -> tuple[str, Tree]:
+    """(text, tree) of what a file says of such a size. Raises ValueError for anything else."""
+    part = _checked(data, names, [MOST_PARTS])
+    if not is_rounded(part):
+        raise ValueError(f"no size made of others: {str(data):.100}")
+    return _text(part, is_tight=True), part
+
+
+def as_json(part: Tree) -> Any:
+    return _plain(part)
+
+
+# ---------------------------------------------------------------- questions
+
+
 @dataclass(frozen=True)
 class Condition:
     """One question and its answer: ``tree`` is true of the sizes for which a program was made.

@@ -164,6 +164,7 @@ DAMAGES: dict[str, Any] = {
     "no points": lambda about: about.__setitem__("points", []),
     "a dim of no size": lambda about: about["names"].append([0, 0, "x"]),
     "a missing constant": lambda about: about["constants"].update(nothing=["7", -1]),
+    "a size divided by nothing": lambda about: about["rounded"].append(["floordiv", "s", 0]),
     "a list": lambda about: about.clear(),
 }
 
