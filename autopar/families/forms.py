@@ -34,7 +34,7 @@ class Terms:
 
     ``points``: at least three, of which the first is the one that is generalised. Sizes that never change are no terms.
     ``rounded``: the names of those that are made of others by rounding, with the names of these. One that is a multiple
-    of another at all points, but for a constant, is no term: so it is at all sizes in steps of theirs.
+    of its other at all points, but for a constant, is no term: so it is at all sizes in steps of theirs.
     """
 
     def __init__(self, points: Sequence[Sizes], rounded: Mapping[str, Collection[str]] | None = None) -> None:
@@ -42,11 +42,9 @@ class Terms:
         varying: list[str] = []
         for name in points[0]:
             column = [Fraction(point[name]) for point in points]
-            like = [(symbol(other), tuple(point[other] for point in points)) for other in varying]
-            is_term = len(set(column)) > 1 and not (
-                name in rounded and any(_solved(column, (one,)) is not None for one in like)
-            )
-            varying += [name] * is_term
+            others = [(symbol(other), tuple(point[other] for point in points)) for other in rounded.get(name, ())]
+            if len(set(column)) > 1 and all(_solved(column, (other,)) is None for other in others):
+                varying.append(name)
         of = {name: {*rounded.get(name, ()), name} for name in varying}
         most = 3 if len(points) > 4 else 2  # factors: of more terms, some fit a few points by chance
         names = [

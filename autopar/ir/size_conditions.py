@@ -53,6 +53,7 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
     "log": math.log,
     "log2": math.log2,
 }
+_OPPOSITE = {"lt": "ge", "ne": "eq"}  # as a reader would have it
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not")
 _TIGHT = ("mul", "floordiv", "truediv", "mod", "bitand", "bitor")  # operators whose sums are put in brackets
 
@@ -60,20 +61,43 @@ _TIGHT = ("mul", "floordiv", "truediv", "mod", "bitand", "bitor")  # operators w
 # ---------------------------------------------------------------- sizes made of sizes
 
 ROUNDED = ("floordiv", "mod")
+LENGTHS_TRIED = 4096
 ALIKE = 2  # dims of 0 and 1 are viewed, and broadcast, otherwise
 
 
 def rounded(part: Tree, sizes: Sizes) -> Condition:
     """Of a size that forward makes of another, ``(s - 5)//3 + 1``: that it is none of 0 and 1, or the one it is."""
     here = _value(part, sizes)
-    return Condition(("ge", part, ALIKE) if here >= ALIKE else ("eq", part, int(here)))
+    return Condition(("not", ("lt", part, ALIKE) if here >= ALIKE else ("ne", part, int(here))))
 
 
 def rounded_in(conditions: Sequence[Condition]) -> dict[str, Tree]:
-    """The sizes of which :func:`rounded` has told among ``conditions``, by their texts; also some that torch asked."""
-    trees = [one.tree for one in conditions if not one.line]
-    parts = [tree[1] for tree in trees if isinstance(tree, tuple) and tree[0] in ("ge", "eq") and type(tree[2]) is int]
-    return {_text(part, is_tight=True): part for part in parts if is_rounded(part) and len(_names(part)) == 1}
+    """The sizes of which :func:`rounded` has told among ``conditions``, by their texts.
+
+    Of those that are multiples of one another, but for a constant, the first: it tells the others.
+    """
+    parts = [one.tree[1][1] for one in conditions if _tells_of_rounded(one.tree)]  # type: ignore[index]
+    found: list[Tree] = []
+    for part in parts:
+        (name,) = _names(part)
+        if not any(_is_multiple(part, other, name) for other in (name, *found) if _names(other) == {name}):
+            found.append(part)
+    return {_text(part, is_tight=True): part for part in found}
+
+
+def _tells_of_rounded(tree: Tree) -> bool:
+    """torch itself never asks for what is not less, or not unequal."""
+    if not isinstance(tree, tuple) or tree[0] != "not" or not isinstance(tree[1], tuple):
+        return False
+    question, part, *_ = tree[1]
+    return question in ("lt", "ne") and is_rounded(part) and len(_names(part)) == 1
+
+
+def _is_multiple(part: Tree, other: Tree, name: str) -> bool:
+    """Whether ``part`` is a multiple of ``other``, but for a constant, at all lengths."""
+    pairs = [(_value(other, {name: length}), _value(part, {name: length})) for length in range(1, LENGTHS_TRIED)]
+    (x, y), (high, there) = pairs[0], next((pair for pair in pairs if pair[0] != pairs[0][0]), pairs[0])
+    return high != x and all((one - y) * (high - x) == (there - y) * (at - x) for at, one in pairs)
 
 
 def is_rounded(part: Tree) -> bool:
@@ -185,6 +209,8 @@ def _text(tree: Tree, is_tight: bool = False) -> str:
     name, *parts = tree
     if name in ("min", "max") or name in _UNARY and name != "not":
         return f"{name}({', '.join(map(_text, parts))})"
+    if name == "not" and isinstance(parts[0], tuple) and parts[0][0] in _OPPOSITE:
+        return _text((_OPPOSITE[parts[0][0]], *parts[0][1:]), is_tight)
     if name == "not":
         return f"not ({_text(parts[0])})"
     sign = (_FOLDED.get(name) or _BINARY[name])[1]

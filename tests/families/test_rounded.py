@@ -23,6 +23,7 @@ from autopar.program_files.family_file import load_family, save_family
 from tests.against_one_process import float64
 from tests.selection import slow_but
 
+LENGTHS = [70, 101, 256, 3, 71, 72]
 STRIDE = ("add", 1, ("floordiv", ("add", "s", -5), 3))
 
 
@@ -174,8 +175,19 @@ def test_what_is_rounded_is_found_among_conditions() -> None:
     told, alone = rounded(STRIDE, {"s": 20}), rounded(STRIDE, {"s": 6})
     asked = Condition(("ge", ("floordiv", "s", 2), 0), line="model.py:3")
     assert rounded_in([told, alone, Condition(("ge", "s", 0)), asked]) == {"(1 + (s + -5)//3)": STRIDE}
+    assert str(told) == "1 + (s + -5)//3 >= 2" and str(alone) == "1 + (s + -5)//3 == 1"
     assert told.holds({"s": 8}) and not told.holds({"s": 7}) and alone.holds({"s": 7}) and not alone.holds({"s": 8})
     assert is_rounded(STRIDE) and not is_rounded(("add", "s", 1)) and not is_rounded(("floordiv", 7, ("add", "s", -5)))
+
+
+def test_floor_and_ceiling_are_told_apart() -> None:
+    floor, ceiling = ("floordiv", "s", 25), ("floordiv", ("add", "s", 24), 25)
+    several = [floor, ("mul", 6, floor), ceiling, ("add", 25, ("mul", 25, floor)), ("add", "s", ("mod", "s", 1))]
+    assert list(rounded_in([rounded(part, {"s": 70}) for part in several]).values()) == [floor, ceiling]
+    scheme = Scheme({}, {}, {"floor": floor, "ceiling": ceiling})
+    points = [dict(scheme.completed({"b": rows, "s": length})) for rows, length in zip([4, 4, 8, 12, 6, 4], LENGTHS)]
+    with pytest.raises(NoForm, match="as well as"):  # by these points one is the other and one more, at 75 it is not
+        Terms(points, {"floor": {"s"}, "ceiling": {"s"}}).form(tuple(point["ceiling"] for point in points))
 
 
 def test_points_beside_have_other_remainders() -> None:
