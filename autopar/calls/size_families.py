@@ -3,7 +3,7 @@
 At the second length of a kind of call two more programs are compiled, for a greater and a smaller one, and the four are
 fitted; where forward rounds sizes, or several lengths vary, two more beside them. From then on a length inside of the
 family costs no compile; one outside is one compile, by which the family grows. Where the programs are no family, each
-length is compiled for itself. Calls with one row for each rank have families of their own.
+length is compiled for itself; those with one row for each rank may make a family of their own then.
 """
 
 from __future__ import annotations
@@ -110,10 +110,12 @@ class SizeFamilies:
         self._asked, self._fit = asked, fitted
         self._rows_at_once = data_ways(mesh) * plan.microbatches  # where each rank, and microbatch, has one
         self._kept: dict[tuple[Hashable, bool], _Kept] = {}  # by the kind of call, and whether ranks have one row each
+        self._parted = set[Hashable]()  # kinds of which that makes a difference
         self.why_none = ""  # there is no family for the latest call that was learnt
 
     def clear(self) -> None:
         self._kept.clear()
+        self._parted.clear()
 
     @property
     def families(self) -> tuple[Family, ...]:
@@ -149,8 +151,7 @@ class SizeFamilies:
         """Take a family that was made before, with what it assumes, for calls of this kind."""
         assert family.scheme is not None, "a family without the dims of a call"
         known = Known(family, FamilyCode(family), family.scheme, guards)
-        for has_one_row in (False, True):
-            self._kept[kind, has_one_row] = _Kept(family.template, guards, [known])
+        self._kept[kind, False] = _Kept(family.template, guards, [known])
 
     def learn(self, kind: Hashable, call: Call, program: AnyProgram, guards: Guards) -> None:
         """A program was compiled for ``call``. Where lengths vary this compiles more of them, and makes a family."""
@@ -165,7 +166,7 @@ class SizeFamilies:
             return
         kept = self._of(kind, call)
         if kept is None:
-            kept = self._kept[kind, self._has_one_row(call)] = _Kept(program, guards)
+            kept = self._kept[kind, self._is_apart(kind, call)] = _Kept(program, guards)
         if not kept.guards.leaves_alike(guards):
             self._note("what forward leaves in attributes differs")
             return
@@ -180,6 +181,20 @@ class SizeFamilies:
         kept.points = [*kept.points, (shapes, program)][-POINTS_KEPT:]
         if len(kept.points) > 1 and not kept.is_each:
             self._make(kept, call)
+            was_tried = kept.rounds > 0 or len(kept.points) >= FEWEST
+            if was_tried and not kept.families and kind not in self._parted:
+                self._part(kind, kept, call)
+
+    def _part(self, kind: Hashable, kept: _Kept, call: Call) -> None:
+        """Programs of one row for each rank, which make no family with the others, may make one of their own."""
+        places = [place for place, role in self._roles(call).items() if role == BATCH]
+        are_alone = [self._rows_at_once in [shapes[tensor][dim] for tensor, dim in places] for shapes, _ in kept.points]
+        alone = [point for point, is_alone in zip(kept.points, are_alone) if is_alone]
+        others = [point for point, is_alone in zip(kept.points, are_alone) if not is_alone]
+        if alone and others:
+            self._parted.add(kind)
+            self._kept[kind, True] = _Kept(alone[0][1], kept.guards, points=alone)
+            kept.first, kept.points, kept.rounds = others[0][1], others, 0
 
     # ------------------------------------------------------------ making
 
@@ -306,7 +321,7 @@ class SizeFamilies:
 
     def _of(self, kind: Hashable, call: Call) -> _Kept | None:
         """What is known of calls like ``call``, unless the model has changed since."""
-        return self._held(kind, self._has_one_row(call))
+        return self._held(kind, self._is_apart(kind, call))
 
     def _held(self, kind: Hashable, has_one_row: bool) -> _Kept | None:
         kept = self._kept.get((kind, has_one_row))
@@ -315,8 +330,10 @@ class SizeFamilies:
             return None
         return kept
 
-    def _has_one_row(self, call: Call) -> bool:
-        """Whether each rank, and microbatch, has a single row: dims of 1 are viewed otherwise."""
+    def _is_apart(self, kind: Hashable, call: Call) -> bool:
+        """Whether each rank, and microbatch, has a single row, where that makes a difference: dims of 1 are viewed."""
+        if kind not in self._parted:
+            return False
         dims = input_dims(call.named_tensors, self._plan)
         rows = [tensor.shape[of.batch] for tensor, of in zip(call.tensors, dims) if of.batch is not None]
         return self._rows_at_once in rows

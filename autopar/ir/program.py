@@ -106,11 +106,12 @@ class _Program:
     def loss(self) -> int | None:
         """The position of the loss among the outputs, see :func:`autopar.ir.loss.loss_position`.
 
-        On a pipeline all ranks know a loss, also where all parameters are frozen, as in evaluation.
+        On a pipeline without microbatches all ranks know a loss where all parameters are frozen too, as in evaluation.
         """
         users = [out.kind is OutputKind.USER for out in self.outputs]
         outputs = [types if user else () for user, types in zip(users, self.returned_types)]
-        any_kind = self.mesh.is_pipelined and not any(kind.requires_grad for types in outputs for kind in types)
+        is_whole = self.mesh.is_pipelined and self.plan.microbatches == 1
+        any_kind = is_whole and not any(kind.requires_grad for types in outputs for kind in types)
         candidates = [
             any((kind.requires_grad or any_kind and kind.dtype.is_floating_point) and not kind.shape for kind in types)
             for types in outputs

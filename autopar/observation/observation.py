@@ -163,30 +163,15 @@ class Observation:
         """Within this context each run of the model's forward is watched."""
         original = nn.Module._call_impl
         held = [(module.__dict__, dict(module.__dict__)) for module in self._model.modules()]
+        watching = [self]
         try:
-            with mock.patch.object(nn.Module, "_call_impl", self._watched(original)):
+            with mock.patch.object(nn.Module, "_call_impl", _watched(original, watching)):
                 yield
         finally:
+            watching.clear()  # what is imported meanwhile may keep the function (torch._dynamo.utils does)
             for table, before in held if not self._keeps else ():  # export puts copies in place of lists and dicts
                 table.update(before)
         self.readings.hooks_of(self._model)
-
-    def _watched(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Calls of modules; a hook would not be called where forward raises, and then export has put tensors back."""
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if attributes(module) is not attributes(self._model):
-                return original(module, *args, **kwargs)
-            self._begin(args, kwargs)
-            try:
-                found = original(module, *args, **kwargs)
-            except BaseException as problem:
-                self._end(problem)
-                raise
-            self._end()
-            return found
-
-        return call
 
     def _begin(self, args: Any, kwargs: Any) -> None:
         self._depth += 1
@@ -393,3 +378,22 @@ def add_value_guard(guard: ValueGuard) -> None:
     """Say what the Python of a model has looked at in tensors."""
     for collected in _COLLECTING:
         collected.values.append(guard)
+
+
+def _watched(original: Callable[..., Any], watching: list[Observation]) -> Callable[..., Any]:
+    """Calls of modules; a hook would not be called where forward raises, and then export has put tensors back."""
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not watching or attributes(module) is not attributes(watching[0]._model):
+            return original(module, *args, **kwargs)
+        (observation,) = watching
+        observation._begin(args, kwargs)
+        try:
+            found = original(module, *args, **kwargs)
+        except BaseException as problem:
+            observation._end(problem)
+            raise
+        observation._end()
+        return found
+
+    return call

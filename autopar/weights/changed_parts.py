@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,22 @@ Cast = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Parallel:
-    weights: Weights
+    """Of a parallel module, which these lead to: it would never go."""
+
+    its_weights: ReferenceType[Weights]
     is_pipelined: bool
-    clear: Callable[[], None]  # the programs
+    clear_programs: WeakMethod[Callable[[], None]]
+
+    @property
+    def weights(self) -> Weights:
+        found = self.its_weights()
+        assert found is not None, "the weights of a module that is there"
+        return found
+
+    def clear(self) -> None:
+        clear = self.clear_programs()
+        if clear is not None:
+            clear()
 
 
 _parallel: WeakKeyDictionary[nn.Module, _Parallel] = WeakKeyDictionary()
@@ -39,7 +52,7 @@ _applying: list[nn.Module] = []
 
 def watch_parts(module: nn.Module, weights: Weights, is_pipelined: bool, clear: Callable[[], None]) -> None:
     """From now on do what is to be done where a part of the parallel ``module`` is changed; ``clear``: its programs."""
-    _parallel[module] = _Parallel(weights, is_pipelined, clear)
+    _parallel[module] = _Parallel(ref(weights), is_pipelined, WeakMethod(clear))
     _install()
 
 
