@@ -39,8 +39,9 @@ def modes_of_torch() -> dict[str, str]:
         "fast paths": f"{backends.mha.get_fastpath_enabled()} {backends.mkldnn.enabled} {backends.cudnn.enabled}",
         "attention": f"{backends.cuda.flash_sdp_enabled()} {backends.cuda.mem_efficient_sdp_enabled()} "
         f"{backends.cuda.math_sdp_enabled()} {backends.cuda.cudnn_sdp_enabled()}",
-        "products": " ".join(
-            one.fp32_precision for one in (backends, backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn)
+        "products": " ".join(  # what is not set is exact
+            one.fp32_precision.replace("none", "ieee")
+            for one in (backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn)
         ),
         "of torch.__future__": str(torch.__future__.get_overwrite_module_params_on_conversion()),
     }

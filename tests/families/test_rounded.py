@@ -201,10 +201,22 @@ def test_points_beside_have_other_remainders() -> None:
 # ---------------------------------------------------------------- one row
 
 
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, width = x.shape
+        q, k, v = self.qkv(x).view(rows, length, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        h = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return self.out(h.transpose(1, 2).reshape(rows, length, width)).square().mean()
+
+
 def test_one_row_on_each_rank_hinders_no_family() -> None:
-    parallel = autopar.parallelize(float64(Windows), Mesh(dp=2))
+    parallel = autopar.parallelize(float64(Heads), Mesh(dp=2))
     for rows, length in ((2, 20), (6, 8), (4, 24), (4, 28), (2, 32), (6, 16), (2, 12)):
-        parallel.simulate(torch.randn(rows, length, 6, dtype=torch.float64))
+        parallel.simulate(torch.randn(rows, length, 8, dtype=torch.float64))
     assert sorted(str(family).partition(";")[0] for family in parallel.families) == [
         "b = 2", "b = 4 to 10, multiples of 2",
     ]  # fmt: skip
