@@ -6,7 +6,7 @@ And what they make of a model: methods that their wrappers have, and the wrapper
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -135,11 +135,13 @@ def _watch_accelerate(every_rank_has_all_rows: bool) -> None:
     from accelerate.scheduler import AcceleratedScheduler
 
     def gather(usual: Any, name: str) -> Any:
+        @wraps(usual)
         def gathered(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
-            of_metrics = every_rank_has_all_rows and name == "gather_for_metrics"
+            is_whole = every_rank_has_all_rows and any(map(_is_parallel, self._models))
+            of_metrics = is_whole and name == "gather_for_metrics"
             repeats = self.num_processes > 1 and (of_metrics or _has_dtensor(data))
             found = None if repeats else usual(self, data, *args, **kwargs)
-            if repeats or every_rank_has_all_rows and _repeats(data, found, self.num_processes):
+            if repeats or is_whole and _repeats(data, found, self.num_processes):
                 raise LaunchError(
                     f"accelerator.{name} joins what each of {self.num_processes} processes has, and outputs of a "
                     "parallel module are those of all: rows would count several times\n"

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.checkpoint.written_weights import save_pretrained
 from autopar.errors import LaunchError
+from autopar.frameworks.adapters import has_adapters, load_adapters
 from autopar.module import ParallelModule, held_by
 from autopar.other_methods import ASKED_BY_TRAINER, check_precision
 from autopar.pretrained.gathered import gather
@@ -51,6 +52,8 @@ class _OnAllRanks:
 
     model: Any
     args: Any
+    state: Any
+    optimizer: Any
     accelerator: Any
     processing_class: Any
 
@@ -62,18 +65,24 @@ class _OnAllRanks:
             )
         if args is not None:
             _refuse(model, args)
-        from transformers.utils.generic import can_return_loss, find_labels
-
+        if model.mesh.is_pipelined:
+            _refuse_losses_of_its_own(type(self), args, others.get("compute_loss_func"))
         with _answering_as_a_plain_one(model):
             super().__init__(model=model, args=args, **others)  # type: ignore[call-arg]
-        plain = held_by(model).model
+        self._ask(_without_adapters(held_by(model).model))
+
+    def _ask(self, plain: Any) -> None:
+        """What the base asks of the model that it is given, asked of ``plain``."""
+        from transformers.utils.generic import can_return_loss, find_labels
+
         takes = inspect.signature(plain.forward).parameters
         labels = find_labels(type(plain))
         self.label_names = labels if self.args.label_names is None else self.args.label_names
         self.can_return_loss = can_return_loss(type(plain))
         self._signature_columns = [*takes, "label", "label_ids", *self.label_names]
         takes_any = any(one.kind is one.VAR_KEYWORD for one in takes.values())
-        self.model_accepts_loss_kwargs = takes_any and not model.mesh.is_pipelined
+        accepts = getattr(plain, "accepts_loss_kwargs", takes_any)  # a class may know better
+        self.model_accepts_loss_kwargs = accepts and not self.model.mesh.is_pipelined
 
     def create_accelerator_and_postprocess(self) -> None:
         """Every rank gets the rows of all, and has what is known of them; the loss is not multiplied for an average."""
@@ -83,13 +92,13 @@ class _OnAllRanks:
         accelerator.prepare_data_loader = partial(_prepared_whole, accelerator)
         for name in ("gather", "pad_across_processes"):
             setattr(accelerator, name, _as_it_is)
-        accelerator.gather_for_metrics = partial(_for_metrics, accelerator.gather_for_metrics)
+        usual = inspect.unwrap(type(accelerator).gather_for_metrics)  # of accelerate, also where it is watched
+        accelerator.gather_for_metrics = partial(_for_metrics, partial(usual, accelerator))
 
     def compute_loss(self, model: Any, *args: Any, **options: Any) -> Any:
         """As the base's, which asks the class for its name: the labels of some are smoothed one place further."""
-        plain: Any = held_by(self.model).model
-        named = plain.base_model.model if getattr(plain, "peft_config", None) else plain  # as the base does
-        vars(self.model)["_get_name"] = partial(str, type(named).__name__)
+        named = type(_without_adapters(held_by(self.model).model)).__name__
+        vars(self.model)["_get_name"] = partial(str, named)
         try:
             return super().compute_loss(model, *args, **options)  # type: ignore[misc]
         finally:
@@ -100,7 +109,9 @@ class _OnAllRanks:
         if not self.model.mesh.is_pipelined:
             found: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
             return found
-        model.train()
+        for one in (model, self.optimizer):  # an optimizer without a schedule has two modes too
+            if callable(getattr(one, "train", None)):
+                one.train()
         loss: Tensor = model.train_step(**self._prepare_inputs(inputs))  # type: ignore[attr-defined]
         return loss
 
@@ -116,12 +127,29 @@ class _OnAllRanks:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """All ranks write their slices; of a model with adapters of peft, rank 0 writes these."""
         directory = output_dir or self.args.output_dir
-        if not getattr(held_by(self.model).model, "peft_config", None):
+        if not has_adapters(held_by(self.model).model):
             save_pretrained(self.model, directory, tokenizer=self.processing_class)
             return
         plain: Any = gather(self.model)
         if plain is not None:
             plain.save_pretrained(directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As the base's; adapters of peft, which it does not see in a parallel module, are read here."""
+        if has_adapters(held_by(self.model).model):
+            load_adapters(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        if has_adapters(held_by(self.model).model):
+            load_adapters(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()  # type: ignore[misc]
+
+
+def _without_adapters(plain: Any) -> Any:
+    return plain.base_model.model if has_adapters(plain) else plain
 
 
 @contextmanager
@@ -156,6 +184,23 @@ def _prepared_whole(accelerator: Any, loader: Any, **_: Any) -> Any:
     )  # fmt: skip
     accelerator._dataloaders.append(prepared)
     return prepared
+
+
+def _refuse_losses_of_its_own(kind: type, args: Any, function: Any) -> None:
+    """Raise LaunchError for a loss that the Trainer computes: the last stage of a pipeline has the model's alone."""
+    from transformers import Trainer
+
+    computes = next(one for one in kind.__mro__ if one is not _OnAllRanks and "compute_loss" in vars(one))
+    found = {
+        "label_smoothing_factor": bool(getattr(args, "label_smoothing_factor", 0)),
+        "compute_loss_func": function is not None,
+        f"compute_loss of {computes.__name__}": computes is not Trainer,
+    }
+    for name in (name for name, there in found.items() if there):
+        raise LaunchError(
+            f"{name}: on a pipeline the last stage computes the loss, which is the one that the model returns\n"
+            "Way out: a model whose forward computes this loss; or a mesh without pp."
+        )
 
 
 def _refuse(model: ParallelModule, args: Any) -> None:

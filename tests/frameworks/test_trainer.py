@@ -48,7 +48,8 @@ def trained(mesh: str, accumulation: int, directory: Path, base: bool) -> tuple[
         cls = transformers.Trainer if base else autopar.trainer_class()
         trainer = cls(model=model, args=arguments(directory, accumulation), train_dataset=data(5 * accumulation))
         trainer.train()
-        loss = trainer.evaluate(data(1))["eval_loss"] if "pp" not in mesh else 0.0
+        trainer = cls(model=model, args=arguments(directory), train_dataset=data(5))  # a second one in this process
+        loss = trainer.evaluate(data(1))["eval_loss"]
         if mesh:
             trainer.save_model(str(directory / "files"))
     return model.full_state_dict() if mesh else model.state_dict(), loss
@@ -64,7 +65,7 @@ def test_parameters_after_five_steps(mesh: str, accumulation: int, tmp_path: Pat
     for found, evaluated in results:
         worst = max(float((found[name] - value).abs().max()) for name, value in expected.items())
         print(f"Trainer on {mesh}, {accumulation} batches a step: {worst:.1e}")
-        assert worst < 1e-12 and ("pp" in mesh or abs(evaluated - loss) < 1e-10)
+        assert worst < 1e-12 and abs(evaluated - loss) < 1e-10
     start = named_model("hf:llama", TINY).model.double().state_dict()
     assert max(float((start[name] - value).abs().max()) for name, value in expected.items()) > 1e-4
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "files").state_dict()
@@ -86,6 +87,54 @@ def smoothed(base: bool, directory: Path) -> list[float]:
 
 def test_smoothed_labels_and_a_last_batch(tmp_path: Path) -> None:
     assert smoothed(False, tmp_path) == pytest.approx(smoothed(True, tmp_path), abs=1e-9)
+
+
+def not_scaled(base: bool, directory: Path) -> dict[str, Tensor]:
+    """Parameters of a model that says of itself that it does not divide by ``num_items_in_batch``."""
+    with doubles():
+        model: Any = named_model("hf:llama", TINY).model.double()
+        model.accepts_loss_kwargs = False
+        if not base:
+            model = autopar.parallelize(model, Mesh(dp=1), Plan(check_numerics=False))
+        args = arguments(directory, 2)
+        args.max_steps = 1
+        cls = transformers.Trainer if base else autopar.trainer_class()
+        cls(model=model, args=args, train_dataset=data(2)).train()
+    return dict(model.state_dict()) if base else model.full_state_dict()
+
+
+def test_the_class_says_whether_it_scales_the_loss(tmp_path: Path) -> None:
+    expected, found = not_scaled(True, tmp_path), not_scaled(False, tmp_path)
+    assert max(float((found[name] - value).abs().max()) for name, value in expected.items()) < 1e-12
+
+
+def test_a_trainer_gathers_nothing_where_accelerate_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = autopar.parallelize(named_model("hf:llama", TINY).model, Mesh(dp=1))
+    assert model._is_accelerate_prepared  # an earlier Trainer, or accelerate, has asked
+    trainer = autopar.trainer_class()(model=model, args=arguments(tmp_path), train_dataset=data(5))
+    monkeypatch.setitem(vars(trainer.accelerator.state), "num_processes", 2)
+    assert trainer.accelerator.num_processes == 2
+    assert torch.equal(trainer.accelerator.gather_for_metrics(torch.ones(3)), torch.ones(3))
+
+
+class OwnLoss(transformers.Trainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        return model(**inputs).loss * 2
+
+
+OWN_LOSSES = {
+    "label_smoothing_factor": (None, {"label_smoothing_factor": 0.1}, {}),
+    "compute_loss_func": (None, {}, {"compute_loss_func": torch.nn.functional.cross_entropy}),
+    "compute_loss of OwnLoss": (OwnLoss, {}, {}),
+}
+
+
+@pytest.mark.parametrize("name", list(OWN_LOSSES))
+def test_a_loss_of_the_trainers_own_is_refused_on_a_pipeline(name: str, tmp_path: Path) -> None:
+    base, options, more = OWN_LOSSES[name]
+    model = autopar.parallelize(named_model("hf:llama", TINY).model, Mesh(pp=2), Plan(microbatches=2))
+    with pytest.raises(LaunchError, match=f"(?s){name}: on a pipeline the last stage.*Way out: a model whose forward"):
+        autopar.trainer_class(base)(model=model, args=arguments(tmp_path, **options), train_dataset=data(5), **more)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
