@@ -6,12 +6,14 @@ before:
   view   = aten.view(cast, [64, -1])                                      : f32[64,8]
   same   = aten.slice.Tensor(view, 0, 0, 9223372036854775807)             : f32[64,8]
   part   = aten.slice.Tensor(same, -1, -4, 9223372036854775807)           : f32[64,4]
-  return part
+  relu   = aten.relu(part)                                                : f32[64,4]
+  return relu
 after:
   x         = input x                                 : f32[4,16,8]
   reshape   = aten.reshape(x, [64, 8])                : f32[64,8]
   slice_1   = aten.slice.Tensor(reshape, 1, 4, 8, 1)  : f32[64,4]
-  return slice_1
+  relu      = aten.relu(slice_1)                      : f32[64,4]
+  return relu
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ from autopar.ir.graph_pass import graph_pass
 from autopar.ir.invariants import every_value_has_a_layout, is_flat, is_functional, placeholders_match_inputs
 from autopar.ir.node import value
 from autopar.ir.operator_facts import bare_name
+from autopar.ir.own_memory import made_for_user, origin_of_memory
 from autopar.ir.program import Program
 from autopar.ir.rewrite import drop_unused_constants, operand, remove_unused, substitute
+from autopar.ir.tables import OutputKind
 
 aten = torch.ops.aten
 
@@ -38,7 +42,9 @@ Rewrite = Callable[[fx.Node], fx.Node | None]  # None: it is in canonical form a
 
 @graph_pass(ensures=(is_flat, is_functional, every_value_has_a_layout, placeholders_match_inputs))
 def canonicalize(program: Program) -> Program:
-    for node in list(program.graph.nodes):
+    traced = list(program.graph.nodes)
+    for_user, before = made_for_user(_returned(program)), set(traced)
+    for node in traced:
         if node.op != "call_function":
             continue
         if _is_assertion(node):
@@ -46,10 +52,20 @@ def canonicalize(program: Program) -> Program:
             continue
         rewrite = REWRITES.get(node.target)
         new = rewrite(node) if rewrite else None
+        if new in before and node in for_user:
+            owner = origin_of_memory(new)
+            if owner.op == "placeholder" or owner in for_user:
+                new = None if node.target is aten.clone.default else Builder(before=node)(aten.clone.default, new)
+            for_user.add(owner)
         if new is not None:
             substitute(node, new)
     remove_unused(program.graph)
     return drop_unused_constants(program)
+
+
+def _returned(program: Program) -> list[fx.Node]:
+    results = zip(program.returned, program.outputs)
+    return [node for node, entry in results if entry.kind is OutputKind.USER]
 
 
 def _is_assertion(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from autopar.errors import InvariantError
 
 is_autocasting: Any = torch._C._is_any_autocast_enabled  # whether on any kind of device
+keeps_graph: Any = torch._C._autograd._get_current_graph_task_keep_graph  # within a backward pass: retain_graph=True
 _runs: Any = torch._C._will_engine_execute_node  # type: ignore[attr-defined]
 
 

@@ -105,7 +105,7 @@ class _Refusing(torch.autograd.Function):
     def forward(ctx: Any, loss: Tensor, name: str, tensor: Tensor) -> Tensor:
         ctx.name = name
         ctx.set_materialize_grads(False)
-        return tensor
+        return tensor.detach()  # no view of it, into which nobody may write
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:

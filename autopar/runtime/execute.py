@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autopar.autodiff.autograd import WITNESS, accumulating, applied, below_autograd, take_saved
+from autopar.autodiff.autograd import WITNESS, accumulating, applied, below_autograd, keeps_graph, take_saved
 from autopar.communication.agreement import SAME_CALLS, agree, digest_of
 from autopar.communication.connect import Connection
 from autopar.dtensors.dtensor import local_of
@@ -31,6 +31,7 @@ from autopar.runtime.giving import Givers, put
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_graphs import BACKWARD, FORWARD, INFERENCE, PARTIAL, REDUCED
 from autopar.runtime.rank_program import NOTHING, BoundProgram, Fetch, Step
+from autopar.runtime.shared_with_users import SharedWithUsers, check_shared
 from autopar.runtime.written_between import WrittenBetween
 from autopar.runtime.written_code import code_of_model
 from autopar.weights.border import Result, trimmed
@@ -65,6 +66,11 @@ class Executable(BoundProgram):
             if entry.kind is OutputKind.USER
         }
         self._outputs = [(position, result.give) for position, result in self._results.items()]
+        given = [f"output '{each.name}'" for each in self._results.values()]
+        is_whole = [each.is_given_as_it_is for each in self._results.values()]
+        self._with_users = SharedWithUsers(
+            [f"input '{name}'" for name in self.users] + given, [True] * len(self.users) + is_whole
+        )
         others = [(at, each) for at, each in self._results.items() if at not in self.role.differentiable]
         beside = [(at, each.name, each.give) for at, each in others if each.value.requires_grad]
         self._beside = BesideLoss(beside, connection.comm.agreement.everyone)
@@ -97,8 +103,13 @@ class Executable(BoundProgram):
         if not torch.is_grad_enabled():
             self.call(INFERENCE, step)
         elif self.role.backward is not None:
-            found = dict(zip((*self.role.differentiable, *self._beside.places), self._applied(step)))
-            return self._restored([found[at] if at in found else give(step.returned[at]) for at, give in self._outputs])
+            applied_to = self._applied(step)
+            found = dict(zip((*self.role.differentiable, *self._beside.places), applied_to))
+            given = [found[at] if at in found else give(step.returned[at]) for at, give in self._outputs]
+            if self._with_users.positions:
+                node: Any = applied_to[0].grad_fn
+                node.shared = self._with_users.after([*tensors, *given])
+            return self._restored(given)
         else:
             with torch.no_grad():
                 self.call(INFERENCE, step)
@@ -123,6 +134,8 @@ class Executable(BoundProgram):
         """(differentiable outputs, then those beside the loss; values saved for backward)."""
         saved = self.call(self.graphs.learning if step.learns else FORWARD, step)
         outputs, returned = [], list(step.returned)
+        if not step.learns:
+            self._with_users.learn([*step.tensors, *[returned[at] for at in self._results]], saved)
         for position in self.role.differentiable:
             # a tensor of its own: autograd writes into what it returns, and this may be a parameter or saved
             outputs.append(self._results[position].give(returned[position]).detach())
@@ -225,5 +238,9 @@ class _Differentiable(torch.autograd.Function):
         ctx.executable.check_beside(tangents)
         check, agreement = partial(ctx.executable.kept.check, ctx.versions), ctx.executable.comm.agreement
         agree(agreement, check) if agreement.noted and ctx.executable.graphs.gathered else check()
+        if hasattr(ctx, "shared"):
+            check_shared(ctx.shared, lambda: ctx.saved_tensors)
+            if not keeps_graph():
+                del ctx.shared
         wanted = accumulating(ctx, 3)[1:]
         return (None, None, None, None, *ctx.executable.backward(take_saved(ctx), tangents, wanted))

@@ -37,6 +37,7 @@ from autopar.runtime.giving import Give, put
 from autopar.runtime.pipelined_backward import check_backward
 from autopar.runtime.rank_code import RankCode
 from autopar.runtime.rank_stage import BoundStage, Microbatch, StageStep
+from autopar.runtime.shared_with_users import Shared, shared_with
 from autopar.runtime.written_between import WrittenBetween
 from autopar.runtime.written_code import axes_of, code_of_stage
 from autopar.schedules import timing
@@ -135,7 +136,7 @@ class PipelineExecutable:
             step = _Forward(self, batches, rows, seed)
             step.trained = self._trained()
             loss: Tensor = applied(_Differentiable, step, WITNESS, given, *step.trained.values())
-            return self._output(step.steps, loss, learns=True)
+            return self._output(step.steps, loss, step)
         with torch.no_grad():
             run = self._steps(batches, rows, seed, False, self._users)
             self._play(self._forward_only, run)
@@ -145,7 +146,7 @@ class PipelineExecutable:
         """All forward passes, which keep the values that backward needs; gives the loss."""
         step.steps = self._steps(step.batches, step.rows, step.seed, True, self._users)
         self._play(self._forward_only, step.steps)
-        step.versions = self.kept.after(value for batch in _batches(step) for value in batch.saved or ())
+        step.versions = self.kept.after(step.saved)
         return self._total_loss(step.steps)
 
     def backward(self, step: _Forward, grad: Tensor) -> None:
@@ -176,22 +177,28 @@ class PipelineExecutable:
     def _users(self) -> frozenset[str]:
         return frozenset(entry.target for entry in self.program.outputs if entry.kind is OutputKind.USER)
 
-    def _output(self, steps: dict[int, StageStep], loss: Tensor | None, learns: bool = False) -> Any:
-        found: list[Tensor | None] = []
+    def _output(self, steps: dict[int, StageStep], loss: Tensor | None, learns: _Forward | None = None) -> Any:
+        found: dict[str, Tensor | None] = {}
         for position, (entry, types) in enumerate(zip(self.program.outputs, self.program.returned_types)):
             if entry.kind is not OutputKind.USER:
                 continue
             makers = [step for step in steps.values() if entry.target in step.batches[0].outputs]
             parts = [batch.outputs[entry.target] for batch in makers[0].batches] if makers else []
             if position == self.program.loss:
-                found.append(loss)
+                found[entry.target] = loss
                 continue
             join = self.program.joins.get(entry.target)
             whole = microbatches.together(entry.target, parts, join) if parts else None
-            if learns and loss is not None and whole is not None and types[0].requires_grad:
+            if learns is not None and loss is not None and whole is not None and types[0].requires_grad:
                 whole = beside_loss(loss, entry.target, whole.detach())
-            found.append(whole)
-        return restore_output(self.program, found) if self.program.out_spec is not None else tuple(found)
+            found[entry.target] = whole
+        if learns is not None:
+            targets = [entry.target for _, entry in self.program.takes(InputKind.INPUT)]
+            known = [(f"input '{name}'", each) for part in learns.batches for name, each in zip(targets, part)]
+            known += [(f"output '{name}'", each) for name, each in found.items() if each is not None]
+            learns.shared = shared_with(learns.saved, known)
+        given = list(found.values())
+        return restore_output(self.program, given) if self.program.out_spec is not None else tuple(given)
 
     def _steps(
         self,
@@ -330,8 +337,13 @@ class _Forward:
     seed: int
     steps: dict[int, StageStep] = field(default_factory=dict)
     versions: list[int] = field(default_factory=list)
+    shared: list[Shared] = field(default_factory=list)
     trained: dict[str, Tensor] = field(default_factory=dict)
     is_done: bool = False
+
+    @property
+    def saved(self) -> list[Any]:
+        return [value for batch in _batches(self) for value in batch.saved or ()]
 
 
 def _batches(step: _Forward) -> list[Microbatch]:
@@ -351,7 +363,7 @@ class _Differentiable(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise InvariantError("create_graph=True asks for second derivatives, which a rank program does not have")
         agree(ctx.step.executable.comm.agreement, partial(check_backward, ctx))
-        ctx.step.is_done = True
+        ctx.step.is_done, ctx.step.shared = True, []
         ctx.step.executable.backward(ctx.step, grad)
         return (None,) * len(ctx.needs_input_grad)
 

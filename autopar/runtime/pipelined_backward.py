@@ -7,6 +7,7 @@ from typing import Any
 from autopar.autodiff.autograd import accumulating, is_watched
 from autopar.errors import InvariantError
 from autopar.runtime.beside_loss import check_unwatched, outputs_of
+from autopar.runtime.shared_with_users import check_shared
 
 
 def check_backward(ctx: Any) -> None:
@@ -31,3 +32,4 @@ def check_backward(ctx: Any) -> None:
             "pipeline would call it with None\nWay out: register hooks before the model is called."
         )
     ctx.step.executable.kept.check(ctx.step.versions)
+    check_shared(ctx.step.shared, lambda: ctx.step.saved)

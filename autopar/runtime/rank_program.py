@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from autopar.autodiff.autograd import below_autograd, is_autocasting
 from autopar.autodiff.hoist import Gathers
@@ -24,6 +25,7 @@ from autopar.communication.pieces import padded
 from autopar.communication.recorder import Named
 from autopar.dtensors.dtensor import local_of, locals_of
 from autopar.errors import AutoparError, InvariantError
+from autopar.ir.own_memory import origin_of_memory
 from autopar.ir.program import PipelinedProgram, Program
 from autopar.ir.stored_graph import Port
 from autopar.ir.tables import Input, InputKind, OutputKind, join_key
@@ -36,6 +38,7 @@ from autopar.weights.border import joined, part_of, trimmed
 from autopar.weights.parameters import tables
 from autopar.weights.resident_parameters import Gathered
 
+Span = tuple[int, int, int, int]  # storage, first byte, byte after the last, position of the tensor
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -117,6 +120,7 @@ class BoundProgram:
         for name, gathering in self.graphs.gathered.items():
             if name not in self._gathered:
                 self._gathered[name] = self._gather(gathering)
+        self._lent: dict[str, set[int]] = {}  # outputs that users are given in memory of their own, known after a run
         self._shared: dict[str, list[int]] = {}  # results that share memory, known after the first backward
 
     def resident(self) -> list[tuple[str, Tensor]]:
@@ -149,6 +153,7 @@ class BoundProgram:
         resident = self._gathered.get(FORWARD if name == LEARN else name)
         if resident is not None:
             inputs += resident.tensors()
+        taken = [_span(each, 0) for each in inputs if isinstance(each, Tensor)] if name not in self._lent else []
         if is_autocasting() and torch.is_autocast_enabled(self.comm.device.type):
             with torch.autocast(self.comm.device.type, enabled=False), below_autograd():
                 found = self.results(name, inputs)
@@ -157,6 +162,10 @@ class BoundProgram:
                 found = self.results(name, inputs)
         count = len(self.program.outputs)
         step.returned = found[:count]
+        if name not in self._lent:
+            self._lent[name] = lent(self.program, step.returned, taken)
+        if self._lent[name]:
+            step.returned = [each.clone() if at in self._lent[name] else each for at, each in enumerate(step.returned)]
         for position, table, key, join in self._updates:
             buffer = local_of(table[key])
             made = trimmed(step.returned[position], buffer.shape)
@@ -229,6 +238,28 @@ class BoundProgram:
         return Giver(*self.slots[target])
 
 
+def lent(program: Program, returned: Sequence[Any], taken: Sequence[Span]) -> set[int]:
+    """Positions of outputs, ``returned``, in memory that is not theirs in the model: what users write there would be
+    seen in another output, or in a tensor that the graph has taken, at the spans ``taken``."""
+    found, given = set[int](), list[tuple[Node, Span]]()
+    constants = {node for node, _ in program.placeholders(InputKind.CONSTANT)}
+    for at, (node, entry, tensor) in enumerate(zip(program.returned, program.outputs, returned)):
+        if entry.kind is not OutputKind.USER or not isinstance(tensor, Tensor):
+            continue
+        origin, span = origin_of_memory(node), _span(tensor, at)
+        is_own = origin.op != "placeholder" or origin in constants
+        others = [other for one, other in given if one is not origin] + (list(taken) if is_own else [])
+        if any(_overlap(span, other) for other in others):
+            found.add(at)
+        else:
+            given.append((origin, span))
+    return found
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one[0] == other[0] and one[1] < other[2] and other[1] < one[2]
+
+
 def sharing(passed_on: Iterable[int], found: Sequence[Tensor]) -> list[int]:
     """Positions of results of a graph that share memory with an input (those ``passed_on``) or with another result.
 
@@ -245,8 +276,7 @@ def sharing(passed_on: Iterable[int], found: Sequence[Tensor]) -> list[int]:
     return sorted(shared)
 
 
-def _span(tensor: Tensor, position: int) -> tuple[int, int, int, int]:
-    """(storage, first byte, byte after the last, position)."""
+def _span(tensor: Tensor, position: int) -> Span:
     start = int(tensor.storage_offset()) * tensor.element_size()
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
     end = start + (reach * tensor.element_size() if tensor.numel() else 0)

@@ -36,10 +36,10 @@ class WrittenBetween:
     def after(self, saved: Iterable[Any]) -> list[int]:
         """What :meth:`check` takes, where a forward pass has ``saved`` these values."""
         if self._kept is None:
-            memory = {_memory(value) for value in saved if isinstance(value, Tensor)}
-            whole = {name for name, tensor in self._wholes() if _memory(tensor) in memory}
+            memory = {memory_of(value) for value in saved if isinstance(value, Tensor)}
+            whole = {name for name, tensor in self._wholes() if memory_of(tensor) in memory}
             places = [(name, *place) for name, place in self._parameters.items()]
-            self._kept = [one for one in places if one[0] in whole or _memory(local_of(one[1][one[2]])) in memory]
+            self._kept = [one for one in places if one[0] in whole or memory_of(local_of(one[1][one[2]])) in memory]
         return [table[key]._version for _, table, key in self._kept]
 
     def check(self, before: Sequence[int]) -> None:
@@ -61,5 +61,5 @@ class WrittenBetween:
         )
 
 
-def _memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.numel() else 0

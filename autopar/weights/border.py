@@ -105,6 +105,11 @@ class Result:
         local = torch.empty(self._shape, dtype=self.value.dtype, device=comm.device)
         self._spec = spec_of(dtensor(local, self.connection.device_mesh, form.placements, layout.shape))
 
+    @property
+    def is_given_as_it_is(self) -> bool:
+        """Whether :meth:`give` gives the program's tensor itself."""
+        return self._spec is None and not (self._join and self.value.layout.groups)
+
     def give(self, local: Tensor) -> Tensor:
         """The user's value for the program's ``local``."""
         if self._spec is not None:
