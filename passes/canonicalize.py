@@ -52,7 +52,7 @@ def canonicalize(program: Program) -> Program:
             continue
         rewrite = REWRITES.get(node.target)
         new = rewrite(node) if rewrite else None
-        if new in before and node in for_user:
+        if new is not None and new in before and node in for_user:
             owner = origin_of_memory(new)
             if owner.op == "placeholder" or owner in for_user:
                 new = None if node.target is aten.clone.default else Builder(before=node)(aten.clone.default, new)
