@@ -96,7 +96,7 @@ STANDS_ON = {
         "checkpoint communication errors families ir mesh operators pipeline program_files schedules simulator traces"
     ),
     "pretrained": "api checkpoint errors mesh module plan weights zoo",
-    "frameworks": "checkpoint errors module other_methods pretrained",
+    "frameworks": "checkpoint errors mesh module other_methods pretrained",
     "training": "api checkpoint communication cost data errors ir mesh module notes plan pretrained traces zoo",
     "autopar": "*",  # the package itself: its names are imported at first use
     "commands": "*",

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from autopar.checkpoint.written_weights import save_pretrained
 from autopar.errors import LaunchError
 from autopar.frameworks.adapters import has_adapters, load_adapters
+from autopar.mesh import REPLICA_AXES
 from autopar.module import ParallelModule, held_by
 from autopar.other_methods import ASKED_BY_TRAINER, check_precision
 from autopar.pretrained.gathered import gather
@@ -55,6 +56,7 @@ class _OnAllRanks:
     state: Any
     optimizer: Any
     accelerator: Any
+    gather_function: Any
     processing_class: Any
 
     def __init__(self, model: Any = None, args: Any = None, **others: Any) -> None:
@@ -69,6 +71,8 @@ class _OnAllRanks:
             _refuse_losses_of_its_own(type(self), args, others.get("compute_loss_func"))
         with _answering_as_a_plain_one(model):
             super().__init__(model=model, args=args, **others)  # type: ignore[call-arg]
+        if args is None:
+            _refuse(model, self.args)  # those by default
         self._ask(_without_adapters(held_by(model).model))
 
     def _ask(self, plain: Any) -> None:
@@ -93,7 +97,7 @@ class _OnAllRanks:
         for name in ("gather", "pad_across_processes"):
             setattr(accelerator, name, _as_it_is)
         usual = inspect.unwrap(type(accelerator).gather_for_metrics)  # of accelerate, also where it is watched
-        accelerator.gather_for_metrics = partial(_for_metrics, partial(usual, accelerator))
+        self.gather_function = accelerator.gather_for_metrics = partial(_for_metrics, partial(usual, accelerator))
 
     def compute_loss(self, model: Any, *args: Any, **options: Any) -> Any:
         """As the base's, which asks the class for its name: the labels of some are smoothed one place further."""
@@ -123,6 +127,10 @@ class _OnAllRanks:
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norm: Tensor = self.model.clip_grad_norm_(self.args.max_grad_norm)
         return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Of all stages, also where nothing is clipped."""
+        return self.model.clip_grad_norm_(float("inf")) if grad_norm is None else grad_norm
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """All ranks write their slices; of a model with adapters of peft, rank 0 writes these."""
@@ -205,6 +213,7 @@ def _refuse_losses_of_its_own(kind: type, args: Any, function: Any) -> None:
 
 def _refuse(model: ParallelModule, args: Any) -> None:
     saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+    replicas = [axis for axis in model.mesh.names if axis in REPLICA_AXES and model.mesh.size(axis) > 1]
     for precision in ("bf16", "fp16"):
         if getattr(args, precision, False):
             check_precision(model, model.plan, precision, f"TrainingArguments({precision}=True)")
@@ -215,6 +224,8 @@ def _refuse(model: ParallelModule, args: Any) -> None:
         "deepspeed: a parallel module splits states itself": bool(getattr(args, "deepspeed", None)),
         "fsdp: a parallel module splits parameters itself": bool(getattr(args, "fsdp", None)),
         "gradient_checkpointing: what is recomputed is a choice of the plan": args.gradient_checkpointing,
+        f"Plan(inputs='local') on {model.mesh}: this Trainer gives every rank the whole batch, and takes it for all "
+        "that there is": bool(replicas) and model.plan.inputs == "local",
     }
     ways = (
         "save_only_model=True, or save_strategy='no' with autopar.Checkpoints in a callback",
@@ -223,6 +234,7 @@ def _refuse(model: ParallelModule, args: Any) -> None:
         "autopar.Plan(zero=1), 2 or 3, and no deepspeed=",
         "autopar.Plan(zero=3), and no fsdp=",
         "autopar.Plan(recompute='full'), or 'selective', and gradient_checkpointing=False",
+        "autopar.Plan(inputs='global'), the default",
     )
     for (problem, there), way in zip(problems.items(), ways):
         if there:

@@ -114,7 +114,8 @@ def test_a_trainer_gathers_nothing_where_accelerate_is_watched(tmp_path: Path, m
     trainer = autopar.trainer_class()(model=model, args=arguments(tmp_path), train_dataset=data(5))
     monkeypatch.setitem(vars(trainer.accelerator.state), "num_processes", 2)
     assert trainer.accelerator.num_processes == 2
-    assert torch.equal(trainer.accelerator.gather_for_metrics(torch.ones(3)), torch.ones(3))
+    for gather in (trainer.accelerator.gather_for_metrics, trainer.gather_function):
+        assert torch.equal(gather(torch.ones(3)), torch.ones(3))
 
 
 class OwnLoss(transformers.Trainer):
@@ -146,6 +147,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
         transformers.Trainer(model=model, args=arguments(tmp_path), train_dataset=data(5))
     with pytest.raises(LaunchError, match="(?s)the optimizer of one process.*Way out: save_only_model=True"):
         autopar.trainer_class()(model=model, args=arguments(tmp_path, save_strategy="steps"))
+    with pytest.raises(LaunchError, match="the optimizer of one process"):
+        autopar.trainer_class()(model=model)  # which saves by default
+    local = autopar.parallelize(named_model("hf:llama", TINY).model, Mesh(dp=2), Plan(inputs="local"))
+    with pytest.raises(LaunchError, match=r"(?s)inputs='local'\) on mesh\(dp=2\).*the whole batch.*inputs='global'"):
+        autopar.trainer_class()(model=local, args=arguments(tmp_path))
     of_trl = type("SFTTrainer", (transformers.Trainer,), {"__module__": "trl.trainer.sft_trainer"})
     with pytest.raises(LaunchError, match="(?s)SFTTrainer of trl calls methods.*Way out"):
         autopar.trainer_class(of_trl)
