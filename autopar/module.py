@@ -33,7 +33,7 @@ from autopar.ir.loss import loss_of
 from autopar.ir.program import AnyProgram
 from autopar.ir.traffic import Transfer
 from autopar.mesh import PIPELINE, Mesh
-from autopar.other_methods import asked, for_frameworks, refusal
+from autopar.other_methods import asked, for_frameworks, is_refused, refusal
 from autopar.pipeline import microbatches
 from autopar.pipeline.microbatches import Weight
 from autopar.pipeline.stages import first_ranks
@@ -339,7 +339,7 @@ class ParallelModule(nn.Module):
                 raise
         model = self._held.model
         found = asked(model, name)
-        if callable(found) and name not in vars(model):
+        if is_refused(model, name, found):
             raise AttributeError(refusal(type(model).__name__, name))
         return found
 

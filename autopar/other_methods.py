@@ -48,6 +48,15 @@ INSTEAD = {
     "merge_and_unload": GATHER,
 }
 
+SWITCHES_OF_PEFT = (  # what they write into modules, or add to parameters, the next call sees
+    "disable_adapter",
+    "enable_adapter_layers",
+    "disable_adapter_layers",
+    "set_adapter",
+    "merge_adapter",
+    "unmerge_adapter",
+)
+
 NO_SYNC = (
     "with model.no_sync(): around the batches before the last, or Plan(microbatches=m) and model.train_step(**batch)"
 )
@@ -246,6 +255,12 @@ def refusal(kind: str, name: str) -> str:
         "what the model computes otherwise is not parallelised\n"
         f"Way out: {way_out}."
     )
+
+
+def is_refused(model: object, name: str, found: Any) -> bool:
+    """Whether ``found``, the attribute ``name`` of ``model``, is a method that a parallel module has not."""
+    switches = name in SWITCHES_OF_PEFT and bool(getattr(model, "peft_config", None))
+    return callable(found) and name not in vars(model) and not switches
 
 
 def asked(model: object, name: str) -> Any:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from autopar.checkpoint.written_weights import save_pretrained
 from autopar.errors import LaunchError
 from autopar.frameworks.adapters import has_adapters, load_adapters
+from autopar.frameworks.stage_outputs import on_all_ranks
 from autopar.mesh import REPLICA_AXES
 from autopar.module import ParallelModule, held_by
 from autopar.other_methods import ASKED_BY_TRAINER, check_precision
@@ -119,9 +120,16 @@ class _OnAllRanks:
         loss: Tensor = model.train_step(**self._prepare_inputs(inputs))  # type: ignore[attr-defined]
         return loss
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Whole tensors: a rank has parts of the outputs."""
-        found = super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
+        """Whole tensors: a rank has parts of the outputs, and on a pipeline those of its stages."""
+        called = model
+        if self.model.mesh.is_pipelined and not prediction_loss_only:
+            device = self.args.device
+
+            def called(**batch: Any) -> Any:
+                return on_all_ranks(model(**batch), device)
+
+        found = super().prediction_step(called, inputs, prediction_loss_only, *args, **kwargs)  # type: ignore[misc]
         return pytree.tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, found)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:

@@ -39,7 +39,7 @@ def arguments(directory: Path, accumulation: int = 1, **more: Any) -> Any:
     )  # fmt: skip
 
 
-def trained(mesh: str, accumulation: int, directory: Path, base: bool) -> tuple[dict[str, Tensor], float]:
+def trained(mesh: str, accumulation: int, directory: Path, base: bool) -> tuple[dict[str, Tensor], float, Any]:
     with doubles():
         model: Any = named_model("hf:llama", TINY).model.double()
         if mesh:
@@ -50,9 +50,10 @@ def trained(mesh: str, accumulation: int, directory: Path, base: bool) -> tuple[
         trainer.train()
         trainer = cls(model=model, args=arguments(directory), train_dataset=data(5))  # a second one in this process
         loss = trainer.evaluate(data(1))["eval_loss"]
+        logits = trainer.predict(data(1)).predictions
         if mesh:
             trainer.save_model(str(directory / "files"))
-    return model.full_state_dict() if mesh else model.state_dict(), loss
+    return model.full_state_dict() if mesh else model.state_dict(), loss, logits
 
 
 RUNS = [("dp=2", 1), ("tp=2", 1), ("dp=2", 3), ("pp=2", 1), ("dp=1", 1)]
@@ -60,12 +61,13 @@ RUNS = [("dp=2", 1), ("tp=2", 1), ("dp=2", 3), ("pp=2", 1), ("dp=1", 1)]
 
 @pytest.mark.parametrize(("mesh", "accumulation"), slow_but([], RUNS))
 def test_parameters_after_five_steps(mesh: str, accumulation: int, tmp_path: Path) -> None:
-    expected, loss = trained("", accumulation, tmp_path / "one", base=True)
+    expected, loss, logits = trained("", accumulation, tmp_path / "one", base=True)
     results = run_ranks(trained, Mesh.parse(mesh).world_size, mesh, accumulation, tmp_path / "out", False)
-    for found, evaluated in results:
+    for found, evaluated, predicted in results:
         worst = max(float((found[name] - value).abs().max()) for name, value in expected.items())
         print(f"Trainer on {mesh}, {accumulation} batches a step: {worst:.1e}")
         assert worst < 1e-12 and abs(evaluated - loss) < 1e-10
+        assert predicted.shape == logits.shape and abs(predicted - logits).max() < 1e-10
     start = named_model("hf:llama", TINY).model.double().state_dict()
     assert max(float((start[name] - value).abs().max()) for name, value in expected.items()) > 1e-4
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "files").state_dict()
