@@ -37,7 +37,15 @@ def test_adapters_go_to_files_of_their_own(tmp_path: Path) -> None:
     back = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")
     with torch.no_grad():
         expected, found = model.eval()(**example.batch).loss, back.eval()(**example.batch).loss
-        assert abs(float(expected) - float(found)) < 1e-6
+        assert abs(float(expected) - (found := float(found))) < 1e-6
+    with torch.no_grad():
+        with model.disable_adapter(), back.disable_adapter():  # type: ignore[operator]
+            without, base = float(model(**example.batch).loss), float(back(**example.batch).loss)
+        model.merge_adapter()  # type: ignore[operator]
+        merged = float(model(**example.batch).loss)
+        model.unmerge_adapter()  # type: ignore[operator]
+        again = float(model(**example.batch).loss)
+    assert abs(without - base) < 1e-6 and abs(merged - found) < 1e-6 and abs(again - found) < 1e-6 < abs(base - found)
     learned = [value for name, value in plain.state_dict().items() if "lora_B" in name]
     assert learned and all(bool(value.any()) for value in learned)
 
