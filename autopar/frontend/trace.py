@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, OutputSpec, TensorArgument
+from torch.export.graph_signature import ConstantArgument, CustomObjArgument, InputSpec, OutputSpec, TensorArgument
 from torch.export.graph_signature import InputKind as ExportInput
 from torch.export.graph_signature import OutputKind as ExportOutput
 from torch.utils import _pytree as pytree
@@ -208,6 +208,16 @@ def _program(exported: ExportedProgram, model: nn.Module, mesh: Mesh, plan: Plan
     )
 
 
+def _unsupported(spec: InputSpec) -> str:
+    if isinstance(spec.arg, CustomObjArgument) and spec.arg.class_fqn == "torch._C.Generator":
+        return (
+            "forward draws random numbers from a torch.Generator of its own, and a program draws its own from one seed\n"
+            "Way out: numbers that are always the same are drawn once, in __init__, and kept in a buffer "
+            "(register_buffer); others are drawn without generator=, or outside, and passed as an argument."
+        )
+    return f"the model takes an input of kind {spec.kind.name} ({spec.arg}), which is not supported"
+
+
 def _inputs(exported: ExportedProgram, paths: list[str]) -> tuple[dict[Input, fx.Node], tuple[tuple[int, Any], ...]]:
     """The table of tensor inputs in the program's order; flat positions and values of those that are no tensors."""
     nodes = [node for node in exported.graph.nodes if node.op == "placeholder"]
@@ -217,7 +227,7 @@ def _inputs(exported: ExportedProgram, paths: list[str]) -> tuple[dict[Input, fx
     for node, spec in zip(nodes, exported.graph_signature.input_specs):
         kind, target = INPUT_KINDS.get(spec.kind), spec.target
         if kind is None:
-            raise TraceError(f"the model takes an input of kind {spec.kind.name} ({spec.arg}), which is not supported")
+            raise TraceError(_unsupported(spec))
         if kind is InputKind.INPUT:
             position = next(positions)
             target = paths[position]

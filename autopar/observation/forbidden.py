@@ -37,8 +37,7 @@ _UNTOLD = {
     "strftime": 1,
     **dict.fromkeys(_CONVERTING, 0),
 }  # with more arguments nothing changes
-SEEDS = ("seed", "initial_seed", "get_rng_state")
-PUT_BACK = {"get_rng_state": "set_rng_state"}  # whoever calls the latter too has no other use for it
+SEEDS = ("seed", "initial_seed")
 DRAWING = (uuid.__file__, secrets.__file__, random.__file__)  # of Python's library, for whoever calls them
 HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 CHANGES = "would be that of the first call in every call"
@@ -46,6 +45,11 @@ UNCALLED = "which a program does not call: its backward pass is not autograd's"
 HOOK_ELSEWHERE = (
     "change the gradient by an autograd.Function whose backward is linear; put a hook on a parameter "
     "outside of forward (parameter.register_hook); or clip gradients after the backward pass."
+)
+SETS_SEED = "sets the seed of torch's random numbers ({}), and a program draws its own, others in every call"
+OWN_NUMBERS = (
+    "numbers that are always the same are drawn once, in __init__, and kept in a buffer (register_buffer); others need "
+    "no seed in forward: set it outside of the model."
 )
 PASS_IT = "draw or read it outside and pass it as an argument: a tensor, which may change from call to call."
 
@@ -65,6 +69,7 @@ def nothing_forbidden() -> Iterator[None]:
             refused = _refused(Tensor, name, said, HOOK_ELSEWHERE, elsewhere)
             stack.enter_context(mock.patch.object(Tensor, name, refused))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _moved(nn.Module._apply)))
+        stack.enter_context(_seeds_kept(elsewhere))
         yield
     if random.getstate() != before and random not in elsewhere:
         random.setstate(before)
@@ -104,14 +109,53 @@ def _refused(owner: Any, name: str, said: str, way_out: str, elsewhere: set[Any]
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename in DRAWING:
             frame = frame.f_back
-        if frame is not None and PUT_BACK.get(name) in frame.f_code.co_names:
-            return original(*args, **kwargs)
         is_told = name in _UNTOLD and len(args) + len(kwargs) > _UNTOLD[name] and None not in args
         if is_told or frame is None or not is_users_file(frame.f_code.co_filename):
             return original(*args, **kwargs)
         raise TraceError(f"forward {said}\n  at {line_of_user(frame)}\nWay out: {way_out}")
 
     return call
+
+
+@contextmanager
+def _seeds_kept(elsewhere: set[Any]) -> Iterator[None]:
+    """Within this context forward sets no seed of torch's; a state of its generator that it takes it puts back."""
+    thread, taken = threading.get_ident(), list[tuple[Tensor, str]]()
+    get, put = torch.get_rng_state, torch.set_rng_state
+
+    def get_rng_state() -> Tensor:
+        state, frame = get(), sys._getframe(1)
+        if threading.get_ident() == thread and is_users_file(frame.f_code.co_filename):
+            taken.append((state, line_of_user(frame)))
+        return state
+
+    def set_rng_state(new_state: Tensor) -> None:
+        known = [one for one in taken if one[0] is new_state]
+        if known:
+            taken.remove(known[0])
+        frame = sys._getframe(1)
+        if not known and threading.get_ident() == thread and is_users_file(frame.f_code.co_filename):
+            raise _sets_seed("set_rng_state", line_of_user(frame))
+        put(new_state)
+
+    with ExitStack() as stack:
+        for module in (torch, torch.random):
+            said = SETS_SEED.format("manual_seed")
+            seed = _refused(module, "manual_seed", said, OWN_NUMBERS, elsewhere)
+            for name, new in (
+                ("manual_seed", seed),
+                ("get_rng_state", get_rng_state),
+                ("set_rng_state", set_rng_state),
+            ):
+                stack.enter_context(mock.patch.object(module, name, new))
+        yield
+    if taken:
+        said = f"asks for a seed of torch's (get_rng_state), and does not put it back (set_rng_state): it {CHANGES}"
+        raise TraceError(f"forward {said}\n  at {taken[0][1]}\nWay out: {PASS_IT}")
+
+
+def _sets_seed(name: str, line: str) -> TraceError:
+    return TraceError(f"forward {SETS_SEED.format(name)}\n  at {line}\nWay out: {OWN_NUMBERS}")
 
 
 def _differentiates(original: Callable[..., Any], name: str) -> Callable[..., Any]:

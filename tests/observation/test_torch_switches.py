@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import rich.console
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import autopar
 from autopar import Mesh
@@ -108,6 +108,50 @@ CHANGING: dict[str, Callable[[Tensor], object]] = {
 def test_what_changes_in_each_call_is_refused(name: str) -> None:
     with pytest.raises(TraceError, match=rf"(?s)\({name}\), which would be that of the first call.*Way out"):
         trace(Asks(CHANGING[name]), (torch.randn(2, 4),))  # type: ignore[arg-type]
+
+
+def kept(seed: Callable[[], object]) -> Tensor:
+    with torch.random.fork_rng():
+        seed()
+        return torch.rand(4)
+
+
+SEEDED: dict[str, Callable[[Tensor], object]] = {
+    "manual_seed": lambda h: kept(lambda: torch.manual_seed(0)).sum() is None,
+    "set_rng_state": lambda h: kept(lambda: torch.set_rng_state(STATE)).sum() is None,
+    "a torch.Generator": lambda h: h + torch.rand(4, generator=torch.Generator().manual_seed(0)),
+}
+STATE = torch.get_rng_state()
+
+
+class Noisy(nn.Module):
+    def __init__(self, noise: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, x: Tensor) -> object:
+        noise = self.noise(x)
+        return noise if isinstance(noise, Tensor) else x * 2
+
+
+@pytest.mark.parametrize("name", list(SEEDED))
+def test_a_seed_set_in_forward_is_refused(name: str) -> None:
+    with pytest.raises(TraceError, match=rf"(?s){name}.*Way out: numbers that are always the same are drawn once"):
+        trace(Noisy(SEEDED[name]), (torch.randn(2, 4),))
+
+
+def taken() -> Tensor:
+    return torch.get_rng_state()
+
+
+def test_a_state_may_be_taken_and_put_back() -> None:
+    def forward(h: Tensor) -> Tensor:
+        state = taken()
+        drawn = h + torch.rand(4)
+        torch.random.set_rng_state(state)
+        return drawn
+
+    trace(Noisy(forward), (torch.randn(2, 4),))
 
 
 def told() -> str:
