@@ -211,7 +211,7 @@ def _program(exported: ExportedProgram, model: nn.Module, mesh: Mesh, plan: Plan
 def _unsupported(spec: InputSpec) -> str:
     if isinstance(spec.arg, CustomObjArgument) and spec.arg.class_fqn == "torch._C.Generator":
         return (
-            "forward draws random numbers from a torch.Generator of its own, and a program draws its own from one seed\n"
+            "forward draws random numbers from a torch.Generator of its own, and a program has one seed\n"
             "Way out: numbers that are always the same are drawn once, in __init__, and kept in a buffer "
             "(register_buffer); others are drawn without generator=, or outside, and passed as an argument."
         )

@@ -148,10 +148,16 @@ def _seeds_kept(elsewhere: set[Any]) -> Iterator[None]:
                 ("set_rng_state", set_rng_state),
             ):
                 stack.enter_context(mock.patch.object(module, name, new))
-        yield
+        problem = None
+        try:
+            yield
+        except Exception as raised:
+            problem = raised
     if taken:
-        said = f"asks for a seed of torch's (get_rng_state), and does not put it back (set_rng_state): it {CHANGES}"
-        raise TraceError(f"forward {said}\n  at {taken[0][1]}\nWay out: {PASS_IT}")
+        said = f"asks for a seed of torch's (get_rng_state), which {CHANGES}, and does not put it back (set_rng_state)"
+        raise TraceError(f"forward {said}\n  at {taken[0][1]}\nWay out: {PASS_IT}") from problem
+    if problem is not None:
+        raise problem
 
 
 def _sets_seed(name: str, line: str) -> TraceError:
