@@ -11,8 +11,9 @@ from autopar.cache.compiled import cached_program
 from autopar.cache.kept_families import fitted
 from autopar.cache.kept_questions import kept_questions
 from autopar.cache.key import Request
+from autopar.calls.call_sizes import general, shapes_of
 from autopar.calls.calls import Call, Signature
-from autopar.calls.size_families import SizeFamilies, general, shapes_of
+from autopar.calls.size_families import SizeFamilies
 from autopar.choices import check_choices
 from autopar.errors import TraceError, check_kind
 from autopar.families.family import Family

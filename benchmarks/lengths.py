@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.cache import compiled as cache_compiled
+from autopar.calls.call_sizes import general
 from autopar.calls.calls import Call, Signature
-from autopar.calls.size_families import SizeFamilies, general
+from autopar.calls.size_families import SizeFamilies
 from autopar.compiler import compile_program
 from autopar.frontend.fingerprint import call_facts
 from autopar.ir.guards import Guards

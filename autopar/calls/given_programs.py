@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch.utils import _pytree as pytree
 
+from autopar.calls.call_sizes import resized, shapes_of
 from autopar.calls.calls import Call
-from autopar.calls.size_families import resized, shapes_of
 from autopar.families.family import Family
 from autopar.ir.asked_of_inputs import answers_of
 from autopar.ir.fingerprint import CallFacts

@@ -13,14 +13,13 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-from torch.utils import _pytree as pytree
-
-from autopar.calls.calls import Call, class_of, kind_of
+from autopar.calls.call_sizes import resized, shapes_of
+from autopar.calls.calls import Call, class_of
 from autopar.families.family import Family, Point, fit
 from autopar.families.forms import NoForm, Sizes
 from autopar.families.refusals import is_refusal
 from autopar.families.sizes import BATCH, OTHER, SEQUENCE, Place, Scheme, Shapes, between, further, reaching
+from autopar.families.tied import ties
 from autopar.ir.asked_of_inputs import unusual_answers
 from autopar.ir.batch import data_ways, input_dims
 from autopar.ir.fingerprint import CallFacts
@@ -88,6 +87,10 @@ class _Kept:
     points: list[tuple[Shapes, AnyProgram]] = field(default_factory=list)
     rounds: int = 0
     is_each: bool = False
+
+    def of(self, scheme: Scheme) -> list[tuple[Sizes, AnyProgram]]:
+        """Those of :attr:`points` that ``scheme`` knows, by their sizes."""
+        return [(sizes, program) for shapes, program in self.points if (sizes := scheme.sizes(shapes)) is not None]
 
 
 class SizeFamilies:
@@ -187,10 +190,8 @@ class SizeFamilies:
 
     def _part(self, kind: Hashable, kept: _Kept, call: Call) -> None:
         """Programs of one row for each rank, which make no family with the others, may make one of their own."""
-        places = [place for place, role in self._roles(call).items() if role == BATCH]
-        are_alone = [self._rows_at_once in [shapes[tensor][dim] for tensor, dim in places] for shapes, _ in kept.points]
-        alone = [point for point, is_alone in zip(kept.points, are_alone) if is_alone]
-        others = [point for point, is_alone in zip(kept.points, are_alone) if not is_alone]
+        alone = [point for point in kept.points if self._has_one_row(call, point[0])]
+        others = [point for point in kept.points if not self._has_one_row(call, point[0])]
         if alone and others:
             self._parted.add(kind)
             self._kept[kind, True] = _Kept(alone[0][1], kept.guards, points=alone)
@@ -201,14 +202,15 @@ class SizeFamilies:
     def _make(self, kept: _Kept, call: Call) -> None:
         """Compile further points, if lengths vary, and fit a family of those at which the model does the same."""
         scheme = Scheme.of([shapes for shapes, _ in kept.points], self._roles(call))
-        points = [(sizes, program) for shapes, program in kept.points if (sizes := scheme.sizes(shapes)) is not None]
+        points = kept.of(scheme)
         varies = any(len({sizes[name] for sizes, _ in points}) > 1 for name in points[0][0] if name[0] != BATCH)
         if len(points) < FEWEST and not (varies and kept.rounds < ROUNDS):
             return
-        like = next((sizes for sizes, _ in points if min(sizes.values()) > 1), points[0][0])  # a size of 1 is alone
-        conditions = self._conditions(call, scheme, like)
-        if self._plan.compile == "python":
-            scheme = replace(scheme, rounded=rounded_in(conditions))
+        without_ones = (sizes for sizes, _ in points if min(sizes.values()) > 1)  # a size of 1 is alone
+        like = next(without_ones, points[0][0])
+        scheme, conditions = self._completed(call, scheme, [sizes for sizes, _ in points], like)
+        points = kept.of(scheme)
+        like = scheme.free(like)
 
         def is_alike(sizes: Sizes) -> bool:
             return all(condition.holds(sizes) for condition in conditions)
@@ -249,7 +251,7 @@ class SizeFamilies:
         kept.points = [
             (shapes, program)
             for shapes, program in kept.points
-            if (sizes := scheme.sizes(shapes)) is None or sizes not in family
+            if (own := scheme.sizes(shapes)) is None or own not in family
         ]
         logger.info("lengths vary: one program serves %s", family)
 
@@ -269,7 +271,18 @@ class SizeFamilies:
             [scheme.names.get((tensor, dim), size) for dim, size in enumerate(shape)]
             for tensor, shape in enumerate(shapes)
         ]
-        return self._asked(resized(call, scheme.shapes(shapes, sizes)), dims, sizes)
+        found = self._asked(resized(call, scheme.shapes(shapes, sizes)), dims, scheme.of_inputs(sizes))
+        return [condition.put(scheme.tied) for condition in found]
+
+    def _completed(
+        self, call: Call, scheme: Scheme, points: Sequence[Sizes], like: Sizes
+    ) -> tuple[Scheme, Sequence[Condition]]:
+        """``scheme`` with the sizes that are made of others, and what the model asks of those that are left."""
+        asked = self._conditions(call, scheme, like)
+        tied = ties(points, asked)
+        conditions = [condition.put(tied) for condition in asked]
+        rounds = rounded_in(conditions) if self._plan.compile == "python" else {}
+        return replace(scheme, tied=tied, rounded=rounds), conditions
 
     def _fitted(
         self, points: Sequence[Point], needed: int, scheme: Scheme, conditions: Sequence[Condition]
@@ -332,11 +345,12 @@ class SizeFamilies:
 
     def _is_apart(self, kind: Hashable, call: Call) -> bool:
         """Whether each rank, and microbatch, has a single row, where that makes a difference: dims of 1 are viewed."""
-        if kind not in self._parted:
-            return False
+        return kind in self._parted and self._has_one_row(call, shapes_of(call))
+
+    def _has_one_row(self, call: Call, shapes: Shapes) -> bool:
+        """Whether a call like ``call``, of tensors of ``shapes``, has one row for each rank and microbatch."""
         dims = input_dims(call.named_tensors, self._plan)
-        rows = [tensor.shape[of.batch] for tensor, of in zip(call.tensors, dims) if of.batch is not None]
-        return self._rows_at_once in rows
+        return self._rows_at_once in [shape[of.batch] for shape, of in zip(shapes, dims) if of.batch is not None]
 
     def _in(self, known: Known, call: Call) -> Member | None:
         sizes = known.scheme.sizes(shapes_of(call))
@@ -367,30 +381,3 @@ def _unlike(conditions: Sequence[Condition], sizes: Sizes) -> str:
     told = "; ".join(f"{one}, {one.told}" if one.told else str(one) for one in failed)
     here = ", ".join(f"{name}={size}" for name, size in sizes.items())
     return f"the model asks about sizes ({told}), and {here} is no such batch"
-
-
-def shapes_of(call: Call) -> Shapes:
-    return tuple(tuple(tensor.shape) for tensor in call.tensors)
-
-
-def general(call: Call) -> tuple[Hashable, ...]:
-    """The kind of ``call`` without its sizes."""
-    leaves: list[Hashable] = [
-        (leaf.dim(), leaf.dtype, leaf.requires_grad, leaf.device, class_of(leaf))
-        if isinstance(leaf, Tensor)
-        else kind_of(leaf)
-        for leaf in call.leaves
-    ]
-    return call.key[0], *leaves, call.rows_of_all
-
-
-def resized(call: Call, shapes: Shapes) -> Call:
-    """A call like ``call`` with tensors of other ``shapes``, and without data: twice a long batch may have no room."""
-    given = iter(shapes)
-
-    def empty(leaf: Tensor) -> Tensor:
-        return leaf.new_empty(next(given), device="meta").requires_grad_(leaf.requires_grad)
-
-    args, kwargs = pytree.tree_map_only(Tensor, empty, (call.args, call.kwargs))
-    leaves = pytree.tree_leaves((args, kwargs))
-    return Call(args, kwargs, leaves, (call.key[0], *map(kind_of, leaves)), call.rows_of_all)

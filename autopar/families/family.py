@@ -16,7 +16,7 @@ from autopar.families.sizes import Range, Scheme
 from autopar.families.walk import Walk, constants_of, evaluated, in_order, numbers_of, unequal_segments
 from autopar.ir.fingerprint import CallFacts
 from autopar.ir.program import AnyProgram
-from autopar.ir.size_conditions import Condition, Tree, names_in
+from autopar.ir.size_conditions import Condition, Tree, names_in, text_of
 from autopar.ir.sizes import is_expression
 
 
@@ -195,8 +195,10 @@ class Family:
         return " or ".join(dict.fromkeys(told)) if all(told) else ""
 
     def __str__(self) -> str:
-        ranges = [f"{name} = {each}" for name, each in self.ranges.items()]
-        return "; ".join([*ranges, self.exceptions] if self.exceptions else ranges)
+        told = [f"{name} = {each}" for name, each in self.ranges.items()]
+        tied = self.scheme.tied if self.scheme is not None else {}
+        told += [f"{name} = {text_of(part)}" for name, part in tied.items()]
+        return "; ".join([*told, self.exceptions] if self.exceptions else told)
 
 
 def fit(points: Sequence[Point], scheme: Scheme | None = None) -> Family:

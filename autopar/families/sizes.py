@@ -61,11 +61,13 @@ class Scheme:
         names: place -> the name of its size.
         fixed: place -> its value in every call.
         rounded: sizes that the model makes of these by rounding, ``(s - 5)//3``, by their texts.
+        tied: those of ``names`` that are made of the others in every call, as :func:`autopar.families.tied.ties` says.
     """
 
     names: Mapping[Place, str]
     fixed: Mapping[Place, int]
     rounded: Mapping[str, Tree] = field(default_factory=dict)
+    tied: Mapping[str, Tree] = field(default_factory=dict)
 
     def completed(self, sizes: Sizes) -> Sizes:
         """``sizes``, and those that are made of them."""
@@ -105,10 +107,20 @@ class Scheme:
             size = shapes[tensor][dim]
             if found.setdefault(name, size) != size:
                 return None
-        return found
+        free = self.free(found)
+        return free if self.of_inputs(free) == found else None
+
+    def free(self, sizes: Sizes) -> Sizes:
+        """Those of ``sizes`` that are not tied to others."""
+        return {name: size for name, size in sizes.items() if name not in self.tied}
+
+    def of_inputs(self, sizes: Sizes) -> Sizes:
+        """``sizes``, and those that are tied to them."""
+        return {**sizes, **{name: value_of(part, sizes) for name, part in self.tied.items()}} if self.tied else sizes
 
     def shapes(self, like: Shapes, sizes: Sizes) -> Shapes:
         """The shapes of a call like one of these, of other ``sizes``."""
+        sizes = self.of_inputs(sizes)
         return tuple(
             tuple(
                 sizes[self.names[tensor, dim]] if (tensor, dim) in self.names else size

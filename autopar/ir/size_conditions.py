@@ -11,7 +11,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -76,13 +76,17 @@ def rounded_in(conditions: Sequence[Condition]) -> dict[str, Tree]:
 
     Of those that are multiples of one another, but for a constant, the first: it tells the others.
     """
-    parts = [one.tree[1][1] for one in conditions if _tells_of_rounded(one.tree)]  # type: ignore[index]
     found: list[Tree] = []
-    for part in parts:
+    for part in rounded_parts(conditions):
         (name,) = _names(part)
         if not any(_is_multiple(part, other, name) for other in (name, *found) if _names(other) == {name}):
             found.append(part)
     return {_text(part, is_tight=True): part for part in found}
+
+
+def rounded_parts(conditions: Sequence[Condition]) -> list[Tree]:
+    """All sizes of which :func:`rounded` has told among ``conditions``."""
+    return [one.tree[1][1] for one in conditions if _tells_of_rounded(one.tree)]  # type: ignore[index]
 
 
 def _tells_of_rounded(tree: Tree) -> bool:
@@ -113,14 +117,30 @@ def value_of(part: Tree, sizes: Sizes) -> Any:
     return _value(part, sizes)
 
 
+def text_of(part: Tree) -> str:
+    return _text(part)
+
+
 def names_in(part: Tree) -> set[str]:
     """The sizes of which ``part`` is made."""
     return _names(part)
 
 
+def put(tree: Tree, trees: Mapping[str, Tree]) -> Tree:
+    """``tree``, with ``trees`` in the places of some sizes."""
+    if isinstance(tree, tuple):
+        return (tree[0], *(put(part, trees) for part in tree[1:]))
+    return trees.get(tree, tree) if isinstance(tree, str) else tree
+
+
+def size_of_json(data: Any, names: Sequence[str]) -> Tree:
+    """The expression of sizes with these ``names`` that a file describes. Raises ValueError for anything else."""
+    return _checked(data, names, [MOST_PARTS])
+
+
 def rounded_of_json(data: Any, names: Sequence[str]) -> tuple[str, Tree]:
     """(text, tree) of what a file says of such a size. Raises ValueError for anything else."""
-    part = _checked(data, names, [MOST_PARTS])
+    part = size_of_json(data, names)
     if not is_rounded(part):
         raise ValueError(f"no size made of others: {str(data):.100}")
     return _text(part, is_tight=True), part
@@ -164,6 +184,10 @@ class Condition:
     def names(self) -> set[str]:
         """The sizes that it is about."""
         return _names(self.tree)
+
+    def put(self, trees: Mapping[str, Tree]) -> Condition:
+        """This one, with ``trees`` in the places of some sizes."""
+        return replace(self, tree=put(self.tree, trees)) if self.names & trees.keys() else self
 
     @property
     def told(self) -> str:

@@ -26,7 +26,7 @@ from autopar.families.forms import form_of, terms_of
 from autopar.families.sizes import Range, Scheme
 from autopar.families.walk import constants_of, in_order, numbers_of
 from autopar.ir.program import AnyProgram, PipelinedProgram
-from autopar.ir.size_conditions import Condition, as_json, rounded_of_json
+from autopar.ir.size_conditions import Condition, as_json, rounded_of_json, size_of_json
 from autopar.ir.sizes import is_expression
 from autopar.ir.tables import Decision
 from autopar.program_files.directory import LONGEST, SIZES, read_manifest, verified
@@ -78,6 +78,7 @@ def _described(family: Family, read: AnyProgram, tensors: Mapping[int, str]) -> 
         },
         "names": [[*at, name] for at, name in family.scheme.names.items()],
         "fixed": [[*at, size] for at, size in family.scheme.fixed.items()],
+        "tied": {name: as_json(part) for name, part in family.scheme.tied.items()},
         "rounded": [as_json(part) for part in family.rounded.values()],
         "regions": [[condition.as_json() for condition in region] for region in family.regions],
         "decisions": {
@@ -167,8 +168,9 @@ def _family(program: AnyProgram, about: Mapping[str, Any], longest: Mapping[str,
         )
         for place, (tensor, *shape) in about["constants"].items()
     }
-    named = _by_place(about["names"], lambda name: _one_of(name, names))
-    scheme = Scheme(named, _by_place(about["fixed"], _size), rounded)
+    tied = {str(name): size_of_json(part, names) for name, part in about.get("tied", {}).items() if name not in names}
+    named = _by_place(about["names"], lambda name: _one_of(name, (*names, *tied)))
+    scheme = Scheme(named, _by_place(about["fixed"], _size), rounded, tied)
     ranges = {name: Range.of([point[name] for point in points]) for name in names}
     regions = [[Condition.of_json(tree, names) for tree in region] for region in about.get("regions", [[]])]
     family = Family(template, ranges, points, forms, constants, scheme, regions)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import autopar
+from autopar.calls.call_sizes import general
 from autopar.calls.calls import Signature
-from autopar.calls.size_families import SizeFamilies, general
+from autopar.calls.size_families import SizeFamilies
 from autopar.compiler import compile_program
 from autopar.errors import InvariantError, TraceError
 from autopar.families.refusals import is_refusal
