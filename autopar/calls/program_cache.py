@@ -20,6 +20,7 @@ from autopar.calls.compile_times import CompileTimes
 from autopar.calls.entry import Bound, Entry
 from autopar.calls.given_programs import GivenPrograms
 from autopar.calls.local_parts import check_parts, check_parts_of_ranks, explained
+from autopar.calls.missing_outputs import MissingOutputs
 from autopar.calls.repeated_calls import RepeatedCall
 from autopar.calls.shared_inputs import check_shared_inputs
 from autopar.calls.size_families import Ask, Fit, Member, SizeFamilies
@@ -93,7 +94,7 @@ class ProgramCache:
         self._latest: tuple[Kind, Entry] | None = None  # of the last call: kinds are large, and take time to look up
         self._is_alone, self._asks_for_gradients = mesh.world_size == 1, False  # the latter: does forward
         self._asked_of_inputs = list[str]()
-        self._variants, self._compiles = Variants(), CompileTimes()
+        self._variants, self._compiles, self._missing = Variants(), CompileTimes(), MissingOutputs()
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -143,10 +144,12 @@ class ProgramCache:
         return self._entry(call, training).bound
 
     def _entry(self, call: Call, training: bool) -> Entry:
+        self._missing.check(call)
         kind = self._kind(call, training) if self._is_alone else self._agreed_kind(call, training)
         entry = self._known(kind)
         if entry is None:
             entry = self._bound[kind] = Entry(self._new(call, training, kind), digest_of(kind))
+            self._missing.learn(entry.bound.program)
         if self._latest is None or kind is not self._latest[0]:
             self._programs.move_to_end(kind)
             self._latest = kind, entry
@@ -174,7 +177,8 @@ class ProgramCache:
         if not self._is_alone:
             return self._on_all_rows(call, training, lambda program, tensors: program.run(tensors, seed, self._weight))
         executable = self.executable(call, training)
-        if self._latest is not None and self._latest[1].calls == 1 and not self._packs_padding:
+        may_repeat = not self._packs_padding and not self._missing.passed(call)
+        if self._latest is not None and self._latest[1].calls == 1 and may_repeat:
             self._latest[1].repeated = RepeatedCall.of(args, kwargs, call, training, self._weights.requires_grad)
         return executable.run(call.tensors, seed, self._weight)
 

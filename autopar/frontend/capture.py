@@ -183,24 +183,25 @@ def inline_no_grad(module: fx.GraphModule) -> None:
         module.graph.erase_node(node)
 
 
+MISSING = "autopar: no output of a program"  # None in its place might be dropped by the class of an output
 PLAIN = (Tensor, int, float, bool, str, type(None))
 
 
-def plain_output(output: Any) -> tuple[Any, list[str]]:
-    """``output`` with None for each leaf that a graph cannot return (a key/value cache), and the kinds of those."""
+def plain_output(output: Any, instead: str | None = None) -> tuple[Any, list[str]]:
+    """``output`` with ``instead`` of leaves that a graph cannot return (a key/value cache), and the kinds of those."""
     leaves, spec = pytree.tree_flatten(output)
     dropped = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, PLAIN)]
     if not dropped:
         return output, []
-    return pytree.tree_unflatten([leaf if isinstance(leaf, PLAIN) else None for leaf in leaves], spec), dropped
+    return pytree.tree_unflatten([leaf if isinstance(leaf, PLAIN) else instead for leaf in leaves], spec), dropped
 
 
 @contextmanager
 def only_plain_outputs(model: nn.Module, notes: list[str]) -> Iterator[None]:
-    """Within this context, the model returns None for outputs that are no tensors, numbers or strings (noted)."""
+    """Within this context, the model returns MISSING for outputs that are no tensors, numbers or strings (noted)."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        output, dropped = plain_output(output)
+        output, dropped = plain_output(output, MISSING)
         for kind in dropped:
             said = f"the model returns a {kind}, which a parallel program does not; it is None in its output"
             notes.append(said + ("; only generation needs one" if "Cache" in kind else ""))

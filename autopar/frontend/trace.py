@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from autopar.errors import AutoparError, NumericsError, TraceError
 from autopar.frontend.asked_if_compiled import answered_as_in_a_run, is_asked
 from autopar.frontend.capture import (
+    MISSING,
     explained,
     faked,
     needs_fakes,
@@ -279,7 +280,8 @@ def _outputs(
             returned.append(node)
             table.append(Output(OutputKind.USER, paths[position]))
         else:
-            static.append((position, getattr(spec.arg, "value", node)))
+            fixed = getattr(spec.arg, "value", node)
+            static.append((position, None if fixed == MISSING else fixed))
     for node, spec in pairs:
         if spec.kind is ExportOutput.BUFFER_MUTATION:
             returned.append(node)
