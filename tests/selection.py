@@ -50,22 +50,30 @@ autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[kinds in turns]
 autodiff/test_deepen.py::test_programs_are_those_of_all_blocks[recomputed]
 benchmarks/test_experts.py::test_the_peer_computes_what_the_model_computes[1]
 benchmarks/test_experts.py::test_the_peer_computes_what_the_model_computes[2]
+benchmarks/test_sequence.py::test_peers_compute_what_the_model_computes[2-ring]
 checkpoint/test_checkpoints.py::test_from_mesh_to_mesh[from a split sequence]
 checkpoint/test_torch_checkpoints.py::test_a_run_moves_to_another_mesh[tp-zero]
+commands/test_command_line.py::test_compile_and_run
 commands/test_models_by_name.py::test_coverage_takes_a_model_of_any_form
 data/test_padding.py::test_results_are_those_without_padding[t5-sp=2]
+end_to_end/test_data_axes.py::test_no_byte_more_than_the_formulas_for_all_ranks_together[dp=1,sp=4]
 end_to_end/test_data_axes.py::test_training_a_transformer_equals_one_process[*
 end_to_end/test_equivalence.py::test_equals_the_model[cnn-dp=3,tp=2]
 end_to_end/test_equivalence.py::test_equals_the_model[gpt-dp=3,tp=2]
 end_to_end/test_equivalence.py::test_equals_the_model[hf:bert-dp=3,tp=2]
+end_to_end/test_equivalence.py::test_equals_the_model[hf:gpt2-dp=3,tp=2]
+end_to_end/test_equivalence.py::test_equals_the_model_of_torch_layers[dlrm-dp=3]
+end_to_end/test_equivalence.py::test_equals_the_model_with_the_sequence_split[hf:vit-dp=2,tp=2]
 end_to_end/test_equivalence.py::test_equals_the_model_with_the_sequence_split[llama-*
 end_to_end/test_equivalence.py::test_equals_the_model_with_the_sequence_split[vit-*
 end_to_end/test_experts.py::test_real_ranks[ep=3-1]
 end_to_end/test_experts_over_data.py::test_equals_the_model[dp=2,ep=2-0]
+end_to_end/test_experts_over_data.py::test_equals_the_model[dp=2,ep=2-3]
 end_to_end/test_experts_over_data.py::test_equals_the_model[dp=2,ep=3-*
 end_to_end/test_experts_over_data.py::test_equals_the_model[ep=1-0]
 end_to_end/test_experts_over_data.py::test_equals_the_model[ep=2,sp=2-*
 end_to_end/test_experts_over_data.py::test_equals_the_model[ep=2,tp=2-0]
+end_to_end/test_experts_over_data.py::test_equals_the_model[ep=2,tp=2-3]
 end_to_end/test_experts_over_data.py::test_equals_the_model[ep=2-*
 end_to_end/test_experts_over_data.py::test_equals_the_model[ep=3-3]
 end_to_end/test_experts_over_data.py::test_equals_the_model[pp=2,ep=2-0]
@@ -88,6 +96,7 @@ end_to_end/test_zero_beside_experts.py::test_each_parameter_is_split_over_what_d
 end_to_end/test_zero_beside_experts.py::test_each_parameter_is_split_over_what_does_not_split_it_yet[dp=2,ep=3]
 exporters/test_families.py::test_what_has_no_dynamic_form_is_told
 exporters/test_verify.py::test_a_program_on_disk_is_compared_with_its_source[{'pp': 2}-*
+families/test_family.py::test_no_family[longer_than_twenty]
 fitting/test_fit.py::test_guesses_come_before_any_way_to_split_layers_is_priced
 fitting/test_fit.py::test_microbatches_of_a_loss_that_is_no_sum_are_weighed_by_their_own_statistics
 fitting/test_fit.py::test_two_depths_tell_the_memory_of_the_whole_model[*
@@ -109,6 +118,7 @@ frontend/test_torch_layers.py::test_attention[padded-dp=3-False-False]
 frontend/test_torch_layers.py::test_attention[plain-tp=4-False-False]
 frontend/test_torch_layers.py::test_inference_by_the_fast_path[{'classes': 12}-tp=4]
 frontend/test_torch_layers.py::test_inference_by_the_fast_path[{}-dp=3]
+frontend/test_torch_layers.py::test_padding_comes_out_as_eager_gives_it[right-plain]
 inductor/test_compiled_region.py::test_a_region_is_compiled_once_for_each_kind_of_strides_and_frees_what_it_takes
 masks/test_long.py::test_nothing_is_quadratic[*-dp]
 masks/test_long.py::test_nothing_is_quadratic[llama-packed-tp]
@@ -126,7 +136,9 @@ observation/test_observation.py::test_a_change_makes_another_program[a hook befo
 observation/test_observation.py::test_a_change_makes_another_program[a layer more]
 observation/test_observation.py::test_a_change_makes_another_program[a slot]
 observation/test_observation.py::test_a_change_makes_another_program[an attribute that hides the class's]
+observation/test_observation.py::test_a_change_makes_another_program[another activation]
 observation/test_observation.py::test_a_change_makes_another_program[another config]
+observation/test_observation.py::test_a_change_makes_another_program[another head]
 observation/test_observation.py::test_a_change_makes_another_program[epsilon]
 observation/test_observation.py::test_a_change_makes_another_program[momentum]
 observation/test_observation.py::test_a_change_makes_another_program[no bias]
@@ -148,9 +160,11 @@ passes/test_route_experts.py::test_dropout_inside_experts_draws_the_same_masks[e
 passes/test_route_experts.py::test_exact_for_any_number_of_ranks_and_experts[1-12-usual]
 passes/test_route_experts.py::test_exact_for_any_number_of_ranks_and_experts[2-10-usual]
 passes/test_route_experts.py::test_exact_for_any_number_of_ranks_and_experts[3-3-usual]
+passes/test_route_experts.py::test_exact_with_every_other_axis[pp=2,ep=2-{'microbatches': 3}-plain]
 passes/test_route_experts.py::test_whole_experts_over_several_axes[ep=2,sp=2-0-plain]
 passes/test_route_experts.py::test_whole_experts_over_several_axes[ep=2,tp=2-1-biased]
 passes/test_stack_experts.py::test_every_spelling_is_exact[litgpt-all_used]
+passes/test_stack_experts.py::test_every_spelling_is_two_products[mixtral]
 passes/test_stack_experts.py::test_experts_of_other_forms[*
 passes/test_stack_experts.py::test_experts_of_other_forms[matrices]
 passes/test_stack_experts.py::test_experts_that_differ_stay_apart_and_exact[activation]
@@ -163,6 +177,7 @@ passes/test_unstack_recurrent_layers.py::test_equals_the_model[lstm-both-ways-dp
 passes/test_unstack_recurrent_layers.py::test_equals_the_model[lstm-dp=3]
 passes/test_unstack_recurrent_layers.py::test_equals_the_model[lstm-projected-dp=3]
 passes/test_weigh_microbatches.py::test_losses_that_people_have[bce]
+passes/test_weigh_microbatches.py::test_losses_that_people_have[kl batchmean]
 passes/test_weigh_microbatches.py::test_losses_that_people_have[over a count and a half]
 passes/test_weigh_microbatches.py::test_losses_that_people_have[over the batch size]
 passes/test_weigh_microbatches.py::test_losses_that_people_have[two counts]
@@ -171,21 +186,27 @@ passes/test_write_bags.py::test_bags_are_split_by_batch[ragged-max]
 passes/test_write_bags.py::test_bags_are_split_by_batch[regular-mean]
 passes/test_write_bags.py::test_tables_lie_as_the_plan_says[None-ragged]
 passes/test_write_bags.py::test_tables_lie_as_the_plan_says[column-ragged]
+passes/test_write_bags.py::test_tables_lie_as_the_plan_says[column-regular]
 passes/test_write_bags.py::test_tables_lie_as_the_plan_says[replicate-ragged]
 passes/test_write_bags.py::test_tables_lie_as_the_plan_says[row-ragged]
+pipeline/test_assignment.py::test_on_a_mesh[0-t5]
 pipeline/test_checkpoints.py::test_safetensors[pp=2,tp=2]
 pipeline/test_commands.py::test_compile_and_run
 pipeline/test_commands.py::test_train_and_resume
+pipeline/test_footprint.py::test_sent[pp=2-plan0]
 pipeline/test_simulated.py::test_a_loss_that_is_no_mean_counts_by_rows[pp-ep]
 pipeline/test_simulated.py::test_frozen_parameters[blocks-1f1b]
 pipeline/test_simulated.py::test_frozen_parameters[blocks-dualpipe-v]
 pipeline/test_simulated.py::test_frozen_parameters[blocks.0-1f1b]
 pipeline/test_simulated.py::test_frozen_parameters[head-1f1b]
 pipeline/test_simulated.py::test_other_axes_and_choices[llama-*
+pipeline/test_simulated.py::test_the_unmodified_model[llama-zb-v-2-5]
 pipeline/test_simulated.py::test_the_unmodified_model[moe-*
 pipeline/test_simulated.py::test_the_unmodified_model[t5-*
 pipeline/test_simulated.py::test_the_unmodified_model[vit-zb-h1-*
 proof/test_alike.py::test_a_large_model_is_built_anew_from_its_config
+proof/test_sized_models.py::test_right_numbers_are_accepted[mean_over_pairs-dp, sp]
+proof/test_sized_models.py::test_right_numbers_are_accepted[smoothed_labels-dp, sp]
 proof/test_sized_models.py::test_wrong_ones_are_refused[mean_over_pairs-*
 routing/test_buffers.py::test_drops_by_the_rule_of_each_rank[1-12-*
 routing/test_buffers.py::test_drops_by_the_rule_of_each_rank[1-3-*
@@ -194,6 +215,8 @@ routing/test_buffers.py::test_every_other_axis[dp=2,ep=2-zero-12_1]
 routing/test_buffers.py::test_every_other_axis[dp=2,ep=3-zero-recompute-10]
 routing/test_buffers.py::test_every_other_axis[ep=2,sp=2-expert_axes-12_1]
 routing/test_buffers.py::test_every_other_axis[ep=2,tp=2-expert_axes-12_1]
+routing/test_buffers.py::test_every_other_axis[ep=2,tp=2-expert_axes-sequence-10]
+routing/test_buffers.py::test_every_other_axis[tp=3-expert_axes-12]
 routing/test_buffers.py::test_recomputation_sends_nothing_again[selective]
 routing/test_placement.py::test_placed_experts_compute_the_same_on_other_ranks[ep=2,sp=2-1]
 routing/test_placement.py::test_the_load_is_that_of_the_whole_batch[dp=2,ep=3-1]
@@ -232,9 +255,11 @@ split/test_seams.py::test_with_other_axes[two_ahead-*
 split/test_state_space.py::test_exact[mamba-*
 test_stored_programs.py::test_four_ranks_start_from_one_program[pipeline]
 test_torch_doors.py::test_bindings_call_the_operators_of_the_graph[autopar.models.t5]
+traces/test_chakra.py::test_nodes_come_after_what_they_need[experts]
 verification/test_coverage.py::test_the_command
 weights/test_clipping.py::test_equals_one_device[tied dp=1 zero 0]
 weights/test_identity.py::test_an_optimizer_from_before[tp-started]
+weights/test_identity.py::test_data_is_written[axes5-0]
 weights/test_identity.py::test_optimizers_are_right_or_refused[pp]
 zoo/test_experts.py::test_all_layers_of_a_mixture_are_recognised[granitemoe]
 zoo/test_experts.py::test_all_layers_of_a_mixture_are_recognised[llama4_text]

@@ -42,7 +42,7 @@ SIMULATED = (
 @pytest.mark.parametrize("name", slow_but([1], MODELS))
 def test_equals_the_model(name: str) -> None:
     reference = Reference(MODELS[name](), BATCHES[0])
-    for mesh, zero in itertools.product(SIMULATED, range(4)):
+    for mesh, zero in zip(SIMULATED * 2, itertools.cycle(range(4))):  # two of the four each
         with tokens_split():
             report = reference.check(Mesh.parse(mesh), Plan(zero=zero, on_indivisible="replicate"))
         assert report.worst <= TOLERANCE, (mesh, zero, report)

@@ -92,13 +92,15 @@ def test_members_are_the_programs_that_are_compiled(
     monkeypatch.setattr("autopar.module.cached_program", counted)
     draw, model = random.Random(1), build().double()
     parallel = autopar.parallelize(model, Mesh(**axes), Plan(**plan))
-    for sizes in dict.fromkeys(shape(draw) for _ in range(14)):
+    for number, sizes in enumerate(dict.fromkeys(shape(draw) for _ in range(14))):
         given = torch.randn(sizes, dtype=torch.float64)
         step = parallel.simulate(given)
         model.zero_grad()
         model(given).backward()
         worst = max(float((step.grads[name] - p.grad).abs().max()) for name, p in model.named_parameters())  # type: ignore[operator]
         assert worst < 1e-12
+        if number % 3 or not parallel.families:  # each takes a compile
+            continue
         alone = autopar.compile_program(build().double(), Mesh(**axes), Plan(**plan), (given,))
         assert str(parallel.program) == str(alone)
     assert len(compiled) <= 12 and parallel.families
