@@ -339,7 +339,7 @@ class ParallelModule(nn.Module):
                 raise
         model = self._held.model
         found = asked(model, name)
-        if is_refused(model, name, found):
+        if is_refused(model, name, found, self._is_pipelined):
             raise AttributeError(refusal(type(model).__name__, name))
         return found
 

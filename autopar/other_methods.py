@@ -53,9 +53,8 @@ SWITCHES_OF_PEFT = (  # what they write into modules, or add to parameters, the 
     "enable_adapter_layers",
     "disable_adapter_layers",
     "set_adapter",
-    "merge_adapter",
-    "unmerge_adapter",
 )
+MERGES_OF_PEFT = ("merge_adapter", "unmerge_adapter")  # each parameter of every stage has to be there
 
 NO_SYNC = (
     "with model.no_sync(): around the batches before the last, or Plan(microbatches=m) and model.train_step(**batch)"
@@ -257,9 +256,10 @@ def refusal(kind: str, name: str) -> str:
     )
 
 
-def is_refused(model: object, name: str, found: Any) -> bool:
+def is_refused(model: object, name: str, found: Any, is_pipelined: bool) -> bool:
     """Whether ``found``, the attribute ``name`` of ``model``, is a method that a parallel module has not."""
-    switches = name in SWITCHES_OF_PEFT and bool(getattr(model, "peft_config", None))
+    served = SWITCHES_OF_PEFT if is_pipelined else SWITCHES_OF_PEFT + MERGES_OF_PEFT
+    switches = name in served and bool(getattr(model, "peft_config", None))
     return callable(found) and name not in vars(model) and not switches
 
 

@@ -92,6 +92,15 @@ def test_a_trainer_reads_adapters_from_its_checkpoints(tmp_path: Path) -> None:
         assert max(float((other[name] - value).abs().max()) for name, value in one.items()) < 1e-10
 
 
+def test_adapters_are_not_merged_on_a_pipeline() -> None:
+    plain = named_model("hf:llama", {"num_hidden_layers": 2}).model
+    adapted: Any = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=TARGETS))
+    model: Any = autopar.parallelize(adapted, Mesh(pp=2), autopar.Plan(microbatches=2))
+    assert callable(model.disable_adapter)
+    with pytest.raises(AttributeError, match=r"(?s)'merge_adapter' is a method of PeftModel.*autopar.gather\(model\)"):
+        model.merge_adapter()
+
+
 def test_adapters_of_other_modules_are_refused(tmp_path: Path) -> None:
     from autopar.frameworks.adapters import load_adapters
 
