@@ -12,8 +12,9 @@ the output head) is a parameter of both.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -104,8 +105,8 @@ class _Stage:
     def program(self, received: Sequence[Node]) -> Program:
         graph, copies = fx.Graph(), dict[Node, Node]()
         needed = self._needed()
-        entries = {entry.node: entry for entry in self.whole.inputs}
-        given = [node for node in needed if node.op == "placeholder"]
+        entries = self._entries
+        given = [node for node in self.whole.graph.nodes if node.op == "placeholder" and self._takes(node, needed)]
         for node in (*given, *received):
             copies[node] = graph.placeholder(node.name)
         for node in needed:
@@ -142,6 +143,19 @@ class _Stage:
         wanted = [*own, *(node for node, _ in self.outputs)]
         found = ancestors(wanted, through=lambda node: not self._is_elsewhere(node))
         return [node for node in self.whole.graph.nodes if node in found]
+
+    @cached_property
+    def _entries(self) -> dict[str, Input]:
+        return {entry.node: entry for entry in self.whole.inputs}
+
+    def _takes(self, node: Node, needed: Container[Node]) -> bool:
+        """Whether the input is needed, or a tensor that this stage holds since another program.
+
+        That one's copies have to stay equal where this program uses it on fewer stages.
+        """
+        entry, homes = self._entries[node.name], self.whole.pins.homes
+        names = (entry.target, *entry.aliases) if entry.kind in (InputKind.PARAMETER, InputKind.BUFFER) else ()
+        return node in needed or any(self.number in homes.get(name, ()) for name in names)
 
     def _is_elsewhere(self, node: Node) -> bool:
         return self.assignment.stage_of.get(node, self.number) != self.number
