@@ -19,11 +19,12 @@ from autopar.calls.calls import Call, global_call, ordinary, shapes
 from autopar.calls.compile_times import CompileTimes
 from autopar.calls.entry import Bound, Entry
 from autopar.calls.given_programs import GivenPrograms
+from autopar.calls.known_families import Member
 from autopar.calls.local_parts import check_parts, check_parts_of_ranks, explained
 from autopar.calls.missing_outputs import MissingOutputs
 from autopar.calls.repeated_calls import RepeatedCall
 from autopar.calls.shared_inputs import check_shared_inputs
-from autopar.calls.size_families import Ask, Fit, Member, SizeFamilies
+from autopar.calls.size_families import Ask, Fit, SizeFamilies
 from autopar.calls.torch_settings import outside_inference, torch_settings
 from autopar.calls.unequal_rows import joined, said
 from autopar.calls.variants import Variants, check_answers

@@ -9,17 +9,18 @@ length is compiled for itself; those with one row for each rank may make a famil
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 from autopar.calls.call_sizes import resized, shapes_of
 from autopar.calls.calls import Call, class_of
+from autopar.calls.known_families import Kept, Known, Member
 from autopar.families.family import Family, Point, fit
 from autopar.families.forms import NoForm, Sizes
 from autopar.families.refusals import is_refusal
-from autopar.families.sizes import BATCH, OTHER, SEQUENCE, Place, Scheme, Shapes, between, further, reaching
+from autopar.families.sizes import BATCH, OTHER, SEQUENCE, Place, Scheme, Shapes, between, further, in_steps, reaching
 from autopar.families.tied import ties
+from autopar.families.walk import numbers_of
 from autopar.ir.asked_of_inputs import unusual_answers
 from autopar.ir.batch import data_ways, input_dims
 from autopar.ir.fingerprint import CallFacts
@@ -49,50 +50,6 @@ Ask = Callable[[Call, Dims, Sizes], Sequence[Condition]]  # (call, dims, sizes) 
 logger = logging.getLogger("autopar")
 
 
-@dataclass
-class Known:
-    """A family that was made, its code, which sizes it is of, and the state of Python that it assumes."""
-
-    family: Family
-    code: FamilyCode
-    scheme: Scheme
-    guards: Guards
-
-
-@dataclass(frozen=True)
-class Member:
-    """The program of a family for one call, with its ``code`` and the values of the family's expressions."""
-
-    program: AnyProgram
-    guards: Guards
-    code: FamilyCode
-    numbers: Mapping[Any, Any]
-
-
-@dataclass
-class _Kept:
-    """What is known of one kind of call.
-
-    Attributes:
-        first: its first program, as which others decide.
-        guards: what all programs of this kind assume.
-        points: programs that are in no family, with their shapes.
-        rounds: how often further points were compiled.
-        is_each: whether forward makes a number of a length, so that no family can hold for another one.
-    """
-
-    first: AnyProgram
-    guards: Guards
-    families: list[Known] = field(default_factory=list)
-    points: list[tuple[Shapes, AnyProgram]] = field(default_factory=list)
-    rounds: int = 0
-    is_each: bool = False
-
-    def of(self, scheme: Scheme) -> list[tuple[Sizes, AnyProgram]]:
-        """Those of :attr:`points` that ``scheme`` knows, by their sizes."""
-        return [(sizes, program) for shapes, program in self.points if (sizes := scheme.sizes(shapes)) is not None]
-
-
 class SizeFamilies:
     """Those of one module on ``mesh`` with ``plan``. All ranks make the same ones, since they make the same calls.
 
@@ -112,7 +69,7 @@ class SizeFamilies:
         self._compiled, self._facts, self._mesh, self._plan = compiled, facts, mesh, plan
         self._asked, self._fit = asked, fitted
         self._rows_at_once = data_ways(mesh) * plan.microbatches  # where each rank, and microbatch, has one
-        self._kept: dict[tuple[Hashable, bool], _Kept] = {}  # by the kind of call, and whether ranks have one row each
+        self._kept: dict[tuple[Hashable, bool], Kept] = {}  # by the kind of call, and whether ranks have one row each
         self._parted = set[Hashable]()  # kinds of which that makes a difference
         self.why_none = ""  # there is no family for the latest call that was learnt
 
@@ -154,7 +111,7 @@ class SizeFamilies:
         """Take a family that was made before, with what it assumes, for calls of this kind."""
         assert family.scheme is not None, "a family without the dims of a call"
         known = Known(family, FamilyCode(family), family.scheme, guards)
-        self._kept[kind, False] = _Kept(family.template, guards, [known])
+        self._kept[kind, False] = Kept(family.template, guards, [known])
 
     def learn(self, kind: Hashable, call: Call, program: AnyProgram, guards: Guards) -> None:
         """A program was compiled for ``call``. Where lengths vary this compiles more of them, and makes a family."""
@@ -169,7 +126,7 @@ class SizeFamilies:
             return
         kept = self._of(kind, call)
         if kept is None:
-            kept = self._kept[kind, self._is_apart(kind, call)] = _Kept(program, guards)
+            kept = self._kept[kind, self._is_apart(kind, call)] = Kept(program, guards)
         if not kept.guards.leaves_alike(guards):
             self._note("what forward leaves in attributes differs")
             return
@@ -188,18 +145,18 @@ class SizeFamilies:
             if was_tried and not kept.families and kind not in self._parted:
                 self._part(kind, kept, call)
 
-    def _part(self, kind: Hashable, kept: _Kept, call: Call) -> None:
+    def _part(self, kind: Hashable, kept: Kept, call: Call) -> None:
         """Programs of one row for each rank, which make no family with the others, may make one of their own."""
         alone = [point for point in kept.points if self._has_one_row(call, point[0])]
         others = [point for point in kept.points if not self._has_one_row(call, point[0])]
         if alone and others:
             self._parted.add(kind)
-            self._kept[kind, True] = _Kept(alone[0][1], kept.guards, points=alone)
+            self._kept[kind, True] = Kept(alone[0][1], kept.guards, points=alone)
             kept.first, kept.points, kept.rounds = others[0][1], others, 0
 
     # ------------------------------------------------------------ making
 
-    def _make(self, kept: _Kept, call: Call) -> None:
+    def _make(self, kept: Kept, call: Call) -> None:
         """Compile further points, if lengths vary, and fit a family of those at which the model does the same."""
         scheme = Scheme.of([shapes for shapes, _ in kept.points], self._roles(call))
         points = kept.of(scheme)
@@ -211,25 +168,12 @@ class SizeFamilies:
         scheme, conditions = self._completed(call, scheme, [sizes for sizes, _ in points], like)
         points = kept.of(scheme)
         like = scheme.free(like)
-
-        def is_alike(sizes: Sizes) -> bool:
-            return all(condition.holds(sizes) for condition in conditions)
-
-        beside: list[Sizes] = []
+        is_alike, asked, beside = _holds_all(conditions), len(points), list[Sizes]()
         kept.is_each = any(one.is_number and any(name[0] != BATCH for name in one.names) for one in conditions)
         if varies and kept.rounds < ROUNDS and not kept.is_each:
-            known, units = [like, *(sizes for sizes, _ in points if sizes != like)], self._units(scheme)
-            wanted = further(known, units, kept.rounds == 0, is_alike) or further(known, units, False, is_alike)
-            if kept.rounds == 0 and (scheme.rounded or sum(name[0] != BATCH for name in like) > 1):
-                beside = between(known, units, is_alike)
-                wanted += [sizes for sizes in beside if sizes not in wanted]
-            kept.rounds += bool(wanted)
-            for sizes in wanted:
-                tried = self._tried(kept.first, kept.guards, call, scheme, sizes)
-                if tried is not None:
-                    points.append((sizes, tried[0]))
-                    kept.guards = Guards.joined([kept.guards, tried[1]])
-        asked = len(kept.points)  # the first of points
+            known = [like, *(sizes for sizes, _ in points if sizes != like)]
+            more, beside = self._more(kept, call, scheme, known, is_alike)
+            points += more
         chosen = [Point(sizes, program) for sizes, program in points if is_alike(sizes)]
         others = [Point(sizes, program) for sizes, program in points if not is_alike(sizes)]
         needed = sum(is_alike(sizes) for sizes, _ in points[:asked])
@@ -254,6 +198,39 @@ class SizeFamilies:
             if (own := scheme.sizes(shapes)) is None or own not in family
         ]
         logger.info("lengths vary: one program serves %s", family)
+
+    def _more(
+        self, kept: Kept, call: Call, scheme: Scheme, known: Sequence[Sizes], is_alike: Callable[[Sizes], bool]
+    ) -> tuple[list[tuple[Sizes, AnyProgram]], list[Sizes]]:
+        """Programs of further points, and those that are next to the first.
+
+        Where some have other operators, those are left out, and others are compiled in the steps of ``known``.
+        """
+        found, beside, is_first = dict[str, tuple[Sizes, AnyProgram]](), list[Sizes](), kept.rounds == 0
+        operators = numbers_of(next(program for sizes, program in kept.of(scheme) if sizes == known[0]))[1]
+        units = self._units(scheme)
+        for unit in (in_steps(known, units),) if kept.is_in_steps else (units, in_steps(known, units)):
+            wanted = further(known, unit, is_first, is_alike) or further(known, unit, False, is_alike)
+            if is_first and (scheme.rounded or sum(name[0] != BATCH for name in known[0]) > 1):
+                beside += between(known, unit, is_alike)
+                wanted += [sizes for sizes in beside if sizes not in wanted]
+            tried = [
+                (sizes, self._tried(kept.first, kept.guards, call, scheme, sizes))
+                for sizes in wanted
+                if str(sizes) not in found
+            ]
+            for sizes, made in tried:
+                if made is not None:
+                    found[str(sizes)] = sizes, made[0]
+                    kept.guards = Guards.joined([kept.guards, made[1]])
+            others = [text for text, (_, program) in found.items() if numbers_of(program)[1] != operators]
+            if not others or unit == in_steps(known, units):
+                break
+            kept.is_in_steps = True
+            for text in others:
+                del found[text]
+        kept.rounds += bool(wanted)
+        return [*found.values()], beside
 
     def _larger(self, family: Family, scheme: Scheme, call: Call, program: AnyProgram, sizes: Sizes) -> Family | None:
         """The family that holds for ``sizes`` too; None where ``program`` is none of it."""
@@ -332,11 +309,11 @@ class SizeFamilies:
 
     # ------------------------------------------------------------ finding
 
-    def _of(self, kind: Hashable, call: Call) -> _Kept | None:
+    def _of(self, kind: Hashable, call: Call) -> Kept | None:
         """What is known of calls like ``call``, unless the model has changed since."""
         return self._held(kind, self._is_apart(kind, call))
 
-    def _held(self, kind: Hashable, has_one_row: bool) -> _Kept | None:
+    def _held(self, kind: Hashable, has_one_row: bool) -> Kept | None:
         kept = self._kept.get((kind, has_one_row))
         if kept is not None and not kept.guards.hold():
             del self._kept[kind, has_one_row]
@@ -373,6 +350,10 @@ class SizeFamilies:
         sequence *= self._mesh.size("tp") if self._plan.sequence == "megatron" else 1
         of_role = {BATCH: self._rows_at_once, SEQUENCE: sequence, OTHER: 1}
         return {name: of_role[name[0]] for name in scheme.names.values()}
+
+
+def _holds_all(conditions: Sequence[Condition]) -> Callable[[Sizes], bool]:
+    return lambda sizes: all(condition.holds(sizes) for condition in conditions)
 
 
 def _unlike(conditions: Sequence[Condition], sizes: Sizes) -> str:

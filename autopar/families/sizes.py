@@ -189,6 +189,12 @@ def between(points: Sequence[Sizes], unit: Mapping[str, int], is_alike: Callable
     return found
 
 
+def in_steps(points: Sequence[Sizes], unit: Mapping[str, int]) -> dict[str, int]:
+    """``unit``, and where all ``points`` are in larger steps, these: images whose heights are all even."""
+    common = {name: math.gcd(*(point[name] for point in points)) for name in points[0] if not name.startswith(BATCH)}
+    return {name: math.lcm(size, math.gcd(common.get(name, 1), LARGEST_STEP)) for name, size in unit.items()}
+
+
 def _step(values: Sequence[int], unit: int) -> int:
     """In what steps sizes like ``values`` come."""
     step = math.gcd(math.lcm(LARGEST_STEP, unit), *values)

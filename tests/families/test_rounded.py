@@ -135,6 +135,31 @@ def test_steps_that_divide_need_no_rounding() -> None:
     )
 
 
+class Skip(nn.Module):
+    """Halves and doubles, and adds what an odd length has left out: with even ones there is nothing to add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv1d(2, 4, 3, padding=1), nn.Conv1d(4, 4, 3, padding=1)
+        self.up, self.head = nn.ConvTranspose1d(4, 4, 2, stride=2), nn.Conv1d(8, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.relu(self.first(x))
+        h = self.up(torch.relu(self.inner(functional.max_pool1d(wide, 2))))
+        h = functional.pad(h, (0, wide.shape[2] - h.shape[2]))
+        return self.head(torch.cat([wide, h], 1)).square().mean()
+
+
+def test_lengths_in_steps_make_a_family_in_steps() -> None:
+    parallel = autopar.parallelize(float64(Skip), Mesh(dp=2))
+    for length in (10, 16, 14, 8, 22, 40, 6):
+        parallel.simulate(torch.randn(4, 2, length, dtype=torch.float64))
+    (family,) = parallel.families
+    assert "multiples of 2" in str(family).partition("n = ")[2] and len(family.points) <= 6
+    parallel.simulate(torch.randn(4, 2, 11, dtype=torch.float64))
+    assert len(parallel.families) == 1
+
+
 # ---------------------------------------------------------------- parts
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from autopar.families.sizes import BATCH, SEQUENCE, Range, Scheme, further, reaching
+from autopar.families.sizes import BATCH, SEQUENCE, Range, Scheme, further, in_steps, reaching
 
 ROLES = {(0, 0): BATCH, (0, 1): SEQUENCE, (1, 0): BATCH, (1, 1): SEQUENCE}
 
@@ -72,3 +72,9 @@ def test_a_range_grows_by_more_than_one_length() -> None:
     assert reaching({"b": 4, "s": 20}, ranges) == {"b": 4, "s": 20}
     assert reaching({"b": 8, "s": 20}, ranges) == {"b": 16, "s": 20}
     assert reaching({"b": 2, "s": 20}, ranges) == {"b": 2, "s": 20}
+
+
+def test_steps_of_points() -> None:
+    points = [{"b": 4, "n": 12, "s": 9}, {"b": 8, "n": 20, "s": 27}, {"b": 8, "n": 128, "s": 9}]
+    assert in_steps(points, {"b": 2, "n": 1, "s": 2}) == {"b": 2, "n": 4, "s": 2}
+    assert in_steps(points[:2], {"b": 1, "n": 3, "s": 1}) == {"b": 1, "n": 12, "s": 1}
