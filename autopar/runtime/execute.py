@@ -134,7 +134,7 @@ class Executable(BoundProgram):
         """(differentiable outputs, then those beside the loss; values saved for backward)."""
         saved = self.call(self.graphs.learning if step.learns else FORWARD, step)
         outputs, returned = [], list(step.returned)
-        if not step.learns:
+        if not self._with_users.is_known and not step.learns:
             self._with_users.learn([*step.tensors, *[returned[at] for at in self._results]], saved)
         for position in self.role.differentiable:
             # a tensor of its own: autograd writes into what it returns, and this may be a parameter or saved
@@ -238,8 +238,9 @@ class _Differentiable(torch.autograd.Function):
         ctx.executable.check_beside(tangents)
         check, agreement = partial(ctx.executable.kept.check, ctx.versions), ctx.executable.comm.agreement
         agree(agreement, check) if agreement.noted and ctx.executable.graphs.gathered else check()
-        if hasattr(ctx, "shared"):
-            check_shared(ctx.shared, lambda: ctx.saved_tensors)
+        shared = getattr(ctx, "shared", None)
+        if shared is not None:
+            check_shared(shared, lambda: ctx.saved_tensors)
             if not keeps_graph():
                 del ctx.shared
         wanted = accumulating(ctx, 3)[1:]

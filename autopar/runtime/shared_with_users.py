@@ -28,17 +28,16 @@ class Shared(NamedTuple):
 class SharedWithUsers:
     """Of one program: ``names`` of its inputs and outputs, of those in ``counted`` torch itself may know all.
 
-    Which are shared is known after its first forward pass; :attr:`positions` has those that have to be asked.
+    Which are shared :meth:`learn` tells, after forward passes until it :attr:`is_known`; :attr:`positions` has those
+    that have to be asked.
     """
 
     def __init__(self, names: Sequence[str], counted: Sequence[bool]) -> None:
-        self._names, self._counted, self._is_known = names, counted, False
+        self._names, self._counted, self.is_known = names, counted, False
         self.positions: list[int] = []
 
     def learn(self, tensors: Sequence[Tensor], saved: Iterable[Any]) -> None:
         """``tensors``: of each of the names this rank's memory; what a forward pass has ``saved``."""
-        if self._is_known:
-            return
         kept = [value for value in saved if isinstance(value, Tensor)]
         same, memory = set(map(id, kept)), {memory_of(value) for value in kept if value.numel()}
         self.positions = [
@@ -46,7 +45,7 @@ class SharedWithUsers:
             for at, (each, counted) in enumerate(zip(tensors, self._counted))
             if not (counted and id(each) in same) and memory_of(each) in memory and not each.is_inference()
         ]
-        self._is_known = all(each.is_contiguous() for each in tensors)  # other inputs are copied
+        self.is_known = all(each.is_contiguous() for each in tensors)  # other inputs are copied
 
     def after(self, tensors: Sequence[Tensor]) -> list[Shared]:
         """What :func:`check_shared` takes; ``tensors``: of each of the names that of the user."""
