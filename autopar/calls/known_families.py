@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from autopar.calls.calls import Call
 from autopar.families.family import Family
 from autopar.families.forms import Sizes
 from autopar.families.sizes import Scheme, Shapes
 from autopar.ir.guards import Guards
 from autopar.ir.program import AnyProgram
+from autopar.ir.size_conditions import Condition
 from autopar.runtime.family_code import FamilyCode
 
 
@@ -58,3 +60,27 @@ class Kept:
     def of(self, scheme: Scheme) -> list[tuple[Sizes, AnyProgram]]:
         """Those of :attr:`points` that ``scheme`` knows, by their sizes."""
         return [(sizes, program) for shapes, program in self.points if (sizes := scheme.sizes(shapes)) is not None]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What is known when a family is tried to be made of calls like ``call``.
+
+    Attributes:
+        scheme: which dims are sizes.
+        conditions: what the model asks about them.
+        known: the sizes of calls that came, first the one that is generalised.
+        asked: how many those are.
+        is_first: whether no further ones were tried before.
+    """
+
+    call: Call
+    scheme: Scheme
+    conditions: Sequence[Condition]
+    known: Sequence[Sizes]
+    asked: int
+    is_first: bool
+
+    def holds(self, sizes: Sizes) -> bool:
+        """Whether the model does at ``sizes`` what it does at the first, as far as is known."""
+        return all(condition.holds(sizes) for condition in self.conditions)

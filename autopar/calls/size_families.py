@@ -9,12 +9,12 @@ length is compiled for itself; those with one row for each rank may make a famil
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 from autopar.calls.call_sizes import resized, shapes_of
 from autopar.calls.calls import Call, class_of
-from autopar.calls.known_families import Kept, Known, Member
+from autopar.calls.known_families import Kept, Known, Member, Round
 from autopar.families.family import Family, Point, fit
 from autopar.families.forms import NoForm, Sizes
 from autopar.families.refusals import is_refusal
@@ -168,28 +168,13 @@ class SizeFamilies:
         scheme, conditions = self._completed(call, scheme, [sizes for sizes, _ in points], like)
         points = kept.of(scheme)
         like = scheme.free(like)
-        is_alike, asked, beside = _holds_all(conditions), len(points), list[Sizes]()
         kept.is_each = any(one.is_number and any(name[0] != BATCH for name in one.names) for one in conditions)
-        if varies and kept.rounds < ROUNDS and not kept.is_each:
-            known = [like, *(sizes for sizes, _ in points if sizes != like)]
-            more, beside = self._more(kept, call, scheme, known, is_alike)
-            points += more
-        chosen = [Point(sizes, program) for sizes, program in points if is_alike(sizes)]
-        others = [Point(sizes, program) for sizes, program in points if not is_alike(sizes)]
-        needed = sum(is_alike(sizes) for sizes, _ in points[:asked])
-        if others and len(chosen) < FEWEST:
-            self._note(_unlike(conditions, others[0].sizes))
-        family = self._fitted(chosen, needed, scheme, conditions)
-        if family is None and beside:
-            scheme, why = replace(scheme, rounded={}), self.why_none
-            family = self._fitted([one for one in chosen if one.sizes not in beside], needed, scheme, conditions)
-            self.why_none = why
+        known = [like, *(sizes for sizes, _ in points if sizes != like)]
+        tried = Round(call, scheme, conditions, known, len(points), kept.rounds == 0)
+        tries = varies and kept.rounds < ROUNDS and not kept.is_each
+        family, scheme = self._tried_in_steps(kept, tried, points) if tries else self._family_of(tried, points)
         if family is None:
             return
-        for other in others:
-            family = self._larger(family, scheme, call, other.program, other.sizes) or family
-            if other.sizes not in family:
-                self._note(_unlike(conditions, other.sizes))
         kept.families.insert(0, Known(family, FamilyCode(family), scheme, kept.guards))
         kept.rounds = 0
         kept.points = [
@@ -199,38 +184,70 @@ class SizeFamilies:
         ]
         logger.info("lengths vary: one program serves %s", family)
 
-    def _more(
-        self, kept: Kept, call: Call, scheme: Scheme, known: Sequence[Sizes], is_alike: Callable[[Sizes], bool]
-    ) -> tuple[list[tuple[Sizes, AnyProgram]], list[Sizes]]:
-        """Programs of further points, and those that are next to the first.
+    def _tried_in_steps(
+        self, kept: Kept, tried: Round, points: list[tuple[Sizes, AnyProgram]]
+    ) -> tuple[Family | None, Scheme]:
+        """The family of ``points`` and further ones, which are multiples of what the mesh needs.
 
-        Where some have other operators, those are left out, and others are compiled in the steps of ``known``.
+        Where some of these have other operators, of further ones in the steps of all that are known.
         """
-        found, beside, is_first = dict[str, tuple[Sizes, AnyProgram]](), list[Sizes](), kept.rounds == 0
-        operators = numbers_of(next(program for sizes, program in kept.of(scheme) if sizes == known[0]))[1]
-        units = self._units(scheme)
-        for unit in (in_steps(known, units),) if kept.is_in_steps else (units, in_steps(known, units)):
-            wanted = further(known, unit, is_first, is_alike) or further(known, unit, False, is_alike)
-            if is_first and (scheme.rounded or sum(name[0] != BATCH for name in known[0]) > 1):
-                beside += between(known, unit, is_alike)
-                wanted += [sizes for sizes in beside if sizes not in wanted]
-            tried = [
-                (sizes, self._tried(kept.first, kept.guards, call, scheme, sizes))
-                for sizes in wanted
-                if str(sizes) not in found
-            ]
-            for sizes, made in tried:
-                if made is not None:
-                    found[str(sizes)] = sizes, made[0]
-                    kept.guards = Guards.joined([kept.guards, made[1]])
-            others = [text for text, (_, program) in found.items() if numbers_of(program)[1] != operators]
-            if not others or unit == in_steps(known, units):
-                break
-            kept.is_in_steps = True
-            for text in others:
-                del found[text]
+        units = self._units(tried.scheme)
+        steps = in_steps(tried.known, units)
+        if not kept.is_in_steps and steps != units:
+            more, beside = self._more(kept, tried, units, points)
+            family, scheme = self._family_of(tried, [*points, *more], beside, leaves_out=False)
+            alike = [one for one in more if numbers_of(one[1])[1] == numbers_of(points[0][1])[1]] if not family else []
+            if family is not None or len(alike) == len(more):
+                return (family, scheme) if family is not None else self._family_of(tried, [*points, *more], beside)
+            kept.is_in_steps, points = True, [*points, *alike]
+        more, beside = self._more(kept, tried, steps, points)
+        return self._family_of(tried, [*points, *more], beside)
+
+    def _more(
+        self, kept: Kept, tried: Round, unit: Mapping[str, int], points: Sequence[tuple[Sizes, AnyProgram]]
+    ) -> tuple[list[tuple[Sizes, AnyProgram]], list[Sizes]]:
+        """Programs of further points than ``points``, and the sizes of those that are next to the first."""
+        found, beside, known = list[tuple[Sizes, AnyProgram]](), list[Sizes](), tried.known
+        wanted = further(known, unit, tried.is_first, tried.holds) or further(known, unit, False, tried.holds)
+        if tried.is_first and (tried.scheme.rounded or sum(name[0] != BATCH for name in known[0]) > 1):
+            beside = between(known, unit, tried.holds)
+            wanted += [sizes for sizes in beside if sizes not in wanted]
         kept.rounds += bool(wanted)
-        return [*found.values()], beside
+        for sizes in wanted:
+            if sizes in [known for known, _ in points]:
+                continue
+            made = self._tried(kept.first, kept.guards, tried.call, tried.scheme, sizes)
+            if made is not None:
+                found.append((sizes, made[0]))
+                kept.guards = Guards.joined([kept.guards, made[1]])
+        return found, beside
+
+    def _family_of(
+        self, tried: Round, points: Sequence[tuple[Sizes, AnyProgram]], beside: Sequence[Sizes] = (),
+        leaves_out: bool = True,
+    ) -> tuple[Family | None, Scheme]:  # fmt: skip
+        """That of ``points`` at which the model does the same, with those others that it has; None if there is none.
+
+        ``beside``: those that tell what is rounded; ``leaves_out``: whether it may be without one of the further ones.
+        """
+        scheme, conditions = tried.scheme, tried.conditions
+        chosen = [Point(sizes, program) for sizes, program in points if tried.holds(sizes)]
+        others = [Point(sizes, program) for sizes, program in points if not tried.holds(sizes)]
+        needed = sum(tried.holds(sizes) for sizes, _ in points[: tried.asked]) if leaves_out else len(points)
+        if others and len(chosen) < FEWEST:
+            self._note(_unlike(conditions, others[0].sizes))
+        family = self._fitted(chosen, needed, scheme, conditions)
+        if family is None and beside:
+            scheme, why = replace(scheme, rounded={}), self.why_none
+            family = self._fitted([one for one in chosen if one.sizes not in beside], needed, scheme, conditions)
+            self.why_none = why
+        if family is None:
+            return None, tried.scheme
+        for other in others:
+            family = self._larger(family, scheme, tried.call, other.program, other.sizes) or family
+            if other.sizes not in family:
+                self._note(_unlike(conditions, other.sizes))
+        return family, scheme
 
     def _larger(self, family: Family, scheme: Scheme, call: Call, program: AnyProgram, sizes: Sizes) -> Family | None:
         """The family that holds for ``sizes`` too; None where ``program`` is none of it."""
@@ -350,10 +367,6 @@ class SizeFamilies:
         sequence *= self._mesh.size("tp") if self._plan.sequence == "megatron" else 1
         of_role = {BATCH: self._rows_at_once, SEQUENCE: sequence, OTHER: 1}
         return {name: of_role[name[0]] for name in scheme.names.values()}
-
-
-def _holds_all(conditions: Sequence[Condition]) -> Callable[[Sizes], bool]:
-    return lambda sizes: all(condition.holds(sizes) for condition in conditions)
 
 
 def _unlike(conditions: Sequence[Condition], sizes: Sizes) -> str:
