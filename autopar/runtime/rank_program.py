@@ -241,12 +241,20 @@ class BoundProgram:
 def lent(program: Program, returned: Sequence[Any], taken: Sequence[Span]) -> set[int]:
     """Positions of outputs, ``returned``, in memory that is not theirs in the model: what users write there would be
     seen in another output, or in a tensor that the graph has taken, at the spans ``taken``."""
+    spans = {
+        at: _span(tensor, at)
+        for at, (entry, tensor) in enumerate(zip(program.outputs, returned))
+        if entry.kind is OutputKind.USER and isinstance(tensor, Tensor)
+    }
+    storages = {span[0] for span in spans.values()}
+    if len(storages) == len(spans) and storages.isdisjoint(
+        span[0] for span in taken
+    ):  # nodes, which a program from the cache need not have, are not asked
+        return set()
     found, given = set[int](), list[tuple[Node, Span]]()
-    constants = {node for node, _ in program.placeholders(InputKind.CONSTANT)}
-    for at, (node, entry, tensor) in enumerate(zip(program.returned, program.outputs, returned)):
-        if entry.kind is not OutputKind.USER or not isinstance(tensor, Tensor):
-            continue
-        origin, span = origin_of_memory(node), _span(tensor, at)
+    constants, nodes = {node for node, _ in program.placeholders(InputKind.CONSTANT)}, program.returned
+    for at, span in spans.items():
+        origin = origin_of_memory(nodes[at])
         is_own = origin.op != "placeholder" or origin in constants
         others = [other for one, other in given if one is not origin] + (list(taken) if is_own else [])
         if any(_overlap(span, other) for other in others):
