@@ -6,23 +6,21 @@ alone. So who has been given no cache may not pass it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch.utils import _pytree as pytree
 
 from autopar.calls.calls import Call
 from autopar.errors import InvariantError
+from autopar.ir.loss import leaf_paths
 from autopar.ir.program import AnyProgram
 
-OTHER_NAMES = {"cache", "past_key_values", "cache_params"}  # transformers has one for another, by its version
+NAMES = frozenset({"cache", "past_key_values", "cache_params"})  # a model may return one, and take another
 
 
 class MissingOutputs:
     """The names of those of one module, which are known once it has been called."""
 
     def __init__(self) -> None:
-        self._names = set[str]()
+        self._names = frozenset[str]()
 
     def learn(self, program: AnyProgram) -> None:
         """Of ``program``, which runs now: an output class of a library lists no field that the model left at None."""
@@ -30,10 +28,9 @@ class MissingOutputs:
         if spec is None or spec.type is dict or not program.static_outputs:
             return
         none = {position for position, found in program.static_outputs if found is None}
-        output = pytree.tree_unflatten(range(spec.num_leaves), spec)
-        if isinstance(output, Mapping):
-            self._names |= {name for name, position in output.items() if isinstance(position, int) and position in none}
-            self._names |= OTHER_NAMES if self._names & OTHER_NAMES else set()
+        paths = [path for position, path in enumerate(leaf_paths(spec)) if position in none]
+        if any(path.partition(".")[0] in NAMES for path in paths):
+            self._names = NAMES
 
     def passed(self, call: Call) -> list[str]:
         """Those that ``call`` passes as None."""

@@ -19,7 +19,7 @@ from autopar.families.family import Family, Point, fit
 from autopar.families.forms import NoForm, Sizes
 from autopar.families.refusals import is_refusal
 from autopar.families.sizes import BATCH, OTHER, SEQUENCE, Place, Scheme, Shapes, between, further, in_steps, reaching
-from autopar.families.tied import ties
+from autopar.families.tied import never_one, ties
 from autopar.families.walk import numbers_of
 from autopar.ir.asked_of_inputs import unusual_answers
 from autopar.ir.batch import data_ways, input_dims
@@ -266,7 +266,7 @@ class SizeFamilies:
             for tensor, shape in enumerate(shapes)
         ]
         found = self._asked(resized(call, scheme.shapes(shapes, sizes)), dims, scheme.of_inputs(sizes))
-        return [condition.put(scheme.tied) for condition in found]
+        return [condition.put(scheme.tied) for condition in found] + never_one(scheme.tied, sizes)
 
     def _completed(
         self, call: Call, scheme: Scheme, points: Sequence[Sizes], like: Sizes
@@ -276,7 +276,7 @@ class SizeFamilies:
         tied = ties(points, asked)
         conditions = [condition.put(tied) for condition in asked]
         rounds = rounded_in(conditions) if self._plan.compile == "python" else {}
-        return replace(scheme, tied=tied, rounded=rounds), conditions
+        return replace(scheme, tied=tied, rounded=rounds), [*conditions, *never_one(tied, like)]
 
     def _fitted(
         self, points: Sequence[Point], needed: int, scheme: Scheme, conditions: Sequence[Condition]

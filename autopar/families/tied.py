@@ -7,11 +7,11 @@ is no size of a family then, but made of the others; a call in which it is somet
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from autopar.families.sizes import BATCH, OTHER
-from autopar.ir.size_conditions import Condition, Sizes, Tree, is_plain, names_in, put, rounded_parts, value_of
+from autopar.ir.size_conditions import Condition, Sizes, Tree, is_plain, names_in, put, rounded, rounded_parts, value_of
 
 BEYOND = (0, 1, 2, 3, 5, 8, 63, 640)  # of a size that was seen: where a condition is tried as well
 OTHERS = (-1, 1, 2, 3, 4, 6, 64)  # what another size is beside the one that is tied, in trials
@@ -38,6 +38,11 @@ def ties(points: Sequence[Sizes], conditions: Sequence[Condition]) -> dict[str, 
         if all(is_plain(one.put(tied).tree) for one in conditions):
             found = tied
     return found
+
+
+def never_one(tied: Mapping[str, Tree], sizes: Sizes) -> list[Condition]:
+    """Conditions that those of ``tied`` are none of 0 and 1, or what they are at ``sizes``: torch asks that of none."""
+    return [rounded(tree, sizes) for tree in tied.values() if not isinstance(tree, str)]
 
 
 def _candidates(

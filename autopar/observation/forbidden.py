@@ -153,6 +153,8 @@ def _seeds_kept(elsewhere: set[Any]) -> Iterator[None]:
             yield
         except Exception as raised:
             problem = raised
+    if isinstance(problem, TraceError):
+        raise problem
     if taken:
         said = f"asks for a seed of torch's (get_rng_state), which {CHANGES}, and does not put it back (set_rng_state)"
         raise TraceError(f"forward {said}\n  at {taken[0][1]}\nWay out: {PASS_IT}") from problem

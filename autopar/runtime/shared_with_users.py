@@ -55,6 +55,7 @@ class SharedWithUsers:
 def shared(what: str, tensor: Tensor) -> Shared:
     """``tensor`` as it is now."""
     alias, local = tensor.detach(), local_of(tensor)
+    local = alias if local is tensor else local  # an output leads to the node that keeps this
     return Shared(what, alias, local, alias._version + local._version)
 
 

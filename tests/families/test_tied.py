@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import autopar
 from autopar import Mesh, Plan
 from autopar.errors import ProgramFileError
 from autopar.families.sizes import Scheme
-from autopar.families.tied import ties
+from autopar.families.tied import never_one, ties
 from autopar.ir.size_conditions import Condition, rounded
 from autopar.program_files.family_file import load_family, member_for, save_family
 from tests.against_one_process import float64
@@ -148,6 +149,31 @@ def pick(found: Any) -> Tensor:
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
+class Beyond(nn.Module):
+    """Where y has one column, squeeze takes the dim away: torch does not ask that of the size of an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        both = torch.bmm((x * self.weight)[:, None, 4:], y[:, :, None])
+        return both.square().mean() + (y * self.weight).squeeze(1).sum(-1).square().mean()
+
+
+def test_a_size_of_one_has_a_program_of_its_own() -> None:
+    model = float64(Beyond)
+    parallel = autopar.parallelize(copy.deepcopy(model), Mesh())
+    for length in (12, 29, 17, 6, 5):
+        x, y = torch.randn(4, length).double(), torch.randn(4, length - 4).double()
+        step = parallel.simulate(x, y)
+        model.zero_grad()
+        model(x, y).backward()
+        assert abs(float(step.grads["weight"] - model.weight.grad)) < 1e-12  # type: ignore[operator]
+    (family,) = parallel.families
+    assert str(family) == "b = 4 to 6; n = 6 to 64; n2 = -4 + n"
+
+
 # ---------------------------------------------------------------- parts
 
 POINTS = [{"b": 4, "n": 20, "n2": 40}, {"b": 4, "n": 33, "n2": 66}]
@@ -161,6 +187,13 @@ def test_two_points_on_a_line_are_no_reason() -> None:
     assert ties(POINTS, [TWICE]) == {"n2": ("mul", 2, "n")}
     assert ties(POINTS, [Condition(("eq", ("mod", ("add", "n", "n2"), 3), 0))]) == {}
     assert ties([*POINTS, {"b": 4, "n": 9, "n2": 20}], [TWICE]) == {}
+
+
+def test_what_is_tied_is_never_one() -> None:
+    tied = {"n2": ("add", -4, "n"), "s": "n"}
+    (alone,), (least,) = never_one(tied, {"n": 5}), never_one(tied, {"n": 6})
+    assert least.holds({"n": 9}) and not least.holds({"n": 5}) and not least.holds({"n": 4})
+    assert alone.holds({"n": 5}) and not alone.holds({"n": 6})
 
 
 def test_what_is_rounded_needs_no_other_reason() -> None:
